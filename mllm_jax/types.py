@@ -1,0 +1,82 @@
+"""The values that flow between data, model, training and generation, and the shape legend.
+
+Legend, used in einsums, comments and docstrings of the whole package:
+
+    B batch rows          T query positions     S key positions       V vocabulary
+    R patch rows per batch row                  P patches in a patch row
+    M visual tokens of a batch row              C values in a patch
+    D width     N heads     K key-value heads     G = N / K     H head dim     F mlp width     L layers
+
+Every value is a NamedTuple: a pytree for jax and a plain tuple of arrays for numpy, so that data workers
+can build batches without importing jax. Fields hold numpy or jax arrays.
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy.ndarray on the host, jax.Array inside jit
+
+
+class Picture(NamedTuple):
+    """One still picture, or one temporal patch (a few consecutive frames) of a clip: never cut, attended as a whole."""
+
+    patches: Array  # u8[p C] raw pixels, or f32[p C] already normalised; merge-block-major order, values in (c, t, y, x) order
+    grid: tuple[int, int]  # (h, w) in patches, p = h * w
+    time: int = 0  # index of the temporal patch within its clip
+
+
+class Example(NamedTuple):
+    """One processed conversation, before packing. n tokens, of which m are visual."""
+
+    tokens: Array  # i32[n]
+    weight: Array  # f32[n] loss weight of predicting tokens[i] (from what comes before it)
+    position: Array  # i32[n 3] rotary position (t, y, x)
+    visual: Array  # bool[n] tokens that are replaced by visual tokens, in the order of `pictures`
+    pictures: tuple[Picture, ...]
+    kind: str = ""  # the kind of question or the task, for reports
+
+
+class Vision(NamedTuple):
+    """Packed pictures. A picture lies in one patch row, consecutive; several share a row."""
+
+    patches: Array  # u8 or f32 [B R P C]
+    image: Array  # i32[B R P] number of the picture that a patch belongs to, 1.. within a batch row; 0 = padding
+    coords: Array  # i32[B R P 3] (t, y, x) in patches
+    grid: Array  # i32[B R P 2] (h, w) in patches, of the picture that a patch belongs to; 1 where padding
+
+
+class Batch(NamedTuple):
+    """Packed rows of T tokens: several conversations in a row, one `segment` number each."""
+
+    tokens: Array  # i32[B T]
+    targets: Array  # i32[B T] the next token of the same conversation
+    weight: Array  # f32[B T] loss weight of a target; 0 for padding and at the end of a conversation
+    segment: Array  # i32[B T] 1.. within a row; 0 = padding
+    position: Array  # i32[B T 3] rotary position (t, y, x), restarting in each conversation
+    vision_index: Array  # i32[B T] which of the row's M visual tokens stands here; -1 = text
+    vision: Vision | None = None
+
+
+class VisionTokens(NamedTuple):
+    """What every connector returns."""
+
+    value: Array  # [B M D]
+    deep: Array | None = None  # [taps B M D] features to be added after the first decoder layers (DeepStack)
+
+
+class Cache(NamedTuple):
+    """Keys and values of what was read so far. All rows write the same slots; `segment` says which slots a row uses."""
+
+    k: Array  # [L B S K H]
+    v: Array  # [L B S K H]
+    segment: Array  # i32[B S] 0 = empty or padding
+    index: Array  # i32[] the next slot to write
+    position: Array  # i32[B] the next rotary position of each row
+
+
+class Output(NamedTuple):
+    """What a model returns: logits, or hidden states where the caller asked for them."""
+
+    logits: Array | None = None  # f32[B T V]
+    hidden: Array | None = None  # [B T D] after the last norm
+    cache: Cache | None = None
+    aux: dict[str, Array] | None = None  # scalars by name

@@ -1,0 +1,48 @@
+"""Metadata and dependencies. Development versions that were tested together are listed in CONTRIBUTING.md."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mllm-jax",
+    version="0.1.0",
+    description="Multimodal language models as one composable, pure-functional Flax model for TPU and GPU",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mllm_jax", "mllm_jax.*"]),
+    package_data={"mllm_jax": ["**/*.jinja", "**/*.html"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.8,<0.14",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "einops>=0.8",
+        "ml-collections>=1.0",
+        "tensorflow-datasets>=4.9.9",
+        "absl-py>=2.1",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "tokenizers>=0.21",
+        "jinja2>=3.1.5",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.30",
+        "tensorboardX>=2.6.2",
+        "rich>=13",
+    ],
+    extras_require={
+        "video": ["av>=12"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "test": [
+            "av>=12",
+            "torch==2.13.0",
+            "transformers>=5.20,<5.24",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+        ],
+    },
+)
