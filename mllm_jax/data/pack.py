@@ -9,3 +9,7 @@ class Budget(NamedTuple):
     tokens: int  # T
     rows: int = 0  # R patch rows
     patches: int = 0  # P patches in a patch row: no picture is larger
+
+
+class TooLarge(ValueError):
+    """A conversation that does not fit an empty batch row."""
