@@ -1,6 +1,16 @@
-"""Packs several conversations into rows of a static shape: T tokens and R x P patches."""
+"""Packs several conversations into rows of a static shape: T tokens and R x P patches.
 
+`Packer` chooses which conversations share a row, `collate` lays rows out as a `Batch`. Data workers run this: only numpy.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+from mllm_jax.types import Batch, Example, Vision
 
 
 class Budget(NamedTuple):
@@ -13,3 +23,192 @@ class Budget(NamedTuple):
 
 class TooLarge(ValueError):
     """A conversation that does not fit an empty batch row."""
+
+
+def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
+    """Finds a patch row and an offset for every picture, first-fit decreasing.
+
+    Args:
+        sizes: patches of each picture.
+        budget: R rows of P patches.
+
+    Returns:
+        (patch row, offset) per picture in the order of `sizes`; None where they do not fit. Pictures are never cut.
+    """
+    used = [0] * budget.rows
+    places = [(0, 0)] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((r for r, u in enumerate(used) if u + sizes[i] <= budget.patches), None)
+        if row is None:
+            return None
+        places[i] = (row, used[row])
+        used[row] += sizes[i]
+    return places
+
+
+@lru_cache(maxsize=4096)
+def patch_coords(grid: tuple[int, int], merge: int) -> np.ndarray:
+    """i32[h*w 2]: (y, x) of each patch of a picture in merge-block-major order."""
+    yx = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).astype(np.int32)
+    coords = rearrange(yx, "(y m) (x n) c -> (y x m n) c", m=merge, n=merge)
+    coords.flags.writeable = False  # shared by all callers
+    return coords
+
+
+def collate(rows: Sequence[Sequence[Example]], budget: Budget, *, merge: int, values: int) -> Batch:
+    """Lays out conversations as one batch.
+
+    Args:
+        rows: B lists of conversations; an empty list makes a row of padding.
+        budget: the shape of a row. Its P is a multiple of merge^2.
+        merge: side of the square of patches that becomes one visual token.
+        values: C, values in a patch, known even where no conversation has a picture.
+
+    Returns:
+        A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the pictures, uint8 where there are
+        none; `vision is None` where `budget.rows == 0`.
+
+    Raises:
+        TooLarge: a row is over the budget.
+        ValueError: visual tokens and pictures of a conversation disagree, or uint8 and float pictures are mixed.
+    """
+    if budget.patches % merge**2:
+        raise ValueError(f"budget.patches={budget.patches} must be a multiple of merge^2={merge**2}")
+    text = (len(rows), budget.tokens)
+    batch = Batch(
+        tokens=np.zeros(text, np.int32),
+        targets=np.zeros(text, np.int32),
+        weight=np.zeros(text, np.float32),
+        segment=np.zeros(text, np.int32),
+        position=np.zeros((*text, 3), np.int32),
+        vision_index=np.full(text, -1, np.int32),
+        vision=_empty_vision(rows, budget, values) if budget.rows else None,
+    )
+    for b, examples in enumerate(rows):
+        _fill_text(batch, b, examples)
+        _fill_pictures(batch, b, examples, budget, merge)
+    return batch
+
+
+def fill(batch: Batch) -> dict[str, float]:
+    """Share of a batch that is not padding: {"tokens": 0..1, "patches": 0..1}; patches is 1.0 without a picture budget."""
+    patches = 1.0 if batch.vision is None else float((batch.vision.image > 0).mean())
+    return {"tokens": float((batch.segment > 0).mean()), "patches": patches}
+
+
+def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int) -> Vision:
+    dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.pictures}
+    if len(dtypes) > 1:
+        raise ValueError(f"pictures of one batch must share a dtype (raw uint8 or normalised float32), got {dtypes}")
+    shape = (len(rows), budget.rows, budget.patches)
+    return Vision(
+        patches=np.zeros((*shape, values), dtypes.pop() if dtypes else np.uint8),
+        image=np.zeros(shape, np.int32),
+        coords=np.zeros((*shape, 3), np.int32),
+        grid=np.ones((*shape, 2), np.int32),
+    )
+
+
+def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
+    total, room = sum(len(e.tokens) for e in examples), batch.tokens.shape[1]
+    if total > room:
+        raise TooLarge(f"row {b} has {total} tokens, the budget is {room}")
+    start = 0
+    for number, example in enumerate(examples, 1):
+        here = slice(start, start + len(example.tokens))
+        batch.tokens[b, here] = example.tokens
+        batch.targets[b, here][:-1] = example.tokens[1:]
+        batch.weight[b, here][:-1] = example.weight[1:]
+        batch.segment[b, here] = number
+        batch.position[b, here] = example.position
+        start = here.stop
+
+
+def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int) -> None:
+    for number, example in enumerate(examples, 1):
+        visual, patches = int(np.sum(example.visual)), sum(len(p.patches) for p in example.pictures)
+        if visual * merge**2 != patches:
+            raise ValueError(f"row {b}, segment {number}: {visual} visual tokens, but {patches} patches / {merge}^2")
+    pictures = [p for e in examples for p in e.pictures]
+    if not pictures:
+        return
+    places = place([len(p.patches) for p in pictures], budget)
+    if places is None:
+        sizes = [len(p.patches) for p in pictures]
+        raise TooLarge(f"row {b}: pictures of {sizes} patches do not fit {budget.rows} rows of {budget.patches}")
+    tokens = []
+    for number, (picture, (row, offset)) in enumerate(zip(pictures, places), 1):
+        here = (b, row, slice(offset, offset + len(picture.patches)))
+        batch.vision.patches[here] = picture.patches
+        batch.vision.image[here] = number
+        batch.vision.coords[here][:, 0] = picture.time
+        batch.vision.coords[here][:, 1:] = patch_coords(tuple(picture.grid), merge)
+        batch.vision.grid[here] = picture.grid
+        first = (row * budget.patches + offset) // merge**2
+        tokens.append(np.arange(first, first + len(picture.patches) // merge**2, dtype=np.int32))
+    visual = np.concatenate([e.visual for e in examples])
+    batch.vision_index[b, : len(visual)][visual] = np.concatenate(tokens)
+
+
+class Packer:
+    """Fills rows from a look-ahead window of conversations, under both budgets at once.
+
+    Conversations wait in the order in which they were added. A row takes the one that waited longest (nobody starves),
+    then again and again the one that leaves the smallest remainder, both budgets counted as shares: the L2 greedy of
+    vector bin packing (Panigrahy et al., "Heuristics for Vector Bin Packing", 2011). The choice depends on nothing but
+    the waiting conversations and their order, so the keys in `waiting` are the whole state.
+
+    Args:
+        budget: the shape of a row.
+        window: how many rows' worth of conversations wait before a row is filled; more fills rows better.
+    """
+
+    def __init__(self, budget: Budget, window: float = 4.0):
+        self.budget, self.window = budget, window
+        self._waiting: list[tuple[int, Example]] = []
+        self._share: list[tuple[float, float]] = []  # (tokens, patches) of each, as shares of the budget
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Keys of the conversations that wait, in order: adding them again in this order restores the packer."""
+        return [key for key, _ in self._waiting]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the window is full."""
+        return bool(self._share) and max(map(sum, zip(*self._share))) >= self.window
+
+    def add(self, key: int, example: Example) -> None:
+        """Lets a conversation wait. Raises TooLarge where it fits no row."""
+        sizes = [len(p.patches) for p in example.pictures]
+        if len(example.tokens) > self.budget.tokens or place(sizes, self.budget) is None:
+            raise TooLarge(f"{len(example.tokens)} tokens and pictures of {sizes} patches do not fit {self.budget}")
+        room = max(self.budget.rows * self.budget.patches, 1)
+        self._waiting.append((key, example))
+        self._share.append((len(example.tokens) / self.budget.tokens, sum(sizes) / room))
+
+    def take(self) -> list[tuple[int, Example]]:
+        """Removes and returns the (key, conversation) pairs of one row; an empty list where nobody waits."""
+        if not self._waiting:
+            return []
+        share = np.array(self._share)
+        room = np.ones(2)
+        candidate = np.ones(len(share), bool)
+        chosen, sizes, best = [], [], 0
+        while True:
+            candidate[best] = False
+            more = sizes + [len(p.patches) for p in self._waiting[best][1].pictures]
+            if place(more, self.budget) is not None:
+                chosen.append(best)
+                sizes, room = more, room - share[best]
+            candidate &= (share <= room + 1e-9).all(1)
+            if not candidate.any():
+                break
+            best = int(np.where(candidate, ((room - share) ** 2).sum(1), np.inf).argmin())
+        row = [self._waiting[i] for i in chosen]
+        for i in sorted(chosen, reverse=True):
+            del self._waiting[i], self._share[i]
+        return row
