@@ -1,6 +1,6 @@
 """Packs several conversations into rows of a static shape: T tokens and R x P patches.
 
-`Packer` chooses which conversations share a row, `collate` lays rows out as a `Batch`. Data workers run this: only numpy.
+`Packer` chooses which conversations share a row, `collate` lays rows out as a `Batch`. No jax: data workers run this.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ def collate(rows: Sequence[Sequence[Example]], budget: Budget, *, merge: int, va
 
 
 def fill(batch: Batch) -> dict[str, float]:
-    """Share of a batch that is not padding: {"tokens": 0..1, "patches": 0..1}; patches is 1.0 without a picture budget."""
+    """Share of a batch that is not padding: {"tokens": 0..1, "patches": 0..1}; patches is 1.0 without patch rows."""
     patches = 1.0 if batch.vision is None else float((batch.vision.image > 0).mean())
     return {"tokens": float((batch.segment > 0).mean()), "patches": patches}
 
