@@ -1,0 +1,8 @@
+"""Published models: one file per family, looked up by the model_type of a config.json.
+
+Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME.
+"""
+
+from mllm_jax.families import qwen3_vl
+
+FAMILIES = {"qwen3_vl": qwen3_vl}

@@ -1,0 +1,37 @@
+"""How vision enters the decoder: pure functions of arrays."""
+
+import jax
+import jax.numpy as jnp
+
+
+def _at_text_positions(visual, vision_index):
+    """Row-wise gather [B M D] -> [B T D]; where the index is -1 the result is meaningless.
+
+    A gather, not a scatter: its inverse runs only backward, and rows of text cost nothing.
+    """
+    return jnp.take_along_axis(visual, jnp.maximum(vision_index, 0)[..., None], axis=1)
+
+
+def splice(x, visual, vision_index):
+    """Text embeddings [B T D] with visual tokens [B M D] standing where vision_index i32[B T] is not -1."""
+    return jnp.where((vision_index >= 0)[..., None], _at_text_positions(visual, vision_index).astype(x.dtype), x)
+
+
+def deepstack(x, deep, vision_index, layer):
+    """Add the features of tap `layer` to the visual positions of the residual stream (DeepStack, arXiv 2406.04334).
+
+    Args:
+      x: [B T D] output of decoder layer `layer`.
+      deep: [taps B M D]; layers from `taps` on get nothing, and compute nothing.
+      vision_index: i32[B T].
+      layer: i32[] 0-based, may be traced.
+    """
+    taps = deep.shape[0]
+
+    def add(x):
+        features = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(layer, taps - 1), 0, keepdims=False)
+        return x + jnp.where(
+            (vision_index >= 0)[..., None], _at_text_positions(features, vision_index).astype(x.dtype), 0
+        )
+
+    return jax.lax.cond(layer < taps, add, lambda x: x, x)

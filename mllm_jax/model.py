@@ -1,0 +1,142 @@
+"""One model for the whole lineage: encode -> connect -> fuse -> decode. The types of the configs choose the parts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+
+from mllm_jax.decoder import Decoder, DecoderConfig
+from mllm_jax.fusion import splice
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.types import Batch, Cache, Output, Vision, VisionTokens
+
+
+@dataclass(frozen=True)
+class VisionTokenIds:
+    """Ids of the tokens that stand for vision in a prompt: placeholders of pictures and clips, and what surrounds them."""
+
+    image: int
+    video: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
+
+    family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
+    """
+
+    encoder: Any
+    connector: Any
+    decoder: DecoderConfig
+    tokens: VisionTokenIds
+    runtime: Runtime = Runtime()
+    family: str = "qwen3_vl"
+
+
+class VLM(nn.Module):
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        self.encoder = config.encoder.build(config.runtime, name=None)
+        self.connector = config.connector.build(config.decoder.width, config.runtime, name=None)
+        self.decoder = Decoder(config.decoder, config.runtime)
+
+    def encode(self, vision: Vision) -> VisionTokens:
+        """Packed pictures -> visual tokens [B M D]."""
+        return self.connector(self.encoder(vision), vision)
+
+    def __call__(self, batch: Batch, cache: Cache | None = None, hidden: bool = False) -> Output:
+        """A pure function of parameters, batch and cache.
+
+        Args:
+          batch: rows of packed conversations; of it tokens, segment, position, vision_index and vision are read.
+          cache: keys and values so far; the batch continues it. See `init_cache`.
+          hidden: return hidden states instead of logits (a loss in chunks, or the last position alone, needs no more).
+        """
+        x = self.decoder.embed(batch.tokens)
+        deep = None
+        if batch.vision is not None:
+            visual = self.encode(batch.vision)
+            x, deep = splice(x, visual.value, batch.vision_index), visual.deep
+        x, cache = self.decoder(x, batch.position, batch.segment, cache, deep, batch.vision_index)
+        if hidden:
+            return Output(hidden=x, cache=cache)
+        return Output(logits=self.decoder.logits(x), cache=cache)
+
+    def logits(self, hidden):
+        """Hidden states [... D] -> f32[... V]; `apply(..., method="logits")`."""
+        return self.decoder.logits(hidden)
+
+
+def head_table(params) -> jax.Array:
+    """The weight [V D] that turns hidden states into logits: the head's own, or the tied embedding."""
+    decoder = params["decoder"]
+    return decoder["head"]["w"] if "head" in decoder else decoder["embed"]
+
+
+def init_cache(config: ModelConfig, rows: int, slots: int, dtype: str | None = None) -> Cache:
+    """An empty cache for `rows` rows of `slots` tokens."""
+    decoder = config.decoder
+    shape = (decoder.layers, rows, slots, decoder.kv_heads, decoder.head_dim)
+    dtype = dtype or config.runtime.dtype
+    return Cache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        segment=jnp.zeros((rows, slots), jnp.int32),
+        index=jnp.zeros((), jnp.int32),
+        position=jnp.zeros((rows,), jnp.int32),
+    )
+
+
+def example_batch(config: ModelConfig) -> Batch:
+    """The smallest batch that touches every weight: one row, one picture of one visual token."""
+    patches = config.connector.patches_per_token
+    vision = Vision(
+        patches=np.zeros((1, 1, patches, config.encoder.patch_values), np.float32),
+        image=np.ones((1, 1, patches), np.int32),
+        coords=np.zeros((1, 1, patches, 3), np.int32),
+        grid=np.ones((1, 1, patches, 2), np.int32),
+    )
+    tokens = np.zeros((1, 2), np.int32)
+    return Batch(
+        tokens=tokens,
+        targets=tokens,
+        weight=np.zeros((1, 2), np.float32),
+        segment=np.ones((1, 2), np.int32),
+        position=np.zeros((1, 2, 3), np.int32),
+        vision_index=np.array([[-1, 0]], np.int32),
+        vision=vision,
+    )
+
+
+def init_boxed(config: ModelConfig, key):
+    """Random parameters, every weight in a box with the names of its axes. Under `jax.eval_shape` it costs nothing."""
+    return VLM(config).init(key, jax.tree.map(jnp.asarray, example_batch(config)))["params"]
+
+
+def abstract_boxed(config: ModelConfig):
+    """The boxed tree of ShapeDtypeStructs, without computing anything."""
+    return jax.eval_shape(lambda: init_boxed(config, jax.random.key(0)))
+
+
+def init_params(config: ModelConfig, key):
+    """Random fp32 parameters as a nested dict of arrays."""
+    return meta.unbox(init_boxed(config, key))
+
+
+def abstract_params(config: ModelConfig):
+    """Shapes and dtypes of the parameters as a nested dict."""
+    return meta.unbox(abstract_boxed(config))
+
+
+def count_params(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters of each part."""
+    return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in abstract_params(config).items()}

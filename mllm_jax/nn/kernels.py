@@ -1,0 +1,94 @@
+"""Attention kernels of the platforms, behind `attend`: splash on TPU, cuDNN on GPU.
+
+Each takes q [B T N H], k and v [B S K H], segments [B T] and [B S], `causal` and the sharding rules, and is split over
+the ambient mesh by batch and heads: a kernel is opaque to the partitioner.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mllm_jax.sharding import partition_spec
+
+SPLASH_BLOCK = 512
+
+
+def kernel_for(q, k, wanted: str) -> str:
+    """The implementation for these shapes: what was asked for by name, or under "auto" the platform's where it can."""
+    if wanted == "auto":
+        backend = jax.default_backend()
+        name = {"tpu": "splash", "gpu": "cudnn"}.get(backend, "xla")
+        return name if name == "xla" or _obstacle(name, q, k) is None else "xla"
+    if wanted not in (*KERNELS, "xla"):
+        raise ValueError(f"runtime.attention must be one of auto, xla, {', '.join(KERNELS)}, not {wanted!r}")
+    if wanted != "xla" and (obstacle := _obstacle(wanted, q, k)):
+        raise ValueError(f"attention {wanted!r} cannot take q {q.shape} {q.dtype}, k {k.shape}: {obstacle}")
+    return wanted
+
+
+def _obstacle(name: str, q, k) -> str | None:
+    if name == "splash" and (q.shape[1] % 128 or k.shape[1] % 128):
+        return "lengths must be multiples of 128; pad the budget of tokens or patches"
+    if name == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
+        return "cuDNN computes in bfloat16 or float16; set runtime.dtype='bfloat16'"
+    if name == "cudnn" and (q.shape[-1] % 8 or q.shape[-1] > 256 or q.shape[1] % 2 or k.shape[1] % 2):
+        return "cuDNN needs a head dim that is a multiple of 8 and at most 256, and even lengths"
+    return None
+
+
+def _over_mesh(kernel, rules, kv_heads: int):
+    """`kernel(q, k, v, q_segment, kv_segment)` with each device computing its own rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel
+    batch, heads = partition_spec(("batch", "heads"), rules, mesh)
+    ways = mesh.shape[heads] if isinstance(heads, str) else 1
+    # Heads split only together with their key-value heads.
+    heads = heads if kv_heads % ways == 0 else None
+    of_heads, of_rows = jax.P(batch, None, heads), jax.P(batch)
+    return jax.shard_map(kernel, in_specs=(of_heads,) * 3 + (of_rows,) * 2, out_specs=of_heads, check_vma=False)
+
+
+def splash(q, k, v, q_segment, kv_segment, causal, rules):
+    """Block-sparse flash attention of jax.experimental.pallas; head dims 64, 72, 80 and 128 compile unpadded."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    def local(q, k, v, q_segment, kv_segment):
+        q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q, k, v))
+        lengths = (q.shape[2], k.shape[2])
+        mask = masks.CausalMask(lengths) if causal else masks.FullMask(lengths)
+        block_q, block_kv = (next(b for b in (SPLASH_BLOCK, 256, 128) if length % b == 0) for length in lengths)
+        kernel = kernels.make_splash_mha(
+            mask=masks.MultiHeadMask([mask] * q.shape[1]),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=kernels.BlockSizes(
+                block_q=block_q,
+                block_kv=block_kv,
+                block_kv_compute=block_kv,
+                block_q_dkv=block_q,
+                block_kv_dkv=block_kv,
+                block_kv_dkv_compute=block_kv,
+                block_q_dq=block_q,
+                block_kv_dq=block_kv,
+            ),
+        )
+        segments = kernels.SegmentIds(q_segment, kv_segment)
+        out = jax.vmap(kernel)(q * q.shape[-1] ** -0.5, k, v, segment_ids=segments)
+        return rearrange(out, "B N T H -> B T N H")
+
+    return _over_mesh(local, rules, k.shape[2])(q, k, v, q_segment, kv_segment)
+
+
+def cudnn(q, k, v, q_segment, kv_segment, causal, rules):
+    """cuDNN's fused attention. Its public interface has no segments: they become a mask of T x S booleans per row."""
+
+    def local(q, k, v, q_segment, kv_segment):
+        mask = (q_segment[:, :, None] == kv_segment[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+
+    return _over_mesh(local, rules, k.shape[2])(q, k, v, q_segment, kv_segment)
+
+
+KERNELS = {"splash": splash, "cudnn": cudnn}

@@ -1,0 +1,46 @@
+"""Feed-forward blocks."""
+
+from functools import partial
+
+import jax
+from flax import linen as nn
+
+from mllm_jax.nn.einsum import Einsum
+
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+class Mlp(nn.Module):
+    """down(activation(up(x))), with biases. x [... D] -> [... out]."""
+
+    mlp: int
+    out: int
+    activation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=True, name="up")
+        down = Einsum("...F,FD->...D", (self.mlp, self.out), ("mlp", "embed"), self.dtype, bias=True, name="down")
+        return down(ACTIVATIONS[self.activation](up(x)))
+
+
+class GatedMlp(nn.Module):
+    """down(activation(gate(x)) * up(x)), without biases (SwiGLU, arXiv 2002.05202). x [... D] -> [... D]."""
+
+    mlp: int
+    activation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        gate = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, name="gate")
+        up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, name="up")
+        down = Einsum("...F,FD->...D", (self.mlp, width), ("mlp", "embed"), self.dtype, name="down")
+        return down(ACTIVATIONS[self.activation](gate(x)) * up(x))

@@ -1,0 +1,57 @@
+"""How a model is computed, as opposed to what it is: nothing here changes the weights or, beyond rounding, the result."""
+
+from dataclasses import dataclass
+
+import jax
+from flax import linen as nn
+
+from mllm_jax.sharding import RULES, Rules, freeze_rules
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """
+    dtype: compute dtype, "float32" or "bfloat16"; parameters have their own.
+    attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
+    remat: what backward recomputes: "none", "full" (every layer) or "dots" (all but matrix products).
+    scan: one compiled layer for all of a tower (compile time independent of depth), or unrolled; the weights are the same.
+    rules: axis name -> mesh axes, see sharding.py.
+    """
+
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    scan: bool = True
+    rules: Rules = freeze_rules(RULES["fsdp"])
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"runtime.dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
+        if self.remat not in REMAT:
+            raise ValueError(f"runtime.remat must be one of {sorted(REMAT)}, not {self.remat!r}")
+
+
+def rematted(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
+    """The layer class whose backward pass recomputes what `runtime.remat` does not save."""
+    if runtime.remat == "none":
+        return layer
+    return nn.remat(layer, policy=REMAT[runtime.remat], prevent_cse=not runtime.scan)
+
+
+def scan_layers(body, layer: nn.Module, carry, per_layer, length: int, runtime: Runtime):
+    """`carry = body(layer, carry, per_layer[i])` for every i, the parameters of `layer` stacked on an axis named `layers`."""
+    scan = nn.scan(
+        lambda layer, carry, x: (body(layer, carry, x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=length,
+        unroll=1 if runtime.scan else length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scan(layer, carry, per_layer)[0]
