@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rope, segment, cache):
-        """`cache` is None, or (k, v) [B S K H] of this layer with (segment of all slots, index of the first new slot)."""
+        """`cache` is None, or this layer's (k, v) [B S K H] with (segment of all slots, index of the first new one)."""
         config, dtype = self.config, self.runtime.dtype
         width, head_dim = config.width, config.head_dim
 
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             self.head = Einsum("...D,VD->...V", (config.vocab, config.width), ("vocab", "embed"), self.runtime.dtype)
 
     def embed(self, tokens):
-        """i32[B T] -> [B T D]. The table is gathered first: looking up in a sharded one makes XLA rematerialise all of it."""
+        """i32[B T] -> [B T D]. The table is gathered first: a lookup in a sharded one makes XLA rematerialise it."""
         table = shard(self.table.astype(self.runtime.dtype), (None, None), self.runtime.rules)
         return shard(jnp.take(table, tokens, axis=0), ("batch", "length", None), self.runtime.rules)
 

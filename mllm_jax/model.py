@@ -17,7 +17,7 @@ from mllm_jax.types import Batch, Cache, Output, Vision, VisionTokens
 
 @dataclass(frozen=True)
 class VisionTokenIds:
-    """Ids of the tokens that stand for vision in a prompt: placeholders of pictures and clips, and what surrounds them."""
+    """Ids of the tokens that stand for vision in a prompt: placeholders of pictures and clips, and their brackets."""
 
     image: int
     video: int

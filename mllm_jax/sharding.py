@@ -1,7 +1,7 @@
 """Where arrays live: axis names on weights, rules from names to mesh axes, and the specs of whole trees.
 
 A weight names its axes (`embed`, `heads`, `mlp` ...) where it is made; activations name theirs at few places.
-A *rule set* maps each name to a mesh axis, to several, or to None. It is data: a run edits it, another mesh needs no other code.
+A *rule set* maps each name to a mesh axis, to several, or to None. It is data: a run edits it, a mesh needs no other code.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 Rules = tuple[tuple[str, Any], ...]
 
-# Weight axes: embed head_dim layers taps patch position. Both: heads kv_heads mlp vocab. Activation axes: batch patch_row length.
+# Weights: embed head_dim layers taps patch position. Both: heads kv_heads mlp vocab. Activations: batch patch_row length.
 RULES: dict[str, dict[str, Any]] = {
     "fsdp": {
         "batch": ("data", "fsdp"),
@@ -46,7 +46,7 @@ def freeze_rules(rules: Mapping[str, Any]) -> Rules:
 class Named(struct.PyTreeNode, meta.AxisMetadata):
     """A weight with the names of its axes.
 
-    Flax's own `LogicallyPartitioned` constrains on unboxing, which fails on a mesh with Explicit axes; this box only remembers.
+    Flax's own `LogicallyPartitioned` constrains on unboxing, which fails on Explicit mesh axes; this box only remembers.
     """
 
     value: Any
@@ -73,7 +73,7 @@ def named(init, *names):
 def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     """A mesh with the axes `data`, `fsdp`, `tensor`; absent axes have size 1 and one size may be -1 (what is left).
 
-    Without a shape every device is on `fsdp`. Raises ValueError where the sizes do not multiply to the number of devices.
+    Without a shape every device is on `fsdp`. Raises ValueError where the sizes do not multiply to the devices.
     """
     shape = dict(shape or {"fsdp": -1})
     devices = jax.devices() if devices is None else devices
@@ -148,7 +148,7 @@ def _path_name(path) -> str:
 
 
 def shardings(boxed, mesh: Mesh, rules: Rules):
-    """NamedSharding of every weight: a tree of `Named` boxes (as `model.init` or its `eval_shape` returns) -> same tree."""
+    """NamedSharding of every weight, for a tree of `Named` boxes as `model.init` or its `eval_shape` returns it."""
 
     def of(path, box):
         if not isinstance(box, Named):

@@ -19,7 +19,7 @@ Array = Any  # numpy.ndarray on the host, jax.Array inside jit
 class Picture(NamedTuple):
     """One still picture, or one temporal patch (a few consecutive frames) of a clip: never cut, attended as a whole."""
 
-    patches: Array  # u8[p C] raw pixels, or f32[p C] already normalised; merge-block-major order, values in (c, t, y, x) order
+    patches: Array  # u8[p C] raw pixels or f32[p C] normalised; merge-block-major, values in (c, t, y, x) order
     grid: tuple[int, int]  # (h, w) in patches, p = h * w
     time: int = 0  # index of the temporal patch within its clip
 

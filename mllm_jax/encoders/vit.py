@@ -1,4 +1,4 @@
-"""Vision transformer over packed pictures of any size (arXiv 2010.11929, 2307.06304; Qwen3-VL's tower arXiv 2511.21631).
+"""Vision transformer over packed pictures of any size (arXiv 2010.11929, 2307.06304; Qwen3-VL's arXiv 2511.21631).
 
 Patches of many pictures share a row. Everything that depends on a picture's size comes from traced coordinates, so one
 compiled program serves any mix of sizes, clips, or no picture at all.
@@ -67,7 +67,7 @@ class Features(NamedTuple):
 
 
 def normalise(patches, config: VitConfig):
-    """u8 pixels [... C] in (c, t, y, x) order -> f32, (pixel / 255 - mean) / std; float patches are taken as normalised."""
+    """u8 pixels [... C] in (c, t, y, x) order -> f32, (pixel / 255 - mean) / std; floats are taken as normalised."""
     if patches.dtype != jnp.uint8:
         return patches
     mean, std = (

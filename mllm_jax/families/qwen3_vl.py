@@ -34,7 +34,7 @@ def sizes(name: str) -> ModelConfig:
 
 
 def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "qwen3_vl" describes. Raises ValueError for what this model cannot do."""
+    """The model that a `config.json` of model_type "qwen3_vl" describes. ValueError for what this model cannot do."""
     text, vision = config["text_config"], config["vision_config"]
     rope = text.get("rope_parameters") or {
         "rope_theta": text.get("rope_theta", 5e6),
@@ -49,7 +49,8 @@ def from_hf(config: dict) -> ModelConfig:
         raise ValueError(f"vision_config.hidden_act {vision['hidden_act']!r} is not one of {sorted(activations)}")
     if vision["out_hidden_size"] != text["hidden_size"]:
         raise ValueError(
-            f"vision_config.out_hidden_size {vision['out_hidden_size']} must equal text_config.hidden_size {text['hidden_size']}"
+            f"vision_config.out_hidden_size {vision['out_hidden_size']} must equal "
+            f"text_config.hidden_size {text['hidden_size']}"
         )
     heads = text["num_attention_heads"]
     encoder = VitConfig(

@@ -37,7 +37,7 @@ def attend(q, k, v, *, q_segment, kv_segment, causal: bool, runtime: Runtime, of
 
 
 def _attend_xla(q, k, v, q_segment, kv_segment, causal, offset):
-    """Plain attention, over chunks of queries where all scores at once would be too many; each chunk is recomputed backward."""
+    """Plain attention, in chunks of queries where all scores at once would be too many; backward recomputes a chunk."""
     length = q.shape[1]
     chunks = math.ceil(length * k.shape[1] / SCORES)
     if chunks <= 1:

@@ -1,4 +1,4 @@
-"""How a model is computed, as opposed to what it is: nothing here changes the weights or, beyond rounding, the result."""
+"""How a model is computed, as opposed to what it is: nothing here changes weights or, beyond rounding, results."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Runtime:
     dtype: compute dtype, "float32" or "bfloat16"; parameters have their own.
     attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
     remat: what backward recomputes: "none", "full" (every layer) or "dots" (all but matrix products).
-    scan: one compiled layer for all of a tower (compile time independent of depth), or unrolled; the weights are the same.
+    scan: one compiled layer for a whole tower (compile time independent of depth), or unrolled; same weights.
     rules: axis name -> mesh axes, see sharding.py.
     """
 
@@ -45,7 +45,7 @@ def rematted(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
 
 
 def scan_layers(body, layer: nn.Module, carry, per_layer, length: int, runtime: Runtime):
-    """`carry = body(layer, carry, per_layer[i])` for every i, the parameters of `layer` stacked on an axis named `layers`."""
+    """`carry = body(layer, carry, per_layer[i])` for every i, `layer`'s parameters stacked on an axis `layers`."""
     scan = nn.scan(
         lambda layer, carry, x: (body(layer, carry, x), None),
         variable_axes={"params": 0},

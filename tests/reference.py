@@ -1,0 +1,108 @@
+"""Random tiny transformers models and prompts: numbers that we did not make."""
+
+import numpy as np
+import torch
+import transformers
+
+IMAGE, VIDEO, START, END = 150, 151, 152, 153
+
+
+def tiny_qwen3_vl(seed: int = 0, tie: bool = False):
+    """A random Qwen3-VL in fp32; what its init leaves at zero or one is perturbed, or parity would prove little."""
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=200,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=512,
+            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5], mrope_interleaved=True),
+        ),
+        vision_config=dict(
+            depth=4,
+            hidden_size=48,
+            intermediate_size=100,
+            num_heads=4,
+            patch_size=4,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=64,
+            num_position_embeddings=36,
+            deepstack_visual_indexes=[0, 2],
+        ),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=tie,
+    )
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.abs().max() < 1e-6 or "norm" in name.lower():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(3.0)  # away from the near-linear regime of 0.02
+    return config, model
+
+
+def prompt(rng, *parts):
+    """A row of inputs. Parts: n text tokens, ("image", h, w) or ("video", t, h, w) with grids in patches."""
+    ids, kinds, pixels = [], [], {"image": [], "video": []}
+    grids = {"image": [], "video": []}
+
+    def add(tokens, kind=0):
+        ids.extend(tokens)
+        kinds.extend([kind] * len(tokens))
+
+    for part in parts:
+        if isinstance(part, int):
+            add(rng.integers(5, 149, part).tolist())
+            continue
+        kind, (t, h, w) = part[0], ((1, *part[1:]) if part[0] == "image" else part[1:])
+        grids[kind].append((t, h, w))
+        pixels[kind].append(rng.standard_normal((t * h * w, 3 * 2 * 4 * 4)).astype(np.float32))
+        token, number = (IMAGE, 1) if kind == "image" else (VIDEO, 2)
+        for frame in range(t):
+            if kind == "video":
+                add(rng.integers(5, 149, 2).tolist())
+            add([START])
+            add([token] * (h * w // 4), number)
+            add([END])
+    return ids, kinds, pixels, grids
+
+
+def batch_of(prompts, side: str = "right", labels: bool = False) -> dict[str, np.ndarray]:
+    """Pads rows of `prompt` into one dict of Hugging Face's inputs."""
+    length = max(len(ids) for ids, *_ in prompts)
+
+    def pad(row, value):
+        fill = [value] * (length - len(row))
+        return fill + row if side == "left" else row + fill
+
+    inputs = {
+        "input_ids": np.array([pad(ids, 0) for ids, *_ in prompts]),
+        "attention_mask": np.array([pad([1] * len(ids), 0) for ids, *_ in prompts]),
+        "mm_token_type_ids": np.array([pad(kinds, 0) for _, kinds, *_ in prompts], np.int32),
+    }
+    for kind, pixel_name, grid_name in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        grids = [grid for *_, all_grids in prompts for grid in all_grids[kind]]
+        if grids:
+            inputs[grid_name] = np.array(grids)
+            inputs[pixel_name] = np.concatenate([p for _, _, pixels, _ in prompts for p in pixels[kind]])
+    if labels:
+        text = (inputs["attention_mask"] == 1) & (inputs["mm_token_type_ids"] == 0)
+        inputs["labels"] = np.where(text, inputs["input_ids"], -100)
+    return inputs
+
+
+def to_torch(inputs):
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}

@@ -1,0 +1,135 @@
+"""Logits and gradients equal transformers' on random tiny weights, in fp32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
+
+from mllm_jax.data.hf_inputs import from_hf_inputs
+from mllm_jax.families import qwen3_vl
+from mllm_jax.model import VLM, abstract_params
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.weights.table import expand, flatten, to_ours, unflatten
+
+CASES = {
+    "text": [(12,)],
+    "one_image": [(3, ("image", 4, 6), 4)],
+    "images": [(3, ("image", 4, 6), 2, ("image", 8, 2), ("image", 2, 2), 5)],
+    "video": [(2, ("video", 3, 4, 4), 6)],
+    "image_and_video": [(3, ("image", 6, 10), 4, ("video", 2, 4, 6), 5, ("image", 2, 4), 1)],
+    "batch": [(3, ("image", 4, 6), 4), (17,), (1, ("video", 2, 4, 4), 2, ("image", 12, 4), 9)],
+}
+
+
+def convert(config, tensors):
+    """Tensors of transformers' model -> our parameters, in memory."""
+    abstract = abstract_params(config)
+    stacked = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten(abstract).items()}
+    for name, entry in expand(qwen3_vl.weights(config), abstract).items():
+        array = to_ours(tensors[name].numpy(), entry)
+        stacked[entry.path][entry.index if entry.index else ...] = array
+    return unflatten(stacked)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def pair(request):
+    config, reference = tiny_qwen3_vl(tie=request.param)
+    ours = qwen3_vl.from_hf(config.to_dict())
+    return ours, convert(ours, reference.state_dict()), reference
+
+
+def inputs_of(case, side="right", labels=False):
+    rng = np.random.default_rng(7)
+    return batch_of([prompt(rng, *row) for row in CASES[case]], side, labels)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits(pair, case, side):
+    config, params, reference = pair
+    inputs = inputs_of(case, side)
+    with torch.no_grad():
+        expected = reference(**to_torch(inputs)).logits.numpy()
+    out = jax.jit(VLM(config).apply)({"params": params}, from_hf_inputs(config, inputs))
+    real = inputs["attention_mask"] == 1
+    assert np.abs(expected[real]).max() > 0.5
+    np.testing.assert_allclose(np.asarray(out.logits)[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", [Runtime(), Runtime(scan=False, remat="dots"), Runtime(remat="full")], ids=str)
+def test_gradients_of_every_tensor(pair, runtime):
+    from dataclasses import replace
+
+    config, params, reference = pair
+    config = replace(config, runtime=runtime)
+    inputs = inputs_of("batch", labels=True)
+    reference.zero_grad()
+    reference(**to_torch(inputs)).loss.backward()
+    expected = convert(config, {name: p.grad for name, p in reference.named_parameters()})
+    batch = from_hf_inputs(config, inputs)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            logits = VLM(config).apply({"params": params}, batch).logits
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+            return jnp.sum(nll * batch.weight) / jnp.sum(batch.weight)
+
+        return jax.grad(loss)(params)
+
+    for path, got in flatten(gradients(params)).items():
+        want = flatten(expected)[path]
+        assert np.abs(want).max() > 0, path
+        assert np.linalg.norm(got - want) <= 1e-3 * np.linalg.norm(want), path
+
+
+@pytest.mark.parametrize(
+    "size, total", [("2b", 2127532032), ("4b", 4437815808), ("8b", 8767123696), ("32b", 33357390064)]
+)
+def test_published_sizes_have_published_counts(size, total):
+    from mllm_jax.model import count_params
+
+    assert sum(count_params(qwen3_vl.sizes(size)).values()) == total
+
+
+@pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b"])
+def test_published_tensors(shared, size):
+    import json
+
+    shapes = json.loads((shared / "data/configs/param_shapes.json").read_text())
+    name = {"2b": "2B-Instruct", "4b": "4B-Instruct", "8b": "8B-Instruct", "32b": "32B"}[size]
+    published = {
+        tensor["name"].replace("*", str(n)): tuple(tensor["shape"])
+        for tensor in shapes[f"Qwen3-VL-{name}"]["tensors"]
+        for n in range(tensor["count"])
+    }
+    config = qwen3_vl.sizes(size)
+    ours = {name: entry.shape for name, entry in expand(qwen3_vl.weights(config), abstract_params(config)).items()}
+    assert ours == published
+
+
+def test_config_round_trip(shared):
+    import json
+
+    for size, file in (("2b", "2B-Instruct"), ("4b", "4B-Instruct"), ("8b", "8B-Instruct"), ("32b", "32B")):
+        published = json.loads((shared / f"data/configs/Qwen3-VL-{file}.json").read_text())
+        assert qwen3_vl.from_hf(published) == qwen3_vl.sizes(size)
+        assert qwen3_vl.from_hf(qwen3_vl.to_hf(qwen3_vl.sizes(size))) == qwen3_vl.sizes(size)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input_ids": np.zeros(3, int)}, "must be"),
+        ({"pixels": np.zeros(3)}, "unknown inputs"),
+        ({"image_grid_thw": np.array([[1, 4, 4]])}, "counts 16 patches"),
+        ({"image_grid_thw": None, "pixel_values": None}, "placeholders more"),
+        ({"pixel_values": None}, "belong together"),
+        ({"attention_mask": np.ones((1, 2))}, "attention_mask has shape"),
+    ],
+)
+def test_bad_hf_inputs(pair, change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_inputs(pair[0], inputs_of("one_image") | change)
