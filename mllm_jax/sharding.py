@@ -1,7 +1,7 @@
 """Where arrays live: axis names on weights, rules from names to mesh axes, and the specs of whole trees.
 
 A weight names its axes (`embed`, `heads`, `mlp` ...) where it is made; activations name theirs at few places.
-A *rule set* maps each name to a mesh axis, to several, or to None. It is data: a run edits it, a mesh needs no other code.
+A *rule set* maps each name to a mesh axis, to several, or to None. It is data, which a run edits.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 Rules = tuple[tuple[str, Any], ...]
 
-# Weights: embed head_dim layers taps patch position. Both: heads kv_heads mlp vocab. Activations: batch patch_row length.
+# Of weights: embed head_dim layers taps patch position; of activations: batch patch_row length; of both: the rest.
 RULES: dict[str, dict[str, Any]] = {
     "fsdp": {
         "batch": ("data", "fsdp"),
@@ -46,7 +46,7 @@ def freeze_rules(rules: Mapping[str, Any]) -> Rules:
 class Named(struct.PyTreeNode, meta.AxisMetadata):
     """A weight with the names of its axes.
 
-    Flax's own `LogicallyPartitioned` constrains on unboxing, which fails on Explicit mesh axes; this box only remembers.
+    Flax's own `LogicallyPartitioned` constrains on unboxing, which fails on Explicit axes; this box only remembers.
     """
 
     value: Any

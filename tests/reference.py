@@ -68,7 +68,7 @@ def prompt(rng, *parts):
         grids[kind].append((t, h, w))
         pixels[kind].append(rng.standard_normal((t * h * w, 3 * 2 * 4 * 4)).astype(np.float32))
         token, number = (IMAGE, 1) if kind == "image" else (VIDEO, 2)
-        for frame in range(t):
+        for _ in range(t):
             if kind == "video":
                 add(rng.integers(5, 149, 2).tolist())
             add([START])

@@ -1,4 +1,4 @@
-"""The arrays of a Hugging Face processor as a `Batch`: one conversation per row, tokens and padding left where they are."""
+"""The arrays of a Hugging Face processor as a `Batch`: a conversation per row, tokens and padding where they were."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -88,7 +88,7 @@ def _example(row, keep, label, supply: dict[int, list[Picture]], merge: int) -> 
 
 
 def _budget(tokens: int, examples: list[Example]) -> Budget:
-    """The smallest patch rows that hold every row's pictures: as long as the largest picture, as many as first-fit needs."""
+    """The smallest patch rows that hold every row's pictures: as long as the largest, as many as first-fit needs."""
     sizes = [[len(picture.patches) for picture in example.pictures] for example in examples]
     patches = max((size for row in sizes for size in row), default=0)
     rows = 1 if patches else 0

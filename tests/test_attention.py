@@ -1,0 +1,131 @@
+"""Attention equals torch's on segments, grouped heads, caches and in chunks; the kernels compile for their platforms."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mllm_jax.nn import attention
+from mllm_jax.nn.attention import attend
+from mllm_jax.nn.runtime import Runtime
+
+
+def random_inputs(rng, rows=2, queries=9, keys=9, heads=6, kv_heads=2, head_dim=8):
+    q = rng.standard_normal((rows, queries, heads, head_dim)).astype(np.float32)
+    k, v = rng.standard_normal((2, rows, keys, kv_heads, head_dim)).astype(np.float32)
+    return q, k, v
+
+
+def torch_attention(q, k, v, mask):
+    q, k, v = (torch.from_numpy(np.asarray(x)).transpose(1, 2) for x in (q, k, v))
+    mask = torch.from_numpy(np.array(mask))[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scores", [2**22, 20], ids=["whole", "chunks"])
+def test_segments_and_groups(monkeypatch, causal, scores):
+    monkeypatch.setattr(attention, "SCORES", scores)
+    rng = np.random.default_rng(0)
+    q, k, v = random_inputs(rng)
+    segment = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 3, 3, 4]])
+    mask = segment[:, :, None] == segment[:, None, :]
+    if causal:
+        mask &= np.tril(np.ones((9, 9), bool))
+
+    def ours(q, k, v):
+        return attend(q, k, v, q_segment=segment, kv_segment=segment, causal=causal, runtime=Runtime())
+
+    np.testing.assert_allclose(ours(q, k, v), torch_attention(q, k, v, mask), atol=1e-5)
+    tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in tensors), attn_mask=torch.from_numpy(mask)[:, None], enable_gqa=True
+    )
+    out.square().sum().backward()
+    gradients = jax.grad(lambda *x: jnp.sum(ours(*x) ** 2), argnums=(0, 1, 2))(q, k, v)
+    for got, want in zip(gradients, tensors):
+        np.testing.assert_allclose(got, want.grad.numpy(), atol=1e-4)
+
+
+def test_reading_a_cache():
+    q, k, v = random_inputs(np.random.default_rng(1), queries=2, keys=12)
+    filled = np.array([[0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0]])
+    out = attend(q, k, v, q_segment=np.ones((2, 2)), kv_segment=filled, causal=True, runtime=Runtime(), offset=5)
+    mask = (filled[:, None, :] == 1) & (np.arange(12) <= np.array([5, 6])[:, None])
+    np.testing.assert_allclose(out, torch_attention(q, k, v, mask), atol=1e-5)
+
+
+def test_nothing_but_padding_is_finite():
+    q, k, v = random_inputs(np.random.default_rng(2))
+    zeros = np.zeros((2, 9), np.int32)
+    assert np.isfinite(attend(q, k, v, q_segment=zeros, kv_segment=zeros, causal=True, runtime=Runtime())).all()
+
+
+@pytest.mark.parametrize(
+    "name, message", [("splash", "multiples of 128"), ("cudnn", "bfloat16"), ("flash", "must be one of")]
+)
+def test_what_a_kernel_cannot_take(name, message):
+    q, k, v = random_inputs(np.random.default_rng(3))
+    segment = np.ones((2, 9), np.int32)
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=Runtime(attention=name))
+
+
+AHEAD_OF_TIME = """
+import json, os, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mllm_jax.nn.attention import attend
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.sharding import MESH_AXES
+
+heads, kv_heads, head_dim, causal, length = json.loads(sys.argv[1])
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(1, 2, 2), MESH_AXES)
+
+def shape(*sizes, dtype=jnp.bfloat16, spec=P("fsdp")):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+def loss(q, k, v, segment):
+    out = attend(q, k, v, q_segment=segment, kv_segment=segment, causal=causal, runtime=Runtime(attention="splash"))
+    return out.astype(jnp.float32).sum()
+
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    of_heads = P("fsdp", None, "tensor")
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(
+        shape(4, length, heads, head_dim, spec=of_heads), shape(4, length, kv_heads, head_dim, spec=of_heads),
+        shape(4, length, kv_heads, head_dim, spec=of_heads), shape(4, length, dtype=jnp.int32),
+    ).lower(lowering_platforms=("tpu",))
+compiled = lowered.compile()
+print(json.dumps({"kernels": compiled.as_text().count("tpu_custom_call"),
+                  "temporary": compiled.memory_analysis().temp_size_in_bytes}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[tpu])")
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, causal",
+    [(16, 4, 128, True), (16, 16, 72, False), (16, 16, 64, False)],
+    ids=["decoder", "so400m", "large"],
+)
+def test_splash_compiles_for_tpu(heads, kv_heads, head_dim, causal):
+    length = 4096
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "XLA_FLAGS": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", AHEAD_OF_TIME, json.dumps([heads, kv_heads, head_dim, causal, length])],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["kernels"] >= 3  # forward, and backward for queries and for keys
+    per_device_mask = 2 * length * length * 2 * heads // 2  # what one materialised score matrix would take, bf16
+    assert report["temporary"] < per_device_mask
