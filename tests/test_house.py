@@ -1,0 +1,86 @@
+"""The rules of the house that a machine can hold: imports run one way, files stay small, the package needs no torch."""
+
+import ast
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mllm_jax"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Who may import whom, beside itself. A part that is not listed fails, so that a new one finds its room.
+MAY_IMPORT = {
+    "types": set(),
+    "config": set(),
+    "sharding": {"types"},
+    "nn": {"sharding", "types"},
+    "fusion": {"types"},
+    "encoders": {"nn", "sharding", "types"},
+    "connectors": {"nn", "sharding", "types"},
+    "decoder": {"fusion", "nn", "sharding", "types"},
+    "model": {"encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
+    "weights": {"types"},
+    "data": {"types"},
+}
+MAY_IMPORT["families"] = {"weights", "data", "model"} | MAY_IMPORT["model"]
+MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
+MAY_IMPORT["generate"] = {"api"} | MAY_IMPORT["api"]
+MAY_IMPORT["train"] = {"config"} | MAY_IMPORT["generate"]
+MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
+DATA_WORKERS = ["pack", "sources", "scenes", "images", "video", "positions", "template", "processor"]
+
+
+def part(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_modules(path: pathlib.Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    own = part(path)
+    for module in imported_modules(path):
+        if module.startswith("mllm_jax."):
+            other = module.split(".")[1]
+            assert other == own or other in MAY_IMPORT[own], f"{own} may not import {other}"
+
+
+def test_the_package_needs_neither_torch_nor_transformers():
+    for path in SOURCES:
+        assert not {module.split(".")[0] for module in imported_modules(path)} & {"torch", "transformers"}, path
+
+
+def test_files_stay_small():
+    folders = ("mllm_jax", "configs", "launch", "benchmarks", "tests", "colab")
+    lengths = {path: len(path.read_text().splitlines()) for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > 600} == {}
+    assert statistics.median(lengths[path] for path in SOURCES) <= 200
+
+
+def test_data_workers_import_no_jax():
+    code = f"import sys; [__import__('mllm_jax.data.' + name) for name in {DATA_WORKERS}]; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_metadata_names_what_is_imported():
+    """Every third-party package that the code imports is declared in setup.py, and nothing is declared for nothing."""
+    declared = (ROOT / "setup.py").read_text()
+    names = {"PIL": "pillow", "yaml": "pyyaml", "ml_collections": "ml-collections", "orbax": "orbax-checkpoint",
+             "absl": "absl-py"}  # fmt: skip
+    for path in SOURCES:
+        for module in imported_modules(path):
+            top = module.split(".")[0]
+            if top not in sys.stdlib_module_names and top not in ("mllm_jax", "ml_dtypes"):
+                assert names.get(top, top) in declared, f"{path}: {top} is not in setup.py"
