@@ -1,0 +1,66 @@
+"""Random conversations and the tiny model that tests of training share."""
+
+import numpy as np
+
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.types import Example, Picture
+
+IMAGE, VIDEO, START, END = 150, 151, 152, 153
+MERGE, VALUES = 2, 3 * 2 * 4 * 4
+
+
+def tiny_config(tie: bool = False, **runtime) -> ModelConfig:
+    """Every part of a Qwen3-VL, small: 96 values a patch, 2 x 2 patches a visual token, two taps, grouped heads."""
+    return ModelConfig(
+        VitConfig(width=64, layers=3, heads=4, mlp=128, patch_size=4, position_grid=6, taps=(0, 1)),
+        PatchMergerConfig(MERGE),
+        DecoderConfig(200, 64, 3, 4, 2, 32, 128, rope_sections=(6, 5, 5), tie_embeddings=tie),
+        VisionTokenIds(IMAGE, VIDEO, START, END),
+        Runtime(**runtime),
+    )
+
+
+def random_example(rng, text: int, *grids, answer: int | None = None, kind: str = "") -> Example:
+    """A conversation of `text` random tokens with pictures (h, w) and clips (t, h, w), sides in patches, in its middle.
+
+    The last `answer` tokens (half of the text unless told) are predicted, with weight 1.
+    """
+    answer = text // 2 if answer is None else answer
+    ids, visual, position, pictures = [], [], [], []
+    now = 0
+
+    def add_text(tokens):
+        nonlocal now
+        ids.extend(tokens)
+        visual.extend([False] * len(tokens))
+        position.extend([(now + i,) * 3 for i in range(len(tokens))])
+        now += len(tokens)
+
+    add_text(rng.integers(5, 149, text // 3).tolist())
+    for grid in grids:
+        frames, height, width = (1, *grid) if len(grid) == 2 else grid
+        for time in range(frames):
+            add_text([START])
+            sides = (height // MERGE, width // MERGE)
+            ids.extend([IMAGE if len(grid) == 2 else VIDEO] * (sides[0] * sides[1]))
+            visual.extend([True] * (sides[0] * sides[1]))
+            position.extend([(now, now + y, now + x) for y in range(sides[0]) for x in range(sides[1])])
+            now += max(sides)
+            patches = rng.integers(0, 256, (height * width, VALUES), dtype=np.uint8)
+            pictures.append(Picture(patches, (height, width), time))
+            add_text([END])
+    add_text(rng.integers(5, 149, text - text // 3).tolist())
+    weight = np.zeros(len(ids), np.float32)
+    weight[len(ids) - answer :] = 1
+    return Example(
+        tokens=np.array(ids, np.int32),
+        weight=weight,
+        position=np.array(position, np.int32).reshape(-1, 3),
+        visual=np.array(visual, bool),
+        pictures=tuple(pictures),
+        kind=kind,
+    )
