@@ -1,0 +1,199 @@
+"""Hugging Face checkpoints <-> our parameters, one tensor at a time: no host ever holds a whole model."""
+
+import functools
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from mllm_jax.weights.safetensors import FLOATS, Tensor, open_checkpoint, write_checkpoint
+from mllm_jax.weights.stacked import fill, gather
+from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, to_ours, to_theirs, unflatten
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+_WORTH_A_BAR = 300_000_000  # parameters
+
+
+class WeightsMismatch(ValueError):
+    """A checkpoint does not fit the model; the message lists every missing, unexpected and mis-shaped tensor."""
+
+
+def local_folder(source: str | os.PathLike) -> Path:
+    """The folder itself, or a local copy of the hub's model `source` ("organisation/name"): its weights and texts only.
+
+    Raises:
+      FileNotFoundError: there is no such folder, and the hub could not give it.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
+        raise FileNotFoundError(f"there is no folder {source}")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=_HUB_FILES))
+    except Exception as fault:
+        raise FileNotFoundError(
+            f"{source} is not a folder here, and the Hugging Face hub did not give a model of that name. Without "
+            f"network, run `hf download {source}` elsewhere and pass the folder. ({type(fault).__name__}: {fault})"
+        ) from fault
+
+
+def load_tensors(
+    folder: str | os.PathLike,
+    rows: Iterable[Row | tuple],
+    abstract: Tree,
+    shardings: Tree | None = None,
+    dtype: Any = "float32",
+    *,
+    ignore: Iterable[str] = (),
+    rename: Iterable[tuple[str, str]] = (),
+) -> dict[str, Any]:
+    """Streams a checkpoint into arrays laid out by `shardings`.
+
+    Large tensors are moved in parts, so host memory above the final arrays stays far below the largest tensor's. In a
+    multi-process run each process reads only the slices that its own devices hold.
+
+    Args:
+      folder: a folder or the name of a model on the hub.
+      rows: the family's table of weights.
+      abstract: nested dict of ShapeDtypeStruct, the parameters; only shapes are used.
+      shardings: nested dict of jax.sharding.Sharding like `abstract`; None = all on the default device.
+      dtype: of the returned arrays.
+      ignore: regular expressions of names, matched whole, that may be on disk and are not needed.
+      rename: (regular expression, replacement) pairs that turn old names on disk into those of the table, all in order.
+
+    Returns:
+      nested dict of jax.Array like `abstract`.
+
+    Raises:
+      BrokenCheckpoint: the files cannot be read. WeightsMismatch: they do not fit. Both before anything is allocated.
+      ValueError: the table does not fit the tree.
+    """
+    folder = local_folder(folder)
+    entries = expand(rows, abstract)
+    tensors = _match(folder, open_checkpoint(folder), entries, tuple(ignore), tuple(rename))
+    leaves = flatten(abstract)
+    default = SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
+    places = dict.fromkeys(leaves, default) if shardings is None else flatten(shardings)
+
+    elements = {(entry.path, entry.index): name for name, entry in entries.items()}
+    depths = {entry.path: len(entry.index) for entry in entries.values()}
+
+    def element(path: str, index: tuple[int, ...]) -> np.ndarray:
+        name = elements[path, index]
+        return to_ours(tensors[name].map(), entries[name])
+
+    with _progress("loading", sum(math.prod(leaf.shape) for leaf in leaves.values())) as advance:
+        for path, leaf in leaves.items():
+            read = functools.partial(element, path)
+            leaves[path] = fill(tuple(leaf.shape), depths.get(path, 0), dtype, places[path], read, advance)
+    return unflatten(leaves)
+
+
+def save_tensors(
+    params: Tree,
+    rows: Iterable[Row | tuple],
+    folder: str | os.PathLike,
+    max_shard_bytes: int = 5_000_000_000,
+    dtype: Any = None,
+) -> None:
+    """Writes parameters as `model.safetensors`, or as shards and an index where they exceed `max_shard_bytes`.
+
+    Tensors are gathered one at a time. All processes must call; process 0 writes. Files get their names when all of
+    them are complete on disk, and replace the weights that the folder held before.
+
+    Args:
+      params: nested dict of arrays, fp32, bf16 or fp16.
+      rows: the family's table of weights.
+      folder: made where absent.
+      dtype: written; None = each parameter's own.
+    """
+    leaves, entries = flatten(params), expand(rows, params)
+    layout = {name: (jnp.dtype(dtype or leaves[e.path].dtype), e.shape) for name, e in entries.items()}
+    if odd := [f"{name} {kind}" for name, (kind, _) in layout.items() if kind not in FLOATS.values()]:
+        raise ValueError(f"only fp32, bf16 and fp16 are written, these are not: {', '.join(odd)}")
+    layout = dict(sorted(layout.items(), key=lambda item: -item[1][0].itemsize))  # keeps every tensor of a file aligned
+
+    def arrays() -> Iterator[np.ndarray]:
+        for name, (kind, shape) in layout.items():
+            entry = entries[name]
+            change = _Export(entry._replace(path="", index=()), kind)
+            yield gather(leaves[entry.path], entry.index, change)
+            advance(math.prod(shape))
+
+    with _progress("saving", sum(math.prod(shape) for _, shape in layout.values())) as advance:
+        if jax.process_index() == 0:
+            write_checkpoint(Path(folder), layout, arrays(), max_shard_bytes)
+        else:
+            for _ in arrays():  # this process's part in the gathering
+                pass
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_tensors")
+
+
+class _Export(NamedTuple):
+    """What one of our elements goes through on its way out; equal for equal tensors, so that it compiles once."""
+
+    entry: Entry
+    dtype: np.dtype
+
+    def __call__(self, element: jax.Array) -> jax.Array:
+        return to_theirs(element, self.entry).astype(self.dtype)
+
+
+def _match(
+    folder: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], ignore: tuple, rename: tuple
+) -> dict[str, Tensor]:
+    """The tensors by the table's names; raises WeightsMismatch unless they are exactly what the table asks for."""
+    found, faults = {}, []
+    for disk, tensor in tensors.items():
+        name = disk
+        for old, new in rename:
+            name = re.sub(old, new, name)
+        known = f"{disk} (as {name})" if name != disk else disk
+        entry = entries.get(name)
+        if entry is None:
+            if not any(re.fullmatch(pattern, name) or re.fullmatch(pattern, disk) for pattern in ignore):
+                faults.append(f"unexpected: {known} {list(tensor.shape)}")
+            continue
+        if name in found:
+            faults.append(f"twice: {known}")
+        if tensor.shape != entry.shape:
+            faults.append(f"shape: {known} is {list(tensor.shape)}, {_place(entry)} needs {list(entry.shape)}")
+        if tensor.dtype not in FLOATS:
+            faults.append(f"dtype: {known} is {tensor.dtype}, only {', '.join(FLOATS)} can be read")
+        found[name] = tensor
+    missing = entries.keys() - found.keys()
+    faults += [f"missing: {name} {list(entries[name].shape)} for {_place(entries[name])}" for name in missing]
+    if faults:
+        text = "\n  ".join(sorted(faults))
+        raise WeightsMismatch(f"the weights in {folder} do not fit the model, {len(faults)} faults:\n  {text}")
+    return found
+
+
+def _place(entry: Entry) -> str:
+    return entry.path + "".join(f"[{i}]" for i in entry.index)
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal for what takes a while; gives the function that advances it by a number of parameters."""
+    if total < _WORTH_A_BAR or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich import console, progress
+
+    with progress.Progress(console=console.Console(stderr=True)) as bar:
+        task = bar.add_task(f"{text} {total / 1e9:.1f}B parameters", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,198 @@
+"""The safetensors format: 8 bytes of header length (little endian), a JSON header, the tensors' bytes back to back.
+
+Files are mapped, not read, so that a slice of a tensor costs the pages it touches and no more.
+Format: https://huggingface.co/docs/safetensors/index#format. Pickle files are refused: opening one runs what is in it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+class BrokenCheckpoint(ValueError):
+    """A folder whose weights cannot be read: no safetensors, a truncated file, an index that names what is absent."""
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies on disk."""
+
+    file: Path
+    dtype: str  # the format's name: F32, F16, BF16, I64 ...
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
+
+    def map(self) -> np.ndarray:
+        """The tensor as a read-only view of the file; the mapping is closed with the last view of it."""
+        if not self.nbytes:
+            return np.empty(self.shape, FLOATS[self.dtype])
+        return np.asarray(np.memmap(self.file, FLOATS[self.dtype], "r", self.offset, self.shape))
+
+
+def open_checkpoint(folder: str | os.PathLike) -> dict[str, Tensor]:
+    """Every tensor of a folder by its name on disk. Reads headers only, and checks them against the files' lengths.
+
+    The folder holds `model.safetensors`; or shards and `model.safetensors.index.json`; or any `*.safetensors`.
+
+    Raises:
+      BrokenCheckpoint: lists everything that is wrong with the folder.
+    """
+    folder = Path(folder)
+    weight_map = _weight_map(folder)
+    tensors, faults = {}, []
+    for file in sorted(set(weight_map.values())) if weight_map else _files(folder):
+        try:
+            header = read_header(folder / file)
+        except (OSError, ValueError) as fault:
+            faults.append(str(fault) if isinstance(fault, BrokenCheckpoint) else f"{file}: {fault}")
+            continue
+        if weight_map:
+            faults += [f"{file}: no tensor {n}, which the index promises" for n, f in weight_map.items()
+                       if f == file and n not in header]  # fmt: skip
+            header = {name: tensor for name, tensor in header.items() if weight_map.get(name, file) == file}
+        faults += [f"{file}: {name} is in {tensors[name].file.name} too" for name in header.keys() & tensors.keys()]
+        tensors |= header
+    if faults:
+        raise BrokenCheckpoint(f"the weights in {folder} cannot be read:\n  " + "\n  ".join(faults))
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file. Raises BrokenCheckpoint where header and length of the file do not agree."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if length < 8 or start > min(length, _LONGEST_HEADER):
+            raise BrokenCheckpoint(f"{path.name}: no safetensors header; the file is truncated or of another format")
+        try:
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            tensors = {
+                name: Tensor(path, t["dtype"], tuple(map(int, t["shape"])), start + begin, end - begin)
+                for name, t in header.items()
+                for begin, end in [t["data_offsets"]]
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise BrokenCheckpoint(f"{path.name}: the safetensors header is damaged ({fault!r})") from None
+    end = max((t.offset + t.nbytes for t in tensors.values()), default=start)
+    if end != length:
+        raise BrokenCheckpoint(f"{path.name}: {length:,} bytes long, but its header tells of {end:,}; fetch it again")
+    for name, t in tensors.items():
+        if t.offset < start or (t.dtype in FLOATS and t.nbytes != math.prod(t.shape) * FLOATS[t.dtype].itemsize):
+            raise BrokenCheckpoint(f"{path.name}: {name} {t.dtype}{list(t.shape)} does not take {t.nbytes:,} bytes")
+    return tensors
+
+
+def write_checkpoint(folder: Path, layout: Layout, arrays: Iterable[np.ndarray], max_shard_bytes: int) -> None:
+    """Writes one file, or shards and an index, tensor by tensor; replaces the weights that the folder held before.
+
+    Files are written under temporary names and renamed when all are complete, so nothing half-written can be loaded.
+
+    Args:
+      layout: {name: (dtype, shape)}, in the order in which `arrays` come.
+      max_shard_bytes: a tensor that is larger gets a file of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, arrays = _shards(layout, max_shard_bytes), iter(arrays)
+    try:
+        for file, names in shards.items():
+            write_file(_partial(folder / file), {name: layout[name] for name in names}, arrays)
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(map(_nbytes, layout.values()))}, "weight_map": weight_map}
+            _partial(folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for old in [folder / INDEX, *folder.glob("model*.safetensors")]:  # a folder never mixes two checkpoints
+            old.unlink(missing_ok=True)
+        for file in [*shards, INDEX] if len(shards) > 1 else shards:
+            _partial(folder / file).rename(folder / file)
+    finally:
+        for file in [*shards, INDEX]:
+            _partial(folder / file).unlink(missing_ok=True)
+
+
+def write_file(path: Path, layout: Layout, arrays: Iterator[np.ndarray]) -> None:
+    """Writes one file of the tensors in `layout`, which are the next ones of `arrays`."""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + _nbytes((dtype, shape))
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, so that readers may map it
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in layout.items():
+            array = next(arrays)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name}: {array.dtype}{array.shape} came where {dtype}{shape} was announced")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # else it would be held while the next one is gathered
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _shards(layout: Layout, limit: int) -> dict[str, list[str]]:
+    """{file: names of its tensors}, filled in order."""
+    groups, room = [[]], limit
+    for name, kind in layout.items():
+        if _nbytes(kind) > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= _nbytes(kind)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _nbytes(kind: tuple[np.dtype, tuple[int, ...]]) -> int:
+    return kind[0].itemsize * math.prod(kind[1])
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")  # no reader takes this for weights
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """{tensor: file} of the folder's index; empty where the folder needs none."""
+    if (folder / SINGLE).exists() or not (folder / INDEX).exists():
+        return {}
+    try:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        if not weight_map or any(Path(file).name != file for file in weight_map.values()):
+            raise ValueError("no names of files in this folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise BrokenCheckpoint(f"{folder / INDEX} is damaged: {fault!r}") from None
+    if absent := sorted({file for file in weight_map.values() if not (folder / file).exists()}):
+        raise BrokenCheckpoint(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
+    return weight_map
+
+
+def _files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise BrokenCheckpoint(f"{folder} is not a folder")
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    if files := sorted(path.name for path in folder.glob("*.safetensors")):
+        return files
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    why = (
+        f"; {', '.join(pickles)} may be pickle files, which run code when they are opened and are never read here: "
+        "convert them with `save_pretrained(..., safe_serialization=True)` where you trust them"
+        if pickles
+        else ""
+    )
+    raise BrokenCheckpoint(f"{folder} has no *.safetensors{why}")

@@ -1,0 +1,137 @@
+"""One table of rows per family says how our parameters map to Hugging Face's tensors, in both directions.
+
+    Row("decoder/layers/attention/q/w", "model.language_model.layers.{n}.self_attn.q_proj.weight", "(n h) d -> d n h")
+
+reads: our leaf `decoder/layers/attention/q/w` is a stack, along its leading axis, of the tensors whose names have a
+number in place of `{n}`, each rearranged by the einops pattern `theirs -> ours`. Each further `{name}` is one more
+leading axis, in order of appearance; names in braces have nothing to do with the letters of the pattern. A pattern of
+"" or "..." keeps a tensor as it is. Axis sizes come from our abstract tree; the inverse is the reversed pattern.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+from mllm_jax.types import Array
+
+Tree = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """One kind of tensor. `sizes` gives the axes that our shape leaves open: c, t, y in "d c t y x -> (c t y x) d"."""
+
+    ours: str
+    theirs: str
+    pattern: str = ""
+    sizes: Mapping[str, int] = {}
+
+
+class Entry(NamedTuple):
+    """Where one of their tensors lives in our tree."""
+
+    path: str  # our leaf
+    index: tuple[int, ...]  # place on the leaf's stacked leading axes
+    pattern: str  # theirs -> ours, without the stacked axes; "" = as it is
+    sizes: tuple[tuple[str, int], ...]  # of every named axis of the pattern
+    shape: tuple[int, ...]  # of their tensor
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as `{"decoder/norm/scale": leaf}`, in the order of the tree."""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
+    """Every tensor that a checkpoint of this tree has: `{their name: Entry}`.
+
+    Args:
+      rows: the family's table, Rows or tuples. A row whose leaf is not in the tree is not used, so that a table may
+        list optional parts (a head that may be tied, say).
+      abstract: nested dict of anything with a `.shape`.
+
+    Raises:
+      ValueError: the table does not fit the tree: a leaf without a row, two rows for one leaf or one name, or a pattern
+        that cannot give the leaf's shape. Everything that is wrong is listed.
+    """
+    leaves = flatten(abstract)
+    entries, covered, faults = {}, set(), []
+    for row in (Row(*row) for row in rows):
+        if row.ours not in leaves:
+            continue
+        if row.ours in covered:
+            faults.append(f"{row.ours}: more than one row")
+        covered.add(row.ours)
+        shape = tuple(leaves[row.ours].shape)
+        axes = tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", row.theirs)))
+        try:
+            sizes, theirs_shape = _solve(row, shape, len(axes))
+        except ValueError as fault:
+            faults.append(f"{row.ours} {list(shape)} from {row.theirs}, {row.pattern!r}: {fault}")
+            continue
+        for index in np.ndindex(shape[: len(axes)]):
+            name = row.theirs.format(**dict(zip(axes, index)))
+            if name in entries:
+                faults.append(f"{name}: both {entries[name].path} and {row.ours}")
+            entries[name] = Entry(row.ours, index, "" if row.pattern == "..." else row.pattern, sizes, theirs_shape)
+    faults += [f"{path}: no row" for path in leaves if path not in covered]
+    if faults:
+        raise ValueError("the table of weights does not fit the tree of parameters:\n  " + "\n  ".join(faults))
+    return entries
+
+
+def to_ours(array: Array, entry: Entry) -> Array:
+    """Their tensor as an element of our leaf (without the stacked axes); a view where numpy can give one."""
+    return rearrange(array, entry.pattern, **dict(entry.sizes)) if entry.pattern else array
+
+
+def to_theirs(array: Array, entry: Entry) -> Array:
+    """The inverse of `to_ours`."""
+    theirs, _, ours = entry.pattern.partition("->")
+    return rearrange(array, f"{ours} -> {theirs}", **dict(entry.sizes)) if entry.pattern else array
+
+
+def _solve(row: Row, shape: tuple[int, ...], depth: int) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
+    """Sizes of all axes of a row's pattern, and the shape of their tensor; `depth` leading axes of ours are stacked."""
+    if depth > len(shape):
+        raise ValueError(f"the name has {depth} stacked axes, the leaf has {len(shape)}")
+    if row.pattern in ("", "..."):
+        return (), shape[depth:]
+    theirs, ours = (_axes(side) for side in row.pattern.split("->"))
+    if len(ours) != len(shape) - depth:
+        raise ValueError(f"the pattern gives {len(ours)} axes, the leaf has {len(shape) - depth} that are not stacked")
+    sizes = dict(row.sizes)
+    for group, size in zip(ours, shape[depth:]):
+        free = [axis for axis in group if axis not in sizes]
+        known = math.prod(sizes[axis] for axis in group if axis in sizes)
+        if len(free) == 1 and known:
+            sizes[free[0]] = size // known
+        if len(free) > 1 or math.prod(sizes[axis] for axis in group) != size:
+            raise ValueError(f"({' '.join(group)}) cannot be {size}; give the sizes of the axes in the row's `sizes`")
+    if unknown := {axis for group in theirs for axis in group} - sizes.keys():
+        raise ValueError(f"axes {sorted(unknown)} are not on our side")
+    return tuple(sizes.items()), tuple(math.prod(sizes[axis] for axis in group) for group in theirs)
+
+
+def _axes(side: str) -> list[list[str]]:
+    """ "(n h) d 1" -> [["n", "h"], ["d"], []]."""
+    groups = re.findall(r"\(([^()]*)\)|(\S+)", side)
+    return [[axis for axis in (group or single).split() if axis != "1"] for group, single in groups]
