@@ -1,8 +1,8 @@
-"""Attention equals torch's on segments, grouped heads, caches and in chunks; the kernels compile for their platforms."""
+"""Attention equals torch's on segments, grouped heads, caches and in chunks; kernels compile for their platforms."""
 
 import importlib.util
 import json
-import os
+import pathlib
 import subprocess
 import sys
 
@@ -79,53 +79,36 @@ def test_what_a_kernel_cannot_take(name, message):
         attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=Runtime(attention=name))
 
 
-AHEAD_OF_TIME = """
-import json, os, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec as P
-from mllm_jax.nn.attention import attend
-from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import MESH_AXES
-
-heads, kv_heads, head_dim, causal, length = json.loads(sys.argv[1])
-topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
-mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(1, 2, 2), MESH_AXES)
-
-def shape(*sizes, dtype=jnp.bfloat16, spec=P("fsdp")):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
-
-def loss(q, k, v, segment):
-    out = attend(q, k, v, q_segment=segment, kv_segment=segment, causal=causal, runtime=Runtime(attention="splash"))
-    return out.astype(jnp.float32).sum()
-
-with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    of_heads = P("fsdp", None, "tensor")
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(
-        shape(4, length, heads, head_dim, spec=of_heads), shape(4, length, kv_heads, head_dim, spec=of_heads),
-        shape(4, length, kv_heads, head_dim, spec=of_heads), shape(4, length, dtype=jnp.int32),
-    ).lower(lowering_platforms=("tpu",))
-compiled = lowered.compile()
-print(json.dumps({"kernels": compiled.as_text().count("tpu_custom_call"),
-                  "temporary": compiled.memory_analysis().temp_size_in_bytes}))
-"""
+def ahead_of_time(platform, *arguments):
+    script = pathlib.Path(__file__).with_name("ahead_of_time.py")
+    run = subprocess.run([sys.executable, script, platform, json.dumps(arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[tpu])")
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     "heads, kv_heads, head_dim, causal",
     [(16, 4, 128, True), (16, 16, 72, False), (16, 16, 64, False)],
     ids=["decoder", "so400m", "large"],
 )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[tpu])")
+@SHAPES
 def test_splash_compiles_for_tpu(heads, kv_heads, head_dim, causal):
     length = 4096
-    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "XLA_FLAGS": ""}
-    run = subprocess.run(
-        [sys.executable, "-c", AHEAD_OF_TIME, json.dumps([heads, kv_heads, head_dim, causal, length])],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = json.loads(run.stdout.splitlines()[-1])
-    assert report["kernels"] >= 3  # forward, and backward for queries and for keys
-    per_device_mask = 2 * length * length * 2 * heads // 2  # what one materialised score matrix would take, bf16
-    assert report["temporary"] < per_device_mask
+    report = ahead_of_time("tpu", heads, kv_heads, head_dim, causal, length)
+    assert report["targets"].count("tpu_custom_call") >= 3  # forward, and backward for queries and for keys
+    scores = 2 * (heads // 2) * length * length * 2  # of the rows and heads of one device, in bf16
+    assert report["temporary"] < scores
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="needs the CUDA plugin (pip install mllm_jax[cuda])",
+)
+@SHAPES
+def test_cudnn_compiles_for_gpu(heads, kv_heads, head_dim, causal):
+    report = ahead_of_time("gpu", heads, kv_heads, head_dim, causal, 2048)
+    fused = [target for target in report["targets"] if target.startswith("__cudnn$fmha")]
+    assert len(fused) == 2 and fused[1].endswith("Backward")
