@@ -1,0 +1,153 @@
+"""Still pictures: any file, array or PIL image to upright RGB, then to patches. PIL and numpy only."""
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from PIL import ExifTags, Image, ImageOps
+
+MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake: it would take 400 MB as RGB
+MAX_ASPECT = 200
+
+
+def source_name(source: Any) -> str:
+    """How a picture or a clip is called in an error: its path, or what it is."""
+    if isinstance(source, Image.Image):
+        source = getattr(source, "filename", "") or f"<{source.mode} picture {source.width}x{source.height}>"
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return f"<{type(source).__name__}>"
+
+
+@contextlib.contextmanager
+def _reading(source: Any) -> Iterator[None]:
+    """Names the file in the error. PIL's readers raise anything from SyntaxError to struct.error on a damaged one."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{source_name(source)}: not a readable picture ({error})") from error
+
+
+def open_image(source: Any) -> Image.Image:
+    """Opens a picture without decoding its pixels (a file's header is enough for `upright_size`).
+
+    `source`: a path, the bytes of a file, a PIL image, or an array u8[h w], u8[h w 1], u8[h w 3] or u8[h w 4].
+    Raises ValueError, naming the file, if it is no picture or is too large; FileNotFoundError if it is missing.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ValueError(f"a picture array must be u8[h w], or u8[h w 1|3|4], got {source.dtype}{source.shape}")
+        return Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise ValueError(f"a picture must be a path, bytes, an array or a PIL image, got {type(source).__name__}")
+    with _reading(source):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{source_name(source)}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8, as far as the header tells; a damaged tag counts as upright."""
+    try:
+        # PNG's own getexif decodes the pixels in search of a tag behind them.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after the EXIF rotation, without decoding the pixels."""
+    return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decodes to 8-bit RGB: EXIF rotation applied, transparency laid on white, deep grey scaled to 8 bits.
+
+    Raises ValueError, naming the file, if the pixels cannot be decoded (a truncated or damaged file).
+    """
+    with _reading(image):
+        orientation = _orientation(image)
+        image.load()
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = _to_8_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """PIL's own conversion of 16-bit, 32-bit and float grey clips at 255 instead of scaling."""
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    peak = values.max(initial=0)
+    if image.mode == "F":
+        full = 1.0 if peak <= 1 else 255.0
+    elif image.mode == "I":  # 32-bit files hold 8-bit or 16-bit grey far more often than 32-bit
+        full = 255.0 if peak <= 255 else 65535.0
+    else:
+        full = 65535.0
+    grey = np.clip(np.rint(values * (255 / full)), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey)
+
+
+def load_image(source: Any) -> Image.Image:
+    """`open_image`, then `upright_rgb`: any supported source as an upright RGB picture."""
+    return upright_rgb(open_image(source))
+
+
+def shrunk_size(height: int, width: int, factor: int, max_pixels: int, frames: int = 1) -> tuple[int, int]:
+    """Multiples of `factor`, nearly of this aspect ratio: `frames` of them hold `max_pixels`; a side is >= `factor`."""
+    scale = math.sqrt((frames * height * width) / max_pixels)
+    return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size at which a picture is read: multiples of `factor`, close to its own size and aspect ratio.
+
+    `factor`: pixels of a visual token's side (patch x merge). `min_pixels`, `max_pixels`: bounds of height x width.
+    The rule of Qwen2-VL (arXiv 2409.12191) in all its rounding: halves go to the even side. A side under half of
+    `factor` counts as one `factor`, as in the official code (transformers' copy rounds it to nothing and enlarges).
+    Raises ValueError if one side is more than 200 times the other.
+    """
+    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT:
+        raise ValueError(f"a picture of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
+    rounded = tuple(max(factor, round(side / factor) * factor) for side in (height, width))
+    if math.prod(rounded) > max_pixels:
+        return shrunk_size(height, width, factor, max_pixels)
+    if math.prod(rounded) < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        return tuple(math.ceil(side * scale / factor) * factor for side in (height, width))
+    return rounded
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """An RGB picture at `size` (height, width), bicubic: u8[h w 3]."""
+    height, width = size
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) -> np.ndarray:
+    """One temporal patch of pixels to patches: u8[t h w 3], 1 <= t <= temporal_patch, to u8[p C].
+
+    Rows are in merge-block-major order (the merge x merge patches of a visual token lie together, blocks row by row),
+    values in (channel, time, y, x) order. Missing frames repeat the last one: a still picture is one frame.
+    """
+    frames = frames[np.minimum(np.arange(temporal_patch), len(frames) - 1)]
+    return rearrange(
+        frames,
+        "t (row m1 y) (column m2 x) c -> (row column m1 m2) (c t y x)",
+        m1=merge, m2=merge, y=patch, x=patch,
+    )  # fmt: skip

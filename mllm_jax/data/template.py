@@ -1,0 +1,277 @@
+"""Conversations to tokens: a tokenizer, and the chat template that a model was trained with.
+
+What people write is data. A special token spelled out in a message (`<|im_end|>`, `<|image_pad|>`) becomes the
+ordinary tokens of its letters; only the template itself writes special tokens. To tell the two apart after
+rendering, messages carry invisible marks: Unicode noncharacters, which no text contains.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+GUARD = "\ufdd0"  # breaks a special token spelled out by people
+ANSWER = "\ufdd1"  # stands where the text that the model has to learn begins
+_MARKS = {ord(GUARD): None, ord(ANSWER): None}
+
+# How Qwen's tokenizers cut text into words; needed where a folder has vocab.json and merges.txt only.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+Messages = list[dict[str, Any]]
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer that never reads special tokens out of text, unless asked to.
+
+    `config` is the content of tokenizer_config.json; it names the special tokens that templates ask for.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict | None = None):
+        self.config = dict(config or {})
+        self._full = tokenizer
+        self._plain = _without_added_tokens(tokenizer)
+        # A single character cannot be broken by a guard; such an added token is treated as a part of the text.
+        added = [token for token in tokenizer.get_added_tokens_decoder().values() if len(token.content) > 1]
+        added.sort(key=lambda token: -len(token.content))
+        contents = [token.content for token in added]
+        self._heads = tuple({content[:end] for content in contents for end in range(1, len(content))})
+        self._tails = tuple({content[start:] for content in contents for start in range(1, len(content))})
+        start_of_any = "|".join(map(re.escape, contents)) or "(?!)"
+        self._start = re.compile(f"(?=(?:{start_of_any})).", re.DOTALL)
+        strip = {False: "", True: r"\s*"}
+        patterns = [f"{strip[token.lstrip]}({re.escape(token.content)}){strip[token.rstrip]}" for token in added]
+        self._added = re.compile("|".join(patterns) or "(?!)")
+
+    @classmethod
+    def from_folder(cls, folder: str | pathlib.Path) -> "Tokenizer":
+        """Reads tokenizer.json, or vocab.json and merges.txt with the added tokens of tokenizer_config.json."""
+        folder = pathlib.Path(folder)
+        config = read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer.json").exists():
+            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+        files = [folder / name for name in ("vocab.json", "merges.txt")]
+        if not all(file.exists() for file in files):
+            raise FileNotFoundError(f"{folder}: holds no tokenizer.json, and no vocab.json with merges.txt")
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*map(str, files)))
+        tokenizer.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), "isolated")
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+        tokenizer.decoder = decoders.ByteLevel()
+        added = sorted((int(number), fields) for number, fields in config.get("added_tokens_decoder", {}).items())
+        for number, fields in added:
+            tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
+            if tokenizer.token_to_id(fields["content"]) != number:
+                raise ValueError(f"{folder}: added token {fields['content']!r} cannot have the id {number}")
+        return cls(tokenizer, config)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        folder = pathlib.Path(folder)
+        self._full.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
+        config.pop("chat_template", None)  # templates have a file of their own
+        write_json(folder / "tokenizer_config.json", config)
+
+    def __len__(self) -> int:
+        """How many tokens there are, added ones included."""
+        return self._full.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that people wrote: special tokens in it are letters like any other."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_markup(self, text: str) -> list[int]:
+        """The tokens of a text that a template wrote, special tokens included."""
+        return [
+            token
+            for stretch, special in self.split(text)
+            for token in (self.encode(stretch) if special is None else [special])
+        ]
+
+    def split(self, markup: str) -> Iterator[tuple[str, int | None]]:
+        """Cuts a rendered text at its added tokens: (text, None) for the stretches between, (token, id) for a token."""
+        end = 0
+        for match in self._added.finditer(markup):
+            if match.start() > end:
+                yield markup[end : match.start()], None
+            token = match[match.lastindex]
+            yield token, self._full.token_to_id(token)
+            end = match.end()
+        if end < len(markup):
+            yield markup[end:], None
+
+    def guard(self, text: str) -> str:
+        """Marks a text that people wrote, so that `split` finds no added token in it nor across its ends."""
+        text = self._start.sub(rf"\g<0>{GUARD}", text.translate(_MARKS))
+        return GUARD * text.startswith(self._tails) + text + GUARD * text.endswith(self._heads)
+
+    def decode(self, ids) -> str:
+        """The text of tokens, without the special ones."""
+        return self._full.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def id(self, token: str) -> int:
+        """The id of one token; raises ValueError if there is none."""
+        number = self._full.token_to_id(token)
+        if number is None:
+            raise ValueError(f"the tokenizer has no token {token!r}")
+        return number
+
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and so on, as chat templates name them."""
+        named = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in self.config.items()
+            if name.endswith("_token")
+        }
+        return {name: value for name, value in named.items() if isinstance(value, str)}
+
+
+def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that cannot produce a special token: not as an added token, and not as a word of its vocabulary."""
+    fields = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in fields["added_tokens"] if token["special"]}
+    fields |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    vocabulary = fields["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        special.discard(fields["model"].get("unk_token"))  # what a word outside the vocabulary becomes
+        fields["model"]["vocab"] = {token: number for token, number in vocabulary.items() if token not in special}
+    return tokenizers.Tokenizer.from_str(json.dumps(fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template in jinja2, as published with a model, run in jinja's sandbox."""
+
+    source: str
+
+    @classmethod
+    def from_folder(cls, folder: str | pathlib.Path) -> "ChatTemplate":
+        """Reads chat_template.jinja, chat_template.json or the template in tokenizer_config.json, in this order."""
+        folder = pathlib.Path(folder)
+        if (folder / "chat_template.jinja").exists():
+            return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            source = read_json(folder / name).get("chat_template")
+            if isinstance(source, list):  # several templates by name
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            if source:
+                return cls(source)
+        raise FileNotFoundError(f"{folder}: holds no chat template (chat_template.jinja)")
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes chat_template.jinja."""
+        (pathlib.Path(folder) / "chat_template.jinja").write_text(self.source, encoding="utf-8")
+
+    def render(self, messages: Messages, generate: bool = False, **variables) -> str:
+        """The conversation as one text. `generate` adds the prompt for an answer; `variables` go to the template.
+
+        Raises ValueError if the template refuses the conversation.
+        """
+        try:
+            return _compile(self.source).render(messages=messages, add_generation_prompt=generate, **variables)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template does not accept this conversation: {error}") from error
+
+    def tokenize(
+        self, tokenizer: Tokenizer, messages: Messages, end_of_turn: int, generate: bool = False, **variables
+    ) -> tuple[list[int], list[float]]:
+        """The conversation as tokens, and for each the loss weight of predicting it.
+
+        The weight is 1 from the beginning of an assistant's text up to the `end_of_turn` token that closes it, and 0
+        elsewhere. `generate` is for prompts: it adds the prompt for an answer, and all weights are 0. Every
+        placeholder of a picture or a clip is one token here. Answers are tokenized apart from the text before them,
+        so that training sees the tokens that generation continues from.
+        """
+        marked = [_marked(message, tokenizer, answer=not generate) for message in messages]
+        text = self.render(marked, generate, **(tokenizer.special_tokens() | variables))
+        tokens, weights, weight = [], [], 0.0
+        for stretch, special in tokenizer.split(text):
+            if special is not None:
+                tokens.append(special)
+                weights.append(weight)
+                weight = 0.0 if special == end_of_turn else weight
+                continue
+            for number, part in enumerate(stretch.split(ANSWER)):
+                weight = 1.0 if number else weight
+                ids = tokenizer.encode(part.translate(_MARKS))
+                tokens += ids
+                weights += [weight] * len(ids)
+        if weight:
+            raise ValueError("the chat template writes no end-of-turn token after the assistant's text")
+        return tokens, weights
+
+
+def _marked(message: dict, tokenizer: Tokenizer, answer: bool) -> dict:
+    """A copy of a message whose texts are guarded and, if it is an answer to learn, begin with a mark."""
+
+    def guarded(value):
+        if isinstance(value, str):
+            return tokenizer.guard(value)
+        if isinstance(value, dict):
+            return {key: guarded(item) for key, item in value.items()}
+        return [guarded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    message = guarded(message)
+    content = message.get("content")
+    if not answer or message.get("role") != "assistant":
+        return message
+    if isinstance(content, str) and (content or not message.get("tool_calls")):
+        return message | {"content": ANSWER + content}
+    if isinstance(content, list):
+        first = next((item for item in content if isinstance(item, dict) and "text" in item), None)
+        if first is not None:
+            first["text"] = ANSWER + first["text"]
+    return message
+
+
+class _Generation(jinja2.ext.Extension):
+    """Templates may enclose answers in {% generation %}. It adds nothing: the weights come from the messages."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+@functools.lru_cache
+def _compile(source: str) -> jinja2.Template:
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """The content of a JSON file, or {} if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable JSON ({error})") from error
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Writes a JSON file that people can read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

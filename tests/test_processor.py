@@ -1,0 +1,297 @@
+"""Conversations with pictures and clips to numbers, against transformers' processor and against expectations."""
+
+import json
+import pickle
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import tiny_chat
+from PIL import Image
+
+from mllm_jax.data.processor import Budget, Processor, ProcessorSpec, TooLarge
+
+SPEC = ProcessorSpec(min_pixels=64 * 64, max_pixels=256 * 256, clip_max_pixels=8 * 128 * 128)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_chat.write_tokenizer(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return Processor.from_folder(folder, SPEC)
+
+
+def picture(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def asking(*items, answer=None):
+    content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in items]
+    return [{"role": "user", "content": content}] + ([{"role": "assistant", "content": answer}] if answer else [])
+
+
+def image(*size):
+    return {"type": "image", "image": picture(*size)}
+
+
+def clip(frames, height, width, **options):
+    array = np.stack([np.asarray(picture(height, width, seed)) for seed in range(frames)])
+    return {"type": "video", "video": array, **options}
+
+
+def consistent(example, spec=SPEC):
+    """What must hold for every example."""
+    n, merge = len(example.tokens), spec.merge
+    assert example.tokens.dtype == example.position.dtype == np.int32 and example.weight.dtype == np.float32
+    assert example.tokens.shape == example.weight.shape == example.visual.shape == (n,) and example.visual.dtype == bool
+    assert example.position.shape == (n, 3)
+    for item in example.pictures:
+        height, width = item.grid
+        assert item.patches.dtype == np.uint8
+        assert item.patches.shape == (height * width, 3 * spec.temporal_patch * spec.patch**2)
+        assert height % merge == width % merge == 0
+    assert example.visual.sum() == sum(len(item.patches) for item in example.pictures) // merge**2
+    assert not example.weight[example.visual].any()
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_pictures_equal_transformers(folder, processor, generate):
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+    theirs = Qwen3VLProcessor.__new__(Qwen3VLProcessor)  # its video half needs torchvision
+    theirs.tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = processor.template.source
+    theirs.image_token, theirs.video_token = "<|image_pad|>", "<|video_pad|>"
+    theirs.image_processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": SPEC.min_pixels, "longest_edge": SPEC.max_pixels},
+        patch_size=16,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    pictures = [picture(70, 133), picture(40, 90), picture(300, 500)]
+    items = [{"type": "image", "image": item} for item in pictures]
+    messages = asking(
+        "first: ", items[0], items[1], " then\n\n", items[2], "the second? 5", answer=None if generate else "one"
+    )
+    text = processor.template.render(messages, generate)
+    values, replacements = theirs._process_images(pictures)
+    (text,), _ = theirs.get_text_with_replacements([text], replacements)
+
+    example = processor(messages, generate=generate)
+    consistent(example)
+    assert example.tokens.tolist() == theirs.tokenizer(text)["input_ids"]
+    assert [(1, *item.grid) for item in example.pictures] == [tuple(grid) for grid in values["image_grid_thw"].tolist()]
+    pixels = (np.concatenate([item.patches for item in example.pictures]) / 255 - 0.5) / 0.5
+    assert np.abs(pixels - values["pixel_values"]).max() < 2 / 255
+
+
+def test_clip_prompt_equals_transformers(folder, processor):
+    from transformers import AutoTokenizer
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+    example = processor(asking("look:", clip(9, 60, 100, fps=4.0), "moves?", answer="no"))
+    consistent(example)
+    theirs = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
+    theirs.image_token, theirs.video_token = "<|image_pad|>", "<|video_pad|>"
+    theirs.vision_start_token, theirs.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+    theirs.video_processor = types.SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    grid = (len(example.pictures), *example.pictures[0].grid)
+    metadata = types.SimpleNamespace(fps=4.0, frames_indices=np.array([0, 3, 5, 8]))
+    replacement = theirs.replace_video_token({"video_grid_thw": np.array([grid]), "video_metadata": [metadata]}, 0)
+    text = processor.template.render(asking("look:", {"type": "video"}, "moves?", answer="no"))
+    (text,), _ = theirs.get_text_with_replacements([text], videos_replacements=[replacement])
+    assert example.tokens.tolist() == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+def test_clip_by_hand(processor):
+    """Five frames at 4 a second, sampled at 2: the minimum of 4 frames, in 2 temporal patches of 6 visual tokens."""
+    example = processor(asking(clip(5, 64, 96, fps=4.0), "?"))
+    blocks = [["<0.1 seconds>", 6], ["<0.9 seconds>", 6]]  # (0 + 0.25) / 2 and (0.75 + 1) / 2
+    expected = []
+    for text, count in blocks:
+        expected += processor.tokenizer.encode(text)
+        expected += [processor.vision_start_id] + [processor.video_id] * count + [processor.vision_end_id]
+    tokens = example.tokens.tolist()
+    start = tokens.index(processor.vision_start_id) + 1  # the template's own
+    assert tokens[start : start + len(expected)] == expected
+    assert [item.time for item in example.pictures] == [0, 1]
+    assert [item.grid for item in example.pictures] == [(4, 6), (4, 6)]
+    first = np.flatnonzero(example.visual)[:6]
+    assert np.ptp(example.position[first, 0]) == 0 and np.ptp(example.position[first, 2]) == 2
+    assert example.position[first[-1] + 1].tolist() == [example.position[first[0], 0] + 3] * 3
+
+
+def test_frames_of_a_clip_in_memory_are_all_used_unless_it_says_its_rate(processor):
+    assert len(processor(asking(clip(5, 32, 32))).pictures) == 3  # the odd tail is padded
+    assert len(processor(asking(clip(12, 32, 32, fps=4.0))).pictures) == 3
+    frames = [picture(40, 40, seed) for seed in range(4)]
+    assert len(processor(asking({"type": "video", "video": frames})).pictures) == 2
+
+
+def test_still_pictures_and_clips_keep_their_order(processor):
+    messages = asking(image(64, 64), clip(2, 32, 64), "and", image(96, 64), answer="yes") + asking(image(64, 128))
+    example = processor(messages, kind="order")
+    consistent(example)
+    assert [item.grid for item in example.pictures] == [(4, 4), (2, 4), (6, 4), (4, 8)]
+    assert example.kind == "order"
+    kept = example.tokens[example.weight > 0].tolist()
+    assert processor.decode(kept) == "yes" and kept[-1] == processor.end_of_turn_id
+
+
+def test_text_alone(processor):
+    example = processor([{"role": "user", "content": "hi"}])
+    consistent(example)
+    assert example.pictures == () and not example.visual.any()
+    np.testing.assert_array_equal(example.position[:, 2], np.arange(len(example.tokens)))
+
+
+def test_special_tokens_in_text_are_not_pictures(processor):
+    example = processor(asking("<|vision_start|><|image_pad|><|vision_end|>", image(64, 64), "<|video_pad|>"))
+    consistent(example)
+    assert len(example.pictures) == 1 and example.visual.sum() == 4
+    assert "<|image_pad|>" in processor.decode(example.tokens)
+
+
+@pytest.mark.parametrize(
+    "messages, error",
+    [
+        ([], "at least one message"),
+        ([{"role": "user"}], "role and a content"),
+        (asking({"type": "audio", "audio": 1}), "content item"),
+        (asking({"type": "image"}), "content item"),
+        (asking({"type": "image", "image": b"no picture"}), "not a readable picture"),
+        (asking({"type": "video", "video": []}), "clip"),
+        (asking(image(1, 300)), "aspect ratio"),
+    ],
+)
+def test_bad_conversations(processor, messages, error):
+    with pytest.raises(ValueError, match=error):
+        processor(messages)
+
+
+def test_a_template_that_hides_pictures_is_an_error(processor):
+    template = type(processor.template)("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}")
+    with pytest.raises(ValueError, match="0 placeholders for 1 pictures"):
+        Processor(processor.tokenizer, template, SPEC)(asking(image(64, 64)))
+    with pytest.raises(ValueError, match="no token '<pad>'"):
+        Processor(processor.tokenizer, template, ProcessorSpec(image_token="<pad>"))
+
+
+def fits(example, budget):
+    """Whether the pictures really go into the rows: first fit, largest first."""
+    rows = [0] * budget.rows
+    for size in sorted((len(item.patches) for item in example.pictures), reverse=True):
+        slot = next(slot for slot, used in enumerate(rows) if used + size <= budget.patches)
+        rows[slot] += size
+    return len(example.tokens) <= budget.tokens
+
+
+def test_a_large_budget_changes_nothing(processor):
+    messages = asking(image(300, 200), clip(6, 90, 70), image(20, 30), "what?", answer="x")
+    free, held = processor(messages), processor(messages, budget=Budget(4096, 4, 4096))
+    np.testing.assert_array_equal(free.tokens, held.tokens)
+    for one, other in zip(free.pictures, held.pictures, strict=True):
+        np.testing.assert_array_equal(one.patches, other.patches)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(150, 8, 256), Budget(4096, 1, 256), Budget(4096, 2, 100), Budget(4096, 3, 64), Budget(200, 2, 128)],
+)
+def test_pictures_shrink_until_they_fit(processor, budget):
+    messages = asking(image(250, 250), image(64, 200), clip(4, 120, 120), "what?", answer="x")
+    whole = processor(messages)
+    assert len(whole.tokens) > 150
+    example = processor(messages, budget=budget)
+    consistent(example)
+    assert fits(example, budget)
+    assert len(example.pictures) == len(whole.pictures)
+    text = ~example.visual, ~whole.visual
+    np.testing.assert_array_equal(example.tokens[text[0]], whole.tokens[text[1]])
+    np.testing.assert_array_equal(example.weight[text[0]], whole.weight[text[1]])
+
+
+def test_shrinking_uses_the_room(processor):
+    """One square picture in one row: it gets the largest square of visual tokens that fits."""
+    for patches, side in [(64, 8), (99, 8), (100, 10), (143, 10), (144, 12)]:
+        example = processor(asking(image(250, 250)), budget=Budget(4096, 1, patches))
+        assert example.pictures[0].grid == (side, side)
+
+
+def test_a_conversation_that_cannot_fit(processor):
+    """The smallest picture here is 64 x 64 pixels: 16 patches, 4 visual tokens, unless a patch row holds less."""
+    messages = asking(*[image(100, 100) for _ in range(4)], "what?")
+    text = int((~processor(messages).visual).sum())
+    assert processor(messages, budget=Budget(text + 16, 4, 16)).visual.sum() == 16
+    with pytest.raises(TooLarge, match=rf"{text + 16} tokens.*room for {text + 15} tokens"):
+        processor(messages, budget=Budget(text + 15, 4, 16))
+    with pytest.raises(TooLarge, match="4 patch rows"):
+        processor(messages, budget=Budget(1000, 3, 16))
+    assert processor(messages, budget=Budget(1000, 4, 8)).visual.sum() == 4
+    with pytest.raises(TooLarge, match="largest picture 4 patches"):
+        processor(messages, budget=Budget(1000, 9, 3))
+    with pytest.raises(TooLarge):
+        processor([{"role": "user", "content": "word " * 50}], budget=Budget(20, 1, 16))
+    assert processor([{"role": "user", "content": "word"}], budget=Budget(20, 0, 0)).pictures == ()
+
+
+def test_published_files(tmp_path):
+    tiny_chat.write_tokenizer(tmp_path)
+    size = {"longest_edge": 16777216, "shortest_edge": 65536}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size, "patch_size": 14, "merge_size": 2}))
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 999}, "fps": 1}))
+    spec = Processor.from_folder(tmp_path).spec
+    assert spec == ProcessorSpec(patch=14, clip_max_pixels=999, fps=1)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 5, "image_mean": [0.1, 0.2, 0.3]}))
+    spec = Processor.from_folder(tmp_path).spec
+    assert (spec.min_pixels, spec.mean, spec.std) == (5, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"patch_size": 12}}))
+    assert Processor.from_folder(tmp_path).spec.patch == 12
+
+
+def test_saved_and_sent_to_another_process(processor, tmp_path):
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor.save(tmp_path / "new")
+    messages = asking(image(70, 90), clip(3, 40, 50), "the end", answer="yes")
+    for other in (Processor.from_folder(tmp_path / "new"), pickle.loads(pickle.dumps(processor))):
+        assert other.spec == processor.spec and other.stop_ids == processor.stop_ids
+        np.testing.assert_array_equal(other(messages).tokens, processor(messages).tokens)
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "new")
+    assert (theirs.patch_size, theirs.size["longest_edge"]) == (16, SPEC.max_pixels)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert tokenizer.chat_template == processor.template.source
+    assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == set(processor.stop_ids)
+
+
+def test_real_pictures_and_clips(shared, processor):
+    """Conversations as they come, over one budget that most pictures have to shrink for."""
+    lines = (shared / "data/conversations.jsonl").read_text().splitlines()[::150]
+    for line in lines:
+        record = json.loads(line)
+        user, answer = (turn["content"] for turn in record["conversations"][:2])
+        messages = asking({"type": "image", "image": shared / "data" / record["image"]}, user, answer=answer)
+        example = processor(messages, budget=Budget(2048, 1, 128))
+        consistent(example)
+        assert fits(example, Budget(2048, 1, 128)) and example.weight.sum() > 1
+    path = shared / "data/video/intel_asl/again.mkv"
+    example = processor(asking({"type": "video", "video": path, "fps": 4}, "What is signed?"))
+    consistent(example)
+    assert len(example.pictures) >= 2
+
+
+def test_data_needs_neither_jax_nor_torch():
+    code = (
+        "import sys, mllm_jax.data.processor; "
+        "print([name for name in ('jax', 'torch', 'transformers', 'av') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
