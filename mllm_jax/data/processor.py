@@ -323,5 +323,5 @@ def _items(messages: Messages) -> Iterator[dict[str, Any]]:
         for item in content if isinstance(content, (list, tuple)) else []:
             kind = item.get("type") if isinstance(item, dict) else None
             if kind not in ("text", "image", "video") or item.get(kind) is None:
-                raise ValueError(f"a content item must have a type (text, image or video) and its value, got {item!r:.80}")
+                raise ValueError(f"a content item needs a type (text, image or video) and its value, got {item!r:.80}")
             yield item
