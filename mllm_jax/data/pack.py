@@ -165,8 +165,10 @@ class Packer:
 
     def __init__(self, budget: Budget, window: float = 4.0):
         self.budget, self.window = budget, window
+        self._room = np.array([budget.tokens, max(budget.rows * budget.patches, 1)])
         self._waiting: list[tuple[int, Example]] = []
-        self._share: list[tuple[float, float]] = []  # (tokens, patches) of each, as shares of the budget
+        self._sizes: list[tuple[int, int]] = []  # (tokens, patches) of each that waits
+        self._total = np.zeros(2, np.int64)  # of all that wait
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -179,22 +181,22 @@ class Packer:
     @property
     def ready(self) -> bool:
         """Whether the window is full."""
-        return bool(self._share) and max(map(sum, zip(*self._share))) >= self.window
+        return bool((self._total / self._room).max() >= self.window)
 
     def add(self, key: int, example: Example) -> None:
         """Lets a conversation wait. Raises TooLarge where it fits no row."""
         sizes = [len(p.patches) for p in example.pictures]
         if len(example.tokens) > self.budget.tokens or place(sizes, self.budget) is None:
             raise TooLarge(f"{len(example.tokens)} tokens and pictures of {sizes} patches do not fit {self.budget}")
-        room = max(self.budget.rows * self.budget.patches, 1)
         self._waiting.append((key, example))
-        self._share.append((len(example.tokens) / self.budget.tokens, sum(sizes) / room))
+        self._sizes.append((len(example.tokens), sum(sizes)))
+        self._total += self._sizes[-1]
 
     def take(self) -> list[tuple[int, Example]]:
         """Removes and returns the (key, conversation) pairs of one row; an empty list where nobody waits."""
         if not self._waiting:
             return []
-        share = np.array(self._share)
+        share = np.array(self._sizes) / self._room
         room = np.ones(2)
         candidate = np.ones(len(share), bool)
         chosen, sizes, best = [], [], 0
@@ -210,5 +212,6 @@ class Packer:
             best = int(np.where(candidate, ((room - share) ** 2).sum(1), np.inf).argmin())
         row = [self._waiting[i] for i in chosen]
         for i in sorted(chosen, reverse=True):
-            del self._waiting[i], self._share[i]
+            self._total -= self._sizes[i]
+            del self._waiting[i], self._sizes[i]
         return row

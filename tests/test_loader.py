@@ -1,0 +1,244 @@
+"""The loader: the same batches whoever works and wherever it resumes; what is broken is counted, mistakes surface."""
+
+import itertools
+import json
+import logging
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_jax.data.loader import BadData, make_loader
+from mllm_jax.data.pack import Budget
+from mllm_jax.data.processor import Processor, ProcessorSpec, TooLarge
+from mllm_jax.data.scenes import SCENES_TEMPLATE, Scenes, scenes_tokenizer
+from mllm_jax.data.sources import BadRecord, JsonLines
+from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.types import Example, Picture
+
+BUDGET = Budget(64, 1, 64)
+
+
+class Numbers:
+    """Record i asks for i. `broken` maps numbers to the error that reading or processing raises."""
+
+    def __init__(self, size: int, first: int = 0, broken: dict | None = None):
+        self.size, self.first, self.broken = size, first, broken or {}
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        number = self.first + index
+        if isinstance(self.broken.get(number), BadRecord):
+            raise self.broken[number]
+        return {
+            "messages": (number, self.broken.get(number)),
+            "kind": "even" if number % 2 == 0 else "odd",
+            "id": f"n{number}",
+        }
+
+
+class Count:
+    """A processor whose conversations are their number, several times, and sometimes a picture of it."""
+
+    spec = types.SimpleNamespace(patch=1, temporal_patch=2, merge=2)
+
+    def __call__(self, messages, budget=None):
+        number, error = messages
+        if error is not None:
+            raise error
+        text, pictures = 4 + number % 13, (Picture(np.full((16, 6), number % 256, np.uint8), (4, 4)),) * (number % 3)
+        n = text + 4 * len(pictures)
+        tokens = np.full(n, number, np.int32)
+        return Example(tokens, np.ones(n, np.float32), np.zeros((n, 3), np.int32), np.arange(n) >= text, pictures)
+
+
+def numbers(size=60, broken=None, source=None, **options):
+    options = {"batch_rows": 2, "workers": 2, **options}
+    return make_loader(source or Numbers(size, broken=broken), Count(), BUDGET, **options)
+
+
+def seen(items) -> list[int]:
+    """Numbers of all conversations in these batches, in order."""
+    found = []
+    for batch, _ in items:
+        for tokens, segment in zip(batch.tokens, batch.segment):
+            starts = np.flatnonzero(np.diff(segment, prepend=0) * (segment > 0))
+            found += tokens[starts].tolist()
+    return found
+
+
+def assert_same(one, two):
+    assert one[1] == two[1]
+    for a, b in zip((*one[0][:-1], *one[0].vision), (*two[0][:-1], *two[0].vision)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def scenes_processor() -> Processor:
+    tokenizer = Tokenizer(scenes_tokenizer(), {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    return Processor(
+        tokenizer, ChatTemplate(SCENES_TEMPLATE), ProcessorSpec(patch=8, min_pixels=256, clip_min_pixels=256)
+    )
+
+
+def scenes(**options):
+    options = {"batch_rows": 2, "seed": 5, **options}
+    return make_loader(Scenes(size=200), scenes_processor(), Budget(160, 2, 160), **options)
+
+
+def test_one_epoch_holds_every_record_once():
+    items = list(numbers(61, epochs=1, batch_rows=3))
+    assert sorted(seen(items)) == list(range(61))
+    assert sum(info.conversations for _, info in items) == 61
+    shapes = {batch.tokens.shape for batch, _ in items} | {batch.vision.patches.shape[:3] for batch, _ in items}
+    assert shapes == {(3, 64), (3, 1, 64)}  # the last batch, too
+    for batch, info in items:
+        assert info.tokens == (batch.segment > 0).sum() and info.patches == (batch.vision.image > 0).sum()
+        firsts = [[row[seg == s][0] for s in range(1, seg.max() + 1)] for row, seg in zip(batch.tokens, batch.segment)]
+        assert info.kinds == [["even" if number % 2 == 0 else "odd" for number in row] for row in firsts]
+
+
+def test_order_without_shuffle_and_another_order_in_each_epoch():
+    plain = seen(numbers(8, epochs=1, shuffle=False, window=0.01))
+    assert plain == list(range(8))
+    twice = seen(numbers(30, epochs=2, window=0.01))
+    assert sorted(twice[:30]) == sorted(twice[30:]) == list(range(30)) and twice[:30] != twice[30:]
+    assert seen(numbers(30, epochs=1, seed=1)) != seen(numbers(30, epochs=1, seed=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_resumed_batches_are_identical_from_any_step(workers):
+    loader = scenes(workers=workers)
+    states, items = [loader.get_state()], []
+    for _ in range(7):
+        items.append(next(loader))
+        states.append(json.loads(json.dumps(loader.get_state())))
+    loader.close()
+    assert any(state["waiting"] for state in states)
+    for step in (6, 0, 3):
+        resumed = scenes(workers=2 - workers % 2)
+        resumed.set_state(states[step])
+        assert resumed.get_state() == states[step]
+        for i in range(step, 7):
+            assert_same(next(resumed), items[i])
+            assert resumed.get_state() == states[i + 1]
+        resumed.set_state(states[step])  # backwards on a running iterator
+        assert_same(next(resumed), items[step])
+        resumed.close()
+
+
+def test_processes_give_the_same_batches():
+    plain, parallel = scenes(workers=0, prefetch=0), scenes(workers=1, processes=2)
+    next(plain)
+    parallel.set_state(plain.get_state())
+    for _ in range(3):
+        assert_same(next(parallel), next(plain))
+    parallel.close()
+
+
+def test_resume_at_the_end_and_in_the_last_batches_of_an_epoch():
+    loader = numbers(40, epochs=1)
+    items, states = [], []
+    for item in loader:
+        items.append(item)
+        states.append(loader.get_state())
+    for back in (1, 2, 3):
+        resumed = numbers(40, epochs=1)
+        resumed.set_state(states[-back])
+        rest = list(resumed)
+        assert len(rest) == back - 1
+        for a, b in zip(rest, items[len(items) - back + 1 :]):
+            assert_same(a, b)
+
+
+def test_a_state_of_other_data_is_refused():
+    state = numbers(40, seed=1).get_state()
+    with pytest.raises(ValueError, match="seed"):
+        numbers(40, seed=2).set_state(state)
+    with pytest.raises(ValueError, match="records"):
+        numbers(41, seed=1).set_state(state)
+
+
+def test_processes_of_a_pod_share_all_records():
+    shares = [seen(numbers(61, epochs=1, process_index=i, process_count=2)) for i in range(2)]
+    assert sorted(shares[0] + shares[1]) == list(range(61)) and abs(len(shares[0]) - len(shares[1])) <= 1
+    with pytest.raises(ValueError, match="no share of 3 records"):
+        numbers(3, process_index=0, process_count=4)
+
+
+def test_several_sources_are_one_set_or_a_weighted_mixture():
+    two = [Numbers(30), Numbers(10, first=100)]
+    assert sorted(seen(numbers(source=two, epochs=1))) == [*range(30), *range(100, 110)]
+    forever = seen(itertools.islice(numbers(source=two, weights=[1, 3]), 40))
+    assert 0.7 < np.mean(np.array(forever) >= 100) < 0.8
+    with pytest.raises(ValueError, match="weights"):
+        numbers(source=two, weights=[1, 3], epochs=1)
+    with pytest.raises(ValueError, match="weights"):
+        numbers(source=two, weights=[1])
+
+
+def test_broken_records_are_skipped_counted_and_named(caplog):
+    broken = {7: BadRecord("missing file", "n7"), 9: ValueError("no picture"), 21: TooLarge("99 tokens")}
+    with caplog.at_level(logging.WARNING):
+        items = list(numbers(200, broken, epochs=1))
+    assert sorted(seen(items)) == [i for i in range(200) if i not in broken]
+    assert items[-1][1].skipped == {"missing file": 1, "not readable": 1} and items[-1][1].dropped == 1
+    assert all(name in caplog.text for name in ("n7: missing file", "n9: no picture", "n21: 99 tokens"))
+
+
+def test_counts_survive_a_resume():
+    broken = {3: BadRecord("missing file", "n3")}
+    loader = numbers(60, broken, shuffle=False)
+    for _ in range(4):
+        _, info = next(loader)
+    resumed = numbers(60, broken, shuffle=False)
+    resumed.set_state(loader.get_state())
+    assert info.skipped == {"missing file": 1} and next(resumed)[1].skipped == next(loader)[1].skipped
+
+
+def test_too_many_broken_records_stop_the_run():
+    broken = {i: BadRecord("missing file", f"n{i}") for i in range(0, 300, 10)}
+    with pytest.raises(BadData, match=r"of 101 records only 90.*'missing file': 11|of 100 records only 90"):
+        list(numbers(300, broken, epochs=1, shuffle=False))
+    assert len(seen(numbers(300, broken, epochs=1, shuffle=False, max_bad=0.2))) == 270
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_a_set_without_a_usable_record_ends_with_an_error(epochs):
+    for error in (ValueError("damaged"), TooLarge("99 tokens")):
+        with pytest.raises(BadData, match="20 records can be used|only 0 can be used"):
+            list(itertools.islice(numbers(20, dict.fromkeys(range(20), error), epochs=epochs), 1))
+
+
+@pytest.mark.parametrize(
+    "error", [BadRecord("missing file", "n5"), TooLarge("n5 is too large"), ValueError("n5 is bad")]
+)
+def test_strict_raises(error):
+    with pytest.raises(type(error), match="n5"):
+        list(numbers(20, {5: error}, epochs=1, strict=True))
+
+
+@pytest.mark.parametrize("workers, prefetch", [(0, 0), (0, 2), (3, 2)])
+def test_a_mistake_in_the_code_surfaces(workers, prefetch):
+    with pytest.raises(ZeroDivisionError, match="mistake"):
+        list(numbers(40, {25: ZeroDivisionError("mistake")}, epochs=1, workers=workers, prefetch=prefetch))
+
+
+def test_pictures_are_shrunk_to_the_budget_before_a_conversation_is_dropped(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for name, shape in (("small", (48, 64, 3)), ("large", (640, 480, 3))):
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(tmp_path / f"{name}.png")
+    ask = lambda name, text: json.dumps(
+        {"image": name, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+    )
+    lines = [ask("small.png", "Any red?"), ask("large.png", "Any red?"), ask("small.png", "Why? " * 90)]
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    loader = make_loader(JsonLines(tmp_path / "set.jsonl"), scenes_processor(), Budget(128, 2, 256), 2, epochs=1)
+    (batch, info), *more = loader
+    assert not more and info.conversations == 2 and info.dropped == 1 and not info.skipped
+    grids = {tuple(g) for g in batch.vision.grid[batch.vision.image > 0]}
+    assert (6, 8) in grids and len(grids) == 2 and max(h * w for h, w in grids) <= 256
