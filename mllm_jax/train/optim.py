@@ -1,0 +1,171 @@
+"""What is trained, how fast, and by which rule: patterns on the paths of weights, a schedule, an optax transformation."""
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from optax.contrib import MuonDimensionNumbers
+
+SCHEDULES = {
+    "constant": lambda t: jnp.ones_like(t),
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
+}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """
+    name: "adamw", "muon" (matrices of layers; AdamW for the rest) or "adafactor".
+    schedule: "cosine", "linear" or "constant", after a linear rise over `warmup` of the `steps` updates.
+    final: share of `learning_rate` that is left at the end of the schedule.
+    weight_decay: decoupled, times the learning rate; on matrices (`w`), not on norms, biases and embeddings.
+    clip: largest global norm of the gradients; 0 = any.
+    factors: (pattern, factor) pairs; the first pattern that is found in a weight's path scales its learning rate.
+    freeze: patterns of weights that are not trained: they have no optimizer state and cost no backward pass.
+
+    Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup: int = 0
+    steps: int = 1000
+    final: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    factors: tuple[tuple[str, float], ...] = ()
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.name not in RULES:
+            raise ValueError(f"optim.name must be one of {sorted(RULES)}, not {self.name!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule must be one of {sorted(SCHEDULES)}, not {self.schedule!r}")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"optim.warmup={self.warmup} must lie within optim.steps={self.steps}")
+
+
+def make_schedule(config: OptimConfig) -> Callable:
+    """Update number i32[] (0-based) -> learning rate f32[]. The first update has learning_rate / warmup, never 0."""
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32)
+        rise = jnp.minimum((count + 1) / max(config.warmup, 1), 1)
+        t = jnp.clip((count - config.warmup) / max(config.steps - config.warmup, 1), 0, 1)
+        fall = config.final + (1 - config.final) * SCHEDULES[config.schedule](t)
+        return config.learning_rate * rise * jnp.where(count < config.warmup, 1, fall)
+
+    return schedule
+
+
+def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransformation, Callable]:
+    """The update rule and its schedule.
+
+    Clipping is not part of it: the train step clips, where it reports the norm.
+
+    Args:
+      config: see OptimConfig.
+      params: all parameters, arrays or shapes; patterns are checked against them.
+    Returns:
+      (transformation, schedule). `init` takes all parameters or the trainable ones and keeps state for these alone;
+      `update` takes gradients of, and the, trainable ones (see `split`).
+    Raises:
+      ValueError: a pattern matches no weight, or nothing is left to train.
+    """
+    paths = list(flatten_dict(params, sep="/"))
+    _check_patterns(config.freeze, paths, "optim.freeze")
+    _check_patterns([pattern for pattern, _ in config.factors], paths, "optim.factors")
+    if not split(params, config.freeze)[0]:
+        raise ValueError(f"optim.freeze={config.freeze} leaves nothing to train")
+    schedule = make_schedule(config)
+    chain = [RULES[config.name](config)]
+    if config.weight_decay:
+        chain.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
+    if config.factors:
+        chain.append(optax.stateless(lambda updates, _: _map(lambda path, x: x * _factor(config, path), updates)))
+    chain.append(optax.scale_by_learning_rate(schedule))
+    inner = optax.chain(*chain)
+    return optax.GradientTransformation(
+        lambda params: inner.init(split(params, config.freeze)[0]), inner.update
+    ), schedule
+
+
+def split(params, freeze: tuple[str, ...]) -> tuple[dict, dict]:
+    """A nested dict -> (what is trained, what is frozen), both nested dicts without the leaves of the other."""
+    flat = flatten_dict(params, sep="/")
+    frozen = {path for path in flat if any(re.search(pattern, path) for pattern in freeze)}
+    part = lambda keep: unflatten_dict({path: x for path, x in flat.items() if (path in frozen) == keep}, sep="/")
+    return part(False), part(True)
+
+
+def merge(trainable, frozen) -> dict:
+    """The inverse of `split`."""
+    return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
+
+
+def _check_patterns(patterns, paths: list[str], what: str) -> None:
+    names = sorted({"/".join(path.split("/")[:n]) for path in paths for n in range(1, path.count("/") + 2)})
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise ValueError(f"{what}: {pattern!r} matches no weight; the nearest names are {', '.join(nearest)}")
+
+
+def _map(f, tree) -> dict:
+    """f(path, leaf) on a nested dict."""
+    return unflatten_dict({path: f("/".join(path), leaf) for path, leaf in flatten_dict(tree).items()})
+
+
+def _decays(params) -> dict:
+    return _map(lambda path, _: path.endswith("/w"), params)
+
+
+def _factor(config: OptimConfig, path: str) -> float:
+    return next((factor for pattern, factor in config.factors if re.search(pattern, path)), 1.0)
+
+
+# Axes that a matrix reads and axes that it writes; axes not named (layers, q-k-v) hold matrices of their own.
+MATRICES = (
+    (r"attention/(q|k|v|qkv)/w$", MuonDimensionNumbers(-3, (-2, -1))),
+    (r"attention/out/w$", MuonDimensionNumbers((-3, -2), -1)),
+    (r"mlp/(gate|up|down)/w$", MuonDimensionNumbers(-2, -1)),
+)
+
+
+def _matrices(params) -> dict:
+    dimensions = lambda path, _: next((axes for pattern, axes in MATRICES if re.search(pattern, path)), None)
+    return _map(dimensions, params)
+
+
+def _adamw(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Updates with the root mean square that AdamW's have, so that its learning rates serve (arXiv 2502.16982)."""
+    muon = optax.contrib.muon(
+        learning_rate=1.0,
+        eps=config.eps,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,
+    )
+    return optax.chain(muon, optax.scale(-1.0))  # the sign and the learning rate belong to the end of the chain
+
+
+def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
+    """Factored second moments, no momentum (arXiv 1804.04235)."""
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+RULES = {"adamw": _adamw, "muon": _muon, "adafactor": _adafactor}

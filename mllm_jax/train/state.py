@@ -1,0 +1,64 @@
+"""All that a training run changes, and where it lives on the mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params, init_params
+from mllm_jax.sharding import Rules, shardings
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # i32[] batches seen, skipped ones included
+    params: Any  # fp32, frozen ones included
+    opt_state: Any  # of the trainable parameters
+    bad: jax.Array  # i32[] non-finite steps in a row, up to now
+    skipped: jax.Array  # i32[] non-finite steps in all
+
+
+def new_state(tx: optax.GradientTransformation, params) -> TrainState:
+    """The state before the first step. Pure: jit it with the shardings of the state, or moments land on one device."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), zero, zero)
+
+
+def abstract_state(config: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of the state, without computing anything."""
+    return jax.eval_shape(lambda params: new_state(tx, params), abstract_params(config))
+
+
+def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules) -> TrainState:
+    """NamedSharding of every leaf: moments lie as their parameters do, everything else is replicated."""
+    params = shardings(abstract_boxed(config), mesh, rules)
+    shapes = flatten_dict(abstract_params(config))
+    known = {path: (shapes[path].shape, sharding) for path, sharding in flatten_dict(params).items()}
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def of(path, leaf):
+        """A moment ends in the path of its parameter; what is factored or counted has another shape."""
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for start in range(len(names)):
+            shape, sharding = known.get(names[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    opt_state = jax.tree_util.tree_map_with_path(of, abstract_state(config, tx).opt_state)
+    return TrainState(replicated, params, opt_state, replicated, replicated)
+
+
+def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, key) -> TrainState:
+    """Random parameters and fresh moments, made where they will live. The same key gives the same values on any mesh."""
+    layout = state_shardings(config, tx, mesh, config.runtime.rules)
+    return jax.jit(lambda key: new_state(tx, init_params(config, key)), out_shardings=layout)(key)
+
+
+def state_from_params(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, params) -> TrainState:
+    """Given parameters (pretrained, say) and fresh moments. `params` is donated where it already lies as it should."""
+    layout = state_shardings(config, tx, mesh, config.runtime.rules)
+    params = jax.device_put(params, layout.params)
+    return jax.jit(lambda params: new_state(tx, params), donate_argnums=0, out_shardings=layout)(params)

@@ -1,0 +1,166 @@
+"""One step of training and of evaluation: pure functions of state and batch, compiled once for any mix of examples."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mllm_jax.model import VLM, ModelConfig, head_table
+from mllm_jax.sharding import Rules, partition_spec
+from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, token_loss, ways
+from mllm_jax.train.optim import OptimConfig, make_schedule, merge, split
+from mllm_jax.train.state import state_shardings
+from mllm_jax.types import Batch, Vision
+
+CHUNK = 512  # targets of a row whose logits are held at once
+
+
+def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token", chunk: int = CHUNK):
+    """(sum of weight * cross-entropy f32[], sum of weights f32[]): sums, so that batches add up."""
+    hidden = VLM(config).apply({"params": params}, batch, hidden=True).hidden
+    weight, runtime = sample_weights(batch, weighting), config.runtime
+    loss = token_loss(hidden, head_table(params), batch.targets, weight, chunk, runtime.dtype, runtime.rules)
+    return loss, jnp.sum(weight)
+
+
+def make_train_step(
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
+    optim: OptimConfig,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    weighting: str = "token",
+    loss_chunk: int = CHUNK,
+) -> Callable:
+    """Jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+      tx: of `make_optimizer(optim, ...)`.
+      accumulate: A, number of parts that a batch of A * B rows is worked off in; the result is that of the whole batch.
+      weighting: see `sample_weights`.
+      loss_chunk: see `token_loss`.
+    Returns:
+      metrics, f32 scalars: loss (mean per weight), weight (its sum), grad_norm (before clipping), learning_rate,
+      finite (1 or 0), tokens, targets, patches, images (counts without padding).
+    """
+    schedule, layout = make_schedule(optim), state_shardings(config, tx, mesh, config.runtime.rules)
+    pinned, _ = split(layout.params, optim.freeze)
+    pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
+
+    def add_gradients(trainable, frozen, total, batch: Batch):
+        """total + (gradients, loss, weight) of a batch, all of them sums."""
+
+        def loss(trainable):
+            return loss_sum(config, merge(trainable, frozen), batch, weighting, loss_chunk)
+
+        (value, weight), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        new = (pin(grads), value, weight)
+        return new if total is None else jax.tree.map(jnp.add, total, new)
+
+    def step(state, batch: Batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            trainable, frozen = split(state.params, optim.freeze)
+            add = partial(add_gradients, trainable, frozen)
+            if accumulate == 1:
+                grads, value, weight = add(None, batch)
+            else:
+                zeros = (pin(jax.tree.map(jnp.zeros_like, trainable)), jnp.zeros(()), jnp.zeros(()))
+                parts = _parts(batch, accumulate)
+                (grads, value, weight), _ = jax.lax.scan(lambda total, part: (add(total, part), None), zeros, parts)
+            total = jnp.where(weight == 0, 1, weight)  # a batch without targets has loss 0
+            norm = optax.global_norm(grads) / total
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
+            scale = jnp.minimum(1, optim.clip / norm) if optim.clip else 1
+            grads = jax.tree.map(lambda grad: grad * (scale / total), grads)
+            updates, opt_state = tx.update(grads, state.opt_state, trainable)
+            keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
+            state = state._replace(
+                step=state.step + 1,
+                params=merge(keep(optax.apply_updates(trainable, updates), trainable), frozen),
+                opt_state=keep(opt_state, state.opt_state),
+                bad=jnp.where(finite, 0, state.bad + 1),
+                skipped=jnp.where(finite, state.skipped, state.skipped + 1),
+            )
+            updates_done = state.step - 1 - state.skipped  # as the optimizer counts
+            metrics = dict(
+                loss=value / total,
+                weight=weight,
+                grad_norm=norm,
+                learning_rate=schedule(updates_done),
+                finite=finite,
+                **count(batch),
+            )
+            return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated))
+
+
+def make_eval_step(config: ModelConfig, mesh: Mesh, *, loss_chunk: int = CHUNK) -> Callable:
+    """Jitted `evaluate(params, batch) -> dict`: how well the model predicts each conversation, given the truth so far.
+
+    Greedy decoding repeats a conversation's targets exactly if and only if none of them is wrong here.
+
+    Returns:
+      loss_sum, weight: f32[]; answered, wrong: i32[B T], in column s - 1 the number of targets, and of wrong ones, of
+      segment s of the row (a row of T tokens has at most T).
+    """
+
+    def evaluate(params, batch: Batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            hidden = VLM(config).apply({"params": params}, batch, hidden=True).hidden
+            runtime = config.runtime
+            loss, wrong = token_errors(
+                hidden, head_table(params), batch.targets, batch.weight, loss_chunk, runtime.dtype, runtime.rules
+            )
+            return dict(
+                loss_sum=loss,
+                weight=jnp.sum(batch.weight),
+                answered=sum_segments(batch.weight != 0, batch.segment),
+                wrong=sum_segments(wrong, batch.segment),
+            )
+
+    return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def count(batch: Batch) -> dict[str, jax.Array]:
+    """What a batch holds without its padding: tokens, targets, patches, images (frames of clips included)."""
+    vision, none = batch.vision, jnp.zeros(())
+    return dict(
+        tokens=jnp.sum(batch.segment > 0),
+        targets=jnp.sum(batch.weight != 0),
+        patches=none if vision is None else jnp.sum(vision.image > 0),
+        images=none if vision is None else jnp.sum(jnp.max(vision.image, axis=(1, 2))),
+    )
+
+
+def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
+    """NamedSharding of every array of a batch: rows over the `batch` axes, rows of patches over `patch_row` too where
+    they divide. Raises ValueError where the rows of the batch do not."""
+
+    def of(x, names, what):
+        names = ("batch", *names, *(None,) * (x.ndim - 1 - len(names)))
+        return NamedSharding(mesh, partition_spec(names, rules, mesh, x.shape, what))
+
+    text = {name: of(x, (), f"batch.{name}") for name, x in batch._asdict().items() if name != "vision"}
+    if batch.vision is None:
+        return Batch(**text)
+    divides = batch.vision.image.shape[1] % ways("patch_row", rules, mesh) == 0
+    names = ("patch_row",) if divides else ()
+    vision = {name: of(x, names, f"batch.vision.{name}") for name, x in batch.vision._asdict().items()}
+    return Batch(**text, vision=Vision(**vision))
+
+
+def _parts(batch: Batch, accumulate: int) -> Batch:
+    """[B*A ...] -> [A B ...], every A-th row: each device's rows stay on it."""
+    rows = batch.tokens.shape[0]
+    if rows % accumulate:
+        raise ValueError(f"a batch of {rows} rows does not split into accumulate={accumulate} parts")
+    return jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=accumulate), batch)
