@@ -25,7 +25,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.3",
         "tokenizers>=0.21",
-        "jinja2>=3.1.5",
+        "jinja2>=3.1.6",
         "safetensors>=0.5",
         "huggingface_hub>=0.30",
         "tensorboardX>=2.6.2",

@@ -5,11 +5,12 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mllm_jax.data import images, video
+from mllm_jax.data.pack import Budget, TooLarge, place
 from mllm_jax.data.positions import mrope_positions
 from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer, read_json, write_json
 from mllm_jax.types import Example, Picture
@@ -47,18 +48,6 @@ class ProcessorSpec:
 
 
 _PUBLISHED = ProcessorSpec()
-
-
-class Budget(NamedTuple):
-    """The room that a batch row has for one conversation: tokens, and `rows` patch rows of `patches` patches."""
-
-    tokens: int
-    rows: int
-    patches: int
-
-
-class TooLarge(ValueError):
-    """A conversation that does not fit a budget even with its pictures at their smallest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +200,8 @@ class Processor:
             return [visual.size(spec, limit, budget.patches * spec.patch**2) for visual in visuals]
 
         def fits(sizes: list[tuple[int, int]]) -> bool:
-            needed = self._needed(visuals, sizes, text_tokens, budget.patches)
-            return all(need <= room for need, room in zip(needed, budget, strict=True))
+            tokens, patches = self._needed(visuals, sizes, text_tokens)
+            return tokens <= budget.tokens and place(patches, budget) is not None
 
         sizes = sizes_at(math.inf)
         if fits(sizes):
@@ -220,11 +209,11 @@ class Processor:
         low, high = spec.factor**2, max(map(math.prod, sizes), default=0)
         best = sizes_at(low)
         if not fits(best):
-            tokens, rows, largest = self._needed(visuals, best, text_tokens, budget.patches)
+            tokens, patches = self._needed(visuals, best, text_tokens)
             raise TooLarge(
-                f"a conversation needs {tokens} tokens and {rows} patch rows, the largest picture {largest} patches, "
-                f"with pictures of {best} at the smallest; there is room for {budget.tokens} tokens and "
-                f"{budget.rows} rows of {budget.patches} patches"
+                f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} pictures of {sum(patches)} "
+                f"patches (the largest {max(patches, default=0)}) at the smallest sizes, {best}; there is room for "
+                f"{budget.tokens} tokens and {budget.rows} rows of {budget.patches} patches"
             )
         while high - low > spec.factor**2:
             middle = (low + high) // 2
@@ -232,21 +221,14 @@ class Processor:
             low, high, best = (middle, high, sizes) if fits(sizes) else (low, middle, best)
         return best
 
-    def _needed(self, visuals: list, sizes: list[tuple[int, int]], text_tokens: int, row: int) -> tuple[int, int, int]:
-        """Tokens, patch rows (first fit, largest first) and patches of the largest picture."""
+    def _needed(self, visuals: list, sizes: list[tuple[int, int]], text_tokens: int) -> tuple[int, list[int]]:
+        """Tokens of the conversation, and patches of every picture."""
         patches = [
             height * width // self.spec.patch**2
             for (height, width), visual in zip(sizes, visuals, strict=True)
             for _ in range(visual.pictures)
         ]
-        free = []
-        for size in sorted(patches, reverse=True):
-            slot = next((slot for slot, room in enumerate(free) if room >= size), None)
-            if slot is None:
-                free.append(row - size)
-            else:
-                free[slot] -= size
-        return text_tokens + sum(patches) // self.spec.merge**2, len(free), max(patches, default=0)
+        return text_tokens + sum(patches) // self.spec.merge**2, patches
 
     def _pictures(self, visuals: list, sizes: list[tuple[int, int]]) -> Iterator[Picture]:
         spec = self.spec
