@@ -1,6 +1,5 @@
 """The report renders whatever a run left behind, shows people's text as text, and its charts have round ticks."""
 
-import json
 import math
 from html.parser import HTMLParser
 
@@ -18,7 +17,6 @@ from mllm_jax.evaluate.report import (
     chart,
     log_ticks,
     percent,
-    read_metrics,
     short,
     ticks,
     write_report,
@@ -61,10 +59,10 @@ def render(folder, *runs, **options) -> Page:
 
 def a_run(name="with pictures", steps=50, **fields):
     records = [
-        {"step": 10 * i, "loss": 5 / i, "tokens_per_second": 9e3, "fill_tokens": 0.98, "fill_patches": 0.9}
+        {"step": 10 * i, "mean_loss": 5 / i, "tokens_per_second": 9e3, "fill_tokens": 0.98, "fill_patches": 0.9}
         for i in range(1, steps + 1)
     ]
-    records.append({"step": 10 * steps, "exact_match": {"colour": 0.9, "count": 0.5}})
+    records.append({"step": 10 * steps, "heldout": {"exact_match": {"colour": 0.9, "count": 0.5}}})
     return Run(name, records, {"colour": 0.95, "count": 0.5}, **fields)
 
 
@@ -109,16 +107,16 @@ def test_all_sections(tmp_path):
     "run",
     [
         Run("nothing"),
-        Run("one point", [{"step": 1, "loss": 3.0}]),
-        Run("step zero", [{"step": 0, "loss": 3.0, "exact_match": {"colour": 0.0}}], {"colour": 0.0}),
-        Run("flat", [{"step": i, "loss": 1.0, "fill_tokens": 1.0} for i in range(3)]),
+        Run("one point", [{"step": 1, "mean_loss": 3.0}]),
+        Run("step zero", [{"step": 0, "mean_loss": 3.0, "heldout": {"exact_match": {"colour": 0.0}}}], {"colour": 0.0}),
+        Run("flat", [{"step": i, "mean_loss": 1.0, "fill_tokens": 1.0} for i in range(3)]),
         Run(
             "broken",
-            [{"step": i, "loss": v} for i, v in enumerate([math.nan, 1.0, math.inf, 0.0, -1.0, None, "x", 2.0])],
+            [{"step": i, "mean_loss": v} for i, v in enumerate([math.nan, 1.0, math.inf, 0.0, -1.0, None, "x", 2.0])],
         ),
-        Run("all broken", [{"step": 1, "loss": math.nan}, {"step": 2, "exact_match": None}]),
-        Run("other kinds", [{"step": 1, "exact_match": {"colour": 0.5}}], {"shape": math.nan}),
-        Run("long", [{"step": i, "loss": 1 / (i + 1)} for i in range(5000)]),
+        Run("all broken", [{"step": 1, "mean_loss": math.nan}, {"step": 2, "heldout": None}]),
+        Run("other kinds", [{"step": 1, "heldout": {"exact_match": {"colour": 0.5}}}], {"shape": math.nan}),
+        Run("long", [{"step": i, "mean_loss": 1 / (i + 1)} for i in range(5000)]),
     ],
     ids=lambda run: run.name,
 )
@@ -138,7 +136,7 @@ def test_text_of_people_stays_text(tmp_path):
     evil = "\"><script>alert('1')</script><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp;"
     page = render(
         tmp_path,
-        Run(evil, [{"step": 1, "loss": 1.0, "exact_match": {evil: 0.5}}], {evil: 0.5}, [(1, evil)]),
+        Run(evil, [{"step": 1, "mean_loss": 1.0, "heldout": {"exact_match": {evil: 0.5}}}], {evil: 0.5}, [(1, evil)]),
         title=evil,
         lead=evil,
         kinds=[Kind(evil, 1, 0.5, 0.9)],
@@ -150,22 +148,6 @@ def test_text_of_people_stays_text(tmp_path):
     assert "script" not in page.tags and page.tags.count("img") == 1
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.words.count(evil) >= 10
-
-
-def test_metrics_of_a_resumed_run(tmp_path):
-    lines = [
-        {"step": 10, "loss": 3.0},
-        {"step": 20, "loss": 2.0},
-        {"step": 20, "exact_match": {"colour": 0.2}},
-        {"step": 20, "loss": 2.5},  # done again after the kill
-        {"step": 30, "loss": 1.0},
-        {"no": "step"},
-        [1],
-    ]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo')
-    assert read_metrics(path) == [lines[0], lines[3], lines[2], lines[4]]
-    assert read_metrics(tmp_path / "absent") == []
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))

@@ -5,7 +5,6 @@ This file computes what is shown (in percent of a chart's width and height); rep
 
 import base64
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ class Run(NamedTuple):
     """What one training run left behind. The first run of a report is the one that it is about."""
 
     name: str
-    records: Sequence[Mapping[str, Any]] = ()  # the lines of metrics.jsonl, see `read_metrics`
+    records: Sequence[Mapping[str, Any]] = ()  # of `mllm_jax.train.metrics.read_metrics`
     exact_match: Mapping[str, float] = {}  # kind -> share of right answers in the end
     marks: Sequence[tuple[int, str]] = ()  # (step, what happened then)
 
@@ -55,24 +54,6 @@ class Line(NamedTuple):
     points: Sequence[tuple[float, float]]
     tone: int = 0  # which of the page's colours
     end: str = ""  # label at its end
-
-
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order of steps.
-
-    A run that was killed and resumed repeats some steps, and may have left a line half-written: of lines with the same
-    step and the same names the last one counts, and what is not a JSON object with a step is passed over. A missing
-    file is an empty list.
-    """
-    path, records = Path(path), {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records[record["step"], frozenset(record)] = record
-    return sorted(records.values(), key=lambda record: record["step"])
 
 
 def write_report(
@@ -256,7 +237,7 @@ def _series(run: Run, *names: str) -> list[tuple[float, float]]:
 
 
 def _loss(runs: Sequence[Run]):
-    lines = [Line(run.name, _series(run, "loss"), tone, run.name) for tone, run in enumerate(runs)]
+    lines = [Line(run.name, _series(run, "mean_loss"), tone, run.name) for tone, run in enumerate(runs)]
     return chart("Training loss, nats per answer token", lines, height=260, log=True, marks=runs[0].marks)
 
 
@@ -265,7 +246,7 @@ def _accuracy(runs: Sequence[Run], kinds: Sequence[Kind]):
     for kind in kinds:
         lines = []
         for tone, run in enumerate(runs):
-            points = _series(run, "exact_match", kind.name)
+            points = _series(run, "heldout", "exact_match", kind.name)
             lines.append(Line(run.name, points, tone, percent(points[-1][1]) if points else ""))
         rules = [(y, note) for y, note in ((kind.chance, "chance"), (kind.bar, "bar")) if y is not None]
         charts.append(chart(kind.name, lines, height=140, low=0.0, high=1.0, text=percent, rules=rules))
