@@ -232,10 +232,10 @@ def test_a_conversation_that_cannot_fit(processor):
     assert processor(messages, budget=Budget(text + 16, 4, 16)).visual.sum() == 16
     with pytest.raises(TooLarge, match=rf"{text + 16} tokens.*room for {text + 15} tokens"):
         processor(messages, budget=Budget(text + 15, 4, 16))
-    with pytest.raises(TooLarge, match="patch rows for 4 pictures of 64 patches.*room for 1000 tokens and 3 rows of 16"):
+    with pytest.raises(TooLarge, match="4 pictures of 64 patches.*3 rows of 16"):
         processor(messages, budget=Budget(1000, 3, 16))
     assert processor(messages, budget=Budget(1000, 4, 8)).visual.sum() == 4
-    with pytest.raises(TooLarge, match="largest picture 4 patches"):
+    with pytest.raises(TooLarge, match="the largest 4"):
         processor(messages, budget=Budget(1000, 9, 3))
     with pytest.raises(TooLarge):
         processor([{"role": "user", "content": "word " * 50}], budget=Budget(20, 1, 16))
