@@ -69,7 +69,9 @@ def token_loss(hidden, table, targets, weight, chunk: int, dtype: str, rules: Ru
 
 
 def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
-    head, plan = _Head(table, dtype, rules, len(hidden)), _plan(targets, weight, chunk)
+    """The loss, and the gradients of what is differentiated: a frozen table costs no product."""
+    (hidden, trains_hidden), (table, trains_table) = ((x.value, x.perturbed) for x in (hidden, table))
+    head, plan = _Head(table, dtype, rules, len(hidden)), _plan(targets.value, weight.value, chunk)
 
     def body(i, carry):
         total, d_hidden, d_table = carry
@@ -77,22 +79,26 @@ def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
         logits = head.logits(part.hidden)
         loss, log_sum, hit = _cross_entropy(logits, part.targets)
         d_logits = (jnp.exp(logits - log_sum[..., None]) - hit) * part.weight[..., None]
-        d_part, d_head = head.backward(d_logits, part.hidden)
-        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_part.astype(hidden.dtype), i * plan.size, axis=1)
-        return total + jnp.sum(part.weight * loss), d_hidden, d_table + d_head
+        if trains_hidden:
+            new = head.to_hidden(d_logits).astype(hidden.dtype)
+            d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, new, i * plan.size, axis=1)
+        if trains_table:
+            d_table += head.to_table(d_logits, part.hidden)
+        return total + jnp.sum(part.weight * loss), d_hidden, d_table
 
-    d_hidden = jnp.zeros((len(hidden), plan.order.shape[1], hidden.shape[2]), hidden.dtype)
-    carry = jnp.zeros((), jnp.float32), d_hidden, head.zeros()
+    d_hidden = jnp.zeros((len(hidden), plan.order.shape[1], hidden.shape[2]), hidden.dtype) if trains_hidden else None
+    carry = jnp.zeros((), jnp.float32), d_hidden, head.zeros() if trains_table else None
     total, d_hidden, d_table = jax.lax.fori_loop(0, plan.count, body, carry)
-    return total, (plan.restore(d_hidden), head.collect(d_table).astype(table.dtype))
+    d_hidden = plan.restore(d_hidden) if trains_hidden else None
+    return total, (d_hidden, head.collect(d_table).astype(table.dtype) if trains_table else None)
 
 
 def _scale_gradients(chunk, dtype, rules, gradients, scale):
-    d_hidden, d_table = gradients
-    return d_hidden * scale.astype(d_hidden.dtype), d_table * scale.astype(d_table.dtype), None, None
+    d_hidden, d_table = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
+    return d_hidden, d_table, None, None
 
 
-token_loss.defvjp(_loss_and_gradients, _scale_gradients)
+token_loss.defvjp(_loss_and_gradients, _scale_gradients, symbolic_zeros=True)
 
 
 def token_errors(hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = ()) -> tuple[Array, Array]:
@@ -184,11 +190,14 @@ class _Head:
     def logits(self, hidden):
         return shard(self._product("BTD,VD->BTV", hidden, self.table), ("batch", None, "vocab"), self.rules)
 
-    def backward(self, d_logits, hidden):
-        """-> gradients of the hidden states [B t D] and of the table [groups V D]."""
+    def to_hidden(self, d_logits):
+        """Gradient of the hidden states [B t D]."""
+        return self._product("BTV,VD->BTD", d_logits, self.table)
+
+    def to_table(self, d_logits, hidden):
+        """Gradient of the table, of each group of rows [groups V D]."""
         grouped = (rearrange(x, "(group B) ... -> group B ...", group=self.groups) for x in (d_logits, hidden))
-        d_table = self._product("gBTV,gBTD->gVD", *grouped)
-        return self._product("BTV,VD->BTD", d_logits, self.table), self._by_group(d_table)
+        return self._by_group(self._product("gBTV,gBTD->gVD", *grouped))
 
     def _by_group(self, d_table):
         return shard(d_table, ("batch", "vocab", None), self.rules)

@@ -1,4 +1,4 @@
-"""What is trained, how fast, and by which rule: patterns on the paths of weights, a schedule, an optax transformation."""
+"""What is trained, how fast and by which rule: patterns on paths of weights, a schedule, an optax transformation."""
 
 import difflib
 import re
@@ -94,9 +94,8 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
         chain.append(optax.stateless(lambda updates, _: _map(lambda path, x: x * _factor(config, path), updates)))
     chain.append(optax.scale_by_learning_rate(schedule))
     inner = optax.chain(*chain)
-    return optax.GradientTransformation(
-        lambda params: inner.init(split(params, config.freeze)[0]), inner.update
-    ), schedule
+    init = lambda params: inner.init(split(params, config.freeze)[0])
+    return optax.GradientTransformation(init, inner.update), schedule
 
 
 def split(params, freeze: tuple[str, ...]) -> tuple[dict, dict]:

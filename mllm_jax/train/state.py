@@ -52,7 +52,7 @@ def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh:
 
 
 def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, key) -> TrainState:
-    """Random parameters and fresh moments, made where they will live. The same key gives the same values on any mesh."""
+    """Random parameters and fresh moments, made where they will live. A key gives the same values on any mesh."""
     layout = state_shardings(config, tx, mesh, config.runtime.rules)
     return jax.jit(lambda key: new_state(tx, init_params(config, key)), out_shardings=layout)(key)
 

@@ -1,0 +1,132 @@
+"""FLOPs of a training step by part of the model, from its shapes: compilers count a loop's body once and kernels not.
+
+A multiplication with an addition is two. Only matrix products count: weights, the head, and both of attention.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from mllm_jax.model import ModelConfig, abstract_params
+from mllm_jax.train.optim import split
+from mllm_jax.types import Batch
+
+PIXELS = "encoder/patch_embed/w"  # the weight whose input needs no gradient
+
+
+class Counts(NamedTuple):
+    """What a step works on. Pairs of a query and a key are those that attention needs: half where it is causal."""
+
+    tokens: float
+    token_pairs: float
+    patches: float
+    patch_pairs: float
+    targets: float
+
+
+class Flops(NamedTuple):
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def useful(batch: Batch) -> Counts:
+    """What is in a batch of numpy arrays: conversations, pictures, and targets with a weight."""
+    conversations = _sizes(batch.segment)
+    pictures = np.zeros(0) if batch.vision is None else _sizes(batch.vision.image)
+    return Counts(
+        tokens=float(conversations.sum()),
+        token_pairs=float((conversations**2).sum() / 2),
+        patches=float(pictures.sum()),
+        patch_pairs=float((pictures**2).sum()),
+        targets=float(np.count_nonzero(batch.weight)),
+    )
+
+
+def padded(batch: Batch) -> Counts:
+    """What a batch has room for: every row one conversation, every row of patches one picture, a target everywhere."""
+    rows, length = batch.tokens.shape
+    row, patch_row, patches = (0, 0, 0) if batch.vision is None else batch.vision.image.shape
+    return Counts(
+        tokens=float(rows * length),
+        token_pairs=float(rows * length**2 / 2),
+        patches=float(row * patch_row * patches),
+        patch_pairs=float(row * patch_row * patches**2),
+        targets=float(rows * length),
+    )
+
+
+def _sizes(numbers) -> np.ndarray:
+    """f64[n] how often each number but 0 stands in each row [B ...]."""
+    return np.concatenate([np.bincount(np.ravel(row))[1:] for row in np.asarray(numbers)]).astype(np.float64)
+
+
+def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = ()) -> dict[str, Flops]:
+    """Forward and backward FLOPs of "encoder", "connector", "decoder" and "head".
+
+    Backward, a product costs as much as forward once for its weight's gradient if that weight is trained, and once for
+    its input's gradient if anything in its part or before it is trained. What remat repeats is not counted.
+
+    Args:
+      counts: of `useful`, for the FLOPs that serve, or of `padded`, for those that run.
+      freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
+    """
+    encoder, decoder = config.encoder, config.decoder
+    params = flatten_dict(abstract_params(config), sep="/")
+    trained = set(flatten_dict(split(abstract_params(config), freeze)[0], sep="/"))
+    head = "decoder/embed" if decoder.tie_embeddings else "decoder/head/w"
+    rows = dict(
+        encoder=counts.patches,
+        connector=counts.patches / config.connector.patches_per_token,
+        decoder=counts.tokens,
+        head=counts.targets,
+    )
+    attention = dict(
+        encoder=4 * counts.patch_pairs * encoder.layers * encoder.width,
+        decoder=4 * counts.token_pairs * decoder.layers * decoder.heads * decoder.head_dim,
+    )
+    result, reached = {}, False
+    for part in rows:
+        inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
+        matrices = [head] if part == "head" else [path for path in params if inside(path) and path.endswith("/w")]
+        reached = reached or any(map(inside, trained))  # whether backward gets as far as this part's input
+        product = {path: 2 * rows[part] * params[path].size for path in matrices}
+        to_weights = sum(product[path] for path in matrices if path in trained)
+        to_inputs = sum(
+            product[path] for path in matrices if path != "encoder/patch_embed/w"
+        )  # pixels need no gradient
+        own = attention.get(part, 0)
+        result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
+    return result
+
+
+PEAK_FLOPS = {  # bf16, dense, of one jax device (half a chip of TPU7x), from the vendors' data sheets
+    "tpu v4": 275e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v5p": 459e12,
+    "tpu v6 lite": 918e12,
+    "tpu v6e": 918e12,
+    "tpu7x": 1153.5e12,
+    "nvidia a100": 312e12,
+    "nvidia h100 pcie": 756e12,
+    "nvidia h100": 989e12,
+    "nvidia h200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 FLOP/s of a device by its `device_kind`; None where it is not known, as for CPUs."""
+    kind = device_kind.lower()
+    return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if kind.startswith(name)), None)
+
+
+def mfu(flops: dict[str, Flops], seconds: float, devices: int, device_kind: str) -> float | None:
+    """Model FLOPs utilisation of a step (arXiv 2204.02311): the share of the devices' peak; None where unknown."""
+    peak = peak_flops(device_kind)
+    return peak and sum(part.total for part in flops.values()) / (seconds * devices * peak)

@@ -1,0 +1,98 @@
+"""FLOPs counted by hand equal those of the traced program; what is frozen costs no backward."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from examples import VALUES, random_example, tiny_config
+
+from mllm_jax.data.pack import Budget, collate
+from mllm_jax.model import abstract_params
+from mllm_jax.train.flops import Counts, count_flops, mfu, padded, peak_flops, useful
+from mllm_jax.train.optim import merge, split
+from mllm_jax.train.step import loss_sum
+
+
+def dot_flops(jaxpr, times=1):
+    """FLOPs of all matrix products of a jaxpr, loops of known length included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            output = equation.outvars[0].aval.shape
+            total += 2 * times * math.prod(output) * math.prod(left[axis] for axis in contracted)
+            continue
+        inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            value = getattr(value, "jaxpr", value)
+            if hasattr(value, "eqns"):
+                total += dot_flops(value, inner)
+    return total
+
+
+def a_batch(rng):
+    rows = [[random_example(rng, 20, (4, 6)), random_example(rng, 9)], [random_example(rng, 7, (3, 4, 4))]]
+    return collate(rows, Budget(48, 2, 32), merge=2, values=VALUES)
+
+
+def test_useful_counts_leave_padding_out():
+    rng = np.random.default_rng(0)
+    batch = a_batch(rng)
+    a, b, c = 20 + 2 + 6, 9, 7 + 3 * (2 + 4)
+    targets = 10 + 4 + 3
+    assert useful(batch) == Counts(a + b + c, (a**2 + b**2 + c**2) / 2, 24 + 48, 24**2 + 3 * 16**2, targets)
+    assert padded(batch) == Counts(96, 48**2, 128, 4 * 32**2, 96)
+    text = collate([[random_example(rng, 5)], []], Budget(8), merge=2, values=VALUES)
+    assert useful(text) == Counts(5, 12.5, 0, 0, 2) and padded(text) == Counts(16, 64, 0, 0, 16)
+    assert useful(collate([[]], Budget(8), merge=2, values=VALUES)) == Counts(0, 0, 0, 0, 0)
+
+
+FROZEN = {
+    "nothing": (),
+    "encoder": ("^encoder/",),
+    "encoder, head": ("^encoder/", "^decoder/head"),
+    "all but connector": ("^encoder/", "^decoder/"),
+    "all but decoder": ("^encoder/", "^connector/"),
+}
+
+
+@pytest.mark.parametrize("freeze", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("tie", (False, True), ids=("head", "tied"))
+def test_count_equals_the_traced_program(tie, freeze):
+    """To the last product of the padded program, where attention runs in full: its causal half is counted twice."""
+    config = tiny_config(tie)
+    batch = a_batch(np.random.default_rng(0))
+    batch = batch._replace(weight=np.ones_like(batch.weight))
+    trainable, frozen = split(abstract_params(config), freeze)
+    forward = jax.make_jaxpr(lambda params: loss_sum(config, params, batch)[0])(abstract_params(config))
+    both = jax.make_jaxpr(jax.grad(lambda part, frozen: loss_sum(config, merge(part, frozen), batch)[0]))
+    counts = padded(batch)
+    counts = counts._replace(token_pairs=2 * counts.token_pairs)
+    flops = count_flops(config, counts, freeze)
+    assert dot_flops(forward.jaxpr) == sum(part.forward for part in flops.values())
+    assert dot_flops(both(trainable, frozen).jaxpr) == sum(part.total for part in flops.values())
+
+
+def test_what_is_frozen_costs_no_backward():
+    config = tiny_config()
+    counts = useful(a_batch(np.random.default_rng(0)))
+    everything, nothing = count_flops(config, counts), count_flops(config, counts, ("",))
+    assert all(part.backward == 0 and part.forward == everything[name].forward for name, part in nothing.items())
+    connector = count_flops(config, counts, ("^encoder/", "^decoder/"))
+    assert connector["encoder"].backward == 0
+    assert connector["connector"] == everything["connector"]
+    assert connector["head"].backward == connector["head"].forward  # activations alone
+    assert connector["decoder"].forward < connector["decoder"].backward < everything["decoder"].backward
+
+
+def test_utilisation():
+    flops = count_flops(tiny_config(), useful(a_batch(np.random.default_rng(0))))
+    total = sum(part.total for part in flops.values())
+    assert mfu(flops, 2.0, 4, "TPU v5p") == pytest.approx(total / 8 / 459e12)
+    assert mfu(flops, 2.0, 4, "cpu") is None
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v6 lite") == 918e12
