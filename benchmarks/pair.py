@@ -14,7 +14,7 @@ TEXT_TOKENS, SIDE, PATCH = 128, 224, 16
 
 
 def reference_model() -> transformers.Qwen3VLForConditionalGeneration:
-    """70M parameters: text 512 x 8 layers (8/4 heads of 64, mlp 1536, vocabulary 32000), vision 256 x 6 layers; fp32."""
+    """70M parameters in fp32: text 512 x 8 layers (8/4 heads of 64, mlp 1536, vocabulary 32000), vision 256 x 6."""
     config = transformers.Qwen3VLConfig(
         text_config=dict(
             vocab_size=32000,
@@ -24,7 +24,7 @@ def reference_model() -> transformers.Qwen3VLForConditionalGeneration:
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=64,
-            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[12, 10, 10], mrope_interleaved=True),
+            rope_parameters={"rope_theta": 5e6, "mrope_section": [12, 10, 10], "mrope_interleaved": True},
         ),
         vision_config=dict(
             depth=6,

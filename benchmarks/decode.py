@@ -1,0 +1,67 @@
+"""Greedy tokens per second after a picture and a prompt, in transformers (torch) and here, in turn, in one process.
+
+python benchmarks/decode.py [--rows 1] [--new 64] [--rounds 5]     70M parameters, fp32, CPU: the tokens must agree
+"""
+
+import argparse
+import os
+import statistics
+from functools import partial
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1, help="prompts in a batch (default 1)")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate (default 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")
+    args = parser.parse_args()
+
+    import numpy as np
+    import pair
+    import torch
+
+    import mllm_jax
+
+    torch.set_num_threads(2)
+    reference = pair.reference_model().eval()
+    vlm = pair.ours(reference)
+    inputs = {name: array for name, array in pair.inputs(args.rows).items() if name != "labels"}
+    batch, tensors = mllm_jax.from_hf_inputs(vlm.config, inputs), pair.to_torch(inputs)
+
+    def theirs(new):
+        with torch.no_grad():
+            ids = reference.generate(**tensors, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        return ids[:, tensors["input_ids"].shape[1] :].numpy()
+
+    def ours(new):
+        return np.asarray(mllm_jax.generate_ids(vlm, batch, max_new_tokens=new))
+
+    if not (theirs(args.new) == ours(args.new)).all():
+        raise SystemExit("the greedy tokens do not agree")
+    ours(1)
+    # The time of one token is taken off, so that what is left is decoding and not reading the prompt.
+    runs = {"transformers": theirs, "mllm_jax": ours}
+    timed = {f"{name} {new}": partial(run, new) for name, run in runs.items() for new in (1, args.new)}
+    seconds = pair.in_turn(timed, args.rounds)
+    speed = {
+        name: [
+            args.rows * (args.new - 1) / (long - short)
+            for short, long in zip(seconds[f"{name} 1"], seconds[f"{name} {args.new}"])
+        ]
+        for name in runs
+    }
+    for name, values in speed.items():
+        first = statistics.median(seconds[f"{name} 1"])
+        print(f"{name:14}{statistics.median(values):8.1f} tokens/s decoding, {first:.3f} s to the first token")
+    ratios = sorted(b / a for a, b in zip(speed["transformers"], speed["mllm_jax"]))
+    print(
+        f"batch {args.rows}: ratio, median of {args.rounds} pairs: {statistics.median(ratios):.2f} "
+        f"(from {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

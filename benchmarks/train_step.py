@@ -1,0 +1,138 @@
+"""Training steps per second of the same random Qwen3-VL in transformers (torch) and here, in turn, in one process.
+
+python benchmarks/train_step.py [--rounds 12]          70M parameters, fp32, CPU: the losses must agree first
+python benchmarks/train_step.py --size 2b --rows 8     on an accelerator, bf16: ours alone, with MFU
+"""
+
+import argparse
+import os
+import statistics
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def against_transformers(rounds: int, rows: int):
+    import jax
+    import pair
+    import torch
+
+    import mllm_jax
+    from mllm_jax.train.optim import OptimConfig, make_optimizer
+    from mllm_jax.train.state import state_from_params
+    from mllm_jax.train.step import make_train_step
+
+    torch.set_num_threads(2)
+    reference = pair.reference_model()
+    vlm = pair.ours(reference, scan=False)
+    inputs = pair.inputs(rows)
+    arrays, tensors = mllm_jax.from_hf_inputs(vlm.config, inputs), pair.to_torch(inputs)
+
+    optim = OptimConfig(learning_rate=1e-4, schedule="constant", warmup=0, steps=1000, weight_decay=0.01, clip=1.0)
+    torch_optimizer = torch.optim.AdamW(reference.parameters(), 1e-4, betas=(optim.b1, optim.b2), weight_decay=0.01)
+    reference.train()
+
+    def torch_step():
+        torch_optimizer.zero_grad()
+        loss = reference(**tensors).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        torch_optimizer.step()
+        return loss.item()
+
+    mesh = mllm_jax.make_mesh({"fsdp": 1}, jax.devices()[:1])
+    tx, _ = make_optimizer(optim, vlm.params)
+    state = state_from_params(vlm.config, tx, mesh, vlm.params)
+    step = make_train_step(vlm.config, tx, optim, mesh)
+    batch = jax.tree.map(jax.numpy.asarray, arrays)
+
+    def our_step():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
+
+    for _ in range(3):
+        theirs, ours = torch_step(), our_step()
+        if abs(theirs - ours) > 1e-4 * abs(theirs):
+            raise SystemExit(f"the losses do not agree: transformers {theirs}, ours {ours}")
+        print(f"loss: transformers {theirs:.6f}, ours {ours:.6f}")
+    seconds = pair.in_turn({"transformers": torch_step, "mllm_jax": our_step}, rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = int(inputs["attention_mask"].sum())
+    print(f"{'':14}{'s/step':>9}{'steps/s':>9}{'tokens/s':>10}")
+    for name, median in medians.items():
+        print(f"{name:14}{median:9.3f}{1 / median:9.2f}{tokens / median:10.0f}")
+    ratios = sorted(a / b for a, b in zip(seconds["transformers"], seconds["mllm_jax"]))
+    print(f"ratio, median of {rounds} pairs: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
+    import dataclasses
+    import time
+
+    import jax
+    import numpy as np
+
+    import mllm_jax
+    from mllm_jax.data.pack import patch_coords
+    from mllm_jax.families import qwen3_vl
+    from mllm_jax.train.flops import PEAK_FLOPS, count_flops, useful
+    from mllm_jax.train.optim import OptimConfig, make_optimizer
+    from mllm_jax.train.state import init_state
+    from mllm_jax.train.step import make_train_step
+
+    config = qwen3_vl.sizes(size)
+    runtime = dataclasses.replace(config.runtime, dtype="bfloat16", remat="full")
+    config = dataclasses.replace(config, runtime=runtime)
+    side = 32  # a 512 x 512 picture: 1024 patches, 256 tokens; one for every 512 tokens of a row
+    rng = np.random.default_rng(0)
+
+    def picture():
+        patches = rng.integers(0, 256, (side * side, config.encoder.patch_values), np.uint8)
+        return mllm_jax.Picture(patches, (side, side))
+
+    def conversation():
+        visual = np.arange(512) < len(patch_coords((side, side), 2)) // 4
+        position = np.repeat(np.arange(512, dtype=np.int32)[:, None], 3, axis=1)
+        ids = rng.integers(0, 150000, 512).astype(np.int32)
+        return mllm_jax.Example(ids, (~visual).astype(np.float32), position, visual, (picture(),))
+
+    each = tokens // 512
+    budget = mllm_jax.Budget(tokens, each, side * side)
+    examples = [[conversation() for _ in range(each)] for _ in range(rows)]
+    batch = mllm_jax.collate(examples, budget, merge=2, values=config.encoder.patch_values)
+    optim = OptimConfig(learning_rate=1e-5, schedule="constant", warmup=0, steps=1000)
+    mesh = mllm_jax.make_mesh()
+    tx, _ = make_optimizer(optim, mllm_jax.abstract_params(config))
+    state = init_state(config, tx, mesh, jax.random.key(0))
+    step = make_train_step(config, tx, optim, mesh)
+    flops = sum(count_flops(config, useful(batch, config)).values())
+    batch, seconds = jax.device_put(batch), []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[2:])
+    kind = jax.devices()[0].device_kind
+    peak = PEAK_FLOPS.get(kind)
+    mfu = f"{flops / median / peak / jax.device_count():.1%}" if peak else "peak unknown"
+    speed = f"{median:.3f} s/step, {rows * tokens / median:.0f} tokens/s"
+    print(f"{size} on {jax.device_count()} x {kind}: {speed}, MFU {mfu}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="counted steps of each (default 12)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a batch (default 4)")
+    parser.add_argument("--size", help="a published size (2b, 4b ...): ours alone, bf16, with MFU")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row, with --size (default 4096)")
+    args = parser.parse_args()
+    if args.size:
+        on_an_accelerator(args.size, args.rows, args.tokens, args.rounds)
+    else:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        against_transformers(args.rounds, args.rows)
+
+
+if __name__ == "__main__":
+    main()
