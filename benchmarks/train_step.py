@@ -75,7 +75,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     import mllm_jax
     from mllm_jax.data.pack import patch_coords
     from mllm_jax.families import qwen3_vl
-    from mllm_jax.train.flops import PEAK_FLOPS, count_flops, useful
+    from mllm_jax.train.flops import count_flops, mfu, useful
     from mllm_jax.train.optim import OptimConfig, make_optimizer
     from mllm_jax.train.state import init_state
     from mllm_jax.train.step import make_train_step
@@ -105,7 +105,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     tx, _ = make_optimizer(optim, mllm_jax.abstract_params(config))
     state = init_state(config, tx, mesh, jax.random.key(0))
     step = make_train_step(config, tx, optim, mesh)
-    flops = sum(count_flops(config, useful(batch, config)).values())
+    flops = count_flops(config, useful(batch))
     batch, seconds = jax.device_put(batch), []
     for _ in range(rounds + 2):
         start = time.perf_counter()
@@ -114,10 +114,9 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])
     kind = jax.devices()[0].device_kind
-    peak = PEAK_FLOPS.get(kind)
-    mfu = f"{flops / median / peak / jax.device_count():.1%}" if peak else "peak unknown"
-    speed = f"{median:.3f} s/step, {rows * tokens / median:.0f} tokens/s"
-    print(f"{size} on {jax.device_count()} x {kind}: {speed}, MFU {mfu}")
+    share = mfu(flops, median, jax.device_count(), kind)
+    used = f"MFU {share:.1%}" if share else "MFU unknown: no peak for this device"
+    print(f"{size}, {jax.device_count()} x {kind}: {median:.3f} s/step, {rows * tokens / median:.0f} tokens/s, {used}")
 
 
 def main():
