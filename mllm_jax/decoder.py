@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.fusion import deepstack
@@ -49,7 +50,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rope, segment, cache):
-        """`cache` is None, or this layer's (k, v) [B S K H] with (segment of all slots, index of the first new one)."""
+        """`cache` is None, or ((k, v) [L B K S H] of all layers, this layer, segment of all slots, index of new ones).
+
+        Only the new slots are written. A cache is large: taking a layer's part out and putting it back would cost more.
+        """
         config, dtype = self.config, self.runtime.dtype
         width, head_dim = config.width, config.head_dim
 
@@ -62,10 +66,12 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         kv_segment, offset, kept = segment, None, None
         if cache is not None:
-            k_slots, v_slots, kv_segment, offset = cache
-            k = jax.lax.dynamic_update_slice_in_dim(k_slots, k.astype(k_slots.dtype), offset, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(v_slots, v.astype(v_slots.dtype), offset, axis=1)
-            kept = (k, v)
+            kept, layer, kv_segment, offset = cache
+            new = (rearrange(part, "B T K H -> 1 B K T H").astype(kept[0].dtype) for part in (k, v))
+            at = (layer, 0, 0, offset, 0)
+            kept = tuple(jax.lax.dynamic_update_slice(old, part, at) for old, part in zip(kept, new))
+            own = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in kept)
+            k, v = (rearrange(part, "B K S H -> B S K H") for part in own)
         out = attend(
             q, k, v, q_segment=segment, kv_segment=kv_segment, causal=True, runtime=self.runtime, offset=offset
         )
@@ -120,12 +126,7 @@ class Decoder(nn.Module):
         def body(layer, carry, index):
             """A layer and what DeepStack adds to it. The whole cache is carried, so that it is updated in place."""
             x, kept = carry
-            own = None
-            if kept is not None:
-                own = (*(jax.lax.dynamic_index_in_dim(part, index, 0, keepdims=False) for part in kept), *slots)
-            x, new = layer(x, rope, segment, own)
-            if kept is not None:
-                kept = tuple(jax.lax.dynamic_update_index_in_dim(all, part, index, 0) for all, part in zip(kept, new))
+            x, kept = layer(x, rope, segment, None if kept is None else (kept, index, *slots))
             if deep is not None:
                 x = deepstack(x, deep, vision_index, index)
             return shard(x, ("batch", "length", None), self.runtime.rules), kept

@@ -85,7 +85,7 @@ def head_table(params) -> jax.Array:
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: str | None = None) -> Cache:
     """An empty cache for `rows` rows of `slots` tokens."""
     decoder = config.decoder
-    shape = (decoder.layers, rows, slots, decoder.kv_heads, decoder.head_dim)
+    shape = (decoder.layers, rows, decoder.kv_heads, slots, decoder.head_dim)
     dtype = dtype or config.runtime.dtype
     return Cache(
         k=jnp.zeros(shape, dtype),

@@ -66,8 +66,8 @@ class VisionTokens(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of what was read so far. All rows write the same slots; `segment` says which slots a row uses."""
 
-    k: Array  # [L B S K H]
-    v: Array  # [L B S K H]
+    k: Array  # [L B K S H]
+    v: Array  # [L B K S H]
     segment: Array  # i32[B S] 0 = empty or padding
     index: Array  # i32[] the next slot to write
     position: Array  # i32[B] the next rotary position of each row

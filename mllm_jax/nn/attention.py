@@ -60,14 +60,14 @@ def _attend_xla(q, k, v, q_segment, kv_segment, causal, offset):
 
 def _attend_dense(q, k, v, q_segment, kv_segment, q_slot, causal):
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
+    q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
     scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q * q.shape[-1] ** -0.5, k, precision=precision, preferred_element_type=jnp.float32
+        "BKGTH,BSKH->BKGTS", q * q.shape[-1] ** -0.5, k, precision=precision, preferred_element_type=jnp.float32
     )
     mask = q_segment[:, :, None] == kv_segment[:, None, :]
     if causal:
         mask &= q_slot[:, None] >= jnp.arange(k.shape[1])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision)
-    return rearrange(out, "B T K G H -> B T (K G) H")
+    out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, precision=precision)
+    return rearrange(out, "B K G T H -> B T (K G) H")

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.sharding import named
@@ -30,7 +29,10 @@ class Einsum(nn.Module):
         w = self.param("w", named(nn.initializers.normal(fan_in**-0.5), *self.axes), self.shape)
         # fp32 means fp32 on every platform: TPUs and GPUs would otherwise round the operands.
         precision = jax.lax.Precision.HIGHEST if self.dtype == "float32" else None
-        y = jnp.einsum(self.equation, x.astype(self.dtype), w.astype(self.dtype), precision=precision)
+        contracted = [letter for letter in weight_letters if letter not in output]
+        axes = (range(x.ndim - len(contracted), x.ndim), [weight_letters.index(letter) for letter in contracted])
+        # jnp.einsum would contract several axes in reverse order, for which XLA copies the weight.
+        y = jax.lax.dot_general(x.astype(self.dtype), w.astype(self.dtype), (axes, ((), ())), precision=precision)
         if self.bias:
             kept = [index for index, letter in enumerate(weight_letters) if letter in output]
             shape = tuple(self.shape[index] for index in kept)
