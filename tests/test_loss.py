@@ -1,13 +1,17 @@
 """The chunked loss and its gradients against optax's on full logits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from examples import VALUES, random_example
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mllm_jax.data.pack import Budget, collate
+from mllm_jax.sharding import RULES, freeze_rules, make_mesh
 from mllm_jax.train.loss import sample_weights, token_errors, token_loss
 
 
@@ -91,6 +95,23 @@ def test_full_logits_never_exist():
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile()
     logits = rows * chunk * vocab * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 3.5 * logits  # all of them would be ten times `logits`
+
+
+def test_the_table_is_gathered_once_and_its_gradient_added_once():
+    """Over `fsdp` and `data`, however many chunks: in the loop no device waits for those that hold other rows."""
+    mesh, rules = make_mesh({"data": 2, "fsdp": 4}), freeze_rules(RULES["fsdp"])
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    hidden, table, targets, weight = inputs(np.random.default_rng(0), 8, 40, 32, 96, 0.5)
+    rows = ("data", "fsdp")
+    args = place(hidden, rows), place(table, None, "fsdp"), place(targets, rows), place(weight, rows)
+    loss = jax.jit(jax.value_and_grad(lambda *args: token_loss(*args, 8, "float32", rules), (0, 1)))
+    with jax.set_mesh(mesh):
+        compiled = loss.lower(*args).compile()
+    close(compiled(*args)[1][1], jax.grad(reference, 1)(hidden, table, targets, weight))
+    computations = re.split(r"\n(?=%|ENTRY)", compiled.as_text())
+    collectives = re.compile(r"= (.+) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
+    inside = {text.startswith("ENTRY"): collectives.findall(text) for text in computations if collectives.search(text)}
+    assert set(inside) == {True} and sum("f32[96,32]" in shape for shape in inside[True]) == 2
 
 
 @pytest.mark.parametrize("chunk", (1, 5, 64))

@@ -11,7 +11,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mllm_jax.model import abstract_params
 from mllm_jax.train.optim import OptimConfig, make_optimizer, make_schedule, merge, split
 
-
 PATHS = """encoder/patch_embed/w encoder/position_embed encoder/layers/norm1/scale encoder/layers/attention/qkv/w
 encoder/layers/attention/qkv/b encoder/layers/attention/out/w encoder/layers/mlp/up/w connector/main/norm/bias
 connector/main/mlp/up/w decoder/embed decoder/layers/attention/q/w decoder/norm/scale decoder/head/w""".split()

@@ -63,9 +63,9 @@ def token_loss(hidden, table, targets, weight, chunk: int, dtype: str, rules: Ru
 
     def body(i, total):
         part = plan.part(i, hidden)
-        return total + jnp.sum(part.weight * _cross_entropy(head.logits(part.hidden), part.targets)[0])
+        return total + part.sum(_cross_entropy(head.logits(part.hidden), part.targets)[0])
 
-    return jax.lax.fori_loop(0, plan.count, body, jnp.zeros((), jnp.float32))
+    return jnp.sum(jax.lax.fori_loop(0, plan.count, body, plan.zeros()))
 
 
 def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
@@ -84,13 +84,13 @@ def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
             d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, new, i * plan.size, axis=1)
         if trains_table:
             d_table += head.to_table(d_logits, part.hidden)
-        return total + jnp.sum(part.weight * loss), d_hidden, d_table
+        return total + part.sum(loss), d_hidden, d_table
 
     d_hidden = jnp.zeros((len(hidden), plan.order.shape[1], hidden.shape[2]), hidden.dtype) if trains_hidden else None
-    carry = jnp.zeros((), jnp.float32), d_hidden, head.zeros() if trains_table else None
+    carry = plan.zeros(), d_hidden, head.zeros() if trains_table else None
     total, d_hidden, d_table = jax.lax.fori_loop(0, plan.count, body, carry)
     d_hidden = plan.restore(d_hidden) if trains_hidden else None
-    return total, (d_hidden, head.collect(d_table).astype(table.dtype) if trains_table else None)
+    return jnp.sum(total), (d_hidden, head.collect(d_table).astype(table.dtype) if trains_table else None)
 
 
 def _scale_gradients(chunk, dtype, rules, gradients, scale):
@@ -114,11 +114,11 @@ def token_errors(hidden, table, targets, weight, chunk: int, dtype: str, rules: 
         logits = head.logits(part.hidden)
         missed = (jnp.argmax(logits, axis=-1) != part.targets) & (part.weight != 0)
         wrong = jax.lax.dynamic_update_slice_in_dim(wrong, missed, i * plan.size, axis=1)
-        return total + jnp.sum(part.weight * _cross_entropy(logits, part.targets)[0]), wrong
+        return total + part.sum(_cross_entropy(logits, part.targets)[0]), wrong
 
-    carry = jnp.zeros((), jnp.float32), jnp.zeros(plan.order.shape, bool)
+    carry = plan.zeros(), jnp.zeros(plan.order.shape, bool)
     total, wrong = jax.lax.fori_loop(0, plan.count, body, carry)
-    return total, plan.restore(wrong)
+    return jnp.sum(total), plan.restore(wrong)
 
 
 def _cross_entropy(logits, targets):
@@ -133,6 +133,10 @@ class _Part(NamedTuple):
     targets: Array  # i32[B t]
     weight: Array  # f32[B t]
 
+    def sum(self, loss):
+        """f32[B]: rows are added up at the very end, so that the devices that hold them do not meet in every chunk."""
+        return jnp.sum(self.weight * loss, axis=1)
+
 
 class _Plan(NamedTuple):
     """The order in which the positions of each row are worked off: those that count come first."""
@@ -143,6 +147,9 @@ class _Plan(NamedTuple):
     weight: Array  # f32[B n*t] in that order
     count: Array  # i32[] chunks that hold a target of non-zero weight in any row
     size: int  # t
+
+    def zeros(self):
+        return jnp.zeros(len(self.order), jnp.float32)
 
     def part(self, i, hidden) -> _Part:
         order, targets, weight = (
