@@ -1,0 +1,183 @@
+"""Trees of frozen dataclasses <-> `ml_collections.ConfigDict`: a wrong name or type is an error that tells its path.
+
+The ConfigDict is what a run's config file returns and what `--config.path.to=value` edits; the dataclasses are what the
+code reads. A field annotated `Any` may hold one of several dataclasses: its section then has a key `type` with the name
+of the dataclass, which the reader resolves through a registry.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+TYPE = "type"  # the key that names the dataclass of a section whose field is `Any`
+
+
+class ConfigError(ValueError):
+    """A config that cannot be read; the message begins with the path of the fault."""
+
+
+def to_config_dict(value: Any) -> ConfigDict:
+    """A dataclass, with the dataclasses inside, as a ConfigDict whose fields can be overridden, those of None too."""
+    return ConfigDict(_section(value, named=False))
+
+
+def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[str, type] | None = None, path=""):
+    """Builds the dataclass `cls` from a ConfigDict or a plain dict; the inverse of `to_config_dict`.
+
+    Fields that are absent take their defaults; lists become tuples.
+
+    Args:
+      cls: a dataclass; the annotations of its fields say what is accepted.
+      registry: the dataclasses that a `type` key may name.
+      path: where `config` stands, for error messages.
+
+    Raises:
+      ConfigError: a name is unknown (with a suggestion) or missing, a type is wrong, or the dataclass refuses a value.
+    """
+    if isinstance(config, ConfigDict):
+        config = config.to_dict()
+    return _dataclass(cls, config, registry or {}, path)
+
+
+def dump(config: ConfigDict) -> str:
+    """A ConfigDict as JSON, to lie in a checkpoint."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def load(text: str) -> ConfigDict:
+    """The inverse of `dump`: tuples, which JSON writes as lists, come back as tuples."""
+    return ConfigDict(_tuples(json.loads(text)))
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What to tell somebody who wrote an unknown name: the nearest one, and all of them."""
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"{meant}Known here: {', '.join(known) or 'nothing'}"
+
+
+def check_path(config: ConfigDict, path: str) -> None:
+    """Raises ConfigError unless the dotted `path` names a field of `config`."""
+    here, section = [], config
+    for name in path.split("."):
+        if not isinstance(section, ConfigDict) or name not in section:
+            known = section.keys() if isinstance(section, ConfigDict) else ()
+            raise ConfigError(f"{_join('config', *here)} has no {name!r}; {suggestion(name, known)}")
+        here.append(name)
+        section = section[name]
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _section(value: Any, named: bool) -> dict:
+    hints = typing.get_type_hints(type(value))
+    fields = {f.name: _field(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value) if f.init}
+    return {TYPE: type(value).__name__, **fields} if named else fields
+
+
+def _field(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _section(value, named=hint is Any)
+    if isinstance(value, Mapping):
+        return {name: FieldReference(item, field_type=object) for name, item in value.items()}
+    if hint is Any:
+        return FieldReference(value, field_type=object)
+    if value is None:  # the type tells the command line how to read what replaces it
+        kinds = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and kind is not types.NoneType]
+        return FieldReference(None, field_type=kinds[0] if len(kinds) == 1 else object)
+    return value
+
+
+def _dataclass(cls: type, config: Any, registry: Mapping[str, type], path: str) -> Any:
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{path or cls.__name__}: needs a section with the fields of {cls.__name__}, not {config!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in config.items():
+        if name not in fields:
+            raise ConfigError(f"{path or cls.__name__}: unknown name {name!r}; {suggestion(name, fields)}")
+        values[name] = _value(hints[name], value, registry, _join(path, name))
+    needed = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{path or cls.__name__}: {', '.join(missing)} must be given")
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{_join(path)}: {error}" if path else str(error)) from error
+
+
+def _value(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> Any:
+    """`value` as the annotation `hint` wants it."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return _any(value, registry, path)
+    if origin in (typing.Union, types.UnionType):
+        return _union(hint, options, value, registry, path)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, registry, path)
+    if (origin or hint) is tuple and isinstance(value, (list, tuple)):
+        kinds = options[:1] * len(value) if len(options) == 2 and options[1] is Ellipsis else options
+        if not options:
+            return _tuples(value)
+        if len(kinds) == len(value):
+            items = enumerate(zip(kinds, value))
+            return tuple(_value(kind, item, registry, f"{path}[{i}]") for i, (kind, item) in items)
+    elif isinstance(origin or hint, type) and issubclass(origin or hint, Mapping) and isinstance(value, Mapping):
+        kind = options[1] if options else Any
+        return {name: _value(kind, item, registry, _join(path, str(name))) for name, item in value.items()}
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif hint in (bool, int, float, str) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    elif hint is types.NoneType and value is None:
+        return None
+    raise ConfigError(f"{path}: needs {_name(hint)}, not {value!r}")
+
+
+def _any(value: Any, registry: Mapping[str, type], path: str) -> Any:
+    if not isinstance(value, Mapping) or TYPE not in value:
+        return _tuples(value)
+    name = value[TYPE]
+    if name not in registry:
+        raise ConfigError(f"{_join(path, TYPE)}: no part is called {name!r}; {suggestion(str(name), registry)}")
+    return _dataclass(registry[name], {key: item for key, item in value.items() if key != TYPE}, registry, path)
+
+
+def _union(hint: Any, options: tuple, value: Any, registry: Mapping[str, type], path: str) -> Any:
+    if value is None and types.NoneType in options:
+        return None
+    options = [option for option in options if option is not types.NoneType]
+    if len(options) == 1:
+        return _value(options[0], value, registry, path)
+    for option in options:
+        try:
+            return _value(option, value, registry, path)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{path}: needs {_name(hint)}, not {value!r}")
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
