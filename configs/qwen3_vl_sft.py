@@ -1,0 +1,52 @@
+"""Fine-tunes Qwen3-VL on your conversations: JSON Lines with pictures and clips beside them.
+
+    python -m mllm_jax.train --config configs/qwen3_vl_sft.py:2b --workdir DIR --config.data.path=conversations.jsonl \
+        --config.data.root=PICTURES --config.init=FOLDER_OF_PUBLISHED_WEIGHTS
+
+The argument is a size: "2b", "4b", "8b" or "32b" begins with published weights (a folder, or the hub's by default),
+"70m" with random ones, to try things out; it needs `--config.processor=FOLDER` with Qwen's tokenizer and chat template.
+`--config.data.heldout_where="{'split': 'test'}"` (with `where` for the others) keeps records for evaluation.
+"""
+
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.families import qwen3_vl
+from mllm_jax.model import ModelConfig
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, TrainConfig, run_config
+
+SMALL = ModelConfig(
+    encoder=VitConfig(width=256, layers=6, heads=4, mlp=1024, taps=(1, 3, 5)),
+    connector=PatchMergerConfig(),
+    decoder=DecoderConfig(
+        vocab=151936,
+        width=512,
+        layers=8,
+        heads=8,
+        kv_heads=4,
+        head_dim=64,
+        mlp=1536,
+        rope_sections=(12, 10, 10),
+        tie_embeddings=True,
+    ),
+    tokens=qwen3_vl.TOKENS,
+)
+
+
+def get_config(arg: str = "70m"):
+    size = arg or "70m"
+    random = size == "70m"
+    published = SMALL if random else qwen3_vl.sizes(size)
+    runtime = Runtime(dtype="bfloat16", remat="none" if random else "full")
+    return run_config(
+        Run(
+            model=ModelConfig(published.encoder, published.connector, published.decoder, published.tokens, runtime),
+            init="" if random else f"Qwen/Qwen3-VL-{size.upper()}-Instruct",
+            data=JsonLinesData(batch=8, tokens=4096, rows=4, patches=4096),
+            optim=OptimConfig(learning_rate=3e-4 if random else 1e-5, steps=1000, warmup=50, weight_decay=0.01),
+            train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
+        )
+    )

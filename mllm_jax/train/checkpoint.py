@@ -1,0 +1,167 @@
+"""Checkpoints of a run (Orbax): written in the background, whole or not at all, readable on another mesh.
+
+A checkpoint holds the state of training, the run's config, and the position of every process in the data. A save that
+is killed leaves a temporary folder, which nobody reads and the next run removes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.train.run import Run, read_run
+from mllm_jax.train.state import TrainState
+
+FOLDER = "checkpoints"
+FIXED = ("model", "optim.name", "optim.freeze")  # what a resumed run cannot change: the shapes of its state
+
+
+class Checkpoints:
+    """The checkpoints below `workdir`; the newest `keep` stay."""
+
+    def __init__(self, workdir: str | Path, keep: int = 3):
+        self.folder = Path(workdir).resolve() / FOLDER
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, config: ConfigDict, data: dict[str, Any]) -> None:
+        """Starts to save; returns when the state is copied from the devices, so that the next step may overwrite it.
+
+        Args:
+          data: this process's position in its data, as JSON.
+        """
+        params, progress = _split(state)
+        about = {"config": json.loads(dump(config)), "data": _from_all_processes(data)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                progress=ocp.args.StandardSave(progress),
+                about=ocp.args.JsonSave(about),
+            ),
+        )
+
+    def restore(
+        self, config: ConfigDict, abstract: TrainState, layout: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state, laid out on the mesh of `layout`, and this process's position in the data.
+
+        Raises:
+          ConfigError: the checkpoint is of another model or optimizer than `config`, or of more or fewer processes.
+        """
+        step = self.latest()
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        changed = _changes(about["config"], json.loads(dump(config)))
+        if changed:
+            raise ConfigError(f"{self.folder} is of another run: {'; '.join(changed)}. Use another --workdir")
+        if len(about["data"]) != jax.process_count():
+            raise ConfigError(f"{self.folder} is of {len(about['data'])} processes, these are {jax.process_count()}")
+        params, progress = _split(jax.tree.map(_placed, abstract, layout))
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params), progress=ocp.args.StandardRestore(progress)
+            ),
+        )
+        return TrainState(params=found.params, **found.progress), about["data"][jax.process_index()]
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def read_config(workdir: str | Path, step: int | None = None) -> Run:
+    """The run that a checkpoint below `workdir` is of; the newest by default. FileNotFoundError where there is none."""
+    return read_run(_about(workdir, step)[1])
+
+
+def restore_params(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
+    """A model and its fp32 parameters for generation and evaluation, without the optimizer's state.
+
+    Args:
+      workdir: of a training run. step: the newest by default.
+      mesh: where the parameters shall lie, by the run's rules; by default all on the first device.
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+    """
+    step, config = _about(workdir, step)
+    model = read_run(config).model
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    layout = shardings(abstract_boxed(model), mesh, model.runtime.rules)
+    wanted = jax.tree.map(_placed, abstract_params(model), layout)
+    with _reader(workdir) as manager:
+        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
+    return model, found.params
+
+
+def _reader(workdir: str | Path) -> ocp.CheckpointManager:
+    folder = Path(workdir).resolve() / FOLDER
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no {FOLDER}/")
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _about(workdir: str | Path, step: int | None) -> tuple[int, ConfigDict]:
+    with _reader(workdir) as manager:
+        steps = manager.all_steps()
+        step = manager.latest_step() if step is None else step
+        if step not in steps:
+            raise FileNotFoundError(
+                f"{workdir} has no checkpoint {'' if step is None else step}; there are {sorted(steps)}"
+            )
+        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    return step, load(json.dumps(about["config"]))
+
+
+def _placed(x, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+    """Parameters, which generation reads alone, and all else."""
+    fields = state._asdict()
+    return fields.pop("params"), fields
+
+
+def _from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every process gives, in the order of processes."""
+    if jax.process_count() == 1:
+        return [data]
+    own = np.frombuffer(json.dumps(data).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(own)))
+    texts = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - len(own))))
+    return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes)]
+
+
+def _changes(before: dict, now: dict) -> list[str]:
+    """How two configs differ in what a resumed run cannot change, as "path was x, is y"."""
+    before, now = (
+        {path: value for path, value in _flat("", config) if path.startswith(FIXED)} for config in (before, now)
+    )
+    paths = [path for path in sorted({*before, *now}) if not path.startswith("model.runtime")]
+    different = [path for path in paths if before.get(path) != now.get(path)]
+    return [f"config.{path} was {before.get(path)}, is {now.get(path)}" for path in different]
+
+
+def _flat(path: str, value: Any):
+    if not isinstance(value, dict):
+        yield path.removeprefix("."), value
+        return
+    for name, item in value.items():
+        yield from _flat(f"{path}.{name}", item)

@@ -1,0 +1,211 @@
+"""Where a run's conversations come from, and how they reach the devices."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.loader import make_loader
+from mllm_jax.data.pack import Budget
+from mllm_jax.data.processor import Processor, ProcessorSpec
+from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_tokenizer
+from mllm_jax.data.sources import JsonLines
+from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.model import ModelConfig
+from mllm_jax.sharding import Rules, partition_spec
+from mllm_jax.train.step import batch_shardings
+from mllm_jax.types import Batch
+from mllm_jax.weights.hf import local_folder
+
+SCENES = "scenes"  # the processor of the embedded set
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The shape of a batch, and how conversations come into it.
+
+    batch: rows of a batch, over all processes and accumulated parts.
+    tokens, rows, patches: a row holds `tokens` tokens and `rows` x `patches` patches; no picture exceeds `patches`.
+    min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
+    epochs: None repeats forever (optim.steps ends the run).
+    blind: leave all pictures and clips out, for a text-only baseline.
+    window, workers, processes, prefetch, strict, max_bad: see `mllm_jax.data.loader.make_loader`.
+    """
+
+    batch: int = 8
+    tokens: int = 4096
+    rows: int = 4
+    patches: int = 4096
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    seed: int = 0
+    epochs: int | None = None
+    blind: bool = False
+    window: float = 4.0
+    workers: int = 2
+    processes: int = 0
+    prefetch: int = 2
+    strict: bool = False
+    max_bad: float = 0.05
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.tokens, 0 if self.blind else self.rows, self.patches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonLinesData(DataConfig):
+    """Conversations of a JSON Lines file (see `mllm_jax.data.sources`).
+
+    path: the file. root: the folder that its pictures lie in, by default the file's own.
+    where: fields that a record must have to be trained on, as in {"split": "train"}.
+    heldout: another file to evaluate on; None = the same. heldout_where: the fields of held-out records.
+    """
+
+    path: str = ""
+    root: str | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    heldout: str | None = None
+    heldout_where: Mapping[str, Any] = field(default_factory=dict)
+
+    def source(self, split: str = "train") -> Any:
+        """The conversations of "train" or "heldout"; None where the config names no held-out ones."""
+        if not self.path:
+            raise ConfigError("config.data.path must name a JSON Lines file of conversations")
+        if split == "heldout" and not (self.heldout or self.heldout_where):
+            return None
+        path, where = (self.path, self.where) if split == "train" else (self.heldout or self.path, self.heldout_where)
+        if not Path(path).is_file():
+            raise ConfigError(f"config.data: there is no file {path}")
+        records = JsonLines(path, self.root, where)
+        return WithoutPictures(records) if self.blind else records
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesData(DataConfig):
+    """Pictures and clips that are drawn on the fly (see `mllm_jax.data.scenes`)."""
+
+    kinds: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_KINDS))
+    cell: int = 16
+    min_cells: int = 3
+    max_cells: int = 5
+
+    def source(self, split: str = "train") -> Any:
+        """The conversations of "train" or "heldout"."""
+        sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
+        return Scenes(split, self.seed, self.kinds, pictures=not self.blind, **sizes)
+
+
+class WithoutPictures:
+    """A source of the same questions and answers, without what they are about."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return without_pictures(self.source[index])
+
+
+def without_pictures(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with only the texts of its messages."""
+
+    def texts(content: Any) -> Any:
+        return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
+
+    return record | {"messages": [message | {"content": texts(message["content"])} for message in record["messages"]]}
+
+
+def make_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
+    """The processor in a folder, of the hub, or of `scenes`; ConfigError unless it fits the model."""
+    limits = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    encoder = model.encoder
+    sizes = {"patch": encoder.patch_size, "temporal_patch": encoder.temporal_patch_size, "merge": model.connector.merge}
+    if source == SCENES:
+        spec = ProcessorSpec(**sizes, **limits)
+        return _checked(Processor(Tokenizer(scenes_tokenizer()), ChatTemplate(SCENES_TEMPLATE), spec), model)
+    if not source:
+        raise ConfigError("config.processor must name a folder with a tokenizer and a chat template")
+    try:
+        published = Processor.from_folder(local_folder(source), ProcessorSpec(**sizes))
+    except FileNotFoundError as error:
+        raise ConfigError(f"config.processor: {error}") from error
+    spec = dataclasses.replace(published.spec, **limits)
+    return _checked(Processor(published.tokenizer, published.template, spec), model)
+
+
+def _checked(processor: Processor, model: ModelConfig) -> Processor:
+    spec, encoder, words = processor.spec, model.encoder, len(processor.tokenizer)
+    pairs = {
+        "patch_size": (spec.patch, encoder.patch_size),
+        "temporal_patch_size": (spec.temporal_patch, encoder.temporal_patch_size),
+        "merge": (spec.merge, model.connector.merge),
+        "the id of image tokens": (processor.image_id, model.tokens.image),
+        "the id of video tokens": (processor.video_id, model.tokens.video),
+    }
+    if wrong := [f"{name} is {ours}, the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
+        raise ConfigError(f"config.processor does not fit config.model: {'; '.join(wrong)}")
+    if words > model.decoder.vocab:
+        raise ConfigError(
+            f"config.model.decoder.vocab={model.decoder.vocab} is less than the processor's {words} tokens"
+        )
+    return processor
+
+
+def open_data(data: DataConfig, processor: Processor, mesh: Mesh, rules: Rules) -> Any:
+    """The loader of this process's share of every batch: an iterator of (Batch, Info) with get_state and set_state."""
+    sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (data.batch,), "config.data.batch"))
+    index, count = row_share(sharding, data.batch)
+    return make_loader(
+        data.source(),
+        processor,
+        data.budget,
+        data.batch // count,
+        seed=data.seed,
+        epochs=data.epochs,
+        window=data.window,
+        workers=data.workers,
+        processes=data.processes,
+        prefetch=data.prefetch,
+        process_index=index,
+        process_count=count,
+        strict=data.strict,
+        max_bad=data.max_bad,
+    )
+
+
+def row_share(sharding: jax.sharding.Sharding, rows: int) -> tuple[int, int]:
+    """(index, count): which share of the rows of a global batch this process feeds.
+
+    Processes whose devices hold the same rows (a model spread over hosts) feed the same share.
+    """
+    first: dict[int, int] = {}
+    for device, (rows_here, *_) in sharding.devices_indices_map((rows,)).items():
+        start = rows_here.start or 0
+        first[device.process_index] = min(start, first.get(device.process_index, start))
+    shares = sorted(set(first.values()))
+    return shares.index(first[jax.process_index()]), len(shares)
+
+
+class Placer:
+    """Puts this process's rows of every batch on the devices of the mesh, as parts of one global batch."""
+
+    def __init__(self, rows: int, mesh: Mesh, rules: Rules):
+        self.rows, self.mesh, self.rules = rows, mesh, rules
+        self._layout = None  # that of the first batch: all have one shape
+
+    def __call__(self, batch: Batch) -> Batch:
+        whole = lambda x: (self.rows, *x.shape[1:])
+        if self._layout is None:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
+            self._layout = batch_shardings(shapes, self.mesh, self.rules)
+        place = lambda x, sharding: jax.make_array_from_process_local_data(sharding, x, whole(x))
+        return jax.tree.map(place, batch, self._layout)

@@ -1,0 +1,255 @@
+"""A training run: begins or goes on where it was, and ends whole, whatever stops it.
+
+The host runs at most two steps ahead of the devices. It puts the next batch on them while they work, and reads metrics
+of steps that are done, so that they never wait for it.
+"""
+
+import collections
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mllm_jax.config import ConfigError, dump
+from mllm_jax.model import abstract_params, count_params
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train.checkpoint import Checkpoints
+from mllm_jax.train.flops import Counts, count_flops, peak_flops, useful
+from mllm_jax.train.heldout import HeldOut
+from mllm_jax.train.inputs import Placer, make_processor, open_data
+from mllm_jax.train.metrics import Meter, Reporter
+from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.run import Run, load_init, read_run
+from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
+from mllm_jax.train.step import make_train_step
+from mllm_jax.types import Batch
+
+PROCESSOR = "processor"  # the folder below a working directory that generation reads the tokenizer from
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row were not finite."""
+
+
+class Fetched(NamedTuple):
+    """A batch on the devices."""
+
+    batch: Batch
+    position: dict[str, Any]  # in the data, after this batch
+    about: dict[str, float]  # what only the host knows of it
+
+
+class StopSignal:
+    """Whether somebody asked the run to stop: SIGTERM (preemption) or SIGINT. The second one is not held back."""
+
+    def __init__(self):
+        self._asked, self._before = False, {}
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() == 1:  # several processes agree through jax's own notice of preemption
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, step: int) -> bool:
+        """The same answer for all processes at a step."""
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def _note(self, number, _frame) -> None:
+        self._asked = True
+        signal.signal(number, self._before[number])
+
+
+def train(config: ConfigDict, workdir: str | Path) -> int:
+    """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
+
+    The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
+    the same mesh that nothing interrupted.
+
+    Raises:
+      ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
+      BadData: too many records of the data are broken.
+    """
+    workdir = Path(workdir).resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with StopSignal() as stop:
+        try:
+            training = Training(config, read_run(config), workdir)
+        except (ValueError, OSError) as error:  # all that a run is built from comes from its config
+            raise ConfigError(str(error)) from error
+        try:
+            return training.run(stop)
+        finally:
+            training.close()
+
+
+class Training:
+    """The parts of a run, and where it is."""
+
+    def __init__(self, config: ConfigDict, run: Run, workdir: Path):
+        self.config, self.settings = config, run
+        model, rules, data = run.model, run.model.runtime.rules, run.data
+        processor, heldout = make_processor(run.processor or run.init, model, data), data.source("heldout")
+        mesh = make_mesh(run.mesh)
+        tx, _ = make_optimizer(run.optim, abstract_params(model))
+        self.loader, self.place = open_data(data, processor, mesh, rules), Placer(data.batch, mesh, rules)
+        options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk")}
+        self.train_step = make_train_step(model, tx, run.optim, mesh, **options)
+        self.evaluate = HeldOut(run, processor, mesh, heldout) if heldout is not None else None
+        self.checkpoints = Checkpoints(workdir, run.train.keep)
+        self.resumed = self.checkpoints.latest() is not None
+        self.state, self.position = self._resume(tx, mesh) if self.resumed else self._begin(tx, mesh)
+        self.step, self.bad = int(self.state.step), int(self.state.bad)
+        self.pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
+        self.compiled, self.flops = False, flops_of_counts(run)
+        self.report = self._reporter(workdir, mesh)
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(dump(config), encoding="utf-8")
+            processor.save(workdir / PROCESSOR)
+
+    def run(self, stop: StopSignal) -> int:
+        """Steps until the end, or until somebody asks to stop. Returns the step."""
+        every = self.settings.train
+        upcoming = self._fetch()
+        while upcoming is not None:
+            self._take(upcoming)
+            upcoming = self._fetch_while_computing()
+            last, stopping = upcoming is None, stop.asked(self.step)
+            if last or _due(every.log_every, self.step - 1):
+                self._read_metrics(self.step if last else self.step - 1)
+            if self.evaluate and (last or _due(every.evaluate_every, self.step)):
+                self._evaluate()
+            if last or stopping or _due(every.save_every, self.step):
+                self._save(always=last or stopping)
+            if stopping and not last:
+                self.report.line(f"asked to stop: saved at step {self.step}, from which the same command goes on")
+                break
+        self.checkpoints.wait()
+        return self.step
+
+    def close(self) -> None:
+        self.loader.close()
+        self.checkpoints.close()
+        self.report.close()
+
+    def _begin(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+        run = self.settings
+        if run.init:
+            state = state_from_params(run.model, tx, mesh, load_init(run, mesh))
+        else:
+            state = init_state(run.model, tx, mesh, jax.random.key(run.train.seed))
+        return state, self.loader.get_state()
+
+    def _resume(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+        model = self.settings.model
+        layout = state_shardings(model, tx, mesh, model.runtime.rules)
+        state, position = self.checkpoints.restore(self.config, abstract_state(model, tx), layout)
+        try:
+            self.loader.set_state(position)
+        except ValueError as error:
+            raise ConfigError(f"config.data: {error}") from error
+        return state, position
+
+    def _reporter(self, workdir: Path, mesh: Mesh) -> Reporter:
+        run, device = self.settings, mesh.devices.flat[0].device_kind
+        room, peak = run.data.budget, peak_flops(device)
+        meter = Meter({"tokens": run.data.batch * room.tokens, "patches": run.data.batch * room.rows * room.patches})
+        report = Reporter(
+            workdir,
+            self.step,
+            run.optim.steps,
+            run.train.log_every,
+            meter,
+            peak and peak * mesh.size,
+            writes=jax.process_index() == 0,
+        )
+        parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in count_params(run.model).items())
+        began = "goes on" if self.resumed else "begins"
+        report.line(f"{workdir} {began} at step {self.step} of {run.optim.steps} on {mesh.size} x {device}: {parts}")
+        return report
+
+    def _fetch(self) -> Fetched | None:
+        """The next batch, on its way to the devices; None at the end of the run or of the data."""
+        if self.step >= self.settings.optim.steps:
+            return None
+        batch, info = next(self.loader, (None, None))
+        if batch is None:
+            return None
+        share = len(batch.tokens) / self.settings.data.batch
+        left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
+        about = {"flops": float(np.dot(self.flops, useful(batch))) / share}
+        about |= {name: number for name, number in left_out.items() if number}
+        return Fetched(self.place(batch), self.loader.get_state(), about)
+
+    def _fetch_while_computing(self) -> Fetched | None:
+        began = time.perf_counter()
+        upcoming = self._fetch()
+        running = self.pending[-1][1]["loss"]
+        if running.is_ready():
+            self.report.meter.wait(time.perf_counter() - began)
+        if len(self.pending) > 1:
+            jax.block_until_ready(self.pending[-2][1])
+        return upcoming
+
+    def _take(self, fetched: Fetched) -> None:
+        """Starts a step on the devices."""
+        began = time.perf_counter()
+        self.state, metrics = self.train_step(self.state, fetched.batch)
+        self.step, self.position = self.step + 1, fetched.position
+        self.pending.append((self.step, metrics, fetched.about))
+        if not self.compiled:
+            self.compiled = True
+            jax.block_until_ready(metrics)
+            self.report.line(f"the first step took {time.perf_counter() - began:.1f} s, compilation included")
+            self.report.meter.restart(skip=1)
+
+    def _read_metrics(self, upto: int) -> None:
+        """Reports the steps up to `upto`, fetched at once. Raises Diverged."""
+        done = [self.pending.popleft() for _ in range(len(self.pending)) if self.pending[0][0] <= upto]
+        for (step, _, about), metrics in zip(done, jax.device_get([metrics for _, metrics, _ in done])):
+            values = {name: float(value) for name, value in metrics.items()}
+            self.report.step({"step": step} | values | about)
+            self.bad = 0 if values["finite"] else self.bad + 1
+            if self.bad >= self.settings.train.patience:
+                self.report.flush()
+                raise Diverged(
+                    f"the loss or the gradient was not finite in {self.bad} steps in a row, up to step {step}. They "
+                    f"changed nothing; the checkpoint of step {self.checkpoints.latest()} is kept. A lower "
+                    "optim.learning_rate, optim.clip or another data.seed may help"
+                )
+
+    def _evaluate(self) -> None:
+        self._read_metrics(self.step)
+        began = time.perf_counter()
+        self.report.heldout(self.step, self.evaluate(self.state.params))
+        self.report.meter.pause(time.perf_counter() - began)
+
+    def _save(self, always: bool) -> None:
+        """Saves, unless the run is in trouble: what the last good checkpoint holds is then as good."""
+        self._read_metrics(self.step)
+        if self.bad and not always:
+            return
+        began = time.perf_counter()
+        self.report.flush()  # first: a checkpoint must not know of steps that the files do not
+        self.checkpoints.save(self.step, self.state, self.config, self.position)
+        self.report.meter.pause(time.perf_counter() - began)
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step > 0 and step % every == 0
+
+
+def flops_of_counts(run: Run) -> list[float]:
+    """FLOPs of a step for every one of `Counts`, in its order: they are linear in each."""
+    units = np.eye(len(Counts._fields))
+    parts = [count_flops(run.model, Counts(*unit), run.optim.freeze) for unit in units]
+    return [sum(part.total for part in flops.values()) for flops in parts]

@@ -1,0 +1,252 @@
+"""What people see of a run: a line per interval, a bar on a terminal, TensorBoard events, and `metrics.jsonl`.
+
+`metrics.jsonl` has one object per step (loss, learning_rate, grad_norm, finite, counts without padding), where an
+interval ends also with rates, and one object per evaluation, under `heldout`. Rates are measured by the clock; all else
+is the same in every run of one config on one mesh, however often it was interrupted.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """One line of JSON for every step, also where a run was killed and goes on from an earlier step.
+
+    Opening drops what the file says about steps after `step`, with which the run goes on.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / FILE
+        fresh = path.with_suffix(".new")
+        with open(fresh, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
+
+    def show(self) -> None:
+        """Lets other processes read all lines."""
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Returns when all lines are on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The records in a run's metrics.jsonl, without a last line that was cut off; [] where there is no file."""
+    path, records = Path(folder) / FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no nan and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Meter:
+    """Adds up the steps of an interval and the time that they took, without that of evaluations and saves.
+
+    Args:
+      capacity: tokens and patches that a batch has room for.
+    """
+
+    def __init__(self, capacity: Mapping[str, int]):
+        self.capacity = capacity
+        self.restart()
+
+    def restart(self, skip: int = 0) -> None:
+        """An interval begins now. `skip`: steps that are not reported yet but were done before."""
+        self._began, self._paused, self._waited, self._steps, self._skip = time.perf_counter(), 0.0, 0.0, 0, skip
+        self._sums = dict.fromkeys(("loss", "tokens", "patches", "flops"), 0.0)
+
+    def add(self, record: Mapping[str, float]) -> None:
+        """Counts a finished step."""
+        if self._skip:
+            self._skip -= 1
+            return
+        self._steps += 1
+        for name in self._sums:
+            self._sums[name] += record.get(name, 0.0)
+
+    def wait(self, seconds: float) -> None:
+        """The devices had no batch for so long."""
+        self._waited += seconds
+
+    def pause(self, seconds: float) -> None:
+        """So much time went into other things than training."""
+        self._paused += seconds
+
+    def rates(self, peak: float | None) -> dict[str, float]:
+        """Means and rates of the interval; empty where no step was counted. `peak`: FLOP/s of all devices, if known."""
+        if not self._steps:
+            return {}
+        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
+        rates = {
+            "mean_loss": self._sums["loss"] / self._steps,
+            "seconds_per_step": seconds / self._steps,
+            "tokens_per_second": self._sums["tokens"] / seconds,
+            "patches_per_second": self._sums["patches"] / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
+        }
+        for name, room in self.capacity.items():
+            if room:
+                rates[f"fill_{name}"] = self._sums[name] / (room * self._steps)
+        if peak and self._sums["flops"]:
+            rates["mfu"] = self._sums["flops"] / seconds / peak
+        return rates
+
+
+class Display:
+    """Lines on stdout, and below them a bar where stdout is a terminal."""
+
+    def __init__(self, steps: int, step: int):
+        self.steps = steps
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} steps"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("", total=steps, completed=step)
+            self._bar.start()
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False)
+        self._console.file.flush()
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def interval(self, record: Mapping[str, float]) -> None:
+        """The line of an interval."""
+        left = (self.steps - record["step"]) * record["seconds_per_step"]
+        fill = "/".join(f"{record[name]:.0%}" for name in ("fill_tokens", "fill_patches") if name in record)
+        parts = [
+            f"step {record['step']:.0f}/{self.steps}",
+            f"loss {record['mean_loss']:.4f}",
+            f"lr {record['learning_rate']:.2e}",
+            f"grad {record['grad_norm']:.2f}",
+            f"{_short(record['tokens_per_second'])} tok/s",
+            f"{_short(record['patches_per_second'])} patch/s",
+            f"fill {fill}",
+            f"data wait {record['data_wait']:.0%}",
+            *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
+            f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left",
+        ]
+        self.line("  ".join(parts))
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    """A writer of events that hides those after `step`, which an interrupted run left behind.
+
+    tensorboardX imports torch where it finds it, which takes seconds and is of no use here: so it does not find it.
+    """
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+class Reporter:
+    """Everything together. Every process may call it; process 0 alone (`writes`) has files and lines.
+
+    Args:
+      folder: the run's working directory.
+      step: the step from which the run goes on; `steps` that at which it ends.
+      every: steps of an interval.
+      peak: FLOP/s of all devices together, where known.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, every: int, meter: Meter, peak: float | None, writes: bool):
+        self.every, self.steps, self.meter, self.peak, self.writes = every, steps, meter, peak, writes
+        if writes:
+            self._file = MetricsFile(folder, step)
+            self._events = _event_writer(folder, step)
+            self._display = Display(steps, step)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Takes the metrics of a finished step, in order."""
+        self.meter.add(record)
+        ends = record["step"] == self.steps or (self.every and record["step"] % self.every == 0)
+        rates = self.meter.rates(self.peak) if ends else {}
+        if ends:
+            self.meter.restart()
+        if not self.writes:
+            return
+        self._file.write(record | rates)
+        self._display.step(record["step"])
+        if rates:
+            self._display.interval(record | rates)
+            self._scalars("train", record | rates)
+            self._file.show()
+
+    def heldout(self, step: int, found: dict[str, Any]) -> None:
+        """Takes the result of an evaluation."""
+        if self.writes:
+            self._file.write({"step": step, "heldout": found})
+            self._scalars("heldout", {"step": step, "loss": found["loss"], **found["exact_match"]})
+            shown = "  ".join(f"{kind} {share:.1%}" for kind, share in found["exact_match"].items())
+            self._display.line(f"held-out {step}/{self.steps}  loss {found['loss']:.4f}  exact match: {shown}")
+
+    def line(self, text: str) -> None:
+        """Says something."""
+        if self.writes:
+            self._display.line(text)
+
+    def flush(self) -> None:
+        """Returns when everything so far is on disk."""
+        if self.writes:
+            self._file.flush()
+            self._events.flush()
+
+    def close(self) -> None:
+        if self.writes:
+            self._file.close()
+            self._events.close()
+            self._display.close()
+
+    def _scalars(self, group: str, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._events.add_scalar(f"{group}/{name}", value, record["step"])
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 1000 or unit == "G":
+            return f"{number:.3g}{unit}"
+        number /= 1000

@@ -1,0 +1,100 @@
+"""What a run is made of: one tree of dataclasses, which a config file states.
+
+`configs/*.py` return `run_config(Run(...))`; the loop, evaluation and generation read it back with `read_run`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mllm_jax.config import ConfigError, from_config_dict, to_config_dict
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.families import FAMILIES
+from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.sharding import RULES, freeze_rules, shardings
+from mllm_jax.train.inputs import DataConfig, JsonLinesData, ScenesData
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.weights.hf import load_tensors
+
+PARTS = {part.__name__: part for part in (VitConfig, PatchMergerConfig, JsonLinesData, ScenesData)}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """
+    seed: of random parameters.
+    accumulate: parts that a batch is worked off in, to save memory; the result is that of the whole batch.
+    weighting: "token", or "sqrt" (a conversation of n targets counts as sqrt(n)).
+    loss_chunk: targets of a row whose logits are held at once.
+    log_every, evaluate_every, save_every: in steps; 0 = at the end only.
+    heldout: number of held-out conversations to evaluate on.
+    keep: checkpoints that are kept.
+    patience: non-finite steps in a row that stop the run.
+    """
+
+    seed: int = 0
+    accumulate: int = 1
+    weighting: str = "token"
+    loss_chunk: int = 512
+    log_every: int = 10
+    evaluate_every: int = 0
+    heldout: int = 256
+    save_every: int = 500
+    keep: int = 3
+    patience: int = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    model: its runtime's sharding rules are those of `rules`.
+    data: JsonLinesData or ScenesData.
+    init: folder or hub name of published weights to begin with; empty = random.
+    processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
+    optim: `optim.steps` is the length of the run.
+    mesh: devices along `data`, `fsdp` and `tensor`; -1 = those that are left.
+    rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding`).
+    """
+
+    model: ModelConfig
+    data: Any
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    init: str = ""
+    processor: str = ""
+    mesh: Mapping[str, int] = field(default_factory=lambda: {"data": 1, "fsdp": -1, "tensor": 1})
+    rules: Mapping[str, Any] = field(default_factory=lambda: dict(RULES["fsdp"]))
+
+
+def run_config(run: Run) -> ConfigDict:
+    """A run as the ConfigDict that a config file returns. Sharding rules stand in one place, `config.rules`."""
+    config = to_config_dict(run)
+    with config.unlocked():
+        del config.model.runtime["rules"]
+    return config
+
+
+def read_run(config: ConfigDict) -> Run:
+    """The inverse of `run_config`. Raises ConfigError, which names the path of what is wrong."""
+    run = from_config_dict(Run, config, PARTS, "config")
+    if not isinstance(run.data, DataConfig):
+        raise ConfigError("config.data.type must be JsonLinesData or ScenesData")
+    return dataclasses.replace(run, model=with_rules(run.model, run.rules))
+
+
+def with_rules(model: ModelConfig, rules: Mapping[str, Any]) -> ModelConfig:
+    """The model under other sharding rules."""
+    return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, rules=freeze_rules(rules)))
+
+
+def load_init(run: Run, mesh: Mesh) -> dict:
+    """The published weights that `run.init` names, fp32, laid out for the mesh."""
+    family = FAMILIES[run.model.family]
+    layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
+    rows, shapes = family.weights(run.model), abstract_params(run.model)
+    return load_tensors(run.init, rows, shapes, layout, ignore=family.IGNORE, rename=family.RENAME)

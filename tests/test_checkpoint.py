@@ -1,0 +1,94 @@
+"""Checkpoints: whole or absent, read back on any mesh, with the config and the position in the data."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import get_config
+
+from mllm_jax.config import ConfigError
+from mllm_jax.model import abstract_params
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train.checkpoint import Checkpoints, read_config, restore_params
+from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.run import read_run
+from mllm_jax.train.state import abstract_state, init_state, state_shardings
+
+CONFIG = get_config()
+RUN = read_run(CONFIG)
+TX, _ = make_optimizer(RUN.optim, abstract_params(RUN.model))
+
+
+def layout(mesh):
+    return state_shardings(RUN.model, TX, mesh, RUN.model.runtime.rules)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state that is not all zeros, on eight devices."""
+    fresh = init_state(RUN.model, TX, make_mesh({"fsdp": 8}), jax.random.key(1))
+    busy = jax.tree.map(lambda x: x + 0.5 if x.dtype == np.float32 else x + 3, fresh.opt_state)
+    return fresh._replace(opt_state=busy, step=fresh.step + 7, bad=fresh.bad + 1)
+
+
+@pytest.fixture
+def saved(state, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 6, 7):
+        checkpoints.save(step, state, CONFIG, {"next": step, "waiting": [1, 2]})
+    checkpoints.close()
+    return tmp_path
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2, "data": 4}])
+def test_a_state_is_restored_on_any_mesh(saved, state, shape):
+    wanted = layout(make_mesh(shape))
+    found, position = Checkpoints(saved).restore(CONFIG, abstract_state(RUN.model, TX), wanted)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert all(x.sharding.is_equivalent_to(y, x.ndim) for x, y in zip(*map(jax.tree.leaves, (found, wanted))))
+    assert position == {"next": 7, "waiting": [1, 2]}
+
+
+def test_the_newest_are_kept(saved):
+    assert Checkpoints(saved).latest() == 7
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["6", "7"]
+
+
+def test_half_a_checkpoint_is_not_read_and_is_removed(saved, state):
+    half = (saved / "checkpoints" / "7").rename(saved / "checkpoints" / "7.orbax-checkpoint-tmp")
+    (half / "commit_success.txt").unlink()
+    assert read_config(saved, 6) == read_config(saved)
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.latest() == 6
+    checkpoints.save(7, state, CONFIG, {})
+    checkpoints.close()
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["6", "7"]
+
+
+def test_parameters_alone_for_generation(saved, state):
+    model, params = restore_params(saved, step=6)
+    assert model == RUN.model
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(params))
+    _, spread = restore_params(saved, mesh=make_mesh({"tensor": 2, "fsdp": 4}))
+    assert len(spread["decoder"]["embed"].sharding.device_set) == 8
+
+
+def test_a_checkpoint_carries_its_config(saved):
+    assert read_config(saved) == RUN
+
+
+def test_missing_checkpoints_are_named(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 9; there are \[6, 7\]"):
+        restore_params(saved, step=9)
+    with pytest.raises(FileNotFoundError, match="not the folder of a training run"):
+        restore_params(tmp_path / "nowhere")
+
+
+def test_another_model_or_optimizer_is_refused_but_other_settings_are_not(saved):
+    config = CONFIG.copy_and_resolve_references()
+    config.train.log_every, config.optim.learning_rate, config.model.runtime.remat = 1, 1e-5, "full"
+    Checkpoints(saved).restore(config, abstract_state(RUN.model, TX), layout(make_mesh()))
+    config.optim.name = "muon"
+    with pytest.raises(ConfigError, match="config.optim.name was adamw, is muon"):
+        Checkpoints(saved).restore(config, abstract_state(RUN.model, TX), layout(make_mesh()))

@@ -1,0 +1,199 @@
+"""Whole runs: what they write, and that nothing that stops them changes what they learn."""
+
+import collections
+import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import get_config
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.processor import Processor
+from mllm_jax.train.checkpoint import Checkpoints, restore_params
+from mllm_jax.train.inputs import Placer, without_pictures
+from mllm_jax.train.loop import Diverged, StopSignal, Training, train
+from mllm_jax.train.metrics import Meter, MetricsFile, read_metrics
+from mllm_jax.train.run import read_run
+
+CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
+CLOCK |= {"fill_tokens", "fill_patches"}  # of an interval, which begins anew where a run goes on
+
+
+def start(workdir, *overrides):
+    """The command line of the tiny run, with the devices that these tests have."""
+    config = pathlib.Path(__file__).with_name("tiny_run.py")
+    command = [sys.executable, "-m", "mllm_jax.train", "--config", str(config), "--workdir", str(workdir), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def wait_for(process, condition, seconds=240):
+    """Returns whether the condition came true before the process ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def last_step(workdir):
+    return max((line["step"] for line in read_metrics(workdir)), default=0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    config = get_config()
+    training = Training(config, read_run(config), workdir)
+    assert training.run(StopSignal()) == 24
+    training.close()
+    assert training.train_step._cache_size() == 1
+    return workdir
+
+
+def test_a_run_writes_every_step_once_and_learns(uninterrupted):
+    lines = read_metrics(uninterrupted)
+    steps = [line for line in lines if "heldout" not in line]
+    assert [line["step"] for line in steps] == list(range(1, 25))
+    assert [line["step"] for line in lines if "heldout" in line] == [8, 16, 24]
+    assert np.mean([line["loss"] for line in steps[-4:]]) < 0.6 * steps[0]["loss"]
+    assert all(line["finite"] == 1 and line["tokens"] > 0 and line["flops"] > 0 for line in steps)
+    assert steps[11]["tokens_per_second"] > 0 and 0 < steps[11]["fill_patches"] <= 1
+    found = lines[-1]["heldout"]
+    assert found["conversations"] == 32 and set(found["exact_match"]) == {"all", "colour"}
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+
+
+def test_a_run_leaves_what_generation_needs(uninterrupted):
+    model, params = restore_params(uninterrupted)
+    assert model == read_run(get_config()).model
+    assert params["decoder"]["embed"].shape == (model.decoder.vocab, model.decoder.width)
+    processor = Processor.from_folder(uninterrupted / "processor")
+    assert processor.spec.patch == model.encoder.patch_size and processor.image_id == model.tokens.image
+
+
+def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
+    """Killed between steps, killed inside a save, asked to stop by SIGTERM: the same numbers in the end."""
+    saving = lambda: any((tmp_path / "checkpoints").glob("*tmp*")) and last_step(tmp_path) >= 8
+    moments = [(signal.SIGKILL, lambda: last_step(tmp_path) >= 6), (signal.SIGKILL, saving)]
+    for number, condition in [*moments, (signal.SIGTERM, lambda: last_step(tmp_path) >= 13)]:
+        process = start(tmp_path)
+        assert wait_for(process, condition), process.communicate()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), errors
+    assert 13 <= Checkpoints(tmp_path).latest() < 24
+    process = start(tmp_path)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+
+    deterministic = lambda lines: [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+    assert deterministic(read_metrics(tmp_path)) == deterministic(read_metrics(uninterrupted))
+    (_, ours), (_, theirs) = restore_params(tmp_path), restore_params(uninterrupted)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_finished_run_has_nothing_left_to_do(uninterrupted):
+    before = read_metrics(uninterrupted)
+    assert train(get_config(), uninterrupted) == 24
+    assert read_metrics(uninterrupted) == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(uninterrupted):
+    config = get_config()
+    config.model.decoder.mlp = 64
+    with pytest.raises(ConfigError, match="config.model.decoder.mlp was 32, is 64"):
+        train(config, uninterrupted)
+    config = get_config()
+    config.data.seed = 5
+    with pytest.raises(ConfigError, match="cannot resume on other data.*seed"):
+        train(config, uninterrupted)
+
+
+def test_non_finite_steps_are_skipped_and_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    """The last good checkpoint is kept, though the run would save after every step."""
+    poisoned, place, count = {5, 6, *range(12, 100)}, Placer.__call__, itertools.count(1)
+
+    def poison(self, batch):
+        batch = batch._replace(weight=batch.weight * np.float32(np.nan if next(count) in poisoned else 1))
+        return place(self, batch)
+
+    monkeypatch.setattr(Placer, "__call__", poison)
+    config = get_config()
+    config.train.update(save_every=1, evaluate_every=0, patience=3, log_every=1)
+    with pytest.raises(Diverged, match="3 steps in a row, up to step 14.*checkpoint of step 11 is kept"):
+        train(config, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path) if not line["finite"]] == [5, 6, 12, 13, 14]
+    assert Checkpoints(tmp_path).latest() == 11
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(restore_params(tmp_path)[1]))
+
+
+def test_a_blind_run_sees_no_picture(tmp_path):
+    config = get_config("blind")
+    config.optim.steps = 4
+    train(config, tmp_path)
+    assert all(line["patches"] == 0 for line in read_metrics(tmp_path) if "heldout" not in line)
+
+
+def test_the_end_of_the_data_ends_the_run(tmp_path, monkeypatch):
+    config = get_config()
+    config.data.epochs = 1
+    monkeypatch.setattr("mllm_jax.train.inputs.Scenes.__len__", lambda self: 40)
+    config.train.update(evaluate_every=0, heldout=8)
+    reached = train(config, tmp_path)
+    assert 0 < reached < 24 and Checkpoints(tmp_path).latest() == reached
+
+
+def test_without_pictures_only_texts_are_left():
+    image, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}
+    messages = [{"role": "user", "content": [image, text]}, {"role": "assistant", "content": "x"}]
+    record = {"messages": messages, "kind": "k"}
+    found = without_pictures(record)
+    assert found["messages"][0]["content"] == [text] and found["messages"][1]["content"] == "x" and found["kind"] == "k"
+    assert record["messages"][0]["content"] == [image, text]
+
+
+def test_metrics_after_the_restored_step_are_forgotten(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    for step in range(1, 6):
+        file.write({"step": step, "loss": float("nan")})
+    file.close()
+    with open(tmp_path / "metrics.jsonl", "a") as cut:
+        cut.write('{"step": 6, "lo')
+    MetricsFile(tmp_path, 3).close()
+    assert read_metrics(tmp_path) == [{"step": step, "loss": None} for step in (1, 2, 3)]
+
+
+def test_rates_leave_out_pauses_and_the_step_that_compiled(monkeypatch):
+    now = collections.deque([0.0, 10.0, 20.0])
+    monkeypatch.setattr("mllm_jax.train.metrics.time.perf_counter", now.popleft)
+    meter = Meter({"tokens": 100, "patches": 0})
+    meter.restart(skip=1)
+    meter.add({"tokens": 1000, "loss": 9.0})
+    meter.add({"tokens": 50, "loss": 1.0, "flops": 30.0})
+    meter.wait(1.0)
+    meter.pause(5.0)
+    assert meter.rates(peak=12.0) == {
+        "mean_loss": 1.0,
+        "seconds_per_step": 5.0,
+        "tokens_per_second": 10.0,
+        "patches_per_second": 0.0,
+        "data_wait": 0.2,
+        "fill_tokens": 0.5,
+        "mfu": 0.5,
+    }
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+    process = start(tmp_path, "--config.optim.learning_rat=1")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.strip().startswith("error: config.optim has no 'learning_rat'; did you mean 'learning_rate'?")
+    assert "Traceback" not in errors
