@@ -1,0 +1,46 @@
+"""Multimodal language models as one composable, pure-functional Flax model.
+
+Names are imported when they are first used, so that data workers, which import `mllm_jax.data`, never load jax.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_pretrained": "api",
+    "save_pretrained": "api",
+    "Pretrained": "api",
+    "from_hf_inputs": "data.hf_inputs",
+    "generate": "generate.requests",
+    "generate_ids": "generate.decode",
+    "Batch": "types",
+    "Vision": "types",
+    "Example": "types",
+    "Picture": "types",
+    "Cache": "types",
+    "Output": "types",
+    "ModelConfig": "model",
+    "VLM": "model",
+    "init_params": "model",
+    "count_params": "model",
+    "Runtime": "nn.runtime",
+    "Budget": "data.pack",
+    "collate": "data.pack",
+    "Processor": "data.processor",
+    "make_mesh": "sharding",
+    "RULES": "sharding",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(_HOME)}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    # `generate` is bound to the package of that name by now, which can be called as the function.
+    return globals().setdefault(name, value)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

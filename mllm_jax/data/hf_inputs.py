@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.pack import Budget, collate, place
+from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.positions import mrope_positions
 from mllm_jax.types import Batch, Example, Picture
 
@@ -46,7 +46,7 @@ def from_hf_inputs(config, inputs: Mapping[str, Any]) -> Batch:
     for name, left in zip(("image", "video"), supply.values()):
         if left:
             raise ValueError(f"{len(left)} pictures of the {name} grids have no placeholders in input_ids")
-    budget = _budget(ids.shape[1], examples)
+    budget = tightest(examples, tokens=ids.shape[1])
     batch = collate([[example] for example in examples], budget, merge=merge, values=config.encoder.patch_values)
     return _move_to(batch, mask)
 
@@ -85,16 +85,6 @@ def _example(row, keep, label, supply: dict[int, list[Picture]], merge: int) -> 
         visual=visual,
         pictures=tuple(pictures),
     )
-
-
-def _budget(tokens: int, examples: list[Example]) -> Budget:
-    """The smallest patch rows that hold every row's pictures: as long as the largest, as many as first-fit needs."""
-    sizes = [[len(picture.patches) for picture in example.pictures] for example in examples]
-    patches = max((size for row in sizes for size in row), default=0)
-    rows = 1 if patches else 0
-    while any(place(row, Budget(tokens, rows, patches)) is None for row in sizes if row):
-        rows += 1
-    return Budget(tokens, rows, patches)
 
 
 def _move_to(batch: Batch, mask: np.ndarray) -> Batch:

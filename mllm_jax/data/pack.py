@@ -46,6 +46,20 @@ def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
     return places
 
 
+def tightest(examples: Sequence[Example], tokens: int | None = None) -> Budget:
+    """The smallest budget that gives each conversation its own row; patch rows are as long as the largest picture.
+
+    Args:
+        tokens: T, where it is given.
+    """
+    sizes = [[len(picture.patches) for picture in example.pictures] for example in examples]
+    tokens = max((len(example.tokens) for example in examples), default=0) if tokens is None else tokens
+    budget = Budget(tokens, patches=max((size for row in sizes for size in row), default=0))
+    while any(place(row, budget) is None for row in sizes):
+        budget = budget._replace(rows=budget.rows + 1)
+    return budget
+
+
 @lru_cache(maxsize=4096)
 def patch_coords(grid: tuple[int, int], merge: int) -> np.ndarray:
     """i32[h*w 2]: (y, x) of each patch of a picture in merge-block-major order."""

@@ -1,0 +1,134 @@
+"""Published models in and out: a folder in Hugging Face's format <-> config, parameters and processor."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from mllm_jax.data.processor import Processor
+from mllm_jax.families import FAMILIES
+from mllm_jax.model import VLM, ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.sharding import shardings
+from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A model with all that its use needs: `vlm.model.apply({"params": vlm.params}, batch)`."""
+
+    config: ModelConfig
+    model: VLM
+    params: Any  # nested dict of arrays
+    processor: Processor | None = None  # None where the folder has no tokenizer and chat template
+
+
+def load_pretrained(
+    source: str | os.PathLike,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    runtime: Runtime | None = None,
+) -> Pretrained:
+    """Reads a model in Hugging Face's format; weights are streamed, never all of them in host memory.
+
+    Args:
+      source: a folder with config.json and *.safetensors, or the name of a model on the Hugging Face hub.
+      dtype: "float32" or "bfloat16", in which parameters are kept and computed with.
+      mesh: where parameters lie, by the rules of `runtime`; None = all on one device.
+      runtime: how the model is computed; its dtype is overruled by `dtype`.
+    Raises:
+      FileNotFoundError: no such folder or model, or no config.json in it.
+      ValueError: the config is of another family or cannot be read, or the weights do not fit it.
+    """
+    folder = local_folder(source)
+    stated = _read_config(folder)
+    kind = stated.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder / CONFIG} is of model_type {kind!r}; known are {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[kind]
+    try:
+        config = family.from_hf(stated)
+    except KeyError as missing:
+        raise ValueError(f"{folder / CONFIG} lacks the key {missing}") from None
+    runtime = dataclasses.replace(runtime or Runtime(), dtype=dtype)
+    config = dataclasses.replace(config, runtime=runtime)
+    layout = shardings(abstract_boxed(config), mesh, runtime.rules) if mesh else None
+    rows, shapes = family.weights(config), abstract_params(config)
+    params = load_tensors(folder, rows, shapes, layout, dtype, ignore=family.IGNORE, rename=family.RENAME)
+    return Pretrained(config, VLM(config), params, _processor(folder))
+
+
+def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
+    """Writes weights, config, generation config and the processor's files, for transformers and `load_pretrained`.
+
+    Everything is complete on disk before anything gets its final name; a model that the folder held before is replaced.
+    In a run of several processes all must call.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder to save to")
+    stage = folder.with_name(f".{folder.name}.unfinished")
+    family = FAMILIES[vlm.config.family]
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+    try:
+        save_tensors(vlm.params, family.weights(vlm.config), stage)
+        if first:
+            _write_texts(vlm, stage)
+            _move_into(stage, folder)
+    finally:
+        if first:
+            shutil.rmtree(stage, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_pretrained")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not a model in Hugging Face's format")
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise ValueError(f"{folder / CONFIG} is not JSON: {fault}") from None
+
+
+def _processor(folder: Path) -> Processor | None:
+    try:
+        return Processor.from_folder(folder)
+    except FileNotFoundError:
+        return None
+
+
+def _write_texts(vlm: Pretrained, folder: Path) -> None:
+    dtype = jax.tree.leaves(vlm.params)[0].dtype.name
+    generation = {}
+    if vlm.processor is not None:
+        vlm.processor.save(folder)
+        stop = list(vlm.processor.stop_ids)
+        generation = {"eos_token_id": stop, "pad_token_id": stop[0]}
+    for name, content in (
+        (GENERATION, generation),
+        (CONFIG, FAMILIES[vlm.config.family].to_hf(vlm.config) | {"dtype": dtype}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_into(stage: Path, folder: Path) -> None:
+    """The files of `stage` to `folder`, config.json last: without one, a folder is not taken for a model."""
+    if not folder.exists():
+        stage.rename(folder)
+        return
+    for old in (folder / CONFIG, *folder.glob("model*.safetensors*")):
+        old.unlink(missing_ok=True)
+    for file in sorted(stage.iterdir(), key=lambda file: file.name == CONFIG):
+        file.replace(folder / file.name)

@@ -1,0 +1,54 @@
+"""A few static shapes for prompts of every size, so that few programs are compiled."""
+
+import math
+
+import numpy as np
+
+from mllm_jax.types import Batch, Vision
+
+TOKENS = 64  # lengths are multiples of these
+PATCHES = 128  # what splash attention asks for
+
+
+def bucket(size: int, unit: int = 1) -> int:
+    """The smallest of unit x (1, 2, 3, 4, 6, 8, 12, 16, ...) that holds `size`: at most half is added."""
+    count = math.ceil(size / unit)
+    power = 1 << max(count - 1, 0).bit_length()
+    return unit * (power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power)
+
+
+def pad_prompts(batch: Batch, merge: int) -> Batch:
+    """The prompts of a batch in a bucketed shape: padding is added on the right, and fields of training are left out.
+
+    Args:
+      batch: rows of at most one conversation, padded on any side.
+      merge: side of the square of patches that becomes one visual token.
+    """
+    tokens, segment, position, index = (
+        np.asarray(x) for x in (batch.tokens, batch.segment, batch.position, batch.vision_index)
+    )
+    length = bucket(tokens.shape[1], TOKENS)
+    vision = batch.vision
+    if vision is not None:
+        _, rows, patches = vision.image.shape
+        rows, longer = bucket(rows), bucket(patches, math.lcm(PATCHES, merge**2))
+        row, place = np.divmod(index, patches // merge**2)
+        index = np.where(index >= 0, row * (longer // merge**2) + place, -1)
+        vision = Vision(*(_pad(x, rows, longer) for x in vision))
+        vision = vision._replace(grid=np.maximum(vision.grid, 1))
+    return Batch(
+        tokens=_pad(tokens, length),
+        targets=None,
+        weight=None,
+        segment=_pad(segment, length),
+        position=_pad(position, length),
+        vision_index=np.where(_pad(segment, length) > 0, _pad(index, length), -1).astype(np.int32),
+        vision=vision,
+    )
+
+
+def _pad(x, *sizes: int) -> np.ndarray:
+    """Zeros behind axes 1, 2, ... up to `sizes`."""
+    x = np.asarray(x)
+    added = [size - have for size, have in zip(sizes, x.shape[1:])]
+    return np.pad(x, [(0, 0), *((0, n) for n in added), *((0, 0),) * (x.ndim - 1 - len(sizes))])

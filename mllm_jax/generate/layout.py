@@ -1,0 +1,58 @@
+"""How weights lie while tokens are decoded one by one.
+
+A decoding step is bound by reading every weight once. XLA on CPU copies a layer out of a stack before it can multiply
+with it, and packs a [V D] head anew in every product of several rows: both cost more than the reading. So on CPU the
+layers are taken apart, and the head is turned, once per call. Inside a program they are put together again: XLA cancels
+a slice of a stack, and a transposition of a transposition, and nothing is moved.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.model import VLM, head_table
+from mllm_jax.types import Array
+
+
+class Weights(NamedTuple):
+    params: Any  # as the model takes them; without the decoder's layers where these are apart
+    layers: tuple | None = None  # each of the decoder's layers
+    head: Array | None = None  # [D V]
+
+
+def lay_out(model: VLM, params, rows: int) -> tuple[VLM, Weights]:
+    """The weights for decoding `rows` rows, and the model that reads them fast. On CPU the decoder is copied."""
+    if jax.default_backend() != "cpu":
+        return model, Weights({"decoder": params["decoder"]})
+    runtime = dataclasses.replace(model.config.runtime, scan=False)
+    model = VLM(dataclasses.replace(model.config, runtime=runtime))
+    return model, _apart({"decoder": params["decoder"]}, turn_head=rows > 1)
+
+
+def for_hidden(weights: Weights):
+    """Parameters that `model.apply` takes."""
+    if weights.layers is None:
+        return weights.params
+    layers = jax.tree.map(lambda *parts: jnp.stack(parts), *weights.layers)
+    return {"decoder": {**weights.params["decoder"], "layers": layers}}
+
+
+def for_logits(weights: Weights):
+    """Parameters that `model.apply(..., method="logits")` takes."""
+    if weights.head is None:
+        return weights.params
+    decoder = weights.params["decoder"]
+    own = {"head": {"w": weights.head.T}} if "head" in decoder else {"embed": weights.head.T}
+    return {"decoder": {**decoder, **own}}
+
+
+@functools.partial(jax.jit, static_argnames="turn_head")
+def _apart(params, turn_head: bool) -> Weights:
+    decoder = dict(params["decoder"])
+    stacked = decoder.pop("layers")
+    depth = len(jax.tree.leaves(stacked)[0])
+    layers = tuple(jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(depth))
+    return Weights({"decoder": decoder}, layers, head_table(params).T if turn_head else None)

@@ -1,0 +1,85 @@
+"""Answers to conversations: messages in, text out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.pack import collate, tightest
+from mllm_jax.generate.decode import generate_ids
+from mllm_jax.types import Array, Batch
+
+Conversation = str | Sequence[dict[str, Any]]
+
+
+def generate(
+    vlm: Any,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int = 32,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    key: Array | None = None,
+) -> list[str]:
+    """The answer to every conversation; all are read and answered as one batch.
+
+    Args:
+      vlm: of `mllm_jax.load_pretrained`.
+      conversations: each a list of messages ([{"role": "user", "content": [{"type": "image", "image": "a.png"},
+        {"type": "text", "text": "What is it?"}]}]), or a string, which is one message of the user.
+      max_new_tokens: of each answer; it ends before at a token that ends a turn.
+      temperature, top_k, top_p, key: see `generate_ids`.
+    Raises:
+      ValueError: the model has no processor, or a conversation cannot be read.
+    """
+    if isinstance(conversations, str) or (conversations and isinstance(conversations[0], dict)):
+        raise ValueError("conversations is a list of conversations, each a string or a list of messages")
+    if not conversations:
+        return []
+    stop = _processor(vlm).stop_ids
+    batch = read_prompts(vlm, conversations)
+    ids = generate_ids(vlm, batch, max_new_tokens, temperature, top_k, top_p, stop=stop, key=key)
+    return [vlm.processor.decode(until(row, stop)) for row in ids]
+
+
+def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
+    """Conversations as a batch of prompts, one per row, no larger than the largest of them."""
+    processor = _processor(vlm)
+    examples = [processor(_messages(conversation), generate=True) for conversation in conversations]
+    config = vlm.config
+    values, merge = config.encoder.patch_values, config.connector.merge
+    return collate([[example] for example in examples], tightest(examples), merge=merge, values=values)
+
+
+def stream_text(processor: Any, stop: Sequence[int], write: Callable[[str], None]) -> Callable[[np.ndarray], None]:
+    """An `on_token` for one row, which writes its text as it grows: whole characters, up to the stop token."""
+    tokens, written = [], ""
+
+    def on_token(token: np.ndarray) -> None:
+        nonlocal written
+        tokens.append(int(token[0]))
+        text = processor.decode(until(tokens, stop))
+        if not text.endswith("\ufffd"):  # a character of several tokens that is not whole yet
+            write(text[len(written) :])
+            written = text
+
+    return on_token
+
+
+def until(tokens, stop: Sequence[int]):
+    """The tokens before the first one that stops."""
+    end = np.flatnonzero(np.isin(tokens, stop))
+    return tokens[: end[0]] if len(end) else tokens
+
+
+def _processor(vlm: Any):
+    if vlm.processor is None:
+        raise ValueError(
+            "the model was loaded from a folder without a tokenizer and chat template, so it cannot read messages: put "
+            "tokenizer.json and chat_template.jinja beside config.json, or call generate_ids with tokens"
+        )
+    return vlm.processor
+
+
+def _messages(conversation: Conversation) -> Sequence[dict[str, Any]]:
+    return [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation

@@ -1,0 +1,85 @@
+"""From logits to the next token: greedy, or drawn after temperature, top-k and top-p, each row by its own settings."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.types import Array
+
+
+class Sampling(NamedTuple):
+    """How rows choose. A field that is None for all rows costs nothing; otherwise one value per row."""
+
+    temperature: Array | None = None  # f32[B] 0 = greedy; None = all greedy
+    top_k: Array | None = None  # i32[B] only the k likeliest tokens; 0 = all
+    top_p: Array | None = None  # f32[B] only the likeliest tokens that together reach this probability; 1 = all
+
+
+def make_sampling(rows: int, temperature=0.0, top_k=0, top_p=1.0) -> Sampling:
+    """Checked settings for `rows` rows, from numbers or from sequences of one number per row. Raises ValueError."""
+    temperature, top_k, top_p = (
+        _per_row(name, value, rows, dtype)
+        for name, value, dtype in (
+            ("temperature", temperature, np.float32),
+            ("top_k", top_k, np.int32),
+            ("top_p", top_p, np.float32),
+        )
+    )
+    if not (temperature >= 0).all():
+        raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature.min()}")
+    if not (top_k >= 0).all():
+        raise ValueError(f"top_k must be 0 (all tokens) or more, not {top_k.min()}")
+    if not ((top_p > 0) & (top_p <= 1)).all():
+        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    if not temperature.any():
+        return Sampling()
+    return Sampling(temperature, top_k if top_k.any() else None, top_p if (top_p < 1).any() else None)
+
+
+def _per_row(name: str, value, rows: int, dtype) -> np.ndarray:
+    value = np.asarray(value, dtype)
+    if value.shape not in ((), (rows,)):
+        raise ValueError(f"{name} must be one number or one per row ({rows}), not of shape {value.shape}")
+    return np.broadcast_to(value, rows)
+
+
+def choose(logits, sampling: Sampling, key):
+    """The next token of every row. logits f32[B V] -> i32[B]; `key` is used only where something is drawn."""
+    likeliest = greedy(logits)
+    if sampling.temperature is None:
+        return likeliest
+    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+    drawn = jax.random.categorical(key, truncated(scaled, sampling.top_k, sampling.top_p))
+    return jnp.where(sampling.temperature > 0, drawn, likeliest).astype(jnp.int32)
+
+
+def greedy(logits):
+    """The likeliest token, the first of equals. f32[B V] -> i32[B].
+
+    Two plain reductions: XLA computes an argmax on CPU one element at a time.
+    """
+    vocab = logits.shape[-1]
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(logits == best, jnp.arange(vocab), vocab), axis=-1)
+    return jnp.minimum(first, vocab - 1).astype(jnp.int32)  # no logit equals a NaN
+
+
+def truncated(logits, top_k=None, top_p=None):
+    """Logits [B V] with -inf for tokens that top-k, then top-p of what is left, exclude (nucleus: arXiv 1904.09751).
+
+    Top-p keeps the fewest likeliest tokens whose probabilities reach top_p; the likeliest always stays.
+    """
+    if top_k is None and top_p is None:
+        return logits
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    if top_k is not None:
+        excluded = (top_k[:, None] > 0) & (jnp.arange(logits.shape[-1]) >= top_k[:, None])
+        ranked = jnp.where(excluded, -jnp.inf, ranked)
+    if top_p is not None:
+        probability = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        ranked = jnp.where((before >= top_p[:, None]) & (top_p[:, None] < 1), -jnp.inf, ranked)
+    return jnp.put_along_axis(logits, order, ranked, axis=-1, inplace=False)
