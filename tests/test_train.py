@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import os
 import pathlib
 import signal
@@ -15,8 +16,10 @@ import pytest
 from tiny_run import get_config
 
 from mllm_jax.config import ConfigError
-from mllm_jax.data.processor import Processor
-from mllm_jax.train.checkpoint import Checkpoints, restore_params
+from mllm_jax.evaluate.ask import ask
+from mllm_jax.evaluate.metrics import scores
+from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train.heldout import Spread
 from mllm_jax.train.inputs import Placer, without_pictures
 from mllm_jax.train.loop import Diverged, StopSignal, Training, train
 from mllm_jax.train.metrics import Meter, MetricsFile, read_metrics
@@ -75,8 +78,15 @@ def test_a_run_leaves_what_generation_needs(uninterrupted):
     model, params = restore_params(uninterrupted)
     assert model == read_run(get_config()).model
     assert params["decoder"]["embed"].shape == (model.decoder.vocab, model.decoder.width)
-    processor = Processor.from_folder(uninterrupted / "processor")
+    processor = load_workdir(uninterrupted).processor
     assert processor.spec.patch == model.encoder.patch_size and processor.image_id == model.tokens.image
+
+
+def test_evaluation_in_training_says_what_greedy_generation_would(uninterrupted):
+    run = read_config(uninterrupted)
+    questions = Spread(run.data.source("heldout"), run.train.heldout)
+    answers = list(ask(load_workdir(uninterrupted), questions, max_new_tokens=4))
+    assert scores(answers) == read_metrics(uninterrupted)[-1]["heldout"]["exact_match"]
 
 
 def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
@@ -189,6 +199,17 @@ def test_rates_leave_out_pauses_and_the_step_that_compiled(monkeypatch):
         "fill_tokens": 0.5,
         "mfu": 0.5,
     }
+
+
+def test_a_finished_run_is_evaluated_from_the_command_line(uninterrupted, tmp_path):
+    command = ["-m", "mllm_jax.evaluate", "--workdir", str(uninterrupted), "--count=5", "--max_new_tokens=2"]
+    done = subprocess.run(
+        [sys.executable, *command, f"--output={tmp_path / 'answers.jsonl'}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["all", "colour"]
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 5 and set(answers[0]) == {"kind", "question", "truth", "answer", "right"}
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):

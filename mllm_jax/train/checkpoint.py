@@ -15,13 +15,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mllm_jax.api import Pretrained
 from mllm_jax.config import ConfigError, dump, load
-from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.data.processor import Processor
+from mllm_jax.model import VLM, ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.run import Run, read_run
 from mllm_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
+PROCESSOR = "processor"  # the folder beside it, with the tokenizer and the chat template
 FIXED = ("model", "optim.name", "optim.freeze")  # what a resumed run cannot change: the shapes of its state
 
 
@@ -108,6 +111,15 @@ def restore_params(workdir: str | Path, step: int | None = None, mesh: Mesh | No
     with _reader(workdir) as manager:
         found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
     return model, found.params
+
+
+def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
+    """A trained model with its processor, ready for generation, evaluation and `save_pretrained`.
+
+    Args and errors are those of `restore_params`.
+    """
+    model, params = restore_params(workdir, step, mesh)
+    return Pretrained(model, VLM(model), params, Processor.from_folder(Path(workdir) / PROCESSOR))
 
 
 def _reader(workdir: str | Path) -> ocp.CheckpointManager:

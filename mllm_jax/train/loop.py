@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from mllm_jax.config import ConfigError, dump
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.checkpoint import Checkpoints
+from mllm_jax.train.checkpoint import PROCESSOR, Checkpoints
 from mllm_jax.train.flops import Counts, count_flops, peak_flops, useful
 from mllm_jax.train.heldout import HeldOut
 from mllm_jax.train.inputs import Placer, make_processor, open_data
@@ -29,8 +29,6 @@ from mllm_jax.train.run import Run, load_init, read_run
 from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
 from mllm_jax.train.step import make_train_step
 from mllm_jax.types import Batch
-
-PROCESSOR = "processor"  # the folder below a working directory that generation reads the tokenizer from
 
 
 class Diverged(RuntimeError):

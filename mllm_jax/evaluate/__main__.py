@@ -1,0 +1,64 @@
+"""Asks a model held-out questions, and prints the share of right answers of every kind.
+
+    python -m mllm_jax.evaluate --workdir DIR                                    a training run, on its held-out data
+    python -m mllm_jax.evaluate --checkpoint FOLDER --config configs/scenes.py   published or exported weights
+
+The questions are those of `config.data`, which `--config FILE --config.data.path=...` replaces. Answers are decoded
+greedily and compared as texts, but for case, blanks and a final full stop.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import track
+
+from mllm_jax.api import load_pretrained
+from mllm_jax.config import ConfigError
+from mllm_jax.evaluate.ask import ask
+from mllm_jax.evaluate.metrics import exact_match, scores
+from mllm_jax.evaluate.report import Answer
+from mllm_jax.train import command
+from mllm_jax.train.checkpoint import load_workdir, read_config
+from mllm_jax.train.heldout import Spread
+from mllm_jax.train.run import read_run
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Where the questions are; by default, that of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run: its newest checkpoint is evaluated.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder or hub name of weights in Hugging Face's format.")
+SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Which of the config's conversations.")
+COUNT = flags.DEFINE_integer("count", 1000, "Number of conversations, spread evenly over the split.", lower_bound=1)
+TOGETHER = flags.DEFINE_integer("together", 32, "Conversations that are answered at once.", lower_bound=1)
+LONGEST = flags.DEFINE_integer("max_new_tokens", 32, "Length of an answer.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "File for all answers, as JSON Lines.")
+
+
+def main() -> None:
+    if (WORKDIR.value is None) == (CHECKPOINT.value is None):
+        raise ConfigError("name what to evaluate: either --workdir or --checkpoint")
+    if WORKDIR.value is None and CONFIG.value is None:
+        raise ConfigError("--checkpoint needs a --config that says where the questions are")
+    run = read_run(CONFIG.value) if CONFIG.value else read_config(WORKDIR.value)
+    source = run.data.source(SPLIT.value)
+    if source is None:
+        raise ConfigError("config.data names no held-out conversations: set data.heldout or data.heldout_where")
+    vlm = load_workdir(WORKDIR.value) if WORKDIR.value else load_pretrained(CHECKPOINT.value)
+    records = Spread(source, COUNT.value)
+    answers = ask(vlm, records, TOGETHER.value, LONGEST.value)
+    answers = list(track(answers, "answering", total=len(records), console=Console(stderr=True)))
+    if OUTPUT.value:
+        Path(OUTPUT.value).write_text("".join(map(_line, answers)), encoding="utf-8")
+    for kind, share in scores(answers).items():
+        asked = sum(kind in ("all", answer.kind or "other") for answer in answers)
+        print(f"{kind:12} {share:7.1%} of {asked}")
+
+
+def _line(answer: Answer) -> str:
+    fields = {name: value for name, value in answer._asdict().items() if name != "picture"}
+    return json.dumps(fields | {"right": exact_match(answer.answer, answer.truth)}) + "\n"
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,33 @@
+"""Asks a model the questions of a source, and keeps what it says beside the truth."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mllm_jax.evaluate.report import Answer
+from mllm_jax.generate.requests import generate
+
+
+def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new_tokens: int = 32) -> Iterator[Answer]:
+    """The greedy answer to the last question of every conversation, given the true turns before it.
+
+    Args:
+      vlm: with a processor, see `mllm_jax.load_pretrained`.
+      records: {"messages", "kind", "id"}; the last message is the assistant's. See `mllm_jax.data.sources`.
+      together: conversations that are answered at once.
+      max_new_tokens: of an answer.
+    """
+    for start in range(0, len(records), together):
+        part = [records[i] for i in range(start, min(start + together, len(records)))]
+        said = generate(vlm, [record["messages"][:-1] for record in part], max_new_tokens=max_new_tokens)
+        for record, text in zip(part, said):
+            *_, question, truth = (_parts(message["content"]) for message in record["messages"])
+            shown = next((item[item["type"]] for item in question if item["type"] != "text"), None)
+            yield Answer(record["kind"], _text(question), _text(truth), text.strip(), shown)
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _text(parts: list[dict[str, Any]]) -> str:
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
