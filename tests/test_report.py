@@ -127,6 +127,12 @@ def test_odd_runs(tmp_path, run):
     assert len(positions) < 20_000
 
 
+def test_who_decides_what_is_right(tmp_path):
+    answers = [Answer("colour", "What colour?", "red", "Red.")]
+    assert "✗ Red." in render(tmp_path, Run("strict"), answers=answers).words
+    assert "✓ Red." in render(tmp_path, Run("kind"), answers=answers, right=lambda said, truth: True).words
+
+
 def test_nothing_to_report(tmp_path):
     with pytest.raises(ValueError, match="at least one run"):
         write_report(tmp_path / "report.html", [], title="")

@@ -6,6 +6,7 @@ This file computes what is shown (in percent of a chart's width and height); rep
 import base64
 import io
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ def write_report(
     lead: str = "",
     kinds: Sequence[Kind] = (),
     answers: Sequence[Answer] = (),
+    right: Callable[[str, str], bool] = operator.eq,
     parts: Mapping[str, int] | None = None,
     facts: Mapping[str, str] | None = None,
     config: str = "",
@@ -74,7 +76,7 @@ def write_report(
       path: of the HTML file; its folder must exist. The page appears whole or not at all.
       runs: the run that the page is about, then those that it is compared with (up to three).
       kinds: rows of the table of scores; empty = the kinds of the first run's scores.
-      answers: pictures with what was asked and said.
+      answers: pictures with what was asked and said. right: whether an answer agrees with the truth.
       parts: part of the model -> number of parameters.
       facts: summary numbers, name -> text, shown at the top.
       config: the configuration as text.
@@ -98,7 +100,7 @@ def write_report(
         loss=_loss(runs),
         accuracy=_accuracy(runs, kinds),
         speed=_speed(runs[0]),
-        answers=[(answer, _frames(answer.picture)) for answer in answers],
+        answers=[(item, right(item.answer, item.truth), _frames(item.picture)) for item in answers],
         parts=_shares(parts or {}),
         config=config,
     )

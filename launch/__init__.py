@@ -1,0 +1,1 @@
+"""Ways to start runs: the demo, and launchers for clusters."""
