@@ -7,6 +7,7 @@ import pytest
 from launch import demo
 from launch.demo import Failed, Trained, asked_kinds, fresh_folder, gallery, main, results
 from mllm_jax.evaluate.report import Answer
+from mllm_jax.train.metrics import read_metrics
 
 TINY = [
     "--config.data.batch=1",
@@ -72,7 +73,9 @@ def test_the_whole_demo_in_miniature(tmp_path, capfd, monkeypatch):
     folder = tmp_path / "demo"
     assert main(["--workdir", str(folder), "--steps=60", "--questions=30", *TINY]) == 1  # learns next to nothing
     said = capfd.readouterr().out
-    assert "below the bar" in said and "answers agree" in said and "resumed at step" in said
+    assert "resumed from" in said and "all 30 answers agree" in said and "below the bar" in said
+    steps = [record["step"] for record in read_metrics(folder / "with_pictures") if "loss" in record]
+    assert steps == list(range(1, 61))  # none twice, none missing
     page = (folder / "report.html").read_text(encoding="utf-8")
     for text in ["killed after step", "text only", "data:image/png", "encoder", "same answers"]:
         assert text in page
