@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load_pretrained": "api",
+    "load_workdir": "train.checkpoint",
     "save_pretrained": "api",
     "Pretrained": "api",
     "from_hf_inputs": "data.hf_inputs",

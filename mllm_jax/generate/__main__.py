@@ -1,0 +1,75 @@
+"""Asks a model about pictures and clips, and writes its answer as it comes.
+
+python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is in the picture?"
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from mllm_jax.api import Pretrained, load_pretrained
+from mllm_jax.generate.decode import generate_ids
+from mllm_jax.generate.requests import read_prompts, stream_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status: 1 where something is wrong that the user can mend, told in one line."""
+    args = _parser().parse_args(arguments)
+    try:
+        vlm = _load(args.checkpoint, args.dtype)
+        seen = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(args, kind)]
+        messages = [{"role": "user", "content": [*seen, {"type": "text", "text": args.prompt}]}]
+        batch = read_prompts(vlm, [messages])
+        stop = vlm.processor.stop_ids
+        generate_ids(
+            vlm,
+            batch,
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            stop=stop,
+            key=jax.random.key(args.seed),
+            on_token=stream_text(vlm.processor, stop, lambda text: print(text, end="", flush=True)),
+        )
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print()
+    return 0
+
+
+def _load(checkpoint: str, dtype: str) -> Pretrained:
+    """A training run's folder, or a model in Hugging Face's format."""
+    if not (Path(checkpoint) / "checkpoints").is_dir():
+        return load_pretrained(checkpoint, dtype)
+    from mllm_jax.train.checkpoint import load_workdir  # slow to import, and a published model needs none of it
+
+    return load_workdir(checkpoint)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mllm_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
+    add("--prompt", required=True, metavar="TEXT", help="what to ask")
+    add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    add("--video", action="append", default=[], metavar="FILE", help="a clip; may be given several times")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="the longest answer (default 256)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 = the likeliest answer (default); 1 = as likely")
+    add("--top-k", type=int, default=0, metavar="N", help="draw among the N likeliest tokens (default 0 = all)")
+    add("--top-p", type=float, default=1.0, metavar="X", help="draw among the likeliest that reach X (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="of random draws (default 0)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of an exported model (default float32)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
