@@ -169,6 +169,7 @@ def test_ticks_are_round_and_within(low, span, count):
 
 
 def test_ticks_that_people_expect():
+    assert ticks(0.4, 2.4, 2) == [1, 2] and ticks(1.1, 1.9, 2) == [1.5]
     assert ticks(0, 2600, 4) == [0, 1000, 2000]
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert ticks(3, 3) == [3]

@@ -130,7 +130,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
         return [low]
     step = _round_up((high - low) / count)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
+    if last < first:  # a step of over half the range may miss it
+        return ticks(low, high, count + 1)
+    return [float(f"{i * step:.14g}") for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
