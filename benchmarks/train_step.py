@@ -75,6 +75,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     import mllm_jax
     from mllm_jax.data.pack import patch_coords
     from mllm_jax.families import qwen3_vl
+    from mllm_jax.model import abstract_params
     from mllm_jax.train.flops import count_flops, mfu, useful
     from mllm_jax.train.optim import OptimConfig, make_optimizer
     from mllm_jax.train.state import init_state
@@ -102,7 +103,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     batch = mllm_jax.collate(examples, budget, merge=2, values=config.encoder.patch_values)
     optim = OptimConfig(learning_rate=1e-5, schedule="constant", warmup=0, steps=1000)
     mesh = mllm_jax.make_mesh()
-    tx, _ = make_optimizer(optim, mllm_jax.abstract_params(config))
+    tx, _ = make_optimizer(optim, abstract_params(config))
     state = init_state(config, tx, mesh, jax.random.key(0))
     step = make_train_step(config, tx, optim, mesh)
     flops = count_flops(config, useful(batch))

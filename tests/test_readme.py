@@ -1,0 +1,107 @@
+"""The commands of the README run: with few steps, on the tiny model, in a copy of the folder that they name."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def shell_commands():
+    for language, text in BLOCKS:
+        if language == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                command = line.split("  #")[0].split("    #")[0].strip()
+                if command:
+                    yield command
+
+
+COMMANDS = list(shell_commands())
+OURS = [command for command in COMMANDS if command.startswith("python -m mllm_jax")]
+FEW_STEPS = (
+    "--config.optim.steps=2 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 --config.data.rows=1 "
+    "--config.data.patches=112 --config.train.heldout=4 --config.train.log_every=1"
+).split()
+
+
+def run(command, folder, expect=0):
+    words = [sys.executable, *shlex.split(command)[1:]]
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == expect, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder as a reader of the README has it after `make demo`: configs, a picture, an exported model."""
+    from PIL import Image
+
+    import mllm_jax
+    from mllm_jax.data.scenes import Scenes
+    from mllm_jax.train.inputs import make_processor
+    from mllm_jax.train.run import read_run
+
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "pictures").mkdir()
+    Scenes("train", 0)[0]  # the embedded set needs no files
+    Image.new("RGB", (48, 64), "red").save(folder / "picture.png")
+    sys.path.insert(0, str(ROOT))
+    import jax
+
+    from configs.scenes import get_config
+
+    settings = read_run(get_config())
+    vlm = mllm_jax.Pretrained(
+        settings.model,
+        mllm_jax.VLM(settings.model),
+        mllm_jax.init_params(settings.model, jax.random.key(0)),
+        make_processor("scenes", settings.model, settings.data),
+    )
+    mllm_jax.save_pretrained(vlm, folder / "demo" / "exported")
+    return folder
+
+
+def test_the_readme_opens_with_two_commands():
+    assert [command.split()[:2] for command in COMMANDS[:2]] == [["make", "demo"], ["make", "test"]]
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\ndemo:" in makefile and "\ntest:" in makefile
+    assert len(OURS) >= 5
+
+
+@pytest.mark.parametrize("command", OURS, ids=lambda command: " ".join(command.split()[2:5]))
+def test_command(command, folder, tmp_path):
+    command = command.replace("/tmp/scenes", str(tmp_path / "scenes"))
+    if "qwen3_vl_sft.py:2b" in command:
+        # Two billion published parameters are not here: the command must get as far as asking for its data.
+        refused = run(command.replace("gs://bucket/run", str(tmp_path / "run")), folder, expect=1)
+        assert "conversations.jsonl" in refused.stderr
+        return
+    if "mllm_jax.train" in command:
+        command = " ".join([command, *FEW_STEPS])
+    if "mllm_jax.evaluate" in command:
+        command += " --count=4"
+    run(command, folder)
+
+
+def test_python_runs(folder, monkeypatch):
+    """The Python blocks, with the tiny model in place of the published one."""
+    monkeypatch.chdir(folder)
+    blocks = [text for language, text in BLOCKS if language == "python"]
+    first = blocks[0].replace("Qwen/Qwen3-VL-2B-Instruct", "demo/exported").replace("kitchen.jpg", "picture.png")
+    scope = {}
+    exec(first.replace('dtype="bfloat16"', 'dtype="float32"').replace("max_new_tokens=64", "max_new_tokens=4"), scope)
+    import numpy as np
+
+    scope["inputs"] = {"input_ids": np.array([[5, 6, 7]])}
+    exec(blocks[1], scope)
+    assert scope["out"].logits.shape == (1, 3, scope["vlm"].config.decoder.vocab)
+    assert (folder / "exported" / "config.json").is_file()
