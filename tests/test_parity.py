@@ -133,3 +133,11 @@ def test_config_round_trip(shared):
 def test_bad_hf_inputs(pair, change, message):
     with pytest.raises(ValueError, match=message):
         from_hf_inputs(pair[0], inputs_of("one_image") | change)
+
+
+def test_a_model_that_config_json_cannot_say():
+    from dataclasses import replace
+
+    config = qwen3_vl.sizes("2b")
+    with pytest.raises(ValueError, match="cannot say all of this encoder"):
+        qwen3_vl.to_hf(replace(config, encoder=replace(config.encoder, rope_theta=100.0)))

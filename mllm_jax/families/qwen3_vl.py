@@ -90,9 +90,12 @@ def from_hf(config: dict) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`: what transformers needs to build the same model."""
+    """The inverse of `from_hf`: what transformers needs to build the same model.
+
+    Raises ValueError for a model that differs from Qwen3-VL in what its config.json does not say.
+    """
     encoder, decoder = config.encoder, config.decoder
-    return {
+    written = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
         "tie_word_embeddings": decoder.tie_embeddings,
@@ -137,6 +140,11 @@ def to_hf(config: ModelConfig) -> dict:
             "out_hidden_size": decoder.width,
         },
     }
+    understood = from_hf(written)
+    for part in ("encoder", "connector", "decoder"):
+        if (reads := getattr(understood, part)) != (own := getattr(config, part)):
+            raise ValueError(f"Qwen3-VL's config.json cannot say all of this {part}: {own} would be read as {reads}")
+    return written
 
 
 def _linear(ours: str, theirs: str, pattern: str, bias: str | None = None):
