@@ -300,6 +300,14 @@ def test_streamed_text_is_whole_characters(chat):
     assert "".join(written) == "naïve → ☂ done" and not any("\ufffd" in text for text in written)
 
 
+def test_command_on_a_training_run(chat, tmp_path, capsys, monkeypatch):
+    vlm, _ = chat
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr("mllm_jax.train.checkpoint.load_workdir", {str(tmp_path): vlm}.__getitem__)
+    assert main(["--checkpoint", str(tmp_path), "--prompt", "Hello there.", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip("\n") == generate(vlm, ["Hello there."], 4)[0].rstrip("\ufffd").strip("\n")
+
+
 def test_command(chat, tmp_path, capsys):
     vlm, folder = chat
     picture().save(tmp_path / "a.png")
