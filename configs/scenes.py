@@ -33,7 +33,6 @@ def model() -> ModelConfig:
             mlp=2 * WIDTH,
             patch_size=8,
             position_grid=8,
-            rope_theta=100.0,
             taps=(0,),
         ),
         connector=PatchMergerConfig(merge=2),
@@ -60,7 +59,7 @@ def get_config(arg: str = ""):
         Run(
             model=model(),
             processor=SCENES,
-            data=ScenesData(batch=8, tokens=128, rows=2, patches=144, min_pixels=256, blind=arg == "blind"),
+            data=ScenesData(batch=8, tokens=144, rows=2, patches=160, window=8.0, min_pixels=256, blind=arg == "blind"),
             optim=OptimConfig(
                 learning_rate=1e-3, steps=2600, warmup=100, final=0.03, b2=0.98, weight_decay=0.02, clip=1.0
             ),

@@ -126,7 +126,7 @@ def _reader(workdir: str | Path) -> ocp.CheckpointManager:
     folder = Path(workdir).resolve() / FOLDER
     if not folder.is_dir():
         raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no {FOLDER}/")
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
 
 
 def _about(workdir: str | Path, step: int | None) -> tuple[int, ConfigDict]:

@@ -20,10 +20,10 @@ from mllm_jax.config import ConfigError, dump
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.checkpoint import PROCESSOR, Checkpoints
-from mllm_jax.train.flops import Counts, count_flops, peak_flops, useful
+from mllm_jax.train.flops import Counts, count_flops, padded, peak_flops, useful
 from mllm_jax.train.heldout import HeldOut
 from mllm_jax.train.inputs import Placer, make_processor, open_data
-from mllm_jax.train.metrics import Meter, Reporter
+from mllm_jax.train.metrics import Meter, Reporter, short
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.run import Run, load_init, read_run
 from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
@@ -182,11 +182,18 @@ class Training:
         batch, info = next(self.loader, (None, None))
         if batch is None:
             return None
-        share = len(batch.tokens) / self.settings.data.batch
+        processes = self.settings.data.batch / len(batch.tokens)  # this one's share stands for all
+        needed = {part: processes * float(costs @ useful(batch)) for part, costs in self.flops.items()}
+        if not self.compiled:
+            self._explain(needed, processes * sum(float(costs @ padded(batch)) for costs in self.flops.values()))
         left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
-        about = {"flops": float(np.dot(self.flops, useful(batch))) / share}
-        about |= {name: number for name, number in left_out.items() if number}
+        about = {"flops": sum(needed.values())} | {name: number for name, number in left_out.items() if number}
         return Fetched(self.place(batch), self.loader.get_state(), about)
+
+    def _explain(self, needed: dict[str, float], room: float) -> None:
+        total = sum(needed.values())
+        parts = ", ".join(f"{part} {flops / total:.0%}" for part, flops in needed.items())
+        self.report.line(f"a step needs {short(total)}FLOP ({parts}); with padding it has up to {short(room)}FLOP")
 
     def _fetch_while_computing(self) -> Fetched | None:
         began = time.perf_counter()
@@ -246,8 +253,7 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step > 0 and step % every == 0
 
 
-def flops_of_counts(run: Run) -> list[float]:
-    """FLOPs of a step for every one of `Counts`, in its order: they are linear in each."""
-    units = np.eye(len(Counts._fields))
-    parts = [count_flops(run.model, Counts(*unit), run.optim.freeze) for unit in units]
-    return [sum(part.total for part in flops.values()) for flops in parts]
+def flops_of_counts(run: Run) -> dict[str, np.ndarray]:
+    """FLOPs of a step in every part of the model for each of `Counts`, in which they are linear."""
+    units = [count_flops(run.model, Counts(*unit), run.optim.freeze) for unit in np.eye(len(Counts._fields))]
+    return {part: np.array([flops[part].total for flops in units]) for part in units[0]}

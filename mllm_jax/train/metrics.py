@@ -153,8 +153,8 @@ class Display:
             f"loss {record['mean_loss']:.4f}",
             f"lr {record['learning_rate']:.2e}",
             f"grad {record['grad_norm']:.2f}",
-            f"{_short(record['tokens_per_second'])} tok/s",
-            f"{_short(record['patches_per_second'])} patch/s",
+            f"{short(record['tokens_per_second'])} tok/s",
+            f"{short(record['patches_per_second'])} patch/s",
             f"fill {fill}",
             f"data wait {record['data_wait']:.0%}",
             *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
@@ -245,8 +245,9 @@ class Reporter:
                 self._events.add_scalar(f"{group}/{name}", value, record["step"])
 
 
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000 or unit == "G":
+def short(number: float) -> str:
+    """A number with three digits and a unit: 1.23k."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if number < 1000 or unit == "P":
             return f"{number:.3g}{unit}"
         number /= 1000

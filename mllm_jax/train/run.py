@@ -84,6 +84,10 @@ def read_run(config: ConfigDict) -> Run:
     run = from_config_dict(Run, config, PARTS, "config")
     if not isinstance(run.data, DataConfig):
         raise ConfigError("config.data.type must be JsonLinesData or ScenesData")
+    if run.data.batch % run.train.accumulate:
+        raise ConfigError(
+            f"config.train.accumulate={run.train.accumulate} must divide config.data.batch={run.data.batch}"
+        )
     return dataclasses.replace(run, model=with_rules(run.model, run.rules))
 
 
