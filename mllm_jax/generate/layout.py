@@ -27,7 +27,7 @@ def lay_out(model: VLM, params, rows: int) -> tuple[VLM, Weights]:
     """The weights for decoding `rows` rows, and the model that reads them fast. On CPU the decoder is copied."""
     if jax.default_backend() != "cpu":
         return model, Weights({"decoder": params["decoder"]})
-    runtime = dataclasses.replace(model.config.runtime, scan=False)
+    runtime = dataclasses.replace(model.config.runtime, scan=False, remat="none")
     model = VLM(dataclasses.replace(model.config, runtime=runtime))
     return model, _apart({"decoder": params["decoder"]}, turn_head=rows > 1)
 
