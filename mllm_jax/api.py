@@ -52,7 +52,8 @@ def load_pretrained(
     stated = _read_config(folder)
     kind = stated.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"{folder / CONFIG} is of model_type {kind!r}; known are {', '.join(sorted(FAMILIES))}")
+        hint = "" if kind else " (the folder of a training run is read by load_workdir)"
+        raise ValueError(f"{folder / CONFIG} is of model_type {kind!r}; known are {', '.join(sorted(FAMILIES))}{hint}")
     family = FAMILIES[kind]
     try:
         config = family.from_hf(stated)

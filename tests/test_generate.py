@@ -17,12 +17,13 @@ import mllm_jax
 from mllm_jax.data.hf_inputs import from_hf_inputs
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.processor import Processor, ProcessorSpec
-from mllm_jax.generate import decode
+from mllm_jax.generate import decode, layout
 from mllm_jax.generate.__main__ import main
 from mllm_jax.generate.buckets import bucket, pad_prompts
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import generate, stream_text
-from mllm_jax.model import VLM, init_cache, init_params
+from mllm_jax.model import VLM, abstract_boxed, init_cache, init_params
+from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch
 
 CASES = {
@@ -115,6 +116,21 @@ def test_prefill_and_decode_equal_a_whole_pass(runtime, cut):
     real = batch.segment > 0
     np.testing.assert_allclose(np.concatenate(pieces, 1)[real], np.asarray(whole)[real], atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(cache.position, np.where(real, batch.position.max(-1) + 1, 0).max(1))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_layouts_and_meshes_agree(pair, on_cpu, monkeypatch):
+    vlm, _ = pair
+    batch = from_hf_inputs(vlm.config, inputs_of("batch"))
+    expected = generate_ids(vlm, batch, NEW)
+    if not on_cpu:
+        as_they_are = lambda model, params, rows: (model, layout.Weights({"decoder": params["decoder"]}))
+        monkeypatch.setattr(decode, "lay_out", as_they_are)
+    mesh = mllm_jax.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    boxed = abstract_boxed(vlm.config)
+    spread = jax.device_put(vlm.params, shardings(boxed, mesh, vlm.config.runtime.rules))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(generate_ids(replace(vlm, params=spread), batch, NEW), expected)
 
 
 def test_stop_tokens_end_rows(pair):
