@@ -4,11 +4,11 @@ A weight names its axes (`embed`, `heads`, `mlp` ...) where it is made; activati
 A *rule set* maps each name to a mesh axis, to several, or to None. It is data, which a run edits.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax import struct
 from flax.core import meta
@@ -82,8 +82,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
         raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(MESH_AXES)}")
     sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
     if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = len(devices) // -int(np.prod(sizes))
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
         sizes_text = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
         raise ValueError(f"mesh {sizes_text} does not cover {len(devices)} devices; at most one size may be -1")
     return jax.make_mesh(
@@ -91,8 +91,15 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     )
 
 
-def _mesh_axes(axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+def _mesh_axes(axes, mesh) -> tuple[str, ...]:
+    """The axes of a rule that the mesh has."""
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return tuple(axis for axis in axes if axis in mesh.shape)
+
+
+def ways(name: str | None, rules: Rules, mesh) -> int:
+    """Over how many devices of a mesh the axis `name` is spread; 1 without a mesh or a rule."""
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(dict(rules).get(name), mesh))
 
 
 def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> PartitionSpec:
@@ -109,14 +116,14 @@ def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> Par
             continue
         if name not in table:
             raise ValueError(f"no sharding rule for axis {name!r} of {what or names}; rules: {sorted(table)}")
-        axes = tuple(axis for axis in _mesh_axes(table[name]) if axis in mesh.shape)
+        axes = _mesh_axes(table[name], mesh)
         if used & set(axes):
             raise ValueError(f"{what or names}: mesh axes {sorted(used & set(axes))} are used twice by {tuple(names)}")
         used |= set(axes)
-        ways = int(np.prod([mesh.shape[axis] for axis in axes]))
-        if shape is not None and shape[dimension] % ways:
+        parts = ways(name, rules, mesh)
+        if shape is not None and shape[dimension] % parts:
             raise ValueError(
-                f"{what}: axis {name!r} of size {shape[dimension]} is not divisible by mesh axes {axes} ({ways} ways); "
+                f"{what}: axis {name!r} of size {shape[dimension]} is not divisible by {axes} ({parts} ways); "
                 f"change the mesh or the rule for {name!r}"
             )
         spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
@@ -131,12 +138,7 @@ def shard(x, names, rules: Rules):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not rules:
         return x
-    table = dict(rules)
-    kept = []
-    for size, name in zip(x.shape, names):
-        axes = [axis for axis in _mesh_axes(table.get(name)) if axis in mesh.shape]
-        ways = int(np.prod([mesh.shape[axis] for axis in axes]))
-        kept.append(name if name is not None and size % ways == 0 else None)
+    kept = [name if size % ways(name, rules, mesh) == 0 else None for size, name in zip(x.shape, names)]
     spec = partition_spec(kept, rules, mesh)
     if all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
         return jax.sharding.reshard(x, spec)

@@ -16,7 +16,7 @@ from mllm_jax.train.loop import StopSignal, Training
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.run import read_run
 
-ARGUMENTS = {"scenes": ("", "blind"), "qwen3_vl_sft": ("", "70m", "2b", "4b", "8b", "32b")}
+ARGUMENTS = {"scenes": ("", "blind"), "qwen3_vl_sft": ("", "115m", "2b", "4b", "8b", "32b")}
 RUNS = [(path.stem, arg) for path in sorted(CONFIGS.glob("*.py")) for arg in ARGUMENTS.get(path.stem, ("",))]
 
 
@@ -30,7 +30,7 @@ def test_a_config_is_read_and_survives_json(name, argument):
 
 
 def test_the_small_model_has_seventy_million_parameters_beside_its_vocabulary():
-    run = read_run(load_config("qwen3_vl_sft", "70m"))
+    run = read_run(load_config("qwen3_vl_sft", "115m"))
     vocabulary = run.model.decoder.vocab * run.model.decoder.width
     assert round((sum(count_params(run.model).values()) - vocabulary) / 1e6) in range(30, 60)
 
@@ -61,7 +61,7 @@ def test_a_processor_of_another_model_is_refused():
 
 def test_fine_tuning_on_real_pictures(shared, tmp_path):
     """The path of somebody's own data: JSON Lines, real photos, Qwen's tokenizer; a smaller model, smaller pictures."""
-    config = load_config("qwen3_vl_sft", "70m")
+    config = load_config("qwen3_vl_sft", "115m")
     config.processor = str(qwen_processor(shared, tmp_path / "processor"))
     config.data.path = str(shared / "data" / "conversations.jsonl")
     tasks = ("presence", "counting", "vqa", "caption")

@@ -70,7 +70,9 @@ def test_files_stay_small():
 
 
 def test_data_workers_import_no_jax():
-    code = f"import sys; [__import__('mllm_jax.data.' + name) for name in {DATA_WORKERS}]; assert 'jax' not in sys.modules"
+    code = (
+        f"import sys; [__import__('mllm_jax.data.' + name) for name in {DATA_WORKERS}]; assert 'jax' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -35,7 +35,7 @@ WORDS = tuple(
 LARGE, SMALL = (16 / 16, 26 / 16), (9 / 16, 13 / 16)  # [low, high) sides of things, in cells
 NOISE = 4.0  # standard deviation, in levels of 255
 HELD_OUT = 8  # one in so many pictures belongs to the held-out split
-DEFAULT_KINDS = {"colour": 0.1, "shape": 0.1, "place": 0.2, "count": 0.2, "presence": 0.25, "movement": 0.15}
+DEFAULT_KINDS = {"colour": 0.06, "shape": 0.22, "place": 0.12, "count": 0.2, "presence": 0.28, "movement": 0.12}
 SCENES_TEMPLATE = (Path(__file__).parent / "scenes.jinja").read_text(encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.sharding import Rules, partition_spec, shard
+from mllm_jax.sharding import Rules, shard, ways
 from mllm_jax.types import Array, Batch
 
 
@@ -26,14 +26,6 @@ def sample_weights(batch: Batch, weighting: str) -> Array:
     counts = sum_segments(batch.weight != 0, batch.segment)
     own = jnp.take_along_axis(counts, jnp.maximum(batch.segment - 1, 0), axis=1)
     return batch.weight * jax.lax.rsqrt(jnp.maximum(own, 1).astype(jnp.float32))
-
-
-def ways(name: str, rules: Rules, mesh) -> int:
-    """Over how many devices of a mesh the axis `name` is spread; 1 without a mesh or rules."""
-    if mesh.empty or not rules:
-        return 1
-    axes = partition_spec((name,), rules, mesh)[0] or ()
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def sum_segments(values, segment):

@@ -10,8 +10,8 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.model import VLM, ModelConfig, head_table
-from mllm_jax.sharding import Rules, partition_spec
-from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, token_loss, ways
+from mllm_jax.sharding import Rules, partition_spec, ways
+from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, token_loss
 from mllm_jax.train.optim import OptimConfig, make_schedule, merge, split
 from mllm_jax.train.state import state_shardings
 from mllm_jax.types import Batch, Vision
