@@ -222,8 +222,8 @@ def test_padded_prompts_give_equal_logits(vlm):
     np.testing.assert_allclose(logits[1][:, : real.shape[1]][real], logits[0][real], atol=1e-4, rtol=1e-4)
 
 
-def test_the_decode_loop_copies_no_weight_and_no_cache(vlm):
-    """Inside the loop nothing as large as a layer's weight is produced but what is updated in place."""
+def test_the_decode_loop_copies_no_weight(vlm):
+    """Nothing in the compiled program has the shape of a weight but the weights themselves."""
     example = random_example(np.random.default_rng(0), 9)
     captured = {}
 
