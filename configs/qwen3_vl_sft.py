@@ -4,7 +4,7 @@
         --config.data.root=PICTURES --config.init=FOLDER_OF_PUBLISHED_WEIGHTS
 
 The argument is a size: "2b", "4b", "8b" or "32b" begins with published weights (a folder, or the hub's by default),
-"115m" with random ones, to try things out; it needs `--config.processor=FOLDER` with Qwen's tokenizer and chat template.
+"115m" with random ones, to try things; it needs `--config.processor=FOLDER` with Qwen's tokenizer and chat template.
 `--config.data.heldout_where="{'split': 'test'}"` (with `where` for the others) keeps records for evaluation.
 """
 
