@@ -41,12 +41,11 @@ def model() -> ModelConfig:
             width=WIDTH,
             layers=3,
             heads=HEADS,
-            kv_heads=HEADS,
+            kv_heads=HEADS // 2,
             head_dim=HEAD_DIM,
             mlp=3 * WIDTH,
-            rope_theta=100.0,
+            rope_theta=10_000.0,  # slow slots let "any red?" match colours at any distance
             rope_sections=(4, 4, 4),
-            tie_embeddings=True,
         ),
         tokens=VisionTokenIds(*tokens),
     )
@@ -60,8 +59,16 @@ def get_config(arg: str = ""):
             model=model(),
             processor=SCENES,
             data=ScenesData(batch=8, tokens=144, rows=2, patches=160, window=8.0, min_pixels=256, blind=arg == "blind"),
+            # Muon learns this set in far fewer steps than AdamW.
             optim=OptimConfig(
-                learning_rate=1e-3, steps=2600, warmup=100, final=0.03, b2=0.98, weight_decay=0.02, clip=1.0
+                name="muon",
+                learning_rate=2e-3,
+                steps=1500,
+                warmup=100,
+                final=0.03,
+                b2=0.98,
+                weight_decay=0.02,
+                clip=1.0,
             ),
             train=TrainConfig(log_every=50, evaluate_every=500, heldout=400, save_every=500),
         )
