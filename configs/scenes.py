@@ -54,11 +54,15 @@ def model() -> ModelConfig:
 def get_config(arg: str = ""):
     if arg not in ("", "blind"):
         raise ConfigError(f"configs/scenes.py takes no argument or 'blind', not {arg!r}")
+    blind = arg == "blind"
     return run_config(
         Run(
             model=model(),
             processor=SCENES,
-            data=ScenesData(batch=8, tokens=144, rows=2, patches=160, window=8.0, min_pixels=256, blind=arg == "blind"),
+            # Without visual tokens as many conversations fit into fewer tokens.
+            data=ScenesData(
+                batch=8, tokens=64 if blind else 144, rows=2, patches=160, window=8.0, min_pixels=256, blind=blind
+            ),
             # Muon learns this set in far fewer steps than AdamW.
             optim=OptimConfig(
                 name="muon",
