@@ -81,9 +81,9 @@ def test_the_readme_opens_with_two_commands():
 def test_command(command, folder, tmp_path):
     command = command.replace("/tmp/scenes", str(tmp_path / "scenes"))
     if "qwen3_vl_sft.py:2b" in command:
-        # Two billion published parameters are not here: the command must get as far as asking for its data.
-        refused = run(command.replace("gs://bucket/run", str(tmp_path / "run")), folder, expect=1)
-        assert "conversations.jsonl" in refused.stderr
+        # Two billion published parameters are not here: the command must get as far as asking for them.
+        refused = run(command.replace("runs/sft", str(tmp_path / "run")), folder, expect=1)
+        assert "Qwen/Qwen3-VL-2B-Instruct is not a folder here" in refused.stderr
         return
     if "mllm_jax.train" in command:
         command = " ".join([command, *FEW_STEPS])
