@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
         mllm_jax.init_params(settings.model, jax.random.key(0)),
         make_processor("scenes", settings.model, settings.data),
     )
-    mllm_jax.save_pretrained(vlm, folder / "demo" / "exported")
+    mllm_jax.save_pretrained(vlm, folder / "demo" / "export")
     return folder
 
 
@@ -96,7 +96,7 @@ def test_python_runs(folder, monkeypatch):
     """The Python blocks, with the tiny model in place of the published one."""
     monkeypatch.chdir(folder)
     blocks = [text for language, text in BLOCKS if language == "python"]
-    first = blocks[0].replace("Qwen/Qwen3-VL-2B-Instruct", "demo/exported").replace("kitchen.jpg", "picture.png")
+    first = blocks[0].replace("Qwen/Qwen3-VL-2B-Instruct", "demo/export").replace("kitchen.jpg", "picture.png")
     scope = {}
     exec(first.replace('dtype="bfloat16"', 'dtype="float32"').replace("max_new_tokens=64", "max_new_tokens=4"), scope)
     import numpy as np
