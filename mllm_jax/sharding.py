@@ -12,30 +12,39 @@ import jax
 from flax import linen as nn
 from flax import struct
 from flax.core import meta
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+RESERVED = ("stage",)
 Rules = tuple[tuple[str, Any], ...]
 
-# Of weights: embed head_dim layers taps patch position; of activations: batch patch_row length; of both: the rest.
+# Of activations: batch patch_row length; of weights: embed expert_embed head_dim latent q_latent layers taps patch
+# position; of both: the rest. Every mesh has every axis, so one preset serves data parallelism, FSDP, tensor, expert
+# and context parallelism and their mixtures: the sizes of the mesh say which.
 RULES: dict[str, dict[str, Any]] = {
     "fsdp": {
-        "batch": ("data", "fsdp"),
-        "patch_row": "tensor",
-        "length": None,
-        "embed": "fsdp",
+        "batch": ("data", "fsdp", "expert"),
+        "length": "context",
+        "patch_row": ("context", "tensor"),
+        "embed": ("fsdp", "expert", "context"),
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
         "vocab": "tensor",
+        "expert": "expert",
+        "expert_embed": ("fsdp", "context"),
+        "expert_mlp": "tensor",
         "head_dim": None,
+        "latent": None,
+        "q_latent": None,
         "layers": None,
         "taps": None,
         "patch": None,
         "position": None,
     }
 }
-RULES["replicated"] = {**dict.fromkeys(RULES["fsdp"]), "batch": ("data", "fsdp", "tensor")}
+RULES["replicated"] = {**dict.fromkeys(RULES["fsdp"]), "batch": MESH_AXES}
 
 
 def freeze_rules(rules: Mapping[str, Any]) -> Rules:
@@ -71,30 +80,69 @@ def named(init, *names):
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp`, `tensor`; absent axes have size 1 and one size may be -1 (what is left).
+    """A mesh with all MESH_AXES; absent ones have size 1 and one size may be -1 (what is left).
 
-    Without a shape every device is on `fsdp`. Raises ValueError where the sizes do not multiply to the devices.
+    Without a shape every device is on `fsdp`. Neighbours on a later axis are nearer to each other: on a TPU the axes
+    are laid along the torus, one of its axes split over several where sizes ask for it. Between slices (TPU pods, or
+    hosts of GPUs, that are joined by the slower data-centre network) lies as much of `data` as possible, then of
+    `fsdp`, `expert` and `context`; never `tensor`.
+
+    Args:
+      devices: of this program, or of a topology that is compiled for ahead of time; by default all of this program.
+    Raises:
+      ValueError: an unknown axis, sizes that do not multiply to the devices, or slices that they cannot be cut into.
     """
     shape = dict(shape or {"fsdp": -1})
     devices = jax.devices() if devices is None else devices
-    unknown = set(shape) - set(MESH_AXES)
-    if unknown:
+    sizes = _sizes(shape, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        outer = _over_slices(sizes, slices)
+        inner = [size // part for size, part in zip(sizes, outer)]
+        array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def _sizes(shape: Mapping[str, int], count: int) -> list[int]:
+    """The size of every mesh axis on `count` devices."""
+    for axis in shape:
+        if axis in RESERVED:
+            raise ValueError(f"the mesh axis {axis!r} is reserved for pipelines, which do not exist yet; leave it out")
+    if unknown := set(shape) - set(MESH_AXES):
         raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(MESH_AXES)}")
     sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
     if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        sizes_text = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
-        raise ValueError(f"mesh {sizes_text} does not cover {len(devices)} devices; at most one size may be -1")
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    )
+        sizes[sizes.index(-1)] = count // -math.prod(sizes)
+    if min(sizes) < 1 or math.prod(sizes) != count:
+        text = _product({axis: shape.get(axis, 1) for axis in MESH_AXES if axis in shape})
+        raise ValueError(f"mesh {text} does not cover {count} devices; at most one size may be -1")
+    return sizes
+
+
+def _over_slices(sizes: list[int], slices: int) -> list[int]:
+    """How many parts of every mesh axis lie in different slices."""
+    left, outer = slices, []
+    for axis, size in zip(MESH_AXES, sizes):
+        outer.append(1 if axis == "tensor" else math.gcd(size, left))
+        left //= outer[-1]
+    if left > 1:
+        raise ValueError(
+            f"mesh {_product(dict(zip(MESH_AXES, sizes)))} does not lie on {slices} slices: data x fsdp x expert x "
+            f"context must be a multiple of {slices}, as tensor stays within a slice"
+        )
+    return outer
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def _mesh_axes(axes, mesh) -> tuple[str, ...]:
-    """The axes of a rule that the mesh has."""
+    """The axes of a rule over which the mesh spreads anything."""
     axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return tuple(axis for axis in axes if axis in mesh.shape)
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
 def ways(name: str | None, rules: Rules, mesh) -> int:
@@ -105,8 +153,8 @@ def ways(name: str | None, rules: Rules, mesh) -> int:
 def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> PartitionSpec:
     """The PartitionSpec of axis names under rules.
 
-    Mesh axes that the mesh lacks are dropped. With `shape`, a size that its mesh axes do not divide raises ValueError,
-    as do a name without a rule and a mesh axis used twice.
+    Mesh axes of size 1 and those that the mesh lacks are dropped. With `shape`, a size that its mesh axes do not
+    divide raises ValueError, as do a name without a rule and a mesh axis used twice.
     """
     table = dict(rules)
     spec, used = [], set()

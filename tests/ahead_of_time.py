@@ -12,14 +12,13 @@ os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0" if platform == "gpu" else
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from mllm_jax.nn.attention import attend  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402
-from mllm_jax.sharding import MESH_AXES  # noqa: E402
+from mllm_jax.sharding import make_mesh  # noqa: E402
 
 H200 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -49,7 +48,7 @@ def devices():
 
 heads, kv_heads, head_dim, causal, length = arguments
 runtime = Runtime(dtype="bfloat16", attention={"tpu": "splash", "gpu": "cudnn"}[platform])
-mesh = jax.sharding.Mesh(np.array(devices()).reshape(1, 2, 2), MESH_AXES)
+mesh = make_mesh({"fsdp": 2, "tensor": 2}, devices())
 
 
 def shape(*sizes, dtype=jnp.bfloat16, split=("fsdp",)):

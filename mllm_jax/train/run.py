@@ -16,7 +16,7 @@ from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
-from mllm_jax.sharding import RULES, freeze_rules, shardings
+from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules, shardings
 from mllm_jax.train.inputs import DataConfig, JsonLinesData, ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.weights.hf import load_tensors
@@ -57,7 +57,7 @@ class Run:
     init: folder or hub name of published weights to begin with; empty = random.
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
     optim: `optim.steps` is the length of the run.
-    mesh: devices along `data`, `fsdp` and `tensor`; -1 = those that are left.
+    mesh: devices along each axis of the mesh (see `mllm_jax.sharding.make_mesh`); -1 = those that are left.
     rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding`).
     """
 
@@ -67,7 +67,7 @@ class Run:
     train: TrainConfig = TrainConfig()
     init: str = ""
     processor: str = ""
-    mesh: Mapping[str, int] = field(default_factory=lambda: {"data": 1, "fsdp": -1, "tensor": 1})
+    mesh: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1})
     rules: Mapping[str, Any] = field(default_factory=lambda: dict(RULES["fsdp"]))
 
 
