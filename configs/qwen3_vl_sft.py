@@ -14,6 +14,7 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen3_vl
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.train.inputs import JsonLinesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
@@ -25,11 +26,8 @@ SMALL = ModelConfig(
         vocab=151936,
         width=512,
         layers=8,
-        heads=8,
-        kv_heads=4,
-        head_dim=64,
+        attention=AttentionConfig(heads=8, kv_heads=4, head_dim=64, rope_sections=(12, 10, 10)),
         mlp=1536,
-        rope_sections=(12, 10, 10),
         tie_embeddings=True,
     ),
     tokens=qwen3_vl.TOKENS,

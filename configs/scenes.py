@@ -13,6 +13,7 @@ from mllm_jax.data.scenes import scenes_tokenizer
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.train.inputs import SCENES, ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
@@ -40,12 +41,14 @@ def model() -> ModelConfig:
             vocab=VOCAB,
             width=WIDTH,
             layers=3,
-            heads=HEADS,
-            kv_heads=HEADS // 2,
-            head_dim=HEAD_DIM,
+            attention=AttentionConfig(
+                heads=HEADS,
+                kv_heads=HEADS // 2,
+                head_dim=HEAD_DIM,
+                rope_theta=10_000.0,  # slow slots let "any red?" match colours at any distance
+                rope_sections=(4, 4, 4),
+            ),
             mlp=3 * WIDTH,
-            rope_theta=10_000.0,  # slow slots let "any red?" match colours at any distance
-            rope_sections=(4, 4, 4),
         ),
         tokens=VisionTokenIds(*tokens),
     )

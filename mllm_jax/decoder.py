@@ -1,97 +1,85 @@
 """The language model: embedding, a stack of layers, and the head (Qwen3 arXiv 2505.09388, M-RoPE arXiv 2409.12191)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.fusion import deepstack
-from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import GatedMlp
+from mllm_jax.nn.moe import Moe, MoeConfig
 from mllm_jax.nn.norm import RMSNorm
-from mllm_jax.nn.rope import interleaved_axes, rope_table, rotate
-from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
+from mllm_jax.nn.runtime import Runtime, rematted
+from mllm_jax.nn.stack import scan_segment, segments
 from mllm_jax.sharding import named, shard
 from mllm_jax.types import Cache
+
+DENSE, EXPERTS = "dense", "experts"  # kinds of layers
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """rope_sections: frequency slots of (t, h, w) in interleaved M-RoPE; they add up to head_dim / 2."""
+    """
+    attention: AttentionConfig or MlaConfig.
+    mlp: width of the feed-forward block of layers without experts.
+    moe: experts in place of that block, in the layers that `dense_first` and `moe_every` leave them; None = nowhere.
+    dense_first: so many layers at the beginning have none.
+    moe_every: every n-th layer has them, counted so that with 2 the second is the first to have them.
+    """
 
     vocab: int
     width: int
     layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    attention: Any
     mlp: int
-    rope_theta: float = 5e6
-    rope_sections: tuple[int, int, int] = (24, 20, 20)
+    moe: MoeConfig | None = None
+    dense_first: int = 0
+    moe_every: int = 1
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
 
-    def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise ValueError(f"decoder.heads={self.heads} is not a multiple of decoder.kv_heads={self.kv_heads}")
-        if sum(self.rope_sections) * 2 != self.head_dim:
-            raise ValueError(
-                f"decoder.rope_sections={self.rope_sections} must add up to head_dim / 2 = {self.head_dim / 2}"
-            )
-
-
-class Attention(nn.Module):
-    config: DecoderConfig
-    runtime: Runtime
-
-    @nn.compact
-    def __call__(self, x, rope, segment, cache):
-        """`cache` is None, or ((k, v) [L B K S H] of all layers, this layer, segment of all slots, index of new ones).
-
-        Only the new slots are written. A cache is large: taking a layer's part out and putting it back would cost more.
-        """
-        config, dtype = self.config, self.runtime.dtype
-        width, head_dim = config.width, config.head_dim
-
-        def project(name, heads, axis):
-            return Einsum("...D,DNH->...NH", (width, heads, head_dim), ("embed", axis, "head_dim"), dtype, name=name)(x)
-
-        q = RMSNorm(config.norm_eps, name="q_norm")(project("q", config.heads, "heads"))
-        k = RMSNorm(config.norm_eps, name="k_norm")(project("k", config.kv_heads, "kv_heads"))
-        v = project("v", config.kv_heads, "kv_heads")
-        q, k = rotate(q, rope), rotate(k, rope)
-        kv_segment, offset, kept = segment, None, None
-        if cache is not None:
-            kept, layer, kv_segment, offset = cache
-            new = (rearrange(part, "B T K H -> 1 B K T H").astype(kept[0].dtype) for part in (k, v))
-            at = (layer, 0, 0, offset, 0)
-            kept = tuple(jax.lax.dynamic_update_slice(old, part, at) for old, part in zip(kept, new))
-            own = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in kept)
-            k, v = (rearrange(part, "B K S H -> B S K H") for part in own)
-        out = attend(
-            q, k, v, q_segment=segment, kv_segment=kv_segment, causal=True, runtime=self.runtime, offset=offset
-        )
-        shape = (config.heads, head_dim, width)
-        return Einsum("...NH,NHD->...D", shape, ("heads", "head_dim", "embed"), dtype, name="out")(out), kept
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of every layer, whether it has experts."""
+        has = lambda i: self.moe is not None and i >= self.dense_first and (i + 1) % self.moe_every == 0
+        return tuple(EXPERTS if has(i) else DENSE for i in range(self.layers))
 
 
 class DecoderLayer(nn.Module):
     config: DecoderConfig
     runtime: Runtime
+    kind: str
 
     @nn.compact
-    def __call__(self, x, rope, segment, cache):
-        config = self.config
-        attended, kept = Attention(config, self.runtime, name="attention")(
+    def __call__(self, x, rope, segment, modality, cache):
+        config, runtime = self.config, self.runtime
+        attended, kept = config.attention.build(config.norm_eps, runtime, name="attention")(
             RMSNorm(config.norm_eps, name="norm1")(x), rope, segment, cache
         )
         x = x + attended
-        mlp = GatedMlp(config.mlp, "silu", self.runtime.dtype, name="mlp")
-        return x + mlp(RMSNorm(config.norm_eps, name="norm2")(x)), kept
+        y = RMSNorm(config.norm_eps, name="norm2")(x)
+        if self.kind == DENSE:
+            return x + GatedMlp(config.mlp, "silu", runtime.dtype, name="mlp")(y), kept, None
+        y, routing = Moe(config.moe, runtime, name="mlp")(y, segment, modality)
+        return x + y, kept, routing
+
+
+class Pattern(nn.Module):
+    """Layers of several kinds that repeat together."""
+
+    config: DecoderConfig
+    runtime: Runtime
+    kinds: tuple[str, ...]
+
+    def setup(self):
+        self.slots = [_layer(self.config, self.runtime, kind) for kind in self.kinds]
+
+
+def _layer(config: DecoderConfig, runtime: Runtime, kind: str) -> nn.Module:
+    return rematted(DecoderLayer, runtime)(config, runtime, kind)
 
 
 class Decoder(nn.Module):
@@ -99,43 +87,58 @@ class Decoder(nn.Module):
     runtime: Runtime
 
     def setup(self):
-        config = self.config
+        config, runtime = self.config, self.runtime
         init = nn.initializers.normal(config.width**-0.5)
         self.table = self.param("embed", named(init, "vocab", "embed"), (config.vocab, config.width))
-        self.layers = rematted(DecoderLayer, self.runtime)(config, self.runtime)
+        for part in segments(config.kinds):
+            one = len(part.pattern) == 1
+            layers = _layer(config, runtime, *part.pattern) if one else Pattern(config, runtime, part.pattern)
+            setattr(self, part.name, layers)
         self.norm = RMSNorm(config.norm_eps)
         if not config.tie_embeddings:
-            self.head = Einsum("...D,VD->...V", (config.vocab, config.width), ("vocab", "embed"), self.runtime.dtype)
+            self.head = Einsum("...D,VD->...V", (config.vocab, config.width), ("vocab", "embed"), runtime.dtype)
 
     def embed(self, tokens):
         """i32[B T] -> [B T D]. The table is gathered first: a lookup in a sharded one makes XLA rematerialise it."""
         table = shard(self.table.astype(self.runtime.dtype), (None, None), self.runtime.rules)
         return shard(jnp.take(table, tokens, axis=0), ("batch", "length", None), self.runtime.rules)
 
-    def __call__(self, x, position, segment, cache: Cache | None = None, deep=None, vision_index=None):
-        """Embedded tokens [B T D] -> (hidden states [B T D] after the last norm, the cache with them)."""
+    def __call__(self, x, position, segment, modality, cache: Cache | None = None, deep=None, vision_index=None):
+        """Embedded tokens -> hidden states after the last norm.
+
+        Args:
+          x: [B T D]; position: i32[B T 3]; segment: i32[B T].
+          modality: i32[B T] index into MODALITIES.
+          deep, vision_index: what DeepStack adds to the first layers, see `fusion.deepstack`.
+        Returns:
+          ([B T D], the cache with these tokens, Routing of all layers with experts or None).
+        """
         config = self.config
         slots = kept = None
         if cache is not None:
             known = jax.lax.dynamic_update_slice_in_dim(cache.segment, segment, cache.index, axis=1)
             slots, kept = (known, cache.index), (cache.k, cache.v)
-        half = config.head_dim // 2
-        frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float32) / half)
-        rope = rope_table(position, interleaved_axes(config.rope_sections), frequencies)
+        rope = config.attention.rope(position)
 
-        def body(layer, carry, index):
+        def step(layer, carry, number):
             """A layer and what DeepStack adds to it. The whole cache is carried, so that it is updated in place."""
             x, kept = carry
-            x, kept = layer(x, rope, segment, None if kept is None else (kept, index, *slots))
+            own = None if kept is None else (kept, number, *slots)
+            x, kept, routing = layer(x, rope, segment, modality, own)
             if deep is not None:
-                x = deepstack(x, deep, vision_index, index)
-            return shard(x, ("batch", "length", None), self.runtime.rules), kept
+                x = deepstack(x, deep, vision_index, number)
+            return (shard(x, ("batch", "length", None), self.runtime.rules), kept), routing
 
-        x, kept = scan_layers(body, self.layers, (x, kept), jnp.arange(config.layers), config.layers, self.runtime)
+        carry, routings = (x, kept), []
+        for part in segments(config.kinds):
+            carry, routing = scan_segment(step, getattr(self, part.name), carry, part, self.runtime)
+            routings += [] if routing is None else [routing]
+        x, kept = carry
         if cache is not None:
             following = jnp.max(jnp.where(segment > 0, jnp.max(position, axis=-1) + 1, 0), axis=1)
             cache = Cache(*kept, slots[0], cache.index + x.shape[1], jnp.maximum(cache.position, following))
-        return self.norm(x), cache
+        routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings) if routings else None
+        return self.norm(x), cache, routing
 
     def logits(self, x):
         """Hidden states [... D] -> f32[... V]."""

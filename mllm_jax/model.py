@@ -12,7 +12,9 @@ from flax.core import meta
 from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.fusion import splice
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.types import Batch, Cache, Output, Vision, VisionTokens
+from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
+
+TEXT, PICTURE, VIDEO = range(len(MODALITIES))
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class VisionTokenIds:
 class ModelConfig:
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
+    A model of text alone has None for the first two and for `tokens`.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     """
 
     encoder: Any
     connector: Any
     decoder: DecoderConfig
-    tokens: VisionTokenIds
+    tokens: VisionTokenIds | None = None
     runtime: Runtime = Runtime()
     family: str = "qwen3_vl"
 
@@ -45,8 +48,9 @@ class VLM(nn.Module):
 
     def setup(self):
         config = self.config
-        self.encoder = config.encoder.build(config.runtime, name=None)
-        self.connector = config.connector.build(config.decoder.width, config.runtime, name=None)
+        if config.encoder is not None:
+            self.encoder = config.encoder.build(config.runtime, name=None)
+            self.connector = config.connector.build(config.decoder.width, config.runtime, name=None)
         self.decoder = Decoder(config.decoder, config.runtime)
 
     def encode(self, vision: Vision) -> VisionTokens:
@@ -66,10 +70,16 @@ class VLM(nn.Module):
         if batch.vision is not None:
             visual = self.encode(batch.vision)
             x, deep = splice(x, visual.value, batch.vision_index), visual.deep
-        x, cache = self.decoder(x, batch.position, batch.segment, cache, deep, batch.vision_index)
+        modality = jnp.full_like(batch.tokens, TEXT)
+        if self.config.tokens is not None:
+            visual_kind = jnp.where(batch.tokens == self.config.tokens.video, VIDEO, PICTURE)
+            modality = jnp.where(batch.vision_index >= 0, visual_kind, TEXT)
+        x, cache, routing = self.decoder(
+            x, batch.position, batch.segment, modality, cache, deep, batch.vision_index
+        )
         if hidden:
-            return Output(hidden=x, cache=cache)
-        return Output(logits=self.decoder.logits(x), cache=cache)
+            return Output(hidden=x, cache=cache, routing=routing)
+        return Output(logits=self.decoder.logits(x), cache=cache, routing=routing)
 
     def logits(self, hidden):
         """Hidden states [... D] -> f32[... V]; `apply(..., method="logits")`."""
@@ -84,12 +94,11 @@ def head_table(params) -> jax.Array:
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: str | None = None) -> Cache:
     """An empty cache for `rows` rows of `slots` tokens."""
-    decoder = config.decoder
-    shape = (decoder.layers, rows, decoder.kv_heads, slots, decoder.head_dim)
-    dtype = dtype or config.runtime.dtype
+    layers, dtype = config.decoder.layers, dtype or config.runtime.dtype
+    k, v = (jnp.zeros((layers, rows, heads, slots, values), dtype) for heads, values in config.decoder.attention.cached)
     return Cache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=k,
+        v=v,
         segment=jnp.zeros((rows, slots), jnp.int32),
         index=jnp.zeros((), jnp.int32),
         position=jnp.zeros((rows,), jnp.int32),
@@ -98,13 +107,15 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: str | None = N
 
 def example_batch(config: ModelConfig) -> Batch:
     """The smallest batch that touches every weight: one row, one picture of one visual token."""
-    patches = config.connector.patches_per_token
-    vision = Vision(
-        patches=np.zeros((1, 1, patches, config.encoder.patch_values), np.float32),
-        image=np.ones((1, 1, patches), np.int32),
-        coords=np.zeros((1, 1, patches, 3), np.int32),
-        grid=np.ones((1, 1, patches, 2), np.int32),
-    )
+    vision = None
+    if config.encoder is not None:
+        patches = config.connector.patches_per_token
+        vision = Vision(
+            patches=np.zeros((1, 1, patches, config.encoder.patch_values), np.float32),
+            image=np.ones((1, 1, patches), np.int32),
+            coords=np.zeros((1, 1, patches, 3), np.int32),
+            grid=np.ones((1, 1, patches, 2), np.int32),
+        )
     tokens = np.zeros((1, 2), np.int32)
     return Batch(
         tokens=tokens,
@@ -112,7 +123,7 @@ def example_batch(config: ModelConfig) -> Batch:
         weight=np.zeros((1, 2), np.float32),
         segment=np.ones((1, 2), np.int32),
         position=np.zeros((1, 2, 3), np.int32),
-        vision_index=np.array([[-1, 0]], np.int32),
+        vision_index=np.array([[-1, -1 if vision is None else 0]], np.int32),
         vision=vision,
     )
 

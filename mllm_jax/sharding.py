@@ -33,6 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
         "mlp": "tensor",
         "vocab": "tensor",
         "expert": "expert",
+        "expert_batch": ("data", "fsdp"),
         "expert_embed": ("fsdp", "context"),
         "expert_mlp": "tensor",
         "head_dim": None,

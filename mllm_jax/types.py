@@ -6,6 +6,7 @@ Legend, used in einsums, comments and docstrings of the whole package:
     R patch rows per batch row                  P patches in a patch row
     M visual tokens of a batch row              C values in a patch
     D width     N heads     K key-value heads     G = N / K     H head dim     F mlp width     L layers
+    E experts   k experts that a token chooses
 
 Every value is a NamedTuple: a pytree for jax and a plain tuple of arrays for numpy, so that data workers
 can build batches without importing jax. Fields hold numpy or jax arrays.
@@ -64,7 +65,10 @@ class VisionTokens(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far. All rows write the same slots; `segment` says which slots a row uses."""
+    """Keys and values of what was read so far. All rows write the same slots; `segment` says which slots a row uses.
+
+    Latent attention keeps, as one head, the latent in place of keys and the shared rotary key in place of values.
+    """
 
     k: Array  # [L B K S H]
     v: Array  # [L B K S H]
@@ -73,10 +77,26 @@ class Cache(NamedTuple):
     position: Array  # i32[B] the next rotary position of each row
 
 
+MODALITIES = ("text", "picture", "video")
+
+
+class Routing(NamedTuple):
+    """What the routers did, padding left out. Sums over the tokens of a batch row, so that rows and batches add up.
+
+    Of one layer as below; in an `Output` every field has a leading axis of the layers that have experts.
+    """
+
+    counts: Array  # i32[B 3 E] choices of every expert, by MODALITIES
+    probability: Array  # f32[B E] of every expert
+    sequence: Array  # f32[B] E * sum_i f_i P_i of every conversation by itself, summed over a row's conversations
+    square: Array  # f32[B] square of the log of the softmax's denominator
+    dropped: Array  # i32[B] choices that found no room
+
+
 class Output(NamedTuple):
     """What a model returns: logits, or hidden states where the caller asked for them."""
 
     logits: Array | None = None  # f32[B T V]
     hidden: Array | None = None  # [B T D] after the last norm
     cache: Cache | None = None
-    aux: dict[str, Array] | None = None  # scalars by name
+    routing: Routing | None = None  # of a model with experts

@@ -7,6 +7,7 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.types import Example, Picture
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153
@@ -18,7 +19,7 @@ def tiny_config(tie: bool = False, **runtime) -> ModelConfig:
     return ModelConfig(
         VitConfig(width=64, layers=3, heads=4, mlp=128, patch_size=4, position_grid=6, taps=(0, 1)),
         PatchMergerConfig(MERGE),
-        DecoderConfig(200, 64, 3, 4, 2, 32, 128, rope_sections=(6, 5, 5), tie_embeddings=tie),
+        DecoderConfig(200, 64, 3, AttentionConfig(4, 2, 32, rope_sections=(6, 5, 5)), 128, tie_embeddings=tie),
         VisionTokenIds(IMAGE, VIDEO, START, END),
         Runtime(**runtime),
     )

@@ -68,7 +68,8 @@ def test_fine_tuning_on_real_pictures(shared, tmp_path):
     config.data.update(where={"split": "train", "task": tasks}, heldout_where={"split": "test", "task": tasks})
     config.data.update(tokens=192, rows=1, patches=288, min_pixels=1024, max_pixels=128 * 128)
     config.model.encoder.update(width=32, layers=2, heads=2, mlp=32, taps=(0,))
-    config.model.decoder.update(width=16, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=32, rope_sections=(4, 2, 2))
+    config.model.decoder.update(width=16, layers=2, mlp=32)
+    config.model.decoder.attention.update(heads=2, kv_heads=1, head_dim=16, rope_sections=(4, 2, 2))
     config.model.runtime.dtype = "float32"
     config.optim.update(steps=8, warmup=1, learning_rate=1e-2)
     config.train.update(log_every=2, evaluate_every=0, heldout=16, loss_chunk=32)

@@ -137,13 +137,13 @@ def test_connector(connector):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"heads": 5}, "multiple of decoder.kv_heads"),
+        ({"heads": 5}, "multiple of attention.kv_heads"),
         ({"rope_sections": (1, 2, 3)}, "add up to head_dim / 2"),
     ],
 )
-def test_bad_decoder(change, message):
+def test_bad_attention(change, message):
     with pytest.raises(ValueError, match=message):
-        replace(TINY.decoder, **change)
+        replace(TINY.decoder.attention, **change)
 
 
 def test_bad_runtime_and_mesh():

@@ -17,7 +17,8 @@ def load_config(name: str, argument: str = ""):
 def get_config(argument: str = ""):
     config = load_config("scenes", argument)
     config.model.encoder.update(width=32, layers=1, heads=2, mlp=32)
-    config.model.decoder.update(width=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp=32, rope_sections=(4, 2, 2))
+    config.model.decoder.update(width=32, layers=2, mlp=32)
+    config.model.decoder.attention.update(heads=2, kv_heads=2, head_dim=16, rope_sections=(4, 2, 2))
     config.data.update(tokens=64, rows=1, patches=112, batch=8)
     config.data.kinds = {"colour": 1.0}
     config.optim.update(steps=24, warmup=4, learning_rate=3e-3)

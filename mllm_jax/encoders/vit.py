@@ -176,9 +176,9 @@ class Vit(nn.Module):
             """Untapped layers write a slot that nobody reads. The write is linear: backward saves nothing for it."""
             x, kept = carry
             x = shard(layer(x, vision.image, rope), rows, runtime.rules)
-            return x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
+            return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)), None
 
         layer = rematted(VitLayer, runtime)(config, runtime, name="layers")
         kept = jnp.zeros((taps + 1, *x.shape), x.dtype)
-        x, kept = scan_layers(body, layer, (x, kept), jnp.asarray(slots), config.layers, runtime)
+        (x, kept), _ = scan_layers(body, layer, (x, kept), jnp.asarray(slots), config.layers, runtime)
         return Features(x, kept[:taps])

@@ -39,3 +39,15 @@ class Einsum(nn.Module):
             b = self.param("b", named(nn.initializers.zeros, *(self.axes[index] for index in kept)), shape)
             y = y + b.astype(self.dtype)
         return y
+
+
+class Weight(nn.Module):
+    """A weight `w` alone, for products that `Einsum` cannot say; fp32, normal with variance 1 / fan_in."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int
+
+    @nn.compact
+    def __call__(self):
+        return self.param("w", named(nn.initializers.normal(self.fan_in**-0.5), *self.axes), self.shape)

@@ -7,11 +7,14 @@ from flax import linen as nn
 
 from mllm_jax.sharding import RULES, Rules, freeze_rules
 
+EXCHANGED = ("expert_input", "expert_output")  # what experts on other devices were sent, and sent back
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "experts": jax.checkpoint_policies.save_only_these_names(*EXCHANGED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+DISPATCH = ("dropless", "capacity", "dense")
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,22 @@ class Runtime:
     """
     dtype: compute dtype, "float32" or "bfloat16"; parameters have their own.
     attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
-    remat: what backward recomputes: "none", "full" (every layer) or "dots" (all but matrix products).
+    experts: how tokens reach their experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or "dense"
+      (every expert reads every token: for tests).
+    expert_room: room for the tokens of an expert ("capacity"), or of a device's experts ("dropless" on several
+      devices), as a multiple of the fair share. What finds no room is dropped and counted; 0 = room for any routing.
+    grouped: products with sorted tokens: "auto" (by platform), "loop", "megablox" (TPU) or "tokamax" (GPU).
+    remat: what backward recomputes: "none", "full" (every layer), "experts" (every layer, but not the exchange of
+      tokens between devices) or "dots" (all but matrix products).
     scan: one compiled layer for a whole tower (compile time independent of depth), or unrolled; same weights.
     rules: axis name -> mesh axes, see sharding.py.
     """
 
     dtype: str = "float32"
     attention: str = "auto"
+    experts: str = "dropless"
+    expert_room: float = 0.0
+    grouped: str = "auto"
     remat: str = "none"
     scan: bool = True
     rules: Rules = freeze_rules(RULES["fsdp"])
@@ -35,6 +47,8 @@ class Runtime:
             raise ValueError(f"runtime.dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
         if self.remat not in REMAT:
             raise ValueError(f"runtime.remat must be one of {sorted(REMAT)}, not {self.remat!r}")
+        if self.experts not in DISPATCH:
+            raise ValueError(f"runtime.experts must be one of {DISPATCH}, not {self.experts!r}")
 
 
 def rematted(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
@@ -45,13 +59,16 @@ def rematted(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
 
 
 def scan_layers(body, layer: nn.Module, carry, per_layer, length: int, runtime: Runtime):
-    """`carry = body(layer, carry, per_layer[i])` for every i, `layer`'s parameters stacked on an axis `layers`."""
+    """`carry, out = body(layer, carry, per_layer[i])` for every i, `layer`'s parameters stacked on an axis `layers`.
+
+    Returns (carry, outs stacked on a leading axis).
+    """
     scan = nn.scan(
-        lambda layer, carry, x: (body(layer, carry, x), None),
+        body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=length,
         unroll=1 if runtime.scan else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scan(layer, carry, per_layer)[0]
+    return scan(layer, carry, per_layer)

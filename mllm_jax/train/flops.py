@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mllm_jax.model import ModelConfig, abstract_params
+from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.train.optim import split
 from mllm_jax.types import Batch
 
@@ -87,14 +88,14 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
     )
     attention = dict(
         encoder=4 * counts.patch_pairs * encoder.layers * encoder.width,
-        decoder=4 * counts.token_pairs * decoder.layers * decoder.heads * decoder.head_dim,
+        decoder=counts.token_pairs * decoder.layers * decoder.attention.pair_flops,
     )
     result, reached = {}, False
     for part in rows:
         inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
         matrices = [head] if part == "head" else [path for path in params if inside(path) and path.endswith("/w")]
         reached = reached or any(map(inside, trained))  # whether backward gets as far as this part's input
-        product = {path: 2 * rows[part] * params[path].size for path in matrices}
+        product = {path: 2 * rows[part] * params[path].size * _share(path, decoder.moe) for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)
         to_inputs = sum(
             product[path] for path in matrices if path != "encoder/patch_embed/w"
@@ -102,6 +103,11 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
         own = attention.get(part, 0)
         result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
     return result
+
+
+def _share(path: str, moe: MoeConfig | None) -> float:
+    """The share of a weight that a token meets: of experts, those that it chooses."""
+    return moe.top_k / moe.experts if "/experts_" in path else 1
 
 
 PEAK_FLOPS = {  # bf16, dense, of one jax device (half a chip of TPU7x), from the vendors' data sheets

@@ -16,12 +16,15 @@ from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules, shardings
 from mllm_jax.train.inputs import DataConfig, JsonLinesData, ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.weights.hf import load_tensors
 
-PARTS = {part.__name__: part for part in (VitConfig, PatchMergerConfig, JsonLinesData, ScenesData)}
+PARTS = {
+    part.__name__: part for part in (VitConfig, PatchMergerConfig, AttentionConfig, JsonLinesData, ScenesData)
+}
 
 
 @dataclass(frozen=True)

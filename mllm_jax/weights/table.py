@@ -4,13 +4,14 @@
 
 reads: our leaf `decoder/layers/attention/q/w` is a stack, along its leading axis, of the tensors whose names have a
 number in place of `{n}`, each rearranged by the einops pattern `theirs -> ours`. Each further `{name}` is one more
-leading axis, in order of appearance; names in braces have nothing to do with the letters of the pattern. A pattern of
+leading axis, in order of appearance; names in braces have nothing to do with the letters of the pattern. What stands
+in a name for 0, 1, ... may be given: other numbers (every second layer) or words ("gate", "up"). A pattern of
 "" or "..." keeps a tensor as it is. Axis sizes come from our abstract tree; the inverse is the reversed pattern.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +23,17 @@ Tree = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """One kind of tensor. `sizes` gives the axes that our shape leaves open: c, t, y in "d c t y x -> (c t y x) d"."""
+    """One kind of tensor.
+
+    sizes: the axes that our shape leaves open: c, t, y in "d c t y x -> (c t y x) d".
+    values: what stands in their names for 0, 1, ... of a stacked axis, where that is something else.
+    """
 
     ours: str
     theirs: str
     pattern: str = ""
     sizes: Mapping[str, int] = {}
+    values: Mapping[str, Sequence[Any]] = {}
 
 
 class Entry(NamedTuple):
@@ -87,8 +93,12 @@ def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
         except ValueError as fault:
             faults.append(f"{row.ours} {list(shape)} from {row.theirs}, {row.pattern!r}: {fault}")
             continue
+        stands = [row.values.get(axis, range(size)) for axis, size in zip(axes, shape)]
+        if wrong := [axis for axis, size, own in zip(axes, shape, stands) if len(own) != size]:
+            faults.append(f"{row.ours} {list(shape)}: the values of {wrong} are not as many as their axis")
+            continue
         for index in np.ndindex(shape[: len(axes)]):
-            name = row.theirs.format(**dict(zip(axes, index)))
+            name = row.theirs.format(**{axis: own[i] for axis, own, i in zip(axes, stands, index)})
             if name in entries:
                 faults.append(f"{name}: both {entries[name].path} and {row.ours}")
             entries[name] = Entry(row.ours, index, "" if row.pattern == "..." else row.pattern, sizes, theirs_shape)

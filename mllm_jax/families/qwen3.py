@@ -1,0 +1,170 @@
+"""Qwen3, dense and with experts (arXiv 2505.09388): text alone, and the decoder of Qwen3-VL.
+
+Tensor names as in the published safetensors files.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.decoder import EXPERTS, DecoderConfig
+from mllm_jax.families import rows as common
+from mllm_jax.model import ModelConfig
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.weights.table import Row
+
+_TEXT = AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, rope_sections=(64, 0, 0))
+_MOE = DecoderConfig(
+    vocab=151936, width=2048, layers=48, attention=_TEXT, mlp=6144, moe=MoeConfig(experts=128, top_k=8, mlp=768)
+)
+
+SIZES = {
+    "30b-a3b": _MOE,
+    "235b-a22b": replace(
+        _MOE,
+        width=4096,
+        layers=94,
+        attention=replace(_TEXT, heads=64),
+        mlp=12288,
+        moe=replace(_MOE.moe, mlp=1536),
+    ),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size: "30b-a3b" or "235b-a22b"."""
+    if name not in SIZES:
+        raise ValueError(f"Qwen3 has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return ModelConfig(None, None, SIZES[name], family="qwen3_moe")
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "qwen3" or "qwen3_moe" describes."""
+    return ModelConfig(None, None, decoder_from_hf(config), family=config["model_type"])
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for what a config.json of Qwen3 cannot say."""
+    kind = "qwen3_moe" if config.decoder.moe else "qwen3"
+    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[kind]
+    written = {"architectures": [architecture], "model_type": kind, **decoder_to_hf(config.decoder)}
+    if (reads := from_hf(written).decoder) != config.decoder:
+        raise ValueError(f"Qwen3's config.json cannot say all of this decoder: {config.decoder} would be read as {reads}")
+    return written
+
+
+def decoder_from_hf(text: dict, sections: tuple[int, ...] | None = None) -> DecoderConfig:
+    """The decoder of a text config of the Qwen3 family. ValueError for what this model cannot do.
+
+    sections: those of M-RoPE where the config says none; by default all slots read the one position of text.
+    """
+    rope = text.get("rope_parameters") or {
+        "rope_theta": text.get("rope_theta", 5e6),
+        **(text.get("rope_scaling") or {}),
+    }
+    if rope.get("rope_type", "default") != "default" or not rope.get("mrope_interleaved", True):
+        raise ValueError(f"Qwen3 has RoPE, or interleaved M-RoPE, of rope_type 'default'; config.json says {rope}")
+    if text.get("attention_bias") or text.get("hidden_act", "silu") != "silu" or text.get("use_sliding_window"):
+        raise ValueError("Qwen3 has SiLU, no attention biases and no sliding window; config.json says otherwise")
+    heads = text["num_attention_heads"]
+    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    dense = sorted(text.get("mlp_only_layers") or ())
+    if dense != list(range(len(dense))):
+        raise ValueError(f"only first layers can be without experts; config.json says mlp_only_layers={dense}")
+    moe = None
+    if text.get("num_experts"):
+        moe = MoeConfig(
+            experts=text["num_experts"],
+            top_k=text["num_experts_per_tok"],
+            mlp=text["moe_intermediate_size"],
+            renormalise=text.get("norm_topk_prob", True),
+        )
+    return DecoderConfig(
+        vocab=text["vocab_size"],
+        width=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=text.get("num_key_value_heads", heads),
+            head_dim=head_dim,
+            rope_theta=float(rope["rope_theta"]),
+            rope_sections=tuple(rope.get("mrope_section", sections or (head_dim // 2, 0, 0))),
+        ),
+        mlp=text["intermediate_size"],
+        moe=moe,
+        dense_first=len(dense) if moe else 0,
+        moe_every=text.get("decoder_sparse_step", 1) if moe else 1,
+        norm_eps=text.get("rms_norm_eps", 1e-6),
+        tie_embeddings=bool(text.get("tie_word_embeddings", False)),
+    )
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`; what transformers needs."""
+    attention, moe = decoder.attention, decoder.moe
+    rope = {"rope_type": "default", "rope_theta": attention.rope_theta}
+    if attention.rope_sections[1:] != (0, 0):
+        rope |= {"mrope_section": list(attention.rope_sections), "mrope_interleaved": True}
+    written = {
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "intermediate_size": decoder.mlp,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": decoder.norm_eps,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "rope_parameters": rope,
+    }
+    if moe is None:
+        return written
+    return written | {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.mlp,
+        "norm_topk_prob": moe.renormalise,
+        "decoder_sparse_step": decoder.moe_every,
+        "mlp_only_layers": list(range(decoder.dense_first)),
+    }
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    return decoder_weights(config.decoder, "model", common.experts("mlp", "model.layers.{n}.mlp.experts"))
+
+
+def decoder_weights(config: DecoderConfig, prefix: str, experts: list[Row]) -> list[Row]:
+    """Rows of the decoder whose tensors begin with `prefix`; `experts` are those of a layer's experts."""
+    layer = f"{prefix}.layers.{{n}}"
+
+    def rows(kind: str) -> list[Row]:
+        return [
+            Row("norm1/scale", f"{layer}.input_layernorm.weight"),
+            Row("norm2/scale", f"{layer}.post_attention_layernorm.weight"),
+            *common.linear("attention/q", f"{layer}.self_attn.q_proj", "(n h) d -> d n h"),
+            *common.linear("attention/k", f"{layer}.self_attn.k_proj", "(n h) d -> d n h"),
+            *common.linear("attention/v", f"{layer}.self_attn.v_proj", "(n h) d -> d n h"),
+            *common.linear("attention/out", f"{layer}.self_attn.o_proj", "d (n h) -> n h d"),
+            Row("attention/q_norm/scale", f"{layer}.self_attn.q_norm.weight"),
+            Row("attention/k_norm/scale", f"{layer}.self_attn.k_norm.weight"),
+            *(
+                [Row("mlp/router/w", f"{layer}.mlp.gate.weight", "e d -> d e"), *experts]
+                if kind == EXPERTS
+                else common.gated_mlp("mlp", f"{layer}.mlp")
+            ),
+        ]
+
+    return [
+        Row("decoder/embed", f"{prefix}.embed_tokens.weight"),
+        *common.layers(config, rows),
+        Row("decoder/norm/scale", f"{prefix}.norm.weight"),
+        Row("decoder/head/w", "lm_head.weight"),
+    ]
+
+
+# Files of a model with tied embeddings may repeat the table under the head's name.
+IGNORE = ("lm_head.weight",)
+RENAME = ()

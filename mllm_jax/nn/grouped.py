@@ -1,0 +1,141 @@
+"""Products of tokens that are sorted by expert with their experts' weights, on every platform.
+
+`jax.lax.ragged_dot` is not used: its weight gradient costs as if every expert read every token on TPU, and on GPU all of
+it does.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+TILE = 256  # most rows of a tile of the loop
+MEGABLOX_TILE = 512
+
+
+def grouped_matmul(x, w, sizes, implementation: str):
+    """`y[i] = x[i] @ w[group of i]`.
+
+    Args:
+      x: [n D], the rows of group 0 first, then those of group 1 ...
+      w: [E D F].
+      sizes: i32[E] rows of every group. Rows beyond their sum belong to none.
+      implementation: of `grouped_for`; all but "loop" need n to be a multiple of `row_multiple`.
+    Returns:
+      [n F] in the dtype of x; zero in rows without a group. Their gradient is zero too.
+    """
+    # Kernels leave rows without a group unwritten: forward in y, backward in the gradient of x.
+    member = (jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None]
+    y = IMPLEMENTATIONS[implementation](jnp.where(member, x, 0), w, sizes)
+    return jnp.where(member, y, 0)
+
+
+def grouped_for(wanted: str) -> str:
+    """The implementation of this platform under "auto", or the one that was asked for by name."""
+    if wanted not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"runtime.grouped must be one of auto, {', '.join(IMPLEMENTATIONS)}, not {wanted!r}")
+    if wanted != "auto":
+        return wanted
+    backend = jax.default_backend()
+    return "megablox" if backend == "tpu" else "tokamax" if backend == "gpu" and _has_tokamax() else "loop"
+
+
+def row_multiple(implementation: str) -> int:
+    """What the number of rows must be a multiple of."""
+    return MEGABLOX_TILE if implementation == "megablox" else 1
+
+
+def _has_tokamax() -> bool:
+    try:
+        import tokamax  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _megablox(x, w, sizes):
+    from jax.experimental.pallas.ops.tpu.megablox import ops
+
+    tiling = tuple(math.gcd(size, MEGABLOX_TILE) for size in (x.shape[0], *w.shape[1:]))
+    return ops.gmm(x, w, sizes, x.dtype, tiling)
+
+
+def _tokamax(x, w, sizes):
+    import tokamax
+
+    return tokamax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype)
+
+
+@jax.custom_vjp
+def _loop(x, w, sizes):
+    """A loop over tiles of rows of one group each: as many as the rows need, whatever the number of groups."""
+    tiles = _Tiles(x.shape[0], sizes)
+    padded = tiles.pad(x)
+
+    def body(i, y):
+        group, start, _ = tiles(i)
+        part = tiles.rows(padded, start)
+        # What a tile writes beyond the end of its group, the next group's tile overwrites.
+        return jax.lax.dynamic_update_slice_in_dim(y, _dot(part, _at(w, group)).astype(y.dtype), start, 0)
+
+    y = jnp.zeros((padded.shape[0], w.shape[2]), x.dtype)
+    return jax.lax.fori_loop(0, tiles.count, body, y)[: x.shape[0]]
+
+
+def _forward(x, w, sizes):
+    return _loop(x, w, sizes), (x, w, sizes)
+
+
+def _backward(saved, d_y):
+    x, w, sizes = saved
+    tiles = _Tiles(x.shape[0], sizes)
+    padded_x, padded_d_y = tiles.pad(x), tiles.pad(d_y)
+
+    def body(i, carry):
+        d_x, d_w = carry
+        group, start, end = tiles(i)
+        own = (start + jnp.arange(tiles.size) < end)[:, None]
+        part, d_part = tiles.rows(padded_x, start), jnp.where(own, tiles.rows(padded_d_y, start), 0)
+        d_x = jax.lax.dynamic_update_slice_in_dim(d_x, _dot(d_part, _at(w, group).T).astype(d_x.dtype), start, 0)
+        return d_x, jax.lax.dynamic_update_index_in_dim(d_w, _at(d_w, group) + _dot(part.T, d_part), group, 0)
+
+    zeros = jnp.zeros_like(padded_x), jnp.zeros(w.shape, jnp.float32)
+    d_x, d_w = jax.lax.fori_loop(0, tiles.count, body, zeros)
+    return d_x[: x.shape[0]], d_w.astype(w.dtype), None
+
+
+_loop.defvjp(_forward, _backward)
+IMPLEMENTATIONS = {"loop": _loop, "megablox": _megablox, "tokamax": _tokamax}
+
+
+class _Tiles:
+    """Tiles of `size` rows that cover every group, each of one group: `tiles(i) -> (group, first row, group's end)`."""
+
+    def __init__(self, rows: int, sizes):
+        # About the rows of a group, so that few are computed in vain.
+        self.size = min(TILE, max(8, 2 ** math.ceil(math.log2(max(rows / sizes.shape[0], 1)))))
+        per_group = (sizes + self.size - 1) // self.size
+        self._last, self._ends = jnp.cumsum(per_group), jnp.cumsum(sizes)
+        self._first, self._starts = self._last - per_group, self._ends - sizes
+        self.count = self._last[-1]
+
+    def __call__(self, i):
+        group = jnp.searchsorted(self._last, i, side="right")
+        return group, self._starts[group] + (i - self._first[group]) * self.size, self._ends[group]
+
+    def pad(self, x):
+        """Room for a tile that begins in the last row."""
+        return jnp.pad(x, ((0, self.size), (0, 0)))
+
+    def rows(self, padded, start):
+        return jax.lax.dynamic_slice_in_dim(padded, start, self.size)
+
+
+def _at(w, group):
+    return jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
+
+
+def _dot(x, w):
+    """In fp32 from operands as they are."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)

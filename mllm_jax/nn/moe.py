@@ -1,0 +1,74 @@
+"""A feed-forward block of experts, of which every token takes a few (arXiv 1701.06538)."""
+
+from dataclasses import dataclass
+
+from flax import linen as nn
+
+from mllm_jax.nn.dispatch import Experts, dispatch
+from mllm_jax.nn.einsum import Einsum, Weight
+from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp
+from mllm_jax.nn.router import route, summarise
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.sharding import named
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """
+    experts: E; top_k: experts of a token; mlp: width of an expert.
+    shared: width of an MLP that every token goes through besides (the shared experts, side by side); 0 = none.
+    score: "softmax" or "sigmoid".
+    bias: scores are selected, not weighted, with a bias that balances the load and is not trained by gradient.
+    renormalise: the weights of a token's experts sum to one, before `scale`.
+    groups, top_groups, group_best: experts are taken from the `top_groups` best of `groups` groups alone; a group is as
+      good as the sum of its `group_best` best scores.
+    """
+
+    experts: int
+    top_k: int
+    mlp: int
+    shared: int = 0
+    score: str = "softmax"
+    bias: bool = False
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    activation: str = "silu"
+
+    def __post_init__(self):
+        if self.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"moe.score must be 'softmax' or 'sigmoid', not {self.score!r}")
+        if self.experts % self.groups:
+            raise ValueError(f"moe.experts={self.experts} do not divide into moe.groups={self.groups}")
+        eligible = self.experts // self.groups * self.top_groups
+        if not 0 < self.top_k <= eligible or self.top_groups > self.groups:
+            raise ValueError(
+                f"moe.top_k={self.top_k} of {eligible} experts (those of {self.top_groups} of {self.groups} groups) "
+                "cannot be chosen"
+            )
+
+
+class Moe(nn.Module):
+    config: MoeConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, x, segment, modality):
+        """x [B T D] -> ([B T D], Routing of this layer); segment, modality i32[B T]."""
+        config, runtime, width = self.config, self.runtime, x.shape[-1]
+        count, mlp = config.experts, config.mlp
+        router = Einsum("...D,DE->...E", (width, count), ("embed", None), "float32", name="router")
+        bias = self.param("bias", named(nn.initializers.zeros, None), (count,)) if config.bias else None
+        up_axes, down_axes = ("expert", None, "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
+        params = Experts(
+            gate_up=Weight((count, 2, width, mlp), up_axes, width, name="experts_gate_up")(),
+            down=Weight((count, mlp, width), down_axes, mlp, name="experts_down")(),
+        )
+        logits = router(x)
+        experts, weights, probability = route(logits, bias, config)
+        y, dropped = dispatch(x, experts, weights, segment > 0, params, ACTIVATIONS[config.activation], runtime)
+        if config.shared:
+            y = y + GatedMlp(config.shared, config.activation, runtime.dtype, name="shared")(x)
+        return y, summarise(logits, experts, probability, segment, modality, dropped)
