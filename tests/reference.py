@@ -7,10 +7,13 @@ import transformers
 IMAGE, VIDEO, START, END = 150, 151, 152, 153
 
 
-def tiny_qwen3_vl(seed: int = 0, tie: bool = False):
+def tiny_qwen3_vl(seed: int = 0, tie: bool = False, experts: bool = False):
     """A random Qwen3-VL in fp32; what its init leaves at zero or one is perturbed, or parity would prove little."""
-    config = transformers.Qwen3VLConfig(
+    kind = "Qwen3VLMoe" if experts else "Qwen3VL"
+    moe = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48) if experts else {}
+    config = getattr(transformers, f"{kind}Config")(
         text_config=dict(
+            **moe,
             vocab_size=200,
             hidden_size=64,
             intermediate_size=128,
@@ -19,6 +22,7 @@ def tiny_qwen3_vl(seed: int = 0, tie: bool = False):
             num_key_value_heads=2,
             head_dim=32,
             max_position_embeddings=512,
+            tie_word_embeddings=tie,
             rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5], mrope_interleaved=True),
         ),
         vision_config=dict(
@@ -41,14 +45,28 @@ def tiny_qwen3_vl(seed: int = 0, tie: bool = False):
     )
     torch.manual_seed(seed)
     config._attn_implementation = "eager"
-    model = transformers.Qwen3VLForConditionalGeneration(config).eval().float()
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval().float()
+    perturb(model)
+    return config, model
+
+
+def perturb(model):
+    """Norms and zeros get noise, matrices are scaled up."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.abs().max() < 1e-6 or "norm" in name.lower():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.mul_(3.0)  # away from the near-linear regime of 0.02
-    return config, model
+
+
+def published(tensors) -> dict:
+    """Tensors of a Qwen3-VL as files of published weights have them: experts are transposed there."""
+    transposed = (".experts.gate_up_proj", ".experts.down_proj")
+    return {
+        name: tensor.transpose(1, 2).contiguous() if name.endswith(transposed) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def prompt(rng, *parts):

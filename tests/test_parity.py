@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
+from reference import batch_of, prompt, published, tiny_qwen3_vl, to_torch
 
 from mllm_jax.data.hf_inputs import from_hf_inputs
 from mllm_jax.families import qwen3_vl
@@ -33,11 +33,11 @@ def convert(config, tensors):
     return unflatten(stacked)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=["untied", "tied", "experts"])
 def pair(request):
-    config, reference = tiny_qwen3_vl(tie=request.param)
+    config, reference = tiny_qwen3_vl(tie=request.param == "tied", experts=request.param == "experts")
     ours = qwen3_vl.from_hf(config.to_dict())
-    return ours, convert(ours, reference.state_dict()), reference
+    return ours, convert(ours, published(reference.state_dict())), reference
 
 
 def inputs_of(case, side="right", labels=False):
@@ -67,7 +67,7 @@ def test_gradients_of_every_tensor(pair, runtime):
     inputs = inputs_of("batch", labels=True)
     reference.zero_grad()
     reference(**to_torch(inputs)).loss.backward()
-    expected = convert(config, {name: p.grad for name, p in reference.named_parameters()})
+    expected = convert(config, published({name: p.grad for name, p in reference.named_parameters()}))
     batch = from_hf_inputs(config, inputs)
 
     @jax.jit
@@ -86,7 +86,15 @@ def test_gradients_of_every_tensor(pair, runtime):
 
 
 @pytest.mark.parametrize(
-    "size, total", [("2b", 2127532032), ("4b", 4437815808), ("8b", 8767123696), ("32b", 33357390064)]
+    "size, total",
+    [
+        ("2b", 2127532032),
+        ("4b", 4437815808),
+        ("8b", 8767123696),
+        ("32b", 33357390064),
+        ("30b-a3b", 31070754032),
+        ("235b-a22b", 235670022896),
+    ],
 )
 def test_published_sizes_have_published_counts(size, total):
     from mllm_jax.model import count_params
@@ -94,12 +102,21 @@ def test_published_sizes_have_published_counts(size, total):
     assert sum(count_params(qwen3_vl.sizes(size)).values()) == total
 
 
-@pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b"])
+NAMES = {
+    "2b": "2B-Instruct",
+    "4b": "4B-Instruct",
+    "8b": "8B-Instruct",
+    "32b": "32B",
+    "30b-a3b": "30B-A3B-Instruct",
+    "235b-a22b": "235B-A22B-Instruct",
+}
+
+
+@pytest.mark.parametrize("size", NAMES)
 def test_published_tensors(shared, size):
     import json
 
-    shapes = json.loads((shared / "data/configs/param_shapes.json").read_text())
-    name = {"2b": "2B-Instruct", "4b": "4B-Instruct", "8b": "8B-Instruct", "32b": "32B"}[size]
+    shapes, name = json.loads((shared / "data/configs/param_shapes.json").read_text()), NAMES[size]
     published = {
         tensor["name"].replace("*", str(n)): tuple(tensor["shape"])
         for tensor in shapes[f"Qwen3-VL-{name}"]["tensors"]
@@ -113,7 +130,8 @@ def test_published_tensors(shared, size):
 def test_config_round_trip(shared):
     import json
 
-    for size, file in (("2b", "2B-Instruct"), ("4b", "4B-Instruct"), ("8b", "8B-Instruct"), ("32b", "32B")):
+    for size, name in NAMES.items():
+        file = "30B-A3B.config" if size == "30b-a3b" else name
         published = json.loads((shared / f"data/configs/Qwen3-VL-{file}.json").read_text())
         assert qwen3_vl.from_hf(published) == qwen3_vl.sizes(size)
         assert qwen3_vl.from_hf(qwen3_vl.to_hf(qwen3_vl.sizes(size))) == qwen3_vl.sizes(size)

@@ -71,9 +71,9 @@ def decoder_from_hf(text: dict, sections: tuple[int, ...] | None = None) -> Deco
     if dense != list(range(len(dense))):
         raise ValueError(f"only first layers can be without experts; config.json says mlp_only_layers={dense}")
     moe = None
-    if text.get("num_experts"):
+    if count := text.get("num_experts", text.get("num_local_experts")):  # the second as transformers 5 writes it
         moe = MoeConfig(
-            experts=text["num_experts"],
+            experts=count,
             top_k=text["num_experts_per_tok"],
             mlp=text["moe_intermediate_size"],
             renormalise=text.get("norm_topk_prob", True),
