@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 
 def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
-    """The segments that compile the fewest layers, and of these the fewest segments.
+    """The segments that compile the fewest layers; of these the fewest segments, the first one as long as can be.
 
     One segment has its parameters under "layers"; several under "layers0", "layers1", ...
     """
@@ -48,7 +48,7 @@ def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
                 end += period
             compiled, parts, rest = best(end)
             options.append((compiled + period, parts + 1, ((start, pattern, (end - start) // period), *rest)))
-        return min(options, key=lambda option: option[:2])
+        return min(options, key=lambda option: (*option[:2], -option[2][0][2] * len(option[2][0][1])))
 
     found = best(0)[2]
     names = ["layers"] if len(found) == 1 else [f"layers{i}" for i in range(len(found))]
