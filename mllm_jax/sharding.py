@@ -4,6 +4,7 @@ A weight names its axes (`embed`, `heads`, `mlp` ...) where it is made; activati
 A *rule set* maps each name to a mesh axis, to several, or to None. It is data, which a run edits.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +50,12 @@ RULES["replicated"] = {**dict.fromkeys(RULES["fsdp"]), "batch": MESH_AXES}
 
 
 def freeze_rules(rules: Mapping[str, Any]) -> Rules:
-    """Rules as a hashable tuple, the form that a model's runtime config carries."""
+    """Rules as a hashable tuple, as a model's runtime config carries them. ValueError for an unknown mesh axis."""
+    for name, axes in rules.items():
+        if unknown := {axes} - {None, *MESH_AXES} if isinstance(axes, str) else set(axes or ()) - set(MESH_AXES):
+            raise ValueError(
+                f"the sharding rule of {name!r} names {sorted(unknown)}; the axes of a mesh are {', '.join(MESH_AXES)}"
+            )
     return tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in sorted(rules.items()))
 
 
@@ -117,7 +123,7 @@ def _sizes(shape: Mapping[str, int], count: int) -> list[int]:
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = count // -math.prod(sizes)
     if min(sizes) < 1 or math.prod(sizes) != count:
-        text = _product({axis: shape.get(axis, 1) for axis in MESH_AXES if axis in shape})
+        text = _product(shape, shape)
         raise ValueError(f"mesh {text} does not cover {count} devices; at most one size may be -1")
     return sizes
 
@@ -129,15 +135,16 @@ def _over_slices(sizes: list[int], slices: int) -> list[int]:
         outer.append(1 if axis == "tensor" else math.gcd(size, left))
         left //= outer[-1]
     if left > 1:
+        text = _product(MESH_AXES, dict(zip(MESH_AXES, sizes)))
         raise ValueError(
-            f"mesh {_product(dict(zip(MESH_AXES, sizes)))} does not lie on {slices} slices: data x fsdp x expert x "
-            f"context must be a multiple of {slices}, as tensor stays within a slice"
+            f"mesh {text} does not lie on {slices} slices: data x fsdp x expert x context must be a multiple of "
+            f"{slices}, as tensor stays within a slice"
         )
     return outer
 
 
-def _product(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+def _product(axes, shape: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={shape[axis]}" for axis in axes)
 
 
 def _mesh_axes(axes, mesh) -> tuple[str, ...]:
@@ -146,9 +153,22 @@ def _mesh_axes(axes, mesh) -> tuple[str, ...]:
     return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
+def _count(axes: tuple[str, ...], mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def ways(name: str | None, rules: Rules, mesh) -> int:
     """Over how many devices of a mesh the axis `name` is spread; 1 without a mesh or a rule."""
-    return math.prod(mesh.shape[axis] for axis in _mesh_axes(dict(rules).get(name), mesh))
+    return _count(_mesh_axes(dict(rules).get(name), mesh), mesh)
+
+
+def fitting_axes(name: str | None, size: int, rules: Rules, mesh) -> tuple[str, ...]:
+    """The mesh axes over which an activation's axis is spread: those of its rule, but for the last ones where all of
+    them do not divide its size."""
+    axes = _mesh_axes(dict(rules).get(name), mesh)
+    while size % _count(axes, mesh):
+        axes = axes[:-1]
+    return axes
 
 
 def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> PartitionSpec:
@@ -157,38 +177,46 @@ def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> Par
     Mesh axes of size 1 and those that the mesh lacks are dropped. With `shape`, a size that its mesh axes do not
     divide raises ValueError, as do a name without a rule and a mesh axis used twice.
     """
-    table = dict(rules)
-    spec, used = [], set()
-    for dimension, name in enumerate(names):
-        if name is None:
-            spec.append(None)
-            continue
-        if name not in table:
-            raise ValueError(f"no sharding rule for axis {name!r} of {what or names}; rules: {sorted(table)}")
-        axes = _mesh_axes(table[name], mesh)
-        if used & set(axes):
-            raise ValueError(f"{what or names}: mesh axes {sorted(used & set(axes))} are used twice by {tuple(names)}")
-        used |= set(axes)
-        parts = ways(name, rules, mesh)
-        if shape is not None and shape[dimension] % parts:
+    table, what = dict(rules), what or f"an array with axes {tuple(names)}"
+    for name in names:
+        if name is not None and name not in table:
+            raise ValueError(f"{what}: its axis {name!r} has no sharding rule; there are rules for {sorted(table)}")
+    parts = [_mesh_axes(table.get(name), mesh) for name in names]
+    for name, size, axes in zip(names, shape or (), parts):
+        if size % _count(axes, mesh):
+            fits = _entry(fitting_axes(name, size, rules, mesh))
             raise ValueError(
-                f"{what}: axis {name!r} of size {shape[dimension]} is not divisible by {axes} ({parts} ways); "
-                f"change the mesh or the rule for {name!r}"
+                f"{what}: its axis {name!r} of size {size} is not divisible by {_product(axes, mesh.shape)} devices; "
+                f"change the mesh, or the sharding rule of {name!r} to {fits!r}"
             )
-        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
-    return PartitionSpec(*spec)
+    return _spec(names, parts, what)
+
+
+def _spec(names, parts, what: str) -> PartitionSpec:
+    for (name, axes), (other, taken) in itertools.combinations(zip(names, parts), 2):
+        if twice := sorted(set(axes) & set(taken)):
+            raise ValueError(
+                f"{what}: its axes {name!r} and {other!r} are both spread over {', '.join(twice)}; "
+                f"take {'it' if len(twice) == 1 else 'them'} out of one of the two sharding rules"
+            )
+    return PartitionSpec(*map(_entry, parts))
+
+
+def _entry(axes: tuple[str, ...]):
+    return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 def shard(x, names, rules: Rules):
     """Constrain an activation to the ambient mesh (`jax.set_mesh`); without a mesh it is returned as it is.
 
-    A size that the mesh does not divide (one row of patches on two devices) stays whole: this is advice, not a weight.
+    A size that the mesh does not divide (one row of patches on two devices) is spread less: this is advice, not a
+    weight.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not rules:
         return x
-    kept = [name if size % ways(name, rules, mesh) == 0 else None for size, name in zip(x.shape, names)]
-    spec = partition_spec(kept, rules, mesh)
+    parts = [fitting_axes(name, size, rules, mesh) for name, size in zip(names, x.shape)]
+    spec = _spec(names, parts, f"an activation with axes {tuple(names)}")
     if all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)

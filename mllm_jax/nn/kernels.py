@@ -1,14 +1,16 @@
 """Attention kernels of the platforms, behind `attend`: splash on TPU, cuDNN on GPU.
 
-Each takes q [B T N H], k and v [B S K H], segments [B T] and [B S], `causal` and the sharding rules, and is split over
-the ambient mesh by batch and heads: a kernel is opaque to the partitioner.
+Each takes q [B T N H], k and v [B S K H], segments [B T] and [B S], and `causal`. A kernel is opaque to XLA's
+partitioner: `over_mesh` gives each device its part.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.sharding import partition_spec
+from mllm_jax.sharding import fitting_axes
 
 SPLASH_BLOCK = 512
 
@@ -36,59 +38,68 @@ def _obstacle(name: str, q, k) -> str | None:
     return None
 
 
-def _over_mesh(kernel, rules, kv_heads: int):
-    """`kernel(q, k, v, q_segment, kv_segment)` with each device computing its own rows and heads."""
+def over_mesh(kernel, q, k, v, q_segment, kv_segment, q_slot, kv_slot, rules, tokens: tuple[str, ...] = ()):
+    """`kernel(q, k, v, q_segment, kv_segment, q_slot, kv_slot)`, each device with its own rows and heads.
+
+    Heads are split only where those of queries stay with their own of keys and values, which are repeated as need be.
+
+    Args:
+      q_slot: i32[T]; kv_slot: i32[S].
+      tokens: mesh axes over which T and S are split too.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel
-    batch, heads = partition_spec(("batch", "heads"), rules, mesh)
-    ways = mesh.shape[heads] if isinstance(heads, str) else 1
-    # Heads split only together with their key-value heads.
-    heads = heads if kv_heads % ways == 0 else None
-    of_heads, of_rows = jax.P(batch, None, heads), jax.P(batch)
-    return jax.shard_map(kernel, in_specs=(of_heads,) * 3 + (of_rows,) * 2, out_specs=of_heads, check_vma=False)
+        return kernel(q, k, v, q_segment, kv_segment, q_slot, kv_slot)
+    rows = fitting_axes("batch", len(q), rules, mesh)
+    heads = tuple(axis for axis in fitting_axes("heads", q.shape[2], rules, mesh) if axis not in rows)
+    split = math.prod(mesh.shape[axis] for axis in heads)
+    if q.shape[2] % math.lcm(k.shape[2], split):
+        heads, split = (), 1
+    of_heads, of_rows, of_slots = jax.P(rows, tokens, heads), jax.P(rows, tokens), jax.P(tokens)
+    in_specs = (of_heads,) * 3 + (of_rows,) * 2 + (of_slots,) * 2
+    spread = jax.shard_map(kernel, in_specs=in_specs, out_specs=of_heads, check_vma=False)
+    return spread(q, *repeat_heads(k, v, split), q_segment, kv_segment, q_slot, kv_slot)
 
 
-def splash(q, k, v, q_segment, kv_segment, causal, rules):
+def repeat_heads(k, v, ways: int):
+    """Keys and values [B S K H], each head as often as it takes to split them `ways` ways."""
+    copies = math.lcm(k.shape[2], ways) // k.shape[2]
+    return (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+
+
+def splash(q, k, v, q_segment, kv_segment, causal):
     """Block-sparse flash attention of jax.experimental.pallas; head dims 64, 72, 80 and 128 compile unpadded."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    def local(q, k, v, q_segment, kv_segment):
-        q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q, k, v))
-        lengths = (q.shape[2], k.shape[2])
-        mask = masks.CausalMask(lengths) if causal else masks.FullMask(lengths)
-        block_q, block_kv = (next(b for b in (SPLASH_BLOCK, 256, 128) if length % b == 0) for length in lengths)
-        kernel = kernels.make_splash_mha(
-            mask=masks.MultiHeadMask([mask] * q.shape[1]),
-            head_shards=1,
-            q_seq_shards=1,
-            block_sizes=kernels.BlockSizes(
-                block_q=block_q,
-                block_kv=block_kv,
-                block_kv_compute=block_kv,
-                block_q_dkv=block_q,
-                block_kv_dkv=block_kv,
-                block_kv_dkv_compute=block_kv,
-                block_q_dq=block_q,
-                block_kv_dq=block_kv,
-            ),
-        )
-        segments = kernels.SegmentIds(q_segment, kv_segment)
-        out = jax.vmap(kernel)(q * q.shape[-1] ** -0.5, k, v, segment_ids=segments)
-        return rearrange(out, "B N T H -> B T N H")
-
-    return _over_mesh(local, rules, k.shape[2])(q, k, v, q_segment, kv_segment)
+    q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q, k, v))
+    lengths = (q.shape[2], k.shape[2])
+    mask = masks.CausalMask(lengths) if causal else masks.FullMask(lengths)
+    block_q, block_kv = (next(b for b in (SPLASH_BLOCK, 256, 128) if length % b == 0) for length in lengths)
+    kernel = kernels.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * q.shape[1]),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=kernels.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_kv_compute=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_kv_dkv_compute=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+    )
+    segments = kernels.SegmentIds(q_segment, kv_segment)
+    out = jax.vmap(kernel)(q * q.shape[-1] ** -0.5, k, v, segment_ids=segments)
+    return rearrange(out, "B N T H -> B T N H")
 
 
-def cudnn(q, k, v, q_segment, kv_segment, causal, rules):
+def cudnn(q, k, v, q_segment, kv_segment, causal):
     """cuDNN's fused attention. Its public interface has no segments: they become a mask of T x S booleans per row."""
-
-    def local(q, k, v, q_segment, kv_segment):
-        mask = (q_segment[:, :, None] == kv_segment[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
-
-    return _over_mesh(local, rules, k.shape[2])(q, k, v, q_segment, kv_segment)
+    mask = (q_segment[:, :, None] == kv_segment[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
 
 
 KERNELS = {"splash": splash, "cudnn": cudnn}

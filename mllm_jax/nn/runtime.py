@@ -14,6 +14,7 @@ REMAT = {
     "experts": jax.checkpoint_policies.save_only_these_names(*EXCHANGED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+CONTEXT = ("auto", "ring", "ulysses")
 DISPATCH = ("dropless", "capacity", "dense")
 
 
@@ -22,6 +23,7 @@ class Runtime:
     """
     dtype: compute dtype, "float32" or "bfloat16"; parameters have their own.
     attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
+    context: how tokens meet that a mesh axis "context" spreads: "auto", "ring" or "ulysses", see nn/context.py.
     experts: how tokens reach their experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or "dense"
       (every expert reads every token: for tests).
     expert_room: room for the tokens of an expert ("capacity"), or of a device's experts ("dropless" on several
@@ -35,6 +37,7 @@ class Runtime:
 
     dtype: str = "float32"
     attention: str = "auto"
+    context: str = "auto"
     experts: str = "dropless"
     expert_room: float = 0.0
     grouped: str = "auto"
@@ -45,6 +48,8 @@ class Runtime:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"runtime.dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
+        if self.context not in CONTEXT:
+            raise ValueError(f"runtime.context must be one of {CONTEXT}, not {self.context!r}")
         if self.remat not in REMAT:
             raise ValueError(f"runtime.remat must be one of {sorted(REMAT)}, not {self.remat!r}")
         if self.experts not in DISPATCH:
