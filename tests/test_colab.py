@@ -1,0 +1,120 @@
+"""Every notebook is stored without outputs, and runs from top to bottom: with few steps, on a tiny model."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+TINY = {
+    "data.batch": 1,
+    "model.encoder.layers": 1,
+    "model.decoder.layers": 1,
+    "train.heldout": 4,
+}
+KINDS = ["What colour? ", "What shape? ", "Where? ", "How many? ", "Any ", "Which way? "]
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind="code"):
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def run(path, folder, **replaced):
+    """The finished process that ran a notebook, in a folder of its own, on one device as people have it."""
+    command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), json.dumps(replaced)]
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_there_is_a_notebook():
+    assert "quickstart" in [path.stem for path in NOTEBOOKS]
+
+
+@each_notebook
+def test_format(path):
+    """The schema of nbformat 4.5, of which Colab and Jupyter read any notebook; nothing but what people wrote."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert set(notebook) == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["language"] == "python"
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-zA-Z0-9-_]{1,64}", id) for id in ids)
+    for cell in notebook["cells"]:
+        fields = {"cell_type", "id", "metadata", "source"}
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None), f"{cell['id']} was stored after a run"
+            fields |= {"outputs", "execution_count"}
+        else:
+            assert cell["cell_type"] == "markdown"
+        assert set(cell) == fields
+        *lines, last = cell["source"]
+        assert all(line.count("\n") == 1 and line.endswith("\n") for line in lines) and "\n" not in last and last
+    assert path.stat().st_size < 20_000
+
+
+@each_notebook
+def test_only_the_installation_needs_jupyter(path):
+    magic = [cell["id"] for cell in cells(path) if re.search(r"^ *[!%]", "".join(cell["source"]), re.MULTILINE)]
+    assert magic == ["install"]
+
+
+def test_quickstart_runs(tmp_path):
+    """Nothing is installed, since mllm_jax can be imported. The last cell asks the model that the notebook exported."""
+    folder = tmp_path / "run"
+    published = str(folder / "export")
+    done = run(NOTEBOOKS[0], tmp_path, STEPS=4, SETTINGS=TINY, FOLDER=str(folder), PUBLISHED=published)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["left"]["reached"] == 4 and found["left"]["same"] is True
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3, 4]
+    looked, curve, asked, described = found["shown"]
+    assert looked.count('<img src="data:image/png;base64,') == len(KINDS)
+    assert all(asked in looked for asked in KINDS)
+    points = re.search(r'points="(.*?)"', curve)[1].split()
+    assert len(points) == 4 and "nan" not in curve
+    assert asked.count("<img") == 16 and asked.count("(right)") + asked.count("(the truth is ") == 16
+    assert described.count("<img") == 1
+    assert (folder / "export" / "model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}  # nothing else was written
+
+
+def test_nothing_is_downloaded_unasked():
+    [parameters] = [cell for cell in cells(NOTEBOOKS[0]) if "parameters" in cell["metadata"].get("tags", ())]
+    scope = {}
+    exec("".join(parameters["source"]), scope)
+    assert scope["PUBLISHED"] == "" and scope["STEPS"] >= 1000
+    *_, last = cells(NOTEBOOKS[0])
+    assert last["id"] == "published" and last["source"][0] == "if PUBLISHED:\n"
+    assert all(line.startswith(" ") or line == "\n" for line in last["source"][1:])
+
+
+def notebook_of(tmp_path, *sources):
+    """A notebook of code cells, the first of which sets the parameters."""
+    made = [
+        {"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "source": [text]} for i, text in enumerate(sources)
+    ]
+    made[0]["metadata"] = {"tags": ["parameters"]}
+    path = tmp_path / "made.ipynb"
+    path.write_text(json.dumps({"cells": made}))
+    return path
+
+
+def test_a_cell_that_fails_is_told(tmp_path):
+    path = notebook_of(tmp_path, "STEPS = 5", "assert STEPS == 2", "1 / 0", "open('after', 'w')")
+    done = run(path, tmp_path, STEPS=2)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "<cell cell-2>" in done.stderr
+    assert not (tmp_path / "after").exists()
+
+
+def test_magics_and_unknown_parameters_are_told(tmp_path):
+    path = notebook_of(tmp_path, "STEPS = 5", "if STEPS == 5:\n    %pip install nothing")
+    assert "RuntimeError: %pip install nothing" in run(path, tmp_path).stderr
+    assert run(path, tmp_path, STEPS=2).returncode == 0
+    assert "sets no STEP" in run(path, tmp_path, STEP=2).stderr
