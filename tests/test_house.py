@@ -31,7 +31,7 @@ MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["generate"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["train"] = {"config"} | MAY_IMPORT["generate"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
-DATA_WORKERS = ["pack", "sources", "scenes", "images", "video", "positions", "template", "processor"]
+DATA_WORKERS = ["pack", "readers", "sources", "scenes", "images", "video", "positions", "template", "processor"]
 
 
 def part(path: pathlib.Path) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.loader import BadData, make_loader
+from mllm_jax.data.loader import BadData, join_states, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor, ProcessorSpec, TooLarge
 from mllm_jax.data.scenes import SCENES_TEMPLATE, Scenes, scenes_tokenizer
@@ -85,6 +85,11 @@ def scenes_processor() -> Processor:
     )
 
 
+def positions(states):
+    """The state of all streams, as it lies in a checkpoint."""
+    return json.loads(json.dumps(join_states(states)))
+
+
 def scenes(**options):
     options = {"batch_rows": 2, "seed": 5, **options}
     return make_loader(Scenes(size=200), scenes_processor(), Budget(160, 2, 160), **options)
@@ -118,7 +123,7 @@ def test_resumed_batches_are_identical_from_any_step(workers):
         items.append(next(loader))
         states.append(json.loads(json.dumps(loader.get_state())))
     loader.close()
-    assert any(state["waiting"] for state in states)
+    assert any(stream["waiting"] for state in states for stream in state["streams"].values())
     for step in (6, 0, 3):
         resumed = scenes(workers=2 - workers % 2)
         resumed.set_state(states[step])
@@ -161,13 +166,93 @@ def test_a_state_of_other_data_is_refused():
         numbers(40, seed=2).set_state(state)
     with pytest.raises(ValueError, match="records"):
         numbers(41, seed=1).set_state(state)
+    for options in ({"window": 2.0}, {"streams": 2}, {"batch_rows": 4}):
+        with pytest.raises(ValueError, match=next(iter(options)).split("_")[-1]):
+            numbers(40, seed=1, **options).set_state(state)
+    numbers(40, seed=1, epochs=3, workers=0).set_state(state)
 
 
-def test_processes_of_a_pod_share_all_records():
-    shares = [seen(numbers(61, epochs=1, process_index=i, process_count=2)) for i in range(2)]
-    assert sorted(shares[0] + shares[1]) == list(range(61)) and abs(len(shares[0]) - len(shares[1])) <= 1
-    with pytest.raises(ValueError, match="no share of 3 records"):
-        numbers(3, process_index=0, process_count=4)
+class Watched(Numbers):
+    """Remembers what was read."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def pod(count, size=1000, source=None, **options):
+    """The loaders of `count` processes, for batches of eight rows from four streams."""
+    options = {"batch_rows": 8, "streams": 4, "workers": 0, "prefetch": 0, "process_count": count, **options}
+    return [numbers(size, source=source and source(size), process_index=i, **options) for i in range(count)]
+
+
+def global_batch(loaders):
+    """One batch of all processes."""
+    batches = [next(loader)[0] for loader in loaders]
+    return np.concatenate([batch.tokens for batch in batches]), np.concatenate([b.vision.image for b in batches])
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs": 50, "size": 37}, {"shuffle": False}], ids=str)
+def test_any_number_of_processes_makes_the_same_batches(options):
+    """One, four, two and one again, each from what all processes before said of their position, open bins included."""
+    one = pod(1, **options)
+    expected = [global_batch(one) for _ in range(16)]
+    position = None
+    for batches, count in enumerate((1, 4, 2, 1)):
+        loaders = pod(count, workers=2, prefetch=batches % 3, **{"size": 1000} | options)
+        for loader in loaders:
+            if position:
+                loader.set_state(position)
+        for tokens, image in expected[4 * batches : 4 * batches + 4]:
+            found = global_batch(loaders)
+            np.testing.assert_array_equal(found[0], tokens)
+            np.testing.assert_array_equal(found[1], image)
+        position = positions(loader.get_state() for loader in loaders)
+        assert any(stream["waiting"] for stream in position["streams"].values())
+        for loader in loaders:
+            loader.close()
+    assert position == positions([one[0].get_state()])
+
+
+def test_a_process_reads_only_its_share():
+    sources = []
+    loaders = pod(4, source=lambda size: sources.append(Watched(size)) or sources[-1])
+    for _ in range(5):
+        global_batch(loaders)
+    read = [set(source.read) for source in sources]
+    assert all(len(share) > 20 for share in read)
+    assert sum(map(len, read)) == len(set().union(*read)) == sum(len(source.read) for source in sources)
+
+
+def test_processes_of_a_pod_read_every_record_once():
+    """They end at different steps, and go on with padding until all have."""
+    loaders = pod(4, size=61, epochs=1)
+    items = [[next(loader) for _ in range(20)] for loader in loaders]
+    assert sorted(number for share in items for number in seen(share)) == list(range(61))
+    last = [max(step for step, (_, info) in enumerate(share) if info.conversations) for share in items]
+    assert max(last) < 10
+
+
+def test_streams_that_do_not_divide_are_refused():
+    for options in ({"process_count": 3}, {"process_count": 8, "process_index": 7}, {"streams": 3}):
+        with pytest.raises(ValueError, match="no whole share of . streams for 8 rows"):
+            numbers(**{"batch_rows": 8, "streams": 4} | options)
+
+
+def test_fewer_records_than_streams():
+    assert set(seen(itertools.islice(numbers(3, batch_rows=8, streams=8), 3))) == {0, 1, 2}
+    assert sorted(seen(numbers(3, batch_rows=8, streams=8, epochs=1))) == [0, 1, 2]
+
+
+def test_a_mixture_does_not_depend_on_how_fast_a_stream_reads():
+    """Sixteen conversations of the first source fit a row, and two of the second."""
+    two = [Numbers(1), Numbers(1, first=116)]
+    found = np.array(seen(itertools.islice(numbers(source=two, weights=[1, 3], batch_rows=4, streams=4), 40)))
+    assert 0.7 < np.mean(found == 116) < 0.8
 
 
 def test_several_sources_are_one_set_or_a_weighted_mixture():
@@ -220,6 +305,12 @@ def test_a_set_without_a_usable_record_ends_with_an_error(epochs):
 def test_strict_raises(error):
     with pytest.raises(type(error), match="n5"):
         list(numbers(20, {5: error}, epochs=1, strict=True))
+
+
+def test_a_broken_record_is_named_across_processes():
+    broken = {3: BadRecord("missing file", "n3", "a.png")}
+    with pytest.raises(BadRecord, match="n3: missing file .a.png"):
+        list(numbers(20, broken, epochs=1, strict=True, processes=1))
 
 
 @pytest.mark.parametrize("workers, prefetch", [(0, 0), (0, 2), (3, 2)])

@@ -123,8 +123,16 @@ def test_a_checkpoint_of_another_run_is_refused(uninterrupted):
         train(config, uninterrupted)
     config = get_config()
     config.data.seed = 5
-    with pytest.raises(ConfigError, match="cannot resume on other data.*seed"):
+    with pytest.raises(ConfigError, match="config.data.seed was 0, is 5. Use another --workdir"):
         train(config, uninterrupted)
+
+
+def test_a_workdir_in_a_bucket_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for workdir in ("gs://bucket/run", pathlib.Path("s3://bucket/run")):
+        with pytest.raises(ConfigError, match=r"--workdir=\w\w:/.*is not a folder.*gcsfuse BUCKET"):
+            train(get_config(), workdir)
+    assert not list(tmp_path.iterdir())
 
 
 def test_non_finite_steps_are_skipped_and_in_a_row_stop_the_run(tmp_path, monkeypatch):

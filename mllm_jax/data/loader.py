@@ -1,29 +1,30 @@
 """From sources to packed batches with Grain: shuffle, process in workers, pack, batch, prefetch, and resume exactly.
 
-Everything before packing is a pure function of an index (a `grain.MapDataset`). So the position in the data is one
+The rows of a batch come from a fixed number of *streams*. Stream s of S reads every S-th record from s on and packs its
+own rows; a process runs the streams whose rows it feeds. So a batch depends on the seed and on its number alone, not on
+the number of processes or of workers.
+
+Everything before packing is a pure function of an index (a `grain.MapDataset`). So the position of a stream is one
 number, the conversations that wait to be packed are a few, and restoring a state reads those few again.
 """
 
 import collections
+import itertools
 import logging
-import pickle
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from mllm_jax.data.pack import Budget, Packer, collate, fill
-from mllm_jax.data.processor import Processor, TooLarge
-from mllm_jax.data.sources import BadRecord
+from mllm_jax.data.processor import Processor
+from mllm_jax.data.readers import OVER_BUDGET, Guarded, Process, Readers, Skipped
 from mllm_jax.types import Batch, Example
 
 log = logging.getLogger(__name__)
 ENOUGH = 100  # records read before a share of bad ones says anything
-OVER_BUDGET = "over the budget"
 
 
 class Info(NamedTuple):
@@ -42,13 +43,6 @@ class BadData(RuntimeError):
     """Too many records are broken, or none can be used."""
 
 
-class Skipped(NamedTuple):
-    """Stands in for a record that cannot be used."""
-
-    reason: str
-    message: str
-
-
 def make_loader(
     sources: Any,
     processor: Processor,
@@ -60,6 +54,7 @@ def make_loader(
     epochs: int | None = None,
     weights: Sequence[float] | None = None,
     window: float = 4.0,
+    streams: int = 1,
     workers: int = 1,
     processes: int = 0,
     prefetch: int = 2,
@@ -70,185 +65,196 @@ def make_loader(
 ) -> grain.DatasetIterator:
     """An iterator of (Batch, Info) with `get_state()`, `set_state(state)` and `close()`; the state is JSON.
 
-    Batches depend on the sources and on the options down to `window` and on the process, but never on the workers.
+    Batches depend on the sources and on the options down to `streams`, never on who makes them. The states of all
+    processes, joined by `join_states`, are a state for any number of processes.
 
     Args:
         sources: one source or several: `len(source)` and `source[i] -> {"messages", "kind", "id"}`.
         processor: makes an `Example` of a conversation, and knows the size of a patch.
         budget: the shape of a batch row.
-        batch_rows: B of this process.
-        epochs: None repeats forever. A number reads everything so often, and fills the last batch with rows of padding.
+        batch_rows: B, over all processes.
+        epochs: None repeats forever. A number reads everything so often, and fills the last batches with padding rows.
         weights: how often to draw from each source, forever; by default all sources are one set.
-        window: rows' worth of conversations that wait to be packed (see `Packer`).
+        window: rows' worth of conversations that wait to be packed in every stream (see `Packer`).
+        streams: S, which divides B; stream s feeds rows s B/S to (s + 1) B/S.
         workers: threads that read and process; 0 does it in the thread that packs.
-        processes: processes that do so instead, each with `workers` threads, where Python code takes the time. Sources
-            must then be picklable, and the program's main module importable.
+        processes: processes that do so instead, where Python code takes the time. Sources must then be picklable, and
+            the program's main module importable.
         prefetch: batches made ahead in the background; 0 makes them when asked.
-        process_index, process_count: which share of every source this process reads.
+        process_index, process_count: which share of the rows, and so of the streams, this process makes. A process of
+            several goes on with rows of padding after the end of its data, since that of others may come later.
         strict: a broken or too large conversation is an error, instead of being skipped and counted.
         max_bad: share of broken records, after the first 100, at which to stop.
 
     Raises:
-        ValueError: options contradict each other, or a source has fewer records than there are processes.
+        ValueError: options contradict each other.
         BadData: while iterating, where more than `max_bad` of the records are broken or none is usable.
     """
     sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
     if weights is not None and (epochs is not None or len(weights) != len(sources)):
         raise ValueError("weights need one number for each source, and no epochs: weighted sources have no common end")
+    if batch_rows % streams or streams % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process {process_index} of {process_count} has no whole share of {streams} streams for {batch_rows} rows"
+        )
 
-    def share(records: grain.MapDataset) -> grain.MapDataset:
-        if not 0 <= process_index < process_count <= len(records):
-            raise ValueError(f"process {process_index} of {process_count} has no share of {len(records)} records")
-        records = records.seed(seed).shuffle() if shuffle else records
-        return records[process_index::process_count].repeat(epochs)
+    parts = [grain.MapDataset.source(Guarded(source, strict)) for source in sources]
+    parts = [grain.MapDataset.concatenate(parts)] if weights is None else parts
+    orders = [(part.seed(seed).shuffle() if shuffle else part).repeat(epochs) for part in parts]
+    process = Process(processor, budget, strict)
 
-    parts = [grain.MapDataset.source(_Guarded(source, strict)) for source in sources]
-    if weights is None:
-        records = share(grain.MapDataset.concatenate(parts))
-    else:
-        records = grain.MapDataset.mix([share(part) for part in parts], list(weights))
+    def examples(stream: int) -> grain.MapDataset:
+        """Every stream has the whole mixture: how fast it reads must not change the weights."""
+        shares = [order[stream::streams] for order in orders]
+        return (shares[0] if weights is None else grain.MapDataset.mix(shares, list(weights))).map(process)
+
+    share = streams // process_count
+    own = {stream: examples(stream) for stream in range(process_index * share, (process_index + 1) * share)}
     identity = {  # a state belongs to these, and is refused by others
         "seed": seed,
         "shuffle": shuffle,
-        "epochs": epochs,
         "weights": None if weights is None else list(weights),
         "records": [len(source) for source in sources],
-        "process": [process_index, process_count],
+        "budget": list(budget),
+        "window": window,
+        "streams": streams,
+        "rows": batch_rows,
     }
     spec = processor.spec
     values = 3 * spec.temporal_patch * spec.patch**2
-    settings = _Settings(budget, batch_rows, window, workers, processes, spec.merge, values, max_bad)
-    examples = records.map_with_index(_Process(processor, budget, strict))
-    return iter(ThreadPrefetchIterDataset(_Packed(examples, settings, identity), prefetch_buffer_size=prefetch))
+    settings = _Settings(
+        budget, batch_rows // streams, window, workers, processes, spec.merge, values, max_bad, process_count > 1
+    )
+    return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
 
 
-class _Guarded:
-    """A source whose broken records come out as `Skipped`."""
-
-    def __init__(self, source: Any, strict: bool):
-        self.source, self.strict = source, strict
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
-        try:
-            return self.source[index]
-        except BadRecord as error:
-            if self.strict:
-                raise
-            return Skipped(error.reason, str(error))
-
-
-class _Process:
-    """(index, record) -> (index, Example or Skipped); what a worker does."""
-
-    def __init__(self, processor: Processor, budget: Budget, strict: bool):
-        self.processor, self.budget, self.strict = processor, budget, strict
-
-    def __call__(self, index: int, record: dict[str, Any] | Skipped) -> tuple[int, Example | Skipped]:
-        if isinstance(record, Skipped):
-            return index, record
-        try:
-            return index, self.processor(record["messages"], budget=self.budget)._replace(kind=record["kind"])
-        except (ValueError, OSError) as error:
-            if self.strict:
-                error.add_note(f"in {record['id']}")
-                raise
-            reason = OVER_BUDGET if isinstance(error, TooLarge) else "not readable"
-            return index, Skipped(reason, f"{record['id']}: {error}")
+def join_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What every process's loader said of its streams, as the state of all streams."""
+    states = list(states)
+    streams = {name: stream for state in states for name, stream in state["streams"].items()}
+    return {"streams": {name: streams[name] for name in sorted(streams, key=int)}, "data": states[0]["data"]}
 
 
 class _Settings(NamedTuple):
     budget: Budget
-    batch_rows: int
+    rows: int  # of a stream in a batch
     window: float
     workers: int
     processes: int
     merge: int
     values: int
     max_bad: float
+    endless: bool  # batches of padding after the end of the data
 
 
 class _Packed(grain.IterDataset):
-    def __init__(self, examples: grain.MapDataset, settings: _Settings, identity: dict[str, Any]):
+    def __init__(self, streams: Mapping[int, grain.MapDataset], settings: _Settings, identity: dict[str, Any]):
         super().__init__()
-        self.examples, self.settings, self.identity = examples, settings, identity
+        self.streams, self.settings, self.identity = streams, settings, identity
 
     def __iter__(self) -> "_PackedIterator":
-        return _PackedIterator(self.examples, self.settings, self.identity)
+        return _PackedIterator(self.streams, self.settings, self.identity)
+
+
+class _Stream:
+    """One stream. State: the next index, the indices that wait to be packed, and the counts of what was left out."""
+
+    def __init__(self, number: int, length: int, settings: _Settings):
+        self.number, self._length = number, length
+        self.next, self.used, self.left_out = 0, 0, collections.Counter()
+        self.packer = Packer(settings.budget, settings.window)
+
+    @property
+    def hungry(self) -> bool:
+        return not self.packer.ready and self.next < self._length
+
+    def get_state(self) -> dict[str, Any]:
+        counts = {"used": self.used, "left_out": dict(self.left_out)}
+        return {"next": self.next, "waiting": self.packer.waiting, **counts}
+
+    def set_state(self, state: Mapping[str, Any], waiting: Iterable[Example | Skipped]) -> None:
+        self.next, self.used, self.left_out = state["next"], state["used"], collections.Counter(state["left_out"])
+        for index, example in zip(state["waiting"], waiting):
+            if isinstance(example, Skipped):
+                raise BadData(f"a conversation that waited to be packed can no longer be read: {example.message}")
+            self.packer.add(index, example)
+
+    def admit(self, example: Example | Skipped) -> None:
+        """Takes the example at `next`."""
+        if isinstance(example, Skipped):
+            log.warning("left out: %s", example.message)
+            self.left_out[example.reason] += 1
+        else:
+            self.used += 1
+            self.packer.add(self.next, example)
+        self.next += 1
 
 
 class _PackedIterator(grain.DatasetIterator):
-    """Batches of packed rows. State: the next index, the indices that wait, and the counts of what was left out."""
+    """Batches of packed rows."""
 
-    def __init__(self, examples: grain.MapDataset, settings: _Settings, identity: dict[str, Any]):
+    def __init__(self, streams: Mapping[int, grain.MapDataset], settings: _Settings, identity: dict[str, Any]):
         super().__init__()
-        self._examples, self._settings, self._identity = examples, settings, identity
-        self._restart(0, [], 0, {})
+        self._examples, self._settings, self._identity = streams, settings, identity
+        self._open()
 
-    def _restart(self, next_index: int, waiting: list[int], used: int, left_out: dict[str, int]) -> None:
-        self._elements = None  # opened at the first use: only then do threads and processes start
-        self._next, self._used, self._left_out = next_index, used, collections.Counter(left_out)
-        self._packer = Packer(self._settings.budget, self._settings.window)
-        with ThreadPoolExecutor(max(1, self._settings.workers)) as pool:
-            for index, example in pool.map(self._examples.__getitem__, waiting):
-                if isinstance(example, Skipped):
-                    raise BadData(f"a conversation that waited to be packed can no longer be read: {example.message}")
-                self._packer.add(index, example)
+    def _open(self) -> None:
+        self._streams = [_Stream(number, len(part), self._settings) for number, part in self._examples.items()]
+        self._readers = Readers(self._examples, self._settings.workers, self._settings.processes)
 
     def get_state(self) -> dict[str, Any]:
-        counts = {"used": self._used, "left_out": dict(self._left_out)}
-        return {"next": self._next, "waiting": self._packer.waiting, **counts, "data": self._identity}
+        return {"streams": {str(stream.number): stream.get_state() for stream in self._streams}, "data": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         if state["data"] != self._identity:
             changed = {k: (v, self._identity.get(k)) for k, v in state["data"].items() if v != self._identity.get(k)}
             raise ValueError(f"cannot resume on other data: (before, now) differ in {changed}")
-        self._close_elements()
-        self._restart(state["next"], state["waiting"], state["used"], state["left_out"])
+        self._readers.close()
+        self._open()
+        states = {stream: state["streams"][str(stream.number)] for stream in self._streams}
+        wanted = [(stream.number, index) for stream, part in states.items() for index in part["waiting"]]
+        found = self._readers.read(wanted)
+        for stream, part in states.items():
+            stream.set_state(part, itertools.islice(found, len(part["waiting"])))
 
     def __next__(self) -> tuple[Batch, Info]:
-        rows = []
-        while len(rows) < self._settings.batch_rows and (row := self._next_row()):
-            rows.append(row)
-        if not rows:
+        rows = {stream: [] for stream in self._streams}
+        for _ in range(self._settings.rows):
+            self._read()
+            for stream in self._streams:
+                rows[stream].append([example for _, example in stream.packer.take()])
+        rows = [row for of_stream in rows.values() for row in of_stream]
+        if not any(rows) and not self._settings.endless:
             raise StopIteration
         return self._batch(rows)
 
     def close(self) -> None:
-        self._close_elements()
+        self._readers.close()
         super().close()
 
-    def _next_row(self) -> list[Example]:
-        if self._elements is None:
-            self._elements = _elements(self._examples, self._next, self._settings)
-        while not self._packer.ready:
-            index, example = next(self._elements, (None, None))
-            if example is None:
-                if not self._used:
-                    raise BadData(f"none of {self._next} records can be used: {dict(self._left_out)}")
-                break
-            self._next += 1
-            self._admit(index, example)
-        return [example for _, example in self._packer.take()]
+    def _read(self) -> None:
+        """Reads until every stream can fill a row, or is at the end of its data."""
+        while hungry := [stream for stream in self._streams if stream.hungry]:
+            for stream in hungry:  # in turn, so that the workers have something to do for all of them
+                stream.admit(self._readers.next(stream.number, stream.next))
+            self._judge()
 
-    def _admit(self, index: int, example: Example | Skipped) -> None:
-        if not isinstance(example, Skipped):
-            self._used += 1
-            self._packer.add(index, example)
-            return
-        log.warning("left out: %s", example.message)
-        self._left_out[example.reason] += 1
-        read, bad = self._used + self._left_out.total(), self._left_out.total() - self._left_out[OVER_BUDGET]
-        if read >= ENOUGH and (bad > self._settings.max_bad * read or not self._used):
-            raise BadData(f"of {read} records only {self._used} can be used: {dict(self._left_out)}")
+    def _judge(self) -> None:
+        used, left_out = self._counts()
+        read, bad = used + left_out.total(), left_out.total() - left_out[OVER_BUDGET]
+        ended = not any(stream.hungry for stream in self._streams)
+        if (read >= ENOUGH and bad > self._settings.max_bad * read) or (not used and (read >= ENOUGH or ended)):
+            raise BadData(f"of {read} records only {used} can be used: {dict(left_out)}")
+
+    def _counts(self) -> tuple[int, collections.Counter]:
+        """Conversations that were used, and those that were left out by reason."""
+        left_out = sum((stream.left_out for stream in self._streams), collections.Counter())
+        return sum(stream.used for stream in self._streams), left_out
 
     def _batch(self, rows: list[list[Example]]) -> tuple[Batch, Info]:
         settings = self._settings
-        rows += [[]] * (settings.batch_rows - len(rows))
         batch = collate(rows, settings.budget, merge=settings.merge, values=settings.values)
-        skipped = dict(self._left_out)
+        skipped = dict(self._counts()[1])
         info = Info(
             conversations=sum(map(len, rows)),
             tokens=int(np.count_nonzero(batch.segment)),
@@ -259,20 +265,3 @@ class _PackedIterator(grain.DatasetIterator):
             skipped=skipped,
         )
         return batch, info
-
-    def _close_elements(self) -> None:
-        if getattr(self, "_elements", None) is not None:
-            self._elements.close()
-            self._elements = None
-
-
-def _elements(examples: grain.MapDataset, start: int, settings: _Settings) -> grain.DatasetIterator:
-    """(index, Example or Skipped) from `start` on, in order whatever the number of workers."""
-    ahead = 2 * settings.workers
-    rest = examples[start:].to_iter_dataset(grain.ReadOptions(settings.workers, ahead))
-    if settings.processes:
-        if not flags.FLAGS.is_parsed():  # Grain hands absl's flags to its processes, and not every program uses them
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(settings.processes, per_worker_buffer_size=16)
-        rest = rest.map(pickle.dumps).mp_prefetch(options).map(pickle.loads)  # arrays would fill a container's /dev/shm
-    return iter(rest)

@@ -28,7 +28,10 @@ class BadRecord(ValueError):
 
     def __init__(self, reason: str, id: str, detail: str = ""):
         super().__init__(f"{id}: {reason}" + (f" ({detail})" if detail else ""))
-        self.reason, self.id = reason, id
+        self.reason, self.id, self.detail = reason, id, detail
+
+    def __reduce__(self):
+        return BadRecord, (self.reason, self.id, self.detail)  # it is raised in worker processes, too
 
 
 class JsonLines:

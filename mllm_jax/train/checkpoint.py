@@ -1,7 +1,7 @@
 """Checkpoints of a run (Orbax): written in the background, whole or not at all, readable on another mesh.
 
-A checkpoint holds the state of training, the run's config, and the position of every process in the data. A save that
-is killed leaves a temporary folder, which nobody reads and the next run removes.
+A checkpoint holds the state of training, the run's config, and the position in the data, for any number of processes.
+A save that is killed leaves a temporary folder, which nobody reads and the next run removes.
 """
 
 import json
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.api import Pretrained
 from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.data.loader import join_states
 from mllm_jax.data.processor import Processor
 from mllm_jax.model import VLM, ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import make_mesh, shardings
@@ -25,7 +26,10 @@ from mllm_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
 PROCESSOR = "processor"  # the folder beside it, with the tokenizer and the chat template
-FIXED = ("model", "optim.name", "optim.freeze")  # what a resumed run cannot change: the shapes of its state
+# What a resumed run cannot change: the shapes of its state, and which conversations come next.
+FIXED = ("model.", "optim.name", "optim.freeze", "processor", "data.")
+ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "strict", "max_bad")
+FREE = ("model.runtime.", *(f"data.{name}" for name in ANY_DATA))
 
 
 class Checkpoints:
@@ -44,10 +48,10 @@ class Checkpoints:
         """Starts to save; returns when the state is copied from the devices, so that the next step may overwrite it.
 
         Args:
-          data: this process's position in its data, as JSON.
+          data: the state of this process's loader.
         """
         params, progress = _split(state)
-        about = {"config": json.loads(dump(config)), "data": _from_all_processes(data)}
+        about = {"config": json.loads(dump(config)), "data": join_states(_from_all_processes(data))}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -60,18 +64,16 @@ class Checkpoints:
     def restore(
         self, config: ConfigDict, abstract: TrainState, layout: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, laid out on the mesh of `layout`, and this process's position in the data.
+        """The newest state, laid out on the mesh of `layout`, and the state of the loaders of all processes.
 
         Raises:
-          ConfigError: the checkpoint is of another model or optimizer than `config`, or of more or fewer processes.
+          ConfigError: the checkpoint is of another model, optimizer or data than `config`.
         """
         step = self.latest()
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         changed = _changes(about["config"], json.loads(dump(config)))
         if changed:
             raise ConfigError(f"{self.folder} is of another run: {'; '.join(changed)}. Use another --workdir")
-        if len(about["data"]) != jax.process_count():
-            raise ConfigError(f"{self.folder} is of {len(about['data'])} processes, these are {jax.process_count()}")
         params, progress = _split(jax.tree.map(_placed, abstract, layout))
         found = self._manager.restore(
             step,
@@ -79,7 +81,7 @@ class Checkpoints:
                 params=ocp.args.StandardRestore(params), progress=ocp.args.StandardRestore(progress)
             ),
         )
-        return TrainState(params=found.params, **found.progress), about["data"][jax.process_index()]
+        return TrainState(params=found.params, **found.progress), about["data"]
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""
@@ -163,10 +165,8 @@ def _from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _changes(before: dict, now: dict) -> list[str]:
     """How two configs differ in what a resumed run cannot change, as "path was x, is y"."""
-    before, now = (
-        {path: value for path, value in _flat("", config) if path.startswith(FIXED)} for config in (before, now)
-    )
-    paths = [path for path in sorted({*before, *now}) if not path.startswith("model.runtime")]
+    before, now = dict(_flat("", before)), dict(_flat("", now))
+    paths = [path for path in sorted({*before, *now}) if path.startswith(FIXED) and not path.startswith(FREE)]
     different = [path for path in paths if before.get(path) != now.get(path)]
     return [f"config.{path} was {before.get(path)}, is {now.get(path)}" for path in different]
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from mllm_jax.config import ConfigError
-from mllm_jax.data.loader import make_loader
+from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor, ProcessorSpec
 from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_tokenizer
@@ -23,6 +25,7 @@ from mllm_jax.types import Batch
 from mllm_jax.weights.hf import local_folder
 
 SCENES = "scenes"  # the processor of the embedded set
+STREAMS = 64  # at most, unless a config says more: each has its own conversations waiting to be packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class DataConfig:
     min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
     epochs: None repeats forever (optim.steps ends the run).
     blind: leave all pictures and clips out, for a text-only baseline.
+    streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
+      number of processes that divides it; None = the largest divisor of `batch` up to 64.
     window, workers, processes, prefetch, strict, max_bad: see `mllm_jax.data.loader.make_loader`.
     """
 
@@ -46,12 +51,17 @@ class DataConfig:
     seed: int = 0
     epochs: int | None = None
     blind: bool = False
+    streams: int | None = None
     window: float = 4.0
     workers: int = 2
     processes: int = 0
     prefetch: int = 2
     strict: bool = False
     max_bad: float = 0.05
+
+    def __post_init__(self):
+        if self.streams is not None and (self.streams < 1 or self.batch % self.streams):
+            raise ValueError(f"streams={self.streams} must divide batch={self.batch}")
 
     @property
     def budget(self) -> Budget:
@@ -164,14 +174,21 @@ def open_data(data: DataConfig, processor: Processor, mesh: Mesh, rules: Rules) 
     """The loader of this process's share of every batch: an iterator of (Batch, Info) with get_state and set_state."""
     sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (data.batch,), "config.data.batch"))
     index, count = row_share(sharding, data.batch)
-    return make_loader(
+    streams = data.streams or max(divisor for divisor in range(1, STREAMS + 1) if data.batch % divisor == 0)
+    if streams % count:
+        raise ConfigError(
+            f"config.data: {streams} streams do not divide among {count} processes; set config.data.streams, a divisor "
+            f"of batch={data.batch} and a multiple of {count}"
+        )
+    loader = make_loader(
         data.source(),
         processor,
         data.budget,
-        data.batch // count,
+        data.batch,
         seed=data.seed,
         epochs=data.epochs,
         window=data.window,
+        streams=streams,
         workers=data.workers,
         processes=data.processes,
         prefetch=data.prefetch,
@@ -180,6 +197,24 @@ def open_data(data: DataConfig, processor: Processor, mesh: Mesh, rules: Rules) 
         strict=data.strict,
         max_bad=data.max_bad,
     )
+    return loader if count == 1 or data.epochs is None else EndTogether(loader)
+
+
+class EndTogether:
+    """The loader of one of several processes: it ends with the batch at which the data of all of them have ended."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+        self.get_state, self.set_state, self.close = loader.get_state, loader.set_state, loader.close
+
+    def __iter__(self) -> "EndTogether":
+        return self
+
+    def __next__(self) -> tuple[Batch, Info]:
+        batch, info = next(self.loader)
+        if not multihost_utils.process_allgather(np.array(info.conversations)).any():
+            raise StopIteration
+        return batch, info
 
 
 def row_share(sharding: jax.sharding.Sharding, rows: int) -> tuple[int, int]:

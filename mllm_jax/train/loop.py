@@ -5,6 +5,7 @@ of steps that are done, so that they never wait for it.
 """
 
 import collections
+import re
 import signal
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ from mllm_jax.train.run import Run, load_init, read_run
 from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
 from mllm_jax.train.step import make_train_step
 from mllm_jax.types import Batch
+
+ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, also what Path makes of them
 
 
 class Diverged(RuntimeError):
@@ -77,6 +80,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
       ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
       BadData: too many records of the data are broken.
     """
+    if ADDRESS.match(str(workdir)):
+        raise ConfigError(
+            f"--workdir={workdir} is not a folder. A run writes plain files: use a file system that all hosts share "
+            "(NFS, Filestore), or mount the bucket (gcsfuse BUCKET /mnt/runs) and use a folder in it"
+        )
     workdir = Path(workdir).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop:
