@@ -7,26 +7,31 @@ The config file says what is trained, on what and how. `--config FILE.py:argumen
 some, and every value in it can be replaced: `--config.path.to=value`. DIR receives checkpoints, metrics.jsonl,
 TensorBoard events, the config and the processor. The same command goes on where a run stopped: SIGTERM and Ctrl-C make
 it save and end; after a crash it takes the last checkpoint.
+
+A run of several processes is the same command on each host: with `--distributed` where jax finds the others by itself
+(TPU pod, Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
 """
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from mllm_jax.train import command
+from mllm_jax.train import command, processes
 from mllm_jax.train.loop import Diverged, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes (TPU pod, Slurm, Kubernetes).")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes: TPU pod, Slurm, Open MPI.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where jax cannot find it by itself.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; with --coordinator.")
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+    processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, detect=DISTRIBUTED.value)
     train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":
-    command.run(main, (Diverged,))
+    with processes.ending_at_once():
+        command.run(main, (Diverged, processes.Lost))

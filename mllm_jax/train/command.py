@@ -5,6 +5,7 @@ What people get wrong ends in one line that says what and where, not in a traceb
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -13,8 +14,8 @@ from mllm_jax.config import ConfigError, check_path
 from mllm_jax.data.loader import BadData
 
 
-def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = ()) -> None:
-    """Parses the command line and runs `main`. Errors that people can mend are printed, and the exit code is 1."""
+def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), exit_code: int = 1) -> None:
+    """Parses the command line and runs `main`. Errors that people can mend are printed, and end it with `exit_code`."""
 
     def guarded(_argv) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -22,17 +23,17 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = ()) ->
         try:
             main()
         except (ConfigError, BadData, FileNotFoundError, *expected) as error:
-            _fail(error)
+            _fail(error, exit_code)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=partial(_parse, exit_code=exit_code))
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception, exit_code: int) -> None:
     print(f"error: {str(error).rpartition('ConfigError: ')[2].strip()}", file=sys.stderr)  # get_config's come wrapped
-    sys.exit(1)
+    sys.exit(exit_code)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], exit_code: int) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         if flags.FLAGS["config"].present and not isinstance(flags.FLAGS.config, ConfigDict):
@@ -41,9 +42,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
             raise ConfigError(f"{' '.join(rest[1:])!r} belongs to no flag; run with --help")
         return rest
     except (AttributeError, KeyError) as error:  # what ConfigDict says to an unknown name: nothing but the name
-        _fail(_unknown_name(argv) or error)
+        _fail(_unknown_name(argv) or error, exit_code)
     except (flags.Error, ConfigError, OSError, TypeError, ValueError) as error:
-        _fail(error)
+        _fail(error, exit_code)
 
 
 def _unknown_name(argv: Sequence[str]) -> ConfigError | None:

@@ -77,17 +77,18 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
       freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
     """
     encoder, decoder = config.encoder, config.decoder
+    per_token = 1 if encoder is None else config.connector.patches_per_token
     params = flatten_dict(abstract_params(config), sep="/")
     trained = set(flatten_dict(split(abstract_params(config), freeze)[0], sep="/"))
     head = "decoder/embed" if decoder.tie_embeddings else "decoder/head/w"
     rows = dict(
         encoder=counts.patches,
-        connector=counts.patches / config.connector.patches_per_token,
+        connector=counts.patches / per_token,
         decoder=counts.tokens,
         head=counts.targets,
     )
     attention = dict(
-        encoder=4 * counts.patch_pairs * encoder.layers * encoder.width,
+        encoder=0 if encoder is None else 4 * counts.patch_pairs * encoder.layers * encoder.width,
         decoder=counts.token_pairs * decoder.layers * decoder.attention.pair_flops,
     )
     result, reached = {}, False

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.processor import Processor
 from mllm_jax.train.inputs import DataConfig
+from mllm_jax.train.processes import compiled_together
 from mllm_jax.train.run import Run
 from mllm_jax.train.step import batch_shardings, make_eval_step
 from mllm_jax.types import Batch
@@ -42,7 +43,7 @@ class HeldOut:
         self.data, self.processor = run.data, processor
         self.rows = run.data.batch // run.train.accumulate
         self.mesh, self.rules = mesh, run.model.runtime.rules
-        self._step = make_eval_step(run.model, mesh, loss_chunk=run.train.loss_chunk)
+        self._step = compiled_together(make_eval_step(run.model, mesh, loss_chunk=run.train.loss_chunk))
 
     def __call__(self, params: Any) -> dict[str, Any]:
         """{"loss": mean per token, "conversations": number, "exact_match": {kind: share of right ones, "all": of all}}.

@@ -26,6 +26,7 @@ from mllm_jax.train.heldout import HeldOut
 from mllm_jax.train.inputs import Placer, make_processor, open_data
 from mllm_jax.train.metrics import Meter, Reporter, short
 from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.processes import Lost, compiled_together, noticing_others
 from mllm_jax.train.run import Run, load_init, read_run
 from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
 from mllm_jax.train.step import make_train_step
@@ -78,7 +79,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
 
     Raises:
       ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
-      BadData: too many records of the data are broken.
+      BadData: too many records of the data are broken. Lost: another process of the run has ended.
     """
     if ADDRESS.match(str(workdir)):
         raise ConfigError(
@@ -93,7 +94,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         except (ValueError, OSError) as error:  # all that a run is built from comes from its config
             raise ConfigError(str(error)) from error
         try:
-            return training.run(stop)
+            with noticing_others():
+                return training.run(stop)
+        except Lost:
+            training.lost = True
+            raise
         finally:
             training.close()
 
@@ -108,15 +113,15 @@ class Training:
         mesh = make_mesh(run.mesh)
         tx, _ = make_optimizer(run.optim, abstract_params(model))
         self.loader, self.place = open_data(data, processor, mesh, rules), Placer(data.batch, mesh, rules)
-        options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk")}
-        self.train_step = make_train_step(model, tx, run.optim, mesh, **options)
+        options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk", "balance")}
+        self.train_step = compiled_together(make_train_step(model, tx, run.optim, mesh, **options))
         self.evaluate = HeldOut(run, processor, mesh, heldout) if heldout is not None else None
         self.checkpoints = Checkpoints(workdir, run.train.keep)
         self.resumed = self.checkpoints.latest() is not None
         self.state, self.position = self._resume(tx, mesh) if self.resumed else self._begin(tx, mesh)
         self.step, self.bad = int(self.state.step), int(self.state.bad)
         self.pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
-        self.compiled, self.flops = False, flops_of_counts(run)
+        self.compiled, self.lost, self.flops = False, False, flops_of_counts(run)
         self.report = self._reporter(workdir, mesh)
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(dump(config), encoding="utf-8")
@@ -144,8 +149,9 @@ class Training:
 
     def close(self) -> None:
         self.loader.close()
-        self.checkpoints.close()
         self.report.close()
+        if not self.lost:  # a save would wait for the process that has ended
+            self.checkpoints.close()
 
     def _begin(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
         run = self.settings

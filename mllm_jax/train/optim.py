@@ -98,10 +98,16 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
     return optax.GradientTransformation(init, inner.update), schedule
 
 
+NOT_BY_GRADIENT = r"/mlp/bias$"  # of routers: only the choice of experts depends on them
+
+
 def split(params, freeze: tuple[str, ...]) -> tuple[dict, dict]:
-    """A nested dict -> (what is trained, what is frozen), both nested dicts without the leaves of the other."""
+    """A nested dict -> (what is trained, what is not), both nested dicts without the leaves of the other.
+
+    What is not are the leaves that `freeze` finds, and the biases of routers.
+    """
     flat = flatten_dict(params, sep="/")
-    frozen = {path for path in flat if any(re.search(pattern, path) for pattern in freeze)}
+    frozen = {path for path in flat if any(re.search(pattern, path) for pattern in (*freeze, NOT_BY_GRADIENT))}
     part = lambda keep: unflatten_dict({path: x for path, x in flat.items() if (path in frozen) == keep}, sep="/")
     return part(False), part(True)
 
@@ -137,7 +143,8 @@ MATRICES = (
     (r"attention/(q|k|v)/w$", MuonDimensionNumbers(-3, (-2, -1))),
     (r"attention/qkv/w$", MuonDimensionNumbers(-4, (-2, -1))),
     (r"attention/out/w$", MuonDimensionNumbers((-3, -2), -1)),
-    (r"mlp/(gate|up|down)/w$", MuonDimensionNumbers(-2, -1)),
+    (r"(mlp|shared)/(gate|up|down)/w$", MuonDimensionNumbers(-2, -1)),
+    (r"mlp/experts_(gate_up|down)/w$", MuonDimensionNumbers(-2, -1)),
 )
 
 

@@ -18,6 +18,7 @@ from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules, shardings
+from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.inputs import DataConfig, JsonLinesData, ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.weights.hf import load_tensors
@@ -38,6 +39,7 @@ class TrainConfig:
     heldout: number of held-out conversations to evaluate on.
     keep: checkpoints that are kept.
     patience: non-finite steps in a row that stop the run.
+    balance: how experts are kept evenly loaded, in models that have them.
     """
 
     seed: int = 0
@@ -50,6 +52,7 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 3
     patience: int = 10
+    balance: BalanceConfig = BalanceConfig()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import optax
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.decoder import EXPERTS
 from mllm_jax.model import VLM, ModelConfig, head_table
 from mllm_jax.sharding import Rules, partition_spec, ways
+from mllm_jax.train.balance import BalanceConfig, Load, Totals, balance_loss, imbalance, move_biases, totals, z_loss
 from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, token_loss
 from mllm_jax.train.optim import OptimConfig, make_schedule, merge, split
 from mllm_jax.train.state import state_shardings
@@ -20,11 +22,11 @@ CHUNK = 512  # targets of a row whose logits are held at once
 
 
 def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token", chunk: int = CHUNK):
-    """(sum of weight * cross-entropy f32[], sum of weights f32[]): sums, so that batches add up."""
-    hidden = VLM(config).apply({"params": params}, batch, hidden=True).hidden
-    weight, runtime = sample_weights(batch, weighting), config.runtime
-    loss = token_loss(hidden, head_table(params), batch.targets, weight, chunk, runtime.dtype, runtime.rules)
-    return loss, jnp.sum(weight)
+    """(sum of weight * cross-entropy f32[], Routing or None): sums, so that batches add up."""
+    out, runtime = VLM(config).apply({"params": params}, batch, hidden=True), config.runtime
+    weight = sample_weights(batch, weighting)
+    loss = token_loss(out.hidden, head_table(params), batch.targets, weight, chunk, runtime.dtype, runtime.rules)
+    return loss, out.routing
 
 
 def make_train_step(
@@ -36,6 +38,7 @@ def make_train_step(
     accumulate: int = 1,
     weighting: str = "token",
     loss_chunk: int = CHUNK,
+    balance: BalanceConfig = BalanceConfig(),
 ) -> Callable:
     """Jitted `step(state, batch) -> (state, metrics)`; the state is donated.
 
@@ -46,52 +49,92 @@ def make_train_step(
       accumulate: A, number of parts that a batch of A * B rows is worked off in; the result is that of the whole batch.
       weighting: see `sample_weights`.
       loss_chunk: see `token_loss`.
+      balance: of a model with experts.
     Returns:
-      metrics, f32 scalars: loss (mean per weight), weight (its sum), grad_norm (before clipping), learning_rate,
-      finite (1 or 0), tokens, targets, patches, images (counts without padding).
+      metrics, f32 scalars: loss (mean cross-entropy per weight), weight (its sum), grad_norm (before clipping),
+      learning_rate, finite (1 or 0), tokens, targets, patches, images (counts without padding). With experts also
+      balance (L, not times its weight; absent without a loss), z, imbalance (the busiest expert's load over the mean),
+      dropped (share of choices that found no room).
     """
     schedule, layout = make_schedule(optim), state_shardings(config, tx, mesh, config.runtime.rules)
     pinned, _ = split(layout.params, optim.freeze)
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
+    moe = config.decoder.moe
+    choices_of_token = 0 if moe is None else moe.top_k * config.decoder.kinds.count(EXPERTS)
+    ahead = moe is not None and balance.loss == "global" and balance.exact
 
-    def add_gradients(trainable, frozen, total, batch: Batch):
-        """total + (gradients, loss, weight) of a batch, all of them sums."""
+    def add_part(trainable, frozen, whole: Totals, total, part: Batch, known: Load | None):
+        """total + (gradients, what a part adds to the means of the whole batch, its load).
+
+        known: the load of the whole batch, if that is known beforehand.
+        """
 
         def loss(trainable):
-            return loss_sum(config, merge(trainable, frozen), batch, weighting, loss_chunk)
+            value, routing = loss_sum(config, merge(trainable, frozen), part, weighting, loss_chunk)
+            found = {"loss": value / whole.weight}
+            if routing is None:
+                return found["loss"], (found, None)
+            own = Load.of(routing)
+            load = known or (own if total is None else jax.tree.map(jnp.add, total[2], own))
+            found["z"] = z_loss(routing, whole)
+            found["dropped"] = jnp.sum(routing.dropped) / (whole.tokens * choices_of_token)
+            value = found["loss"] + balance.z * found["z"]
+            if balance.loss != "none":
+                found["balance"] = balance_loss(routing, part.segment, load, whole, balance.loss)
+                value += balance.weight * found["balance"]
+            return value, (found, own)
 
-        (value, weight), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        new = (pin(grads), value, weight)
+        (_, (found, own)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        new = (pin(grads), found, own)
         return new if total is None else jax.tree.map(jnp.add, total, new)
+
+    def load_of(params, parts: Batch) -> Load:
+        """The load of all parts, by forward passes that compute nothing else."""
+
+        def add(load, part):
+            routing = VLM(config).apply({"params": params}, part, hidden=True).routing
+            return jax.tree.map(jnp.add, load, Load.of(routing)), None
+
+        return jax.lax.scan(add, Load.zeros(config.decoder), parts)[0]
+
+    def gradients(trainable, frozen, batch: Batch):
+        """(gradients, means, load) of a batch."""
+        whole = totals(batch, sample_weights(batch, weighting))
+        add = partial(add_part, trainable, frozen, whole)
+        if accumulate == 1:
+            return add(None, batch, None)
+        parts = _parts(batch, accumulate)
+        known = load_of(merge(trainable, frozen), parts) if ahead else None
+        shapes = jax.eval_shape(lambda part: add(None, part, None), jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        zeros = (pin(zeros[0]), *zeros[1:])
+        return jax.lax.scan(lambda total, part: (add(total, part, known), None), zeros, parts)[0]
 
     def step(state, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             trainable, frozen = split(state.params, optim.freeze)
-            add = partial(add_gradients, trainable, frozen)
-            if accumulate == 1:
-                grads, value, weight = add(None, batch)
-            else:
-                zeros = (pin(jax.tree.map(jnp.zeros_like, trainable)), jnp.zeros(()), jnp.zeros(()))
-                parts = _parts(batch, accumulate)
-                (grads, value, weight), _ = jax.lax.scan(lambda total, part: (add(total, part), None), zeros, parts)
-            total = jnp.where(weight == 0, 1, weight)  # a batch without targets has loss 0
-            norm = optax.global_norm(grads) / total
-            finite = jnp.isfinite(value) & jnp.isfinite(norm)
-            scale = jnp.minimum(1, optim.clip / norm) if optim.clip else 1
-            grads = jax.tree.map(lambda grad: grad * (scale / total), grads)
+            grads, found, load = gradients(trainable, frozen, batch)
+            norm = optax.global_norm(grads)
+            finite = jnp.all(jnp.isfinite(jnp.array([norm, *found.values()])))
+            if optim.clip:
+                scale = jnp.minimum(1, optim.clip / norm)
+                grads = jax.tree.map(lambda grad: grad * scale, grads)
             updates, opt_state = tx.update(grads, state.opt_state, trainable)
+            params = merge(optax.apply_updates(trainable, updates), frozen)
+            if load is not None:
+                params = move_biases(params, load, config.decoder, balance.rate)
+                found["imbalance"] = imbalance(load)
             keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
             state = state._replace(
                 step=state.step + 1,
-                params=merge(keep(optax.apply_updates(trainable, updates), trainable), frozen),
+                params=keep(params, state.params),
                 opt_state=keep(opt_state, state.opt_state),
                 bad=jnp.where(finite, 0, state.bad + 1),
                 skipped=jnp.where(finite, state.skipped, state.skipped + 1),
             )
             updates_done = state.step - 1 - state.skipped  # as the optimizer counts
-            metrics = dict(
-                loss=value / total,
-                weight=weight,
+            metrics = found | dict(
+                weight=jnp.sum(sample_weights(batch, weighting)),
                 grad_norm=norm,
                 learning_rate=schedule(updates_done),
                 finite=finite,
