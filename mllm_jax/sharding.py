@@ -20,9 +20,12 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RESERVED = ("stage",)
 Rules = tuple[tuple[str, Any], ...]
 
-# Of activations: batch patch_row length; of weights: embed expert_embed head_dim latent q_latent layers taps patch
-# position; of both: the rest. Every mesh has every axis, so one preset serves data parallelism, FSDP, tensor, expert
-# and context parallelism and their mixtures: the sizes of the mesh say which.
+# Of activations: batch expert_batch patch_row length; of weights: embed expert_embed head_dim latent q_latent layers
+# taps patch position; of both: the rest. Every mesh has every axis, so one preset serves data parallelism, FSDP,
+# tensor, expert and context parallelism and their mixtures: the sizes of the mesh say which.
+#
+# Inside the encoder a rule `encoder_embed` goes before `embed`, and so on; likewise `connector_`. There the rows are
+# rows of patches, which know nothing of each other: they lie over all devices, and no device does another's work.
 RULES: dict[str, dict[str, Any]] = {
     "fsdp": {
         "batch": ("data", "fsdp", "expert"),
@@ -44,9 +47,15 @@ RULES: dict[str, dict[str, Any]] = {
         "taps": None,
         "patch": None,
         "position": None,
+        "encoder_batch": MESH_AXES,
+        "encoder_length": None,
+        "connector_batch": MESH_AXES,
+        "connector_length": None,
     }
 }
-RULES["replicated"] = {**dict.fromkeys(RULES["fsdp"]), "batch": MESH_AXES}
+RULES["replicated"] = dict.fromkeys(RULES["fsdp"]) | dict.fromkeys(
+    ("batch", "encoder_batch", "connector_batch"), MESH_AXES
+)
 
 
 def freeze_rules(rules: Mapping[str, Any]) -> Rules:
@@ -57,6 +66,13 @@ def freeze_rules(rules: Mapping[str, Any]) -> Rules:
                 f"the sharding rule of {name!r} names {sorted(unknown)}; the axes of a mesh are {', '.join(MESH_AXES)}"
             )
     return tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in sorted(rules.items()))
+
+
+def rules_of(part: str, rules: Rules) -> Rules:
+    """The rules that hold inside the part of a model that is called `part`."""
+    prefix = f"{part}_"
+    own = {name.removeprefix(prefix): axes for name, axes in rules if name.startswith(prefix)}
+    return freeze_rules(dict(rules) | own)
 
 
 class Named(struct.PyTreeNode, meta.AxisMetadata):
@@ -222,17 +238,20 @@ def shard(x, names, rules: Rules):
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _path_name(path) -> str:
-    return "/".join(str(getattr(key, "key", key)) for key in path)
+def _name(key) -> str:
+    return str(getattr(key, "key", key))
 
 
 def shardings(boxed, mesh: Mesh, rules: Rules):
-    """NamedSharding of every weight, for a tree of `Named` boxes as `model.init` or its `eval_shape` returns it."""
+    """NamedSharding of every weight, for a tree of `Named` boxes as `model.init` or its `eval_shape` returns it.
+
+    The first key of a path is the part of the model, which may have rules of its own.
+    """
 
     def of(path, box):
         if not isinstance(box, Named):
             return NamedSharding(mesh, PartitionSpec())
-        what = f"weight {_path_name(path)}"
-        return NamedSharding(mesh, partition_spec(box.names, rules, mesh, box.value.shape, what))
+        own, what = rules_of(_name(path[0]), rules), f"weight {'/'.join(map(_name, path))}"
+        return NamedSharding(mesh, partition_spec(box.names, own, mesh, box.value.shape, what))
 
     return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda leaf: isinstance(leaf, Named))

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from examples import VALUES, random_example, tiny_config
 
+from mllm_jax.data.pack import Budget, collate
+from mllm_jax.model import VLM, abstract_boxed, init_params
 from mllm_jax.nn import flash
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.train.step import loss_sum
 
 HEADS, HEAD_DIM, LENGTH = 4, 8, 40
 
@@ -62,3 +66,51 @@ def test_tokens_on_four_devices(monkeypatch, exchange, kv_heads, segment, causal
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 4})):
         spread = jax.jit(partial(value_and_gradients, causal=causal, runtime=Runtime(context=exchange)))
         assert_close(spread(*args), alone)
+
+
+def rows_of_examples(rng, rows=4):
+    """Conversations about pictures of several sizes, clips, and none."""
+    contents = [[(9, (4, 6), (2, 2)), (5,)], [(17, (2, 2, 4)), (8, (2, 6))], [(30,)], [(6, (8, 8)), (4, (2, 2))]]
+    examples = [[random_example(rng, text, *grids) for text, *grids in row] for row in contents[:rows]]
+    return collate(examples, Budget(64, 2, 64), merge=2, values=VALUES)
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = init_params(tiny_config(), jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return rows_of_examples(np.random.default_rng(2))
+
+
+def loss_and_gradients(config):
+    return jax.jit(jax.value_and_grad(lambda params, batch: loss_sum(config, params, batch, chunk=16)[0]))
+
+
+@pytest.fixture(scope="module")
+def alone(params, batch):
+    return loss_and_gradients(tiny_config())(params, batch)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "ulysses"])
+def test_a_model_on_two_by_four_devices(params, batch, alone, exchange):
+    """Pictures, M-RoPE and DeepStack: loss and gradients are those of one device."""
+    config, mesh = tiny_config(context=exchange), make_mesh({"fsdp": 2, "context": 4})
+    layout = shardings(abstract_boxed(config), mesh, config.runtime.rules)
+    with jax.set_mesh(mesh):
+        spread = loss_and_gradients(config)(jax.device_put(params, layout), batch)
+    assert_close(spread, alone)
+
+
+def test_pictures_are_spread_over_every_device(params, batch):
+    """Each of eight devices does an eighth of the encoder's and the connector's work."""
+    config = tiny_config(scan=False)
+    encode = jax.jit(partial(VLM(config).apply, method="encode"))
+    flops = lambda: encode.lower({"params": params}, batch.vision).compile().cost_analysis()["flops"]
+    whole = flops()
+    with jax.set_mesh(make_mesh({"fsdp": 2, "context": 2, "tensor": 2})):
+        assert flops() < 1.1 * whole / 8

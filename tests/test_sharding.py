@@ -10,11 +10,14 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from mllm_jax.sharding import (
     MESH_AXES,
     RULES,
+    Named,
     fitting_axes,
     freeze_rules,
     make_mesh,
     partition_spec,
+    rules_of,
     shard,
+    shardings,
     ways,
 )
 
@@ -116,3 +119,13 @@ def test_activations_are_spread_as_far_as_they_divide():
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         x = jax.jit(lambda x: shard(x, ("batch", None, "heads"), FSDP))(jnp.zeros((2, 3, 4)))
     assert x.sharding.spec == PartitionSpec("data", None, "tensor")
+
+
+def test_a_part_of_the_model_has_rules_of_its_own():
+    rules = freeze_rules(RULES["fsdp"] | {"encoder_embed": None})
+    assert partition_spec(("embed",), rules_of("encoder", rules), MESH) == PartitionSpec(None)
+    assert partition_spec(("embed",), rules_of("connector", rules), MESH) == PartitionSpec(("fsdp", "context"))
+    box = Named(jax.ShapeDtypeStruct((16,), jnp.float32), ("embed",))
+    layout = shardings({"encoder": {"w": box}, "decoder": {"w": box}}, make_mesh(), rules)
+    assert layout["encoder"]["w"].spec == PartitionSpec(None)
+    assert layout["decoder"]["w"].spec == PartitionSpec("fsdp")

@@ -38,15 +38,17 @@ class Merger(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm = LayerNorm(self.config.norm_eps, name="norm")
+        norm, own, rows = LayerNorm(self.config.norm_eps, name="norm"), self.runtime.within("connector"), len(x)
         if not self.norm_joined:
             x = norm(x)
-        x = rearrange(x, "B R (M group) D -> B (R M) (group D)", group=self.config.patches_per_token)
+        x = rearrange(x, "B R (M group) D -> (B R) M (group D)", group=self.config.patches_per_token)
+        x = shard(x, ("batch", "length", None), own.rules)
         if self.norm_joined:
             x = norm(x)
+        x = Mlp(x.shape[-1], self.out, "gelu", self.runtime.dtype, name="mlp")(x)
+        x = shard(x, ("batch", "length", None), own.rules)
         # Only here do rows of patches, spread over every device, become tokens of the batch rows that own them.
-        x = shard(x, ("batch", None, None), self.runtime.rules)
-        return Mlp(x.shape[-1], self.out, "gelu", self.runtime.dtype, name="mlp")(x)
+        return shard(rearrange(x, "(B R) M D -> B (R M) D", B=rows), ("batch", None, None), self.runtime.rules)
 
 
 class PatchMerger(nn.Module):

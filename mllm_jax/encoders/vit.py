@@ -121,10 +121,7 @@ class VitAttention(nn.Module):
         qkv = Einsum("...D,DCNH->...CNH", (width, 3, heads, head_dim), axes, dtype, bias=True, name="qkv")(x)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         q, k = rotate(q, rope), rotate(k, rope)
-        rows = x.shape[:2]
-        q, k, v, image = (rearrange(part, "B R ... -> (B R) ...") for part in (q, k, v, image))
         out = attend(q, k, v, q_segment=image, kv_segment=image, causal=False, runtime=self.runtime)
-        out = rearrange(out, "(B R) P N H -> B R P N H", B=rows[0])
         return Einsum(
             "...NH,NHD->...D", (heads, head_dim, width), ("heads", "head_dim", "embed"), dtype, bias=True, name="out"
         )(out)
@@ -149,9 +146,11 @@ class Vit(nn.Module):
 
     @nn.compact
     def __call__(self, vision: Vision) -> Features:
-        config, runtime = self.config, self.runtime
+        config, runtime = self.config, self.runtime.within("encoder")
         side, width, taps = config.position_grid, config.width, len(config.taps)
-        rows = ("batch", "patch_row", None, None)
+        # Rows of all batch rows in one line: then any number of devices that divides their product can share them.
+        rows, count = ("batch", "length", None), len(vision.image)
+        vision = Vision(*(rearrange(x, "B R ... -> (B R) ...") for x in vision))
         patches = normalise(shard(vision.patches, rows, runtime.rules), config)
         embed = Einsum(
             "...C,CD->...D",
@@ -166,6 +165,7 @@ class Vit(nn.Module):
             named(nn.initializers.normal(width**-0.5), "position", "position", "embed"),
             (side, side, width),
         )
+        table = shard(table, (None, None, None), runtime.rules)  # or its gradient would gather all patches
         x = embed(patches) + interpolated_positions(table, vision.coords, vision.grid).astype(runtime.dtype)
         x = shard(x, rows, runtime.rules)
         slots = np.full(config.layers, taps, np.int32)
@@ -181,4 +181,5 @@ class Vit(nn.Module):
         layer = rematted(VitLayer, runtime)(config, runtime, name="layers")
         kept = jnp.zeros((taps + 1, *x.shape), x.dtype)
         (x, kept), _ = scan_layers(body, layer, (x, kept), jnp.asarray(slots), config.layers, runtime)
-        return Features(x, kept[:taps])
+        x, kept = (rearrange(x, "... (B R) P D -> ... B R P D", B=count) for x in (x, kept[:taps]))
+        return Features(x, kept)

@@ -1,11 +1,11 @@
 """How a model is computed, as opposed to what it is: nothing here changes weights or, beyond rounding, results."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from flax import linen as nn
 
-from mllm_jax.sharding import RULES, Rules, freeze_rules
+from mllm_jax.sharding import RULES, Rules, freeze_rules, rules_of
 
 EXCHANGED = ("expert_input", "expert_output")  # what experts on other devices were sent, and sent back
 REMAT = {
@@ -54,6 +54,10 @@ class Runtime:
             raise ValueError(f"runtime.remat must be one of {sorted(REMAT)}, not {self.remat!r}")
         if self.experts not in DISPATCH:
             raise ValueError(f"runtime.experts must be one of {DISPATCH}, not {self.experts!r}")
+
+    def within(self, part: str) -> "Runtime":
+        """The same, with the sharding rules of a part of the model ("encoder", "connector")."""
+        return replace(self, rules=rules_of(part, self.rules))
 
 
 def rematted(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
