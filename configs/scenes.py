@@ -2,6 +2,7 @@
 
     python -m mllm_jax.train --config configs/scenes.py --workdir /tmp/scenes
     python -m mllm_jax.train --config configs/scenes.py:blind --workdir /tmp/blind     the same without pictures
+    python -m mllm_jax.train --config configs/scenes.py:experts --workdir /tmp/experts with experts in place of MLPs
 
 A Qwen3-VL of a million parameters: a visual token is 16 x 16 pixels, pictures have 3-5 x 3-5 of them. A row holds about
 four conversations, a batch 32. See `mllm_jax.data.scenes` for what the questions are, and are not.
@@ -13,7 +14,9 @@ from mllm_jax.data.scenes import scenes_tokenizer
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.inputs import SCENES, ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
@@ -23,7 +26,7 @@ HEAD_DIM = WIDTH // HEADS
 VOCAB = 384  # those of the tokenizer, and some that make it divisible
 
 
-def model() -> ModelConfig:
+def model(experts: bool = False) -> ModelConfig:
     tokenizer = scenes_tokenizer()
     tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
     return ModelConfig(
@@ -49,18 +52,19 @@ def model() -> ModelConfig:
                 rope_sections=(4, 4, 4),
             ),
             mlp=3 * WIDTH,
+            moe=MoeConfig(experts=8, top_k=2, mlp=3 * WIDTH // 2) if experts else None,
         ),
         tokens=VisionTokenIds(*tokens),
     )
 
 
 def get_config(arg: str = ""):
-    if arg not in ("", "blind"):
-        raise ConfigError(f"configs/scenes.py takes no argument or 'blind', not {arg!r}")
+    if arg not in ("", "blind", "experts"):
+        raise ConfigError(f"configs/scenes.py takes no argument, 'blind' or 'experts', not {arg!r}")
     blind = arg == "blind"
     return run_config(
         Run(
-            model=model(),
+            model=model(experts=arg == "experts"),
             processor=SCENES,
             # Without visual tokens as many conversations fit into fewer tokens.
             data=ScenesData(
@@ -70,13 +74,19 @@ def get_config(arg: str = ""):
             optim=OptimConfig(
                 name="muon",
                 learning_rate=2e-3,
-                steps=1500,
+                steps=1300,
                 warmup=100,
                 final=0.03,
                 b2=0.98,
                 weight_decay=0.02,
                 clip=1.0,
             ),
-            train=TrainConfig(log_every=50, evaluate_every=500, heldout=400, save_every=500),
+            train=TrainConfig(
+                log_every=50,
+                evaluate_every=500,
+                heldout=400,
+                save_every=500,
+                balance=BalanceConfig("global" if arg == "experts" else "none", weight=0.01),
+            ),
         )
     )

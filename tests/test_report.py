@@ -196,3 +196,14 @@ def test_labels_of_lines_never_cover_one_another():
 def test_gaps_break_a_line():
     drawn = chart("gap", [Line("a", [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0)])])
     assert drawn["lines"][0]["pieces"] == ["0.0,100.0 33.33,0.0", "100.0,100.0 100.0,100.0"]
+
+
+def test_the_load_of_experts(tmp_path):
+    """Two layers of four experts, of which text and pictures chose some; no video."""
+    load = [[[4, 0, 0, 0], [1, 1, 1, 1], [0] * 4], [[2, 2, 0, 0], [0, 0, 0, 8], [0] * 4]]
+    records = [{"step": 5, "heldout": {"exact_match": {}, "expert_load": load}}]
+    page = render(tmp_path, Run("experts", records))
+    titles = [value for name, value in page.attributes if name == "title"]
+    assert len(titles) == 3 * 2 * 4 and "video" not in page.words
+    assert titles[:4] == [f"expert {i}: {x} x the mean" for i, x in enumerate((2.5, 0.5, 0.5, 0.5))]
+    assert "expert 3: 4.0 x the mean" in titles

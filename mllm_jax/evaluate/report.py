@@ -16,6 +16,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from mllm_jax.types import MODALITIES
+
 LABEL_HEIGHT = 15  # pixels that the label of a line needs
 POINTS = 500  # of a line at most; a page of a long run stays small
 
@@ -102,6 +104,7 @@ def write_report(
         speed=_speed(runs[0]),
         answers=[(item, right(item.answer, item.truth), _frames(item.picture)) for item in answers],
         parts=_shares(parts or {}),
+        loads=_loads(runs[0]),
         config=config,
     )
     path = Path(path)
@@ -274,6 +277,21 @@ def _speed(run: Run):
 def _shares(parts: Mapping[str, int]) -> list[dict[str, Any]]:
     total = sum(parts.values()) or 1
     return [{"name": name, "count": count, "share": count / total} for name, count in parts.items()]
+
+
+def _loads(run: Run) -> list[dict[str, Any]]:
+    """Of the last evaluation, for every kind of token, how often each layer's experts were chosen: 1 is the mean."""
+    loads = [record["heldout"]["expert_load"] for record in run.records if "expert_load" in record.get("heldout", {})]
+    if not loads:
+        return []
+    counts = np.array(loads[-1], float)  # [Lm 3 E]
+    panels = [("all tokens", counts.sum(axis=1)), *((name, counts[:, i]) for i, name in enumerate(MODALITIES))]
+    relative = lambda part: part / np.maximum(part.mean(axis=-1, keepdims=True), 1e-9)
+    return [
+        {"name": name, "layers": relative(part).round(2).tolist(), "most": relative(part).max()}
+        for name, part in panels
+        if part.any()
+    ]
 
 
 def _frames(picture) -> list[Image.Image]:

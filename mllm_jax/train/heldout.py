@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mllm_jax.data.loader import Info, make_loader
@@ -48,18 +49,21 @@ class HeldOut:
     def __call__(self, params: Any) -> dict[str, Any]:
         """{"loss": mean per token, "conversations": number, "exact_match": {kind: share of right ones, "all": of all}}.
 
+        With experts also {"expert_load": how often each was chosen, by layer and MODALITIES, nested lists [Lm][3][E]}.
         A conversation is right where every target is; in one of several turns, given the true turns before.
         """
         right, asked = collections.Counter(), collections.Counter()
-        loss = weight = 0.0
+        loss, weight, load = 0.0, 0.0, 0
         for batch, info in _batches(self.source, self.processor, self.data, self.rows):
             found = jax.device_get(self._step(params, self._place(batch)))
             loss, weight = loss + float(found["loss_sum"]), weight + float(found["weight"])
+            load += found.get("load", 0)
             for row, kinds in enumerate(info.kinds):
                 for column, kind in enumerate(kinds):
                     asked[kind] += 1
                     right[kind] += int(found["wrong"][row, column] == 0)
-        return {"loss": loss / max(weight, 1e-9), "conversations": asked.total(), "exact_match": shares(right, asked)}
+        known = {"loss": loss / max(weight, 1e-9), "conversations": asked.total(), "exact_match": shares(right, asked)}
+        return known | ({"expert_load": load.tolist()} if np.ndim(load) else {})
 
     def _place(self, batch: Batch) -> Batch:
         """Every process has made the whole batch, and puts its devices' part of it there."""

@@ -153,17 +153,18 @@ def make_eval_step(config: ModelConfig, mesh: Mesh, *, loss_chunk: int = CHUNK) 
 
     Returns:
       loss_sum, weight: f32[]; answered, wrong: i32[B T], in column s - 1 the number of targets, and of wrong ones, of
-      segment s of the row (a row of T tokens has at most T).
+      segment s of the row (a row of T tokens has at most T). With experts also load: i32[Lm 3 E], how often each was
+      chosen, by layer and MODALITIES.
     """
 
     def evaluate(params, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            hidden = VLM(config).apply({"params": params}, batch, hidden=True).hidden
-            runtime = config.runtime
+            out, runtime = VLM(config).apply({"params": params}, batch, hidden=True), config.runtime
             loss, wrong = token_errors(
-                hidden, head_table(params), batch.targets, batch.weight, loss_chunk, runtime.dtype, runtime.rules
+                out.hidden, head_table(params), batch.targets, batch.weight, loss_chunk, runtime.dtype, runtime.rules
             )
-            return dict(
+            load = {} if out.routing is None else {"load": jnp.sum(out.routing.counts, axis=1)}
+            return load | dict(
                 loss_sum=loss,
                 weight=jnp.sum(batch.weight),
                 answered=sum_segments(batch.weight != 0, batch.segment),
