@@ -1,0 +1,101 @@
+"""How a process joins the others of its run, and how it ends when it, or another one, fails.
+
+The processes of a run compute every step together: where one dies, the others cannot go on. They shall end soon and say
+why, and the same command goes on from the last checkpoint, on as many processes as there are then.
+"""
+
+import itertools
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import orbax.checkpoint as ocp
+
+from mllm_jax.config import ConfigError
+
+HEARTBEAT = 30  # seconds of silence after which jax counts a process as dead, and ends the others
+GOODBYE = 2  # seconds that the first process, without which jax ends the others, leaves them to tell their own errors
+COMPILING = 1800  # seconds that the slowest process may take longer to compile than the fastest
+OF_OTHERS = re.compile("gloo|nccl|connection|heartbeat|barrier|unavailable", re.IGNORECASE)
+
+_meetings = itertools.count()  # every one needs a name of its own, the same in all processes
+
+
+class Lost(RuntimeError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+def join(coordinator: str | None, count: int | None, number: int | None, detect: bool) -> None:
+    """Makes this process one of several, before jax is used for anything else.
+
+    Args:
+      coordinator: HOST:PORT of process 0. count: of processes. number: of this one.
+      detect: jax finds all three by itself (TPU pod, Slurm, Open MPI).
+    Raises:
+      ConfigError: they contradict each other.
+    """
+    if coordinator is None and (count, number) != (None, None):
+        raise ConfigError("--processes and --process need --coordinator=HOST:PORT")
+    if coordinator is not None and (count is None or number is None or not 0 <= number < count):
+        raise ConfigError(f"--coordinator needs --processes=N and --process=I, 0 <= I < N, not {count} and {number}")
+    if coordinator is not None or detect:
+        jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT)
+
+
+def compiled_together(function: Callable) -> Callable:
+    """A jitted function, of arguments of one shape, that no process runs before all have compiled it.
+
+    Otherwise those that are done wait in its first collective, which has a limit (30 s between CPUs).
+    """
+    if jax.process_count() == 1:
+        return function
+    compiled = []
+
+    def run(*arguments):
+        if not compiled:
+            compiled.append(function.lower(*arguments).compile())
+            meet = ocp.multihost.get_barrier_sync_fn()
+            meet(key=f"mllm_jax-compiled-{next(_meetings)}", timeout_ms=1000 * COMPILING)
+        return compiled[0](*arguments)
+
+    return run
+
+
+@contextmanager
+def noticing_others() -> Iterator[None]:
+    """Turns what jax says where another process has died into `Lost`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not OF_OTHERS.search(str(error)):
+            raise
+        raise Lost(
+            f"process {jax.process_index()} cannot reach another one, which has ended ({str(error).splitlines()[0]}). "
+            "The same command goes on from the last checkpoint"
+        ) from error
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Ends one of several processes with an error that comes out of the block.
+
+    At a usual exit jax would wait for the others, and they may be waiting for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not code or not jax.distributed.is_initialized():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(GOODBYE)
+        os._exit(code if isinstance(code, int) else 1)
