@@ -259,3 +259,6 @@ def test_clear_errors(tmp_path, folder, tokenizer):
     (tmp_path / "a/tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json: not readable JSON"):
         Tokenizer.from_folder(tmp_path / "a")
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer.json: not a readable tokenizer"):
+        Tokenizer.from_folder(tmp_path)

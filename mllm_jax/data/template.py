@@ -58,8 +58,11 @@ class Tokenizer:
         """Reads tokenizer.json, or vocab.json and merges.txt with the added tokens of tokenizer_config.json."""
         folder = pathlib.Path(folder)
         config = read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").exists():
-            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+        if (path := folder / "tokenizer.json").exists():
+            try:
+                return cls(tokenizers.Tokenizer.from_file(str(path)), config)
+            except Exception as error:  # tokenizers raises nothing more special
+                raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
         files = [folder / name for name in ("vocab.json", "merges.txt")]
         if not all(file.exists() for file in files):
             raise FileNotFoundError(f"{folder}: holds no tokenizer.json, and no vocab.json with merges.txt")

@@ -40,6 +40,8 @@ def main() -> None:
         raise ConfigError("name what to evaluate: either --workdir or --checkpoint")
     if WORKDIR.value is None and CONFIG.value is None:
         raise ConfigError("--checkpoint needs a --config that says where the questions are")
+    if OUTPUT.value and not Path(OUTPUT.value).absolute().parent.is_dir():
+        raise ConfigError(f"--output={OUTPUT.value} is in a folder that does not exist")
     run = read_run(CONFIG.value) if CONFIG.value else read_config(WORKDIR.value)
     source = run.data.source(SPLIT.value)
     if source is None:
@@ -61,4 +63,4 @@ def _line(answer: Answer) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, (ValueError,))  # of weights and conversations that cannot be read

@@ -3,14 +3,16 @@
 What people get wrong ends in one line that says what and where, not in a traceback.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mllm_jax.config import ConfigError, check_path
+from mllm_jax.config import ConfigError, check_path, suggestion
 from mllm_jax.data.loader import BadData
 
 
@@ -22,29 +24,55 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
             logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except (ConfigError, BadData, FileNotFoundError, *expected) as error:
+        except (ConfigError, BadData, OSError, *expected) as error:
             _fail(error, exit_code)
 
     app.run(guarded, flags_parser=partial(_parse, exit_code=exit_code))
 
 
 def _fail(error: Exception, exit_code: int) -> None:
-    print(f"error: {str(error).rpartition('ConfigError: ')[2].strip()}", file=sys.stderr)  # get_config's come wrapped
+    """Prints what is wrong: of what get_config raises, which comes wrapped in a traceback, what stands at its end."""
+    message = re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1]
+    print(f"error: {message.strip()}", file=sys.stderr)
     sys.exit(exit_code)
 
 
 def _parse(argv: Sequence[str], exit_code: int) -> list[str]:
     try:
+        path = _config_file(argv)
         rest = flags.FLAGS(list(argv))
-        if flags.FLAGS["config"].present and not isinstance(flags.FLAGS.config, ConfigDict):
-            flags.FLAGS.config.fields  # noqa: B018  a file that could not be read says why when it is used
+        config = flags.FLAGS.config
+        if path and not isinstance(config, ConfigDict) and not hasattr(config, "fields"):  # OSError if it was not read
+            raise ConfigError(f"get_config of {path} must return what run_config does, not a {type(config).__name__}")
         if rest[1:]:
             raise ConfigError(f"{' '.join(rest[1:])!r} belongs to no flag; run with --help")
         return rest
+    except SystemExit:  # absl calls it a failure when it has printed the help
+        sys.exit(0)
+    except SyntaxError as error:
+        _fail(ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}"), exit_code)
     except (AttributeError, KeyError) as error:  # what ConfigDict says to an unknown name: nothing but the name
-        _fail(_unknown_name(argv) or error, exit_code)
+        if getattr(error, "name", None) == "get_config":
+            error = ConfigError(f"{path} has no function get_config, which returns the config")
+        _fail(error if isinstance(error, ConfigError) else _unknown_name(argv) or error, exit_code)
+    except flags.UnrecognizedFlagError as error:
+        hint = "settings of a run are --config.path.to=value; run with --help"
+        _fail(ConfigError(f"there is no flag --{error.flagname}; {hint}"), exit_code)
     except (flags.Error, ConfigError, OSError, TypeError, ValueError) as error:
-        _fail(error, exit_code)
+        missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
+        advice = ConfigError(f"{' and '.join(missing)} must be given; run with --help")
+        _fail(advice if missing else error, exit_code)
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    """The file that --config names, without its argument; empty where there is no such flag. ConfigError: no file."""
+    named = re.search(r"^--?config[=\n]([^:\n]+)", "\n".join(argv), re.MULTILINE)
+    if named is None:
+        return ""
+    if not Path(named[1]).is_file():
+        here = [*Path(named[1]).parent.glob("*.py"), *Path("configs").glob("*.py")]
+        raise ConfigError(f"there is no config file {named[1]}; {suggestion(named[1], set(here))}")
+    return named[1]
 
 
 def _unknown_name(argv: Sequence[str]) -> ConfigError | None:
