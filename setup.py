@@ -34,6 +34,7 @@ setup(
     extras_require={
         "video": ["av>=12"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "plan": ["jax[tpu]>=0.10,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "test": [
             "av>=12",

@@ -1,0 +1,127 @@
+"""Traps that a compiler walks into without a word, looked for in the traced and in the compiled program.
+
+Each finding is one line that begins with its name:
+
+    all-reduce for all-gather   weights are put together by adding zeros, which sends twice as much (TPU, 3-D torus)
+    head in every chunk         the table of the head is exchanged for every chunk of the loss
+    dense expert gradient       the weight gradient of the experts costs as if each read every token
+    dense mask                  attention reads a mask of all queries times all keys
+    attention on XLA            attention does not run in the kernel of the platform
+    unknown loop                a loop whose length is known to nobody is counted as one run
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mllm_jax.model import abstract_params, head_table
+from mllm_jax.plan import hlo
+from mllm_jax.plan.jaxpr import Operation, part_of, place, unknown_loops
+from mllm_jax.sharding import ways
+from mllm_jax.train.run import Run
+
+MASK = 2**20  # pairs of a query and a key from which on a mask is worth a warning
+MIB = 2**20
+KERNEL = {"tpu": "splash", "gpu": "cuDNN"}
+
+
+def warnings_of(run: Run, platform: str, steps: list[Operation], program: hlo.Program, mesh: Mesh) -> tuple[str, ...]:
+    """The findings of all checks.
+
+    Args:
+      steps: operations of the traced step. program: the compiled one.
+    """
+    found = [
+        *replaced_gathers(program),
+        *head_exchanges(run, program, mesh),
+        *dense_expert_gradients(platform, steps),
+        *dense_masks(steps),
+        *attention_on_xla(platform, steps),
+        *(f"unknown loop: {place(scope) or scope} is counted as one run" for scope in unknown_loops(steps)),
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def replaced_gathers(program: hlo.Program) -> Iterator[str]:
+    """All-reduces of arrays in which a device's own part stands among zeros."""
+    size = 0.0
+    for computation in program.computations.values():
+        for instruction in computation.instructions.values():
+            if instruction.opcode.removesuffix("-start") == "all-reduce":
+                parts = (_origin(program, computation, name) for name in instruction.operands)
+                size += sum(hlo.shape_bytes(part.shape) for part in parts if part.opcode == "dynamic-update-slice")
+    if size > MIB:
+        yield (
+            f"all-reduce for all-gather: {size / MIB:.0f} MiB of weights in the program's text are gathered by adding "
+            "zeros, which sends twice as much; set the options of `compiler_options`, or spread the axis over less of "
+            "the torus"
+        )
+
+
+def _origin(program: hlo.Program, computation: hlo.Computation, name: str) -> hlo.Instruction:
+    """What makes an operand, seen through copies and changes of layout; of a fusion its last instruction."""
+    instruction = computation.instructions[name]
+    while instruction.opcode in ("copy", "copy-start", "copy-done", "bitcast", "convert", "transpose", "reshape"):
+        instruction = computation.instructions[instruction.operands[0]]
+    if instruction.opcode == "fusion":
+        return program.computations[instruction.called("calls")[0]].root
+    return instruction
+
+
+def head_exchanges(run: Run, program: hlo.Program, mesh: Mesh) -> Iterator[str]:
+    """Exchanges of the head's table, or of its gradient, within the loop over chunks."""
+    table = head_table(abstract_params(run.model))
+    part = table.size // ways("vocab", run.model.runtime.rules, mesh)
+    for transfer in hlo.transfers(program):
+        scope, shape = transfer.instruction.scope, transfer.instruction.shape
+        inside = "/while/body/" in scope and part_of(scope) == "head"
+        if inside and {part, table.size} & set(hlo.array_sizes(shape)) and transfer.kind != "collective-permute":
+            yield (
+                f"head in every chunk: {transfer.kind} of {transfer.bytes / MIB:.1f} MiB, "
+                f"{transfer.runs * transfer.bytes / MIB:.0f} MiB in a step"
+            )
+
+
+def dense_expert_gradients(platform: str, steps: list[Operation]) -> Iterator[str]:
+    """`ragged_dot`: XLA expands its weight gradient on TPUs, and all of it on GPUs."""
+    for step in steps:
+        if step.equation.primitive.name == "ragged_dot_general":
+            numbers = step.equation.params["ragged_dot_dimension_numbers"]
+            if platform == "gpu" or (platform == "tpu" and not numbers.rhs_group_dimensions):
+                yield f"dense expert gradient: {step.scope} is ragged_dot; use a grouped kernel (runtime.grouped)"
+
+
+def dense_masks(steps: list[Operation]) -> Iterator[str]:
+    """Masks [... T S] that an operation of attention makes."""
+    for step in steps:
+        if "attention" not in step.scope:
+            continue
+        for out in step.equation.outvars:
+            shape = getattr(out.aval, "shape", ())
+            if len(shape) > 1 and out.aval.dtype == bool and math.prod(shape[-2:]) >= MASK:
+                sizes = ", ".join(map(str, shape))
+                yield f"dense mask: {_layer(step.scope)} makes bool[{sizes}], {math.prod(shape) / MIB:.0f} MiB"
+
+
+def attention_on_xla(platform: str, steps: list[Operation]) -> Iterator[str]:
+    """Products of queries with keys outside of a kernel."""
+    if platform not in KERNEL:
+        return
+    for step in steps:
+        if step.equation.primitive.name == "dot_general" and "attention" in step.scope and _of_pairs(step.equation):
+            yield f"attention on XLA: {_layer(step.scope)} does not run in {KERNEL[platform]}; see runtime.attention"
+
+
+def _of_pairs(equation: Any) -> bool:
+    """Whether a product has heads or rows of its own, and queries on one side, keys on the other."""
+    numbers = equation.params["dimension_numbers"]
+    sides = [variable.aval.ndim for variable in equation.invars]
+    free = [ndim - len(joined) - len(batch) for ndim, joined, batch in zip(sides, *numbers)]
+    return bool(numbers[1][0]) and min(free) > 0
+
+
+def _layer(scope: str) -> str:
+    """Of a scope inside of attention, where the attention is."""
+    return place(scope).partition("attention")[0] + "attention"

@@ -1,0 +1,219 @@
+"""Compiles the step that training runs, for devices that need not be there, and reads what it will take.
+
+Nothing is measured: every number is of the compiler, of the traced program, or of the text of the compiled one. No
+weight is ever made.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.pack import collate
+from mllm_jax.model import abstract_params
+from mllm_jax.plan import hlo
+from mllm_jax.plan.checks import warnings_of
+from mllm_jax.plan.jaxpr import operations, place, products
+from mllm_jax.plan.topology import LOWERED, Topology, compile_options, targeting
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train.flops import count_flops, padded
+from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.run import Run
+from mllm_jax.train.state import TrainState, abstract_state, state_shardings
+from mllm_jax.train.step import batch_shardings, make_train_step
+from mllm_jax.types import Batch
+
+LARGEST = 12  # arrays that are listed
+
+
+class Collective(NamedTuple):
+    """Exchanges of one kind along the same axes of the mesh, in one step, of one device.
+
+    kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all" or "collective-permute".
+    axes: of the mesh, along which the devices differ that meet.
+    runs: how many there are.
+    bytes: of their results, added up over the runs.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    runs: int
+    bytes: float
+
+
+class Planned(NamedTuple):
+    """What a training step will take on each device, as planned: not measured.
+
+    mesh: size of every axis. devices: their number. device_kind: as jax names it.
+    arguments: bytes of the state and of a batch.
+    temporaries: bytes that are held besides when most is held.
+    peak: bytes that are held then; what a compiler compares with the memory of a device.
+    largest: (what it is, bytes) of the largest groups of arguments and arrays of the program, largest first.
+    flops: of matrix products, in a step, by part: encoder, connector, decoder, experts, head, optimizer. What runs.
+    useful: FLOPs of them that a step needs whose batch is full: forward and backward, nothing twice.
+    recomputed: FLOPs of them that repeat others to save memory.
+    collectives: by kind and axes.
+    warnings: each begins with its name (see `mllm_jax.plan.checks`).
+    compile_seconds: of tracing, lowering and compiling. host_bytes: most memory that this process has had.
+    """
+
+    mesh: dict[str, int]
+    devices: int
+    device_kind: str
+    arguments: int
+    temporaries: int
+    peak: int
+    largest: tuple[tuple[str, int], ...]
+    flops: dict[str, float]
+    useful: float
+    recomputed: float
+    collectives: tuple[Collective, ...]
+    warnings: tuple[str, ...]
+    compile_seconds: float
+    host_bytes: int
+
+
+class TooLarge(ConfigError):
+    """The compiler found that the step needs more memory than a device has."""
+
+
+def plan_step(run: Run, topology: Topology, mesh: Mapping[str, int] | None = None) -> Planned:
+    """Compiles the training step of a run for a topology.
+
+    Args:
+      run: of `read_run`. Where it leaves a kernel to the platform ("auto"), it is that of the topology.
+      mesh: sizes of axes, as in `Run.mesh`; None takes that of the run.
+    Raises:
+      ConfigError: the run does not fit the topology. TooLarge: nor the memory of a device.
+    """
+    began = time.perf_counter()
+    with targeting(topology):
+        try:
+            devices = make_mesh(run.mesh if mesh is None else mesh, topology.devices)
+            step, state, batch = abstract_step(run, devices)
+            traced = step.trace(state, batch)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{topology.name}: {error}") from error
+        compiled = _compile(traced, topology)
+    seconds = time.perf_counter() - began
+    steps, program = list(operations(traced.jaxpr)), hlo.parse(compiled.as_text())
+    arguments, peak = _memory(compiled, topology.platform)
+    flops, recomputed = _flops(steps, devices.size)
+    useful = sum(part.total for part in count_flops(run.model, padded(batch), run.optim.freeze).values())
+    groups = argument_groups(state, batch)
+    return Planned(
+        mesh=dict(devices.shape),
+        devices=devices.size,
+        device_kind=topology.device_kind,
+        arguments=arguments,
+        temporaries=peak - arguments,
+        peak=peak,
+        largest=_largest(groups, program),
+        flops=flops,
+        useful=useful / devices.size,
+        recomputed=recomputed,
+        collectives=collectives(program, devices),
+        warnings=warnings_of(run, topology.platform, steps, program, devices),
+        compile_seconds=seconds,
+        host_bytes=_host_bytes(),
+    )
+
+
+def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
+    """(the jitted step, its state, its batch): what the loop would run, with shapes and shardings in place of arrays.
+
+    Raises ValueError where something does not divide over the mesh.
+    """
+    model, data = run.model, run.data
+    tx, _ = make_optimizer(run.optim, abstract_params(model))
+    options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk", "balance")}
+    step = make_train_step(model, tx, run.optim, mesh, **options)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    layout = state_shardings(model, tx, mesh, model.runtime.rules)
+    state = jax.tree.map(place, abstract_state(model, tx), layout)
+    row = collate([[]], data.budget, merge=model.merge, values=model.patch_values)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((data.batch, *x.shape[1:]), x.dtype), row)
+    return step, state, jax.tree.map(place, batch, batch_shardings(batch, mesh, model.runtime.rules))
+
+
+def _compile(traced: Any, topology: Topology) -> Any:
+    try:
+        lowered = traced.lower(lowering_platforms=(LOWERED[topology.platform],))
+        return lowered.compile(compiler_options=compile_options(topology.platform))
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in reason:
+            raise TooLarge(
+                f"{topology.name}: {reason.partition(': ')[2]}; spread the run over more devices, or lower data.batch, "
+                "raise train.accumulate, or set runtime.remat='full'"
+            ) from error
+        raise ConfigError(f"the compiler for {topology.name} refuses the step: {reason}") from error
+
+
+def _memory(compiled: Any, platform: str) -> tuple[int, int]:
+    """Bytes of the arguments, and of all that is held when most is."""
+    stats = compiled.memory_analysis()
+    if platform != "cpu":
+        return stats.argument_size_in_bytes, stats.peak_memory_in_bytes
+    # For CPUs XLA leaves temporaries out of its peak: they are one block.
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes, stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+
+
+def _flops(steps: list, devices: int) -> tuple[dict[str, float], float]:
+    """On each of the devices: by part, and recomputed of them."""
+    parts: dict[str, float] = defaultdict(float)
+    recomputed = 0.0
+    for product in products(steps):
+        parts[product.part] += product.flops / devices
+        recomputed += product.recomputed / devices
+    return dict(parts), recomputed
+
+
+def collectives(program: hlo.Program, mesh: Mesh) -> tuple[Collective, ...]:
+    """Those of a compiled program by kind and axes of the mesh, most bytes first."""
+    sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
+    for transfer in hlo.transfers(program):
+        total = sums[transfer.kind, hlo.axes_of(transfer.instruction, mesh.shape)]
+        total[0] += transfer.runs
+        total[1] += transfer.runs * transfer.bytes
+    found = [Collective(kind, axes, int(runs), size) for (kind, axes), (runs, size) in sums.items()]
+    return tuple(sorted(found, key=lambda collective: -collective.bytes))
+
+
+def argument_groups(state: TrainState, batch: Batch) -> dict[str, int]:
+    """Bytes on one device of parameters and moments by part of the model, and of a batch."""
+    groups: dict[str, int] = defaultdict(int)
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"state": state._asdict(), "batch": batch._asdict()}):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        groups[_group([str(getattr(key, "key", getattr(key, "name", key))) for key in path])] += size
+    return dict(groups)
+
+
+def _group(names: list[str]) -> str:
+    if names[0] == "batch":
+        return "batch"
+    kind = {"params": "parameters", "opt_state": "optimizer state"}.get(names[1], "counters")
+    part = next((name for name in ("encoder", "connector", "decoder") if name in names), "")
+    part = "experts" if any(name.startswith("experts_") for name in names) else part
+    return f"{kind} of {part}" if part else kind
+
+
+def _largest(groups: dict[str, int], program: hlo.Program) -> tuple[tuple[str, int], ...]:
+    arrays = {f"{shape} {place(scope)}": size for shape, scope, size in hlo.largest_arrays(program, 4 * LARGEST)}
+    found = [*groups.items(), *arrays.items()]
+    return tuple(sorted(found, key=lambda item: -item[1])[:LARGEST])
+
+
+def _host_bytes() -> int:
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024

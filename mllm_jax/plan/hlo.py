@@ -1,0 +1,320 @@
+"""Reads the text of a compiled program: its collectives with how often they run, and its largest arrays.
+
+The text is XLA's optimized HLO: one program for all devices, in which shapes are those of one device. Loops are bodies
+that stand there once, and TPU programs repeat a collective in all the parts that it was spread over: both are undone.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
+        "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
+        "f8e4m3": 8, "f8e5m2": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f8e3m4": 8,
+        "f8e8m0fnu": 8}  # fmt: skip
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# What makes no array of its own, or hands on what a computation that is read too makes.
+NO_ARRAY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+            "optimization-barrier", "partition-id", "after-all"}  # fmt: skip
+
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_BEGIN = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = ")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", re.DOTALL)
+_BRACKETS = re.compile(r"[()]")
+
+
+class Instruction(NamedTuple):
+    name: str
+    opcode: str
+    shape: str  # of the result, as it is written
+    operands: tuple[str, ...]  # names; of a constant its value, of a parameter its number
+    attributes: str  # all that follows the operands
+    root: bool
+
+    @property
+    def scope(self) -> str:
+        """Where it comes from: the names of jax's scopes, down to the operation."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def called(self, *roles: str) -> list[str]:
+        """The computations that it calls as `body`, `calls`, ..."""
+        found = re.findall(rf"\b(?:{'|'.join(roles)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return [name for group in found for name in re.findall(r"[\w.\-]+", group)]
+
+
+class Computation(NamedTuple):
+    name: str
+    instructions: dict[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        return next(instruction for instruction in self.instructions.values() if instruction.root)
+
+
+class Program(NamedTuple):
+    entry: str
+    computations: dict[str, Computation]
+
+
+class Transfer(NamedTuple):
+    """A collective of the program."""
+
+    kind: str  # of KINDS
+    runs: int  # of a device, in one execution of the program
+    bytes: float  # of the result on one device, in one run
+    instruction: Instruction
+
+
+def parse(text: str) -> Program:
+    """The computations of an HLO module's text. Raises ValueError where it cannot be read."""
+    computations: dict[str, Computation] = {}
+    entry, current, lines = "", None, []
+
+    def finish():
+        if lines:
+            instruction = _instruction("\n".join(lines))
+            current.instructions[instruction.name] = instruction
+            lines.clear()
+
+    for line in text.splitlines():
+        if current is None:
+            if header := _HEADER.match(line):
+                current = Computation(header[2], {})
+                entry = header[2] if header[1] else entry
+        elif line.rstrip() == "}":
+            finish()
+            computations[current.name], current = current, None
+        elif _BEGIN.match(line):
+            finish()
+            lines.append(line)
+        elif lines:  # attributes of TPU programs span lines
+            lines.append(line)
+    if not entry:
+        raise ValueError("this is not the text of an HLO module: it has no ENTRY")
+    return Program(entry, computations)
+
+
+def _instruction(text: str) -> Instruction:
+    root, name, rest = _INSTRUCTION.match(text).groups()
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    inside = rest[opening + 1 : closing]
+    operands = re.findall(r"%([\w.\-]+)", inside) or [part.strip() for part in inside.split(",") if part.strip()]
+    return Instruction(name, rest[:opening], shape, tuple(operands), rest[closing + 1 :], bool(root))
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket that opens at `opening` closes."""
+    depth = 0
+    for bracket in _BRACKETS.finditer(text, opening):
+        depth += 1 if bracket[0] == "(" else -1
+        if not depth:
+            return bracket.start()
+    raise ValueError(f"a bracket of HLO stays open: {text[:200]!r}")
+
+
+def shape_bytes(shape: str) -> float:
+    """Bytes of all arrays of a written shape, without what tiled layouts pad."""
+    sizes = ((kind, [int(size) for size in sizes.split(",") if size]) for kind, sizes, _ in _ARRAY.findall(shape))
+    return sum(BITS.get(kind, 0) * math.prod(sizes) for kind, sizes in sizes) / 8
+
+
+def array_sizes(shape: str) -> list[int]:
+    """Numbers of values in the arrays of a written shape."""
+    return [math.prod(int(size) for size in sizes.split(",") if size) for _, sizes, _ in _ARRAY.findall(shape)]
+
+
+def transfers(program: Program) -> list[Transfer]:
+    """Every collective that an execution of the program runs.
+
+    A loop runs as often as its condition says. Where that is a value of the program, the scope `at_most_N` of the loop
+    says it; without one it counts once. Of the branches of a conditional the one that moves most counts.
+    """
+    return _merge_parts(_transfers(program, program.entry, fused=False))
+
+
+def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer, bool]]:
+    """(collective, whether it lies in a fusion) of a computation and all that it calls."""
+    found = []
+    for instruction in program.computations[name].instructions.values():
+        opcode, kind = instruction.opcode, instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            found.append((Transfer(kind, 1, _result_bytes(instruction), instruction), fused))
+        elif opcode == "while":
+            times = trips(program, program.computations[name], instruction)
+            inner = [x for body in instruction.called("body") for x in _transfers(program, body, fused)]
+            found += [(transfer._replace(runs=transfer.runs * times), deep) for transfer, deep in inner]
+        elif opcode == "conditional":
+            names = instruction.called("branch_computations", "true_computation", "false_computation")
+            branches = [_transfers(program, branch, fused) for branch in names]
+            found += max(branches, key=lambda branch: sum(transfer.runs * transfer.bytes for transfer, _ in branch))
+        elif opcode == "fusion":
+            inner = [x for called in instruction.called("calls") for x in _transfers(program, called, True)]
+            if "all-reduce-scatter" in "".join(instruction.called("calls")):  # how TPU programs write a reduce-scatter
+                inner = [
+                    (x._replace(kind="reduce-scatter", bytes=shape_bytes(instruction.shape)), deep) for x, deep in inner
+                ]
+            found += inner
+        elif opcode in ("call", "async-start", "custom-call"):
+            for called in instruction.called("to_apply", "calls", "called_computations"):
+                found += _transfers(program, called, fused)
+    return found
+
+
+def _merge_parts(found: list[tuple[Transfer, bool]]) -> list[Transfer]:
+    """Collectives fused with the computations beside them are repeated in every part: one channel is one collective."""
+    kept: list[Transfer] = []
+    parts: dict[tuple[str, str], Transfer] = {}
+    for transfer, fused in found:
+        channel = re.search(r"channel_id=(\d+)", transfer.instruction.attributes)
+        if not (fused and channel):
+            kept.append(transfer)
+            continue
+        key = transfer.kind, channel[1]
+        if key not in parts or transfer.runs * transfer.bytes > parts[key].runs * parts[key].bytes:
+            parts[key] = transfer
+    return kept + list(parts.values())
+
+
+def _result_bytes(instruction: Instruction) -> float:
+    """Of a collective; the shape of one that only starts has its operands and buffers besides."""
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        return shape_bytes(_elements(instruction.shape)[1])
+    return shape_bytes(instruction.shape)
+
+
+def _elements(shape: str) -> list[str]:
+    """The written shapes in a tuple's."""
+    parts, depth, begin = [], 0, 1
+    for place, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or place == len(shape) - 1:
+            parts.append(shape[begin:place].strip())
+            begin = place + 1
+    return parts
+
+
+def trips(program: Program, computation: Computation, loop: Instruction) -> int:
+    """How often a `while` of a computation runs."""
+    if known := re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
+        return int(known[1])
+    (condition,) = (program.computations[name] for name in loop.called("condition"))
+    before = computation.instructions[loop.operands[0]]
+    compare, place = condition.root, condition
+    if compare.opcode == "fusion":
+        place = program.computations[compare.called("calls")[0]]
+        outer, compare = compare, place.root
+    else:
+        outer = None
+
+    def value(name: str) -> int | None:
+        """Of a constant, also one that the loop or a fusion is given."""
+        found = place.instructions[name]
+        if outer is not None and found.opcode == "parameter":
+            found = condition.instructions[outer.operands[int(found.operands[0])]]
+        if found.opcode == "get-tuple-element" and before.opcode == "tuple":
+            index = int(re.search(r"index=(\d+)", found.attributes)[1])
+            found = computation.instructions[before.operands[index]]
+        return int(found.operands[0]) if found.opcode == "constant" else None
+
+    if compare.opcode == "compare" and "direction=LT" in compare.attributes:
+        begin, end = map(value, compare.operands)
+        if end is not None:
+            return max(end - (begin or 0), 0)
+    return at_most(loop.scope) or 1
+
+
+def at_most(scope: str) -> int | None:
+    """The number of runs that a loop's scope names, as in "head/at_most_8/while"."""
+    found = re.findall(r"\bat_most_(\d+)\b", scope)
+    return int(found[-1]) if found else None
+
+
+def axes_of(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of the mesh along which the devices differ that a collective joins."""
+    sizes = tuple(mesh.values())
+    groups = _groups(instruction.attributes, math.prod(sizes))
+    places = np.stack(np.unravel_index(groups, sizes))  # [axes, groups, members]
+    differs = (places != places[..., :1]).any(axis=(1, 2))
+    return tuple(axis for axis, different in zip(mesh, differs) if different)
+
+
+def _groups(attributes: str, devices: int) -> np.ndarray:
+    """i[groups members] numbers of the devices that meet, in the order of the mesh."""
+    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
+        return _numbers(found[1]).reshape(-1, 2)
+    if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
+        rows = [_numbers(row) for row in re.findall(r"\{([\d,]*)\}", found[1])]
+        return np.stack([row for row in rows if len(row) == len(rows[0])])
+    if found := re.search(r"replica_groups=\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _iota(found[2]).reshape(_numbers(found[1]))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?\s*\{([^}]*)\}", attributes):
+        return _mesh_groups(*found.groups())
+    return np.arange(devices)[None]  # all of them
+
+
+def _mesh_groups(axes: str, ids: str | None, joined: str) -> np.ndarray:
+    """Groups that are written as axes of a mesh of the compiler's own, or as parts of them: `'a':(2)4` is the part of
+    size 4 of axis a that has a part of size 2 before it."""
+    sizes = {name: int(size) for name, size in re.findall(r"([^=,]+)=(\d+)", axes)}
+    devices = np.arange(math.prod(sizes.values())) if ids is None else _iota(ids) if "[" in ids else _numbers(ids)
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    for name, before, size in re.findall(r"([^:,]+)(?::\((\d+)\)(\d+))?(?:,|$)", joined):
+        wanted.setdefault(name, []).append((int(before or 1), int(size or sizes[name])))
+    shape, chosen = [], []
+    for name, size in sizes.items():
+        done = 1
+        for before, part in sorted(wanted.get(name, [])):
+            shape += [before // done, part]
+            chosen.append(len(shape) - 1)
+            done = before * part
+        shape.append(size // done)
+    kept = [axis for axis in range(len(shape)) if axis not in chosen]
+    members = math.prod(shape[axis] for axis in chosen)
+    return devices.reshape(shape).transpose(kept + chosen).reshape(-1, members)
+
+
+def _iota(text: str) -> np.ndarray:
+    """What `[4,2]T(1,0)` means: 0, 1, ... in that shape, transposed, flat."""
+    shape, order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    array = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return (array.transpose(_numbers(order)) if order else array).ravel()
+
+
+def _numbers(text: str) -> np.ndarray:
+    return np.array(re.findall(r"\d+", text), int)
+
+
+def largest_arrays(program: Program, count: int) -> list[tuple[str, str, int]]:
+    """(shape, scope, bytes on a device) of the `count` largest arrays that the program makes in its main memory.
+
+    Arrays of one shape and scope stand once, and copies are left out: which of them live at the same time the text does
+    not say.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for instruction in _made(program, program.entry):
+        for kind, sizes, layout in _ARRAY.findall(instruction.shape):
+            shape = f"{kind}[{sizes}]"
+            elsewhere = re.search(r"S\([1-9]\d*\)", layout)  # in another memory than the main one
+            if instruction.scope and not elsewhere:
+                found[shape, instruction.scope] = int(shape_bytes(shape))
+    ranked = sorted(found.items(), key=lambda item: -item[1])
+    return [(shape, scope, size) for (shape, scope), size in ranked[:count]]
+
+
+def _made(program: Program, name: str) -> Iterator[Instruction]:
+    """The instructions that leave arrays in memory: not those inside fusions."""
+    for instruction in program.computations[name].instructions.values():
+        if instruction.opcode not in NO_ARRAY:
+            yield instruction
+        if instruction.opcode in ("while", "conditional", "call"):
+            roles = ("body", "branch_computations", "true_computation", "false_computation", "to_apply")
+            for called in instruction.called(*roles):
+                yield from _made(program, called)

@@ -1,0 +1,184 @@
+"""FLOPs of a traced program, by part of the model: exact for matrix products, whose shapes the trace knows.
+
+XLA's own count takes a loop's body once and a kernel as nothing, so it is not asked. A multiplication with an addition
+is two; what is no matrix product is not counted.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+PARTS = ("experts", "encoder", "connector", "decoder")  # scopes of the model, the inner one first
+SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+
+
+class Operation(NamedTuple):
+    """An equation that calls no other."""
+
+    equation: Any
+    scope: str  # where it comes from: transformations and named scopes
+    times: float  # how often it runs, on all devices together
+
+
+class Product(NamedTuple):
+    """Matrix products of one operation, in FLOPs of all its runs on all devices."""
+
+    part: str
+    flops: float
+    recomputed: float  # of them, what repeats earlier ones to save memory
+
+
+def operations(jaxpr: Any, outer: Any = None, times: float = 1.0) -> Iterator[Operation]:
+    """All operations of a (closed) jaxpr and of those that it calls.
+
+    The body of a scan counts times its length, what `shard_map` gives to each device times the devices, and of the
+    branches of a `cond` the one with the most FLOPs. A loop whose length is a value of the program counts as often as
+    its scope `times_N` says, and once without one (see `unknown_loops`).
+    """
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        stack = equation.source_info.name_stack if outer is None else outer + equation.source_info.name_stack
+        inner = [] if name == "pallas_call" else _called(params)
+        if name == "cond":
+            branches = [list(operations(branch, stack, times)) for branch in params["branches"]]
+            yield from max(branches, key=lambda branch: sum(sum(flops(x)) for x in branch))
+        elif inner:
+            more = times * _runs(name, params, str(stack))
+            for called in inner:
+                yield from operations(called, stack, more)
+        else:
+            yield Operation(equation, str(stack), times)
+        if name == "while":
+            yield Operation(equation, str(stack), times)  # itself too, for `unknown_loops`
+
+
+def _called(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+    flat = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
+    return [x for x in flat if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
+
+
+def _runs(name: str, params: dict[str, Any], scope: str) -> float:
+    """How often what an equation calls runs, on all devices together, each time that it runs itself."""
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    return (expected_runs(scope) or 1) if name == "while" else 1
+
+
+def expected_runs(scope: str) -> float | None:
+    """How often a loop of unknown length runs in a full batch, from its scope, as in "head/times_8/while"."""
+    found = re.findall(r"\btimes_(\d+(?:\.\d+)?)", scope)
+    return float(found[-1]) if found else None
+
+
+def unknown_loops(steps: list[Operation]) -> list[str]:
+    """Scopes of the loops that were counted once because nothing says how often they run."""
+    loops = {step.scope for step in steps if step.equation.primitive.name == "while"}
+    return sorted(scope for scope in loops if expected_runs(scope) is None)
+
+
+def products(steps: list[Operation]) -> list[Product]:
+    """The matrix products among operations.
+
+    Those outside of encoder, connector and decoder belong to the "head" (logits and loss) where they are part of what
+    is differentiated, else to the "optimizer".
+    """
+    found = []
+    for step in steps:
+        once, again = flops(step)
+        if once + again:
+            repeated = once + again if "rematted_computation" in step.scope else again
+            found.append(Product(part_of(step.scope), step.times * (once + again), step.times * repeated))
+    return found
+
+
+def part_of(scope: str) -> str:
+    """The part of the model that an operation belongs to."""
+    words = set(re.findall(r"\w+", scope))
+    return next((part for part in PARTS if part in words), "head" if words & {"jvp", "transpose"} else "optimizer")
+
+
+def place(scope: str) -> str:
+    """A scope for people: "decoder/layers/attention/q, recomputed" for all that jax and XLA write around it."""
+    phase = "recomputed" if "rematted_computation" in scope else "backward" if "transpose(" in scope else ""
+    words = re.sub(r"jit\(step\)/|\b(?:jvp|transpose|vmap)\(|\)", "", scope).split("/")
+    noise = re.compile(r"|VLM.*|while|body|closed_call|checkpoint|rematted_computation|\w+\.body|jit\(.*|times_.*")
+    kept = "/".join(word for word in words if not noise.fullmatch(word))
+    kept = kept if set(kept.split("/")) & set(PARTS) else f"{part_of(scope)}/{kept}"
+    return f"{kept}, {phase}" if phase else kept
+
+
+def flops(step: Operation) -> tuple[float, float]:
+    """FLOPs of one run of an operation on one device: (new ones, those that a kernel does a second time)."""
+    equation = step.equation
+    name, shapes = equation.primitive.name, [getattr(x.aval, "shape", ()) for x in equation.invars]
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted), 0
+    if name == "ragged_dot_general":
+        return _ragged_dot(equation, shapes), 0
+    if name == "conv_general_dilated":
+        numbers, weight = equation.params["dimension_numbers"], shapes[1]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight) / weight[numbers.rhs_spec[0]], 0
+    if name.startswith("dot_product_attention_"):
+        return _cudnn(equation, shapes)
+    if name == "pallas_call":
+        return _pallas(equation)
+    return 0, 0
+
+
+def _ragged_dot(equation: Any, shapes: list) -> float:
+    """Each row of the left side meets the columns of one group alone."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    taken = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    return 2.0 * math.prod(shapes[0]) * math.prod(size for axis, size in enumerate(shapes[1]) if axis not in taken)
+
+
+def _cudnn(equation: Any, shapes: list) -> tuple[float, float]:
+    """cuDNN's attention, q [B T N H]; it leaves out what a causal mask hides."""
+    (rows, length, heads, head_dim), (_, keys, *_), (*_, value_dim) = shapes[:3]
+    causal = "causal" in str(equation.params["mask_type"]).lower()
+    pairs = rows * heads * length * keys * (0.5 if causal else 1)
+    return _attention("bwd" if "_bwd" in equation.primitive.name else "fwd", pairs, head_dim, value_dim)
+
+
+def _pallas(equation: Any) -> tuple[float, float]:
+    """A kernel that says what it costs, or splash attention, which does not."""
+    kernel = SPLASH.match(equation.params["name"] or "")
+    if kernel is None:
+        cost = equation.params["cost_estimate"]
+        return (float(cost.flops), 0) if cost else (0, 0)
+    q, k, v = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.kind not in "iub"][:3]
+    grid = equation.params["grid_mapping"].grid[-2:]
+    queries, keys = grid if kernel[1] != "dkv" else grid[::-1]
+    seen = 1.0
+    if any(x.aval.dtype.kind == "i" and x.aval.shape[:1] == (q[-2],) for x in equation.invars):  # order of the queries
+        seen = _causal_blocks(queries, keys) / (queries * keys)
+    return _attention(kernel[1], math.prod(q[:-1]) * k[-2] * seen, q[-1], v[-1])
+
+
+def _causal_blocks(queries: int, keys: int) -> int:
+    """Of `queries` x `keys` blocks, those that hold a pair of a query and a key that is not after it."""
+    return sum(math.ceil((block + 1) * keys / queries) for block in range(queries))
+
+
+def _attention(phase: str, pairs: float, head_dim: int, value_dim: int) -> tuple[float, float]:
+    """Products of a flash kernel (arXiv 2205.14135): (scores, values of a pair), and those done again.
+
+    Forward q k and p v. Backward do v, ds k, ds q and p do are new; q k is done again, and both it and do v twice where
+    the gradients of queries ("dq") and of keys ("dkv") are two kernels.
+    """
+    new, again = {
+        "fwd": ((1, 1), (0, 0)),
+        "bwd": ((2, 2), (1, 0)),
+        "dq": ((1, 1), (1, 0)),
+        "dkv": ((1, 1), (1, 1)),
+    }[phase]
+    cost = lambda counts: 2.0 * pairs * (counts[0] * head_dim + counts[1] * value_dim)
+    return cost(new), cost(again)
