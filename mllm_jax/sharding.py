@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from einops import rearrange
 from flax import linen as nn
 from flax import struct
 from flax.core import meta
@@ -173,15 +174,23 @@ def _count(axes: tuple[str, ...], mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def ways(name: str | None, rules: Rules, mesh) -> int:
+Name = str | tuple[str, ...] | None  # of an axis of an activation, or those of several that were joined to one
+
+
+def ways(name: Name, rules: Rules, mesh) -> int:
     """Over how many devices of a mesh the axis `name` is spread; 1 without a mesh or a rule."""
-    return _count(_mesh_axes(dict(rules).get(name), mesh), mesh)
+    return _count(_axes_of(name, rules, mesh), mesh)
 
 
-def fitting_axes(name: str | None, size: int, rules: Rules, mesh) -> tuple[str, ...]:
+def _axes_of(name: Name, rules: Rules, mesh) -> tuple[str, ...]:
+    table, names = dict(rules), name if isinstance(name, tuple) else (name,)
+    return tuple(axis for name in names for axis in _mesh_axes(table.get(name), mesh))
+
+
+def fitting_axes(name: Name, size: int, rules: Rules, mesh) -> tuple[str, ...]:
     """The mesh axes over which an activation's axis is spread: those of its rule, but for the last ones where all of
     them do not divide its size."""
-    axes = _mesh_axes(dict(rules).get(name), mesh)
+    axes = _axes_of(name, rules, mesh)
     while size % _count(axes, mesh):
         axes = axes[:-1]
     return axes
@@ -236,6 +245,26 @@ def shard(x, names, rules: Rules):
     if all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def join_rows(x, rules: Rules):
+    """[B R ...] -> [B*R ...]: rows within batch rows, all in one line.
+
+    Rows of batch rows that the `batch` axes of the mesh keep together stand together, by R first: where other axes
+    spread R, each device has a piece of the line, and nothing moves.
+    """
+    return rearrange(x, "(group B) R ... -> (group R B) ...", group=_groups(len(x), rules))
+
+
+def split_rows(x, count: int, rules: Rules):
+    """[B*R ...] -> [B R ...]: the inverse of `join_rows` for `count` batch rows."""
+    groups = _groups(count, rules)
+    return rearrange(x, "(group R B) ... -> (group B) R ...", group=groups, B=count // groups)
+
+
+def _groups(rows: int, rules: Rules) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return _count(fitting_axes("batch", rows, rules, mesh), mesh)
 
 
 def _name(key) -> str:

@@ -1,5 +1,6 @@
 """Context parallelism: attention over tokens that lie on several devices, in a ring and by all-to-all, equals one's."""
 
+import re
 from functools import partial
 
 import jax
@@ -13,7 +14,8 @@ from mllm_jax.model import VLM, abstract_boxed, init_params
 from mllm_jax.nn import flash
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.sharding import RULES, freeze_rules, make_mesh, shard, shardings
+from mllm_jax.train.loss import token_loss
 from mllm_jax.train.step import loss_sum
 
 HEADS, HEAD_DIM, LENGTH = 4, 8, 40
@@ -77,7 +79,7 @@ def rows_of_examples(rng, rows=4):
 
 @pytest.fixture(scope="module")
 def params():
-    params = init_params(tiny_config(), jax.random.key(0))
+    params = jax.jit(partial(init_params, tiny_config()))(jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 200))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
 
@@ -114,3 +116,44 @@ def test_pictures_are_spread_over_every_device(params, batch):
     whole = flops()
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 2, "tensor": 2})):
         assert flops() < 1.1 * whole / 8
+
+
+def test_the_loss_is_spread_over_every_device():
+    """Each of eight devices does an eighth of the products with the head, and none waits for another in the loop."""
+    rules, rng = freeze_rules(RULES["fsdp"]), np.random.default_rng(0)
+    hidden, table = (
+        rng.standard_normal((4, 64, 32)).astype(np.float32),
+        rng.standard_normal((96, 32)).astype(np.float32),
+    )
+    targets, weight = rng.integers(0, 96, (4, 64)), rng.random((4, 64)).astype(np.float32)
+
+    def compiled(chunk):
+        loss = jax.value_and_grad(lambda *args: token_loss(*args, chunk, "float32", rules), (0, 1))
+        return jax.jit(loss).lower(hidden, table, targets, weight).compile()
+
+    whole = compiled(32)
+    with jax.set_mesh(make_mesh({"fsdp": 2, "context": 4})):
+        spread = compiled(8)
+    assert_close(spread(hidden, table, targets, weight), whole(hidden, table, targets, weight))
+    assert spread.cost_analysis()["flops"] < 1.1 * whole.cost_analysis()["flops"] / 8
+    bodies = [text for text in re.split(r"\n(?=%|ENTRY)", spread.as_text()) if not text.startswith("ENTRY")]
+    assert not any(COLLECTIVE.search(text) for text in bodies)
+
+
+COLLECTIVE = re.compile(r"= (.+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+@pytest.mark.parametrize("exchange", ["ring", "ulysses"])
+def test_what_is_exchanged(exchange):
+    """A ring passes keys and values on and gathers no sequence; Ulysses exchanges each of its four arrays once."""
+    *inputs, segment = (*random_inputs(4), SEGMENTS["packed"])
+    runtime = Runtime(context=exchange)
+    forward = jax.jit(
+        lambda q, k, v: attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=runtime)
+    )
+    with jax.set_mesh(make_mesh({"fsdp": 2, "context": 4})):
+        place = lambda x: shard(x, ("batch", "length", None, None), runtime.rules)
+        found = COLLECTIVE.findall(forward.lower(*map(jax.jit(place), inputs[:3])).compile().as_text())
+    kinds = [kind for shape, kind in found if shape.startswith(("f32", "(f32"))]
+    assert set(kinds) == {"collective-permute" if exchange == "ring" else "all-to-all"}
+    assert exchange == "ring" or len(kinds) == 4

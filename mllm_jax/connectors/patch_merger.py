@@ -11,7 +11,7 @@ from flax import linen as nn
 from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import shard
+from mllm_jax.sharding import join_rows, shard, split_rows
 from mllm_jax.types import Vision, VisionTokens
 
 
@@ -38,17 +38,19 @@ class Merger(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm, own, rows = LayerNorm(self.config.norm_eps, name="norm"), self.runtime.within("connector"), len(x)
+        norm, count = LayerNorm(self.config.norm_eps, name="norm"), len(x)
+        rules, own = self.runtime.rules, self.runtime.within("connector").rules
         if not self.norm_joined:
             x = norm(x)
-        x = rearrange(x, "B R (M group) D -> (B R) M (group D)", group=self.config.patches_per_token)
-        x = shard(x, ("batch", "length", None), own.rules)
+        x = rearrange(join_rows(x, rules), "BR (M group) D -> BR M (group D)", group=self.config.patches_per_token)
+        x = shard(x, ("batch", "length", None), own)
         if self.norm_joined:
             x = norm(x)
         x = Mlp(x.shape[-1], self.out, "gelu", self.runtime.dtype, name="mlp")(x)
-        x = shard(x, ("batch", "length", None), own.rules)
+        x = shard(x, ("batch", "length", None), own)
         # Only here do rows of patches, spread over every device, become tokens of the batch rows that own them.
-        return shard(rearrange(x, "(B R) M D -> B (R M) D", B=rows), ("batch", None, None), self.runtime.rules)
+        x = split_rows(shard(x, ("batch", None, None), rules), count, rules)
+        return rearrange(x, "B R M D -> B (R M) D")
 
 
 class PatchMerger(nn.Module):

@@ -5,6 +5,7 @@ compiled program serves any mix of sizes, clips, or no picture at all.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.rope import rope_table, rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
-from mllm_jax.sharding import named, shard
+from mllm_jax.sharding import join_rows, named, shard, split_rows
 from mllm_jax.types import Array, Vision
 
 
@@ -148,9 +149,9 @@ class Vit(nn.Module):
     def __call__(self, vision: Vision) -> Features:
         config, runtime = self.config, self.runtime.within("encoder")
         side, width, taps = config.position_grid, config.width, len(config.taps)
-        # Rows of all batch rows in one line: then any number of devices that divides their product can share them.
+        # All rows in one line: any number of devices that divides their number can share them.
         rows, count = ("batch", "length", None), len(vision.image)
-        vision = Vision(*(rearrange(x, "B R ... -> (B R) ...") for x in vision))
+        vision = Vision(*(join_rows(x, self.runtime.rules) for x in vision))
         patches = normalise(shard(vision.patches, rows, runtime.rules), config)
         embed = Einsum(
             "...C,CD->...D",
@@ -181,5 +182,5 @@ class Vit(nn.Module):
         layer = rematted(VitLayer, runtime)(config, runtime, name="layers")
         kept = jnp.zeros((taps + 1, *x.shape), x.dtype)
         (x, kept), _ = scan_layers(body, layer, (x, kept), jnp.asarray(slots), config.layers, runtime)
-        x, kept = (rearrange(x, "... (B R) P D -> ... B R P D", B=count) for x in (x, kept[:taps]))
-        return Features(x, kept)
+        split = partial(split_rows, count=count, rules=self.runtime.rules)
+        return Features(split(x), jax.vmap(split)(kept[:taps]))

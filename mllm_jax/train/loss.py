@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.sharding import Rules, shard, ways
+from mllm_jax.sharding import Rules, join_rows, shard, split_rows, ways
 from mllm_jax.types import Array, Batch
 
 
@@ -35,7 +35,6 @@ def sum_segments(values, segment):
     return jax.vmap(add)(values.astype(jnp.int32), column)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def token_loss(hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = ()) -> Array:
     """Sum of weight * cross-entropy, f32[].
 
@@ -49,8 +48,14 @@ def token_loss(hidden, table, targets, weight, chunk: int, dtype: str, rules: Ru
       weight: f32[B T]; only targets of non-zero weight cost anything.
       chunk: at most so many targets of each row are in flight, as logits f32[B chunk V].
       dtype: of the operands of matrix products; sums and softmax are fp32.
-      rules: where `vocab` and `batch` live on the ambient mesh; none for a single device.
+      rules: where `vocab`, `batch` and `length` live on the ambient mesh; none for a single device.
     """
+    rows = _Rows(targets.shape, rules)
+    return _token_loss(rows.split(hidden), table, rows.split(targets), rows.split(weight), chunk, dtype, rules)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _token_loss(hidden, table, targets, weight, chunk, dtype, rules):
     head, plan = _Head(table, dtype, rules, len(hidden)), _plan(targets, weight, chunk)
 
     def body(i, total):
@@ -90,7 +95,7 @@ def _scale_gradients(chunk, dtype, rules, gradients, scale):
     return d_hidden, d_table, None, None
 
 
-token_loss.defvjp(_loss_and_gradients, _scale_gradients, symbolic_zeros=True)
+_token_loss.defvjp(_loss_and_gradients, _scale_gradients, symbolic_zeros=True)
 
 
 def token_errors(hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = ()) -> tuple[Array, Array]:
@@ -98,6 +103,8 @@ def token_errors(hidden, table, targets, weight, chunk: int, dtype: str, rules: 
 
     The arguments are those of `token_loss`.
     """
+    rows = _Rows(targets.shape, rules)
+    hidden, targets, weight = (rows.split(x) for x in (hidden, targets, weight))
     head, plan = _Head(table, dtype, rules, len(hidden)), _plan(targets, weight, chunk)
 
     def body(i, carry):
@@ -110,7 +117,28 @@ def token_errors(hidden, table, targets, weight, chunk: int, dtype: str, rules: 
 
     carry = plan.zeros(), jnp.zeros(plan.order.shape, bool)
     total, wrong = jax.lax.fori_loop(0, plan.count, body, carry)
-    return jnp.sum(total), plan.restore(wrong)
+    return jnp.sum(total), rows.join(plan.restore(wrong))
+
+
+ROWS = ("batch", "length")  # the axis of rows, of which each device that holds a part of the tokens has its own
+
+
+class _Rows:
+    """A row whose tokens lie on several devices becomes as many rows: none of them needs another's tokens."""
+
+    def __init__(self, shape: tuple[int, int], rules: Rules):
+        self.rules, self.shape = rules, shape
+        parts = ways("length", rules, jax.sharding.get_abstract_mesh())
+        self.parts = parts if shape[1] % parts == 0 else 1
+
+    def split(self, x):
+        """[B T ...] -> [B*part T/part ...]."""
+        x = join_rows(rearrange(x, "B (part T) ... -> B part T ...", part=self.parts), self.rules)
+        return shard(x, (ROWS, *(None,) * (x.ndim - 1)), self.rules)
+
+    def join(self, x):
+        """The inverse of `split`."""
+        return rearrange(split_rows(x, self.shape[0], self.rules), "B part T ... -> B (part T) ...")
 
 
 def _cross_entropy(logits, targets):
@@ -172,12 +200,12 @@ class _Head:
     """The table [V D], laid out once for all chunks: gathered over `embed`, or every chunk would gather it again.
 
     For the same reason its gradient is summed over the chunks by each group of rows alone (one group per device of the
-    `batch` axes), and over the groups once at the end.
+    axes of rows), and over the groups once at the end.
     """
 
     def __init__(self, table, dtype: str, rules: Rules, rows: int):
         self.rules, self.dtype, self.shape = rules, dtype, table.shape
-        spread = ways("batch", rules, jax.sharding.get_abstract_mesh())
+        spread = ways(ROWS, rules, jax.sharding.get_abstract_mesh())
         self.groups = spread if rows % spread == 0 else 1
         self.precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
         self.table = shard(table.astype(dtype), ("vocab", None), rules)
@@ -187,7 +215,7 @@ class _Head:
         return jnp.einsum(equation, x, y, precision=self.precision, preferred_element_type=jnp.float32)
 
     def logits(self, hidden):
-        return shard(self._product("BTD,VD->BTV", hidden, self.table), ("batch", None, "vocab"), self.rules)
+        return shard(self._product("BTD,VD->BTV", hidden, self.table), (ROWS, None, "vocab"), self.rules)
 
     def to_hidden(self, d_logits):
         """Gradient of the hidden states [B t D]."""
@@ -199,7 +227,7 @@ class _Head:
         return self._by_group(self._product("gBTV,gBTD->gVD", *grouped))
 
     def _by_group(self, d_table):
-        return shard(d_table, ("batch", "vocab", None), self.rules)
+        return shard(d_table, (ROWS, "vocab", None), self.rules)
 
     def zeros(self):
         return self._by_group(jnp.zeros((self.groups, *self.shape), jnp.float32))
