@@ -212,7 +212,7 @@ def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> Par
             fits = _entry(fitting_axes(name, size, rules, mesh))
             raise ValueError(
                 f"{what}: its axis {name!r} of size {size} is not divisible by {_product(axes, mesh.shape)} devices; "
-                f"change the mesh, or the sharding rule of {name!r} to {fits!r}"
+                f"change the size, the mesh, or the sharding rule of {name!r} to {fits!r}"
             )
     return _spec(names, parts, what)
 

@@ -16,7 +16,7 @@ from mllm_jax.nn.attention import attend
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import RULES, freeze_rules, make_mesh, shard, shardings
 from mllm_jax.train.loss import token_loss
-from mllm_jax.train.step import loss_sum
+from mllm_jax.train.step import batch_shardings, loss_sum
 
 HEADS, HEAD_DIM, LENGTH = 4, 8, 40
 
@@ -104,6 +104,7 @@ def test_a_model_on_two_by_four_devices(params, batch, alone, exchange):
     config, mesh = tiny_config(context=exchange), make_mesh({"fsdp": 2, "context": 4})
     layout = shardings(abstract_boxed(config), mesh, config.runtime.rules)
     with jax.set_mesh(mesh):
+        batch = jax.device_put(batch, batch_shardings(batch, mesh, config.runtime.rules))
         spread = loss_and_gradients(config)(jax.device_put(params, layout), batch)
     assert_close(spread, alone)
 

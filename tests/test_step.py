@@ -166,6 +166,10 @@ def test_batches_are_spread_over_the_mesh(eight_rows):
     assert batch_shardings(odd, mesh, CONFIG.runtime.rules).vision.image.spec == PartitionSpec(rows, None, None)
     with pytest.raises(ValueError, match="batch.tokens.* 6 is not divisible"):
         batch_shardings(batch_of([[]] * 6, Budget(8)), mesh, CONFIG.runtime.rules)
+    mesh = make_mesh({"fsdp": 2, "context": 4})
+    assert batch_shardings(batch_of([[]] * 4, Budget(8)), mesh, CONFIG.runtime.rules).tokens.spec[1] == "context"
+    with pytest.raises(ValueError, match="batch.tokens: its axis 'length' of size 149 is not divisible by context=4"):
+        batch_shardings(eight_rows, mesh, CONFIG.runtime.rules)
 
 
 def test_a_non_finite_step_changes_nothing_but_counters(single, eight_rows):

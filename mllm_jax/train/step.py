@@ -186,14 +186,14 @@ def count(batch: Batch) -> dict[str, jax.Array]:
 
 
 def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
-    """NamedSharding of every array of a batch: rows over the `batch` axes, rows of patches over `patch_row` too where
-    they divide. Raises ValueError where the rows of the batch do not."""
+    """NamedSharding of every array of a batch: rows over the `batch` axes, tokens over `length`, and rows of patches
+    over `patch_row` where they divide. Raises ValueError where the rows or the tokens of the batch do not."""
 
     def of(x, names, what):
         names = ("batch", *names, *(None,) * (x.ndim - 1 - len(names)))
         return NamedSharding(mesh, partition_spec(names, rules, mesh, x.shape, what))
 
-    text = {name: of(x, (), f"batch.{name}") for name, x in batch._asdict().items() if name != "vision"}
+    text = {name: of(x, ("length",), f"batch.{name}") for name, x in batch._asdict().items() if name != "vision"}
     if batch.vision is None:
         return Batch(**text)
     divides = batch.vision.image.shape[1] % ways("patch_row", rules, mesh) == 0
