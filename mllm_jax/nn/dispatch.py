@@ -16,7 +16,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from mllm_jax.nn.grouped import grouped_for, grouped_matmul, row_multiple
-from mllm_jax.nn.runtime import EXCHANGED, Runtime
+from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
 from mllm_jax.sharding import partition_spec, shard, ways
 from mllm_jax.types import Array
 
@@ -28,6 +28,7 @@ class Experts(NamedTuple):
     down: Array  # [E F D]
 
 
+@jax.named_scope("experts")
 def dispatch(x, experts, weights, real, params: Experts, activation: Callable, runtime: Runtime):
     """Sum over a token's experts of weight * expert(token).
 
@@ -99,7 +100,8 @@ def _dropless(x, experts, weights, params, activation, runtime):
         # All devices have these tokens: each sends them through its own experts alone.
         own, index = len(params.down), jax.lax.axis_index(across) if across else 0
         experts = jnp.where(experts // own == index, experts % own, own)
-        return _local(x, experts, weights, params, activation, runtime, (), (*across, *split))
+        with expect_share(1 / _size(across)):
+            return _local(x, experts, weights, params, activation, runtime, (), (*across, *split))
 
     specs = (tokens, tokens, tokens, gate_up, down)
     out_specs = (tokens, jax.P(tokens[0]))
@@ -137,7 +139,8 @@ def _exchanged(x, choices, mlp, own, across, runtime):
     received = checkpoint_name(exchange(_move(x, *plan, top_k)), EXCHANGED[0])
     ids = exchange(ids)
     inner = _sorted(ids, row_multiple(grouped_for(runtime.grouped)))
-    y = mlp(_move(received, *inner), sizes=jnp.bincount(ids, length=own))
+    with expect_share(len(choices) / len(ids)):
+        y = mlp(_move(received, *inner), sizes=jnp.bincount(ids, length=own))
     y = checkpoint_name(exchange(_move(y, inner.slot, inner.choice)), EXCHANGED[1])
     return _move(y, plan.slot, plan.choice), plan
 

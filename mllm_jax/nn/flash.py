@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
+from mllm_jax.nn.runtime import expect_runs
 from mllm_jax.types import Array
 
 BLOCK = 256  # tokens
@@ -126,7 +127,8 @@ def _add(sums: _Sums, queries: _Queries, keys: _Keys, rows: int, causal: bool) -
             value = sums.value * fade[..., None] + _product("Kqs,KsH->KqH", weights.astype(key.v.dtype), key.v)
             return _Sums(value, sums.total * fade + jnp.sum(weights, axis=-1), peak)
 
-        return None, jax.lax.fori_loop(first, last, meet, sums)
+        with _expected(keys, rows, causal):
+            return None, jax.lax.fori_loop(first, last, meet, sums)
 
     return jax.lax.scan(block, None, (sums, queries, *_bounds(queries, keys, rows, causal)))[1]
 
@@ -148,11 +150,18 @@ def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int
             d_v = _add_at(d_v, i, _product("Kqs,KqH->KsH", weights.astype(key.v.dtype), d_out))
             return d_q + _product("Kqs,KsH->KqH", d_scores, key.k), d_k, d_v
 
-        d_q, *d_keys = jax.lax.fori_loop(first, last, meet, (d_q, *d_keys))
+        with _expected(keys, rows, causal):
+            d_q, *d_keys = jax.lax.fori_loop(first, last, meet, (d_q, *d_keys))
         return d_keys, d_q
 
     d_keys, d_q = jax.lax.scan(block, d_keys, (d_q, queries, about, *_bounds(queries, keys, rows, causal)))
     return d_q, d_keys
+
+
+def _expected(keys: _Keys, rows: int, causal: bool):
+    """The scope of a loop over the blocks of keys that a block of queries meets."""
+    blocks = len(keys.segment) // rows
+    return expect_runs((blocks + 1) / 2 if causal else blocks)
 
 
 def _scores(query: _Queries, key: _Keys, causal: bool):

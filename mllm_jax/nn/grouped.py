@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.nn.runtime import expect_runs
+
 TILE = 256  # most rows of a tile of the loop
 MEGABLOX_TILE = 512
 
@@ -79,7 +81,8 @@ def _loop(x, w, sizes):
         return jax.lax.dynamic_update_slice_in_dim(y, _dot(part, _at(w, group)).astype(y.dtype), start, 0)
 
     y = jnp.zeros((padded.shape[0], w.shape[2]), x.dtype)
-    return jax.lax.fori_loop(0, tiles.count, body, y)[: x.shape[0]]
+    with tiles.expected:
+        return jax.lax.fori_loop(0, tiles.count, body, y)[: x.shape[0]]
 
 
 def _forward(x, w, sizes):
@@ -100,7 +103,8 @@ def _backward(saved, d_y):
         return d_x, jax.lax.dynamic_update_index_in_dim(d_w, _at(d_w, group) + _dot(part.T, d_part), group, 0)
 
     zeros = jnp.zeros_like(padded_x), jnp.zeros(w.shape, jnp.float32)
-    d_x, d_w = jax.lax.fori_loop(0, tiles.count, body, zeros)
+    with tiles.expected:
+        d_x, d_w = jax.lax.fori_loop(0, tiles.count, body, zeros)
     return d_x[: x.shape[0]], d_w.astype(w.dtype), None
 
 
@@ -118,6 +122,7 @@ class _Tiles:
         self._last, self._ends = jnp.cumsum(per_group), jnp.cumsum(sizes)
         self._first, self._starts = self._last - per_group, self._ends - sizes
         self.count = self._last[-1]
+        self.expected = expect_runs(rows / self.size + sizes.shape[0] / 2)  # half a tile is beyond a group's end
 
     def __call__(self, i):
         group = jnp.searchsorted(self._last, i, side="right")

@@ -60,6 +60,16 @@ class Runtime:
         return replace(self, rules=rules_of(part, self.rules))
 
 
+def expect_runs(count: float):
+    """A scope for a loop whose length only data tells: how often it runs if batches are full. The planner reads it."""
+    return jax.named_scope(f"times_{round(count, 3)}")
+
+
+def expect_share(share: float):
+    """A scope for grouped products that use a share of their rows, if batches are full. The planner reads it."""
+    return jax.named_scope(f"share_{round(share, 5)}")
+
+
 def rematted(layer: type[nn.Module], runtime: Runtime) -> type[nn.Module]:
     """The layer class whose backward pass recomputes what `runtime.remat` does not save."""
     if runtime.remat == "none":
