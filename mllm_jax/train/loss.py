@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mllm_jax.nn.runtime import expect_runs
 from mllm_jax.sharding import Rules, join_rows, shard, split_rows, ways
 from mllm_jax.types import Array, Batch
 
@@ -62,7 +63,7 @@ def _token_loss(hidden, table, targets, weight, chunk, dtype, rules):
         part = plan.part(i, hidden)
         return total + part.sum(_cross_entropy(head.logits(part.hidden), part.targets)[0])
 
-    return jnp.sum(jax.lax.fori_loop(0, plan.count, body, plan.zeros()))
+    return jnp.sum(plan.each(body, plan.zeros()))
 
 
 def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
@@ -85,7 +86,7 @@ def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
 
     d_hidden = jnp.zeros((len(hidden), plan.order.shape[1], hidden.shape[2]), hidden.dtype) if trains_hidden else None
     carry = plan.zeros(), d_hidden, head.zeros() if trains_table else None
-    total, d_hidden, d_table = jax.lax.fori_loop(0, plan.count, body, carry)
+    total, d_hidden, d_table = plan.each(body, carry)
     d_hidden = plan.restore(d_hidden) if trains_hidden else None
     return jnp.sum(total), (d_hidden, head.collect(d_table).astype(table.dtype) if trains_table else None)
 
@@ -116,7 +117,7 @@ def token_errors(hidden, table, targets, weight, chunk: int, dtype: str, rules: 
         return total + part.sum(_cross_entropy(logits, part.targets)[0]), wrong
 
     carry = plan.zeros(), jnp.zeros(plan.order.shape, bool)
-    total, wrong = jax.lax.fori_loop(0, plan.count, body, carry)
+    total, wrong = plan.each(body, carry)
     return jnp.sum(total), rows.join(plan.restore(wrong))
 
 
@@ -170,6 +171,11 @@ class _Plan(NamedTuple):
 
     def zeros(self):
         return jnp.zeros(len(self.order), jnp.float32)
+
+    def each(self, body, carry):
+        """`carry = body(i, carry)` for every chunk i that holds a target of non-zero weight."""
+        with expect_runs(self.order.shape[1] // self.size):
+            return jax.lax.fori_loop(0, self.count, body, carry)
 
     def part(self, i, hidden) -> _Part:
         order, targets, weight = (
