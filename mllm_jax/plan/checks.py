@@ -55,8 +55,8 @@ def replaced_gathers(program: hlo.Program) -> Iterator[str]:
     if size > MIB:
         yield (
             f"all-reduce for all-gather: {size / MIB:.0f} MiB of weights in the program's text are gathered by adding "
-            "zeros, which sends twice as much; set the options of `compiler_options`, or spread the axis over less of "
-            "the torus"
+            "zeros, which sends twice as much; spread that axis of the mesh over two dimensions of the torus only, or use the "
+            "libtpu of jax 0.10 (see mllm_jax/train/compiler.py)"
         )
 
 

@@ -65,7 +65,7 @@ class Transfer(NamedTuple):
     """A collective of the program."""
 
     kind: str  # of KINDS
-    runs: int  # of a device, in one execution of the program
+    runs: float  # of a device, in one execution of the program
     bytes: float  # of the result on one device, in one run
     instruction: Instruction
 
@@ -134,8 +134,8 @@ def array_sizes(shape: str) -> list[int]:
 def transfers(program: Program) -> list[Transfer]:
     """Every collective that an execution of the program runs.
 
-    A loop runs as often as its condition says. Where that is a value of the program, the scope `at_most_N` of the loop
-    says it; without one it counts once. Of the branches of a conditional the one that moves most counts.
+    A loop runs as often as its condition says. Where that is a value of the program, the loop's scope says how often
+    (`nn.runtime.expect_runs`); without one it counts once. Of a conditional's branches the one that moves most counts.
     """
     return _merge_parts(_transfers(program, program.entry, fused=False))
 
@@ -201,7 +201,7 @@ def _elements(shape: str) -> list[str]:
     return parts
 
 
-def trips(program: Program, computation: Computation, loop: Instruction) -> int:
+def trips(program: Program, computation: Computation, loop: Instruction) -> float:
     """How often a `while` of a computation runs."""
     if known := re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
         return int(known[1])
@@ -228,13 +228,8 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> int:
         begin, end = map(value, compare.operands)
         if end is not None:
             return max(end - (begin or 0), 0)
-    return at_most(loop.scope) or 1
-
-
-def at_most(scope: str) -> int | None:
-    """The number of runs that a loop's scope names, as in "head/at_most_8/while"."""
-    found = re.findall(r"\bat_most_(\d+)\b", scope)
-    return int(found[-1]) if found else None
+    expected = re.findall(r"\btimes_(\d+(?:\.\d+)?)", loop.scope)
+    return float(expected[-1]) if expected else 1
 
 
 def axes_of(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[str, ...]:

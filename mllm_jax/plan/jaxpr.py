@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 from jax.extend import core
 
 PARTS = ("experts", "encoder", "connector", "decoder")  # scopes of the model, the inner one first
+NOISE = re.compile(
+    r"|VLM.*|while|body|closed_call|checkpoint|rematted_computation|\w+\.body|jit\(.*|(?:times|share)_.*"
+)  # of scopes
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
 
@@ -36,7 +39,7 @@ def operations(jaxpr: Any, outer: Any = None, times: float = 1.0) -> Iterator[Op
 
     The body of a scan counts times its length, what `shard_map` gives to each device times the devices, and of the
     branches of a `cond` the one with the most FLOPs. A loop whose length is a value of the program counts as often as
-    its scope `times_N` says, and once without one (see `unknown_loops`).
+    its scope says (`nn.runtime.expect_runs`), and once without one (see `unknown_loops`).
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
@@ -67,19 +70,24 @@ def _runs(name: str, params: dict[str, Any], scope: str) -> float:
         return params["length"]
     if name == "shard_map":
         return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-    return (expected_runs(scope) or 1) if name == "while" else 1
+    return (_expected("times", scope) or 1) * used_share(scope) if name == "while" else 1
 
 
-def expected_runs(scope: str) -> float | None:
-    """How often a loop of unknown length runs in a full batch, from its scope, as in "head/times_8/while"."""
-    found = re.findall(r"\btimes_(\d+(?:\.\d+)?)", scope)
+def used_share(scope: str) -> float:
+    """The share of the rows of grouped products that is used where batches are full (`nn.runtime.expect_share`)."""
+    return _expected("share", scope) or 1
+
+
+def _expected(what: str, scope: str) -> float | None:
+    """What the innermost scope says, as in "times_8.0/while" (`nn.runtime.expect_runs`)."""
+    found = re.findall(rf"\b{what}_(\d+(?:\.\d+)?)", scope)
     return float(found[-1]) if found else None
 
 
 def unknown_loops(steps: list[Operation]) -> list[str]:
     """Scopes of the loops that were counted once because nothing says how often they run."""
     loops = {step.scope for step in steps if step.equation.primitive.name == "while"}
-    return sorted(scope for scope in loops if expected_runs(scope) is None)
+    return sorted(scope for scope in loops if _expected("times", scope) is None)
 
 
 def products(steps: list[Operation]) -> list[Product]:
@@ -107,9 +115,8 @@ def place(scope: str) -> str:
     """A scope for people: "decoder/layers/attention/q, recomputed" for all that jax and XLA write around it."""
     phase = "recomputed" if "rematted_computation" in scope else "backward" if "transpose(" in scope else ""
     words = re.sub(r"jit\(step\)/|\b(?:jvp|transpose|vmap)\(|\)", "", scope).split("/")
-    noise = re.compile(r"|VLM.*|while|body|closed_call|checkpoint|rematted_computation|\w+\.body|jit\(.*|times_.*")
-    kept = "/".join(word for word in words if not noise.fullmatch(word))
-    kept = kept if set(kept.split("/")) & set(PARTS) else f"{part_of(scope)}/{kept}"
+    kept = "/".join(word for word in words if not NOISE.fullmatch(word))
+    kept = f"head/{kept}" if part_of(scope) == "head" else kept
     return f"{kept}, {phase}" if phase else kept
 
 
@@ -128,7 +135,7 @@ def flops(step: Operation) -> tuple[float, float]:
     if name.startswith("dot_product_attention_"):
         return _cudnn(equation, shapes)
     if name == "pallas_call":
-        return _pallas(equation)
+        return _pallas(equation, used_share(step.scope))
     return 0, 0
 
 
@@ -148,12 +155,12 @@ def _cudnn(equation: Any, shapes: list) -> tuple[float, float]:
     return _attention("bwd" if "_bwd" in equation.primitive.name else "fwd", pairs, head_dim, value_dim)
 
 
-def _pallas(equation: Any) -> tuple[float, float]:
-    """A kernel that says what it costs, or splash attention, which does not."""
+def _pallas(equation: Any, share: float) -> tuple[float, float]:
+    """A kernel that says what it costs, of a grouped product with all its rows, or splash attention, which does not."""
     kernel = SPLASH.match(equation.params["name"] or "")
     if kernel is None:
         cost = equation.params["cost_estimate"]
-        return (float(cost.flops), 0) if cost else (0, 0)
+        return (cost.flops * share, 0) if cost else (0, 0)
     q, k, v = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.kind not in "iub"][:3]
     grid = equation.params["grid_mapping"].grid[-2:]
     queries, keys = grid if kernel[1] != "dkv" else grid[::-1]

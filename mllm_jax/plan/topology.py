@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from mllm_jax.config import ConfigError
+from mllm_jax.train.compiler import compiler_options
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = {  # name and bytes of memory, bytes per second of it
@@ -33,16 +34,6 @@ device_description_str: "%s"
 """  # a GpuTargetConfigProto of XLA, in text
 CUDNN = 91200  # as in TARGET
 LOWERED = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # platforms, as jax's lowering names them
-
-# Without these, TPUs whose fsdp axis covers a whole 3-D torus gather weights by an all-reduce of zeros and their part.
-TPU_OPTIONS = (
-    "xla_tpu_prefer_async_allgather_to_allreduce",
-    "xla_enable_async_all_gather",
-    "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps",
-    "xla_tpu_overlap_compute_collective_tc",
-)
 
 
 class Topology(NamedTuple):
@@ -156,11 +147,6 @@ def targeting(topology: Topology) -> Iterator[None]:
             patch(cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
             patch(cudnn, "is_cuda_compute_capability_equal", lambda wanted: float(wanted) == 9.0)
         yield
-
-
-def compiler_options(platform: str) -> dict[str, str]:
-    """What the compiler of a platform is told for a training step, there and ahead of time."""
-    return dict.fromkeys(TPU_OPTIONS, "true") if platform == "tpu" else {}
 
 
 def compile_options(platform: str) -> dict[str, str]:
