@@ -1,9 +1,11 @@
-"""A run of two processes, each with its share of the data and of the devices."""
+"""Runs of several processes, each with its share of the data and of the devices: the same numbers as one process's.
+
+Sums over devices are taken in another order: losses are compared in fp32, 1e-5 relative.
+"""
 
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,48 +13,145 @@ import time
 import jax
 import numpy as np
 import pytest
+from watched_run import get_config
 
+from mllm_jax.config import ConfigError
 from mllm_jax.train.checkpoint import restore_params
-from mllm_jax.train.metrics import read_metrics
-
-PROCESS = """
-import sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from tiny_run import get_config
 from mllm_jax.train.loop import train
-train(get_config(), sys.argv[3])
-"""
+from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.processes import join
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = 16
 
 
-def start(workdir):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "PYTHONPATH": str(pathlib.Path(__file__).parent),
-    }
-    command = [sys.executable, "-c", PROCESS, address]
-    return [subprocess.Popen([*command, str(i), str(workdir)], env=os.environ | settings) for i in range(2)]
+@pytest.fixture
+def start():
+    """Starts the launcher, training the watched run; nothing is left running after the test."""
+    launchers = []
+
+    def start(processes, devices, workdir, *overrides, variant="", watched=None, **options):
+        config = ["--config", f"{ROOT}/tests/watched_run.py{variant}", "--workdir", str(workdir), *overrides]
+        command = [sys.executable, "-m", "launch.local", f"--processes={processes}", f"--devices={devices}"]
+        settings = {} if watched is None else {"WATCHED": str(watched)}
+        launchers.append(subprocess.Popen([*command, "--", *config], cwd=ROOT, env=os.environ | settings, **options))
+        return launchers[-1]
+
+    yield start
+    for launcher in launchers:
+        while launcher.poll() is None:
+            launcher.terminate()  # the second time, it kills
+            time.sleep(0.5)
+
+
+def process_of(workdir, number):
+    """The process id of one process of a run."""
+    listed = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in listed.splitlines() if f"--process={number} " in line and str(workdir) in line]
+    return int(lines[0].split()[0])
+
+
+def wait_for_steps(launcher, workdir, count):
+    while len(read_metrics(workdir)) < count:
+        assert launcher.poll() is None, "the run ended before it was stopped"
+        time.sleep(0.01)
+
+
+def losses(workdir):
+    found = {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
+    return np.array([found[step] for step in range(1, STEPS + 1)])
+
+
+def tokens(workdir):
+    return [line["tokens"] for line in read_metrics(workdir) if "tokens" in line]
+
+
+def assert_same_run(workdir, expected):
+    np.testing.assert_allclose(losses(workdir), losses(expected), rtol=1e-5)
+    assert tokens(workdir) == tokens(expected)
+
+
+def assert_ended_together(launcher, killed, seconds):
+    """The others ended in time, each error says who was lost, and nobody left a traceback."""
+    began = time.monotonic()
+    output, errors = launcher.communicate(timeout=seconds)
+    assert time.monotonic() - began < seconds
+    assert launcher.returncode == 128 + signal.SIGKILL, errors
+    assert f"launch.local: process {killed} was killed by SIGKILL" in errors
+    assert "the same command goes on from its last checkpoint" in errors
+    assert "error: process 0 cannot reach another one, which has ended" in errors
+    assert "Traceback" not in errors + output
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process with eight devices, which nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("alone")
+    assert train(get_config(), workdir) == STEPS
+    return workdir
+
+
+def test_one_of_two_is_killed_and_one_process_goes_on(start, alone, tmp_path):
+    launcher = start(2, 2, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(launcher, tmp_path, 6)
+    os.kill(process_of(tmp_path, 1), signal.SIGKILL)
+    assert_ended_together(launcher, killed=1, seconds=60)
+    assert train(get_config(), tmp_path) == STEPS
+    assert_same_run(tmp_path, alone)
 
 
 @pytest.mark.slow
-def test_two_processes_save_on_a_notice_and_go_on_bit_equal(tmp_path):
+def test_four_processes_read_shares_save_together_and_go_on_as_two(start, alone, tmp_path):
+    watched, workdir = tmp_path / "read", tmp_path / "run"
+    watched.mkdir()
+    launcher = start(4, 2, workdir, watched=watched, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(launcher, workdir, 6)
+    os.kill(process_of(workdir, 2), signal.SIGKILL)
+    assert_ended_together(launcher, killed=2, seconds=60)
+
+    read = [set(file.read_text().split()) for file in sorted(watched.iterdir())]
+    assert len(read) == 4 and min(map(len, read)) > 30 and len(set().union(*read)) == sum(map(len, read))
+    saved = sorted(path.name for path in (workdir / "checkpoints" / "4" / "params").glob("ocdbt.process_*"))
+    assert saved == [f"ocdbt.process_{number}" for number in range(4)]
+
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    assert start(2, 4, workdir, *mesh).wait(timeout=600) == 0
+    assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_processes_save_and_go_on_bit_equal(start, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert [process.wait(timeout=300) for process in start(whole)] == [0, 0]
-    steps = [line for line in read_metrics(whole) if "heldout" not in line]
-    assert [line["step"] for line in steps] == list(range(1, 25)) and steps[-1]["loss"] < 0.6 * steps[0]["loss"]
-
-    processes = start(stopped)
-    while len(read_metrics(stopped)) < 8 and all(process.poll() is None for process in processes):
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)  # one of them is told; both stop at the same step
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert len(list((stopped / "checkpoints").glob("[0-9]*"))) and not (stopped / "checkpoints" / "24").exists()
-    assert [process.wait(timeout=300) for process in start(stopped)] == [0, 0]
-
-    losses = lambda folder: [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
-    assert losses(stopped) == losses(whole)
+    assert start(2, 2, whole).wait(timeout=600) == 0
+    launcher = start(2, 2, stopped)
+    wait_for_steps(launcher, stopped, 6)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=600) == 0
+    assert list((stopped / "checkpoints").glob("[0-9]*")) and not (stopped / "checkpoints" / str(STEPS)).exists()
+    assert start(2, 2, stopped).wait(timeout=600) == 0
+    assert list(losses(stopped)) == list(losses(whole))
     jax.tree.map(np.testing.assert_array_equal, restore_params(stopped)[1], restore_params(whole)[1])
+
+
+@pytest.mark.slow
+def test_processes_whose_data_end_at_different_steps_end_together(start, tmp_path):
+    """61 conversations: a number of streams and of processes that it does not divide into."""
+    folders = {count: tmp_path / str(count) for count in (1, 2)}
+    for count, workdir in folders.items():
+        assert start(count, 4 // count, workdir, "--config.data.epochs=1", variant=":short").wait(timeout=600) == 0
+    assert 2 < len(tokens(folders[1])) < STEPS and tokens(folders[1]) == tokens(folders[2])
+    one, two = ([line["loss"] for line in read_metrics(workdir) if "loss" in line] for workdir in folders.values())
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+def test_what_does_not_make_a_cluster_is_refused():
+    for arguments in ((None, 2, 0), ("localhost:1", None, 0), ("localhost:1", 2, 2)):
+        with pytest.raises(ConfigError, match="--coordinator"):
+            join(*arguments, detect=False)
+    join(None, None, None, detect=False)
+    assert not jax.distributed.is_initialized()
+
+
+def test_the_launcher_wants_something_to_train():
+    done = subprocess.run([sys.executable, "-m", "launch.local"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "after --, the arguments of mllm_jax.train" in done.stderr
