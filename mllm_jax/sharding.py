@@ -241,8 +241,12 @@ def shard(x, names, rules: Rules):
     if mesh.empty or not rules:
         return x
     parts = [fitting_axes(name, size, rules, mesh) for name, size in zip(names, x.shape)]
-    spec = _spec(names, parts, f"an activation with axes {tuple(names)}")
-    if all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+    return place(x, _spec(names, parts, f"an activation with axes {tuple(names)}"))
+
+
+def place(x, spec: PartitionSpec):
+    """Constrain an activation to a spec of the ambient mesh."""
+    if all(kind == jax.sharding.AxisType.Explicit for kind in jax.sharding.get_abstract_mesh().axis_types):
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
 

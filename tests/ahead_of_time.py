@@ -1,5 +1,5 @@
 """Compiles `attend`, forward and backward, for an accelerator that is not there. Run by test_attention.py in a process
-of its own: `python ahead_of_time.py tpu|gpu '[heads, kv_heads, head_dim, causal, length]'` prints one line of JSON."""
+of its own: `python ahead_of_time.py tpu|gpu '{"heads": 8, ...}'` prints one line of JSON."""
 
 import json
 import os
@@ -14,11 +14,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from mllm_jax.nn.attention import attend  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402
-from mllm_jax.sharding import make_mesh  # noqa: E402
+from mllm_jax.sharding import make_mesh, partition_spec  # noqa: E402
 
 H200 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -33,7 +32,8 @@ device_description_str: "H200"
 
 def devices():
     if platform == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+        options = {"num_slices": arguments["slices"]} if "slices" in arguments else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", **options).devices
     from jax._src import xla_bridge
 
     known = xla_bridge.canonicalize_platform
@@ -46,25 +46,39 @@ def devices():
     return topologies.get_topology_desc("", platform="cuda", target_config=H200, topology="1x4x1").devices
 
 
-heads, kv_heads, head_dim, causal, length = arguments
-runtime = Runtime(dtype="bfloat16", attention={"tpu": "splash", "gpu": "cudnn"}[platform])
-mesh = make_mesh({"fsdp": 2, "tensor": 2}, devices())
+rows, length, heads, kv_heads, head_dim = (
+    arguments[name] for name in ("rows", "length", "heads", "kv_heads", "head_dim")
+)
+implementation = {"tpu": "splash", "gpu": "cudnn"}[platform]
+runtime = Runtime(dtype="bfloat16", attention=implementation, context=arguments.get("context", "auto"))
+mesh = make_mesh(arguments["mesh"], devices())
 
 
-def shape(*sizes, dtype=jnp.bfloat16, split=("fsdp",)):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P(*split)))
+def shape(*sizes, names, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(
+        sizes, dtype, sharding=NamedSharding(mesh, partition_spec(names, runtime.rules, mesh, sizes))
+    )
 
 
 def loss(q, k, v, segment):
+    causal = arguments["causal"]
     out = attend(q, k, v, q_segment=segment, kv_segment=segment, causal=causal, runtime=runtime)
     return out.astype(jnp.float32).sum()
 
 
 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    split = ("fsdp", None, "tensor")
-    q, k = (shape(4, length, n, head_dim, split=split) for n in (heads, kv_heads))
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, shape(4, length, dtype=jnp.int32))
+    names = ("batch", "length", "heads", "head_dim")
+    q, k = (shape(rows, length, n, head_dim, names=names) for n in (heads, kv_heads))
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(
+        q, k, k, shape(rows, length, names=names[:2], dtype="int32")
+    )
     compiled = traced.lower(lowering_platforms=({"tpu": "tpu", "gpu": "cuda"}[platform],)).compile()
-targets = re.findall(r'custom_call_target="([^"]+)"', compiled.as_text())
-print(json.dumps({"targets": targets, "temporary": compiled.memory_analysis().temp_size_in_bytes}), flush=True)
+text = compiled.as_text()
+report = {
+    "targets": re.findall(r'custom_call_target="([^"]+)"', text),
+    "collectives": sorted(set(re.findall(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(", text))),
+    "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    "slices": [getattr(device, "slice_index", 0) for device in mesh.devices[:, 0, 0, 0, 0]],
+}
+print(json.dumps(report), flush=True)
 os._exit(0)  # the plugins' own shutdown may fail without a device

@@ -92,36 +92,55 @@ def test_what_a_kernel_cannot_take(name, message):
         attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=Runtime(attention=name))
 
 
-def ahead_of_time(platform, *arguments):
+def ahead_of_time(platform, mesh=None, **arguments):
     script = pathlib.Path(__file__).with_name("ahead_of_time.py")
-    run = subprocess.run([sys.executable, script, platform, json.dumps(arguments)], capture_output=True, text=True)
+    arguments = json.dumps({"mesh": mesh or {"fsdp": 2, "tensor": 2}, "rows": 4} | arguments)
+    run = subprocess.run([sys.executable, script, platform, arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
+DECODER = {"heads": 16, "kv_heads": 4, "head_dim": 128, "causal": True}
 SHAPES = pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, causal",
-    [(16, 4, 128, True), (16, 16, 72, False), (16, 16, 64, False)],
+    "shape",
+    [DECODER, *({"heads": 16, "kv_heads": 16, "head_dim": size, "causal": False} for size in (72, 64))],
     ids=["decoder", "so400m", "large"],
+)
+NEEDS_TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install mllm_jax[tpu]")
+NEEDS_GPU = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="needs pip install mllm_jax[cuda]",
 )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[tpu])")
+@NEEDS_TPU
 @SHAPES
-def test_splash_compiles_for_tpu(heads, kv_heads, head_dim, causal):
+def test_splash_compiles_for_tpu(shape):
     length = 4096
-    report = ahead_of_time("tpu", heads, kv_heads, head_dim, causal, length)
+    report = ahead_of_time("tpu", **shape, length=length)
     assert report["targets"].count("tpu_custom_call") >= 3  # forward, and backward for queries and for keys
-    scores = 2 * (heads // 2) * length * length * 2  # of the rows and heads of one device, in bf16
+    assert report["collectives"] == []
+    scores = 2 * (shape["heads"] // 2) * length * length * 2  # of the rows and heads of one device, in bf16
     assert report["temporary"] < scores
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="needs the CUDA plugin (pip install mllm_jax[cuda])",
-)
+@NEEDS_TPU
+def test_tokens_on_several_tpus():
+    """Ulysses keeps the platform's kernel; a ring needs no more memory than a few parts; two slices are one mesh."""
+    mesh, length = {"fsdp": 2, "context": 2}, 8192
+    report = ahead_of_time("tpu", mesh, **DECODER, length=length)
+    assert report["targets"].count("tpu_custom_call") >= 3 and "all-to-all" in report["collectives"]
+    report = ahead_of_time("tpu", mesh, **DECODER, length=length, context="ring")
+    assert report["collectives"] == ["collective-permute"]
+    queries = 2 * (length // 2) * DECODER["heads"] * DECODER["head_dim"] * 4  # of one device, in fp32
+    assert report["temporary"] < 4 * queries
+    report = ahead_of_time("tpu", {"data": 2, "fsdp": 4}, **DECODER, rows=8, length=256, slices=2)
+    assert report["slices"] == [0, 1]
+
+
+@NEEDS_GPU
 @SHAPES
-def test_cudnn_compiles_for_gpu(heads, kv_heads, head_dim, causal):
-    report = ahead_of_time("gpu", heads, kv_heads, head_dim, causal, 2048)
+def test_cudnn_compiles_for_gpu(shape):
+    report = ahead_of_time("gpu", **shape, length=2048)
     fused = [target for target in report["targets"] if target.startswith("__cudnn$fmha")]
     assert len(fused) == 2 and fused[1].endswith("Backward")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from examples import VALUES, random_example, tiny_config
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import VLM, abstract_boxed, init_params
@@ -158,3 +159,19 @@ def test_what_is_exchanged(exchange):
     kinds = [kind for shape, kind in found if shape.startswith(("f32", "(f32"))]
     assert set(kinds) == {"collective-permute" if exchange == "ring" else "all-to-all"}
     assert exchange == "ring" or len(kinds) == 4
+
+
+@pytest.mark.parametrize("exchange", ["ring", "ulysses"])
+def test_explicit_axes(exchange):
+    """Types that carry shardings, as `jax.make_mesh` gives by default, come out as they went in."""
+    *inputs, _ = random_inputs(2)
+    segment = SEGMENTS["packed"]
+    mesh = make_mesh({"fsdp": 2, "context": 4})
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    alone = attend(*inputs, q_segment=segment, kv_segment=segment, causal=False, runtime=Runtime())
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp", "context")))
+        spread = jax.jit(partial(attend, causal=False, runtime=Runtime(context=exchange)))
+        out = spread(*map(place, inputs), q_segment=place(segment), kv_segment=place(segment))
+    assert out.sharding.spec == PartitionSpec("fsdp", "context", None, None)
+    assert_close(np.asarray(out)[segment > 0], np.asarray(alone)[segment > 0])

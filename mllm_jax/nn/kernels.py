@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.sharding import fitting_axes
+from mllm_jax.sharding import fitting_axes, place
 
 SPLASH_BLOCK = 512
 
@@ -57,8 +57,9 @@ def over_mesh(kernel, q, k, v, q_segment, kv_segment, q_slot, kv_slot, rules, to
         heads, split = (), 1
     of_heads, of_rows, of_slots = jax.P(rows, tokens, heads), jax.P(rows, tokens), jax.P(tokens)
     in_specs = (of_heads,) * 3 + (of_rows,) * 2 + (of_slots,) * 2
+    args = (q, *repeat_heads(k, v, split), q_segment, kv_segment, q_slot, kv_slot)
     spread = jax.shard_map(kernel, in_specs=in_specs, out_specs=of_heads, check_vma=False)
-    return spread(q, *repeat_heads(k, v, split), q_segment, kv_segment, q_slot, kv_slot)
+    return spread(*map(place, args, in_specs))
 
 
 def repeat_heads(k, v, ways: int):
