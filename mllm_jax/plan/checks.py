@@ -47,16 +47,16 @@ def warnings_of(run: Run, platform: str, steps: list[Operation], program: hlo.Pr
 def replaced_gathers(program: hlo.Program) -> Iterator[str]:
     """All-reduces of arrays in which a device's own part stands among zeros."""
     size = 0.0
-    for computation in program.computations.values():
-        for instruction in computation.instructions.values():
-            if instruction.opcode.removesuffix("-start") == "all-reduce":
-                parts = (_origin(program, computation, name) for name in instruction.operands)
-                size += sum(hlo.shape_bytes(part.shape) for part in parts if part.opcode == "dynamic-update-slice")
+    for transfer in hlo.transfers(program):
+        if transfer.kind == "all-reduce":
+            parts = (_origin(program, transfer.computation, name) for name in transfer.instruction.operands)
+            zeros = sum(hlo.shape_bytes(part.shape) for part in parts if part.opcode == "dynamic-update-slice")
+            size += transfer.runs * zeros
     if size > MIB:
         yield (
-            f"all-reduce for all-gather: {size / MIB:.0f} MiB of weights in the program's text are gathered by adding "
-            "zeros, which sends twice as much; spread that axis of the mesh over two dimensions of the torus only, or use the "
-            "libtpu of jax 0.10 (see mllm_jax/train/compiler.py)"
+            f"all-reduce for all-gather: {size / MIB:.0f} MiB of a step are gathered by adding zeros, which sends twice"
+            " as much; spread that axis of the mesh over less of the torus, or use the libtpu of jax 0.10 (see "
+            "mllm_jax/train/compiler.py)"
         )
 
 

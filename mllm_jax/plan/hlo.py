@@ -68,6 +68,7 @@ class Transfer(NamedTuple):
     runs: float  # of a device, in one execution of the program
     bytes: float  # of the result on one device, in one run
     instruction: Instruction
+    computation: Computation  # in which it stands
 
 
 def parse(text: str) -> Program:
@@ -142,13 +143,13 @@ def transfers(program: Program) -> list[Transfer]:
 
 def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer, bool]]:
     """(collective, whether it lies in a fusion) of a computation and all that it calls."""
-    found = []
-    for instruction in program.computations[name].instructions.values():
+    found, computation = [], program.computations[name]
+    for instruction in computation.instructions.values():
         opcode, kind = instruction.opcode, instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            found.append((Transfer(kind, 1, _result_bytes(instruction), instruction), fused))
+            found.append((Transfer(kind, 1, _result_bytes(instruction), instruction, computation), fused))
         elif opcode == "while":
-            times = trips(program, program.computations[name], instruction)
+            times = trips(program, computation, instruction)
             inner = [x for body in instruction.called("body") for x in _transfers(program, body, fused)]
             found += [(transfer._replace(runs=transfer.runs * times), deep) for transfer, deep in inner]
         elif opcode == "conditional":

@@ -164,9 +164,9 @@ def _pallas(equation: Any, share: float) -> tuple[float, float]:
     q, k, v = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.kind not in "iub"][:3]
     grid = equation.params["grid_mapping"].grid[-2:]
     queries, keys = grid if kernel[1] != "dkv" else grid[::-1]
-    seen = 1.0
-    if any(x.aval.dtype.kind == "i" and x.aval.shape[:1] == (q[-2],) for x in equation.invars):  # order of the queries
-        seen = _causal_blocks(queries, keys) / (queries * keys)
+    # Segments come in pairs; a causal mask is computed from one array more, the order of the queries.
+    causal = len([x for x in equation.invars if x.aval.dtype == "int32" and x.aval.ndim > 1]) % 2
+    seen = _causal_blocks(queries, keys) / (queries * keys) if causal else 1
     return _attention(kernel[1], math.prod(q[:-1]) * k[-2] * seen, q[-1], v[-1])
 
 

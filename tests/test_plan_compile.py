@@ -1,0 +1,480 @@
+"""Planning a step: what is read from a text, counted in a trace and warned of equals what is known beforehand."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_run import get_config
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.pack import collate
+from mllm_jax.model import abstract_params
+from mllm_jax.nn.attention import attend
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.runtime import Runtime, expect_runs
+from mllm_jax.plan import checks, hlo
+from mllm_jax.plan.compile import Collective, abstract_step, argument_groups, collectives, plan_step
+from mllm_jax.plan.jaxpr import operations, place, products, unknown_loops
+from mllm_jax.plan.topology import Topology, get_topology, targeting
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train.compiler import TPU_OPTIONS, compiler_options
+from mllm_jax.train.inputs import Placer
+from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.run import read_run
+from mllm_jax.train.state import abstract_state, state_shardings
+
+MESH = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
+
+# A loop of three, whose condition is given its bound in a tuple; parts of one collective in two fusions; attributes
+# over several lines; a reduce-scatter as TPU programs write it; a branch; a collective that starts and is done.
+TEXT = """HloModule a_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+FileNames
+1 "step.py"
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%part_one (p: f32[2]) -> f32[8] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %gather.1 = f32[8]{0:T(256)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+}
+
+%part_two (q: f32[2]) -> f32[8] {
+  %q = f32[2]{0} parameter(0)
+  ROOT %gather.2 = f32[8]{0:T(256)} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+}
+
+%all-reduce-scatter.1 (r: f32[8]) -> f32[2] {
+  %r = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %whole = f32[8]{0} all-reduce(%r), channel_id=8, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %own = f32[2]{0} dynamic-slice(%whole, %zero), dynamic_slice_sizes={2}
+}
+
+%wrapped (w: f32[8]) -> f32[8] {
+  %w = f32[8]{0} parameter(0)
+  ROOT %swap = f32[8]{0} all-to-all(%w), channel_id=9, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+
+%less (pair: (s32[], s32[])) -> pred[] {
+  %pair = (s32[], s32[]) parameter(0)
+  %count = s32[] get-tuple-element(%pair), index=0
+  %bound = s32[] get-tuple-element(%pair), index=1
+  ROOT %lt = pred[] compare(%count, %bound), direction=LT
+}
+
+%body (carry: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {
+  %carry = (s32[], s32[], f32[8]{0:T(256)}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %n = s32[] get-tuple-element(%carry), index=1
+  %v = f32[8]{0} get-tuple-element(%carry), index=2
+  %slice.1 = f32[2]{0} slice(%v), slice={[0:2]}
+  %fusion.1 = f32[8]{0} fusion(%slice.1), kind=kLoop, calls=%part_one
+  %fusion.2 = f32[8]{0} fusion(%slice.1), kind=kLoop, calls=%part_two, backend_config={"a":{"b":"c
+  }}, metadata={op_name="jit(step)/jvp(VLM)/decoder/while/body/closed_call/layers.body/layers/mlp/up/dot_general"}
+  %fusion.3 = f32[2]{0} fusion(%fusion.2), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %next = (s32[], s32[], f32[8]{0}) tuple(%i, %n, %fusion.2)
+}
+
+%left (l: f32[8]) -> f32[8] {
+  ROOT %l = f32[8]{0} parameter(0)
+}
+
+%right (m: f32[8]) -> f32[8] {
+  %m = f32[8]{0} parameter(0)
+  ROOT %ring = f32[8]{0} collective-permute(%m), channel_id=10, source_target_pairs={{0,2},{2,4},{4,6},{6,0}}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %zero.1 = s32[] constant(0)
+  %three = s32[] constant(3)
+  %first = (s32[], s32[], f32[8]{0}) tuple(%zero.1, %three, %a)
+  %loop = (s32[], s32[], /*index=2*/f32[8]{0}) while(%first), condition=%less, body=%body
+  %out = f32[8]{0} get-tuple-element(%loop), index=2
+  %begun = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%out), calls=%wrapped
+  %done = f32[8]{0} async-done(%begun), calls=%wrapped
+  %start = (f32[8]{0}, f32[8,8]{1,0:T(8,128)}) all-gather-start(%done), channel_id=11, replica_groups={}, dimensions={0}
+  %gathered = f32[8,8]{1,0:T(8,128)} all-gather-done(%start)
+  %big = bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(1)} custom-call(%gathered), custom_call_target="fast", metadata={op_name="a"}
+  %large = bf16[4,8,16]{2,1,0} custom-call(%big), custom_call_target="slow", metadata={op_name="jit(step)/jvp()/while"}
+  ROOT %choice = f32[8]{0} conditional(%zero.1, %out, %out), branch_computations={%left, %right}
+}
+"""
+
+
+def test_collectives_of_a_text():
+    program = hlo.parse(TEXT)
+    found = [(x.kind, x.runs, x.bytes, hlo.axes_of(x.instruction, MESH)) for x in hlo.transfers(program)]
+    assert sorted(found) == [
+        ("all-gather", 1, 256, ("fsdp", "tensor")),
+        ("all-gather", 3, 32, ("fsdp",)),  # once, of its two parts
+        ("all-to-all", 1, 32, ("tensor",)),
+        ("collective-permute", 1, 32, ("fsdp",)),
+        ("reduce-scatter", 3, 8, ("fsdp",)),
+    ]
+
+
+def test_arrays_of_a_text():
+    """Not what lies in another memory, nor what is inside a fusion."""
+    program = hlo.parse(TEXT)
+    (shape, scope, size), (second, where, _) = hlo.largest_arrays(program, 2)
+    assert (shape, scope, size) == ("bf16[4,8,16]", "jit(step)/jvp()/while", 1024)
+    assert second == "f32[8]" and place(where) == "decoder/layers/mlp/up/dot_general"
+
+
+@pytest.mark.parametrize(
+    "attributes, axes",
+    {
+        "replica_groups={{0,2,4,6},{1,3,5,7}}": ("fsdp",),
+        "replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add": ("tensor",),
+        "replica_groups={}": ("fsdp", "tensor"),
+        "replica_groups=[4,2]<=[8]": ("tensor",),
+        "replica_groups=[2,4]<=[4,2]T(1,0)": ("fsdp",),
+        "replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2] {'axis_1'}, dimensions={1}": ("fsdp",),
+        "replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2] {'axis_1','axis_2'}": ("fsdp", "tensor"),
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}": ("fsdp",),
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=(0,2,4,6,1,3,5,7) {'axis_0'}": ("tensor",),
+        "replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}": ("fsdp",),
+        "replica_groups=mesh['axis_0'=8] {'axis_0':(4)2}, use_global_device_ids=true": ("tensor",),
+        "replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}": ("fsdp", "tensor"),
+        "channel_id=1, source_target_pairs={{0,2},{2,4},{4,6},{6,0}}": ("fsdp",),
+    }.items(),
+    ids=str,
+)
+def test_axes_that_a_collective_joins(attributes, axes):
+    instruction = hlo.Instruction("x", "all-reduce", "f32[8]", (), f", {attributes}", False)
+    assert hlo.axes_of(instruction, MESH) == axes
+
+
+def test_a_text_that_is_none():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("nothing")
+
+
+def compiled_text(step, mesh, *arguments):
+    place = lambda x, spec: jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(mesh, spec))
+    return jax.jit(step).trace(*(place(*x) for x in arguments)).lower().compile().as_text()
+
+
+def test_collectives_of_a_compiled_program():
+    """Each is written by hand, in and out of loops, so that its bytes are known: a float is four."""
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+
+    def local(x, w):  # [16 64], [5 8 64] on each device
+        def layer(x, w):
+            whole = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)  # [32 64]
+            x = jnp.tanh(x @ whole.T) @ whole
+            return jax.lax.psum(x, "tensor"), None  # [16 64]
+
+        x, _ = jax.lax.scan(layer, x, w)
+        x = jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True)
+        x = jax.lax.ppermute(x, "tensor", [(0, 1), (1, 0)])
+        return x + jax.lax.psum(jnp.max(x, axis=0), ("fsdp", "tensor"))  # [64]
+
+    step = jax.shard_map(local, mesh=mesh, in_specs=(P("fsdp"), P(None, "fsdp")), out_specs=P("fsdp"), check_vma=False)
+    text = compiled_text(step, mesh, ((64, 64), P("fsdp")), ((5, 32, 64), P(None, "fsdp")))
+    assert set(collectives(hlo.parse(text), mesh)) == {
+        Collective("all-gather", ("fsdp",), 5, 5 * 32 * 64 * 4),
+        Collective("all-reduce", ("tensor",), 5, 5 * 16 * 64 * 4),
+        Collective("all-to-all", ("fsdp",), 1, 16 * 64 * 4),
+        Collective("collective-permute", ("tensor",), 1, 16 * 64 * 4),
+        Collective("all-reduce", ("fsdp", "tensor"), 1, 64 * 4),
+    }
+
+
+def test_a_loop_whose_length_is_data_says_how_long_it_is():
+    mesh = make_mesh({"fsdp": 8})
+
+    def step(x, count):
+        with expect_runs(6):
+            return jax.lax.fori_loop(0, jnp.sum(count).astype(int), lambda i, x: jax.lax.psum(jnp.sin(x), "fsdp"), x)
+
+    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    found = collectives(hlo.parse(compiled_text(step, mesh, ((32,), P()), ((3,), P()))), mesh)
+    assert found == (Collective("all-reduce", ("fsdp",), 6, 6 * 32 * 4),)
+
+
+# FLOPs
+
+
+def tiny(**runtime):
+    """A run of every part, with AdamW: Muon has products of its own."""
+    config = get_config()
+    config.optim.name = "adamw"
+    run = read_run(config)
+    changed = dataclasses.replace(run.model.runtime, **runtime)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, runtime=changed))
+
+
+def counted(run, platform, shape):
+    """{part: (FLOPs on all devices, recomputed)} of the traced step, as a platform would trace it."""
+    topology = Topology(platform, platform, tuple(jax.devices()))
+    with targeting(topology):
+        step, state, batch = abstract_step(run, make_mesh(shape))
+        steps = list(operations(step.trace(state, batch).jaxpr))
+    assert unknown_loops(steps) == []
+    total = {}
+    for product in products(steps):
+        before = total.get(product.part, (0, 0))
+        total[product.part] = (before[0] + product.flops, before[1] + product.recomputed)
+    return total
+
+
+def test_flops_of_a_dense_model_equal_a_hand_count():
+    """A product costs twice its sizes; backward costs it twice more, but for the pixels' gradient. Plain attention on a
+    CPU works on all pairs. What full rematerialisation repeats is a layer without its last product."""
+    run, rows = tiny(remat="full"), 8
+    encoder, decoder, data = run.model.encoder, run.model.decoder, run.data
+    patches, tokens = rows * data.rows * data.patches, rows * data.tokens
+    width, mlp = encoder.width, encoder.mlp
+    embed = patches * encoder.patch_values * width
+    layer = patches * (4 * width * width + 2 * width * mlp + 2 * data.patches * width)
+    own = {"encoder": (2 * (3 * layer - embed + 3 * embed), 2 * (layer - patches * width * mlp))}
+    assert encoder.layers == 1
+    joined, merged = 4 * width, patches // 4
+    connector = 2 * merged * (joined * joined + joined * decoder.width)  # the last layer's, and one tap's
+    own["connector"] = (2 * 3 * connector, 0)
+    wide, heads = decoder.width, decoder.attention.heads * decoder.attention.head_dim
+    kv = decoder.attention.kv_heads * decoder.attention.head_dim
+    layer = tokens * (2 * wide * heads + 2 * wide * kv + 3 * wide * decoder.mlp + 2 * data.tokens * heads)
+    own["decoder"] = (2 * 2 * 3 * layer, 2 * 2 * (layer - tokens * wide * decoder.mlp))
+    own["head"] = (2 * 3 * tokens * wide * decoder.vocab, 0)
+    found = counted(run, "cpu", {"fsdp": 4, "tensor": 2})
+    again = found["encoder"][1], found["decoder"][1]
+    assert {part: flops - repeated for part, (flops, repeated) in found.items()} == pytest.approx(
+        {part: flops for part, (flops, _) in own.items()}, rel=1e-3
+    )
+    assert again == pytest.approx((own["encoder"][1], own["decoder"][1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 2, "expert": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_flops_of_experts_equal_a_hand_count(shape):
+    """As a TPU traces it: kernels for attention and experts. Every token goes to two experts, wherever they are."""
+    run = tiny()
+    moe = MoeConfig(experts=8, top_k=2, mlp=128)
+    attention = dataclasses.replace(run.model.decoder.attention, heads=4)
+    decoder = dataclasses.replace(run.model.decoder, moe=moe, width=128, attention=attention)
+    data = dataclasses.replace(run.data, tokens=512, blind=True)
+    model = dataclasses.replace(run.model, decoder=decoder)
+    run = dataclasses.replace(run, model=model, data=data)
+    tokens, layers, heads = 8 * 512, decoder.layers, attention.heads * attention.head_dim
+    found = counted(run, "tpu", shape)
+    mixing = tokens * moe.top_k * decoder.width * shape.get("tensor", 1)  # of a token's experts' results, everywhere
+    assert found["experts"][0] == pytest.approx(
+        2 * 3 * layers * (tokens * moe.top_k * 3 * decoder.width * moe.mlp + mixing), rel=1e-3
+    )
+    kv = attention.kv_heads * attention.head_dim
+    weights = decoder.width * (2 * heads + 2 * kv + moe.experts)  # of attention, and of the router
+    pairs = tokens * 512  # one block: causality leaves nothing out
+    scores, along = 2 * pairs * heads, tokens * heads  # of queries with keys or weights with values; of do with o
+    kernel = {"new": 2 + 4, "again": 3}  # products of that size
+    new = layers * (2 * 3 * tokens * weights + kernel["new"] * scores + 2 * along)
+    flops, again = found["decoder"]
+    assert again == pytest.approx(layers * kernel["again"] * scores, rel=1e-3)
+    assert flops - again == pytest.approx(new, rel=1e-3)
+
+
+def test_causal_attention_leaves_blocks_out():
+    """Of 4 x 4 blocks ten; a conversation's own half of the pairs is eight of them."""
+    q, k = (jax.ShapeDtypeStruct((1, 2048, n, 64), jnp.bfloat16) for n in (4, 2))
+    segment = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    runtime = Runtime(dtype="bfloat16", attention="splash")
+    for causal, share in ((True, 10 / 16), (False, 1)):
+        run = partial(attend, causal=causal, runtime=runtime)
+        loss = lambda q, k, v, s, run=run: run(q, k, v, q_segment=s, kv_segment=s).astype(jnp.float32).sum()
+        steps = list(operations(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, k, segment)))
+        kernels = [x for x in steps if x.equation.primitive.name == "pallas_call"]
+        one = 2 * 4 * 2048 * 2048 * 64 * share
+        assert sorted(x.flops / one for x in products(kernels)) == [2, 3, 4]
+
+
+# The plan of a whole step
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan_step(tiny(), get_topology("cpu:8"), {"fsdp": 4, "tensor": 2})
+
+
+def real_bytes(run, shape):
+    """Of the state and a batch, on the first device, as the loop would put them there."""
+    mesh, model = make_mesh(shape), run.model
+    tx, _ = make_optimizer(run.optim, abstract_params(model))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(model, tx))
+    state = jax.device_put(state, state_shardings(model, tx, mesh, model.runtime.rules))
+    rows = collate([[]] * run.data.batch, run.data.budget, merge=model.merge, values=model.patch_values)
+    batch = Placer(run.data.batch, mesh, model.runtime.rules)(rows)
+    first = [shard.data for x in jax.tree.leaves((state, batch)) for shard in x.addressable_shards]
+    return sum(x.nbytes for x in first if x.devices() == {jax.devices()[0]})
+
+
+def test_arguments_are_as_large_as_they_really_are(planned):
+    assert planned.arguments == real_bytes(tiny(), {"fsdp": 4, "tensor": 2})
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}], ids=str)
+def test_groups_of_arguments_add_up(shape):
+    run = tiny()
+    _, state, batch = abstract_step(run, make_mesh(shape))
+    assert sum(argument_groups(state, batch).values()) == real_bytes(run, shape)
+
+
+def test_the_plan_of_a_step(planned):
+    assert planned.mesh == MESH and planned.devices == 8 and planned.device_kind == "cpu"
+    assert planned.peak == planned.arguments + planned.temporaries and planned.temporaries > 0
+    assert sum(planned.flops.values()) > planned.useful > 0 and planned.recomputed == 0
+    sizes = [size for _, size in planned.largest]
+    assert sizes == sorted(sizes, reverse=True) and "batch" in dict(planned.largest)
+    kinds = {collective.kind for collective in planned.collectives}
+    assert kinds >= {"all-gather", "all-reduce"}
+    gathered = sum(x.bytes for x in planned.collectives if x.kind == "all-gather" and x.axes == ("fsdp",))
+    weights = sum(x.size for x in jax.tree.leaves(abstract_params(tiny().model)))
+    assert gathered > 4 * weights / 2  # every weight at least once, a half of most of them
+    assert planned.warnings == ()
+    assert planned.compile_seconds > 0 and planned.host_bytes > 2**26
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "name", ["v5p", "v9:2x2", "h200", "h200:many", "h200:12", "h100:8*2", "cpu:0x2", "v5p:2x2x1*none", "cpu:4096", ""]
+)
+def test_topologies_that_do_not_exist(name):
+    with pytest.raises(ConfigError):
+        get_topology(name)
+
+
+@pytest.mark.parametrize(
+    "mesh, message", [({"fsdp": 3}, "does not cover 8 devices"), ({"rows": 8}, "unknown mesh axes"),
+                      ({"fsdp": 4, "tensor": 2, "stage": 1}, "reserved")],
+)  # fmt: skip
+def test_meshes_that_do_not_fit(mesh, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_step(tiny(), get_topology("cpu:8"), mesh)
+
+
+def test_batches_that_do_not_divide():
+    run = tiny()
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch=6))
+    with pytest.raises(ConfigError, match="cpu:8: .*batch"):
+        plan_step(run, get_topology("cpu:8"), {"fsdp": 8})
+
+
+def test_options_that_the_compiler_accepts(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.42.1")
+    assert set(compiler_options("tpu")) == set(TPU_OPTIONS) and compiler_options("gpu") == compiler_options("cpu") == {}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.52")
+    assert compiler_options("tpu") == {}
+
+
+# Warnings
+
+
+def test_warns_of_gathers_that_add_zeros():
+    text = """HloModule a_step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+ENTRY %main (own: f32[256,1024]) -> f32[1024,1024] {
+  %own = f32[256,1024]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %nothing = f32[] constant(0)
+  %zeros = f32[1024,1024]{1,0} broadcast(%nothing), dimensions={}
+  %placed = f32[1024,1024]{1,0} dynamic-update-slice(%zeros, %own, %zero, %zero)
+  %moved = f32[1024,1024]{0,1} copy(%placed)
+  ROOT %all-reduce = f32[1024,1024]{0,1} all-reduce(%moved), channel_id=1, replica_groups={}, to_apply=%add
+}
+"""
+    (warning,) = checks.replaced_gathers(hlo.parse(text))
+    assert warning.startswith("all-reduce for all-gather: 4 MiB")
+    assert not list(checks.replaced_gathers(hlo.parse(text.replace("copy(%placed)", "copy(%zeros)"))))
+
+
+def test_warns_of_a_head_in_every_chunk():
+    """A loss whose table is gathered in its loop, against ours, whose table is gathered before."""
+    run, mesh = tiny(), make_mesh({"fsdp": 8})
+    table = abstract_params(run.model)["decoder"]["head"]["w"]
+
+    def chunks(hidden, table):
+        def chunk(i, total):
+            return total + jnp.sum(
+                jax.lax.with_sharding_constraint(jnp.tanh(table * i), NamedSharding(mesh, P())) @ hidden
+            )
+
+        with expect_runs(3):
+            return jax.lax.fori_loop(0, jnp.int32(hidden[0]), chunk, 0.0)
+
+    step = lambda hidden, table: jax.value_and_grad(lambda x: x * chunks(hidden, table))(1.0)
+    arguments = ((table.shape[1],), P()), (table.shape, P("fsdp"))
+    found = list(checks.head_exchanges(run, hlo.parse(compiled_text(step, mesh, *arguments)), mesh))
+    assert len(found) == 1 and found[0].startswith("head in every chunk: all-gather")
+
+
+def test_warns_of_dense_gradients_of_experts():
+    x, w = jnp.zeros((32, 8)), jnp.zeros((4, 8, 6))
+    sizes = jnp.full(4, 8, jnp.int32)
+    forward = list(operations(jax.make_jaxpr(jax.lax.ragged_dot)(x, w, sizes)))
+    loss = lambda x, w: jax.lax.ragged_dot(x, w, sizes).sum()
+    both = list(operations(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w)))
+    count = lambda platform, steps: len(list(checks.dense_expert_gradients(platform, steps)))
+    assert (count("tpu", forward), count("tpu", both)) == (0, 1)
+    assert (count("gpu", forward), count("cpu", both)) == (1, 0)
+    assert sum(x.flops for x in products(forward)) == 2 * 32 * 8 * 6
+    assert sum(x.flops for x in products(both)) == 3 * 2 * 32 * 8 * 6
+
+
+def traced_attention(platform, length, **runtime):
+    q, k = (jax.ShapeDtypeStruct((1, length, n, 64), jnp.bfloat16) for n in (4, 2))
+    segment = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    runtime = Runtime(dtype="bfloat16", **runtime)
+
+    def run(q, k, v, segment):
+        with jax.named_scope("decoder/layers/attention"):
+            return attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=runtime)
+
+    with targeting(Topology(platform, platform, tuple(jax.devices()))):
+        return list(operations(jax.make_jaxpr(run)(q, k, k, segment)))
+
+
+def test_warns_of_attention_that_is_not_the_kernels():
+    kernel, plain = traced_attention("tpu", 1024), traced_attention("tpu", 1000)
+    assert not list(checks.attention_on_xla("tpu", kernel)) and not list(checks.attention_on_xla("cpu", plain))
+    found = set(checks.attention_on_xla("tpu", plain))
+    assert len(found) == 1 and found.pop().startswith(
+        "attention on XLA: decoder/layers/attention does not run in splash"
+    )
+
+
+def test_warns_of_masks_of_all_pairs():
+    dense = traced_attention("gpu", 1024)
+    assert all(x.startswith("dense mask: decoder/layers/attention makes bool[") for x in checks.dense_masks(dense))
+    assert list(checks.dense_masks(dense)) and not list(checks.attention_on_xla("gpu", dense))
+    assert not list(checks.dense_masks(traced_attention("tpu", 1024)))
+
+
+def test_warns_of_loops_that_nobody_knows_the_length_of():
+    loop = lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
+    known = lambda x, n: expect_runs(5)(loop)(x, n)
+    x, n = jnp.zeros((4, 4)), jnp.int32(3)
+    for step, runs, unknown in ((loop, 1, 1), (known, 5, 0)):
+        steps = list(operations(jax.make_jaxpr(step)(x, n)))
+        assert len(unknown_loops(steps)) == unknown
+        assert sum(x.flops for x in products(steps)) == runs * 2 * 4**3
