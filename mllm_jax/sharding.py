@@ -50,6 +50,7 @@ RULES: dict[str, dict[str, Any]] = {
         "position": None,
         "encoder_batch": MESH_AXES,
         "encoder_length": None,
+        "encoder_embed": ("fsdp", "expert", "context"),
         "connector_batch": MESH_AXES,
         "connector_length": None,
     }
@@ -196,12 +197,13 @@ def fitting_axes(name: Name, size: int, rules: Rules, mesh) -> tuple[str, ...]:
     return axes
 
 
-def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> PartitionSpec:
-    """The PartitionSpec of axis names under rules.
+def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "", part: str = "") -> PartitionSpec:
+    """The PartitionSpec of axis names under rules, those of a part of the model if it is named.
 
     Mesh axes of size 1 and those that the mesh lacks are dropped. With `shape`, a size that its mesh axes do not
     divide raises ValueError, as do a name without a rule and a mesh axis used twice.
     """
+    known, rules = dict(rules), rules_of(part, rules)
     table, what = dict(rules), what or f"an array with axes {tuple(names)}"
     for name in names:
         if name is not None and name not in table:
@@ -209,10 +211,10 @@ def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "") -> Par
     parts = [_mesh_axes(table.get(name), mesh) for name in names]
     for name, size, axes in zip(names, shape or (), parts):
         if size % _count(axes, mesh):
-            fits = _entry(fitting_axes(name, size, rules, mesh))
+            fits, rule = _entry(fitting_axes(name, size, rules, mesh)), f"{part}_{name}"
             raise ValueError(
                 f"{what}: its axis {name!r} of size {size} is not divisible by {_product(axes, mesh.shape)} devices; "
-                f"change the size, the mesh, or the sharding rule of {name!r} to {fits!r}"
+                f"change the size, the mesh, or the sharding rule of {(rule if rule in known else name)!r} to {fits!r}"
             )
     return _spec(names, parts, what)
 
@@ -271,10 +273,6 @@ def _groups(rows: int, rules: Rules) -> int:
     return _count(fitting_axes("batch", rows, rules, mesh), mesh)
 
 
-def _name(key) -> str:
-    return str(getattr(key, "key", key))
-
-
 def shardings(boxed, mesh: Mesh, rules: Rules):
     """NamedSharding of every weight, for a tree of `Named` boxes as `model.init` or its `eval_shape` returns it.
 
@@ -284,7 +282,8 @@ def shardings(boxed, mesh: Mesh, rules: Rules):
     def of(path, box):
         if not isinstance(box, Named):
             return NamedSharding(mesh, PartitionSpec())
-        own, what = rules_of(_name(path[0]), rules), f"weight {'/'.join(map(_name, path))}"
-        return NamedSharding(mesh, partition_spec(box.names, own, mesh, box.value.shape, what))
+        names = [str(getattr(key, "key", key)) for key in path]
+        what = f"weight {'/'.join(names)}"
+        return NamedSharding(mesh, partition_spec(box.names, rules, mesh, box.value.shape, what, names[0]))
 
     return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda leaf: isinstance(leaf, Named))

@@ -14,12 +14,14 @@ from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import VLM, abstract_boxed, init_params
 from mllm_jax.nn import flash
 from mllm_jax.nn.attention import attend
+from mllm_jax.nn.context import exchange_for
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import RULES, freeze_rules, make_mesh, shard, shardings
 from mllm_jax.train.loss import token_loss
 from mllm_jax.train.step import batch_shardings, loss_sum
 
 HEADS, HEAD_DIM, LENGTH = 4, 8, 40
+ALONE = Runtime()
 
 
 def rows_of_segments(lengths, total=LENGTH):
@@ -34,13 +36,15 @@ SEGMENTS = {
 }
 
 
-def random_inputs(kv_heads, value_dim=HEAD_DIM, rows=4, length=LENGTH):
+def random_inputs(kv_heads, value_dim=HEAD_DIM, rows=4):
+    """q, k, v, and what to multiply the result by."""
     rng = np.random.default_rng(kv_heads)
     shapes = (HEADS, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, value_dim), (HEADS, value_dim)
-    return [rng.standard_normal((rows, length, *shape)).astype(np.float32) for shape in shapes]
+    return [rng.standard_normal((rows, LENGTH, *shape)).astype(np.float32) for shape in shapes]
 
 
-def value_and_gradients(q, k, v, target, segment, causal, runtime):
+@partial(jax.jit, static_argnames=("causal", "runtime"))
+def value_and_gradients(q, k, v, target, segment, causal, runtime=ALONE):
     """Attention, and the gradients of its product with `target`, both where there is no padding."""
 
     def loss(q, k, v):
@@ -58,17 +62,56 @@ def assert_close(got, wanted, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("segment", SEGMENTS)
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("exchange", ["ring", "ulysses"])
-def test_tokens_on_four_devices(monkeypatch, exchange, kv_heads, segment, causal):
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Each device then has several, of which the last is not full."""
     monkeypatch.setattr(flash, "BLOCK", 3)
-    args = (*random_inputs(kv_heads), SEGMENTS[segment])
-    alone = jax.jit(partial(value_and_gradients, causal=causal, runtime=Runtime(attention="xla")))(*args)
-    with jax.set_mesh(make_mesh({"fsdp": 2, "context": 4})):
-        spread = jax.jit(partial(value_and_gradients, causal=causal, runtime=Runtime(context=exchange)))
-        assert_close(spread(*args), alone)
+
+
+CASES = [
+    (1, HEAD_DIM, True, {"fsdp": 2, "context": 4}),
+    (2, HEAD_DIM, True, {"fsdp": 2, "context": 4}),
+    (4, 12, True, {"fsdp": 2, "context": 4}),
+    (2, HEAD_DIM, False, {"fsdp": 2, "context": 4}),
+    (1, HEAD_DIM, True, {"fsdp": 2, "context": 2, "tensor": 2}),
+]
+
+
+@pytest.mark.parametrize("kv_heads, value_dim, causal, mesh", CASES, ids=str)
+@pytest.mark.parametrize("exchange", ["ring", "ulysses"])
+def test_tokens_on_several_devices(exchange, kv_heads, value_dim, causal, mesh):
+    inputs = random_inputs(kv_heads, value_dim)
+    for segment in SEGMENTS.values():
+        alone = value_and_gradients(*inputs, segment, causal=causal)
+        with jax.set_mesh(make_mesh(mesh)):
+            spread = value_and_gradients(*inputs, segment, causal=causal, runtime=Runtime(context=exchange))
+        assert_close(spread, alone)
+
+
+def test_which_exchange():
+    heads_of = lambda heads, kv_heads, devices: exchange_for(heads, kv_heads, devices, "auto")
+    assert heads_of(32, 8, 8) == heads_of(32, 8, 16) == heads_of(8, 1, 4) == "ulysses"
+    assert heads_of(32, 8, 64) == heads_of(12, 12, 8) == heads_of(4, 3, 2) == "ring"
+    with pytest.raises(ValueError, match="'ulysses' cannot split 12 heads .12 of keys and values. over 8 devices"):
+        exchange_for(12, 12, 8, "ulysses")
+
+
+def test_a_causal_ring_gives_all_devices_the_same_work():
+    """In blocks of queries that meet blocks of keys, in every turn of the ring."""
+    devices, half = 4, 6
+
+    def part(device):
+        slot = np.concatenate([np.arange(half) + place * half for place in (device, 2 * devices - 1 - device)])
+        ones, block = np.ones((1, 2 * half), np.int32), np.zeros((1, 2 * half, 1, 1), np.float32)
+        return flash._queries(block, ones, slot, 1), flash._keys(block, block, ones, slot)
+
+    def work(queries, keys):
+        first, last = flash._bounds(queries, keys, 1, True)
+        return int(jnp.sum(last - first))
+
+    parts = [part(device) for device in range(devices)]
+    turns = [[work(parts[i][0], parts[(i - turn) % devices][1]) for i in range(devices)] for turn in range(devices)]
+    assert turns == [[10] * devices, *[[8] * devices] * (devices - 1)]  # of 16
 
 
 def rows_of_examples(rng, rows=4):

@@ -129,3 +129,8 @@ def test_a_part_of_the_model_has_rules_of_its_own():
     layout = shardings({"encoder": {"w": box}, "decoder": {"w": box}}, make_mesh(), rules)
     assert layout["encoder"]["w"].spec == PartitionSpec(None)
     assert layout["decoder"]["w"].spec == PartitionSpec("fsdp")
+    odd = Named(jax.ShapeDtypeStruct((12,), jnp.float32), ("embed",))
+    with pytest.raises(
+        ValueError, match="weight encoder/w: .* of size 12 .* fsdp=8 devices.* of 'encoder_embed' to No"
+    ):
+        shardings({"encoder": {"w": odd}}, make_mesh(), FSDP)
