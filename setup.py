@@ -35,7 +35,7 @@ setup(
         "video": ["av>=12"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU
-        "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13", "tokamax>=0.0.12"],
         "test": [
             "av>=12",
             "torch==2.13.0",

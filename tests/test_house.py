@@ -30,7 +30,7 @@ MAY_IMPORT["families"] = {"weights", "data", "model"} | MAY_IMPORT["model"]
 MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["generate"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["train"] = {"config"} | MAY_IMPORT["generate"]
-MAY_IMPORT["plan"] = {"train"} | MAY_IMPORT["train"]
+MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 DATA_WORKERS = ["pack", "readers", "sources", "scenes", "images", "video", "positions", "template", "processor"]
 

@@ -64,7 +64,10 @@ def _megablox(x, w, sizes):
 
 def _tokamax(x, w, sizes):
     import tokamax
+    from absl import flags
 
+    if not flags.FLAGS.is_parsed():  # tokamax reads its options there, and not every program uses absl's flags
+        flags.FLAGS.mark_as_parsed()
     return tokamax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype)
 
 
