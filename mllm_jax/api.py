@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mllm_jax.data.processor import Processor
+from mllm_jax.data.processor import Processor, spec_for
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import VLM, ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.runtime import Runtime
@@ -50,6 +50,8 @@ def load_pretrained(
     """
     folder = local_folder(source)
     stated = _read_config(folder)
+    if stated.get("quantization_config"):
+        raise ValueError(f"{folder} holds quantized weights, which cannot be read; load a copy in bf16, fp16 or fp32")
     kind = stated.get("model_type")
     if kind not in FAMILIES:
         hint = "" if kind else " (the folder of a training run is read by load_workdir)"
@@ -64,7 +66,7 @@ def load_pretrained(
     layout = shardings(abstract_boxed(config), mesh, runtime.rules) if mesh else None
     rows, shapes = family.weights(config), abstract_params(config)
     params = load_tensors(folder, rows, shapes, layout, dtype, ignore=family.IGNORE, rename=family.RENAME)
-    return Pretrained(config, VLM(config), params, _processor(folder))
+    return Pretrained(config, VLM(config), params, _processor(folder, config))
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
@@ -103,9 +105,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG} is not JSON: {fault}") from None
 
 
-def _processor(folder: Path) -> Processor | None:
+def _processor(folder: Path, config: ModelConfig) -> Processor | None:
     try:
-        return Processor.from_folder(folder)
+        return Processor.from_folder(folder, spec_for(config))
     except FileNotFoundError:
         return None
 

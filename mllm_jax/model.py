@@ -42,6 +42,16 @@ class ModelConfig:
     runtime: Runtime = Runtime()
     family: str = "qwen3_vl"
 
+    @property
+    def merge(self) -> int:
+        """Side of the square of patches that becomes one visual token; 1 where there are none."""
+        return 1 if self.encoder is None else self.connector.merge
+
+    @property
+    def patch_values(self) -> int:
+        """Values in a patch; 0 where there are none."""
+        return 0 if self.encoder is None else self.encoder.patch_values
+
 
 class VLM(nn.Module):
     config: ModelConfig
@@ -103,6 +113,12 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: str | None = N
         index=jnp.zeros((), jnp.int32),
         position=jnp.zeros((rows,), jnp.int32),
     )
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
+    """Bytes that a cache keeps of one token, over all layers."""
+    values = sum(heads * values for heads, values in config.decoder.attention.cached)
+    return config.decoder.layers * values * jnp.dtype(dtype or config.runtime.dtype).itemsize
 
 
 def example_batch(config: ModelConfig) -> Batch:

@@ -9,16 +9,16 @@ from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.positions import mrope_positions
 from mllm_jax.types import Batch, Example, Picture
 
-NAMES = (
-    "input_ids attention_mask pixel_values image_grid_thw pixel_values_videos video_grid_thw mm_token_type_ids labels"
-).split()
+TEXT = ["input_ids", "attention_mask", "labels"]
+VISION = ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids"]
 
 
 def from_hf_inputs(config, inputs: Mapping[str, Any]) -> Batch:
     """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits come out in its order.
 
     Args:
-      config: a ModelConfig; its special tokens, patch and merge sizes are read.
+      config: a ModelConfig; its special tokens, patch and merge sizes are read. Without an encoder only `input_ids`,
+        `attention_mask` and `labels` are understood.
       inputs: numpy arrays (or what `numpy.asarray` takes) named as Hugging Face's processors name them: `input_ids`
         i[B T]; optional `attention_mask` [B T] (padding left or right), `pixel_values` f[sum(patches) C] with
         `image_grid_thw` i[images 3], `pixel_values_videos` with `video_grid_thw`; `mm_token_type_ids` is redundant and
@@ -27,8 +27,9 @@ def from_hf_inputs(config, inputs: Mapping[str, Any]) -> Batch:
       ValueError: an unknown name, or placeholders in `input_ids` that do not match the grids.
     """
     inputs = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
-    if unknown := sorted(set(inputs) - set(NAMES)):
-        raise ValueError(f"unknown inputs {unknown}; understood are {', '.join(NAMES)}")
+    names = TEXT if config.tokens is None else TEXT + VISION
+    if unknown := sorted(set(inputs) - set(names)):
+        raise ValueError(f"unknown inputs {unknown}; understood are {', '.join(names)}")
     ids = inputs["input_ids"].astype(np.int32)
     if ids.ndim != 2:
         raise ValueError(f"input_ids must be [B T], not {ids.shape}")
@@ -37,17 +38,18 @@ def from_hf_inputs(config, inputs: Mapping[str, Any]) -> Batch:
             raise ValueError(f"{name} has shape {inputs[name].shape}, input_ids {ids.shape}")
     mask = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
     labels = inputs.get("labels", np.full_like(ids, -100))
-    merge = config.connector.merge
-    supply = {
-        config.tokens.image: _pictures(inputs, "pixel_values", "image_grid_thw"),
-        config.tokens.video: _pictures(inputs, "pixel_values_videos", "video_grid_thw"),
-    }
-    examples = [_example(row, keep, label, supply, merge) for row, keep, label in zip(ids, mask, labels)]
+    supply = {}
+    if config.tokens is not None:
+        supply = {
+            config.tokens.image: _pictures(inputs, "pixel_values", "image_grid_thw"),
+            config.tokens.video: _pictures(inputs, "pixel_values_videos", "video_grid_thw"),
+        }
+    examples = [_example(row, keep, label, supply, config.merge) for row, keep, label in zip(ids, mask, labels)]
     for name, left in zip(("image", "video"), supply.values()):
         if left:
             raise ValueError(f"{len(left)} pictures of the {name} grids have no placeholders in input_ids")
     budget = tightest(examples, tokens=ids.shape[1])
-    batch = collate([[example] for example in examples], budget, merge=merge, values=config.encoder.patch_values)
+    batch = collate([[example] for example in examples], budget, merge=config.merge, values=config.patch_values)
     return _move_to(batch, mask)
 
 

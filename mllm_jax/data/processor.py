@@ -18,7 +18,10 @@ from mllm_jax.types import Example, Picture
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorSpec:
-    """What a model expects of its input. The defaults are those published with Qwen3-VL."""
+    """What a model expects of its input. The defaults are those published with Qwen3-VL.
+
+    A model of text alone has None for the tokens of vision; `end_of_turn` None is the tokenizer's end of text.
+    """
 
     patch: int = 16  # side in pixels
     temporal_patch: int = 2  # frames
@@ -32,11 +35,11 @@ class ProcessorSpec:
     max_frames: int = 768
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_token: str = "<|image_pad|>"
-    video_token: str = "<|video_pad|>"
-    vision_start: str = "<|vision_start|>"
-    vision_end: str = "<|vision_end|>"
-    end_of_turn: str = "<|im_end|>"
+    image_token: str | None = "<|image_pad|>"
+    video_token: str | None = "<|video_pad|>"
+    vision_start: str | None = "<|vision_start|>"
+    vision_end: str | None = "<|vision_end|>"
+    end_of_turn: str | None = "<|im_end|>"
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"
     video_processor_type: str = "Qwen3VLVideoProcessor"
@@ -47,7 +50,14 @@ class ProcessorSpec:
         return self.patch * self.merge
 
 
-_PUBLISHED = ProcessorSpec()
+SEEING = ProcessorSpec()
+TEXT = ProcessorSpec(image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None)
+
+
+def spec_for(config: Any) -> ProcessorSpec:
+    """What a model expects, as far as its ModelConfig says."""
+    encoder = config.encoder
+    return TEXT if encoder is None else ProcessorSpec(encoder.patch_size, encoder.temporal_patch_size, config.merge)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +119,14 @@ class Processor:
         self.tokenizer = tokenizer
         self.template = template
         self.spec = spec
-        self.image_id = tokenizer.id(spec.image_token)
-        self.video_id = tokenizer.id(spec.video_token)
-        self.vision_start_id = tokenizer.id(spec.vision_start)
-        self.vision_end_id = tokenizer.id(spec.vision_end)
-        self.end_of_turn_id = tokenizer.id(spec.end_of_turn)
+        tokens = (spec.image_token, spec.video_token, spec.vision_start, spec.vision_end)
+        ids = (None if token is None else tokenizer.id(token) for token in tokens)
+        self.image_id, self.video_id, self.vision_start_id, self.vision_end_id = ids
+        self._placeholders = [token for token in (self.image_id, self.video_id) if token is not None]
+        end_of_turn = spec.end_of_turn or tokenizer.special_tokens().get("eos_token")
+        if end_of_turn is None:
+            raise ValueError("tokenizer_config.json names no eos_token, so that nothing says where an answer ends")
+        self.end_of_turn_id = tokenizer.id(end_of_turn)
 
     def __call__(
         self, messages: Messages, generate: bool = False, budget: Budget | None = None, kind: str = ""
@@ -130,7 +143,7 @@ class Processor:
         visuals = [self._open(item) for item in _items(messages) if item["type"] != "text"]
         tokens, weight = self._tokens(messages, visuals, generate)
         tokens, weight = np.array(tokens, np.int32), np.array(weight, np.float32)
-        visual = (tokens == self.image_id) | (tokens == self.video_id)
+        visual = np.isin(tokens, self._placeholders)
 
         sizes = self._sizes(visuals, int((~visual).sum()), budget)
         factor = self.spec.factor
@@ -176,7 +189,7 @@ class Processor:
         """Tokens and weights with one placeholder for every picture and every temporal patch of a clip."""
         written, weights = self.template.tokenize(self.tokenizer, messages, self.end_of_turn_id, generate)
         expected = [self.image_id if isinstance(visual, _Still) else self.video_id for visual in visuals]
-        placeholders = [token for token in written if token in (self.image_id, self.video_id)]
+        placeholders = [token for token in written if token in self._placeholders]
         if placeholders != expected:
             raise ValueError(
                 f"the chat template wrote {len(placeholders)} placeholders for {len(visuals)} pictures and clips; "
@@ -185,7 +198,7 @@ class Processor:
         queue = iter(visuals)
         tokens, weight = [], []
         for token, value in zip(written, weights, strict=True):
-            expanded = next(queue).placeholder(self) if token in (self.image_id, self.video_id) else [token]
+            expanded = next(queue).placeholder(self) if token in self._placeholders else [token]
             tokens += expanded
             weight += [value] * len(expanded)
         return tokens, weight
@@ -238,7 +251,7 @@ class Processor:
                 yield Picture(patches, (height // spec.patch, width // spec.patch), time)
 
     @classmethod
-    def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = _PUBLISHED) -> "Processor":
+    def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":
         """Reads a published model's tokenizer, chat template and preprocessor configs; `spec` is what they leave open.
 
         Raises FileNotFoundError if the tokenizer or the template is missing.
@@ -271,6 +284,8 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
         self.template.save(folder)
+        if spec.image_token is None:
+            return
         common = {
             "patch_size": spec.patch,
             "temporal_patch_size": spec.temporal_patch,

@@ -72,7 +72,7 @@ def generate_ids(
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if np.max(batch.segment, initial=0) > 1:
         raise ValueError("a row holds several conversations; generation continues one per row")
-    batch = pad_prompts(batch, vlm.config.connector.merge)
+    batch = pad_prompts(batch, vlm.config.merge)
     rows, length = batch.tokens.shape
     slots = bucket(length + max_new_tokens, TOKENS)
     choice = Choice(

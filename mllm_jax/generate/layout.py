@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.model import VLM, head_table
+from mllm_jax.nn.stack import segments
 from mllm_jax.types import Array
 
 
 class Weights(NamedTuple):
     params: Any  # as the model takes them; without the decoder's layers where these are apart
-    layers: tuple | None = None  # each of the decoder's layers
+    layers: dict[str, tuple] | None = None  # each of the decoder's layers, by the name of their stack
     head: Array | None = None  # [D V]
 
 
@@ -29,15 +30,16 @@ def lay_out(model: VLM, params, rows: int) -> tuple[VLM, Weights]:
         return model, Weights({"decoder": params["decoder"]})
     runtime = dataclasses.replace(model.config.runtime, scan=False, remat="none")
     model = VLM(dataclasses.replace(model.config, runtime=runtime))
-    return model, _apart({"decoder": params["decoder"]}, turn_head=rows > 1)
+    names = tuple(segment.name for segment in segments(model.config.decoder.kinds))
+    return model, _apart({"decoder": params["decoder"]}, names, turn_head=rows > 1)
 
 
 def for_hidden(weights: Weights):
     """Parameters that `model.apply` takes."""
     if weights.layers is None:
         return weights.params
-    layers = jax.tree.map(lambda *parts: jnp.stack(parts), *weights.layers)
-    return {"decoder": {**weights.params["decoder"], "layers": layers}}
+    stacked = {name: jax.tree.map(lambda *parts: jnp.stack(parts), *apart) for name, apart in weights.layers.items()}
+    return {"decoder": {**weights.params["decoder"], **stacked}}
 
 
 def for_logits(weights: Weights):
@@ -49,10 +51,11 @@ def for_logits(weights: Weights):
     return {"decoder": {**decoder, **own}}
 
 
-@functools.partial(jax.jit, static_argnames="turn_head")
-def _apart(params, turn_head: bool) -> Weights:
-    decoder = dict(params["decoder"])
-    stacked = decoder.pop("layers")
-    depth = len(jax.tree.leaves(stacked)[0])
-    layers = tuple(jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(depth))
+@functools.partial(jax.jit, static_argnames=("names", "turn_head"))
+def _apart(params, names: tuple[str, ...], turn_head: bool) -> Weights:
+    decoder, layers = dict(params["decoder"]), {}
+    for name in names:
+        stacked = decoder.pop(name)
+        depth = len(jax.tree.leaves(stacked)[0])
+        layers[name] = tuple(jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(depth))
     return Weights({"decoder": decoder}, layers, head_table(params).T if turn_head else None)

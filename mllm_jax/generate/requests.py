@@ -46,8 +46,7 @@ def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
     """Conversations as a batch of prompts, one per row, no larger than the largest of them."""
     processor = _processor(vlm)
     examples = [processor(_messages(conversation), generate=True) for conversation in conversations]
-    config = vlm.config
-    values, merge = config.encoder.patch_values, config.connector.merge
+    merge, values = vlm.config.merge, vlm.config.patch_values
     return collate([[example] for example in examples], tightest(examples), merge=merge, values=values)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from mllm_jax.config import ConfigError
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
-from mllm_jax.data.processor import Processor, ProcessorSpec
+from mllm_jax.data.processor import SEEING, Processor, spec_for
 from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_tokenizer
 from mllm_jax.data.sources import JsonLines
 from mllm_jax.data.template import ChatTemplate, Tokenizer
@@ -137,15 +137,15 @@ def make_processor(source: str, model: ModelConfig, data: DataConfig) -> Process
     """The processor in a folder, of the hub, or of `scenes`; ConfigError unless it fits the model."""
     limits = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}
-    encoder = model.encoder
-    sizes = {"patch": encoder.patch_size, "temporal_patch": encoder.temporal_patch_size, "merge": model.connector.merge}
+    spec = spec_for(model)
     if source == SCENES:
-        spec = ProcessorSpec(**sizes, **limits)
-        return _checked(Processor(Tokenizer(scenes_tokenizer()), ChatTemplate(SCENES_TEMPLATE), spec), model)
+        spec = dataclasses.replace(spec, **limits)
+        tokenizer = Tokenizer(scenes_tokenizer(), {"eos_token": SEEING.end_of_turn})
+        return _checked(Processor(tokenizer, ChatTemplate(SCENES_TEMPLATE), spec), model)
     if not source:
         raise ConfigError("config.processor must name a folder with a tokenizer and a chat template")
     try:
-        published = Processor.from_folder(local_folder(source), ProcessorSpec(**sizes))
+        published = Processor.from_folder(local_folder(source), spec)
     except FileNotFoundError as error:
         raise ConfigError(f"config.processor: {error}") from error
     spec = dataclasses.replace(published.spec, **limits)
@@ -153,14 +153,16 @@ def make_processor(source: str, model: ModelConfig, data: DataConfig) -> Process
 
 
 def _checked(processor: Processor, model: ModelConfig) -> Processor:
-    spec, encoder, words = processor.spec, model.encoder, len(processor.tokenizer)
-    pairs = {
-        "patch_size": (spec.patch, encoder.patch_size),
-        "temporal_patch_size": (spec.temporal_patch, encoder.temporal_patch_size),
-        "merge": (spec.merge, model.connector.merge),
-        "the id of image tokens": (processor.image_id, model.tokens.image),
-        "the id of video tokens": (processor.video_id, model.tokens.video),
-    }
+    words, pairs = len(processor.tokenizer), {}
+    if model.encoder is not None:
+        wanted, spec = spec_for(model), processor.spec
+        pairs = {
+            "patch_size": (spec.patch, wanted.patch),
+            "temporal_patch_size": (spec.temporal_patch, wanted.temporal_patch),
+            "merge": (spec.merge, wanted.merge),
+            "the id of image tokens": (processor.image_id, model.tokens.image),
+            "the id of video tokens": (processor.video_id, model.tokens.video),
+        }
     if wrong := [f"{name} is {ours}, the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
         raise ConfigError(f"config.processor does not fit config.model: {'; '.join(wrong)}")
     if words > model.decoder.vocab:
