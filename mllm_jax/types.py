@@ -6,7 +6,7 @@ Legend, used in einsums, comments and docstrings of the whole package:
     R patch rows per batch row                  P patches in a patch row
     M visual tokens of a batch row              C values in a patch
     D width     N heads     K key-value heads     G = N / K     H head dim     F mlp width     L layers
-    E experts   k experts that a token chooses
+    E experts   k experts that a token chooses          Z values of a latent
 
 Every value is a NamedTuple: a pytree for jax and a plain tuple of arrays for numpy, so that data workers
 can build batches without importing jax. Fields hold numpy or jax arrays.

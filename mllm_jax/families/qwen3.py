@@ -17,7 +17,19 @@ _MOE = DecoderConfig(
     vocab=151936, width=2048, layers=48, attention=_TEXT, mlp=6144, moe=MoeConfig(experts=128, top_k=8, mlp=768)
 )
 
+
+def _dense(width: int, layers: int, heads: int, mlp: int, tie: bool = False) -> DecoderConfig:
+    attention = replace(_TEXT, heads=heads, kv_heads=8)
+    return DecoderConfig(151936, width, layers, attention, mlp, tie_embeddings=tie)
+
+
 SIZES = {
+    "0.6b": _dense(1024, 28, 16, 3072, tie=True),
+    "1.7b": _dense(2048, 28, 16, 6144, tie=True),
+    "4b": _dense(2560, 36, 32, 9728, tie=True),
+    "8b": _dense(4096, 36, 32, 12288),
+    "14b": _dense(5120, 40, 40, 17408),
+    "32b": _dense(5120, 64, 64, 25600),
     "30b-a3b": _MOE,
     "235b-a22b": replace(
         _MOE,
@@ -31,10 +43,14 @@ SIZES = {
 
 
 def sizes(name: str) -> ModelConfig:
-    """The config of a published size: "30b-a3b" or "235b-a22b"."""
+    """The config of a published size: "0.6b", "1.7b", "4b", "8b", "14b", "32b"; with experts "30b-a3b", "235b-a22b"."""
     if name not in SIZES:
         raise ValueError(f"Qwen3 has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return ModelConfig(None, None, SIZES[name], family="qwen3_moe")
+    return ModelConfig(None, None, SIZES[name], family=_kind(SIZES[name]))
+
+
+def _kind(decoder: DecoderConfig) -> str:
+    return "qwen3_moe" if decoder.moe else "qwen3"
 
 
 def from_hf(config: dict) -> ModelConfig:
@@ -44,11 +60,13 @@ def from_hf(config: dict) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict:
     """The inverse of `from_hf`. Raises ValueError for what a config.json of Qwen3 cannot say."""
-    kind = "qwen3_moe" if config.decoder.moe else "qwen3"
+    kind = _kind(config.decoder)
     architecture = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[kind]
     written = {"architectures": [architecture], "model_type": kind, **decoder_to_hf(config.decoder)}
     if (reads := from_hf(written).decoder) != config.decoder:
-        raise ValueError(f"Qwen3's config.json cannot say all of this decoder: {config.decoder} would be read as {reads}")
+        raise ValueError(
+            f"Qwen3's config.json cannot say all of this decoder: {config.decoder} would be read as {reads}"
+        )
     return written
 
 

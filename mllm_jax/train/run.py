@@ -16,6 +16,7 @@ from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules, shardings
 from mllm_jax.train.balance import BalanceConfig
@@ -24,7 +25,8 @@ from mllm_jax.train.optim import OptimConfig
 from mllm_jax.weights.hf import load_tensors
 
 PARTS = {
-    part.__name__: part for part in (VitConfig, PatchMergerConfig, AttentionConfig, JsonLinesData, ScenesData)
+    part.__name__: part
+    for part in (VitConfig, PatchMergerConfig, AttentionConfig, MlaConfig, JsonLinesData, ScenesData)
 }
 
 
@@ -94,6 +96,8 @@ def read_run(config: ConfigDict) -> Run:
         raise ConfigError(
             f"config.train.accumulate={run.train.accumulate} must divide config.data.batch={run.data.batch}"
         )
+    if run.model.encoder is None and run.data.budget.rows:
+        raise ConfigError("config.data.rows must be 0: the model has no encoder, so that it sees no pictures")
     return dataclasses.replace(run, model=with_rules(run.model, run.rules))
 
 

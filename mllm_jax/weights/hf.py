@@ -69,7 +69,7 @@ def load_tensors(
       rows: the family's table of weights.
       abstract: nested dict of ShapeDtypeStruct, the parameters; only shapes are used.
       shardings: nested dict of jax.sharding.Sharding like `abstract`; None = all on the default device.
-      dtype: of the returned arrays.
+      dtype: of the returned arrays, but for rows that have their own.
       ignore: regular expressions of names, matched whole, that may be on disk and are not needed.
       rename: (regular expression, replacement) pairs that turn old names on disk into those of the table, all in order.
 
@@ -80,7 +80,7 @@ def load_tensors(
       BrokenCheckpoint: the files cannot be read. WeightsMismatch: they do not fit. Both before anything is allocated.
       ValueError: the table does not fit the tree.
     """
-    folder = local_folder(folder)
+    folder, rows = local_folder(folder), [Row(*row) for row in rows]
     entries = expand(rows, abstract)
     tensors = _match(folder, open_checkpoint(folder), entries, tuple(ignore), tuple(rename))
     leaves = flatten(abstract)
@@ -89,6 +89,7 @@ def load_tensors(
 
     elements = {(entry.path, entry.index): name for name, entry in entries.items()}
     depths = {entry.path: len(entry.index) for entry in entries.values()}
+    dtypes = {row.ours: row.dtype for row in rows if row.dtype}
 
     def element(path: str, index: tuple[int, ...]) -> np.ndarray:
         name = elements[path, index]
@@ -97,7 +98,8 @@ def load_tensors(
     with _progress("loading", sum(math.prod(leaf.shape) for leaf in leaves.values())) as advance:
         for path, leaf in leaves.items():
             read = functools.partial(element, path)
-            leaves[path] = fill(tuple(leaf.shape), depths.get(path, 0), dtype, places[path], read, advance)
+            kind = dtypes.get(path, dtype)
+            leaves[path] = fill(tuple(leaf.shape), depths.get(path, 0), kind, places[path], read, advance)
     return unflatten(leaves)
 
 

@@ -27,6 +27,7 @@ class Row(NamedTuple):
 
     sizes: the axes that our shape leaves open: c, t, y in "d c t y x -> (c t y x) d".
     values: what stands in their names for 0, 1, ... of a stacked axis, where that is something else.
+    dtype: of our leaf, where it has its own in a model of any dtype.
     """
 
     ours: str
@@ -34,6 +35,7 @@ class Row(NamedTuple):
     pattern: str = ""
     sizes: Mapping[str, int] = {}
     values: Mapping[str, Sequence[Any]] = {}
+    dtype: str | None = None
 
 
 class Entry(NamedTuple):

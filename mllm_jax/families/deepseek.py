@@ -1,0 +1,256 @@
+"""DeepSeek-V2, V2-Lite (arXiv 2405.04434) and V3 (arXiv 2412.19437): latent attention, and experts in all but the first
+layers. Tensor names as in the published safetensors files.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.decoder import EXPERTS, DecoderConfig
+from mllm_jax.families import rows as common
+from mllm_jax.model import ModelConfig
+from mllm_jax.nn.mla import MlaConfig
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.rope import YarnConfig
+from mllm_jax.weights.table import Row
+
+V2, V3 = "deepseek_v2", "deepseek_v3"
+_YARN = YarnConfig(factor=40.0, length=4096, mscale=0.707, mscale_all_dim=0.707)
+_LITE = DecoderConfig(
+    vocab=102400,
+    width=2048,
+    layers=27,
+    attention=MlaConfig(heads=16, yarn=_YARN),
+    mlp=10944,
+    moe=MoeConfig(experts=64, top_k=6, mlp=1408, shared=2 * 1408, renormalise=False),
+    dense_first=1,
+)
+
+SIZES = {
+    "v2-lite": _LITE,
+    "v2": replace(
+        _LITE,
+        width=5120,
+        layers=60,
+        attention=MlaConfig(heads=128, q_rank=1536, yarn=_YARN),
+        mlp=12288,
+        moe=MoeConfig(
+            experts=160, top_k=6, mlp=1536, shared=2 * 1536, renormalise=False, scale=16.0, groups=8, top_groups=3
+        ),
+    ),
+    "v3": replace(
+        _LITE,
+        vocab=129280,
+        width=7168,
+        layers=61,
+        attention=MlaConfig(heads=128, q_rank=1536, yarn=replace(_YARN, mscale=1.0, mscale_all_dim=1.0)),
+        mlp=18432,
+        moe=MoeConfig(
+            experts=256,
+            top_k=8,
+            mlp=2048,
+            shared=2048,
+            score="sigmoid",
+            bias=True,
+            scale=2.5,
+            groups=8,
+            top_groups=4,
+            group_best=2,
+        ),
+        dense_first=3,
+    ),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size: "v2-lite", "v2" or "v3"."""
+    if name not in SIZES:
+        raise ValueError(f"DeepSeek has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return ModelConfig(None, None, SIZES[name], family=_kind(SIZES[name]))
+
+
+def _kind(decoder: DecoderConfig) -> str:
+    return V3 if decoder.moe.score == "sigmoid" else V2
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "deepseek_v2" or "deepseek_v3" describes.
+
+    Raises ValueError for what this model cannot do.
+    """
+    wrong = [
+        f"{name}={config[name]!r}"
+        for name, only in (
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("mlp_bias", False),
+            ("moe_layer_freq", 1),
+            ("rope_interleave", True),
+            ("num_key_value_heads", config["num_attention_heads"]),
+        )
+        if config.get(name, only) not in (only, None)
+    ]
+    if wrong:
+        raise ValueError(f"latent attention and experts as DeepSeek published them know no {', '.join(wrong)}")
+    rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"], **(config.get("rope_scaling") or {})}
+    decoder = DecoderConfig(
+        vocab=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        attention=MlaConfig(
+            heads=config["num_attention_heads"],
+            kv_rank=config["kv_lora_rank"],
+            nope_dim=config["qk_nope_head_dim"],
+            rope_dim=config["qk_rope_head_dim"],
+            v_dim=config["v_head_dim"],
+            q_rank=config.get("q_lora_rank") or 0,
+            rope_theta=float(rope["rope_theta"]),
+            yarn=_yarn_from_hf(rope),
+        ),
+        mlp=config["intermediate_size"],
+        moe=_moe_from_hf(config),
+        dense_first=config["first_k_dense_replace"],
+        norm_eps=config["rms_norm_eps"],
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+    return ModelConfig(None, None, decoder, family=config["model_type"])
+
+
+_YARN_NAMES = {
+    "factor": "factor",
+    "length": "original_max_position_embeddings",
+    "fast": "beta_fast",
+    "slow": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+}
+
+
+def _yarn_from_hf(rope: dict) -> YarnConfig | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    given = {name: value for name, value in rope.items() if value is not None}
+    unknown = set(given) - {"rope_type", "type", "rope_theta", *_YARN_NAMES.values()}
+    if kind != "yarn" or unknown:
+        raise ValueError(
+            f"of stretched rotary positions only YaRN is known, with {[*_YARN_NAMES.values()]}, not {rope}"
+        )
+    if ("mscale" in given) != ("mscale_all_dim" in given):
+        raise ValueError(f"YaRN with only one of mscale and mscale_all_dim has no agreed meaning: {rope}")
+    stated = {ours: given[theirs] for ours, theirs in _YARN_NAMES.items() if theirs in given}
+    return YarnConfig(**{ours: value if ours == "length" else float(value) for ours, value in stated.items()})
+
+
+def _moe_from_hf(config: dict) -> MoeConfig:
+    grouped, bias = config["model_type"] == V3, config["model_type"] == V3
+    if not bias:
+        if config.get("norm_topk_prob"):
+            raise ValueError("norm_topk_prob: transformers ignores it in a deepseek_v2, DeepSeek's own code does not")
+        method = config.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise ValueError(f"topk_method {method!r} of a deepseek_v2 is not 'greedy' or 'group_limited_greedy'")
+        grouped = method == "group_limited_greedy"
+    groups = config["n_group"] if grouped else 1
+    return MoeConfig(
+        experts=config["n_routed_experts"],
+        top_k=config["num_experts_per_tok"],
+        mlp=config["moe_intermediate_size"],
+        shared=(config.get("n_shared_experts") or 0) * config["moe_intermediate_size"],
+        score="sigmoid" if bias else "softmax",
+        bias=bias,
+        renormalise=bias and config["norm_topk_prob"],
+        scale=float(config["routed_scaling_factor"]),
+        groups=groups,
+        top_groups=config["topk_group"] if groups > 1 else 1,
+        group_best=2 if bias and groups > 1 else 1,
+    )
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for what a config.json of DeepSeek cannot say."""
+    decoder, attention, moe = config.decoder, config.decoder.attention, config.decoder.moe
+    if not isinstance(attention, MlaConfig) or moe is None:
+        raise ValueError(f"DeepSeek's config.json describes latent attention and experts, not {decoder}")
+    kind, yarn = _kind(decoder), attention.yarn
+    rope = {"rope_type": "yarn" if yarn else "default", "rope_theta": attention.rope_theta}
+    if yarn:
+        rope |= {theirs: getattr(yarn, ours) for ours, theirs in _YARN_NAMES.items()}
+    method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.groups > 1 else "greedy"}[kind]
+    written = {
+        "architectures": [{V2: "DeepseekV2ForCausalLM", V3: "DeepseekV3ForCausalLM"}[kind]],
+        "model_type": kind,
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.heads,
+        "kv_lora_rank": attention.kv_rank,
+        "q_lora_rank": attention.q_rank or None,
+        "qk_nope_head_dim": attention.nope_dim,
+        "qk_rope_head_dim": attention.rope_dim,
+        "v_head_dim": attention.v_dim,
+        "intermediate_size": decoder.mlp,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": decoder.norm_eps,
+        "max_position_embeddings": int(yarn.factor * yarn.length) if yarn else 163840,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "rope_parameters": rope,
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.mlp,
+        "n_shared_experts": moe.shared // moe.mlp,
+        "first_k_dense_replace": decoder.dense_first,
+        "scoring_func": moe.score,
+        "topk_method": method,
+        "n_group": moe.groups,
+        "topk_group": moe.top_groups,
+        "norm_topk_prob": moe.renormalise,
+        "routed_scaling_factor": moe.scale,
+    }
+    if kind == V3:
+        written["num_nextn_predict_layers"] = 0
+    if (reads := from_hf(written).decoder) != decoder:
+        raise ValueError(f"DeepSeek's config.json cannot say all of this decoder: {decoder} would be read as {reads}")
+    return written
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    layer = "model.layers.{n}"
+    theirs, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+
+    def rows(kind: str) -> list[Row]:
+        block = common.gated_mlp("mlp", mlp)
+        if kind == EXPERTS:
+            block = [
+                Row("mlp/router/w", f"{mlp}.gate.weight", "e d -> d e"),
+                # Beside scores below one it is large, and its steps are small: bf16 would change who is selected.
+                Row("mlp/bias", f"{mlp}.gate.e_score_correction_bias", dtype="float32"),
+                *common.experts("mlp", f"{mlp}.experts"),
+                *common.gated_mlp("mlp/shared", f"{mlp}.shared_experts"),
+            ]
+        return [
+            Row("norm1/scale", f"{layer}.input_layernorm.weight"),
+            Row("norm2/scale", f"{layer}.post_attention_layernorm.weight"),
+            *common.linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h"),
+            *common.linear("attention/q_down", f"{theirs}.q_a_proj", "z d -> d z"),
+            Row("attention/q_norm/scale", f"{theirs}.q_a_layernorm.weight"),
+            *common.linear("attention/q_up", f"{theirs}.q_b_proj", "(n h) z -> z n h"),
+            *common.linear("attention/kv_down", f"{theirs}.kv_a_proj_with_mqa", "z d -> d z"),
+            Row("attention/kv_norm/scale", f"{theirs}.kv_a_layernorm.weight"),
+            *common.linear("attention/kv_up", f"{theirs}.kv_b_proj", "(n h) z -> z n h"),
+            *common.linear("attention/out", f"{theirs}.o_proj", "d (n h) -> n h d"),
+            *block,
+        ]
+
+    return [
+        Row("decoder/embed", "model.embed_tokens.weight"),
+        *common.layers(config.decoder, rows),
+        Row("decoder/norm/scale", "model.norm.weight"),
+        Row("decoder/head/w", "lm_head.weight"),
+    ]
+
+
+# A tied head, and V3's extra layer that predicts a second token: published beside the model, and not part of it.
+IGNORE = ("lm_head.weight", r"model\.layers\.61\..*")
+RENAME = ()
