@@ -1,5 +1,6 @@
 """The commands of the README run: with few steps, on the tiny model, in a copy of the folder that they name."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -84,6 +85,15 @@ def test_command(command, folder, tmp_path):
         # Two billion published parameters are not here: the command must get as far as asking for them.
         refused = run(command.replace("runs/sft", str(tmp_path / "run")), folder, expect=1)
         assert "Qwen/Qwen3-VL-2B-Instruct is not a folder here" in refused.stderr
+        return
+    if "mllm_jax.plan certify" in command:
+        run(command + " --help", folder)  # tests/test_certify.py runs it
+        return
+    if "mllm_jax.plan" in command:
+        if importlib.util.find_spec("libtpu") is None:
+            assert "needs the TPU compiler" in run(command, folder, expect=2).stderr
+        else:
+            run(command + " --compile=0", folder)
         return
     if "mllm_jax.train" in command:
         command = " ".join([command, *FEW_STEPS])
