@@ -12,7 +12,7 @@ from mllm_jax.nn.kernels import KERNELS, kernel_for, over_mesh
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import fitting_axes
 
-SCORES = 2**22  # scores of one head and batch row that are held at once
+SCORES = 2**18  # of one head and batch row: up to so many are computed at once, more in blocks
 
 
 def attend(q, k, v, *, q_segment, kv_segment, causal: bool, runtime: Runtime, offset=None):
