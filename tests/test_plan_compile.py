@@ -3,6 +3,10 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -107,6 +111,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %done = f32[8]{0} async-done(%begun), calls=%wrapped
   %start = (f32[8]{0}, f32[8,8]{1,0:T(8,128)}) all-gather-start(%done), channel_id=11, replica_groups={}, dimensions={0}
   %gathered = f32[8,8]{1,0:T(8,128)} all-gather-done(%start)
+  %begun.2 = ((f32[8,8]{1,0}), f32[4,8]{1,0}, u32[]) reduce-scatter-start(%gathered), replica_groups=[4,2]<=[8]
+  %half = f32[4,8]{1,0} reduce-scatter-done(%begun.2)
   %big = bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(1)} custom-call(%gathered), custom_call_target="fast", metadata={op_name="a"}
   %large = bf16[4,8,16]{2,1,0} custom-call(%big), custom_call_target="slow", metadata={op_name="jit(step)/jvp()/while"}
   ROOT %choice = f32[8]{0} conditional(%zero.1, %out, %out), branch_computations={%left, %right}
@@ -122,6 +128,7 @@ def test_collectives_of_a_text():
         ("all-gather", 3, 32, ("fsdp",)),  # once, of its two parts
         ("all-to-all", 1, 32, ("tensor",)),
         ("collective-permute", 1, 32, ("fsdp",)),
+        ("reduce-scatter", 1, 128, ("tensor",)),
         ("reduce-scatter", 3, 8, ("fsdp",)),
     ]
 
@@ -346,11 +353,65 @@ def test_the_plan_of_a_step(planned):
     assert planned.compile_seconds > 0 and planned.host_bytes > 2**26
 
 
+# Accelerators that are not there
+
+
+def ahead_of_time(topology, mesh):
+    script = pathlib.Path(__file__).with_name("plan_ahead_of_time.py")
+    run = subprocess.run([sys.executable, script, topology, json.dumps(mesh)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def check_fsdp(report, excess=0.0):
+    """Weights are gathered in two bytes for forward and once more for backward, tables once; nothing else is."""
+    assert report["warnings"] == []
+    sums = {x["kind"]: x["bytes"] for x in report["collectives"]}
+    theory = 2 * (2 * report["layers"] + report["tables"])
+    assert theory <= sums["all-gather"] <= theory * (1 + excess)
+    assert all(x["axes"] == ["fsdp"] for x in report["collectives"])
+    assert report["peak"] > report["arguments"] > 0 and report["recomputed"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[plan])")
+def test_plans_a_tpu():
+    report = ahead_of_time("v5p:2x2x1", {"fsdp": 4})
+    assert report["device_kind"] == "TPU v5" and report["devices"] == 4
+    check_fsdp(report)
+
+
+CUDA = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA is None, reason="needs the CUDA plugin (pip install mllm_jax[cuda])")
+def test_plans_a_gpu():
+    report = ahead_of_time("h200:8", {"fsdp": 8})
+    assert report["device_kind"] == "NVIDIA H200" and report["devices"] == 8
+    names = {warning.split(":")[0] for warning in report["warnings"]}
+    assert names == {"dense mask"}  # cuDNN's public interface knows no segments
+    check_fsdp(report | {"warnings": []})
+
+
 # Errors
 
 
 @pytest.mark.parametrize(
-    "name", ["v5p", "v9:2x2", "h200", "h200:many", "h200:12", "h100:8*2", "cpu:0x2", "v5p:2x2x1*none", "cpu:4096", ""]
+    "name",
+    [
+        "v5p",
+        "v9:2x2",
+        "h200",
+        "h200:many",
+        "h200:12",
+        "h100:8*2",
+        "cpu:0x2",
+        "v5p:2x2x1*none",
+        "v6e:2x2x2",
+        "cpu:4096",
+        "",
+    ],
 )
 def test_topologies_that_do_not_exist(name):
     with pytest.raises(ConfigError):

@@ -185,8 +185,8 @@ def _merge_parts(found: list[tuple[Transfer, bool]]) -> list[Transfer]:
 
 
 def _result_bytes(instruction: Instruction) -> float:
-    """Of a collective; the shape of one that only starts has its operands and buffers besides."""
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+    """Of a collective; the shape of one that only starts has its operands and buffers besides, but of an all-reduce."""
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         return shape_bytes(_elements(instruction.shape)[1])
     return shape_bytes(instruction.shape)
 

@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from mllm_jax.config import ConfigError
 from mllm_jax.train.compiler import compiler_options
 
-TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of their torus
 GPUS = {  # name and bytes of memory, bytes per second of it
     "h100": ("NVIDIA H100 80GB HBM3", 84929347584, 3352320000000),
     "h200": ("NVIDIA H200", 150754820096, 4916060000000),
@@ -70,6 +70,8 @@ def get_topology(name: str, slices: int = 1) -> Topology:
     slices = int(written or slices)
     if kind not in (*TPUS, *GPUS, "cpu") or not size or (kind not in TPUS and not size.isdigit()):
         raise ConfigError(f"there is no topology {name!r}. {KNOWN}")
+    if kind in TPUS and size.count("x") + 1 != TPUS[kind]:
+        raise ConfigError(f"topology {name!r}: the chips of {kind} lie in {TPUS[kind]} dimensions. {KNOWN}")
     if kind not in TPUS and slices > 1:
         raise ConfigError(f"topology {name!r}: only TPUs have slices; write the number of all devices, as in h200:64")
     with contextlib.suppress(RuntimeError):  # too late where jax has begun already, which is well
@@ -94,7 +96,7 @@ def _cpus(count: int) -> tuple:
 
 
 def _tpus(name: str, slices: int) -> tuple:
-    if importlib.util.find_spec("libtpu") is None:
+    if not _installed("libtpu"):
         raise ConfigError(f"{name} needs the TPU compiler: pip install mllm_jax[plan]")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask for its metadata
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # nor one that a second process could disturb
@@ -102,11 +104,13 @@ def _tpus(name: str, slices: int) -> tuple:
     try:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"there is no topology {name!r} ({str(error).splitlines()[0]}). {KNOWN}") from error
+        raise ConfigError(
+            f"there is no topology {name!r} ({str(error).splitlines()[0].removeprefix('INVALID_ARGUMENT: ')}). {KNOWN}"
+        ) from error
 
 
 def _gpus(kind: str, count: int) -> tuple:
-    if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13) if _has_plugins()):
+    if not any(map(_installed, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"))):
         raise ConfigError(f"{kind} needs jax's CUDA plugin: pip install mllm_jax[cuda]")
     hosts, rest = divmod(count, GPUS_PER_HOST)
     if count < 1 or (hosts and rest):
@@ -118,8 +122,11 @@ def _gpus(kind: str, count: int) -> tuple:
         return tuple(topologies.get_topology_desc("", platform="cuda", target_config=target, topology=shape).devices)
 
 
-def _has_plugins() -> bool:
-    return importlib.util.find_spec("jax_plugins") is not None
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is absent too
+        return False
 
 
 @contextlib.contextmanager
