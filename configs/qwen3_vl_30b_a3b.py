@@ -1,0 +1,32 @@
+"""Trains Qwen3-VL-30B-A3B on 128 TPU v5p chips, with pictures in half of every row.
+
+python -m mllm_jax.plan --config configs/qwen3_vl_30b_a3b.py --topology v5p:4x4x8
+python -m mllm_jax.train --config configs/qwen3_vl_30b_a3b.py --workdir DIR --config.data.path=conversations.jsonl
+"""
+
+from dataclasses import replace
+
+from mllm_jax.families import qwen3_vl
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.sharding import RULES
+from mllm_jax.train.balance import BalanceConfig
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, TrainConfig, run_config
+
+
+def get_config():
+    # Experts take a quarter more tokens than their fair share; what exceeds that is dropped, and counted.
+    runtime = Runtime(dtype="bfloat16", remat="full", expert_room=1.25)
+    return run_config(
+        Run(
+            model=replace(qwen3_vl.sizes("30b-a3b"), runtime=runtime),
+            init="Qwen/Qwen3-VL-30B-A3B-Instruct",
+            # 2,048 of a row's 4,096 tokens are visual: two pictures of 4,096 patches, or more and smaller ones.
+            data=JsonLinesData(batch=256, tokens=4096, rows=2, patches=4096),
+            optim=OptimConfig(learning_rate=1e-5, steps=10_000, warmup=200, weight_decay=0.01),
+            train=TrainConfig(log_every=10, save_every=500, balance=BalanceConfig("global")),
+            mesh={"fsdp": -1, "expert": 8},
+            rules=RULES["fsdp"] | {"encoder_embed": "fsdp"},
+        )
+    )

@@ -1,0 +1,110 @@
+"""Facts of accelerators, as their makers publish them: what a roofline is drawn with."""
+
+from dataclasses import dataclass
+
+from mllm_jax.train.flops import peak_flops
+
+GIB = 2**30
+CLOUD = "https://docs.cloud.google.com/tpu/docs"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Of one jax device, which is a chip except on TPU7x, where it is half of one.
+
+    kind: `device_kind` as jax says it; `mllm_jax.train.flops` has its bf16 peak.
+    memory: bytes that a program may use.
+    memory_bandwidth: bytes/s.
+    link: bytes/s, one way, of a link to a neighbour in the torus; 0 where devices meet in a switch instead.
+    wraps: a torus dimension of a multiple of so many chips is a ring.
+    switch: bytes/s, one way, of a device into the switch that joins its node; 0 on a torus.
+    node: devices that a switch joins.
+    network: bytes/s, one way, of a device to other nodes or slices.
+    sources: where these figures stand.
+    """
+
+    kind: str
+    memory: float
+    memory_bandwidth: float
+    network: float
+    sources: tuple[str, ...]
+    link: float = 0.0
+    wraps: int = 4
+    switch: float = 0.0
+    node: int = 0
+
+    @property
+    def peak(self) -> float:
+        """bf16 FLOP/s."""
+        return peak_flops(self.kind)
+
+
+NVIDIA = (
+    "https://www.nvidia.com/en-us/data-center/h200/",  # memory, and 900 GB/s of NVLink, both ways together
+    "https://docs.nvidia.com/dgx/dgxh100-user-guide/",  # a node: 8 GPUs and 8 adapters of 400 Gb/s
+    "https://docs.jax.dev/en/latest/gpu_memory_allocation.html",  # 75 % of a GPU's memory is taken
+)
+# Of TPUs the memory is what XLA says when a program needs more (libtpu 0.0.52). The link is what the documents give as
+# bidirectional bandwidth of a chip, over its links (6 in three dimensions, 4 in two) and directions.
+CHIPS = {
+    "v4": Chip(
+        kind="TPU v4",
+        memory=30.75 * GIB,
+        memory_bandwidth=1200e9,
+        link=50e9,
+        network=6.25e9,
+        sources=(f"{CLOUD}/v4", "arXiv 2304.01433", "https://jax-ml.github.io/scaling-book/tpus"),
+    ),
+    "v5e": Chip(
+        kind="TPU v5 lite",
+        memory=15.75 * GIB,
+        memory_bandwidth=819e9,
+        link=400e9 / 4 / 2,
+        wraps=16,
+        network=6.4e12 / 8 / 256,
+        sources=(f"{CLOUD}/v5e",),
+    ),
+    "v5p": Chip(
+        kind="TPU v5p",
+        memory=95.73 * GIB,
+        memory_bandwidth=2765e9,
+        link=1200e9 / 6 / 2,
+        network=50e9 / 8,
+        sources=(f"{CLOUD}/v5p",),
+    ),
+    "v6e": Chip(
+        kind="TPU v6 lite",
+        memory=31.24 * GIB,
+        memory_bandwidth=1638e9,
+        link=800e9 / 4 / 2,
+        wraps=16,
+        network=100e9 / 8,
+        sources=(f"{CLOUD}/v6e", f"{CLOUD}/tpu7x"),
+    ),
+    "tpu7x": Chip(
+        kind="TPU7x",
+        memory=94.74 * GIB,
+        memory_bandwidth=7380e9 / 2,
+        link=1200e9 / 6 / 2 / 2,
+        network=100e9 / 8 / 2,
+        sources=(f"{CLOUD}/tpu7x",),
+    ),
+    "h100": Chip(
+        kind="NVIDIA H100",
+        memory=0.75 * 80e9,
+        memory_bandwidth=3350e9,
+        switch=900e9 / 2,
+        node=8,
+        network=400e9 / 8,
+        sources=("https://www.nvidia.com/en-us/data-center/h100/", *NVIDIA[1:]),
+    ),
+    "h200": Chip(
+        kind="NVIDIA H200",
+        memory=0.75 * 141e9,
+        memory_bandwidth=4800e9,
+        switch=900e9 / 2,
+        node=8,
+        network=400e9 / 8,
+        sources=NVIDIA,
+    ),
+}

@@ -1,0 +1,162 @@
+"""Plans the training of a config on accelerators that need not be there.
+
+    python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8                  which mesh is best?
+    python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8 --mesh fsdp=64   what does this take?
+
+The step that training runs is compiled for the topology: TPUs as v5p:4x8x8 (chips along each axis; v6e:16x16*2 is two
+slices), GPUs as h200:64. Without --mesh every mesh and remat policy is estimated and the best are compiled. Every value
+of the config can be replaced: --config.path.to=value. All that is said here is planned: nothing is measured.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mllm_jax.config import ConfigError
+from mllm_jax.plan import page
+from mllm_jax.plan.cost import seconds
+from mllm_jax.plan.search import Candidate, Found, Search, mesh_text, read_mesh, summary
+from mllm_jax.plan.text import duration, gib, percent, size_text
+from mllm_jax.plan.topology import get_topology
+from mllm_jax.train import command
+from mllm_jax.train.run import read_run
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, as in v5p:4x8x8, v6e:16x16*2 or h200:64.")
+MESH = flags.DEFINE_string("mesh", None, "Sizes of its axes, as in fsdp=16,expert=16; one may be -1. None = the best.")
+TOP = flags.DEFINE_integer("top", 10, "Candidates that are listed.", lower_bound=1)
+COMPILE = flags.DEFINE_integer("compile", 1, "Candidates that are compiled; 0 = all is estimated.", lower_bound=0)
+HTML = flags.DEFINE_string("html", None, "File for a page with drawings.")
+WIDE = 160  # characters of a line in a file
+WITHIN = 90.0  # seconds after which no further candidate is compiled
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main() -> None:
+    """The command. Ends the process, with exit code 2 where the input is wrong."""
+    command.run(plan, exit_code=2)
+
+
+def plan() -> None:
+    if HTML.value and not Path(HTML.value).parent.is_dir():
+        raise ConfigError(f"--html: there is no folder {Path(HTML.value).parent}")
+    run, topology, console = read_run(CONFIG.value), get_topology(TOPOLOGY.value), Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    search = Search(run, topology)
+    with _progress() as progress:
+        found = _searched(search, progress) if MESH.value is None else _given(search, MESH.value, progress)
+    best = found.candidates[0]
+    lead = summary(best, run.data.batch * run.data.tokens)
+    for table in [_ranking(found)] if MESH.value is None else _parts(best, search):
+        console.print(table)
+    if found.impossible:
+        (reason, _), *_ = found.impossible.most_common(1)
+        console.print(f"{found.impossible.total()} meshes are impossible: {reason}; ...", style="dim", soft_wrap=True)
+    for warning in best.planned.warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    console.print(lead, style="bold", soft_wrap=True)
+    if HTML.value:
+        chosen = page.Chosen(best, search.portion(best.choice).laid, search.network(best.choice.mesh))
+        title = f"{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem} on {topology.name}"
+        console.print(f"wrote {page.write_page(HTML.value, title, lead, chosen, found, search.chip)}", soft_wrap=True)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _searched(search: Search, progress: Progress) -> Found:
+    task = progress.add_task("estimating", total=1.0)
+    found = search.rank(lambda share: progress.update(task, completed=share))
+    progress.update(task, completed=1.0)
+    if not COMPILE.value:
+        return found
+    task = progress.add_task("compiling", total=None)
+    return search.compile_best(
+        found, COMPILE.value, WITHIN, lambda mesh: progress.update(task, description=f"compiling {mesh}")
+    )
+
+
+def _given(search: Search, text: str, progress: Progress) -> Found:
+    """The one candidate of --mesh, with the remat policy and the rules of the config."""
+    runtime = search.run.model.runtime
+    try:
+        mesh = tuple((axis, size) for axis, size in read_mesh(text, search.topology).items() if size > 1)
+        (candidate,) = search.estimate(mesh, [runtime.remat], ["as it is"])
+    except ValueError as error:
+        raise ConfigError(f"--mesh={text}: {error}") from error
+    if COMPILE.value:
+        progress.add_task(f"compiling {mesh_text(mesh)}", total=None)
+        candidate = search.compile(candidate)
+    return Found([candidate], Counter())
+
+
+def _ranking(found: Found) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    shown = found.candidates[: TOP.value]
+    vision = any(candidate.choice.vision != "as it is" for candidate in shown)
+    left = ("mesh", "remat", *(["encoder"] if vision else []), "fits", "bound by")
+    for name in (*left[:-1], "step", "MFU", "bound by", "peak", "moved", ""):
+        table.add_column(name, justify="left" if name in left or not name else "right", no_wrap=True)
+    for candidate in shown:
+        choice, time = candidate.choice, candidate.time
+        table.add_row(
+            mesh_text(choice.mesh),
+            choice.remat,
+            *([choice.vision] if vision else []),
+            "yes" if candidate.fits else "no",
+            duration(time.seconds),
+            percent(time.mfu),
+            time.bound,
+            gib(candidate.planned.peak),
+            f"{sum(move.bytes for move in candidate.planned.collectives) / 1e9:.1f} GB",
+            "compiled" if candidate.compiled else "estimated",
+        )
+    return table
+
+
+def _parts(best: Candidate, search: Search) -> list[Table]:
+    """What one mesh takes, in detail."""
+    time, planned, network = best.time, best.planned, search.network(best.choice.mesh)
+    waited = f"of it {duration(time.waited)} for activations" if time.waited else ""
+    tables = [
+        _table("time by itself", [
+            ("compute", duration(time.compute), f"{planned.recomputed / 1e12:.1f} of "
+             f"{sum(planned.flops.values()) / 1e12:.1f} TFLOP computed again"),
+            ("memory", duration(time.memory), ""),
+            ("communication", duration(time.communication), waited),
+        ]),
+        _table("FLOPs of a device", [(part, f"{value / 1e12:.1f} TFLOP", "") for part, value in planned.flops.items()]),
+        _table("memory of a device", [
+            ("arguments", gib(planned.arguments), ""),
+            ("temporary", gib(planned.peak - planned.arguments), ""),
+            *((f"  {name}", size_text(size), "") for name, size in planned.largest[:6]),
+        ]),
+    ]  # fmt: skip
+    moves = sorted(planned.collectives, key=lambda move: -seconds(move, network))
+    rows = [
+        (
+            f"{move.kind} over {' x '.join(move.axes)}",
+            duration(seconds(move, network)),
+            f"{move.bytes / 1e9:.2f} GB, {move.runs:,.0f} runs",
+        )
+        for move in moves[:8]
+    ]
+    return tables + ([_table("collectives", rows)] if rows else [])
+
+
+def _table(title: str, rows: list[tuple[str, str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    table.add_column(title, no_wrap=True, min_width=44)
+    table.add_column("", justify="right", no_wrap=True, min_width=12)
+    table.add_column("")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,166 @@
+"""How long a planned step takes at best: a roofline of compute, memory and communication. Nothing here is measured.
+
+Bandwidths of collectives are those of the "How to Scale Your Model" book (jax-ml.github.io/scaling-book): rings along
+the dimensions of a torus, a switch within a node of GPUs, and the data-centre network between slices or nodes.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mllm_jax.plan.chips import Chip
+from mllm_jax.plan.compile import Collective, Planned
+
+EXCHANGES = ("all-to-all", "ragged-all-to-all")
+
+
+class Ring(NamedTuple):
+    """Devices along one dimension of a torus."""
+
+    size: int
+    bandwidth: float  # bytes/s that each of them can receive
+
+
+class Group(NamedTuple):
+    """Devices that a collective joins."""
+
+    near: int  # within a slice or a node
+    far: int  # slices or nodes
+    rings: tuple[Ring, ...]  # within a slice; a switch is one ring
+
+    @property
+    def size(self) -> int:
+        return self.near * self.far
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s that each device can receive within the slice, along all rings at once."""
+        return sum(ring.bandwidth for ring in self.rings)
+
+
+class Network:
+    """How the devices of a mesh reach one another."""
+
+    def __init__(self, mesh: Mesh, chip: Chip):
+        self.mesh, self.chip, self._groups = mesh, chip, {}
+
+    def group(self, axes: Sequence[str]) -> Group:
+        """The devices that differ in these axes of the mesh alone."""
+        axes = tuple(axis for axis in self.mesh.axis_names if axis in axes)
+        if axes not in self._groups:
+            index = tuple(slice(None) if axis in axes else 0 for axis in self.mesh.axis_names)
+            self._groups[axes] = self._describe(self.places[index].reshape(-1, 4))
+        return self._groups[axes]
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Of every device of the mesh (slice or node, x, y, z)."""
+        chip = self.chip
+
+        def place(device):
+            if chip.node:
+                return (getattr(device, "slice_index", 0), device.id // chip.node, 0, 0)
+            return (getattr(device, "slice_index", 0), *device.coords)
+
+        devices = self.mesh.devices
+        places = np.array([place(device) for device in devices.flat]).reshape(*devices.shape, 4)
+        if chip.node:  # a node is a slice of its own, whatever the topology calls it
+            places[..., 0], places[..., 1] = places[..., 0] * 10**6 + places[..., 1], 0
+        return places
+
+    def _describe(self, places: np.ndarray) -> Group:
+        far = len(np.unique(places[:, 0]))
+        near = len(places) // far
+        own = places[places[:, 0] == places[0, 0], 1:]
+        if near == 1:
+            return Group(near, far, ())
+        if self.chip.switch:
+            return Group(near, far, (Ring(near, self.chip.switch),))
+        extent = self.places[..., 1:].reshape(-1, 3).max(axis=0) + 1
+        rings = tuple(filter(None, (self._ring(own[:, d], int(extent[d])) for d in range(3))))
+        if math.prod(ring.size for ring in rings) != len(np.unique(own, axis=0)) or not rings:
+            rings = (Ring(near, 2 * self.chip.link),)  # it winds through the torus, or lies within a chip
+        return Group(near, far, rings)
+
+    def _ring(self, coordinates: np.ndarray, extent: int) -> Ring | None:
+        """Groups whose members are several chips apart share the links between them."""
+        along = np.unique(coordinates)
+        if len(along) == 1:
+            return None
+        stride = (along[-1] - along[0]) / (len(along) - 1)
+        closed = extent % self.chip.wraps == 0 and len(along) * stride == extent
+        return Ring(len(along), self.chip.link * (2 if closed else 1) / stride)
+
+
+def seconds(collective: Collective, network: Network) -> float:
+    """Of a step, for one collective: as long as its bytes need over the slowest part of their way.
+
+    An all-gather of R bytes moves R (n - 1) / n to each of n devices; a reduce-scatter as much the other way, an
+    all-reduce both. An all-to-all of R bytes on a ring of n moves R n / 4 over each link, in both directions.
+    """
+    group, chip = network.group(collective.axes), network.chip
+    if group.size == 1:
+        return 0.0
+    kind, result = collective.kind, collective.bytes
+    if kind == "collective-permute":
+        return result / (chip.network if group.far > 1 else chip.link or chip.switch)
+    if kind in EXCHANGES:
+        stays = result / group.far
+        inside = stays * (group.near - 1) / group.near / group.bandwidth if group.rings else 0.0
+        if chip.link:
+            inside = max([inside, *(stays * ring.size / 4 / ring.bandwidth for ring in group.rings)])
+        return max(inside, (result - stays) / chip.network)
+    whole = result * group.size if kind == "reduce-scatter" else result
+    inside = whole * (group.near - 1) / group.near / group.bandwidth if group.rings else 0.0
+    outside = whole / group.near * (group.far - 1) / group.far / chip.network
+    return max(inside, outside) * (2 if kind == "all-reduce" else 1)
+
+
+class Roofline(NamedTuple):
+    """Seconds of a step. `compute`, `memory` and `communication` are what each needs by itself."""
+
+    compute: float
+    memory: float
+    communication: float
+    waited: float  # the part of communication that a layer waits for
+    axes: dict[tuple[str, ...], float]  # communication by the axes of the mesh
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        """Weights are gathered and gradients reduced beside compute; a layer waits for its activations."""
+        return max(self.compute, self.memory, self.communication - self.waited) + self.waited
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(("compute", "memory", "communication"), key=lambda name: getattr(self, name))
+
+
+def roofline(planned: Planned, network: Network, traffic: float) -> Roofline:
+    """Args:
+    traffic: bytes that a device reads and writes in its memory (`mllm_jax.plan.estimate.traffic`).
+    """
+    chip, axes, waited = network.chip, {}, 0.0
+    for collective in planned.collectives:
+        spent = seconds(collective, network)
+        axes[collective.axes] = axes.get(collective.axes, 0.0) + spent
+        waited += spent * _is_waited_for(collective)
+    rows = dict(
+        compute=sum(planned.flops.values()) / chip.peak,
+        memory=traffic / chip.memory_bandwidth,
+        communication=sum(axes.values()),
+        waited=waited,
+        axes=axes,
+    )
+    found = Roofline(**rows, mfu=0.0)
+    return found._replace(mfu=planned.useful / chip.peak / found.seconds)
+
+
+def _is_waited_for(collective: Collective) -> bool:
+    """Activations, that is: tokens that change their device, and all that crosses `tensor`."""
+    return collective.kind in (*EXCHANGES, "collective-permute") or "tensor" in collective.axes

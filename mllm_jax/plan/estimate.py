@@ -1,0 +1,108 @@
+"""What a step needs, from shapes, names of axes and rules alone: milliseconds for a mesh, so that many can be ranked.
+
+It follows what the step does (`mllm_jax.train.step`) and what XLA makes of it.
+"""
+
+from mllm_jax.plan.compile import Planned
+from mllm_jax.plan.moves import collectives
+from mllm_jax.plan.portion import Portion
+
+
+def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
+    """The plan of a step under a remat policy, roughly: no compiler saw it."""
+    forward, again = _flops(portion, remat)
+    flops = portion.shapes.flops
+    times = {part: flops[part].total / flops[part].forward if flops[part].forward else 0.0 for part in flops}
+    arguments, alive = _memory(portion, remat)
+    parts = portion.accumulate
+    return Planned(
+        mesh=dict(portion.mesh.shape),
+        devices=portion.devices,
+        device_kind=device_kind,
+        arguments=int(arguments),
+        temporaries=int(sum(alive.values())),
+        peak=int(arguments + sum(alive.values())),
+        largest=tuple(sorted(((name, int(size)) for name, size in alive.items()), key=lambda item: -item[1])),
+        flops={part: parts * (forward[part] * times[part] + again.get(part, 0.0)) for part in forward},
+        useful=sum(part.total for part in flops.values()) / portion.devices,
+        recomputed=parts * sum(again.values()),
+        collectives=tuple(
+            move._replace(runs=parts * move.runs, bytes=parts * move.bytes) for move in collectives(portion, remat)
+        ),
+        warnings=(),
+        compile_seconds=0.0,
+        host_bytes=0,
+    )
+
+
+def _flops(portion: Portion, remat: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Of a micro-batch, by part: forward, and what backward computes again."""
+    forward, again = dict.fromkeys(portion.shapes.flops, 0.0), dict.fromkeys(portion.towers, 0.0)
+    for part in portion.towers:
+        # Attention is split like its rows and, where these are whole, like its heads.
+        heads = {axis for laid in portion.tower(part) for axis in laid.kept(range(len(laid.axes)))}
+        heads &= set(portion.known[part]["heads"])
+        spread = portion.size({*portion.rows[part].axes, *heads})
+        attention = portion.shapes.attention[part] / portion.accumulate / spread
+        forward[part] += attention
+        again[part] += attention if remat != "none" else 0.0
+    for laid in portion.laid:
+        weight = laid.weight
+        if not weight.is_matrix:
+            continue
+        product = 2 * portion.rows_through(laid) * laid.met * weight.repeats
+        forward[weight.part] += product
+        # Nothing that backward needs comes after the last product of a layer.
+        last = weight.path.split("/")[-2].endswith("down")
+        repeated = remat in ("full", "experts") or (remat == "dots" and weight.of_experts)
+        if repeated and not last and weight.part in portion.towers and "layers" in weight.names:
+            again[weight.part] += product
+    spread = portion.size((*portion.rows["decoder"].axes, *portion.text["vocab"]))
+    forward["head"] = portion.shapes.flops["head"].forward / portion.accumulate / spread
+    return forward, {part: again[part] * portion.trains(part) for part in again}
+
+
+def _memory(portion: Portion, remat: str) -> tuple[float, dict[str, float]]:
+    """Bytes of the step's arguments, and of what else is alive when most is."""
+    run, width = portion.run, portion.bytes
+    arguments = sum(laid.values * (4 + laid.weight.moments) for laid in portion.laid)
+    arguments += portion.accumulate * portion.patches * run.model.patch_values
+    saved = sum(saved_bytes(portion, part, remat) for part in portion.towers if portion.trains(part))
+    gradients = 4.0 * sum(laid.values for laid in portion.laid if laid.weight.trained)
+    tower = next((part for part in portion.towers[::-1] if portion.trains(part)), "decoder")
+    layer = {part: sum(laid.layer for laid in portion.tower(part) if laid.gathered) for part in portion.towers}
+    vocab = run.model.decoder.vocab / portion.size(portion.text["vocab"])
+    chunk = portion.batch * min(run.train.loss_chunk, portion.budget.tokens) * vocab
+    phases = (
+        {
+            "gradients": gradients * (1 if portion.accumulate == 1 else 2),
+            "weights of a layer, gathered": 2 * width * layer[tower],
+            "gradients of a layer's weights": width * layer[tower],
+            "activations of a layer": saved_bytes(portion, tower, "none") / portion.layers(tower),
+        },
+        {
+            "gradient of the head": 4 * vocab * run.model.decoder.width,
+            "head, gathered": width * vocab * run.model.decoder.width,
+            "logits of a chunk": 2 * 4 * chunk,
+        },
+    )
+    alive = max(phases, key=lambda phase: sum(phase.values()))  # one after the other
+    return arguments, {"saved activations": saved, **alive}
+
+
+def saved_bytes(portion: Portion, part: str, remat: str) -> float:
+    """Bytes that a tower's forward pass keeps for backward, all layers together."""
+    rows, layers = portion.rows[part].count, portion.layers(part)
+    residual, outputs, exchanged = rows * portion.width(part) * layers, 0.0, 0.0
+    for laid in portion.tower(part):
+        if laid.weight.of_experts:
+            through = portion.exchanged()
+            exchanged = 2 * through * portion.width(part) * laid.weight.repeats
+        else:
+            through = portion.rows_through(laid)
+        if remat == "none" or not laid.weight.of_experts:
+            outputs += through * laid.sizes_of(laid.weight.product()[1]) * laid.weight.repeats
+    if remat == "none":
+        # What lies between products (norms, rotations, activations) is kept too, about as much again.
+        return portion.bytes * (2 * residual + 2 * outputs + exchanged)
+    return portion.bytes * (residual + {"full": 0.0, "experts": exchanged, "dots": outputs}[remat])

@@ -1,0 +1,150 @@
+"""How the weights of a run lie on a mesh: which axes split what, and over which a weight is gathered before its use."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from flax.traverse_util import flatten_dict
+from jax.sharding import AbstractMesh
+
+from mllm_jax.model import abstract_boxed
+from mllm_jax.sharding import MESH_AXES, Named, Rules, partition_spec
+from mllm_jax.train.optim import make_optimizer, split
+from mllm_jax.train.run import Run
+from mllm_jax.train.state import new_state
+
+STACKED = ("layers", "taps")  # axes over weights that are used one after the other
+VOCABULARY = ("decoder/head/w", "decoder/embed")
+
+
+class Weight(NamedTuple):
+    path: str
+    names: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    moments: float  # bytes of the optimizer for each value
+    trained: bool
+
+    @property
+    def part(self) -> str:
+        return self.path.split("/")[0]
+
+    @property
+    def repeats(self) -> int:
+        """Layers that it is stacked over."""
+        return math.prod(size for name, size in zip(self.names, self.shape) if name in STACKED)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a matrix product before the head."""
+        return self.path.endswith("/w") and self.path not in VOCABULARY
+
+    @property
+    def of_experts(self) -> bool:
+        return "expert" in self.names
+
+    @property
+    def block(self) -> str:
+        """The path of the attention or feed-forward block that it belongs to."""
+        return self.path.rsplit("/", 2)[0]
+
+    def product(self) -> tuple[list[int], list[int]]:
+        """The dimensions that a matrix product reads from an activation, and those that it writes."""
+        inner = [n for n, name in enumerate(self.names) if name not in (*STACKED, "expert")]
+        named = [n for n in inner if self.names[n] is not None]
+        reads = named[:-1] if is_width(self.names[named[-1]]) else named[:1]
+        return reads, [n for n in inner if n not in reads]
+
+
+class Laid(NamedTuple):
+    """A weight on a mesh."""
+
+    weight: Weight
+    axes: tuple[tuple[str, ...], ...]  # of the mesh, that split each dimension; without those of size 1
+    gathered: tuple[str, ...]  # of these, over which it is gathered before it is used
+    sizes: tuple[int, ...]  # of a device's part, where it rests
+    used: tuple[int, ...]  # of a device's part, once gathered
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        return tuple(axis for axes in self.axes for axis in axes)
+
+    def kept(self, dimensions) -> tuple[str, ...]:
+        """The axes that split these dimensions while it is used."""
+        return tuple(axis for n in dimensions for axis in self.axes[n] if axis not in self.gathered)
+
+    def sizes_of(self, dimensions) -> int:
+        """Values of an activation's row along these dimensions, on a device."""
+        return math.prod(self.used[n] for n in dimensions)
+
+    @property
+    def layer(self) -> int:
+        """Values of one layer's weight while it is used."""
+        return math.prod(self.used) // self.weight.repeats
+
+    @property
+    def met(self) -> float:
+        """Values of one layer's weight that a row meets: of experts, those of one."""
+        return self.layer / (self.used[self.weight.names.index("expert")] if self.weight.of_experts else 1)
+
+
+def read_weights(run: Run) -> tuple[Weight, ...]:
+    """All weights of a run's model. Raises ValueError where the optimizer's patterns fit none."""
+    tree = abstract_boxed(run.model)
+    boxed = flatten_dict(tree, sep="/", is_leaf=lambda _, leaf: isinstance(leaf, Named))
+    params = jax.tree.map(lambda box: box.value, tree, is_leaf=lambda leaf: isinstance(leaf, Named))
+    tx, _ = make_optimizer(run.optim, params)
+    trained = set(flatten_dict(split(params, run.optim.freeze)[0], sep="/"))
+    moments = dict.fromkeys(boxed, 0.0)
+    state = jax.eval_shape(lambda params: new_state(tx, params), params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        # A moment ends in the path of its weight and has its shape.
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        ends = ("/".join(names[start:]) for start in range(len(names)))
+        owner = next((end for end in ends if end in boxed and boxed[end].value.shape == leaf.shape), None)
+        if owner:
+            moments[owner] += leaf.dtype.itemsize
+    return tuple(
+        Weight(path, box.names, box.value.shape, moments[path], path in trained) for path, box in boxed.items()
+    )
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices; absent axes have size 1."""
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+
+def split_axes(name: str | None, rules: Rules, mesh: AbstractMesh) -> tuple[str, ...]:
+    """The axes of the mesh, larger than 1, that split an axis of this name."""
+    entry = partition_spec((name,), rules, mesh)[0]
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...], known: Mapping) -> Laid:
+    """A weight under rules.
+
+    Args:
+      rows: axes that split what it is multiplied with. A weight cannot be used where it lies on one of these, but for
+        experts, to which the rows come.
+      known: `split_axes` of all names.
+    Raises:
+      ValueError: the mesh does not divide it.
+    """
+    axes = tuple(known[name] for name in weight.names)
+    size = lambda split: math.prod(mesh.shape[axis] for axis in split)
+    if any(whole % size(split) for whole, split in zip(weight.shape, axes)):
+        partition_spec(weight.names, rules, mesh, weight.shape, f"weight {weight.path}")  # says what to do
+    apart = lambda name, axis: name != "expert" and (is_width(name) or axis in rows)
+    gathered = tuple(axis for name, split in zip(weight.names, axes) for axis in split if apart(name, axis))
+    kept = [[axis for axis in split if axis not in gathered] for split in axes]
+    part = lambda axes: tuple(whole // size(split) for whole, split in zip(weight.shape, axes))
+    return Laid(weight, axes, gathered, part(axes), part(kept))
+
+
+def is_width(name: str | None) -> bool:
+    """Whether a name of an axis stands for the width of a tower, which nobody computes with in parts."""
+    return name is not None and name.endswith("embed")

@@ -1,0 +1,112 @@
+"""What moves in a step, estimated: between devices, and between a device and its memory.
+
+Weights that are split over axes which also split the rows are gathered before they are used, their gradients reduced
+and split again (ZeRO, arXiv 1910.02054); other splits stay, and activations are added up over them (Megatron, arXiv
+1909.08053); tokens go to the devices of their experts and back (GShard, arXiv 2006.16668); the tokens of a row meet for
+attention as `mllm_jax.nn.context` says.
+"""
+
+from collections.abc import Callable, Iterable
+
+from mllm_jax.nn.context import exchange_for
+from mllm_jax.plan.compile import Collective
+from mllm_jax.plan.layout import VOCABULARY, Laid
+from mllm_jax.plan.portion import Portion
+
+Add = Callable[[str, Iterable[str], float, float, int], None]
+
+
+def collectives(portion: Portion, remat: str) -> list[Collective]:
+    """Of one micro-batch, with the bytes that come out on one device."""
+    found: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
+
+    def add(kind: str, axes, runs: float, values: float, width: int = portion.bytes) -> None:
+        """`runs` times an array of so many values that come out."""
+        axes = tuple(axis for axis in portion.mesh.axis_names if axis in axes and portion.mesh.shape[axis] > 1)
+        if axes and runs:
+            before = found.get((kind, axes), (0, 0.0))
+            found[kind, axes] = before[0] + runs, before[1] + runs * values * width
+
+    for laid in portion.laid:
+        counts = laid.weight.is_matrix or laid.weight.path in VOCABULARY  # all others are too small
+        if counts and portion.rows[laid.weight.part].count:
+            _move_weight(portion, laid, add)
+    for part in portion.towers:
+        for block in {laid.weight.block for laid in portion.tower(part)}:
+            _move_rows(portion, part, [laid for laid in portion.tower(part) if laid.weight.block == block], remat, add)
+    _move_context(portion, remat, add)
+    if "connector" in portion.rows:
+        _move_visual(portion, add)
+    return [Collective(kind, axes, runs, size) for (kind, axes), (runs, size) in sorted(found.items())]
+
+
+def _move_weight(portion: Portion, laid: Laid, add: Add) -> None:
+    """Gathered before it is used, forward and backward; its gradient added up where it rests."""
+    weight, rows = laid.weight, portion.rows[laid.weight.part].axes
+    trains = portion.trains(weight.part)
+    vocabulary = weight.path in VOCABULARY  # gathered once
+    add("all-gather", laid.gathered, weight.repeats * (1 + (trains and not vocabulary)), laid.layer)
+    if weight.trained:
+        width = 4 if vocabulary else portion.bytes
+        reduced = [axis for axis in laid.gathered if axis in rows]
+        add("reduce-scatter", reduced, weight.repeats, laid.layer / portion.size(reduced), width)
+        left = [axis for axis in rows if axis not in laid.split]
+        add("all-reduce", left, weight.repeats, laid.values / weight.repeats, width)
+
+
+def _move_rows(portion: Portion, part: str, block: list[Laid], remat: str, add: Add) -> None:
+    """What comes out of a split product is added up; so is, backward, what went into one."""
+    rows, trains, layers = portion.rows[part].count, portion.trains(part), block[0].weight.repeats
+    out = {axis for laid in block for axis in laid.kept(laid.weight.product()[0])}
+    into = {axis for laid in block for axis in laid.kept(laid.weight.product()[1])}
+    # Attention's sum is computed again; that of the block after it is the next layer's input, which is kept.
+    again = trains and remat in ("full", "experts") and block[0].weight.block.endswith("attention")
+    add("all-reduce", out, layers * (1 + again), rows * portion.width(part))
+    add("all-reduce", into, layers * trains, rows * portion.width(part))
+    if any(laid.weight.of_experts for laid in block):
+        passes = 2 + 2 * trains + 2 * (trains and remat in ("full", "dots"))
+        add("all-to-all", portion.text["expert"], layers * passes, portion.exchanged() * portion.width(part))
+
+
+def _move_context(portion: Portion, remat: str, add: Add) -> None:
+    axes, attention = portion.text["length"], portion.run.model.decoder.attention
+    if not axes:
+        return
+    devices, tensor = portion.size(axes), portion.size(portion.text["heads"])
+    heads, kv_heads = attention.heads // tensor, max(1, getattr(attention, "kv_heads", attention.heads) // tensor)
+    values = portion.rows["decoder"].count * attention.pair_flops / attention.heads / 4  # of a head, of each of q, k, v
+    trains, layers = portion.trains("decoder"), portion.layers("decoder")
+    passes = layers * (1 + trains + (trains and remat != "none"))
+    wanted = getattr(portion.run.model.runtime, "context", "auto")
+    if exchange_for(heads, kv_heads, devices, wanted) == "ulysses":
+        add("all-to-all", axes, 2 * passes, heads * values)
+        add("all-to-all", axes, 2 * passes, max(kv_heads, devices) * values)
+    else:
+        add("collective-permute", axes, 2 * (devices - 1) * passes, kv_heads * values)
+        add("collective-permute", axes, 2 * passes, (heads + kv_heads) * values)  # into zig-zag order and back
+
+
+def _move_visual(portion: Portion, add: Add) -> None:
+    """Visual tokens, of which any device may have made any, come to the rows that they belong to."""
+    axes = [axis for axis in portion.rows["connector"].axes if axis not in portion.text["batch"]]
+    encoder, connector = portion.run.model.encoder, portion.run.model.connector
+    visual = portion.patches / connector.patches_per_token * (1 + len(encoder.taps)) * portion.width("decoder")
+    add("all-gather", axes, 1, visual)
+    add("reduce-scatter", axes, portion.trains("connector"), visual / portion.size(axes))
+
+
+def traffic(portion: Portion, remat: str) -> float:
+    """Bytes that a device reads and writes in its memory in a step, at least.
+
+    Weights, moments and gradients once each way; gathered weights written and read in every pass; what goes into and
+    comes out of every product, in every pass.
+    """
+    state = sum(laid.values * 2 * (4 + laid.weight.moments + 4 * laid.weight.trained) for laid in portion.laid)
+    moved = 0.0
+    for laid in portion.laid:
+        if laid.weight.is_matrix:
+            row = sum(map(laid.sizes_of, laid.weight.product()))
+            trains = portion.trains(laid.weight.part)
+            passes = laid.weight.repeats * (1 + 2 * trains + (trains and remat in ("full", "experts")))
+            moved += passes * portion.bytes * (portion.rows_through(laid) * row + 2 * laid.layer)
+    return state + portion.accumulate * moved

@@ -1,0 +1,193 @@
+"""A search as one HTML page: what fits how fast, what bounds it, and how every weight lies on the mesh.
+
+This file computes what is shown, in percent of a drawing's width and height; page.html says how it looks. The page
+needs no network and no script.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from mllm_jax.evaluate.report import log_ticks, ticks
+from mllm_jax.plan.chips import GIB, Chip
+from mllm_jax.plan.cost import Network, seconds
+from mllm_jax.plan.layout import STACKED, VOCABULARY, Laid
+from mllm_jax.plan.search import Candidate, Found, mesh_text
+from mllm_jax.plan.text import duration, gib, percent, size_text
+from mllm_jax.sharding import MESH_AXES
+
+TALL, SLOW = 1.35, 4.0  # how much of what does not fit, and of what is slow, the plot shows
+CELLS = 16  # lines of a grid at most
+
+
+class Chosen(NamedTuple):
+    """The candidate that the page is about."""
+
+    candidate: Candidate
+    laid: Sequence[Laid]  # its weights
+    network: Network
+
+
+def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, found: Found, chip: Chip) -> Path:
+    """Writes a page that opens anywhere, whole or not at all, and returns its path.
+
+    Args:
+      path: of the HTML file; its folder must exist.
+      lead: a sentence that sums up.
+      found: all candidates, best first.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"gib": gib, "duration": duration, "percent": percent, "mesh": mesh_text, "size": size_text}
+    best = chosen.candidate
+    page = environment.get_template("page.html").render(
+        title=title,
+        lead=lead,
+        best=best,
+        shown=found.candidates[:12],
+        impossible=found.impossible.most_common(6),
+        possible=len(found.candidates),
+        plot=_plot(found.candidates, chip),
+        longest=max(candidate.time.seconds for candidate in found.candidates[:12]),
+        memory=_memory(best),
+        moves=_moves(best, chosen.network),
+        weights=_weights(chosen.laid),
+        axes=[(axis, best.planned.mesh[axis]) for axis in MESH_AXES if best.planned.mesh.get(axis, 1) > 1],
+        chip=chip,
+        cells=CELLS,
+    )
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path.resolve()
+
+
+def _plot(candidates: Sequence[Candidate], chip: Chip) -> dict[str, Any]:
+    """Peak memory over step time, both logarithmic, of what is not too slow and not much too big."""
+    fastest = min(candidate.time.seconds for candidate in candidates)
+    near = lambda candidate: candidate.planned.peak <= TALL * chip.memory and candidate.time.seconds <= SLOW * fastest
+    shown = [candidate for candidate in candidates if near(candidate)] or list(candidates)
+    times, peaks = ([value(candidate) for candidate in shown] for value in (_seconds, _peak))
+    left, right = min(times) / 1.06, max(times) * 1.06
+    bottom, top = min(peaks) / 1.15, max(*peaks, chip.memory) * 1.1
+    x = lambda value: round(100 * math.log(value / left) / math.log(right / left), 2)
+    y = lambda value: round(100 - 100 * math.log(value / bottom) / math.log(top / bottom), 2)
+    policies = sorted({candidate.choice.remat for candidate in shown})
+    points = [
+        dict(
+            x=x(_seconds(candidate)),
+            y=y(_peak(candidate)),
+            tone=policies.index(candidate.choice.remat),
+            compiled=candidate.compiled,
+            label=f"{mesh_text(candidate.choice.mesh)}, remat {candidate.choice.remat}: "
+            f"{duration(_seconds(candidate))}, {gib(_peak(candidate))}",
+        )
+        for candidate in sorted(shown, key=lambda candidate: candidate.compiled)
+    ]
+    front = [(x(a), y(b)) for a, b in _frontier(list(zip(times, peaks)))]
+    steps = [(before, (after[0], before[1]), after) for before, after in zip(front, front[1:])]
+    return dict(
+        points=points,
+        front=[line for first, corner, last in steps for line in ((first, corner), (corner, last))],
+        limit=y(chip.memory),
+        x_ticks=[(x(value), duration(value)) for value in _few_ticks(left, right)],
+        y_ticks=[(y(value * GIB), f"{value:g}") for value in _few_ticks(bottom / GIB, top / GIB)],
+        policies=policies,
+        hidden=len(candidates) - len(shown),
+    )
+
+
+def _few_ticks(low: float, high: float) -> list[float]:
+    return log_ticks(low, high) if high / low > 8 else ticks(low, high, 5)
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.time.seconds
+
+
+def _peak(candidate: Candidate) -> float:
+    return candidate.planned.peak
+
+
+def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both coordinates, from left to right."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found
+
+
+def _memory(best: Candidate) -> list[dict[str, Any]]:
+    """The parts of a device's memory, as shares of it or, if they are more, of themselves."""
+    planned = best.planned
+    parts = [("weights, moments and batch", planned.arguments)]
+    if best.compiled:
+        parts.append(("temporary arrays", planned.peak - planned.arguments))
+    else:
+        parts += planned.largest
+    whole = max(best.memory, planned.peak)
+    return [dict(name=name, bytes=size, share=size / whole) for name, size in parts if size > 0]
+
+
+def _moves(best: Candidate, network: Network) -> list[dict[str, Any]]:
+    """Collectives, those that take longest first."""
+    rows = [
+        dict(kind=move.kind, axes=" × ".join(move.axes), runs=move.runs, bytes=move.bytes, time=seconds(move, network))
+        for move in best.planned.collectives
+    ]
+    return sorted((row for row in rows if row["time"]), key=lambda row: -row["time"])[:10]
+
+
+def _weights(laid: Sequence[Laid]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """By part of the model, how each weight lies: large ones as a grid, of which one device has the filled block."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for one in sorted(laid, key=lambda one: (MODEL.index(one.weight.part), -math.prod(one.weight.shape))):
+        if one.weight.is_matrix or one.weight.path.endswith("embed") or one.weight.path in VOCABULARY:
+            parts.setdefault(one.weight.part, []).append(_weight(one))
+    return list(parts.items())
+
+
+MODEL = ("encoder", "connector", "decoder")
+
+
+def _weight(one: Laid) -> dict[str, Any]:
+    weight = one.weight
+    dimensions = [
+        dict(
+            name=name or "",
+            size=whole,
+            axes=[dict(name=axis, gathered=axis in one.gathered) for axis in axes],
+            ways=whole // own,
+        )
+        for name, whole, own, axes in zip(weight.names, weight.shape, one.sizes, one.axes)
+    ]
+    # Drawn are the two dimensions that are split most, or else the largest, in their order.
+    inner = [n for n, name in enumerate(weight.names) if name not in STACKED]
+    drawn = sorted(sorted(inner, key=lambda n: (-dimensions[n]["ways"], -weight.shape[n]))[:2])
+    down, across = (dimensions[n] for n in drawn)
+    size = 4 * math.prod(weight.shape)
+    return dict(
+        path=weight.path.split("/", 1)[1].removesuffix("/w"),
+        dimensions=dimensions,
+        down=_grid(down),
+        across=_grid(across),
+        bytes=size,
+        own=4 * one.values,
+        used=math.prod(one.used) // weight.repeats,
+        parts=size // (4 * one.values),
+    )
+
+
+def _grid(dimension: dict[str, Any]) -> dict[str, Any]:
+    """Lines where a dimension is cut, at most so many, and the share that one device has."""
+    ways = dimension["ways"]
+    drawn = min(ways, CELLS)
+    axis = dimension["axes"][0]["name"] if dimension["axes"] else ""
+    return dict(axis=axis, lines=[round(100 * n / drawn, 2) for n in range(1, drawn)], share=round(100 / ways, 3))

@@ -1,0 +1,133 @@
+"""One device's portion of a step: which rows and which parts of weights it has."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from mllm_jax.plan.layout import Laid, Weight, abstract_mesh, lay, read_weights, split_axes
+from mllm_jax.sharding import fitting_axes, partition_spec, rules_of
+from mllm_jax.train.flops import Counts, Flops, count_flops
+from mllm_jax.train.run import Run
+
+TOWERS = ("encoder", "decoder")
+
+
+class Shapes(NamedTuple):
+    """Of a run, what no mesh, no remat policy and no rule changes. Every row of its batch counts as full."""
+
+    weights: tuple[Weight, ...]
+    flops: dict[str, Flops]  # of a step, on all devices together
+    attention: dict[str, float]  # of these, those of attention, forward
+
+
+def read_shapes(run: Run) -> Shapes:
+    """Raises ValueError where the optimizer's patterns fit no weight."""
+    data, budget = run.data, run.data.budget
+    patch_rows = data.batch * budget.rows
+    counts = Counts(
+        tokens=float(data.batch * budget.tokens),
+        token_pairs=data.batch * budget.tokens**2 / 2,
+        patches=float(patch_rows * budget.patches),
+        patch_pairs=float(patch_rows * budget.patches**2),
+        targets=float(data.batch * budget.tokens),
+    )
+    flops = count_flops(run.model, counts, run.optim.freeze)
+    without = count_flops(run.model, counts._replace(token_pairs=0.0, patch_pairs=0.0), run.optim.freeze)
+    attention = {part: flops[part].forward - without[part].forward for part in flops}
+    return Shapes(read_weights(run), flops, attention)
+
+
+class Rows(NamedTuple):
+    """What of a part's input lies on a device."""
+
+    count: float  # tokens or patches of a micro-batch
+    axes: tuple[str, ...]  # of the mesh, that split them
+
+
+class Portion:
+    """Of one device, for one of the `accumulate` micro-batches of a step.
+
+    Raises ValueError where the mesh does not divide a weight, the batch or its tokens; the message says what to change.
+    """
+
+    def __init__(self, shapes: Shapes, run: Run, sizes: Mapping[str, int]):
+        self.shapes, self.run, self.budget = shapes, run, run.data.budget
+        self.mesh, rules = abstract_mesh(sizes), run.model.runtime.rules
+        self.bytes = jnp.dtype(run.model.runtime.dtype).itemsize
+        self.accumulate, self.moe = run.train.accumulate, run.model.decoder.moe
+        what = "config.data.batch" if self.accumulate == 1 else "config.data.batch / config.train.accumulate"
+        whole = run.data.batch // self.accumulate
+        partition_spec(("batch",), rules, self.mesh, (whole,), what)
+        partition_spec(("length",), rules, self.mesh, (self.budget.tokens,), "config.data.tokens")
+        self.rules = {part: rules_of(part, rules) for part in ("encoder", "connector", "decoder")}
+        self.known = {
+            part: {name: split_axes(name, own, self.mesh) for name in (None, *dict(own))}
+            for part, own in self.rules.items()
+        }
+        text = self.known["decoder"]
+        self.batch = whole / self.size(text["batch"])
+        tokens = self.batch * self.budget.tokens / self.size(text["length"])
+        self.rows = {"decoder": Rows(tokens, (*text["batch"], *text["length"]))}
+        if run.model.encoder is not None:
+            visual = self.budget.patches // run.model.connector.patches_per_token
+            self.rows["encoder"] = self._patch_rows("encoder", whole, self.budget.patches)
+            self.rows["connector"] = self._patch_rows("connector", whole, visual)
+        self.towers = [part for part in TOWERS if part in self.rows]
+        self.laid = [self._lay(weight) for weight in shapes.weights]
+
+    def _patch_rows(self, part: str, batch: int, length: int) -> Rows:
+        """Rows of patches, or of visual tokens, of `length`: all of them in one line (see `mllm_jax.encoders.vit`)."""
+        names, sizes = ("batch", "length"), (batch * self.budget.rows, length)
+        axes = [axis for n, x in zip(names, sizes) for axis in fitting_axes(n, x, self.rules[part], self.mesh)]
+        return Rows(math.prod(sizes) / self.size(axes), tuple(axes))
+
+    def _lay(self, weight: Weight) -> Laid:
+        part = weight.part
+        return lay(weight, self.rules[part], self.mesh, self.rows[part].axes, self.known[part])
+
+    @property
+    def text(self) -> dict[str | None, tuple[str, ...]]:
+        """The axes of the mesh that split each named axis of the decoder."""
+        return self.known["decoder"]
+
+    @property
+    def patches(self) -> float:
+        """Patches of the rows that the device is given."""
+        return self.batch * self.budget.rows * self.budget.patches
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.shape.values())
+
+    def size(self, axes) -> int:
+        """Devices along these axes together."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def rows_through(self, laid: Laid) -> float:
+        """Rows that meet a weight: of experts, every token once for each expert that it chooses."""
+        rows = self.rows[laid.weight.part].count
+        return rows * self.moe.top_k if laid.weight.of_experts else rows
+
+    def exchanged(self) -> float:
+        """Rows that all devices together send to the experts of this one, in one layer."""
+        devices, rows, runtime = self.size(self.text["expert"]), self.rows["decoder"].count, self.run.model.runtime
+        most = rows * min(self.moe.top_k, self.moe.experts / devices)
+        room = runtime.expert_room * rows * self.moe.top_k / devices if runtime.expert_room else most
+        return devices * min(most, room)
+
+    def tower(self, part: str) -> list[Laid]:
+        """The matrices of the layers of a tower."""
+        inside = lambda weight: weight.is_matrix and weight.part == part and "layers" in weight.names
+        return [laid for laid in self.laid if inside(laid.weight)]
+
+    def width(self, part: str) -> int:
+        return getattr(self.run.model, part).width
+
+    def layers(self, part: str) -> int:
+        return getattr(self.run.model, part).layers
+
+    def trains(self, part: str) -> bool:
+        """Whether backward gets as far as this part."""
+        return self.shapes.flops[part].backward > 0
