@@ -103,8 +103,12 @@ def ahead_of_time(platform, mesh=None, **arguments):
 DECODER = {"heads": 16, "kv_heads": 4, "head_dim": 128, "causal": True}
 SHAPES = pytest.mark.parametrize(
     "shape",
-    [DECODER, *({"heads": 16, "kv_heads": 16, "head_dim": size, "causal": False} for size in (72, 64))],
-    ids=["decoder", "so400m", "large"],
+    [
+        DECODER,
+        {"heads": 16, "kv_heads": 16, "head_dim": 192, "value_dim": 128, "causal": True},
+        *({"heads": 16, "kv_heads": 16, "head_dim": size, "causal": False} for size in (72, 64)),
+    ],
+    ids=["decoder", "latent", "so400m", "large"],
 )
 NEEDS_TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install mllm_jax[tpu]")
 NEEDS_GPU = pytest.mark.skipif(

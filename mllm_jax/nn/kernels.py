@@ -35,6 +35,9 @@ def _obstacle(name: str, q, k) -> str | None:
         return "cuDNN computes in bfloat16 or float16; set runtime.dtype='bfloat16'"
     if name == "cudnn" and (q.shape[-1] % 8 or q.shape[-1] > 256 or q.shape[1] % 2 or k.shape[1] % 2):
         return "cuDNN needs a head dim that is a multiple of 8 and at most 256, and even lengths"
+    if name == "cudnn" and q.shape[-1] > 128 and jax.default_backend() == "gpu":
+        if float(jax.devices()[0].compute_capability) < 9:
+            return "cuDNN takes head dims over 128 on Hopper and later GPUs only"
     return None
 
 
@@ -98,9 +101,13 @@ def splash(q, k, v, q_segment, kv_segment, causal):
 
 
 def cudnn(q, k, v, q_segment, kv_segment, causal):
-    """cuDNN's fused attention. Its public interface has no segments: they become a mask of T x S booleans per row."""
+    """cuDNN's fused attention. Its public interface has no segments: they become a mask of T x S booleans per row. Nor
+    has it values that are narrower than keys: they are filled up with zeros."""
     mask = (q_segment[:, :, None] == kv_segment[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    width = v.shape[-1]
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    return out[..., :width]
 
 
 KERNELS = {"splash": splash, "cudnn": cudnn}
