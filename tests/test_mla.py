@@ -129,12 +129,12 @@ def test_decoding_never_expands_the_cache(nope_dim):
 def test_a_mesh_changes_nothing():
     batch, params = packed(np.random.default_rng(1), 4, 24), perturbed(DENSE)
 
-    def read(params):
+    def read(params, runtime):
         """Logits of a whole pass, and of three pieces through a cache."""
 
         @jax.jit
         def run(params, part, cache):
-            out = VLM(DENSE).apply({"params": params}, part, cache)
+            out = VLM(replace(DENSE, runtime=runtime)).apply({"params": params}, part, cache)
             return out.logits, out.cache
 
         part = lambda window: jax.tree.map(lambda x: x[:, window], batch)
@@ -145,12 +145,12 @@ def test_a_mesh_changes_nothing():
         return np.asarray(run(params, batch, None)[0]), np.concatenate(pieces, axis=1)
 
     real = batch.segment > 0
-    expected, from_cache = read(params)
+    expected, from_cache = read(params, Runtime())
     np.testing.assert_allclose(from_cache[real], expected[real], atol=1e-4)
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
     spread = jax.device_put(params, shardings(abstract_boxed(DENSE), mesh, DENSE.runtime.rules))
     with jax.set_mesh(mesh):
-        for got in read(spread):
+        for got in read(spread, Runtime(context="ring")):
             np.testing.assert_allclose(got[real], expected[real], atol=1e-4)
 
 
