@@ -88,7 +88,8 @@ def _field(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _section(value, named=hint is Any)
     if isinstance(value, Mapping):
-        return {name: FieldReference(item, field_type=object) for name, item in value.items()}
+        whole = {name: _section(x, named=False) for name, x in value.items() if dataclasses.is_dataclass(x)}
+        return {name: FieldReference(x, field_type=object) for name, x in value.items() if name not in whole} | whole
     if hint is Any:
         return FieldReference(value, field_type=object)
     if value is None:  # the type tells the command line how to read what replaces it

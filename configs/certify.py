@@ -1,0 +1,38 @@
+"""What `python -m mllm_jax.plan certify` compares: a tiny Qwen3-VL, dense and with experts, on five meshes.
+
+python -m mllm_jax.plan certify --config configs/certify.py
+python -m mllm_jax.plan certify --config configs/certify.py:experts     that one alone
+"""
+
+from mllm_jax.config import ConfigError, to_config_dict
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.plan.certificate import Certificate
+from mllm_jax.train.inputs import ScenesData
+
+EXPERTS = {"dense": None, "experts": MoeConfig(experts=8, top_k=2, mlp=24)}
+
+
+def model(moe: MoeConfig | None) -> ModelConfig:
+    tokenizer = scenes_tokenizer()
+    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    attention = AttentionConfig(heads=4, kv_heads=4, head_dim=8, rope_theta=10_000.0, rope_sections=(2, 1, 1))
+    return ModelConfig(
+        encoder=VitConfig(width=32, layers=2, heads=4, mlp=32, patch_size=8, position_grid=8, taps=(0,)),
+        connector=PatchMergerConfig(merge=2),
+        decoder=DecoderConfig(vocab=384, width=32, layers=2, attention=attention, mlp=32, moe=moe),
+        tokens=VisionTokenIds(*tokens),
+    )
+
+
+def get_config(arg: str = ""):
+    if arg not in ("", *EXPERTS):
+        raise ConfigError(f"configs/certify.py takes no argument, 'dense' or 'experts', not {arg!r}")
+    models = {name: model(moe) for name, moe in EXPERTS.items() if arg in ("", name)}
+    data = ScenesData(batch=8, tokens=64, rows=1, patches=112, min_pixels=256)
+    return to_config_dict(Certificate(models, data))

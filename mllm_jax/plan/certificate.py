@@ -1,0 +1,174 @@
+"""What a mesh may not change: logits, gradients, losses and routers' decisions of a step, against one device."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mllm_jax.config import ConfigError, from_config_dict
+from mllm_jax.data.loader import make_loader
+from mllm_jax.model import VLM, ModelConfig, init_params
+from mllm_jax.sharding import MESH_AXES, make_mesh
+from mllm_jax.train.balance import BalanceConfig
+from mllm_jax.train.inputs import SCENES, make_processor
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import PARTS, read_run
+from mllm_jax.train.state import state_from_params, state_shardings
+from mllm_jax.train.step import batch_shardings, make_train_step
+from mllm_jax.types import Batch
+
+MESHES = ("fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2")
+QUICKLY = {"xla_backend_optimization_level": 0}  # machine code of CPUs that is compiled in half the time
+PERTURBATION = 0.1  # standard deviation of what is added to all weights: some would begin with zero or one
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """
+    models: by name. data, processor: as of a run.
+    balance: of the models with experts.
+    meshes: sizes of axes, as in "fsdp=2,tensor=4"; the largest says how many devices there are.
+    tolerance: the largest relative difference that is no drift.
+    """
+
+    models: Mapping[str, ModelConfig]
+    data: Any
+    processor: str = SCENES
+    balance: BalanceConfig = BalanceConfig("global", weight=0.01, z=0.001)
+    meshes: tuple[str, ...] = MESHES
+    tolerance: float = 1e-5
+
+
+class Measured(NamedTuple):
+    """What a step computes, on the host."""
+
+    tensors: dict[str, np.ndarray]  # the logits of real tokens, and the gradient of every weight
+    losses: dict[str, float]  # by name; with experts also those that balance them
+    choices: np.ndarray | None  # i32[Lm B 3 E] of the routers, by layer, row, MODALITIES and expert
+
+
+class Comparison(NamedTuple):
+    """How far one mesh is from one device."""
+
+    mesh: str
+    differences: dict[str, float]  # of every tensor and loss, relative
+    decisions: int | None  # choices that differ; None without experts
+
+    @property
+    def worst(self) -> str:
+        return max(self.differences, key=self.differences.get)
+
+    def drifts(self, tolerance: float) -> bool:
+        return self.differences[self.worst] > tolerance or bool(self.decisions)
+
+
+def read_certificate(config: ConfigDict, name: str = "run") -> Certificate:
+    """From the config of a certificate, or of a run, which is certified on `MESHES`. Raises ConfigError."""
+    if "models" in config:
+        return from_config_dict(Certificate, config, PARTS, "config")
+    run = read_run(config)
+    return Certificate({name: run.model}, run.data, run.processor or run.init, run.train.balance)
+
+
+def compare(certificate: Certificate, name: str) -> Iterator[Comparison]:
+    """One model, on every mesh. Raises ConfigError for a mesh that the model or its batch does not divide into."""
+    model = certificate.models[name]
+    batch = packed_batch(certificate, model)
+    meshes = {text: make_mesh(read_mesh(text), jax.devices()[: devices(text)]) for text in certificate.meshes}
+    for text, mesh in meshes.items():
+        try:
+            state_shardings(model, gradient_as_state(), mesh, model.runtime.rules)
+            batch_shardings(batch, mesh, model.runtime.rules)
+        except ValueError as error:
+            raise ConfigError(f"config.meshes: {text} with {name}: {error}") from error
+    run = partial(measure, model, random_params(model), batch, certificate.balance)
+    alone = run(make_mesh({}, jax.devices()[:1]))
+    for text, mesh in meshes.items():
+        found = run(mesh)
+        yield Comparison(text, differences(found, alone), decisions(found, alone))
+
+
+def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, mesh: Mesh) -> Measured:
+    """The forward pass and one training step on a mesh, in fp32."""
+    model = replace(model, runtime=replace(model.runtime, dtype="float32"))
+    rules, experts = model.runtime.rules, model.decoder.moe is not None
+    optim, tx = OptimConfig(schedule="constant", clip=0.0), gradient_as_state()
+    step = make_train_step(model, tx, optim, mesh, balance=balance if experts else BalanceConfig())
+
+    @jax.jit
+    def both(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out = VLM(model).apply({"params": state.params}, batch)
+        return out.logits, None if out.routing is None else out.routing.counts, *step(state, batch)
+
+    arguments = state_from_params(model, tx, mesh, params), jax.device_put(batch, batch_shardings(batch, mesh, rules))
+    compiled = both.lower(*arguments).compile(compiler_options=QUICKLY)
+    logits, choices, state, metrics = jax.device_get(compiled(*arguments))
+    gradients = {f"gradient {path}": value for path, value in flatten_dict(state.opt_state, sep="/").items()}
+    losses = {name: float(metrics[name]) for name in ("loss", "balance", "z") if name in metrics}
+    return Measured({"logits": logits[batch.segment > 0], **gradients}, losses, choices)
+
+
+def gradient_as_state() -> optax.GradientTransformation:
+    """Changes no weight; its state is the last gradient."""
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
+
+
+def packed_batch(certificate: Certificate, model: ModelConfig) -> Batch:
+    """The first batch of the data."""
+    data = certificate.data
+    loader = make_loader(
+        data.source(),
+        make_processor(certificate.processor, model, data),
+        data.budget,
+        data.batch,
+        seed=data.seed,
+        window=data.window,
+        prefetch=0,
+    )
+    batch, _ = next(loader)
+    loader.close()
+    return batch
+
+
+def random_params(model: ModelConfig):
+    """Weights on the host, none of which is zero or one."""
+    params = jax.jit(partial(init_params, model))(jax.random.key(0, impl="rbg"))  # compiles in a tenth of the time
+    noise = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + PERTURBATION * noise.standard_normal(x.shape, np.float32), jax.device_get(params))
+
+
+def differences(found: Measured, alone: Measured) -> dict[str, float]:
+    """Of every tensor and loss, the largest difference relative to the largest value; infinite where not finite."""
+    pairs = {name: (found.tensors[name], value) for name, value in alone.tensors.items()}
+    pairs |= {name: (np.float32(found.losses[name]), np.float32(value)) for name, value in alone.losses.items()}
+    relative = {name: np.max(np.abs(a - b)) / (np.max(np.abs(b)) or 1) for name, (a, b) in pairs.items()}
+    return {name: float(value) if np.isfinite(value) else np.inf for name, value in relative.items()}
+
+
+def decisions(found: Measured, alone: Measured) -> int | None:
+    """How many choices of experts differ; of a row's tokens of one modality, those that differ in number."""
+    return None if alone.choices is None else int(np.abs(found.choices - alone.choices).sum()) // 2
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """Sizes of axes from "fsdp=2,tensor=4". ConfigError for what is no mesh."""
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(axis in MESH_AXES and size.isdigit() and int(size) for axis, _, size in parts):
+        axes = ", ".join(MESH_AXES)
+        raise ConfigError(f"config.meshes: {text!r} is not written as in 'fsdp=2,tensor=4'; the axes are {axes}")
+    return {axis: int(size) for axis, _, size in parts}
+
+
+def devices(text: str) -> int:
+    """Of a mesh."""
+    return int(np.prod(list(read_mesh(text).values())))

@@ -1,0 +1,66 @@
+"""Certifies that meshes change nothing: the training step on many devices against the same step on one.
+
+    python -m mllm_jax.plan certify --config configs/certify.py
+    python -m mllm_jax.plan certify --config configs/certify.py --config.meshes="('fsdp=8', 'data=2,tensor=4')"
+
+Runs on virtual CPU devices, in fp32, on one packed batch of pictures, clips and text, with weights that are random
+everywhere. Differences are relative to the largest value of each tensor. The config may also be that of a run. The exit
+code is 1 where something drifts by more than the tolerance, or a router decides otherwise.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from mllm_jax.plan.certificate import Comparison, compare, devices, read_certificate
+from mllm_jax.train import command
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to certify: a Python file with get_config(argument).")
+WIDE = 140  # characters of a line in a file
+flags.mark_flags_as_required(["config"])
+
+
+def main() -> None:
+    """The command. Ends the process: exit code 1 where a mesh drifts, 2 where the input is wrong."""
+    command.run(_certify, exit_code=2)
+
+
+def _certify() -> None:
+    certificate = read_certificate(CONFIG.value, Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(devices(mesh) for mesh in certificate.meshes))
+    console, drift = Console(highlight=False), False
+    if not console.is_terminal:
+        console.width = WIDE
+    for name in certificate.models:
+        table = Table(title=name, box=None, pad_edge=False, header_style="dim", title_justify="left")
+        for column in ("mesh", "logits", "gradients", "balance", "decisions", "worst tensor", "", ""):
+            table.add_column(column, no_wrap=column != "worst tensor", overflow="fold")
+        with Console(stderr=True).status(f"{name}: one device, and {len(certificate.meshes)} meshes"):
+            for found in compare(certificate, name):
+                drift = found.drifts(certificate.tolerance) or drift
+                table.add_row(*_cells(found, certificate.tolerance))
+        console.print(table, "")
+    within = f"within {certificate.tolerance:g} of one device, relative to each tensor's largest value"
+    console.print(f"drift: not all is {within}" if drift else f"no drift: all is {within}", soft_wrap=True)
+    sys.exit(int(drift))
+
+
+def _cells(found: Comparison, tolerance: float) -> list[str]:
+    gradients = max(value for name, value in found.differences.items() if name.startswith("gradient"))
+    others = [value for name, value in found.differences.items() if name in ("balance", "z")]
+    return [
+        found.mesh,
+        f"{found.differences['logits']:.1e}",
+        f"{gradients:.1e}",
+        f"{max(others):.1e}" if others else "-",
+        "-" if found.decisions is None else "equal" if found.decisions == 0 else f"{found.decisions} differ",
+        found.worst,
+        f"{found.differences[found.worst]:.1e}",
+        "[bold red]drift[/]" if found.drifts(tolerance) else "[green]ok[/]",
+    ]

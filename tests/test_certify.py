@@ -1,0 +1,90 @@
+"""Certifying meshes: that they pass, and that what drifts is found, named and ends with exit code 1."""
+
+import pathlib
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_run import load_config
+
+from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.plan.certificate import MESHES, Comparison, Measured, compare, decisions, differences, read_certificate
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ISSUED = {"fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2"}
+
+
+def certify(*arguments, code="from mllm_jax.plan.certify import main"):
+    script = f"import sys\n{code}\nmain()"
+    command = [sys.executable, "-c", script, "--config=configs/certify.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_experts_rows_and_tokens_over_devices_change_nothing():
+    certificate = replace(read_certificate(load_config("certify")), meshes=("data=2,expert=2,context=2",))
+    (found,) = compare(certificate, "experts")
+    assert not found.drifts(1e-5) and found.drifts(1e-9) and found.decisions == 0, found
+    assert {"logits", "loss", "balance", "z", "gradient decoder/layers/mlp/router/w"} <= set(found.differences)
+    assert sum(name.startswith("gradient encoder/") for name in found.differences) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dense", "experts"])
+def test_the_default_config_holds_on_all_meshes(model):
+    assert set(MESHES) == ISSUED
+    done = certify(f"--config=configs/certify.py:{model}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" ok") == 5 and "no drift: all is within 1e-05" in done.stdout
+
+
+def test_what_drifts_is_named():
+    values = np.linspace(-1, 2, 12, dtype=np.float32)
+    alone = Measured({"logits": values, "gradient w": values, "gradient unused": 0 * values}, {"loss": 3.0}, None)
+    assert set(differences(alone, alone).values()) == {0.0}
+    moved = alone._replace(tensors=alone.tensors | {"gradient w": values + np.float32(2e-4)})
+    found = Comparison("fsdp=8", differences(moved, alone), None)
+    assert found.worst == "gradient w" and found.differences["gradient w"] == pytest.approx(1e-4, rel=1e-2)
+    assert found.drifts(1e-5) and not found.drifts(1e-3)
+    broken = alone._replace(tensors=alone.tensors | {"logits": np.where(values > 1, np.nan, values)})
+    assert Comparison("fsdp=8", differences(broken, alone), None).worst == "logits"
+
+
+def test_other_decisions_are_drift():
+    choices = np.array([[[[3, 1, 0, 4]]]], np.int32)
+    one, two = (Measured({"logits": np.ones(1)}, {}, x) for x in (choices, choices + np.array([0, 1, 0, -1])))
+    assert decisions(two, one) == 1 and decisions(one, one) == 0
+    assert Comparison("fsdp=8", differences(two, one), 1).drifts(1e-5)
+
+
+def test_drift_ends_with_one_and_a_mistake_with_two():
+    drifting = """
+from mllm_jax.plan import certify
+from mllm_jax.plan.certificate import Comparison
+found = {"logits": 1e-7, "gradient decoder/embed": 3e-4, "loss": 0.0}
+certify.compare = lambda certificate, name: iter([Comparison("fsdp=8", found, None)])
+main = certify.main
+"""
+    done = certify(code=drifting)
+    assert done.returncode == 1, done.stderr
+    assert "gradient decoder/embed" in done.stdout and "drift: not all is within 1e-05" in done.stdout
+    done = certify("--config.meshes=('fsdp=2;tensor=4',)")
+    assert done.returncode == 2 and "'fsdp=2;tensor=4' is not written as in 'fsdp=2,tensor=4'" in done.stderr
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    certificate = replace(read_certificate(load_config("certify")), meshes=("fsdp=3",))
+    with pytest.raises(ConfigError, match="config.meshes: fsdp=3 with dense: .*not divisible"):
+        list(compare(certificate, "dense"))
+
+
+def test_the_config_survives_json():
+    config = load_config("certify")
+    assert read_certificate(load(dump(config))) == read_certificate(config)
+
+
+def test_the_config_of_a_run_is_certified_too():
+    certificate = read_certificate(load_config("scenes", "experts"), "scenes")
+    assert certificate.meshes == MESHES and certificate.balance.loss == "global"
+    assert certificate.models["scenes"].decoder.moe.experts == 8
