@@ -134,7 +134,7 @@ def test_what_finds_no_room_is_dropped_and_counted():
     x, _, weights, real, params = inputs()
     real[:] = True
     x, weights, real = np.repeat(x, 2, axis=1), np.repeat(weights, 2, axis=1), np.repeat(real, 2, axis=1)
-    experts = np.broadcast_to(np.array([0, 1, 2], np.int32), (ROWS, 2 * LENGTH, TOP))  # 16 tokens, all to the same three
+    experts = np.broadcast_to(np.array([0, 1, 2], np.int32), (ROWS, 2 * LENGTH, TOP))  # all 16 tokens to the same three
     y, dropped, _ = run(Runtime(experts="capacity", expert_room=1.0), x, experts, weights, real, params)
     assert dropped.tolist() == [3 * 8] * ROWS  # fair share 16 * 3 / 8 = 6, rounded up to 8
     kept = np.arange(2 * LENGTH) < 8
@@ -149,7 +149,7 @@ def test_devices_drop_and_count_what_is_beyond_their_room():
     experts = np.broadcast_to(np.array([0, 1, 7], np.int32), (ROWS, 4 * LENGTH, TOP))
     with jax.set_mesh(make_mesh({"expert": 4, "fsdp": 2})):
         y, dropped, _ = run(replace(Runtime(), expert_room=1.0), x, experts, weights, real, params)
-    # A device has one row of 96 choices, of which 24 are a fair share of four; 64 go to the first device, 32 to the last.
+    # A device has one row of 96 choices, of which 24 are a fair share; 64 go to the first device, 32 to the last.
     assert np.asarray(dropped).tolist() == [64 - 24 + 32 - 24] * ROWS
 
 

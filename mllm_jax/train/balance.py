@@ -28,12 +28,12 @@ class BalanceConfig:
       "sequence": those of one conversation, averaged over conversations (DeepSeek-V2, arXiv 2405.04434).
       "global": those of the whole batch, over all devices and accumulated parts (Qwen3, arXiv 2501.11873).
     weight: c; c * L is added to the loss.
-    exact: with "global" and accumulated parts, whether f is that of the whole batch, which takes a forward pass over all
-      parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873: it
-      approximates the whole batch's, best for the last part.
+    exact: with "global" and accumulated parts, whether f is that of the whole batch, which takes a forward pass over
+      all parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873:
+      it approximates the whole batch's, best for the last part.
     z: weight of the mean square of the log of the softmax's denominator (ST-MoE, arXiv 2202.08906).
-    rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much where its load was
-      below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
+    rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much where its load
+      was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
     """
 
     loss: str = "none"

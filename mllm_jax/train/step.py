@@ -19,6 +19,7 @@ from mllm_jax.train.state import state_shardings
 from mllm_jax.types import Batch, Vision
 
 CHUNK = 512  # targets of a row whose logits are held at once
+UNBALANCED = BalanceConfig()
 
 
 def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token", chunk: int = CHUNK):
@@ -38,7 +39,7 @@ def make_train_step(
     accumulate: int = 1,
     weighting: str = "token",
     loss_chunk: int = CHUNK,
-    balance: BalanceConfig = BalanceConfig(),
+    balance: BalanceConfig = UNBALANCED,
 ) -> Callable:
     """Jitted `step(state, batch) -> (state, metrics)`; the state is donated.
 
