@@ -113,6 +113,9 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %gathered = f32[8,8]{1,0:T(8,128)} all-gather-done(%start)
   %begun.2 = ((f32[8,8]{1,0}), f32[4,8]{1,0}, u32[]) reduce-scatter-start(%gathered), replica_groups=[4,2]<=[8]
   %half = f32[4,8]{1,0} reduce-scatter-done(%begun.2)
+  %token = token[] after-all()
+  %receive = (f32[4,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true,
+    frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
   %big = bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(1)} custom-call(%gathered), custom_call_target="fast", metadata={op_name="a"}
   %large = bf16[4,8,16]{2,1,0} custom-call(%big), custom_call_target="slow", metadata={op_name="jit(step)/jvp()/while"}
   ROOT %choice = f32[8]{0} conditional(%zero.1, %out, %out), branch_computations={%left, %right}
@@ -122,10 +125,11 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_collectives_of_a_text():
     program = hlo.parse(TEXT)
-    found = [(x.kind, x.runs, x.bytes, hlo.axes_of(x.instruction, MESH)) for x in hlo.transfers(program)]
+    found = [(x.kind, x.runs, x.bytes, hlo.axes_of(x.instruction, MESH, ("data",))) for x in hlo.transfers(program)]
     assert sorted(found) == [
         ("all-gather", 1, 256, ("fsdp", "tensor")),
         ("all-gather", 3, 32, ("fsdp",)),  # once, of its two parts
+        ("all-reduce", 1, 128, ("data",)),  # between slices
         ("all-to-all", 1, 32, ("tensor",)),
         ("collective-permute", 1, 32, ("fsdp",)),
         ("reduce-scatter", 1, 128, ("tensor",)),

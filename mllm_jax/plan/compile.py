@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mllm_jax.config import ConfigError
@@ -182,8 +183,10 @@ def _flops(steps: list, devices: int) -> tuple[dict[str, float], float]:
 def collectives(program: hlo.Program, mesh: Mesh) -> tuple[Collective, ...]:
     """Those of a compiled program by kind and axes of the mesh, most bytes first."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
+    slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    across = tuple(name for axis, name in enumerate(mesh.axis_names) if np.ptp(slices, axis=axis).any())
     for transfer in hlo.transfers(program):
-        total = sums[transfer.kind, hlo.axes_of(transfer.instruction, mesh.shape)]
+        total = sums[transfer.kind, hlo.axes_of(transfer.instruction, mesh.shape, across)]
         total[0] += transfer.runs
         total[1] += transfer.runs * transfer.bytes
     found = [Collective(kind, axes, int(runs), size) for (kind, axes), (runs, size) in sums.items()]

@@ -16,6 +16,9 @@ BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 
         "f8e4m3": 8, "f8e5m2": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f8e3m4": 8,
         "f8e8m0fnu": 8}  # fmt: skip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# How TPU programs name what goes between slices: a host sends it over the data-centre network and receives the result.
+BETWEEN_SLICES = {"ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
+                  "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"}  # fmt: skip
 # What makes no array of its own, or hands on what a computation that is read too makes.
 NO_ARRAY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
             "optimization-barrier", "partition-id", "after-all"}  # fmt: skip
@@ -34,6 +37,12 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]  # names; of a constant its value, of a parameter its number
     attributes: str  # all that follows the operands
     root: bool
+
+    @property
+    def between_slices(self) -> str | None:
+        """The kind of collective whose result the host receives from other slices of a TPU, if it is that."""
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.attributes)
+        return BETWEEN_SLICES.get(found[1], found[1].lower()) if found and self.opcode == "recv" else None
 
     @property
     def scope(self) -> str:
@@ -148,6 +157,9 @@ def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer,
         opcode, kind = instruction.opcode, instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             found.append((Transfer(kind, 1, _result_bytes(instruction), instruction, computation), fused))
+        elif between := instruction.between_slices:
+            size = shape_bytes(_elements(instruction.shape)[0])
+            found.append((Transfer(between, 1, size, instruction, computation), fused))
         elif opcode == "while":
             times = trips(program, computation, instruction)
             inner = [x for body in instruction.called("body") for x in _transfers(program, body, fused)]
@@ -233,8 +245,14 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
     return float(expected[-1]) if expected else 1
 
 
-def axes_of(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of the mesh along which the devices differ that a collective joins."""
+def axes_of(instruction: Instruction, mesh: Mapping[str, int], across: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The axes of the mesh along which the devices differ that a collective joins.
+
+    Args:
+      across: the axes that slices of a TPU are laid along.
+    """
+    if instruction.between_slices:
+        return across
     sizes = tuple(mesh.values())
     groups = _groups(instruction.attributes, math.prod(sizes))
     places = np.stack(np.unravel_index(groups, sizes))  # [axes, groups, members]
