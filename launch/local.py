@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--processes", type=int, default=2, help="of the run (default 2)")
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each process (default 1)")
-    parser.add_argument("--grace", type=float, default=20, help="seconds to end after another one died (default 20)")
+    parser.add_argument("--grace", type=float, default=10, help="seconds to end after another one died (default 10)")
     parser.add_argument("command", nargs="*", metavar="-- --config FILE --workdir DIR ...", help="what to train")
     options = parser.parse_args(arguments)
     if options.processes < 1 or options.devices < 1 or not options.command:
@@ -102,8 +102,10 @@ def watch(processes: Sequence[Process], grace: float, asked: Sequence[int]) -> i
             deadline = time.monotonic() + grace
             say(f"{failed}; the others end within {grace:g} s")
         if time.monotonic() > deadline:
-            for process in processes:
+            for process in (process for process in processes if process.running):
+                say(f"process {process.number} still waits for process {failed.number}, and is killed")
                 process.send(signal.SIGKILL)
+            deadline = float("inf")
     if failed:
         say(f"the run ended because {failed}; the same command goes on from its last checkpoint")
     return max(process.code for process in processes)

@@ -71,15 +71,16 @@ def assert_same_run(workdir, expected):
     assert tokens(workdir) == tokens(expected)
 
 
-def assert_ended_together(launcher, killed, seconds):
-    """The others ended in time, each error says who was lost, and nobody left a traceback."""
-    began = time.monotonic()
-    output, errors = launcher.communicate(timeout=seconds)
-    assert time.monotonic() - began < seconds
+def assert_ended_together(launcher, killed):
+    """The others ended in time, it is said of each why, and nobody left a traceback."""
+    output, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL, errors
-    assert f"launch.local: process {killed} was killed by SIGKILL" in errors
+    assert f"launch.local: process {killed} was killed by SIGKILL; the others end within 10 s" in errors
     assert "the same command goes on from its last checkpoint" in errors
-    assert "error: process 0 cannot reach another one, which has ended" in errors
+    for number in range(int(launcher.args[3].partition("=")[2])):
+        found = f"error: process {number} cannot reach another one, which has ended"
+        waited = f"process {number} still waits for process {killed}, and is killed"
+        assert number == killed or found in errors + output or waited in errors, errors + output
     assert "Traceback" not in errors + output
 
 
@@ -95,7 +96,7 @@ def test_one_of_two_is_killed_and_one_process_goes_on(start, alone, tmp_path):
     launcher = start(2, 2, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_steps(launcher, tmp_path, 6)
     os.kill(process_of(tmp_path, 1), signal.SIGKILL)
-    assert_ended_together(launcher, killed=1, seconds=60)
+    assert_ended_together(launcher, killed=1)
     assert train(get_config(), tmp_path) == STEPS
     assert_same_run(tmp_path, alone)
 
@@ -107,7 +108,7 @@ def test_four_processes_read_shares_save_together_and_go_on_as_two(start, alone,
     launcher = start(4, 2, workdir, watched=watched, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_steps(launcher, workdir, 6)
     os.kill(process_of(workdir, 2), signal.SIGKILL)
-    assert_ended_together(launcher, killed=2, seconds=60)
+    assert_ended_together(launcher, killed=2)
 
     read = [set(file.read_text().split()) for file in sorted(watched.iterdir())]
     assert len(read) == 4 and min(map(len, read)) > 30 and len(set().union(*read)) == sum(map(len, read))
