@@ -71,6 +71,11 @@ FileNames
   ROOT %swap = f32[8]{0} all-to-all(%w), channel_id=9, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
 }
 
+%elsewhere (e: f32[8]) -> f32[8] {
+  %e = f32[8]{0} parameter(0)
+  ROOT %every = f32[8]{0} all-reduce(%e), channel_id=12, replica_groups={}, to_apply=%add
+}, execution_thread="sparsecore"
+
 %less (pair: (s32[], s32[])) -> pred[] {
   %pair = (s32[], s32[]) parameter(0)
   %count = s32[] get-tuple-element(%pair), index=0
@@ -113,6 +118,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %gathered = f32[8,8]{1,0:T(8,128)} all-gather-done(%start)
   %begun.2 = ((f32[8,8]{1,0}), f32[4,8]{1,0}, u32[]) reduce-scatter-start(%gathered), replica_groups=[4,2]<=[8]
   %half = f32[4,8]{1,0} reduce-scatter-done(%begun.2)
+  %call = ((f32[8]{0}), f32[8]{0}, u32[]) call-start(%done), async_execution_thread="sparsecore", to_apply=%elsewhere
+  %called = f32[8]{0} call-done(%call)
   %token = token[] after-all()
   %receive = (f32[4,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true,
     frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -129,6 +136,7 @@ def test_collectives_of_a_text():
     assert sorted(found) == [
         ("all-gather", 1, 256, ("fsdp", "tensor")),
         ("all-gather", 3, 32, ("fsdp",)),  # once, of its two parts
+        ("all-reduce", 1, 32, ("fsdp", "tensor")),
         ("all-reduce", 1, 128, ("data",)),  # between slices
         ("all-to-all", 1, 32, ("tensor",)),
         ("collective-permute", 1, 32, ("fsdp",)),

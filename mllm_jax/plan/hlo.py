@@ -25,6 +25,7 @@ NO_ARRAY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "w
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_END = re.compile(r"\}(?:, execution_thread=.*)?\s*$")
 _BEGIN = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = ")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", re.DOTALL)
 _BRACKETS = re.compile(r"[()]")
@@ -96,7 +97,7 @@ def parse(text: str) -> Program:
             if header := _HEADER.match(line):
                 current = Computation(header[2], {})
                 entry = header[2] if header[1] else entry
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             finish()
             computations[current.name], current = current, None
         elif _BEGIN.match(line):
@@ -154,9 +155,9 @@ def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer,
     """(collective, whether it lies in a fusion) of a computation and all that it calls."""
     found, computation = [], program.computations[name]
     for instruction in computation.instructions.values():
-        opcode, kind = instruction.opcode, instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
-            found.append((Transfer(kind, 1, _result_bytes(instruction), instruction, computation), fused))
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in KINDS:
+            found.append((Transfer(opcode, 1, _result_bytes(instruction), instruction, computation), fused))
         elif between := instruction.between_slices:
             size = shape_bytes(_elements(instruction.shape)[0])
             found.append((Transfer(between, 1, size, instruction, computation), fused))
@@ -175,7 +176,7 @@ def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer,
                     (x._replace(kind="reduce-scatter", bytes=shape_bytes(instruction.shape)), deep) for x, deep in inner
                 ]
             found += inner
-        elif opcode in ("call", "async-start", "custom-call"):
+        elif opcode in ("call", "async", "custom-call"):
             for called in instruction.called("to_apply", "calls", "called_computations"):
                 found += _transfers(program, called, fused)
     return found
@@ -328,7 +329,7 @@ def _made(program: Program, name: str) -> Iterator[Instruction]:
     for instruction in program.computations[name].instructions.values():
         if instruction.opcode not in NO_ARRAY:
             yield instruction
-        if instruction.opcode in ("while", "conditional", "call"):
+        if instruction.opcode.removesuffix("-start") in ("while", "conditional", "call"):
             roles = ("body", "branch_computations", "true_computation", "false_computation", "to_apply")
             for called in instruction.called(*roles):
                 yield from _made(program, called)
