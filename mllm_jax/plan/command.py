@@ -20,6 +20,7 @@ from rich.table import Table
 from mllm_jax.config import ConfigError
 from mllm_jax.plan import page
 from mllm_jax.plan.cost import seconds
+from mllm_jax.plan.fit import check_run
 from mllm_jax.plan.search import Candidate, Found, Search, mesh_text, read_mesh, summary
 from mllm_jax.plan.text import duration, gib, percent, size_text
 from mllm_jax.plan.topology import get_topology
@@ -45,7 +46,9 @@ def main() -> None:
 def plan() -> None:
     if HTML.value and not Path(HTML.value).parent.is_dir():
         raise ConfigError(f"--html: there is no folder {Path(HTML.value).parent}")
-    run, topology, console = read_run(CONFIG.value), get_topology(TOPOLOGY.value), Console(highlight=False)
+    run, console = read_run(CONFIG.value), Console(highlight=False)
+    check_run(run)
+    topology = get_topology(TOPOLOGY.value)
     if not console.is_terminal:
         console.width = WIDE
     search = Search(run, topology)

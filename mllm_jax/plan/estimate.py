@@ -3,16 +3,22 @@
 It follows what the step does (`mllm_jax.train.step`) and what XLA makes of it.
 """
 
+from mllm_jax.nn.kernels import SPLASH_BLOCK
 from mllm_jax.plan.compile import Planned
 from mllm_jax.plan.moves import collectives
 from mllm_jax.plan.portion import Portion
 
+# What the backward kernels of attention do a second time, by the maker of a device, in FLOPs of forward: cuDNN's one
+# product of five, splash's two kernels three of seven.
+TWICE = {"NVIDIA": 0.5, "TPU": 1.5}
+
 
 def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
     """The plan of a step under a remat policy, roughly: no compiler saw it."""
-    forward, again = _flops(portion, remat)
+    forward, again = _flops(portion, remat, device_kind.partition(" ")[0].rstrip("7x"))
     flops = portion.shapes.flops
     times = {part: flops[part].total / flops[part].forward if flops[part].forward else 0.0 for part in flops}
+    times["experts"] = times["decoder"]
     arguments, alive = _memory(portion, remat)
     parts = portion.accumulate
     return Planned(
@@ -35,31 +41,37 @@ def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
     )
 
 
-def _flops(portion: Portion, remat: str) -> tuple[dict[str, float], dict[str, float]]:
+def _flops(portion: Portion, remat: str, maker: str) -> tuple[dict[str, float], dict[str, float]]:
     """Of a micro-batch, by part: forward, and what backward computes again."""
-    forward, again = dict.fromkeys(portion.shapes.flops, 0.0), dict.fromkeys(portion.towers, 0.0)
+    names = [*portion.shapes.flops, *(["experts"] if portion.moe else [])]
+    forward, again = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for part in portion.towers:
         # Attention is split like its rows and, where these are whole, like its heads.
         heads = {axis for laid in portion.tower(part) for axis in laid.kept(range(len(laid.axes)))}
         heads &= set(portion.known[part]["heads"])
         spread = portion.size({*portion.rows[part].axes, *heads})
         attention = portion.shapes.attention[part] / portion.accumulate / spread
+        if maker == "TPU" and part == "decoder":  # blocks on the diagonal are computed whole
+            attention *= 1 + SPLASH_BLOCK / portion.budget.tokens
         forward[part] += attention
-        again[part] += attention if remat != "none" else 0.0
+        again[part] += attention * ((remat != "none") + TWICE.get(maker, 0.0))
     for laid in portion.laid:
         weight = laid.weight
         if not weight.is_matrix:
             continue
         product = 2 * portion.rows_through(laid) * laid.met * weight.repeats
-        forward[weight.part] += product
-        # Nothing that backward needs comes after the last product of a layer.
-        last = weight.path.split("/")[-2].endswith("down")
-        repeated = remat in ("full", "experts") or (remat == "dots" and weight.of_experts)
-        if repeated and not last and weight.part in portion.towers and "layers" in weight.names:
-            again[weight.part] += product
+        part = "experts" if weight.of_experts else weight.part
+        forward[part] += product
+        if "layers" not in weight.names:
+            continue
+        # Nothing that backward needs comes after the last product of a layer, but for the weights of experts.
+        last = weight.path.split("/")[-2] == "down"
+        if (remat in ("full", "experts") and not last) or (remat == "dots" and weight.of_experts):
+            again[part] += product
     spread = portion.size((*portion.rows["decoder"].axes, *portion.text["vocab"]))
     forward["head"] = portion.shapes.flops["head"].forward / portion.accumulate / spread
-    return forward, {part: again[part] * portion.trains(part) for part in again}
+    trains = {part: portion.trains("decoder" if part == "experts" else part) for part in again}
+    return forward, {part: again[part] * trains[part] for part in again}
 
 
 def _memory(portion: Portion, remat: str) -> tuple[float, dict[str, float]]:
@@ -81,7 +93,7 @@ def _memory(portion: Portion, remat: str) -> tuple[float, dict[str, float]]:
             "activations of a layer": saved_bytes(portion, tower, "none") / portion.layers(tower),
         },
         {
-            "gradient of the head": 4 * vocab * run.model.decoder.width,
+            "gradient of the head, so far and of a chunk": 2 * 4 * vocab * run.model.decoder.width,
             "head, gathered": width * vocab * run.model.decoder.width,
             "logits of a chunk": 2 * 4 * chunk,
         },

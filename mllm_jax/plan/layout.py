@@ -120,8 +120,8 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 def split_axes(name: str | None, rules: Rules, mesh: AbstractMesh) -> tuple[str, ...]:
     """The axes of the mesh, larger than 1, that split an axis of this name."""
-    entry = partition_spec((name,), rules, mesh)[0]
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    axes = dict(rules).get(name) or ()
+    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if mesh.shape[axis] > 1)
 
 
 def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...], known: Mapping) -> Laid:

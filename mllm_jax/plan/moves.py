@@ -98,8 +98,8 @@ def _move_visual(portion: Portion, add: Add) -> None:
 def traffic(portion: Portion, remat: str) -> float:
     """Bytes that a device reads and writes in its memory in a step, at least.
 
-    Weights, moments and gradients once each way; gathered weights written and read in every pass; what goes into and
-    comes out of every product, in every pass.
+    Weights, moments and gradients once each way; weights as they are used, made once for forward and once for backward,
+    read by every product; what goes into and comes out of every product.
     """
     state = sum(laid.values * 2 * (4 + laid.weight.moments + 4 * laid.weight.trained) for laid in portion.laid)
     moved = 0.0
@@ -107,6 +107,7 @@ def traffic(portion: Portion, remat: str) -> float:
         if laid.weight.is_matrix:
             row = sum(map(laid.sizes_of, laid.weight.product()))
             trains = portion.trains(laid.weight.part)
-            passes = laid.weight.repeats * (1 + 2 * trains + (trains and remat in ("full", "experts")))
-            moved += passes * portion.bytes * (portion.rows_through(laid) * row + 2 * laid.layer)
+            products = 1 + 2 * trains + (trains and remat in ("full", "experts"))
+            values = products * (portion.rows_through(laid) * row + laid.layer) + (1 + trains) * laid.layer
+            moved += laid.weight.repeats * portion.bytes * values
     return state + portion.accumulate * moved

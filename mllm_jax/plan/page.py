@@ -21,7 +21,7 @@ from mllm_jax.plan.text import duration, gib, percent, size_text
 from mllm_jax.sharding import MESH_AXES
 
 TALL, SLOW = 1.35, 4.0  # how much of what does not fit, and of what is slow, the plot shows
-CELLS = 16  # lines of a grid at most
+COLUMNS, ROWS = 16, 8  # of a grid at most
 
 
 class Chosen(NamedTuple):
@@ -52,14 +52,15 @@ def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, f
         shown=found.candidates[:12],
         impossible=found.impossible.most_common(6),
         possible=len(found.candidates),
-        plot=_plot(found.candidates, chip),
+        plot=_plot(found.candidates, chip) if len(found.candidates) > 1 else None,
         longest=max(candidate.time.seconds for candidate in found.candidates[:12]),
         memory=_memory(best),
         moves=_moves(best, chosen.network),
         weights=_weights(chosen.laid),
         axes=[(axis, best.planned.mesh[axis]) for axis in MESH_AXES if best.planned.mesh.get(axis, 1) > 1],
         chip=chip,
-        cells=CELLS,
+        columns=COLUMNS,
+        rows=ROWS,
     )
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -176,8 +177,8 @@ def _weight(one: Laid) -> dict[str, Any]:
     return dict(
         path=weight.path.split("/", 1)[1].removesuffix("/w"),
         dimensions=dimensions,
-        down=_grid(down),
-        across=_grid(across),
+        down=_grid(down, ROWS),
+        across=_grid(across, COLUMNS),
         bytes=size,
         own=4 * one.values,
         used=math.prod(one.used) // weight.repeats,
@@ -185,9 +186,9 @@ def _weight(one: Laid) -> dict[str, Any]:
     )
 
 
-def _grid(dimension: dict[str, Any]) -> dict[str, Any]:
-    """Lines where a dimension is cut, at most so many, and the share that one device has."""
+def _grid(dimension: dict[str, Any], most: int) -> dict[str, Any]:
+    """Lines that cut a dimension into `most` parts or fewer, and the share that one device has."""
     ways = dimension["ways"]
-    drawn = min(ways, CELLS)
+    drawn = min(ways, most)
     axis = dimension["axes"][0]["name"] if dimension["axes"] else ""
     return dict(axis=axis, lines=[round(100 * n / drawn, 2) for n in range(1, drawn)], share=round(100 / ways, 3))

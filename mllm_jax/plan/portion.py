@@ -76,6 +76,8 @@ class Portion:
             self.rows["connector"] = self._patch_rows("connector", whole, visual)
         self.towers = [part for part in TOWERS if part in self.rows]
         self.laid = [self._lay(weight) for weight in shapes.weights]
+        inside = lambda weight, part: weight.is_matrix and weight.part == part and "layers" in weight.names
+        self._matrices = {part: [laid for laid in self.laid if inside(laid.weight, part)] for part in self.towers}
 
     def _patch_rows(self, part: str, batch: int, length: int) -> Rows:
         """Rows of patches, or of visual tokens, of `length`: all of them in one line (see `mllm_jax.encoders.vit`)."""
@@ -119,8 +121,7 @@ class Portion:
 
     def tower(self, part: str) -> list[Laid]:
         """The matrices of the layers of a tower."""
-        inside = lambda weight: weight.is_matrix and weight.part == part and "layers" in weight.names
-        return [laid for laid in self.laid if inside(laid.weight)]
+        return self._matrices[part]
 
     def width(self, part: str) -> int:
         return getattr(self.run.model, part).width

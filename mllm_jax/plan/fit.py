@@ -1,0 +1,68 @@
+"""What no mesh can mend: rows longer than a model knows positions, weights of another model."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.config import ConfigError
+from mllm_jax.families import FAMILIES
+from mllm_jax.train.run import Run
+
+PARTS = ("encoder", "connector", "decoder")
+
+
+def check_run(run: Run) -> None:
+    """Raises ConfigError, which says what to change, where a run cannot be trained on any devices."""
+    longest = _positions(run)
+    if run.data.tokens > longest:
+        raise ConfigError(
+            f"config.data.tokens={run.data.tokens} is longer than the {longest:.0f} positions that the model knows; "
+            "lower it, or choose a model for longer rows"
+        )
+    if not run.init:
+        return
+    folder = Path(run.init)
+    if not folder.is_dir():
+        if folder.is_absolute() or run.init.startswith("."):  # the others are names of the hub
+            raise ConfigError(f"config.init: there is no folder {run.init}")
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"config.init: {run.init} has no config.json; name a folder in Hugging Face's format")
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = FAMILIES.get(stated.get("model_type"))
+    if family is None:
+        raise ConfigError(f"config.init: {run.init} is of model_type {stated.get('model_type')!r}, not of this model")
+    try:
+        published = family.from_hf(stated)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"config.init: {run.init}/config.json cannot be read: {error}") from error
+    other = [line for part in PARTS for line in _differences(part, getattr(run.model, part), getattr(published, part))]
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise ConfigError(
+            f"config.init: {run.init} is another model than config.model: {'; '.join(other[:3])}{more}; "
+            "name the weights of this size, or choose the size of these weights"
+        )
+
+
+def _positions(run: Run) -> float:
+    """Infinity for a model of one's own, which no published config describes."""
+    try:
+        stated = FAMILIES[run.model.family].to_hf(run.model)
+    except (KeyError, ValueError):
+        return float("inf")
+    return stated.get("text_config", stated).get("max_position_embeddings", float("inf"))
+
+
+def _differences(path: str, ours: Any, theirs: Any) -> list[str]:
+    """Fields of two configs that differ, by their path."""
+    if type(ours) is type(theirs) and dataclasses.is_dataclass(ours):
+        names = [field.name for field in dataclasses.fields(ours)]
+        pairs = [(f"{path}.{name}", getattr(ours, name), getattr(theirs, name)) for name in names]
+        return [line for pair in pairs for line in _differences(*pair)]
+    return [] if ours == theirs else [f"{path} is {_text(theirs)} there and {_text(ours)} here"]
+
+
+def _text(value: Any) -> str:
+    return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
