@@ -1,5 +1,6 @@
 """One model for the whole lineage: encode -> connect -> fuse -> decode. The types of the configs choose the parts."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,7 @@ def init_boxed(config: ModelConfig, key):
     return VLM(config).init(key, jax.tree.map(jnp.asarray, example_batch(config)))["params"]
 
 
+@functools.lru_cache(maxsize=16)  # a trace of a large model takes half a second, and planning asks a dozen times
 def abstract_boxed(config: ModelConfig):
     """The boxed tree of ShapeDtypeStructs, without computing anything."""
     return jax.eval_shape(lambda: init_boxed(config, jax.random.key(0)))
