@@ -1,6 +1,7 @@
 """What data workers do, and the threads or processes that do it ahead and in order, for several streams. No jax."""
 
 import collections
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from mllm_jax.data.sources import BadRecord
 from mllm_jax.types import Example
 
 OVER_BUDGET = "over the budget"
+TOGETHER = 4  # elements that a process sends at once
 Streams = Mapping[int, Sequence[Any]]
 
 
@@ -74,32 +76,44 @@ class Readers:
     def __init__(self, streams: Streams, workers: int, processes: int = 0):
         self._streams, self._in_processes = streams, processes > 0
         self._pool = _pool(streams, workers, processes)
-        self._ahead = max(2, 2 * (processes or workers) // max(len(streams), 1)) if self._pool else 0  # of each stream
+        self._together = TOGETHER if processes else 1
+        self._ahead = max(2, 2 * (processes or workers) // max(len(streams), 1)) if self._pool else 1  # of each stream
         self._coming: dict[int, collections.deque[Future]] = {number: collections.deque() for number in streams}
+        self._read: dict[int, collections.deque[Any]] = {number: collections.deque() for number in streams}
 
     def next(self, stream: int, index: int) -> Any:
         """The element at `index`, which is one more than in the last call for this stream."""
-        coming, length = self._coming[stream], len(self._streams[stream])
-        while len(coming) <= self._ahead and index + len(coming) < length:
-            coming.append(self._submit(stream, index + len(coming)))
-        return coming.popleft().result()
+        coming, read, length = self._coming[stream], self._read[stream], len(self._streams[stream])
+        first = index + len(read) + self._together * len(coming)
+        while len(coming) < self._ahead and first < length:
+            coming.append(self._submit([(stream, i) for i in range(first, min(first + self._together, length))]))
+            first += self._together
+        if not read:
+            read.extend(coming.popleft().result())
+        return read.popleft()
 
     def read(self, wanted: Iterable[tuple[int, int]]) -> Iterator[Any]:
         """The elements at (stream, index)."""
-        return (future.result() for future in [self._submit(*which) for which in wanted])
+        wanted = list(wanted)
+        parts = [wanted[i : i + self._together] for i in range(0, len(wanted), self._together)]
+        return itertools.chain.from_iterable(future.result() for future in [self._submit(part) for part in parts])
 
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, stream: int, index: int) -> Future:
+    def _submit(self, wanted: list[tuple[int, int]]) -> Future:
         if self._in_processes:
-            return self._pool.submit(_read, stream, index)
+            return self._pool.submit(_read_here, wanted)
         if self._pool:
-            return self._pool.submit(self._streams[stream].__getitem__, index)
+            return self._pool.submit(_read, self._streams, wanted)
         done = Future()
-        done.set_result(self._streams[stream][index])
+        done.set_result(_read(self._streams, wanted))
         return done
+
+
+def _read(streams: Streams, wanted: list[tuple[int, int]]) -> list[Any]:
+    return [streams[stream][index] for stream, index in wanted]
 
 
 def _pool(streams: Streams, workers: int, processes: int) -> Executor | None:
@@ -125,5 +139,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _read(stream: int, index: int) -> Any:
-    return _streams[stream][index]
+def _read_here(wanted: list[tuple[int, int]]) -> list[Any]:
+    return _read(_streams, wanted)
