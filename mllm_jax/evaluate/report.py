@@ -281,7 +281,8 @@ def _shares(parts: Mapping[str, int]) -> list[dict[str, Any]]:
 
 def _loads(run: Run) -> list[dict[str, Any]]:
     """Of the last evaluation, for every kind of token, how often each layer's experts were chosen: 1 is the mean."""
-    loads = [record["heldout"]["expert_load"] for record in run.records if "expert_load" in record.get("heldout", {})]
+    found = [record.get("heldout") for record in run.records]
+    loads = [known["expert_load"] for known in found if isinstance(known, Mapping) and "expert_load" in known]
     if not loads:
         return []
     counts = np.array(loads[-1], float)  # [Lm 3 E]
