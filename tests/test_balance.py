@@ -168,6 +168,7 @@ def test_biases_move_against_the_load_and_have_no_moments(params, rows, whole):
     assert len(np.unique(expected)) > 1
 
 
+@pytest.mark.slow
 def test_the_loss_is_c_times_l(params, rows, whole):
     """The gradient of c * L is c times that of L: two weights of the loss differ by just that."""
     none = take_step(params, rows, balance=replace(BALANCE, weight=0.0))
