@@ -25,6 +25,7 @@ from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.runtime import Runtime, expect_runs
 from mllm_jax.plan import checks, hlo
 from mllm_jax.plan.compile import Collective, abstract_step, argument_groups, collectives, plan_step
+from mllm_jax.plan.groups import axes_of
 from mllm_jax.plan.jaxpr import operations, place, products, unknown_loops
 from mllm_jax.plan.topology import Topology, get_topology, targeting
 from mllm_jax.sharding import make_mesh
@@ -132,7 +133,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_collectives_of_a_text():
     program = hlo.parse(TEXT)
-    found = [(x.kind, x.runs, x.bytes, hlo.axes_of(x.instruction, MESH, ("data",))) for x in hlo.transfers(program)]
+    found = [(x.kind, x.runs, x.bytes, axes_of(x.instruction, MESH, ("data",))) for x in hlo.transfers(program)]
     assert sorted(found) == [
         ("all-gather", 1, 256, ("fsdp", "tensor")),
         ("all-gather", 3, 32, ("fsdp",)),  # once, of its two parts
@@ -174,7 +175,7 @@ def test_arrays_of_a_text():
 )
 def test_axes_that_a_collective_joins(attributes, axes):
     instruction = hlo.Instruction("x", "all-reduce", "f32[8]", (), f", {attributes}", False)
-    assert hlo.axes_of(instruction, MESH) == axes
+    assert axes_of(instruction, MESH) == axes
 
 
 def test_a_text_that_is_none():

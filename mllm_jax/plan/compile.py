@@ -21,6 +21,7 @@ from mllm_jax.data.pack import collate
 from mllm_jax.model import abstract_params
 from mllm_jax.plan import hlo
 from mllm_jax.plan.checks import warnings_of
+from mllm_jax.plan.groups import axes_of
 from mllm_jax.plan.jaxpr import operations, place, products
 from mllm_jax.plan.topology import LOWERED, Topology, compile_options, targeting
 from mllm_jax.sharding import make_mesh
@@ -186,7 +187,7 @@ def collectives(program: hlo.Program, mesh: Mesh) -> tuple[Collective, ...]:
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
     across = tuple(name for axis, name in enumerate(mesh.axis_names) if np.ptp(slices, axis=axis).any())
     for transfer in hlo.transfers(program):
-        total = sums[transfer.kind, hlo.axes_of(transfer.instruction, mesh.shape, across)]
+        total = sums[transfer.kind, axes_of(transfer.instruction, mesh.shape, across)]
         total[0] += transfer.runs
         total[1] += transfer.runs * transfer.bytes
     found = [Collective(kind, axes, int(runs), size) for (kind, axes), (runs, size) in sums.items()]

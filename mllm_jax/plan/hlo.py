@@ -6,10 +6,8 @@ that stand there once, and TPU programs repeat a collective in all the parts tha
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
-
-import numpy as np
 
 BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
         "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
@@ -244,67 +242,6 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
             return max(end - (begin or 0), 0)
     expected = re.findall(r"\btimes_(\d+(?:\.\d+)?)", loop.scope)
     return float(expected[-1]) if expected else 1
-
-
-def axes_of(instruction: Instruction, mesh: Mapping[str, int], across: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The axes of the mesh along which the devices differ that a collective joins.
-
-    Args:
-      across: the axes that slices of a TPU are laid along.
-    """
-    if instruction.between_slices:
-        return across
-    sizes = tuple(mesh.values())
-    groups = _groups(instruction.attributes, math.prod(sizes))
-    places = np.stack(np.unravel_index(groups, sizes))  # [axes, groups, members]
-    differs = (places != places[..., :1]).any(axis=(1, 2))
-    return tuple(axis for axis, different in zip(mesh, differs) if different)
-
-
-def _groups(attributes: str, devices: int) -> np.ndarray:
-    """i[groups members] numbers of the devices that meet, in the order of the mesh."""
-    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
-        return _numbers(found[1]).reshape(-1, 2)
-    if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
-        rows = [_numbers(row) for row in re.findall(r"\{([\d,]*)\}", found[1])]
-        return np.stack([row for row in rows if len(row) == len(rows[0])])
-    if found := re.search(r"replica_groups=\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
-        return _iota(found[2]).reshape(_numbers(found[1]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?\s*\{([^}]*)\}", attributes):
-        return _mesh_groups(*found.groups())
-    return np.arange(devices)[None]  # all of them
-
-
-def _mesh_groups(axes: str, ids: str | None, joined: str) -> np.ndarray:
-    """Groups that are written as axes of a mesh of the compiler's own, or as parts of them: `'a':(2)4` is the part of
-    size 4 of axis a that has a part of size 2 before it."""
-    sizes = {name: int(size) for name, size in re.findall(r"([^=,]+)=(\d+)", axes)}
-    devices = np.arange(math.prod(sizes.values())) if ids is None else _iota(ids) if "[" in ids else _numbers(ids)
-    wanted: dict[str, list[tuple[int, int]]] = {}
-    for name, before, size in re.findall(r"([^:,]+)(?::\((\d+)\)(\d+))?(?:,|$)", joined):
-        wanted.setdefault(name, []).append((int(before or 1), int(size or sizes[name])))
-    shape, chosen = [], []
-    for name, size in sizes.items():
-        done = 1
-        for before, part in sorted(wanted.get(name, [])):
-            shape += [before // done, part]
-            chosen.append(len(shape) - 1)
-            done = before * part
-        shape.append(size // done)
-    kept = [axis for axis in range(len(shape)) if axis not in chosen]
-    members = math.prod(shape[axis] for axis in chosen)
-    return devices.reshape(shape).transpose(kept + chosen).reshape(-1, members)
-
-
-def _iota(text: str) -> np.ndarray:
-    """What `[4,2]T(1,0)` means: 0, 1, ... in that shape, transposed, flat."""
-    shape, order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    array = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-    return (array.transpose(_numbers(order)) if order else array).ravel()
-
-
-def _numbers(text: str) -> np.ndarray:
-    return np.array(re.findall(r"\d+", text), int)
 
 
 def largest_arrays(program: Program, count: int) -> list[tuple[str, str, int]]:
