@@ -27,9 +27,9 @@ from mllm_jax.plan.topology import LOWERED, Topology, compile_options, targeting
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, padded
 from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.run import Run
+from mllm_jax.train.run import Run, train_step
 from mllm_jax.train.state import TrainState, abstract_state, state_shardings
-from mllm_jax.train.step import batch_shardings, make_train_step
+from mllm_jax.train.step import batch_shardings
 from mllm_jax.types import Batch
 
 LARGEST = 12  # arrays that are listed
@@ -137,8 +137,7 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
     """
     model, data = run.model, run.data
     tx, _ = make_optimizer(run.optim, abstract_params(model))
-    options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk", "balance")}
-    step = make_train_step(model, tx, run.optim, mesh, **options)
+    step = train_step(run, tx, mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     layout = state_shardings(model, tx, mesh, model.runtime.rules)
     state = jax.tree.map(place, abstract_state(model, tx), layout)

@@ -27,9 +27,8 @@ from mllm_jax.train.inputs import Placer, make_processor, open_data
 from mllm_jax.train.metrics import Meter, Reporter, short
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.processes import Lost, compiled_together, noticing_others
-from mllm_jax.train.run import Run, load_init, read_run
+from mllm_jax.train.run import Run, load_init, read_run, train_step
 from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
-from mllm_jax.train.step import make_train_step
 from mllm_jax.types import Batch
 
 ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, also what Path makes of them
@@ -113,8 +112,7 @@ class Training:
         mesh = make_mesh(run.mesh)
         tx, _ = make_optimizer(run.optim, abstract_params(model))
         self.loader, self.place = open_data(data, processor, mesh, rules), Placer(data.batch, mesh, rules)
-        options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk", "balance")}
-        self.train_step = compiled_together(make_train_step(model, tx, run.optim, mesh, **options))
+        self.train_step = compiled_together(train_step(run, tx, mesh))
         self.evaluate = HeldOut(run, processor, mesh, heldout) if heldout is not None else None
         self.checkpoints = Checkpoints(workdir, run.train.keep)
         self.resumed = self.checkpoints.latest() is not None

@@ -4,10 +4,11 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -22,6 +23,7 @@ from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules, shardings
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.inputs import DataConfig, JsonLinesData, ScenesData
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.step import make_train_step
 from mllm_jax.weights.hf import load_tensors
 
 PARTS = {
@@ -104,6 +106,12 @@ def read_run(config: ConfigDict) -> Run:
 def with_rules(model: ModelConfig, rules: Mapping[str, Any]) -> ModelConfig:
     """The model under other sharding rules."""
     return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, rules=freeze_rules(rules)))
+
+
+def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
+    """The step that a run takes, see `make_train_step`; `tx` of `make_optimizer`."""
+    options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk", "balance")}
+    return make_train_step(run.model, tx, run.optim, mesh, **options)
 
 
 def load_init(run: Run, mesh: Mesh) -> dict:
