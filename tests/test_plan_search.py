@@ -366,8 +366,9 @@ def test_a_search_ranks_what_is_possible_and_says_what_is_not(found):
         assert candidate.fits == (candidate.planned.peak <= CHIPS["v6e"].memory)
     fitting = [candidate for candidate in found.candidates if candidate.fits]
     assert found.candidates[: len(fitting)] == fitting and 0 < len(fitting) < len(found.candidates)
-    times = [candidate.time.seconds for candidate in fitting]
-    assert all(later >= 0.99 * earlier for earlier, later in zip(times, times[1:]))
+    for roomy in (True, False):
+        times = [c.time.seconds for c in fitting if (c.planned.peak <= search_module.ROOM * c.memory) == roomy]
+        assert all(later >= 0.99 * earlier for earlier, later in zip(times, times[1:])) and len(times) > 1
     possible = {candidate.choice.mesh for candidate in found.candidates}
     assert len(possible) + found.impossible.total() == math.comb(6 + 4, 4)
     assert any("'kv_heads' of size 4 is not divisible by tensor=8" in reason for reason in found.impossible)

@@ -135,6 +135,8 @@ def _parts(best: Candidate, search: Search) -> list[Table]:
              f"{sum(planned.flops.values()) / 1e12:.1f} TFLOP computed again"),
             ("memory", duration(time.memory), ""),
             ("communication", duration(time.communication), waited),
+            *([("compiler", duration(planned.compile_seconds), f"with {gib(planned.host_bytes)} of this machine")]
+              if best.compiled else []),
         ]),
         _table("FLOPs of a device", [(part, f"{value / 1e12:.1f} TFLOP", "") for part, value in planned.flops.items()]),
         _table("memory of a device", [

@@ -105,7 +105,7 @@ def _plot(candidates: Sequence[Candidate], chip: Chip) -> dict[str, Any]:
 
 
 def _few_ticks(low: float, high: float) -> list[float]:
-    return log_ticks(low, high) if high / low > 8 else ticks(low, high, 5)
+    return log_ticks(low, high) if high / low > 8 else ticks(low, high, 8)
 
 
 def _seconds(candidate: Candidate) -> float:

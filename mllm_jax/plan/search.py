@@ -27,6 +27,9 @@ VISION: dict[str, dict[str, Any]] = {
 }
 
 
+ROOM = 0.85  # of a device's memory: estimates above it are the last to be compiled
+
+
 class Choice(NamedTuple):
     """What is searched over."""
 
@@ -56,8 +59,10 @@ class Candidate(NamedTuple):
 
     @property
     def rank(self) -> tuple:
-        """What fits comes first, then what was compiled, then what is fast, then what is small."""
-        return not self.fits, not self.compiled, float(f"{self.time.seconds:.3g}"), self.planned.peak
+        """What fits comes first, then what was compiled, then what leaves room for errors of the estimate, then what is
+        fast, then what is small."""
+        tight = not self.compiled and self.planned.peak > ROOM * self.memory
+        return not self.fits, not self.compiled, tight, float(f"{self.time.seconds:.3g}"), self.planned.peak
 
 
 class Found(NamedTuple):
@@ -89,7 +94,7 @@ class Search:
         self.shapes = read_shapes(run)
 
     def rank(self, report: Callable[[float], None] = lambda share: None) -> Found:
-        """Estimates every mesh with every remat policy, in seconds, and the best also with other vision rules.
+        """Estimates every mesh with every remat policy, in seconds, each under the first vision rule that divides.
 
         Args:
           report: is told the share that is done.
@@ -162,7 +167,10 @@ class Search:
             if not left or (longest and spent + longest > seconds):
                 break
             report(mesh_text(left[0].choice.mesh))
-            compiled = self.compile(left[0])
+            try:
+                compiled = self.compile(left[0])
+            except ConfigError as error:  # what the estimate did not foresee
+                compiled = left[0]._replace(compiled=True, refused=str(error))
             candidates[candidates.index(left[0])] = compiled
             longest = max(longest, time.monotonic() - began - spent)
         return found._replace(candidates=sorted(candidates, key=lambda candidate: candidate.rank))
