@@ -1,7 +1,7 @@
 """Products of tokens that are sorted by expert with their experts' weights, on every platform.
 
-`jax.lax.ragged_dot` is not used: its weight gradient costs as if every expert read every token on TPU, and on GPU all of
-it does.
+`jax.lax.ragged_dot` is not used: its weight gradient costs as if every expert read every token on TPU, and on GPU all
+of it does.
 """
 
 import math
