@@ -1,5 +1,7 @@
 """How vision enters the decoder: pure functions of arrays."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,8 @@ def splice(x, visual, vision_index):
     return jnp.where((vision_index >= 0)[..., None], _at_text_positions(visual, vision_index).astype(x.dtype), x)
 
 
+# Backward looks up again what stands where: saved, it would be a mask [B T D] and the features of every scanned layer.
+@partial(jax.checkpoint, prevent_cse=False)
 def deepstack(x, deep, vision_index, layer):
     """Add the features of tap `layer` to the visual positions of the residual stream (DeepStack, arXiv 2406.04334).
 
