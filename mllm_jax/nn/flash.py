@@ -68,7 +68,7 @@ def _forward(q, k, v, q_segment, kv_segment, q_slot, kv_slot, causal, ring):
         total=jnp.zeros(of_query, jnp.float32),
         peak=jnp.full(of_query, UNSEEN, jnp.float32),
     )
-    sums, _ = _around(ring, lambda sums, keys: (_add(sums, queries, keys, len(q), causal), keys), zeros, keys)
+    sums, _ = around(ring, lambda sums, keys: (_add(sums, queries, keys, len(q), causal), keys), zeros, keys)
     total = jnp.where(sums.total > 0, sums.total, 1)
     out = _tokens(sums.value / total[..., None], q.shape).astype(q.dtype)
     return out, (q, k, v, q_segment, kv_segment, q_slot, kv_slot, out, sums.peak + jnp.log(total))
@@ -88,7 +88,7 @@ def _backward(causal, ring, saved, d_out):
         return d_q, (keys, *d_keys)
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-    d_q, (_, d_k, d_v) = _around(ring, step, zeros(queries.q), (keys, zeros(keys.k), zeros(keys.v)))
+    d_q, (_, d_k, d_v) = around(ring, step, zeros(queries.q), (keys, zeros(keys.k), zeros(keys.v)))
     d_q = _tokens(d_q, q.shape) * q.shape[-1] ** -0.5
     d_k, d_v = (_tokens(gradient, x.shape).astype(x.dtype) for gradient, x in ((d_k, k), (d_v, v)))
     return d_q.astype(q.dtype), d_k, d_v, None, None, None, None
@@ -97,7 +97,7 @@ def _backward(causal, ring, saved, d_out):
 flash.defvjp(_forward, _backward)
 
 
-def _around(ring, step, carry, guests):
+def around(ring, step, carry, guests):
     """`carry, guests = step(carry, guests)` on every device of a ring; the guests move on after each step and end where
     they began. Those that a step does not change are already on their way while it computes."""
     if not ring:

@@ -1,0 +1,146 @@
+"""Contrastive losses of n pictures and their n texts, on any mesh: CLIP's softmax, SigLIP's sigmoid.
+
+Both read the logits of all n x n pairs. A device keeps its own pictures while the texts of all devices go round
+(arXiv 2303.15343, section 3.3), so that it never holds more logits than those of its pictures with BLOCK texts, neither
+forward nor backward, where they are computed again.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mllm_jax.nn.flash import around
+from mllm_jax.sharding import Rules, fitting_axes, place
+from mllm_jax.types import Array
+
+BLOCK = 1024  # texts
+
+
+class _Kind(NamedTuple):
+    """What a loss sums over all pairs, the right ones taken for wrong ones: half of it of every picture, half of every
+    text."""
+
+    nothing: float
+    of: Callable  # (logits [i j], axis) -> its sum over an axis, [j] or [i]
+    join: Callable  # two sums to one
+    slope: Callable  # (logits, sums of pictures [i 1], sums of texts [j]) -> derivative of both halves together
+
+
+KINDS = {
+    "softmax": _Kind(  # the logarithms of the softmax's denominators
+        nothing=-jnp.inf,
+        of=jax.nn.logsumexp,
+        join=jnp.logaddexp,
+        slope=lambda logits, of_picture, of_text: (jnp.exp(logits - of_picture) + jnp.exp(logits - of_text)) / 2,
+    ),
+    "sigmoid": _Kind(  # -log sigmoid(-logit) of every pair
+        nothing=0.0,
+        of=lambda logits, axis: jnp.sum(jax.nn.softplus(logits), axis),
+        join=jnp.add,
+        slope=lambda logits, of_picture, of_text: jax.nn.sigmoid(logits),
+    ),
+}
+
+
+def contrastive_loss(kind: str, pictures, texts, scale, bias=0.0, rules: Rules = ()) -> Array:
+    """The mean loss of a pair, f32[]; picture i belongs to text i, and all others are wrong.
+
+    "softmax": cross-entropy of finding the text of a picture among all, and the picture of a text, halved (CLIP,
+    arXiv 2103.00020, figure 3). "sigmoid": -log sigmoid(z * logit), z = 1 for a pair that belongs together and -1 for
+    others, summed over pairs and divided by n (SigLIP, arXiv 2303.15343, algorithm 1).
+
+    Args:
+      pictures, texts: f32[n D] embeddings of unit length.
+      scale, bias: f32[]; a logit is scale * cosine + bias.
+      rules: `batch` says over which axes of the ambient mesh the pairs lie; none for a single device.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"the loss must be one of {sorted(KINDS)}, not {kind!r}")
+    if pictures.shape != texts.shape:
+        raise ValueError(f"every picture needs one text: pictures are {pictures.shape}, texts {texts.shape}")
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else fitting_axes("batch", len(pictures), rules, mesh)
+    scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
+    right = scale * jnp.sum(pictures * texts, axis=-1) + bias
+    # -log sigmoid(x) = -log sigmoid(-x) - x, as for the softmax: the right pairs are taken off at the end.
+    return (_all_pairs(pictures, texts, scale, bias, KINDS[kind], axes) - jnp.sum(right)) / len(pictures)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _all_pairs(pictures, texts, scale, bias, kind: _Kind, axes: tuple[str, ...]):
+    return _forward(pictures, texts, scale, bias, kind, axes)[0]
+
+
+def _forward(pictures, texts, scale, bias, kind, axes):
+    def on_device(pictures, texts, scale, bias):
+        def meet(of_picture, guest):
+            text, of_text = guest
+            logits = scale * _similarity(pictures, text) + bias
+            of_picture = kind.join(of_picture, kind.of(logits, axis=1))
+            return of_picture, (text, kind.join(of_text, kind.of(logits, axis=0)))
+
+        nothing = jnp.full(len(pictures), kind.nothing)
+        of_picture, (_, of_text) = _round(axes, meet, nothing, (texts, nothing))
+        return _total((jnp.sum(of_picture) + jnp.sum(of_text)) / 2, axes), of_picture, of_text
+
+    total, *sums = _spread(on_device, axes, "nnss", "snn")(pictures, texts, scale, bias)
+    return total, (pictures, texts, scale, bias, *sums)
+
+
+def _backward(kind, axes, saved, d_total):
+    def on_device(pictures, texts, scale, bias, of_picture, of_text):
+        def meet(found, guest):
+            d_pictures, d_scale, d_bias = found
+            text, of_text, d_text = guest
+            similarity = _similarity(pictures, text)
+            slope = kind.slope(scale * similarity + bias, of_picture[:, None], of_text)
+            d_scale, d_bias = d_scale + jnp.sum(slope * similarity), d_bias + jnp.sum(slope)
+            d_text += _product("ij,iD->jD", slope, pictures)
+            return (d_pictures + _product("ij,jD->iD", slope, text), d_scale, d_bias), (text, of_text, d_text)
+
+        zero, zeros = jnp.zeros(()), jnp.zeros(pictures.shape)
+        (d_pictures, *d_scalars), (*_, d_texts) = _round(axes, meet, (zeros, zero, zero), (texts, of_text, zeros))
+        return scale * d_pictures, scale * d_texts, *(_total(x, axes) for x in d_scalars)
+
+    gradients = _spread(on_device, axes, "nnssnn", "nnss")(*saved)
+    return tuple((d_total * gradient).astype(x.dtype) for gradient, x in zip(gradients, saved))
+
+
+_all_pairs.defvjp(_forward, _backward)
+
+
+def _round(axes, meet, carry, guests):
+    """`carry, guests = meet(carry, guests)` for blocks of at most BLOCK guests of every device along the axes; the
+    guests end where they began."""
+    length = len(guests[0])
+    count = next(n for n in range(math.ceil(length / BLOCK), length + 1) if length % n == 0)
+    blocks = jax.tree.map(lambda x: rearrange(x, "(n j) ... -> n j ...", n=count), guests)
+    carry, blocks = around(axes, lambda carry, blocks: jax.lax.scan(meet, carry, blocks), carry, blocks)
+    return carry, jax.tree.map(lambda x: rearrange(x, "n j ... -> (n j) ..."), blocks)
+
+
+def _spread(on_device, axes, inputs: str, outputs: str):
+    """The function on every device along the axes; "n" is an array that lies along them, "s" a scalar."""
+    if not axes:
+        return on_device
+    specs = {"n": jax.P(axes), "s": jax.P()}
+    ins, outs = (tuple(specs[letter] for letter in letters) for letters in (inputs, outputs))
+    spread = jax.shard_map(on_device, in_specs=ins, out_specs=outs, check_vma=False)
+    return lambda *args: spread(*map(place, args, ins))
+
+
+def _total(x, axes):
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _similarity(pictures, texts):
+    return _product("iD,jD->ij", pictures, texts)
+
+
+def _product(equation, x, y):
+    return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
