@@ -1,7 +1,6 @@
 """Planning a step: what is read from a text, counted in a trace and warned of equals what is known beforehand."""
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -29,7 +28,7 @@ from mllm_jax.plan.groups import axes_of
 from mllm_jax.plan.jaxpr import operations, place, products, unknown_loops
 from mllm_jax.plan.topology import Topology, get_topology, targeting
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.compiler import TPU_OPTIONS, compiler_options
+from mllm_jax.train.compiler import ASYNC_GATHERS, compiler_options
 from mllm_jax.train.inputs import Placer
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.run import read_run
@@ -447,12 +446,19 @@ def test_batches_that_do_not_divide():
         plan_step(run, get_topology("cpu:8"), {"fsdp": 8})
 
 
-def test_options_that_the_compiler_accepts(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.42.1")
-    assert set(compiler_options("tpu")) == set(TPU_OPTIONS) and compiler_options("gpu") == compiler_options("cpu") == {}
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.52")
-    assert compiler_options("tpu") == {}
+def test_only_a_tpu_that_is_asked_to_gathers_by_options():
+    assert set(compiler_options("tpu", True)) == set(ASYNC_GATHERS)
+    assert not (compiler_options("tpu", False) or compiler_options("gpu", True) or compiler_options("cpu", True))
+
+
+def test_what_the_step_tells_its_compiler_is_planned_too(monkeypatch):
+    """One that there is not: the planner hears of it from the compiler."""
+    told = lambda platform, wanted: {f"{platform}_option": "true"} if wanted else {}
+    monkeypatch.setattr("mllm_jax.train.step.compiler_options", told)
+    run = tiny()
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, async_gathers=True))
+    with pytest.raises(ConfigError, match="the compiler for cpu:8 refuses the step: .*cpu_option"):
+        plan_step(run, get_topology("cpu:8"), {"fsdp": 8})
 
 
 # Warnings

@@ -55,8 +55,7 @@ def replaced_gathers(program: hlo.Program) -> Iterator[str]:
     if size > MIB:
         yield (
             f"all-reduce for all-gather: {size / MIB:.0f} MiB of a step are gathered by adding zeros, which sends twice"
-            " as much; spread that axis of the mesh over less of the torus, or use the libtpu of jax 0.10 (see "
-            "mllm_jax/train/compiler.py)"
+            " as much; spread that axis of the mesh over less of the torus, or see train.async_gathers"
         )
 
 

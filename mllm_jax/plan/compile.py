@@ -23,7 +23,7 @@ from mllm_jax.plan import hlo
 from mllm_jax.plan.checks import warnings_of
 from mllm_jax.plan.groups import axes_of
 from mllm_jax.plan.jaxpr import operations, place, products
-from mllm_jax.plan.topology import LOWERED, Topology, compile_options, targeting
+from mllm_jax.plan.topology import LOWERED, Topology, targeting
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, padded
 from mllm_jax.train.optim import make_optimizer
@@ -33,6 +33,7 @@ from mllm_jax.train.step import batch_shardings
 from mllm_jax.types import Batch
 
 LARGEST = 12  # arrays that are listed
+ABSENT = {"gpu": {"xla_gpu_autotune_level": "0"}}  # besides the step's own options: no GPU can time kernels here
 
 
 class Collective(NamedTuple):
@@ -149,7 +150,7 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
 def _compile(traced: Any, topology: Topology) -> Any:
     try:
         lowered = traced.lower(lowering_platforms=(LOWERED[topology.platform],))
-        return lowered.compile(compiler_options=compile_options(topology.platform))
+        return lowered.compile(compiler_options=ABSENT.get(topology.platform))
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:

@@ -11,7 +11,6 @@ import jax
 from jax.experimental import topologies
 
 from mllm_jax.config import ConfigError
-from mllm_jax.train.compiler import compiler_options
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of their torus
 GPUS = {  # name and bytes of memory, bytes per second of it
@@ -154,8 +153,3 @@ def targeting(topology: Topology) -> Iterator[None]:
             patch(cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
             patch(cudnn, "is_cuda_compute_capability_equal", lambda wanted: float(wanted) == 9.0)
         yield
-
-
-def compile_options(platform: str) -> dict[str, str]:
-    """`compiler_options`, and what makes up for the absence of the devices: no GPU can time kernels that do not run."""
-    return compiler_options(platform) | ({"xla_gpu_autotune_level": "0"} if platform == "gpu" else {})

@@ -44,6 +44,7 @@ class TrainConfig:
     keep: checkpoints that are kept.
     patience: non-finite steps in a row that stop the run.
     balance: how experts are kept evenly loaded, in models that have them.
+    async_gathers: TPUs gather weights with options that only some accept: at your risk, see mllm_jax/train/compiler.py.
     """
 
     seed: int = 0
@@ -57,6 +58,7 @@ class TrainConfig:
     keep: int = 3
     patience: int = 10
     balance: BalanceConfig = BalanceConfig()
+    async_gathers: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def with_rules(model: ModelConfig, rules: Mapping[str, Any]) -> ModelConfig:
 
 def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
     """The step that a run takes, see `make_train_step`; `tx` of `make_optimizer`."""
-    options = {name: getattr(run.train, name) for name in ("accumulate", "weighting", "loss_chunk", "balance")}
-    return make_train_step(run.model, tx, run.optim, mesh, **options)
+    options = ("accumulate", "weighting", "loss_chunk", "balance", "async_gathers")
+    return make_train_step(run.model, tx, run.optim, mesh, **{name: getattr(run.train, name) for name in options})
 
 
 def load_init(run: Run, mesh: Mesh) -> dict:

@@ -13,6 +13,7 @@ from mllm_jax.decoder import EXPERTS
 from mllm_jax.model import VLM, ModelConfig, head_table
 from mllm_jax.sharding import Rules, partition_spec, ways
 from mllm_jax.train.balance import BalanceConfig, Load, Totals, balance_loss, imbalance, move_biases, totals, z_loss
+from mllm_jax.train.compiler import compiler_options
 from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, token_loss
 from mllm_jax.train.optim import OptimConfig, make_schedule, merge, split
 from mllm_jax.train.state import state_shardings
@@ -40,6 +41,7 @@ def make_train_step(
     weighting: str = "token",
     loss_chunk: int = CHUNK,
     balance: BalanceConfig = UNBALANCED,
+    async_gathers: bool = False,
 ) -> Callable:
     """Jitted `step(state, batch) -> (state, metrics)`; the state is donated.
 
@@ -51,6 +53,7 @@ def make_train_step(
       weighting: see `sample_weights`.
       loss_chunk: see `token_loss`.
       balance: of a model with experts.
+      async_gathers: see `mllm_jax.train.compiler`.
     Returns:
       metrics, f32 scalars: loss (mean cross-entropy per weight), weight (its sum), grad_norm (before clipping),
       learning_rate, finite (1 or 0), tokens, targets, patches, images (counts without padding). With experts also
@@ -144,7 +147,8 @@ def make_train_step(
             return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated))
+    options = compiler_options(mesh.devices.flat[0].platform, async_gathers)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated), compiler_options=options)
 
 
 def make_eval_step(config: ModelConfig, mesh: Mesh, *, loss_chunk: int = CHUNK) -> Callable:
@@ -194,7 +198,8 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
         names = ("batch", *names, *(None,) * (x.ndim - 1 - len(names)))
         return NamedSharding(mesh, partition_spec(names, rules, mesh, x.shape, what))
 
-    text = {name: of(x, ("length",), f"batch.{name}") for name, x in batch._asdict().items() if name != "vision"}
+    given = {name: x for name, x in batch._asdict().items() if name != "vision" and x is not None}
+    text = {name: of(x, ("length",), f"batch.{name}") for name, x in given.items()}
     if batch.vision is None:
         return Batch(**text)
     divides = batch.vision.image.shape[1] % ways("patch_row", rules, mesh) == 0
