@@ -1,0 +1,114 @@
+"""Rules by which a picture gets a size that a tower reads: cut from its middle, pulled to a square, or as it is."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
+
+
+def resize(image: Image.Image, size: tuple[int, int], filter: int = BICUBIC) -> np.ndarray:
+    """An RGB picture at `size` (height, width): u8[h w 3]."""
+    height, width = size
+    return np.asarray(image.resize((width, height), Image.Resampling(filter)))
+
+
+def short_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
+    """(height, width) of the same aspect ratio, the short side `edge` pixels, the long one rounded down."""
+    short, long = sorted((height, width))
+    sides = {short: edge, long: edge * long // short}
+    return sides[height], sides[width]
+
+
+def centre_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The middle (height, width) of pixels [h w c]; where there are fewer, black pixels are put around them."""
+    missing = [max(wanted - side, 0) for side, wanted in zip(pixels.shape, size)]
+    pixels = np.pad(pixels, [*((-(-count // 2), count // 2) for count in missing), (0, 0)])
+    top, left = ((side - wanted) // 2 for side, wanted in zip(pixels.shape, size))
+    return pixels[top : top + size[0], left : left + size[1]]
+
+
+def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int, int]:
+    """The largest (height, width) of whole patches, of nearly this aspect ratio, that at most `patches` patches cover.
+
+    The rule of NaFlex (SigLIP 2, arXiv 2502.14786): a scale is searched by halving an interval, sides are rounded up.
+    """
+    low, high, precision = 1e-6, 100.0, 1e-5
+
+    def at(scale: float) -> tuple[int, int]:
+        return tuple(max(patch, math.ceil(side * scale / patch) * patch) for side in (height, width))
+
+    while high - low >= precision:
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.prod(at(middle)) <= patches * patch**2 else (low, middle)
+    return at(low)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """CLIP's: the short side to `edge`, then the middle `size` of it."""
+
+    edge: int
+    size: tuple[int, int]
+    filter: int = BICUBIC
+
+    def read(self, image: Image.Image) -> np.ndarray:
+        return centre_crop(resize(image, short_edge_size(image.height, image.width, self.edge), self.filter), self.size)
+
+    def to_hf(self) -> dict[str, Any]:
+        height, width = self.size
+        return {"size": {"shortest_edge": self.edge}, "crop_size": {"height": height, "width": width}}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """SigLIP's: all of it, whatever its aspect ratio."""
+
+    size: tuple[int, int]
+    filter: int = BICUBIC
+
+    def read(self, image: Image.Image) -> np.ndarray:
+        return resize(image, self.size, self.filter)
+
+    def to_hf(self) -> dict[str, Any]:
+        height, width = self.size
+        return {"size": {"height": height, "width": width}}
+
+
+@dataclass(frozen=True)
+class Keep:
+    """SigLIP 2's NaFlex: all of it, in its aspect ratio, in at most so many patches."""
+
+    patch: int
+    patches: int
+    filter: int = BILINEAR
+
+    def read(self, image: Image.Image) -> np.ndarray:
+        return resize(image, naflex_size(image.height, image.width, self.patch, self.patches), self.filter)
+
+    def to_hf(self) -> dict[str, Any]:
+        return {"patch_size": self.patch, "max_num_patches": self.patches}
+
+
+Rule = Crop | Stretch | Keep
+
+
+def rule_from_hf(config: Mapping[str, Any]) -> Rule:
+    """The rule that a preprocessor_config.json states. ValueError for one that is not known here."""
+    if "max_num_patches" in config:
+        return Keep(config["patch_size"], config["max_num_patches"], config.get("resample", BILINEAR))
+    size, crop, filter = config.get("size"), config.get("crop_size"), config.get("resample", BICUBIC)
+    size = {"shortest_edge": size} if isinstance(size, int) else size or {}  # a number before transformers 4.22
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if "shortest_edge" in size and crop and config.get("do_center_crop", True):
+        return Crop(size["shortest_edge"], (crop["height"], crop["width"]), filter)
+    if size.keys() >= {"height", "width"} and not config.get("do_center_crop", False):
+        return Stretch((size["height"], size["width"]), filter)
+    raise ValueError(
+        "a preprocessor_config.json must state size.shortest_edge with crop_size (CLIP), size.height and size.width "
+        f"(SigLIP) or max_num_patches (SigLIP 2); this one has size={config.get('size')}, crop_size={crop}"
+    )
