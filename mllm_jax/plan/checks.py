@@ -2,12 +2,13 @@
 
 Each finding is one line that begins with its name:
 
-    all-reduce for all-gather   weights are put together by adding zeros, which sends twice as much (TPU, 3-D torus)
-    head in every chunk         the table of the head is exchanged for every chunk of the loss
-    dense expert gradient       the weight gradient of the experts costs as if each read every token
-    dense mask                  attention reads a mask of all queries times all keys
-    attention on XLA            attention does not run in the kernel of the platform
-    unknown loop                a loop whose length is known to nobody is counted as one run
+    all-reduce for all-gather       weights are put together by adding zeros, which sends twice as much (TPU, 3-D torus)
+    all-reduce for reduce-scatter   gradients are summed whole where each device keeps a part, which sends twice as much
+    head in every chunk             the table of the head is exchanged for every chunk of the loss
+    dense expert gradient           the weight gradient of the experts costs as if each read every token
+    dense mask                      attention reads a mask of all queries times all keys
+    attention on XLA                attention does not run in the kernel of the platform
+    unknown loop                    a loop whose length is known to nobody is counted as one run
 """
 
 import math
@@ -25,6 +26,8 @@ from mllm_jax.train.run import Run
 MASK = 2**20  # pairs of a query and a key from which on a mask is worth a warning
 MIB = 2**20
 KERNEL = {"tpu": "splash", "gpu": "cuDNN"}
+SAME = ("copy", "copy-start", "copy-done", "bitcast", "convert", "transpose", "reshape")  # hand on what they are given
+PARTS = ("get-tuple-element", "all-reduce-done", "optimization-barrier")
 
 
 def warnings_of(run: Run, platform: str, steps: list[Operation], program: hlo.Program, mesh: Mesh) -> tuple[str, ...]:
@@ -35,6 +38,7 @@ def warnings_of(run: Run, platform: str, steps: list[Operation], program: hlo.Pr
     """
     found = [
         *replaced_gathers(program),
+        *replaced_scatters(platform, program),
         *head_exchanges(run, program, mesh),
         *dense_expert_gradients(platform, steps),
         *dense_masks(steps),
@@ -62,11 +66,49 @@ def replaced_gathers(program: hlo.Program) -> Iterator[str]:
 def _origin(program: hlo.Program, computation: hlo.Computation, name: str) -> hlo.Instruction:
     """What makes an operand, seen through copies and changes of layout; of a fusion its last instruction."""
     instruction = computation.instructions[name]
-    while instruction.opcode in ("copy", "copy-start", "copy-done", "bitcast", "convert", "transpose", "reshape"):
+    while instruction.opcode in SAME:
         instruction = computation.instructions[instruction.operands[0]]
     if instruction.opcode == "fusion":
         return program.computations[instruction.called("calls")[0]].root
     return instruction
+
+
+def replaced_scatters(platform: str, program: hlo.Program) -> Iterator[str]:
+    """All-reduces of arrays of which every device then takes a part, and nothing else. (CPUs' compiler always does.)"""
+    size = 0.0
+    for transfer in hlo.transfers(program) if platform != "cpu" else ():
+        if transfer.kind != "all-reduce":
+            continue
+        whole = [transfer.instruction]
+        if transfer.instruction.shape.startswith("("):
+            whole = _readers(transfer.computation, transfer.instruction.name)
+        for array in whole:
+            uses = set(_uses(program, transfer.computation, array.name))
+            size += transfer.runs * hlo.shape_bytes(array.shape) * (uses == {"dynamic-slice"})
+    if size > MIB:
+        yield (
+            f"all-reduce for reduce-scatter: {size / MIB:.0f} MiB of a step are summed whole on every device, which "
+            "keeps a part of each; a reduce-scatter would send half"
+        )
+
+
+def _readers(computation: hlo.Computation, name: str) -> list[hlo.Instruction]:
+    return [reader for reader in computation.instructions.values() if name in reader.operands]
+
+
+def _uses(program: hlo.Program, computation: hlo.Computation, name: str) -> Iterator[str]:
+    """The opcodes of what reads an array, seen through copies, changes of layout and fusions."""
+    for reader in _readers(computation, name):
+        if reader.opcode in (*SAME, *PARTS):
+            yield from _uses(program, computation, reader.name)
+        elif reader.opcode == "fusion":
+            inner = program.computations[reader.called("calls")[0]]
+            numbers = [str(number) for number, operand in enumerate(reader.operands) if operand == name]
+            for given in inner.instructions.values():
+                if given.opcode == "parameter" and given.operands[0] in numbers:
+                    yield from _uses(program, inner, given.name)
+        else:
+            yield reader.opcode
 
 
 def head_exchanges(run: Run, program: hlo.Program, mesh: Mesh) -> Iterator[str]:
