@@ -1,6 +1,8 @@
 """FLOPs counted by hand equal those of the traced program; what is frozen costs no backward."""
 
 import math
+import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,8 +11,14 @@ from examples import VALUES, random_example, tiny_config
 
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import abstract_params
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.flops import Counts, count_flops, mfu, padded, peak_flops, useful
+from mllm_jax.train.inputs import ScenesData
+from mllm_jax.train.loop import explain
+from mllm_jax.train.metrics import short
 from mllm_jax.train.optim import merge, split
+from mllm_jax.train.run import Run, TrainConfig
 from mllm_jax.train.step import loss_sum
 
 
@@ -87,6 +95,22 @@ def test_what_is_frozen_costs_no_backward():
     assert connector["connector"] == everything["connector"]
     assert connector["head"].backward == connector["head"].forward  # activations alone
     assert connector["decoder"].forward < connector["decoder"].backward < everything["decoder"].backward
+
+
+def test_a_run_says_what_exact_balance_costs():
+    """Of a step a third is forward; the pass that counts choices leaves out the head."""
+    decoder = replace(tiny_config().decoder, moe=MoeConfig(experts=4, top_k=2, mlp=16))
+    balanced = TrainConfig(accumulate=2, balance=BalanceConfig("global"))
+    run = Run(replace(tiny_config(), decoder=decoder), ScenesData(), train=balanced)
+    batch = a_batch(np.random.default_rng(0))
+    *_, said = explain(run, batch, processes=4)
+    flops = count_flops(run.model, useful(batch))
+    counting = 4 * sum(part.forward for part in flops.values()) - 4 * flops["head"].forward
+    assert said.startswith("train.balance.exact: a forward pass") and f"{short(counting)}FLOP" in said
+    share = int(re.search(r"or (\d+)% besides", said)[1])
+    assert 27 < share < 34 and share == round(25 * counting / sum(part.total for part in flops.values()))
+    for other in (TrainConfig(balance=BalanceConfig("global")), replace(balanced, balance=BalanceConfig("micro"))):
+        assert len(list(explain(replace(run, train=other), batch))) == 1
 
 
 def test_utilisation():

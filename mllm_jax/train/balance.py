@@ -46,6 +46,10 @@ class BalanceConfig:
         if self.loss not in LOSSES:
             raise ValueError(f"balance.loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
 
+    def counts_first(self, accumulate: int) -> bool:
+        """Whether a forward pass counts the choices of a whole batch before the first of its parts has a gradient."""
+        return self.loss == "global" and self.exact and accumulate > 1
+
 
 class Totals(NamedTuple):
     """What a whole batch has, f32[]: what sums over its parts are divided by; 1 where it has none."""

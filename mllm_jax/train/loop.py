@@ -8,6 +8,7 @@ import collections
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,15 +198,11 @@ class Training:
         processes = self.settings.data.batch / len(batch.tokens)  # this one's share stands for all
         needed = {part: processes * float(costs @ useful(batch)) for part, costs in self.flops.items()}
         if not self.compiled:
-            self._explain(needed, processes * sum(float(costs @ padded(batch)) for costs in self.flops.values()))
+            for line in explain(self.settings, batch, processes):
+                self.report.line(line)
         left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
         about = {"flops": sum(needed.values())} | {name: number for name, number in left_out.items() if number}
         return Fetched(self.place(batch), self.loader.get_state(), about)
-
-    def _explain(self, needed: dict[str, float], room: float) -> None:
-        total = sum(needed.values())
-        parts = ", ".join(f"{part} {flops / total:.0%}" for part, flops in needed.items())
-        self.report.line(f"a step needs {short(total)}FLOP ({parts}); with padding it has up to {short(room)}FLOP")
 
     def _fetch_while_computing(self) -> Fetched | None:
         began = time.perf_counter()
@@ -259,6 +256,24 @@ class Training:
         self.report.flush()  # first: a checkpoint must not know of steps that the files do not
         self.checkpoints.save(self.step, self.state, self.config, self.position)
         self.report.meter.pause(time.perf_counter() - began)
+
+
+def explain(run: Run, batch: Batch, processes: float = 1) -> Iterator[str]:
+    """What a step costs, in lines for people.
+
+    Args:
+      batch: one process's share of the first batch; `processes`: how many such shares a batch has.
+    """
+    needed, room = (count_flops(run.model, counts(batch), run.optim.freeze) for counts in (useful, padded))
+    total, room = (processes * sum(part.total for part in flops.values()) for flops in (needed, room))
+    parts = ", ".join(f"{part} {processes * flops.total / total:.0%}" for part, flops in needed.items())
+    yield f"a step needs {short(total)}FLOP ({parts}); with padding it has up to {short(room)}FLOP"
+    if run.model.decoder.moe is not None and run.train.balance.counts_first(run.train.accumulate):
+        first = processes * sum(flops.forward for part, flops in needed.items() if part != "head")
+        yield (
+            f"train.balance.exact: a forward pass counts the choices of a batch first, {short(first)}FLOP or "
+            f"{first / total:.0%} besides; without it they are counted up to each accumulated part"
+        )
 
 
 def _due(every: int, step: int) -> bool:

@@ -65,7 +65,7 @@ def make_train_step(
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
     moe = config.decoder.moe
     choices_of_token = 0 if moe is None else moe.top_k * config.decoder.kinds.count(EXPERTS)
-    ahead = moe is not None and balance.loss == "global" and balance.exact
+    ahead = moe is not None and balance.counts_first(accumulate)
 
     def add_part(trainable, frozen, whole: Totals, total, part: Batch, known: Load | None):
         """total + (gradients, what a part adds to the means of the whole batch, its load).
