@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import torch
 
 from mllm_jax.nn import attention, flash
 from mllm_jax.nn.attention import attend
+from mllm_jax.nn.kernels import kernel_for
 from mllm_jax.nn.runtime import Runtime
 
 
@@ -90,6 +92,21 @@ def test_what_a_kernel_cannot_take(name, message):
     segment = np.ones((2, 9), np.int32)
     with pytest.raises(ValueError, match=message):
         attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=Runtime(attention=name))
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, name",
+    [("7.5", 64, "xla"), ("8.0", 64, "cudnn"), ("8.9", 192, "xla"), ("9.0", 192, "cudnn"), ("12.0", 64, "cudnn")],
+)
+def test_gpus_that_cudnn_knows(monkeypatch, capability, head_dim, name):
+    """A T4 has 7.5."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    q = jax.ShapeDtypeStruct((1, 128, 4, head_dim), jnp.bfloat16)
+    assert kernel_for(q, q, "auto") == name
+    if name == "xla":
+        with pytest.raises(ValueError, match="attention 'cudnn' cannot take .*(8.0|Hopper)"):
+            kernel_for(q, q, "cudnn")
 
 
 def ahead_of_time(platform, mesh=None, **arguments):

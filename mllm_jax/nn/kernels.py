@@ -13,6 +13,7 @@ from einops import rearrange
 from mllm_jax.sharding import fitting_axes, place
 
 SPLASH_BLOCK = 512
+PLANNED = 9.0  # compute capability of the GPUs that a step can be planned for, which are not there to tell it
 
 
 def kernel_for(q, k, wanted: str) -> str:
@@ -35,8 +36,11 @@ def _obstacle(name: str, q, k) -> str | None:
         return "cuDNN computes in bfloat16 or float16; set runtime.dtype='bfloat16'"
     if name == "cudnn" and (q.shape[-1] % 8 or q.shape[-1] > 256 or q.shape[1] % 2 or k.shape[1] % 2):
         return "cuDNN needs a head dim that is a multiple of 8 and at most 256, and even lengths"
-    if name == "cudnn" and q.shape[-1] > 128 and jax.default_backend() == "gpu":
-        if float(jax.devices()[0].compute_capability) < 9:
+    if name == "cudnn" and jax.default_backend() == "gpu":
+        capability = float(getattr(jax.devices()[0], "compute_capability", PLANNED))
+        if capability < 8:
+            return f"cuDNN's attention needs compute capability 8.0 (Ampere) or more, this GPU has {capability}"
+        if q.shape[-1] > 128 and capability < 9:
             return "cuDNN takes head dims over 128 on Hopper and later GPUs only"
     return None
 
