@@ -9,9 +9,9 @@ from flax import linen as nn
 
 from mllm_jax.fusion import deepstack
 from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.mlp import GatedMlp
+from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.moe import Moe, MoeConfig
-from mllm_jax.nn.norm import RMSNorm
+from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.runtime import Runtime, rematted
 from mllm_jax.nn.stack import scan_segment, segments
 from mllm_jax.sharding import named, shard
@@ -24,10 +24,16 @@ DENSE, EXPERTS = "dense", "experts"  # kinds of layers
 class DecoderConfig:
     """
     attention: AttentionConfig or MlaConfig.
-    mlp: width of the feed-forward block of layers without experts.
+    mlp: width of the feed-forward block of layers without experts; `activation`, `mlp_gated` and `mlp_bias` are its.
     moe: experts in place of that block, in the layers that `dense_first` and `moe_every` leave them; None = nowhere.
     dense_first: so many layers at the beginning have none.
     moe_every: every n-th layer has them, counted so that with 2 the second is the first to have them.
+    norm: kind of the norms, of nn/norm.py: "rms", "rms_offset" or "layer"; `norm_eps` is its.
+    post_norms: what a block gives has a norm too, before it is added.
+    embed_scale: factor of embedded tokens, not of visual ones.
+    positions: learned positions that are added to all tokens, by the first axis of their position; 0 = none.
+    position_offset: rows of the table of learned positions that stand before the one of position 0.
+    prefix: the first tokens of a conversation (`Batch.prefix`) are seen by all of it, as in PaliGemma.
     """
 
     vocab: int
@@ -38,8 +44,22 @@ class DecoderConfig:
     moe: MoeConfig | None = None
     dense_first: int = 0
     moe_every: int = 1
+    activation: str = "silu"
+    mlp_gated: bool = True
+    mlp_bias: bool = False
+    norm: str = "rms"
     norm_eps: float = 1e-6
+    post_norms: bool = False
     tie_embeddings: bool = False
+    embed_scale: float = 1.0
+    positions: int = 0
+    position_offset: int = 0
+    prefix: bool = False
+
+    def __post_init__(self):
+        for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"decoder.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -56,15 +76,20 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x, rope, segment, modality, cache):
         config, runtime = self.config, self.runtime
-        attended, kept = config.attention.build(config.norm_eps, runtime, name="attention")(
-            RMSNorm(config.norm_eps, name="norm1")(x), rope, segment, cache
+        norm = lambda name: NORMS[config.norm](config.norm_eps, name=name)
+        after = norm if config.post_norms else lambda name: lambda x: x
+        y, kept = config.attention.build(config.norm_eps, runtime, name="attention")(
+            norm("norm1")(x), rope, segment, cache
         )
-        x = x + attended
-        y = RMSNorm(config.norm_eps, name="norm2")(x)
-        if self.kind == DENSE:
-            return x + GatedMlp(config.mlp, "silu", runtime.dtype, name="mlp")(y), kept, None
-        y, routing = Moe(config.moe, runtime, name="mlp")(y, segment, modality)
-        return x + y, kept, routing
+        x, routing = x + after("post_norm1")(y), None
+        y = norm("norm2")(x)
+        if self.kind == EXPERTS:
+            y, routing = Moe(config.moe, runtime, name="mlp")(y, segment, modality)
+        elif config.mlp_gated:
+            y = GatedMlp(config.mlp, config.activation, runtime.dtype, bias=config.mlp_bias, name="mlp")(y)
+        else:
+            y = Mlp(config.mlp, config.width, config.activation, runtime.dtype, bias=config.mlp_bias, name="mlp")(y)
+        return x + after("post_norm2")(y), kept, routing
 
 
 class Pattern(nn.Module):
@@ -94,14 +119,21 @@ class Decoder(nn.Module):
             one = len(part.pattern) == 1
             layers = _layer(config, runtime, *part.pattern) if one else Pattern(config, runtime, part.pattern)
             setattr(self, part.name, layers)
-        self.norm = RMSNorm(config.norm_eps)
+        self.norm = NORMS[config.norm](config.norm_eps)
+        if config.positions:
+            shape = (config.positions + config.position_offset, config.width)
+            self.position_table = self.param("position_embed", named(init, "position", "embed"), shape)
         if not config.tie_embeddings:
             self.head = Einsum("...D,VD->...V", (config.vocab, config.width), ("vocab", "embed"), runtime.dtype)
 
     def embed(self, tokens):
         """i32[B T] -> [B T D]. The table is gathered first: a lookup in a sharded one makes XLA rematerialise it."""
-        table = shard(self.table.astype(self.runtime.dtype), (None, None), self.runtime.rules)
-        return shard(jnp.take(table, tokens, axis=0), ("batch", "length", None), self.runtime.rules)
+        x = self._look_up(self.table, tokens)
+        return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
+
+    def _look_up(self, table, rows):
+        table = shard(table.astype(self.runtime.dtype), (None, None), self.runtime.rules)
+        return shard(jnp.take(table, rows, axis=0), ("batch", "length", None), self.runtime.rules)
 
     def __call__(self, x, position, segment, modality, cache: Cache | None = None, deep=None, vision_index=None):
         """Embedded tokens -> hidden states after the last norm.
@@ -118,7 +150,9 @@ class Decoder(nn.Module):
         if cache is not None:
             known = jax.lax.dynamic_update_slice_in_dim(cache.segment, segment, cache.index, axis=1)
             slots, kept = (known, cache.index), (cache.k, cache.v)
-        rope = config.attention.rope(position)
+        rope = config.attention.rope(position, segment)
+        if config.positions:
+            x = x + self._look_up(self.position_table, position[..., 0] + config.position_offset)
 
         def step(layer, carry, number):
             """A layer and what DeepStack adds to it. The whole cache is carried, so that it is updated in place."""

@@ -78,7 +78,7 @@ def test_both_forms_are_one_function(config, monkeypatch):
     """A cache that is read in one piece, by either form, gives what no cache gives; segments and padding included."""
     rng, batch = np.random.default_rng(0), packed(np.random.default_rng(0), 2, 21)
     x = rng.standard_normal((2, 21, 64)).astype(np.float32)
-    rope = config.rope(jnp.asarray(batch.position))
+    rope = config.rope(jnp.asarray(batch.position), batch.segment)
     layer = Mla(config, Runtime())
     params = jax.jit(layer.init)(jax.random.key(0), x, rope, batch.segment, None)
     whole, kept = jax.jit(layer.apply)(params, x, rope, batch.segment, None)
@@ -103,7 +103,7 @@ def test_the_cheaper_form_is_taken():
 def one_token(config: MlaConfig, slots: int):
     """A layer that reads one token with `slots` in its cache, and the shapes of its arguments."""
     layer, x, segment = Mla(config, Runtime()), jnp.zeros((1, 1, 64)), jnp.ones((1, 1), jnp.int32)
-    rope = config.rope(jnp.zeros((1, 1, 3), jnp.int32))
+    rope = config.rope(jnp.zeros((1, 1, 3), jnp.int32), segment)
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, rope, segment, None))
     kept = [jax.ShapeDtypeStruct((2, 1, heads, slots, values), jnp.float32) for heads, values in config.cached]
     read = lambda params, kept, known: layer.apply(params, x, rope, segment, (kept, 1, known, slots - 1))

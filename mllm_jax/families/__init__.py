@@ -1,13 +1,19 @@
 """Published models: one file per family, looked up by the model_type of a config.json.
 
-Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME.
+Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
+the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show.
 """
 
-from mllm_jax.families import deepseek, qwen3, qwen3_vl
+from mllm_jax.families import deepseek, dinov2, llama, mistral, qwen2, qwen3, qwen3_vl
 
 FAMILIES = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
+    "dinov2": dinov2,
+    "dinov2_with_registers": dinov2,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3,
     "qwen3_vl": qwen3_vl,

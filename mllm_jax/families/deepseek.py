@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mllm_jax.decoder import EXPERTS, DecoderConfig
 from mllm_jax.families import rows as common
+from mllm_jax.families.rope import rope_of, stretch_to_hf, yarn_from_hf
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.moe import MoeConfig
@@ -90,7 +91,7 @@ def from_hf(config: dict) -> ModelConfig:
     ]
     if wrong:
         raise ValueError(f"latent attention and experts as DeepSeek published them know no {', '.join(wrong)}")
-    rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"], **(config.get("rope_scaling") or {})}
+    rope = rope_of(config)
     decoder = DecoderConfig(
         vocab=config["vocab_size"],
         width=config["hidden_size"],
@@ -114,30 +115,11 @@ def from_hf(config: dict) -> ModelConfig:
     return ModelConfig(None, None, decoder, family=config["model_type"])
 
 
-_YARN_NAMES = {
-    "factor": "factor",
-    "length": "original_max_position_embeddings",
-    "fast": "beta_fast",
-    "slow": "beta_slow",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-}
-
-
 def _yarn_from_hf(rope: dict) -> YarnConfig | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    given = {name: value for name, value in rope.items() if value is not None}
-    unknown = set(given) - {"rope_type", "type", "rope_theta", *_YARN_NAMES.values()}
-    if kind != "yarn" or unknown:
-        raise ValueError(
-            f"of stretched rotary positions only YaRN is known, with {[*_YARN_NAMES.values()]}, not {rope}"
-        )
-    if ("mscale" in given) != ("mscale_all_dim" in given):
-        raise ValueError(f"YaRN with only one of mscale and mscale_all_dim has no agreed meaning: {rope}")
-    stated = {ours: given[theirs] for ours, theirs in _YARN_NAMES.items() if theirs in given}
-    return YarnConfig(**{ours: value if ours == "length" else float(value) for ours, value in stated.items()})
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"of stretched rotary positions only YaRN is known here, not {rope}")
+    return None if kind == "default" else yarn_from_hf(rope)
 
 
 def _moe_from_hf(config: dict) -> MoeConfig:
@@ -171,9 +153,7 @@ def to_hf(config: ModelConfig) -> dict:
     if not isinstance(attention, MlaConfig) or moe is None:
         raise ValueError(f"DeepSeek's config.json describes latent attention and experts, not {decoder}")
     kind, yarn = _kind(decoder), attention.yarn
-    rope = {"rope_type": "yarn" if yarn else "default", "rope_theta": attention.rope_theta}
-    if yarn:
-        rope |= {theirs: getattr(yarn, ours) for ours, theirs in _YARN_NAMES.items()}
+    rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(yarn)}
     method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.groups > 1 else "greedy"}[kind]
     written = {
         "architectures": [{V2: "DeepseekV2ForCausalLM", V3: "DeepseekV3ForCausalLM"}[kind]],
@@ -226,7 +206,7 @@ def weights(config: ModelConfig) -> list[Row]:
                 Row("mlp/router/w", f"{mlp}.gate.weight", "e d -> d e"),
                 # Beside scores below one it is large, and its steps are small: bf16 would change who is selected.
                 Row("mlp/bias", f"{mlp}.gate.e_score_correction_bias", dtype="float32"),
-                *common.experts("mlp", f"{mlp}.experts"),
+                *common.experts_one_by_one("mlp", f"{mlp}.experts"),
                 *common.gated_mlp("mlp/shared", f"{mlp}.shared_experts"),
             ]
         return [

@@ -5,8 +5,9 @@ Tensor names as in the published safetensors files.
 
 from dataclasses import replace
 
-from mllm_jax.decoder import EXPERTS, DecoderConfig
-from mllm_jax.families import rows as common
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import rows
+from mllm_jax.families.decoders import expect, read_decoder, write_decoder
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig
@@ -75,16 +76,7 @@ def decoder_from_hf(text: dict, sections: tuple[int, ...] | None = None) -> Deco
 
     sections: those of M-RoPE where the config says none; by default all slots read the one position of text.
     """
-    rope = text.get("rope_parameters") or {
-        "rope_theta": text.get("rope_theta", 5e6),
-        **(text.get("rope_scaling") or {}),
-    }
-    if rope.get("rope_type", "default") != "default" or not rope.get("mrope_interleaved", True):
-        raise ValueError(f"Qwen3 has RoPE, or interleaved M-RoPE, of rope_type 'default'; config.json says {rope}")
-    if text.get("attention_bias") or text.get("hidden_act", "silu") != "silu" or text.get("use_sliding_window"):
-        raise ValueError("Qwen3 has SiLU, no attention biases and no sliding window; config.json says otherwise")
-    heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    expect(text, "Qwen3", attention_bias=False, hidden_act="silu", use_sliding_window=False)
     dense = sorted(text.get("mlp_only_layers") or ())
     if dense != list(range(len(dense))):
         raise ValueError(f"only first layers can be without experts; config.json says mlp_only_layers={dense}")
@@ -96,47 +88,20 @@ def decoder_from_hf(text: dict, sections: tuple[int, ...] | None = None) -> Deco
             mlp=text["moe_intermediate_size"],
             renormalise=text.get("norm_topk_prob", True),
         )
-    return DecoderConfig(
-        vocab=text["vocab_size"],
-        width=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        attention=AttentionConfig(
-            heads=heads,
-            kv_heads=text.get("num_key_value_heads", heads),
-            head_dim=head_dim,
-            rope_theta=float(rope["rope_theta"]),
-            rope_sections=tuple(rope.get("mrope_section", sections or (head_dim // 2, 0, 0))),
-        ),
-        mlp=text["intermediate_size"],
+    return read_decoder(
+        text,
+        rope={"theta": 5e6, "sections": sections},
+        qk_norm=True,
         moe=moe,
         dense_first=len(dense) if moe else 0,
         moe_every=text.get("decoder_sparse_step", 1) if moe else 1,
-        norm_eps=text.get("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(text.get("tie_word_embeddings", False)),
     )
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:
     """The inverse of `decoder_from_hf`; what transformers needs."""
-    attention, moe = decoder.attention, decoder.moe
-    rope = {"rope_type": "default", "rope_theta": attention.rope_theta}
-    if attention.rope_sections[1:] != (0, 0):
-        rope |= {"mrope_section": list(attention.rope_sections), "mrope_interleaved": True}
-    written = {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
-        "intermediate_size": decoder.mlp,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": 262144,
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "rope_parameters": rope,
-    }
+    moe = decoder.moe
+    written = write_decoder(decoder, length=262144) | {"hidden_act": "silu", "attention_bias": False}
     if moe is None:
         return written
     return written | {
@@ -151,37 +116,10 @@ def decoder_to_hf(decoder: DecoderConfig) -> dict:
 
 def weights(config: ModelConfig) -> list[Row]:
     """Our names and theirs, for this config; see weights/table.py."""
-    return decoder_weights(config.decoder, "model", common.experts("mlp", "model.layers.{n}.mlp.experts"))
+    return decoder_weights(config.decoder)
 
 
-def decoder_weights(config: DecoderConfig, prefix: str, experts: list[Row]) -> list[Row]:
-    """Rows of the decoder whose tensors begin with `prefix`; `experts` are those of a layer's experts."""
-    layer = f"{prefix}.layers.{{n}}"
-
-    def rows(kind: str) -> list[Row]:
-        return [
-            Row("norm1/scale", f"{layer}.input_layernorm.weight"),
-            Row("norm2/scale", f"{layer}.post_attention_layernorm.weight"),
-            *common.linear("attention/q", f"{layer}.self_attn.q_proj", "(n h) d -> d n h"),
-            *common.linear("attention/k", f"{layer}.self_attn.k_proj", "(n h) d -> d n h"),
-            *common.linear("attention/v", f"{layer}.self_attn.v_proj", "(n h) d -> d n h"),
-            *common.linear("attention/out", f"{layer}.self_attn.o_proj", "d (n h) -> n h d"),
-            Row("attention/q_norm/scale", f"{layer}.self_attn.q_norm.weight"),
-            Row("attention/k_norm/scale", f"{layer}.self_attn.k_norm.weight"),
-            *(
-                [Row("mlp/router/w", f"{layer}.mlp.gate.weight", "e d -> d e"), *experts]
-                if kind == EXPERTS
-                else common.gated_mlp("mlp", f"{layer}.mlp")
-            ),
-        ]
-
-    return [
-        Row("decoder/embed", f"{prefix}.embed_tokens.weight"),
-        *common.layers(config, rows),
-        Row("decoder/norm/scale", f"{prefix}.norm.weight"),
-        Row("decoder/head/w", "lm_head.weight"),
-    ]
-
+decoder_weights = rows.decoder
 
 # Files of a model with tied embeddings may repeat the table under the head's name.
 IGNORE = ("lm_head.weight",)

@@ -161,7 +161,7 @@ def weights(config: ModelConfig) -> list[Row]:
         *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.linear_fc2", "d f -> f d", ""),
         *_merger("connector/main", "model.visual.merger"),
         *_merger("connector/deepstack", "model.visual.deepstack_merger_list.{k}"),
-        *qwen3.decoder_weights(config.decoder, "model.language_model", experts),
+        *qwen3.decoder_weights(config.decoder, "model.language_model", experts=experts),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from mllm_jax.decoder import DecoderConfig
+from mllm_jax.decoder import EXPERTS, DecoderConfig
 from mllm_jax.nn.stack import segments
 from mllm_jax.weights.table import Row
 
@@ -19,14 +19,14 @@ def layer_norm(ours: str, theirs: str) -> list[Row]:
 
 def gated_mlp(ours: str, theirs: str) -> list[Row]:
     return [
-        *linear(f"{ours}/gate", f"{theirs}.gate_proj", "f d -> d f"),
-        *linear(f"{ours}/up", f"{theirs}.up_proj", "f d -> d f"),
-        *linear(f"{ours}/down", f"{theirs}.down_proj", "d f -> f d"),
+        *linear(f"{ours}/gate", f"{theirs}.gate_proj", "f d -> d f", ""),
+        *linear(f"{ours}/up", f"{theirs}.up_proj", "f d -> d f", ""),
+        *linear(f"{ours}/down", f"{theirs}.down_proj", "d f -> f d", ""),
     ]
 
 
-def experts(ours: str, theirs: str) -> list[Row]:
-    """Experts that lie on disk one by one."""
+def experts_one_by_one(ours: str, theirs: str) -> list[Row]:
+    """Experts each of which has tensors of its own."""
     halves: Mapping = {"half": ("gate", "up")}
     return [
         Row(f"{ours}/experts_gate_up/w", f"{theirs}.{{e}}.{{half}}_proj.weight", "f d -> d f", values=halves),
@@ -41,4 +41,46 @@ def layers(config: DecoderConfig, rows: Callable[[str], Iterable[Row]]) -> list[
         for segment in segments(config.kinds)
         for name, numbers, kind in segment.slots()
         for row in rows(kind)
+    ]
+
+
+def decoder(
+    config: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight", experts: list[Row] | None = None
+) -> list[Row]:
+    """Rows of a decoder with the names of Llama's tensors, which most have.
+
+    Args:
+      prefix: what the names of its tensors begin with.
+      head: name of the head.
+      experts: rows of the experts of a layer, ours without the path of layers; None = they lie one by one.
+    """
+    layer = f"{prefix}.layers.{{n}}"
+    own = experts_one_by_one("mlp", f"{layer}.mlp.experts") if experts is None else experts
+    norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    if config.post_norms:
+        norms |= {"post_norm1": norms["norm2"], "norm2": "pre_feedforward_layernorm"}
+        norms |= {"post_norm2": "post_feedforward_layernorm"}
+
+    def rows(kind: str) -> list[Row]:
+        theirs = f"{layer}.self_attn"
+        return [
+            *(row for ours, name in norms.items() for row in layer_norm(ours, f"{layer}.{name}")),
+            *linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h", "(n h) -> n h"),
+            *linear("attention/k", f"{theirs}.k_proj", "(n h) d -> d n h", "(n h) -> n h"),
+            *linear("attention/v", f"{theirs}.v_proj", "(n h) d -> d n h", "(n h) -> n h"),
+            *linear("attention/out", f"{theirs}.o_proj", "d (n h) -> n h d", ""),
+            Row("attention/q_norm/scale", f"{theirs}.q_norm.weight"),
+            Row("attention/k_norm/scale", f"{theirs}.k_norm.weight"),
+            *(
+                [Row("mlp/router/w", f"{layer}.mlp.gate.weight", "e d -> d e"), *own]
+                if kind == EXPERTS
+                else gated_mlp("mlp", f"{layer}.mlp")
+            ),
+        ]
+
+    return [
+        Row("decoder/embed", f"{prefix}.embed_tokens.weight"),
+        *layers(config, rows),
+        *layer_norm("decoder/norm", f"{prefix}.norm"),
+        Row("decoder/head/w", head),
     ]

@@ -59,8 +59,9 @@ class MlaConfig:
         """Factor of the scores."""
         return (self.nope_dim + self.rope_dim) ** -0.5 * (self.yarn.score_scale if self.yarn else 1)
 
-    def rope(self, position):
+    def rope(self, position, segment):
         """Cosines and sines for rotary positions i32[B T 3], of which the first axis counts."""
+        del segment  # how long a conversation is does not matter
         if self.yarn is None:
             turns, scale = frequencies(self.rope_theta, self.rope_dim), 1.0
         else:

@@ -10,28 +10,48 @@ from mllm_jax.nn.einsum import Einsum
 ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
 
 
 class Mlp(nn.Module):
-    """down(activation(up(x))), with biases. x [... D] -> [... out]."""
+    """down(activation(up(x))). x [... D] -> [... out]."""
 
     mlp: int
     out: int
     activation: str
     dtype: str
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=True, name="up")
-        down = Einsum("...F,FD->...D", (self.mlp, self.out), ("mlp", "embed"), self.dtype, bias=True, name="down")
+        up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=self.bias, name="up")
+        down = Einsum("...F,FD->...D", (self.mlp, self.out), ("mlp", "embed"), self.dtype, bias=self.bias, name="down")
         return down(ACTIVATIONS[self.activation](up(x)))
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate(x)) * up(x)), without biases (SwiGLU, arXiv 2002.05202). x [... D] -> [... D]."""
+    """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). x [... D] -> [... D]."""
+
+    mlp: int
+    activation: str
+    dtype: str
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        gate = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=self.bias, name="gate")
+        up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=self.bias, name="up")
+        down = Einsum("...F,FD->...D", (self.mlp, width), ("mlp", "embed"), self.dtype, bias=self.bias, name="down")
+        return down(ACTIVATIONS[self.activation](gate(x)) * up(x))
+
+
+class GateUpMlp(nn.Module):
+    """A `GatedMlp` with biases whose first two weights are one: [2 D F], the gate's first. x [... D] -> [... D]."""
 
     mlp: int
     activation: str
@@ -39,8 +59,9 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        width = x.shape[-1]
-        gate = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, name="gate")
-        up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, name="up")
-        down = Einsum("...F,FD->...D", (self.mlp, width), ("mlp", "embed"), self.dtype, name="down")
-        return down(ACTIVATIONS[self.activation](gate(x)) * up(x))
+        width, mlp = x.shape[-1], self.mlp
+        shape, axes = (2, width, mlp), (None, "embed", "mlp")
+        both = Einsum("...D,CDF->...CF", shape, axes, self.dtype, bias=True, name="gate_up")(x)
+        gate, up = both[..., 0, :], both[..., 1, :]
+        down = Einsum("...F,FD->...D", (mlp, width), ("mlp", "embed"), self.dtype, bias=True, name="down")
+        return down(ACTIVATIONS[self.activation](gate) * up)

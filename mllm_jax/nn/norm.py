@@ -1,5 +1,7 @@
 """Normalisation, always computed in fp32 and returned in the dtype of the input."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,16 +10,17 @@ from mllm_jax.sharding import named
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis (arXiv 1910.07467)."""
+    """x / rms(x) * (offset + scale) over the last axis (arXiv 1910.07467); Gemma keeps the scale's distance from 1."""
 
     eps: float = 1e-6
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", named(nn.initializers.ones, None), x.shape[-1:])
+        scale = self.param("scale", named(nn.initializers.constant(1 - self.offset), None), x.shape[-1:])
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
+        return (y * (self.offset + scale)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -33,3 +36,6 @@ class LayerNorm(nn.Module):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * scale + bias).astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "rms_offset": partial(RMSNorm, offset=1.0), "layer": LayerNorm}

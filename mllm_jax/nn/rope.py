@@ -1,13 +1,97 @@
 """Rotary positions in any number of axes: text, M-RoPE and the 2-D positions of patches are one function.
 
 Every frequency slot reads one axis of the position. Chunked or interleaved M-RoPE and 2-D RoPE differ only in which.
+
+A stretch lets a model read texts longer than those of its first training: it changes the frequencies, and may change
+the size of the table (`table_scale`). Where `by_length` is True the frequencies depend on how long a text is.
 """
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@dataclass(frozen=True)
+class LinearStretch:
+    """Every frequency divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+    by_length: ClassVar[bool] = False
+    table_scale: ClassVar[float] = 1.0
+
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        """f32[H/2] radians per position."""
+        return (frequencies(theta, head_dim) / self.factor).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class NtkStretch:
+    """A base that grows with the text, once it is longer than `length` tokens ("dynamic NTK").
+
+    The slowest slot then turns by as much over the whole text as it did over `length` tokens, and a little less where
+    `factor` is over 1.
+    """
+
+    factor: float
+    length: int
+    by_length: ClassVar[bool] = True
+    table_scale: ClassVar[float] = 1.0
+
+    def frequencies(self, theta: float, head_dim: int, length):
+        """f32[... H/2] radians per position, in texts of `length` i32[...] tokens."""
+        grown = self.factor * jnp.maximum(length, self.length) / self.length - (self.factor - 1)
+        base = theta * grown[..., None] ** (head_dim / (head_dim - 2))
+        return base ** (-2 * np.arange(head_dim // 2, dtype=np.float32) / head_dim)
+
+
+@dataclass(frozen=True)
+class BlendedStretch:
+    """Slots of short waves keep their frequency, of long waves have it divided, those between have a blend (Llama 3.1).
+
+    factor: by how much slow frequencies are divided.
+    length: tokens of the texts of the first training.
+    slow, fast: turns within `length` up to which a frequency is divided, and from which on it is kept.
+    """
+
+    factor: float
+    length: int
+    slow: float = 1.0
+    fast: float = 4.0
+    by_length: ClassVar[bool] = False
+    table_scale: ClassVar[float] = 1.0
+
+    def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
+        """f32[H/2] radians per position."""
+        plain = frequencies(theta, head_dim)
+        turns = self.length * plain / (2 * np.pi)
+        kept = np.clip((turns - self.slow) / (self.fast - self.slow), 0, 1)
+        return (plain * (kept + (1 - kept) / self.factor)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ListedStretch:
+    """A divisor listed for every slot, one list for texts up to `length` tokens, one for longer ones (LongRoPE,
+    arXiv 2402.13753).
+
+    short, long: H/2 divisors.
+    table_scale: of cosines and sines.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    length: int
+    table_scale: float = 1.0
+    by_length: ClassVar[bool] = True
+
+    def frequencies(self, theta: float, head_dim: int, length):
+        """f32[... H/2] radians per position, in texts of `length` i32[...] tokens."""
+        plain = frequencies(theta, head_dim)
+        short, long = ((plain / np.array(divisors)).astype(np.float32) for divisors in (self.short, self.long))
+        return jnp.where((length > self.length)[..., None], long, short)
 
 
 @dataclass(frozen=True)
@@ -29,6 +113,7 @@ class YarnConfig:
     slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    by_length: ClassVar[bool] = False
 
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
         """f32[H/2] radians per position."""
@@ -68,13 +153,21 @@ def interleaved_axes(sections: tuple[int, ...]) -> np.ndarray:
     return axes
 
 
-def rope_table(position, axes: np.ndarray, frequencies: np.ndarray):
+def chunked_axes(sections: tuple[int, ...]) -> np.ndarray:
+    """Axis of each slot for Qwen2-VL's M-RoPE (arXiv 2409.12191): those of t, of h, of w. int[sum(sections)]."""
+    return np.repeat(np.arange(len(sections)), sections)
+
+
+LAYOUTS = {"interleaved": interleaved_axes, "chunked": chunked_axes}
+
+
+def rope_table(position, axes: np.ndarray, frequencies):
     """Cosines and sines of every slot.
 
     Args:
       position: [... A] rotary positions on A axes.
       axes: int[H/2] the axis that each frequency slot reads.
-      frequencies: f32[H/2] radians per position.
+      frequencies: f32[H/2] radians per position, or f32[... H/2] where it is not the same everywhere.
     Returns:
       (cos, sin), each f32[... H/2].
     """
@@ -82,9 +175,20 @@ def rope_table(position, axes: np.ndarray, frequencies: np.ndarray):
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def longest(position, segment):
+    """i32[B T] tokens of the conversation that a token belongs to, from positions i32[B T A] and segments i32[B T].
+
+    Of what stands here: a token that continues a cache counts itself and what came before.
+    """
+    end = jnp.max(position, axis=-1) + 1
+    most = lambda end, segment: jnp.zeros(len(end) + 1, jnp.int32).at[segment].max(end)[segment]
+    return jax.vmap(most)(end, segment)
+
+
 def rotate(x, table):
-    """Rotate x [... T N H] by a table of [... T H/2]; the pairs are (i, i + H/2), as in GPT-NeoX."""
+    """Rotate x [... T N H] by a table of [... T h/2]; the pairs are (i, i + h/2), as in GPT-NeoX, of the first h."""
     cos, sin = (part[..., None, :] for part in table)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned + [rest] * (rest.shape[-1] > 0), axis=-1).astype(x.dtype)

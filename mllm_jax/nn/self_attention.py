@@ -1,6 +1,7 @@
 """Causal self-attention of a decoder with grouped key-value heads, rotary positions and a cache."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,30 +11,44 @@ from flax import linen as nn
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.norm import RMSNorm
-from mllm_jax.nn.rope import interleaved_axes, rope_table, rotate
+from mllm_jax.nn.rope import LAYOUTS, frequencies, longest, rope_table, rotate
 from mllm_jax.nn.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Grouped-query attention (arXiv 2305.13245) with norms of queries and keys, as in Qwen3 (arXiv 2505.09388).
+    """Grouped-query attention (arXiv 2305.13245).
 
-    rope_sections: frequency slots of (t, h, w) in interleaved M-RoPE; they add up to head_dim / 2.
+    rope_theta: base of the frequencies of rotary positions; None = there are no rotary positions.
+    rope_sections: frequency slots that read the axes (t, h, w) of a position; they add up to half the values that turn.
+    rope_layout: where those slots are: "interleaved" (t h w t h w ...) or "chunked" (t ... h ... w ...).
+    rope_dim: so many first values of a head turn; 0 = all.
+    stretch: how rotary positions reach beyond the texts of the first training, one of nn/rope.py; None = not at all.
+    qk_norm: queries and keys have a norm, before they turn (arXiv 2302.05442).
+    qkv_bias, out_bias: the projections to queries, keys and values have biases, the one back has.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    rope_theta: float = 5e6
+    rope_theta: float | None = 5e6
     rope_sections: tuple[int, int, int] = (24, 20, 20)
+    rope_layout: str = "interleaved"
+    rope_dim: int = 0
+    stretch: Any = None
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"attention.heads={self.heads} is not a multiple of attention.kv_heads={self.kv_heads}")
-        if sum(self.rope_sections) * 2 != self.head_dim:
-            raise ValueError(
-                f"attention.rope_sections={self.rope_sections} must add up to head_dim / 2 = {self.head_dim / 2}"
-            )
+        if self.rope_layout not in LAYOUTS:
+            raise ValueError(f"attention.rope_layout must be one of {', '.join(LAYOUTS)}, not {self.rope_layout!r}")
+        turns = self.rope_dim or self.head_dim
+        if self.rope_theta is not None and sum(self.rope_sections) * 2 != turns:
+            name = "rope_dim" if self.rope_dim else "head_dim"
+            raise ValueError(f"attention.rope_sections={self.rope_sections} must add up to {name} / 2 = {turns / 2}")
 
     @property
     def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -45,11 +60,16 @@ class AttentionConfig:
         """FLOPs of attention, forward, for a query and a key."""
         return 4 * self.heads * self.head_dim
 
-    def rope(self, position):
-        """Cosines and sines for rotary positions i32[B T 3]."""
-        half = self.head_dim // 2
-        frequencies = self.rope_theta ** (-np.arange(half, dtype=np.float32) / half)
-        return rope_table(position, interleaved_axes(self.rope_sections), frequencies)
+    def rope(self, position, segment):
+        """Cosines and sines for rotary positions i32[B T 3] of conversations i32[B T]; None where there are none."""
+        if self.rope_theta is None:
+            return None
+        axes, stretch, turns = LAYOUTS[self.rope_layout](self.rope_sections), self.stretch, 2 * sum(self.rope_sections)
+        if stretch is None:
+            return rope_table(position, axes, frequencies(self.rope_theta, turns).astype(np.float32))
+        length = (longest(position, segment),) if stretch.by_length else ()
+        table = rope_table(position, axes, stretch.frequencies(self.rope_theta, turns, *length))
+        return tuple(part * stretch.table_scale for part in table)
 
     def build(self, norm_eps: float, runtime: Runtime, name: str) -> nn.Module:
         return Attention(self, norm_eps, runtime, name=name)
@@ -89,12 +109,15 @@ class Attention(nn.Module):
         width, head_dim = x.shape[-1], config.head_dim
 
         def project(name, heads, axis):
-            return Einsum("...D,DNH->...NH", (width, heads, head_dim), ("embed", axis, "head_dim"), dtype, name=name)(x)
+            shape, axes = (width, heads, head_dim), ("embed", axis, "head_dim")
+            return Einsum("...D,DNH->...NH", shape, axes, dtype, bias=config.qkv_bias, name=name)(x)
 
-        q = RMSNorm(self.norm_eps, name="q_norm")(project("q", config.heads, "heads"))
-        k = RMSNorm(self.norm_eps, name="k_norm")(project("k", config.kv_heads, "kv_heads"))
-        v = project("v", config.kv_heads, "kv_heads")
-        q, k = rotate(q, rope), rotate(k, rope)
+        q = project("q", config.heads, "heads")
+        k, v = (project(name, config.kv_heads, "kv_heads") for name in ("k", "v"))
+        if config.qk_norm:
+            q, k = (RMSNorm(self.norm_eps, name=f"{name}_norm")(part) for name, part in (("q", q), ("k", k)))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         kv_segment, offset, kept = segment, None, None
         if cache is not None:
             kept, (k, v) = write_cache(cache, (k, v))
@@ -102,5 +125,5 @@ class Attention(nn.Module):
         out = attend(
             q, k, v, q_segment=segment, kv_segment=kv_segment, causal=True, runtime=self.runtime, offset=offset
         )
-        shape = (config.heads, head_dim, width)
-        return Einsum("...NH,NHD->...D", shape, ("heads", "head_dim", "embed"), dtype, name="out")(out), kept
+        shape, axes = (config.heads, head_dim, width), ("heads", "head_dim", "embed")
+        return Einsum("...NH,NHD->...D", shape, axes, dtype, bias=config.out_bias, name="out")(out), kept

@@ -1,0 +1,132 @@
+"""What published decoders have in common: most of a config.json, most names of tensors, and a model of text alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families.rope import rope_from_hf, rope_to_hf
+from mllm_jax.model import ModelConfig
+from mllm_jax.nn.rope import ListedStretch, NtkStretch
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.weights.table import Row
+
+ACTIVATIONS = {  # theirs -> ours
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+
+
+def activation_from_hf(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} of config.json is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def activation_to_hf(name: str, spelling: str) -> str:
+    """`spelling`, if it means our `name`; else the first that does."""
+    return spelling if ACTIVATIONS[spelling] == name else next(t for t, ours in ACTIVATIONS.items() if ours == name)
+
+
+def expect(text: Mapping[str, Any], family: str, **only: Any) -> None:
+    """Raises ValueError if a config says anything but `only` of something."""
+    wrong = [f"{name}={text[name]!r}" for name, value in only.items() if text.get(name, value) not in (value, None)]
+    if wrong:
+        raise ValueError(f"{family} as published has no {', '.join(wrong)}")
+
+
+def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None, **fields: Any) -> DecoderConfig:
+    """The decoder of a text config that has the usual names.
+
+    Args:
+      rope: what is given to `rope_from_hf` beside the config.
+      fields: of DecoderConfig, or of AttentionConfig, that the config says in another way or not at all.
+    """
+    heads = text["num_attention_heads"]
+    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    attention = {
+        "heads": heads,
+        "kv_heads": text.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "qk_norm": False,
+        **rope_from_hf(text, head_dim, **(rope or {})),
+    }
+    attention |= {name: fields.pop(name) for name in AttentionConfig.__dataclass_fields__ if name in fields}
+    decoder = {
+        "vocab": text["vocab_size"],
+        "width": text["hidden_size"],
+        "layers": text["num_hidden_layers"],
+        "attention": AttentionConfig(**attention),
+        "mlp": text["intermediate_size"],
+        "norm_eps": text.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": bool(text.get("tie_word_embeddings", False)),
+    }
+    return DecoderConfig(**decoder | fields)
+
+
+def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:
+    """The inverse of `read_decoder`: what transformers needs. `length`: tokens that texts are said to have at most."""
+    attention, stretch = decoder.attention, decoder.attention.stretch
+    written = {
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "intermediate_size": decoder.mlp,
+        "rms_norm_eps": decoder.norm_eps,
+        "max_position_embeddings": stretch.length if isinstance(stretch, NtkStretch) else length,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "rope_parameters": rope_to_hf(attention),
+    }
+    if isinstance(stretch, ListedStretch):
+        written["original_max_position_embeddings"] = stretch.length
+    return written
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """A model of text alone, from what its file says of its decoder.
+
+    kind: the model_type.
+    architecture: transformers' class.
+    published: the decoders of published sizes.
+    read, write: `decoder_from_hf` and `decoder_to_hf`.
+    rows: its table of weights.
+    """
+
+    kind: str
+    architecture: str
+    published: Mapping[str, DecoderConfig]
+    read: Callable[[Mapping[str, Any]], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    rows: Callable[[DecoderConfig], list[Row]]
+
+    def sizes(self, name: str) -> ModelConfig:
+        """The config of a published size. ValueError where there is none of that name."""
+        if name not in self.published:
+            raise ValueError(f"{self.kind} has no size {name!r}; sizes: {', '.join(self.published)}")
+        return ModelConfig(None, None, self.published[name], family=self.kind)
+
+    def from_hf(self, config: Mapping[str, Any]) -> ModelConfig:
+        """The model that a config.json describes. Raises ValueError for what this model cannot do."""
+        return ModelConfig(None, None, self.read(config), family=self.kind)
+
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """The inverse of `from_hf`. Raises ValueError for what a config.json of the family cannot say."""
+        written = {"architectures": [self.architecture], "model_type": self.kind, **self.write(config.decoder)}
+        if (reads := self.read(written)) != config.decoder:
+            raise ValueError(
+                f"{self.kind}'s config.json cannot say all of this decoder: {config.decoder} would be read as {reads}"
+            )
+        return written
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        """Our names and theirs, for this config; see weights/table.py."""
+        return self.rows(config.decoder)

@@ -1,0 +1,35 @@
+"""Mistral 7B and Nemo (arXiv 2310.06825)."""
+
+from dataclasses import replace
+
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import rows
+from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
+from mllm_jax.nn.self_attention import AttentionConfig
+
+_ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False)
+_7B = DecoderConfig(32000, 4096, 32, _ATTENTION, 14336, norm_eps=1e-5)
+
+SIZES = {
+    "7b-v0.2": _7B,
+    "7b-v0.3": replace(_7B, vocab=32768),
+    "nemo-12b": replace(_7B, vocab=131072, width=5120, layers=40),
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "mistral". ValueError for what this model cannot do."""
+    expect(text, "Mistral", hidden_act="silu", sliding_window=None)
+    return read_decoder(text)
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`."""
+    return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "sliding_window": None}
+
+
+decoder_weights = rows.decoder
+FAMILY = TextFamily("mistral", "MistralForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
+sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
+IGNORE = ("lm_head.weight", r".*\.rotary_emb\.inv_freq")
+RENAME = ()

@@ -1,0 +1,58 @@
+"""Qwen1.5, Qwen2 (arXiv 2407.10671) and Qwen2.5 (arXiv 2412.15115): text alone, and the decoder of Qwen2-VL."""
+
+from dataclasses import replace
+
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import rows
+from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
+from mllm_jax.nn.self_attention import AttentionConfig
+
+_TEXT = AttentionConfig(28, 4, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False, qkv_bias=True)
+
+
+def _size(width: int, layers: int, heads: tuple[int, int], mlp: int, vocab: int = 152064, **more) -> DecoderConfig:
+    attention = replace(_TEXT, heads=heads[0], kv_heads=heads[1])
+    return DecoderConfig(vocab, width, layers, attention, mlp, **more)
+
+
+_TIED = dict(vocab=151936, tie_embeddings=True)
+_HALF, _1_5B = _size(896, 24, (14, 2), 4864, **_TIED), _size(1536, 28, (12, 2), 8960, **_TIED)
+_HALF = replace(_HALF, attention=replace(_HALF.attention, head_dim=64, rope_sections=(32, 0, 0)))
+_7B, _72B = _size(3584, 28, (28, 4), 18944), _size(8192, 80, (64, 8), 29568, norm_eps=1e-5)
+
+SIZES = {
+    "1.5-72b": _size(8192, 80, (64, 64), 24576),
+    "1.5-110b": _size(8192, 80, (64, 8), 49152),
+    "0.5b": _HALF,
+    "1.5b": _1_5B,
+    "7b": _7B,
+    "72b": _72B,
+    "2.5-0.5b": _HALF,
+    "2.5-1.5b": _1_5B,
+    "2.5-3b": _size(2048, 36, (16, 2), 11008, **_TIED),
+    "2.5-7b": _7B,
+    "2.5-14b": _size(5120, 48, (40, 8), 13824, norm_eps=1e-5),
+    "2.5-32b": _size(5120, 64, (40, 8), 27648, norm_eps=1e-5),
+    "2.5-72b": _72B,
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "qwen2", "qwen2_vl_text" or "qwen2_5_vl_text".
+
+    Raises ValueError for what this model cannot do.
+    """
+    expect(text, "Qwen2", hidden_act="silu", use_sliding_window=False)
+    return read_decoder(text, rope={"theta": 1e6, "layout": "chunked"}, qkv_bias=True)
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`."""
+    return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "use_sliding_window": False}
+
+
+decoder_weights = rows.decoder
+FAMILY = TextFamily("qwen2", "Qwen2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
+sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
+IGNORE = ("lm_head.weight",)
+RENAME = ()

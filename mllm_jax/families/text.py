@@ -1,0 +1,33 @@
+"""The decoders of published models, by the model_type of a text config, for families that put any of them in."""
+
+from types import ModuleType
+
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import llama, mistral, qwen2, qwen3
+
+TEXT: dict[str, ModuleType] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3,
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder that a text config describes. Raises ValueError for a model_type that is not known."""
+    if (kind := text.get("model_type")) not in TEXT:
+        raise ValueError(f"the text config is of model_type {kind!r}; known are {', '.join(TEXT)}")
+    return TEXT[kind].decoder_from_hf(text)
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse: the text config, with its model_type, of the first family that can say all of this decoder."""
+    for kind, family in TEXT.items():
+        try:
+            written = {"model_type": kind, **family.decoder_to_hf(decoder)}
+            if family.decoder_from_hf(written) == decoder:
+                return written
+        except (ValueError, AttributeError):  # AttributeError: of a part that the family does not know
+            continue
+    raise ValueError(f"no text config of {', '.join(TEXT)} can say all of this decoder: {decoder}")
