@@ -12,7 +12,7 @@ _HOME = {
     "load_workdir": "train.checkpoint",
     "save_pretrained": "api",
     "Pretrained": "api",
-    "from_hf_inputs": "data.hf_inputs",
+    "from_hf_inputs": "api",
     "generate": "generate.requests",
     "generate_ids": "generate.decode",
     "Batch": "types",

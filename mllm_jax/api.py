@@ -4,18 +4,22 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
 from mllm_jax.data.processor import Processor, spec_for
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import VLM, ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings
+from mllm_jax.types import Batch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -26,7 +30,7 @@ class Pretrained:
     """A model with all that its use needs: `vlm.model.apply({"params": vlm.params}, batch)`."""
 
     config: ModelConfig
-    model: VLM
+    model: nn.Module
     params: Any  # nested dict of arrays
     processor: Processor | None = None  # None where the folder has no tokenizer and chat template
 
@@ -66,7 +70,7 @@ def load_pretrained(
     layout = shardings(abstract_boxed(config), mesh, runtime.rules) if mesh else None
     rows, shapes = family.weights(config), abstract_params(config)
     params = load_tensors(folder, rows, shapes, layout, dtype, ignore=family.IGNORE, rename=family.RENAME)
-    return Pretrained(config, VLM(config), params, _processor(folder, config))
+    return Pretrained(config, config.build(), params, _processor(folder, config))
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
@@ -94,6 +98,26 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
             shutil.rmtree(stage, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
+
+
+def from_hf_inputs(config: ModelConfig, inputs: Mapping[str, Any]) -> Batch:
+    """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits come out in its order.
+
+    For a tower alone a batch has a picture a row, and no tokens.
+
+    Args:
+      config: its family says which arrays are understood, and what they mean.
+      inputs: numpy arrays (or what `numpy.asarray` takes) named as Hugging Face's processor of this family names them:
+        `input_ids` i[B T], optional `attention_mask` and `labels`, and those of pictures.
+    Raises:
+      ValueError: an unknown name, or placeholders in `input_ids` that do not match the pictures.
+    """
+    family = FAMILIES[config.family]
+    sees = config.encoder is not None
+    arrays = as_arrays(inputs, family.INPUTS if sees else ())
+    if config.decoder is None:
+        return alone(config, family.visuals(config, arrays))
+    return assemble(config, arrays, family.visuals(config, arrays) if sees else {})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from flax.core import meta
 
@@ -32,13 +33,13 @@ class VisionTokenIds:
 class ModelConfig:
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
-    A model of text alone has None for the first two and for `tokens`.
+    A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     """
 
     encoder: Any
-    connector: Any
-    decoder: DecoderConfig
+    connector: Any = None
+    decoder: DecoderConfig | None = None
     tokens: VisionTokenIds | None = None
     runtime: Runtime = Runtime()
     family: str = "qwen3_vl"
@@ -46,12 +47,53 @@ class ModelConfig:
     @property
     def merge(self) -> int:
         """Side of the square of patches that becomes one visual token; 1 where there are none."""
-        return 1 if self.encoder is None else self.connector.merge
+        return 1 if self.connector is None else self.connector.merge
 
     @property
     def patch_values(self) -> int:
         """Values in a patch; 0 where there are none."""
         return 0 if self.encoder is None else self.encoder.patch_values
+
+    @property
+    def lead(self) -> int:
+        """Empty patches that stand before a picture's own: its class token and registers, to whole visual tokens."""
+        return 0 if self.encoder is None else -(-self.encoder.lead // self.merge**2) * self.merge**2
+
+    @property
+    def prefix(self) -> bool:
+        """Whether a conversation has first tokens that all its tokens see."""
+        return self.decoder is not None and self.decoder.prefix
+
+    def build(self) -> nn.Module:
+        return VLM(self)
+
+    def example(self) -> Batch:
+        """The smallest batch that touches every weight: one row, one picture of one visual token."""
+        text = np.zeros((1, 2), np.int32)
+        if self.encoder is None:
+            vision_index, vision = np.full((1, 2), -1, np.int32), None
+        else:
+            vision_index, vision = np.array([[-1, 0]], np.int32), example_picture(self.patch_values, self.merge**2)
+        return Batch(
+            tokens=text,
+            targets=text,
+            weight=np.zeros((1, 2), np.float32),
+            segment=np.ones((1, 2), np.int32),
+            position=np.zeros((1, 2, 3), np.int32),
+            vision_index=vision_index,
+            vision=vision,
+            prefix=np.zeros((1, 2), bool) if self.prefix else None,
+        )
+
+
+def example_picture(values: int, patches: int) -> Vision:
+    """One row of one picture of so many patches of so many values."""
+    return Vision(
+        patches=np.zeros((1, 1, patches, values), np.float32),
+        image=np.ones((1, 1, patches), np.int32),
+        coords=np.zeros((1, 1, patches, 3), np.int32),
+        grid=np.ones((1, 1, patches, 2), np.int32),
+    )
 
 
 class VLM(nn.Module):
@@ -61,8 +103,10 @@ class VLM(nn.Module):
         config = self.config
         if config.encoder is not None:
             self.encoder = config.encoder.build(config.runtime, name=None)
+        if config.connector is not None:
             self.connector = config.connector.build(config.decoder.width, config.runtime, name=None)
-        self.decoder = Decoder(config.decoder, config.runtime)
+        if config.decoder is not None:
+            self.decoder = Decoder(config.decoder, config.runtime)
 
     def encode(self, vision: Vision) -> VisionTokens:
         """Packed pictures -> visual tokens [B M D]."""
@@ -76,6 +120,8 @@ class VLM(nn.Module):
           cache: keys and values so far; the batch continues it. See `init_cache`.
           hidden: return hidden states instead of logits (a loss in chunks, or the last position alone, needs no more).
         """
+        if self.config.decoder is None:
+            return Output(features=rearrange(self.encoder(batch.vision).value, "B R P D -> B (R P) D"))
         x = self.decoder.embed(batch.tokens)
         deep = None
         if batch.vision is not None:
@@ -120,32 +166,9 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
     return config.decoder.layers * values * jnp.dtype(dtype or config.runtime.dtype).itemsize
 
 
-def example_batch(config: ModelConfig) -> Batch:
-    """The smallest batch that touches every weight: one row, one picture of one visual token."""
-    vision = None
-    if config.encoder is not None:
-        patches = config.connector.patches_per_token
-        vision = Vision(
-            patches=np.zeros((1, 1, patches, config.encoder.patch_values), np.float32),
-            image=np.ones((1, 1, patches), np.int32),
-            coords=np.zeros((1, 1, patches, 3), np.int32),
-            grid=np.ones((1, 1, patches, 2), np.int32),
-        )
-    tokens = np.zeros((1, 2), np.int32)
-    return Batch(
-        tokens=tokens,
-        targets=tokens,
-        weight=np.zeros((1, 2), np.float32),
-        segment=np.ones((1, 2), np.int32),
-        position=np.zeros((1, 2, 3), np.int32),
-        vision_index=np.array([[-1, -1 if vision is None else 0]], np.int32),
-        vision=vision,
-    )
-
-
 def init_boxed(config: ModelConfig, key):
     """Random parameters, every weight in a box with the names of its axes. Under `jax.eval_shape` it costs nothing."""
-    return VLM(config).init(key, jax.tree.map(jnp.asarray, example_batch(config)))["params"]
+    return config.build().init(key, jax.tree.map(jnp.asarray, config.example()))["params"]
 
 
 @functools.lru_cache(maxsize=16)  # a trace of a large model takes half a second, and planning asks a dozen times

@@ -21,8 +21,25 @@ class Picture(NamedTuple):
     """One still picture, or one temporal patch (a few consecutive frames) of a clip: never cut, attended as a whole."""
 
     patches: Array  # u8[p C] raw pixels or f32[p C] normalised; merge-block-major, values in (c, t, y, x) order
-    grid: tuple[int, int]  # (h, w) in patches, p = h * w
+    grid: tuple[int, int]  # (h, w) in patches; p = h * w, and before them `lead` empty ones
     time: int = 0  # index of the temporal patch within its clip
+
+    @property
+    def lead(self) -> int:
+        """Empty patches before the first: places for the class token and the registers of an encoder."""
+        return len(self.patches) - self.grid[0] * self.grid[1]
+
+
+class Visual(NamedTuple):
+    """One picture or clip as a person gave it: a run of m visual tokens in the text."""
+
+    pictures: tuple[Picture, ...]  # itself, its tiles, or its temporal patches
+    order: Array  # i32[m] which of the visual tokens of `pictures`, laid end to end, stands there; NEWLINE
+    position: Array  # i32[m 3] rotary positions (t, y, x), counted from the first
+    advance: int  # rotary position of what follows, counted from the first
+
+
+NEWLINE = -2  # the connector's learned token that ends a row of patches
 
 
 class Example(NamedTuple):
@@ -31,9 +48,15 @@ class Example(NamedTuple):
     tokens: Array  # i32[n]
     weight: Array  # f32[n] loss weight of predicting tokens[i] (from what comes before it)
     position: Array  # i32[n 3] rotary position (t, y, x)
-    visual: Array  # bool[n] tokens that are replaced by visual tokens, in the order of `pictures`
+    vision_index: Array  # i32[n] which of the visual tokens of `pictures`, laid end to end; -1 = text; NEWLINE
     pictures: tuple[Picture, ...]
     kind: str = ""  # the kind of question or the task, for reports
+    prefix: int = 0  # first tokens that all tokens of the conversation see, where a model has such
+
+    @property
+    def visual(self) -> Array:
+        """bool[n] tokens that are replaced by visual tokens."""
+        return self.vision_index != -1
 
 
 class Vision(NamedTuple):
@@ -41,7 +64,7 @@ class Vision(NamedTuple):
 
     patches: Array  # u8 or f32 [B R P C]
     image: Array  # i32[B R P] number of the picture that a patch belongs to, 1.. within a batch row; 0 = padding
-    coords: Array  # i32[B R P 3] (t, y, x) in patches
+    coords: Array  # i32[B R P 3] (t, y, x) in patches; t = -1, -2, ... in the empty ones that lead a picture
     grid: Array  # i32[B R P 2] (h, w) in patches, of the picture that a patch belongs to; 1 where padding
 
 
@@ -53,14 +76,25 @@ class Batch(NamedTuple):
     weight: Array  # f32[B T] loss weight of a target; 0 for padding and at the end of a conversation
     segment: Array  # i32[B T] 1.. within a row; 0 = padding
     position: Array  # i32[B T 3] rotary position (t, y, x), restarting in each conversation
-    vision_index: Array  # i32[B T] which of the row's M visual tokens stands here; -1 = text
+    vision_index: Array  # i32[B T] which of the row's M visual tokens stands here, M the connector's newline; -1 = text
     vision: Vision | None = None
+    prefix: Array | None = None  # bool[B T] tokens that all tokens of their conversation see; None = causal throughout
+
+
+class DualBatch(NamedTuple):
+    """What the two towers of a dual encoder read; of pictures alone, or texts alone, the rest is None."""
+
+    tokens: Array | None = None  # i32[texts T]
+    segment: Array | None = None  # i32[texts T] 1; 0 = padding that nothing reads
+    vision: Vision | None = None  # of B rows with at most k pictures each
+    first: Array | None = None  # i32[B k] where in its row, its patch rows end to end, each begins; -1 = no picture
+    order: Array | None = None  # i32[pictures] which of the B k is the first picture, the second ...; None = as they lie
 
 
 class VisionTokens(NamedTuple):
     """What every connector returns."""
 
-    value: Array  # [B M D]
+    value: Array  # [B M D]; a connector with a newline appends it as token M
     deep: Array | None = None  # [taps B M D] features to be added after the first decoder layers (DeepStack)
 
 
@@ -94,9 +128,16 @@ class Routing(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a model returns: logits, or hidden states where the caller asked for them."""
+    """What a model returns: logits, or hidden states where the caller asked for them.
+
+    A tower alone returns features. A dual encoder returns embeddings of unit length, and as logits the scaled
+    similarity f32[pictures texts] of them.
+    """
 
     logits: Array | None = None  # f32[B T V]
     hidden: Array | None = None  # [B T D] after the last norm
     cache: Cache | None = None
     routing: Routing | None = None  # of a model with experts
+    features: Array | None = None  # [B (R P) D] of a row's patches; class token and registers stand before a picture's
+    image_embeddings: Array | None = None  # f32[pictures D]
+    text_embeddings: Array | None = None  # f32[texts D]

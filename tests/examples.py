@@ -61,7 +61,7 @@ def random_example(rng, text: int, *grids, answer: int | None = None, kind: str 
         tokens=np.array(ids, np.int32),
         weight=weight,
         position=np.array(position, np.int32).reshape(-1, 3),
-        visual=np.array(visual, bool),
+        vision_index=np.where(visual, np.cumsum(visual) - 1, -1),
         pictures=tuple(pictures),
         kind=kind,
     )

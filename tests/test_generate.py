@@ -14,7 +14,7 @@ from PIL import Image
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
-from mllm_jax.data.hf_inputs import from_hf_inputs
+from mllm_jax.api import from_hf_inputs
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.processor import Processor, ProcessorSpec
 from mllm_jax.generate import decode, layout

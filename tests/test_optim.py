@@ -91,8 +91,8 @@ def test_muon_makes_every_matrix_of_a_layer_orthogonal(params):
     updates = update(config, params, grads)
     q = updates["decoder/layers/attention/q/w"]  # [L D N H], read 64, written 4 * 32
     out = updates["encoder/layers/attention/out/w"]  # [L N H D]
-    qkv = updates["encoder/layers/attention/qkv/w"]  # [L D 3 N H]
-    for matrix in (*q.reshape(3, 64, 128), *out.reshape(3, 64, 64), *qkv[:, :, 1].reshape(3, 64, 64)):
+    qkv = updates["encoder/layers/attention/qkv/w"]  # [L 3 D N H]
+    for matrix in (*q.reshape(3, 64, 128), *out.reshape(3, 64, 64), *qkv[:, 1].reshape(3, 64, 64)):
         singular = np.linalg.svd(matrix / (0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
         assert 0.4 < np.median(singular) < 1.3 and singular.max() < 1.3
     adamw = update(OptimConfig(learning_rate=1.0, schedule="constant"), params, grads)

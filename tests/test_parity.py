@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import batch_of, prompt, published, tiny_qwen3_vl, to_torch
 
-from mllm_jax.data.hf_inputs import from_hf_inputs
+from mllm_jax.api import from_hf_inputs
 from mllm_jax.families import qwen3_vl
 from mllm_jax.model import VLM, abstract_params
 from mllm_jax.nn.runtime import Runtime

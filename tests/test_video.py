@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mllm_jax.data import video
-from mllm_jax.data.positions import mrope_positions
+from mllm_jax.data.positions import on_a_grid, rotary_positions
 
 
 def write_clip(path, frames, fps=10, height=48, width=64, codec="mpeg4"):
@@ -184,7 +184,7 @@ def test_real_clips(shared):
 def test_positions_by_hand():
     """The example of the paper's rule: a picture of 2 x 3 visual tokens after four text tokens, then text."""
     visual = np.array([0] * 4 + [1] * 6 + [0] * 2, bool)
-    position = mrope_positions(visual, [(2, 3)])
+    position = rotary_positions(visual, [on_a_grid(2, 3)])
     assert position.dtype == np.int32
     assert position.T.tolist() == [
         [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 7, 8],
@@ -194,14 +194,14 @@ def test_positions_by_hand():
 
 
 def test_positions_edges():
-    assert mrope_positions(np.zeros(0, bool), []).shape == (0, 3)
-    assert mrope_positions(np.zeros(3, bool), [])[:, 1].tolist() == [0, 1, 2]
-    adjacent = mrope_positions(np.ones(5, bool), [(1, 2), (3, 1)])
+    assert rotary_positions(np.zeros(0, bool), []).shape == (0, 3)
+    assert rotary_positions(np.zeros(3, bool), [])[:, 1].tolist() == [0, 1, 2]
+    adjacent = rotary_positions(np.ones(5, bool), [on_a_grid(1, 2), on_a_grid(3, 1)])
     assert adjacent.tolist() == [[0, 0, 0], [0, 0, 1], [2, 2, 2], [2, 3, 2], [2, 4, 2]]
     with pytest.raises(ValueError, match="5 visual tokens"):
-        mrope_positions(np.ones(5, bool), [(1, 2)])
+        rotary_positions(np.ones(5, bool), [on_a_grid(1, 2)])
     with pytest.raises(ValueError, match="between"):
-        mrope_positions(np.array([1, 0, 1], bool), [(1, 2)])
+        rotary_positions(np.array([1, 0, 1], bool), [on_a_grid(1, 2)])
 
 
 def test_positions_equal_transformers():
@@ -221,7 +221,7 @@ def test_positions_equal_transformers():
             (clips if times else images).append([max(times, 1), 2 * height, 2 * width])
             for _ in range(max(times, 1)):
                 kinds += [2 if times else 1] * height * width + [0] * random.integers(1, 4)
-                grids.append((height, width))
+                grids.append(on_a_grid(height, width))
         expected, _ = Qwen3VLModel.get_rope_index(
             model,
             input_ids=torch.zeros(1, len(kinds), dtype=torch.long),
@@ -229,7 +229,7 @@ def test_positions_equal_transformers():
             image_grid_thw=torch.tensor(images) if images else None,
             video_grid_thw=torch.tensor(clips) if clips else None,
         )
-        np.testing.assert_array_equal(mrope_positions(np.array(kinds) > 0, grids), expected[:, 0].T.numpy())
+        np.testing.assert_array_equal(rotary_positions(np.array(kinds) > 0, grids), expected[:, 0].T.numpy())
 
 
 def test_frames_are_read_one_temporal_patch_at_a_time():

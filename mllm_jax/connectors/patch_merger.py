@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.connectors.tokens import to_tokens
 from mllm_jax.nn.mlp import Mlp
-from mllm_jax.nn.norm import LayerNorm
+from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import join_rows, shard, split_rows
 from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
 class PatchMergerConfig:
+    """
+    merge: side of the square of patches that becomes a visual token.
+    norm: "layer" or "rms".
+    """
+
     merge: int = 2
+    norm: str = "layer"
     norm_eps: float = 1e-6
 
     @property
@@ -29,7 +35,7 @@ class PatchMergerConfig:
 
 
 class Merger(nn.Module):
-    """LayerNorm before or after the patches are joined, then a two-layer MLP. [B R P D] -> [B M out]."""
+    """Norm before or after the patches are joined, then a two-layer MLP. [B R P D] -> [B M out]."""
 
     config: PatchMergerConfig
     out: int
@@ -38,19 +44,14 @@ class Merger(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm, count = LayerNorm(self.config.norm_eps, name="norm"), len(x)
-        rules, own = self.runtime.rules, self.runtime.within("connector").rules
-        if not self.norm_joined:
-            x = norm(x)
-        x = rearrange(join_rows(x, rules), "BR (M group) D -> BR M (group D)", group=self.config.patches_per_token)
-        x = shard(x, ("batch", "length", None), own)
-        if self.norm_joined:
-            x = norm(x)
-        x = Mlp(x.shape[-1], self.out, "gelu", self.runtime.dtype, name="mlp")(x)
-        x = shard(x, ("batch", "length", None), own)
-        # Only here do rows of patches, spread over every device, become tokens of the batch rows that own them.
-        x = split_rows(shard(x, ("batch", None, None), rules), count, rules)
-        return rearrange(x, "B R M D -> B (R M) D")
+        config, joined = self.config, lambda x: rearrange(x, "... group D -> ... (group D)")
+
+        def layers(x):
+            norm = NORMS[config.norm](config.norm_eps, name="norm")
+            x = norm(joined(x)) if self.norm_joined else joined(norm(x))
+            return Mlp(x.shape[-1], self.out, "gelu", self.runtime.dtype, name="mlp")(x)
+
+        return to_tokens(x, config.patches_per_token, layers, self.runtime)
 
 
 class PatchMerger(nn.Module):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 
-from mllm_jax.types import Batch, Example, Vision
+from mllm_jax.types import NEWLINE, Batch, Example, Picture, Vision
 
 
 class Budget(NamedTuple):
@@ -69,7 +69,9 @@ def patch_coords(grid: tuple[int, int], merge: int) -> np.ndarray:
     return coords
 
 
-def collate(rows: Sequence[Sequence[Example]], budget: Budget, *, merge: int, values: int) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Example]], budget: Budget, *, merge: int, values: int, prefix: bool = False
+) -> Batch:
     """Lays out conversations as one batch.
 
     Args:
@@ -77,6 +79,7 @@ def collate(rows: Sequence[Sequence[Example]], budget: Budget, *, merge: int, va
         budget: the shape of a row. Its P is a multiple of merge^2.
         merge: side of the square of patches that becomes one visual token.
         values: C, values in a patch, known even where no conversation has a picture.
+        prefix: whether the model has tokens that all tokens of their conversation see.
 
     Returns:
         A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the pictures, uint8 where there are
@@ -97,6 +100,7 @@ def collate(rows: Sequence[Sequence[Example]], budget: Budget, *, merge: int, va
         position=np.zeros((*text, 3), np.int32),
         vision_index=np.full(text, -1, np.int32),
         vision=_empty_vision(rows, budget, values) if budget.rows else None,
+        prefix=np.zeros(text, bool) if prefix else None,
     )
     for b, examples in enumerate(rows):
         _fill_text(batch, b, examples)
@@ -135,33 +139,45 @@ def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
         batch.weight[b, here][:-1] = example.weight[1:]
         batch.segment[b, here] = number
         batch.position[b, here] = example.position
+        if batch.prefix is not None:
+            batch.prefix[b, start : start + example.prefix] = True
         start = here.stop
 
 
 def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int) -> None:
-    for number, example in enumerate(examples, 1):
-        visual, patches = int(np.sum(example.visual)), sum(len(p.patches) for p in example.pictures)
-        if visual * merge**2 != patches:
-            raise ValueError(f"row {b}, segment {number}: {visual} visual tokens, but {patches} patches / {merge}^2")
     pictures = [p for e in examples for p in e.pictures]
-    if not pictures:
-        return
     places = place([len(p.patches) for p in pictures], budget)
     if places is None:
         sizes = [len(p.patches) for p in pictures]
         raise TooLarge(f"row {b}: pictures of {sizes} patches do not fit {budget.rows} rows of {budget.patches}")
-    tokens = []
+    firsts = []  # visual tokens of every picture
     for number, (picture, (row, offset)) in enumerate(zip(pictures, places), 1):
-        here = (b, row, slice(offset, offset + len(picture.patches)))
+        lead, here = picture.lead, (b, row, slice(offset, offset + len(picture.patches)))
         batch.vision.patches[here] = picture.patches
         batch.vision.image[here] = number
         batch.vision.coords[here][:, 0] = picture.time
-        batch.vision.coords[here][:, 1:] = patch_coords(tuple(picture.grid), merge)
+        batch.vision.coords[here][:lead, 0] = -1 - np.arange(lead)
+        batch.vision.coords[here][lead:, 1:] = patch_coords(tuple(picture.grid), merge)
         batch.vision.grid[here] = picture.grid
-        first = (row * budget.patches + offset) // merge**2
-        tokens.append(np.arange(first, first + len(picture.patches) // merge**2, dtype=np.int32))
-    visual = np.concatenate([e.visual for e in examples])
-    batch.vision_index[b, : len(visual)][visual] = np.concatenate(tokens)
+        firsts.append((row * budget.patches + offset + lead) // merge**2)
+    tokens, start = _visual_tokens(pictures, firsts, merge), 0
+    newline = budget.rows * budget.patches // merge**2
+    for number, example in enumerate(examples, 1):
+        index = np.asarray(example.vision_index)
+        count = sum(len(p.patches) - p.lead for p in example.pictures) // merge**2
+        if index.max(initial=-1) >= count:
+            raise ValueError(f"row {b}, segment {number}: visual token {index.max()}, but the pictures have {count}")
+        own, tokens = tokens[:count], tokens[count:]
+        row = batch.vision_index[b, start : start + len(index)]
+        row[index >= 0] = own[index[index >= 0]]
+        row[index == NEWLINE] = newline
+        start += len(index)
+
+
+def _visual_tokens(pictures: Sequence[Picture], firsts: Sequence[int], merge: int) -> np.ndarray:
+    """Where in a row every visual token of its pictures lies, the pictures end to end."""
+    counts = [(len(p.patches) - p.lead) // merge**2 for p in pictures]
+    return np.concatenate([np.zeros(0, np.int32), *(np.arange(f, f + n, dtype=np.int32) for f, n in zip(firsts, counts))])
 
 
 class Packer:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm_jax.data import images, video
 from mllm_jax.data.pack import Budget, TooLarge, place
-from mllm_jax.data.positions import mrope_positions
+from mllm_jax.data.positions import on_a_grid, rotary_positions
 from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer, read_json, write_json
 from mllm_jax.types import Example, Picture
 
@@ -159,8 +159,8 @@ class Processor:
         return Example(
             tokens=tokens,
             weight=weight,
-            position=mrope_positions(visual, grids),
-            visual=visual,
+            position=rotary_positions(visual, [on_a_grid(*grid) for grid in grids]),
+            vision_index=np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32),
             pictures=tuple(self._pictures(visuals, sizes)),
             kind=kind,
         )

@@ -1,4 +1,4 @@
-"""Vision transformer over packed pictures of any size (arXiv 2010.11929, 2307.06304; Qwen3-VL's arXiv 2511.21631).
+"""Vision transformer over packed pictures of any size (arXiv 2010.11929, 2307.06304), of which all towers are kinds.
 
 Patches of many pictures share a row. Everything that depends on a picture's size comes from traced coordinates, so one
 compiled program serves any mix of sizes, clips, or no picture at all.
@@ -14,11 +14,13 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.encoders.positions import RESAMPLING, patch_rope, resample
+from mllm_jax.encoders.windows import window_segments
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.mlp import Mlp
-from mllm_jax.nn.norm import LayerNorm
-from mllm_jax.nn.rope import rope_table, rotate
+from mllm_jax.nn.mlp import GateUpMlp, Mlp
+from mllm_jax.nn.norm import NORMS
+from mllm_jax.nn.rope import rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
 from mllm_jax.sharding import join_rows, named, shard, split_rows
 from mllm_jax.types import Array, Vision
@@ -27,8 +29,23 @@ from mllm_jax.types import Array, Vision
 @dataclass(frozen=True)
 class VitConfig:
     """
-    position_grid: side of the learned position table, which is resampled to each picture's size.
-    taps: layers (0-based) whose output is returned beside the last one's.
+    mlp: width of the feed-forward block; `gated`: it has a gate (SwiGLU, arXiv 2002.05202).
+    patch_bias, qkv_bias: whether the first linear layer, and those of queries, keys and values, have biases.
+    position_grid: side of the learned position table, resampled to each picture's size; 0 = there is none.
+    resampling: how, see `positions.resample`.
+    class_token: a learned token before the patches of a picture; the table has one more place for it, before the grid.
+    registers: so many more, which have no places (arXiv 2309.16588).
+    mask_token: a learned patch that only self-supervised training puts in; kept, for the weights to be complete.
+    rope_theta: base of the rotary positions; None = there are none.
+    window: side in patches of the windows that attend within themselves; 0 = a picture attends as a whole.
+    whole: layers (0-based) that attend to the whole picture nevertheless.
+    norm: "layer" or "rms"; norm_eps is that of all norms.
+    qk_norm: queries and keys are normalised over all heads together.
+    layer_scale: initial value of factors of what each block adds, one a channel (arXiv 2103.17239); None = no factors.
+    first_norm, last_norm: norms before and after all layers.
+    features: layers whose outputs, side by side on the channel axis and not normed, are the features; -1 is the last.
+      () = the output of all layers, after the last norm. What is not used is computed only as far as it is in between.
+    taps: layers (0-based) whose output is returned beside the features.
     pixel_mean, pixel_std: of pixels in 0..1, per channel; applied to u8 patches only.
     """
 
@@ -39,17 +56,46 @@ class VitConfig:
     patch_size: int = 16
     temporal_patch_size: int = 2
     channels: int = 3
+    patch_bias: bool = True
     position_grid: int = 48
-    taps: tuple[int, ...] = ()
-    activation: str = "gelu_tanh"
+    resampling: str = "bilinear_aligned"
+    class_token: bool = False
+    registers: int = 0
+    mask_token: bool = False
+    rope_theta: float | None = 10_000.0
+    window: int = 0
+    whole: tuple[int, ...] = ()
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    norm: str = "layer"
     norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    layer_scale: float | None = None
+    first_norm: bool = False
+    last_norm: bool = False
+    features: tuple[int, ...] = ()
+    taps: tuple[int, ...] = ()
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"encoder.width={self.width} is not a multiple of encoder.heads={self.heads}")
+        if self.resampling not in RESAMPLING:
+            raise ValueError(f"encoder.resampling must be one of {', '.join(RESAMPLING)}, not {self.resampling!r}")
+        for name in ("features", "taps", "whole"):
+            if not all(-self.layers <= layer < self.layers for layer in getattr(self, name)):
+                raise ValueError(f"encoder.{name}={getattr(self, name)}: there are only {self.layers} layers")
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def lead(self) -> int:
+        """Tokens that stand before the patches of a picture: the class token and registers."""
+        return self.class_token + self.registers
 
     @property
     def patch_values(self) -> int:
@@ -77,55 +123,29 @@ def normalise(patches, config: VitConfig):
     return patches.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
 
-def interpolated_positions(table, coords, grid):
-    """The learned table [Y X D], bilinear with aligned corners, at every patch of pictures of any size.
-
-    Args: coords i32[... 3] (t, y, x); grid i32[... 2] (h, w) of the patch's picture. Returns f32[... D].
-    """
-    side = table.shape[0]
-    source = coords[..., 1:] * ((side - 1) / jnp.maximum(grid - 1, 1).astype(jnp.float32))
-    low = jnp.floor(source).astype(jnp.int32)
-    high = jnp.minimum(low + 1, side - 1)
-    fraction = source - low
-    flat = rearrange(table, "Y X D -> (Y X) D")
-
-    def corner(y, x, weight_y, weight_x):
-        return jnp.take(flat, y * side + x, axis=0) * (weight_y * weight_x)[..., None]
-
-    y0, x0, y1, x1 = low[..., 0], low[..., 1], high[..., 0], high[..., 1]
-    fy, fx = fraction[..., 0], fraction[..., 1]
-    return (
-        corner(y0, x0, 1 - fy, 1 - fx)
-        + corner(y0, x1, 1 - fy, fx)
-        + corner(y1, x0, fy, 1 - fx)
-        + corner(y1, x1, fy, fx)
-    )
-
-
-def patch_rope(coords, config: VitConfig):
-    """2-D RoPE: half of the frequency slots read the row, half the column."""
-    slots = config.head_dim // 4
-    axes = np.repeat([1, 2], slots)
-    frequencies = config.rope_theta ** (-np.arange(slots, dtype=np.float32) / slots)
-    return rope_table(coords, axes, np.tile(frequencies, 2))
-
-
 class VitAttention(nn.Module):
     config: VitConfig
     runtime: Runtime
 
     @nn.compact
-    def __call__(self, x, image, rope):
+    def __call__(self, x, segment, rope):
         config, dtype = self.config, self.runtime.dtype
         width, heads, head_dim = config.width, config.heads, config.head_dim
-        axes = ("embed", None, "heads", "head_dim")
-        qkv = Einsum("...D,DCNH->...CNH", (width, 3, heads, head_dim), axes, dtype, bias=True, name="qkv")(x)
+        shape, axes = (3, width, heads, head_dim), (None, "embed", "heads", "head_dim")
+        qkv = Einsum("...D,CDNH->...CNH", shape, axes, dtype, bias=config.qkv_bias, name="qkv")(x)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
-        q, k = rotate(q, rope), rotate(k, rope)
-        out = attend(q, k, v, q_segment=image, kv_segment=image, causal=False, runtime=self.runtime)
+        if config.qk_norm:
+            q, k = (self._normed(name, x) for name, x in (("q_norm", q), ("k_norm", k)))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        out = attend(q, k, v, q_segment=segment, kv_segment=segment, causal=False, runtime=self.runtime)
         return Einsum(
             "...NH,NHD->...D", (heads, head_dim, width), ("heads", "head_dim", "embed"), dtype, bias=True, name="out"
         )(out)
+
+    def _normed(self, name: str, x):
+        joined = NORMS["rms"](self.config.norm_eps, name=name)(rearrange(x, "... N H -> ... (N H)"))
+        return rearrange(joined, "... (N H) -> ... N H", N=self.config.heads)
 
 
 class VitLayer(nn.Module):
@@ -133,12 +153,21 @@ class VitLayer(nn.Module):
     runtime: Runtime
 
     @nn.compact
-    def __call__(self, x, image, rope):
-        config = self.config
+    def __call__(self, x, segment, rope):
+        config, dtype, norm = self.config, self.runtime.dtype, NORMS[self.config.norm]
         attention = VitAttention(config, self.runtime, name="attention")
-        mlp = Mlp(config.mlp, config.width, config.activation, self.runtime.dtype, name="mlp")
-        x = x + attention(LayerNorm(config.norm_eps, name="norm1")(x), image, rope)
-        return x + mlp(LayerNorm(config.norm_eps, name="norm2")(x))
+        if config.gated:
+            mlp = GateUpMlp(config.mlp, config.activation, dtype, name="mlp")
+        else:
+            mlp = Mlp(config.mlp, config.width, config.activation, dtype, name="mlp")
+        x = x + self._scaled("scale1", attention(norm(config.norm_eps, name="norm1")(x), segment, rope))
+        return x + self._scaled("scale2", mlp(norm(config.norm_eps, name="norm2")(x)))
+
+    def _scaled(self, name: str, added):
+        if self.config.layer_scale is None:
+            return added
+        init = nn.initializers.constant(self.config.layer_scale)
+        return added * self.param(name, named(init, None), added.shape[-1:]).astype(added.dtype)
 
 
 class Vit(nn.Module):
@@ -148,39 +177,72 @@ class Vit(nn.Module):
     @nn.compact
     def __call__(self, vision: Vision) -> Features:
         config, runtime = self.config, self.runtime.within("encoder")
-        side, width, taps = config.position_grid, config.width, len(config.taps)
         # All rows in one line: any number of devices that divides their number can share them.
         rows, count = ("batch", "length", None), len(vision.image)
         vision = Vision(*(join_rows(x, self.runtime.rules) for x in vision))
-        patches = normalise(shard(vision.patches, rows, runtime.rules), config)
-        embed = Einsum(
-            "...C,CD->...D",
-            (config.patch_values, width),
-            ("patch", "embed"),
-            runtime.dtype,
-            bias=True,
-            name="patch_embed",
-        )
-        table = self.param(
-            "position_embed",
-            named(nn.initializers.normal(width**-0.5), "position", "position", "embed"),
-            (side, side, width),
-        )
-        table = shard(table, (None, None, None), runtime.rules)  # or its gradient would gather all patches
-        x = embed(patches) + interpolated_positions(table, vision.coords, vision.grid).astype(runtime.dtype)
+        leading = -1 - vision.coords[..., 0]  # 0, 1, ... where the tokens stand that lead a picture
+        picture = jnp.where(leading < config.lead, vision.image, 0)
+        windows = window_segments(picture, vision.coords, vision.grid, config.window) if config.window else None
+        rope = None
+        if config.rope_theta is not None:
+            rope = patch_rope(vision.coords, config.head_dim, config.rope_theta)
+        x = self._embed(vision, leading)
+        norm = NORMS[config.norm]
+        if config.first_norm:
+            x = norm(config.norm_eps, name="first_norm")(x)
         x = shard(x, rows, runtime.rules)
-        slots = np.full(config.layers, taps, np.int32)
-        slots[list(config.taps)] = np.arange(taps)
-        rope = patch_rope(vision.coords, config)
 
-        def body(layer, carry, slot):
+        tapped = [layer % config.layers for layer in config.taps + config.features]
+        kept = list(dict.fromkeys(tapped))
+        slots = np.full(config.layers, len(kept), np.int32)
+        slots[kept] = np.arange(len(kept))
+        whole = np.isin(np.arange(config.layers), config.whole)
+
+        def body(layer, carry, per_layer):
             """Untapped layers write a slot that nobody reads. The write is linear: backward saves nothing for it."""
-            x, kept = carry
-            x = shard(layer(x, vision.image, rope), rows, runtime.rules)
-            return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)), None
+            (x, outputs), (slot, whole) = carry, per_layer
+            segment = picture if windows is None else jnp.where(whole, picture, windows)
+            x = shard(layer(x, segment, rope), rows, runtime.rules)
+            return (x, jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)), None
 
         layer = rematted(VitLayer, runtime)(config, runtime, name="layers")
-        kept = jnp.zeros((taps + 1, *x.shape), x.dtype)
-        (x, kept), _ = scan_layers(body, layer, (x, kept), jnp.asarray(slots), config.layers, runtime)
+        outputs = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
+        per_layer = (jnp.asarray(slots), jnp.asarray(whole))
+        (x, outputs), _ = scan_layers(body, layer, (x, outputs), per_layer, config.layers, runtime)
+        if config.last_norm:
+            x = norm(config.norm_eps, name="last_norm")(x)
+        if config.features:
+            x = jnp.concatenate([outputs[slots[layer]] for layer in config.features], axis=-1)
         split = partial(split_rows, count=count, rules=self.runtime.rules)
-        return Features(split(x), jax.vmap(split)(kept[:taps]))
+        return Features(split(x), jax.vmap(split)(outputs[: len(config.taps)]))
+
+    def _embed(self, vision: Vision, leading):
+        """Patches [rows P C] -> [rows P D], with learned positions; in the first places of a picture its tokens."""
+        config, runtime = self.config, self.runtime.within("encoder")
+        shape, axes, side = (config.patch_values, config.width), ("patch", "embed"), config.position_grid
+        patches = normalise(shard(vision.patches, ("batch", "length", None), runtime.rules), config)
+        embed = Einsum("...C,CD->...D", shape, axes, runtime.dtype, bias=config.patch_bias, name="patch_embed")
+        x = embed(patches)
+        if side:
+            places = self._learned("position_embed", "position", config.class_token + side**2)
+            grid = rearrange(places[config.class_token :], "(Y X) D -> Y X D", Y=side)
+            x = x + resample(grid, vision.coords, vision.grid, config.resampling).astype(runtime.dtype)
+        if config.mask_token:
+            self._learned("mask_token")
+        tokens = []
+        if config.class_token:
+            token = self._learned("class_token")[None]
+            tokens += [token + places[:1] if side else token]
+        if config.registers:
+            tokens += [self._learned("registers", None, config.registers)]
+        if not tokens:
+            return x
+        tokens = jnp.concatenate(tokens).astype(runtime.dtype)
+        own = jnp.take(tokens, jnp.clip(leading, 0, config.lead - 1), axis=0)
+        return jnp.where((leading >= 0)[..., None], own, x)
+
+    def _learned(self, name: str, axis: str | None = None, *sizes: int):
+        """f32[*sizes D]. Gathered first, or its gradient would gather all patches."""
+        axes, shape = (axis,) if sizes else (), (*sizes, self.config.width)
+        weight = self.param(name, named(nn.initializers.normal(shape[-1] ** -0.5), *axes, "embed"), shape)
+        return shard(weight, (None,) * len(shape), self.runtime.within("encoder").rules)

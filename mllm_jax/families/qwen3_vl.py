@@ -6,9 +6,11 @@ Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen3
+from mllm_jax.families.pictures import one_by_one, read_clips
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.self_attention import AttentionConfig
@@ -139,6 +141,18 @@ def _merger(ours: str, theirs: str) -> list[Row]:
     ]
 
 
+INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """Pictures, and every temporal patch of clips: each has a run of placeholders of its own."""
+    names = {config.tokens.image: INPUTS[:2], config.tokens.video: INPUTS[2:]}
+    return {
+        token: [one_by_one((patch,), config.merge) for clip in read_clips(arrays, *pair) for patch in clip]
+        for token, pair in names.items()
+    }
+
+
 _BLOCK, _EXPERTS = "model.visual.blocks.{n}", "model.language_model.layers.{n}.mlp.experts"
 
 
@@ -152,10 +166,10 @@ def weights(config: ModelConfig) -> list[Row]:
     return [
         Row("encoder/patch_embed/w", "model.visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
         Row("encoder/patch_embed/b", "model.visual.patch_embed.proj.bias"),
-        Row("encoder/position_embed", "model.visual.pos_embed.weight", "(y x) d -> y x d"),
+        Row("encoder/position_embed", "model.visual.pos_embed.weight"),
         *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
         *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
-        *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> d c n h", "(c n h) -> c n h"),
+        *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
         *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
         *linear("encoder/layers/mlp/up", f"{_BLOCK}.mlp.linear_fc1", "f d -> d f", ""),
         *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.linear_fc2", "d f -> f d", ""),

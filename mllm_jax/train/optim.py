@@ -140,10 +140,9 @@ def _factor(config: OptimConfig, path: str) -> float:
 
 # Axes that a matrix reads and axes that it writes; axes not named (layers, q-k-v) hold matrices of their own.
 MATRICES = (
-    (r"attention/(q|k|v)/w$", MuonDimensionNumbers(-3, (-2, -1))),
-    (r"attention/qkv/w$", MuonDimensionNumbers(-4, (-2, -1))),
+    (r"attention/(q|k|v|qkv)/w$", MuonDimensionNumbers(-3, (-2, -1))),
     (r"attention/out/w$", MuonDimensionNumbers((-3, -2), -1)),
-    (r"(mlp|shared)/(gate|up|down)/w$", MuonDimensionNumbers(-2, -1)),
+    (r"(mlp|shared)/(gate|up|gate_up|down)/w$", MuonDimensionNumbers(-2, -1)),
     (r"mlp/experts_(gate_up|down)/w$", MuonDimensionNumbers(-2, -1)),
 )
 

@@ -1,0 +1,59 @@
+"""A linear layer, or an MLP, on every patch (LLaVA arXiv 2304.08485 and 2310.03744), with AnyRes's newline (LLaVA-NeXT)."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from mllm_jax.connectors.tokens import to_tokens
+from mllm_jax.nn.einsum import Einsum
+from mllm_jax.nn.mlp import ACTIVATIONS
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.sharding import named
+from mllm_jax.types import Vision, VisionTokens
+
+
+@dataclass(frozen=True)
+class MlpConnectorConfig:
+    """
+    layers: linear layers, as wide as the decoder; 1 = a linear connector.
+    activation: between two of them.
+    newline: a learned token that stands at the end of every row of patches; a batch says where (`NEWLINE`).
+    """
+
+    layers: int = 2
+    activation: str = "gelu"
+    newline: bool = False
+
+    merge = 1
+    patches_per_token = 1
+
+    def build(self, out: int, runtime: Runtime, name: str | None) -> nn.Module:
+        return MlpConnector(self, out, runtime, name=name)
+
+
+class MlpConnector(nn.Module):
+    config: MlpConnectorConfig
+    out: int
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, features, vision: Vision) -> VisionTokens:
+        del vision  # padding needs no care: nobody reads its tokens
+        config, out = self.config, self.out
+
+        def layers(x):
+            x = rearrange(x, "... 1 D -> ... D")
+            for i in range(config.layers):
+                x = ACTIVATIONS[config.activation](x) if i else x
+                shape, axes = (x.shape[-1], out), ("mlp", "embed") if i else ("embed", "mlp")
+                x = Einsum("...D,DF->...F", shape, axes, self.runtime.dtype, bias=True, name=f"linear{i}")(x)
+            return x
+
+        value = to_tokens(features.value, 1, layers, self.runtime)
+        if config.newline:
+            newline = self.param("newline", named(nn.initializers.normal(out**-0.5), "embed"), (out,))
+            line = jnp.broadcast_to(newline.astype(value.dtype), (len(value), 1, out))
+            value = jnp.concatenate([value, line], axis=1)
+        return VisionTokens(value)

@@ -1,0 +1,47 @@
+"""What arrays of Hugging Face's processors show, for families that share a layout of them."""
+
+import numpy as np
+from einops import rearrange
+
+from mllm_jax.data.hf_inputs import Arrays
+from mllm_jax.data.positions import in_a_line, on_a_grid
+from mllm_jax.types import Picture, Visual
+
+
+def read_clips(arrays: Arrays, pixels: str, grids: str) -> list[tuple[Picture, ...]]:
+    """Pictures and clips of Qwen's processors, as their temporal patches.
+
+    Args:
+      pixels: name of f[patches C], merge-block-major.
+      grids: name of i[clips 3], (t, h, w) in patches.
+    """
+    if (pixels in arrays) != (grids in arrays):
+        raise ValueError(f"{pixels} and {grids} belong together; only one was given")
+    clips, start = [], 0
+    for t, h, w in arrays.get(grids, np.zeros((0, 3), int)).tolist():
+        patches = arrays[pixels][start : start + t * h * w].astype(np.float32).reshape(t, h * w, -1)
+        clips.append(tuple(Picture(patch, (h, w), time) for time, patch in enumerate(patches)))
+        start += t * h * w
+    if pixels in arrays and start != len(arrays[pixels]):
+        raise ValueError(f"{grids} counts {start} patches, {pixels} has {len(arrays[pixels])}")
+    return clips
+
+
+def one_by_one(pictures: tuple[Picture, ...], merge: int, times: tuple[int, ...] = (0,)) -> Visual:
+    """All visual tokens of pictures of one size, in their order, with the rotary positions of a grid."""
+    height, width = (side // merge for side in pictures[0].grid)
+    position, advance = on_a_grid(height, width, times)
+    return Visual(pictures, np.arange(len(position)), position, advance)
+
+
+def counted_like_text(pictures: tuple[Picture, ...], order: np.ndarray) -> Visual:
+    """Visual tokens in a given order, with the rotary positions that text in their place would have."""
+    return Visual(pictures, np.asarray(order, np.int32), *in_a_line(len(order)))
+
+
+def cut(pixels: np.ndarray, patch: int, lead: int) -> Picture:
+    """A picture of pixels f[c h w] -> patches in rows from the top, with `lead` empty ones before them."""
+    grid = tuple(side // patch for side in pixels.shape[1:])
+    whole = pixels[:, : grid[0] * patch, : grid[1] * patch].astype(np.float32)
+    patches = rearrange(whole, "c (row y) (column x) -> (row column) (c y x)", y=patch, x=patch)
+    return Picture(np.concatenate([np.zeros((lead, patches.shape[1]), np.float32), patches]), grid)

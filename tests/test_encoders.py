@@ -1,0 +1,273 @@
+"""Vision towers: features equal transformers', positions torch's, windows those of a plain loop; published sizes."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from einops import rearrange
+from reference import perturb
+from safetensors.numpy import load_file
+from transformers.models.internvl import InternVLVisionConfig, InternVLVisionModel
+
+import mllm_jax
+from mllm_jax.data.hf_inputs import without_text
+from mllm_jax.data.pack import Budget, collate
+from mllm_jax.encoders.positions import resample
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.encoders.windows import window_segments
+from mllm_jax.families import dinov2
+from mllm_jax.families.pictures import cut
+from mllm_jax.families.towers import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of
+from mllm_jax.model import ModelConfig, abstract_params, count_params
+from mllm_jax.types import Picture
+from mllm_jax.weights.table import expand, flatten, to_ours, unflatten
+
+SMALL = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4
+)
+INTERN_6B = dict(attention_bias=False, use_qk_norm=True, norm_type="rms_norm")
+# (tower, transformers' config and model, what the config says beside SMALL, sizes of pictures in pixels)
+KINDS = {
+    "clip": (CLIP, transformers.CLIPVisionConfig, transformers.CLIPVisionModel, {}, [(16, 16)]),
+    "siglip": (SIGLIP, transformers.SiglipVisionConfig, transformers.SiglipVisionModel, {}, [(16, 16), (20, 28)]),
+    "eva": (EVA, transformers.Blip2VisionConfig, transformers.Blip2VisionModel, {}, [(16, 16), (24, 8)]),
+    "intern": (INTERN, InternVLVisionConfig, InternVLVisionModel, dict(attention_bias=True), [(16, 16), (12, 20)]),
+    "intern_6b": (INTERN, InternVLVisionConfig, InternVLVisionModel, INTERN_6B, [(16, 16)]),
+}
+
+
+def random_model(config, model, seed=0):
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    model = model(config).eval().float()
+    perturb(model)
+    return model
+
+
+def convert(encoder, rows, tensors):
+    """Tensors of transformers' model -> our parameters, in memory."""
+    abstract = abstract_params(ModelConfig(encoder))
+    leaves = {path: np.full(leaf.shape, np.nan, np.float32) for path, leaf in flatten(abstract).items()}
+    for name, entry in expand(rows, abstract).items():
+        leaves[entry.path][entry.index if entry.index else ...] = to_ours(tensors[name].numpy(), entry)
+    return unflatten(leaves)
+
+
+def features_of(encoder, params, pictures, budget=None):
+    """Features of pictures in one batch row, one by one."""
+    example = without_text(tuple(pictures))
+    sizes = [len(picture.patches) for picture in pictures]
+    budget = budget or Budget(1, len(pictures), max(sizes))
+    batch = collate([[example]], budget, merge=1, values=encoder.patch_values)
+    out = jax.jit(ModelConfig(encoder).build().apply)({"params": params}, batch).features
+    image = batch.vision.image.reshape(-1)
+    return [np.asarray(out[0])[image == number] for number in range(1, len(pictures) + 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features(kind):
+    tower, config, model, said, sizes = KINDS[kind]
+    config = config(**SMALL | said)
+    reference = random_model(config, model)
+    encoder = tower.from_hf(config.to_dict())
+    params = convert(encoder, tower.rows(encoder, ""), reference.state_dict())
+    assert all(np.isfinite(leaf).all() for leaf in flatten(params).values())
+    pixels = [np.random.default_rng(i).standard_normal((3, *size), np.float32) for i, size in enumerate(sizes)]
+    got = features_of(encoder, params, [cut(x, 4, encoder.lead) for x in pixels])
+    layers = features_of(replace(encoder, features=(-2, 0)), params, [cut(pixels[0], 4, encoder.lead)])[0]
+    for i, (x, features) in enumerate(zip(pixels, got)):
+        interpolate = {} if tower is INTERN or i == 0 else dict(interpolate_pos_encoding=True)
+        with torch.no_grad():
+            out = reference(torch.from_numpy(x)[None], output_hidden_states=True, **interpolate)
+        expected = out.last_hidden_state if tower is not CLIP else reference.post_layernorm(out.last_hidden_state)
+        np.testing.assert_allclose(features, expected[0].detach().numpy(), atol=1e-4, rtol=1e-4)
+        if i == 0:
+            joined = torch.cat([out.hidden_states[-2], out.hidden_states[1]], -1)[0]
+            np.testing.assert_allclose(layers, joined.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_features_of_naflex():
+    """Pictures of several sizes in one batch, padded in transformers, packed here."""
+    small = {name: value for name, value in SMALL.items() if name != "image_size"}
+    config = transformers.Siglip2VisionConfig(**small, num_patches=25, vision_use_head=False)
+    reference = random_model(config, transformers.Siglip2VisionModel)
+    encoder = NAFLEX.from_hf(config.to_dict())
+    params = convert(encoder, NAFLEX.rows(encoder, ""), reference.state_dict())
+    shapes, rng = [(5, 5), (3, 7), (8, 2)], np.random.default_rng(0)
+    pixels = [rng.standard_normal((3, 4 * h, 4 * w), np.float32) for h, w in shapes]
+    flat = [rearrange(x, "c (h y) (w x) -> (h w) (y x c)", y=4, x=4) for x in pixels]
+    padded = np.stack([np.pad(x, ((0, 25 - len(x)), (0, 0))) for x in flat])
+    mask = np.stack([np.arange(25) < len(x) for x in flat]).astype(np.int64)
+    with torch.no_grad():
+        out = reference(*map(torch.from_numpy, (padded, mask, np.array(shapes)))).last_hidden_state.numpy()
+    for mine, theirs, keep in zip(features_of(encoder, params, [cut(x, 4, 0) for x in pixels]), out, mask == 1):
+        np.testing.assert_allclose(mine, theirs[keep], atol=1e-4, rtol=1e-4)
+
+
+DINOV2 = {
+    "plain": (transformers.Dinov2Config, transformers.Dinov2Model, dict(use_mask_token=False)),
+    "gated": (transformers.Dinov2Config, transformers.Dinov2Model, dict(use_swiglu_ffn=True)),
+    "registers": (transformers.Dinov2WithRegistersConfig, transformers.Dinov2WithRegistersModel, {}),
+}
+
+
+@pytest.mark.parametrize("kind", DINOV2)
+def test_dinov2_in_and_out(kind, tmp_path):
+    """Features of pictures of the size of the table and of others; every tensor comes back bit-equal."""
+    config, model, said = DINOV2[kind]
+    small = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+    reference = random_model(config(**small | dict(num_hidden_layers=2, mlp_ratio=2) | said), model)
+    reference.save_pretrained(tmp_path / "theirs")
+    tower = mllm_jax.load_pretrained(tmp_path / "theirs")
+    apply = jax.jit(tower.model.apply)
+    for size in ((16, 16), (24, 20), (8, 12)):
+        pixels = np.random.default_rng(0).standard_normal((2, 3, *size), np.float32)
+        features = apply(
+            {"params": tower.params}, mllm_jax.from_hf_inputs(tower.config, {"pixel_values": pixels})
+        ).features
+        with torch.no_grad():
+            expected = reference(torch.from_numpy(pixels)).last_hidden_state.numpy()
+        assert features.shape == expected.shape
+        np.testing.assert_allclose(features, expected, atol=1e-4, rtol=1e-4)
+    mllm_jax.save_pretrained(tower, tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert set(theirs) == set(ours)
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(tensor, ours[name])
+    again, loading = model.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.from_numpy(pixels)).last_hidden_state.numpy(), expected, atol=1e-5)
+
+
+INTERPOLATION = {
+    "bilinear_aligned": dict(mode="bilinear", align_corners=True),
+    "bilinear_antialias": dict(mode="bilinear", antialias=True),
+    "bicubic": dict(mode="bicubic"),
+    "bicubic_antialias": dict(mode="bicubic", antialias=True),
+}
+
+
+@pytest.mark.parametrize("kind", INTERPOLATION)
+def test_positions_are_resampled_as_torch_does(kind):
+    """Many sizes at once, in one compiled function; the table's own size is read bit by bit."""
+    side, grids = 7, [(7, 7), (3, 5), (14, 9), (7, 1), (1, 20), (2, 2), (8, 7)]
+    table = np.random.default_rng(0).standard_normal((side, side, 8), np.float32)
+    coords = [np.stack(np.mgrid[:1, :h, :w], -1).reshape(-1, 3) for h, w in grids]
+    sizes = np.repeat(np.array(grids), [len(c) for c in coords], axis=0)
+    got = np.asarray(jax.jit(resample, static_argnums=3)(table, np.concatenate(coords), sizes, kind))
+    for (h, w), mine in zip(grids, np.split(got, np.cumsum([len(c) for c in coords])[:-1])):
+        source = torch.from_numpy(table).permute(2, 0, 1)[None]
+        theirs = torch.nn.functional.interpolate(source, size=(h, w), **INTERPOLATION[kind])[0].permute(1, 2, 0)
+        np.testing.assert_allclose(mine.reshape(h, w, 8), theirs.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(got[: side**2].reshape(table.shape), table)
+
+
+def test_windows_are_those_of_a_loop_over_pictures():
+    side, merge, grids = 4, 2, [(8, 8), (6, 10), (2, 14), (12, 4), (2, 2)]
+    example = without_text(tuple(Picture(np.zeros((h * w, 1), np.float32), (h, w)) for h, w in grids))
+    vision = collate([[example]], Budget(1, 2, 160), merge=merge, values=1).vision
+    got = np.asarray(jax.jit(window_segments, static_argnums=3)(*(x[0] for x in vision[1:]), side))
+    for image, coords, mine in zip(vision.image[0], vision.coords[0], got):
+        windows = {}
+        for number, (_, y, x), segment in zip(image, coords, mine):
+            windows.setdefault((number, y // side, x // side) if number else 0, set()).add(segment)
+        assert all(len(segments) == 1 for segments in windows.values())
+        numbers = [segments.pop() for key, segments in windows.items() if key]
+        assert len(set(numbers)) == len(numbers) and min(numbers) > 0
+        assert windows.get(0, {0}) == {0}
+
+
+# Counted in transformers' models on torch's meta device.
+PUBLISHED = {
+    "clip_vision_model": {
+        "b32": 87_456_000,
+        "b16": 85_799_424,
+        "l14": 303_179_776,
+        "l14-336": 303_507_456,
+        "h14": 630_766_080,
+        "bigg14": 1_842_777_344,
+    },
+    "siglip_vision_model": {
+        "base-16-224": 85_797_120,
+        "base-16-256": 85_843_200,
+        "base-16-384": 86_088_960,
+        "base-16-512": 86_433_024,
+        "base-32-256": 87_465_216,
+        "large-16-256": 303_361_024,
+        "large-16-384": 303_688_704,
+        "large-16-512": 304_147_456,
+        "so400m-14-224": 412_442_352,
+        "so400m-14-384": 412_987_248,
+        "so400m-16-256": 412_649_712,
+        "so400m-16-384": 413_018_352,
+        "so400m-16-512": 413_534_448,
+        "giant-16-256": 1_134_838_272,
+        "giant-16-384": 1_135_329_792,
+    },
+    "siglip2_vision_model": {
+        "base-16": 85_843_200,
+        "so400m-16": 412_649_712,
+    },
+    "internvl_vision": {
+        "300m": 304_012_288,
+        "6b": 5_536_496_000,
+        "6b-224": 5_902_793_600,
+    },
+    "blip_2_vision_model": {
+        "g14": 985_952_256,
+    },
+    "dinov2": {
+        "small": 22_056_576,
+        "small-registers": 22_058_112,
+        "base": 86_580_480,
+        "base-registers": 86_583_552,
+        "large": 304_368_640,
+        "large-registers": 304_372_736,
+        "giant": 1_136_480_768,
+        "giant-registers": 1_136_486_912,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_sizes_have_published_counts(kind):
+    sizes = dinov2.SIZES if kind == "dinov2" else TOWERS[kind].sizes
+    assert {name: sum(count_params(ModelConfig(encoder)).values()) for name, encoder in sizes.items()} == PUBLISHED[
+        kind
+    ]
+
+
+def test_a_config_says_which_tower_it_is():
+    for tower in TOWERS.values():
+        for encoder in tower.sizes.values():
+            assert tower_of(replace(encoder, features=(-2,))) is tower is tower_for(tower.to_hf(encoder))
+            assert tower.from_hf(tower.to_hf(encoder)) == encoder
+    for name in dinov2.SIZES:
+        assert dinov2.from_hf(dinov2.to_hf(dinov2.sizes(name))) == dinov2.sizes(name)
+    with pytest.raises(ValueError, match="cannot say an encoder's window"):
+        CLIP.to_hf(replace(CLIP.base, window=8))
+    with pytest.raises(ValueError, match="no kind of vision tower"):
+        tower_of(replace(CLIP.base, window=8))
+    with pytest.raises(ValueError, match="'vit' is not known; known are clip_vision_model"):
+        tower_for({"model_type": "vit"})
+    with pytest.raises(ValueError, match="must be square"):
+        INTERN.from_hf({"image_size": [448, 224]})
+    with pytest.raises(ValueError, match="hidden_act must be one of gelu"):
+        CLIP.from_hf({"hidden_act": "mish"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(heads=5), "not a multiple of encoder.heads=5"),
+        (dict(resampling="nearest"), "encoder.resampling must be one of bilinear_aligned"),
+        (dict(features=(-4,)), "encoder.features=.* only 3 layers"),
+    ],
+)
+def test_bad_configs(change, message):
+    with pytest.raises(ValueError, match=message):
+        VitConfig(**dict(width=64, layers=3, heads=4, mlp=96) | change)
