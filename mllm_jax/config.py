@@ -55,6 +55,13 @@ def load(text: str) -> ConfigDict:
     return ConfigDict(_tuples(json.loads(text)))
 
 
+def told(error: Exception) -> str:
+    """What an error says to people: one of the system without its number, and the file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """What to tell somebody who wrote an unknown name: the nearest one, and all of them."""
     known = sorted(map(str, known))

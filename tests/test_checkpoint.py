@@ -93,6 +93,9 @@ def test_a_checkpoint_carries_its_config(saved):
 def test_missing_checkpoints_are_named(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 9; there are \[6, 7\]"):
         restore_params(saved, step=9)
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="young has no checkpoint yet"):
+        restore_params(tmp_path / "young")
     with pytest.raises(FileNotFoundError, match="not the folder of a training run"):
         restore_params(tmp_path / "nowhere")
 

@@ -26,7 +26,11 @@ TRAIN = {
     "no config": (["--config", "odd.py", *RUN], "get_config of odd.py must return what run_config does, not a dict"),
     "another name": ([*SCENES, *RUN, "--config.optim.stepz=1"], "config.optim has no 'stepz'; did you mean 'steps'?"),
     "another type": ([*SCENES, *RUN, "--config.optim.steps=many"], "flag --config.optim.steps=many: invalid literal"),
-    "a file for a folder": ([*SCENES, "--workdir", "odd.py"], "[Errno 17] File exists"),
+    "a file for a folder": ([*SCENES, "--workdir", "odd.py"], "--workdir=odd.py is, or lies in, a file; name a folder"),
+    "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run is, or lies in, a file; name a folder"),
+    "no rows": ([*SCENES, *RUN, "--config.data.batch=0"], "config.data: batch=0 must be 1 or more"),
+    "less than none": ([*SCENES, *RUN, "--config.data.batch=-8"], "config.data: batch=-8 must be 1 or more"),
+    "no parts": ([*SCENES, *RUN, "--config.train.accumulate=0"], "config.train: accumulate=0 must be 1 or more"),
 }
 EVALUATE = {
     "nothing to evaluate": (SCENES, "name what to evaluate: either --workdir or --checkpoint"),
@@ -35,6 +39,8 @@ EVALUATE = {
         ["--checkpoint", "other", *SCENES, "--output=none/a.jsonl"],
         "--output=none/a.jsonl is in",
     ),
+    "dashes in a flag": (["--checkpoint=other", *SCENES, "--max-new-tokens=0"], "flag --max_new_tokens=0: "),
+    "a run that never saved": (["--workdir", "young"], "young has no checkpoint yet: its run ended"),
 }
 MISTAKES = [("train", *mistake) for mistake in TRAIN.values()] + [
     ("evaluate", *mistake) for mistake in EVALUATE.values()
@@ -61,6 +67,7 @@ def said(tmp_path_factory):
     (folder / "without.py").write_text("def config():\n    pass\n")
     (folder / "broken.py").write_text("def get_config():\n    return 1 +\n")
     (folder / "odd.py").write_text("def get_config():\n    return {'steps': 1}\n")
+    (folder / "young" / "checkpoints").mkdir(parents=True)
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text('{"model_type": "llava"}')
     commands = [[module, *arguments] for module, arguments, _ in MISTAKES] + [["train", "--help"]]

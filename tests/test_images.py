@@ -169,7 +169,7 @@ def test_damaged_files_are_named(tmp_path, form):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=path.name):
             images.load_image(path)
-    with pytest.raises(FileNotFoundError, match="missing"):
+    with pytest.raises(FileNotFoundError, match="missing.png: no such picture"):
         images.load_image(tmp_path / "missing.png")
 
 

@@ -176,6 +176,13 @@ def test_bad_conversations(processor, messages, error):
         processor(messages)
 
 
+def test_pictures_and_clips_of_no_shape_are_named(processor, tmp_path):
+    Image.new("RGB", (1, 300)).save(tmp_path / "stripe.png")
+    for item in ({"type": "image", "image": str(tmp_path / "stripe.png")}, clip(2, 1, 300)):
+        with pytest.raises(ValueError, match="(stripe.png|<ndarray>): a picture of .* has an aspect ratio over 200"):
+            processor(asking(item))
+
+
 def test_a_template_that_hides_pictures_is_an_error(processor):
     template = type(processor.template)("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}")
     with pytest.raises(ValueError, match="0 placeholders for 1 pictures"):

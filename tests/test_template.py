@@ -231,6 +231,9 @@ def test_where_templates_are_found(tmp_path):
         assert ChatTemplate.from_folder(tmp_path).source == source
     ChatTemplate("ü").save(tmp_path)
     assert ChatTemplate.from_folder(tmp_path).source == "ü"
+    ChatTemplate("{{ a }}\n{% if").save(tmp_path)
+    with pytest.raises(ValueError, match=r"chat_template.jinja, line 2 of the template: unexpected 'end"):
+        ChatTemplate.from_folder(tmp_path)
 
 
 def test_saved_tokenizer_is_the_same(folder, tokenizer, tmp_path):

@@ -330,9 +330,14 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert local_folder("someone/model-2B") == tmp_path and asked["name"] == "someone/model-2B"
     assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in asked["allow_patterns"])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(FileNotFoundError, match="is not a folder here.*Without network, run `hf download"):
+
+    def refuse(*args, **kwargs):
+        raise OSError("401 Client Error.\n\nNo such repository.\n")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match="is not a folder here.*Without network, run `hf download") as error:
         local_folder("someone/model-2B")
+    assert str(error.value).endswith("(OSError: 401 Client Error. No such repository.)")
     with pytest.raises(FileNotFoundError, match="there is no folder /nowhere/at/all"):
         local_folder("/nowhere/at/all")
 

@@ -49,6 +49,8 @@ def open_image(source: Any) -> Image.Image:
         return Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
     if not isinstance(source, (str, os.PathLike, bytes)):
         raise ValueError(f"a picture must be a path, bytes, an array or a PIL image, got {type(source).__name__}")
+    if not isinstance(source, bytes) and not os.path.exists(source):
+        raise FileNotFoundError(f"{os.fspath(source)}: no such picture")
     with _reading(source):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     if image.width * image.height > MAX_PIXELS:

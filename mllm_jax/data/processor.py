@@ -68,6 +68,10 @@ class _Still:
 
     pictures = 1
 
+    @property
+    def name(self) -> str:
+        return images.source_name(self.source)
+
     def placeholder(self, processor: "Processor") -> list[int]:
         return [processor.image_id]
 
@@ -86,6 +90,10 @@ class _Film:
     clip: video.Clip
     indices: list[int]
     temporal_patch: int
+
+    @property
+    def name(self) -> str:
+        return self.clip.name
 
     @property
     def pictures(self) -> int:
@@ -207,10 +215,10 @@ class Processor:
         """(height, width) of every picture and clip: their own, or the largest under one limit that fit the budget."""
         spec = self.spec
         if budget is None:
-            return [visual.size(spec, math.inf, math.inf) for visual in visuals]
+            return [self._size(visual, math.inf, math.inf) for visual in visuals]
 
         def sizes_at(limit: float) -> list[tuple[int, int]]:
-            return [visual.size(spec, limit, budget.patches * spec.patch**2) for visual in visuals]
+            return [self._size(visual, limit, budget.patches * spec.patch**2) for visual in visuals]
 
         def fits(sizes: list[tuple[int, int]]) -> bool:
             tokens, patches = self._needed(visuals, sizes, text_tokens)
@@ -233,6 +241,12 @@ class Processor:
             sizes = sizes_at(middle)
             low, high, best = (middle, high, sizes) if fits(sizes) else (low, middle, best)
         return best
+
+    def _size(self, visual: _Still | _Film, limit: float, row: float) -> tuple[int, int]:
+        try:
+            return visual.size(self.spec, limit, row)
+        except ValueError as error:
+            raise ValueError(f"{visual.name}: {error}") from error
 
     def _needed(self, visuals: list, sizes: list[tuple[int, int]], text_tokens: int) -> tuple[int, list[int]]:
         """Tokens of the conversation, and patches of every picture."""

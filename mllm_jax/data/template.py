@@ -95,6 +95,19 @@ class Tokenizer:
         """The tokens of a text that people wrote: special tokens in it are letters like any other."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def encode_framed(self, text: str) -> list[int]:
+        """The tokens of a text that people wrote, between those that this tokenizer puts around every text."""
+        before, after = self._frame
+        return [*before, *self.encode(text), *after]
+
+    @functools.cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        full = tokenizers.Tokenizer.from_str(self._full.to_str())
+        full.no_padding()
+        found = full.encode("a")
+        own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
+        return found.ids[: own[0]], found.ids[own[-1] + 1 :]
+
     def encode_markup(self, text: str) -> list[int]:
         """The tokens of a text that a template wrote, special tokens included."""
         return [
@@ -163,15 +176,23 @@ class ChatTemplate:
     def from_folder(cls, folder: str | pathlib.Path) -> "ChatTemplate":
         """Reads chat_template.jinja, chat_template.json or the template in tokenizer_config.json, in this order."""
         folder = pathlib.Path(folder)
-        if (folder / "chat_template.jinja").exists():
-            return cls((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+        if (path := folder / "chat_template.jinja").exists():
+            return cls._read(path, path.read_text(encoding="utf-8"))
         for name in ("chat_template.json", "tokenizer_config.json"):
             source = read_json(folder / name).get("chat_template")
             if isinstance(source, list):  # several templates by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
             if source:
-                return cls(source)
+                return cls._read(folder / name, source)
         raise FileNotFoundError(f"{folder}: holds no chat template (chat_template.jinja)")
+
+    @classmethod
+    def _read(cls, path: pathlib.Path, source: str) -> "ChatTemplate":
+        try:
+            _compile(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{path}, line {error.lineno} of the template: {error.message}") from error
+        return cls(source)
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes chat_template.jinja."""

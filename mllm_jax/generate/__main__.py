@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from mllm_jax.api import Pretrained, load_pretrained
+from mllm_jax.config import told
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import read_prompts, stream_text
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             on_token=stream_text(vlm.processor, stop, lambda text: print(text, end="", flush=True)),
         )
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     print()
     return 0
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, metavar="TEXT", help="what to ask")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--video", action="append", default=[], metavar="FILE", help="a clip; may be given several times")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="the longest answer (default 256)")
+    add("--max-new-tokens", "--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 = the likeliest answer (default); 1 = as likely")
     add("--top-k", type=int, default=0, metavar="N", help="draw among the N likeliest tokens (default 0 = all)")
     add("--top-p", type=float, default=1.0, metavar="X", help="draw among the likeliest that reach X (default 1)")

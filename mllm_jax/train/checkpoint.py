@@ -135,10 +135,10 @@ def _about(workdir: str | Path, step: int | None) -> tuple[int, ConfigDict]:
     with _reader(workdir) as manager:
         steps = manager.all_steps()
         step = manager.latest_step() if step is None else step
+        if not steps:
+            raise FileNotFoundError(f"{workdir} has no checkpoint yet: its run ended, or was ended, before it saved")
         if step not in steps:
-            raise FileNotFoundError(
-                f"{workdir} has no checkpoint {'' if step is None else step}; there are {sorted(steps)}"
-            )
+            raise FileNotFoundError(f"{workdir} has no checkpoint {step}; there are {sorted(steps)}")
         about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
     return step, load(json.dumps(about["config"]))
 

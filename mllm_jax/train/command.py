@@ -12,8 +12,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mllm_jax.config import ConfigError, check_path, suggestion
+from mllm_jax.config import ConfigError, check_path, suggestion, told
 from mllm_jax.data.loader import BadData
+
+WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
 
 
 def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), exit_code: int = 1) -> None:
@@ -32,7 +34,7 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
 
 def _fail(error: Exception, exit_code: int) -> None:
     """Prints what is wrong: of what get_config raises, which comes wrapped in a traceback, what stands at its end."""
-    message = re.split(r"^[\w.]+Error: ", str(error), flags=re.MULTILINE)[-1]
+    message = re.split(r"^[\w.]+Error: ", told(error), flags=re.MULTILINE)[-1]
     print(f"error: {message.strip()}", file=sys.stderr)
     sys.exit(exit_code)
 
@@ -40,7 +42,7 @@ def _fail(error: Exception, exit_code: int) -> None:
 def _parse(argv: Sequence[str], exit_code: int) -> list[str]:
     try:
         path = _config_file(argv)
-        rest = flags.FLAGS(list(argv))
+        rest = flags.FLAGS([WORDS.sub(lambda flag: flag[0].replace("-", "_"), word) for word in argv])
         config = flags.FLAGS.config
         if path and not isinstance(config, ConfigDict) and not hasattr(config, "fields"):  # OSError if it was not read
             raise ConfigError(f"get_config of {path} must return what run_config does, not a {type(config).__name__}")

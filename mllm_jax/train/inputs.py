@@ -60,6 +60,9 @@ class DataConfig:
     max_bad: float = 0.05
 
     def __post_init__(self):
+        for name, least in {"batch": 1, "tokens": 1, "rows": 0, "patches": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
         if self.streams is not None and (self.streams < 1 or self.batch % self.streams):
             raise ValueError(f"streams={self.streams} must divide batch={self.batch}")
 

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.config import ConfigError, dump
+from mllm_jax.config import ConfigError, dump, told
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.checkpoint import PROCESSOR, Checkpoints
@@ -86,13 +86,12 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             f"--workdir={workdir} is not a folder. A run writes plain files: use a file system that all hosts share "
             "(NFS, Filestore), or mount the bucket (gcsfuse BUCKET /mnt/runs) and use a folder in it"
         )
-    workdir = Path(workdir).resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop:
         try:
-            training = Training(config, read_run(config), workdir)
+            run = read_run(config)
+            training = Training(config, run, _made(workdir))
         except (ValueError, OSError) as error:  # all that a run is built from comes from its config
-            raise ConfigError(str(error)) from error
+            raise ConfigError(told(error)) from error
         try:
             with noticing_others():
                 return training.run(stop)
@@ -274,6 +273,14 @@ def explain(run: Run, batch: Batch, processes: float = 1) -> Iterator[str]:
             f"train.balance.exact: a forward pass counts the choices of a batch first, {short(first)}FLOP or "
             f"{first / total:.0%} besides; without it they are counted up to each accumulated part"
         )
+
+
+def _made(workdir: str | Path) -> Path:
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"--workdir={workdir} is, or lies in, a file; name a folder") from error
+    return Path(workdir).resolve()
 
 
 def _due(every: int, step: int) -> bool:

@@ -60,6 +60,10 @@ class TrainConfig:
     balance: BalanceConfig = BalanceConfig()
     async_gathers: bool = False
 
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate} must be 1 or more")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -45,7 +45,8 @@ def local_folder(source: str | os.PathLike) -> Path:
     except Exception as fault:
         raise FileNotFoundError(
             f"{source} is not a folder here, and the Hugging Face hub did not give a model of that name. Without "
-            f"network, run `hf download {source}` elsewhere and pass the folder. ({type(fault).__name__}: {fault})"
+            f"network, run `hf download {source}` elsewhere and pass the folder. ({type(fault).__name__}: "
+            f"{' '.join(str(fault).split())})"
         ) from fault
 
 
