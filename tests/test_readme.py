@@ -106,7 +106,7 @@ def test_python_runs(folder, monkeypatch):
     """The Python blocks, with the tiny model in place of the published one."""
     monkeypatch.chdir(folder)
     blocks = [text for language, text in BLOCKS if language == "python"]
-    first = blocks[0].replace("Qwen/Qwen3-VL-2B-Instruct", "demo/export").replace("kitchen.jpg", "picture.png")
+    first = blocks[0].replace("Qwen/Qwen3-VL-2B-Instruct", "demo/export")
     scope = {}
     exec(first.replace('dtype="bfloat16"', 'dtype="float32"').replace("max_new_tokens=64", "max_new_tokens=4"), scope)
     import numpy as np
