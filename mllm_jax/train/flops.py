@@ -111,7 +111,9 @@ def _share(path: str, moe: MoeConfig | None) -> float:
     return moe.top_k / moe.experts if "/experts_" in path else 1
 
 
-PEAK_FLOPS = {  # bf16, dense, of one jax device (half a chip of TPU7x), from the vendors' data sheets
+# bf16, dense, of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip are one device together
+# (megacore, docs.jax.dev: jax.experimental.pallas.tpu.ChipVersion), those of a TPU7x chip are two.
+PEAK_FLOPS = {
     "tpu v4": 275e12,
     "tpu v5 lite": 197e12,
     "tpu v5e": 197e12,
