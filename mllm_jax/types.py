@@ -115,7 +115,7 @@ MODALITIES = ("text", "picture", "video")
 
 
 class Routing(NamedTuple):
-    """What the routers did, padding left out. Sums over the tokens of a batch row, so that rows and batches add up.
+    """What the routers did. All but `choices` are sums over the real tokens of a batch row, so that rows add up.
 
     Of one layer as below; in an `Output` every field has a leading axis of the layers that have experts.
     """
@@ -125,6 +125,7 @@ class Routing(NamedTuple):
     sequence: Array  # f32[B] E * sum_i f_i P_i of every conversation by itself, summed over a row's conversations
     square: Array  # f32[B] square of the log of the softmax's denominator
     dropped: Array  # i32[B] choices that found no room
+    choices: Array  # i32[B T k] the experts of every token, best first; those of padding mean nothing
 
 
 class Output(NamedTuple):

@@ -52,9 +52,12 @@ def test_what_drifts_is_named():
 
 
 def test_other_decisions_are_drift():
-    choices = np.array([[[[3, 1, 0, 4]]]], np.int32)
-    one, two = (Measured({"logits": np.ones(1)}, {}, x) for x in (choices, choices + np.array([0, 1, 0, -1])))
-    assert decisions(two, one) == 1 and decisions(one, one) == 0
+    """Two tokens of the first layer have swapped their experts, so that every expert is chosen as often."""
+    choices = np.array([[[0, 1], [2, 3], [2, 1]], [[1, 3], [0, 2], [1, 0]]], np.int32)
+    swapped, turned = choices.copy(), choices[..., ::-1]
+    swapped[0, :2] = swapped[0, 1::-1]
+    one, two, three = (Measured({"logits": np.ones(1)}, {}, x) for x in (choices, swapped, turned))
+    assert (decisions(one, one), decisions(two, one), decisions(three, one)) == (0, 2, 0)
     assert Comparison("fsdp=8", differences(two, one), 1).drifts(1e-5)
 
 

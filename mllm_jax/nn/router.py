@@ -65,6 +65,7 @@ def summarise(logits, experts, probability, segment, modality, dropped) -> Routi
         sequence=_sequence(experts, probability, segment),
         square=jnp.sum(jnp.where(real, square, 0), axis=1),
         dropped=dropped,
+        choices=experts,
     )
 
 

@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 
     tensors: dict[str, np.ndarray]  # the logits of real tokens, and the gradient of every weight
     losses: dict[str, float]  # by name; with experts also those that balance them
-    choices: np.ndarray | None  # i32[Lm B 3 E] of the routers, by layer, row, MODALITIES and expert
+    choices: np.ndarray | None  # i32[Lm n k] the experts that real tokens chose, in every layer that has some
 
 
 class Comparison(NamedTuple):
@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
 
     mesh: str
     differences: dict[str, float]  # of every tensor and loss, relative
-    decisions: int | None  # choices that differ; None without experts
+    decisions: int | None  # tokens, in each layer anew, that chose other experts; None without experts
 
     @property
     def worst(self) -> str:
@@ -107,14 +107,15 @@ def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, me
     def both(state, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             out = VLM(model).apply({"params": state.params}, batch)
-        return out.logits, None if out.routing is None else out.routing.counts, *step(state, batch)
+        return out.logits, None if out.routing is None else out.routing.choices, *step(state, batch)
 
     arguments = state_from_params(model, tx, mesh, params), jax.device_put(batch, batch_shardings(batch, mesh, rules))
     compiled = both.lower(*arguments).compile(compiler_options=QUICKLY)
     logits, choices, state, metrics = jax.device_get(compiled(*arguments))
     gradients = {f"gradient {path}": value for path, value in flatten_dict(state.opt_state, sep="/").items()}
     losses = {name: float(metrics[name]) for name in ("loss", "balance", "z") if name in metrics}
-    return Measured({"logits": logits[batch.segment > 0], **gradients}, losses, choices)
+    real = batch.segment > 0
+    return Measured({"logits": logits[real], **gradients}, losses, choices[:, real] if experts else None)
 
 
 def gradient_as_state() -> optax.GradientTransformation:
@@ -156,8 +157,10 @@ def differences(found: Measured, alone: Measured) -> dict[str, float]:
 
 
 def decisions(found: Measured, alone: Measured) -> int | None:
-    """How many choices of experts differ; of a row's tokens of one modality, those that differ in number."""
-    return None if alone.choices is None else int(np.abs(found.choices - alone.choices).sum()) // 2
+    """How many tokens, in each layer anew, chose other experts, in whatever order."""
+    if alone.choices is None:
+        return None
+    return int((np.sort(found.choices) != np.sort(alone.choices)).any(axis=-1).sum())
 
 
 def read_mesh(text: str) -> dict[str, int]:
