@@ -111,8 +111,8 @@ def _share(path: str, moe: MoeConfig | None) -> float:
     return moe.top_k / moe.experts if "/experts_" in path else 1
 
 
-# bf16, dense, of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip are one device together
-# (megacore, docs.jax.dev: jax.experimental.pallas.tpu.ChipVersion), those of a TPU7x chip are two.
+# bf16, dense, of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip are one device
+# together (megacore, docs.jax.dev: jax.experimental.pallas.tpu.ChipVersion), those of a TPU7x chip are two.
 PEAK_FLOPS = {
     "tpu v4": 275e12,
     "tpu v5 lite": 197e12,
