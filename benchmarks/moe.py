@@ -14,7 +14,7 @@ import numpy as np
 
 
 def blocks(experts: int, top_k: int, width: int, mlp: int, dtype: str, ways: dict):
-    """(jitted `(params, x) -> (y, gradients)` by name, random parameters, the boxed module's config)."""
+    """(jitted `(params, x, segment) -> ((d_params, d_x), y)` by name, random parameters)."""
     import jax
     import jax.numpy as jnp
 

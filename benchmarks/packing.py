@@ -29,11 +29,11 @@ def mixed_set(count: int, seed: int = 0):
             pictures.append((h // 16, w // 16))
         if rng.random() < 0.05:
             pictures += [(14, 24)] * int(rng.integers(4, 12))
-        visual = np.arange(text + sum(h * w // 4 for h, w in pictures)) >= text
-        tokens = np.zeros(len(visual), np.int32)
-        position = np.zeros((len(visual), 3), np.int32)
+        index = np.maximum(np.arange(-text, sum(h * w // 4 for h, w in pictures)), -1)
+        tokens = np.zeros(len(index), np.int32)
+        position = np.zeros((len(index), 3), np.int32)
         made = tuple(Picture(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in pictures)
-        yield Example(tokens, tokens.astype(np.float32), position, visual, made)
+        yield Example(tokens, tokens.astype(np.float32), position, index, made)
 
 
 def fill_of_batches(count: int):

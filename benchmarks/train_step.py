@@ -73,7 +73,6 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     import numpy as np
 
     import mllm_jax
-    from mllm_jax.data.pack import patch_coords
     from mllm_jax.families import qwen3_vl
     from mllm_jax.model import abstract_params
     from mllm_jax.train.flops import count_flops, mfu, useful
@@ -92,10 +91,11 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
         return mllm_jax.Picture(patches, (side, side))
 
     def conversation():
-        visual = np.arange(512) < len(patch_coords((side, side), 2)) // 4
-        position = np.repeat(np.arange(512, dtype=np.int32)[:, None], 3, axis=1)
+        places = np.arange(512, dtype=np.int32)
+        index = np.where(places < side * side // 4, places, -1)
+        position = np.repeat(places[:, None], 3, axis=1)
         ids = rng.integers(0, 150000, 512).astype(np.int32)
-        return mllm_jax.Example(ids, (~visual).astype(np.float32), position, visual, (picture(),))
+        return mllm_jax.Example(ids, (index < 0).astype(np.float32), position, index, (picture(),))
 
     each = tokens // 512
     budget = mllm_jax.Budget(tokens, each, side * side)
