@@ -35,6 +35,7 @@ class ModelConfig:
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
+    position_rate: rotary positions per second of a clip; 0 = one per temporal patch. Used where batches are made.
     """
 
     encoder: Any
@@ -43,6 +44,7 @@ class ModelConfig:
     tokens: VisionTokenIds | None = None
     runtime: Runtime = Runtime()
     family: str = "qwen3_vl"
+    position_rate: float = 0.0
 
     @property
     def merge(self) -> int:

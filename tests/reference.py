@@ -70,7 +70,8 @@ def published(tensors) -> dict:
 
 
 def prompt(rng, *parts):
-    """A row of inputs. Parts: n text tokens, ("image", h, w) or ("video", t, h, w) with grids in patches."""
+    """A row of inputs. Parts: n text tokens, ("image", h, w), ("video", t, h, w) or ("clip", t, h, w), whose temporal
+    patches are one run of tokens; grids in patches."""
     ids, kinds, pixels = [], [], {"image": [], "video": []}
     grids = {"image": [], "video": []}
 
@@ -83,14 +84,15 @@ def prompt(rng, *parts):
             add(rng.integers(5, 149, part).tolist())
             continue
         kind, (t, h, w) = part[0], ((1, *part[1:]) if part[0] == "image" else part[1:])
-        grids[kind].append((t, h, w))
-        pixels[kind].append(rng.standard_normal((t * h * w, 3 * 2 * 4 * 4)).astype(np.float32))
-        token, number = (IMAGE, 1) if kind == "image" else (VIDEO, 2)
-        for _ in range(t):
+        token, number, arrays = (IMAGE, 1, "image") if kind == "image" else (VIDEO, 2, "video")
+        grids[arrays].append((t, h, w))
+        pixels[arrays].append(rng.standard_normal((t * h * w, 3 * 2 * 4 * 4)).astype(np.float32))
+        runs, patches = (1, t) if kind == "clip" else (t, 1)
+        for _ in range(runs):
             if kind == "video":
                 add(rng.integers(5, 149, 2).tolist())
             add([START])
-            add([token] * (h * w // 4), number)
+            add([token] * (patches * h * w // 4), number)
             add([END])
     return ids, kinds, pixels, grids
 

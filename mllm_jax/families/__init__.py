@@ -4,7 +4,7 @@ Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show.
 """
 
-from mllm_jax.families import deepseek, dinov2, llama, mistral, qwen2, qwen3, qwen3_vl
+from mllm_jax.families import deepseek, dinov2, llama, mistral, qwen2, qwen2_vl, qwen3, qwen3_vl
 
 FAMILIES = {
     "deepseek_v2": deepseek,
@@ -14,6 +14,8 @@ FAMILIES = {
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
+    "qwen2_5_vl": qwen2_vl,
+    "qwen2_vl": qwen2_vl,
     "qwen3": qwen3,
     "qwen3_moe": qwen3,
     "qwen3_vl": qwen3_vl,

@@ -1,0 +1,183 @@
+"""Qwen2-VL and Qwen2.5-VL equal transformers' in fp32: logits, gradients, greedy tokens, files; positions of clips."""
+
+import json
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from reference import END, IMAGE, START, VIDEO, batch_of, perturb, prompt, to_torch
+from safetensors.numpy import load_file
+
+import mllm_jax
+from mllm_jax.families import qwen2_vl
+from mllm_jax.model import count_params
+from mllm_jax.weights.table import expand, flatten, to_ours
+
+NEW = 8
+TEXT = dict(
+    vocab_size=200,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-6,
+    rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]),
+    bos_token_id=None,
+    eos_token_id=None,
+)
+VISION = dict(depth=3, num_heads=4, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+FIRST = dict(VISION, embed_dim=48, hidden_size=64, mlp_ratio=2)
+WINDOWS = dict(window_size=16, fullatt_block_indexes=[1], tokens_per_second=2)
+SECOND = dict(VISION, hidden_size=48, intermediate_size=72, out_hidden_size=64, **WINDOWS)
+KINDS = {"qwen2_vl": ("Qwen2VL", FIRST, True), "qwen2_5_vl": ("Qwen2_5_VL", SECOND, False)}
+# A picture of several windows, whole and cut ones; a narrow one; clips short enough for transformers' own positions.
+ROWS = [(3, ("image", 12, 6), 4), (17,), (1, ("clip", 2, 4, 4), 2, ("image", 2, 10), 3, ("clip", 1, 6, 4), 5)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """Our model read from the folder of transformers', that model, and the folder."""
+    name, vision, tie = KINDS[request.param]
+    tokens = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+    config = getattr(transformers, f"{name}Config")(
+        text_config=TEXT, vision_config=vision, tie_word_embeddings=tie, **tokens
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval().float()
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and parameter.ndim == 2:
+                parameter.mul_(2.0)  # or a token's embedding outweighs what the layers add, and greedy tokens repeat
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return mllm_jax.load_pretrained(folder), model, folder
+
+
+def inputs_of(vlm, side="right", labels=False, rows=ROWS):
+    rng = np.random.default_rng(7)
+    inputs = batch_of([prompt(rng, *row) for row in rows], side, labels)
+    clips = len(inputs.get("video_grid_thw", ()))
+    return inputs | (dict(second_per_grid_ts=np.full(clips, 0.5, np.float32)) if vlm.config.position_rate else {})
+
+
+def test_logits_and_gradients(pair):
+    vlm, model, _ = pair
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(params, batch):
+        logits = vlm.model.apply({"params": params}, batch).logits
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+        return jnp.sum(nll * batch.weight) / jnp.sum(batch.weight), logits
+
+    for side in ("left", "right"):  # the gradients are the latter's: the former's loss would predict from padding too
+        inputs = inputs_of(vlm, side, labels=True)
+        model.zero_grad()
+        expected = model(**to_torch(inputs))
+        expected.loss.backward()
+        (_, logits), grads = loss(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs))
+        real, wanted = inputs["attention_mask"] == 1, expected.logits.detach().numpy()
+        assert np.abs(wanted[real]).max() > 0.5
+        np.testing.assert_allclose(np.asarray(logits)[real], wanted[real], atol=1e-4, rtol=1e-4)
+
+    found, seen = {}, set()
+    for name, parameter in model.named_parameters():
+        for old, new in qwen2_vl.RENAME:
+            name = re.sub(old, new, name)
+        found[name] = parameter.grad
+    for name, entry in expand(qwen2_vl.weights(vlm.config), vlm.params).items():
+        got, want = flatten(grads)[entry.path][entry.index], to_ours(found[name].numpy(), entry)
+        scale = np.linalg.norm(want)
+        # A key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding.
+        floor = 1e-6 if entry.path.endswith("attention/k/b") else 0
+        assert scale > 0 and np.linalg.norm(got - want) <= max(1e-3 * scale, floor), name
+        seen.add(entry.path)
+    assert seen == set(flatten(vlm.params))
+
+
+def test_greedy_tokens(pair):
+    vlm, model, _ = pair
+    inputs = inputs_of(vlm, "left", rows=ROWS[:2] + [(1, ("image", 2, 10), 3, ("image", 4, 4), 5)])
+    with torch.no_grad():
+        ids = model.generate(**to_torch(inputs), max_new_tokens=NEW, do_sample=False, pad_token_id=0).numpy()
+    expected = ids[:, inputs["input_ids"].shape[1] :]
+    assert len(np.unique(expected)) > 5
+    batch = mllm_jax.from_hf_inputs(vlm.config, inputs)
+    np.testing.assert_array_equal(mllm_jax.generate_ids(vlm, batch, NEW), expected)
+
+
+def test_transformers_loads_what_is_saved(pair, tmp_path):
+    vlm, model, folder = pair
+    mllm_jax.save_pretrained(vlm, tmp_path)
+    published, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert any(name.startswith("visual.blocks.") for name in published)
+    assert published.keys() - ours.keys() <= {"lm_head.weight"} and ours.keys() <= published.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, published[name])
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    inputs = to_torch(inputs_of(vlm))
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(**inputs).logits, model(**inputs).logits)
+    assert mllm_jax.load_pretrained(tmp_path).config == vlm.config
+
+
+def test_what_follows_a_clip_comes_after_all_of_it(pair):
+    """Qwen's own rule: transformers 5 leaves the temporal axis out of where text goes on."""
+    vlm, _, _ = pair
+    inputs = inputs_of(vlm, rows=[(3, ("clip", 8, 4, 4), 4)])
+    second = "second_per_grid_ts" in inputs
+    inputs |= dict(second_per_grid_ts=np.array([0.75])) if second else {}
+    position = mllm_jax.from_hf_inputs(vlm.config, inputs).position[0]
+    times = np.floor(np.arange(8) * (1.5 if second else 1)).astype(int)
+    first = 4  # three tokens and the bracket
+    np.testing.assert_array_equal(position[:first], np.arange(first)[:, None].repeat(3, 1))
+    np.testing.assert_array_equal(position[first : first + 32, 0], first + times.repeat(4))
+    np.testing.assert_array_equal(position[first : first + 32, 1], first + np.tile([0, 0, 1, 1], 8))
+    np.testing.assert_array_equal(position[first : first + 32, 2], first + np.tile([0, 1, 0, 1], 8))
+    after = first + times[-1] + 1
+    np.testing.assert_array_equal(position[first + 32 :], (after + np.arange(5))[:, None].repeat(3, 1))
+
+
+def test_bad_inputs(pair):
+    vlm, _, _ = pair
+    inputs = inputs_of(vlm)
+    with pytest.raises(ValueError, match="second_per_grid_ts has 1 values for 2 clips"):
+        mllm_jax.from_hf_inputs(vlm.config, inputs | {"second_per_grid_ts": np.ones(1)})
+    with pytest.raises(ValueError, match="no size '3b'"):
+        qwen2_vl.sizes("3b")
+
+
+# Counted in transformers' models on torch's meta device.
+PUBLISHED = {
+    "2b": 2_208_985_600,
+    "7b": 8_291_375_616,
+    "72b": 73_405_560_320,
+    "2.5-3b": 3_754_622_976,
+    "2.5-7b": 8_292_166_656,
+    "2.5-32b": 33_452_718_336,
+    "2.5-72b": 73_410_777_344,
+}
+
+
+@pytest.mark.parametrize("size", qwen2_vl.SIZES)
+def test_published_sizes(size):
+    config = qwen2_vl.sizes(size)
+    assert sum(count_params(config).values()) == PUBLISHED[size]
+    assert qwen2_vl.from_hf(qwen2_vl.to_hf(config)) == config
+
+
+def test_published_config(shared):
+    published = json.loads((shared / "data/configs/Qwen2.5-VL-7B-Instruct.json").read_text())
+    assert qwen2_vl.from_hf(published) == qwen2_vl.sizes("2.5-7b")
+    flat = published | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    del flat["text_config"]  # as files were before
+    assert qwen2_vl.from_hf(flat) == qwen2_vl.sizes("2.5-7b")
