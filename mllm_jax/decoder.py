@@ -1,7 +1,8 @@
 """The language model: embedding, a stack of layers, and the head (Qwen3 arXiv 2505.09388, M-RoPE arXiv 2409.12191)."""
 
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,17 @@ from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.moe import Moe, MoeConfig
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.runtime import Runtime, rematted
+from mllm_jax.nn.sight import cap
 from mllm_jax.nn.stack import scan_segment, segments
 from mllm_jax.sharding import named, shard
 from mllm_jax.types import Cache
 
-DENSE, EXPERTS = "dense", "experts"  # kinds of layers
+
+class LayerKind(NamedTuple):
+    """In what layers differ; those of one kind are compiled once."""
+
+    experts: bool = False
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,12 @@ class DecoderConfig:
     moe: experts in place of that block, in the layers that `dense_first` and `moe_every` leave them; None = nowhere.
     dense_first: so many layers at the beginning have none.
     moe_every: every n-th layer has them, counted so that with 2 the second is the first to have them.
+    windows: of the layers in turn, the first again after the last: a token sees so many last tokens of its
+      conversation, itself among them; 0 = all. () = all in every layer.
     norm: kind of the norms, of nn/norm.py: "rms", "rms_offset" or "layer"; `norm_eps` is its.
     post_norms: what a block gives has a norm too, before it is added.
     embed_scale: factor of embedded tokens, not of visual ones.
+    logit_softcap: c, where logits are c tanh(logit / c); 0 = they are not capped.
     positions: learned positions that are added to all tokens, by the first axis of their position; 0 = none.
     position_offset: rows of the table of learned positions that stand before the one of position 0.
     prefix: the first tokens of a conversation (`Batch.prefix`) are seen by all of it, as in PaliGemma.
@@ -44,6 +54,7 @@ class DecoderConfig:
     moe: MoeConfig | None = None
     dense_first: int = 0
     moe_every: int = 1
+    windows: tuple[int, ...] = ()
     activation: str = "silu"
     mlp_gated: bool = True
     mlp_bias: bool = False
@@ -52,6 +63,7 @@ class DecoderConfig:
     post_norms: bool = False
     tie_embeddings: bool = False
     embed_scale: float = 1.0
+    logit_softcap: float = 0.0
     positions: int = 0
     position_offset: int = 0
     prefix: bool = False
@@ -62,28 +74,33 @@ class DecoderConfig:
                 raise ValueError(f"decoder.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Of every layer, whether it has experts."""
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of every layer."""
         has = lambda i: self.moe is not None and i >= self.dense_first and (i + 1) % self.moe_every == 0
-        return tuple(EXPERTS if has(i) else DENSE for i in range(self.layers))
+        windows = itertools.islice(itertools.cycle(self.windows or (0,)), self.layers)
+        return tuple(LayerKind(has(i), window) for i, window in enumerate(windows))
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts."""
+        return tuple(number for number, kind in enumerate(self.kinds) if kind.experts)
 
 
 class DecoderLayer(nn.Module):
     config: DecoderConfig
     runtime: Runtime
-    kind: str
+    kind: LayerKind
 
     @nn.compact
-    def __call__(self, x, rope, segment, modality, cache):
+    def __call__(self, x, rope, segment, modality, cache, prefix):
         config, runtime = self.config, self.runtime
         norm = lambda name: NORMS[config.norm](config.norm_eps, name=name)
         after = norm if config.post_norms else lambda name: lambda x: x
-        y, kept = config.attention.build(config.norm_eps, runtime, name="attention")(
-            norm("norm1")(x), rope, segment, cache
-        )
+        attention = config.attention.build(config.norm_eps, self.kind.window, runtime, name="attention")
+        y, kept = attention(norm("norm1")(x), rope, segment, cache, prefix)
         x, routing = x + after("post_norm1")(y), None
         y = norm("norm2")(x)
-        if self.kind == EXPERTS:
+        if self.kind.experts:
             y, routing = Moe(config.moe, runtime, name="mlp")(y, segment, modality)
         elif config.mlp_gated:
             y = GatedMlp(config.mlp, config.activation, runtime.dtype, bias=config.mlp_bias, name="mlp")(y)
@@ -97,13 +114,13 @@ class Pattern(nn.Module):
 
     config: DecoderConfig
     runtime: Runtime
-    kinds: tuple[str, ...]
+    kinds: tuple[LayerKind, ...]
 
     def setup(self):
         self.slots = [_layer(self.config, self.runtime, kind) for kind in self.kinds]
 
 
-def _layer(config: DecoderConfig, runtime: Runtime, kind: str) -> nn.Module:
+def _layer(config: DecoderConfig, runtime: Runtime, kind: LayerKind) -> nn.Module:
     return rematted(DecoderLayer, runtime)(config, runtime, kind)
 
 
@@ -135,13 +152,16 @@ class Decoder(nn.Module):
         table = shard(table.astype(self.runtime.dtype), (None, None), self.runtime.rules)
         return shard(jnp.take(table, rows, axis=0), ("batch", "length", None), self.runtime.rules)
 
-    def __call__(self, x, position, segment, modality, cache: Cache | None = None, deep=None, vision_index=None):
+    def __call__(
+        self, x, position, segment, modality, cache: Cache | None = None, deep=None, vision_index=None, prefix=None
+    ):
         """Embedded tokens -> hidden states after the last norm.
 
         Args:
           x: [B T D]; position: i32[B T 3]; segment: i32[B T].
           modality: i32[B T] index into MODALITIES.
           deep, vision_index: what DeepStack adds to the first layers, see `fusion.deepstack`.
+          prefix: bool[B T] tokens that all tokens of their conversation see; None = causal throughout.
         Returns:
           ([B T D], the cache with these tokens, Routing of all layers with experts or None).
         """
@@ -158,7 +178,7 @@ class Decoder(nn.Module):
             """A layer and what DeepStack adds to it. The whole cache is carried, so that it is updated in place."""
             x, kept = carry
             own = None if kept is None else (kept, number, *slots)
-            x, kept, routing = layer(x, rope, segment, modality, own)
+            x, kept, routing = layer(x, rope, segment, modality, own, prefix)
             if deep is not None:
                 x = deepstack(x, deep, vision_index, number)
             return (shard(x, ("batch", "length", None), self.runtime.rules), kept), routing
@@ -181,4 +201,4 @@ class Decoder(nn.Module):
             y = jnp.einsum("...D,VD->...V", x, self.table.astype(self.runtime.dtype), precision=precision)
         else:
             y = self.head(x)
-        return y.astype(jnp.float32)
+        return cap(y.astype(jnp.float32), self.config.logit_softcap)

@@ -133,7 +133,9 @@ class VLM(nn.Module):
         if self.config.tokens is not None:
             visual_kind = jnp.where(batch.tokens == self.config.tokens.video, VIDEO, PICTURE)
             modality = jnp.where(batch.vision_index >= 0, visual_kind, TEXT)
-        x, cache, routing = self.decoder(x, batch.position, batch.segment, modality, cache, deep, batch.vision_index)
+        x, cache, routing = self.decoder(
+            x, batch.position, batch.segment, modality, cache, deep, batch.vision_index, batch.prefix
+        )
         if hidden:
             return Output(hidden=x, cache=cache, routing=routing)
         return Output(logits=self.decoder.logits(x), cache=cache, routing=routing)

@@ -17,6 +17,9 @@ from mllm_jax.nn import attention, flash
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.kernels import kernel_for
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.nn.sight import Rule, sight
+
+PLAIN = Rule(causal=True, scale=1.0)
 
 
 def random_inputs(rng, rows=2, queries=9, keys=9, heads=6, kv_heads=2, head_dim=8):
@@ -71,6 +74,97 @@ def test_reading_a_cache(monkeypatch, scores):
     np.testing.assert_allclose(out, torch_attention(q, k, v, mask), atol=1e-5)
 
 
+PACKED = np.array([[1] * 9 + [2] * 7 + [3] * 2 + [0] * 3, [0] * 4 + [1] * 17])
+IN_PREFIX = np.array([[1] * 6 + [0] * 3 + [1] * 7 + [1] + [0] * 4, [0] * 4 + [1] * 10 + [0] * 7], bool)
+
+
+def torch_scored(q, k, v, mask, scale, softcap):
+    """As torch_attention, of tensors [B T N H], with what torch's own function has not."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    weights = torch.where(mask[:, None], scores, -torch.inf).softmax(dim=-1)
+    return torch.einsum("bnts,bsnh->btnh", weights, v)
+
+
+def mask_of(window, prefix):
+    """By going over all pairs; padding sees itself."""
+    rows, length = PACKED.shape
+    mask = np.zeros((rows, length, length), bool)
+    for b, t, s in np.ndindex(mask.shape):
+        behind = s <= t and (not window or t - s < window)
+        both = prefix and IN_PREFIX[b, t] and IN_PREFIX[b, s]
+        mask[b, t, s] = t == s or (PACKED[b, t] == PACKED[b, s] > 0 and (behind or both))
+    return mask
+
+
+KINDS = [dict(window=5), dict(window=3, prefix=True), dict(prefix=True), dict(softcap=2.0, scale=0.9), dict(window=1)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
+def test_windows_prefixes_and_caps(monkeypatch, kind, scores):
+    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(flash, "BLOCK", 4)
+    q, k, v = random_inputs(np.random.default_rng(5), queries=21, keys=21)
+    real, seen = PACKED > 0, kind.get("prefix", False)
+    options = kind | {"prefix": IN_PREFIX if seen else None}
+
+    @jax.jit
+    def ours(q, k, v):
+        out = attend(q, k, v, q_segment=PACKED, kv_segment=PACKED, causal=True, runtime=Runtime(), **options)
+        out = jnp.where(real[..., None, None], out, 0)
+        return jnp.sum(out**2), out
+
+    gradients, out = jax.grad(ours, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+    mask = torch.from_numpy(mask_of(kind.get("window"), seen))
+    expected = torch_scored(*tensors, mask, kind.get("scale", 8**-0.5), kind.get("softcap"))
+    expected = expected * torch.from_numpy(real)[..., None, None]
+    np.testing.assert_allclose(out, expected.detach(), atol=1e-5)
+    expected.square().sum().backward()
+    for got, want in zip(gradients, tensors):
+        np.testing.assert_allclose(got, want.grad.numpy(), atol=1e-4)
+
+
+def test_blocks_outside_a_window_are_left_out(monkeypatch):
+    monkeypatch.setattr(flash, "BLOCK", 8)
+    segment, block = np.ones((1, 64), np.int32), np.zeros((1, 64, 1, 1), np.float32)
+    query, key = sight(Rule(causal=True, scale=1.0, window=8), segment, segment)
+    first, last = flash._bounds(flash._queries(block, query, 1, 1.0), flash._keys(block, block, key), 1)
+    assert (last - first).tolist() == [1] + [2] * 7
+
+
+@pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
+def test_a_window_counts_tokens_not_the_padding_between_them(monkeypatch, scores):
+    """In a cache new tokens stand behind the padding of a prompt; those before it are as near as without padding."""
+    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(flash, "BLOCK", 4)
+    q, k, v = random_inputs(np.random.default_rng(1), queries=2, keys=12)
+    filled = np.array([[0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0]])
+    ones = np.ones((2, 2))
+    out = attend(
+        q, k, v, q_segment=ones, kv_segment=filled, causal=True, runtime=Runtime(), offset=jnp.int32(9), window=3
+    )
+    mask = np.zeros((2, 2, 12), bool)
+    for (row, query), seen in {(0, 0): [5, 6, 9], (0, 1): [6, 9, 10], (1, 0): [1, 2, 9], (1, 1): [2, 9, 10]}.items():
+        mask[row, query, seen] = True
+    np.testing.assert_allclose(out, torch_attention(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, kind, message",
+    [("splash", {"prefix": np.ones((2, 128), bool)}, "prefix"), ("cudnn", {"softcap": 2.0}, "caps no scores")],
+)
+def test_what_a_kernel_cannot_see(name, kind, message):
+    q, k, v = random_inputs(np.random.default_rng(3), queries=128, keys=128)
+    segment, runtime = np.ones((2, 128), np.int32), Runtime(attention=name)
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=runtime, **kind)
+    with pytest.raises(ValueError, match="only causal attention"):
+        attend(q, k, v, q_segment=segment, kv_segment=segment, causal=False, runtime=Runtime(), window=3)
+
+
 @pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
 def test_nothing_but_padding_is_finite(monkeypatch, scores):
     monkeypatch.setattr(attention, "SCORES", scores)
@@ -103,10 +197,10 @@ def test_gpus_that_cudnn_knows(monkeypatch, capability, head_dim, name):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
     q = jax.ShapeDtypeStruct((1, 128, 4, head_dim), jnp.bfloat16)
-    assert kernel_for(q, q, "auto") == name
+    assert kernel_for(q, q, PLAIN, "auto") == name
     if name == "xla":
         with pytest.raises(ValueError, match="attention 'cudnn' cannot take .*(8.0|Hopper)"):
-            kernel_for(q, q, "cudnn")
+            kernel_for(q, q, PLAIN, "cudnn")
 
 
 def ahead_of_time(platform, mesh=None, **arguments):

@@ -16,6 +16,7 @@ from mllm_jax.nn import flash
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.context import exchange_for
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.nn.sight import Key, Query
 from mllm_jax.sharding import RULES, freeze_rules, make_mesh, shard, shardings
 from mllm_jax.train.loss import token_loss
 from mllm_jax.train.step import batch_shardings, loss_sum
@@ -43,12 +44,14 @@ def random_inputs(kv_heads, value_dim=HEAD_DIM, rows=4):
     return [rng.standard_normal((rows, LENGTH, *shape)).astype(np.float32) for shape in shapes]
 
 
-@partial(jax.jit, static_argnames=("causal", "runtime"))
-def value_and_gradients(q, k, v, target, segment, causal, runtime=ALONE):
+@partial(jax.jit, static_argnames=("causal", "runtime", "window", "softcap"))
+def value_and_gradients(q, k, v, target, segment, causal, runtime=ALONE, prefix=None, **kind):
     """Attention, and the gradients of its product with `target`, both where there is no padding."""
 
     def loss(q, k, v):
-        out = attend(q, k, v, q_segment=segment, kv_segment=segment, causal=causal, runtime=runtime)
+        out = attend(
+            q, k, v, q_segment=segment, kv_segment=segment, causal=causal, runtime=runtime, prefix=prefix, **kind
+        )
         out = jnp.where((segment > 0)[..., None, None], out, 0)
         return jnp.sum(out * target), out
 
@@ -88,6 +91,18 @@ def test_tokens_on_several_devices(exchange, kv_heads, value_dim, causal, mesh):
         assert_close(spread, alone)
 
 
+@pytest.mark.parametrize("exchange", ["ring", "ulysses"])
+def test_windows_and_prefixes_on_several_devices(exchange):
+    inputs, segment = random_inputs(2), SEGMENTS["packed"]
+    starts = np.array([np.argmax(row == number) for row in segment for number in row]).reshape(segment.shape)
+    prefix = (segment > 0) & (np.arange(LENGTH) - starts < 8)
+    for kind in (dict(window=6, softcap=3.0), dict(window=6, prefix=prefix), dict(prefix=prefix)):
+        alone = value_and_gradients(*inputs, segment, causal=True, **kind)
+        with jax.set_mesh(make_mesh({"fsdp": 2, "context": 4})):
+            spread = value_and_gradients(*inputs, segment, causal=True, runtime=Runtime(context=exchange), **kind)
+        assert_close(spread, alone)
+
+
 def test_which_exchange():
     heads_of = lambda heads, kv_heads, devices: exchange_for(heads, kv_heads, devices, "auto")
     assert heads_of(32, 8, 8) == heads_of(32, 8, 16) == heads_of(8, 1, 4) == "ulysses"
@@ -101,12 +116,12 @@ def test_a_causal_ring_gives_all_devices_the_same_work():
     devices, half = 4, 6
 
     def part(device):
-        slot = np.concatenate([np.arange(half) + place * half for place in (device, 2 * devices - 1 - device)])
+        slot = np.concatenate([np.arange(half) + place * half for place in (device, 2 * devices - 1 - device)])[None]
         ones, block = np.ones((1, 2 * half), np.int32), np.zeros((1, 2 * half, 1, 1), np.float32)
-        return flash._queries(block, ones, slot, 1), flash._keys(block, block, ones, slot)
+        return flash._queries(block, Query(ones, None, slot), 1, 1.0), flash._keys(block, block, Key(ones, slot))
 
     def work(queries, keys):
-        first, last = flash._bounds(queries, keys, 1, True)
+        first, last = flash._bounds(queries, keys, 1)
         return int(jnp.sum(last - first))
 
     parts = [part(device) for device in range(devices)]

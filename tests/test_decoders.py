@@ -27,7 +27,7 @@ CASES = {
             attention_bias=True, mlp_bias=True, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)
         ),
     ),
-    "mistral": ("Mistral", SMALL | dict(head_dim=32, sliding_window=None)),
+    "mistral": ("Mistral", SMALL | dict(head_dim=32, sliding_window=5)),
     "qwen2": ("Qwen2", SMALL | dict(tie_word_embeddings=True)),
 }
 

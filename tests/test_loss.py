@@ -45,6 +45,21 @@ def test_equals_optax(chunk, share):
     jax.tree.map(close, grads, expected_grads)
 
 
+def test_capped_logits():
+    hidden, table, targets, weight = inputs(np.random.default_rng(3), 3, 13, 11, 37, 0.5)
+
+    def capped(hidden, table):
+        logits = 2 * jnp.tanh(jnp.einsum("BTD,VD->BTV", hidden, table, precision="highest") / 2)
+        return jnp.sum(weight * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    value, grads = jax.value_and_grad(capped, (0, 1))(hidden, table)
+    ours = lambda hidden, table: token_loss(hidden, table, targets, weight, 4, "float32", softcap=2.0)
+    jax.tree.map(close, jax.value_and_grad(ours, (0, 1))(hidden, table), (value, grads))
+    loss, wrong = token_errors(hidden, table, targets, weight, 4, "float32", softcap=2.0)
+    close(loss, value)
+    assert np.array_equal(wrong, token_errors(hidden, table, targets, weight, 4, "float32")[1])
+
+
 def test_each_gradient_alone():
     hidden, table, targets, weight = inputs(np.random.default_rng(0), 2, 9, 8, 21, 0.5)
     expected = jax.grad(reference, (0, 1))(hidden, table, targets, weight)

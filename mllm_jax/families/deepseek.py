@@ -4,7 +4,7 @@ layers. Tensor names as in the published safetensors files.
 
 from dataclasses import replace
 
-from mllm_jax.decoder import EXPERTS, DecoderConfig
+from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families import rows as common
 from mllm_jax.families.rope import rope_of, stretch_to_hf, yarn_from_hf
 from mllm_jax.model import ModelConfig
@@ -199,9 +199,9 @@ def weights(config: ModelConfig) -> list[Row]:
     layer = "model.layers.{n}"
     theirs, mlp = f"{layer}.self_attn", f"{layer}.mlp"
 
-    def rows(kind: str) -> list[Row]:
+    def rows(kind: LayerKind) -> list[Row]:
         block = common.gated_mlp("mlp", mlp)
-        if kind == EXPERTS:
+        if kind.experts:
             block = [
                 Row("mlp/router/w", f"{mlp}.gate.weight", "e d -> d e"),
                 # Beside scores below one it is large, and its steps are small: bf16 would change who is selected.

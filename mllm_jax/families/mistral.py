@@ -11,6 +11,7 @@ _ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0
 _7B = DecoderConfig(32000, 4096, 32, _ATTENTION, 14336, norm_eps=1e-5)
 
 SIZES = {
+    "7b-v0.1": replace(_7B, attention=replace(_ATTENTION, rope_theta=1e4), windows=(4096,)),
     "7b-v0.2": _7B,
     "7b-v0.3": replace(_7B, vocab=32768),
     "nemo-12b": replace(_7B, vocab=131072, width=5120, layers=40),
@@ -19,13 +20,14 @@ SIZES = {
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "mistral". ValueError for what this model cannot do."""
-    expect(text, "Mistral", hidden_act="silu", sliding_window=None)
-    return read_decoder(text)
+    expect(text, "Mistral", hidden_act="silu")
+    return read_decoder(text, windows=(text["sliding_window"],) if text.get("sliding_window") else ())
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:
     """The inverse of `decoder_from_hf`."""
-    return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "sliding_window": None}
+    window = decoder.windows[0] if decoder.windows else None
+    return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "sliding_window": window}
 
 
 decoder_weights = rows.decoder

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from mllm_jax.decoder import EXPERTS, DecoderConfig
+from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.stack import segments
 from mllm_jax.weights.table import Row
 
@@ -34,7 +34,7 @@ def experts_one_by_one(ours: str, theirs: str) -> list[Row]:
     ]
 
 
-def layers(config: DecoderConfig, rows: Callable[[str], Iterable[Row]]) -> list[Row]:
+def layers(config: DecoderConfig, rows: Callable[[LayerKind], Iterable[Row]]) -> list[Row]:
     """Rows of all layers: `rows(kind)` are those of a layer, ours without the path of layers, theirs with `{n}`."""
     return [
         row._replace(ours=f"decoder/{name}/{row.ours}", values={**row.values, "n": numbers})
@@ -61,7 +61,7 @@ def decoder(
         norms |= {"post_norm1": norms["norm2"], "norm2": "pre_feedforward_layernorm"}
         norms |= {"post_norm2": "post_feedforward_layernorm"}
 
-    def rows(kind: str) -> list[Row]:
+    def rows(kind: LayerKind) -> list[Row]:
         theirs = f"{layer}.self_attn"
         return [
             *(row for ours, name in norms.items() for row in layer_norm(ours, f"{layer}.{name}")),
@@ -73,7 +73,7 @@ def decoder(
             Row("attention/k_norm/scale", f"{theirs}.k_norm.weight"),
             *(
                 [Row("mlp/router/w", f"{layer}.mlp.gate.weight", "e d -> d e"), *own]
-                if kind == EXPERTS
+                if kind.experts
                 else gated_mlp("mlp", f"{layer}.mlp")
             ),
         ]

@@ -44,6 +44,7 @@ def pad_prompts(batch: Batch, merge: int) -> Batch:
         position=_pad(position, length),
         vision_index=np.where(_pad(segment, length) > 0, _pad(index, length), -1).astype(np.int32),
         vision=vision,
+        prefix=None if batch.prefix is None else _pad(batch.prefix, length),
     )
 
 

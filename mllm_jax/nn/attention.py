@@ -1,4 +1,4 @@
-"""The one door to attention: segments, causal or full, grouped heads, on every platform."""
+"""The one door to attention: segments, causal or full, windows, prefixes, grouped heads, on every platform."""
 
 from functools import partial
 
@@ -10,13 +10,28 @@ from mllm_jax.nn.context import exchange_for, ring, ulysses
 from mllm_jax.nn.flash import flash
 from mllm_jax.nn.kernels import KERNELS, kernel_for, over_mesh
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.nn.sight import Key, Query, Rule, cap, sees, sight
 from mllm_jax.sharding import fitting_axes
 
 SCORES = 2**18  # of one head and batch row: up to so many are computed at once, more in blocks
 
 
-def attend(q, k, v, *, q_segment, kv_segment, causal: bool, runtime: Runtime, offset=None):
-    """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment, and none after itself if causal.
+def attend(
+    q,
+    k,
+    v,
+    *,
+    q_segment,
+    kv_segment,
+    causal: bool,
+    runtime: Runtime,
+    offset=None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    prefix=None,
+):
+    """softmax(scale q k^T) v, where a query sees the keys of its own segment, and none after itself if causal.
 
     Segment 0 is padding: what stands there is finite and has no meaning.
 
@@ -27,21 +42,29 @@ def attend(q, k, v, *, q_segment, kv_segment, causal: bool, runtime: Runtime, of
       runtime: `attention` picks the implementation, `rules` how it is split over the mesh, and `context` how tokens
         meet that lie on several devices.
       offset: i32[] first slot of the queries when reading a cache; None where queries and keys are the same tokens.
+      scale: factor of the scores; None = 1 / sqrt(H).
+      softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
+      window: a causal query sees so many last tokens of its conversation, itself among them; 0 = all.
+      prefix: bool[B T] first tokens of a conversation that see each other, whatever causality and window say.
     Returns:
       [B T N H] in the dtype of q.
     Raises:
-      ValueError: an implementation was asked for by name that cannot take these shapes.
+      ValueError: an implementation was asked for by name that cannot take this, or a window or a prefix of attention
+        that is not causal.
     """
-    slots = jnp.arange(q.shape[1]) + (0 if offset is None else offset), jnp.arange(k.shape[1])
+    if not causal and (window or prefix is not None):
+        raise ValueError("only causal attention has a window or a prefix")
+    rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, softcap, window, prefix is not None)
+    query, key = sight(rule, q_segment, kv_segment, offset, prefix)
     tokens = () if offset is not None else _context(q.shape[1], runtime)
     if tokens:
-        kernel = partial(_attend_across, tokens=tokens, causal=causal, runtime=runtime)
+        kernel = partial(_attend_across, tokens=tokens, rule=rule, runtime=runtime)
     else:
-        name = "xla" if offset is not None else kernel_for(q, k, runtime.attention)
+        name = "xla" if offset is not None else kernel_for(q, k, rule, runtime.attention)
         if name == "xla" and q.shape[1] * k.shape[1] <= SCORES:
-            return _attend_dense(q, k, v, q_segment, kv_segment, *slots, causal)  # what XLA can split over a mesh
-        kernel = partial(_attend_on_device, name=name, causal=causal)
-    return over_mesh(kernel, q, k, v, q_segment, kv_segment, *slots, runtime.rules, tokens)
+            return _attend_dense(q, k, v, query, key, rule)  # what XLA can split over a mesh
+        kernel = partial(_attend_on_device, name=name, rule=rule)
+    return over_mesh(kernel, q, k, v, query, key, runtime.rules, tokens)
 
 
 def _context(length: int, runtime: Runtime) -> tuple[str, ...]:
@@ -50,35 +73,31 @@ def _context(length: int, runtime: Runtime) -> tuple[str, ...]:
     return () if mesh.empty else fitting_axes("length", length, runtime.rules, mesh)
 
 
-def _attend_across(q, k, v, q_segment, kv_segment, q_slot, kv_slot, tokens, causal, runtime):
+def _attend_across(q, k, v, query: Query, key: Key, tokens, rule: Rule, runtime: Runtime):
     """Attention of a device's own tokens to those of all devices along the mesh axes `tokens`."""
-    args, devices = (q, k, v, q_segment, kv_segment, q_slot, kv_slot), jax.lax.axis_size(tokens)
+    devices = jax.lax.axis_size(tokens)
     if exchange_for(q.shape[2], k.shape[2], devices, runtime.context) == "ring":
-        return ring(*args, tokens, causal)
+        return ring(q, k, v, query, key, tokens, rule)
 
     def kernel(q, k, *others):
-        return _attend_on_device(q, k, *others, kernel_for(q, k, runtime.attention), causal)
+        return _attend_on_device(q, k, *others, kernel_for(q, k, rule, runtime.attention), rule)
 
-    return ulysses(*args, tokens, kernel)
+    return ulysses(q, k, v, query, key, tokens, kernel)
 
 
-def _attend_on_device(q, k, v, q_segment, kv_segment, q_slot, kv_slot, name, causal):
+def _attend_on_device(q, k, v, query: Query, key: Key, name: str, rule: Rule):
     if name != "xla":
-        return KERNELS[name](q, k, v, q_segment, kv_segment, causal)
+        return KERNELS[name](q, k, v, query, key, rule)
     attend = _attend_dense if q.shape[1] * k.shape[1] <= SCORES else flash
-    return attend(q, k, v, q_segment, kv_segment, q_slot, kv_slot, causal)
+    return attend(q, k, v, query, key, rule)
 
 
-def _attend_dense(q, k, v, q_segment, kv_segment, q_slot, kv_slot, causal):
+def _attend_dense(q, k, v, query: Query, key: Key, rule: Rule):
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
-    scores = jnp.einsum(
-        "BKGTH,BSKH->BKGTS", q * q.shape[-1] ** -0.5, k, precision=precision, preferred_element_type=jnp.float32
-    )
-    mask = q_segment[:, :, None] == kv_segment[:, None, :]
-    if causal:
-        mask &= q_slot[:, None] >= kv_slot
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q * rule.scale, k, precision=precision, preferred_element_type=jnp.float32)
+    seen = sees(query, key)[:, None, None]
+    scores = jnp.where(seen, cap(scores, rule.softcap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, precision=precision)
     return rearrange(out, "B K G T H -> B T (K G) H")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mllm_jax.nn.flash import flash
 from mllm_jax.nn.kernels import repeat_heads
+from mllm_jax.nn.sight import Key, Query, Rule
 
 
 def exchange_for(heads: int, kv_heads: int, devices: int, wanted: str) -> str:
@@ -32,33 +33,32 @@ def exchange_for(heads: int, kv_heads: int, devices: int, wanted: str) -> str:
     return "ulysses" if divides and wanted != "ring" else "ring"
 
 
-def ulysses(q, k, v, q_segment, kv_segment, q_slot, kv_slot, axes: tuple[str, ...], kernel):
-    """`kernel(q, k, v, q_segment, kv_segment, q_slot, kv_slot)` on whole sequences and a part of the heads.
+def ulysses(q, k, v, query: Query, key: Key, axes: tuple[str, ...], kernel):
+    """`kernel(q, k, v, query, key)` on whole sequences and a part of the heads.
 
     Args:
       q: [B T/n N H]; k, v: [B T/n K H], of this device, with N a multiple of K and n.
-      q_segment, kv_segment: i32[B T/n]; q_slot, kv_slot: i32[T/n].
+      query, key: of `sight`, of its tokens.
       axes: mesh axes along which lie the n parts.
     Returns:
       [B T/n N H].
     """
     k, v = repeat_heads(k, v, jax.lax.axis_size(axes))
     q, k, v = (jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
-    whole = (jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) for x in (q_segment, kv_segment, q_slot, kv_slot))
+    whole = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), (query, key))
     return jax.lax.all_to_all(kernel(q, k, v, *whole), axes, split_axis=1, concat_axis=2, tiled=True)
 
 
-def ring(q, k, v, q_segment, kv_segment, q_slot, kv_slot, axes: tuple[str, ...], causal: bool):
+def ring(q, k, v, query: Query, key: Key, axes: tuple[str, ...], rule: Rule):
     """Attention while keys and values go round; arguments and result as of `ulysses`.
 
     A device never holds more than two parts of keys and values, nor more scores than those of two blocks of tokens.
     """
-    tokens = (q, k, v, q_segment, kv_segment, q_slot[None], kv_slot[None])
-    balanced = causal and q.shape[1] % 2 == 0  # an odd number of tokens cannot be halved
+    tokens = (q, k, v, query, key)
+    balanced = rule.causal and q.shape[1] % 2 == 0  # an odd number of tokens cannot be halved
     if balanced:
-        tokens = (_to_zigzag(x, axes) for x in tokens)
-    *tokens, q_slot, kv_slot = tokens
-    out = flash(*tokens, q_slot[0], kv_slot[0], causal, axes)
+        tokens = jax.tree.map(lambda x: _to_zigzag(x, axes), tokens)
+    out = flash(*tokens, rule, axes)
     return _from_zigzag(out, axes) if balanced else out
 
 

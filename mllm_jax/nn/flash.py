@@ -1,7 +1,8 @@
 """Flash attention in plain XLA (arXiv 2205.14135): exact, never all scores at once, no work where nobody sees.
 
 Tokens are taken in blocks. A block of queries meets only the blocks of keys between the first and the last that any of
-its queries may see, which segments and causality tell at run time: in packed rows most of the square is left out.
+its queries may see, which is told at run time (nn/sight.py): in packed rows, and outside windows, most of the square is
+left out.
 The sum over keys may go around a ring of devices that hold a part of the keys each (Ring Attention, arXiv 2310.01889).
 """
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from mllm_jax.nn.runtime import expect_runs
+from mllm_jax.nn.sight import Key, Query, Rule, cap, sees
 from mllm_jax.types import Array
 
 BLOCK = 256  # tokens
@@ -24,8 +26,7 @@ class _Queries(NamedTuple):
     """n blocks of t queries in each of B rows."""
 
     q: Array  # [B*n K G*t H], scaled
-    segment: Array  # i32[B*n t]
-    slot: Array  # i32[B*n t]
+    sight: Query  # of [B*n t]
 
 
 class _Keys(NamedTuple):
@@ -33,8 +34,7 @@ class _Keys(NamedTuple):
 
     k: Array  # [B*n K s H]
     v: Array  # [B*n K s H]
-    segment: Array  # i32[B*n s]
-    slot: Array  # i32[B*n s]
+    sight: Key  # of [B*n s]
 
 
 class _Sums(NamedTuple):
@@ -45,53 +45,52 @@ class _Sums(NamedTuple):
     peak: Array  # f32[B*n K G*t] largest score
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def flash(q, k, v, q_segment, kv_segment, q_slot, kv_slot, causal: bool, ring: tuple[str, ...] = ()):
-    """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its segment, and up to its own slot if causal.
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def flash(q, k, v, query: Query, key: Key, rule: Rule, ring: tuple[str, ...] = ()):
+    """softmax(scale q k^T) v of the keys that each query sees.
 
     Args:
       q: [B T N H]; k, v: [B S K H] with N a multiple of K; the values may have another H.
-      q_segment: i32[B T]; kv_segment: i32[B S]; 0 = padding, which sees nothing and has zeros as its result.
-      q_slot: i32[T]; kv_slot: i32[S]: the order of tokens, for `causal`.
+      query, key: of `sight`. Padding sees nothing and has zeros as its result.
       ring: names of the mesh axes (inside `shard_map`) over whose devices the keys are split.
     Returns:
       [B T N H] in the dtype of q.
     """
-    return _forward(q, k, v, q_segment, kv_segment, q_slot, kv_slot, causal, ring)[0]
+    return _forward(q, k, v, query, key, rule, ring)[0]
 
 
-def _forward(q, k, v, q_segment, kv_segment, q_slot, kv_slot, causal, ring):
-    queries, keys = _queries(q, q_segment, q_slot, k.shape[2]), _keys(k, v, kv_segment, kv_slot)
+def _forward(q, k, v, query, key, rule, ring):
+    queries, keys = _queries(q, query, k.shape[2], rule.scale), _keys(k, v, key)
     of_query = queries.q.shape[:-1]
     zeros = _Sums(
         value=jnp.zeros((*of_query, v.shape[-1]), jnp.float32),
         total=jnp.zeros(of_query, jnp.float32),
         peak=jnp.full(of_query, UNSEEN, jnp.float32),
     )
-    sums, _ = around(ring, lambda sums, keys: (_add(sums, queries, keys, len(q), causal), keys), zeros, keys)
+    sums, _ = around(ring, lambda sums, keys: (_add(sums, queries, keys, len(q), rule), keys), zeros, keys)
     total = jnp.where(sums.total > 0, sums.total, 1)
     out = _tokens(sums.value / total[..., None], q.shape).astype(q.dtype)
-    return out, (q, k, v, q_segment, kv_segment, q_slot, kv_slot, out, sums.peak + jnp.log(total))
+    return out, (q, k, v, query, key, out, sums.peak + jnp.log(total))
 
 
-def _backward(causal, ring, saved, d_out):
+def _backward(rule, ring, saved, d_out):
     """Recomputes the scores of a block from the saved logarithms of the softmax's denominators."""
-    q, k, v, q_segment, kv_segment, q_slot, kv_slot, out, log_total = saved
+    q, k, v, query, key, out, log_total = saved
     kv_heads = k.shape[2]
-    queries, keys = _queries(q, q_segment, q_slot, kv_heads), _keys(k, v, kv_segment, kv_slot)
+    queries, keys = _queries(q, query, kv_heads, rule.scale), _keys(k, v, key)
     along = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
     about = (_by_head(d_out, kv_heads), _by_head(along, kv_heads)[..., 0], log_total)
 
     def step(d_q, guests):
         keys, *d_keys = guests
-        d_q, d_keys = _add_gradients(d_q, d_keys, queries, keys, about, len(q), causal)
+        d_q, d_keys = _add_gradients(d_q, d_keys, queries, keys, about, len(q), rule)
         return d_q, (keys, *d_keys)
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     d_q, (_, d_k, d_v) = around(ring, step, zeros(queries.q), (keys, zeros(keys.k), zeros(keys.v)))
-    d_q = _tokens(d_q, q.shape) * q.shape[-1] ** -0.5
+    d_q = _tokens(d_q, q.shape) * rule.scale
     d_k, d_v = (_tokens(gradient, x.shape).astype(x.dtype) for gradient, x in ((d_k, k), (d_v, v)))
-    return d_q.astype(q.dtype), d_k, d_v, None, None, None, None
+    return d_q.astype(q.dtype), d_k, d_v, None, None
 
 
 flash.defvjp(_forward, _backward)
@@ -112,7 +111,7 @@ def around(ring, step, carry, guests):
     return jax.lax.scan(turn, (carry, guests), length=devices)[0]
 
 
-def _add(sums: _Sums, queries: _Queries, keys: _Keys, rows: int, causal: bool) -> _Sums:
+def _add(sums: _Sums, queries: _Queries, keys: _Keys, rows: int, rule: Rule) -> _Sums:
     """The sums with these keys in them (online softmax)."""
 
     def block(_, args):
@@ -120,20 +119,20 @@ def _add(sums: _Sums, queries: _Queries, keys: _Keys, rows: int, causal: bool) -
 
         def meet(i, sums):
             key = _at(keys, i)
-            scores, seen = _scores(query, key, causal)
+            scores, seen, _ = _scores(query, key, rule)
             peak = jnp.maximum(sums.peak, jnp.max(scores, axis=-1))
             weights = jnp.where(seen, jnp.exp(scores - peak[..., None]), 0)
             fade = jnp.exp(sums.peak - peak)
             value = sums.value * fade[..., None] + _product("Kqs,KsH->KqH", weights.astype(key.v.dtype), key.v)
             return _Sums(value, sums.total * fade + jnp.sum(weights, axis=-1), peak)
 
-        with _expected(keys, rows, causal):
+        with _expected(keys, rows, rule):
             return None, jax.lax.fori_loop(first, last, meet, sums)
 
-    return jax.lax.scan(block, None, (sums, queries, *_bounds(queries, keys, rows, causal)))[1]
+    return jax.lax.scan(block, None, (sums, queries, *_bounds(queries, keys, rows)))[1]
 
 
-def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int, causal: bool):
+def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int, rule: Rule):
     """The gradients with what meets these keys in them: d_q, (d_k, d_v)."""
 
     def block(d_keys, args):
@@ -142,36 +141,39 @@ def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int
         def meet(i, carry):
             d_q, d_k, d_v = carry
             key = _at(keys, i)
-            scores, seen = _scores(query, key, causal)
+            scores, seen, slope = _scores(query, key, rule)
             weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0)
             d_weights = _product("KqH,KsH->Kqs", d_out, key.v)
-            d_scores = (weights * (d_weights - along[..., None])).astype(key.k.dtype)
+            d_scores = (slope * weights * (d_weights - along[..., None])).astype(key.k.dtype)
             d_k = _add_at(d_k, i, _product("Kqs,KqH->KsH", d_scores, query.q))
             d_v = _add_at(d_v, i, _product("Kqs,KqH->KsH", weights.astype(key.v.dtype), d_out))
             return d_q + _product("Kqs,KsH->KqH", d_scores, key.k), d_k, d_v
 
-        with _expected(keys, rows, causal):
+        with _expected(keys, rows, rule):
             d_q, *d_keys = jax.lax.fori_loop(first, last, meet, (d_q, *d_keys))
         return d_keys, d_q
 
-    d_keys, d_q = jax.lax.scan(block, d_keys, (d_q, queries, about, *_bounds(queries, keys, rows, causal)))
+    d_keys, d_q = jax.lax.scan(block, d_keys, (d_q, queries, about, *_bounds(queries, keys, rows)))
     return d_q, d_keys
 
 
-def _expected(keys: _Keys, rows: int, causal: bool):
+def _expected(keys: _Keys, rows: int, rule: Rule):
     """The scope of a loop over the blocks of keys that a block of queries meets."""
-    blocks = len(keys.segment) // rows
-    return expect_runs((blocks + 1) / 2 if causal else blocks)
+    count, size = len(keys.sight.segment) // rows, keys.sight.segment.shape[1]
+    if not rule.causal:
+        return expect_runs(count)
+    before = math.ceil((rule.window - 1) / size) if rule.window else count
+    return expect_runs(sum(min(block, before) + 1 for block in range(count)) / count)
 
 
-def _scores(query: _Queries, key: _Keys, causal: bool):
-    """f32[K G*t s] and which of them count, for one block of queries and one of keys."""
-    scores = _product("KqH,KsH->Kqs", query.q, key.k)
-    seen = (query.segment[:, None] == key.segment) & (key.segment > 0)
-    if causal:
-        seen &= query.slot[:, None] >= key.slot
+def _scores(query: _Queries, key: _Keys, rule: Rule):
+    """f32[K G*t s], which of them count, and their derivative by what they were before they were capped; for one block
+    of queries and one of keys."""
+    scores = cap(_product("KqH,KsH->Kqs", query.q, key.k), rule.softcap)
+    slope = 1 - (scores / rule.softcap) ** 2 if rule.softcap else 1.0
+    seen = sees(query.sight, key.sight) & (key.sight.segment > 0)
     seen = repeat(seen, "t s -> (G t) s", G=scores.shape[1] // len(seen))
-    return jnp.where(seen, scores, UNSEEN), seen
+    return jnp.where(seen, scores, UNSEEN), seen, slope
 
 
 def _product(equation, x, y):
@@ -187,21 +189,25 @@ def _add_at(total, i, new):
     return jax.lax.dynamic_update_index_in_dim(total, _at(total, i) + new, i, 0)
 
 
-def _bounds(queries: _Queries, keys: _Keys, rows: int, causal: bool):
+def _bounds(queries: _Queries, keys: _Keys, rows: int):
     """i32[B*n], i32[B*n]: the first block of keys that a block of queries may see, and one past the last."""
+
+    query, key = queries.sight, keys.sight
 
     def ends(values, segment):
         """(least, largest) [B n] of each block but for its padding; an empty range where it is nothing else."""
         limit = jnp.iinfo(jnp.int32)
         least = jnp.min(jnp.where(segment > 0, values, limit.max), axis=-1)
         largest = jnp.max(jnp.where(segment > 0, values, limit.min), axis=-1)
-        return (rearrange(x, "(B n) -> B n", B=rows) for x in (least, largest))
+        return [rearrange(x, "(B n) -> B n", B=rows) for x in (least, largest)]
 
-    (q_low, q_high), (k_low, k_high) = (ends(x.segment, x.segment) for x in (queries, keys))
+    (q_low, q_high), (k_low, k_high) = (ends(x.segment, x.segment) for x in (query, key))
     meet = (q_low[..., None] <= k_high[:, None]) & (k_low[:, None] <= q_high[..., None])
-    if causal:
-        (_, latest), (earliest, _) = (ends(x.slot, x.segment) for x in (queries, keys))
-        meet &= latest[..., None] >= earliest[:, None]
+    earliest, latest = ends(key.place, key.segment)
+    if query.last is not None:
+        meet &= ends(query.last, query.segment)[1][..., None] >= earliest[:, None]
+    if query.first is not None:
+        meet &= ends(query.first, query.segment)[0][..., None] <= latest[:, None]
     count = meet.shape[-1]
     row = jnp.arange(rows)[:, None] * count
     first = row + jnp.argmax(meet, axis=-1)
@@ -222,16 +228,12 @@ def _split(x):
     return rearrange(x, "B (n t) ... -> (B n) t ...", n=count)
 
 
-def _slots(slot, rows: int):
-    return repeat(_split(slot[None]), "n t -> (B n) t", B=rows)
+def _queries(q, query: Query, kv_heads: int, scale: float) -> _Queries:
+    return _Queries(_by_head(q * scale, kv_heads), jax.tree.map(_split, query))
 
 
-def _queries(q, segment, slot, kv_heads: int) -> _Queries:
-    return _Queries(_by_head(q * q.shape[-1] ** -0.5, kv_heads), _split(segment), _slots(slot, len(q)))
-
-
-def _keys(k, v, segment, slot) -> _Keys:
-    return _Keys(*(_by_head(x, k.shape[2]) for x in (k, v)), _split(segment), _slots(slot, len(k)))
+def _keys(k, v, key: Key) -> _Keys:
+    return _Keys(*(_by_head(x, k.shape[2]) for x in (k, v)), jax.tree.map(_split, key))
 
 
 def _by_head(x, kv_heads: int):

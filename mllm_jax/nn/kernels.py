@@ -1,7 +1,7 @@
 """Attention kernels of the platforms, behind `attend`: splash on TPU, cuDNN on GPU.
 
-Each takes q [B T N H], k and v [B S K H], segments [B T] and [B S], and `causal`. A kernel is opaque to XLA's
-partitioner: `over_mesh` gives each device its part.
+Each takes q [B T N H], k and v [B S K H], what queries see of keys, and a Rule (nn/sight.py). A kernel is opaque to
+XLA's partitioner: `over_mesh` gives each device its part.
 """
 
 import math
@@ -10,26 +10,31 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mllm_jax.nn.sight import Key, Query, Rule, sees
 from mllm_jax.sharding import fitting_axes, place
 
 SPLASH_BLOCK = 512
 PLANNED = 9.0  # compute capability of the GPUs that a step can be planned for, which are not there to tell it
 
 
-def kernel_for(q, k, wanted: str) -> str:
+def kernel_for(q, k, rule: Rule, wanted: str) -> str:
     """The implementation for these shapes: what was asked for by name, or under "auto" the platform's where it can."""
     if wanted == "auto":
         backend = jax.default_backend()
         name = {"tpu": "splash", "gpu": "cudnn"}.get(backend, "xla")
-        return name if name == "xla" or _obstacle(name, q, k) is None else "xla"
+        return name if name == "xla" or _obstacle(name, q, k, rule) is None else "xla"
     if wanted not in (*KERNELS, "xla"):
         raise ValueError(f"runtime.attention must be one of auto, xla, {', '.join(KERNELS)}, not {wanted!r}")
-    if wanted != "xla" and (obstacle := _obstacle(wanted, q, k)):
+    if wanted != "xla" and (obstacle := _obstacle(wanted, q, k, rule)):
         raise ValueError(f"attention {wanted!r} cannot take q {q.shape} {q.dtype}, k {k.shape}: {obstacle}")
     return wanted
 
 
-def _obstacle(name: str, q, k) -> str | None:
+def _obstacle(name: str, q, k, rule: Rule) -> str | None:
+    if name == "splash" and rule.prefix:
+        return "its masks are known beforehand, those of a prefix are not; set runtime.attention='xla'"
+    if name == "cudnn" and rule.softcap:
+        return "cuDNN caps no scores; set runtime.attention='xla'"
     if name == "splash" and (q.shape[1] % 128 or k.shape[1] % 128):
         return "lengths must be multiples of 128; pad the budget of tokens or patches"
     if name == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -45,28 +50,25 @@ def _obstacle(name: str, q, k) -> str | None:
     return None
 
 
-def over_mesh(kernel, q, k, v, q_segment, kv_segment, q_slot, kv_slot, rules, tokens: tuple[str, ...] = ()):
-    """`kernel(q, k, v, q_segment, kv_segment, q_slot, kv_slot)`, each device with its own rows and heads.
+def over_mesh(kernel, q, k, v, query: Query, key: Key, rules, tokens: tuple[str, ...] = ()):
+    """`kernel(q, k, v, query, key)`, each device with its own rows and heads.
 
     Heads are split only where those of queries stay with their own of keys and values, which are repeated as need be.
-
-    Args:
-      q_slot: i32[T]; kv_slot: i32[S].
-      tokens: mesh axes over which T and S are split too.
+    `tokens` are mesh axes over which T and S are split too.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel(q, k, v, q_segment, kv_segment, q_slot, kv_slot)
+        return kernel(q, k, v, query, key)
     rows = fitting_axes("batch", len(q), rules, mesh)
     heads = tuple(axis for axis in fitting_axes("heads", q.shape[2], rules, mesh) if axis not in rows)
     split = math.prod(mesh.shape[axis] for axis in heads)
     if q.shape[2] % math.lcm(k.shape[2], split):
         heads, split = (), 1
-    of_heads, of_rows, of_slots = jax.P(rows, tokens, heads), jax.P(rows, tokens), jax.P(tokens)
-    in_specs = (of_heads,) * 3 + (of_rows,) * 2 + (of_slots,) * 2
-    args = (q, *repeat_heads(k, v, split), q_segment, kv_segment, q_slot, kv_slot)
+    of_heads, of_rows = jax.P(rows, tokens, heads), jax.P(rows, tokens)
+    args = (q, *repeat_heads(k, v, split), query, key)
+    in_specs = jax.tree.map(lambda x: of_heads if x.ndim == 4 else of_rows, args)
     spread = jax.shard_map(kernel, in_specs=in_specs, out_specs=of_heads, check_vma=False)
-    return spread(*map(place, args, in_specs))
+    return spread(*jax.tree.map(place, args, in_specs))
 
 
 def repeat_heads(k, v, ways: int):
@@ -75,17 +77,20 @@ def repeat_heads(k, v, ways: int):
     return (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
 
 
-def splash(q, k, v, q_segment, kv_segment, causal):
+def splash(q, k, v, query: Query, key: Key, rule: Rule):
     """Block-sparse flash attention of jax.experimental.pallas; head dims 64, 72, 80 and 128 compile unpadded."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q, k, v))
     lengths = (q.shape[2], k.shape[2])
-    mask = masks.CausalMask(lengths) if causal else masks.FullMask(lengths)
+    mask = masks.CausalMask(lengths) if rule.causal else masks.FullMask(lengths)
+    if rule.window:
+        mask = masks.LocalMask(lengths, (rule.window - 1, 0), offset=0)
     block_q, block_kv = (next(b for b in (SPLASH_BLOCK, 256, 128) if length % b == 0) for length in lengths)
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * q.shape[1]),
+        attn_logits_soft_cap=rule.softcap or None,
         head_shards=1,
         q_seq_shards=1,
         block_sizes=kernels.BlockSizes(
@@ -99,18 +104,18 @@ def splash(q, k, v, q_segment, kv_segment, causal):
             block_kv_dq=block_kv,
         ),
     )
-    segments = kernels.SegmentIds(q_segment, kv_segment)
-    out = jax.vmap(kernel)(q * q.shape[-1] ** -0.5, k, v, segment_ids=segments)
+    segments = kernels.SegmentIds(query.segment, key.segment)
+    out = jax.vmap(kernel)(q * rule.scale, k, v, segment_ids=segments)
     return rearrange(out, "B N T H -> B T N H")
 
 
-def cudnn(q, k, v, q_segment, kv_segment, causal):
+def cudnn(q, k, v, query: Query, key: Key, rule: Rule):
     """cuDNN's fused attention. Its public interface has no segments: they become a mask of T x S booleans per row. Nor
     has it values that are narrower than keys: they are filled up with zeros."""
-    mask = (q_segment[:, :, None] == kv_segment[:, None, :])[:, None]
+    mask, causal = sees(query, key)[:, None], rule.causal and not rule.prefix
     width = v.shape[-1]
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=rule.scale, implementation="cudnn")
     return out[..., :width]
 
 

@@ -75,8 +75,10 @@ class MlaConfig:
         absorbed = queries * both + queries * keys * (2 * self.kv_rank + self.rope_dim)
         return absorbed < keys * both + queries * keys * (self.nope_dim + self.rope_dim + self.v_dim)
 
-    def build(self, norm_eps: float, runtime: Runtime, name: str) -> nn.Module:
+    def build(self, norm_eps: float, window: int, runtime: Runtime, name: str) -> nn.Module:
         """`norm_eps` is that of the layer's norms; those of latents always have 1e-6, as published."""
+        if window:
+            raise ValueError("latent attention has no windows; decoder.windows must be ()")
         return Mla(self, runtime, name=name)
 
 
@@ -85,7 +87,7 @@ class Mla(nn.Module):
     runtime: Runtime
 
     @nn.compact
-    def __call__(self, x, rope, segment, cache):
+    def __call__(self, x, rope, segment, cache, prefix=None):
         """x [B T D] -> ([B T D], the cache with the new tokens).
 
         Args:
@@ -94,6 +96,8 @@ class Mla(nn.Module):
           cache: None, or ((latents [L B 1 S Z], rotary keys [L B 1 S H]) of all layers, this layer, segment of all
             slots, index of new ones).
         """
+        if prefix is not None:
+            raise ValueError("latent attention is causal throughout; decoder.prefix must be False")
         config, dtype, width = self.config, self.runtime.dtype, x.shape[-1]
         q_nope, q_rope = jnp.split(self._queries(x), [config.nope_dim], axis=-1)
         shape = (width, config.kv_rank + config.rope_dim)
@@ -146,9 +150,8 @@ def expanded(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segme
     latent, k_rope = kv
     k, v = jnp.split(_einsum("BSZ,ZNH->BSNH", latent[:, :, 0], up), [config.nope_dim], axis=-1)
     k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (*k.shape[:3], config.rope_dim))], axis=-1)
-    q = jnp.concatenate(q, axis=-1)
-    q = q * (config.scale * q.shape[-1] ** 0.5)  # `attend` divides by the root again
-    return attend(q, k, v, q_segment=q_segment, kv_segment=kv_segment, causal=True, runtime=runtime, offset=offset)
+    q, segments = jnp.concatenate(q, axis=-1), dict(q_segment=q_segment, kv_segment=kv_segment)
+    return attend(q, k, v, **segments, causal=True, runtime=runtime, offset=offset, scale=config.scale)
 
 
 def absorbed(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segment, offset):

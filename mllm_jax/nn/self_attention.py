@@ -25,6 +25,8 @@ class AttentionConfig:
     rope_dim: so many first values of a head turn; 0 = all.
     stretch: how rotary positions reach beyond the texts of the first training, one of nn/rope.py; None = not at all.
     qk_norm: queries and keys have a norm, before they turn (arXiv 2302.05442).
+    scale: factor of the scores; None = 1 / sqrt(head_dim).
+    softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
     qkv_bias, out_bias: the projections to queries, keys and values have biases, the one back has.
     """
 
@@ -37,6 +39,8 @@ class AttentionConfig:
     rope_dim: int = 0
     stretch: Any = None
     qk_norm: bool = True
+    scale: float | None = None
+    softcap: float = 0.0
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -71,8 +75,9 @@ class AttentionConfig:
         table = rope_table(position, axes, stretch.frequencies(self.rope_theta, turns, *length))
         return tuple(part * stretch.table_scale for part in table)
 
-    def build(self, norm_eps: float, runtime: Runtime, name: str) -> nn.Module:
-        return Attention(self, norm_eps, runtime, name=name)
+    def build(self, norm_eps: float, window: int, runtime: Runtime, name: str) -> nn.Module:
+        """`window`: a token sees so many last ones of its conversation, itself among them; 0 = all."""
+        return Attention(self, norm_eps, window, runtime, name=name)
 
 
 def write_cache(cache, new):
@@ -94,16 +99,18 @@ def write_cache(cache, new):
 class Attention(nn.Module):
     config: AttentionConfig
     norm_eps: float
+    window: int
     runtime: Runtime
 
     @nn.compact
-    def __call__(self, x, rope, segment, cache):
+    def __call__(self, x, rope, segment, cache, prefix=None):
         """x [B T D] -> ([B T D], the cache with the new tokens).
 
         Args:
           rope: of `AttentionConfig.rope`.
           segment: i32[B T].
           cache: None, or ((k, v) [L B K S H] of all layers, this layer, segment of all slots, index of new ones).
+          prefix: bool[B T] first tokens of a conversation, which see each other; None where there are none.
         """
         config, dtype = self.config, self.runtime.dtype
         width, head_dim = x.shape[-1], config.head_dim
@@ -123,7 +130,18 @@ class Attention(nn.Module):
             kept, (k, v) = write_cache(cache, (k, v))
             _, _, kv_segment, offset = cache
         out = attend(
-            q, k, v, q_segment=segment, kv_segment=kv_segment, causal=True, runtime=self.runtime, offset=offset
+            q,
+            k,
+            v,
+            q_segment=segment,
+            kv_segment=kv_segment,
+            causal=True,
+            runtime=self.runtime,
+            offset=offset,
+            scale=config.scale,
+            softcap=config.softcap,
+            window=self.window,
+            prefix=prefix,
         )
         shape, axes = (config.heads, head_dim, width), ("heads", "head_dim", "embed")
         return Einsum("...NH,NHD->...D", shape, axes, dtype, bias=config.out_bias, name="out")(out), kept

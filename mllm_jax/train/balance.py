@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mllm_jax.decoder import EXPERTS, DecoderConfig
+from mllm_jax.decoder import DecoderConfig
 from mllm_jax.nn.stack import segments
 from mllm_jax.types import Array, Batch, Routing
 
@@ -78,7 +78,7 @@ class Load(NamedTuple):
 
     @classmethod
     def zeros(cls, config: DecoderConfig) -> "Load":
-        return cls(jnp.zeros((config.kinds.count(EXPERTS), config.moe.experts)))
+        return cls(jnp.zeros((len(config.expert_layers), config.moe.experts)))
 
     @property
     def fraction(self) -> Array:
@@ -121,7 +121,7 @@ BIAS = re.compile(r"^decoder/(layers\d*(?:/slots_\d+)?)/mlp/bias$")
 
 def move_biases(params: dict, load: Load, config: DecoderConfig, rate: float) -> dict:
     """Parameters whose routers' biases have moved by `rate` towards an even load."""
-    numbers = [number for number, kind in enumerate(config.kinds) if kind == EXPERTS]
+    numbers = config.expert_layers
     slots = {name: layers for part in segments(config.kinds) for name, layers, _ in part.slots()}
     flat = flatten_dict(params, sep="/")
     for path, bias in flat.items():

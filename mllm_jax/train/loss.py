@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mllm_jax.nn.runtime import expect_runs
+from mllm_jax.nn.sight import cap
 from mllm_jax.sharding import Rules, join_rows, shard, split_rows, ways
 from mllm_jax.types import Array, Batch
 
@@ -36,7 +37,9 @@ def sum_segments(values, segment):
     return jax.vmap(add)(values.astype(jnp.int32), column)
 
 
-def token_loss(hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = ()) -> Array:
+def token_loss(
+    hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = (), softcap: float = 0.0
+) -> Array:
     """Sum of weight * cross-entropy, f32[].
 
     Differentiated, both gradients are computed together with the loss, chunk by chunk: three matrix products instead
@@ -50,14 +53,15 @@ def token_loss(hidden, table, targets, weight, chunk: int, dtype: str, rules: Ru
       chunk: at most so many targets of each row are in flight, as logits f32[B chunk V].
       dtype: of the operands of matrix products; sums and softmax are fp32.
       rules: where `vocab`, `batch` and `length` live on the ambient mesh; none for a single device.
+      softcap: c, where logits are c tanh(logit / c); 0 = they are not capped.
     """
     rows = _Rows(targets.shape, rules)
-    return _token_loss(rows.split(hidden), table, rows.split(targets), rows.split(weight), chunk, dtype, rules)
+    return _token_loss(rows.split(hidden), table, rows.split(targets), rows.split(weight), chunk, dtype, rules, softcap)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _token_loss(hidden, table, targets, weight, chunk, dtype, rules):
-    head, plan = _Head(table, dtype, rules, len(hidden)), _plan(targets, weight, chunk)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _token_loss(hidden, table, targets, weight, chunk, dtype, rules, softcap):
+    head, plan = _Head(table, dtype, rules, len(hidden), softcap), _plan(targets, weight, chunk)
 
     def body(i, total):
         part = plan.part(i, hidden)
@@ -66,17 +70,17 @@ def _token_loss(hidden, table, targets, weight, chunk, dtype, rules):
     return jnp.sum(plan.each(body, plan.zeros()))
 
 
-def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
+def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules, softcap):
     """The loss, and the gradients of what is differentiated: a frozen table costs no product."""
     (hidden, trains_hidden), (table, trains_table) = ((x.value, x.perturbed) for x in (hidden, table))
-    head, plan = _Head(table, dtype, rules, len(hidden)), _plan(targets.value, weight.value, chunk)
+    head, plan = _Head(table, dtype, rules, len(hidden), softcap), _plan(targets.value, weight.value, chunk)
 
     def body(i, carry):
         total, d_hidden, d_table = carry
         part = plan.part(i, hidden)
         logits = head.logits(part.hidden)
         loss, log_sum, hit = _cross_entropy(logits, part.targets)
-        d_logits = (jnp.exp(logits - log_sum[..., None]) - hit) * part.weight[..., None]
+        d_logits = (jnp.exp(logits - log_sum[..., None]) - hit) * part.weight[..., None] * head.slope(logits)
         if trains_hidden:
             new = head.to_hidden(d_logits).astype(hidden.dtype)
             d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, new, i * plan.size, axis=1)
@@ -91,7 +95,7 @@ def _loss_and_gradients(hidden, table, targets, weight, chunk, dtype, rules):
     return jnp.sum(total), (d_hidden, head.collect(d_table).astype(table.dtype) if trains_table else None)
 
 
-def _scale_gradients(chunk, dtype, rules, gradients, scale):
+def _scale_gradients(chunk, dtype, rules, softcap, gradients, scale):
     d_hidden, d_table = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
     return d_hidden, d_table, None, None
 
@@ -99,14 +103,16 @@ def _scale_gradients(chunk, dtype, rules, gradients, scale):
 _token_loss.defvjp(_loss_and_gradients, _scale_gradients, symbolic_zeros=True)
 
 
-def token_errors(hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = ()) -> tuple[Array, Array]:
+def token_errors(
+    hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = (), softcap: float = 0.0
+) -> tuple[Array, Array]:
     """(sum of weight * cross-entropy f32[], bool[B T] targets of non-zero weight that are not the likeliest token).
 
     The arguments are those of `token_loss`.
     """
     rows = _Rows(targets.shape, rules)
     hidden, targets, weight = (rows.split(x) for x in (hidden, targets, weight))
-    head, plan = _Head(table, dtype, rules, len(hidden)), _plan(targets, weight, chunk)
+    head, plan = _Head(table, dtype, rules, len(hidden), softcap), _plan(targets, weight, chunk)
 
     def body(i, carry):
         total, wrong = carry
@@ -209,8 +215,8 @@ class _Head:
     axes of rows), and over the groups once at the end.
     """
 
-    def __init__(self, table, dtype: str, rules: Rules, rows: int):
-        self.rules, self.dtype, self.shape = rules, dtype, table.shape
+    def __init__(self, table, dtype: str, rules: Rules, rows: int, softcap: float):
+        self.rules, self.dtype, self.shape, self.softcap = rules, dtype, table.shape, softcap
         spread = ways(ROWS, rules, jax.sharding.get_abstract_mesh())
         self.groups = spread if rows % spread == 0 else 1
         self.precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
@@ -221,7 +227,12 @@ class _Head:
         return jnp.einsum(equation, x, y, precision=self.precision, preferred_element_type=jnp.float32)
 
     def logits(self, hidden):
-        return shard(self._product("BTD,VD->BTV", hidden, self.table), (ROWS, None, "vocab"), self.rules)
+        product = self._product("BTD,VD->BTV", hidden, self.table)
+        return shard(cap(product, self.softcap), (ROWS, None, "vocab"), self.rules)
+
+    def slope(self, logits):
+        """Derivative of the logits by what they were before they were capped."""
+        return 1 - (logits / self.softcap) ** 2 if self.softcap else 1.0
 
     def to_hidden(self, d_logits):
         """Gradient of the hidden states [B t D]."""

@@ -9,7 +9,6 @@ import optax
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.decoder import EXPERTS
 from mllm_jax.model import VLM, ModelConfig, head_table
 from mllm_jax.sharding import Rules, partition_spec, ways
 from mllm_jax.train.balance import BalanceConfig, Load, Totals, balance_loss, imbalance, move_biases, totals, z_loss
@@ -27,7 +26,8 @@ def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token"
     """(sum of weight * cross-entropy f32[], Routing or None): sums, so that batches add up."""
     out, runtime = VLM(config).apply({"params": params}, batch, hidden=True), config.runtime
     weight = sample_weights(batch, weighting)
-    loss = token_loss(out.hidden, head_table(params), batch.targets, weight, chunk, runtime.dtype, runtime.rules)
+    about = (chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
+    loss = token_loss(out.hidden, head_table(params), batch.targets, weight, *about)
     return loss, out.routing
 
 
@@ -64,7 +64,7 @@ def make_train_step(
     pinned, _ = split(layout.params, optim.freeze)
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
     moe = config.decoder.moe
-    choices_of_token = 0 if moe is None else moe.top_k * config.decoder.kinds.count(EXPERTS)
+    choices_of_token = 0 if moe is None else moe.top_k * len(config.decoder.expert_layers)
     ahead = moe is not None and balance.counts_first(accumulate)
 
     def add_part(trainable, frozen, whole: Totals, total, part: Batch, known: Load | None):
@@ -165,9 +165,8 @@ def make_eval_step(config: ModelConfig, mesh: Mesh, *, loss_chunk: int = CHUNK) 
     def evaluate(params, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             out, runtime = VLM(config).apply({"params": params}, batch, hidden=True), config.runtime
-            loss, wrong = token_errors(
-                out.hidden, head_table(params), batch.targets, batch.weight, loss_chunk, runtime.dtype, runtime.rules
-            )
+            about = (loss_chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
+            loss, wrong = token_errors(out.hidden, head_table(params), batch.targets, batch.weight, *about)
             load = {} if out.routing is None else {"load": jnp.sum(out.routing.counts, axis=1)}
             return load | dict(
                 loss_sum=loss,

@@ -1,0 +1,84 @@
+"""Which keys a query sees: those of its own segment, of these a stretch from one place to another.
+
+Causality, windows and prefixes are all such stretches, so that masks, blocks that are left out, and tokens that lie on
+several devices need to know nothing else.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.types import Array
+
+
+class Rule(NamedTuple):
+    """How scores are made, and what is left out in advance.
+
+    causal: queries see nothing after themselves.
+    scale: factor of q k^T.
+    softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
+    window: with `causal`, so many last tokens are seen, the query's own among them; 0 = all.
+    prefix: some tokens see each other whatever `causal` and `window` say, see `sight`.
+    """
+
+    causal: bool
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    prefix: bool = False
+
+
+class Query(NamedTuple):
+    segment: Array  # i32[B T]
+    first: Array | None  # i32[B T] the first place that it sees; None = every query sees from the beginning
+    last: Array | None  # i32[B T] the last place that it sees; None = every query sees to the end
+
+
+class Key(NamedTuple):
+    segment: Array  # i32[B S]
+    place: Array  # i32[B S] numbers that grow along a conversation, by one from token to token
+
+
+def sight(rule: Rule, q_segment, kv_segment, offset=None, prefix=None) -> tuple[Query, Key]:
+    """What queries see of keys.
+
+    Args:
+      q_segment: i32[B T]; kv_segment: i32[B S]; 0 = padding.
+      offset: i32[] the queries' first slot among the keys; None where both are the same tokens.
+      prefix: bool[B T] first tokens of a conversation, which see each other; needs `rule.causal`.
+    """
+    slots = jnp.broadcast_to(jnp.arange(kv_segment.shape[1]), kv_segment.shape)
+    # In a cache padding may stand between a prompt and what continues it.
+    place = jnp.cumsum(kv_segment > 0, axis=1) if rule.window and offset is not None else slots
+    if not rule.causal:
+        return Query(q_segment, None, None), Key(kv_segment, place)
+    own = place if offset is None else jax.lax.dynamic_slice_in_dim(place, offset, q_segment.shape[1], axis=1)
+    first, last = own - (rule.window - 1) if rule.window else None, own
+    if prefix is not None:
+        last = jnp.where(prefix, jnp.take_along_axis(own, _end_of_run(prefix), axis=1), own)
+        first = None if first is None else jnp.where(prefix, jnp.minimum(first, 0), first)
+    return Query(q_segment, first, last), Key(kv_segment, place)
+
+
+def _end_of_run(flags):
+    """bool[B T] -> i32[B T]: the last of the flags that follow one another from here on; itself where there is none."""
+    length = flags.shape[1]
+    here = jnp.broadcast_to(jnp.arange(length), flags.shape)
+    without = jax.lax.cummin(jnp.where(flags, length, here), axis=1, reverse=True)
+    return jnp.where(flags, without - 1, here)
+
+
+def sees(query: Query, key: Key):
+    """bool[... T S] from [... T] and [... S]. Padding sees padding."""
+    seen = query.segment[..., :, None] == key.segment[..., None, :]
+    if query.first is not None:
+        seen &= query.first[..., :, None] <= key.place[..., None, :]
+    if query.last is not None:
+        seen &= query.last[..., :, None] >= key.place[..., None, :]
+    return seen
+
+
+def cap(scores, softcap: float):
+    """c tanh(score / c); as they are where c is 0."""
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
