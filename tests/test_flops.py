@@ -85,6 +85,16 @@ def test_count_equals_the_traced_program(tie, freeze):
     assert dot_flops(both(trainable, frozen).jaxpr) == sum(part.total for part in flops.values())
 
 
+def test_windows_attend_to_less():
+    counts = Counts(tokens=10, token_pairs=50, patches=1000, patch_pairs=1000**2, targets=10)
+    whole, layers, pair = tiny_config(), 3, 4 * 64
+    windows = replace(whole, encoder=replace(whole.encoder, window=8, whole=(1,)))
+    saved = count_flops(whole, counts)["encoder"].forward - count_flops(windows, counts)["encoder"].forward
+    assert saved == (layers - 1) * pair * (1000**2 - 1000 * 64)
+    tiny = counts._replace(patch_pairs=4000)  # of pictures that are smaller than a window
+    assert count_flops(whole, tiny) == count_flops(windows, tiny)
+
+
 def test_what_is_frozen_costs_no_backward():
     config = tiny_config()
     counts = useful(a_batch(np.random.default_rng(0)))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, abstract_params
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.train.optim import split
@@ -88,7 +89,7 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
         head=counts.targets,
     )
     attention = dict(
-        encoder=0 if encoder is None else 4 * counts.patch_pairs * encoder.layers * encoder.width,
+        encoder=0 if encoder is None else 4 * encoder.width * _pairs(encoder, counts),
         decoder=counts.token_pairs * decoder.layers * decoder.attention.pair_flops,
     )
     result, reached = {}, False
@@ -104,6 +105,13 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
         own = attention.get(part, 0)
         result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
     return result
+
+
+def _pairs(encoder: VitConfig, counts: Counts) -> float:
+    """Pairs of patches that meet in all layers. Windows count as full ones: those at the edges of pictures are less."""
+    windowed = encoder.layers - len(encoder.whole) if encoder.window else 0
+    within = min(counts.patches * encoder.window**2, counts.patch_pairs)
+    return (encoder.layers - windowed) * counts.patch_pairs + windowed * within
 
 
 def _share(path: str, moe: MoeConfig | None) -> float:
