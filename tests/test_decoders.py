@@ -29,6 +29,17 @@ CASES = {
     ),
     "mistral": ("Mistral", SMALL | dict(head_dim=32, sliding_window=5)),
     "qwen2": ("Qwen2", SMALL | dict(tie_word_embeddings=True)),
+    "qwen2_windows": (
+        "Qwen2",
+        SMALL | dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    ),
+    "gemma": ("Gemma", SMALL | dict(num_key_value_heads=1, head_dim=24)),
+    "gemma2": (
+        "Gemma2",
+        SMALL
+        | dict(num_hidden_layers=4, head_dim=24, query_pre_attn_scalar=20, sliding_window=5)
+        | dict(attn_logit_softcapping=8.0, final_logit_softcapping=6.0),
+    ),
 }
 
 
@@ -43,7 +54,7 @@ def tiny(name: str):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".layers." in name and parameter.ndim == 2:
-                parameter.mul_(2.0)  # or a token's embedding outweighs what the layers add, and greedy tokens repeat
+                parameter.mul_(3.0)  # or a token's embedding outweighs what the layers add, and greedy tokens repeat
     return model
 
 

@@ -4,13 +4,26 @@ Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show.
 """
 
-from mllm_jax.families import deepseek, dinov2, llama, mistral, qwen2, qwen2_vl, qwen3, qwen3_vl
+from mllm_jax.families import (
+    deepseek,
+    dinov2,
+    gemma,
+    gemma2,
+    llama,
+    mistral,
+    qwen2,
+    qwen2_vl,
+    qwen3,
+    qwen3_vl,
+)
 
 FAMILIES = {
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
     "dinov2": dinov2,
     "dinov2_with_registers": dinov2,
+    "gemma": gemma,
+    "gemma2": gemma2,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,

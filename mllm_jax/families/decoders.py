@@ -1,6 +1,6 @@
 """What published decoders have in common: most of a config.json, most names of tensors, and a model of text alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,25 @@ def expect(text: Mapping[str, Any], family: str, **only: Any) -> None:
     wrong = [f"{name}={text[name]!r}" for name, value in only.items() if text.get(name, value) not in (value, None)]
     if wrong:
         raise ValueError(f"{family} as published has no {', '.join(wrong)}")
+
+
+def windows_from_hf(text: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
+    """`DecoderConfig.windows`, as short as can be, of layers that are "sliding_attention" or "full_attention"."""
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types of config.json are unknown: {', '.join(sorted(unknown))}")
+    windows = tuple((text["sliding_window"] or 0) if kind == "sliding_attention" else 0 for kind in kinds)
+    periods = (windows[:n] for n in range(1, len(windows) + 1))
+    shortest = next(p for p in periods if all(w == p[i % len(p)] for i, w in enumerate(windows)))
+    return shortest if any(shortest) else ()
+
+
+def windows_to_hf(decoder: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `windows_from_hf`. ValueError for windows of several sizes."""
+    windows = [kind.window for kind in decoder.kinds]
+    if len(sizes := set(windows) - {0}) > 1:
+        raise ValueError(f"a config.json knows one size of windows, not {sorted(sizes)}")
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    return {"sliding_window": max(windows) or None, "layer_types": kinds}
 
 
 def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None, **fields: Any) -> DecoderConfig:

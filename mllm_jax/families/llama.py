@@ -61,8 +61,20 @@ SIZES = {
 }
 
 
+# What a config.json leaves out that was written by transformers: texts of multimodal models say little.
+_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+
+
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "llama". ValueError for what this model cannot do."""
+    text = _DEFAULTS | text
     expect(text, "Llama", pretraining_tp=1)
     return read_decoder(
         text,

@@ -18,8 +18,21 @@ SIZES = {
 }
 
 
+_DEFAULTS = {  # what a config.json leaves out that was written by transformers
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "mistral". ValueError for what this model cannot do."""
+    text = _DEFAULTS | text
     expect(text, "Mistral", hidden_act="silu")
     return read_decoder(text, windows=(text["sliding_window"],) if text.get("sliding_window") else ())
 

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
-from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
+from mllm_jax.families.decoders import (
+    TextFamily,
+    expect,
+    read_decoder,
+    windows_from_hf,
+    windows_to_hf,
+    write_decoder,
+)
 from mllm_jax.nn.self_attention import AttentionConfig
 
 _TEXT = AttentionConfig(28, 4, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False, qkv_bias=True)
@@ -42,13 +49,21 @@ def decoder_from_hf(text: dict) -> DecoderConfig:
 
     Raises ValueError for what this model cannot do.
     """
-    expect(text, "Qwen2", hidden_act="silu", use_sliding_window=False)
-    return read_decoder(text, rope={"theta": 1e6, "layout": "chunked"}, qkv_bias=True)
+    expect(text, "Qwen2", hidden_act="silu")
+    windows = ()
+    if text.get("use_sliding_window"):
+        full = min(text.get("max_window_layers", 28), text["num_hidden_layers"])
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (text["num_hidden_layers"] - full)
+        windows = windows_from_hf(text, text.get("layer_types") or kinds)
+    rope = {"theta": 1e6, "layout": "chunked"}
+    return read_decoder(text, rope=rope, qkv_bias=True, windows=windows)
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:
     """The inverse of `decoder_from_hf`."""
-    return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "use_sliding_window": False}
+    windows = windows_to_hf(decoder)
+    sliding = {"use_sliding_window": windows["sliding_window"] is not None, **windows}
+    return write_decoder(decoder, length=32768) | {"hidden_act": "silu"} | sliding
 
 
 decoder_weights = rows.decoder

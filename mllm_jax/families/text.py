@@ -3,7 +3,8 @@
 from types import ModuleType
 
 from mllm_jax.decoder import DecoderConfig
-from mllm_jax.families import llama, mistral, qwen2, qwen3
+from mllm_jax.families import gemma, gemma2, llama, mistral, qwen2, qwen3
+from mllm_jax.weights.table import Row
 
 TEXT: dict[str, ModuleType] = {
     "llama": llama,
@@ -11,6 +12,8 @@ TEXT: dict[str, ModuleType] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3,
+    "gemma": gemma,
+    "gemma2": gemma2,
 }
 
 
@@ -23,11 +26,21 @@ def decoder_from_hf(text: dict) -> DecoderConfig:
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:
     """The inverse: the text config, with its model_type, of the first family that can say all of this decoder."""
+    return _sayings(decoder)[1]
+
+
+def decoder_weights(decoder: DecoderConfig, prefix: str, head: str) -> list[Row]:
+    """Rows of a decoder with the names of its family's tensors; they begin with `prefix`, `head` is the head's."""
+    return _sayings(decoder)[0].decoder_weights(decoder, prefix, head)
+
+
+def _sayings(decoder: DecoderConfig) -> tuple[ModuleType, dict]:
+    """The first family that can say all of a decoder, and what it says."""
     for kind, family in TEXT.items():
         try:
             written = {"model_type": kind, **family.decoder_to_hf(decoder)}
             if family.decoder_from_hf(written) == decoder:
-                return written
+                return family, written
         except (ValueError, AttributeError):  # AttributeError: of a part that the family does not know
             continue
     raise ValueError(f"no text config of {', '.join(TEXT)} can say all of this decoder: {decoder}")

@@ -1,0 +1,73 @@
+"""Gemma (arXiv 2403.08295), and the decoder of PaliGemma."""
+
+from dataclasses import replace
+
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import rows
+from mllm_jax.families.decoders import (
+    TextFamily,
+    activation_from_hf,
+    activation_to_hf,
+    expect,
+    read_decoder,
+    write_decoder,
+)
+from mllm_jax.nn.self_attention import AttentionConfig
+
+_2B = DecoderConfig(
+    vocab=256000,
+    width=2048,
+    layers=18,
+    attention=AttentionConfig(8, 1, 256, rope_theta=1e4, rope_sections=(128, 0, 0), qk_norm=False),
+    mlp=16384,
+    activation="gelu_tanh",
+    norm="rms_offset",
+    tie_embeddings=True,
+    embed_scale=2048**0.5,
+)
+
+SIZES = {
+    "2b": _2B,
+    "7b": replace(
+        _2B,
+        width=3072,
+        layers=28,
+        attention=replace(_2B.attention, heads=16, kv_heads=16),
+        mlp=24576,
+        embed_scale=3072**0.5,
+    ),
+}
+_DEFAULTS = {  # what a config.json leaves out that was written by transformers
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "gemma". ValueError for what this model cannot do."""
+    text = _DEFAULTS | text
+    expect(text, "Gemma", attention_bias=False)
+    activation = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
+    # Files of before transformers 4.39 say "gelu" and mean its approximation.
+    activation = "gelu_tanh" if activation == "gelu" else activation_from_hf(activation)
+    scale = text["hidden_size"] ** 0.5
+    return read_decoder(text, activation=activation, norm="rms_offset", embed_scale=scale)
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`."""
+    activation = activation_to_hf(decoder.activation, "gelu_pytorch_tanh")
+    return write_decoder(decoder, length=8192) | {"hidden_act": activation, "attention_bias": False}
+
+
+decoder_weights = rows.decoder
+FAMILY = TextFamily("gemma", "GemmaForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
+sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
+IGNORE = ("lm_head.weight",)
+RENAME = ()

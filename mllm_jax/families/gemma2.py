@@ -1,0 +1,89 @@
+"""Gemma 2 (arXiv 2408.00118), and the decoder of PaliGemma 2."""
+
+from dataclasses import replace
+
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import gemma, rows
+from mllm_jax.families.decoders import TextFamily, windows_from_hf, windows_to_hf
+
+_2B = replace(
+    gemma.SIZES["2b"],
+    width=2304,
+    layers=26,
+    attention=replace(gemma.SIZES["2b"].attention, kv_heads=4, softcap=50.0),
+    mlp=9216,
+    windows=(4096, 0),
+    post_norms=True,
+    embed_scale=2304**0.5,
+    logit_softcap=30.0,
+)
+_HEADS = dict(head_dim=128, rope_sections=(64, 0, 0))
+
+SIZES = {
+    "2b": _2B,
+    "9b": replace(
+        _2B,
+        width=3584,
+        layers=42,
+        attention=replace(_2B.attention, heads=16, kv_heads=8),
+        mlp=14336,
+        embed_scale=3584**0.5,
+    ),
+    "27b": replace(
+        _2B,
+        width=4608,
+        layers=46,
+        attention=replace(_2B.attention, heads=32, kv_heads=16, scale=144**-0.5, **_HEADS),
+        mlp=36864,
+        embed_scale=4608**0.5,
+    ),
+}
+_DEFAULTS = {  # what a config.json leaves out that was written by transformers
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "gemma2". ValueError for what this model cannot do."""
+    text = _DEFAULTS | text
+    first, divisor = gemma.decoder_from_hf(text), text["query_pre_attn_scalar"]
+    kinds = text.get("layer_types") or [
+        "full_attention" if number % 2 else "sliding_attention" for number in range(first.layers)
+    ]
+    scale = None if divisor == first.attention.head_dim else divisor**-0.5
+    return replace(
+        first,
+        attention=replace(first.attention, scale=scale, softcap=text["attn_logit_softcapping"] or 0.0),
+        windows=windows_from_hf(text, kinds),
+        post_norms=True,
+        logit_softcap=text["final_logit_softcapping"] or 0.0,
+    )
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`."""
+    written, attention = gemma.decoder_to_hf(decoder), decoder.attention
+    return written | {
+        "hidden_activation": written["hidden_act"],
+        "query_pre_attn_scalar": round(attention.scale**-2) if attention.scale else attention.head_dim,
+        "attn_logit_softcapping": attention.softcap or None,
+        "final_logit_softcapping": decoder.logit_softcap or None,
+        **windows_to_hf(decoder),
+    }
+
+
+decoder_weights = rows.decoder
+FAMILY = TextFamily("gemma2", "Gemma2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
+sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
+IGNORE = ("lm_head.weight",)
+RENAME = ()
