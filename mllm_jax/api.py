@@ -13,13 +13,16 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
+from mllm_jax.data.pairs import with_texts
 from mllm_jax.data.processor import Processor, spec_for
+from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings
-from mllm_jax.types import Batch
+from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -29,10 +32,10 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 class Pretrained:
     """A model with all that its use needs: `vlm.model.apply({"params": vlm.params}, batch)`."""
 
-    config: ModelConfig
+    config: ModelConfig | DualConfig
     model: nn.Module
     params: Any  # nested dict of arrays
-    processor: Processor | None = None  # None where the folder has no tokenizer and chat template
+    processor: Processor | DualProcessor | None = None  # None where the folder lacks a part of it, as a chat template
 
 
 def load_pretrained(
@@ -100,10 +103,11 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
         multihost_utils.sync_global_devices("save_pretrained")
 
 
-def from_hf_inputs(config: ModelConfig, inputs: Mapping[str, Any]) -> Batch:
+def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) -> Batch | DualBatch:
     """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits come out in its order.
 
-    For a tower alone a batch has a picture a row, and no tokens.
+    For a tower alone a batch has a picture a row, and no tokens; for a dual encoder a picture a row, a text a row, or
+    either alone.
 
     Args:
       config: its family says which arrays are understood, and what they mean.
@@ -113,6 +117,9 @@ def from_hf_inputs(config: ModelConfig, inputs: Mapping[str, Any]) -> Batch:
       ValueError: an unknown name, or placeholders in `input_ids` that do not match the pictures.
     """
     family = FAMILIES[config.family]
+    if isinstance(config, DualConfig):
+        arrays = as_arrays(inputs, family.INPUTS)
+        return with_texts(family.pictures(config, arrays), arrays, reads_padding=config.text_pool.token == "last")
     sees = config.encoder is not None
     arrays = as_arrays(inputs, family.INPUTS if sees else ())
     if config.decoder is None:
@@ -129,8 +136,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG} is not JSON: {fault}") from None
 
 
-def _processor(folder: Path, config: ModelConfig) -> Processor | None:
+def _processor(folder: Path, config: ModelConfig | DualConfig) -> Processor | DualProcessor | None:
     try:
+        if isinstance(config, DualConfig):
+            return DualProcessor.from_folder(folder, config)
         return Processor.from_folder(folder, spec_for(config))
     except FileNotFoundError:
         return None
@@ -141,6 +150,7 @@ def _write_texts(vlm: Pretrained, folder: Path) -> None:
     generation = {}
     if vlm.processor is not None:
         vlm.processor.save(folder)
+    if isinstance(vlm.processor, Processor):
         stop = list(vlm.processor.stop_ids)
         generation = {"eos_token_id": stop, "pad_token_id": stop[0]}
     for name, content in (

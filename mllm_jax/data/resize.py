@@ -61,7 +61,8 @@ class Crop:
 
     def to_hf(self) -> dict[str, Any]:
         height, width = self.size
-        return {"size": {"shortest_edge": self.edge}, "crop_size": {"height": height, "width": width}}
+        sizes = {"size": {"shortest_edge": self.edge}, "crop_size": {"height": height, "width": width}}
+        return {"image_processor_type": "CLIPImageProcessor", "resample": self.filter, **sizes}
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Stretch:
         return resize(image, self.size, self.filter)
 
     def to_hf(self) -> dict[str, Any]:
-        height, width = self.size
-        return {"size": {"height": height, "width": width}}
+        size = dict(zip(("height", "width"), self.size))
+        return {"image_processor_type": "SiglipImageProcessor", "resample": self.filter, "size": size}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class Keep:
         return resize(image, naflex_size(image.height, image.width, self.patch, self.patches), self.filter)
 
     def to_hf(self) -> dict[str, Any]:
-        return {"patch_size": self.patch, "max_num_patches": self.patches}
+        sizes = {"patch_size": self.patch, "max_num_patches": self.patches}
+        return {"image_processor_type": "Siglip2ImageProcessor", "resample": self.filter, **sizes}
 
 
 Rule = Crop | Stretch | Keep

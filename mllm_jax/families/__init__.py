@@ -5,6 +5,7 @@ the names of its Hugging Face processor's arrays of pictures, and visuals(config
 """
 
 from mllm_jax.families import (
+    clip,
     deepseek,
     dinov2,
     gemma,
@@ -15,9 +16,14 @@ from mllm_jax.families import (
     qwen2_vl,
     qwen3,
     qwen3_vl,
+    siglip,
+    siglip2,
+    vision,
 )
 
 FAMILIES = {
+    "clip": clip,
+    "clip_vision_model": vision.clip,
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
     "dinov2": dinov2,
@@ -33,4 +39,8 @@ FAMILIES = {
     "qwen3_moe": qwen3,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl,
+    "siglip": siglip,
+    "siglip_vision_model": vision.siglip,
+    "siglip2": siglip2,
+    "siglip2_vision_model": vision.siglip2,
 }

@@ -1,0 +1,203 @@
+"""Dual encoders: pictures and texts as vectors of one space (CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343).
+
+A tower of pictures and the layers of a language model, each with a pool that makes one vector of what they give.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import linen as nn
+
+from mllm_jax.decoder import Decoder, DecoderConfig
+from mllm_jax.model import example_picture
+from mllm_jax.nn.attention import attend
+from mllm_jax.nn.einsum import Einsum
+from mllm_jax.nn.mlp import Mlp
+from mllm_jax.nn.norm import LayerNorm
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.sharding import named
+from mllm_jax.types import DualBatch, Output
+
+# Of every loss, the scale and the bias of the logits before training; None = there is no bias.
+LOSSES = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}
+
+
+@dataclass(frozen=True)
+class ClassPool:
+    """The class token of a picture, projected to `width` values."""
+
+    width: int
+
+    def build(self, runtime: Runtime, name: str | None) -> nn.Module:
+        return _ClassPool(self, runtime, name=name)
+
+
+@dataclass(frozen=True)
+class AttentionPool:
+    """A learned query that attends to all patches of a picture, and a feed-forward block (arXiv 2106.04560, MAP)."""
+
+    heads: int
+    mlp: int
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+
+    def build(self, runtime: Runtime, name: str | None) -> nn.Module:
+        return _AttentionPool(self, runtime, name=name)
+
+
+@dataclass(frozen=True)
+class TokenPool:
+    """One token of a text, projected to `width` values.
+
+    token: "end" is the first `end`, "highest" the one of the highest id, "last" the last one, padding or not.
+    bias: whether the projection has one.
+    """
+
+    width: int
+    token: str
+    end: int = -1
+    bias: bool = False
+
+    def __post_init__(self):
+        if self.token not in TOKENS:
+            raise ValueError(f"text_pool.token must be one of {', '.join(TOKENS)}, not {self.token!r}")
+
+
+TOKENS = {  # tokens i32[texts T] -> places i32[texts]
+    "end": lambda tokens, end: jnp.argmax(tokens == end, axis=1),
+    "highest": lambda tokens, end: jnp.argmax(tokens, axis=1),
+    "last": lambda tokens, end: jnp.full(len(tokens), tokens.shape[1] - 1),
+}
+
+
+@dataclass(frozen=True)
+class DualConfig:
+    """A tower and a pool for pictures, and for texts; the types of the configs choose the parts.
+
+    encoder, image_pool: of pictures; the pool is a ClassPool or an AttentionPool.
+    text, text_pool: of texts; with `text.prefix` all tokens of a text see each other.
+    loss: what the logits are made for: "softmax" over all texts (or pictures), or a "sigmoid" of every pair.
+    family: the table of weight names (families/), used for reading and writing only.
+    """
+
+    encoder: Any
+    image_pool: Any
+    text: DecoderConfig
+    text_pool: TokenPool
+    loss: str = "softmax"
+    runtime: Runtime = Runtime()
+    family: str = "clip"
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+
+    def build(self) -> nn.Module:
+        return DualEncoder(self)
+
+    def example(self) -> DualBatch:
+        """The smallest batch that touches every weight: a picture of one patch, a text of one token."""
+        return DualBatch(
+            tokens=np.zeros((1, 1), np.int32),
+            segment=np.ones((1, 1), np.int32),
+            vision=example_picture(self.encoder.patch_values, 1),
+            first=np.zeros((1, 1), np.int32),
+        )
+
+
+class DualEncoder(nn.Module):
+    config: DualConfig
+
+    def setup(self):
+        config, runtime = self.config, self.config.runtime
+        self.encoder = config.encoder.build(runtime, name=None)
+        self.image_pool = config.image_pool.build(runtime.within("encoder"), name=None)
+        self.text = Decoder(config.text, runtime)
+        shape, axes = (config.text.width, config.text_pool.width), ("embed", None)
+        self.text_pool = Einsum("...D,DE->...E", shape, axes, runtime.dtype, bias=config.text_pool.bias)
+        scale, bias = LOSSES[config.loss]
+        scalar = lambda name, value: self.param(name, named(nn.initializers.constant(value)), ())
+        self.log_scale = scalar("log_scale", math.log(scale))
+        self.bias = None if bias is None else scalar("bias", bias)
+
+    def encode_image(self, batch: DualBatch):
+        """Pictures -> f32[pictures D] of unit length; `apply(..., method="encode_image")`."""
+        x = rearrange(self.encoder(batch.vision).value, "B R P D -> B (R P) D")
+        image = rearrange(batch.vision.image, "B R P -> B (R P)")
+        pooled = rearrange(self.image_pool(x, image, batch.first), "B k D -> (B k) D")
+        return _unit(pooled if batch.order is None else pooled[batch.order])
+
+    def encode_text(self, batch: DualBatch):
+        """Texts -> f32[texts D] of unit length; `apply(..., method="encode_text")`."""
+        tokens, segment, pool = batch.tokens, batch.segment, self.config.text_pool
+        position = repeat(jnp.arange(tokens.shape[1]), "T -> B T 3", B=len(tokens))
+        modality = jnp.zeros_like(tokens)
+        prefix = segment > 0 if self.config.text.prefix else None
+        x, _, _ = self.text(self.text.embed(tokens), position, segment, modality, prefix=prefix)
+        place = TOKENS[pool.token](tokens, pool.end)
+        return _unit(self.text_pool(jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]))
+
+    def __call__(self, batch: DualBatch) -> Output:
+        """A pure function of parameters and batch; of what the batch lacks nothing is returned, as are no logits."""
+        images = None if batch.vision is None else self.encode_image(batch)
+        texts = None if batch.tokens is None else self.encode_text(batch)
+        if images is None or texts is None:
+            return Output(image_embeddings=images, text_embeddings=texts)
+        return Output(self.similarity(images, texts), image_embeddings=images, text_embeddings=texts)
+
+    def similarity(self, images, texts):
+        """Embeddings -> logits f32[pictures texts]; `apply(..., method="similarity")`."""
+        cosine = jnp.einsum("iD,jD->ij", images, texts, precision=jax.lax.Precision.HIGHEST)
+        scale, bias = self.temperature()
+        return scale * cosine + bias
+
+    def temperature(self):
+        """The factor of a cosine and what is added, f32[]: a logit. `apply(..., method="temperature")`."""
+        bias = jnp.zeros(()) if self.bias is None else self.bias
+        return jnp.exp(self.log_scale.astype(jnp.float32)), bias.astype(jnp.float32)
+
+
+def _unit(x):
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class _ClassPool(nn.Module):
+    config: ClassPool
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, x, image, first):
+        """x [B P D], image i32[B P], first i32[B k] -> [B k width]."""
+        token = jnp.take_along_axis(x, first[..., None], axis=1)
+        shape = (x.shape[-1], self.config.width)
+        return Einsum("...D,DE->...E", shape, ("embed", None), self.runtime.dtype, name="projection")(token)
+
+
+class _AttentionPool(nn.Module):
+    config: AttentionPool
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, x, image, first):
+        """x [B P D], image i32[B P], first i32[B k] -> [B k D]."""
+        config, dtype, width = self.config, self.runtime.dtype, x.shape[-1]
+        heads, head_dim = config.heads, width // config.heads
+        probe = self.param("probe", named(nn.initializers.normal(width**-0.5), "embed"), (width,))
+
+        shape, axes = (3, width, heads, head_dim), (None, "embed", "heads", "head_dim")
+        project = Einsum("...D,CDNH->...CNH", shape, axes, dtype, bias=True, name="qkv")
+        q, kv = project(probe)[0], project(x)
+        q = jnp.broadcast_to(q, (*first.shape, heads, head_dim))
+        k, v = (kv[..., i, :, :] for i in (1, 2))
+        own = jnp.where(first < 0, -1, jnp.take_along_axis(image, first, axis=1))
+        out = attend(q, k, v, q_segment=own, kv_segment=image, causal=False, runtime=self.runtime)
+        axes = ("heads", "head_dim", "embed")
+        out = Einsum("...NH,NHD->...D", (heads, head_dim, width), axes, dtype, bias=True, name="out")(out)
+        mlp = Mlp(config.mlp, width, config.activation, dtype, name="mlp")
+        return out + mlp(LayerNorm(config.norm_eps, name="norm")(out))

@@ -1,0 +1,110 @@
+"""SigLIP (arXiv 2303.15343), and SigLIP 2 (arXiv 2502.14786) for square pictures: sizes, config.json, weight names."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mllm_jax.data.hf_inputs import Arrays
+from mllm_jax.data.pairs import one_each
+from mllm_jax.dual import AttentionPool, DualConfig, TokenPool
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.families import duals
+from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.families.towers import SIGLIP, Tower
+from mllm_jax.families.vision import SQUARE, square_pictures
+from mllm_jax.types import DualBatch
+from mllm_jax.weights.table import Row
+
+_TOKENS = dict(vocab=32000, positions=64, activation="gelu_tanh", prefix=True)
+TEXT = duals.text_tower(768, 12, 12, 3072, **_TOKENS)
+_LARGE = duals.text_tower(1024, 24, 16, 4096, **_TOKENS)
+_SO400M = duals.text_tower(1152, 27, 16, 4304, **_TOKENS)
+TEXTS = {"base": TEXT, "large": _LARGE, "so400m": _SO400M, "giant": _SO400M}
+FIRST = ("base-16-224", "base-16-256", "base-16-384", "base-16-512", "large-16-256", "large-16-384", "so400m-14-224",
+         "so400m-14-384")  # fmt: skip
+SECOND = tuple(f"2-{name}" for name in SIGLIP.sizes)
+GEMMA = 256000  # tokens of SigLIP 2's vocabulary
+
+
+def sizes(name: str) -> DualConfig:
+    """The config of a published size: "base-16-224" and others of FIRST; SigLIP 2's are "2-base-16-224" ..., SECOND."""
+    if name not in FIRST + SECOND:
+        raise ValueError(f"SigLIP has no size {name!r}; sizes: {', '.join(FIRST + SECOND)}")
+    encoder, text = SIGLIP.sizes[name.removeprefix("2-")], TEXTS[name.removeprefix("2-").partition("-")[0]]
+    if name in SECOND:
+        text = replace(text, vocab=GEMMA)
+    elif name == "so400m-14-224":
+        text = replace(text, positions=16)
+    return dual(encoder, text, encoder.width, "siglip")
+
+
+def dual(encoder: VitConfig, text: Any, width: int, family: str) -> DualConfig:
+    """Both towers with SigLIP's pools; embeddings have the tower's width, which the text's projection must have."""
+    pool = AttentionPool(encoder.heads, encoder.mlp, encoder.activation, encoder.norm_eps)
+    return DualConfig(encoder, pool, text, TokenPool(width, "last", bias=True), loss="sigmoid", family=family)
+
+
+def from_hf(config: Mapping[str, Any]) -> DualConfig:
+    """The model that a `config.json` of model_type "siglip" describes. ValueError for what this model cannot do."""
+    return read(config, SIGLIP)
+
+
+def read(config: Mapping[str, Any], tower: Tower) -> DualConfig:
+    """`from_hf`, for both kinds of towers."""
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    if not vision.get("vision_use_head", True):
+        raise ValueError("vision_config.vision_use_head is false: without a head there are no embeddings of pictures")
+    tokens = duals.text_from_hf(text, TEXT)
+    return dual(tower.from_hf(vision), tokens, text.get("projection_size") or tokens.width, config["model_type"])
+
+
+def to_hf(config: DualConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for what a config.json of SigLIP cannot say."""
+    return write(config, SIGLIP, "Siglip")
+
+
+def write(config: DualConfig, tower: Tower, name: str) -> dict:
+    """`to_hf`, for both kinds of towers; `name` as transformers' classes begin."""
+    kind = name.lower()
+    text = duals.text_to_hf(config.text, f"{kind}_text_model") | {"projection_size": config.text_pool.width}
+    written = {
+        "architectures": [f"{name}Model"],
+        "model_type": kind,
+        "text_config": text,
+        "vision_config": tower.to_hf(config.encoder),
+    }
+    return duals.checked(config, written, lambda written: read(written, tower))
+
+
+INPUTS = SQUARE
+
+
+def pictures(config: DualConfig, arrays: Arrays) -> DualBatch:
+    """Pictures of one size, each in a row of its own."""
+    return one_each(square_pictures(config, arrays))
+
+
+IGNORE, RENAME = duals.IGNORE, duals.RENAME
+
+
+def weights(config: DualConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    return rows(config, SIGLIP)
+
+
+def rows(config: DualConfig, tower: Tower) -> list[Row]:
+    """`weights`, for both kinds of towers."""
+    head = "vision_model.head"
+    return [
+        *duals.weights(config, tower),
+        Row("image_pool/probe", f"{head}.probe", "1 1 d -> d"),
+        Row("image_pool/qkv/w", f"{head}.attention.in_proj_weight", "(c n h) d -> c d n h"),
+        Row("image_pool/qkv/b", f"{head}.attention.in_proj_bias", "(c n h) -> c n h"),
+        *linear("image_pool/out", f"{head}.attention.out_proj", "d (n h) -> n h d", ""),
+        *layer_norm("image_pool/norm", f"{head}.layernorm"),
+        *linear("image_pool/mlp/up", f"{head}.mlp.fc1", "f d -> d f", ""),
+        *linear("image_pool/mlp/down", f"{head}.mlp.fc2", "d f -> f d", ""),
+        *linear("text_pool", "text_model.head", "e d -> d e", ""),
+        Row("log_scale", "logit_scale", "1 ->", dtype="float32"),
+        Row("bias", "logit_bias", "1 ->", dtype="float32"),
+    ]

@@ -1,0 +1,101 @@
+"""Towers of pictures alone, out of CLIP, SigLIP and SigLIP 2: features are transformers' `last_hidden_state`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.families.pictures import counted_like_text, cut
+from mllm_jax.families.towers import CLIP, NAFLEX, SIGLIP, Tower
+from mllm_jax.model import ModelConfig
+from mllm_jax.types import Picture
+from mllm_jax.weights.table import Row
+
+PREFIX = "vision_model."
+SQUARE = ("pixel_values",)
+ANY_SIZE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
+def square_pictures(config: Any, arrays: Arrays) -> list[Picture]:
+    """`pixel_values` f[n c h w], pictures of one size; `config` has an encoder."""
+    pixels, encoder = arrays.get("pixel_values", np.zeros((0, 0, 0, 0))), config.encoder
+    if pixels.ndim != 4:
+        raise ValueError(f"pixel_values must be [pictures c h w], not {pixels.shape}")
+    return [cut(picture, encoder.patch_size, encoder.lead) for picture in pixels]
+
+
+def pictures_of_any_size(config: Any, arrays: Arrays) -> list[Picture]:
+    """NaFlex's: `pixel_values` f[n p C] patches with values in (y, x, c) order, `spatial_shapes` i[n 2] in patches.
+
+    `pixel_attention_mask` says the same as the shapes, that the rest of a row is padding, and is only compared.
+    """
+    given = [name for name in ANY_SIZE if name in arrays]
+    if not given:
+        return []
+    if missing := {"pixel_values", "spatial_shapes"} - set(given):
+        raise ValueError(f"pixel_values and spatial_shapes belong together; {missing.pop()} is missing")
+    pixels, shapes = arrays["pixel_values"], arrays["spatial_shapes"]
+    counts = shapes.prod(axis=1)
+    mask = arrays.get("pixel_attention_mask", np.arange(pixels.shape[1]) < counts[:, None])
+    if pixels.ndim != 3 or len(shapes) != len(pixels) or (mask.sum(axis=1) != counts).any():
+        raise ValueError(
+            f"pixel_values {pixels.shape} must be [pictures patches values], with as many of each picture's patches in "
+            f"pixel_attention_mask as in spatial_shapes: {mask.sum(axis=1).tolist()}, {counts.tolist()}"
+        )
+    side = config.encoder.patch_size
+    values = rearrange(pixels.astype(np.float32), "n p (y x c) -> n p (c y x)", y=side, x=side)
+    return [Picture(patches[:count], tuple(map(int, shape))) for patches, count, shape in zip(values, counts, shapes)]
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """A kind of tower as a family of its own.
+
+    architecture: transformers' class.
+    features: of the encoder, see VitConfig.
+    INPUTS, pictures: arrays of its processor, and what they show.
+    """
+
+    tower: Tower
+    architecture: str
+    features: tuple[int, ...]
+    INPUTS: tuple[str, ...]
+    pictures: Callable[[ModelConfig, Arrays], list[Picture]]
+
+    IGNORE = (r".*position_ids", r"vision_model\.head\..*", r"(text_model|logit_|visual_projection|text_projection).*")
+    RENAME = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
+
+    def sizes(self, name: str) -> ModelConfig:
+        """The config of a published size. ValueError where there is none of that name."""
+        if name not in self.tower.sizes:
+            raise ValueError(f"{self.tower.kind} has no size {name!r}; sizes: {', '.join(self.tower.sizes)}")
+        return self._model(self.tower.sizes[name])
+
+    def _model(self, encoder: Any) -> ModelConfig:
+        return ModelConfig(replace(encoder, features=self.features), family=self.tower.kind)
+
+    def from_hf(self, config: dict) -> ModelConfig:
+        """The tower that a config.json of its model_type describes."""
+        return self._model(self.tower.from_hf(config))
+
+    def to_hf(self, config: ModelConfig) -> dict:
+        """The inverse; without the head that makes one vector of a picture."""
+        head = {"vision_use_head": False} if self.tower is not CLIP else {}
+        return {"architectures": [self.architecture], **self.tower.to_hf(config.encoder), **head}
+
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """Pictures, which stand for themselves: there is no text."""
+        pictures = self.pictures(config, arrays)
+        return {0: [counted_like_text((picture,), range(len(picture.patches) - picture.lead)) for picture in pictures]}
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        """Our names and theirs, for this config; see weights/table.py."""
+        return self.tower.rows(config.encoder, PREFIX)
+
+
+clip = TowerFamily(CLIP, "CLIPVisionModel", (-1,), SQUARE, square_pictures)
+siglip = TowerFamily(SIGLIP, "SiglipVisionModel", (), SQUARE, square_pictures)
+siglip2 = TowerFamily(NAFLEX, "Siglip2VisionModel", (), ANY_SIZE, pictures_of_any_size)
