@@ -21,12 +21,15 @@ TEXT, PICTURE, VIDEO = range(len(MODALITIES))
 
 @dataclass(frozen=True)
 class VisionTokenIds:
-    """Ids of the tokens that stand for vision in a prompt: placeholders of pictures and clips, and their brackets."""
+    """Ids of the tokens that stand for vision in a prompt: placeholders of pictures and clips, and their brackets.
+
+    -1: there is none.
+    """
 
     image: int
-    video: int
-    start: int
-    end: int
+    video: int = -1
+    start: int = -1
+    end: int = -1
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class ModelConfig:
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
+    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     position_rate: rotary positions per second of a clip; 0 = one per temporal patch. Used where batches are made.
     """
@@ -42,6 +46,7 @@ class ModelConfig:
     connector: Any = None
     decoder: DecoderConfig | None = None
     tokens: VisionTokenIds | None = None
+    pinpoints: tuple[tuple[int, int], ...] = ()
     runtime: Runtime = Runtime()
     family: str = "qwen3_vl"
     position_rate: float = 0.0

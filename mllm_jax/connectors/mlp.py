@@ -1,4 +1,4 @@
-"""A linear layer, or an MLP, on every patch (LLaVA arXiv 2304.08485 and 2310.03744), with AnyRes's newline (LLaVA-NeXT)."""
+"""A linear layer, or an MLP, on every patch (LLaVA arXiv 2304.08485, 2310.03744), with the newline of LLaVA-NeXT."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,8 @@
 """Published models: one file per family, looked up by the model_type of a config.json.
 
 Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
-the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show.
+the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
+encoder pictures(config, arrays).
 """
 
 from mllm_jax.families import (
@@ -10,7 +11,9 @@ from mllm_jax.families import (
     dinov2,
     gemma,
     gemma2,
+    internvl,
     llama,
+    llava,
     mistral,
     qwen2,
     qwen2_vl,
@@ -30,7 +33,10 @@ FAMILIES = {
     "dinov2_with_registers": dinov2,
     "gemma": gemma,
     "gemma2": gemma2,
+    "internvl": internvl,
     "llama": llama,
+    "llava": llava,
+    "llava_next": llava,
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen2_5_vl": qwen2_vl,

@@ -39,9 +39,17 @@ def counted_like_text(pictures: tuple[Picture, ...], order: np.ndarray) -> Visua
     return Visual(pictures, np.asarray(order, np.int32), *in_a_line(len(order)))
 
 
-def cut(pixels: np.ndarray, patch: int, lead: int) -> Picture:
-    """A picture of pixels f[c h w] -> patches in rows from the top, with `lead` empty ones before them."""
-    grid = tuple(side // patch for side in pixels.shape[1:])
-    whole = pixels[:, : grid[0] * patch, : grid[1] * patch].astype(np.float32)
-    patches = rearrange(whole, "c (row y) (column x) -> (row column) (c y x)", y=patch, x=patch)
-    return Picture(np.concatenate([np.zeros((lead, patches.shape[1]), np.float32), patches]), grid)
+def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> Picture:
+    """A picture of pixels f[c h w] -> patches, merge-block-major, with `lead` empty ones before them.
+
+    What is left over of its sides is not read.
+    """
+    rows, columns = (side // (patch * merge) for side in pixels.shape[1:])
+    whole = pixels[:, : rows * patch * merge, : columns * patch * merge].astype(np.float32)
+    patches = rearrange(
+        whole,
+        "c (row m1 y) (column m2 x) -> (row column m1 m2) (c y x)",
+        m1=merge, m2=merge, y=patch, x=patch,
+    )  # fmt: skip
+    empty = np.zeros((lead, patches.shape[1]), np.float32)
+    return Picture(np.concatenate([empty, patches]), (rows * merge, columns * merge))

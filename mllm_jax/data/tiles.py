@@ -1,0 +1,103 @@
+"""How a picture of any size becomes tiles of one size. PIL and numpy only.
+
+AnyRes (LLaVA-NeXT, llava/mm_utils.py of haotian-liu/LLaVA) lays a picture on the best of a list of canvases and keeps
+its aspect ratio; the dynamic tiles of InternVL (arXiv 2404.16821, section 3.3) stretch it to the best grid.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+
+from mllm_jax.data.images import resized
+from mllm_jax.types import NEWLINE
+
+Size = tuple[int, int]  # (height, width)
+
+
+def best_canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The canvas on which a picture keeps most of its pixels; of several the one that wastes least, then the first."""
+    height, width = size
+
+    def worth(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - math.prod(canvas)
+
+    return max(pinpoints, key=worth)
+
+
+def fitted(size: Size, canvas: Size) -> Size:
+    """The largest size of this aspect ratio that a canvas holds, sides rounded up."""
+    height, width = size
+    tall, wide = canvas[0] / height, canvas[1] / width
+    if wide < tall:
+        return min(math.ceil(height * wide), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(width * tall), canvas[1])
+
+
+def anyres_tiles(image: Image.Image, canvas: Size, tile: int) -> np.ndarray:
+    """The whole picture stretched to a tile, then the tiles of its canvas row by row: u8[tiles tile tile 3].
+
+    The picture stands in the middle of the canvas; around it is black.
+    """
+    height, width = fitted((image.height, image.width), canvas)
+    laid = np.zeros((*canvas, 3), np.uint8)
+    top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
+    laid[top : top + height, left : left + width] = resized(image, (height, width))
+    return np.concatenate([resized(image, (tile, tile))[None], _cut(laid, tile)])
+
+
+def anyres_order(size: Size, canvas: Size, tile: int, side: int) -> np.ndarray:
+    """Which visual tokens stand where, for a picture of `size` pixels: i32[m].
+
+    First all tokens of the whole picture, then the grid of all tiles row by row, without the rows or columns that lie
+    around the picture, a NEWLINE after each row.
+
+    Args:
+      tile: side of a tile in pixels.
+      side: visual tokens along the side of a tile.
+    """
+    rows, columns = canvas[0] // tile, canvas[1] // tile
+    whole, tokens = np.arange(side**2), np.arange((1 + rows * columns) * side**2)[side**2 :]
+    shape = {"rows": rows, "columns": columns, "y": side, "x": side}
+    grid = _uncovered(rearrange(tokens, "(rows columns y x) -> (rows y) (columns x)", **shape), size)
+    lines = np.concatenate([grid, np.full((len(grid), 1), NEWLINE)], axis=1)
+    return np.concatenate([whole, lines.ravel()]).astype(np.int32)
+
+
+def _uncovered(grid: np.ndarray, size: Size) -> np.ndarray:
+    """The part of a grid of tokens that a picture of `size`, in its middle, covers."""
+    (height, width), (rows, columns) = size, grid.shape
+    if width / height > columns / rows:
+        edge = (rows - int(round(height * (columns / width), 7))) // 2
+        return grid[edge : rows - edge]
+    edge = (columns - int(round(width * (rows / height), 7))) // 2
+    return grid[:, edge : columns - edge]
+
+
+def dynamic_grid(size: Size, low: int, high: int, tile: int) -> Size:
+    """(rows, columns) of `low` to `high` tiles whose aspect ratio is closest to the picture's.
+
+    Of equally close ones the later in the order of their number, as long as they are not twice the picture's area.
+    """
+    height, width = size
+    grids = [(r, c) for c in range(1, high + 1) for r in range(1, high + 1) if low <= r * c <= high]
+    best, closest = (1, 1), math.inf
+    for rows, columns in sorted(grids, key=math.prod):
+        distance = abs(width / height - columns / rows)
+        if distance < closest or (distance == closest and height * width > 0.5 * tile**2 * rows * columns):
+            best, closest = (rows, columns), distance
+    return best
+
+
+def dynamic_tiles(image: Image.Image, grid: Size, tile: int) -> np.ndarray:
+    """The tiles of a grid, row by row; of several the last is the whole picture: u8[tiles tile tile 3]."""
+    tiles = _cut(resized(image, (grid[0] * tile, grid[1] * tile)), tile)
+    return tiles if len(tiles) == 1 else np.concatenate([tiles, resized(image, (tile, tile))[None]])
+
+
+def _cut(pixels: np.ndarray, tile: int) -> np.ndarray:
+    return rearrange(pixels, "(rows y) (columns x) c -> (rows columns) y x c", y=tile, x=tile)

@@ -1,0 +1,112 @@
+"""InternVL 2.5 and 3 (arXiv 2412.05271, 2504.10479): InternViT, pixel shuffle with an MLP, Qwen2.5 or any decoder.
+
+Tensor names as in the published safetensors files of OpenGVLab's "-hf" models.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import qwen2, text
+from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
+from mllm_jax.families.llava import features_from_hf, features_to_hf, whole
+from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.families.towers import INTERN, tower_for
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.weights.table import Row
+
+
+def _size(tower: str, decoder: DecoderConfig) -> ModelConfig:
+    decoder = replace(decoder, vocab=151674, tie_embeddings=False)
+    return ModelConfig(INTERN.sizes[tower], PixelShuffleConfig(), decoder, VisionTokenIds(151667), family="internvl")
+
+
+SIZES = {
+    "3-1b": _size("300m", qwen2.SIZES["2.5-0.5b"]),
+    "3-2b": _size("300m", qwen2.SIZES["2.5-1.5b"]),
+    "3-8b": _size("300m", qwen2.SIZES["2.5-7b"]),
+    "3-14b": _size("300m", qwen2.SIZES["2.5-14b"]),
+    "3-38b": _size("6b", qwen2.SIZES["2.5-32b"]),
+    "3-78b": _size("6b", qwen2.SIZES["2.5-72b"]),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size, such as "3-8b"."""
+    if name not in SIZES:
+        raise ValueError(f"InternVL has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "internvl" describes. ValueError for what this model cannot do."""
+    encoder = tower_for(config["vision_config"]).from_hf(config["vision_config"])
+    layer = config.get("vision_feature_layer", -1)
+    encoder = encoder if layer == -1 else replace(encoder, features=features_from_hf(layer))
+    if config.get("vision_feature_select_strategy", "default") != "default" or not encoder.class_token:
+        raise ValueError("InternVL drops the class token of its tower; config.json says otherwise")
+    merge = 1 / config.get("downsample_ratio", 0.5)
+    if merge != int(merge):
+        raise ValueError(f"downsample_ratio must be 1, 1/2, 1/3 ...; config.json says {config['downsample_ratio']}")
+    decoder = text.decoder_from_hf({"model_type": "qwen2", **config["text_config"]})
+    tie = config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", True))
+    return ModelConfig(
+        encoder,
+        PixelShuffleConfig(int(merge), activation_from_hf(config.get("projector_hidden_act", "gelu"))),
+        replace(decoder, tie_embeddings=bool(tie)),
+        VisionTokenIds(config.get("image_token_id", 151667)),
+        family="internvl",
+    )
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for a model that InternVL's config.json cannot say."""
+    connector, encoder = config.connector, config.encoder
+    written = {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": config.tokens.image,
+        "image_seq_length": encoder.position_grid**2 // connector.merge**2,
+        "downsample_ratio": 1 / connector.merge,
+        "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
+        "vision_feature_layer": features_to_hf(encoder.features) if encoder.features else -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "text_config": text.decoder_to_hf(config.decoder),
+        "vision_config": INTERN.to_hf(encoder),
+    }
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(f"InternVL's config.json cannot say all of this model: {config} would be read as {understood}")
+    return written
+
+
+INPUTS = ("pixel_values",)
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """Tiles f[tiles c h w] of all pictures: each stands for the placeholders of its own visual tokens."""
+    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+    return {config.tokens.image: [whole(config, tile) for tile in pixels]}
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    return [
+        *INTERN.rows(config.encoder, "vision_tower."),
+        *layer_norm("connector/norm", "multi_modal_projector.layer_norm"),
+        *linear("connector/up", "multi_modal_projector.linear_1", "o i -> i o", ""),
+        *linear("connector/down", "multi_modal_projector.linear_2", "o i -> i o", ""),
+        *text.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
+    ]
+
+
+IGNORE = (r".*lm_head\.weight", r".*\.inv_freq")
+# Names since transformers 4.52.
+RENAME = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(?=vision_tower|multi_modal_projector)", ""),
+)

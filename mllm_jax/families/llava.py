@@ -1,0 +1,186 @@
+"""LLaVA 1.0, 1.5 (arXiv 2304.08485, 2310.03744) and LLaVA-NeXT: a CLIP or SigLIP tower, an MLP, any decoder.
+
+Tensor names as in the published safetensors files of llava-hf.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mllm_jax.connectors.mlp import MlpConnectorConfig
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.tiles import anyres_order, best_canvas
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import llama, mistral, qwen2, text
+from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
+from mllm_jax.families.pictures import counted_like_text, cut
+from mllm_jax.families.rows import linear
+from mllm_jax.families.towers import CLIP, tower_for, tower_of
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.types import Visual
+from mllm_jax.weights.table import Row
+
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_TOWER = replace(CLIP.sizes["l14-336"], features=(-2,))
+
+
+def _first(decoder: DecoderConfig) -> ModelConfig:
+    tower = replace(CLIP.sizes["l14"], features=(-2,))
+    return ModelConfig(tower, MlpConnectorConfig(layers=1), decoder, VisionTokenIds(32000), family="llava")
+
+
+def _second(decoder: DecoderConfig) -> ModelConfig:
+    decoder = replace(decoder, vocab=32064)
+    return ModelConfig(_TOWER, MlpConnectorConfig(), decoder, VisionTokenIds(32000), family="llava")
+
+
+def _next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
+    decoder = replace(decoder, vocab=vocab)
+    return ModelConfig(
+        _TOWER, MlpConnectorConfig(newline=True), decoder, VisionTokenIds(image), PINPOINTS, family="llava_next"
+    )
+
+
+SIZES = {
+    "1.0-7b": _first(llama.SIZES["7b"]),
+    "1.0-13b": _first(llama.SIZES["13b"]),
+    "1.5-7b": _second(llama.SIZES["vicuna-7b"]),
+    "1.5-13b": _second(llama.SIZES["vicuna-13b"]),
+    "next-vicuna-7b": _next(llama.SIZES["vicuna-7b"], 32064, 32000),
+    "next-vicuna-13b": _next(llama.SIZES["vicuna-13b"], 32064, 32000),
+    "next-mistral-7b": _next(mistral.SIZES["7b-v0.2"], 32064, 32000),
+    "next-34b": _next(llama.SIZES["yi-34b"], 64064, 64000),
+    "next-llama3-8b": _next(llama.SIZES["3-8b"], 128320, 128256),
+    "next-72b": _next(qwen2.SIZES["1.5-72b"], 152064, 151646),
+    "next-110b": _next(qwen2.SIZES["1.5-110b"], 152064, 151646),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size, such as "1.5-7b" or "next-mistral-7b"."""
+    if name not in SIZES:
+        raise ValueError(f"LLaVA has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "llava" or "llava_next" describes.
+
+    Raises ValueError for what this model cannot do.
+    """
+    encoder = tower_for(config["vision_config"]).from_hf(config["vision_config"])
+    encoder = replace(encoder, features=features_from_hf(config.get("vision_feature_layer", -2)))
+    keeps = {"default": True, "full": False}  # that the first feature is dropped: the class token, where there is one
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if keeps[strategy] != encoder.class_token:
+        raise ValueError(f"vision_feature_select_strategy {strategy!r} does not fit a tower of {encoder.lead} tokens")
+    if not config.get("multimodal_projector_bias", True):
+        raise ValueError("LLaVA as published has multimodal_projector_bias; config.json says false")
+    newline = config["model_type"] == "llava_next"
+    activation = activation_from_hf(config.get("projector_hidden_act", "gelu"))
+    pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+    return ModelConfig(
+        encoder,
+        MlpConnectorConfig(activation=activation, newline=newline),
+        text.decoder_from_hf({"model_type": "llama", **config["text_config"]}),
+        VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 32000))),
+        tuple((height, width) for height, width in pinpoints) if newline else (),
+        family=config["model_type"],
+    )
+
+
+def features_from_hf(layers: int | list[int]) -> tuple[int, ...]:
+    """Theirs count what goes into the first layer as 0, and from the end as we do."""
+    layers = [layers] if isinstance(layers, int) else layers
+    if 0 in layers:
+        raise ValueError("vision_feature_layer 0, what goes into the first layer, cannot be a feature")
+    return tuple(layer - 1 if layer > 0 else layer for layer in layers)
+
+
+def features_to_hf(features: tuple[int, ...]) -> int | list[int]:
+    layers = [layer + 1 if layer >= 0 else layer for layer in features]
+    return layers[0] if len(layers) == 1 else layers
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for a model that LLaVA's config.json cannot say."""
+    connector, encoder = config.connector, config.encoder
+    kind = "llava_next" if connector.newline else "llava"
+    decoder = text.decoder_to_hf(config.decoder)
+    written = {
+        "architectures": [
+            {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}[kind]
+        ],
+        "model_type": kind,
+        "image_token_index": config.tokens.image,
+        "image_seq_length": encoder.position_grid**2,
+        "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
+        "vision_feature_layer": features_to_hf(encoder.features),
+        "vision_feature_select_strategy": "default" if encoder.class_token else "full",
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "text_config": decoder,
+        "vision_config": tower_of(encoder).to_hf(encoder),
+    }
+    if connector.newline:
+        written["image_grid_pinpoints"] = [list(size) for size in config.pinpoints]
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
+    return written
+
+
+INPUTS = ("pixel_values", "image_sizes")
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """Pictures f[pictures c h w], or with newlines their tiles f[pictures tiles c h w] and sizes i[pictures 2]."""
+    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+    if not config.connector.newline:
+        return {config.tokens.image: [whole(config, picture) for picture in pixels]}
+    if len(pixels) != len(arrays.get("image_sizes", ())):
+        raise ValueError(f"{len(pixels)} pictures need as many image_sizes, not {len(arrays.get('image_sizes', ()))}")
+    return {
+        config.tokens.image: [
+            tiled(config, tiles, (int(height), int(width)))
+            for tiles, (height, width) in zip(pixels, arrays.get("image_sizes", ()), strict=True)
+        ]
+    }
+
+
+def whole(config: ModelConfig, pixels: np.ndarray) -> Visual:
+    """A picture, or a tile, that is read as one: pixels [c h w]."""
+    picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
+    return counted_like_text((picture,), np.arange(picture.grid[0] * picture.grid[1] // config.merge**2))
+
+
+def tiled(config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> Visual:
+    """A picture of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
+    side = config.encoder.position_grid
+    tile = side * config.encoder.patch_size
+    canvas = best_canvas(size, config.pinpoints)
+    count = 1 + (canvas[0] // tile) * (canvas[1] // tile)
+    pictures = tuple(cut(pixels, config.encoder.patch_size, config.lead, config.merge) for pixels in tiles[:count])
+    return counted_like_text(pictures, anyres_order(size, canvas, tile, side))
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    return [
+        *tower_of(config.encoder).rows(config.encoder, "vision_tower.vision_model."),
+        *(
+            row
+            for i in range(config.connector.layers)
+            for row in linear(f"connector/linear{i}", f"multi_modal_projector.linear_{i + 1}", "o i -> i o", "")
+        ),
+        Row("connector/newline", "image_newline"),
+        *text.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
+    ]
+
+
+IGNORE = (r".*lm_head\.weight", r".*\.position_ids", r".*\.inv_freq")
+# Names since transformers 4.52.
+RENAME = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(?=vision_tower|multi_modal_projector|image_newline)", ""),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)

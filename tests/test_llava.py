@@ -1,0 +1,250 @@
+"""LLaVA, LLaVA-NeXT and InternVL: logits, gradients, tokens and files equal transformers' on random tiny weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from reference import perturb
+
+import mllm_jax
+from mllm_jax.data.tiles import best_canvas
+from mllm_jax.families import internvl, llava
+from mllm_jax.model import count_params
+
+IMAGE, NEW = 150, 6
+TEXT = dict(
+    vocab_size=200,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
+SMALL = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+CLIP = dict(model_type="clip_vision_model", image_size=16, patch_size=4, **SMALL)
+SIGLIP = dict(model_type="siglip_vision_model", image_size=16, patch_size=4, vision_use_head=False, **SMALL)
+INTERN = dict(image_size=[16, 16], patch_size=[4, 4], attention_bias=True, **SMALL)
+PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+
+
+def llava_config(kind="Llava", **fields):
+    given = dict(vision_config=CLIP, text_config=dict(model_type="llama", **TEXT), image_token_index=IMAGE)
+    return getattr(transformers, f"{kind}Config")(**given | fields)
+
+
+CONFIGS = {
+    "llava": lambda: llava_config(),
+    "llava_siglip_qwen2_two_layers": lambda: llava_config(
+        vision_config=SIGLIP,
+        text_config=dict(model_type="qwen2", **TEXT),
+        vision_feature_layer=[-2, 2],
+        vision_feature_select_strategy="full",
+    ),
+    "llava_next": lambda: llava_config(
+        "LlavaNext", text_config=dict(model_type="mistral", sliding_window=None, **TEXT), image_grid_pinpoints=PINPOINTS
+    ),
+    "internvl": lambda: transformers.InternVLConfig(
+        vision_config=INTERN,
+        text_config=dict(model_type="qwen2", **TEXT),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    ),
+    "internvl_6b_tied": lambda: transformers.InternVLConfig(
+        vision_config=dict(INTERN, attention_bias=False, use_qk_norm=True, norm_type="rms_norm"),
+        text_config=dict(model_type="qwen2", tie_word_embeddings=True, **TEXT),
+        image_token_id=IMAGE,
+        tie_word_embeddings=True,
+    ),
+}
+# (height, width) of the pictures in every row of a batch.
+ROWS = [[(20, 30)], [], [(40, 11), (16, 16)]]
+
+
+def reference_of(name):
+    config = CONFIGS[name]()
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    architecture = type(config).__name__.replace("Config", "ForConditionalGeneration")
+    model = getattr(transformers, architecture)(config).eval().float()
+    perturb(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    """(our model, read from files that transformers wrote; theirs)"""
+    folder, model = tmp_path_factory.mktemp(request.param), reference_of(request.param)
+    model.save_pretrained(folder)
+    return mllm_jax.load_pretrained(folder), model
+
+
+def inputs_of(model, rows=ROWS, side="right", labels=False):
+    """Prompts with pictures of these sizes, as the model's own processor would give them, of random pixels."""
+    rng, kind = np.random.default_rng(3), model.config.model_type
+    pixels, sizes, ids = [], [], []
+    for row in rows:
+        tokens = list(range(5, 9 + len(row)))
+        for height, width in row:
+            if kind == "llava_next":
+                canvas = best_canvas((height, width), PINPOINTS)
+                tiles = rng.standard_normal((1 + canvas[0] * canvas[1] // 256, 3, 16, 16)).astype(np.float32)
+                sizes.append((height, width))
+                with torch.no_grad():
+                    features = model.model.get_image_features(
+                        torch.tensor(tiles)[None], torch.tensor([[height, width]])
+                    )
+                count = features.pooler_output[0].shape[0]
+                pixels.append(np.concatenate([tiles, np.zeros((5 - len(tiles), 3, 16, 16), np.float32)]))
+            else:
+                tiles = 1 if kind == "llava" else height // 8
+                pixels += list(rng.standard_normal((tiles, 3, 16, 16)).astype(np.float32))
+                count = 16 if kind == "llava" else 4 * tiles
+            tokens += [IMAGE] * count + list(range(20, 24))
+        ids.append(tokens)
+    length = max(map(len, ids))
+    filled = np.zeros((len(ids), length), np.int64)
+    mask = np.zeros((len(ids), length), np.int64)
+    for row, tokens in enumerate(ids):
+        here = slice(0, len(tokens)) if side == "right" else slice(length - len(tokens), length)
+        filled[row, here], mask[row, here] = tokens, 1
+    inputs = {"input_ids": filled, "attention_mask": mask}
+    if pixels:
+        inputs["pixel_values"] = np.stack(pixels)
+    if sizes:
+        inputs["image_sizes"] = np.array(sizes)
+    if labels:
+        inputs["labels"] = np.where((mask == 1) & (filled != IMAGE), filled, -100)
+    return inputs
+
+
+def theirs(inputs):
+    return {name: torch.tensor(array) for name, array in inputs.items()}
+
+
+@functools.cache
+def compiled(model):
+    return jax.jit(model.apply)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits(pair, side):
+    ours, model = pair
+    inputs = inputs_of(model, side=side)
+    with torch.no_grad():
+        expected = model(**theirs(inputs)).logits.numpy()
+    out = compiled(ours.model)({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs))
+    real = inputs["attention_mask"] == 1
+    assert np.abs(expected[real]).max() > 0.5
+    np.testing.assert_allclose(np.asarray(out.logits)[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients(pair, tmp_path):
+    """Of every tensor, by its published name: the gradients are written as if they were weights."""
+    ours, model = pair
+    inputs = inputs_of(model, labels=True)
+    model.zero_grad()
+    model(**theirs(inputs)).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    batch = mllm_jax.from_hf_inputs(ours.config, inputs)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            logits = ours.model.apply({"params": params}, batch).logits
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+            return jnp.sum(nll * batch.weight) / jnp.sum(batch.weight)
+
+        return jax.grad(loss)(params)
+
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    backup = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(expected[name])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(backup[name])
+    wanted = mllm_jax.load_pretrained(tmp_path).params
+    found = gradients(ours.params)
+    for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True):
+        scale = max(float(np.abs(one).max()), 1e-4)
+        np.testing.assert_allclose(two, one, atol=1e-3 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_greedy_tokens(pair):
+    ours, model = pair
+    inputs = inputs_of(model, side="left")
+    with torch.no_grad():
+        settings = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = model.generate(**theirs(inputs), **settings)[:, -NEW:].numpy()
+    batch = mllm_jax.from_hf_inputs(ours.config, inputs)
+    np.testing.assert_array_equal(mllm_jax.generate_ids(ours, batch, NEW), expected)
+
+
+def test_files_go_back(pair, tmp_path):
+    ours, model = pair
+    mllm_jax.save_pretrained(ours, tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert again.config.model_type == model.config.model_type
+    tensors = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0, msg=name)
+    inputs = theirs(inputs_of(model))
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", [llava, internvl])
+def test_published_sizes(family):
+    totals = {name: sum(count_params(family.sizes(name)).values()) for name in family.SIZES}
+    assert totals == {name: PARAMETERS[name] for name in family.SIZES}
+
+
+def test_published_configs_are_read_back():
+    for family in (llava, internvl):
+        for name, config in family.SIZES.items():
+            if name.startswith("1.0"):
+                with pytest.raises(ValueError, match="cannot say"):
+                    family.to_hf(config)  # transformers has no connector of one layer
+            else:
+                assert family.from_hf(family.to_hf(config)) == config
+
+
+def test_bad_inputs(pair):
+    ours, model = pair
+    inputs = inputs_of(model)
+    few = dict(inputs, pixel_values=inputs["pixel_values"][:1])
+    if "image_sizes" in inputs:
+        few["image_sizes"] = inputs["image_sizes"][:1]
+    with pytest.raises(ValueError, match="placeholders more than the pictures"):
+        mllm_jax.from_hf_inputs(ours.config, few)
+    with pytest.raises(ValueError, match="unknown inputs.*image_grid_thw"):
+        mllm_jax.from_hf_inputs(ours.config, dict(inputs, image_grid_thw=np.zeros((1, 3))))
+
+
+PARAMETERS = {
+    "1.0-7b": 7045793792,
+    "1.0-13b": 13324292096,
+    "1.5-7b": 7063427072,
+    "1.5-13b": 13351494656,
+    "next-vicuna-7b": 7063431168,
+    "next-vicuna-13b": 13351499776,
+    "next-mistral-7b": 7566747648,
+    "next-34b": 34752083968,
+    "next-llama3-8b": 8355276800,
+    "next-72b": 72666949632,
+    "next-110b": 111588943872,
+    "3-1b": 938193024,
+    "3-2b": 2088957440,
+    "3-8b": 7944373760,
+    "3-14b": 15117256704,
+    "3-38b": 38388164992,
+    "3-78b": 78408318336,
+}
