@@ -1,13 +1,17 @@
 """Vision towers: features equal transformers', positions torch's, windows those of a plain loop; published sizes."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from einops import rearrange
+from flax.core import meta
 from reference import perturb
 from safetensors.numpy import load_file
 from transformers.models.internvl import InternVLVisionConfig, InternVLVisionModel
@@ -22,6 +26,8 @@ from mllm_jax.families import dinov2
 from mllm_jax.families.pictures import cut
 from mllm_jax.families.towers import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of
 from mllm_jax.model import ModelConfig, abstract_params, count_params
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.sharding import make_mesh
 from mllm_jax.types import Picture
 from mllm_jax.weights.table import expand, flatten, to_ours, unflatten
 
@@ -179,6 +185,57 @@ def test_windows_are_those_of_a_loop_over_pictures():
         numbers = [segments.pop() for key, segments in windows.items() if key]
         assert len(set(numbers)) == len(numbers) and min(numbers) > 0
         assert windows.get(0, {0}) == {0}
+
+
+EVERYTHING = VitConfig(
+    width=64, layers=3, heads=4, mlp=48, patch_size=4, temporal_patch_size=1, position_grid=5, patch_bias=False,
+    resampling="bicubic_antialias", class_token=True, registers=2, mask_token=True, window=4, whole=(1,), qk_norm=True,
+    norm="rms", gated=True, activation="silu", layer_scale=0.5, first_norm=True, last_norm=True, features=(0, -1),
+    taps=(1,),
+)  # fmt: skip
+
+
+def run(runtime, mesh):
+    """Features, taps and gradients of a tower with every field in use, for pictures and padding in four rows."""
+    rng = np.random.default_rng(0)
+    grids = [[(5, 5), (2, 9)], [(2, 3)], [(6, 4), (4, 4)], []]
+    rows = [tuple(cut(rng.standard_normal((3, 4 * h, 4 * w), np.float32), 4, 3) for h, w in row) for row in grids]
+    examples = [[without_text(row)] for row in rows]
+    vision = collate(examples, Budget(1, 2, 30), merge=1, values=EVERYTHING.patch_values).vision
+    boxed = jax.eval_shape(EVERYTHING.build(Runtime(), name=None).init, jax.random.key(0), vision)["params"]
+    leaves = jax.tree.leaves(meta.unbox(boxed))
+    weights = [rng.standard_normal(leaf.shape, np.float32) * 0.3 for leaf in leaves]
+    params = jax.tree.unflatten(jax.tree.structure(meta.unbox(boxed)), weights)
+    vit, real = EVERYTHING.build(runtime, name=None), (vision.image > 0)[..., None]
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(params, vision):
+        out = jax.tree.map(lambda x: x * real, vit.apply({"params": params}, vision))
+        return sum(jnp.sum(jnp.sin(x)) for x in out), out
+
+    with jax.set_mesh(make_mesh(mesh)) if mesh else nullcontext():
+        (_, out), gradients = jax.tree.map(np.asarray, loss(params, vision))
+    return out, flatten(gradients)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run(Runtime(), None)
+
+
+@pytest.mark.parametrize(
+    "runtime, mesh",
+    [(Runtime(scan=False, remat="full"), None), (Runtime(), {"data": 2, "context": 2, "tensor": 2})],
+    ids=["unrolled", "mesh"],
+)
+def test_runtime_and_mesh_change_nothing(plain, runtime, mesh):
+    (expected, gradients), (features, found) = plain, run(runtime, mesh)
+    assert expected.value.shape == (4, 2, 30, 128) and np.abs(expected.value).max() > 0.5
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), features, expected)
+    for path, gradient in gradients.items():
+        assert np.abs(gradient).max() > 0 or path in ("mask_token", "last_norm/scale"), path
+        assert np.linalg.norm(found[path] - gradient) <= 1e-4 * np.linalg.norm(gradient), path
 
 
 # Counted in transformers' models on torch's meta device.
