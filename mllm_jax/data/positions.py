@@ -43,3 +43,8 @@ def on_a_grid(height: int, width: int, times: Sequence[int] = (0,)) -> Block:
     """
     t, y, x = (axis.ravel() for axis in np.meshgrid(times, np.arange(height), np.arange(width), indexing="ij"))
     return np.stack([t, y, x], axis=1), max(height, width, int(max(times)) + 1)
+
+
+def patch_positions(count: int, rate: float, seconds: float) -> list[int]:
+    """Rotary positions of a clip's temporal patches, `seconds` apart, at `rate` a second; rate 0 = one each."""
+    return [int(index * rate * seconds) if rate else index for index in range(count)]
