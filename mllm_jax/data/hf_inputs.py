@@ -30,7 +30,7 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
       config: a ModelConfig.
       inputs: `input_ids` i[B T]; optional `attention_mask` [B T] (padding left or right); `labels` [B T] are
         `input_ids`, or -100 where there is no loss (absent: no loss); `token_type_ids` [B T] are 0 in what all tokens
-        see, in models that have that; `mm_token_type_ids` is redundant and only checked for shape.
+        see, in models that have that (absent: nowhere); `mm_token_type_ids` is redundant and only checked for shape.
       supply: every picture and clip of all rows, in order, by its placeholder.
     Raises:
       ValueError: placeholders that do not match the pictures.
@@ -43,7 +43,7 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
             raise ValueError(f"{name} has shape {inputs[name].shape}, input_ids {ids.shape}")
     mask = inputs.get("attention_mask", np.ones_like(ids)).astype(bool)
     labels = inputs.get("labels", np.full_like(ids, -100))
-    suffix = inputs.get("token_type_ids", np.zeros_like(ids))
+    suffix = inputs.get("token_type_ids", np.ones_like(ids))
     supply = {token: list(visuals) for token, visuals in supply.items()}
     rows = zip(ids, mask, labels, suffix, strict=True)
     examples = [_example(row[keep], label[keep], after[keep], supply, config.merge) for row, keep, label, after in rows]

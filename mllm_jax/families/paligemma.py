@@ -1,0 +1,99 @@
+"""PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555): a SigLIP tower, a linear layer, Gemma or Gemma 2.
+
+The tokens of pictures and prompt (`token_type_ids` 0) see each other; those of the answer (1) what came before.
+Tensor names as in the published safetensors files.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mllm_jax.connectors.mlp import MlpConnectorConfig
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import gemma, gemma2, llava, text
+from mllm_jax.families.rows import linear
+from mllm_jax.families.towers import SIGLIP
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.weights.table import Row
+
+_DECODERS = {
+    "3b": gemma.SIZES["2b"],
+    "2-3b": gemma2.SIZES["2b"],
+    "2-10b": gemma2.SIZES["9b"],
+    "2-28b": gemma2.SIZES["27b"],
+}
+
+
+def _size(decoder: DecoderConfig, pixels: int) -> ModelConfig:
+    tower = replace(SIGLIP.sizes["so400m-14-224"], position_grid=pixels // 14)
+    decoder = replace(decoder, vocab=257216, prefix=True)
+    return ModelConfig(tower, MlpConnectorConfig(layers=1), decoder, VisionTokenIds(257152), family="paligemma")
+
+
+SIZES = {f"{name}-{pixels}": _size(_DECODERS[name], pixels) for name in _DECODERS for pixels in (224, 448, 896)}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size: "3b-224", and of PaliGemma 2 "2-3b-448", "2-10b-896", "2-28b-224" and so on."""
+    if name not in SIZES:
+        raise ValueError(f"PaliGemma has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "paligemma" describes. ValueError for what this model cannot do."""
+    vision = config["vision_config"]
+    if (kind := vision.get("model_type", SIGLIP.kind)) != SIGLIP.kind:
+        raise ValueError(f"PaliGemma has a tower of model_type {SIGLIP.kind!r}, not {kind!r}")
+    decoder = text.decoder_from_hf({"model_type": "gemma", **config["text_config"]})
+    return ModelConfig(
+        SIGLIP.from_hf(vision),
+        MlpConnectorConfig(layers=1),
+        replace(decoder, prefix=True),
+        VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 256000))),
+        family="paligemma",
+    )
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for a model that PaliGemma's config.json cannot say."""
+    decoder, encoder = config.decoder, config.encoder
+    tokens = {"num_image_tokens": encoder.position_grid**2}
+    written = {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "image_token_index": config.tokens.image,
+        "hidden_size": decoder.width,
+        "projection_dim": decoder.width,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "text_config": text.decoder_to_hf(replace(decoder, prefix=False)) | tokens,
+        "vision_config": SIGLIP.to_hf(encoder) | {"vision_use_head": False, "projection_dim": decoder.width},
+    }
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(
+            f"PaliGemma's config.json cannot say all of this model: {config} would be read as {understood}"
+        )
+    return written
+
+
+INPUTS = ("pixel_values",)
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """Pictures f[pictures c h w], in the order of their placeholders."""
+    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+    return {config.tokens.image: [llava.whole(config, picture) for picture in pixels]}
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    decoder = replace(config.decoder, prefix=False)
+    return [
+        *SIGLIP.rows(config.encoder, "vision_tower.vision_model."),
+        *linear("connector/linear0", "multi_modal_projector.linear", "o i -> i o", ""),
+        *text.decoder_weights(decoder, "language_model.model", "language_model.lm_head.weight"),
+    ]
+
+
+IGNORE, RENAME = llava.IGNORE, llava.RENAME
