@@ -1,6 +1,7 @@
 """Published models in and out: a folder in Hugging Face's format <-> config, parameters and processor."""
 
 import dataclasses
+import difflib
 import json
 import os
 import shutil
@@ -16,9 +17,9 @@ from jax.sharding import Mesh
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
 from mllm_jax.data.pairs import with_texts
-from mllm_jax.data.processor import Processor, spec_for
+from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
-from mllm_jax.families import FAMILIES
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings
@@ -62,7 +63,11 @@ def load_pretrained(
     kind = stated.get("model_type")
     if kind not in FAMILIES:
         hint = "" if kind else " (the folder of a training run is read by load_workdir)"
-        raise ValueError(f"{folder / CONFIG} is of model_type {kind!r}; known are {', '.join(sorted(FAMILIES))}{hint}")
+        near = difflib.get_close_matches(str(kind), FAMILIES, n=1, cutoff=0)
+        raise ValueError(
+            f"{folder / CONFIG} is of model_type {kind!r}, which is not supported; the nearest that is: {near[0]!r}, all: "
+            f"{', '.join(sorted(FAMILIES))}{hint}"
+        )
     family = FAMILIES[kind]
     try:
         config = family.from_hf(stated)

@@ -37,19 +37,19 @@ class ModelConfig:
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
-    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     position_rate: rotary positions per second of a clip; 0 = one per temporal patch. Used where batches are made.
+    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
     """
 
     encoder: Any
     connector: Any = None
     decoder: DecoderConfig | None = None
     tokens: VisionTokenIds | None = None
-    pinpoints: tuple[tuple[int, int], ...] = ()
     runtime: Runtime = Runtime()
     family: str = "qwen3_vl"
     position_rate: float = 0.0
+    pinpoints: tuple[tuple[int, int], ...] = ()
 
     @property
     def merge(self) -> int:

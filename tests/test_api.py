@@ -11,13 +11,13 @@ import pytest
 import tiny_chat
 import torch
 import transformers
-from examples import tiny_config
+from examples import random_params, tiny_config
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
 from mllm_jax import api
 from mllm_jax.data.processor import Processor
-from mllm_jax.model import VLM, init_params
+from mllm_jax.model import VLM
 from mllm_jax.weights.table import flatten
 
 
@@ -32,7 +32,7 @@ def published(request, tmp_path_factory):
 
 def random_model(seed=0, processor=None):
     config = tiny_config()
-    return mllm_jax.Pretrained(config, VLM(config), init_params(config, jax.random.key(seed)), processor)
+    return mllm_jax.Pretrained(config, VLM(config), random_params(config, seed), processor)
 
 
 def inputs():
@@ -167,7 +167,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     [
         (None, FileNotFoundError, "has no config.json"),
         ("{", ValueError, "not JSON"),
-        ('{"model_type": "llama"}', ValueError, "model_type 'llama'; known are .*qwen3_vl"),
+        ('{"model_type": "mllama"}', ValueError, "model_type 'mllama'.* nearest that is: 'llama', all: .*qwen3_vl"),
         ('{"model_type": "qwen3_vl"}', ValueError, "lacks the key 'text_config'"),
     ],
 )

@@ -29,12 +29,13 @@ MAY_IMPORT = {
 MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
 MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]
 MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
+MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["generate"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["train"] = {"config"} | MAY_IMPORT["generate"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
 DATA_WORKERS = ["pack", "readers", "sources", "scenes", "images", "video", "positions", "template", "processor"]
-DATA_WORKERS += ["resize", "pairs", "dual_processor"]
+DATA_WORKERS += ["resize", "tiles", "spec", "visuals", "pairs", "dual_processor"]
 
 
 def part(path: pathlib.Path) -> str:

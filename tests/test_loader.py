@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import types
 from pathlib import Path
 
 import jax
@@ -45,7 +44,7 @@ class Numbers:
 class Count:
     """A processor whose conversations are their number, several times, and sometimes a picture of it."""
 
-    spec = types.SimpleNamespace(patch=1, temporal_patch=2, merge=2)
+    spec = ProcessorSpec(patch=1)
 
     def __call__(self, messages, budget=None):
         number, error = messages

@@ -121,10 +121,8 @@ def make_loader(
         "rows": batch_rows,
     }
     spec = processor.spec
-    values = 3 * spec.temporal_patch * spec.patch**2
-    settings = _Settings(
-        budget, batch_rows // streams, window, workers, processes, spec.merge, values, max_bad, process_count > 1
-    )
+    layout = {"merge": spec.merge, "values": 3 * spec.temporal_patch * spec.patch**2, "prefix": spec.prefix}
+    settings = _Settings(budget, batch_rows // streams, window, workers, processes, layout, max_bad, process_count > 1)
     return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
 
 
@@ -141,8 +139,7 @@ class _Settings(NamedTuple):
     window: float
     workers: int
     processes: int
-    merge: int
-    values: int
+    layout: dict[str, Any]  # what `collate` asks for beside rows and budget
     max_bad: float
     endless: bool  # batches of padding after the end of the data
 
@@ -253,7 +250,7 @@ class _PackedIterator(grain.DatasetIterator):
 
     def _batch(self, rows: list[list[Example]]) -> tuple[Batch, Info]:
         settings = self._settings
-        batch = collate(rows, settings.budget, merge=settings.merge, values=settings.values)
+        batch = collate(rows, settings.budget, **settings.layout)
         skipped = dict(self._counts()[1])
         info = Info(
             conversations=sum(map(len, rows)),

@@ -1,123 +1,20 @@
 """From a conversation with pictures and clips to an `Example`: the numbers that a model reads."""
 
-import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from mllm_jax.data import images, video
 from mllm_jax.data.pack import Budget, TooLarge, place
-from mllm_jax.data.positions import on_a_grid, rotary_positions
-from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer, read_json, write_json
+from mllm_jax.data.positions import rotary_positions
+from mllm_jax.data.spec import SEEING, ProcessorSpec, read_spec, write_spec
+from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer
+from mllm_jax.data.visuals import Cut, Film, Plan, Still
 from mllm_jax.types import Example, Picture
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessorSpec:
-    """What a model expects of its input. The defaults are those published with Qwen3-VL.
-
-    A model of text alone has None for the tokens of vision; `end_of_turn` None is the tokenizer's end of text.
-    """
-
-    patch: int = 16  # side in pixels
-    temporal_patch: int = 2  # frames
-    merge: int = 2  # a visual token is merge x merge patches
-    min_pixels: int = 65536  # of a picture
-    max_pixels: int = 16777216
-    clip_min_pixels: int = 4096  # of all frames of a clip together
-    clip_max_pixels: int = 25165824
-    fps: float = 2.0  # at which clips are sampled
-    min_frames: int = 4
-    max_frames: int = 768
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_token: str | None = "<|image_pad|>"
-    video_token: str | None = "<|video_pad|>"
-    vision_start: str | None = "<|vision_start|>"
-    vision_end: str | None = "<|vision_end|>"
-    end_of_turn: str | None = "<|im_end|>"
-    processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
-    image_processor_type: str = "Qwen2VLImageProcessor"
-    video_processor_type: str = "Qwen3VLVideoProcessor"
-
-    @property
-    def factor(self) -> int:
-        """Side of a visual token in pixels."""
-        return self.patch * self.merge
-
-
-SEEING = ProcessorSpec()
-TEXT = ProcessorSpec(image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None)
-
-
-def spec_for(config: Any) -> ProcessorSpec:
-    """What a model expects, as far as its ModelConfig says."""
-    encoder = config.encoder
-    return TEXT if encoder is None else ProcessorSpec(encoder.patch_size, encoder.temporal_patch_size, config.merge)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Still:
-    source: Any  # opened again when it is read: neither open files nor pixels wait in between
-    height: int
-    width: int
-
-    pictures = 1
-
-    @property
-    def name(self) -> str:
-        return images.source_name(self.source)
-
-    def placeholder(self, processor: "Processor") -> list[int]:
-        return [processor.image_id]
-
-    def size(self, spec: ProcessorSpec, budget: float, row: float) -> tuple[int, int]:
-        budget = max(budget, min(spec.min_pixels, row))
-        low, high = min(spec.min_pixels, budget), min(spec.max_pixels, budget)
-        size = images.smart_resize(self.height, self.width, spec.factor, low, high)
-        return _within(budget, size, self.height, self.width, spec.factor)
-
-    def frames(self, spec: ProcessorSpec, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        yield images.resized(images.load_image(self.source), size)[None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Film:
-    clip: video.Clip
-    indices: list[int]
-    temporal_patch: int
-
-    @property
-    def name(self) -> str:
-        return self.clip.name
-
-    @property
-    def pictures(self) -> int:
-        return math.ceil(len(self.indices) / self.temporal_patch)
-
-    def placeholder(self, processor: "Processor") -> list[int]:
-        times = video.patch_times(self.indices, self.clip.fps, self.temporal_patch)
-        block = [processor.vision_start_id, processor.video_id, processor.vision_end_id]
-        return [token for time in times for token in processor.tokenizer.encode(f"<{time:.1f} seconds>") + block]
-
-    def size(self, spec: ProcessorSpec, budget: float, row: float) -> tuple[int, int]:
-        clip, count = self.clip, len(self.indices)
-        budget = max(budget, min(max(spec.factor**2, spec.clip_min_pixels / count), row))
-        low, high = min(spec.clip_min_pixels, budget * count), min(spec.clip_max_pixels, budget * count)
-        size = video.clip_size(count, clip.height, clip.width, spec.factor, self.temporal_patch, low, high)
-        return _within(budget, size, clip.height, clip.width, spec.factor)
-
-    def frames(self, spec: ProcessorSpec, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        return video.read_clip(self.clip, self.indices, size, self.temporal_patch)
-
-
-def _within(budget: float, size: tuple[int, int], height: int, width: int, factor: int) -> tuple[int, int]:
-    """`size`, unless rounding up to a minimum took it over the budget."""
-    return size if math.prod(size) <= budget else images.shrunk_size(height, width, factor, budget)
 
 
 class Processor:
@@ -153,24 +50,22 @@ class Processor:
         tokens, weight = np.array(tokens, np.int32), np.array(weight, np.float32)
         visual = np.isin(tokens, self._placeholders)
 
-        sizes = self._sizes(visuals, int((~visual).sum()), budget)
-        factor = self.spec.factor
-        grids = [
-            (height // factor, width // factor)
-            for (height, width), item in zip(sizes, visuals, strict=True)
-            for _ in range(item.pictures)
-        ]
+        plans = self._plans(visuals, int((~visual).sum()), budget)
+        runs = [run for plan in plans for run in plan.runs]
         counts = np.ones(len(tokens), np.int64)
-        counts[visual] = [height * width for height, width in grids]
+        counts[visual] = [len(run.order) for run in runs]
         weight[visual] = 0
         tokens, weight, visual = (np.repeat(values, counts) for values in (tokens, weight, visual))
+        index = np.full(len(tokens), -1, np.int32)
+        index[visual] = self._order(plans)
         return Example(
             tokens=tokens,
             weight=weight,
-            position=rotary_positions(visual, [on_a_grid(*grid) for grid in grids]),
-            vision_index=np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32),
-            pictures=tuple(self._pictures(visuals, sizes)),
+            position=rotary_positions(visual, [(run.position, run.advance) for run in runs]),
+            vision_index=index,
+            pictures=tuple(self._pictures(visuals, plans)),
             kind=kind,
+            prefix=int(np.argmax(np.append(weight, 1) > 0)) if self.spec.prefix else 0,
         )
 
     def decode(self, tokens) -> str:
@@ -184,19 +79,22 @@ class Processor:
         named = {self.spec.end_of_turn, special.get("eos_token"), special.get("pad_token")} - {None}
         return tuple(sorted(map(self.tokenizer.id, named)))
 
-    def _open(self, item: dict) -> _Still | _Film:
+    def _open(self, item: dict) -> Still | Film:
         spec, source, fps = self.spec, item[item["type"]], item.get("fps", self.spec.fps)
         if item["type"] == "image":
-            return _Still(source, *images.upright_size(images.open_image(source)))
+            kind = Still if spec.rule is None else Cut
+            return kind(source, *images.upright_size(images.open_image(source)))
+        if self.video_id is None:
+            raise ValueError(f"this model reads no clips, but the conversation has one: {source!r:.80}")
         clip = video.open_clip(source, fps)
         target = fps if isinstance(source, (str, os.PathLike)) else spec.fps
         count = video.frame_count(clip.frames, clip.fps, target, spec.min_frames, spec.max_frames)
-        return _Film(clip, video.sample_frames(clip.frames, count), spec.temporal_patch)
+        return Film(clip, video.sample_frames(clip.frames, count))
 
     def _tokens(self, messages: Messages, visuals: list, generate: bool) -> tuple[list[int], list[float]]:
-        """Tokens and weights with one placeholder for every picture and every temporal patch of a clip."""
+        """Tokens and weights with one placeholder for every run of visual tokens."""
         written, weights = self.template.tokenize(self.tokenizer, messages, self.end_of_turn_id, generate)
-        expected = [self.image_id if isinstance(visual, _Still) else self.video_id for visual in visuals]
+        expected = [self.video_id if visual.video else self.image_id for visual in visuals]
         placeholders = [token for token in written if token in self._placeholders]
         if placeholders != expected:
             raise ValueError(
@@ -206,63 +104,83 @@ class Processor:
         queue = iter(visuals)
         tokens, weight = [], []
         for token, value in zip(written, weights, strict=True):
-            expanded = next(queue).placeholder(self) if token in self._placeholders else [token]
+            expanded = self._expanded(next(queue), token) if token in self._placeholders else [token]
             tokens += expanded
             weight += [value] * len(expanded)
         return tokens, weight
 
-    def _sizes(self, visuals: list, text_tokens: int, budget: Budget | None) -> list[tuple[int, int]]:
-        """(height, width) of every picture and clip: their own, or the largest under one limit that fit the budget."""
+    def _expanded(self, visual: Still | Film, placeholder: int) -> list[int]:
+        """What stands for a picture or a clip: a placeholder for every run, and what belongs around it."""
+        spec = self.spec
+        if visual.video and spec.timestamps:
+            times = video.patch_times(visual.indices, visual.clip.fps, spec.temporal_patch)
+            block = [self.vision_start_id, placeholder, self.vision_end_id]
+            return [token for time in times for token in self.tokenizer.encode(f"<{time:.1f} seconds>") + block]
+        return [self.vision_start_id, placeholder, self.vision_end_id] if spec.brackets else [placeholder]
+
+    def _plans(self, visuals: list, text_tokens: int, budget: Budget | None) -> list[Plan]:
+        """How every picture and clip is read: at its own size, or under the largest common limit that fits the budget.
+
+        The limit is one of pixels.
+        """
         spec = self.spec
         if budget is None:
-            return [self._size(visual, math.inf, math.inf) for visual in visuals]
+            return [self._plan(visual, math.inf, math.inf) for visual in visuals]
 
-        def sizes_at(limit: float) -> list[tuple[int, int]]:
-            return [self._size(visual, limit, budget.patches * spec.patch**2) for visual in visuals]
+        def plans_at(limit: float) -> list[Plan]:
+            return [self._plan(visual, limit, budget.patches * spec.patch**2) for visual in visuals]
 
-        def fits(sizes: list[tuple[int, int]]) -> bool:
-            tokens, patches = self._needed(visuals, sizes, text_tokens)
+        def fits(plans: list[Plan]) -> bool:
+            tokens, patches = self._needed(plans, text_tokens)
             return tokens <= budget.tokens and place(patches, budget) is not None
 
-        sizes = sizes_at(math.inf)
-        if fits(sizes):
-            return sizes
-        low, high = spec.factor**2, max(map(math.prod, sizes), default=0)
-        best = sizes_at(low)
+        plans = plans_at(math.inf)
+        if fits(plans):
+            return plans
+        low, high = spec.factor**2, max((math.prod(size) for plan in plans for size in plan.sizes), default=0)
+        high = max([high, *(sum(map(math.prod, plan.sizes)) for plan in plans)]) if spec.rule else high
+        best = plans_at(low)
         if not fits(best):
-            tokens, patches = self._needed(visuals, best, text_tokens)
+            tokens, patches = self._needed(best, text_tokens)
+            sizes = [size for plan in best for size in plan.sizes]
             raise TooLarge(
                 f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} pictures of {sum(patches)} "
-                f"patches (the largest {max(patches, default=0)}) at the smallest sizes, {best}; there is room for "
+                f"patches (the largest {max(patches, default=0)}) at the smallest sizes, {sizes}; there is room for "
                 f"{budget.tokens} tokens and {budget.rows} rows of {budget.patches} patches"
             )
         while high - low > spec.factor**2:
             middle = (low + high) // 2
-            sizes = sizes_at(middle)
-            low, high, best = (middle, high, sizes) if fits(sizes) else (low, middle, best)
+            plans = plans_at(middle)
+            low, high, best = (middle, high, plans) if fits(plans) else (low, middle, best)
         return best
 
-    def _size(self, visual: _Still | _Film, limit: float, row: float) -> tuple[int, int]:
+    def _plan(self, visual: Still | Film, limit: float, row: float) -> Plan:
         try:
-            return visual.size(self.spec, limit, row)
+            return visual.plan(self.spec, limit, row)
         except ValueError as error:
             raise ValueError(f"{visual.name}: {error}") from error
 
-    def _needed(self, visuals: list, sizes: list[tuple[int, int]], text_tokens: int) -> tuple[int, list[int]]:
+    def _needed(self, plans: Sequence[Plan], text_tokens: int) -> tuple[int, list[int]]:
         """Tokens of the conversation, and patches of every picture."""
-        patches = [
-            height * width // self.spec.patch**2
-            for (height, width), visual in zip(sizes, visuals, strict=True)
-            for _ in range(visual.pictures)
-        ]
-        return text_tokens + sum(patches) // self.spec.merge**2, patches
+        patches = [self.spec.lead + math.prod(size) // self.spec.patch**2 for plan in plans for size in plan.sizes]
+        return text_tokens + sum(len(run.order) for plan in plans for run in plan.runs), patches
 
-    def _pictures(self, visuals: list, sizes: list[tuple[int, int]]) -> Iterator[Picture]:
+    def _order(self, plans: Sequence[Plan]) -> np.ndarray:
+        """Of all visual tokens in the text, which of the pictures' they are."""
+        orders, first = [np.zeros(0, np.int32)], 0
+        for plan in plans:
+            orders += [np.where(run.order < 0, run.order, run.order + first) for run in plan.runs]
+            first += sum(math.prod(size) for size in plan.sizes) // self.spec.factor**2
+        return np.concatenate(orders)
+
+    def _pictures(self, visuals: list, plans: Sequence[Plan]) -> Iterator[Picture]:
         spec = self.spec
-        for visual, (height, width) in zip(visuals, sizes, strict=True):
-            for time, frames in enumerate(visual.frames(spec, (height, width))):
+        for visual, plan in zip(visuals, plans, strict=True):
+            for index, (frames, (height, width)) in enumerate(zip(visual.frames(spec, plan), plan.sizes, strict=True)):
                 patches = images.patchify(frames, spec.patch, spec.temporal_patch, spec.merge)
-                yield Picture(patches, (height // spec.patch, width // spec.patch), time)
+                patches = np.concatenate([np.zeros((spec.lead, patches.shape[1]), patches.dtype), patches])
+                grid = (height // spec.patch, width // spec.patch)
+                yield Picture(patches, grid, index if visual.video else 0)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":
@@ -271,26 +189,7 @@ class Processor:
         Raises FileNotFoundError if the tokenizer or the template is missing.
         """
         folder = pathlib.Path(folder)
-        both = read_json(folder / "processor_config.json")  # one file since transformers 5, two before
-        image = read_json(folder / "preprocessor_config.json") or both.get("image_processor", {})
-        clip = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor", {})
-        size, clip_size = image.get("size", {}), clip.get("size", {})
-        found = {
-            "patch": image.get("patch_size"),
-            "temporal_patch": image.get("temporal_patch_size"),
-            "merge": image.get("merge_size"),
-            "min_pixels": image.get("min_pixels", size.get("shortest_edge")),
-            "max_pixels": image.get("max_pixels", size.get("longest_edge")),
-            "clip_min_pixels": clip_size.get("shortest_edge"),
-            "clip_max_pixels": clip_size.get("longest_edge"),
-            "fps": clip.get("fps"),
-            "min_frames": clip.get("min_frames"),
-            "max_frames": clip.get("max_frames"),
-            "mean": tuple(image.get("image_mean", ())) or None,
-            "std": tuple(image.get("image_std", ())) or None,
-        }
-        spec = dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
-        return cls(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), spec)
+        return cls(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), read_spec(folder, spec))
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the files that `from_folder` and transformers read."""
@@ -298,29 +197,8 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
         self.template.save(folder)
-        if spec.image_token is None:
-            return
-        common = {
-            "patch_size": spec.patch,
-            "temporal_patch_size": spec.temporal_patch,
-            "merge_size": spec.merge,
-            "image_mean": list(spec.mean),
-            "image_std": list(spec.std),
-            "processor_class": spec.processor_class,
-        }
-        image = {
-            "size": {"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels},
-            "image_processor_type": spec.image_processor_type,
-        }
-        clip = {
-            "size": {"shortest_edge": spec.clip_min_pixels, "longest_edge": spec.clip_max_pixels},
-            "fps": spec.fps,
-            "min_frames": spec.min_frames,
-            "max_frames": spec.max_frames,
-            "video_processor_type": spec.video_processor_type,
-        }
-        write_json(folder / "preprocessor_config.json", common | image)
-        write_json(folder / "video_preprocessor_config.json", common | clip)
+        if spec.image_token is not None:
+            write_spec(spec, folder)
 
 
 def _items(messages: Messages) -> Iterator[dict[str, Any]]:

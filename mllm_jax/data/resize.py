@@ -1,8 +1,8 @@
 """Rules by which a picture gets a size that a tower reads: cut from its middle, pulled to a square, or as it is."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,40 @@ def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int,
     return at(low)
 
 
+class Whole:
+    """A rule that makes one picture of a picture: `sized` says how large, `read` gives its pixels u8[h w 3].
+
+    All rules have the methods below; those of data/tiles.py make several pictures of one.
+    """
+
+    def within(self, limit: float) -> "Rule":
+        """The same rule for pictures of at most so many pixels, as far as it can make them smaller."""
+        del limit
+        return self
+
+    def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """(height, width) of all pictures that a picture of this size becomes."""
+        return (self.sized(size),)
+
+    def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
+        """Which visual tokens stand where, with tokens of `factor` pixels a side: i32[m]."""
+        return np.arange(math.prod(side // factor for side in self.sized(size)), dtype=np.int32)
+
+    def pictures(self, image: Image.Image) -> Iterator[np.ndarray]:
+        """u8[h w 3] of all of them."""
+        yield self.read(image)
+
+
 @dataclass(frozen=True)
-class Crop:
+class Crop(Whole):
     """CLIP's: the short side to `edge`, then the middle `size` of it."""
 
     edge: int
     size: tuple[int, int]
     filter: int = BICUBIC
+
+    def sized(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.size
 
     def read(self, image: Image.Image) -> np.ndarray:
         return centre_crop(resize(image, short_edge_size(image.height, image.width, self.edge), self.filter), self.size)
@@ -66,11 +93,14 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Stretch(Whole):
     """SigLIP's: all of it, whatever its aspect ratio."""
 
     size: tuple[int, int]
     filter: int = BICUBIC
+
+    def sized(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.size
 
     def read(self, image: Image.Image) -> np.ndarray:
         return resize(image, self.size, self.filter)
@@ -81,15 +111,21 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Whole):
     """SigLIP 2's NaFlex: all of it, in its aspect ratio, in at most so many patches."""
 
     patch: int
     patches: int
     filter: int = BILINEAR
 
+    def within(self, limit: float) -> "Keep":
+        return replace(self, patches=max(1, int(min(self.patches, limit // self.patch**2))))
+
+    def sized(self, size: tuple[int, int]) -> tuple[int, int]:
+        return naflex_size(*size, self.patch, self.patches)
+
     def read(self, image: Image.Image) -> np.ndarray:
-        return resize(image, naflex_size(image.height, image.width, self.patch, self.patches), self.filter)
+        return resize(image, self.sized((image.height, image.width)), self.filter)
 
     def to_hf(self) -> dict[str, Any]:
         sizes = {"patch_size": self.patch, "max_num_patches": self.patches}

@@ -5,7 +5,9 @@ its aspect ratio; the dynamic tiles of InternVL (arXiv 2404.16821, section 3.3) 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -97,6 +99,70 @@ def dynamic_tiles(image: Image.Image, grid: Size, tile: int) -> np.ndarray:
     """The tiles of a grid, row by row; of several the last is the whole picture: u8[tiles tile tile 3]."""
     tiles = _cut(resized(image, (grid[0] * tile, grid[1] * tile)), tile)
     return tiles if len(tiles) == 1 else np.concatenate([tiles, resized(image, (tile, tile))[None]])
+
+
+@dataclass(frozen=True)
+class AnyRes:
+    """LLaVA-NeXT's rule, see resize.Whole: pinpoints are canvases in pixels, tile the side of a tile."""
+
+    pinpoints: tuple[Size, ...]
+    tile: int
+
+    def within(self, limit: float) -> "AnyRes":
+        small = tuple(canvas for canvas in self.pinpoints if math.prod(canvas) + self.tile**2 <= limit)
+        return replace(self, pinpoints=small or (min(self.pinpoints, key=math.prod),))
+
+    def sizes(self, size: Size) -> tuple[Size, ...]:
+        canvas = best_canvas(size, self.pinpoints)
+        return ((self.tile, self.tile),) * (1 + math.prod(canvas) // self.tile**2)
+
+    def order(self, size: Size, factor: int) -> np.ndarray:
+        return anyres_order(size, best_canvas(size, self.pinpoints), self.tile, self.tile // factor)
+
+    def pictures(self, image: Image.Image) -> Iterator[np.ndarray]:
+        yield from anyres_tiles(image, best_canvas((image.height, image.width), self.pinpoints), self.tile)
+
+    def to_hf(self) -> dict[str, Any]:
+        return {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": [list(canvas) for canvas in self.pinpoints],
+            "size": {"shortest_edge": self.tile},
+            "crop_size": {"height": self.tile, "width": self.tile},
+        }
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """InternVL's rule, see resize.Whole: `low` to `high` tiles of `tile` pixels a side, and the whole picture."""
+
+    tile: int
+    low: int = 1
+    high: int = 12
+
+    def within(self, limit: float) -> "Tiles":
+        count = min(self.high, limit // self.tile**2)
+        return replace(self, high=max(self.low, int(count) - (count > 1)))
+
+    def sizes(self, size: Size) -> tuple[Size, ...]:
+        count = math.prod(dynamic_grid(size, self.low, self.high, self.tile))
+        return ((self.tile, self.tile),) * (count + (count > 1))
+
+    def order(self, size: Size, factor: int) -> np.ndarray:
+        return np.arange(len(self.sizes(size)) * (self.tile // factor) ** 2, dtype=np.int32)
+
+    def pictures(self, image: Image.Image) -> Iterator[np.ndarray]:
+        yield from dynamic_tiles(
+            image, dynamic_grid((image.height, image.width), self.low, self.high, self.tile), self.tile
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        return {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "crop_to_patches": True,
+            "min_patches": self.low,
+            "max_patches": self.high,
+            "size": {"height": self.tile, "width": self.tile},
+        }
 
 
 def _cut(pixels: np.ndarray, tile: int) -> np.ndarray:

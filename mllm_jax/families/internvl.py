@@ -9,6 +9,7 @@ import numpy as np
 
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
@@ -83,6 +84,16 @@ def to_hf(config: ModelConfig) -> dict:
     return written
 
 
+SPEC = ProcessorSpec(
+    brackets=True,
+    image_token="<IMG_CONTEXT>",
+    video_token=None,
+    vision_start="<img>",
+    vision_end="</img>",
+    end_of_turn="<|im_end|>",
+    processor_class="InternVLProcessor",
+    video_processor_type=None,
+)
 INPUTS = ("pixel_values",)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import anyres_order, best_canvas
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, mistral, qwen2, text
@@ -37,7 +38,12 @@ def _second(decoder: DecoderConfig) -> ModelConfig:
 def _next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
     decoder = replace(decoder, vocab=vocab)
     return ModelConfig(
-        _TOWER, MlpConnectorConfig(newline=True), decoder, VisionTokenIds(image), PINPOINTS, family="llava_next"
+        _TOWER,
+        MlpConnectorConfig(newline=True),
+        decoder,
+        VisionTokenIds(image),
+        family="llava_next",
+        pinpoints=PINPOINTS,
     )
 
 
@@ -84,8 +90,8 @@ def from_hf(config: dict) -> ModelConfig:
         MlpConnectorConfig(activation=activation, newline=newline),
         text.decoder_from_hf({"model_type": "llama", **config["text_config"]}),
         VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 32000))),
-        tuple((height, width) for height, width in pinpoints) if newline else (),
         family=config["model_type"],
+        pinpoints=tuple((height, width) for height, width in pinpoints) if newline else (),
     )
 
 
@@ -128,6 +134,15 @@ def to_hf(config: ModelConfig) -> dict:
     return written
 
 
+SPEC = ProcessorSpec(
+    image_token="<image>",
+    video_token=None,
+    vision_start=None,
+    vision_end=None,
+    end_of_turn=None,
+    processor_class="LlavaProcessor",
+    video_processor_type=None,
+)
 INPUTS = ("pixel_values", "image_sizes")
 
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.positions import patch_positions
+from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen2
@@ -155,6 +157,13 @@ def to_hf(config: ModelConfig) -> dict:
     return written
 
 
+SPEC = ProcessorSpec(
+    min_pixels=56**2,
+    max_pixels=12845056,
+    timestamps=False,
+    processor_class="Qwen2VLProcessor",
+    video_processor_type="Qwen2VLVideoProcessor",
+)
 INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
 
@@ -164,18 +173,11 @@ def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
     seconds = arrays.get("second_per_grid_ts", np.ones(len(clips)))
     if len(seconds) != len(clips):
         raise ValueError(f"second_per_grid_ts has {len(seconds)} values for {len(clips)} clips")
+    times = [patch_positions(len(clip), config.position_rate, step) for clip, step in zip(clips, seconds)]
     return {
         config.tokens.image: [one_by_one(patches, config.merge) for patches in pictures],
-        config.tokens.video: [
-            one_by_one(clip, config.merge, clip_times(config, len(clip), step)) for clip, step in zip(clips, seconds)
-        ],
+        config.tokens.video: [one_by_one(clip, config.merge, steps) for clip, steps in zip(clips, times)],
     }
-
-
-def clip_times(config: ModelConfig, count: int, seconds: float) -> tuple[int, ...]:
-    """Rotary positions of a clip's temporal patches, which are so many seconds apart."""
-    rate = config.position_rate * seconds if config.position_rate else 1
-    return tuple(int(index * rate) for index in range(count))
 
 
 _BLOCK = "visual.blocks.{n}"

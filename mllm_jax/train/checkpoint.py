@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from mllm_jax.api import Pretrained
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
-from mllm_jax.data.processor import Processor, spec_for
-from mllm_jax.model import VLM, ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.data.processor import Processor
+from mllm_jax.families import spec_for
+from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.run import Run, read_run
 from mllm_jax.train.state import TrainState
@@ -121,7 +122,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None
     Args and errors are those of `restore_params`.
     """
     model, params = restore_params(workdir, step, mesh)
-    return Pretrained(model, VLM(model), params, Processor.from_folder(Path(workdir) / PROCESSOR, spec_for(model)))
+    return Pretrained(model, model.build(), params, Processor.from_folder(Path(workdir) / PROCESSOR, spec_for(model)))
 
 
 def _reader(workdir: str | Path) -> ocp.CheckpointManager:

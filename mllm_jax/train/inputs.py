@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 from mllm_jax.config import ConfigError
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
-from mllm_jax.data.processor import SEEING, Processor, spec_for
+from mllm_jax.data.processor import Processor
 from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_tokenizer
 from mllm_jax.data.sources import JsonLines
+from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.families import spec_for
 from mllm_jax.model import ModelConfig
 from mllm_jax.sharding import Rules, partition_spec
 from mllm_jax.train.step import batch_shardings
@@ -155,6 +157,10 @@ def make_processor(source: str, model: ModelConfig, data: DataConfig) -> Process
     return _checked(Processor(published.tokenizer, published.template, spec), model)
 
 
+def _id(token: int | None) -> int:
+    return -1 if token is None else token
+
+
 def _checked(processor: Processor, model: ModelConfig) -> Processor:
     words, pairs = len(processor.tokenizer), {}
     if model.encoder is not None:
@@ -163,8 +169,8 @@ def _checked(processor: Processor, model: ModelConfig) -> Processor:
             "patch_size": (spec.patch, wanted.patch),
             "temporal_patch_size": (spec.temporal_patch, wanted.temporal_patch),
             "merge": (spec.merge, wanted.merge),
-            "the id of image tokens": (processor.image_id, model.tokens.image),
-            "the id of video tokens": (processor.video_id, model.tokens.video),
+            "the id of image tokens": (_id(processor.image_id), model.tokens.image),
+            "the id of video tokens": (_id(processor.video_id), model.tokens.video),
         }
     if wrong := [f"{name} is {ours}, the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
         raise ConfigError(f"config.processor does not fit config.model: {'; '.join(wrong)}")

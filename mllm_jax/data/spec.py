@@ -1,0 +1,129 @@
+"""What a model expects of its input, and the files in which Hugging Face's processors say it."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from mllm_jax.data.resize import rule_from_hf
+from mllm_jax.data.template import read_json, write_json
+from mllm_jax.data.tiles import AnyRes, Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorSpec:
+    """What a model expects of its input. The defaults are those published with Qwen3-VL.
+
+    A model of text alone has None for the tokens of vision; `end_of_turn` None is the tokenizer's end of text.
+    """
+
+    patch: int = 16  # side in pixels
+    temporal_patch: int = 2  # frames
+    merge: int = 2  # a visual token is merge x merge patches
+    lead: int = 0  # empty patches before a picture's own
+    rule: Any = None  # how pictures get their sizes, or are cut (resize.py, tiles.py); None = nearly as they are
+    min_pixels: int = 65536  # of a picture, where there is no other rule
+    max_pixels: int = 16777216
+    clip_min_pixels: int = 4096  # of all frames of a clip together
+    clip_max_pixels: int = 25165824
+    fps: float = 2.0  # at which clips are sampled
+    min_frames: int = 4
+    max_frames: int = 768
+    timestamps: bool = True  # before every temporal patch of a clip, in brackets; or else a clip is one block
+    position_rate: float = 0.0  # rotary positions per second in such a block; 0 = one per temporal patch
+    on_a_grid: bool = True  # rotary positions of rows and columns; or else visual tokens are counted like text
+    brackets: bool = False  # the chat template leaves out those around a picture
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_token: str | None = "<|image_pad|>"
+    video_token: str | None = "<|video_pad|>"
+    vision_start: str | None = "<|vision_start|>"
+    vision_end: str | None = "<|vision_end|>"
+    end_of_turn: str | None = "<|im_end|>"
+    prefix: bool = False  # all tokens see what stands before the answer
+    processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
+    image_processor_type: str = "Qwen2VLImageProcessor"
+    video_processor_type: str | None = "Qwen3VLVideoProcessor"
+
+    @property
+    def factor(self) -> int:
+        """Side of a visual token in pixels."""
+        return self.patch * self.merge
+
+
+SEEING = ProcessorSpec()
+NATIVE = {"merge_size", "patch_size", "min_pixels", "max_pixels"}  # said of pictures that nearly keep their size
+TEXT = ProcessorSpec(image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None)
+
+
+def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
+    """`spec` with what the preprocessor configs of a folder say.
+
+    Raises ValueError, naming the file, for a rule that is not known here.
+    """
+    both = read_json(folder / "processor_config.json")  # one file since transformers 5, two before
+    image = read_json(folder / "preprocessor_config.json") or both.get("image_processor", {})
+    clip = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor", {})
+    clip_size = clip.get("size", {})
+    found = {
+        "clip_min_pixels": clip_size.get("shortest_edge"),
+        "clip_max_pixels": clip_size.get("longest_edge"),
+        "fps": clip.get("fps"),
+        "min_frames": clip.get("min_frames"),
+        "max_frames": clip.get("max_frames"),
+        "mean": tuple(image.get("image_mean") or ()) or None,
+        "std": tuple(image.get("image_std") or ()) or None,
+    }
+    if not image or (image.keys() & NATIVE and "max_num_patches" not in image):
+        size = image.get("size", {})
+        found |= {
+            "patch": image.get("patch_size"),
+            "temporal_patch": image.get("temporal_patch_size"),
+            "merge": image.get("merge_size"),
+            "min_pixels": image.get("min_pixels", size.get("shortest_edge")),
+            "max_pixels": image.get("max_pixels", size.get("longest_edge")),
+        }
+    else:
+        try:
+            found["rule"] = _rule(image)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'preprocessor_config.json'}: {error}") from error
+    return dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
+
+
+def _rule(image: dict[str, Any]) -> Any:
+    if pinpoints := image.get("image_grid_pinpoints"):
+        size = image.get("crop_size") or image["size"]
+        return AnyRes(tuple(map(tuple, pinpoints)), size.get("height", size.get("shortest_edge")))
+    if image.get("crop_to_patches"):
+        return Tiles(image["size"]["height"], image.get("min_patches", 1), image.get("max_patches", 12))
+    return rule_from_hf(image)
+
+
+def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
+    """The inverse of `read_spec`, for it and for transformers."""
+    common = {
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "processor_class": spec.processor_class,
+    }
+    if spec.rule is not None:
+        # transformers' own defaults differ by class: what is done to the pixels is said in full
+        steps = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+        write_json(folder / "preprocessor_config.json", common | steps | spec.rule.to_hf())
+        return
+    common |= {"patch_size": spec.patch, "temporal_patch_size": spec.temporal_patch, "merge_size": spec.merge}
+    image = {
+        "size": {"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels},
+        "image_processor_type": spec.image_processor_type,
+    }
+    write_json(folder / "preprocessor_config.json", common | image)
+    if spec.video_processor_type is None:
+        return
+    clip = {
+        "size": {"shortest_edge": spec.clip_min_pixels, "longest_edge": spec.clip_max_pixels},
+        "fps": spec.fps,
+        "min_frames": spec.min_frames,
+        "max_frames": spec.max_frames,
+        "video_processor_type": spec.video_processor_type,
+    }
+    write_json(folder / "video_preprocessor_config.json", common | clip)

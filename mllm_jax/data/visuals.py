@@ -1,0 +1,119 @@
+"""Pictures and clips of a conversation: how large they will be, before a pixel is read, and then their pixels."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mllm_jax.data import images, video
+from mllm_jax.data.positions import in_a_line, on_a_grid
+from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.tiles import Size
+
+
+class Run(NamedTuple):
+    """The visual tokens that stand for one placeholder."""
+
+    order: np.ndarray  # i32[m] which of the visual tokens of the pictures, laid end to end; NEWLINE
+    position: np.ndarray  # i32[m 3] rotary positions, counted from the first
+    advance: int  # rotary position of what follows
+
+
+class Plan(NamedTuple):
+    """How a picture or a clip will be read."""
+
+    sizes: tuple[Size, ...]  # of each of its pictures, in pixels: itself, its tiles, or its temporal patches
+    runs: tuple[Run, ...]
+    rule: Any = None  # that made the sizes, where there is one
+
+
+def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...] = (0,)) -> Run:
+    """All visual tokens of pictures of one size, from the `first` on."""
+    height, width = (side // spec.factor for side in size)
+    count = height * width * len(times)
+    place = on_a_grid(height, width, times) if spec.on_a_grid else in_a_line(count)
+    return Run(np.arange(first, first + count), *place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Still:
+    """A picture at nearly its own size."""
+
+    source: Any  # opened again when it is read: neither open files nor pixels wait in between
+    height: int
+    width: int
+
+    video = False
+
+    @property
+    def name(self) -> str:
+        return images.source_name(self.source)
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        """
+        limit: pixels that a picture may have, as far as its minimum allows.
+        row: pixels that a patch row can hold.
+        """
+        limit = max(limit, min(spec.min_pixels, row))
+        low, high = min(spec.min_pixels, limit), min(spec.max_pixels, limit)
+        size = images.smart_resize(self.height, self.width, spec.factor, low, high)
+        size = _within(limit, size, self.height, self.width, spec.factor)
+        return Plan((size,), (_run(spec, size),))
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        """u8[t h w 3] of each of the plan's pictures."""
+        yield images.resized(images.load_image(self.source), plan.sizes[0])[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut(Still):
+    """A picture that is cropped, stretched or cut into tiles by the spec's rule."""
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        rule, size = spec.rule.within(limit), (self.height, self.width)
+        order = rule.order(size, spec.factor)
+        return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order))),), rule)
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        for pixels in plan.rule.pictures(images.load_image(self.source)):
+            yield pixels[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """A clip; all its frames have one size."""
+
+    clip: video.Clip
+    indices: list[int]
+
+    video = True
+
+    @property
+    def name(self) -> str:
+        return self.clip.name
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        clip, frames = self.clip, len(self.indices)
+        limit = max(limit, min(max(spec.factor**2, spec.clip_min_pixels / frames), row))
+        low, high = min(spec.clip_min_pixels, limit * frames), min(spec.clip_max_pixels, limit * frames)
+        size = video.clip_size(frames, clip.height, clip.width, spec.factor, spec.temporal_patch, low, high)
+        size = _within(limit, size, clip.height, clip.width, spec.factor)
+        count = math.ceil(frames / spec.temporal_patch)
+        if spec.timestamps:
+            tokens = math.prod(size) // spec.factor**2
+            runs = tuple(_run(spec, size, first * tokens) for first in range(count))
+        else:
+            seconds = spec.temporal_patch * (self.indices[-1] - self.indices[0]) / max(frames - 1, 1) / clip.fps
+            rate = spec.position_rate * seconds if spec.position_rate else 1
+            runs = (_run(spec, size, 0, tuple(int(index * rate) for index in range(count))),)
+        return Plan((size,) * count, runs)
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        return video.read_clip(self.clip, self.indices, plan.sizes[0], spec.temporal_patch)
+
+
+def _within(limit: float, size: Size, height: int, width: int, factor: int) -> Size:
+    """`size`, unless rounding up to a minimum took it over the limit."""
+    return size if math.prod(size) <= limit else images.shrunk_size(height, width, factor, limit)
