@@ -2,9 +2,12 @@
 
 Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
-encoder pictures(config, arrays).
+encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says.
 """
 
+import dataclasses
+
+from mllm_jax.data.spec import SEEING, TEXT, ProcessorSpec
 from mllm_jax.families import (
     clip,
     deepseek,
@@ -24,6 +27,7 @@ from mllm_jax.families import (
     siglip2,
     vision,
 )
+from mllm_jax.model import ModelConfig
 
 FAMILIES = {
     "clip": clip,
@@ -52,3 +56,23 @@ FAMILIES = {
     "siglip2": siglip2,
     "siglip2_vision_model": vision.siglip2,
 }
+
+
+def spec_for(config: ModelConfig) -> ProcessorSpec:
+    """What a model expects of its input, as far as its family and its config say."""
+    encoder, decoder = config.encoder, config.decoder
+    if encoder is None:
+        return TEXT
+    sections = () if decoder is None else getattr(decoder.attention, "rope_sections", ())
+    return dataclasses.replace(
+        getattr(FAMILIES[config.family], "SPEC", SEEING),
+        patch=encoder.patch_size,
+        temporal_patch=encoder.temporal_patch_size,
+        merge=config.merge,
+        lead=config.lead,
+        mean=encoder.pixel_mean,
+        std=encoder.pixel_std,
+        position_rate=config.position_rate,
+        on_a_grid=any(sections[1:]),
+        prefix=config.prefix,
+    )
