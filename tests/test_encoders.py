@@ -25,7 +25,7 @@ from mllm_jax.encoders.windows import window_segments
 from mllm_jax.families import dinov2
 from mllm_jax.families.pictures import cut
 from mllm_jax.families.towers import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of
-from mllm_jax.model import ModelConfig, abstract_params, count_params
+from mllm_jax.model import ModelConfig, abstract_params, count_params, example_picture
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.types import Picture
@@ -185,6 +185,21 @@ def test_windows_are_those_of_a_loop_over_pictures():
         numbers = [segments.pop() for key, segments in windows.items() if key]
         assert len(set(numbers)) == len(numbers) and min(numbers) > 0
         assert windows.get(0, {0}) == {0}
+
+
+def test_layers_after_the_features_are_kept_and_do_not_run():
+    config = VitConfig(32, 4, 2, 64, patch_size=4, features=(-2,), last_norm=True)
+    picture = example_picture(config.patch_values, 4)
+    apply = lambda config, params: config.build(Runtime(), name=None).apply({"params": params}, picture).value
+    params = jax.eval_shape(config.build(Runtime(), name=None).init, jax.random.key(0), picture)["params"]
+    params = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape), meta.unbox(params))
+    both = apply(replace(config, features=(-2, -1)), params)
+    np.testing.assert_allclose(apply(config, params), both[..., :32], rtol=1e-5)
+    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(apply(config, params))))(params)
+    sizes = jnp.abs(gradient["layers"]["mlp"]["up"]["w"]).sum(axis=(1, 2))
+    assert (sizes[:3] > 0).all() and sizes[3] == 0
+    loops = [e for e in jax.make_jaxpr(partial(apply, config))(params).eqns if e.primitive.name == "scan"]
+    assert [loop.params["length"] for loop in loops] == [3]
 
 
 EVERYTHING = VitConfig(

@@ -85,6 +85,18 @@ def test_count_equals_the_traced_program(tie, freeze):
     assert dot_flops(both(trainable, frozen).jaxpr) == sum(part.total for part in flops.values())
 
 
+def test_layers_after_the_features_do_not_run():
+    config = tiny_config()
+    config = replace(config, encoder=replace(config.encoder, features=(-2,), taps=()))
+    batch = a_batch(np.random.default_rng(0))
+    traced = jax.make_jaxpr(
+        lambda params: loss_sum(config, params, batch._replace(weight=np.ones_like(batch.weight)))[0]
+    )
+    counts = padded(batch)._replace(token_pairs=2 * padded(batch).token_pairs)
+    counted = sum(part.forward for part in count_flops(config, counts).values())
+    assert dot_flops(traced(abstract_params(config)).jaxpr) == counted
+
+
 def test_windows_attend_to_less():
     counts = Counts(tokens=10, token_pairs=50, patches=1000, patch_pairs=1000**2, targets=10)
     whole, layers, pair = tiny_config(), 3, 4 * 64

@@ -44,7 +44,7 @@ class VitConfig:
     layer_scale: initial value of factors of what each block adds, one a channel (arXiv 2103.17239); None = no factors.
     first_norm, last_norm: norms before and after all layers.
     features: layers whose outputs, side by side on the channel axis and not normed, are the features; -1 is the last.
-      () = the output of all layers, after the last norm. What is not used is computed only as far as it is in between.
+      () = the output of all layers, after the last norm. Layers after the last of them are kept, and do not run.
     taps: layers (0-based) whose output is returned beside the features.
     pixel_mean, pixel_std: of pixels in 0..1, per channel; applied to u8 patches only.
     """
@@ -96,6 +96,11 @@ class VitConfig:
     def lead(self) -> int:
         """Tokens that stand before the patches of a picture: the class token and registers."""
         return self.class_token + self.registers
+
+    @property
+    def depth(self) -> int:
+        """Layers that run."""
+        return 1 + max(layer % self.layers for layer in self.features + self.taps) if self.features else self.layers
 
     @property
     def patch_values(self) -> int:
@@ -192,8 +197,7 @@ class Vit(nn.Module):
             x = norm(config.norm_eps, name="first_norm")(x)
         x = shard(x, rows, runtime.rules)
 
-        tapped = [layer % config.layers for layer in config.taps + config.features]
-        kept = list(dict.fromkeys(tapped))
+        kept = list(dict.fromkeys(layer % config.layers for layer in config.taps + config.features))
         slots = np.full(config.layers, len(kept), np.int32)
         slots[kept] = np.arange(len(kept))
         whole = np.isin(np.arange(config.layers), config.whole)
@@ -205,10 +209,16 @@ class Vit(nn.Module):
             x = shard(layer(x, segment, rope), rows, runtime.rules)
             return (x, jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)), None
 
+        depth = config.layers if self.is_initializing() else config.depth
+        first = lambda tree: jax.tree.map(lambda leaf: leaf[:depth], tree)
+
+        def run(layer, carry):
+            per_layer = (jnp.asarray(slots), jnp.asarray(whole))
+            return scan_layers(body, layer, carry, first(per_layer), depth, runtime)[0]
+
         layer = rematted(VitLayer, runtime)(config, runtime, name="layers")
-        outputs = jnp.zeros((len(kept) + 1, *x.shape), x.dtype)
-        per_layer = (jnp.asarray(slots), jnp.asarray(whole))
-        (x, outputs), _ = scan_layers(body, layer, (x, outputs), per_layer, config.layers, runtime)
+        run = run if depth == config.layers else nn.map_variables(run, "params", first)
+        x, outputs = run(layer, (x, jnp.zeros((len(kept) + 1, *x.shape), x.dtype)))
         if config.last_norm:
             x = norm(config.norm_eps, name="last_norm")(x)
         if config.features:

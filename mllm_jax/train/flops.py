@@ -10,7 +10,6 @@ from flax.traverse_util import flatten_dict
 
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, abstract_params
-from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.train.optim import split
 from mllm_jax.types import Batch
 
@@ -97,7 +96,7 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
         inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
         matrices = [head] if part == "head" else [path for path in params if inside(path) and path.endswith("/w")]
         reached = reached or any(map(inside, trained))  # whether backward gets as far as this part's input
-        product = {path: 2 * rows[part] * params[path].size * _share(path, decoder.moe) for path in matrices}
+        product = {path: 2 * rows[part] * params[path].size * _share(path, config) for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)
         to_inputs = sum(
             product[path] for path in matrices if path != "encoder/patch_embed/w"
@@ -109,14 +108,16 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
 
 def _pairs(encoder: VitConfig, counts: Counts) -> float:
     """Pairs of patches that meet in all layers. Windows count as full ones: those at the edges of pictures are less."""
-    windowed = encoder.layers - len(encoder.whole) if encoder.window else 0
+    windowed = len(set(range(encoder.depth)) - set(encoder.whole)) if encoder.window else 0
     within = min(counts.patches * encoder.window**2, counts.patch_pairs)
-    return (encoder.layers - windowed) * counts.patch_pairs + windowed * within
+    return (encoder.depth - windowed) * counts.patch_pairs + windowed * within
 
 
-def _share(path: str, moe: MoeConfig | None) -> float:
-    """The share of a weight that a token meets: of experts, those that it chooses."""
-    return moe.top_k / moe.experts if "/experts_" in path else 1
+def _share(path: str, config: ModelConfig) -> float:
+    """The share of a weight that rows meet: of a tower the layers that run, of experts those that a token chooses."""
+    if path.startswith("encoder/layers/"):
+        return config.encoder.depth / config.encoder.layers
+    return config.decoder.moe.top_k / config.decoder.moe.experts if "/experts_" in path else 1
 
 
 # bf16, dense, of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip are one device
