@@ -1,23 +1,32 @@
 """Decoders of many families are one: logits, gradients, greedy tokens and files equal transformers' in fp32."""
 
+import json
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from reference import perturb
 from test_text_families import LENGTHS, NEW, inputs_of
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import mllm_jax
-from mllm_jax.families import FAMILIES
+from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, llama, opt, qwen2, qwen3, text
+from mllm_jax.model import ModelConfig, abstract_params, count_params
 from mllm_jax.weights.table import expand, flatten, to_ours
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)
 SMALL |= dict(num_attention_heads=4, num_key_value_heads=2)
 BLENDED = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LISTED = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=64)
+LISTED |= dict(short_factor=[1.0, 1.1, 1.2, 1.5, 2.0, 2.5], long_factor=[1.0, 2.0, 3.0, 5.0, 8.0, 9.0])
 CASES = {
     "llama": ("Llama", SMALL | dict(rope_parameters=BLENDED | dict(original_max_position_embeddings=64))),
     "llama_biased": (
@@ -33,6 +42,14 @@ CASES = {
         "Qwen2",
         SMALL | dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1),
     ),
+    "phi3": (
+        "Phi3",
+        SMALL
+        | dict(sliding_window=6, original_max_position_embeddings=64)
+        | dict(rope_parameters=LISTED | dict(partial_rotary_factor=0.75)),
+    ),
+    "gpt2": ("GPT2", SMALL | dict(n_inner=96)),
+    "opt": ("OPT", SMALL | dict(ffn_dim=96)),
     "gemma": ("Gemma", SMALL | dict(num_key_value_heads=1, head_dim=24)),
     "gemma2": (
         "Gemma2",
@@ -43,9 +60,75 @@ CASES = {
 }
 
 
+OTHERS = {
+    "llama_dynamic": (
+        "Llama",
+        SMALL | dict(rms_norm_eps=1e-6, rope_parameters=dict(rope_type="dynamic", rope_theta=1e6, factor=2.0)),
+    )
+}
+PUBLISHED = {
+    "llama 7b": 6_738_415_616,
+    "llama 13b": 13_015_864_320,
+    "llama 33b": 32_528_943_616,
+    "llama 65b": 65_285_660_672,
+    "llama 2-7b": 6_738_415_616,
+    "llama 2-13b": 13_015_864_320,
+    "llama 2-70b": 68_976_648_192,
+    "llama vicuna-7b": 6_738_415_616,
+    "llama vicuna-13b": 13_015_864_320,
+    "llama yi-34b": 34_388_917_248,
+    "llama 3-8b": 8_030_261_248,
+    "llama 3-70b": 70_553_706_496,
+    "llama 3.1-8b": 8_030_261_248,
+    "llama 3.1-70b": 70_553_706_496,
+    "llama 3.1-405b": 405_853_388_800,
+    "llama 3.2-1b": 1_235_814_400,
+    "llama 3.2-3b": 3_212_749_824,
+    "mistral 7b-v0.1": 7_241_732_096,
+    "mistral 7b-v0.2": 7_241_732_096,
+    "mistral 7b-v0.3": 7_248_023_552,
+    "mistral nemo-12b": 12_247_782_400,
+    "qwen2 1.5-72b": 72_287_920_128,
+    "qwen2 1.5-110b": 111_209_914_368,
+    "qwen2 0.5b": 494_032_768,
+    "qwen2 1.5b": 1_543_714_304,
+    "qwen2 7b": 7_615_616_512,
+    "qwen2 72b": 72_706_203_648,
+    "qwen2 2.5-0.5b": 494_032_768,
+    "qwen2 2.5-1.5b": 1_543_714_304,
+    "qwen2 2.5-3b": 3_085_938_688,
+    "qwen2 2.5-7b": 7_615_616_512,
+    "qwen2 2.5-14b": 14_770_033_664,
+    "qwen2 2.5-32b": 32_763_876_352,
+    "qwen2 2.5-72b": 72_706_203_648,
+    "gemma 2b": 2_506_172_416,
+    "gemma 7b": 8_537_680_896,
+    "gemma2 2b": 2_614_341_888,
+    "gemma2 9b": 9_241_705_984,
+    "gemma2 27b": 27_227_128_320,
+    "phi3 3-mini-4k": 3_821_079_552,
+    "phi3 3-medium-4k": 13_960_238_080,
+    "phi3 4": 14_659_507_200,
+    "gpt2 124m": 124_439_808,
+    "gpt2 355m": 354_823_168,
+    "gpt2 774m": 774_030_080,
+    "gpt2 1.5b": 1_557_611_200,
+    "opt 125m": 125_239_296,
+    "opt 1.3b": 1_315_758_080,
+    "opt 2.7b": 2_651_596_800,
+    "opt 6.7b": 6_658_473_984,
+    "opt 13b": 12_853_473_280,
+    "opt 30b": 29_974_540_288,
+    "opt 66b": 65_719_701_504,
+    "internlm2 1.8b": 1_889_110_016,
+    "internlm2 7b": 7_737_708_544,
+    "internlm2 20b": 19_861_149_696,
+}
+
+
 def tiny(name: str):
     """A random transformers model; what its init leaves at zero or one is perturbed."""
-    kind, fields = CASES[name]
+    kind, fields = (CASES | OTHERS)[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**fields, eos_token_id=None, bos_token_id=None, pad_token_id=None)
     config._attn_implementation = "eager"
@@ -53,7 +136,7 @@ def tiny(name: str):
     perturb(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".layers." in name and parameter.ndim == 2:
+            if (".layers." in name or ".h." in name) and parameter.ndim == 2:
                 parameter.mul_(3.0)  # or a token's embedding outweighs what the layers add, and greedy tokens repeat
     return model
 
@@ -94,7 +177,8 @@ def test_logits_and_gradients(pair):
         np.testing.assert_allclose(np.asarray(logits)[real], expected_logits[real], atol=1e-4, rtol=1e-4)
 
     found, seen = {name: p.grad for name, p in model.named_parameters()}, set()
-    for name, entry in expand(FAMILIES[vlm.config.family].weights(vlm.config), vlm.params).items():
+    entries = expand(FAMILIES[vlm.config.family].weights(vlm.config), vlm.params)
+    for name, entry in [(name, part) for name, whole in entries.items() for part in whole.parts]:
         got, want = flatten(grads)[entry.path][entry.index], to_ours(found[name].numpy(), entry)
         scale = np.linalg.norm(want)
         # A key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding.
@@ -127,3 +211,152 @@ def test_transformers_loads_what_is_saved(pair, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(theirs(again, inputs_of()).logits, theirs(model, inputs_of()).logits)
     assert mllm_jax.load_pretrained(tmp_path).config == vlm.config
+
+
+def as_internlm2(tensors, config):
+    """Tensors of a Llama under InternLM2's names, with wqkv [(K (G q, k, v) H) D] as its published code reads it."""
+    renamed, heads, head_dim = {}, config.num_key_value_heads, config.head_dim
+    names = {"o_proj": "attention.wo", "gate_proj": "feed_forward.w1", "up_proj": "feed_forward.w3"}
+    names |= {"down_proj": "feed_forward.w2", "input_layernorm": "attention_norm"}
+    names |= {"post_attention_layernorm": "ffn_norm"}
+    for name, tensor in tensors.items():
+        *place, stem, _ = name.split(".")
+        layer = ".".join(place[:3])
+        if stem in names:
+            renamed[f"{layer}.{names[stem]}.weight"] = tensor
+        elif stem == "q_proj":
+            q, k, v = (tensors[name.replace("q_proj", other)] for other in ("q_proj", "k_proj", "v_proj"))
+            groups = [x.reshape(heads, -1, head_dim, x.shape[1]) for x in (q, k, v)]
+            renamed[f"{layer}.attention.wqkv.weight"] = torch.cat(groups, dim=1).reshape(-1, q.shape[1])
+    plain = {"lm_head": "output", "model.embed_tokens": "model.tok_embeddings", "model.norm": "model.norm"}
+    renamed |= {f"{new}.weight": tensors[f"{old}.weight"] for old, new in plain.items()}
+    return {name: tensor.contiguous() for name, tensor in renamed.items()}
+
+
+def test_internlm2_is_llama_rearranged(tmp_path):
+    """Transformers has no InternLM2: its files give the parameters, and so the logits, of the Llama they are of."""
+    model = tiny("llama_dynamic")
+    model.save_pretrained(tmp_path / "llama")
+    tensors = as_internlm2(model.state_dict(), model.config)
+    (tmp_path / "internlm2").mkdir()
+    safetensors.torch.save_file(tensors, tmp_path / "internlm2" / "model.safetensors")
+    fields = dict(model_type="internlm2", bias=False, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False)
+    fields |= SMALL | dict(rope_theta=1e6, rope_scaling=dict(type="dynamic", factor=2.0))
+    (tmp_path / "internlm2" / "config.json").write_text(json.dumps(fields))
+    ours, llama = (mllm_jax.load_pretrained(tmp_path / name) for name in ("internlm2", "llama"))
+    assert ours.config.decoder == llama.config.decoder
+    jax.tree.map(np.testing.assert_array_equal, ours.params, llama.params)
+    mllm_jax.save_pretrained(ours, tmp_path / "again")
+    again = safetensors.torch.load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert mllm_jax.load_pretrained(tmp_path / "again").config == ours.config
+
+
+KINDS = {
+    "linear": dict(factor=4.0),
+    "dynamic": dict(factor=2.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=64),
+    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    "longrope": dict(
+        short_factor=[1.0 + n / 9 for n in range(16)],
+        long_factor=[1.0 + n for n in range(16)],
+        original_max_position_embeddings=64,
+        factor=4.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [40, 100])
+def test_kinds_of_rotary_positions(kind, length):
+    """Frequencies and the size of the table are transformers', and a config.json says them both ways."""
+    rope = dict(rope_type=kind, rope_theta=5e5) | KINDS[kind]
+    fields = SMALL | dict(head_dim=32, max_position_embeddings=64, rope_parameters=rope)
+    config = transformers.LlamaConfig(**fields)
+    expected, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
+    attention = llama.decoder_from_hf(fields).attention
+    stretch = attention.stretch
+    asked = (jnp.full((1,), length),) if stretch.by_length else ()
+    got = np.asarray(stretch.frequencies(5e5, 32, *asked))
+    np.testing.assert_allclose(got.reshape(-1), expected.numpy(), rtol=3e-6)
+    assert stretch.table_scale == pytest.approx(scale)
+    said = llama.decoder_to_hf(llama.decoder_from_hf(fields))
+    assert llama.decoder_from_hf(said).attention == attention
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_conversations_of_a_row_turn_as_if_alone(kind):
+    rope = dict(rope_type=kind, rope_theta=5e5) | KINDS[kind]
+    attention = llama.decoder_from_hf(
+        SMALL | dict(head_dim=32, max_position_embeddings=64, rope_parameters=rope)
+    ).attention
+    lengths = (40, 100)
+    alone = [
+        attention.rope(np.repeat(np.arange(n)[None, :, None], 3, axis=2), np.ones((1, n), np.int32)) for n in lengths
+    ]
+    position = np.concatenate([np.arange(n) for n in lengths] + [np.zeros(5, int)])
+    segment = np.repeat([1, 2, 0], [*lengths, 5])[None]
+    packed = attention.rope(np.repeat(position[None, :, None], 3, axis=2), segment)
+    for got, *wanted in zip(packed, *alone):
+        np.testing.assert_array_equal(got[:, :140], np.concatenate(wanted, axis=1))
+
+
+def test_chunked_and_interleaved_sections_equal_transformers():
+    fields = SMALL | dict(
+        head_dim=32, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6])
+    )
+    position = np.random.default_rng(0).integers(0, 50, (2, 7, 3))
+    ids, ones = torch.from_numpy(position).permute(2, 0, 1), torch.ones(1)
+    chunked = Qwen2VLRotaryEmbedding(transformers.Qwen2VLConfig(text_config=fields).text_config)
+    interleaved = Qwen3VLTextRotaryEmbedding(transformers.Qwen3VLConfig(text_config=fields).text_config)
+    for theirs, decoder in (
+        (chunked, qwen2.decoder_from_hf(fields)),
+        (interleaved, qwen3.decoder_from_hf(fields)),
+    ):
+        got = decoder.attention.rope(position, np.ones((2, 7), np.int32))
+        for ours, expected in zip(got, theirs(ones, ids)):
+            np.testing.assert_allclose(ours, expected[..., :16], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    kind, size = name.split()
+    family = FAMILIES[kind]
+    config = family.sizes(size)
+    assert sum(count_params(config).values()) == PUBLISHED[name]
+    assert family.from_hf(family.to_hf(config)) == config
+    assert text.decoder_from_hf(text.decoder_to_hf(config.decoder)) == config.decoder
+    expand(family.weights(config), abstract_params(config))
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        (llama, {"hidden_act": "xielu"}, "'xielu' of config.json is not one of"),
+        (llama, {"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional' is not one of"),
+        (llama, {"pretraining_tp": 2}, "Llama as published has no pretraining_tp=2"),
+        (gemma2, {"layer_types": ["chunked_attention"]}, "layer_types of config.json are unknown"),
+        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "no scale_attn_by_inverse_layer_idx=True"),
+        (opt, {"do_layer_norm_before": False}, "OPT beyond its 350M as published has no do_layer_norm_before=False"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_config_json_may_not_say(family, change, message):
+    with pytest.raises(ValueError, match=message):
+        family.decoder_from_hf(family.decoder_to_hf(next(iter(family.SIZES.values()))) | change)
+
+
+def test_a_decoder_that_config_json_cannot_say():
+    config = gpt2.sizes("124m")
+    with pytest.raises(ValueError, match="gpt2's config.json cannot say all of this decoder"):
+        gpt2.to_hf(replace(config, decoder=replace(config.decoder, embed_scale=2.0)))
+    with pytest.raises(ValueError, match="no text config of .* can say all of this decoder"):
+        text.decoder_to_hf(replace(config.decoder, embed_scale=2.0))
+    with pytest.raises(ValueError, match="one size of windows"):
+        qwen2.decoder_to_hf(replace(qwen2.SIZES["7b"], windows=(4, 8)))
+    with pytest.raises(ValueError, match="decoder.norm must be one of rms"):
+        replace(config.decoder, norm="batch")
+    with pytest.raises(ValueError, match="rope_layout must be one of"):
+        replace(qwen2.SIZES["7b"].attention, rope_layout="spiral")
+    with pytest.raises(ValueError, match="latent attention has no windows"):
+        count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], windows=(8,)), family="deepseek_v2"))

@@ -126,6 +126,44 @@ def test_two_leaves_with_one_name_are_refused():
         expand([("a", "x"), ("b", "x")], abstract({"a": (2,), "b": (2,)}))
 
 
+JOINT = [
+    Row("q/w", "{n}.qkv.weight", "(k g h) d -> d (k g) h", {"g": 3}, part=("g", 0, 5)),
+    Row("k/w", "{n}.qkv.weight", "(k g h) d -> d k (g h)", {"g": 1}, part=("g", 3, 5)),
+    Row("v/w", "{n}.qkv.weight", "(k g h) d -> d k (g h)", {"g": 1}, part=("g", 4, 5)),
+]
+JOINT_SHAPES = {"q/w": (2, 7, 6, 4), "k/w": (2, 7, 2, 4), "v/w": (2, 7, 2, 4)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leaves_that_share_a_tensor(tmp_path, dtype):
+    """Of each of two groups of 20 rows, 12 are queries', 4 a key's and 4 a value's."""
+    params = random_params(dtype, JOINT_SHAPES)
+    save_tensors(params, JOINT, tmp_path)
+    (tensor,) = (x for name, x in safetensors.torch.load_file(tmp_path / "model.safetensors").items() if name[0] == "1")
+    assert tensor.shape == (40, 7)
+    ours = torch.from_numpy(np.asarray(params["q"]["w"][1], np.float32)).permute(1, 2, 0).reshape(2, 12, 7)
+    assert torch.equal(tensor.reshape(2, 20, 7)[:, :12].float(), ours)
+    value = torch.from_numpy(np.asarray(params["v"]["w"][1], np.float32)).permute(1, 2, 0)
+    assert torch.equal(tensor.reshape(2, 20, 7)[:, 16:].float(), value)
+    assert_same_bits(load_tensors(tmp_path, JOINT, abstract(JOINT_SHAPES), dtype=dtype), params)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (JOINT[:2], "q/w and k/w are not the parts of one tensor"),
+        ([*JOINT[:2], JOINT[2]._replace(part=("g", 3, 5))], "are not the parts of one tensor"),
+        ([*JOINT[:2], JOINT[2]._replace(part=None)], "both q/w and k/w and v/w"),
+        ([*JOINT[:2], JOINT[2]._replace(part=("x", 4, 5))], "part names 'x'"),
+    ],
+)
+def test_parts_that_are_not_a_whole_are_refused(rows, message):
+    shapes = {row.ours: JOINT_SHAPES[row.ours] for row in rows}
+    with pytest.raises(ValueError, match="does not fit the tree") as error:
+        expand(rows, abstract(shapes))
+    assert message in str(error.value)
+
+
 # --- round trips
 
 

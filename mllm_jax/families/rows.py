@@ -34,6 +34,17 @@ def experts_one_by_one(ours: str, theirs: str) -> list[Row]:
     ]
 
 
+def joint_qkv(config: DecoderConfig, theirs: str, pattern: str, bias: str | None = None) -> list[Row]:
+    """Rows of queries, keys and values that lie one after the other in one tensor, along the pattern's axis `n`."""
+    heads, kv_heads = config.attention.heads, config.attention.kv_heads
+    count, firsts = heads + 2 * kv_heads, {"q": 0, "k": heads, "v": heads + kv_heads}
+    return [
+        row._replace(part=("n", first, count))
+        for name, first in firsts.items()
+        for row in linear(f"attention/{name}", theirs, pattern, bias)
+    ]
+
+
 def layers(config: DecoderConfig, rows: Callable[[LayerKind], Iterable[Row]]) -> list[Row]:
     """Rows of all layers: `rows(kind)` are those of a layer, ours without the path of layers, theirs with `{n}`."""
     return [
@@ -45,7 +56,11 @@ def layers(config: DecoderConfig, rows: Callable[[LayerKind], Iterable[Row]]) ->
 
 
 def decoder(
-    config: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight", experts: list[Row] | None = None
+    config: DecoderConfig,
+    prefix: str = "model",
+    head: str = "lm_head.weight",
+    experts: list[Row] | None = None,
+    others: Iterable[Row] = (),
 ) -> list[Row]:
     """Rows of a decoder with the names of Llama's tensors, which most have.
 
@@ -53,6 +68,7 @@ def decoder(
       prefix: what the names of its tensors begin with.
       head: name of the head.
       experts: rows of the experts of a layer, ours without the path of layers; None = they lie one by one.
+      others: rows of a layer in place of those for the same leaves, ours without the path of layers.
     """
     layer = f"{prefix}.layers.{{n}}"
     own = experts_one_by_one("mlp", f"{layer}.mlp.experts") if experts is None else experts
@@ -63,7 +79,7 @@ def decoder(
 
     def rows(kind: LayerKind) -> list[Row]:
         theirs = f"{layer}.self_attn"
-        return [
+        usual = [
             *(row for ours, name in norms.items() for row in layer_norm(ours, f"{layer}.{name}")),
             *linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h", "(n h) -> n h"),
             *linear("attention/k", f"{theirs}.k_proj", "(n h) d -> d n h", "(n h) -> n h"),
@@ -77,6 +93,8 @@ def decoder(
                 else gated_mlp("mlp", f"{layer}.mlp")
             ),
         ]
+        replaced = {row.ours: row for row in others}
+        return [replaced.get(row.ours, row) for row in usual]
 
     return [
         Row("decoder/embed", f"{prefix}.embed_tokens.weight"),

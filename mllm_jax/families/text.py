@@ -3,7 +3,7 @@
 from types import ModuleType
 
 from mllm_jax.decoder import DecoderConfig
-from mllm_jax.families import gemma, gemma2, llama, mistral, qwen2, qwen3
+from mllm_jax.families import gemma, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
 from mllm_jax.weights.table import Row
 
 TEXT: dict[str, ModuleType] = {
@@ -14,6 +14,10 @@ TEXT: dict[str, ModuleType] = {
     "qwen3_moe": qwen3,
     "gemma": gemma,
     "gemma2": gemma2,
+    "phi3": phi3,
+    "gpt2": gpt2,
+    "opt": opt,
+    "internlm2": internlm2,
 }
 
 

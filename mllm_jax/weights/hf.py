@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mllm_jax.weights.safetensors import FLOATS, Tensor, open_checkpoint, write_checkpoint
 from mllm_jax.weights.stacked import fill, gather
-from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, to_ours, to_theirs, unflatten
+from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, join, to_ours, to_theirs, unflatten
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 _WORTH_A_BAR = 300_000_000  # parameters
@@ -88,13 +88,13 @@ def load_tensors(
     default = SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
     places = dict.fromkeys(leaves, default) if shardings is None else flatten(shardings)
 
-    elements = {(entry.path, entry.index): name for name, entry in entries.items()}
-    depths = {entry.path: len(entry.index) for entry in entries.values()}
+    elements = {(part.path, part.index): (name, part) for name, entry in entries.items() for part in entry.parts}
+    depths = {path: len(index) for path, index in elements}
     dtypes = {row.ours: row.dtype for row in rows if row.dtype}
 
     def element(path: str, index: tuple[int, ...]) -> np.ndarray:
-        name = elements[path, index]
-        return to_ours(tensors[name].map(), entries[name])
+        name, part = elements[path, index]
+        return to_ours(tensors[name].map(), part)
 
     with _progress("loading", sum(math.prod(leaf.shape) for leaf in leaves.values())) as advance:
         for path, leaf in leaves.items():
@@ -130,9 +130,11 @@ def save_tensors(
 
     def arrays() -> Iterator[np.ndarray]:
         for name, (kind, shape) in layout.items():
-            entry = entries[name]
-            change = _Export(entry._replace(path="", index=()), kind)
-            yield gather(leaves[entry.path], entry.index, change)
+            pieces = []
+            for part in entries[name].parts:
+                change = _Export(part._replace(path="", index=()), kind)
+                pieces.append(gather(leaves[part.path], part.index, change))
+            yield join(pieces, entries[name])
             advance(math.prod(shape))
 
     with _progress("saving", sum(math.prod(shape) for _, shape in layout.values())) as advance:

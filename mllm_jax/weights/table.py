@@ -7,6 +7,10 @@ number in place of `{n}`, each rearranged by the einops pattern `theirs -> ours`
 leading axis, in order of appearance; names in braces have nothing to do with the letters of the pattern. What stands
 in a name for 0, 1, ... may be given: other numbers (every second layer) or words ("gate", "up"). A pattern of
 "" or "..." keeps a tensor as it is. Axis sizes come from our abstract tree; the inverse is the reversed pattern.
+
+Several of our leaves may lie in one tensor, each a part of it along one axis of the pattern, which `part` names:
+
+    Row("decoder/layers/mlp/up/w", "model.layers.{n}.mlp.gate_up_proj.weight", "f d -> d f", part=("f", 96, 192))
 """
 
 import math
@@ -28,6 +32,7 @@ class Row(NamedTuple):
     sizes: the axes that our shape leaves open: c, t, y in "d c t y x -> (c t y x) d".
     values: what stands in their names for 0, 1, ... of a stacked axis, where that is something else.
     dtype: of our leaf, where it has its own in a model of any dtype.
+    part: (axis, first, count): ours is what begins at `first` of `count` along that axis; other rows have the rest.
     """
 
     ours: str
@@ -36,16 +41,24 @@ class Row(NamedTuple):
     sizes: Mapping[str, int] = {}
     values: Mapping[str, Sequence[Any]] = {}
     dtype: str | None = None
+    part: tuple[str, int, int] | None = None
 
 
 class Entry(NamedTuple):
-    """Where one of their tensors lives in our tree."""
+    """Where one of their tensors, or a part of it, lives in our tree."""
 
     path: str  # our leaf
     index: tuple[int, ...]  # place on the leaf's stacked leading axes
     pattern: str  # theirs -> ours, without the stacked axes; "" = as it is
-    sizes: tuple[tuple[str, int], ...]  # of every named axis of the pattern
+    sizes: tuple[tuple[str, int], ...]  # of every named axis of the pattern, on our side
     shape: tuple[int, ...]  # of their tensor
+    part: tuple[str, int, int] | None = None  # see Row
+    rest: tuple["Entry", ...] = ()  # the other parts of the tensor, in order
+
+    @property
+    def parts(self) -> tuple["Entry", ...]:
+        """All parts of the tensor in order, itself the first."""
+        return (self._replace(rest=()), *self.rest)
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
@@ -81,7 +94,7 @@ def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
         that cannot give the leaf's shape. Everything that is wrong is listed.
     """
     leaves = flatten(abstract)
-    entries, covered, faults = {}, set(), []
+    entries, found, covered, faults = {}, {}, set(), []
     for row in (Row(*row) for row in rows):
         if row.ours not in leaves:
             continue
@@ -101,24 +114,63 @@ def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
             continue
         for index in np.ndindex(shape[: len(axes)]):
             name = row.theirs.format(**{axis: own[i] for axis, own, i in zip(axes, stands, index)})
-            if name in entries:
-                faults.append(f"{name}: both {entries[name].path} and {row.ours}")
-            entries[name] = Entry(row.ours, index, "" if row.pattern == "..." else row.pattern, sizes, theirs_shape)
+            pattern = "" if row.pattern == "..." else row.pattern
+            found.setdefault(name, []).append(Entry(row.ours, index, pattern, sizes, theirs_shape, row.part))
+    for name, parts in found.items():
+        if fault := _overlap(parts):
+            faults.append(f"{name}: {fault}")
+        first, *rest = sorted(parts, key=lambda entry: entry.part[1] if entry.part else 0)
+        entries[name] = first._replace(rest=tuple(rest))
     faults += [f"{path}: no row" for path in leaves if path not in covered]
     if faults:
         raise ValueError("the table of weights does not fit the tree of parameters:\n  " + "\n  ".join(faults))
     return entries
 
 
+def _overlap(parts: Sequence[Entry]) -> str | None:
+    """What is wrong with the entries of one tensor; None if they are all of it."""
+    if len(parts) == 1 and parts[0].part is None:
+        return None
+    paths = " and ".join(entry.path for entry in parts)
+    if any(entry.part is None for entry in parts):
+        return f"both {paths}"
+    ends = sorted((entry.part[1], entry.part[1] + dict(entry.sizes)[entry.part[0]]) for entry in parts)
+    whole = [first for first, _ in ends] + [parts[0].part[2]] == [0] + [last for _, last in ends]
+    alike = len({(entry.part[0], entry.part[2], entry.shape) for entry in parts}) == 1
+    return None if whole and alike else f"{paths} are not the parts of one tensor: {[e.part for e in parts]}"
+
+
 def to_ours(array: Array, entry: Entry) -> Array:
     """Their tensor as an element of our leaf (without the stacked axes); a view where numpy can give one."""
-    return rearrange(array, entry.pattern, **dict(entry.sizes)) if entry.pattern else array
+    if entry.part is None:
+        return rearrange(array, entry.pattern, **dict(entry.sizes)) if entry.pattern else array
+    theirs, split, ours = _sides(entry)
+    axis, first, count = entry.part
+    apart = rearrange(array, f"{theirs} -> {split}", **dict(entry.sizes) | {axis: count})
+    window = (slice(None),) * split.split().index(axis) + (slice(first, first + dict(entry.sizes)[axis]),)
+    return rearrange(apart[window], f"{split} -> {ours}", **dict(entry.sizes))
 
 
 def to_theirs(array: Array, entry: Entry) -> Array:
-    """The inverse of `to_ours`."""
-    theirs, _, ours = entry.pattern.partition("->")
-    return rearrange(array, f"{ours} -> {theirs}", **dict(entry.sizes)) if entry.pattern else array
+    """The inverse of `to_ours`; of a part, with all axes of the pattern apart, for `join`."""
+    theirs, split, ours = _sides(entry)
+    return rearrange(array, f"{ours} -> {split if entry.part else theirs}", **dict(entry.sizes)) if ours else array
+
+
+def join(arrays: Sequence[np.ndarray], entry: Entry) -> np.ndarray:
+    """Their tensor from what `to_theirs` makes of all of `entry.parts`."""
+    if entry.part is None:
+        return arrays[0]
+    theirs, split, _ = _sides(entry)
+    axis, _, count = entry.part
+    whole = np.concatenate(arrays, axis=split.split().index(axis))
+    return rearrange(whole, f"{split} -> {theirs}", **dict(entry.sizes) | {axis: count})
+
+
+def _sides(entry: Entry) -> tuple[str, str, str]:
+    """Their side of a pattern, the same with all axes apart, and ours."""
+    theirs, _, ours = (side.strip() for side in entry.pattern.partition("->"))
+    return theirs, " ".join(axis for group in _axes(theirs) for axis in group), ours
 
 
 def _solve(row: Row, shape: tuple[int, ...], depth: int) -> tuple[tuple[tuple[str, int], ...], tuple[int, ...]]:
@@ -140,7 +192,10 @@ def _solve(row: Row, shape: tuple[int, ...], depth: int) -> tuple[tuple[tuple[st
             raise ValueError(f"({' '.join(group)}) cannot be {size}; give the sizes of the axes in the row's `sizes`")
     if unknown := {axis for group in theirs for axis in group} - sizes.keys():
         raise ValueError(f"axes {sorted(unknown)} are not on our side")
-    return tuple(sizes.items()), tuple(math.prod(sizes[axis] for axis in group) for group in theirs)
+    if row.part and row.part[0] not in sizes:
+        raise ValueError(f"part names {row.part[0]!r}, which is not an axis of the pattern")
+    whole = sizes | {row.part[0]: row.part[2]} if row.part else sizes
+    return tuple(sizes.items()), tuple(math.prod(whole[axis] for axis in group) for group in theirs)
 
 
 def _axes(side: str) -> list[list[str]]:

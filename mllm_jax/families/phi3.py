@@ -1,0 +1,64 @@
+"""Phi-3 (arXiv 2404.14219) and Phi-4 (arXiv 2412.08905): Llama's layers, with joint projections."""
+
+from dataclasses import replace
+
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import rows
+from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.weights.table import Row
+
+_MINI = DecoderConfig(
+    vocab=32064,
+    width=3072,
+    layers=32,
+    attention=AttentionConfig(32, 32, 96, rope_theta=1e4, rope_sections=(48, 0, 0), qk_norm=False),
+    mlp=8192,
+    windows=(2047,),
+    norm_eps=1e-5,
+)
+_MEDIUM = replace(
+    _MINI, width=5120, layers=40, attention=AttentionConfig(40, 10, 128, 1e4, (64, 0, 0), qk_norm=False), mlp=17920
+)
+
+SIZES = {
+    "3-mini-4k": _MINI,
+    "3-medium-4k": _MEDIUM,
+    "4": replace(_MEDIUM, vocab=100352, windows=(), attention=replace(_MEDIUM.attention, rope_theta=2.5e5)),
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "phi3". ValueError for what this model cannot do."""
+    expect(text, "Phi-3", hidden_act="silu", attention_bias=False)
+    return read_decoder(text, windows=(text["sliding_window"],) if text.get("sliding_window") else ())
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`."""
+    window = decoder.windows[0] if decoder.windows else None
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or those of a larger vocabulary
+    length = 131072 if decoder.attention.stretch else 16384
+    return write_decoder(decoder, length) | {"hidden_act": "silu", "sliding_window": window, **tokens}
+
+
+def decoder_weights(config: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
+    """Rows of the decoder whose tensors begin with `prefix`; `head` is the name of the head."""
+    layer = f"{prefix}.layers.{{n}}"
+    gate_up = f"{layer}.mlp.gate_up_proj.weight"
+    return rows.decoder(
+        config,
+        prefix,
+        head,
+        others=[
+            *rows.joint_qkv(config, f"{layer}.self_attn.qkv_proj", "(n h) d -> d n h"),
+            Row("mlp/gate/w", gate_up, "f d -> d f", part=("f", 0, 2 * config.mlp)),
+            Row("mlp/up/w", gate_up, "f d -> d f", part=("f", config.mlp, 2 * config.mlp)),
+        ],
+    )
+
+
+FAMILY = TextFamily("phi3", "Phi3ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
+sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
+IGNORE = ("lm_head.weight", r".*\.rotary_emb\.inv_freq")
+RENAME = ()
