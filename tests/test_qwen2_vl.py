@@ -2,19 +2,24 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_chat
 import torch
 import transformers
+from PIL import Image
 from reference import END, IMAGE, START, VIDEO, batch_of, perturb, prompt, to_torch
 from safetensors.numpy import load_file
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import mllm_jax
-from mllm_jax.families import qwen2_vl
+from mllm_jax.data.processor import Processor
+from mllm_jax.families import qwen2_vl, spec_for
 from mllm_jax.model import count_params
 from mllm_jax.weights.table import expand, flatten, to_ours
 
@@ -154,6 +159,60 @@ def test_bad_inputs(pair):
         mllm_jax.from_hf_inputs(vlm.config, inputs | {"second_per_grid_ts": np.ones(1)})
     with pytest.raises(ValueError, match="no size '3b'"):
         qwen2_vl.sizes("3b")
+
+
+def test_conversations_equal_transformers(pair, tmp_path):
+    """Pictures and clips from messages: tokens, sizes, frames and positions as transformers' processors make them."""
+    vlm, _, _ = pair
+    spec = replace(spec_for(vlm.config), min_pixels=256, max_pixels=4096, clip_min_pixels=256, clip_max_pixels=1024)
+    assert not spec.timestamps and spec.factor == 8 and spec.mean == vlm.config.encoder.pixel_mean
+    processor = Processor.from_folder(tiny_chat.write_tokenizer(tmp_path), spec)
+    rng = np.random.default_rng(0)
+    pixels, frames = (rng.integers(0, 256, shape, np.uint8) for shape in ((37, 70, 3), (11, 40, 60, 3)))
+    content = [
+        {"type": "image", "image": Image.fromarray(pixels)},
+        {"type": "text", "text": "and"},
+        {"type": "video", "video": frames, "fps": 3.0},
+        {"type": "text", "text": "?"},
+    ]
+    example = processor([{"role": "user", "content": content}], generate=True)
+
+    sides = dict(patch_size=4, merge_size=2)
+    theirs = Qwen2VLImageProcessorPil(**sides, size=dict(shortest_edge=256, longest_edge=4096))
+    made = theirs(images=[Image.fromarray(pixels)], return_tensors="np")
+    assert (1, *example.pictures[0].grid) == tuple(made["image_grid_thw"][0])
+    mean, std = (np.repeat(np.float32(x), 2 * 4 * 4) for x in (spec.mean, spec.std))
+    normal = (example.pictures[0].patches / np.float32(255) - mean) / std
+    np.testing.assert_allclose(normal, made["pixel_values"], atol=1.01 / 255 / min(spec.std))
+
+    taken = np.arange(0, 11, 11 / 6).astype(int)  # two a second of 11 / 3 seconds, in whole temporal patches
+    height, width = smart_resize(40, 60, 8, 256, 1024)
+    assert [picture.grid for picture in example.pictures[1:]] == [(height // 4, width // 4)] * 3
+    first = theirs(images=[Image.fromarray(frames[taken[0]])], size=dict(shortest_edge=256, longest_edge=1024))
+    second = theirs(images=[Image.fromarray(frames[taken[1]])], size=dict(shortest_edge=256, longest_edge=1024))
+    by_frame = lambda patches: np.asarray(patches).reshape(-1, 3, 2, 16)
+    clip = by_frame((example.pictures[1].patches / np.float32(255) - mean) / std)
+    for time, frame in enumerate((first, second)):
+        expected = by_frame(frame["pixel_values"])[:, :, 0]
+        np.testing.assert_allclose(clip[:, :, time], expected, atol=1.01 / 255 / min(spec.std))
+
+    grid = (3, height // 4, width // 4)
+    text = processor.template.render([{"role": "user", "content": content}], True)
+    for token, patches in (("<|image_pad|>", made["image_grid_thw"]), ("<|video_pad|>", grid)):
+        text = text.replace(token, token * int(np.prod(patches) // 4))
+    np.testing.assert_array_equal(example.tokens, transformers.AutoTokenizer.from_pretrained(tmp_path)(text).input_ids)
+    tokens = replace(vlm.config.tokens, image=processor.image_id, video=processor.video_id)
+    inputs = {
+        "input_ids": example.tokens[None],
+        "pixel_values": made["pixel_values"],
+        "image_grid_thw": made["image_grid_thw"],
+        "pixel_values_videos": np.zeros((np.prod(grid), 96), np.float32),
+        "video_grid_thw": np.array([grid]),
+        "second_per_grid_ts": np.array([2 / (6 / 11 * 3)]),  # as Qwen2_5_VLProcessor says it
+    }
+    batch = mllm_jax.from_hf_inputs(replace(vlm.config, tokens=tokens), inputs)
+    np.testing.assert_array_equal(example.position, batch.position[0])
+    np.testing.assert_array_equal(example.vision_index, batch.vision_index[0])
 
 
 # Counted in transformers' models on torch's meta device.

@@ -13,7 +13,7 @@ from mllm_jax.data.pack import Budget, TooLarge, place
 from mllm_jax.data.positions import rotary_positions
 from mllm_jax.data.spec import SEEING, ProcessorSpec, read_spec, write_spec
 from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer
-from mllm_jax.data.visuals import Cut, Film, Plan, Still
+from mllm_jax.data.visuals import Cut, Film, Plan, Still, WholeFilm
 from mllm_jax.types import Example, Picture
 
 
@@ -88,8 +88,7 @@ class Processor:
             raise ValueError(f"this model reads no clips, but the conversation has one: {source!r:.80}")
         clip = video.open_clip(source, fps)
         target = fps if isinstance(source, (str, os.PathLike)) else spec.fps
-        count = video.frame_count(clip.frames, clip.fps, target, spec.min_frames, spec.max_frames)
-        return Film(clip, video.sample_frames(clip.frames, count))
+        return (Film if spec.timestamps else WholeFilm).sampled(clip, target, spec)
 
     def _tokens(self, messages: Messages, visuals: list, generate: bool) -> tuple[list[int], list[float]]:
         """Tokens and weights with one placeholder for every run of visual tokens."""

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mllm_jax.data import images, video
-from mllm_jax.data.positions import in_a_line, on_a_grid
+from mllm_jax.data.positions import in_a_line, on_a_grid, patch_positions
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import Size
+from mllm_jax.data.video import Clip
 
 
 class Run(NamedTuple):
@@ -56,10 +57,7 @@ class Still:
         limit: pixels that a picture may have, as far as its minimum allows.
         row: pixels that a patch row can hold.
         """
-        limit = max(limit, min(spec.min_pixels, row))
-        low, high = min(spec.min_pixels, limit), min(spec.max_pixels, limit)
-        size = images.smart_resize(self.height, self.width, spec.factor, low, high)
-        size = _within(limit, size, self.height, self.width, spec.factor)
+        size = _native(self, (spec.min_pixels, spec.max_pixels), spec.factor, limit, row)
         return Plan((size,), (_run(spec, size),))
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
@@ -85,10 +83,16 @@ class Cut(Still):
 class Film:
     """A clip; all its frames have one size."""
 
-    clip: video.Clip
+    clip: Clip
     indices: list[int]
 
     video = True
+
+    @classmethod
+    def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "Film":
+        """Reads `fps` frames a second, as far as the spec's bounds allow."""
+        count = video.frame_count(clip.frames, clip.fps, fps, spec.min_frames, spec.max_frames)
+        return cls(clip, video.sample_frames(clip.frames, count))
 
     @property
     def name(self) -> str:
@@ -101,17 +105,37 @@ class Film:
         size = video.clip_size(frames, clip.height, clip.width, spec.factor, spec.temporal_patch, low, high)
         size = _within(limit, size, clip.height, clip.width, spec.factor)
         count = math.ceil(frames / spec.temporal_patch)
-        if spec.timestamps:
-            tokens = math.prod(size) // spec.factor**2
-            runs = tuple(_run(spec, size, first * tokens) for first in range(count))
-        else:
-            seconds = spec.temporal_patch * (self.indices[-1] - self.indices[0]) / max(frames - 1, 1) / clip.fps
-            rate = spec.position_rate * seconds if spec.position_rate else 1
-            runs = (_run(spec, size, 0, tuple(int(index * rate) for index in range(count))),)
-        return Plan((size,) * count, runs)
+        tokens = math.prod(size) // spec.factor**2
+        return Plan((size,) * count, tuple(_run(spec, size, first * tokens) for first in range(count)))
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
         return video.read_clip(self.clip, self.indices, plan.sizes[0], spec.temporal_patch)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeFilm(Film):
+    """A clip that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191): bounds of pixels hold for every frame."""
+
+    @classmethod
+    def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "WholeFilm":
+        bounds = spec.min_frames, spec.max_frames, spec.temporal_patch
+        count = video.frame_count(clip.frames, clip.fps, fps, *bounds)
+        return cls(clip, [index * clip.frames // count for index in range(count)])
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        clip, frames = self.clip, len(self.indices)
+        size = _native(clip, (spec.clip_min_pixels, spec.clip_max_pixels), spec.factor, limit, row)
+        count, seconds = math.ceil(frames / spec.temporal_patch), clip.frames / (frames * clip.fps)
+        times = patch_positions(count, spec.position_rate, spec.temporal_patch * seconds)
+        return Plan((size,) * count, (_run(spec, size, 0, tuple(times)),))
+
+
+def _native(source: Any, bounds: tuple[int, int], factor: int, limit: float, row: float) -> Size:
+    """Nearly the size that something has: within bounds of pixels, and within a limit as far as they allow."""
+    least, most = bounds
+    limit = max(limit, min(least, row))
+    size = images.smart_resize(source.height, source.width, factor, min(least, limit), min(most, limit))
+    return _within(limit, size, source.height, source.width, factor)
 
 
 def _within(limit: float, size: Size, height: int, width: int, factor: int) -> Size:

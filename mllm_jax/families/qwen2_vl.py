@@ -160,6 +160,8 @@ def to_hf(config: ModelConfig) -> dict:
 SPEC = ProcessorSpec(
     min_pixels=56**2,
     max_pixels=12845056,
+    clip_min_pixels=128 * 28**2,
+    clip_max_pixels=768 * 28**2,
     timestamps=False,
     processor_class="Qwen2VLProcessor",
     video_processor_type="Qwen2VLVideoProcessor",
