@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import mllm_jax
 from mllm_jax.data.processor import Processor
+from mllm_jax.data.spec import read_spec, write_spec
 from mllm_jax.families import qwen2_vl, spec_for
 from mllm_jax.model import count_params
 from mllm_jax.weights.table import expand, flatten, to_ours
@@ -213,6 +214,19 @@ def test_conversations_equal_transformers(pair, tmp_path):
     batch = mllm_jax.from_hf_inputs(replace(vlm.config, tokens=tokens), inputs)
     np.testing.assert_array_equal(example.position, batch.position[0])
     np.testing.assert_array_equal(example.vision_index, batch.vision_index[0])
+
+
+def test_published_files_of_processors(tmp_path):
+    """Qwen2.5-VL's, which say of clips what they say of pictures."""
+    tiny_chat.write_tokenizer(tmp_path)
+    said = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
+    said |= dict(processor_class="Qwen2_5_VLProcessor", image_mean=[0.4, 0.5, 0.6])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    spec = Processor.from_folder(tmp_path, spec_for(qwen2_vl.sizes("2.5-7b"))).spec
+    assert (spec.min_pixels, spec.max_pixels) == (spec.clip_min_pixels, spec.clip_max_pixels) == (3136, 12845056)
+    assert spec.processor_class == "Qwen2_5_VLProcessor" and spec.position_rate == 2 and spec.factor == 28
+    write_spec(spec, tmp_path)
+    assert read_spec(tmp_path, spec_for(qwen2_vl.sizes("2.5-7b"))) == spec
 
 
 # Counted in transformers' models on torch's meta device.

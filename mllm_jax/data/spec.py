@@ -23,7 +23,7 @@ class ProcessorSpec:
     rule: Any = None  # how pictures get their sizes, or are cut (resize.py, tiles.py); None = nearly as they are
     min_pixels: int = 65536  # of a picture, where there is no other rule
     max_pixels: int = 16777216
-    clip_min_pixels: int = 4096  # of all frames of a clip together
+    clip_min_pixels: int = 4096  # of all frames of a clip together; of each where a clip is one block
     clip_max_pixels: int = 25165824
     fps: float = 2.0  # at which clips are sampled
     min_frames: int = 4
@@ -63,15 +63,18 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
     both = read_json(folder / "processor_config.json")  # one file since transformers 5, two before
     image = read_json(folder / "preprocessor_config.json") or both.get("image_processor", {})
     clip = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor", {})
+    if not clip and not spec.timestamps:
+        clip = image  # as it was before clips had a file: the bounds of a picture are those of a frame
     clip_size = clip.get("size", {})
     found = {
-        "clip_min_pixels": clip_size.get("shortest_edge"),
-        "clip_max_pixels": clip_size.get("longest_edge"),
+        "clip_min_pixels": clip.get("min_pixels", clip_size.get("shortest_edge")),
+        "clip_max_pixels": clip.get("max_pixels", clip_size.get("longest_edge")),
         "fps": clip.get("fps"),
         "min_frames": clip.get("min_frames"),
         "max_frames": clip.get("max_frames"),
         "mean": tuple(image.get("image_mean") or ()) or None,
         "std": tuple(image.get("image_std") or ()) or None,
+        "processor_class": image.get("processor_class", both.get("processor_class")),
     }
     if not image or (image.keys() & NATIVE and "max_num_patches" not in image):
         size = image.get("size", {})
