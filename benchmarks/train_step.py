@@ -106,7 +106,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     tx, _ = make_optimizer(optim, abstract_params(config))
     state = init_state(config, tx, mesh, jax.random.key(0))
     step = make_train_step(config, tx, optim, mesh)
-    flops = count_flops(config, useful(batch))
+    flops = count_flops(config, useful(batch, config.decoder.window))
     batch, seconds = jax.device_put(batch), []
     for _ in range(rounds + 2):
         start = time.perf_counter()

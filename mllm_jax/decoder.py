@@ -81,6 +81,11 @@ class DecoderConfig:
         return tuple(LayerKind(has(i), window) for i, window in enumerate(windows))
 
     @property
+    def window(self) -> int:
+        """The widest window; 0 where no layer has one."""
+        return max((0, *self.windows))
+
+    @property
     def expert_layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have experts."""
         return tuple(number for number, kind in enumerate(self.kinds) if kind.experts)

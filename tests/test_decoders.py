@@ -18,8 +18,10 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import mllm_jax
-from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, llama, opt, qwen2, qwen3, text
+from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, internlm2, llama, opt, qwen2, qwen3, text
 from mllm_jax.model import ModelConfig, abstract_params, count_params
+from mllm_jax.train.inputs import ScenesData
+from mllm_jax.train.run import Run, read_run, run_config
 from mllm_jax.weights.table import expand, flatten, to_ours
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)
@@ -327,6 +329,16 @@ def test_published_sizes(name):
     assert family.from_hf(family.to_hf(config)) == config
     assert text.decoder_from_hf(text.decoder_to_hf(config.decoder)) == config.decoder
     expand(family.weights(config), abstract_params(config))
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [llama.SIZES["3.1-8b"], gemma2.SIZES["2b"], internlm2.SIZES["7b"], gpt2.SIZES["124m"]],
+    ids=["llama", "gemma2", "internlm2", "gpt2"],
+)
+def test_a_run_states_every_field(decoder):
+    run = Run(model=ModelConfig(None, None, decoder, family="llama"), data=ScenesData(batch=8, blind=True))
+    assert read_run(run_config(run)).model.decoder == decoder
 
 
 @pytest.mark.parametrize(

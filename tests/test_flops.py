@@ -13,7 +13,7 @@ from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import abstract_params
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.flops import Counts, count_flops, mfu, padded, peak_flops, useful
+from mllm_jax.train.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
 from mllm_jax.train.inputs import ScenesData
 from mllm_jax.train.loop import explain
 from mllm_jax.train.metrics import short
@@ -57,6 +57,20 @@ def test_useful_counts_leave_padding_out():
     text = collate([[random_example(rng, 5)], []], Budget(8), merge=2, values=VALUES)
     assert useful(text) == Counts(5, 12.5, 0, 0, 2) and padded(text) == Counts(16, 64, 0, 0, 16)
     assert useful(collate([[]], Budget(8), merge=2, values=VALUES)) == Counts(0, 0, 0, 0, 0)
+
+
+def test_windows():
+    """What tokens see inside a window, counted one by one, but for half of the diagonal that a triangle leaves out."""
+    for sizes, window in (((3, 20), 5), ((7,), 7), ((4, 9), 100)):
+        seen = sum(min(token + 1, window) for size in sizes for token in range(size))
+        assert near_pairs(np.array(sizes, float), window) == seen - sum(min(size, window) for size in sizes) / 2
+    config = tiny_config()
+    sliding = replace(config, decoder=replace(config.decoder, windows=(8, 0)))
+    batch = a_batch(np.random.default_rng(0))
+    all_pairs, some = useful(batch), useful(batch, sliding.decoder.window)
+    assert 0 < some.near_pairs < some.token_pairs == all_pairs.token_pairs
+    difference = count_flops(config, all_pairs)["decoder"].forward - count_flops(sliding, some)["decoder"].forward
+    assert difference == 2 * (some.token_pairs - some.near_pairs) * config.decoder.attention.pair_flops  # of 3 layers
 
 
 FROZEN = {

@@ -1,5 +1,6 @@
 """PaliGemma and PaliGemma 2: logits, gradients, greedy tokens and files equal transformers' on random tiny weights."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +13,8 @@ from reference import perturb
 
 import mllm_jax
 from mllm_jax.families import paligemma
+from mllm_jax.model import abstract_boxed, abstract_params, count_params
+from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.weights.table import expand, flatten, to_ours
 
 IMAGE, NEW = 150, 8
@@ -150,3 +153,60 @@ def test_transformers_loads_what_is_saved(pair, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(theirs(again, inputs_of()).logits, theirs(model, inputs_of()).logits)
     assert mllm_jax.load_pretrained(tmp_path).config == vlm.config
+
+
+PUBLISHED = {
+    "3b-224": 2_923_466_480,
+    "3b-448": 2_924_351_216,
+    "3b-896": 2_927_890_160,
+    "2-3b-224": 3_032_242_416,
+    "2-3b-448": 3_033_127_152,
+    "2-3b-896": 3_036_666_096,
+    "2-10b-224": 9_662_638_832,
+    "2-10b-448": 9_663_523_568,
+    "2-10b-896": 9_667_062_512,
+    "2-28b-224": 27_650_487_024,
+    "2-28b-448": 27_651_371_760,
+    "2-28b-896": 27_654_910_704,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    config = paligemma.sizes(name)
+    assert sum(count_params(config).values()) == PUBLISHED[name]
+    assert paligemma.from_hf(paligemma.to_hf(config)) == config
+    expand(paligemma.weights(config), abstract_params(config))
+
+
+def test_a_config_json_that_says_little():
+    """As published: what it leaves out is transformers' default."""
+    tower = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27, patch_size=14)
+    text = dict(hidden_size=2048, intermediate_size=16384, num_attention_heads=8, num_hidden_layers=18)
+    text |= dict(model_type="gemma", num_key_value_heads=1, vocab_size=257216)
+    vision = tower | dict(model_type="siglip_vision_model", projection_dim=2048, vision_use_head=False)
+    published = dict(model_type="paligemma", image_token_index=257152, text_config=text, vision_config=vision)
+    assert paligemma.from_hf(published) == paligemma.sizes("3b-224")
+    with pytest.raises(ValueError, match="PaliGemma has a tower of model_type 'siglip_vision_model'"):
+        paligemma.from_hf(published | {"vision_config": {"model_type": "clip_vision_model"}})
+    with pytest.raises(ValueError, match="PaliGemma has no size '7b'; sizes: 3b-224"):
+        paligemma.sizes("7b")
+
+
+def test_a_mesh_changes_nothing(pair):
+    """Tokens on several devices too: windows, caps, and prefixes that lie on both sides of a border."""
+    vlm, _ = pair
+    batch = mllm_jax.from_hf_inputs(vlm.config, inputs_of())
+    lengthened = lambda x: np.pad(x, ((0, 1), (0, 48 - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+    text = {name: lengthened(x) for name, x in batch._asdict().items() if x is not None and name != "vision"}
+    vision = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), batch.vision)
+    batch = batch._replace(**text, vision=vision._replace(grid=np.maximum(vision.grid, 1)))
+    config = replace(vlm.config, runtime=replace(vlm.config.runtime, context="ring"))
+    read = lambda config: jax.jit(config.build().apply)
+    real = np.asarray(batch.segment) > 0
+    alone = np.asarray(read(vlm.config)({"params": vlm.params}, batch).logits)[real]
+    mesh = make_mesh({"fsdp": 2, "context": 4})
+    params = jax.device_put(vlm.params, shardings(abstract_boxed(config), mesh, config.runtime.rules))
+    with jax.set_mesh(mesh):
+        spread = read(config)({"params": params}, batch)
+    np.testing.assert_allclose(np.asarray(spread.logits)[real], alone, atol=1e-4)

@@ -111,7 +111,8 @@ def plan_step(run: Run, topology: Topology, mesh: Mapping[str, int] | None = Non
     steps, program = list(operations(traced.jaxpr)), hlo.parse(compiled.as_text())
     arguments, peak = _memory(compiled, topology.platform)
     flops, recomputed = _flops(steps, devices.size)
-    useful = sum(part.total for part in count_flops(run.model, padded(batch), run.optim.freeze).values())
+    counts = padded(batch, run.model.decoder.window)
+    useful = sum(part.total for part in count_flops(run.model, counts, run.optim.freeze).values())
     groups = argument_groups(state, batch)
     return Planned(
         mesh=dict(devices.shape),

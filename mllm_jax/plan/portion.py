@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from mllm_jax.plan.layout import Laid, Weight, abstract_mesh, lay, read_weights, split_axes
 from mllm_jax.sharding import fitting_axes, partition_spec, rules_of
-from mllm_jax.train.flops import Counts, Flops, count_flops
+from mllm_jax.train.flops import Counts, Flops, count_flops, near_pairs
 from mllm_jax.train.run import Run
 
 TOWERS = ("encoder", "decoder")
@@ -32,9 +33,12 @@ def read_shapes(run: Run) -> Shapes:
         patches=float(patch_rows * budget.patches),
         patch_pairs=float(patch_rows * budget.patches**2),
         targets=float(data.batch * budget.tokens),
+        near_pairs=near_pairs(np.full(data.batch, float(budget.tokens)), run.model.decoder.window),
     )
     flops = count_flops(run.model, counts, run.optim.freeze)
-    without = count_flops(run.model, counts._replace(token_pairs=0.0, patch_pairs=0.0), run.optim.freeze)
+    without = count_flops(
+        run.model, counts._replace(token_pairs=0.0, near_pairs=0.0, patch_pairs=0.0), run.optim.freeze
+    )
     attention = {part: flops[part].forward - without[part].forward for part in flops}
     return Shapes(read_weights(run), flops, attention)
 

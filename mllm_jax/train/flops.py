@@ -24,6 +24,7 @@ class Counts(NamedTuple):
     patches: float
     patch_pairs: float
     targets: float
+    near_pairs: float = 0.0  # of token_pairs, those inside a window, for layers that have one
 
 
 class Flops(NamedTuple):
@@ -35,8 +36,11 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
-def useful(batch: Batch) -> Counts:
-    """What is in a batch of numpy arrays: conversations, pictures, and targets with a weight."""
+def useful(batch: Batch, window: int = 0) -> Counts:
+    """What is in a batch of numpy arrays: conversations, pictures, and targets with a weight.
+
+    window: tokens that layers with a window see (`DecoderConfig.window`).
+    """
     conversations = _sizes(batch.segment)
     pictures = np.zeros(0) if batch.vision is None else _sizes(batch.vision.image)
     return Counts(
@@ -45,10 +49,11 @@ def useful(batch: Batch) -> Counts:
         patches=float(pictures.sum()),
         patch_pairs=float((pictures**2).sum()),
         targets=float(np.count_nonzero(batch.weight)),
+        near_pairs=near_pairs(conversations, window),
     )
 
 
-def padded(batch: Batch) -> Counts:
+def padded(batch: Batch, window: int = 0) -> Counts:
     """What a batch has room for: every row one conversation, every row of patches one picture, a target everywhere."""
     rows, length = batch.tokens.shape
     row, patch_row, patches = (0, 0, 0) if batch.vision is None else batch.vision.image.shape
@@ -58,7 +63,13 @@ def padded(batch: Batch) -> Counts:
         patches=float(row * patch_row * patches),
         patch_pairs=float(row * patch_row * patches**2),
         targets=float(rows * length),
+        near_pairs=near_pairs(np.full(rows, float(length)), window),
     )
+
+
+def near_pairs(sizes: np.ndarray, window: int) -> float:
+    """Pairs of tokens within a window, in conversations of so many tokens f64[n]: a corner less than all of them."""
+    return float((sizes**2 - np.maximum(sizes - window, 0) ** 2).sum() / 2) if window else 0.0
 
 
 def _sizes(numbers) -> np.ndarray:
@@ -89,7 +100,8 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
     )
     attention = dict(
         encoder=0 if encoder is None else 4 * encoder.width * _pairs(encoder, counts),
-        decoder=counts.token_pairs * decoder.layers * decoder.attention.pair_flops,
+        decoder=sum(counts.near_pairs if kind.window else counts.token_pairs for kind in decoder.kinds)
+        * decoder.attention.pair_flops,
     )
     result, reached = {}, False
     for part in rows:

@@ -195,7 +195,8 @@ class Training:
         if batch is None:
             return None
         processes = self.settings.data.batch / len(batch.tokens)  # this one's share stands for all
-        needed = {part: processes * float(costs @ useful(batch)) for part, costs in self.flops.items()}
+        counts = useful(batch, self.settings.model.decoder.window)
+        needed = {part: processes * float(costs @ counts) for part, costs in self.flops.items()}
         if not self.compiled:
             for line in explain(self.settings, batch, processes):
                 self.report.line(line)
@@ -263,7 +264,8 @@ def explain(run: Run, batch: Batch, processes: float = 1) -> Iterator[str]:
     Args:
       batch: one process's share of the first batch; `processes`: how many such shares a batch has.
     """
-    needed, room = (count_flops(run.model, counts(batch), run.optim.freeze) for counts in (useful, padded))
+    window = run.model.decoder.window
+    needed, room = (count_flops(run.model, counts(batch, window), run.optim.freeze) for counts in (useful, padded))
     total, room = (processes * sum(part.total for part in flops.values()) for flops in (needed, room))
     parts = ", ".join(f"{part} {processes * flops.total / total:.0%}" for part, flops in needed.items())
     yield f"a step needs {short(total)}FLOP ({parts}); with padding it has up to {short(room)}FLOP"

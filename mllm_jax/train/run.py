@@ -13,11 +13,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, from_config_dict, to_config_dict
+from mllm_jax.connectors.average_pool import AveragePoolConfig
+from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.mla import MlaConfig
+from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules, shardings
 from mllm_jax.train.balance import BalanceConfig
@@ -28,7 +32,12 @@ from mllm_jax.weights.hf import load_tensors
 
 PARTS = {
     part.__name__: part
-    for part in (VitConfig, PatchMergerConfig, AttentionConfig, MlaConfig, JsonLinesData, ScenesData)
+    for part in (
+        *(VitConfig, AveragePoolConfig, MlpConnectorConfig, PatchMergerConfig, PixelShuffleConfig),
+        *(AttentionConfig, MlaConfig),
+        *(LinearStretch, NtkStretch, BlendedStretch, ListedStretch, YarnConfig),
+        *(JsonLinesData, ScenesData),
+    )
 }
 
 

@@ -153,8 +153,10 @@ def to_ours(array: Array, entry: Entry) -> Array:
 
 def to_theirs(array: Array, entry: Entry) -> Array:
     """The inverse of `to_ours`; of a part, with all axes of the pattern apart, for `join`."""
+    if not entry.pattern:
+        return array
     theirs, split, ours = _sides(entry)
-    return rearrange(array, f"{ours} -> {split if entry.part else theirs}", **dict(entry.sizes)) if ours else array
+    return rearrange(array, f"{ours} -> {split if entry.part else theirs}", **dict(entry.sizes))
 
 
 def join(arrays: Sequence[np.ndarray], entry: Entry) -> np.ndarray:
