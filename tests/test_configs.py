@@ -16,7 +16,11 @@ from mllm_jax.train.loop import StopSignal, Training
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.run import read_run
 
-ARGUMENTS = {"scenes": ("", "blind", "experts"), "qwen3_vl_sft": ("", "115m", "2b", "4b", "8b", "32b")}
+ARGUMENTS = {
+    "compose": ("siglip,mlp,llama", "dinov2,pixel_shuffle,gemma2,prefix", "qwen2_5_vl,patch_merger,qwen3_vl"),
+    "scenes": ("", "blind", "experts"),
+    "qwen3_vl_sft": ("", "115m", "2b", "4b", "8b", "32b"),
+}
 RUNS = [
     (path.stem, arg)
     for path in sorted(CONFIGS.glob("*.py"))

@@ -6,11 +6,17 @@ import pathlib
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 
-def load_config(name: str, argument: str = ""):
-    """What `configs/NAME.py` returns."""
+def load_module(name: str):
+    """`configs/NAME.py`."""
     spec = importlib.util.spec_from_file_location(f"configs_{name}", CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load_config(name: str, argument: str = ""):
+    """What `configs/NAME.py` returns."""
+    module = load_module(name)
     return module.get_config(argument) if argument else module.get_config()
 
 

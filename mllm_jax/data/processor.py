@@ -188,7 +188,14 @@ class Processor:
         Raises FileNotFoundError if the tokenizer or the template is missing.
         """
         folder = pathlib.Path(folder)
-        return cls(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), read_spec(folder, spec))
+        tokenizer = Tokenizer.from_folder(folder)
+        try:
+            template = ChatTemplate.from_folder(folder)
+        except FileNotFoundError:
+            if spec.template is None:
+                raise
+            template = ChatTemplate(spec.template)
+        return cls(tokenizer, template, read_spec(folder, spec))
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the files that `from_folder` and transformers read."""

@@ -40,6 +40,7 @@ class ProcessorSpec:
     vision_end: str | None = "<|vision_end|>"
     end_of_turn: str | None = "<|im_end|>"
     prefix: bool = False  # all tokens see what stands before the answer
+    template: str | None = None  # of chats, in jinja2, where a folder has none
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"
     video_processor_type: str | None = "Qwen3VLVideoProcessor"

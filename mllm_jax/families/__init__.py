@@ -2,7 +2,8 @@
 
 Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
-encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says.
+encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, and rule(config) how it
+cuts pictures.
 """
 
 import dataclasses
@@ -71,9 +72,12 @@ def spec_for(config: ModelConfig) -> ProcessorSpec:
     encoder, decoder = config.encoder, config.decoder
     if encoder is None:
         return TEXT
-    sections = () if decoder is None else getattr(decoder.attention, "rope_sections", ())
+    attention = None if decoder is None else decoder.attention
+    rows = getattr(attention, "rope_theta", None) and getattr(attention, "rope_sections", (0,))[1:]
+    family = FAMILIES[config.family]
     return dataclasses.replace(
-        getattr(FAMILIES[config.family], "SPEC", SEEING),
+        getattr(family, "SPEC", SEEING),
+        rule=family.rule(config) if hasattr(family, "rule") else None,
         patch=encoder.patch_size,
         temporal_patch=encoder.temporal_patch_size,
         merge=config.merge,
@@ -81,6 +85,6 @@ def spec_for(config: ModelConfig) -> ProcessorSpec:
         mean=encoder.pixel_mean,
         std=encoder.pixel_std,
         position_rate=config.position_rate,
-        on_a_grid=any(sections[1:]),
+        on_a_grid=any(rows or ()),
         prefix=config.prefix,
     )

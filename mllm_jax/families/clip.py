@@ -16,6 +16,7 @@ _L = duals.text_tower(768, 12, 12, 3072, activation="quick_gelu", **_TOKENS)
 _H = duals.text_tower(1024, 24, 16, 4096, activation="gelu", **_TOKENS)
 _BIGG = duals.text_tower(1280, 32, 20, 5120, activation="gelu", **_TOKENS)
 TEXTS = {"b32": _TEXT, "b16": _TEXT, "l14": _L, "l14-336": _L, "h14": _H, "bigg14": _BIGG}
+SIZES = tuple(TEXTS)
 END = 49407  # the end of a text, and the highest number of all tokens
 
 

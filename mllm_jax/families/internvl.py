@@ -10,6 +10,7 @@ import numpy as np
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
@@ -95,6 +96,11 @@ SPEC = ProcessorSpec(
     video_processor_type=None,
 )
 INPUTS = ("pixel_values",)
+
+
+def rule(config: ModelConfig) -> Tiles:
+    """How pictures are cut where no preprocessor_config.json says it."""
+    return Tiles(config.encoder.position_grid * config.encoder.patch_size)
 
 
 def visuals(config: ModelConfig, arrays: Arrays) -> Supply:

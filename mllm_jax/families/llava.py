@@ -9,8 +9,9 @@ import numpy as np
 
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.resize import Crop
 from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.data.tiles import anyres_order, best_canvas
+from mllm_jax.data.tiles import AnyRes, anyres_order, best_canvas
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, mistral, qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
@@ -144,6 +145,12 @@ SPEC = ProcessorSpec(
     video_processor_type=None,
 )
 INPUTS = ("pixel_values", "image_sizes")
+
+
+def rule(config: ModelConfig) -> AnyRes | Crop:
+    """How pictures are cut where no preprocessor_config.json says it."""
+    side = config.encoder.position_grid * config.encoder.patch_size
+    return AnyRes(config.pinpoints, side) if config.pinpoints else Crop(side, (side, side))
 
 
 def visuals(config: ModelConfig, arrays: Arrays) -> Supply:

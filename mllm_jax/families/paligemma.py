@@ -10,6 +10,8 @@ import numpy as np
 
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.resize import Stretch
+from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, gemma2, llava, text
 from mllm_jax.families.rows import linear
@@ -77,7 +79,31 @@ def to_hf(config: ModelConfig) -> dict:
     return written
 
 
+SPEC = ProcessorSpec(
+    image_token="<image>",
+    video_token=None,
+    vision_start=None,
+    vision_end=None,
+    end_of_turn=None,
+    template=(
+        "{%- for message in messages -%}"
+        "{%- set content = message.content if message.content is not string else [{'type': 'text', 'text': message.content}] -%}"
+        "{%- for item in content if item.type == 'image' -%}<image>{%- endfor -%}"
+        "{%- if message.role == 'user' -%}{{ bos_token }}{%- endif -%}"
+        "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
+        "{{ '\n' if message.role == 'user' else eos_token }}"
+        "{%- endfor -%}"
+    ),
+    processor_class="PaliGemmaProcessor",
+    video_processor_type=None,
+)
 INPUTS = ("pixel_values",)
+
+
+def rule(config: ModelConfig) -> Stretch:
+    """How pictures are resized where no preprocessor_config.json says it."""
+    side = config.encoder.position_grid * config.encoder.patch_size
+    return Stretch((side, side))
 
 
 def visuals(config: ModelConfig, arrays: Arrays) -> Supply:

@@ -23,6 +23,7 @@ TEXTS = {"base": TEXT, "large": _LARGE, "so400m": _SO400M, "giant": _SO400M}
 FIRST = ("base-16-224", "base-16-256", "base-16-384", "base-16-512", "large-16-256", "large-16-384", "so400m-14-224",
          "so400m-14-384")  # fmt: skip
 SECOND = tuple(f"2-{name}" for name in SIGLIP.sizes)
+SIZES = FIRST + SECOND
 GEMMA = 256000  # tokens of SigLIP 2's vocabulary
 
 
@@ -39,7 +40,9 @@ def sizes(name: str) -> DualConfig:
 
 
 def dual(encoder: VitConfig, text: Any, width: int, family: str) -> DualConfig:
-    """Both towers with SigLIP's pools; embeddings have the tower's width, which the text's projection must have."""
+    """Both towers with SigLIP's pools; `width` is that of texts, which must be that of pictures."""
+    if width != encoder.width:
+        raise ValueError(f"text_config.projection_size={width} must be vision_config.hidden_size={encoder.width}")
     pool = AttentionPool(encoder.heads, encoder.mlp, encoder.activation, encoder.norm_eps)
     return DualConfig(encoder, pool, text, TokenPool(width, "last", bias=True), loss="sigmoid", family=family)
 

@@ -13,6 +13,8 @@ from mllm_jax.families.vision import ANY_SIZE, pictures_of_any_size
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 
+SIZES = tuple(NAFLEX.sizes)
+
 
 def sizes(name: str) -> DualConfig:
     """The config of a published size: "base-16", "so400m-16"."""

@@ -65,8 +65,13 @@ class TowerFamily:
     INPUTS: tuple[str, ...]
     pictures: Callable[[ModelConfig, Arrays], list[Picture]]
 
-    IGNORE = (r".*position_ids", r"vision_model\.head\..*", r"(text_model|logit_|visual_projection|text_projection).*")
+    # Of what stands after the tower, there may be a head or a projection to embeddings.
+    IGNORE = (r".*position_ids", r"vision_model\.head\..*", r"visual_projection\.weight")
     RENAME = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
+
+    @property
+    def SIZES(self) -> tuple[str, ...]:
+        return tuple(self.tower.sizes)
 
     def sizes(self, name: str) -> ModelConfig:
         """The config of a published size. ValueError where there is none of that name."""

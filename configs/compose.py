@@ -1,0 +1,132 @@
+"""Any encoder before any connector and any decoder, chosen by name, trained on the embedded scenes from random weights.
+
+    python -m mllm_jax.train --config configs/compose.py:siglip,mlp,llama --workdir /tmp/llava
+    python -m mllm_jax.train --config configs/compose.py:dinov2,pixel_shuffle,gemma2,prefix --workdir /tmp/other
+
+The argument is ENCODER,CONNECTOR,DECODER[,ENTRY]. Parts are those of the published families, made as small as
+configs/scenes.py: a visual token is 16 x 16 pixels of a picture in its own size. The entry is "splice", or "prefix":
+visual tokens and the question are seen by all tokens, as in PaliGemma.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.connectors.average_pool import AveragePoolConfig
+from mllm_jax.connectors.mlp import MlpConnectorConfig
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.families import dinov2, gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen2_vl, qwen3, qwen3_vl, towers
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, TrainConfig, run_config
+
+WIDTH, HEADS, VOCAB, PIXELS = 96, 4, 384, 16
+
+ENCODERS = {
+    "clip": towers.CLIP.sizes["b16"],
+    "siglip": towers.SIGLIP.sizes["base-16-224"],
+    "naflex": towers.NAFLEX.sizes["base-16"],
+    "dinov2": dinov2.SIZES["base-registers"],
+    "eva": towers.EVA.sizes["g14"],
+    "internvit": towers.INTERN.sizes["300m"],
+    "qwen2_vl": qwen2_vl.SIZES["2b"][0],
+    "qwen2_5_vl": qwen2_vl.SIZES["2.5-3b"][0],
+    "qwen3_vl": qwen3_vl.SIZES["2b"][0],
+}
+CONNECTORS = {
+    "linear": MlpConnectorConfig(layers=1),
+    "mlp": MlpConnectorConfig(),
+    "average_pool": AveragePoolConfig(),
+    "pixel_shuffle": PixelShuffleConfig(),
+    "patch_merger": PatchMergerConfig(),
+}
+DECODERS = {
+    "llama": llama.SIZES["7b"],
+    "mistral": mistral.SIZES["7b-v0.2"],
+    "qwen2": qwen2.SIZES["7b"],
+    "qwen3": qwen3.SIZES["8b"],
+    "qwen3_vl": qwen3_vl.SIZES["8b"][1],
+    "gemma": gemma.SIZES["2b"],
+    "gemma2": gemma2.SIZES["2b"],
+    "gpt2": gpt2.SIZES["124m"],
+    "opt": opt.SIZES["125m"],
+}
+ENTRIES = ("splice", "prefix")
+
+
+def encoder(name: str, merge: int, taps: bool) -> VitConfig:
+    """A published encoder, small; clips are read two frames at a time."""
+    whole = _named("encoder", name, ENCODERS)
+    small = {"width": WIDTH, "layers": 2, "heads": HEADS, "mlp": 2 * WIDTH, "whole": (1,) if whole.window else ()}
+    return replace(
+        whole,
+        **small,
+        patch_size=PIXELS // merge,
+        temporal_patch_size=2,
+        position_grid=whole.position_grid and 8,
+        window=whole.window and 2 * merge,
+        taps=(0,) if whole.taps and taps else (),
+    )
+
+
+def decoder(name: str, prefix: bool) -> DecoderConfig:
+    """A published decoder, small."""
+    whole = _named("decoder", name, DECODERS)
+    head = WIDTH // HEADS
+    rows = (4, 4, 4) if whole.attention.rope_sections[1] else (head // 2, 0, 0)
+    attention = replace(
+        whole.attention, heads=HEADS, kv_heads=HEADS // 2, head_dim=head, scale=None, rope_sections=rows
+    )
+    if attention.rope_theta is not None:
+        attention = replace(attention, rope_theta=10_000.0)
+    return replace(
+        whole,
+        vocab=VOCAB,
+        width=WIDTH,
+        layers=4,
+        mlp=3 * WIDTH,
+        attention=attention,
+        embed_scale=WIDTH**0.5 if whole.embed_scale != 1 else 1.0,
+        positions=whole.positions and 512,
+        prefix=prefix,
+    )
+
+
+def model(encoder_name: str, connector_name: str, decoder_name: str, entry: str = "splice") -> ModelConfig:
+    if entry not in ENTRIES:
+        raise ConfigError(f"configs/compose.py has no entry {entry!r}; {suggestion(entry, ENTRIES)}")
+    connector = _named("connector", connector_name, CONNECTORS)
+    tokenizer = scenes_tokenizer()
+    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    return ModelConfig(
+        encoder(encoder_name, connector.merge, taps=isinstance(connector, PatchMergerConfig)),
+        connector,
+        decoder(decoder_name, prefix=entry == "prefix"),
+        VisionTokenIds(*tokens),
+    )
+
+
+def get_config(arg: str = "siglip,mlp,llama"):
+    parts = (arg or "siglip,mlp,llama").split(",")
+    if len(parts) not in (3, 4):
+        raise ConfigError(f"configs/compose.py takes ENCODER,CONNECTOR,DECODER[,ENTRY], not {arg!r}")
+    made = model(*parts)
+    return run_config(
+        Run(
+            model=made,
+            processor=SCENES,
+            data=ScenesData(batch=8, tokens=144, rows=2, patches=40 * made.merge**2 + 8 * made.lead, min_pixels=256),
+            optim=OptimConfig(name="muon", learning_rate=2e-3, steps=1300, warmup=100, final=0.03, b2=0.98, clip=1.0),
+            train=TrainConfig(log_every=50, evaluate_every=500, heldout=400, save_every=500),
+        )
+    )
+
+
+def _named(part: str, name: str, known: dict):
+    if name not in known:
+        raise ConfigError(f"configs/compose.py has no {part} {name!r}; {suggestion(name, known)}")
+    return known[name]

@@ -1,0 +1,111 @@
+"""Published models by name: their parts, their parameters, and what a picture costs them.
+
+python -m mllm_jax.models --image 1920x1080
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from mllm_jax.config import suggestion
+from mllm_jax.data.visuals import Cut, Still
+from mllm_jax.families import FAMILIES, spec_for
+from mllm_jax.model import cache_bytes_per_token, count_params
+from mllm_jax.types import NEWLINE
+
+
+class Tokens(NamedTuple):
+    """What a picture becomes in the text: visual tokens of patches, and learned tokens that end their rows."""
+
+    patches: int
+    newlines: int
+
+
+def published(family: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(name of a size, config) of all published models, or of one family, by the model_type of its config.json."""
+    modules = {id(module): module for module in FAMILIES.values()}  # some serve several families
+    for module in modules.values():
+        for name in module.SIZES:
+            config = module.sizes(name)
+            if family in (None, config.family):
+                yield name, config
+
+
+def picture_tokens(config: Any, height: int, width: int) -> Tokens | None:
+    """Visual tokens of a picture of height x width pixels. None: the model does not put pictures into text."""
+    if getattr(config, "connector", None) is None:
+        return None
+    spec = spec_for(config)
+    kind = Still if spec.rule is None else Cut
+    runs = kind(None, height, width).plan(spec, float("inf"), float("inf")).runs
+    newlines = sum(int((run.order == NEWLINE).sum()) for run in runs)
+    return Tokens(sum(len(run.order) for run in runs) - newlines, newlines)
+
+
+def parts(config: Any) -> str:
+    """The kinds of its parts: encoder, connector, decoder."""
+    found = (getattr(config, name, None) for name in ("encoder", "connector", "decoder", "text"))
+    return ", ".join(_kind(part) for part in found if part is not None)
+
+
+def _kind(part: Any) -> str:
+    kind = type(part).__name__.removesuffix("Config")
+    return f"{kind} {part.layers}x{part.width}" if hasattr(part, "width") else kind
+
+
+def table(size: tuple[int, int], family: str | None = None) -> Table:
+    """Of all published models; `size` is (height, width) of a picture in pixels."""
+    height, width = size
+    made = Table(title=f"Published models, and a picture of {width} x {height} pixels", title_justify="left")
+    for name in ("family", "size", "made of"):
+        made.add_column(name, overflow="fold")
+    for name in ("parameters", "visual tokens", "KV cache, KiB a token", "of the picture, MiB"):
+        made.add_column(name, justify="right")
+    for name, config in published(family):
+        tokens = picture_tokens(config, height, width)
+        cache = getattr(config, "decoder", None) and cache_bytes_per_token(config, "bfloat16")
+        made.add_row(
+            config.family,
+            name,
+            parts(config),
+            f"{sum(count_params(config).values()):,}",
+            "" if tokens is None else f"{tokens.patches:,}" + (f" + {tokens.newlines}" if tokens.newlines else ""),
+            f"{cache / 2**10:.0f}" if cache else "",
+            f"{cache * sum(tokens) / 2**20:.0f}" if cache and tokens else "",
+        )
+    return made
+
+
+def _size(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size of a picture; write its width and height as in 1920x1080"
+        )
+    return int(match[2]), int(match[1])
+
+
+def _family(text: str) -> str:
+    if text not in FAMILIES:
+        raise argparse.ArgumentTypeError(f"there is no family {text!r}; {suggestion(text, FAMILIES)}")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mllm_jax.models", description=__doc__.partition("\n")[0])
+    parser.add_argument("--image", type=_size, default=(768, 1024), metavar="WIDTHxHEIGHT", help="default: 1024x768")
+    parser.add_argument("--family", type=_family, help="only this one: a model_type, such as llava_next")
+    args = parser.parse_args(arguments)
+    console = Console()
+    with console.status("counting parameters"):
+        made = table(args.image, args.family)
+    Console(width=None if console.is_terminal else 160).print(made)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
