@@ -1,0 +1,115 @@
+"""configs/sft.py: every family that reads pictures is fine-tuned for a few steps, on a mesh, from messages."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_chat
+from PIL import Image
+from tiny_run import load_config
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.processor import Processor
+from mllm_jax.families import paligemma, spec_for
+from mllm_jax.train.loop import StopSignal, Training
+from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.run import read_run
+
+# Family and size; how the tiny tokenizer writes the family's tokens of pictures.
+FAMILIES = {
+    "llava_next/next-mistral-7b": {"<|image_pad|>": "<image>"},
+    "internvl/3-1b": {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"},
+    "paligemma/2-3b-224": {"<|image_pad|>": "<image>"},
+    "qwen2_5_vl/2.5-3b": {},
+}
+SIZES = [(20, 45), (64, 64), (100, 30)]
+
+
+def tokenizer(folder, names):
+    """A tokenizer and a template that show pictures by these tokens, without brackets."""
+    tiny_chat.write_tokenizer(folder)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        text = (folder / name).read_text()
+        if name == "chat_template.jinja" and names:
+            text = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
+        for ours, theirs in names.items():
+            text = text.replace(ours, theirs)
+        (folder / name).write_text(text)
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    return {token["content"]: int(number) for number, token in added.items()}
+
+
+def conversations(folder):
+    rng, records = np.random.default_rng(0), []
+    for number, (height, width) in enumerate(SIZES * 4):
+        name = f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / name)
+        turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": f"This is {number % 3}."}]
+        records.append({"id": str(number), "image": name, "conversations": turns})
+    path = folder / "conversations.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("argument", FAMILIES)
+def test_a_family_is_fine_tuned(argument, tmp_path):
+    ids = tokenizer(tmp_path / "processor", FAMILIES[argument])
+    config = load_config("sft", argument)
+    model = config.model
+    grid = 4 if model.encoder.position_grid else 0
+    model.encoder.update(width=32, layers=2, heads=2, mlp=48, patch_size=4, position_grid=grid)
+    if model.encoder.window:
+        model.encoder.update(window=4, whole=(1,))
+    model.decoder.update(vocab=300, width=32, layers=2, mlp=48)
+    sections = (4, 2, 2) if model.decoder.attention.rope_sections[1] else (8, 0, 0)
+    model.decoder.attention.update(heads=2, kv_heads=2, head_dim=16, rope_sections=sections)
+    if model.pinpoints:
+        model.pinpoints = ((16, 32), (32, 16), (32, 32))
+    placeholder = FAMILIES[argument].get("<|image_pad|>", "<|image_pad|>")
+    model.tokens.image = ids[placeholder]
+    if model.tokens.video >= 0:
+        model.tokens.video = ids["<|video_pad|>"]
+    model.runtime.update(dtype="float32", remat="none")
+    config.processor = str(tmp_path / "processor")
+    config.data.path, config.data.root = str(conversations(tmp_path)), str(tmp_path)
+    config.data.update(batch=8, tokens=192, rows=1, patches=260, epochs=8, max_pixels=32 * 32)
+    config.optim.update(steps=6, warmup=1, learning_rate=1e-2)
+    config.train.update(log_every=1, evaluate_every=0, save_every=0, loss_chunk=32)
+    config.mesh.update(data=2, fsdp=4)
+    training = Training(config, read_run(config), tmp_path / "run")
+    training.run(StopSignal())
+    training.close()
+    lines = read_metrics(tmp_path / "run")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    assert training.train_step._cache_size() == 1
+    assert all("dropped" not in line and "skipped" not in line for line in lines)
+
+
+def test_what_cannot_be_fine_tuned_is_refused():
+    with pytest.raises(ConfigError, match="no family 'lava'; did you mean 'llava'"):
+        load_config("sft", "lava/7b")
+    with pytest.raises(ConfigError, match="does not answer questions about pictures"):
+        load_config("sft", "clip/b32")
+    with pytest.raises(ValueError, match="LLaVA has no size '7b'"):
+        load_config("sft", "llava/7b")
+
+
+def test_paligemma_needs_no_chat_template(tmp_path):
+    """Its folders have none: pictures, <bos>, the question and a newline are seen by all; the answer is learned."""
+    ids = tokenizer(tmp_path, FAMILIES["paligemma/2-3b-224"])
+    (tmp_path / "chat_template.jinja").unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|im_start|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = paligemma.sizes("3b-224")
+    processor = Processor.from_folder(tmp_path, spec_for(model))
+    asked = [{"type": "image", "image": Image.new("RGB", (50, 30))}, {"type": "text", "text": "see <image>?"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]
+    example, encode = processor(turns), processor.tokenizer.encode
+    question = [ids["<|im_start|>"], *encode("see <image>?\n")]
+    expected = [ids["<image>"]] * 256 + question + encode("yes") + [ids["<|im_end|>"]]
+    assert example.tokens.tolist() == expected
+    assert example.prefix == 256 + len(question) == np.argmax(example.weight > 0)
+    assert example.weight.sum() == len(encode("yes")) + 1
+    prompt = processor(turns[:1], generate=True)
+    assert prompt.tokens.tolist() == expected[: example.prefix] and prompt.prefix == len(prompt.tokens)
