@@ -122,20 +122,25 @@ DINOV2 = {
 
 @pytest.mark.parametrize("kind", DINOV2)
 def test_dinov2_in_and_out(kind, tmp_path):
-    """Features of pictures of the size of the table and of others; every tensor comes back bit-equal."""
+    """Features of pictures of the size of the table and of others, and gradients; every tensor comes back bit-equal."""
     config, model, said = DINOV2[kind]
     small = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
     reference = random_model(config(**small | dict(num_hidden_layers=2, mlp_ratio=2) | said), model)
     reference.save_pretrained(tmp_path / "theirs")
     tower = mllm_jax.load_pretrained(tmp_path / "theirs")
-    apply = jax.jit(tower.model.apply)
-    for size in ((16, 16), (24, 20), (8, 12)):
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradients_of(params, batch):
+        features = tower.model.apply({"params": params}, batch).features
+        return jnp.sum(jnp.sin(features)), features
+
+    for size in ((16, 16), (32, 8), (4, 64)):  # of as many patches, for one compilation
         pixels = np.random.default_rng(0).standard_normal((2, 3, *size), np.float32)
-        features = apply(
-            {"params": tower.params}, mllm_jax.from_hf_inputs(tower.config, {"pixel_values": pixels})
-        ).features
-        with torch.no_grad():
-            expected = reference(torch.from_numpy(pixels)).last_hidden_state.numpy()
+        batch = mllm_jax.from_hf_inputs(tower.config, {"pixel_values": pixels})
+        gradients, features = gradients_of(tower.params, batch)
+        output = reference(torch.from_numpy(pixels)).last_hidden_state
+        expected = output.detach().numpy()
         assert features.shape == expected.shape
         np.testing.assert_allclose(features, expected, atol=1e-4, rtol=1e-4)
     mllm_jax.save_pretrained(tower, tmp_path / "ours")
@@ -147,6 +152,19 @@ def test_dinov2_in_and_out(kind, tmp_path):
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     with torch.no_grad():
         np.testing.assert_allclose(again(torch.from_numpy(pixels)).last_hidden_state.numpy(), expected, atol=1e-5)
+
+    torch.sin(output).sum().backward()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    reference.save_pretrained(tmp_path / "gradients")  # under the names of files
+    wanted = load_file(tmp_path / "gradients" / "model.safetensors")
+    for name, entry in expand(dinov2.weights(tower.config), tower.params).items():
+        got, want = flatten(gradients)[entry.path][entry.index], to_ours(wanted[name], entry)
+        scale = np.linalg.norm(want)
+        assert scale > 0 or "mask_token" in name, name
+        # A key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding.
+        assert np.linalg.norm(got - want) <= (1e-4 if "key.bias" in name else 1e-3 * scale), name
 
 
 INTERPOLATION = {
