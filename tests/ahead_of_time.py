@@ -63,8 +63,8 @@ def shape(*sizes, names, dtype=jnp.bfloat16):
 
 
 def loss(q, k, v, segment):
-    causal = arguments["causal"]
-    out = attend(q, k, v, q_segment=segment, kv_segment=segment, causal=causal, runtime=runtime)
+    kind = {name: arguments[name] for name in ("causal", "window", "softcap") if name in arguments}
+    out = attend(q, k, v, q_segment=segment, kv_segment=segment, runtime=runtime, **kind)
     return out.astype(jnp.float32).sum()
 
 

@@ -240,6 +240,12 @@ def test_splash_compiles_for_tpu(shape):
 
 
 @NEEDS_TPU
+def test_windows_and_caps_compile_for_tpu():
+    report = ahead_of_time("tpu", **DECODER | {"head_dim": 256, "window": 1024, "softcap": 50.0}, length=4096)
+    assert report["targets"].count("tpu_custom_call") >= 3
+
+
+@NEEDS_TPU
 def test_tokens_on_several_tpus():
     """Ulysses keeps the platform's kernel; a ring needs no more memory than a few parts; two slices are one mesh."""
     mesh, length = {"fsdp": 2, "context": 2}, 8192
@@ -251,6 +257,12 @@ def test_tokens_on_several_tpus():
     assert report["temporary"] < 4 * queries
     report = ahead_of_time("tpu", {"data": 2, "fsdp": 4}, **DECODER, rows=8, length=256, slices=2)
     assert report["slices"] == [0, 1]
+
+
+@NEEDS_GPU
+def test_windows_compile_for_gpu():
+    report = ahead_of_time("gpu", **DECODER | {"window": 512}, length=2048)
+    assert sum(target.startswith("__cudnn$fmha") for target in report["targets"]) == 2
 
 
 @NEEDS_GPU
