@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_chat
 import torch
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
@@ -14,6 +15,11 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from mllm_jax.data.pack import Budget, TooLarge, collate, tightest
+from mllm_jax.data.processor import Processor
+from mllm_jax.data.resize import Crop
+from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.template import ChatTemplate, Tokenizer
 from mllm_jax.data.tiles import AnyRes, Tiles, best_canvas, dynamic_grid
 from mllm_jax.types import NEWLINE
 
@@ -101,3 +107,29 @@ def test_a_limit_of_pixels_makes_fewer_tiles():
     assert len(Tiles(448).within(1).sizes(size)) == 1
     assert len(AnyRes(PINPOINTS, 336).within(3 * 336**2).sizes(size)) == 3
     assert AnyRes(PINPOINTS, 336).within(1).pinpoints == (PINPOINTS[0],)
+
+
+@pytest.mark.parametrize(
+    "rule", [AnyRes(((32, 64), (64, 32), (64, 64)), 32), Tiles(32, 1, 4), Crop(32, (32, 32))], ids=str
+)
+def test_messages_become_tiles_under_a_budget(rule, tmp_path):
+    """Odd pictures, and more of them than fit: the tokens in the text are those of the pictures that are there."""
+    spec = ProcessorSpec(patch=8, temporal_patch=1, merge=1, lead=1, rule=rule, on_a_grid=False)
+    folder = tiny_chat.write_tokenizer(tmp_path)
+    processor = Processor(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), spec)
+    images = [Image.new("L", (1, 1)), Image.new("CMYK", (200, 90)), Image.new("RGBA", (60, 61))]
+    turns = [{"role": "user", "content": [{"type": "image", "image": image} for image in images]}]
+    for budget in (None, Budget(192, 2, 7 * 17), Budget(90, 1, 3 * 17)):
+        try:
+            example = processor(turns, generate=True, budget=budget)
+        except TooLarge:
+            assert budget.tokens == 90 and isinstance(rule, AnyRes)  # its smallest canvas has two tiles and the whole
+            continue
+        assert {picture.patches.shape for picture in example.pictures} == {(17, 192)}
+        wanted = np.concatenate([rule.order((i.height, i.width), 8) for i in images]) if budget is None else None
+        assert wanted is None or example.visual.sum() == len(wanted)
+        assert example.vision_index.max() < 16 * len(example.pictures)
+        collate([[example]], budget or tightest([example]), merge=1, values=192)
+    long = [{"type": "image", "image": Image.new("RGB", (20000, 3))}]
+    with pytest.raises(ValueError, match="20000x3 has an aspect ratio over 200"):
+        processor([{"role": "user", "content": long}])

@@ -51,7 +51,8 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
         if left:
             raise ValueError(f"{len(left)} pictures or clips have no placeholders (token {token}) in input_ids")
     budget = tightest(examples, tokens=ids.shape[1])
-    batch = collate([[e] for e in examples], budget, merge=config.merge, values=config.patch_values, prefix=config.prefix)
+    layout = {"merge": config.merge, "values": config.patch_values, "prefix": config.prefix}
+    batch = collate([[example] for example in examples], budget, **layout)
     return _move_to(batch, mask)
 
 

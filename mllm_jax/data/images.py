@@ -116,6 +116,12 @@ def shrunk_size(height: int, width: int, factor: int, max_pixels: int, frames: i
     return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
 
 
+def check_aspect(height: int, width: int) -> None:
+    """Raises ValueError if one side is more than 200 times the other: such a picture would grow beyond all bounds."""
+    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT:
+        raise ValueError(f"a picture of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
+
+
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size at which a picture is read: multiples of `factor`, close to its own size and aspect ratio.
 
@@ -124,8 +130,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     `factor` counts as one `factor`, as in the official code (transformers' copy rounds it to nothing and enlarges).
     Raises ValueError if one side is more than 200 times the other.
     """
-    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT:
-        raise ValueError(f"a picture of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
+    check_aspect(height, width)
     rounded = tuple(max(factor, round(side / factor) * factor) for side in (height, width))
     if math.prod(rounded) > max_pixels:
         return shrunk_size(height, width, factor, max_pixels)

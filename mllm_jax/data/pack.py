@@ -176,8 +176,9 @@ def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Bu
 
 def _visual_tokens(pictures: Sequence[Picture], firsts: Sequence[int], merge: int) -> np.ndarray:
     """Where in a row every visual token of its pictures lies, the pictures end to end."""
-    counts = [(len(p.patches) - p.lead) // merge**2 for p in pictures]
-    return np.concatenate([np.zeros(0, np.int32), *(np.arange(f, f + n, dtype=np.int32) for f, n in zip(firsts, counts))])
+    counts = [(len(picture.patches) - picture.lead) // merge**2 for picture in pictures]
+    tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]
+    return np.concatenate([np.zeros(0, np.int32), *tokens])
 
 
 class Packer:

@@ -140,8 +140,8 @@ class Tiles:
     high: int = 12
 
     def within(self, limit: float) -> "Tiles":
-        count = min(self.high, limit // self.tile**2)
-        return replace(self, high=max(self.low, int(count) - (count > 1)))
+        room = limit / self.tile**2  # several tiles take one more, for the whole picture
+        return replace(self, high=max(self.low, int(min(self.high, room - 1 if room >= 3 else 1))))
 
     def sizes(self, size: Size) -> tuple[Size, ...]:
         count = math.prod(dynamic_grid(size, self.low, self.high, self.tile))

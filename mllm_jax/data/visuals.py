@@ -70,6 +70,7 @@ class Cut(Still):
     """A picture that is cropped, stretched or cut into tiles by the spec's rule."""
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        images.check_aspect(self.height, self.width)
         rule, size = spec.rule.within(limit), (self.height, self.width)
         order = rule.order(size, spec.factor)
         return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order))),), rule)
