@@ -1,0 +1,74 @@
+"""Writes docs/models.md: every published family, and what the tests found of it.
+
+    python -m pytest -n 2 --junitxml report.xml tests
+    python benchmarks/models.py report.xml > docs/models.md
+
+Tests that compare a family with transformers, or train it, leave a property `parity` ("FAMILY ERROR", the largest absolute
+difference of logits, features or embeddings, in fp32 on random tiny weights) or `trains` ("FAMILY") in the report.
+"""
+
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+
+from mllm_jax.families import FAMILIES
+from mllm_jax.model import count_params
+from mllm_jax.models import picture_tokens, published
+
+HEIGHT, WIDTH = 768, 1024
+HEAD = f"""# Models
+
+Every family reads and writes its published weights, tensor by tensor, bit for bit. Made by `benchmarks/models.py` from a run
+of the tests: the error is the largest absolute difference from transformers of logits (of features for a tower, of
+embeddings for a dual encoder), in fp32 on random tiny weights. Tokens are those of a picture of {WIDTH} x {HEIGHT} pixels, of
+the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
+
+| family | sizes | parameters | visual tokens | error | trains | generates |
+|---|---|---|---|---|---|---|"""
+
+
+def properties(path: str) -> dict[str, list[str]]:
+    """Values of all properties of passed tests, by name."""
+    found = defaultdict(list)
+    for case in ElementTree.parse(path).iter("testcase"):
+        if case.find("failure") is None and case.find("error") is None:
+            for entry in case.iter("property"):
+                found[entry.get("name")].append(entry.get("value"))
+    return found
+
+
+def ends(values: list[str]) -> str:
+    """The first and the last, where they differ."""
+    return values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+def main(path: str) -> None:
+    found, rows = properties(path), defaultdict(list)
+    errors = defaultdict(list)
+    for family, error in (value.split() for value in found["parity"]):
+        errors[family].append(float(error))
+    for name, config in published():
+        rows[config.family].append((sum(count_params(config).values()), name, config))
+    print(HEAD)
+    for family in FAMILIES:
+        sizes = sorted(rows[family], key=lambda row: row[0])
+        if not sizes:
+            continue
+        tokens = [picture_tokens(config, HEIGHT, WIDTH) for _, _, config in (sizes[0], sizes[-1])]
+        counts = ends([f"{count / 1e6:,.0f} M" for count, _, _ in sizes])
+        cells = [
+            family,
+            ", ".join(name for _, name, _ in sizes),
+            counts,
+            "" if tokens[0] is None else ends([f"{sum(count):,}" for count in tokens]),
+            f"{max(errors[family]):.0e}" if errors[family] else "",
+            "yes" if family in found["trains"] else "",
+            "yes" if getattr(sizes[0][2], "decoder", None) else "",
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])
