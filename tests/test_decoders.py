@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import mllm_jax
-from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, internlm2, llama, opt, qwen2, qwen3, text
+from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3, text
 from mllm_jax.model import ModelConfig, abstract_params, count_params
 from mllm_jax.train.inputs import ScenesData
 from mllm_jax.train.run import Run, read_run, run_config
@@ -158,7 +158,7 @@ def theirs(model, inputs):
     return model(**{name: torch.from_numpy(value) for name, value in (inputs | {"position_ids": positions}).items()})
 
 
-def test_logits_and_gradients(pair):
+def test_logits_and_gradients(pair, record_property):
     vlm, model = pair
 
     @jax.jit
@@ -176,7 +176,7 @@ def test_logits_and_gradients(pair):
         (_, logits), grads = loss(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs))
         real, expected_logits = inputs["attention_mask"] == 1, expected.logits.detach().numpy()
         assert np.abs(expected_logits[real]).max() > 0.5
-        np.testing.assert_allclose(np.asarray(logits)[real], expected_logits[real], atol=1e-4, rtol=1e-4)
+        assert_parity(record_property, vlm.config.family, np.asarray(logits)[real], expected_logits[real])
 
     found, seen = {name: p.grad for name, p in model.named_parameters()}, set()
     entries = expand(FAMILIES[vlm.config.family].weights(vlm.config), vlm.params)
@@ -372,3 +372,22 @@ def test_a_decoder_that_config_json_cannot_say():
         replace(qwen2.SIZES["7b"].attention, rope_layout="spiral")
     with pytest.raises(ValueError, match="latent attention has no windows"):
         count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], windows=(8,)), family="deepseek_v2"))
+    with pytest.raises(ValueError, match="decoder.prefix must be False"):
+        count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], prefix=True), family="deepseek_v2"))
+
+
+def test_the_model_type_of_a_decoder():
+    kinds = {"30b-a3b": "qwen3_moe", "8b": "qwen3"}
+    assert {size: text.decoder_to_hf(qwen3.SIZES[size])["model_type"] for size in kinds} == kinds
+    assert text.decoder_to_hf(mistral.SIZES["7b-v0.1"])["model_type"] == "mistral"
+    assert text.decoder_to_hf(phi3.SIZES["3-mini-4k"])["model_type"] == "mistral"  # the same layers
+    with pytest.raises(ValueError, match="model_type 'bloom'; known are llama, mistral"):
+        text.decoder_from_hf({"model_type": "bloom"})
+
+
+def test_more_tokens_than_learned_positions(tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path)
+    vlm = mllm_jax.load_pretrained(tmp_path)
+    batch = mllm_jax.from_hf_inputs(vlm.config, {"input_ids": np.full((1, 10), 7)})
+    with pytest.raises(ValueError, match="max_new_tokens=504 need 513 positions; the model has learned 512"):
+        mllm_jax.generate_ids(vlm, batch, 504)

@@ -66,12 +66,18 @@ def generate_ids(
     Returns:
       i32[B max_new_tokens].
     Raises:
-      ValueError: a setting is out of range, or a row holds several conversations.
+      ValueError: a setting is out of range, a row holds several conversations, or learned positions do not suffice.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if np.max(batch.segment, initial=0) > 1:
         raise ValueError("a row holds several conversations; generation continues one per row")
+    longest = int(np.max(batch.position[..., 0], initial=-1)) + max_new_tokens
+    if 0 < vlm.config.decoder.positions < longest:
+        raise ValueError(
+            f"the prompts and max_new_tokens={max_new_tokens} need {longest} positions; the model has learned "
+            f"{vlm.config.decoder.positions}. Shorten the one or the other"
+        )
     batch = pad_prompts(batch, vlm.config.merge)
     rows, length = batch.tokens.shape
     slots = bucket(length + max_new_tokens, TOKENS)
