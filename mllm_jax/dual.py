@@ -162,6 +162,11 @@ class DualEncoder(nn.Module):
         return jnp.exp(self.log_scale.astype(jnp.float32)), bias.astype(jnp.float32)
 
 
+def probabilities(logits, loss: str):
+    """Of every text that it belongs to a picture: logits f32[pictures texts] as a model of this loss means them."""
+    return jax.nn.softmax(logits, axis=-1) if loss == "softmax" else jax.nn.sigmoid(logits)
+
+
 def _unit(x):
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

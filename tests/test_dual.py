@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from reference import perturb, to_torch
+from reference import assert_parity, perturb, to_torch
 from safetensors.numpy import load_file
 
 import mllm_jax
@@ -70,7 +70,7 @@ def inputs_of(kind: str, pictures: int = 3, texts: int = 2, shapes=((4, 6), (3, 
     return inputs | {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def assert_equal(found, expected):
+def assert_equal(record_property, family, found, expected):
     for name, theirs in (
         ("image_embeddings", expected.image_embeds),
         ("text_embeddings", expected.text_embeds),
@@ -78,7 +78,7 @@ def assert_equal(found, expected):
     ):
         theirs = theirs.detach().numpy()
         assert np.abs(theirs).max() > 0.1
-        np.testing.assert_allclose(getattr(found, name), theirs, atol=1e-4, err_msg=name)
+        assert_parity(record_property, family, getattr(found, name), theirs)
 
 
 def theirs(model, inputs, **options):
@@ -86,13 +86,14 @@ def theirs(model, inputs, **options):
         return model(**to_torch(inputs), **options)
 
 
-def test_embeddings_and_logits(pair):
+def test_embeddings_and_logits(pair, record_property):
     ours, model, apply = pair
     inputs = inputs_of(ours.config.family)
-    assert_equal(apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs)), theirs(model, inputs))
+    found = apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs))
+    assert_equal(record_property, ours.config.family, found, theirs(model, inputs))
 
 
-def test_pictures_of_other_sizes(pair):
+def test_pictures_of_other_sizes(pair, record_property):
     """Positions are interpolated as transformers interpolates them; NaFlex takes any shapes through one program."""
     ours, model, apply = pair
     kind = ours.config.family
@@ -105,7 +106,7 @@ def test_pictures_of_other_sizes(pair):
         options = dict(interpolate_pos_encoding=True)
     for inputs in cases:
         found = apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs))
-        assert_equal(found, theirs(model, inputs, **options))
+        assert_equal(record_property, ours.config.family, found, theirs(model, inputs, **options))
     if kind == "siglip2":
         assert apply._cache_size() == 1
 
@@ -186,19 +187,20 @@ def test_export(pair, tmp_path):
     assert mllm_jax.load_pretrained(tmp_path / "ours").config == ours.config
 
 
-def test_a_text_ends_at_its_highest_token(tmp_path):
+def test_a_text_ends_at_its_highest_token(tmp_path, record_property):
     """As in files that were written before the end of a text was looked for by its number."""
     model = tiny("clip", eos_token_id=2)
     model.save_pretrained(tmp_path)
     ours = mllm_jax.load_pretrained(tmp_path)
     inputs = inputs_of("clip")
     batch = mllm_jax.from_hf_inputs(ours.config, inputs)
-    assert_equal(jax.jit(ours.model.apply)({"params": ours.params}, batch), theirs(model, inputs))
+    found = jax.jit(ours.model.apply)({"params": ours.params}, batch)
+    assert_equal(record_property, ours.config.family, found, theirs(model, inputs))
     assert clip.to_hf(ours.config)["text_config"]["eos_token_id"] == 2
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_a_tower_alone(kind, tmp_path):
+def test_a_tower_alone(kind, tmp_path, record_property):
     name = TOWERS[kind]
     torch.manual_seed(1)
     config = getattr(transformers, f"{name}Config")(**(NAFLEX if kind == "siglip2" else SQUARE))
@@ -212,7 +214,7 @@ def test_a_tower_alone(kind, tmp_path):
     found = np.asarray(ours.model.apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, pixels)).features)
     expected = theirs(model, pixels).last_hidden_state.numpy()[:, : found.shape[1]]
     real = pixels.get("pixel_attention_mask", np.ones(expected.shape[:2]))[:, : found.shape[1]] == 1
-    np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
+    assert_parity(record_property, ours.config.family, found[real], expected[real])
     mllm_jax.save_pretrained(ours, tmp_path / "ours")
     written, published = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     # A tower's own names begin with "vision_model." in published files; transformers 5 leaves that out for CLIP's.
@@ -300,6 +302,8 @@ def test_refusals(pair):
 def test_refused_configs():
     with pytest.raises(ValueError, match="without a head"):
         siglip.from_hf({"model_type": "siglip", "vision_config": {"vision_use_head": False}})
+    with pytest.raises(ValueError, match="projection_size=96 must be vision_config.hidden_size=768"):
+        siglip.from_hf({"model_type": "siglip", "text_config": {"projection_size": 96}})
     with pytest.raises(ValueError, match="no size 'b64'; sizes: b32"):
         clip.sizes("b64")
     with pytest.raises(ValueError, match="cannot say all of this image_pool"):
