@@ -3,12 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from reference import to_torch
+from test_dual import inputs_of, tiny
 
+import mllm_jax
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train import contrastive
 from mllm_jax.train.contrastive import contrastive_loss
+from mllm_jax.train.dual_step import make_contrastive_step, pair_shardings
+from mllm_jax.train.optim import OptimConfig, make_optimizer
+from mllm_jax.train.state import state_from_params
+from mllm_jax.weights.table import flatten
 
 RULES = Runtime().within("encoder").rules
 MESHES = {"one device": None, "fsdp": {"fsdp": 8}, "mixed": {"data": 2, "context": 2, "tensor": 2}}
@@ -90,3 +98,52 @@ def test_refuses():
         contrastive_loss("cosine", *embeddings(4), 1.0)
     with pytest.raises(ValueError, match="every picture needs one text"):
         contrastive_loss("softmax", embeddings(4)[0], embeddings(5)[0], 1.0)
+
+
+def pairs(kind, folder):
+    """A tiny model, eight pictures with their texts, and transformers' loss of them."""
+    model = tiny(kind)
+    model.save_pretrained(folder)
+    ours = mllm_jax.load_pretrained(folder)
+    inputs = inputs_of(kind, 8, 8, shapes=((4, 6), (3, 5), (2, 2), (1, 7), (6, 4), (5, 4), (4, 4), (2, 9)))
+    return ours, mllm_jax.from_hf_inputs(ours.config, inputs), model(**to_torch(inputs), return_loss=True).loss.item()
+
+
+def run(ours, batch, tx, optim, mesh, steps):
+    """The state after so many steps, and the losses of all."""
+    state = state_from_params(ours.config, tx, mesh, jax.tree.map(jnp.copy, ours.params))
+    step, losses = make_contrastive_step(ours.config, tx, optim, mesh), []
+    batch = jax.device_put(batch, pair_shardings(batch, mesh, ours.config.runtime.rules))
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        assert metrics["finite"] == 1
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_steps_on_any_mesh(tmp_path):
+    """SigLIP 2 on pictures of eight sizes: the first loss is transformers', the next ones are lower, and those of eight
+    devices equal those of one."""
+    ours, batch, expected = pairs("siglip2", tmp_path)
+    optim = OptimConfig(learning_rate=1e-3, schedule="constant", freeze=("^encoder/patch_embed",))
+    tx, _ = make_optimizer(optim, ours.params)
+    _, alone = run(ours, batch, tx, optim, make_mesh({"fsdp": 1}, jax.devices()[:1]), 3)
+    state, losses = run(ours, batch, tx, optim, make_mesh({"data": 2, "fsdp": 4}), 3)
+    np.testing.assert_allclose(alone[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(losses, alone, rtol=1e-4)
+    assert losses[0] > losses[1] > losses[2] and state.step == 3
+    frozen, trained = (
+        np.abs(np.asarray(flatten(state.params)[path]) - np.asarray(flatten(ours.params)[path])).max()
+        for path in ("encoder/patch_embed/w", "text/embed")
+    )
+    assert frozen == 0 < trained
+    assert len(state.params["text"]["embed"].sharding.device_set) == 8
+
+
+def test_a_scale_stays_below_100(tmp_path):
+    """CLIP on eight devices, by a rule that adds 5 to every parameter."""
+    ours, batch, expected = pairs("clip", tmp_path)
+    tx = optax.stateless(lambda updates, _: jax.tree.map(lambda x: jnp.full_like(x, 5), updates))
+    state, losses = run(ours, batch, tx, OptimConfig(), make_mesh({"fsdp": 8}), 1)
+    np.testing.assert_allclose(losses, [expected], rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(state.params["log_scale"]), 100, rtol=1e-5)

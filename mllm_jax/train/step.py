@@ -14,8 +14,9 @@ from mllm_jax.sharding import Rules, partition_spec, ways
 from mllm_jax.train.balance import BalanceConfig, Load, Totals, balance_loss, imbalance, move_biases, totals, z_loss
 from mllm_jax.train.compiler import compiler_options
 from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, token_loss
-from mllm_jax.train.optim import OptimConfig, make_schedule, merge, split
+from mllm_jax.train.optim import OptimConfig, merge, split
 from mllm_jax.train.state import state_shardings
+from mllm_jax.train.update import update
 from mllm_jax.types import Batch, Vision
 
 CHUNK = 512  # targets of a row whose logits are held at once
@@ -60,7 +61,7 @@ def make_train_step(
       balance (L, not times its weight; absent without a loss), z, imbalance (the busiest expert's load over the mean),
       dropped (share of choices that found no room).
     """
-    schedule, layout = make_schedule(optim), state_shardings(config, tx, mesh, config.runtime.rules)
+    layout = state_shardings(config, tx, mesh, config.runtime.rules)
     pinned, _ = split(layout.params, optim.freeze)
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
     moe = config.decoder.moe
@@ -118,32 +119,11 @@ def make_train_step(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             trainable, frozen = split(state.params, optim.freeze)
             grads, found, load = gradients(trainable, frozen, batch)
-            norm = optax.global_norm(grads)
-            finite = jnp.all(jnp.isfinite(jnp.array([norm, *found.values()])))
-            if optim.clip:
-                scale = jnp.minimum(1, optim.clip / norm)
-                grads = jax.tree.map(lambda grad: grad * scale, grads)
-            updates, opt_state = tx.update(grads, state.opt_state, trainable)
-            params = merge(optax.apply_updates(trainable, updates), frozen)
+            adjust = lambda params: params if load is None else move_biases(params, load, config.decoder, balance.rate)
+            state, about = update(state, grads, found, tx, optim, adjust)
             if load is not None:
-                params = move_biases(params, load, config.decoder, balance.rate)
                 found["imbalance"] = imbalance(load)
-            keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
-            state = state._replace(
-                step=state.step + 1,
-                params=keep(params, state.params),
-                opt_state=keep(opt_state, state.opt_state),
-                bad=jnp.where(finite, 0, state.bad + 1),
-                skipped=jnp.where(finite, state.skipped, state.skipped + 1),
-            )
-            updates_done = state.step - 1 - state.skipped  # as the optimizer counts
-            metrics = found | dict(
-                weight=jnp.sum(sample_weights(batch, weighting)),
-                grad_norm=norm,
-                learning_rate=schedule(updates_done),
-                finite=finite,
-                **count(batch),
-            )
+            metrics = found | about | dict(weight=jnp.sum(sample_weights(batch, weighting)), **count(batch))
             return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     replicated = NamedSharding(mesh, PartitionSpec())
