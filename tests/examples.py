@@ -1,11 +1,12 @@
 """Random conversations and the tiny model that tests of training share."""
 
+import jax
 import numpy as np
 
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model import ModelConfig, VisionTokenIds, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.types import Example, Picture
@@ -23,6 +24,17 @@ def tiny_config(tie: bool = False, **runtime) -> ModelConfig:
         VisionTokenIds(IMAGE, VIDEO, START, END),
         Runtime(**runtime),
     )
+
+
+def random_params(config: ModelConfig, seed: int = 0):
+    """Random weights, none of which is zero or one. Unlike those of `init_params` they need no compilation."""
+    draw = np.random.default_rng(seed).standard_normal
+
+    def weight(path, x):
+        scale = path[-1].key == "scale"
+        return (scale + 0.1 * draw(x.shape)).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(weight, abstract_params(config))
 
 
 def random_example(rng, text: int, *grids, answer: int | None = None, kind: str = "") -> Example:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_chat
 import torch
-from examples import MERGE, VALUES, random_example, tiny_config
+from examples import MERGE, VALUES, random_example, random_params, tiny_config
 from PIL import Image
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
@@ -22,7 +22,7 @@ from mllm_jax.generate.__main__ import main
 from mllm_jax.generate.buckets import bucket, pad_prompts
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import generate, stream_text
-from mllm_jax.model import VLM, abstract_boxed, init_cache, init_params
+from mllm_jax.model import VLM, abstract_boxed, init_cache
 from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch
 
@@ -53,7 +53,7 @@ def pair(request, tmp_path_factory):
 def vlm():
     """A random model that reads messages."""
     config = tiny_config()
-    return types.SimpleNamespace(config=config, model=VLM(config), params=init_params(config, jax.random.key(0)))
+    return types.SimpleNamespace(config=config, model=VLM(config), params=random_params(config))
 
 
 def inputs_of(case, side="right", seed=7):
@@ -89,7 +89,7 @@ def test_padding_and_neighbours_change_nothing(pair):
 @pytest.mark.parametrize("runtime, cut", [({}, 1), ({"scan": False}, 20)], ids=["scanned", "unrolled"])
 def test_prefill_and_decode_equal_a_whole_pass(runtime, cut):
     config = tiny_config(**runtime)
-    model, params = VLM(config), init_params(config, jax.random.key(1))
+    model, params = VLM(config), random_params(config)
     rng = np.random.default_rng(0)
     examples = [random_example(rng, 20, (4, 6)), random_example(rng, 26)]
     batch = collate([[example] for example in examples], tightest(examples), merge=MERGE, values=VALUES)
@@ -260,7 +260,7 @@ def chat(tmp_path_factory):
         end=processor.vision_end_id,
     )
     config = replace(config, tokens=tokens, decoder=replace(config.decoder, vocab=len(processor.tokenizer)))
-    vlm = mllm_jax.Pretrained(config, VLM(config), init_params(config, jax.random.key(2)), processor)
+    vlm = mllm_jax.Pretrained(config, VLM(config), random_params(config), processor)
     mllm_jax.save_pretrained(vlm, folder / "model")
     return vlm, folder / "model"
 
