@@ -60,6 +60,13 @@ def perturb(model):
                 parameter.mul_(3.0)  # away from the near-linear regime of 0.02
 
 
+def assert_parity(record_property, family, found, expected):
+    """What a model gives equals transformers', in fp32; the error goes into the tests' report, for docs/models.md."""
+    found = np.asarray(found)
+    record_property("parity", f"{family} {np.abs(found - expected).max()}")
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def published(tensors) -> dict:
     """Tensors of a Qwen3-VL as files of published weights have them: experts are transposed there."""
     transposed = (".experts.gate_up_proj", ".experts.down_proj")
