@@ -1,10 +1,10 @@
 """Writes docs/models.md: every published family, and what the tests found of it.
 
-    python -m pytest -n 2 --junitxml report.xml tests
+    python -m pytest -n 2 --junitxml report.xml
     python benchmarks/models.py report.xml > docs/models.md
 
-Tests that compare a family with transformers, or train it, leave a property `parity` ("FAMILY ERROR", the largest absolute
-difference of logits, features or embeddings, in fp32 on random tiny weights) or `trains` ("FAMILY") in the report.
+Tests that compare a family with transformers, or train it, leave a property `parity` ("FAMILY ERROR", the largest
+absolute difference of logits, features or embeddings, in fp32 on random tiny weights) or `trains` ("FAMILY") there.
 """
 
 import sys
@@ -18,10 +18,10 @@ from mllm_jax.models import picture_tokens, published
 HEIGHT, WIDTH = 768, 1024
 HEAD = f"""# Models
 
-Every family reads and writes its published weights, tensor by tensor, bit for bit. Made by `benchmarks/models.py` from a run
-of the tests: the error is the largest absolute difference from transformers of logits (of features for a tower, of
-embeddings for a dual encoder), in fp32 on random tiny weights. Tokens are those of a picture of {WIDTH} x {HEIGHT} pixels, of
-the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
+Every family reads and writes its published weights, tensor by tensor, bit for bit. `benchmarks/models.py` made this
+from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
+tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Tokens are those of a picture of {WIDTH} x {HEIGHT}
+pixels, of the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
 
 | family | sizes | parameters | visual tokens | error | trains | generates |
 |---|---|---|---|---|---|---|"""

@@ -65,8 +65,8 @@ def load_pretrained(
         hint = "" if kind else " (the folder of a training run is read by load_workdir)"
         near = difflib.get_close_matches(str(kind), FAMILIES, n=1, cutoff=0)
         raise ValueError(
-            f"{folder / CONFIG} is of model_type {kind!r}, which is not supported; the nearest that is: {near[0]!r}, all: "
-            f"{', '.join(sorted(FAMILIES))}{hint}"
+            f"{folder / CONFIG} is of model_type {kind!r}, which is not supported; the nearest that is: {near[0]!r}, "
+            f"all: {', '.join(sorted(FAMILIES))}{hint}"
         )
     family = FAMILIES[kind]
     try:

@@ -76,7 +76,7 @@ class Batch(NamedTuple):
     weight: Array  # f32[B T] loss weight of a target; 0 for padding and at the end of a conversation
     segment: Array  # i32[B T] 1.. within a row; 0 = padding
     position: Array  # i32[B T 3] rotary position (t, y, x), restarting in each conversation
-    vision_index: Array  # i32[B T] which of the row's M visual tokens stands here, M the connector's newline; -1 = text
+    vision_index: Array  # i32[B T] which of the row's M visual tokens stands here; M the connector's newline; -1 text
     vision: Vision | None = None
     prefix: Array | None = None  # bool[B T] tokens that all tokens of their conversation see; None = causal throughout
 
@@ -88,7 +88,7 @@ class DualBatch(NamedTuple):
     segment: Array | None = None  # i32[texts T] 1; 0 = padding that nothing reads
     vision: Vision | None = None  # of B rows with at most k pictures each
     first: Array | None = None  # i32[B k] where in its row, its patch rows end to end, each begins; -1 = no picture
-    order: Array | None = None  # i32[pictures] which of the B k is the first picture, the second ...; None = as they lie
+    order: Array | None = None  # i32[pictures] which of the B k is the first picture, the second ...; None = in order
 
 
 class VisionTokens(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from reference import perturb
+from reference import assert_parity, perturb
 
 import mllm_jax
 from mllm_jax.data.tiles import best_canvas
@@ -132,7 +132,7 @@ def compiled(model):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_logits(pair, side):
+def test_logits(pair, side, record_property):
     ours, model = pair
     inputs = inputs_of(model, side=side)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_logits(pair, side):
     out = compiled(ours.model)({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs))
     real = inputs["attention_mask"] == 1
     assert np.abs(expected[real]).max() > 0.5
-    np.testing.assert_allclose(np.asarray(out.logits)[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert_parity(record_property, ours.config.family, np.asarray(out.logits)[real], expected[real])
 
 
 def test_gradients(pair, tmp_path):

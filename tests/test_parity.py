@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import batch_of, prompt, published, tiny_qwen3_vl, to_torch
+from reference import assert_parity, batch_of, prompt, published, tiny_qwen3_vl, to_torch
 
 from mllm_jax.api import from_hf_inputs
 from mllm_jax.families import qwen3_vl
@@ -47,7 +47,7 @@ def inputs_of(case, side="right", labels=False):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits(pair, case, side):
+def test_logits(pair, case, side, record_property):
     config, params, reference = pair
     inputs = inputs_of(case, side)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_logits(pair, case, side):
     out = jax.jit(VLM(config).apply)({"params": params}, from_hf_inputs(config, inputs))
     real = inputs["attention_mask"] == 1
     assert np.abs(expected[real]).max() > 0.5
-    np.testing.assert_allclose(np.asarray(out.logits)[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert_parity(record_property, config.family, np.asarray(out.logits)[real], expected[real])
 
 
 @pytest.mark.parametrize("runtime", [Runtime(), Runtime(scan=False, remat="dots"), Runtime(remat="full")], ids=str)

@@ -52,7 +52,7 @@ def conversations(folder):
 
 
 @pytest.mark.parametrize("argument", FAMILIES)
-def test_a_family_is_fine_tuned(argument, tmp_path):
+def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     ids = tokenizer(tmp_path / "processor", FAMILIES[argument])
     config = load_config("sft", argument)
     model = config.model
@@ -82,6 +82,7 @@ def test_a_family_is_fine_tuned(argument, tmp_path):
     lines = read_metrics(tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
+    record_property("trains", argument.partition("/")[0])
     assert training.train_step._cache_size() == 1
     assert all("dropped" not in line and "skipped" not in line for line in lines)
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_chat
 import torch
 import transformers
-from reference import perturb
+from reference import assert_parity, perturb
 
 import mllm_jax
 from mllm_jax.families import FAMILIES, deepseek, qwen3
@@ -107,7 +107,7 @@ def on_disk(tensors) -> dict[str, np.ndarray]:
     return found
 
 
-def test_logits_and_gradients(pair):
+def test_logits_and_gradients(pair, record_property):
     vlm, model = pair
     batches = {side: mllm_jax.from_hf_inputs(vlm.config, inputs_of(side)) for side in ("right", "left")}
 
@@ -126,7 +126,7 @@ def test_logits_and_gradients(pair):
         (value, logits), grads = loss(vlm.params, batch)
         real, expected_logits = inputs["attention_mask"] == 1, expected.logits.detach().numpy()
         assert np.abs(expected_logits[real]).max() > 0.5
-        np.testing.assert_allclose(np.asarray(logits)[real], expected_logits[real], atol=1e-4, rtol=1e-4)
+        assert_parity(record_property, vlm.config.family, np.asarray(logits)[real], expected_logits[real])
         np.testing.assert_allclose(value, expected.loss.item(), rtol=1e-5)
 
     found = on_disk({name: p.grad for name, p in model.named_parameters()})

@@ -2,8 +2,8 @@
 
 Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
-encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, and rule(config) how it
-cuts pictures.
+encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, and rule(config) how
+it cuts pictures.
 """
 
 import dataclasses

@@ -87,7 +87,8 @@ SPEC = ProcessorSpec(
     end_of_turn=None,
     template=(
         "{%- for message in messages -%}"
-        "{%- set content = message.content if message.content is not string else [{'type': 'text', 'text': message.content}] -%}"
+        "{%- set said = message.content -%}"
+        "{%- set content = [{'type': 'text', 'text': said}] if said is string else said -%}"
         "{%- for item in content if item.type == 'image' -%}<image>{%- endfor -%}"
         "{%- if message.role == 'user' -%}{{ bos_token }}{%- endif -%}"
         "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
