@@ -20,8 +20,8 @@ HEAD = f"""# Models
 
 Every family reads and writes its published weights, tensor by tensor, bit for bit. `benchmarks/models.py` made this
 from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
-tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Tokens are those of a picture of {WIDTH} x {HEIGHT}
-pixels, of the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
+tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of a picture of
+{WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
 
 | family | sizes | parameters | visual tokens | error | trains | generates |
 |---|---|---|---|---|---|---|"""
