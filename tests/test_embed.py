@@ -131,6 +131,22 @@ def test_refusals(pair):
         mllm_jax.encode_image(ours, ["no such picture.png"])
 
 
+def test_odd_pictures(pair):
+    """Of one pixel, grey, for printing, with transparency; one so long that enlarging it would fill the memory."""
+    ours = pair[0]
+    grey = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
+    odd = [Image.new("RGB", (1, 1), "red"), grey, Image.new("CMYK", (20, 30)), Image.new("RGBA", (9, 50))]
+    found = mllm_jax.encode_image(ours, odd)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[1], mllm_jax.encode_image(ours, [grey.convert("RGB")])[0], atol=1e-5)
+    long = Image.new("RGB", (20000, 3))
+    if ours.config.family == "siglip2":
+        assert np.isfinite(mllm_jax.encode_image(ours, [long])).all()
+    else:
+        with pytest.raises(ValueError, match="a picture of 20000x3 has an aspect ratio over 200"):
+            mllm_jax.encode_image(ours, [long])
+
+
 def test_other_models_are_refused():
     from mllm_jax.families import qwen3
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mllm_jax.data.images import MAX_ASPECT
+
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 
 
@@ -18,8 +20,13 @@ def resize(image: Image.Image, size: tuple[int, int], filter: int = BICUBIC) -> 
 
 
 def short_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
-    """(height, width) of the same aspect ratio, the short side `edge` pixels, the long one rounded down."""
+    """(height, width) of the same aspect ratio, the short side `edge` pixels, the long one rounded down.
+
+    Raises ValueError if one side is more than 200 times the other: enlarged, it would fill the memory.
+    """
     short, long = sorted((height, width))
+    if long > MAX_ASPECT * short:
+        raise ValueError(f"a picture of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
     sides = {short: edge, long: edge * long // short}
     return sides[height], sides[width]
 
