@@ -20,7 +20,7 @@ from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import named
+from mllm_jax.sharding import named, shard
 from mllm_jax.types import DualBatch, Output
 
 # Of every loss, the scale and the bias of the logits before training; None = there is no bias.
@@ -139,8 +139,9 @@ class DualEncoder(nn.Module):
         modality = jnp.zeros_like(tokens)
         prefix = segment > 0 if self.config.text.prefix else None
         x, _, _ = self.text(self.text.embed(tokens), position, segment, modality, prefix=prefix)
-        place = TOKENS[pool.token](tokens, pool.end)
-        return _unit(self.text_pool(jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]))
+        token = jnp.take_along_axis(x, TOKENS[pool.token](tokens, pool.end)[:, None, None], axis=1)
+        token = shard(token, ("batch", None, None), self.config.runtime.rules)  # or its gradient would be replicated
+        return _unit(self.text_pool(token[:, 0]))
 
     def __call__(self, batch: DualBatch) -> Output:
         """A pure function of parameters and batch; of what the batch lacks nothing is returned, as are no logits."""
