@@ -88,10 +88,11 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
       freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
     """
     encoder, decoder = config.encoder, config.decoder
-    per_token = 1 if encoder is None else config.connector.patches_per_token
+    per_token = 1 if config.connector is None else config.connector.patches_per_token
     params = flatten_dict(abstract_params(config), sep="/")
     trained = set(flatten_dict(split(abstract_params(config), freeze)[0], sep="/"))
-    head = "decoder/embed" if decoder.tie_embeddings else "decoder/head/w"
+    head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
+    kinds = () if decoder is None else decoder.kinds
     rows = dict(
         encoder=counts.patches,
         connector=counts.patches / per_token,
@@ -100,13 +101,16 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
     )
     attention = dict(
         encoder=0 if encoder is None else 4 * encoder.width * _pairs(encoder, counts),
-        decoder=sum(counts.near_pairs if kind.window else counts.token_pairs for kind in decoder.kinds)
-        * decoder.attention.pair_flops,
+        decoder=sum(
+            (counts.near_pairs if kind.window else counts.token_pairs) * decoder.attention.pair_flops for kind in kinds
+        ),
     )
     result, reached = {}, False
     for part in rows:
         inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
-        matrices = [head] if part == "head" else [path for path in params if inside(path) and path.endswith("/w")]
+        matrices = [path for path in params if path.endswith("/w") and inside(path)]
+        if part == "head":
+            matrices = [path for path in params if path == head]
         reached = reached or any(map(inside, trained))  # whether backward gets as far as this part's input
         product = {path: 2 * rows[part] * params[path].size * _share(path, config) for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)
