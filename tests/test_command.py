@@ -34,7 +34,7 @@ TRAIN = {
 }
 EVALUATE = {
     "nothing to evaluate": (SCENES, "name what to evaluate: either --workdir or --checkpoint"),
-    "another family": (["--checkpoint", "other", *SCENES], "other/config.json is of model_type 'llava'"),
+    "another family": (["--checkpoint", "other", *SCENES], "other/config.json is of model_type 'mamba'"),
     "no folder for answers": (
         ["--checkpoint", "other", *SCENES, "--output=none/a.jsonl"],
         "--output=none/a.jsonl is in",
@@ -69,7 +69,7 @@ def said(tmp_path_factory):
     (folder / "odd.py").write_text("def get_config():\n    return {'steps': 1}\n")
     (folder / "young" / "checkpoints").mkdir(parents=True)
     (folder / "other").mkdir()
-    (folder / "other" / "config.json").write_text('{"model_type": "llava"}')
+    (folder / "other" / "config.json").write_text('{"model_type": "mamba"}')
     commands = [[module, *arguments] for module, arguments, _ in MISTAKES] + [["train", "--help"]]
     script = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
