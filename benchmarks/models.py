@@ -23,14 +23,14 @@ from a run of the tests: the error is the largest absolute difference from trans
 tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of a picture of
 {WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
 
-| family | sizes | parameters | visual tokens | error | trains | generates |
+| family | sizes | parameters | visual tokens | error | trained in a test | generates |
 |---|---|---|---|---|---|---|"""
 
 
-def properties(path: str) -> dict[str, list[str]]:
+def properties(paths: list[str]) -> dict[str, list[str]]:
     """Values of all properties of passed tests, by name."""
     found = defaultdict(list)
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in (case for path in paths for case in ElementTree.parse(path).iter("testcase")):
         if case.find("failure") is None and case.find("error") is None:
             for entry in case.iter("property"):
                 found[entry.get("name")].append(entry.get("value"))
@@ -42,8 +42,8 @@ def ends(values: list[str]) -> str:
     return values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
 
 
-def main(path: str) -> None:
-    found, rows = properties(path), defaultdict(list)
+def main(paths: list[str]) -> None:
+    found, rows = properties(paths), defaultdict(list)
     errors = defaultdict(list)
     for family, error in (value.split() for value in found["parity"]):
         errors[family].append(float(error))
@@ -58,7 +58,7 @@ def main(path: str) -> None:
         counts = ends([f"{count / 1e6:,.0f} M" for count, _, _ in sizes])
         cells = [
             family,
-            ", ".join(name for _, name, _ in sizes),
+            f"{len(sizes)}: {ends([name for _, name, _ in sizes])}",
             counts,
             "" if tokens[0] is None else ends([f"{sum(count):,}" for count in tokens]),
             f"{max(errors[family]):.0e}" if errors[family] else "",
@@ -69,6 +69,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    main(sys.argv[1])
+    main(sys.argv[1:])

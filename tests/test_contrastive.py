@@ -121,7 +121,7 @@ def run(ours, batch, tx, optim, mesh, steps):
     return state, losses
 
 
-def test_steps_on_any_mesh(tmp_path):
+def test_steps_on_any_mesh(tmp_path, record_property):
     """SigLIP 2 on pictures of eight sizes: the first loss is transformers', the next ones are lower, and those of eight
     devices equal those of one."""
     ours, batch, expected = pairs("siglip2", tmp_path)
@@ -130,6 +130,7 @@ def test_steps_on_any_mesh(tmp_path):
     _, alone = run(ours, batch, tx, optim, make_mesh({"fsdp": 1}, jax.devices()[:1]), 3)
     state, losses = run(ours, batch, tx, optim, make_mesh({"data": 2, "fsdp": 4}), 3)
     np.testing.assert_allclose(alone[0], expected, rtol=1e-5)
+    record_property("trains", "siglip2")
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
     assert losses[0] > losses[1] > losses[2] and state.step == 3
     frozen, trained = (
@@ -140,10 +141,11 @@ def test_steps_on_any_mesh(tmp_path):
     assert len(state.params["text"]["embed"].sharding.device_set) == 8
 
 
-def test_a_scale_stays_below_100(tmp_path):
+def test_a_scale_stays_below_100(tmp_path, record_property):
     """CLIP on eight devices, by a rule that adds 5 to every parameter."""
     ours, batch, expected = pairs("clip", tmp_path)
     tx = optax.stateless(lambda updates, _: jax.tree.map(lambda x: jnp.full_like(x, 5), updates))
     state, losses = run(ours, batch, tx, OptimConfig(), make_mesh({"fsdp": 8}), 1)
     np.testing.assert_allclose(losses, [expected], rtol=1e-5)
+    record_property("trains", "clip")
     np.testing.assert_allclose(jnp.exp(state.params["log_scale"]), 100, rtol=1e-5)

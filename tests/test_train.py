@@ -61,7 +61,8 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
-def test_a_run_writes_every_step_once_and_learns(uninterrupted):
+def test_a_run_writes_every_step_once_and_learns(uninterrupted, record_property):
+    record_property("trains", "qwen3_vl")
     lines = read_metrics(uninterrupted)
     steps = [line for line in lines if "heldout" not in line]
     assert [line["step"] for line in steps] == list(range(1, 25))
