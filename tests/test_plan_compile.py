@@ -390,7 +390,9 @@ def check_fsdp(report, excess=0.0):
 def test_plans_a_tpu():
     report = ahead_of_time("v5p:2x2x1", {"fsdp": 4})
     assert report["device_kind"] == "TPU v5" and report["devices"] == 4
-    check_fsdp(report, excess=0.1)  # the compiler gathers two weights of attention a third time
+    names = {warning.split(":")[0] for warning in report["warnings"]}
+    assert names == {"all-reduce for reduce-scatter"}  # XLA's choice on a torus, without options that may hang
+    check_fsdp(report | {"warnings": []}, excess=0.1)  # the compiler gathers two weights of attention a third time
 
 
 CUDA = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13")
