@@ -6,8 +6,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.connectors.tokens import to_tokens
-from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.mlp import ACTIVATIONS
+from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.types import Vision, VisionTokens
@@ -37,12 +36,10 @@ class PixelShuffle(nn.Module):
     @nn.compact
     def __call__(self, features, vision: Vision) -> VisionTokens:
         del vision  # padding needs no care: nobody reads its tokens
-        out, dtype = self.out, self.runtime.dtype
+        config = self.config
 
         def layers(x):
-            x = LayerNorm(self.config.norm_eps, name="norm")(rearrange(x, "... group D -> ... (group D)"))
-            x = Einsum("...D,DF->...F", (x.shape[-1], out), ("embed", "mlp"), dtype, bias=True, name="up")(x)
-            x = ACTIVATIONS[self.config.activation](x)
-            return Einsum("...F,FD->...D", (out, out), ("mlp", "embed"), dtype, bias=True, name="down")(x)
+            x = LayerNorm(config.norm_eps, name="norm")(rearrange(x, "... group D -> ... (group D)"))
+            return Mlp(self.out, self.out, config.activation, self.runtime.dtype, name="mlp")(x)
 
-        return VisionTokens(to_tokens(features.value, self.config.patches_per_token, layers, self.runtime))
+        return VisionTokens(to_tokens(features.value, config.patches_per_token, layers, self.runtime))

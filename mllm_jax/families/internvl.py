@@ -114,8 +114,8 @@ def weights(config: ModelConfig) -> list[Row]:
     return [
         *INTERN.rows(config.encoder, "vision_tower."),
         *layer_norm("connector/norm", "multi_modal_projector.layer_norm"),
-        *linear("connector/up", "multi_modal_projector.linear_1", "o i -> i o", ""),
-        *linear("connector/down", "multi_modal_projector.linear_2", "o i -> i o", ""),
+        *linear("connector/mlp/up", "multi_modal_projector.linear_1", "o i -> i o", ""),
+        *linear("connector/mlp/down", "multi_modal_projector.linear_2", "o i -> i o", ""),
         *text.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
     ]
 
