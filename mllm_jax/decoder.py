@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of layers, and the head (Qwen3 arXiv 2505.09388, M-RoPE arXiv 2409.12191)."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,8 @@ class DecoderConfig:
     positions: learned positions that are added to all tokens, by the first axis of their position; 0 = none.
     position_offset: rows of the table of learned positions that stand before the one of position 0.
     prefix: the first tokens of a conversation (`Batch.prefix`) are seen by all of it, as in PaliGemma.
+    family: whose names its tensors have in a model that takes any decoder (families/text.py), used for reading and
+      writing only; "" = the first that has such a decoder.
     """
 
     vocab: int
@@ -67,6 +69,7 @@ class DecoderConfig:
     positions: int = 0
     position_offset: int = 0
     prefix: bool = False
+    family: str = field(default="", compare=False)
 
     def __post_init__(self):
         for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):

@@ -380,7 +380,12 @@ def test_the_model_type_of_a_decoder():
     kinds = {"30b-a3b": "qwen3_moe", "8b": "qwen3"}
     assert {size: text.decoder_to_hf(qwen3.SIZES[size])["model_type"] for size in kinds} == kinds
     assert text.decoder_to_hf(mistral.SIZES["7b-v0.1"])["model_type"] == "mistral"
-    assert text.decoder_to_hf(phi3.SIZES["3-mini-4k"])["model_type"] == "mistral"  # the same layers
+    for kind, decoder in {"phi3": phi3.SIZES["3-mini-4k"], "internlm2": internlm2.SIZES["7b"]}.items():
+        alike = text.decoder_to_hf(replace(decoder, family=""))["model_type"]
+        assert text.decoder_to_hf(decoder)["model_type"] == kind != alike  # others have the same layers
+        assert text.decoder_from_hf(text.decoder_to_hf(decoder)).family == kind
+    with pytest.raises(ValueError, match="decoder.family 'lama' is not one of llama"):
+        text.decoder_to_hf(replace(llama.SIZES["7b"], family="lama"))
     with pytest.raises(ValueError, match="model_type 'bloom'; known are llama, mistral"):
         text.decoder_from_hf({"model_type": "bloom"})
 

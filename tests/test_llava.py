@@ -201,6 +201,20 @@ def test_files_go_back(pair, tmp_path):
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
+def test_a_text_part_keeps_its_names(tmp_path):
+    """Phi-3 has Mistral's layers, and tensors of its own."""
+    text = dict(model_type="phi3", pad_token_id=0, **TEXT)
+    model = transformers.LlavaForConditionalGeneration(llava_config(text_config=text))
+    model.save_pretrained(tmp_path / "theirs")
+    mllm_jax.save_pretrained(mllm_jax.load_pretrained(tmp_path / "theirs"), tmp_path / "ours")
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert again.config.text_config.model_type == "phi3"
+    tensors = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0, msg=name)
+    assert sum("qkv_proj" in name for name in tensors) == TEXT["num_hidden_layers"]
+
+
 @pytest.mark.parametrize("family", [llava, internvl])
 def test_published_sizes(family):
     totals = {name: sum(count_params(family.sizes(name)).values()) for name in family.SIZES}

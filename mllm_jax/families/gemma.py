@@ -24,6 +24,7 @@ _2B = DecoderConfig(
     norm="rms_offset",
     tie_embeddings=True,
     embed_scale=2048**0.5,
+    family="gemma",
 )
 
 SIZES = {

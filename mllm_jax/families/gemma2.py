@@ -16,6 +16,7 @@ _2B = replace(
     post_norms=True,
     embed_scale=2304**0.5,
     logit_softcap=30.0,
+    family="gemma2",
 )
 _HEADS = dict(head_dim=128, rope_sections=(64, 0, 0))
 

@@ -22,6 +22,7 @@ _SMALL = DecoderConfig(
     norm_eps=1e-5,
     tie_embeddings=True,
     positions=1024,
+    family="gpt2",
 )
 
 

@@ -21,6 +21,7 @@ _7B = DecoderConfig(
     ),
     mlp=14336,
     norm_eps=1e-5,
+    family="internlm2",
 )
 
 SIZES = {

@@ -21,12 +21,13 @@ _STRETCH = BlendedStretch(factor=8.0, length=8192)
 
 def _first(width: int, layers: int, heads: int, mlp: int, eps: float = 1e-6) -> DecoderConfig:
     return DecoderConfig(
-        32000, width, layers, AttentionConfig(heads, heads, rope_theta=1e4, **_HEAD), mlp, norm_eps=eps
+        32000, width, layers, AttentionConfig(heads, heads, rope_theta=1e4, **_HEAD), mlp, norm_eps=eps, family="llama"
     )
 
 
 def _third(width: int, layers: int, heads: int, mlp: int) -> DecoderConfig:
-    return DecoderConfig(128256, width, layers, AttentionConfig(heads, 8, rope_theta=5e5, **_HEAD), mlp, norm_eps=1e-5)
+    attention = AttentionConfig(heads, 8, rope_theta=5e5, **_HEAD)
+    return DecoderConfig(128256, width, layers, attention, mlp, norm_eps=1e-5, family="llama")
 
 
 def _stretched(decoder: DecoderConfig, factor: float = 8.0) -> DecoderConfig:

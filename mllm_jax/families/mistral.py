@@ -8,7 +8,7 @@ from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_d
 from mllm_jax.nn.self_attention import AttentionConfig
 
 _ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False)
-_7B = DecoderConfig(32000, 4096, 32, _ATTENTION, 14336, norm_eps=1e-5)
+_7B = DecoderConfig(32000, 4096, 32, _ATTENTION, 14336, norm_eps=1e-5, family="mistral")
 
 SIZES = {
     "7b-v0.1": replace(_7B, attention=replace(_ATTENTION, rope_theta=1e4), windows=(4096,)),

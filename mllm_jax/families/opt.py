@@ -23,6 +23,7 @@ _SMALL = DecoderConfig(
     tie_embeddings=True,
     positions=2048,
     position_offset=2,
+    family="opt",
 )
 
 

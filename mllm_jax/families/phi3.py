@@ -16,6 +16,7 @@ _MINI = DecoderConfig(
     mlp=8192,
     windows=(2047,),
     norm_eps=1e-5,
+    family="phi3",
 )
 _MEDIUM = replace(
     _MINI, width=5120, layers=40, attention=AttentionConfig(40, 10, 128, 1e4, (64, 0, 0), qk_norm=False), mlp=17920

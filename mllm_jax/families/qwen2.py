@@ -19,7 +19,7 @@ _TEXT = AttentionConfig(28, 4, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk
 
 def _size(width: int, layers: int, heads: tuple[int, int], mlp: int, vocab: int = 152064, **more) -> DecoderConfig:
     attention = replace(_TEXT, heads=heads[0], kv_heads=heads[1])
-    return DecoderConfig(vocab, width, layers, attention, mlp, **more)
+    return DecoderConfig(vocab, width, layers, attention, mlp, family="qwen2", **more)
 
 
 _TIED = dict(vocab=151936, tie_embeddings=True)

@@ -15,13 +15,19 @@ from mllm_jax.weights.table import Row
 
 _TEXT = AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, rope_sections=(64, 0, 0))
 _MOE = DecoderConfig(
-    vocab=151936, width=2048, layers=48, attention=_TEXT, mlp=6144, moe=MoeConfig(experts=128, top_k=8, mlp=768)
+    vocab=151936,
+    width=2048,
+    layers=48,
+    attention=_TEXT,
+    mlp=6144,
+    moe=MoeConfig(experts=128, top_k=8, mlp=768),
+    family="qwen3_moe",
 )
 
 
 def _dense(width: int, layers: int, heads: int, mlp: int, tie: bool = False) -> DecoderConfig:
     attention = replace(_TEXT, heads=heads, kv_heads=8)
-    return DecoderConfig(151936, width, layers, attention, mlp, tie_embeddings=tie)
+    return DecoderConfig(151936, width, layers, attention, mlp, tie_embeddings=tie, family="qwen3")
 
 
 SIZES = {

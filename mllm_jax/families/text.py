@@ -1,5 +1,6 @@
 """The decoders of published models, by the model_type of a text config, for families that put any of them in."""
 
+from dataclasses import replace
 from types import ModuleType
 
 from mllm_jax.decoder import DecoderConfig
@@ -25,11 +26,11 @@ def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder that a text config describes. Raises ValueError for a model_type that is not known."""
     if (kind := text.get("model_type")) not in TEXT:
         raise ValueError(f"the text config is of model_type {kind!r}; known are {', '.join(TEXT)}")
-    return TEXT[kind].decoder_from_hf(text)
+    return replace(TEXT[kind].decoder_from_hf(text), family=kind)
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse: the text config, with its model_type, of the first family that can say all of this decoder."""
+    """The inverse: the text config, with its model_type. Raises ValueError for what that of its family cannot say."""
     return _sayings(decoder)[1]
 
 
@@ -38,13 +39,21 @@ def decoder_weights(decoder: DecoderConfig, prefix: str, head: str) -> list[Row]
     return _sayings(decoder)[0].decoder_weights(decoder, prefix, head)
 
 
+def whole_weights(decoder: DecoderConfig, before: str) -> list[Row]:
+    """Rows of a decoder with all names that its family's own files have, the head's too, after `before`."""
+    return [row._replace(theirs=before + row.theirs) for row in _sayings(decoder)[0].decoder_weights(decoder)]
+
+
 def _sayings(decoder: DecoderConfig) -> tuple[ModuleType, dict]:
-    """The first family that can say all of a decoder, and what it says."""
-    for kind, family in TEXT.items():
+    """The decoder's family, or the first that can say all of it, and what it says."""
+    kinds = [decoder.family] if decoder.family else list(TEXT)
+    if unknown := set(kinds) - set(TEXT):
+        raise ValueError(f"decoder.family {unknown.pop()!r} is not one of {', '.join(TEXT)}")
+    for kind in kinds:
         try:
-            written = {"model_type": kind, **family.decoder_to_hf(decoder)}
-            if family.decoder_from_hf(written) == decoder:
-                return family, written
+            written = {"model_type": kind, **TEXT[kind].decoder_to_hf(decoder)}
+            if TEXT[kind].decoder_from_hf(written) == decoder:
+                return TEXT[kind], written
         except (ValueError, AttributeError):  # AttributeError: of a part that the family does not know
             continue
-    raise ValueError(f"no text config of {', '.join(TEXT)} can say all of this decoder: {decoder}")
+    raise ValueError(f"no text config of {', '.join(kinds)} can say all of this decoder: {decoder}")
