@@ -40,6 +40,8 @@ class ModelConfig:
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     position_rate: rotary positions per second of a clip; 0 = one per temporal patch. Used where batches are made.
     pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
+    tiles, chat: the fewest and the most tiles of a picture, and the name of the format of chats, where config.json says
+      them and not the files of a processor.
     """
 
     encoder: Any
@@ -50,6 +52,8 @@ class ModelConfig:
     family: str = "qwen3_vl"
     position_rate: float = 0.0
     pinpoints: tuple[tuple[int, int], ...] = ()
+    tiles: tuple[int, ...] = ()
+    chat: str = ""
 
     @property
     def merge(self) -> int:

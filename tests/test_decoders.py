@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from reference import assert_parity, perturb
+from reference import as_internlm2, assert_parity, perturb
 from test_text_families import LENGTHS, NEW, inputs_of
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
@@ -213,26 +213,6 @@ def test_transformers_loads_what_is_saved(pair, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(theirs(again, inputs_of()).logits, theirs(model, inputs_of()).logits)
     assert mllm_jax.load_pretrained(tmp_path).config == vlm.config
-
-
-def as_internlm2(tensors, config):
-    """Tensors of a Llama under InternLM2's names, with wqkv [(K (G q, k, v) H) D] as its published code reads it."""
-    renamed, heads, head_dim = {}, config.num_key_value_heads, config.head_dim
-    names = {"o_proj": "attention.wo", "gate_proj": "feed_forward.w1", "up_proj": "feed_forward.w3"}
-    names |= {"down_proj": "feed_forward.w2", "input_layernorm": "attention_norm"}
-    names |= {"post_attention_layernorm": "ffn_norm"}
-    for name, tensor in tensors.items():
-        *place, stem, _ = name.split(".")
-        layer = ".".join(place[:3])
-        if stem in names:
-            renamed[f"{layer}.{names[stem]}.weight"] = tensor
-        elif stem == "q_proj":
-            q, k, v = (tensors[name.replace("q_proj", other)] for other in ("q_proj", "k_proj", "v_proj"))
-            groups = [x.reshape(heads, -1, head_dim, x.shape[1]) for x in (q, k, v)]
-            renamed[f"{layer}.attention.wqkv.weight"] = torch.cat(groups, dim=1).reshape(-1, q.shape[1])
-    plain = {"lm_head": "output", "model.embed_tokens": "model.tok_embeddings", "model.norm": "model.norm"}
-    renamed |= {f"{new}.weight": tensors[f"{old}.weight"] for old, new in plain.items()}
-    return {name: tensor.contiguous() for name, tensor in renamed.items()}
 
 
 def test_internlm2_is_llama_rearranged(tmp_path):

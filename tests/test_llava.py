@@ -66,7 +66,11 @@ ROWS = [[(20, 30)], [], [(40, 11), (16, 16)]]
 
 
 def reference_of(name):
-    config = CONFIGS[name]()
+    return random_model(CONFIGS[name]())
+
+
+def random_model(config):
+    """Transformers' model of a config, with random weights."""
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     architecture = type(config).__name__.replace("Config", "ForConditionalGeneration")

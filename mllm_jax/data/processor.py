@@ -188,14 +188,8 @@ class Processor:
         Raises FileNotFoundError if the tokenizer or the template is missing.
         """
         folder = pathlib.Path(folder)
-        tokenizer = Tokenizer.from_folder(folder)
-        try:
-            template = ChatTemplate.from_folder(folder)
-        except FileNotFoundError:
-            if spec.template is None:
-                raise
-            template = ChatTemplate(spec.template)
-        return cls(tokenizer, template, read_spec(folder, spec))
+        template = ChatTemplate.from_folder(folder, spec.template)
+        return cls(Tokenizer.from_folder(folder), template, read_spec(folder, spec))
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the files that `from_folder` and transformers read."""

@@ -40,7 +40,7 @@ class ProcessorSpec:
     vision_end: str | None = "<|vision_end|>"
     end_of_turn: str | None = "<|im_end|>"
     prefix: bool = False  # all tokens see what stands before the answer
-    template: str | None = None  # of chats, in jinja2, where a folder has none
+    template: str | None = None  # of chats, in jinja2, where a folder has no file of its own for one
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"
     video_processor_type: str | None = "Qwen3VLVideoProcessor"
@@ -88,19 +88,26 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
         }
     else:
         try:
-            found["rule"] = _rule(image)
+            found["rule"] = _rule(image, spec.rule)
         except ValueError as error:
             raise ValueError(f"{folder / 'preprocessor_config.json'}: {error}") from error
     return dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
 
 
-def _rule(image: dict[str, Any]) -> Any:
+def _rule(image: dict[str, Any], expected: Any) -> Any:
     if pinpoints := image.get("image_grid_pinpoints"):
         size = image.get("crop_size") or image["size"]
-        return AnyRes(tuple(map(tuple, pinpoints)), size.get("height", size.get("shortest_edge")))
-    if image.get("crop_to_patches"):
-        return Tiles(image["size"]["height"], image.get("min_patches", 1), image.get("max_patches", 12))
+        return AnyRes(tuple(map(tuple, pinpoints)), _side(size))
+    if image.get("crop_to_patches") or isinstance(expected, Tiles):  # InternVL's processors cut, whatever a file says
+        usual = expected if isinstance(expected, Tiles) else Tiles(0)
+        low, high = image.get("min_patches", usual.low), image.get("max_patches", usual.high)
+        return Tiles(_side(image["size"]), low, high)
     return rule_from_hf(image)
+
+
+def _side(size: int | dict[str, int]) -> int:
+    """Of a square, in all the ways that a file may say it."""
+    return size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
 
 
 def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:

@@ -173,12 +173,17 @@ class ChatTemplate:
     source: str
 
     @classmethod
-    def from_folder(cls, folder: str | pathlib.Path) -> "ChatTemplate":
-        """Reads chat_template.jinja, chat_template.json or the template in tokenizer_config.json, in this order."""
+    def from_folder(cls, folder: str | pathlib.Path, usual: str | None = None) -> "ChatTemplate":
+        """Reads chat_template.jinja, chat_template.json or the template in tokenizer_config.json, in this order.
+
+        usual: a template that comes before that of a tokenizer, which may know texts alone.
+        """
         folder = pathlib.Path(folder)
         if (path := folder / "chat_template.jinja").exists():
             return cls._read(path, path.read_text(encoding="utf-8"))
         for name in ("chat_template.json", "tokenizer_config.json"):
+            if name == "tokenizer_config.json" and usual is not None:
+                return cls(usual)
             source = read_json(folder / name).get("chat_template")
             if isinstance(source, list):  # several templates by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")

@@ -2,8 +2,8 @@
 
 Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
-encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, and rule(config) how
-it cuts pictures.
+encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, rule(config) how
+it cuts pictures, and chat(config) what it expects of chats.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from mllm_jax.families import (
     gpt2,
     internlm2,
     internvl,
+    internvl_chat,
     llama,
     llava,
     mistral,
@@ -46,6 +47,7 @@ FAMILIES = {
     "gpt2": gpt2,
     "internlm2": internlm2,
     "internvl": internvl,
+    "internvl_chat": internvl_chat,
     "llama": llama,
     "llava": llava,
     "llava_next": llava,
@@ -87,4 +89,5 @@ def spec_for(config: ModelConfig) -> ProcessorSpec:
         position_rate=config.position_rate,
         on_a_grid=any(rows or ()),
         prefix=config.prefix,
+        **(family.chat(config) if hasattr(family, "chat") else {}),
     )
