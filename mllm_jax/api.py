@@ -19,12 +19,13 @@ from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
 from mllm_jax.data.pairs import with_texts
 from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
-from mllm_jax.families import FAMILIES, spec_for
+from mllm_jax.families import FAMILIES, kind_of, spec_for
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
+from mllm_jax.weights.safetensors import open_checkpoint
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -44,6 +45,7 @@ def load_pretrained(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     runtime: Runtime | None = None,
+    tower: str | os.PathLike | None = None,
 ) -> Pretrained:
     """Reads a model in Hugging Face's format; weights are streamed, never all of them in host memory.
 
@@ -52,6 +54,8 @@ def load_pretrained(
       dtype: "float32" or "bfloat16", in which parameters are kept and computed with.
       mesh: where parameters lie, by the rules of `runtime`; None = all on one device.
       runtime: how the model is computed; its dtype is overruled by `dtype`.
+      tower: where the weights of the vision tower are, as `source`, if that lacks them, as the own files of LLaVA 1.0 and
+        1.5 do; by default the one that config.json names. `save_pretrained` writes all in one folder.
     Raises:
       FileNotFoundError: no such folder or model, or no config.json in it.
       ValueError: the config is of another family or cannot be read, or the weights do not fit it.
@@ -60,7 +64,7 @@ def load_pretrained(
     stated = _read_config(folder)
     if stated.get("quantization_config"):
         raise ValueError(f"{folder} holds quantized weights, which cannot be read; load a copy in bf16, fp16 or fp32")
-    kind = stated.get("model_type")
+    kind = kind_of(stated)
     if kind not in FAMILIES:
         hint = "" if kind else " (the folder of a training run is read by load_workdir)"
         near = difflib.get_close_matches(str(kind), FAMILIES, n=1, cutoff=0)
@@ -76,9 +80,33 @@ def load_pretrained(
     runtime = dataclasses.replace(runtime or Runtime(), dtype=dtype)
     config = dataclasses.replace(config, runtime=runtime)
     layout = shardings(abstract_boxed(config), mesh, runtime.rules) if mesh else None
-    rows, shapes = family.weights(config), abstract_params(config)
-    params = load_tensors(folder, rows, shapes, layout, dtype, ignore=family.IGNORE, rename=family.RENAME)
+    params = load_params(folder, config, layout, dtype, tower)
     return Pretrained(config, config.build(), params, _processor(folder, config))
+
+
+def load_params(
+    source: str | os.PathLike,
+    config: ModelConfig | DualConfig,
+    layout: Any = None,
+    dtype: str = "float32",
+    tower: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """The weights of `source` as parameters of a config; arguments and errors are those of `load_pretrained`.
+
+    layout: nested dict of jax.sharding.Sharding; None = all on the default device.
+    """
+    folder, family = local_folder(source), FAMILIES[config.family]
+    if tower is None and hasattr(family, "elsewhere"):
+        tower = family.elsewhere(_read_config(folder), open_checkpoint(folder))
+    try:
+        folders = [folder] if tower is None else [folder, local_folder(tower)]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} lacks the weights of its vision tower; say where they are: load_pretrained(..., tower=FOLDER). "
+            f"{error}"
+        ) from error
+    rows, shapes = family.weights(config), abstract_params(config)
+    return load_tensors(folders, rows, shapes, layout, dtype, ignore=family.IGNORE, rename=family.RENAME)
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:

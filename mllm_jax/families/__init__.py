@@ -2,11 +2,14 @@
 
 Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
-encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, rule(config) how
-it cuts pictures, and chat(config) what it expects of chats.
+encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, rule(config) how it
+cuts pictures, and chat(config) what it expects of chats. elsewhere(json, names) is the model that has the rest of the
+weights, where files may hold a part of them.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from mllm_jax.data.spec import SEEING, TEXT, ProcessorSpec
 from mllm_jax.families import (
@@ -21,6 +24,7 @@ from mllm_jax.families import (
     internvl_chat,
     llama,
     llava,
+    llava_llama,
     mistral,
     opt,
     paligemma,
@@ -50,6 +54,8 @@ FAMILIES = {
     "internvl_chat": internvl_chat,
     "llama": llama,
     "llava": llava,
+    "llava_llama": llava_llama,
+    "llava_mistral": llava_llama,
     "llava_next": llava,
     "mistral": mistral,
     "opt": opt,
@@ -67,6 +73,13 @@ FAMILIES = {
     "siglip2": siglip2,
     "siglip2_vision_model": vision.siglip2,
 }
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """The name in FAMILIES that a config.json is of: its model_type."""
+    kind = config.get("model_type")
+    # LLaVA's authors and transformers gave one name to two formats
+    return "llava_llama" if kind == "llava" and "mm_vision_tower" in config else kind
 
 
 def spec_for(config: ModelConfig) -> ProcessorSpec:

@@ -1,4 +1,4 @@
-"""LLaVA 1.0, 1.5 (arXiv 2304.08485, 2310.03744) and LLaVA-NeXT: a CLIP or SigLIP tower, an MLP, any decoder.
+"""LLaVA 1.5 (arXiv 2310.03744) and LLaVA-NeXT: a CLIP or SigLIP tower, an MLP, any decoder.
 
 Tensor names as in the published safetensors files of llava-hf.
 """
@@ -26,11 +26,6 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _TOWER = replace(CLIP.sizes["l14-336"], features=(-2,))
 
 
-def _first(decoder: DecoderConfig) -> ModelConfig:
-    tower = replace(CLIP.sizes["l14"], features=(-2,))
-    return ModelConfig(tower, MlpConnectorConfig(layers=1), decoder, VisionTokenIds(32000), family="llava")
-
-
 def _second(decoder: DecoderConfig) -> ModelConfig:
     decoder = replace(decoder, vocab=32064)
     return ModelConfig(_TOWER, MlpConnectorConfig(), decoder, VisionTokenIds(32000), family="llava")
@@ -49,8 +44,6 @@ def _next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
 
 
 SIZES = {
-    "1.0-7b": _first(llama.SIZES["7b"]),
-    "1.0-13b": _first(llama.SIZES["13b"]),
     "1.5-7b": _second(llama.SIZES["vicuna-7b"]),
     "1.5-13b": _second(llama.SIZES["vicuna-13b"]),
     "next-vicuna-7b": _next(llama.SIZES["vicuna-7b"], 32064, 32000),

@@ -12,14 +12,14 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mllm_jax.api import load_params
 from mllm_jax.config import ConfigError, from_config_dict, to_config_dict
 from mllm_jax.connectors.average_pool import AveragePoolConfig
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.families import FAMILIES
-from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.model import ModelConfig, abstract_boxed
 from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
@@ -28,7 +28,6 @@ from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.inputs import DataConfig, JsonLinesData, ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.step import make_train_step
-from mllm_jax.weights.hf import load_tensors
 
 PARTS = {
     part.__name__: part
@@ -131,7 +130,5 @@ def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callab
 
 def load_init(run: Run, mesh: Mesh) -> dict:
     """The published weights that `run.init` names, fp32, laid out for the mesh."""
-    family = FAMILIES[run.model.family]
     layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
-    rows, shapes = family.weights(run.model), abstract_params(run.model)
-    return load_tensors(run.init, rows, shapes, layout, ignore=family.IGNORE, rename=family.RENAME)
+    return load_params(run.init, run.model, layout)

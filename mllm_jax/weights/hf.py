@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ def local_folder(source: str | os.PathLike) -> Path:
 
 
 def load_tensors(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike | Sequence[str | os.PathLike],
     rows: Iterable[Row | tuple],
     abstract: Tree,
     shardings: Tree | None = None,
@@ -66,7 +66,7 @@ def load_tensors(
     multi-process run each process reads only the slices that its own devices hold.
 
     Args:
-      folder: a folder or the name of a model on the hub.
+      folder: a folder or the name of a model on the hub; or several, of which the first has a name that two have.
       rows: the family's table of weights.
       abstract: nested dict of ShapeDtypeStruct, the parameters; only shapes are used.
       shardings: nested dict of jax.sharding.Sharding like `abstract`; None = all on the default device.
@@ -81,9 +81,11 @@ def load_tensors(
       BrokenCheckpoint: the files cannot be read. WeightsMismatch: they do not fit. Both before anything is allocated.
       ValueError: the table does not fit the tree.
     """
-    folder, rows = local_folder(folder), [Row(*row) for row in rows]
+    folders = [folder] if isinstance(folder, (str, os.PathLike)) else folder
+    folders, rows = [local_folder(folder) for folder in folders], [Row(*row) for row in rows]
     entries = expand(rows, abstract)
-    tensors = _match(folder, open_checkpoint(folder), entries, tuple(ignore), tuple(rename))
+    tensors = {name: tensor for folder in reversed(folders) for name, tensor in open_checkpoint(folder).items()}
+    tensors = _match(" and ".join(map(str, folders)), tensors, entries, tuple(ignore), tuple(rename))
     leaves = flatten(abstract)
     default = SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
     places = dict.fromkeys(leaves, default) if shardings is None else flatten(shardings)
@@ -158,7 +160,7 @@ class _Export(NamedTuple):
 
 
 def _match(
-    folder: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], ignore: tuple, rename: tuple
+    where: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], ignore: tuple, rename: tuple
 ) -> dict[str, Tensor]:
     """The tensors by the table's names; raises WeightsMismatch unless they are exactly what the table asks for."""
     found, faults = {}, []
@@ -183,7 +185,7 @@ def _match(
     faults += [f"missing: {name} {list(entries[name].shape)} for {_place(entries[name])}" for name in missing]
     if faults:
         text = "\n  ".join(sorted(faults))
-        raise WeightsMismatch(f"the weights in {folder} do not fit the model, {len(faults)} faults:\n  {text}")
+        raise WeightsMismatch(f"the weights in {where} do not fit the model, {len(faults)} faults:\n  {text}")
     return found
 
 

@@ -1,0 +1,146 @@
+"""LLaVA 1.0, 1.5 and NeXT (arXiv 2304.08485, 2310.03744) in their authors' own files (haotian-liu/LLaVA).
+
+Tensor names as in those files: the decoder has those of its own family. Their config.json names the vision tower, and
+only NeXT's files hold its weights; those of the others come from the tower's own, see `mllm_jax.load_pretrained`. No
+token of the vocabulary stands for a picture: it is IMAGE. What transformers makes of these models is families/llava.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mllm_jax.connectors.mlp import MlpConnectorConfig
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families import llama, llava, mistral, text
+from mllm_jax.families.decoders import expect
+from mllm_jax.families.rows import linear
+from mllm_jax.families.towers import CLIP
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.weights.table import Row
+
+IMAGE = -200  # llava/constants.py
+DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}  # by the model_type
+ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+TOWERS = {"clip-vit-large-patch14": CLIP.sizes["l14"], "clip-vit-large-patch14-336": CLIP.sizes["l14-336"]}
+
+
+def _size(tower: str, layers: int, decoder: DecoderConfig, tiles: bool = False) -> ModelConfig:
+    return ModelConfig(
+        replace(TOWERS[tower], features=(-2,)),
+        MlpConnectorConfig(layers, newline=tiles),
+        decoder,
+        VisionTokenIds(IMAGE),
+        family=f"llava_{decoder.family}",
+        pinpoints=llava.PINPOINTS if tiles else (),
+    )
+
+
+_SMALL, _LARGE = TOWERS
+SIZES = {
+    "1.0-7b": _size(_SMALL, 1, llama.SIZES["7b"]),
+    "1.0-13b": _size(_SMALL, 1, llama.SIZES["13b"]),
+    "1.5-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"]),
+    "1.5-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"]),
+    "next-vicuna-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], tiles=True),
+    "next-vicuna-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], tiles=True),
+    "next-mistral-7b": _size(_LARGE, 2, mistral.SIZES["7b-v0.2"], tiles=True),
+    "next-34b": _size(_LARGE, 2, llama.SIZES["yi-34b"], tiles=True),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size, such as "1.0-13b" or "1.5-7b"."""
+    if name not in SIZES:
+        raise ValueError(f"LLaVA has no size {name!r} in its authors' files; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The model that a `config.json` of model_type "llava_llama", "llava_mistral" or, before, "llava" describes.
+
+    Raises ValueError for what this model cannot do.
+    """
+    tower = str(config["mm_vision_tower"]).rstrip("/").rpartition("/")[2]
+    if tower not in TOWERS:
+        raise ValueError(
+            f"mm_vision_tower {config['mm_vision_tower']!r} of config.json is not one of {', '.join(TOWERS)}"
+        )
+    expect(config, "LLaVA", mm_vision_select_feature="patch")
+    kind = config.get("mm_projector_type", "linear")
+    layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if layers is None and kind != "linear":
+        raise ValueError(f"mm_projector_type {kind!r} of config.json is neither linear nor mlp2x_gelu")
+    newline = "unpad" in config.get("mm_patch_merge_type", "flat")
+    if newline != (config.get("image_aspect_ratio") == "anyres"):
+        raise ValueError(
+            "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
+        )
+    decoder = DECODERS[config["model_type"]]
+    return ModelConfig(
+        replace(TOWERS[tower], features=llava.features_from_hf(config.get("mm_vision_select_layer", -2))),
+        MlpConnectorConfig(1 if layers is None else int(layers[1]), newline=newline),
+        text.decoder_from_hf({**config, "model_type": decoder}),
+        VisionTokenIds(IMAGE),
+        family=f"llava_{decoder}",
+        # theirs are (width, height)
+        pinpoints=tuple((height, width) for width, height in config["image_grid_pinpoints"]) if newline else (),
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `from_hf`. Raises ValueError for a model that this config.json cannot say."""
+    encoder, connector, decoder = config.encoder, config.connector, text.decoder_to_hf(config.decoder)
+    tower = next((name for name, known in TOWERS.items() if replace(known, features=encoder.features) == encoder), None)
+    if tower is None or decoder["model_type"] not in ARCHITECTURES:
+        raise ValueError(
+            f"LLaVA's own config.json names one of the towers {', '.join(TOWERS)} and has a decoder of "
+            f"{' or '.join(ARCHITECTURES)}; this model has others: {config}"
+        )
+    tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    tiles |= {"image_grid_pinpoints": [[width, height] for height, width in config.pinpoints]}
+    written = {
+        **decoder,
+        "architectures": [ARCHITECTURES[decoder["model_type"]]],
+        "model_type": f"llava_{decoder['model_type']}",
+        "mm_hidden_size": encoder.width,
+        "mm_projector_type": "linear" if connector.layers == 1 else f"mlp{connector.layers}x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": llava.features_to_hf(encoder.features),
+        "mm_vision_tower": f"openai/{tower}",
+        "unfreeze_mm_vision_tower": True,  # says that the tower's weights are in the file
+        "use_mm_proj": True,
+        # 1.5 reads a picture with what makes it a square around it, 1.0 the middle of it
+        **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if connector.layers > 1 else {}),
+    }
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
+    return written
+
+
+def elsewhere(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The model that has the rest of the weights, where a file with these names of tensors lacks the tower's."""
+    return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
+
+
+SPEC, INPUTS, rule, visuals = llava.SPEC, llava.INPUTS, llava.rule, llava.visuals
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    layers, theirs = config.connector.layers, "model.mm_projector"
+    names = [theirs] if layers == 1 else [f"{theirs}.{2 * i}" for i in range(layers)]  # between two stands a GELU
+    return [
+        *CLIP.rows(config.encoder, TOWER),
+        *(row for i, name in enumerate(names) for row in linear(f"connector/linear{i}", name, "o i -> i o", "")),
+        Row("connector/newline", "model.image_newline"),
+        *text.whole_weights(config.decoder, ""),
+    ]
+
+
+# Of the tower's own files there is the tower of texts too.
+IGNORE = (r".*\.position_ids", r".*\.inv_freq", r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale")
+RENAME = ((r"^vision_model\.", TOWER),)
