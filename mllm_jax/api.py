@@ -54,8 +54,8 @@ def load_pretrained(
       dtype: "float32" or "bfloat16", in which parameters are kept and computed with.
       mesh: where parameters lie, by the rules of `runtime`; None = all on one device.
       runtime: how the model is computed; its dtype is overruled by `dtype`.
-      tower: where the weights of the vision tower are, as `source`, if that lacks them, as the own files of LLaVA 1.0 and
-        1.5 do; by default the one that config.json names. `save_pretrained` writes all in one folder.
+      tower: where the weights of the vision tower are, as `source`, if that lacks them, as the own files of LLaVA 1.0
+        and 1.5 do; by default the one that config.json names. `save_pretrained` writes all in one folder.
     Raises:
       FileNotFoundError: no such folder or model, or no config.json in it.
       ValueError: the config is of another family or cannot be read, or the weights do not fit it.

@@ -37,6 +37,7 @@ class ModelConfig:
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
+    pool: of a tower alone: what makes one vector of a picture (see dual.py), in addition to its features.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     position_rate: rotary positions per second of a clip; 0 = one per temporal patch. Used where batches are made.
     pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
@@ -54,6 +55,7 @@ class ModelConfig:
     pinpoints: tuple[tuple[int, int], ...] = ()
     tiles: tuple[int, ...] = ()
     chat: str = ""
+    pool: Any = None
 
     @property
     def merge(self) -> int:
@@ -116,6 +118,8 @@ class VLM(nn.Module):
             self.encoder = config.encoder.build(config.runtime, name=None)
         if config.connector is not None:
             self.connector = config.connector.build(config.decoder.width, config.runtime, name=None)
+        if config.pool is not None:
+            self.pool = config.pool.build(config.runtime.within("encoder"), name=None)
         if config.decoder is not None:
             self.decoder = Decoder(config.decoder, config.runtime)
 
@@ -132,7 +136,8 @@ class VLM(nn.Module):
           hidden: return hidden states instead of logits (a loss in chunks, or the last position alone, needs no more).
         """
         if self.config.decoder is None:
-            return Output(features=rearrange(self.encoder(batch.vision).value, "B R P D -> B (R P) D"))
+            features = rearrange(self.encoder(batch.vision).value, "B R P D -> B (R P) D")
+            return Output(features=features, pooled=self._pooled(features, batch.vision))
         x = self.decoder.embed(batch.tokens)
         deep = None
         if batch.vision is not None:
@@ -148,6 +153,14 @@ class VLM(nn.Module):
         if hidden:
             return Output(hidden=x, cache=cache, routing=routing)
         return Output(logits=self.decoder.logits(x), cache=cache, routing=routing)
+
+    def _pooled(self, features, vision: Vision):
+        """One vector [B D] of the first picture of every row; None without a pool."""
+        if self.config.pool is None:
+            return None
+        image = rearrange(vision.image, "B R P -> B (R P)")
+        first = jnp.where(jnp.any(image == 1, axis=1), jnp.argmax(image == 1, axis=1), -1)
+        return self.pool(features, image, first[:, None])[:, 0]
 
     def logits(self, hidden):
         """Hidden states [... D] -> f32[... V]; `apply(..., method="logits")`."""

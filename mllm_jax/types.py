@@ -140,5 +140,6 @@ class Output(NamedTuple):
     cache: Cache | None = None
     routing: Routing | None = None  # of a model with experts
     features: Array | None = None  # [B (R P) D] of a row's patches; class token and registers stand before a picture's
+    pooled: Array | None = None  # [B D] of a tower with a pool: one vector of the first picture of every row
     image_embeddings: Array | None = None  # f32[pictures D]
     text_embeddings: Array | None = None  # f32[texts D]

@@ -211,20 +211,42 @@ def test_a_tower_alone(kind, tmp_path, record_property):
     ours = mllm_jax.load_pretrained(tmp_path / "theirs")
     inputs = inputs_of(kind)
     pixels = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    found = np.asarray(ours.model.apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, pixels)).features)
-    expected = theirs(model, pixels).last_hidden_state.numpy()[:, : found.shape[1]]
+    out = ours.model.apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, pixels))
+    found, wanted = np.asarray(out.features), theirs(model, pixels)
+    expected = wanted.last_hidden_state.numpy()[:, : found.shape[1]]
     real = pixels.get("pixel_attention_mask", np.ones(expected.shape[:2]))[:, : found.shape[1]] == 1
     assert_parity(record_property, ours.config.family, found[real], expected[real])
+    if kind != "clip":
+        assert_parity(record_property, ours.config.family, out.pooled, wanted.pooler_output.numpy())
     mllm_jax.save_pretrained(ours, tmp_path / "ours")
     written, published = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     # A tower's own names begin with "vision_model." in published files; transformers 5 leaves that out for CLIP's.
     published = {f"vision_model.{key.removeprefix('vision_model.')}": value for key, value in published.items()}
-    assert written and all(np.array_equal(written[key], published[key]) for key in written)
-    assert all(".head." in key for key in published.keys() - written.keys())
+    assert written.keys() == published.keys()
+    assert all(np.array_equal(written[key], published[key]) for key in written)
     loaded, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     again = theirs(loaded.eval(), pixels).last_hidden_state.numpy()[:, : found.shape[1]]
     np.testing.assert_allclose(again[real], expected[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [vision.siglip, vision.siglip2], ids=["siglip", "siglip2"])
+def test_a_tower_with_or_without_its_head(family):
+    """With one it has all tensors of transformers' model."""
+    for name in family.SIZES[::7]:
+        config = family.sizes(name)
+        fields = family.to_hf(config)
+        assert family.from_hf(fields) == config
+        with torch.device("meta"):
+            kind = fields.pop("model_type")
+            model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **fields))
+        ours = {name: entry.shape for name, entry in expand(family.weights(config), abstract_params(config)).items()}
+        theirs = {f"vision_model.{key.removeprefix('vision_model.')}": x for key, x in model.state_dict().items()}
+        assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+        headless = family.from_hf(fields | {"vision_use_head": False})
+        assert headless.pool is None and headless.encoder == config.encoder
+    with pytest.raises(ValueError, match="the head of a siglip.*_vision_model is AttentionPool.*heads=3"):
+        family.to_hf(replace(config, pool=replace(config.pool, heads=3)))
 
 
 COUNTS = {  # parameters, and what the authors or OpenCLIP's table of models say they are, in millions

@@ -6,12 +6,12 @@ from typing import Any
 
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.pairs import one_each
-from mllm_jax.dual import AttentionPool, DualConfig, TokenPool
+from mllm_jax.dual import DualConfig, TokenPool
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import duals
-from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import SIGLIP, Tower
-from mllm_jax.families.vision import SQUARE, square_pictures
+from mllm_jax.families.vision import SQUARE, attention_pool, pool_of, square_pictures
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 
@@ -43,8 +43,9 @@ def dual(encoder: VitConfig, text: Any, width: int, family: str) -> DualConfig:
     """Both towers with SigLIP's pools; `width` is that of texts, which must be that of pictures."""
     if width != encoder.width:
         raise ValueError(f"text_config.projection_size={width} must be vision_config.hidden_size={encoder.width}")
-    pool = AttentionPool(encoder.heads, encoder.mlp, encoder.activation, encoder.norm_eps)
-    return DualConfig(encoder, pool, text, TokenPool(width, "last", bias=True), loss="sigmoid", family=family)
+    return DualConfig(
+        encoder, pool_of(encoder), text, TokenPool(width, "last", bias=True), loss="sigmoid", family=family
+    )
 
 
 def from_hf(config: Mapping[str, Any]) -> DualConfig:
@@ -97,16 +98,9 @@ def weights(config: DualConfig) -> list[Row]:
 
 def rows(config: DualConfig, tower: Tower) -> list[Row]:
     """`weights`, for both kinds of towers."""
-    head = "vision_model.head"
     return [
         *duals.weights(config, tower),
-        Row("image_pool/probe", f"{head}.probe", "1 1 d -> d"),
-        Row("image_pool/qkv/w", f"{head}.attention.in_proj_weight", "(c n h) d -> c d n h"),
-        Row("image_pool/qkv/b", f"{head}.attention.in_proj_bias", "(c n h) -> c n h"),
-        *linear("image_pool/out", f"{head}.attention.out_proj", "d (n h) -> n h d", ""),
-        *layer_norm("image_pool/norm", f"{head}.layernorm"),
-        *linear("image_pool/mlp/up", f"{head}.mlp.fc1", "f d -> d f", ""),
-        *linear("image_pool/mlp/down", f"{head}.mlp.fc2", "d f -> f d", ""),
+        *attention_pool("image_pool", "vision_model.head"),
         *linear("text_pool", "text_model.head", "e d -> d e", ""),
         Row("log_scale", "logit_scale", "1 ->", dtype="float32"),
         Row("bias", "logit_bias", "1 ->", dtype="float32"),

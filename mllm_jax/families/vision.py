@@ -1,4 +1,6 @@
-"""Towers of pictures alone, out of CLIP, SigLIP and SigLIP 2: features are transformers' `last_hidden_state`."""
+"""Towers of pictures alone, out of CLIP, SigLIP and SigLIP 2: features are transformers' `last_hidden_state`, and what
+SigLIP's head makes of them is its `pooler_output`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +10,10 @@ import numpy as np
 from einops import rearrange
 
 from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.dual import AttentionPool
+from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.pictures import counted_like_text, cut
+from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import CLIP, NAFLEX, SIGLIP, Tower
 from mllm_jax.model import ModelConfig
 from mllm_jax.types import Picture
@@ -50,6 +55,24 @@ def pictures_of_any_size(config: Any, arrays: Arrays) -> list[Picture]:
     return [Picture(patches[:count], tuple(map(int, shape))) for patches, count, shape in zip(values, counts, shapes)]
 
 
+def pool_of(encoder: VitConfig) -> AttentionPool:
+    """SigLIP's head, which has the widths of its tower."""
+    return AttentionPool(encoder.heads, encoder.mlp, encoder.activation, encoder.norm_eps)
+
+
+def attention_pool(ours: str, theirs: str) -> list[Row]:
+    """Rows of an AttentionPool."""
+    return [
+        Row(f"{ours}/probe", f"{theirs}.probe", "1 1 d -> d"),
+        Row(f"{ours}/qkv/w", f"{theirs}.attention.in_proj_weight", "(c n h) d -> c d n h"),
+        Row(f"{ours}/qkv/b", f"{theirs}.attention.in_proj_bias", "(c n h) -> c n h"),
+        *linear(f"{ours}/out", f"{theirs}.attention.out_proj", "d (n h) -> n h d", ""),
+        *layer_norm(f"{ours}/norm", f"{theirs}.layernorm"),
+        *linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1", "f d -> d f", ""),
+        *linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2", "d f -> f d", ""),
+    ]
+
+
 @dataclass(frozen=True)
 class TowerFamily:
     """A kind of tower as a family of its own.
@@ -65,8 +88,7 @@ class TowerFamily:
     INPUTS: tuple[str, ...]
     pictures: Callable[[ModelConfig, Arrays], list[Picture]]
 
-    # Of what stands after the tower, there may be a head or a projection to embeddings.
-    IGNORE = (r".*position_ids", r"vision_model\.head\..*", r"visual_projection\.weight")
+    IGNORE = (r".*position_ids", r"visual_projection\.weight")  # the second stands after CLIP's tower
     RENAME = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
 
     @property
@@ -77,18 +99,21 @@ class TowerFamily:
         """The config of a published size. ValueError where there is none of that name."""
         if name not in self.tower.sizes:
             raise ValueError(f"{self.tower.kind} has no size {name!r}; sizes: {', '.join(self.tower.sizes)}")
-        return self._model(self.tower.sizes[name])
+        return self._model(self.tower.sizes[name], head=True)
 
-    def _model(self, encoder: Any) -> ModelConfig:
-        return ModelConfig(replace(encoder, features=self.features), family=self.tower.kind)
+    def _model(self, encoder: VitConfig, head: bool) -> ModelConfig:
+        pool = pool_of(encoder) if head and self.tower is not CLIP else None
+        return ModelConfig(replace(encoder, features=self.features), family=self.tower.kind, pool=pool)
 
     def from_hf(self, config: dict) -> ModelConfig:
         """The tower that a config.json of its model_type describes."""
-        return self._model(self.tower.from_hf(config))
+        return self._model(self.tower.from_hf(config), config.get("vision_use_head", True))
 
     def to_hf(self, config: ModelConfig) -> dict:
-        """The inverse; without the head that makes one vector of a picture."""
-        head = {"vision_use_head": False} if self.tower is not CLIP else {}
+        """The inverse. Raises ValueError for a pool that is not that of the tower."""
+        if config.pool not in (None, pool_of(config.encoder)):
+            raise ValueError(f"the head of a {self.tower.kind} is {pool_of(config.encoder)}, not {config.pool}")
+        head = {"vision_use_head": config.pool is not None} if self.tower is not CLIP else {}
         return {"architectures": [self.architecture], **self.tower.to_hf(config.encoder), **head}
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
@@ -98,7 +123,7 @@ class TowerFamily:
 
     def weights(self, config: ModelConfig) -> list[Row]:
         """Our names and theirs, for this config; see weights/table.py."""
-        return self.tower.rows(config.encoder, PREFIX)
+        return [*self.tower.rows(config.encoder, PREFIX), *attention_pool("pool", f"{PREFIX}head")]
 
 
 clip = TowerFamily(CLIP, "CLIPVisionModel", (-1,), SQUARE, square_pictures)
