@@ -5,7 +5,8 @@
 What follows `--` is that of `python -m mllm_jax.train`. Each process has `--devices` virtual CPU devices, and they meet
 over the loopback (gloo). The first one's output is shown as it is, the others' lines begin with their number. SIGTERM
 and Ctrl-C are passed on: the run saves and ends. Where one process dies, the others cannot go on: they have `--grace`
-seconds to say so, and are killed. The exit code is the worst of all; 128 + n where signal n killed a process.
+seconds to say so, and are killed. The exit code is the highest of all: 75 where the same command goes on, 128 + n where
+signal n killed a process.
 """
 
 import argparse

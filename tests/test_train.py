@@ -23,6 +23,7 @@ from mllm_jax.train.heldout import Spread
 from mllm_jax.train.inputs import Placer, without_pictures
 from mllm_jax.train.loop import Diverged, StopSignal, Training, train
 from mllm_jax.train.metrics import Meter, MetricsFile, read_metrics
+from mllm_jax.train.processes import AGAIN
 from mllm_jax.train.run import read_run
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
@@ -99,7 +100,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
         assert wait_for(process, condition), process.communicate()
         process.send_signal(number)
         _, errors = process.communicate(timeout=240)
-        assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), errors
+        assert process.returncode == (AGAIN if number == signal.SIGTERM else -signal.SIGKILL), errors
     assert 13 <= Checkpoints(tmp_path).latest() < 24
     process = start(tmp_path)
     _, errors = process.communicate(timeout=240)

@@ -10,13 +10,16 @@ it save and end; after a crash it takes the last checkpoint.
 
 A run of several processes is the same command on each host: with `--distributed` where jax finds the others by itself
 (TPU pod, Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
+
+The exit code is 0 at the end of the run; 75 where it is saved and not at its end, or has lost another process: start it
+again; 1 where it would fail again, and the message says what to mend.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from mllm_jax.train import command, processes
-from mllm_jax.train.loop import Diverged, train
+from mllm_jax.train.loop import Diverged, StopSignal, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")
@@ -29,7 +32,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, detect=DISTRIBUTED.value)
-    train(CONFIG.value, WORKDIR.value)
+    stop = StopSignal()
+    train(CONFIG.value, WORKDIR.value, stop)
+    if stop.heeded:
+        processes.end_unfinished()
 
 
 if __name__ == "__main__":

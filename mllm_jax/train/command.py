@@ -19,7 +19,10 @@ WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens an
 
 
 def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), exit_code: int = 1) -> None:
-    """Parses the command line and runs `main`. Errors that people can mend are printed, and end it with `exit_code`."""
+    """Parses the command line and runs `main`. Errors that people can mend are printed, and end it with `exit_code`.
+
+    An error of `expected` may have an `exit_code` of its own.
+    """
 
     def guarded(_argv) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -27,7 +30,7 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
         try:
             main()
         except (ConfigError, BadData, OSError, *expected) as error:
-            _fail(error, exit_code)
+            _fail(error, getattr(error, "exit_code", exit_code))
 
     app.run(guarded, flags_parser=partial(_parse, exit_code=exit_code))
 

@@ -48,10 +48,13 @@ class Fetched(NamedTuple):
 
 
 class StopSignal:
-    """Whether somebody asked the run to stop: SIGTERM (preemption) or SIGINT. The second one is not held back."""
+    """Whether somebody asked the run to stop: SIGTERM (preemption) or SIGINT. The second one is not held back.
+
+    heeded: the run saved and ended because of it, before its end.
+    """
 
     def __init__(self):
-        self._asked, self._before = False, {}
+        self.heeded, self._asked, self._before = False, False, {}
 
     def __enter__(self) -> "StopSignal":
         if jax.process_count() == 1:  # several processes agree through jax's own notice of preemption
@@ -71,12 +74,14 @@ class StopSignal:
         signal.signal(number, self._before[number])
 
 
-def train(config: ConfigDict, workdir: str | Path) -> int:
+def train(config: ConfigDict, workdir: str | Path, stop: StopSignal | None = None) -> int:
     """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
 
     The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
     the same mesh that nothing interrupted.
 
+    Args:
+      stop: tells afterwards whether the run was stopped.
     Raises:
       ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
       BadData: too many records of the data are broken. Lost: another process of the run has ended.
@@ -86,7 +91,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             f"--workdir={workdir} is not a folder. A run writes plain files: use a file system that all hosts share "
             "(NFS, Filestore), or mount the bucket (gcsfuse BUCKET /mnt/runs) and use a folder in it"
         )
-    with StopSignal() as stop:
+    with stop or StopSignal() as stop:
         try:
             run = read_run(config)
             training = Training(config, run, _made(workdir))
@@ -140,6 +145,7 @@ class Training:
             if last or stopping or _due(every.save_every, self.step):
                 self._save(always=last or stopping)
             if stopping and not last:
+                stop.heeded = True
                 self.report.line(f"asked to stop: saved at step {self.step}, from which the same command goes on")
                 break
         self.checkpoints.wait()

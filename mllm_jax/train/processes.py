@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +21,7 @@ from mllm_jax.config import ConfigError
 
 HEARTBEAT = 30  # seconds of silence after which jax counts a process as dead, and ends the others
 GOODBYE = 2  # seconds that the first process, without which jax ends the others, leaves them to tell their own errors
+AGAIN = 75  # exit code of a run that is not at its end, with which the same command goes on (EX_TEMPFAIL of sysexits.h)
 COMPILING = 1800  # seconds that the slowest process may take longer to compile than the fastest
 OF_OTHERS = re.compile("gloo|nccl|connection|heartbeat|barrier|unavailable", re.IGNORECASE)
 
@@ -28,6 +30,8 @@ _meetings = itertools.count()  # every one needs a name of its own, the same in 
 
 class Lost(RuntimeError):
     """Another process of the run has ended, or cannot be reached."""
+
+    exit_code = AGAIN
 
 
 def join(coordinator: str | None, count: int | None, number: int | None, detect: bool) -> None:
@@ -78,6 +82,13 @@ def noticing_others() -> Iterator[None]:
             f"process {jax.process_index()} cannot reach another one, which has ended ({str(error).splitlines()[0]}). "
             "The same command goes on from the last checkpoint"
         ) from error
+
+
+def end_unfinished() -> NoReturn:
+    """Ends the program with `AGAIN`, after all processes of the run have come here."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    sys.exit(AGAIN)
 
 
 @contextmanager
