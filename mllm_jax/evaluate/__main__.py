@@ -24,10 +24,12 @@ from mllm_jax.train import command
 from mllm_jax.train.checkpoint import load_workdir, read_config
 from mllm_jax.train.heldout import Spread
 from mllm_jax.train.run import read_run
+from mllm_jax.train.stages import one_run, run_folder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Where the questions are; by default, that of the run.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run: its newest checkpoint is evaluated.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder or hub name of weights in Hugging Face's format.")
+STAGE = flags.DEFINE_string("stage", None, "Of a run with stages; by default the last one that came to its end.")
 SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Which of the config's conversations.")
 COUNT = flags.DEFINE_integer("count", 1000, "Number of conversations, spread evenly over the split.", lower_bound=1)
 TOGETHER = flags.DEFINE_integer("together", 32, "Conversations that are answered at once.", lower_bound=1)
@@ -42,11 +44,12 @@ def main() -> None:
         raise ConfigError("--checkpoint needs a --config that says where the questions are")
     if OUTPUT.value and not Path(OUTPUT.value).absolute().parent.is_dir():
         raise ConfigError(f"--output={OUTPUT.value} is in a folder that does not exist")
-    run = read_run(CONFIG.value) if CONFIG.value else read_config(WORKDIR.value)
+    folder = run_folder(WORKDIR.value, STAGE.value) if WORKDIR.value else None
+    run = read_run(one_run(CONFIG.value, STAGE.value)) if CONFIG.value else read_config(folder)
     source = run.data.source(SPLIT.value)
     if source is None:
         raise ConfigError("config.data names no held-out conversations: set data.heldout or data.heldout_where")
-    vlm = load_workdir(WORKDIR.value) if WORKDIR.value else load_pretrained(CHECKPOINT.value)
+    vlm = load_workdir(folder) if folder else load_pretrained(CHECKPOINT.value)
     records = Spread(source, COUNT.value)
     answers = ask(vlm, records, TOGETHER.value, LONGEST.value)
     answers = list(track(answers, "answering", total=len(records), console=Console(stderr=True)))

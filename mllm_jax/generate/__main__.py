@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _load(checkpoint: str, dtype: str) -> Pretrained:
     """A training run's folder, or a model in Hugging Face's format."""
-    if not (Path(checkpoint) / "checkpoints").is_dir():
+    if not any((Path(checkpoint) / name).exists() for name in ("checkpoints", "stages.json")):
         return load_pretrained(checkpoint, dtype)
     from mllm_jax.train.checkpoint import load_workdir  # slow to import, and a published model needs none of it
 

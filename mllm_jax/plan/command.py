@@ -26,10 +26,12 @@ from mllm_jax.plan.text import duration, gib, percent, size_text
 from mllm_jax.plan.topology import get_topology
 from mllm_jax.train import command
 from mllm_jax.train.run import read_run
+from mllm_jax.train.stages import one_run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, as in v5p:4x8x8, v6e:16x16*2 or h200:64.")
 MESH = flags.DEFINE_string("mesh", None, "Sizes of its axes, as in fsdp=16,expert=16; one may be -1. None = the best.")
+STAGE = flags.DEFINE_string("stage", None, "The stage that is planned, of a config with stages.")
 TOP = flags.DEFINE_integer("top", 10, "Candidates that are listed.", lower_bound=1)
 COMPILE = flags.DEFINE_integer("compile", 1, "Candidates that are compiled; 0 = all is estimated.", lower_bound=0)
 HTML = flags.DEFINE_string("html", None, "File for a page with drawings.")
@@ -46,7 +48,7 @@ def main() -> None:
 def plan() -> None:
     if HTML.value and not Path(HTML.value).parent.is_dir():
         raise ConfigError(f"--html: there is no folder {Path(HTML.value).parent}")
-    run, console = read_run(CONFIG.value), Console(highlight=False)
+    run, console = read_run(one_run(CONFIG.value, STAGE.value)), Console(highlight=False)
     check_run(run)
     topology = get_topology(TOPOLOGY.value)
     if not console.is_terminal:

@@ -8,6 +8,7 @@ from typing import Any
 from mllm_jax.config import ConfigError
 from mllm_jax.families import FAMILIES
 from mllm_jax.train.run import Run
+from mllm_jax.train.stages import is_run
 
 PARTS = ("encoder", "connector", "decoder")
 
@@ -20,7 +21,7 @@ def check_run(run: Run) -> None:
             f"config.data.tokens={run.data.tokens} is longer than the {longest:.0f} positions that the model knows; "
             "lower it, or choose a model for longer rows"
         )
-    if not run.init:
+    if not run.init or is_run(run.init):
         return
     folder = Path(run.init)
     if not folder.is_dir():

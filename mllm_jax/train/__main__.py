@@ -8,6 +8,9 @@ some, and every value in it can be replaced: `--config.path.to=value`. DIR recei
 TensorBoard events, the config and the processor. The same command goes on where a run stopped: SIGTERM and Ctrl-C make
 it save and end; after a crash it takes the last checkpoint.
 
+A config with stages is trained stage by stage, each in a folder of its own below DIR, with the weights of the one
+before: `--stage=NAME` trains one alone, `--config.stages.NAME.path.to=value` replaces a value of it.
+
 A run of several processes is the same command on each host: with `--distributed` where jax finds the others by itself
 (TPU pod, Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
 
@@ -19,10 +22,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from mllm_jax.train import command, processes
-from mllm_jax.train.loop import Diverged, StopSignal, train
+from mllm_jax.train.chain import train_run
+from mllm_jax.train.loop import Diverged
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")
+STAGE = flags.DEFINE_string("stage", None, "The stage of the config that is trained; by default all that are left.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes: TPU pod, Slurm, Open MPI.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where jax cannot find it by itself.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; with --coordinator.")
@@ -32,9 +37,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, detect=DISTRIBUTED.value)
-    stop = StopSignal()
-    train(CONFIG.value, WORKDIR.value, stop)
-    if stop.heeded:
+    if not train_run(CONFIG.value, WORKDIR.value, STAGE.value):
         processes.end_unfinished()
 
 

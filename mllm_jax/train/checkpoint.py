@@ -23,9 +23,9 @@ from mllm_jax.families import spec_for
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.run import Run, read_run
+from mllm_jax.train.stages import CHECKPOINTS, run_folder
 from mllm_jax.train.state import TrainState
 
-FOLDER = "checkpoints"
 PROCESSOR = "processor"  # the folder beside it, with the tokenizer and the chat template
 # What a resumed run cannot change: the shapes of its state, and which conversations come next.
 FIXED = ("model.", "optim.name", "optim.freeze", "processor", "data.")
@@ -37,7 +37,7 @@ class Checkpoints:
     """The checkpoints below `workdir`; the newest `keep` stay."""
 
     def __init__(self, workdir: str | Path, keep: int = 3):
-        self.folder = Path(workdir).resolve() / FOLDER
+        self.folder = Path(workdir).resolve() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -93,7 +93,10 @@ class Checkpoints:
 
 
 def read_config(workdir: str | Path, step: int | None = None) -> Run:
-    """The run that a checkpoint below `workdir` is of; the newest by default. FileNotFoundError where there is none."""
+    """The run that a checkpoint below `workdir` is of; the newest by default. FileNotFoundError where there is none.
+
+    Of a run with stages, here and below, it is that of the last stage that came to its end.
+    """
     return read_run(_about(workdir, step)[1])
 
 
@@ -122,13 +125,15 @@ def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None
     Args and errors are those of `restore_params`.
     """
     model, params = restore_params(workdir, step, mesh)
-    return Pretrained(model, model.build(), params, Processor.from_folder(Path(workdir) / PROCESSOR, spec_for(model)))
+    return Pretrained(
+        model, model.build(), params, Processor.from_folder(run_folder(workdir) / PROCESSOR, spec_for(model))
+    )
 
 
 def _reader(workdir: str | Path) -> ocp.CheckpointManager:
-    folder = Path(workdir).resolve() / FOLDER
+    folder = run_folder(workdir).resolve() / CHECKPOINTS
     if not folder.is_dir():
-        raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no {FOLDER}/")
+        raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no {CHECKPOINTS}/")
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,12 @@ from mllm_jax.sharding import make_mesh
 from mllm_jax.train.checkpoint import PROCESSOR, Checkpoints
 from mllm_jax.train.flops import Counts, count_flops, padded, peak_flops, useful
 from mllm_jax.train.heldout import HeldOut
+from mllm_jax.train.initial import initial_params, processor_of
 from mllm_jax.train.inputs import Placer, make_processor, open_data
 from mllm_jax.train.metrics import Meter, Reporter, short
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.processes import Lost, compiled_together, noticing_others
-from mllm_jax.train.run import Run, load_init, read_run, train_step
+from mllm_jax.train.run import Run, read_run, train_step
 from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
 from mllm_jax.types import Batch
 
@@ -54,7 +56,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.heeded, self._asked, self._before = False, False, {}
+        self.heeded, self._asked, self._before, self._steps = False, False, {}, 0
 
     def __enter__(self) -> "StopSignal":
         if jax.process_count() == 1:  # several processes agree through jax's own notice of preemption
@@ -65,9 +67,11 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
-        """The same answer for all processes at a step."""
-        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+    def asked(self) -> bool:
+        """The same answer for all processes. Each calls it after every step, of all stages: jax counts on that."""
+        self._steps += 1
+        several = jax.process_count() > 1
+        return multihost_utils.reached_preemption_sync_point(self._steps) if several else self._asked
 
     def _note(self, number, _frame) -> None:
         self._asked = True
@@ -78,23 +82,21 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopSignal | None = Non
     """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
 
     The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
-    the same mesh that nothing interrupted.
+    the same mesh that nothing interrupted. A config with stages is trained by `mllm_jax.train.chain`, which calls this
+    for each and passes its own `stop`.
 
     Args:
-      stop: tells afterwards whether the run was stopped.
+      stop: of a caller that goes on afterwards; it tells whether the run was stopped.
     Raises:
       ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
       BadData: too many records of the data are broken. Lost: another process of the run has ended.
     """
-    if ADDRESS.match(str(workdir)):
-        raise ConfigError(
-            f"--workdir={workdir} is not a folder. A run writes plain files: use a file system that all hosts share "
-            "(NFS, Filestore), or mount the bucket (gcsfuse BUCKET /mnt/runs) and use a folder in it"
-        )
-    with stop or StopSignal() as stop:
+    with nullcontext(stop) if stop else StopSignal() as stop:
         try:
             run = read_run(config)
-            training = Training(config, run, _made(workdir))
+            if run.stages:
+                raise ConfigError("the config has stages; mllm_jax.train.chain trains them")
+            training = Training(config, run, made(workdir))
         except (ValueError, OSError) as error:  # all that a run is built from comes from its config
             raise ConfigError(told(error)) from error
         try:
@@ -113,7 +115,7 @@ class Training:
     def __init__(self, config: ConfigDict, run: Run, workdir: Path):
         self.config, self.settings = config, run
         model, rules, data = run.model, run.model.runtime.rules, run.data
-        processor, heldout = make_processor(run.processor or run.init, model, data), data.source("heldout")
+        processor, heldout = make_processor(processor_of(run), model, data), data.source("heldout")
         mesh = make_mesh(run.mesh)
         tx, _ = make_optimizer(run.optim, abstract_params(model))
         self.loader, self.place = open_data(data, processor, mesh, rules), Placer(data.batch, mesh, rules)
@@ -137,7 +139,7 @@ class Training:
         while upcoming is not None:
             self._take(upcoming)
             upcoming = self._fetch_while_computing()
-            last, stopping = upcoming is None, stop.asked(self.step)
+            last, stopping = upcoming is None, stop.asked()
             if last or _due(every.log_every, self.step - 1):
                 self._read_metrics(self.step if last else self.step - 1)
             if self.evaluate and (last or _due(every.evaluate_every, self.step)):
@@ -160,7 +162,7 @@ class Training:
     def _begin(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
         run = self.settings
         if run.init:
-            state = state_from_params(run.model, tx, mesh, load_init(run, mesh))
+            state = state_from_params(run.model, tx, mesh, initial_params(run, mesh))
         else:
             state = init_state(run.model, tx, mesh, jax.random.key(run.train.seed))
         return state, self.loader.get_state()
@@ -283,7 +285,13 @@ def explain(run: Run, batch: Batch, processes: float = 1) -> Iterator[str]:
         )
 
 
-def _made(workdir: str | Path) -> Path:
+def made(workdir: str | Path) -> Path:
+    """The folder, which is there afterwards. ConfigError where it cannot be one."""
+    if ADDRESS.match(str(workdir)):
+        raise ConfigError(
+            f"--workdir={workdir} is not a folder. A run writes plain files: use a file system that all hosts share "
+            "(NFS, Filestore), or mount the bucket (gcsfuse BUCKET /mnt/runs) and use a folder in it"
+        )
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -74,15 +74,31 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What a part of a run does otherwise than the rest; what is None is that of the run (see `mllm_jax.train.stages`).
+
+    after: the stage whose weights it begins with, "" = those of `init`; None = the one that is named before it.
+    data, optim, train, mesh: as in a `Run`. `optim.steps` is the length of the stage.
+    """
+
+    after: str | None = None
+    data: Any = None
+    optim: OptimConfig | None = None
+    train: TrainConfig | None = None
+    mesh: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """
     model: its runtime's sharding rules are those of `rules`.
     data: JsonLinesData or ScenesData.
-    init: folder or hub name of published weights to begin with; empty = random.
+    init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
     optim: `optim.steps` is the length of the run.
     mesh: devices along each axis of the mesh (see `mllm_jax.sharding.make_mesh`); -1 = those that are left.
     rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding`).
+    stages: parts of the run that are trained one after the other; empty = the run is trained as it stands.
     """
 
     model: ModelConfig
@@ -93,28 +109,68 @@ class Run:
     processor: str = ""
     mesh: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1})
     rules: Mapping[str, Any] = field(default_factory=lambda: dict(RULES["fsdp"]))
+    stages: Mapping[str, Stage] = field(default_factory=dict)
 
 
 def run_config(run: Run) -> ConfigDict:
-    """A run as the ConfigDict that a config file returns. Sharding rules stand in one place, `config.rules`."""
-    config = to_config_dict(run)
+    """A run as the ConfigDict that a config file returns. Sharding rules stand in one place, `config.rules`.
+
+    Every stage has all of its fields; those in which it equals the run follow what the command line sets there.
+    """
+    before = dict(zip(run.stages, ["", *run.stages]))
+    config = to_config_dict(
+        dataclasses.replace(run, stages={name: filled(run, stage, before[name]) for name, stage in run.stages.items()})
+    )
     with config.unlocked():
         del config.model.runtime["rules"]
+        for stage in config.stages.values():
+            for part in PARTS_OF_STAGES:
+                follow(stage[part], config[part])
     return config
+
+
+PARTS_OF_STAGES = ("data", "optim", "train", "mesh")
+
+
+def filled(run: Run, stage: Stage, before: str) -> Stage:
+    """The stage, with what it does not say from the run and from the stage before it."""
+    parts = {part: getattr(stage, part) for part in PARTS_OF_STAGES}
+    parts = {part: getattr(run, part) if value is None else value for part, value in parts.items()}
+    return Stage(after=before if stage.after is None else stage.after, **parts)
+
+
+def follow(section: ConfigDict, leader: ConfigDict) -> None:
+    """Lets every value of `section` that equals the leader's be the leader's, until it is set itself."""
+    for name in section:
+        if name not in leader or type(section[name]) is not type(leader[name]):
+            continue
+        if isinstance(section[name], ConfigDict):
+            follow(section[name], leader[name])
+        elif section[name] == leader[name]:
+            with section.ignore_type():
+                section[name] = leader.get_oneway_ref(name)
 
 
 def read_run(config: ConfigDict) -> Run:
     """The inverse of `run_config`. Raises ConfigError, which names the path of what is wrong."""
     run = from_config_dict(Run, config, PARTS, "config")
+    run = dataclasses.replace(run, stages={name: filled(run, stage, "") for name, stage in run.stages.items()})
+    for name, stage in run.stages.items():
+        _check(run.model, stage, f"config.stages.{name}")
+    if not run.stages:
+        _check(run.model, run, "config")
+    return dataclasses.replace(run, model=with_rules(run.model, run.rules))
+
+
+def _check(model: ModelConfig, run: Run | Stage, path: str) -> None:
     if not isinstance(run.data, DataConfig):
-        raise ConfigError("config.data.type must be JsonLinesData or ScenesData")
+        raise ConfigError(f"{path}.data.type must be JsonLinesData or ScenesData")
     if run.data.batch % run.train.accumulate:
         raise ConfigError(
-            f"config.train.accumulate={run.train.accumulate} must divide config.data.batch={run.data.batch}"
+            f"{path}.train.accumulate={run.train.accumulate} must divide {path}.data.batch={run.data.batch}"
         )
-    if run.model.encoder is None and run.data.budget.rows:
-        raise ConfigError("config.data.rows must be 0: the model has no encoder, so that it sees no pictures")
-    return dataclasses.replace(run, model=with_rules(run.model, run.rules))
+    if model.encoder is None and run.data.budget.rows:
+        raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
 
 
 def with_rules(model: ModelConfig, rules: Mapping[str, Any]) -> ModelConfig:

@@ -1,0 +1,76 @@
+"""Trains a run as its config says: at once, or stage by stage (see `mllm_jax.train.stages`)."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from mllm_jax.config import ConfigError, dump, told
+from mllm_jax.model import abstract_params
+from mllm_jax.train.loop import StopSignal, made, train
+from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.run import read_run
+from mllm_jax.train.stages import ended, names_in_order, note_ended, one_run, stage_config
+
+
+def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None) -> bool:
+    """Trains a run, or the stages of one after the other, each in a folder of its own below `workdir`.
+
+    The same call goes on in the stage that was interrupted; those that came to their end are not touched. SIGTERM ends
+    the stage that is trained, resumably, and no other begins.
+
+    Args:
+      stage: train this one alone, further if its `optim.steps` were raised. It begins with the weights of the stage
+        that it comes after, as far as that was trained in `workdir`, else with those of `config.init`.
+    Returns:
+      whether it came to its end; False where SIGTERM ended it before.
+    Raises:
+      Those of `mllm_jax.train.loop.train`. Of all stages, ConfigError comes before the first one begins.
+    """
+    if not config.get("stages"):
+        with StopSignal() as stop:
+            train(one_run(config, stage), workdir, stop)
+        return not stop.heeded
+    read_run(config)
+    order = names_in_order(config)
+    done = ended(workdir)
+    chosen = [stage] if stage else [name for name in order if name not in done]
+    for name in chosen:
+        _check(config, name)
+    folder = made(workdir)
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(dump(config), encoding="utf-8")
+        note_ended(folder, order, done)
+    for name in () if stage else done:
+        _say(f"stage {name} has ended at step {done[name]}")
+    with StopSignal() as stop:
+        for name in chosen:
+            alone = stage_config(config, name, folder)
+            origin = f"the weights of {alone.init}" if alone.init else "random weights"
+            _say(f"stage {name}, {order.index(name) + 1} of {len(order)}, from {origin}")
+            step = train(alone, folder / name, stop)
+            if stop.heeded:
+                return False
+            done = done | {name: step}
+            if jax.process_index() == 0:
+                note_ended(folder, order, done)
+            if name != chosen[-1] and stop.asked():
+                return False
+    return True
+
+
+def _check(config: ConfigDict, name: str) -> None:
+    """Raises ConfigError for what would end a stage before its first step, hours after the chain began."""
+    run = read_run(stage_config(config, name))
+    try:
+        make_optimizer(run.optim, abstract_params(run.model))
+        run.data.source("train")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.", f"config.stages.{name}.", 1)) from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.stages.{name}: {told(error)}") from error
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
