@@ -17,6 +17,7 @@ from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.model import example_picture
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
@@ -83,6 +84,7 @@ class DualConfig:
     text, text_pool: of texts; with `text.prefix` all tokens of a text see each other.
     loss: what the logits are made for: "softmax" over all texts (or pictures), or a "sigmoid" of every pair.
     family: the table of weight names (families/), used for reading and writing only.
+    lora: the adapters that parameters are made with; given ones bring their own.
     """
 
     encoder: Any
@@ -92,6 +94,7 @@ class DualConfig:
     loss: str = "softmax"
     runtime: Runtime = Runtime()
     family: str = "clip"
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         if self.loss not in LOSSES:

@@ -1,7 +1,7 @@
 """One model for the whole lineage: encode -> connect -> fuse -> decode. The types of the configs choose the parts."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from flax.core import meta
 
 from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.fusion import splice
+from mllm_jax.nn.lora import LoraConfig, join, make_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
 
@@ -43,6 +44,7 @@ class ModelConfig:
     pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
     tiles, chat: the fewest and the most tiles of a picture, and the name of the format of chats, where config.json says
       them and not the files of a processor.
+    lora: the adapters that parameters are made with; given ones bring their own.
     """
 
     encoder: Any
@@ -56,6 +58,7 @@ class ModelConfig:
     tiles: tuple[int, ...] = ()
     chat: str = ""
     pool: Any = None
+    lora: LoraConfig = LoraConfig()
 
     @property
     def merge(self) -> int:
@@ -194,7 +197,8 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
 
 def init_boxed(config: ModelConfig, key):
     """Random parameters, every weight in a box with the names of its axes. Under `jax.eval_shape` it costs nothing."""
-    return config.build().init(key, jax.tree.map(jnp.asarray, config.example()))["params"]
+    base = config.build().init(key, jax.tree.map(jnp.asarray, config.example()))["params"]
+    return join(base, make_adapters(base, config.lora, key))
 
 
 @functools.lru_cache(maxsize=16)  # a trace of a large model takes half a second, and planning asks a dozen times
@@ -206,6 +210,12 @@ def abstract_boxed(config: ModelConfig):
 def init_params(config: ModelConfig, key):
     """Random fp32 parameters as a nested dict of arrays."""
     return meta.unbox(init_boxed(config, key))
+
+
+def init_adapters(config: ModelConfig, key):
+    """The adapters of `init_params` alone, to be joined with a base model's parameters."""
+    base = abstract_boxed(replace(config, lora=LoraConfig()))
+    return meta.unbox(make_adapters(base, config.lora, key))
 
 
 def abstract_params(config: ModelConfig):

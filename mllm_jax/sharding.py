@@ -81,10 +81,13 @@ class Named(struct.PyTreeNode, meta.AxisMetadata):
     """A weight with the names of its axes.
 
     Flax's own `LogicallyPartitioned` constrains on unboxing, which fails on Explicit axes; this box only remembers.
+
+    matrix: of the weight of an `Einsum`, (the axes that its product sums over, those that it gives), from the end.
     """
 
     value: Any
     names: tuple[str | None, ...] = struct.field(pytree_node=False)
+    matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = struct.field(pytree_node=False, default=None)
 
     def unbox(self):
         return self.value
@@ -99,9 +102,9 @@ class Named(struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(names=(*self.names[:index], *self.names[index + 1 :]))
 
 
-def named(init, *names):
-    """An initializer whose result carries the names of its axes."""
-    return lambda *args: Named(init(*args), names)
+def named(init, *names, matrix=None):
+    """An initializer whose result carries the names of its axes, and what a matrix does with them (see `Named`)."""
+    return lambda *args: Named(init(*args), names, matrix)
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:

@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "types": set(),
     "config": set(),
     "sharding": {"types"},
-    "nn": {"sharding", "types"},
+    "paths": set(),
+    "nn": {"paths", "sharding", "types"},
     "fusion": {"types"},
     "encoders": {"nn", "sharding", "types"},
     "connectors": {"nn", "sharding", "types"},
@@ -31,7 +32,7 @@ MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]
 MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["generate"] = {"api"} | MAY_IMPORT["api"]
-MAY_IMPORT["train"] = {"config"} | MAY_IMPORT["generate"]
+MAY_IMPORT["train"] = {"config", "paths"} | MAY_IMPORT["generate"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]

@@ -69,7 +69,7 @@ class PatchMerger(nn.Module):
             Merger,
             in_axes=0,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             metadata_params={nn.PARTITION_NAME: "taps"},
         )
         return VisionTokens(value, mergers(self.config, self.out, True, self.runtime, name="deepstack")(features.taps))

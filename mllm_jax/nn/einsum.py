@@ -1,10 +1,13 @@
 """The one primitive where a weight meets an activation."""
 
 import math
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
+from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
 from mllm_jax.sharding import named
 
 
@@ -13,7 +16,7 @@ class Einsum(nn.Module):
 
     The equation has capital letters of the legend and one ellipsis on the activation, e.g. "...D,DNH->...NH".
     Letters of the weight that reach the output are its output axes; the bias has exactly those.
-    Initialised normal with variance 1 / fan-in.
+    Initialised normal with variance 1 / fan-in. Where an adapter lies beside `w`, its product is added (nn/lora.py).
     """
 
     equation: str
@@ -24,21 +27,39 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        weight_letters, output = self.equation.split(",")[1].split("->")
-        fan_in = math.prod(size for letter, size in zip(weight_letters, self.shape) if letter not in output)
-        w = self.param("w", named(nn.initializers.normal(fan_in**-0.5), *self.axes), self.shape)
-        # fp32 means fp32 on every platform: TPUs and GPUs would otherwise round the operands.
-        precision = jax.lax.Precision.HIGHEST if self.dtype == "float32" else None
-        contracted = [letter for letter in weight_letters if letter not in output]
-        axes = (range(x.ndim - len(contracted), x.ndim), [weight_letters.index(letter) for letter in contracted])
+        letters, output = self.equation.split(",")[1].split("->")
+        inputs = [index for index, letter in enumerate(letters) if letter not in output]
+        outputs = [index for index, letter in enumerate(letters) if letter in output]
+        fan_in = math.prod(self.shape[index] for index in inputs)
+        matrix = tuple(tuple(index - len(letters) for index in axes) for axes in (inputs, outputs))
+        init = named(nn.initializers.normal(fan_in**-0.5), *self.axes, matrix=matrix)
+        w = self.param("w", init, self.shape).astype(self.dtype)
+        axes = (range(x.ndim - len(inputs), x.ndim), inputs)
         # jnp.einsum would contract several axes in reverse order, for which XLA copies the weight.
-        y = jax.lax.dot_general(x.astype(self.dtype), w.astype(self.dtype), (axes, ((), ())), precision=precision)
+        y = jax.lax.dot_general(x.astype(self.dtype), w, (axes, ((), ())), precision=_precision(self.dtype))
+        if self.has_variable("params", DOWN):
+            y = y + self._adapted(x, *("".join(letters[index] for index in axes) for axes in (inputs, outputs)))
         if self.bias:
-            kept = [index for index, letter in enumerate(weight_letters) if letter in output]
-            shape = tuple(self.shape[index] for index in kept)
-            b = self.param("b", named(nn.initializers.zeros, *(self.axes[index] for index in kept)), shape)
+            shape = tuple(self.shape[index] for index in outputs)
+            b = self.param("b", named(nn.initializers.zeros, *(self.axes[index] for index in outputs)), shape)
             y = y + b.astype(self.dtype)
         return y
+
+    def _adapted(self, x, inputs: str, outputs: str):
+        """scale * (x A) B, for letters of axes. The first outputs may have an A each: A [C D r], B [C r N H]."""
+        down, up, scale = (self.get_variable("params", name).astype(self.dtype) for name in (DOWN, UP, SCALE))
+        x, product = x.astype(self.dtype), partial(jnp.einsum, precision=_precision(self.dtype))
+        if self.has_rng("dropout") and self.has_variable("params", KEEP):
+            keep = self.get_variable("params", KEEP)
+            x = jnp.where(jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep.astype(x.dtype), 0)
+        own, rest = outputs[: down.ndim - len(inputs) - 1], outputs[down.ndim - len(inputs) - 1 :]
+        low = scale * product(f"...{inputs},{own}{inputs}r->...{own}r", x, down)
+        return product(f"...{own}r,{own}r{rest}->...{outputs}", low, up)
+
+
+def _precision(dtype: str):
+    """fp32 means fp32 on every platform: TPUs and GPUs would otherwise round the operands."""
+    return jax.lax.Precision.HIGHEST if dtype == "float32" else None
 
 
 class Weight(nn.Module):

@@ -85,7 +85,7 @@ def scan_layers(body, layer: nn.Module, carry, per_layer, length: int, runtime: 
     scan = nn.scan(
         body,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         length=length,
         unroll=1 if runtime.scan else length,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -28,7 +28,7 @@ from mllm_jax.train.state import TrainState
 
 PROCESSOR = "processor"  # the folder beside it, with the tokenizer and the chat template
 # What a resumed run cannot change: the shapes of its state, and which conversations come next.
-FIXED = ("model.", "optim.name", "optim.freeze", "processor", "data.")
+FIXED = ("model.", "lora.", "optim.name", "optim.freeze", "processor", "data.")
 ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "strict", "max_bad")
 FREE = ("model.runtime.", *(f"data.{name}" for name in ANY_DATA))
 

@@ -13,6 +13,7 @@ from mllm_jax.model import ModelConfig, abstract_params
 from mllm_jax.train.optim import split
 from mllm_jax.types import Batch
 
+MATRICES = ("/w", "/lora_down", "/lora_up")
 PIXELS = "encoder/patch_embed/w"  # the weight whose input needs no gradient
 
 
@@ -108,15 +109,13 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
     result, reached = {}, False
     for part in rows:
         inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
-        matrices = [path for path in params if path.endswith("/w") and inside(path)]
+        matrices = [path for path in params if path.endswith(MATRICES) and inside(path)]
         if part == "head":
             matrices = [path for path in params if path == head]
         reached = reached or any(map(inside, trained))  # whether backward gets as far as this part's input
         product = {path: 2 * rows[part] * params[path].size * _share(path, config) for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)
-        to_inputs = sum(
-            product[path] for path in matrices if path != "encoder/patch_embed/w"
-        )  # pixels need no gradient
+        to_inputs = sum(product[path] for path in matrices if path != PIXELS)
         own = attention.get(part, 0)
         result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
     return result

@@ -1,34 +1,51 @@
 """What a run begins with: published weights, or those of another run, which may have been the stage before it."""
 
 import os
+from dataclasses import replace
+from functools import partial
 
+import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from mllm_jax.api import load_params
 from mllm_jax.config import ConfigError
-from mllm_jax.model import abstract_params
+from mllm_jax.model import abstract_boxed, abstract_params, init_adapters
+from mllm_jax.nn.lora import LoraConfig, join, split_adapters
+from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
-from mllm_jax.train.run import Run, load_init
+from mllm_jax.train.run import Run
 from mllm_jax.train.stages import is_run, run_folder
 
 
 def initial_params(run: Run, mesh: Mesh) -> dict:
-    """The weights that `run.init` names, fp32, on the mesh.
+    """The weights that `run.init` names, fp32, on the mesh, with new adapters where the run has some and they none.
 
     Raises:
       ConfigError: they are of a run with another model. FileNotFoundError: that run has no checkpoint.
     """
+    base = replace(run.model, lora=LoraConfig())
     if not is_run(run.init):
-        return load_init(run, mesh)
+        layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)
+        return _adapted(run, load_params(run.init, base, layout), mesh)
+    before = read_config(run.init).model
     shapes = lambda model: {path: x.shape for path, x in flatten_dict(abstract_params(model), sep="/").items()}
-    ours, theirs = shapes(run.model), shapes(read_config(run.init).model)
+    ours, theirs = shapes(run.model if before.lora.rank else base), shapes(before)
     if other := [path for path in sorted({*ours, *theirs}) if ours.get(path) != theirs.get(path)]:
         path = other[0]
         raise ConfigError(
             f"config.init={run.init} is a run of another model: {path} has the shape {theirs.get(path)} there, "
             f"{ours.get(path)} here" + (f", and {len(other) - 1} more weights differ" if len(other) > 1 else "")
         )
-    return restore_params(run.init, mesh=mesh)[1]
+    params = restore_params(run.init, mesh=mesh)[1]
+    return params if before.lora.rank else _adapted(run, params, mesh)
+
+
+def _adapted(run: Run, params: dict, mesh: Mesh) -> dict:
+    """The base model's parameters, and new adapters."""
+    _, layout = split_adapters(shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules))
+    fresh = jax.jit(partial(init_adapters, run.model), out_shardings=layout)
+    return join(params, fresh(jax.random.key(run.train.seed)))
 
 
 def processor_of(run: Run) -> str:

@@ -1,6 +1,5 @@
 """What is trained, how fast and by which rule: patterns on paths of weights, a schedule, an optax transformation."""
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers
+
+from mllm_jax.paths import check_patterns, first_found
 
 SCHEDULES = {
     "constant": lambda t: jnp.ones_like(t),
@@ -23,7 +24,7 @@ class OptimConfig:
     name: "adamw", "muon" (matrices of layers; AdamW for the rest) or "adafactor".
     schedule: "cosine", "linear" or "constant", after a linear rise over `warmup` of the `steps` updates.
     final: share of `learning_rate` that is left at the end of the schedule.
-    weight_decay: decoupled, times the learning rate; on matrices (`w`), not on norms, biases and embeddings.
+    weight_decay: decoupled, times the learning rate; on matrices and adapters, not on norms, biases and embeddings.
     clip: largest global norm of the gradients; 0 = any.
     factors: (pattern, factor) pairs; the first pattern that is found in a weight's path scales its learning rate.
     freeze: patterns of weights that are not trained: they have no optimizer state and cost no backward pass.
@@ -82,8 +83,8 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
       ValueError: a pattern matches no weight, or nothing is left to train.
     """
     paths = list(flatten_dict(params, sep="/"))
-    _check_patterns(config.freeze, paths, "optim.freeze")
-    _check_patterns([pattern for pattern, _ in config.factors], paths, "optim.factors")
+    check_patterns(config.freeze, paths, "optim.freeze")
+    check_patterns([pattern for pattern, _ in config.factors], paths, "optim.factors")
     if not split(params, config.freeze)[0]:
         raise ValueError(f"optim.freeze={config.freeze} leaves nothing to train")
     schedule = make_schedule(config)
@@ -91,20 +92,22 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
     if config.factors:
-        chain.append(optax.stateless(lambda updates, _: _map(lambda path, x: x * _factor(config, path), updates)))
+        scaled = lambda path, x: x * first_found(config.factors, path, 1.0)
+        chain.append(optax.stateless(lambda updates, _: _map(scaled, updates)))
     chain.append(optax.scale_by_learning_rate(schedule))
     inner = optax.chain(*chain)
     init = lambda params: inner.init(split(params, config.freeze)[0])
     return optax.GradientTransformation(init, inner.update), schedule
 
 
-NOT_BY_GRADIENT = r"/mlp/bias$"  # of routers: only the choice of experts depends on them
+# Biases of routers, on which only the choice of experts depends; constants of adapters.
+NOT_BY_GRADIENT = r"/mlp/bias$|/lora_(scale|keep)$"
 
 
 def split(params, freeze: tuple[str, ...]) -> tuple[dict, dict]:
     """A nested dict -> (what is trained, what is not), both nested dicts without the leaves of the other.
 
-    What is not are the leaves that `freeze` finds, and the biases of routers.
+    What is not are the leaves that `freeze` finds, the biases of routers, and the constants of adapters.
     """
     flat = flatten_dict(params, sep="/")
     frozen = {path for path in flat if any(re.search(pattern, path) for pattern in (*freeze, NOT_BY_GRADIENT))}
@@ -117,25 +120,13 @@ def merge(trainable, frozen) -> dict:
     return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
 
 
-def _check_patterns(patterns, paths: list[str], what: str) -> None:
-    names = sorted({"/".join(path.split("/")[:n]) for path in paths for n in range(1, path.count("/") + 2)})
-    for pattern in patterns:
-        if not any(re.search(pattern, path) for path in paths):
-            nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-            raise ValueError(f"{what}: {pattern!r} matches no weight; the nearest names are {', '.join(nearest)}")
-
-
 def _map(f, tree) -> dict:
     """f(path, leaf) on a nested dict."""
     return unflatten_dict({path: f("/".join(path), leaf) for path, leaf in flatten_dict(tree).items()})
 
 
 def _decays(params) -> dict:
-    return _map(lambda path, _: path.endswith("/w"), params)
-
-
-def _factor(config: OptimConfig, path: str) -> float:
-    return next((factor for pattern, factor in config.factors if re.search(pattern, path)), 1.0)
+    return _map(lambda path, _: path.endswith(("/w", "/lora_down", "/lora_up")), params)
 
 
 # Axes that a matrix reads and axes that it writes; axes not named (layers, q-k-v) hold matrices of their own.

@@ -12,18 +12,18 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.api import load_params
 from mllm_jax.config import ConfigError, from_config_dict, to_config_dict
 from mllm_jax.connectors.average_pool import AveragePoolConfig
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, abstract_boxed
+from mllm_jax.model import ModelConfig
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules, shardings
+from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.inputs import DataConfig, JsonLinesData, ScenesData
 from mllm_jax.train.optim import OptimConfig
@@ -43,7 +43,7 @@ PARTS = {
 @dataclass(frozen=True)
 class TrainConfig:
     """
-    seed: of random parameters.
+    seed: of random parameters, and of what dropout leaves out.
     accumulate: parts that a batch is worked off in, to save memory; the result is that of the whole batch.
     weighting: "token", or "sqrt" (a conversation of n targets counts as sqrt(n)).
     loss_chunk: targets of a row whose logits are held at once.
@@ -96,6 +96,7 @@ class Run:
     init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
     optim: `optim.steps` is the length of the run.
+    lora: adapters that are trained in place of the weights (see `mllm_jax.nn.lora`); of rank 0 there are none.
     mesh: devices along each axis of the mesh (see `mllm_jax.sharding.make_mesh`); -1 = those that are left.
     rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding`).
     stages: parts of the run that are trained one after the other; empty = the run is trained as it stands.
@@ -104,6 +105,7 @@ class Run:
     model: ModelConfig
     data: Any
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     init: str = ""
     processor: str = ""
@@ -113,7 +115,7 @@ class Run:
 
 
 def run_config(run: Run) -> ConfigDict:
-    """A run as the ConfigDict that a config file returns. Sharding rules stand in one place, `config.rules`.
+    """A run as the ConfigDict that a config file returns. What its model takes from the run stands there alone.
 
     Every stage has all of its fields; those in which it equals the run follow what the command line sets there.
     """
@@ -122,7 +124,7 @@ def run_config(run: Run) -> ConfigDict:
         dataclasses.replace(run, stages={name: filled(run, stage, before[name]) for name, stage in run.stages.items()})
     )
     with config.unlocked():
-        del config.model.runtime["rules"]
+        del config.model.runtime["rules"], config.model["lora"]
         for stage in config.stages.values():
             for part in PARTS_OF_STAGES:
                 follow(stage[part], config[part])
@@ -159,7 +161,9 @@ def read_run(config: ConfigDict) -> Run:
         _check(run.model, stage, f"config.stages.{name}")
     if not run.stages:
         _check(run.model, run, "config")
-    return dataclasses.replace(run, model=with_rules(run.model, run.rules))
+    model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora)
+    optim = dataclasses.replace(run.optim, freeze=run.lora.freezes(run.optim.freeze))
+    return dataclasses.replace(run, model=model, optim=optim)
 
 
 def _check(model: ModelConfig, run: Run | Stage, path: str) -> None:
@@ -180,11 +184,5 @@ def with_rules(model: ModelConfig, rules: Mapping[str, Any]) -> ModelConfig:
 
 def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
     """The step that a run takes, see `make_train_step`; `tx` of `make_optimizer`."""
-    options = ("accumulate", "weighting", "loss_chunk", "balance", "async_gathers")
+    options = ("accumulate", "weighting", "loss_chunk", "balance", "async_gathers", "seed")
     return make_train_step(run.model, tx, run.optim, mesh, **{name: getattr(run.train, name) for name in options})
-
-
-def load_init(run: Run, mesh: Mesh) -> dict:
-    """The published weights that `run.init` names, fp32, laid out for the mesh."""
-    layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
-    return load_params(run.init, run.model, layout)

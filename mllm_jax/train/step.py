@@ -23,13 +23,21 @@ CHUNK = 512  # targets of a row whose logits are held at once
 UNBALANCED = BalanceConfig()
 
 
-def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token", chunk: int = CHUNK):
-    """(sum of weight * cross-entropy f32[], Routing or None): sums, so that batches add up."""
-    out, runtime = VLM(config).apply({"params": params}, batch, hidden=True), config.runtime
+def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token", chunk: int = CHUNK, key=None):
+    """(sum of weight * cross-entropy f32[], Routing or None): sums, so that batches add up.
+
+    key: of the dropout of adapters; None = none.
+    """
+    out, runtime = VLM(config).apply({"params": params}, batch, hidden=True, rngs=dropout(key)), config.runtime
     weight = sample_weights(batch, weighting)
     about = (chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
     loss = token_loss(out.hidden, head_table(params), batch.targets, weight, *about)
     return loss, out.routing
+
+
+def dropout(key) -> dict[str, jax.Array]:
+    """`rngs` of `apply` for a key, or for None where nothing is dropped."""
+    return {} if key is None else {"dropout": key}
 
 
 def make_train_step(
@@ -43,6 +51,7 @@ def make_train_step(
     loss_chunk: int = CHUNK,
     balance: BalanceConfig = UNBALANCED,
     async_gathers: bool = False,
+    seed: int = 0,
 ) -> Callable:
     """Jitted `step(state, batch) -> (state, metrics)`; the state is donated.
 
@@ -55,6 +64,7 @@ def make_train_step(
       loss_chunk: see `token_loss`.
       balance: of a model with experts.
       async_gathers: see `mllm_jax.train.compiler`.
+      seed: of the dropout of adapters, which with the number of the step says what is left out, on any mesh.
     Returns:
       metrics, f32 scalars: loss (mean cross-entropy per weight), weight (its sum), grad_norm (before clipping),
       learning_rate, finite (1 or 0), tokens, targets, patches, images (counts without padding). With experts also
@@ -68,14 +78,14 @@ def make_train_step(
     choices_of_token = 0 if moe is None else moe.top_k * len(config.decoder.expert_layers)
     ahead = moe is not None and balance.counts_first(accumulate)
 
-    def add_part(trainable, frozen, whole: Totals, total, part: Batch, known: Load | None):
+    def add_part(trainable, frozen, whole: Totals, total, part: Batch, key, known: Load | None):
         """total + (gradients, what a part adds to the means of the whole batch, its load).
 
         known: the load of the whole batch, if that is known beforehand.
         """
 
         def loss(trainable):
-            value, routing = loss_sum(config, merge(trainable, frozen), part, weighting, loss_chunk)
+            value, routing = loss_sum(config, merge(trainable, frozen), part, weighting, loss_chunk, key)
             found = {"loss": value / whole.weight}
             if routing is None:
                 return found["loss"], (found, None)
@@ -93,32 +103,34 @@ def make_train_step(
         new = (pin(grads), found, own)
         return new if total is None else jax.tree.map(jnp.add, total, new)
 
-    def load_of(params, parts: Batch) -> Load:
+    def load_of(params, parts: Batch, keys) -> Load:
         """The load of all parts, by forward passes that compute nothing else."""
 
-        def add(load, part):
-            routing = VLM(config).apply({"params": params}, part, hidden=True).routing
+        def add(load, part_and_key):
+            part, key = part_and_key
+            routing = VLM(config).apply({"params": params}, part, hidden=True, rngs=dropout(key)).routing
             return jax.tree.map(jnp.add, load, Load.of(routing)), None
 
-        return jax.lax.scan(add, Load.zeros(config.decoder), parts)[0]
+        return jax.lax.scan(add, Load.zeros(config.decoder), (parts, keys))[0]
 
-    def gradients(trainable, frozen, batch: Batch):
+    def gradients(trainable, frozen, batch: Batch, key):
         """(gradients, means, load) of a batch."""
         whole = totals(batch, sample_weights(batch, weighting))
         add = partial(add_part, trainable, frozen, whole)
         if accumulate == 1:
-            return add(None, batch, None)
-        parts = _parts(batch, accumulate)
-        known = load_of(merge(trainable, frozen), parts) if ahead else None
-        shapes = jax.eval_shape(lambda part: add(None, part, None), jax.tree.map(lambda x: x[0], parts))
+            return add(None, batch, key, None)
+        parts, keys = _parts(batch, accumulate), None if key is None else jax.random.split(key, accumulate)
+        known = load_of(merge(trainable, frozen), parts, keys) if ahead else None
+        shapes = jax.eval_shape(lambda part: add(None, *part, None), jax.tree.map(lambda x: x[0], (parts, keys)))
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         zeros = (pin(zeros[0]), *zeros[1:])
-        return jax.lax.scan(lambda total, part: (add(total, part, known), None), zeros, parts)[0]
+        return jax.lax.scan(lambda total, part: (add(total, *part, known), None), zeros, (parts, keys))[0]
 
     def step(state, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             trainable, frozen = split(state.params, optim.freeze)
-            grads, found, load = gradients(trainable, frozen, batch)
+            key = jax.random.fold_in(jax.random.key(seed), state.step) if config.lora.drops else None
+            grads, found, load = gradients(trainable, frozen, batch, key)
             adjust = lambda params: params if load is None else move_biases(params, load, config.decoder, balance.rate)
             state, about = update(state, grads, found, tx, optim, adjust)
             if load is not None:

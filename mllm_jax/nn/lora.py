@@ -1,0 +1,165 @@
+"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685): x W + scale * (x A) B, where scale = alpha / rank.
+
+The tree of parameters decides: where `lora_down` (A), `lora_up` (B) and `lora_scale` lie beside the `w` of an `Einsum`,
+it adds their product; a tree without them is the base model. Of a weight whose inputs are the axes I and whose outputs
+are O, A is [I rank] and B [rank O], whatever axes the weight is stacked on before them.
+"""
+
+import math
+import re
+import string
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mllm_jax.paths import check_patterns, first_found
+from mllm_jax.sharding import Named
+
+DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
+TRAINED = "/lora_(down|up)$"
+HEAD = "decoder/head/w"  # losses in chunks read it without its layer
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """
+    rank: of the adapters; 0 = there are none, and all below means nothing.
+    alpha: an adapter's product is multiplied by alpha / rank.
+    dropout: share of an adapter's input that a step of training leaves out, anew for every adapter.
+    targets: patterns of the weights that get an adapter.
+    ranks, alphas: (pattern, value) pairs; the first pattern that is found in a weight's path has its own rank (0: no
+      adapter) or alpha.
+    train: patterns of other weights, which are trained whole; all the rest is frozen.
+
+    Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (r"^decoder/layers.*/(q|k|v|out|gate|up|down|q_down|q_up|kv_down)/w$",)
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    train: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.rank < 0 or any(rank < 0 for _, rank in self.ranks):
+            raise ValueError(f"lora.rank={self.rank} and lora.ranks={self.ranks} must not be negative")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be at least 0 and less than 1")
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step of training needs a key."""
+        return bool(self.rank and self.dropout)
+
+    def freezes(self, freeze: tuple[str, ...]) -> tuple[str, ...]:
+        """`OptimConfig.freeze` of a run with these adapters: also all that is neither theirs nor in `train`."""
+        return (*freeze, rf"^(?!.*(?:{'|'.join((TRAINED, *self.train))}))") if self.rank else freeze
+
+    def ranks_of(self, boxed: Any) -> dict[str, int]:
+        """Rank of the adapter of every weight that has one, by path.
+
+        Raises:
+          ValueError: a pattern matches no weight, or `targets` one that cannot have an adapter.
+        """
+        if not self.rank:
+            return {}
+        paths = flatten(boxed)
+        for name in ("targets", "train"):
+            check_patterns(getattr(self, name), paths, f"lora.{name}")
+        found = [path for path in paths if any(re.search(pattern, path) for pattern in self.targets)]
+        able = [path for path, box in paths.items() if box.matrix and path != HEAD]
+        if unable := [path for path in found if path not in able]:
+            raise ValueError(f"lora.targets match {unable[0]!r}, which cannot have an adapter; {', '.join(able)} can")
+        for name in ("ranks", "alphas"):
+            check_patterns([pattern for pattern, _ in getattr(self, name)], found, f"lora.{name}")
+        ranks = {path: first_found(self.ranks, path, self.rank) for path in found}
+        return {path: rank for path, rank in ranks.items() if rank}
+
+
+def flatten(boxed: Any) -> dict[str, Named]:
+    """The boxes of a tree by their paths."""
+    return flatten_dict(boxed, sep="/", is_leaf=lambda _, leaf: isinstance(leaf, Named))
+
+
+def make_adapters(boxed: Any, config: LoraConfig, key: jax.Array) -> dict:
+    """New adapters for the weights of a boxed tree (or its shapes), as a boxed nested dict of their leaves alone.
+
+    A is uniform within 1 / sqrt(fan-in), as PEFT has it, and B zero, so that the model is at first the base model.
+    """
+    made, boxes = {}, flatten(boxed)
+    for path, rank in config.ranks_of(boxed).items():
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        scale = first_found(config.alphas, path, config.alpha) / rank
+        new = _new(boxes[path], rank, scale, 1 - config.dropout, own)
+        made |= {f"{path.removesuffix('w')}{name}": box for name, box in new.items()}
+    return unflatten_dict(made, sep="/")
+
+
+def _new(box: Named, rank: int, scale: float, keep: float, key: jax.Array) -> dict[str, Named]:
+    stacked, inputs, outputs = axes_of(box)
+    shape = lambda axes: tuple(box.value.shape[axis] for axis in axes)
+    names = lambda axes: tuple(box.names[axis] for axis in axes)
+    limit = math.prod(shape(inputs)) ** -0.5
+    down = jax.random.uniform(key, (*shape(stacked + inputs), rank), minval=-limit, maxval=limit)
+    up = jnp.zeros((*shape(stacked), rank, *shape(outputs)))
+    constants = {SCALE: scale} | ({KEEP: keep} if keep < 1 else {})
+    return {
+        DOWN: Named(down, (*names(stacked + inputs), None)),
+        UP: Named(up, (*names(stacked), None, *names(outputs))),
+        **{name: Named(jnp.full(shape(stacked), value), names(stacked)) for name, value in constants.items()},
+    }
+
+
+def axes_of(box: Named) -> tuple[list[int], list[int], list[int]]:
+    """The axes of a weight that it is stacked on, that its product sums over, and that it gives."""
+    inputs, outputs = ([axis + box.value.ndim for axis in axes] for axes in box.matrix)
+    return [axis for axis in range(box.value.ndim) if axis not in inputs + outputs], inputs, outputs
+
+
+def split_adapters(params: Mapping) -> tuple[dict, dict]:
+    """A tree of parameters -> (the base model's, those of its adapters), each without the leaves of the other."""
+    flat = flatten_dict(params)
+    part = lambda ours: unflatten_dict({path: leaf for path, leaf in flat.items() if (path[-1] in LEAVES) == ours})
+    return part(False), part(True)
+
+
+def join(*trees: Mapping) -> dict:
+    """The tree that has the leaves of all."""
+    flat = {path: leaf for tree in trees for path, leaf in flatten(tree).items()}
+    return unflatten_dict(flat, sep="/")
+
+
+def add_products(params: Mapping, boxed: Any, sign: int = 1) -> dict:
+    """The tree whose weights have the products of their adapters in them, w + sign * scale * A B, computed in fp32.
+
+    Args:
+      params: with adapters, which stay.
+      boxed: shapes of the base model's parameters (`abstract_boxed`).
+    """
+    flat, boxes = flatten_dict(params, sep="/"), flatten(boxed)
+    for path in [path for path in flat if path.endswith(f"/{DOWN}")]:
+        weight, (down, up, scale) = path.removesuffix(DOWN), (path.replace(DOWN, name) for name in (DOWN, UP, SCALE))
+        product = _product(boxes[f"{weight}w"], flat[down], flat[up], flat[scale])
+        w = flat[f"{weight}w"]
+        flat[f"{weight}w"] = (w.astype(jnp.float32) + sign * product).astype(w.dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+def _product(box: Named, down, up, scale):
+    """scale * A B, with the axes of the weight."""
+    letters = string.ascii_lowercase
+    stacked, inputs, outputs = ("".join(letters[axis] for axis in axes) for axes in axes_of(box))
+    own = down.ndim - len(stacked + inputs) - 1  # first outputs that have an A each
+    equation = (
+        f"{stacked}{outputs[:own]}{inputs}z,{stacked}{outputs[:own]}z{outputs[own:]}->{letters[: box.value.ndim]}"
+    )
+    down, up = down.astype(jnp.float32), up.astype(jnp.float32)
+    scaled = down * scale.reshape(scale.shape + (1,) * (down.ndim - scale.ndim))
+    return jnp.einsum(equation, scaled, up, precision=jax.lax.Precision.HIGHEST)
