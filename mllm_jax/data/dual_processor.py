@@ -44,8 +44,7 @@ class DualProcessor:
         pixels = self.rule.read(load_image(source))
         grid = (pixels.shape[0] // self.patch, pixels.shape[1] // self.patch)
         normal = (pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
-        whole = normal[: grid[0] * self.patch, : grid[1] * self.patch]
-        patches = patchify(whole[None], self.patch, 1, 1)
+        patches = patchify(normal[None], self.patch, 1, 1)
         return Picture(np.concatenate([np.zeros((self.lead, patches.shape[1]), np.float32), patches]), grid)
 
     def pictures(self, sources: Sequence[Any]) -> DualBatch:

@@ -150,11 +150,13 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
     """One temporal patch of pixels to patches: u8[t h w 3], 1 <= t <= temporal_patch, to u8[p C].
 
     Rows are in merge-block-major order (the merge x merge patches of a visual token lie together, blocks row by row),
-    values in (channel, time, y, x) order. Missing frames repeat the last one: a still picture is one frame.
+    values in (channel, time, y, x) order. Missing frames repeat the last one: a still picture is one frame. What is
+    left over of the sides is not read.
     """
+    height, width = (side // (patch * merge) * patch * merge for side in frames.shape[1:3])
     frames = frames[np.minimum(np.arange(temporal_patch), len(frames) - 1)]
     return rearrange(
-        frames,
+        frames[:, :height, :width],
         "t (row m1 y) (column m2 x) c -> (row column m1 m2) (c t y x)",
         m1=merge, m2=merge, y=patch, x=patch,
     )  # fmt: skip

@@ -32,6 +32,8 @@ class VitConfig:
     mlp: width of the feed-forward block; `gated`: it has a gate (SwiGLU, arXiv 2002.05202).
     patch_bias, qkv_bias: whether the first linear layer, and those of queries, keys and values, have biases.
     position_grid: side of the learned position table, resampled to each picture's size; 0 = there is none.
+    image_size: side in pixels of the square pictures that the table is for, where it is not a whole number of patches,
+      so that a margin is not read; 0 = it is.
     resampling: how, see `positions.resample`.
     class_token: a learned token before the patches of a picture; the table has one more place for it, before the grid.
     registers: so many more, which have no places (arXiv 2309.16588).
@@ -58,6 +60,7 @@ class VitConfig:
     channels: int = 3
     patch_bias: bool = True
     position_grid: int = 48
+    image_size: int = 0
     resampling: str = "bilinear_aligned"
     class_token: bool = False
     registers: int = 0
@@ -91,6 +94,11 @@ class VitConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the square pictures that the position table is for."""
+        return self.image_size or self.position_grid * self.patch_size
 
     @property
     def lead(self) -> int:

@@ -100,7 +100,7 @@ INPUTS = ("pixel_values",)
 
 def rule(config: ModelConfig) -> Tiles:
     """How pictures are cut where no preprocessor_config.json says it."""
-    return Tiles(config.encoder.position_grid * config.encoder.patch_size)
+    return Tiles(config.encoder.side)
 
 
 def visuals(config: ModelConfig, arrays: Arrays) -> Supply:

@@ -15,7 +15,7 @@ from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, gemma2, llava, text
 from mllm_jax.families.rows import linear
-from mllm_jax.families.towers import SIGLIP
+from mllm_jax.families.towers import SIGLIP, part_to_hf
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
@@ -70,7 +70,7 @@ def to_hf(config: ModelConfig) -> dict:
         "projection_dim": decoder.width,
         "tie_word_embeddings": decoder.tie_embeddings,
         "text_config": text.decoder_to_hf(replace(decoder, prefix=False)) | tokens,
-        "vision_config": SIGLIP.to_hf(encoder) | {"vision_use_head": False, "projection_dim": decoder.width},
+        "vision_config": part_to_hf(encoder) | {"projection_dim": decoder.width},
     }
     if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
         raise ValueError(
@@ -103,7 +103,7 @@ INPUTS = ("pixel_values",)
 
 def rule(config: ModelConfig) -> Stretch:
     """How pictures are resized where no preprocessor_config.json says it."""
-    side = config.encoder.position_grid * config.encoder.patch_size
+    side = config.encoder.side
     return Stretch((side, side))
 
 

@@ -38,6 +38,7 @@ class Tower:
     rows: of the weights of an encoder, theirs after a prefix.
     said: what a config.json says beside SAID, in the same form.
     sizes: published ones.
+    head: by itself it ends in a head that makes one vector of a picture; its config.json says where it does not.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Tower:
     rows: Callable[[VitConfig, str], list[Row]]
     said: Mapping[str, tuple[str, Mapping[Any, Any] | None]] = field(default_factory=dict)
     sizes: Mapping[str, VitConfig] = field(default_factory=dict)
+    head: bool = False
 
     def from_hf(self, vision: Mapping[str, Any]) -> VitConfig:
         """The tower that a `vision_config` describes. Raises ValueError for what the encoder cannot do."""
@@ -54,7 +56,8 @@ class Tower:
                 changes[ours] = given[name] if values is None else _value(name, given[name], values)
         encoder = replace(self.base, **changes)
         if "image_size" in given:
-            return replace(encoder, position_grid=given["image_size"] // encoder.patch_size)
+            grid, rest = divmod(given["image_size"], encoder.patch_size)
+            return replace(encoder, position_grid=grid, image_size=given["image_size"] if rest else 0)
         if "num_patches" in given:
             return replace(encoder, position_grid=round(given["num_patches"] ** 0.5))
         return replace(encoder, position_grid=self.base.position_grid * self.base.patch_size // encoder.patch_size)
@@ -68,7 +71,7 @@ class Tower:
         if self.base.resampling == "bilinear_antialias":
             written["num_patches"] = encoder.position_grid**2
         else:
-            written["image_size"] = encoder.position_grid * encoder.patch_size
+            written["image_size"] = encoder.side
         plain = replace(encoder, **{name: getattr(self.base, name) for name in CHOSEN})
         if (reads := self.from_hf(written)) != plain:
             odd = [f.name for f in fields(plain) if getattr(plain, f.name) != getattr(reads, f.name)]
@@ -215,13 +218,18 @@ _GIANT = replace(_SIGLIP, width=1536, layers=40, heads=16, mlp=6144)
 
 def _at(encoder: VitConfig, patch: int, *pictures: int) -> dict[str, VitConfig]:
     """Sizes "patch-picture", for pictures of so many pixels a side."""
-    return {f"{patch}-{side}": replace(encoder, patch_size=patch, position_grid=side // patch) for side in pictures}
+    sizes = {f"{patch}-{side}": (side // patch, side if side % patch else 0) for side in pictures}
+    return {
+        name: replace(encoder, patch_size=patch, position_grid=grid, image_size=size)
+        for name, (grid, size) in sizes.items()
+    }
 
 
 SIGLIP = Tower(
     "siglip_vision_model",
     _SIGLIP,
     _clip_rows,
+    head=True,
     sizes={
         f"{name}-{size}": encoder
         for name, sizes in {
@@ -239,6 +247,7 @@ NAFLEX = Tower(
     "siglip2_vision_model",
     _NAFLEX,
     _naflex_rows,
+    head=True,
     sizes={"base-16": _NAFLEX, "so400m-16": replace(_NAFLEX, width=1152, layers=27, heads=16, mlp=4304)},
 )
 
@@ -277,6 +286,12 @@ def tower_for(vision: Mapping[str, Any]) -> Tower:
     if kind not in TOWERS:
         raise ValueError(f"vision_config.model_type {kind!r} is not known; known are {', '.join(TOWERS)}")
     return TOWERS[kind]
+
+
+def part_to_hf(encoder: VitConfig) -> dict[str, Any]:
+    """The `vision_config` of a tower in a larger model: without the head that would make one vector of a picture."""
+    tower = tower_of(encoder)
+    return tower.to_hf(encoder) | ({"vision_use_head": False} if tower.head else {})
 
 
 def tower_of(encoder: VitConfig) -> Tower:
