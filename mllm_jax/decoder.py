@@ -161,14 +161,23 @@ class Decoder(nn.Module):
         return shard(jnp.take(table, rows, axis=0), ("batch", "length", None), self.runtime.rules)
 
     def __call__(
-        self, x, position, segment, modality, cache: Cache | None = None, deep=None, vision_index=None, prefix=None
+        self,
+        x,
+        position,
+        segment,
+        modality,
+        cache: Cache | None = None,
+        deep=None,
+        vision_index=None,
+        prefix=None,
+        mix=None,
     ):
         """Embedded tokens -> hidden states after the last norm.
 
         Args:
           x: [B T D]; position: i32[B T 3]; segment: i32[B T].
           modality: i32[B T] index into MODALITIES.
-          deep, vision_index: what DeepStack adds to the first layers, see `fusion.deepstack`.
+          deep, vision_index, mix: what DeepStack adds to the first layers, see `fusion.deepstack`.
           prefix: bool[B T] tokens that all tokens of their conversation see; None = causal throughout.
         Returns:
           ([B T D], the cache with these tokens, Routing of all layers with experts or None).
@@ -188,7 +197,7 @@ class Decoder(nn.Module):
             own = None if kept is None else (kept, number, *slots)
             x, kept, routing = layer(x, rope, segment, modality, own, prefix)
             if deep is not None:
-                x = deepstack(x, deep, vision_index, number)
+                x = deepstack(x, deep, vision_index, number, mix)
             return (shard(x, ("batch", "length", None), self.runtime.rules), kept), routing
 
         carry, routings = (x, kept), []

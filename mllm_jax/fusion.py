@@ -5,23 +5,32 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.types import Mix
 
-def _at_text_positions(visual, vision_index):
+
+def _at_text_positions(visual, vision_index, mix: Mix | None):
     """Row-wise gather [B M D] -> [B T D]; where the index is -1 the result is meaningless.
 
     A gather, not a scatter: its inverse runs only backward, and rows of text cost nothing.
     """
-    return jnp.take_along_axis(visual, jnp.maximum(vision_index, 0)[..., None], axis=1)
+
+    def at(index):
+        return jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)
+
+    if mix is None:
+        return at(vision_index)
+    indices = (vision_index, *jnp.unstack(mix.index, axis=-1))
+    return sum(share[..., None] * at(index) for share, index in zip(jnp.unstack(mix.share, axis=-1), indices))
 
 
-def splice(x, visual, vision_index):
-    """Text embeddings [B T D] with visual tokens [B M D] standing where vision_index i32[B T] is not -1."""
-    return jnp.where((vision_index >= 0)[..., None], _at_text_positions(visual, vision_index).astype(x.dtype), x)
+def splice(x, visual, vision_index, mix: Mix | None = None):
+    """Text embeddings [B T D] with visual tokens [B M D], or their mixes, where vision_index i32[B T] is not -1."""
+    return jnp.where((vision_index >= 0)[..., None], _at_text_positions(visual, vision_index, mix).astype(x.dtype), x)
 
 
 # Backward looks up again what stands where: saved, it would be a mask [B T D] and the features of every scanned layer.
 @partial(jax.checkpoint, prevent_cse=False)
-def deepstack(x, deep, vision_index, layer):
+def deepstack(x, deep, vision_index, layer, mix: Mix | None = None):
     """Add the features of tap `layer` to the visual positions of the residual stream (DeepStack, arXiv 2406.04334).
 
     Args:
@@ -29,13 +38,14 @@ def deepstack(x, deep, vision_index, layer):
       deep: [taps B M D]; layers from `taps` on get nothing, and compute nothing.
       vision_index: i32[B T].
       layer: i32[] 0-based, may be traced.
+      mix: of `vision_index`.
     """
     taps = deep.shape[0]
 
     def add(x):
         features = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(layer, taps - 1), 0, keepdims=False)
         return x + jnp.where(
-            (vision_index >= 0)[..., None], _at_text_positions(features, vision_index).astype(x.dtype), 0
+            (vision_index >= 0)[..., None], _at_text_positions(features, vision_index, mix).astype(x.dtype), 0
         )
 
     return jax.lax.cond(layer < taps, add, lambda x: x, x)

@@ -45,6 +45,8 @@ class ModelConfig:
     tiles, chat: the fewest and the most tiles of a picture, and the name of the format of chats, where config.json says
       them and not the files of a processor.
     lora: the adapters that parameters are made with; given ones bring their own.
+    most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and clips are pooled; 0 =
+      visual tokens stand as they are.
     """
 
     encoder: Any
@@ -59,6 +61,7 @@ class ModelConfig:
     chat: str = ""
     pool: Any = None
     lora: LoraConfig = LoraConfig()
+    most_tiles: int = 0
 
     @property
     def merge(self) -> int:
@@ -79,6 +82,11 @@ class ModelConfig:
     def prefix(self) -> bool:
         """Whether a conversation has first tokens that all its tokens see."""
         return self.decoder is not None and self.decoder.prefix
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What `data.pack.collate` must know to lay out batches."""
+        return dict(merge=self.merge, values=self.patch_values, prefix=self.prefix, mixes=self.most_tiles > 0)
 
     def build(self) -> nn.Module:
         return VLM(self)
@@ -134,7 +142,7 @@ class VLM(nn.Module):
         """A pure function of parameters, batch and cache.
 
         Args:
-          batch: rows of packed conversations; of it tokens, segment, position, vision_index and vision are read.
+          batch: rows of packed conversations; all of it but targets and weight is read.
           cache: keys and values so far; the batch continues it. See `init_cache`.
           hidden: return hidden states instead of logits (a loss in chunks, or the last position alone, needs no more).
         """
@@ -145,13 +153,13 @@ class VLM(nn.Module):
         deep = None
         if batch.vision is not None:
             visual = self.encode(batch.vision)
-            x, deep = splice(x, visual.value, batch.vision_index), visual.deep
+            x, deep = splice(x, visual.value, batch.vision_index, batch.mix), visual.deep
         modality = jnp.full_like(batch.tokens, TEXT)
         if self.config.tokens is not None:
             visual_kind = jnp.where(batch.tokens == self.config.tokens.video, VIDEO, PICTURE)
             modality = jnp.where(batch.vision_index >= 0, visual_kind, TEXT)
         x, cache, routing = self.decoder(
-            x, batch.position, batch.segment, modality, cache, deep, batch.vision_index, batch.prefix
+            x, batch.position, batch.segment, modality, cache, deep, batch.vision_index, batch.prefix, batch.mix
         )
         if hidden:
             return Output(hidden=x, cache=cache, routing=routing)

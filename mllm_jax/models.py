@@ -40,8 +40,8 @@ def picture_tokens(config: Any, height: int, width: int) -> Tokens | None:
     if getattr(config, "connector", None) is None:
         return None
     spec = spec_for(config)
-    kind = Still if spec.rule is None else Cut
-    runs = kind(None, height, width).plan(spec, float("inf"), float("inf")).runs
+    picture = Still(None, height, width) if spec.rule is None else Cut(None, height, width, spec.rule)
+    runs = picture.plan(spec, float("inf"), float("inf")).runs
     newlines = sum(int((run.order == NEWLINE).sum()) for run in runs)
     return Tokens(sum(len(run.order) for run in runs) - newlines, newlines)
 

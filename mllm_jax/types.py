@@ -30,6 +30,13 @@ class Picture(NamedTuple):
         return len(self.patches) - self.grid[0] * self.grid[1]
 
 
+class Mix(NamedTuple):
+    """What stands beside the visual tokens that an index names, where a grid of them was resampled: means of four."""
+
+    index: Array  # i32[... 3] three more of each, counted like the first
+    share: Array  # f32[... 4] of the first and of these; they sum to 1
+
+
 class Visual(NamedTuple):
     """One picture or clip as a person gave it: a run of m visual tokens in the text."""
 
@@ -37,6 +44,7 @@ class Visual(NamedTuple):
     order: Array  # i32[m] which of the visual tokens of `pictures`, laid end to end, stands there; NEWLINE
     position: Array  # i32[m 3] rotary positions (t, y, x), counted from the first
     advance: int  # rotary position of what follows, counted from the first
+    mix: Mix | None = None  # of `order`; None = every token stands alone
 
 
 NEWLINE = -2  # the connector's learned token that ends a row of patches
@@ -52,6 +60,7 @@ class Example(NamedTuple):
     pictures: tuple[Picture, ...]
     kind: str = ""  # the kind of question or the task, for reports
     prefix: int = 0  # first tokens that all tokens of the conversation see, where a model has such
+    mix: Mix | None = None  # of `vision_index`, [n ...]; None = every visual token stands alone
 
     @property
     def visual(self) -> Array:
@@ -79,6 +88,7 @@ class Batch(NamedTuple):
     vision_index: Array  # i32[B T] which of the row's M visual tokens stands here; M the connector's newline; -1 text
     vision: Vision | None = None
     prefix: Array | None = None  # bool[B T] tokens that all tokens of their conversation see; None = causal throughout
+    mix: Mix | None = None  # of `vision_index`, [B T ...], for models that resample grids; None = no token is a mean
 
 
 class DualBatch(NamedTuple):

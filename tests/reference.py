@@ -1,8 +1,17 @@
-"""Random tiny transformers models and prompts: numbers that we did not make."""
+"""Random tiny transformers models and prompts: numbers that we did not make, and how ours are compared with them."""
 
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+
+import mllm_jax
+from mllm_jax.families import FAMILIES
+from mllm_jax.weights.table import expand, flatten
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153
 
@@ -85,6 +94,68 @@ def as_internlm2(tensors, config):
     plain = {"lm_head": "output", "model.embed_tokens": "model.tok_embeddings", "model.norm": "model.norm"}
     renamed |= {f"{new}.weight": tensors[f"{old}.weight"] for old, new in plain.items()}
     return {name: tensor.contiguous() for name, tensor in renamed.items()}
+
+
+@cache
+def loss_of(model):
+    """Compiled once for all tests of a model: (params, batch) -> (mean loss, logits), gradients."""
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(params, batch):
+        logits = model.apply({"params": params}, batch).logits
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+        return jnp.sum(nll * batch.weight) / jnp.maximum(jnp.sum(batch.weight), 1), logits
+
+    return loss
+
+
+def assert_step(record_property, vlm, model, inputs, folder, forward=None, unused: str = "(?!)"):
+    """Logits, and the gradient of every tensor, equal transformers'.
+
+    Args:
+      vlm: ours, read from files of `model`.
+      inputs: Hugging Face's with labels, in arrays.
+      folder: an empty one. Gradients are written there as if they were weights, and so get the names of files.
+      forward: `model`'s call, where it is not a plain one.
+      unused: pattern of names of tensors that may have no gradient.
+    """
+    model.zero_grad()
+    theirs = (forward or model)(**to_torch(inputs))
+    theirs.loss.backward()
+    (_, logits), found = loss_of(vlm.model)(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs))
+    real, wanted = inputs["attention_mask"] == 1, theirs.logits.detach().numpy()
+    assert np.abs(wanted[real]).max() > 0.5
+    assert_parity(record_property, vlm.config.family, np.asarray(logits)[real], wanted[real])
+    weights = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    with torch.no_grad():
+        for parameter in weights:
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        model.save_pretrained(folder)
+        for parameter, weight in weights.items():
+            parameter.copy_(weight)
+    found, wanted = (flatten(tree) for tree in (found, mllm_jax.load_pretrained(folder).params))
+    for name, entry in expand(FAMILIES[vlm.config.family].weights(vlm.config), vlm.params).items():
+        for part in entry.parts:
+            got, want = (np.asarray(tree[part.path])[part.index] for tree in (found, wanted))
+            scale = np.linalg.norm(want)
+            # A key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding.
+            floor = 1e-5 if re.search(r"(k_proj|key)\.bias$", name) else 0
+            assert scale > 0 or re.search(unused, name), name
+            assert np.linalg.norm(got - want) <= max(1e-3 * scale, floor), name
+
+
+def assert_export(vlm, model, inputs, folder, forward=None):
+    """transformers loads what is saved to an empty folder: the same tensors to the bit, the same logits."""
+    mllm_jax.save_pretrained(vlm, folder)
+    again, info = type(model).from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, own = again.eval().state_dict(), model.state_dict()
+    assert ours.keys() == own.keys() and all(torch.equal(ours[name], own[name]) for name in own)
+    with torch.no_grad():
+        found, wanted = ((forward or type(model).__call__)(each, **to_torch(inputs)) for each in (again, model))
+    np.testing.assert_array_equal(found.logits, wanted.logits)
+    assert mllm_jax.load_pretrained(folder).config == vlm.config
 
 
 def published(tensors) -> dict:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.fusion import deepstack, splice
+from mllm_jax.types import Mix
 
 B, T, M, D, TAPS, LAYERS = 2, 7, 5, 4, 2, 3
 INDEX = np.array([[-1, 3, 0, 1, -1, 4, 2], [-1] * 6 + [0]], np.int32)
@@ -50,3 +51,16 @@ def test_splice(arrays):
     found = np.asarray(splice(text, visual, INDEX))
     np.testing.assert_array_equal(found[INDEX < 0], text[INDEX < 0])
     np.testing.assert_array_equal(found[0, INDEX[0] >= 0], visual[0, INDEX[0][INDEX[0] >= 0]])
+
+
+def test_mixes_of_four(arrays):
+    """A share of each token; what DeepStack adds is mixed alike."""
+    text, deep = arrays
+    draw = np.random.default_rng(1)
+    mix = Mix(draw.integers(0, M, (B, T, 3)), draw.random((B, T, 4), np.float32))
+    every = np.concatenate([np.maximum(INDEX, 0)[..., None], mix.index], axis=-1)
+    mixed = np.einsum("btkd,btk->btd", deep[0][np.arange(B)[:, None, None], every], mix.share)
+    seen = INDEX >= 0
+    np.testing.assert_allclose(splice(text, deep[0], INDEX, mix)[seen], mixed[seen], rtol=1e-5)
+    np.testing.assert_array_equal(splice(text, deep[0], INDEX, mix)[~seen], text[~seen])
+    np.testing.assert_allclose(deepstack(text, deep, INDEX, 0, mix)[seen], (text + mixed)[seen], rtol=1e-4, atol=1e-6)

@@ -18,6 +18,7 @@ from mllm_jax.train.run import read_run
 # Family and size; how the tiny tokenizer writes the family's tokens of pictures.
 FAMILIES = {
     "llava_next/next-mistral-7b": {"<|image_pad|>": "<image>"},
+    "llava_onevision/0.5b": {"<|image_pad|>": "<image>", "<|video_pad|>": "<video>"},
     "internvl/3-1b": {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"},
     "paligemma/2-3b-224": {"<|image_pad|>": "<image>"},
     "qwen2_5_vl/2.5-3b": {},
@@ -57,7 +58,7 @@ def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     config = load_config("sft", argument)
     model = config.model
     grid = 4 if model.encoder.position_grid else 0
-    model.encoder.update(width=32, layers=2, heads=2, mlp=48, patch_size=4, position_grid=grid)
+    model.encoder.update(width=32, layers=2, heads=2, mlp=48, patch_size=4, position_grid=grid, image_size=0)
     if model.encoder.window:
         model.encoder.update(window=4, whole=(1,))
     model.decoder.update(vocab=300, width=32, layers=2, mlp=48)
@@ -65,10 +66,11 @@ def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     model.decoder.attention.update(heads=2, kv_heads=2, head_dim=16, rope_sections=sections)
     if model.pinpoints:
         model.pinpoints = ((16, 32), (32, 16), (32, 32))
+        model.most_tiles = min(1, model.most_tiles)
     placeholder = FAMILIES[argument].get("<|image_pad|>", "<|image_pad|>")
     model.tokens.image = ids[placeholder]
     if model.tokens.video >= 0:
-        model.tokens.video = ids["<|video_pad|>"]
+        model.tokens.video = ids[FAMILIES[argument].get("<|video_pad|>", "<|video_pad|>")]
     model.runtime.update(dtype="float32", remat="none")
     config.processor = str(tmp_path / "processor")
     config.data.path, config.data.root = str(conversations(tmp_path)), str(tmp_path)

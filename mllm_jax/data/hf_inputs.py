@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.positions import rotary_positions
-from mllm_jax.types import Batch, Example, Picture, Visual
+from mllm_jax.types import Batch, Example, Mix, Picture, Visual
 
 TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 Arrays = dict[str, np.ndarray]
@@ -51,15 +52,14 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
         if left:
             raise ValueError(f"{len(left)} pictures or clips have no placeholders (token {token}) in input_ids")
     budget = tightest(examples, tokens=ids.shape[1])
-    layout = {"merge": config.merge, "values": config.patch_values, "prefix": config.prefix}
-    batch = collate([[example] for example in examples], budget, **layout)
+    batch = collate([[example] for example in examples], budget, **config.layout)
     return _move_to(batch, mask)
 
 
 def alone(config: Any, supply: Supply) -> Batch:
     """Pictures without text, for a tower alone: one a row."""
     examples = [without_text(visual.pictures) for visuals in supply.values() for visual in visuals]
-    return collate([[e] for e in examples], tightest(examples), merge=config.merge, values=config.patch_values)
+    return collate([[e] for e in examples], tightest(examples), **config.layout)
 
 
 def without_text(pictures: tuple[Picture, ...]) -> Example:
@@ -71,24 +71,26 @@ def _example(tokens, label, suffix, supply: Supply, merge: int) -> Example:
     """A row without its padding; takes the pictures of its placeholders off the supply."""
     visual = np.isin(tokens, list(supply))
     slots = np.flatnonzero(visual)
-    taken, index, filled, offset = [], np.full(len(tokens), -1, np.int32), 0, 0
+    taken, firsts, filled, first = [], [], 0, 0
     while filled < len(slots):
         waiting = supply[int(tokens[slots[filled]])]
         if not waiting:
             raise ValueError(f"input_ids have {len(slots) - filled} visual placeholders more than the pictures")
         item = waiting.pop(0)
-        here = slots[filled : filled + len(item.order)]
-        index[here] = np.where(item.order < 0, item.order, item.order + offset)[: len(here)]
-        offset += sum(height * width for height, width in (p.grid for p in item.pictures)) // merge**2
-        filled += len(item.order)
         taken.append(item)
+        firsts.append(first)
+        first += sum(height * width for height, width in (p.grid for p in item.pictures)) // merge**2
+        filled += len(item.order)
+    position = rotary_positions(visual, [(item.position, item.advance) for item in taken])
+    index, mix = spread(visual, [(item.order, item.mix) for item in taken], firsts)
     return Example(
         tokens=tokens,
         weight=(label >= 0).astype(np.float32),
-        position=rotary_positions(visual, [(item.position, item.advance) for item in taken]),
+        position=position,
         vision_index=index,
         pictures=tuple(picture for item in taken for picture in item.pictures),
         prefix=int(np.sum(suffix == 0)),
+        mix=mix,
     )
 
 
@@ -101,5 +103,5 @@ def _move_to(batch: Batch, mask: np.ndarray) -> Batch:
     def move(x):
         return np.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-    moved = {name: move(x) for name, x in batch._asdict().items() if name != "vision" and x is not None}
-    return batch._replace(**moved)
+    moved = {name: move(x) for name, x in batch._asdict().items() if isinstance(x, np.ndarray)}
+    return batch._replace(**moved, mix=batch.mix and Mix(*map(move, batch.mix)))

@@ -120,8 +120,7 @@ def make_loader(
         "streams": streams,
         "rows": batch_rows,
     }
-    spec = processor.spec
-    layout = {"merge": spec.merge, "values": 3 * spec.temporal_patch * spec.patch**2, "prefix": spec.prefix}
+    layout = processor.spec.layout
     settings = _Settings(budget, batch_rows // streams, window, workers, processes, layout, max_bad, process_count > 1)
     return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
 

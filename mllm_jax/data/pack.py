@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 
+from mllm_jax.data.mix import alone
 from mllm_jax.types import NEWLINE, Batch, Example, Picture, Vision
 
 
@@ -70,7 +71,13 @@ def patch_coords(grid: tuple[int, int], merge: int) -> np.ndarray:
 
 
 def collate(
-    rows: Sequence[Sequence[Example]], budget: Budget, *, merge: int, values: int, prefix: bool = False
+    rows: Sequence[Sequence[Example]],
+    budget: Budget,
+    *,
+    merge: int,
+    values: int,
+    prefix: bool = False,
+    mixes: bool = False,
 ) -> Batch:
     """Lays out conversations as one batch.
 
@@ -80,6 +87,7 @@ def collate(
         merge: side of the square of patches that becomes one visual token.
         values: C, values in a patch, known even where no conversation has a picture.
         prefix: whether the model has tokens that all tokens of their conversation see.
+        mixes: whether the model resamples grids of visual tokens.
 
     Returns:
         A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the pictures, uint8 where there are
@@ -101,6 +109,7 @@ def collate(
         vision_index=np.full(text, -1, np.int32),
         vision=_empty_vision(rows, budget, values) if budget.rows else None,
         prefix=np.zeros(text, bool) if prefix else None,
+        mix=alone(np.full(text, -1)).mix if mixes else None,
     )
     for b, examples in enumerate(rows):
         _fill_text(batch, b, examples)
@@ -168,10 +177,17 @@ def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Bu
         if index.max(initial=-1) >= count:
             raise ValueError(f"row {b}, segment {number}: visual token {index.max()}, but the pictures have {count}")
         own, tokens = tokens[:count], tokens[count:]
-        row = batch.vision_index[b, start : start + len(index)]
-        row[index >= 0] = own[index[index >= 0]]
-        row[index == NEWLINE] = newline
+        here = (b, slice(start, start + len(index)))
+        batch.vision_index[here] = _places(index, own, newline)
+        if example.mix is not None:
+            batch.mix.index[here] = _places(example.mix.index, own, newline)
+            batch.mix.share[here] = example.mix.share
         start += len(index)
+
+
+def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
+    """Where in a row the visual tokens lie that a conversation's index names; `own` are the places of all it has."""
+    return np.append(own, (newline, -1))[np.where(index >= 0, index, len(own) + (index != NEWLINE))]
 
 
 def _visual_tokens(pictures: Sequence[Picture], firsts: Sequence[int], merge: int) -> np.ndarray:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data import images, video
+from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import Budget, TooLarge, place
 from mllm_jax.data.positions import rotary_positions
 from mllm_jax.data.spec import SEEING, ProcessorSpec, read_spec, write_spec
 from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer
-from mllm_jax.data.visuals import Cut, Film, Plan, Still, WholeFilm
+from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm
 from mllm_jax.types import Example, Picture
 
 
@@ -45,8 +46,10 @@ class Processor:
         `budget`: pictures are made smaller, all by one limit of pixels, until the conversation fits; they are never
         cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
         """
-        visuals = [self._open(item) for item in _items(messages) if item["type"] != "text"]
-        tokens, weight = self._tokens(messages, visuals, generate)
+        items = [item for item in _items(messages) if item["type"] != "text"]
+        stills = sum(item["type"] == "image" for item in items)
+        visuals = [self._open(item, stills) for item in items]
+        tokens, weight, visuals = self._tokens(messages, visuals, generate)
         tokens, weight = np.array(tokens, np.int32), np.array(weight, np.float32)
         visual = np.isin(tokens, self._placeholders)
 
@@ -56,8 +59,7 @@ class Processor:
         counts[visual] = [len(run.order) for run in runs]
         weight[visual] = 0
         tokens, weight, visual = (np.repeat(values, counts) for values in (tokens, weight, visual))
-        index = np.full(len(tokens), -1, np.int32)
-        index[visual] = self._order(plans)
+        index, mix = spread(visual, [(run.order, run.mix) for run in runs], self._firsts(plans))
         return Example(
             tokens=tokens,
             weight=weight,
@@ -66,6 +68,7 @@ class Processor:
             pictures=tuple(self._pictures(visuals, plans)),
             kind=kind,
             prefix=int(np.argmax(np.append(weight, 1) > 0)) if self.spec.prefix else 0,
+            mix=mix,
         )
 
     def decode(self, tokens) -> str:
@@ -79,34 +82,41 @@ class Processor:
         named = {self.spec.end_of_turn, special.get("eos_token"), special.get("pad_token")} - {None}
         return tuple(sorted(map(self.tokenizer.id, named)))
 
-    def _open(self, item: dict) -> Still | Film:
+    def _open(self, item: dict, stills: int) -> Still | Film:
+        """`stills`: pictures in the conversation."""
         spec, source, fps = self.spec, item[item["type"]], item.get("fps", self.spec.fps)
         if item["type"] == "image":
-            kind = Still if spec.rule is None else Cut
-            return kind(source, *images.upright_size(images.open_image(source)))
+            size = images.upright_size(images.open_image(source))
+            return Still(source, *size) if spec.rule is None else Cut(source, *size, spec.rule.among(stills))
         if self.video_id is None:
             raise ValueError(f"this model reads no clips, but the conversation has one: {source!r:.80}")
         clip = video.open_clip(source, fps)
         target = fps if isinstance(source, (str, os.PathLike)) else spec.fps
-        return (Film if spec.timestamps else WholeFilm).sampled(clip, target, spec)
+        kind = Framed if spec.clip_rule else Film if spec.timestamps else WholeFilm
+        return kind.sampled(clip, target, spec)
 
-    def _tokens(self, messages: Messages, visuals: list, generate: bool) -> tuple[list[int], list[float]]:
-        """Tokens and weights with one placeholder for every run of visual tokens."""
+    def _tokens(self, messages: Messages, visuals: list, generate: bool) -> tuple[list[int], list[float], list]:
+        """Tokens and weights with one placeholder for every run of visual tokens, and the visuals in their order.
+
+        A template may write all pictures of a message before its clips.
+        """
         written, weights = self.template.tokenize(self.tokenizer, messages, self.end_of_turn_id, generate)
-        expected = [self.video_id if visual.video else self.image_id for visual in visuals]
+        waiting = {self.image_id: [], self.video_id: []}
+        for visual in visuals:
+            waiting[self.video_id if visual.video else self.image_id].append(visual)
         placeholders = [token for token in written if token in self._placeholders]
-        if placeholders != expected:
+        if any(placeholders.count(token) != len(waiting[token]) for token in self._placeholders):
             raise ValueError(
                 f"the chat template wrote {len(placeholders)} placeholders for {len(visuals)} pictures and clips; "
                 "it may not show pictures in messages of this role"
             )
-        queue = iter(visuals)
-        tokens, weight = [], []
+        visuals = [waiting[token].pop(0) for token in placeholders]
+        queue, tokens, weight = iter(visuals), [], []
         for token, value in zip(written, weights, strict=True):
             expanded = self._expanded(next(queue), token) if token in self._placeholders else [token]
             tokens += expanded
             weight += [value] * len(expanded)
-        return tokens, weight
+        return tokens, weight, visuals
 
     def _expanded(self, visual: Still | Film, placeholder: int) -> list[int]:
         """What stands for a picture or a clip: a placeholder for every run, and what belongs around it."""
@@ -161,16 +171,15 @@ class Processor:
 
     def _needed(self, plans: Sequence[Plan], text_tokens: int) -> tuple[int, list[int]]:
         """Tokens of the conversation, and patches of every picture."""
-        patches = [self.spec.lead + math.prod(size) // self.spec.patch**2 for plan in plans for size in plan.sizes]
+        spec = self.spec
+        patches = [spec.lead + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
         return text_tokens + sum(len(run.order) for plan in plans for run in plan.runs), patches
 
-    def _order(self, plans: Sequence[Plan]) -> np.ndarray:
-        """Of all visual tokens in the text, which of the pictures' they are."""
-        orders, first = [np.zeros(0, np.int32)], 0
-        for plan in plans:
-            orders += [np.where(run.order < 0, run.order, run.order + first) for run in plan.runs]
-            first += sum(math.prod(size) for size in plan.sizes) // self.spec.factor**2
-        return np.concatenate(orders)
+    def _firsts(self, plans: Sequence[Plan]) -> list[int]:
+        """For every run, the first visual token of its picture or clip, all of the conversation laid end to end."""
+        counts = [sum(map(self.spec.tokens, plan.sizes)) for plan in plans]
+        firsts = np.cumsum([0, *counts])
+        return [int(first) for plan, first in zip(plans, firsts) for _ in plan.runs]
 
     def _pictures(self, visuals: list, plans: Sequence[Plan]) -> Iterator[Picture]:
         spec = self.spec

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.data.images import MAX_ASPECT
+from mllm_jax.data.mix import Tokens, joined, resampled
+from mllm_jax.types import NEWLINE, Mix
 
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 
@@ -55,16 +57,26 @@ def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int,
     return at(low)
 
 
-class Whole:
-    """A rule that makes one picture of a picture: `sized` says how large, `read` gives its pixels u8[h w 3].
+class Rule:
+    """What a picture becomes, one picture or several (data/tiles.py), and which of their visual tokens are read."""
 
-    All rules have the methods below; those of data/tiles.py make several pictures of one.
-    """
+    def among(self, count: int) -> "Rule":
+        """The rule for each of so many pictures of a conversation."""
+        del count
+        return self
 
     def within(self, limit: float) -> "Rule":
         """The same rule for pictures of at most so many pixels, as far as it can make them smaller."""
         del limit
         return self
+
+    def mix(self, size: tuple[int, int], factor: int) -> Mix | None:
+        """With what the visual tokens of `order` are mixed; None = each stands alone."""
+        del size, factor
+
+
+class Whole(Rule):
+    """A rule that makes one picture of a picture: `sized` says how large, `read` gives its pixels u8[h w 3]."""
 
     def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """(height, width) of all pictures that a picture of this size becomes."""
@@ -139,7 +151,40 @@ class Keep(Whole):
         return {"image_processor_type": "Siglip2ImageProcessor", "resample": self.filter, **sizes}
 
 
-Rule = Crop | Stretch | Keep
+@dataclass(frozen=True)
+class Square(Whole):
+    """LLaVA-OneVision's for one of several pictures: put in the middle of a square of a colour; a NEWLINE ends it."""
+
+    side: int
+    colour: tuple[int, int, int]
+
+    def sized(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.side, self.side
+
+    def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
+        return np.append(super().order(size, factor), np.int32(NEWLINE))
+
+    def read(self, image: Image.Image) -> np.ndarray:
+        long = max(image.size)
+        laid = Image.new("RGB", (long, long), self.colour)
+        laid.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+        return resize(laid, self.sized(image.size))
+
+
+@dataclass(frozen=True)
+class Halved(Stretch):
+    """LLaVA-OneVision's for frames of clips: of the grid of visual tokens half as many rows and columns, resampled."""
+
+    def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
+        return self._tokens(factor).order
+
+    def mix(self, size: tuple[int, int], factor: int) -> Mix:
+        return self._tokens(factor).mix
+
+    def _tokens(self, factor: int) -> Tokens:
+        rows, columns = (side // factor for side in self.size)
+        grid = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
+        return joined([resampled(grid, (-(-rows // 2), -(-columns // 2)))])
 
 
 def rule_from_hf(config: Mapping[str, Any]) -> Rule:

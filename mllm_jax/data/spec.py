@@ -1,10 +1,11 @@
 """What a model expects of its input, and the files in which Hugging Face's processors say it."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
-from mllm_jax.data.resize import rule_from_hf
+from mllm_jax.data.resize import Rule, Whole, rule_from_hf
 from mllm_jax.data.template import read_json, write_json
 from mllm_jax.data.tiles import AnyRes, Tiles
 
@@ -20,7 +21,8 @@ class ProcessorSpec:
     temporal_patch: int = 2  # frames
     merge: int = 2  # a visual token is merge x merge patches
     lead: int = 0  # empty patches before a picture's own
-    rule: Any = None  # how pictures get their sizes, or are cut (resize.py, tiles.py); None = nearly as they are
+    rule: Rule | None = None  # how pictures get their sizes, or are cut (tiles.py); None = nearly as they are
+    clip_rule: Whole | None = None  # how each frame of a clip does, all in one block; None = nearly as they are
     min_pixels: int = 65536  # of a picture, where there is no other rule
     max_pixels: int = 16777216
     clip_min_pixels: int = 4096  # of all frames of a clip together; of each where a clip is one block
@@ -40,6 +42,7 @@ class ProcessorSpec:
     vision_end: str | None = "<|vision_end|>"
     end_of_turn: str | None = "<|im_end|>"
     prefix: bool = False  # all tokens see what stands before the answer
+    mixes: bool = False  # grids of visual tokens are resampled
     template: str | None = None  # of chats, in jinja2, where a folder has no file of its own for one
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"
@@ -49,6 +52,16 @@ class ProcessorSpec:
     def factor(self) -> int:
         """Side of a visual token in pixels."""
         return self.patch * self.merge
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of a picture of this (height, width)."""
+        return math.prod(side // self.factor for side in size)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What `data.pack.collate` must know to lay out batches."""
+        values = 3 * self.temporal_patch * self.patch**2
+        return dict(merge=self.merge, values=values, prefix=self.prefix, mixes=self.mixes)
 
 
 SEEING = ProcessorSpec()
@@ -88,20 +101,21 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
         }
     else:
         try:
-            found["rule"] = _rule(image, spec.rule)
+            found["rule"] = _rule(image, spec)
         except ValueError as error:
             raise ValueError(f"{folder / 'preprocessor_config.json'}: {error}") from error
     return dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
 
 
-def _rule(image: dict[str, Any], expected: Any) -> Any:
+def _rule(image: dict[str, Any], spec: ProcessorSpec) -> Rule:
     if pinpoints := image.get("image_grid_pinpoints"):
         size = image.get("crop_size") or image["size"]
-        return AnyRes(tuple(map(tuple, pinpoints)), _side(size))
-    if image.get("crop_to_patches") or isinstance(expected, Tiles):  # InternVL's processors cut, whatever a file says
-        usual = expected if isinstance(expected, Tiles) else Tiles(0)
-        low, high = image.get("min_patches", usual.low), image.get("max_patches", usual.high)
-        return Tiles(_side(image["size"]), low, high)
+        rest = spec.rule if isinstance(spec.rule, AnyRes) else AnyRes((), 0)  # what only config.json says
+        return dataclasses.replace(rest, pinpoints=tuple(map(tuple, pinpoints)), tile=_side(size))
+    usual = spec.rule if isinstance(spec.rule, Tiles) else None  # InternVL's processors cut, whatever a file says
+    if image.get("crop_to_patches") or usual:
+        low, high = (usual.low, usual.high) if usual else (1, 12)
+        return Tiles(_side(image["size"]), image.get("min_patches", low), image.get("max_patches", high))
     return rule_from_hf(image)
 
 
@@ -121,6 +135,10 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
         # transformers' own defaults differ by class: what is done to the pixels is said in full
         steps = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
         write_json(folder / "preprocessor_config.json", common | steps | spec.rule.to_hf())
+        if spec.clip_rule is not None:
+            clip = spec.clip_rule.to_hf()
+            del clip["image_processor_type"]
+            write_json(folder / "video_preprocessor_config.json", common | steps | clip | _sampling(spec))
         return
     common |= {"patch_size": spec.patch, "temporal_patch_size": spec.temporal_patch, "merge_size": spec.merge}
     image = {
@@ -130,11 +148,15 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
     write_json(folder / "preprocessor_config.json", common | image)
     if spec.video_processor_type is None:
         return
-    clip = {
-        "size": {"shortest_edge": spec.clip_min_pixels, "longest_edge": spec.clip_max_pixels},
+    size = {"shortest_edge": spec.clip_min_pixels, "longest_edge": spec.clip_max_pixels}
+    write_json(folder / "video_preprocessor_config.json", common | {"size": size} | _sampling(spec))
+
+
+def _sampling(spec: ProcessorSpec) -> dict[str, Any]:
+    """How frames are chosen, as the file of clips says it."""
+    return {
         "fps": spec.fps,
         "min_frames": spec.min_frames,
         "max_frames": spec.max_frames,
         "video_processor_type": spec.video_processor_type,
     }
-    write_json(folder / "video_preprocessor_config.json", common | clip)

@@ -14,9 +14,12 @@ from einops import rearrange
 from PIL import Image
 
 from mllm_jax.data.images import resized
-from mllm_jax.types import NEWLINE
+from mllm_jax.data.mix import Tokens, alone, end_rows, joined, resampled
+from mllm_jax.data.resize import Rule, Square
+from mllm_jax.types import Mix
 
 Size = tuple[int, int]  # (height, width)
+ONEVISION = "LlavaOnevisionImageProcessor"
 
 
 def best_canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
@@ -52,8 +55,8 @@ def anyres_tiles(image: Image.Image, canvas: Size, tile: int) -> np.ndarray:
     return np.concatenate([resized(image, (tile, tile))[None], _cut(laid, tile)])
 
 
-def anyres_order(size: Size, canvas: Size, tile: int, side: int) -> np.ndarray:
-    """Which visual tokens stand where, for a picture of `size` pixels: i32[m].
+def anyres_tokens(size: Size, canvas: Size, tile: int, side: int, most: int = 0) -> Tokens:
+    """Which visual tokens stand where, for a picture of `size` pixels.
 
     First all tokens of the whole picture, then the grid of all tiles row by row, without the rows or columns that lie
     around the picture, a NEWLINE after each row.
@@ -61,13 +64,18 @@ def anyres_order(size: Size, canvas: Size, tile: int, side: int) -> np.ndarray:
     Args:
       tile: side of a tile in pixels.
       side: visual tokens along the side of a tile.
+      most: a grid of over 1.21 times the tokens of so many tiles is resampled to about as many; 0 = it stays.
     """
     rows, columns = canvas[0] // tile, canvas[1] // tile
-    whole, tokens = np.arange(side**2), np.arange((1 + rows * columns) * side**2)[side**2 :]
+    tokens = np.arange((1 + rows * columns) * side**2, dtype=np.int32)[side**2 :]
     shape = {"rows": rows, "columns": columns, "y": side, "x": side}
     grid = _uncovered(rearrange(tokens, "(rows columns y x) -> (rows y) (columns x)", **shape), size)
-    lines = np.concatenate([grid, np.full((len(grid), 1), NEWLINE)], axis=1)
-    return np.concatenate([whole, lines.ravel()]).astype(np.int32)
+    ratio = math.sqrt(grid.size / (most * side**2)) if most else 0
+    if ratio > 1.1:
+        tokens = resampled(grid, (int(grid.shape[0] // ratio), int(grid.shape[1] // ratio)))
+    else:
+        tokens = alone(grid)
+    return joined([alone(np.arange(side**2)), end_rows(tokens)])
 
 
 def _uncovered(grid: np.ndarray, size: Size) -> np.ndarray:
@@ -102,11 +110,22 @@ def dynamic_tiles(image: Image.Image, grid: Size, tile: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class AnyRes:
-    """LLaVA-NeXT's rule, see resize.Whole: pinpoints are canvases in pixels, tile the side of a tile."""
+class AnyRes(Rule):
+    """LLaVA-NeXT's rule, and LLaVA-OneVision's (arXiv 2408.03326).
+
+    pinpoints: canvases in pixels; tile: the side of a tile.
+    most: tiles' worth of visual tokens to which larger grids are resampled; 0 = any number.
+    colour: around a picture that is one of several of a conversation, each of which is a single tile; None = they are
+      cut like one.
+    """
 
     pinpoints: tuple[Size, ...]
     tile: int
+    most: int = 0
+    colour: tuple[int, int, int] | None = None
+
+    def among(self, count: int) -> Rule:
+        return self if count == 1 or self.colour is None else Square(self.tile, self.colour)
 
     def within(self, limit: float) -> "AnyRes":
         small = tuple(canvas for canvas in self.pinpoints if math.prod(canvas) + self.tile**2 <= limit)
@@ -117,23 +136,28 @@ class AnyRes:
         return ((self.tile, self.tile),) * (1 + math.prod(canvas) // self.tile**2)
 
     def order(self, size: Size, factor: int) -> np.ndarray:
-        return anyres_order(size, best_canvas(size, self.pinpoints), self.tile, self.tile // factor)
+        return self._tokens(size, factor).order
+
+    def mix(self, size: Size, factor: int) -> Mix | None:
+        return self._tokens(size, factor).mix if self.most else None
+
+    def _tokens(self, size: Size, factor: int) -> Tokens:
+        return anyres_tokens(size, best_canvas(size, self.pinpoints), self.tile, self.tile // factor, self.most)
 
     def pictures(self, image: Image.Image) -> Iterator[np.ndarray]:
         yield from anyres_tiles(image, best_canvas((image.height, image.width), self.pinpoints), self.tile)
 
     def to_hf(self) -> dict[str, Any]:
-        return {
-            "image_processor_type": "LlavaNextImageProcessor",
-            "image_grid_pinpoints": [list(canvas) for canvas in self.pinpoints],
-            "size": {"shortest_edge": self.tile},
-            "crop_size": {"height": self.tile, "width": self.tile},
-        }
+        side, pinpoints = {"height": self.tile, "width": self.tile}, [list(canvas) for canvas in self.pinpoints]
+        if self.colour is not None:
+            return {"image_processor_type": ONEVISION, "image_grid_pinpoints": pinpoints, "size": side}
+        sizes = {"size": {"shortest_edge": self.tile}, "crop_size": side}
+        return {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints, **sizes}
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """InternVL's rule, see resize.Whole: `low` to `high` tiles of `tile` pixels a side, and the whole picture."""
+class Tiles(Rule):
+    """InternVL's rule: `low` to `high` tiles of `tile` pixels a side, and the whole picture."""
 
     tile: int
     low: int = 1

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mllm_jax.data import images, video
+from mllm_jax.data.mix import spread
 from mllm_jax.data.positions import in_a_line, on_a_grid, patch_positions
+from mllm_jax.data.resize import Rule, Whole
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import Size
 from mllm_jax.data.video import Clip
+from mllm_jax.types import NEWLINE, Mix
 
 
 class Run(NamedTuple):
@@ -20,6 +23,7 @@ class Run(NamedTuple):
     order: np.ndarray  # i32[m] which of the visual tokens of the pictures, laid end to end; NEWLINE
     position: np.ndarray  # i32[m 3] rotary positions, counted from the first
     advance: int  # rotary position of what follows
+    mix: Mix | None = None  # of `order`; None = every token stands alone
 
 
 class Plan(NamedTuple):
@@ -67,13 +71,15 @@ class Still:
 
 @dataclasses.dataclass(frozen=True)
 class Cut(Still):
-    """A picture that is cropped, stretched or cut into tiles by the spec's rule."""
+    """A picture that is cropped, stretched or cut into tiles by a rule."""
+
+    rule: Rule
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
         images.check_aspect(self.height, self.width)
-        rule, size = spec.rule.within(limit), (self.height, self.width)
+        rule, size = self.rule.within(limit), (self.height, self.width)
         order = rule.order(size, spec.factor)
-        return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order))),), rule)
+        return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor)),), rule)
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
         for pixels in plan.rule.pictures(images.load_image(self.source)):
@@ -106,7 +112,7 @@ class Film:
         size = video.clip_size(frames, clip.height, clip.width, spec.factor, spec.temporal_patch, low, high)
         size = _within(limit, size, clip.height, clip.width, spec.factor)
         count = math.ceil(frames / spec.temporal_patch)
-        tokens = math.prod(size) // spec.factor**2
+        tokens = spec.tokens(size)
         return Plan((size,) * count, tuple(_run(spec, size, first * tokens) for first in range(count)))
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
@@ -129,6 +135,29 @@ class WholeFilm(Film):
         count, seconds = math.ceil(frames / spec.temporal_patch), clip.frames / (frames * clip.fps)
         times = patch_positions(count, spec.position_rate, spec.temporal_patch * seconds)
         return Plan((size,) * count, (_run(spec, size, 0, tuple(times)),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Framed(Film):
+    """A clip that is one run of visual tokens, its frames read one by one by the spec's rule; a NEWLINE ends it."""
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        clip, count = self.clip, len(self.indices)
+        images.check_aspect(clip.height, clip.width)
+        rule, size = spec.clip_rule.within(limit), (clip.height, clip.width)
+        order, mix = frame_by_frame(rule, size, spec.factor, count)
+        return Plan(rule.sizes(size) * count, (Run(order, *in_a_line(len(order)), mix),), rule)
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        for frame in self.clip.read(self.indices):
+            yield plan.rule.read(frame)[None]
+
+
+def frame_by_frame(rule: Whole, size: Size, factor: int, count: int) -> tuple[np.ndarray, Mix | None]:
+    """The order and the mix of `count` frames of a clip, and of the NEWLINE that ends it."""
+    frame, step = (rule.order(size, factor), rule.mix(size, factor)), math.prod(s // factor for s in rule.sized(size))
+    runs, firsts = [frame] * count + [(np.array([NEWLINE]), None)], [*range(0, count * step, step), 0]
+    return spread(np.ones(count * len(frame[0]) + 1, bool), runs, firsts)
 
 
 def _native(source: Any, bounds: tuple[int, int], factor: int, limit: float, row: float) -> Size:

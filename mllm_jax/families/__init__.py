@@ -3,8 +3,8 @@
 Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME; one that sees has also INPUTS,
 the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
 encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, rule(config) how it
-cuts pictures, and chat(config) what it expects of chats. elsewhere(json, names) is the model that has the rest of the
-weights, where files may hold a part of them.
+cuts pictures, clip_rule(config) how it reads the frames of clips, and chat(config) what it expects of chats.
+elsewhere(json, names) is the model that has the rest of the weights, where files may hold a part of them.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from mllm_jax.families import (
     llama,
     llava,
     llava_llama,
+    llava_onevision,
     mistral,
     opt,
     paligemma,
@@ -57,6 +58,7 @@ FAMILIES = {
     "llava_llama": llava_llama,
     "llava_mistral": llava_llama,
     "llava_next": llava,
+    "llava_onevision": llava_onevision,
     "mistral": mistral,
     "opt": opt,
     "paligemma": paligemma,
@@ -93,6 +95,7 @@ def spec_for(config: ModelConfig) -> ProcessorSpec:
     return dataclasses.replace(
         getattr(family, "SPEC", SEEING),
         rule=family.rule(config) if hasattr(family, "rule") else None,
+        clip_rule=family.clip_rule(config) if hasattr(family, "clip_rule") else None,
         patch=encoder.patch_size,
         temporal_patch=encoder.temporal_patch_size,
         merge=config.merge,
@@ -103,4 +106,5 @@ def spec_for(config: ModelConfig) -> ProcessorSpec:
         on_a_grid=any(rows or ()),
         prefix=config.prefix,
         **(family.chat(config) if hasattr(family, "chat") else {}),
+        mixes=config.most_tiles > 0,
     )

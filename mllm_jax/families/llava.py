@@ -11,13 +11,13 @@ from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.resize import Crop
 from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.data.tiles import AnyRes, anyres_order, best_canvas
+from mllm_jax.data.tiles import AnyRes
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, mistral, qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import linear
-from mllm_jax.families.towers import CLIP, tower_for, tower_of
+from mllm_jax.families.towers import CLIP, part_to_hf, tower_for, tower_of
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.types import Visual
 from mllm_jax.weights.table import Row
@@ -119,7 +119,7 @@ def to_hf(config: ModelConfig) -> dict:
         "vision_feature_select_strategy": "default" if encoder.class_token else "full",
         "tie_word_embeddings": config.decoder.tie_embeddings,
         "text_config": decoder,
-        "vision_config": tower_of(encoder).to_hf(encoder),
+        "vision_config": part_to_hf(encoder),
     }
     if connector.newline:
         written["image_grid_pinpoints"] = [list(size) for size in config.pinpoints]
@@ -142,7 +142,7 @@ INPUTS = ("pixel_values", "image_sizes")
 
 def rule(config: ModelConfig) -> AnyRes | Crop:
     """How pictures are cut where no preprocessor_config.json says it."""
-    side = config.encoder.position_grid * config.encoder.patch_size
+    side = config.encoder.side
     return AnyRes(config.pinpoints, side) if config.pinpoints else Crop(side, (side, side))
 
 
@@ -169,12 +169,9 @@ def whole(config: ModelConfig, pixels: np.ndarray) -> Visual:
 
 def tiled(config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> Visual:
     """A picture of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
-    side = config.encoder.position_grid
-    tile = side * config.encoder.patch_size
-    canvas = best_canvas(size, config.pinpoints)
-    count = 1 + (canvas[0] // tile) * (canvas[1] // tile)
-    pictures = tuple(cut(pixels, config.encoder.patch_size, config.lead, config.merge) for pixels in tiles[:count])
-    return counted_like_text(pictures, anyres_order(size, canvas, tile, side))
+    patch, own = config.encoder.patch_size, rule(config)
+    pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
+    return counted_like_text(pictures, own.order(size, patch))
 
 
 def weights(config: ModelConfig) -> list[Row]:

@@ -5,7 +5,7 @@ from einops import rearrange
 
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.positions import in_a_line, on_a_grid
-from mllm_jax.types import Picture, Visual
+from mllm_jax.types import Mix, Picture, Visual
 
 
 def read_clips(arrays: Arrays, pixels: str, grids: str) -> list[tuple[Picture, ...]]:
@@ -34,9 +34,9 @@ def one_by_one(pictures: tuple[Picture, ...], merge: int, times: tuple[int, ...]
     return Visual(pictures, np.arange(len(position)), position, advance)
 
 
-def counted_like_text(pictures: tuple[Picture, ...], order: np.ndarray) -> Visual:
+def counted_like_text(pictures: tuple[Picture, ...], order: np.ndarray, mix: Mix | None = None) -> Visual:
     """Visual tokens in a given order, with the rotary positions that text in their place would have."""
-    return Visual(pictures, np.asarray(order, np.int32), *in_a_line(len(order)))
+    return Visual(pictures, np.asarray(order, np.int32), *in_a_line(len(order)), mix)
 
 
 def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> Picture:

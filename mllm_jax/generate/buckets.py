@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from mllm_jax.types import Batch, Vision
+from mllm_jax.types import Batch, Mix, Vision
 
 TOKENS = 64  # lengths are multiples of these
 PATCHES = 128  # what splash attention asks for
@@ -28,12 +28,18 @@ def pad_prompts(batch: Batch, merge: int) -> Batch:
         np.asarray(x) for x in (batch.tokens, batch.segment, batch.position, batch.vision_index)
     )
     length = bucket(tokens.shape[1], TOKENS)
-    vision = batch.vision
+    vision, mix = batch.vision, batch.mix
     if vision is not None:
-        _, rows, patches = vision.image.shape
-        rows, longer = bucket(rows), bucket(patches, math.lcm(PATCHES, merge**2))
-        row, place = np.divmod(index, patches // merge**2)
-        index = np.where(index >= 0, row * (longer // merge**2) + place, -1)
+        _, count, patches = vision.image.shape
+        rows, longer = bucket(count), bucket(patches, math.lcm(PATCHES, merge**2))
+        old, new = (np.prod(shape) // merge**2 for shape in ((count, patches), (rows, longer)))
+
+        def moved(index):
+            row, place = np.divmod(np.asarray(index), patches // merge**2)
+            moved = np.where(index >= 0, row * (longer // merge**2) + place, -1)
+            return np.where(index == old, new, moved)  # the connector's newline stays behind all visual tokens
+
+        index, mix = moved(index), mix and mix._replace(index=moved(mix.index))
         vision = Vision(*(_pad(x, rows, longer) for x in vision))
         vision = vision._replace(grid=np.maximum(vision.grid, 1))
     return Batch(
@@ -45,6 +51,7 @@ def pad_prompts(batch: Batch, merge: int) -> Batch:
         vision_index=np.where(_pad(segment, length) > 0, _pad(index, length), -1).astype(np.int32),
         vision=vision,
         prefix=None if batch.prefix is None else _pad(batch.prefix, length),
+        mix=mix and Mix(*(_pad(x, length) for x in mix)),
     )
 
 

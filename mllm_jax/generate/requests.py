@@ -46,8 +46,7 @@ def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
     """Conversations as a batch of prompts, one per row, no larger than the largest of them."""
     processor = _processor(vlm)
     examples = [processor(_messages(conversation), generate=True) for conversation in conversations]
-    shape = {"merge": vlm.config.merge, "values": vlm.config.patch_values, "prefix": vlm.config.prefix}
-    return collate([[example] for example in examples], tightest(examples), **shape)
+    return collate([[example] for example in examples], tightest(examples), **vlm.config.layout)
 
 
 def stream_text(processor: Any, stop: Sequence[int], write: Callable[[str], None]) -> Callable[[np.ndarray], None]:

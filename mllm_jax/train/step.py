@@ -185,17 +185,20 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
     """NamedSharding of every array of a batch: rows over the `batch` axes, tokens over `length`, and rows of patches
     over `patch_row` where they divide. Raises ValueError where the rows or the tokens of the batch do not."""
 
-    def of(x, names, what):
+    def of(names, what, x):
         names = ("batch", *names, *(None,) * (x.ndim - 1 - len(names)))
         return NamedSharding(mesh, partition_spec(names, rules, mesh, x.shape, what))
 
-    given = {name: x for name, x in batch._asdict().items() if name != "vision" and x is not None}
-    text = {name: of(x, ("length",), f"batch.{name}") for name, x in given.items()}
+    text = {
+        name: jax.tree.map(partial(of, ("length",), f"batch.{name}"), value)
+        for name, value in batch._asdict().items()
+        if name != "vision"
+    }
     if batch.vision is None:
         return Batch(**text)
     divides = batch.vision.image.shape[1] % ways("patch_row", rules, mesh) == 0
     names = ("patch_row",) if divides else ()
-    vision = {name: of(x, names, f"batch.vision.{name}") for name, x in batch.vision._asdict().items()}
+    vision = {name: of(names, f"batch.vision.{name}", x) for name, x in batch.vision._asdict().items()}
     return Batch(**text, vision=Vision(**vision))
 
 

@@ -1,0 +1,278 @@
+"""LLaVA-OneVision equals transformers' on random tiny weights: one picture, several, pooled grids, clips, files."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+import tiny_chat
+import torch
+import transformers
+from PIL import Image
+from reference import assert_export, assert_step, perturb, to_torch
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+import mllm_jax
+from mllm_jax.data.pack import collate, tightest
+from mllm_jax.data.tiles import best_canvas
+from mllm_jax.data.visuals import frame_by_frame
+from mllm_jax.families import llava_onevision, spec_for
+from mllm_jax.generate.buckets import pad_prompts
+from mllm_jax.model import count_params
+from mllm_jax.types import NEWLINE
+
+IMAGE, VIDEO, NEW, TILE, SIDE = 150, 151, 6, 20, 5
+PINPOINTS = [[TILE * rows, TILE * columns] for rows in range(1, 4) for columns in range(1, 4)]
+# Sizes of the pictures, and frames of the clips, in every row: uncut, pooled, several, none, a clip, both.
+ROWS = [([(20, 30)], []), ([(70, 50)], []), ([(30, 20), (7, 40)], []), ([], []), ([], [3]), ([(33, 61)], [3])]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Ours, read from files that transformers wrote; theirs."""
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=dict(
+            model_type="siglip_vision_model", image_size=TILE, patch_size=4, vision_use_head=False,
+            hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        ),
+        text_config=dict(
+            model_type="qwen2", vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio="anyres_max_3",
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.LlavaOnevisionForConditionalGeneration(config).eval().float()
+    perturb(model)
+    with torch.no_grad():
+        for parameter in model.model.language_model.layers.parameters():
+            parameter.mul_(2.0)  # or a token's embedding outweighs what the layers add, and greedy tokens repeat
+    folder = tmp_path_factory.mktemp("onevision")
+    model.save_pretrained(folder)
+    return mllm_jax.load_pretrained(folder), model
+
+
+def counting():
+    """transformers' processor, as far as it counts tokens: without torchvision it cannot be made."""
+    processor = object.__new__(LlavaOnevisionProcessor)
+    processor.image_processor = types.SimpleNamespace(image_grid_pinpoints=PINPOINTS)
+    processor.num_image_tokens, processor.vision_aspect_ratio = SIDE**2, "anyres_max_3"
+    processor.vision_feature_select_strategy = "full"
+    return processor
+
+
+def inputs_of(rows=ROWS, side="right", labels=False):
+    """Prompts with pictures and clips of random pixels, as their own processor would give them."""
+    rng, counts, pixels, sizes, numbers, clips, ids = np.random.default_rng(3), counting(), [], [], [], [], []
+    for pictures, films in rows:
+        tokens = rng.integers(5, 149, 4 + len(ids)).tolist()
+        for height, width in pictures:
+            canvas = best_canvas((height, width), PINPOINTS)
+            tiles = 1 if len(pictures) > 1 else 1 + canvas[0] * canvas[1] // TILE**2
+            drawn = np.zeros((10, 3, TILE, TILE), np.float32)
+            drawn[:tiles] = rng.standard_normal((tiles, 3, TILE, TILE))
+            pixels.append(drawn)
+            sizes.append((height, width))
+            own = counts._get_number_of_features(height, width, TILE, TILE)
+            tokens += [IMAGE] * (SIDE**2 + 1 if len(pictures) > 1 else own) + rng.integers(5, 149, 3).tolist()
+        for frames in films:
+            clips.append(rng.standard_normal((frames, 3, TILE, TILE)).astype(np.float32))
+            tokens += [VIDEO] * (frames * 9 + 1) + rng.integers(5, 149, 3).tolist()
+        numbers += [len(pictures)] if pictures else []
+        ids.append(tokens)
+    length = max(map(len, ids))
+    filled, mask = np.zeros((2, len(ids), length), np.int64)
+    for row, tokens in enumerate(ids):
+        here = slice(0, len(tokens)) if side == "right" else slice(length - len(tokens), length)
+        filled[row, here], mask[row, here] = tokens, 1
+    inputs = {"input_ids": filled, "attention_mask": mask}
+    if pixels:
+        inputs |= {"pixel_values": np.stack(pixels), "image_sizes": np.array(sizes)}
+        inputs |= {"batch_num_images": np.array(numbers)}
+    if clips:
+        inputs["pixel_values_videos"] = np.stack(clips)
+    if labels:
+        first = np.arange(length) == mask.argmax(axis=1)[:, None]  # nothing is before it to predict it from
+        text = (mask == 1) & ~first & (filled < IMAGE)
+        inputs["labels"] = np.where(text, filled, -100)
+    return inputs
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_and_gradients(pair, side, tmp_path, record_property):
+    inputs = inputs_of(side=side, labels=True)
+    batch = mllm_jax.from_hf_inputs(pair[0].config, inputs)
+    assert (batch.mix.share > 0).all(axis=-1).sum() > 100  # places where four tokens meet
+    assert_step(record_property, *pair, inputs, tmp_path, unused="post_layernorm")
+
+
+def test_greedy_tokens(pair):
+    vlm, model = pair
+    inputs = inputs_of(side="left")
+    with torch.no_grad():
+        settings = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = model.generate(**to_torch(inputs), **settings)[:, -NEW:].numpy()
+    assert len(np.unique(expected)) > 5
+    np.testing.assert_array_equal(
+        mllm_jax.generate_ids(vlm, mllm_jax.from_hf_inputs(vlm.config, inputs), NEW), expected
+    )
+
+
+def test_files_go_back(pair, tmp_path):
+    assert_export(*pair, inputs_of(), tmp_path)
+
+
+def test_prompts_in_a_larger_shape_keep_their_tokens(pair):
+    """Every visual token is the same patch as before, and a newline stays one."""
+    batch = mllm_jax.from_hf_inputs(pair[0].config, inputs_of())
+    larger = pad_prompts(batch, merge=1)
+    before, after = (np.prod(each.vision.image.shape[1:]) for each in (batch, larger))
+    assert before < after
+    length = batch.tokens.shape[1]
+    for old, new in ((batch.vision_index, larger.vision_index), (batch.mix.index, larger.mix.index)):
+        new = new[:, :length]
+        assert (old == before).any()
+        np.testing.assert_array_equal(old == before, new == after)
+        for row, (one, two) in enumerate(zip(old, new)):
+            seen = (one >= 0) & (one < before)
+            patches = (each.vision.patches[row].reshape(-1, 48) for each in (batch, larger))
+            np.testing.assert_array_equal(*(values[index[seen]] for values, index in zip(patches, (one, two))))
+    np.testing.assert_array_equal(batch.mix.share, larger.mix.share[:, :length])
+
+
+def picture(height, width):
+    """Smooth colours and noise."""
+    rng = np.random.default_rng(height * 10007 + width)
+    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    return Image.fromarray((smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+SIZES = [(480, 640), (384, 384), (3000, 300), (300, 3000), (2304, 2304), (1080, 1920), (1, 1), (7, 1333), (899, 1024)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_tokens_of_published_sizes(size):
+    """What stands where, and mixed with what: numbers in place of features, packed by transformers' own code."""
+    config, side = llava_onevision.sizes("7b"), 27
+    rule = spec_for(config).rule
+    tiles = len(rule.sizes(size))
+    numbers = torch.arange(tiles * side**2, dtype=torch.float64).view(tiles, side**2, 1)
+    vision = types.SimpleNamespace(image_size=384, patch_size=14)
+    pinpoints = [list(canvas) for canvas in config.pinpoints]
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
+    newline = torch.tensor([-7.0], dtype=torch.float64)
+    (expected,), _ = LlavaOnevisionModel.pack_image_features(model, [numbers], [size], newline)
+    order, mix = rule.order(size, 14), rule.mix(size, 14)
+    index = np.concatenate([order[:, None], mix.index], axis=1)
+    values = np.where(index == NEWLINE, -7.0, index)
+    np.testing.assert_allclose((values * mix.share).sum(axis=1), expected[:, 0], rtol=1e-6, atol=1e-2)
+    np.testing.assert_allclose(mix.share.sum(axis=1), 1, rtol=1e-6)
+
+    frames = torch.arange(2 * side**2, dtype=torch.float64).view(2, side**2, 1)
+    pooled = LlavaOnevisionModel.apply_pooling(model, frames).flatten()
+    order, mix = frame_by_frame(spec_for(config).clip_rule, size, 14, 2)
+    values = (np.concatenate([order[:, None], mix.index], axis=1) * mix.share).sum(axis=1)
+    assert order[-1] == NEWLINE and len(order) == 2 * 196 + 1
+    np.testing.assert_allclose(values[:-1], pooled, rtol=1e-6, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def read(pair, tmp_path_factory):
+    """The model with a tokenizer and a chat template that writes pictures before clips, and these before text."""
+    folder = tmp_path_factory.mktemp("chat")
+    mllm_jax.save_pretrained(pair[0], folder)
+    tiny_chat.write_tokenizer(folder)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        text = (folder / name).read_text().replace("<|image_pad|>", "<image>").replace("<|video_pad|>", "<video>")
+        (folder / name).write_text(text)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for kind in ('image', 'video', 'text') %}"
+        "{% for item in message.content if item.type == kind %}"
+        "{{ item.text if kind == 'text' else '<' + kind + '>\n' }}{% endfor %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    ids = {token["content"]: int(number) for number, token in tokens.items()}
+    config |= {"image_token_index": ids["<image>"], "video_token_index": ids["<video>"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return mllm_jax.load_pretrained(folder)
+
+
+def question(*items):
+    kinds = {str: "text", list: "video"}
+    content = [{"type": kinds.get(type(item), "image"), kinds.get(type(item), "image"): item} for item in items]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("sizes", [[(70, 50)], [(30, 20), (7, 40), (20, 20)], [(1, 1)]], ids=str)
+def test_messages_become_what_transformers_reads(read, sizes):
+    """Tiles, or one padded square for each of several pictures, to one level of 255; the same tokens and shares."""
+    spec, images = read.processor.spec, [picture(*size) for size in sizes]
+    said = dict(image_mean=list(spec.mean), image_std=list(spec.std), image_grid_pinpoints=PINPOINTS)
+    processor = LlavaOnevisionImageProcessorPil(size={"height": TILE, "width": TILE}, **said)
+    arrays = dict(processor([images], return_tensors="np"))
+    assert arrays["batch_num_images"].tolist() == [len(sizes)]
+    example = read.processor(question("before", *images, "after"), generate=True)
+    batch = mllm_jax.from_hf_inputs(read.config, arrays | {"input_ids": example.tokens[None]})
+    found = collate([[example]], tightest([example]), **read.config.layout)
+    for name in ("tokens", "position", "vision_index"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(batch, name), err_msg=name)
+    for one, two in zip(found.mix, batch.mix):
+        np.testing.assert_array_equal(one, two)
+    levels = (np.asarray(batch.vision.patches) * 0.5 + 0.5) * 255
+    assert np.abs(levels - found.vision.patches).max() <= 1
+
+
+def test_pictures_and_clips_of_a_conversation(read):
+    """In the order of the template, which is not that of the message; frames are stretched, four tokens become one."""
+    frames, image = [picture(40, 30)] * 3, picture(33, 61)
+    example = read.processor(question("what", frames, image), generate=True)
+    image_id, video_id = read.config.tokens.image, read.config.tokens.video
+    shown = example.tokens[example.visual]
+    alone = len(read.processor(question(image)).pictures)
+    assert np.flatnonzero(np.diff(shown)).tolist() == [(shown == image_id).sum() - 1]
+    assert (shown == video_id).sum() == 3 * 9 + 1 and len(example.pictures) == alone + 3
+    assert [picture.time for picture in example.pictures] == [0] * alone + [0, 1, 2]
+    answers = mllm_jax.generate(read, [question("what", frames, image), question("hi")], max_new_tokens=3)
+    assert len(answers) == 2
+
+
+def test_processor_files(read, tmp_path):
+    """What is saved is read back, by transformers too."""
+    mllm_jax.save_pretrained(read, tmp_path)
+    assert mllm_jax.load_pretrained(tmp_path).processor.spec == read.processor.spec
+    theirs = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path)
+    assert theirs.image_grid_pinpoints == PINPOINTS and list(theirs.image_mean) == [0.5] * 3
+    assert (theirs.size["height"], theirs.size["width"]) == (TILE, TILE)
+    clips = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    assert clips["size"] == {"height": TILE, "width": TILE}
+    assert clips["video_processor_type"] == "LlavaOnevisionVideoProcessor"
+
+
+def test_bad_inputs(pair):
+    config, inputs = pair[0].config, inputs_of()
+    with pytest.raises(ValueError, match="as many pictures in batch_num_images"):
+        mllm_jax.from_hf_inputs(config, inputs | {"batch_num_images": np.array([1, 1])})
+    with pytest.raises(ValueError, match="placeholders more than the pictures"):
+        mllm_jax.from_hf_inputs(config, {k: v for k, v in inputs.items() if k != "pixel_values_videos"})
+    stated = llava_onevision.to_hf(config)
+    with pytest.raises(ValueError, match="vision_aspect_ratio must be anyres_max_9"):
+        llava_onevision.from_hf(stated | {"vision_aspect_ratio": "square"})
+    with pytest.raises(ValueError, match="no size '8b'; sizes: 0.5b, 7b, 72b"):
+        llava_onevision.sizes("8b")
+
+
+def test_published_sizes():
+    """Parameters of transformers' models of these configs."""
+    expected = {"0.5b": 893_675_552, "7b": 8_030_807_584, "72b": 73_181_570_592}
+    assert {name: sum(count_params(llava_onevision.sizes(name)).values()) for name in expected} == expected
+    for config in llava_onevision.SIZES.values():
+        assert llava_onevision.from_hf(llava_onevision.to_hf(config)) == config
