@@ -10,7 +10,7 @@ from mllm_jax.families import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import RULES
 from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.inputs import FilesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
 
@@ -23,7 +23,7 @@ def get_config():
             model=replace(qwen3_vl.sizes("30b-a3b"), runtime=runtime),
             init="Qwen/Qwen3-VL-30B-A3B-Instruct",
             # 2,048 of a row's 4,096 tokens are visual: two pictures of 4,096 patches, or more and smaller ones.
-            data=JsonLinesData(batch=256, tokens=4096, rows=2, patches=4096),
+            data=FilesData(batch=256, tokens=4096, rows=2, patches=4096),
             optim=OptimConfig(learning_rate=1e-5, steps=10_000, warmup=200, weight_decay=0.01),
             train=TrainConfig(log_every=10, save_every=500, balance=BalanceConfig("global")),
             mesh={"fsdp": -1, "expert": 8},

@@ -15,7 +15,7 @@ from mllm_jax.families import qwen3_vl
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.inputs import FilesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
 
@@ -43,7 +43,7 @@ def get_config(arg: str = "115m"):
         Run(
             model=ModelConfig(published.encoder, published.connector, published.decoder, published.tokens, runtime),
             init="" if random else f"Qwen/Qwen3-VL-{size.upper()}-Instruct",
-            data=JsonLinesData(batch=8, tokens=4096, rows=4, patches=4096),
+            data=FilesData(batch=8, tokens=4096, rows=4, patches=4096),
             optim=OptimConfig(learning_rate=3e-4 if random else 1e-5, steps=1000, warmup=50, weight_decay=0.01),
             train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
         )

@@ -14,7 +14,7 @@ from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.inputs import FilesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
 
@@ -34,7 +34,7 @@ def get_config(arg: str = "llava/1.5-7b"):
     return run_config(
         Run(
             model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
-            data=JsonLinesData(batch=8, tokens=TOKENS, rows=2, patches=picture * max(1, PATCHES // picture)),
+            data=FilesData(batch=8, tokens=TOKENS, rows=2, patches=picture * max(1, PATCHES // picture)),
             optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50),
             train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
         )

@@ -37,7 +37,8 @@ MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
 DATA_WORKERS = ["pack", "readers", "sources", "scenes", "images", "video", "positions", "template", "processor"]
-DATA_WORKERS += ["mix", "resize", "tiles", "spec", "visuals", "pairs", "dual_processor"]
+DATA_WORKERS += ["mix", "resize", "tiles", "spec", "visuals", "pairs", "dual_processor", "records"]
+DATA_WORKERS += [f"sources.{kind}" for kind in ("json_files", "array_record", "tar", "parquet", "tfds")]
 
 
 def part(path: pathlib.Path) -> str:
@@ -86,7 +87,7 @@ def test_metadata_names_what_is_imported():
     """Every third-party package that the code imports is declared in setup.py, and nothing is declared for nothing."""
     declared = (ROOT / "setup.py").read_text()
     names = {"PIL": "pillow", "yaml": "pyyaml", "ml_collections": "ml-collections", "orbax": "orbax-checkpoint",
-             "absl": "absl-py"}  # fmt: skip
+             "absl": "absl-py", "tensorflow_datasets": "tensorflow-datasets"}  # fmt: skip
     for path in SOURCES:
         for module in imported_modules(path):
             top = module.split(".")[0]

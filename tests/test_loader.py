@@ -13,8 +13,9 @@ from PIL import Image
 from mllm_jax.data.loader import BadData, join_states, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor, ProcessorSpec, TooLarge
+from mllm_jax.data.records import BadRecord
 from mllm_jax.data.scenes import SCENES_TEMPLATE, Scenes, scenes_tokenizer
-from mllm_jax.data.sources import BadRecord, JsonLines
+from mllm_jax.data.sources import open_source
 from mllm_jax.data.template import ChatTemplate, Tokenizer
 from mllm_jax.types import Example, Picture
 
@@ -328,7 +329,7 @@ def test_pictures_are_shrunk_to_the_budget_before_a_conversation_is_dropped(tmp_
     )
     lines = [ask("small.png", "Any red?"), ask("large.png", "Any red?"), ask("small.png", "Why? " * 90)]
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
-    loader = make_loader(JsonLines(tmp_path / "set.jsonl"), scenes_processor(), Budget(128, 2, 256), 2, epochs=1)
+    loader = make_loader(open_source(tmp_path / "set.jsonl"), scenes_processor(), Budget(128, 2, 256), 2, epochs=1)
     (batch, info), *more = loader
     assert not more and info.conversations == 2 and info.dropped == 1 and not info.skipped
     grids = {tuple(g) for g in batch.vision.grid[batch.vision.image > 0]}

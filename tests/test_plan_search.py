@@ -34,7 +34,7 @@ from mllm_jax.plan.page import Chosen, write_page
 from mllm_jax.plan.portion import Portion, read_shapes
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.inputs import FilesData
 from mllm_jax.train.optim import OptimConfig, make_optimizer
 from mllm_jax.train.run import Run, TrainConfig, read_run, run_config
 from mllm_jax.train.state import abstract_state, state_shardings
@@ -48,7 +48,7 @@ def a_run(model=None, remat="full", moe=None, **changes) -> Run:
     model = dataclasses.replace(model, runtime=Runtime(dtype="bfloat16", remat=remat, expert_room=1.25))
     if moe:
         model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, moe=moe))
-    data = JsonLinesData(**{"batch": 8, "tokens": 64, "rows": 2, "patches": 32} | changes.pop("data", {}))
+    data = FilesData(**{"batch": 8, "tokens": 64, "rows": 2, "patches": 32} | changes.pop("data", {}))
     optim, train = OptimConfig(**changes.pop("optim", {})), TrainConfig(**changes.pop("train", {}))
     return read_run(run_config(Run(model=model, data=data, optim=optim, train=train, **changes)))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mllm_jax.data.sources import BadRecord, JsonLines
+from mllm_jax.data.records import BadRecord
+from mllm_jax.data.sources import Conversations, open_source
 
 QUESTION, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}
 
@@ -24,10 +25,10 @@ def folder(tmp_path):
     return root
 
 
-def source(folder: Path, *records, **options) -> JsonLines:
+def source(folder: Path, *records, **options) -> Conversations:
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     (folder / "set.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return JsonLines(folder / "set.jsonl", **options)
+    return open_source(folder / "set.jsonl", **options)
 
 
 def image(folder, name="pictures/a.png"):
@@ -94,7 +95,7 @@ def test_filters_and_line_names(folder):
     assert [records[i]["kind"] for i in range(len(records))] == ["ocr", "caption"]
     assert pickle.loads(pickle.dumps(records))[1] == records[1]
     with pytest.raises(ValueError, match="no record where"):
-        JsonLines(folder / "set.jsonl", where={"split": "validation"})
+        open_source(folder / "set.jsonl", where={"split": "validation"})
 
 
 def test_root_apart_from_the_file(folder, tmp_path):
@@ -157,7 +158,7 @@ def test_links_within_the_root_are_fine(folder):
 
 
 def test_real_conversations(shared):
-    records = JsonLines(shared / "data" / "conversations.jsonl", where={"split": "test"})
+    records = open_source(shared / "data" / "conversations.jsonl", where={"split": "test"})
     items = [records[i] for i in range(len(records))]
     assert {item["kind"] for item in items} >= {"caption", "presence", "counting", "grounding", "vqa"}
     assert all(os.path.isfile(item["messages"][0]["content"][0]["image"]) for item in items)

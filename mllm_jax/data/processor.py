@@ -12,6 +12,7 @@ from mllm_jax.data import images, video
 from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import Budget, TooLarge, place
 from mllm_jax.data.positions import rotary_positions
+from mllm_jax.data.records import DOCUMENT
 from mllm_jax.data.spec import SEEING, ProcessorSpec, read_spec, write_spec
 from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer
 from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm
@@ -38,6 +39,8 @@ class Processor:
         self, messages: Messages, generate: bool = False, budget: Budget | None = None, kind: str = ""
     ) -> Example:
         """Reads one conversation in Hugging Face's layout: [{"role", "content": text or a list of items}].
+
+        A single message of the role "document" goes through no chat template: every token of its texts is learned.
 
         Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and
         {"type": "video", "video": ..., "fps": optional} (see `video.open_clip`). `fps` is the rate at which a file is
@@ -91,7 +94,7 @@ class Processor:
         if self.video_id is None:
             raise ValueError(f"this model reads no clips, but the conversation has one: {source!r:.80}")
         clip = video.open_clip(source, fps)
-        target = fps if isinstance(source, (str, os.PathLike)) else spec.fps
+        target = fps if isinstance(source, (str, os.PathLike, bytes)) else spec.fps
         kind = Framed if spec.clip_rule else Film if spec.timestamps else WholeFilm
         return kind.sampled(clip, target, spec)
 
@@ -100,7 +103,10 @@ class Processor:
 
         A template may write all pictures of a message before its clips.
         """
-        written, weights = self.template.tokenize(self.tokenizer, messages, self.end_of_turn_id, generate)
+        if messages[0]["role"] == DOCUMENT:
+            written, weights = self._document(messages[0]["content"], generate)
+        else:
+            written, weights = self.template.tokenize(self.tokenizer, messages, self.end_of_turn_id, generate)
         waiting = {self.image_id: [], self.video_id: []}
         for visual in visuals:
             waiting[self.video_id if visual.video else self.image_id].append(visual)
@@ -117,6 +123,23 @@ class Processor:
             tokens += expanded
             weight += [value] * len(expanded)
         return tokens, weight, visuals
+
+    def _document(self, content: str | list[dict[str, Any]], generate: bool) -> tuple[list[int], list[float]]:
+        """A text with pictures in any place, between what the tokenizer puts before a text and what ends one."""
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        tokens, end = list(self.tokenizer.frame[0]), self.tokenizer.special_tokens().get("eos_token")
+        weights, shown = [0.0] * len(tokens), {"image": self.image_id, "video": self.video_id}
+        written = self.vision_start_id is not None and not self.spec.brackets  # else `_expanded` adds them
+        start, stop = ([self.vision_start_id], [self.vision_end_id]) if written else ([], [])
+        for item in items:
+            text = item["type"] == "text"
+            more = self.tokenizer.encode(item["text"]) if text else [*start, shown[item["type"]], *stop]
+            tokens += more
+            weights += [float(text and not generate)] * len(more)
+        if not generate:
+            tokens.append(self.end_of_turn_id if end is None else self.tokenizer.id(end))
+            weights.append(1.0)
+        return tokens, weights
 
     def _expanded(self, visual: Still | Film, placeholder: int) -> list[int]:
         """What stands for a picture or a clip: a placeholder for every run, and what belongs around it."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.sources import BadRecord
+from mllm_jax.data.records import BadRecord
 from mllm_jax.types import Example
 
 OVER_BUDGET = "over the budget"

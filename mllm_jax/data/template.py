@@ -97,11 +97,12 @@ class Tokenizer:
 
     def encode_framed(self, text: str) -> list[int]:
         """The tokens of a text that people wrote, between those that this tokenizer puts around every text."""
-        before, after = self._frame
+        before, after = self.frame
         return [*before, *self.encode(text), *after]
 
     @functools.cached_property
-    def _frame(self) -> tuple[list[int], list[int]]:
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens that this tokenizer puts before and after every text."""
         full = tokenizers.Tokenizer.from_str(self._full.to_str())
         full.no_padding()
         found = full.encode("a")

@@ -5,6 +5,7 @@ file is opened; clips that are already in memory do not need it.
 """
 
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +32,14 @@ class Clip:
 def open_clip(source: Any, fps: float) -> Clip:
     """Opens a clip without reading its frames.
 
-    `source`: the path of a video file, an array u8[t h w 3], or a list of pictures (all of one size).
+    `source`: the path of a video file, the bytes of one, an array u8[t h w 3], or a list of pictures (all of one size).
     `fps`: frames per second of an array or a list; a file says its own.
     Raises ValueError, naming the file, if it is no video, is empty or is damaged; FileNotFoundError if it is missing.
     """
-    if isinstance(source, (str, os.PathLike)):
-        return _open_file(os.fspath(source))
+    if isinstance(source, (str, os.PathLike, bytes)):
+        return _open_file(source if isinstance(source, bytes) else os.fspath(source))
     if not isinstance(source, (np.ndarray, list, tuple)) or len(source) == 0:
-        raise ValueError(f"a clip must be a path, u8[t h w 3] or a list of pictures, got {source_name(source)}")
+        raise ValueError(f"a clip must be a path, bytes, u8[t h w 3] or a list of pictures, got {source_name(source)}")
     if fps <= 0:
         raise ValueError(f"a clip needs a positive fps, got {fps}")
     first = load_image(source[0])
@@ -61,31 +62,36 @@ def _pyav():
     return av
 
 
-def _open_file(path: str) -> Clip:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such video")
+def _open_file(source: str | bytes) -> Clip:
+    name = source_name(source)
+    if isinstance(source, str) and not os.path.exists(source):
+        raise FileNotFoundError(f"{name}: no such video")
     av = _pyav()
     try:
-        first = next(_decode(path, [0]))
-        with av.open(path) as container:
+        first = next(_decode(source, [0]))
+        with av.open(_file(source)) as container:
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: not a readable video ({error})") from error
+        raise ValueError(f"{name}: not a readable video ({error})") from error
     if fps <= 0:
-        raise ValueError(f"{path}: the file states no frame rate")
-    return Clip(frames, fps, first.height, first.width, path, lambda indices: _decode(path, indices))
+        raise ValueError(f"{name}: the file states no frame rate")
+    return Clip(frames, fps, first.height, first.width, name, lambda indices: _decode(source, indices))
 
 
-def _decode(path: str, indices: Sequence[int]) -> Iterator[Image.Image]:
+def _file(source: str | bytes) -> str | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _decode(source: str | bytes, indices: Sequence[int]) -> Iterator[Image.Image]:
     """Decodes from the start and yields the wanted frames; a container's seek does not land on exact frame numbers."""
     av = _pyav()
     wanted = iter(indices)
     index = next(wanted, None)
     frame = None
     try:
-        with av.open(path) as container:
+        with av.open(_file(source)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for number, frame in enumerate(container.decode(stream)):
@@ -95,10 +101,10 @@ def _decode(path: str, indices: Sequence[int]) -> Iterator[Image.Image]:
                 if index is None:
                     return
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: not a readable video ({error})") from error
+        raise ValueError(f"{source_name(source)}: not a readable video ({error})") from error
     # Containers often state a frame or two more than they hold, and the last frame is always wanted.
     if frame is None or next(wanted, None) is not None:
-        raise ValueError(f"{path}: ends before frame {index}")
+        raise ValueError(f"{source_name(source)}: ends before frame {index}")
     yield _upright(frame)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,12 +10,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mllm_jax.config import ConfigError
+from mllm_jax.config import ConfigError, told
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_tokenizer
-from mllm_jax.data.sources import JsonLines
+from mllm_jax.data.sources import open_source
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate, Tokenizer
 from mllm_jax.families import spec_for
@@ -74,12 +73,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonLinesData(DataConfig):
-    """Conversations of a JSON Lines file (see `mllm_jax.data.sources`).
+class FilesData(DataConfig):
+    """Conversations and documents in files: JSON Lines, ArrayRecord, WebDataset, Parquet or TFDS.
 
-    path: the file. root: the folder that its pictures lie in, by default the file's own.
+    path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`.
+    root: the folder that pictures beside the files lie in, by default the files' own.
     where: fields that a record must have to be trained on, as in {"split": "train"}.
-    heldout: another file to evaluate on; None = the same. heldout_where: the fields of held-out records.
+    heldout: another path to evaluate on; None = the same. heldout_where: the fields of held-out records.
     """
 
     path: str = ""
@@ -91,13 +91,14 @@ class JsonLinesData(DataConfig):
     def source(self, split: str = "train") -> Any:
         """The conversations of "train" or "heldout"; None where the config names no held-out ones."""
         if not self.path:
-            raise ConfigError("config.data.path must name a JSON Lines file of conversations")
+            raise ConfigError("config.data.path must name the conversations: a file, a pattern, a folder or tfds:NAME")
         if split == "heldout" and not (self.heldout or self.heldout_where):
             return None
         path, where = (self.path, self.where) if split == "train" else (self.heldout or self.path, self.heldout_where)
-        if not Path(path).is_file():
-            raise ConfigError(f"config.data: there is no file {path}")
-        records = JsonLines(path, self.root, where)
+        try:
+            records = open_source(path, self.root, where)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config.data: {told(error)}") from error
         return WithoutPictures(records) if self.blind else records
 
 

@@ -1,0 +1,55 @@
+"""ArrayRecord: the format for random access at scale. A record is MessagePack, with pictures inside, or JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from array_record.python.array_record_data_source import ArrayRecordDataSource  # that of Grain, which imports jax
+
+from mllm_jax.data.records import BadRecord, Find
+from mllm_jax.data.sources.shards import Shard
+
+
+class ArrayRecords(Shard):
+    """One file. Positions are held in it, not in memory."""
+
+    def __init__(self, path: Path, root: Path):
+        super().__init__(path, root)
+        try:
+            self._source = ArrayRecordDataSource(str(path))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable ArrayRecord ({_first_line(error)})") from error
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> tuple[Any, Find]:
+        try:
+            data = self._source[index]
+        except (RuntimeError, ValueError) as error:
+            raise BadRecord("not readable", self.name(index), _first_line(error)) from error
+        try:
+            return unpack(data), self.find
+        except ValueError as error:
+            detail = f"{error}; records that TFDS wrote are read through their folder, path=FOLDER"
+            raise BadRecord("neither MessagePack nor JSON", self.name(index), detail) from error
+
+
+def unpack(data: bytes) -> Any:
+    """A record of its bytes. Raises ValueError."""
+    if data[:1] == b"{":
+        return json.loads(data)
+    try:
+        return msgpack.unpackb(data)
+    except Exception as error:  # msgpack has five kinds of them
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def pack(record: dict[str, Any]) -> bytes:
+    """The bytes of a record."""
+    return msgpack.packb(record)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200] or "damaged or cut off"

@@ -1,0 +1,50 @@
+"""Parquet with pictures inside, as public instruction sets are published. A row group is read at a time."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from mllm_jax.data.records import BadRecord, Find
+from mllm_jax.data.sources.shards import Shard
+
+ROW_GROUPS = 4  # of all files that a process holds: they may have hundreds of megabytes of pictures each
+
+
+class Parquet(Shard):
+    """One file. In order its row groups are read once; at random, one for nearly every record."""
+
+    def __init__(self, path: Path, root: Path):
+        super().__init__(path, root)
+        try:
+            about = parquet.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+        self._ends = np.cumsum([about.row_group(group).num_rows for group in range(about.num_row_groups)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, index: int) -> tuple[Any, Find]:
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        try:
+            rows = _row_group(str(self.path), group)
+        except (pa.ArrowException, OSError) as error:
+            raise BadRecord("not readable", self.name(index), f"row group {group}: {error}") from error
+        return rows.slice(index - (int(self._ends[group - 1]) if group else 0), 1).to_pylist()[0], self.find
+
+    def fields(self, names: Sequence[str]) -> Iterator[Any]:
+        with parquet.ParquetFile(self.path) as file:
+            there = [name for name in names if name in file.schema_arrow.names]
+            for rows in file.iter_batches(columns=there):
+                yield from rows.to_pylist() if there else [{}] * len(rows)
+
+
+@lru_cache(maxsize=ROW_GROUPS)
+def _row_group(path: str, group: int) -> pa.Table:
+    with parquet.ParquetFile(path) as file:
+        return file.read_row_group(group, use_threads=False)

@@ -1,0 +1,123 @@
+"""Random access to the records of files, whatever their format: what a format must offer, and many files as one set."""
+
+import abc
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.records import Bad, BadRecord, Find, read_record
+
+OPENED_AT_ONCE = 16
+
+
+class Shard(abc.ABC):
+    """The records of one file. It can be sent to another process, and several threads may read it.
+
+    Args:
+        path: the file.
+        root: folder that the paths in records are relative to, and must not leave.
+    """
+
+    def __init__(self, path: Path, root: Path):
+        self.path, self.root = path, root
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(self, index: int) -> tuple[Any, Find]:
+        """A record as it is written, and what finds the files that it names. Raises BadRecord."""
+
+    def name(self, index: int) -> str:
+        """What a record without an id is called."""
+        return f"{self.path.name}:{index}"
+
+    def fields(self, names: Sequence[str]) -> Iterator[Any]:
+        """At least the named fields of every record, in order; None of one that cannot be read."""
+        for index in range(len(self)):
+            try:
+                yield self.read(index)[0]
+            except BadRecord:
+                yield None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record, find = self.read(index)
+        return read_record(record, self.name(index), find)
+
+    def find(self, value: Any) -> str:
+        """The path of a file below the root."""
+        return inside(self.root, value)
+
+
+class Conversations:
+    """Conversations and documents of several shards, one after the other.
+
+    An item is {"messages", "kind", "id"}, see `mllm_jax.data.records.read_record`, which also says what it raises.
+
+    Args:
+        where: keeps the records whose fields have these values, as in {"split": "train", "task": ("vqa", "ocr")}. It
+            takes one pass over all records to find them.
+
+    Raises:
+        ValueError: no record is left.
+    """
+
+    def __init__(self, shards: Sequence[Shard], where: Mapping[str, Any] | None = None):
+        self.shards = list(shards)
+        self._ends = np.cumsum([len(shard) for shard in self.shards])
+        self._kept = None if not where else np.array(list(_matching(self.shards, where)), np.int64)
+        if not len(self):
+            names = ", ".join(str(shard.path) for shard in self.shards[:3])
+            raise ValueError(f"{names} has no record" + (f" where {dict(where)}" if where else ""))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._kept is None else len(self._kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = index if self._kept is None else int(self._kept[index])
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return self.shards[shard][number - (int(self._ends[shard - 1]) if shard else 0)]
+
+
+def open_shards(kind: type[Shard], paths: Sequence[Path], root: Path | None) -> list[Shard]:
+    """The files at these paths, whose own folders are the roots unless one is told."""
+    opened = partial(_opened, kind, root)
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        return list(pool.map(opened, paths))
+
+
+def _opened(kind: type[Shard], root: Path | None, path: Path) -> Shard:
+    return kind(path, Path(path.parent if root is None else root).resolve())
+
+
+def _matching(shards: Sequence[Shard], where: Mapping[str, Any]) -> Iterator[int]:
+    """Numbers of the records that have the wanted fields. A broken one does: it shall be counted when it is read."""
+    listed = lambda value: tuple(value) if isinstance(value, tuple | list | set) else (value,)
+    wanted = {key: listed(value) for key, value in where.items()}
+    records = itertools.chain.from_iterable(shard.fields(list(wanted)) for shard in shards)
+    for number, record in enumerate(records):
+        if not isinstance(record, Mapping) or all(record.get(key) in values for key, values in wanted.items()):
+            yield number
+
+
+def inside(root: Path, path: Any) -> str:
+    """The absolute path of an existing file below `root`. Raises Bad where it is not."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise Bad("not a path", repr(path)[:80])
+    if "://" in path or path.startswith("data:"):
+        raise Bad("not a local file", path[:80])
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise Bad("path leaves the data root", path)
+    real = (root / path).resolve()
+    if not real.is_relative_to(root):
+        raise Bad("path leaves the data root", f"{path} is a link to {real}")
+    if not real.is_file():
+        raise Bad("missing file", path)
+    return str(real)

@@ -1,0 +1,196 @@
+"""Every kind of file gives the same records, at random, in threads and in other processes, and says what is wrong."""
+
+import json
+import os
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import source_files
+from pyarrow import parquet
+
+from mllm_jax.data.embed import embedded
+from mllm_jax.data.records import BadRecord
+from mllm_jax.data.scenes import Scenes
+from mllm_jax.data.sources import find_files, open_source
+from mllm_jax.data.sources.tar import INDEX
+
+
+def items(source):
+    return [embedded(source[i]) for i in range(len(source))]
+
+
+def expected():
+    """What the records of `source_files` say, by hand."""
+    made = []
+    for record in source_files.conversations():
+        pictures = [{"type": "image", "image": data} for data in record["images"]]
+        first, text = record["messages"][0], lambda t: {"type": "text", "text": t}
+        if "<image>" in first["content"]:
+            parts = [part for i, p in enumerate(pictures) for part in (text("Look: "), p, text(f" and {i}. Look: "))]
+            parts[-1] = text(f" and {len(pictures) - 1}. How many?")
+            parts = [part for i, part in enumerate(parts) if i % 3 or not i]
+        else:
+            parts = [*pictures, text(first["content"])]
+        asked = {"role": "user", "content": parts if pictures else first["content"]}
+        messages = [asked, *record["messages"][1:]]
+        made.append({"messages": messages, "kind": record["kind"], "id": record["id"]})
+    return made
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    records = source_files.conversations()
+    return {kind: write(folder / kind, records) for kind, write in source_files.WRITERS.items()}
+
+
+@pytest.mark.parametrize("kind", source_files.WRITERS)
+def test_every_kind_of_file_gives_the_same_records(kind, paths):
+    source = open_source(paths[kind])
+    assert items(source) == expected()
+    for index in (-1, len(source)):
+        with pytest.raises(IndexError):
+            source[index]
+    again = pickle.loads(pickle.dumps(source))
+    order = np.random.default_rng(0).integers(0, len(source), 60).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(again.__getitem__, order)) == [source[i] for i in order]
+    some = open_source(paths[kind], where={"kind": "count", "id": ("c1", "c5", "c6")})
+    assert [item["id"] for item in items(some)] == ["c1", "c5"]
+    with pytest.raises(ValueError, match="no record where {'kind': 'none'}"):
+        open_source(paths[kind], where={"kind": "none"})
+
+
+def test_the_embedded_set_is_built_for_tfds_and_read_without_tensorflow(tmp_path):
+    from mllm_jax.data import scenes_builder
+
+    config = scenes_builder.ScenesConfig(name="tiny", train=24, heldout=3)
+    builder = scenes_builder.Scenes(config=config, data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    for split, size in (("train", 24), ("heldout", 3)):
+        drawn = Scenes(split, size=size)
+        read = open_source(builder.data_path, where={"split": split})
+        found = sorted(items(read), key=lambda item: int(item["id"].rpartition("/")[2]))
+        assert found == [embedded(drawn[i]) for i in range(size)]
+    assert "movement" in {item["kind"] for item in items(open_source(builder.data_path))}
+    assert pickle.loads(pickle.dumps(read))[2] == read[2]
+    with pytest.raises(ValueError, match="no split 'validation'; it has train, heldout"):
+        open_source(builder.data_path, where={"split": "validation"})
+    with pytest.raises(FileNotFoundError, match="tfds:nothing_here is not prepared"):
+        open_source("tfds:nothing_here")
+
+
+def webdataset(path, *samples):
+    """A shard of samples {extension: bytes}."""
+    with tarfile.open(path, "w") as tar:
+        for number, members in enumerate(samples):
+            for extension, data in members.items():
+                source_files.add(tar, f"{number:04d}.{extension}", data)
+    return open_source(path)
+
+
+def test_captions_and_names_in_a_tar(tmp_path):
+    a, b = source_files.picture(0), source_files.picture(1)
+    said = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "No."}]
+    names = {"conversations": said, "images": ["coco/0002.b.png", "a.png"]}
+    wanted = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A."}]
+    shard = webdataset(
+        tmp_path / "a.tar",
+        {"jpg": a, "txt": b"A cat."},
+        {"png": a, "json": json.dumps({"text": "A dog.", "id": "dog"}).encode()},
+        {"a.png": a, "b.png": b, "json": json.dumps(names).encode()},
+        {"png": a, "json": json.dumps({"image": "other.png", "conversations": wanted}).encode()},
+        {"png": a},
+        {"png": a, "json": b"{"},
+    )
+    image = lambda data: {"type": "image", "image": data}
+    caption = [{"role": "document", "content": [image(a), {"type": "text", "text": "A cat."}]}]
+    assert shard[0] == {"messages": caption, "kind": "", "id": "0000"}
+    assert shard[1]["id"] == "dog" and shard[1]["messages"][0]["content"][0] == image(a)
+    assert shard[2]["messages"][0]["content"][:2] == [image(b), image(a)]
+    for index, message in ((3, "missing file .other.png; the sample has png, json"), (4, "no text"), (5, "valid JSON")):
+        with pytest.raises(BadRecord, match=f"000{index}: .*{message}"):
+            shard[index]
+
+
+def test_the_index_of_a_tar_is_kept_and_follows_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    webdataset(path, {"txt": b"one"}, {"txt": b"two"})
+    kept = tmp_path / ("a.tar" + INDEX)
+    assert kept.is_file()
+    monkeypatch.setattr(tarfile, "open", None)  # nothing is scanned
+    assert len(open_source(path)) == 2
+    monkeypatch.undo()
+    kept.write_bytes(kept.read_bytes()[:40])
+    assert len(open_source(path)) == 2
+    assert len(webdataset(path, {"txt": b"one"}, {"txt": b"two"}, {"txt": b"three"})) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", kept.name]
+
+
+def test_layouts_of_public_parquet_sets(tmp_path):
+    """The Cauldron's, and that of LLaVA-OneVision-Data, some rows of which have no picture."""
+    data = source_files.picture(0)
+    cauldron = {"images": [{"bytes": data, "path": None}], "texts": [{"user": "A?", "assistant": "B.", "source": "x"}]}
+    parquet.write_table(pa.Table.from_pylist([cauldron]), tmp_path / "cauldron.parquet")
+    said = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]
+    shown = [{"from": "human", "value": "<image>\nA?"}, {"from": "gpt", "value": "B."}]
+    rows = [
+        {"id": "0", "image": {"bytes": data, "path": "a.png"}, "conversations": shown, "data_source": "x"},
+        {"id": None, "image": None, "conversations": said, "data_source": "y"},
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "onevision.parquet")
+    content = [{"type": "image", "image": data}, {"type": "text", "text": "A?"}]
+    answer = {"role": "assistant", "content": "B."}
+    source = open_source(tmp_path / "cauldron.parquet")
+    assert source[0]["messages"] == [{"role": "user", "content": content}, answer]
+    source = open_source(tmp_path / "onevision.parquet")
+    assert source[0]["messages"] == [{"role": "user", "content": content}, answer]
+    assert source[1]["messages"] == [{"role": "user", "content": "A?"}, answer] and source[1]["id"].endswith("quet:1")
+
+
+def test_damaged_files_are_named(tmp_path, paths):
+    for kind in ("array_record", "tar", "parquet", "json"):
+        path = find_files(paths[kind])[0]
+        data = path.read_bytes()
+        cut = tmp_path / f"cut{path.suffix}"
+        cut.write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=f"cut{path.suffix}: not "):
+            open_source(cut)
+    with pytest.raises(ValueError, match="not compressed"):
+        with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+            source_files.add(tar, "a.txt", b"text")
+        open_source(tmp_path / "packed.tar")
+    writer = source_files.ArrayRecordWriter(str(tmp_path / "odd.array_record"), "group_size:1")
+    writer.write(b"\x0anothing that is known")
+    writer.close()
+    with pytest.raises(BadRecord, match="odd.array_record:0: neither MessagePack nor JSON .*path=FOLDER"):
+        open_source(tmp_path / "odd.array_record")[0]
+
+
+def test_what_a_path_means(tmp_path, paths):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        os.symlink(find_files(paths["parquet"])[0], folder / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"several sets \(test, train\): name one, as in .*/test-\*.parquet"):
+        open_source(folder)
+    with pytest.raises(ValueError, match="of the 3 files train-.*-of-00003 these are missing: 1$"):
+        open_source(f"{folder}/train-*.parquet")
+    assert len(open_source(f"{folder}/test-*.parquet")) == 8
+    assert len(open_source(f"{folder}/train-0000[02]-*.parquet")) == 16
+    assert len(open_source(folder / "train-00002-of-00003.parquet")) == 8
+    (folder / "more.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="several kinds, .parquet, .tar"):
+        open_source(folder)
+    (folder / "notes.md").write_text("x")
+    with pytest.raises(ValueError, match="notes.md is of no known kind"):
+        open_source(folder / "notes.md")
+    for path in (folder / "none.tar", f"{folder}/*.jsonl"):
+        with pytest.raises(FileNotFoundError, match="there is no such file"):
+            open_source(path)
+    with pytest.raises(ValueError, match="mount the bucket"):
+        open_source("gs://bucket/*.tar")
