@@ -130,11 +130,11 @@ def _start(streams: Streams) -> None:
     global _streams
     _streams = streams
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers."""
+def end_with_parent() -> None:
+    """Ends this process when its parent has ended: one that was killed cannot end its workers."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

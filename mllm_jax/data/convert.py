@@ -1,0 +1,194 @@
+"""From any source to ArrayRecord, with the pictures inside: in parallel, and going on where it was interrupted.
+
+A conversion is a folder of numbered shards. Shard k holds the source's records from k x R on, in their order, without
+the broken ones. It is written under another name and renamed when it is whole, so that what bears a shard's name is
+whole, and what is missing is what remains to be done.
+"""
+
+import collections
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mllm_jax.data.embed import embedded
+from mllm_jax.data.readers import end_with_parent
+from mllm_jax.data.records import BadRecord
+from mllm_jax.data.sources import Conversations
+from mllm_jax.data.sources.array_record import pack
+
+ABOUT, BROKEN = "conversion.json", "broken.txt"
+PARTIAL = ".partial"
+OPTIONS = "group_size:1,zstd:1"  # a group is what one access reads; pictures are compressed already
+SECONDS = 0.2  # between two looks at the progress
+
+
+class Converted(NamedTuple):
+    """What a folder holds at the end."""
+
+    records: int
+    shards: int
+    broken: dict[str, int]  # by reason
+
+
+class Part(NamedTuple):
+    """A shard to be written."""
+
+    path: Path
+    first: int  # record of the source
+    last: int  # the first of the next
+
+
+def convert(
+    source: Conversations,
+    folder: Path,
+    about: dict[str, Any],
+    records: int = 4096,
+    processes: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Converted:
+    """Writes the missing shards of a conversion.
+
+    Args:
+        about: what tells this conversion from others, as JSON has it; a folder of another one is refused.
+        records: R, of a shard.
+        processes: that work beside this one; 0 = this one does it.
+        progress: is told how many records of the source are done.
+
+    Raises:
+        ValueError: the folder holds something else, or not a single record can be used.
+    """
+    parts = _parts(folder, len(source), records)
+    if (held := _begin(folder, about | {"source_records": len(source), "shard_records": records})) is not None:
+        return held
+    missing = [part for part in parts if not part.path.is_file()]
+    before = len(source) - sum(part.last - part.first for part in missing)
+    progress(before)
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
+    done, stop = context.Value("q", before), context.Event()
+    if not processes:
+        for part in missing:
+            _write(part, source, done, stop)
+            progress(done.value)
+        return _finish(folder, parts)
+    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(source, done, stop)) as pool:
+        try:
+            for _ in _ended({pool.submit(_write_here, part) for part in missing}):
+                progress(done.value)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process was ended, by lack of memory perhaps; the same command goes on"
+            ) from error
+        finally:
+            stop.set()  # a shard takes minutes, and is not kept by halves
+            pool.shutdown(wait=False, cancel_futures=True)
+    return _finish(folder, parts)
+
+
+def _ended(waiting: set[Future]) -> Iterator[None]:
+    while waiting:
+        done, waiting = wait(waiting, SECONDS, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        yield
+
+
+def _parts(folder: Path, size: int, records: int) -> list[Part]:
+    count = -(-size // records)
+    name = lambda number: folder / f"conversations-{number:05d}-of-{count:05d}.array_record"
+    return [Part(name(n), n * records, min((n + 1) * records, size)) for n in range(count)]
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> Converted | None:
+    """Opens the folder for this conversion. What it came to, where it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (file := folder / ABOUT).is_file():
+        if any(path for path in folder.iterdir() if not path.name.endswith(PARTIAL)):
+            raise ValueError(f"{folder} is not empty, and not a conversion: name a new folder")
+        _write_whole(file, json.dumps(about, indent=2) + "\n")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): name a new folder") from error
+    held = found.pop("done", None)
+    if found != json.loads(json.dumps(about)):
+        changed = {key: (found.get(key), about.get(key)) for key in found | about if found.get(key) != about.get(key)}
+        raise ValueError(f"{folder} holds another conversion; (there, now) differ in {changed}. Name a new folder")
+    for path in folder.glob(f".*{PARTIAL}"):
+        path.unlink()
+    return held and Converted(**held)
+
+
+def _finish(folder: Path, parts: Sequence[Part]) -> Converted:
+    """Joins what the shards said of broken records, and notes that all are there."""
+    notes = [_note(part.path) for part in parts]
+    broken = [bad for note in notes for bad in json.loads(note.read_text(encoding="utf-8"))]
+    counts = collections.Counter(reason for reason, _ in broken)
+    used = parts[-1].last - len(broken)
+    if broken:
+        _write_whole(folder / BROKEN, "".join(f"{message}\n" for _, message in broken))
+    if not used:
+        raise ValueError(f"of {len(broken)} records none can be used: {dict(counts)}; see {folder / BROKEN}")
+    held = Converted(used, len(parts), dict(counts.most_common()))
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    _write_whole(folder / ABOUT, json.dumps(about | {"done": held._asdict()}, indent=2) + "\n")
+    for note in notes:
+        note.unlink()
+    return held
+
+
+def _note(shard: Path) -> Path:
+    """Where a shard's broken records are named, until all shards are there."""
+    return shard.with_name(f".{shard.stem}.json")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
+    """Writes a shard, and before it the note of its broken records.
+
+    Args:
+        done: a number that processes share, of records. stop: an event at which they leave their shard.
+    """
+    partial, broken = part.path.with_name(f".{part.path.name}{PARTIAL}"), []
+    writer = ArrayRecordWriter(str(partial), OPTIONS)
+    try:
+        for index in range(part.first, part.last):
+            if stop.is_set():
+                return
+            try:
+                writer.write(pack(embedded(source[index])))
+            except BadRecord as error:
+                broken.append((error.reason, str(error)))
+            with done.get_lock():
+                done.value += 1
+    finally:
+        writer.close()
+    _write_whole(_note(part.path), json.dumps(broken))
+    os.replace(partial, part.path)
+
+
+_shared: tuple[Any, ...]  # by the processes that write: what `_write` takes beside the part
+
+
+def _start(*shared: Any) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which decides
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _write_here(part: Part) -> None:
+    _write(part, *_shared)
