@@ -1,0 +1,94 @@
+"""A run on a Slurm cluster of GPUs, one process for each, which goes on by itself after time limits and preemption.
+
+    python -m launch.slurm --nodes 4 --gpus 8 --time 24:00:00 --partition gpu -- --config FILE --workdir DIR
+
+Submits a batch script from a folder that all nodes see, with the Python that runs this. Before the time limit Slurm
+sends SIGTERM, and before a preemption where the cluster gives a GraceTime: the run saves, and the job is put back into
+the queue, as it is when a process or a node is lost. `scancel JOB` saves and ends it; `scontrol requeue JOB`, or
+submitting it again, goes on.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.command import AGAIN, ROOT, check_training, launcher, name, parse, positive, run, training
+
+CPUS_ONLY = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+SCRIPT = """\
+#!/bin/bash
+{directives}
+
+{exports}
+# Slurm's SIGTERM comes to this script, which passes it on to the processes: they save, and end with {again}.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+
+srun --wait=120 {training} &
+while kill -0 $! 2>/dev/null; do wait $!; done  # a signal ends wait, not srun
+wait $!
+code=$?
+
+# 0: the run is at its end; 1, 2: it would fail again, see the log. All else goes on from the last checkpoint.
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+if [[ $code -gt 2 && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {restarts} ]]; then
+  echo "launch.slurm: ended with exit code $code; back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = launcher("launch.slurm", __doc__)
+    parser.add_argument("--name", type=name, default="mllm-jax", help="of the job (default mllm-jax)")
+    parser.add_argument("--nodes", type=positive, default=1, help="(default 1)")
+    parser.add_argument("--gpus", type=int, default=8, help="of each node; 0: two CPU processes, to try (default 8)")
+    parser.add_argument("--cpus", type=positive, help="cores of each process, for its data")
+    parser.add_argument("--time", help="limit, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--grace", type=positive, default=300, help="seconds to save before the limit (default 300)")
+    parser.add_argument("--restarts", type=int, default=50, help="times that the job requeues itself (default 50)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --constraint=h100"
+    )
+    options = parse(parser, arguments)
+    if options.gpus < 0 or options.restarts < 0:
+        parser.error("--gpus and --restarts cannot be negative")
+    workdir = ROOT / check_training(parser, options.command)
+    if not options.dry_run:
+        workdir.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its log
+    return run(["sbatch", "--parsable"], script(options, workdir), options.dry_run)
+
+
+def script(options: argparse.Namespace, workdir: Path) -> str:
+    """The batch script. jax gives the process of local number n the n-th GPU of its node: all of them must be seen."""
+    directives = {
+        "job-name": options.name,
+        "nodes": options.nodes,
+        "ntasks-per-node": options.gpus or 2,
+        "gpus-per-node": options.gpus or None,
+        "cpus-per-task": options.cpus,
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "chdir": ROOT,
+        "output": workdir / "slurm-%j.log",
+        "open-mode": "append",
+        "signal": f"B:TERM@{options.grace}",
+    }
+    lines = [shlex.quote(f"--{option}={value}") for option, value in directives.items() if value is not None]
+    exports = {"JAX_COMPILATION_CACHE_DIR": workdir / "compilations", **(CPUS_ONLY if not options.gpus else {})}
+    return SCRIPT.format(
+        directives="\n".join(f"#SBATCH {line}" for line in [*lines, "--requeue", *options.sbatch]),
+        exports="".join(f"export {key}=${{{key}:-{shlex.quote(str(value))}}}\n" for key, value in exports.items()),
+        training=shlex.join(training(options.command, "--distributed", python=sys.executable)),
+        restarts=options.restarts,
+        again=AGAIN,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
