@@ -33,6 +33,7 @@ setup(
         "huggingface_hub>=0.30",
         "tensorboardX>=2.6.2",
         "rich>=13",
+        "pyyaml>=6",
     ],
     extras_require={
         "video": ["av>=12"],
@@ -47,6 +48,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            "kubeflow-trainer-api>=2.3",  # models of JobSet, Job and Pod
         ],
     },
 )
