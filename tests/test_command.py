@@ -25,7 +25,10 @@ TRAIN = {
     "no Python": (["--config", "broken.py", *RUN], "broken.py, line 2: invalid syntax"),
     "no config": (["--config", "odd.py", *RUN], "get_config of odd.py must return what run_config does, not a dict"),
     "another name": ([*SCENES, *RUN, "--config.optim.stepz=1"], "config.optim has no 'stepz'; did you mean 'steps'?"),
-    "another type": ([*SCENES, *RUN, "--config.optim.steps=many"], "flag --config.optim.steps=many: invalid literal"),
+    "another type": (
+        [*SCENES, *RUN, "--config.optim.steps=many"],
+        "flag --config.optim.steps=many: needs a whole number, not 'many'",
+    ),
     "a file for a folder": ([*SCENES, "--workdir", "odd.py"], "--workdir=odd.py is, or lies in, a file; name a folder"),
     "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run is, or lies in, a file; name a folder"),
     "no rows": ([*SCENES, *RUN, "--config.data.batch=0"], "config.data: batch=0 must be 1 or more"),

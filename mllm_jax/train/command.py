@@ -66,7 +66,13 @@ def _parse(argv: Sequence[str], exit_code: int) -> list[str]:
     except (flags.Error, ConfigError, OSError, TypeError, ValueError) as error:
         missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
         advice = ConfigError(f"{' and '.join(missing)} must be given; run with --help")
-        _fail(advice if missing else error, exit_code)
+        _fail(advice if missing else ConfigError(_no_number(told(error))), exit_code)
+
+
+def _no_number(text: str) -> str:
+    """What Python says of a text that is no int or float, in plain words."""
+    text = text.replace("invalid literal for int() with base 10:", "needs a whole number, not")
+    return text.replace("could not convert string to float:", "needs a number, not")
 
 
 def _config_file(argv: Sequence[str]) -> str:
