@@ -1,5 +1,6 @@
 """Runs in stages: what each begins with, that nothing that stops them changes what they learn, what is refused."""
 
+import io
 import json
 import os
 import shutil
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 import tiny_run
 from flax.traverse_util import flatten_dict
+from rich.console import Console
 from staged_run import get_config, on_one_device
 
 from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.evaluate.report import short
+from mllm_jax.evaluate.stages import branches, table, write_page
 from mllm_jax.train import chain
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params
@@ -80,7 +84,7 @@ def test_stages_follow_each_other_and_what_is_frozen_stays(uninterrupted, beginn
     aligned, instructed = weights(uninterrupted / "align"), weights(uninterrupted / "instruct")
     assert_same(second.params, aligned)
     assert not any(np.any(moment) for moment in first.moments + second.moments)
-    frozen = {path for path in aligned if path.startswith(("encoder", "decoder/layers"))}
+    frozen = {path for path in aligned if not moved(path)}
     assert 10 < len(frozen) < len(aligned)
     assert_same(*({path: tree[path] for path in frozen} for tree in (first.params, aligned)))
     assert all(np.any(aligned[path] != first.params[path]) for path in aligned.keys() - frozen)
@@ -96,6 +100,28 @@ def test_every_stage_has_its_own_metrics_schedule_and_data(uninterrupted):
     assert set(instruct[-1]["heldout"]["exact_match"]) == {"all", "shape"}
     run = read_config(uninterrupted / "align")
     assert run.optim.freeze == ("encoder", "decoder/layers") and not run.stages
+
+
+def test_the_table_and_the_page_tell_of_every_stage(uninterrupted):
+    console = Console(width=200, file=io.StringIO())
+    console.print(table(uninterrupted))
+    header, align, instruct = (line.split() for line in console.file.getvalue().splitlines())
+    assert header == "stage after steps trained held-out loss all colour shape".split()
+    assert align[:3] == ["align", "–", "8"] and instruct[:3] == ["instruct", "align", "16"]
+    sizes = [sum(x.size for path, x in weights(uninterrupted).items() if trained(path)) for trained in (moved, str)]
+    assert [align[3], instruct[3]] == [short(size) for size in sizes]
+    (run,) = branches(uninterrupted)
+    steps = [record for record in run.records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 25)) and run.name == "instruct"
+    assert [record["stage"] for record in steps] == ["align"] * 8 + ["instruct"] * 16
+    assert run.marks == [(8, "instruct begins")]
+    page = write_page(uninterrupted).read_text()
+    assert "instruct begins" in page and "align, instruct" in page
+
+
+def moved(path):
+    """Whether the first stage trains this weight."""
+    return not path.startswith(("encoder", "decoder/layers"))
 
 
 def test_a_staged_run_is_read_as_its_last_stage(uninterrupted, tmp_path):

@@ -9,7 +9,8 @@ TensorBoard events, the config and the processor. The same command goes on where
 it save and end; after a crash it takes the last checkpoint.
 
 A config with stages is trained stage by stage, each in a folder of its own below DIR, with the weights of the one
-before: `--stage=NAME` trains one alone, `--config.stages.NAME.path.to=value` replaces a value of it.
+before: `--stage=NAME` trains one alone, `--config.stages.NAME.path.to=value` replaces a value of it. When all have
+ended, a table tells what each came to, and report.html in DIR draws it.
 
 A run of several processes is the same command on each host: with `--distributed` where jax finds the others by itself
 (TPU pod, Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
@@ -18,12 +19,16 @@ The exit code is 0 at the end of the run; 75 where it is saved and not at its en
 again; 1 where it would fail again, and the message says what to mend.
 """
 
+import jax
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 
+from mllm_jax.evaluate import stages
 from mllm_jax.train import command, processes
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.loop import Diverged
+from mllm_jax.train.stages import all_ended
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")
@@ -39,6 +44,10 @@ def main() -> None:
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, detect=DISTRIBUTED.value)
     if not train_run(CONFIG.value, WORKDIR.value, STAGE.value):
         processes.end_unfinished()
+    if jax.process_index() == 0 and all_ended(WORKDIR.value):
+        console = Console(highlight=False)
+        console.print(stages.table(WORKDIR.value))
+        console.print(f"wrote {stages.write_page(WORKDIR.value)}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

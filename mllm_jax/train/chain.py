@@ -14,7 +14,7 @@ from mllm_jax.train.stages import ended, names_in_order, note_ended, one_run, st
 
 
 def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None) -> bool:
-    """Trains a run, or the stages of one after the other, each in a folder of its own below `workdir`.
+    """Trains a run, or its stages one after the other, each in a folder of its own below `workdir`.
 
     The same call goes on in the stage that was interrupted; those that came to their end are not touched. SIGTERM ends
     the stage that is trained, resumably, and no other begins.

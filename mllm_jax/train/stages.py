@@ -35,7 +35,7 @@ def names_in_order(config: ConfigDict) -> list[str]:
             raise ConfigError(f"config.stages: {name!r} cannot be the name of a stage; take a word without dashes")
         if before and before not in after:
             raise ConfigError(f"config.stages.{name}.after: no stage is called {before!r}; {suggestion(before, after)}")
-    return sorted(after, key=lambda name: _line(name, after))
+    return sorted(after, key=lambda name: branch(name, after))
 
 
 def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = None) -> ConfigDict:
@@ -80,6 +80,12 @@ def ended(workdir: str | Path) -> dict[str, int]:
     return json.loads(path.read_text(encoding="utf-8"))["ended"] if path.is_file() else {}
 
 
+def all_ended(workdir: str | Path) -> bool:
+    """Whether this is the folder of a run with stages that all came to their end."""
+    path = Path(workdir) / PROGRESS
+    return path.is_file() and set(ended(workdir)) == set(json.loads(path.read_text(encoding="utf-8"))["stages"])
+
+
 def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> None:
     """Writes what `ended` reads, whole or not at all."""
     steps = {name: steps[name] for name in order if name in steps}
@@ -116,8 +122,8 @@ def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
     return workdir / list(steps)[-1]
 
 
-def _line(name: str, after: Mapping[str, str]) -> list[str]:
-    """The stages that lead to one, itself at the end."""
+def branch(name: str, after: Mapping[str, str]) -> list[str]:
+    """The stages that lead to one, itself at the end; `after` says which comes after which, "" = none."""
     line = [name]
     while before := after[line[0]]:
         if before in line:
