@@ -15,7 +15,7 @@ from mllm_jax.families import qwen3_vl
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.train.inputs import FilesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
 

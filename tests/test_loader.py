@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mllm_jax.data.loader import BadData, join_states, make_loader
+from mllm_jax.data.mixture import Mixture
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor, ProcessorSpec, TooLarge
 from mllm_jax.data.records import BadRecord
@@ -91,9 +92,9 @@ def positions(states):
     return json.loads(json.dumps(join_states(states)))
 
 
-def scenes(**options):
+def scenes(source=None, **options):
     options = {"batch_rows": 2, "seed": 5, **options}
-    return make_loader(Scenes(size=200), scenes_processor(), Budget(160, 2, 160), **options)
+    return make_loader(source or Scenes(size=200), scenes_processor(), Budget(160, 2, 160), **options)
 
 
 def test_one_epoch_holds_every_record_once():
@@ -138,10 +139,13 @@ def test_resumed_batches_are_identical_from_any_step(workers):
 
 
 def test_processes_give_the_same_batches():
-    plain, parallel = scenes(workers=0, prefetch=0), scenes(workers=1, processes=2)
+    """Also where weights change while records are read ahead."""
+    sources = [Scenes(size=200), Scenes(size=90, seed=1, pictures=False)]
+    options = {"source": Mixture(sources, {0: [1, 2], 2: [3, 1], 3: [0, 1]})}
+    plain, parallel = scenes(workers=0, prefetch=0, **options), scenes(workers=1, processes=2, **options)
     next(plain)
     parallel.set_state(plain.get_state())
-    for _ in range(3):
+    for _ in range(4):
         assert_same(next(parallel), next(plain))
     parallel.close()
 
@@ -197,7 +201,17 @@ def global_batch(loaders):
     return np.concatenate([batch.tokens for batch in batches]), np.concatenate([b.vision.image for b in batches])
 
 
-@pytest.mark.parametrize("options", [{}, {"epochs": 50, "size": 37}, {"shuffle": False}], ids=str)
+def curriculum(size):
+    """Three sources of different lengths, whose weights change twice; one begins late."""
+    sources = [Numbers(37), Numbers(200, first=1000), Numbers(5, first=2000)]
+    return Mixture(sources, {0: [3, 1, 0], 5: [1, 1, 1], 9: [0, 2, 1]})
+
+
+RUNS = {"plain": {}, "epochs": {"epochs": 50, "size": 37}, "in order": {"shuffle": False}}
+RUNS["mixture"] = {"source": curriculum}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_any_number_of_processes_makes_the_same_batches(options):
     """One, four, two and one again, each from what all processes before said of their position, open bins included."""
     one = pod(1, **options)
@@ -252,19 +266,17 @@ def test_fewer_records_than_streams():
 def test_a_mixture_does_not_depend_on_how_fast_a_stream_reads():
     """Sixteen conversations of the first source fit a row, and two of the second."""
     two = [Numbers(1), Numbers(1, first=116)]
-    found = np.array(seen(itertools.islice(numbers(source=two, weights=[1, 3], batch_rows=4, streams=4), 40)))
+    found = np.array(seen(itertools.islice(numbers(source=Mixture(two, [1, 3]), batch_rows=4, streams=4), 40)))
     assert 0.7 < np.mean(found == 116) < 0.8
 
 
 def test_several_sources_are_one_set_or_a_weighted_mixture():
     two = [Numbers(30), Numbers(10, first=100)]
     assert sorted(seen(numbers(source=two, epochs=1))) == [*range(30), *range(100, 110)]
-    forever = seen(itertools.islice(numbers(source=two, weights=[1, 3]), 40))
+    forever = seen(itertools.islice(numbers(source=Mixture(two, [1, 3])), 40))
     assert 0.7 < np.mean(np.array(forever) >= 100) < 0.8
-    with pytest.raises(ValueError, match="weights"):
-        numbers(source=two, weights=[1, 3], epochs=1)
-    with pytest.raises(ValueError, match="weights"):
-        numbers(source=two, weights=[1])
+    with pytest.raises(ValueError, match="a mixture has no epochs"):
+        numbers(source=Mixture(two, [1, 3]), epochs=1)
 
 
 def test_broken_records_are_skipped_counted_and_named(caplog):

@@ -34,7 +34,7 @@ from mllm_jax.plan.page import Chosen, write_page
 from mllm_jax.plan.portion import Portion, read_shapes
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
-from mllm_jax.train.inputs import FilesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.optim import OptimConfig, make_optimizer
 from mllm_jax.train.run import Run, TrainConfig, read_run, run_config
 from mllm_jax.train.state import abstract_state, state_shardings

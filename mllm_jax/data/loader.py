@@ -5,22 +5,24 @@ own rows; a process runs the streams whose rows it feeds. So a batch depends on 
 the number of processes or of workers.
 
 Everything before packing is a pure function of an index (a `grain.MapDataset`). So the position of a stream is one
-number, the conversations that wait to be packed are a few, and restoring a state reads those few again.
+number for each source, the conversations that wait to be packed are a few, and restoring a state reads those few again.
 """
 
 import collections
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
+from mllm_jax.data.mixture import Mixture, start_of
 from mllm_jax.data.pack import Budget, Packer, collate, fill
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.readers import OVER_BUDGET, Guarded, Process, Readers, Skipped
+from mllm_jax.data.readers import OVER_BUDGET, Guarded, InTurn, Process, Readers, Skipped
 from mllm_jax.types import Batch, Example
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class BadData(RuntimeError):
 
 
 def make_loader(
-    sources: Any,
+    source: Any,
     processor: Processor,
     budget: Budget,
     batch_rows: int,
@@ -52,7 +54,6 @@ def make_loader(
     seed: int = 0,
     shuffle: bool = True,
     epochs: int | None = None,
-    weights: Sequence[float] | None = None,
     window: float = 4.0,
     streams: int = 1,
     workers: int = 1,
@@ -65,16 +66,16 @@ def make_loader(
 ) -> grain.DatasetIterator:
     """An iterator of (Batch, Info) with `get_state()`, `set_state(state)` and `close()`; the state is JSON.
 
-    Batches depend on the sources and on the options down to `streams`, never on who makes them. The states of all
+    Batches depend on the source and on the options down to `streams`, never on who makes them. The states of all
     processes, joined by `join_states`, are a state for any number of processes.
 
     Args:
-        sources: one source or several: `len(source)` and `source[i] -> {"messages", "kind", "id"}`.
+        source: `len(source)` and `source[i] -> {"messages", "kind", "id"}`; a list of them, which are one set; or a
+            `Mixture`, which is drawn from by weight.
         processor: makes an `Example` of a conversation, and knows the size of a patch.
         budget: the shape of a batch row.
         batch_rows: B, over all processes.
         epochs: None repeats forever. A number reads everything so often, and fills the last batches with padding rows.
-        weights: how often to draw from each source, forever; by default all sources are one set.
         window: rows' worth of conversations that wait to be packed in every stream (see `Packer`).
         streams: S, which divides B; stream s feeds rows s B/S to (s + 1) B/S.
         workers: threads that read and process; 0 does it in the thread that packs.
@@ -90,30 +91,30 @@ def make_loader(
         ValueError: options contradict each other.
         BadData: while iterating, where more than `max_bad` of the records are broken or none is usable.
     """
-    sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
-    if weights is not None and (epochs is not None or len(weights) != len(sources)):
-        raise ValueError("weights need one number for each source, and no epochs: weighted sources have no common end")
+    mixed = isinstance(source, Mixture)
+    sources = source.sources if mixed else list(source) if isinstance(source, (list, tuple)) else [source]
+    if mixed and epochs is not None:
+        raise ValueError("a mixture has no epochs: its sources have no common end")
     if batch_rows % streams or streams % process_count or not 0 <= process_index < process_count:
         raise ValueError(
             f"process {process_index} of {process_count} has no whole share of {streams} streams for {batch_rows} rows"
         )
 
     parts = [grain.MapDataset.source(Guarded(source, strict)) for source in sources]
-    parts = [grain.MapDataset.concatenate(parts)] if weights is None else parts
+    parts = parts if mixed else [grain.MapDataset.concatenate(parts)]
     orders = [(part.seed(seed).shuffle() if shuffle else part).repeat(epochs) for part in parts]
     process = Process(processor, budget, strict)
 
-    def examples(stream: int) -> grain.MapDataset:
-        """Every stream has the whole mixture: how fast it reads must not change the weights."""
-        shares = [order[stream::streams] for order in orders]
-        return (shares[0] if weights is None else grain.MapDataset.mix(shares, list(weights))).map(process)
-
-    share = streams // process_count
-    own = {stream: examples(stream) for stream in range(process_index * share, (process_index + 1) * share)}
+    mixture, share = source if mixed else Mixture(orders, [1.0]), streams // process_count
+    own = {
+        # Every stream has the whole mixture: how fast it reads must not change the weights.
+        stream: _Share([order[stream::streams].map(process) for order in orders], mixture, start_of(seed, stream))
+        for stream in range(process_index * share, (process_index + 1) * share)
+    }
     identity = {  # a state belongs to these, and is refused by others
         "seed": seed,
         "shuffle": shuffle,
-        "weights": None if weights is None else list(weights),
+        "weights": {str(batch): list(given) for batch, given in mixture.weights.items()},
         "records": [len(source) for source in sources],
         "budget": list(budget),
         "window": window,
@@ -143,8 +144,16 @@ class _Settings(NamedTuple):
     endless: bool  # batches of padding after the end of the data
 
 
+class _Share(NamedTuple):
+    """What a stream reads."""
+
+    examples: list[grain.MapDataset]  # of each source
+    mixture: Mixture
+    start: int  # of the points that choose the sources
+
+
 class _Packed(grain.IterDataset):
-    def __init__(self, streams: Mapping[int, grain.MapDataset], settings: _Settings, identity: dict[str, Any]):
+    def __init__(self, streams: Mapping[int, _Share], settings: _Settings, identity: dict[str, Any]):
         super().__init__()
         self.streams, self.settings, self.identity = streams, settings, identity
 
@@ -153,50 +162,67 @@ class _Packed(grain.IterDataset):
 
 
 class _Stream:
-    """One stream. State: the next index, the indices that wait to be packed, and the counts of what was left out."""
+    """One stream.
 
-    def __init__(self, number: int, length: int, settings: _Settings):
-        self.number, self._length = number, length
-        self.next, self.used, self.left_out = 0, 0, collections.Counter()
+    State: how many records of each source were drawn, the batches made, the keys (see `InTurn`) of what waits to be
+    packed, and the counts of what was left out.
+    """
+
+    def __init__(self, number: int, share: _Share, settings: _Settings):
+        self.number, self._share = number, share
+        self._length = sys.maxsize if len(share.examples) > 1 else len(share.examples[0])
+        self.drawn, self.batches = [0] * len(share.examples), 0
+        self.used, self.left_out = 0, collections.Counter()
         self.packer = Packer(settings.budget, settings.window)
 
     @property
     def hungry(self) -> bool:
-        return not self.packer.ready and self.next < self._length
+        return not self.packer.ready and sum(self.drawn) < self._length
 
     def get_state(self) -> dict[str, Any]:
         counts = {"used": self.used, "left_out": dict(self.left_out)}
-        return {"next": self.next, "waiting": self.packer.waiting, **counts}
+        return {"drawn": list(self.drawn), "batches": self.batches, "waiting": self.packer.waiting, **counts}
 
     def set_state(self, state: Mapping[str, Any], waiting: Iterable[Example | Skipped]) -> None:
-        self.next, self.used, self.left_out = state["next"], state["used"], collections.Counter(state["left_out"])
-        for index, example in zip(state["waiting"], waiting):
+        self.drawn, self.batches = list(state["drawn"]), state["batches"]
+        self.used, self.left_out = state["used"], collections.Counter(state["left_out"])
+        for key, example in zip(state["waiting"], waiting):
             if isinstance(example, Skipped):
                 raise BadData(f"a conversation that waited to be packed can no longer be read: {example.message}")
-            self.packer.add(index, example)
+            self.packer.add(key, example)
 
-    def admit(self, example: Example | Skipped) -> None:
-        """Takes the example at `next`."""
+    def keys(self, count: int) -> list[int]:
+        """Keys of the records that come next, under the weights of now; fewer at the end of the data."""
+        drawn, first, found = list(self.drawn), sum(self.drawn), []
+        for number in range(first, min(first + count, self._length)):
+            source = self._share.mixture.source(self._share.start, number, self.batches)
+            found.append(drawn[source] * len(drawn) + source)
+            drawn[source] += 1
+        return found
+
+    def admit(self, key: int, example: Example | Skipped) -> None:
+        """Takes the example at the next key."""
         if isinstance(example, Skipped):
             log.warning("left out: %s", example.message)
             self.left_out[example.reason] += 1
         else:
             self.used += 1
-            self.packer.add(self.next, example)
-        self.next += 1
+            self.packer.add(key, example)
+        self.drawn[key % len(self.drawn)] += 1
 
 
 class _PackedIterator(grain.DatasetIterator):
     """Batches of packed rows."""
 
-    def __init__(self, streams: Mapping[int, grain.MapDataset], settings: _Settings, identity: dict[str, Any]):
+    def __init__(self, streams: Mapping[int, _Share], settings: _Settings, identity: dict[str, Any]):
         super().__init__()
-        self._examples, self._settings, self._identity = streams, settings, identity
+        self._shares, self._settings, self._identity = streams, settings, identity
         self._open()
 
     def _open(self) -> None:
-        self._streams = [_Stream(number, len(part), self._settings) for number, part in self._examples.items()]
-        self._readers = Readers(self._examples, self._settings.workers, self._settings.processes)
+        self._streams = [_Stream(number, share, self._settings) for number, share in self._shares.items()]
+        examples = {number: InTurn(share.examples) for number, share in self._shares.items()}
+        self._readers = Readers(examples, self._settings.workers, self._settings.processes)
 
     def get_state(self) -> dict[str, Any]:
         return {"streams": {str(stream.number): stream.get_state() for stream in self._streams}, "data": self._identity}
@@ -208,7 +234,7 @@ class _PackedIterator(grain.DatasetIterator):
         self._readers.close()
         self._open()
         states = {stream: state["streams"][str(stream.number)] for stream in self._streams}
-        wanted = [(stream.number, index) for stream, part in states.items() for index in part["waiting"]]
+        wanted = [(stream.number, key) for stream, part in states.items() for key in part["waiting"]]
         found = self._readers.read(wanted)
         for stream, part in states.items():
             stream.set_state(part, itertools.islice(found, len(part["waiting"])))
@@ -219,6 +245,8 @@ class _PackedIterator(grain.DatasetIterator):
             self._read()
             for stream in self._streams:
                 rows[stream].append([example for _, example in stream.packer.take()])
+        for stream in self._streams:
+            stream.batches += 1
         rows = [row for of_stream in rows.values() for row in of_stream]
         if not any(rows) and not self._settings.endless:
             raise StopIteration
@@ -232,7 +260,8 @@ class _PackedIterator(grain.DatasetIterator):
         """Reads until every stream can fill a row, or is at the end of its data."""
         while hungry := [stream for stream in self._streams if stream.hungry]:
             for stream in hungry:  # in turn, so that the workers have something to do for all of them
-                stream.admit(self._readers.next(stream.number, stream.next))
+                keys = stream.keys(self._readers.ahead)
+                stream.admit(keys[0], self._readers.next(stream.number, keys))
             self._judge()
 
     def _judge(self) -> None:

@@ -64,6 +64,17 @@ class Process:
             return Skipped(reason, f"{record['id']}: {error}")
 
 
+class InTurn:
+    """Elements of several sets as one, by place x number of sets + set. It can be sent to another process."""
+
+    def __init__(self, sets: Sequence[Sequence[Any]]):
+        self.sets = sets
+
+    def __getitem__(self, key: int) -> Any:
+        place, number = divmod(key, len(self.sets))
+        return self.sets[number][place]
+
+
 class Readers:
     """Elements of streams. Nothing starts before the first is asked for.
 
@@ -77,23 +88,30 @@ class Readers:
         self._streams, self._in_processes = streams, processes > 0
         self._pool = _pool(streams, workers, processes)
         self._together = TOGETHER if processes else 1
-        self._ahead = max(2, 2 * (processes or workers) // max(len(streams), 1)) if self._pool else 1  # of each stream
-        self._coming: dict[int, collections.deque[Future]] = {number: collections.deque() for number in streams}
-        self._read: dict[int, collections.deque[Any]] = {number: collections.deque() for number in streams}
+        parts = max(2, 2 * (processes or workers) // max(len(streams), 1)) if self._pool else 1
+        self.ahead = parts * self._together  # elements of each stream that are worth knowing before they are needed
+        # Of each stream: (key, what will hold its part, its place there).
+        self._coming: dict[int, collections.deque[tuple[int, Future, int]]] = {n: collections.deque() for n in streams}
 
-    def next(self, stream: int, index: int) -> Any:
-        """The element at `index`, which is one more than in the last call for this stream."""
-        coming, read, length = self._coming[stream], self._read[stream], len(self._streams[stream])
-        first = index + len(read) + self._together * len(coming)
-        while len(coming) < self._ahead and first < length:
-            coming.append(self._submit([(stream, i) for i in range(first, min(first + self._together, length))]))
-            first += self._together
-        if not read:
-            read.extend(coming.popleft().result())
-        return read.popleft()
+    def next(self, stream: int, keys: Sequence[int]) -> Any:
+        """The element at the first of the keys that come next. Those after it are read ahead.
+
+        What was read ahead for other keys is forgotten.
+        """
+        coming = self._coming[stream]
+        known = sum(1 for _ in itertools.takewhile(lambda pair: pair[0][0] == pair[1], zip(coming, keys)))
+        while len(coming) > known:
+            coming.pop()
+        keys = keys[known : self.ahead]
+        while len(keys) >= self._together or (keys and not coming):
+            part, keys = keys[: self._together], keys[self._together :]
+            future = self._submit([(stream, key) for key in part])
+            coming.extend((key, future, place) for place, key in enumerate(part))
+        _, future, place = coming.popleft()
+        return future.result()[place]
 
     def read(self, wanted: Iterable[tuple[int, int]]) -> Iterator[Any]:
-        """The elements at (stream, index)."""
+        """The elements at (stream, key)."""
         wanted = list(wanted)
         parts = [wanted[i : i + self._together] for i in range(0, len(wanted), self._together)]
         return itertools.chain.from_iterable(future.result() for future in [self._submit(part) for part in parts])
@@ -113,7 +131,7 @@ class Readers:
 
 
 def _read(streams: Streams, wanted: list[tuple[int, int]]) -> list[Any]:
-    return [streams[stream][index] for stream, index in wanted]
+    return [streams[stream][key] for stream, key in wanted]
 
 
 def _pool(streams: Streams, workers: int, processes: int) -> Executor | None:

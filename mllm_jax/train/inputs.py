@@ -10,12 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mllm_jax.config import ConfigError, told
+from mllm_jax.config import ConfigError
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_tokenizer
-from mllm_jax.data.sources import open_source
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate, Tokenizer
 from mllm_jax.families import spec_for
@@ -70,36 +69,6 @@ class DataConfig:
     @property
     def budget(self) -> Budget:
         return Budget(self.tokens, 0 if self.blind else self.rows, self.patches)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilesData(DataConfig):
-    """Conversations and documents in files: JSON Lines, ArrayRecord, WebDataset, Parquet or TFDS.
-
-    path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`.
-    root: the folder that pictures beside the files lie in, by default the files' own.
-    where: fields that a record must have to be trained on, as in {"split": "train"}.
-    heldout: another path to evaluate on; None = the same. heldout_where: the fields of held-out records.
-    """
-
-    path: str = ""
-    root: str | None = None
-    where: Mapping[str, Any] = field(default_factory=dict)
-    heldout: str | None = None
-    heldout_where: Mapping[str, Any] = field(default_factory=dict)
-
-    def source(self, split: str = "train") -> Any:
-        """The conversations of "train" or "heldout"; None where the config names no held-out ones."""
-        if not self.path:
-            raise ConfigError("config.data.path must name the conversations: a file, a pattern, a folder or tfds:NAME")
-        if split == "heldout" and not (self.heldout or self.heldout_where):
-            return None
-        path, where = (self.path, self.where) if split == "train" else (self.heldout or self.path, self.heldout_where)
-        try:
-            records = open_source(path, self.root, where)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"config.data: {told(error)}") from error
-        return WithoutPictures(records) if self.blind else records
 
 
 @dataclass(frozen=True, kw_only=True)

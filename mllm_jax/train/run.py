@@ -25,7 +25,8 @@ from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkSt
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.inputs import DataConfig, FilesData, ScenesData
+from mllm_jax.train.files import FilesData, MixtureData
+from mllm_jax.train.inputs import DataConfig, ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.step import make_train_step
 
@@ -35,7 +36,7 @@ PARTS = {
         *(VitConfig, AveragePoolConfig, MlpConnectorConfig, PatchMergerConfig, PixelShuffleConfig),
         *(AttentionConfig, MlaConfig),
         *(LinearStretch, NtkStretch, BlendedStretch, ListedStretch, YarnConfig),
-        *(FilesData, ScenesData),
+        *(FilesData, MixtureData, ScenesData),
     )
 }
 
@@ -92,7 +93,7 @@ class Stage:
 class Run:
     """
     model: its runtime's sharding rules are those of `rules`.
-    data: FilesData or ScenesData.
+    data: FilesData, MixtureData or ScenesData.
     init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
     optim: `optim.steps` is the length of the run.
@@ -168,7 +169,7 @@ def read_run(config: ConfigDict) -> Run:
 
 def _check(model: ModelConfig, run: Run | Stage, path: str) -> None:
     if not isinstance(run.data, DataConfig):
-        raise ConfigError(f"{path}.data.type must be FilesData or ScenesData")
+        raise ConfigError(f"{path}.data.type must be FilesData, MixtureData or ScenesData")
     if run.data.batch % run.train.accumulate:
         raise ConfigError(
             f"{path}.train.accumulate={run.train.accumulate} must divide {path}.data.batch={run.data.batch}"
