@@ -13,8 +13,8 @@ from tiny_run import get_config, load_config
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.data.mixture import Mixture, start_of, tempered
-from mllm_jax.train.loop import StopSignal, Training
-from mllm_jax.train.metrics import read_metrics
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train.inputs import make_processor, open_data
 from mllm_jax.train.run import read_run
 
 WITHIN = 5  # records that the count of a source is off by, in any run of up to 20,000
@@ -125,36 +125,34 @@ def updated(config, values):
     return changed
 
 
-def test_a_run_trains_on_a_mixture_of_files_and_resumes(tmp_path):
+def test_a_run_reads_a_mixture_of_files_and_resumes(tmp_path):
     """Pictures in a tar, documents in JSON Lines; the order after a resume is that of a run that never stopped."""
     tar = source_files.write_tar(tmp_path / "tar", source_files.conversations())
     pages = [{"id": f"p{i}", "text": f"What colour? red {i}", "split": ("train", "test")[i % 2]} for i in range(30)]
     (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
     config = get_config()
     config.data = load_config("sft", "llava/1.5-7b,pictures,pages").data
-    config.data.update(tokens=64, rows=1, patches=112, batch=8, min_pixels=256)  # the step of other tests
+    config.data.update(tokens=96, rows=1, patches=64, batch=8, window=0.5, min_pixels=256)
     config.data.sources.pictures.path = tar
     config.data.sources.pages.update(path=str(tmp_path / "pages.jsonl"), where={"split": "train"})
     config.data.sources.pages.heldout_where = {"split": "test"}
     config.data.curriculum = ((4, {"pages": 4.0}),)
-    config.train.update(log_every=1, evaluate_every=0, heldout=8)
-    losses = []
-    for folder, stops in (("whole", (7,)), ("parts", (3, 7))):
-        for step in stops:
-            training = Training(config, read_run(config), tmp_path / folder)
-            assert training.run(Stop(step)) == step
-            training.close()
-        losses.append([line["loss"] for line in read_metrics(tmp_path / folder) if "loss" in line])
-    assert losses[0] == losses[1] and len(losses[0]) == 7
-    assert training.evaluate(training.state.params)["conversations"] == 8
-
-
-class Stop(StopSignal):
-    """Asks a run to stop at a step."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def asked(self, step):
-        return step >= self.step
+    run, mesh = read_run(config), make_mesh({"fsdp": -1})
+    processor = make_processor(run.processor, run.model, run.data)
+    whole, parts = ([], [])
+    for batches, stops in ((whole, [7]), (parts, [3, 4])):
+        state = None
+        for count in stops:
+            loader = open_data(run.data, processor, mesh, run.model.runtime.rules)
+            if state is not None:
+                loader.set_state(state)
+            batches += itertools.islice(loader, count)
+            state = json.loads(json.dumps(join_states([loader.get_state()])))
+            loader.close()
+    for (one, info), (two, other) in zip(whole, parts, strict=True):
+        assert info == other
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_array_equal(one.vision.patches, two.vision.patches)
+    share = lambda items: np.mean([kind == "" for _, info in items for row in info.kinds for kind in row])
+    assert share(whole[:4]) < 0.65 < share(whole[5:])
+    assert len(run.data.source("heldout")) == 15 and not whole[-1][1].skipped
