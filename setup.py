@@ -44,6 +44,8 @@ setup(
             "av>=12",
             "torch==2.13.0",
             "transformers>=5.20,<5.24",
+            "peft>=0.21",
+            "accelerate>=1.10",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -21,6 +21,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, kind_of, spec_for
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.nn.lora import split_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch, DualBatch
@@ -113,8 +114,10 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
     """Writes weights, config, generation config and the processor's files, for transformers and `load_pretrained`.
 
     Everything is complete on disk before anything gets its final name; a model that the folder held before is replaced.
-    In a run of several processes all must call.
+    In a run of several processes all must call. ValueError where it has adapters, which are no part of such a folder.
     """
+    if split_adapters(vlm.params)[1]:
+        raise ValueError("the model has adapters: save them with save_adapters, or save what merge_adapters returns")
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder to save to")

@@ -101,6 +101,7 @@ def test_queries_keys_and_values_may_have_an_a_each(base, adapters, batch):
     qkv = "encoder/layers/attention/qkv/lora_"
     flat[f"{qkv}down"] = np.repeat(flat[f"{qkv}down"][:, None], 3, axis=1)  # [L 3 D r]
     flat[f"{qkv}up"] = flat[f"{qkv}up"].swapaxes(1, 2)  # [L 3 r N H]
+    flat[f"{qkv}scale"] = np.repeat(flat[f"{qkv}scale"][:, None], 3, axis=1)  # [L 3]
     apart = join(base, unflatten_dict(flat, sep="/"))
     np.testing.assert_allclose(logits(apart, batch), logits(join(base, adapters), batch), atol=1e-4)
     added = split_adapters(add_products(apart, abstract_boxed(BASE)))[0]

@@ -12,7 +12,7 @@ from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
-from mllm_jax.families import qwen2, text
+from mllm_jax.families import llava, qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
 from mllm_jax.families.llava import features_from_hf, features_to_hf, whole
 from mllm_jax.families.rows import layer_norm, linear
@@ -127,3 +127,4 @@ RENAME = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(?=vision_tower|multi_modal_projector)", ""),
 )
+MODULES = llava.MODULES

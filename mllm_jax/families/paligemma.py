@@ -124,3 +124,4 @@ def weights(config: ModelConfig) -> list[Row]:
 
 
 IGNORE, RENAME = llava.IGNORE, llava.RENAME
+MODULES = llava.MODULES

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from mllm_jax.adapters import load_adapters
 from mllm_jax.api import Pretrained, load_pretrained
 from mllm_jax.config import told
 from mllm_jax.generate.decode import generate_ids
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         vlm = _load(args.checkpoint, args.dtype)
+        vlm = load_adapters(vlm, args.adapters) if args.adapters else vlm
         seen = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(args, kind)]
         messages = [{"role": "user", "content": [*seen, {"type": "text", "text": args.prompt}]}]
         batch = read_prompts(vlm, [messages])
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
+    add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format")
     add("--prompt", required=True, metavar="TEXT", help="what to ask")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--video", action="append", default=[], metavar="FILE", help="a clip; may be given several times")

@@ -46,14 +46,14 @@ class Einsum(nn.Module):
         return y
 
     def _adapted(self, x, inputs: str, outputs: str):
-        """scale * (x A) B, for letters of axes. The first outputs may have an A each: A [C D r], B [C r N H]."""
+        """scale * (x A) B, for letters of axes. First outputs may have their own: A [C D r], B [C r N H], scale [C]."""
         down, up, scale = (self.get_variable("params", name).astype(self.dtype) for name in (DOWN, UP, SCALE))
         x, product = x.astype(self.dtype), partial(jnp.einsum, precision=_precision(self.dtype))
         if self.has_rng("dropout") and self.has_variable("params", KEEP):
             keep = self.get_variable("params", KEEP)
             x = jnp.where(jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep.astype(x.dtype), 0)
         own, rest = outputs[: down.ndim - len(inputs) - 1], outputs[down.ndim - len(inputs) - 1 :]
-        low = scale * product(f"...{inputs},{own}{inputs}r->...{own}r", x, down)
+        low = scale[..., None] * product(f"...{inputs},{own}{inputs}r->...{own}r", x, down)
         return product(f"...{own}r,{own}r{rest}->...{outputs}", low, up)
 
 

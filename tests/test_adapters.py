@@ -1,0 +1,145 @@
+"""Adapters of PEFT: the same logits, and files both ways, on random tiny models of transformers."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import peft
+import pytest
+import test_llava
+import torch
+import transformers
+from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
+from safetensors.numpy import load_file, save_file
+
+import mllm_jax
+from mllm_jax.adapters import WEIGHTS
+from mllm_jax.model import init_adapters
+from mllm_jax.nn.lora import LoraConfig, join
+
+ROWS = [(3, ("image", 4, 6), 5), (9,)]
+
+
+def a_model(name):
+    """(transformers' model, inputs of it)"""
+    if name == "qwen3_vl":
+        return tiny_qwen3_vl()[1], batch_of([prompt(np.random.default_rng(0), *row) for row in ROWS])
+    model = test_llava.reference_of(name)
+    return model, test_llava.inputs_of(model)
+
+
+TARGETS = {  # of which layers, and other ranks and alphas of some of them
+    "qwen3_vl": (
+        r".*(language_model.*(q|v|o|up|down)_proj|visual.*(qkv|attn.proj|linear_fc1))",
+        {"o_proj": 3, r"layers\.1\.self_attn\.v_proj": 5, "qkv": 2},
+        {"down_proj": 7, r"layers\.2\.self_attn\.v_proj": 3},
+    ),
+    "llava": (r".*(language_model.*_proj|vision_tower.*(q_proj|k_proj|fc1)|linear_1)", {r"layers\.0.*k_proj": 2}, {}),
+    "internvl": (
+        r".*(language_model.*mlp.*_proj|attention.(q|k|v)_proj|projection_layer|linear_2)",
+        {},
+        {"mlp.up_proj": 9},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def case(request, tmp_path_factory):
+    """(folder of the base model, our model, inputs, folder of adapter/ and merged/, logits with it), of PEFT."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, inputs = a_model(request.param)
+    model.save_pretrained(folder / "base")
+    targets, ranks, alphas = TARGETS[request.param]
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas)
+    adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+        expected = adapted(**to_torch(inputs)).logits.numpy()
+        with adapted.disable_adapter():
+            plain = adapted(**to_torch(inputs)).logits.numpy()
+    adapted.save_pretrained(folder / "adapter")
+    adapted.merge_and_unload().save_pretrained(folder / "merged")
+    assert np.abs(expected - plain).max() > 0.3
+    return folder / "base", mllm_jax.load_pretrained(folder / "base"), inputs, folder, expected
+
+
+def logits_of(vlm, inputs):
+    apply = jax.jit(lambda params, batch: vlm.model.apply({"params": params}, batch).logits)
+    return np.asarray(apply(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs)))
+
+
+def theirs(base, adapter, inputs):
+    """Logits of transformers' and PEFT's model, read from folders."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(model, adapter)(**to_torch(inputs)).logits.numpy()
+
+
+def assert_close(found, expected, inputs):
+    real = inputs["attention_mask"][..., None] == 1
+    np.testing.assert_allclose(np.where(real, found, 0), np.where(real, expected, 0), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_peft_gives_its_logits_and_is_written_as_it_was(case, tmp_path):
+    base, vlm, inputs, folder, expected = case
+    adapted = mllm_jax.load_adapters(vlm, folder / "adapter")
+    assert_close(logits_of(adapted, inputs), expected, inputs)
+    mllm_jax.save_adapters(adapted, tmp_path, base=str(base))
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder / "adapter", tmp_path))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor)
+    assert_close(theirs(base, tmp_path, inputs), expected, inputs)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+
+def test_merging_is_that_of_peft_and_can_be_undone(case):
+    _, vlm, _, folder, _ = case
+    adapted, expected = mllm_jax.load_adapters(vlm, folder / "adapter"), mllm_jax.load_pretrained(folder / "merged")
+    merged = mllm_jax.merge_adapters(adapted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), merged.params, expected.params)
+    back = mllm_jax.unmerge_adapters(merged, adapted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), back.params, adapted.params)
+
+
+def test_our_own_adapters_survive_the_format(case, tmp_path):
+    """Of every weight, also where theirs lie apart and ours have one A."""
+    _, vlm, _, _, _ = case
+    lora = LoraConfig(rank=3, targets=("^(encoder|decoder)/layers.*/w$", "^connector/.*/w$"), ranks=(("mlp", 2),))
+    made = jax.eval_shape(lambda key: init_adapters(replace(vlm.config, lora=lora), key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), made)
+    own = replace(vlm, params=join(vlm.params, adapters))
+    mllm_jax.save_adapters(own, tmp_path)
+    read = mllm_jax.load_adapters(vlm, tmp_path)
+    weights = (mllm_jax.merge_adapters(x).params for x in (own, read))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *weights)
+    with pytest.raises(ValueError, match="has adapters: save them with save_adapters"):
+        mllm_jax.save_pretrained(own, tmp_path / "whole")
+
+
+def test_adapters_that_do_not_fit_are_told(case, tmp_path):
+    _, vlm, _, folder, _ = case
+    folder = folder / "adapter"
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json: it holds no adapter in PEFT's format"):
+        mllm_jax.load_adapters(vlm, tmp_path)
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        mllm_jax.save_adapters(vlm, tmp_path / "none")
+    stated, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS)
+    write = lambda **changes: (tmp_path / "adapter_config.json").write_text(json.dumps(stated | changes))
+    first = next(name for name in tensors if "lora_A" in name)
+    odd = dict(tensors, **{first.replace("model.model.", "model.modle."): tensors[first], first: tensors[first][:, 1:]})
+    save_file(odd, tmp_path / WEIGHTS)
+    for changes, message in (
+        ({"use_dora": True}, "use_dora True cannot be read, only False"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be read"),
+        ({}, "_proj.*: A and B do not fit each other and a weight.*\n  unexpected: base_model.modle"),
+    ):
+        write(**changes)
+        with pytest.raises(ValueError, match=message):
+            mllm_jax.load_adapters(vlm, tmp_path)
