@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from mllm_jax.nn.dispatch import Experts, dispatch
+from mllm_jax.nn.exchange import exchange_for
 from mllm_jax.nn.grouped import grouped_matmul
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.router import route, summarise
-from mllm_jax.nn.runtime import Runtime
+from mllm_jax.nn.runtime import REMAT, Runtime
+from mllm_jax.plan.jaxpr import operations, used_share
 from mllm_jax.sharding import make_mesh
 
 ROWS, LENGTH, WIDTH, COUNT, TOP, HIDDEN = 8, 8, 16, 8, 3, 12
@@ -127,6 +129,54 @@ def test_tokens_go_to_the_devices_of_their_experts():
     with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
         step = jax.jit(lambda x: dispatch(x, experts, weights, real, params, jax.nn.silu, Runtime())[0])
         assert "all-to-all" in step.lower(x).compile().as_text()
+
+
+def only_what_is_there(x, y, starts, sent, places, received, *, axis_name):
+    """`ragged_all_to_all`, as its documentation describes it, of plain collectives; NaN where the sizes disagree."""
+    me = jax.lax.axis_index(axis_name)
+    x, starts, sent, places = (jax.lax.all_gather(part, axis_name) for part in (x, starts, sent, places))
+    row = jnp.arange(x.shape[1])
+    for device in range(len(sent)):
+        target = jnp.where(row < sent[device, me], places[device, me] + row, len(y))
+        y = y.at[target].set(x[device, starts[device, me] + row], mode="drop")
+    return jnp.where(jnp.all(received == sent[:, me]), y, jnp.nan)
+
+
+@pytest.mark.parametrize("room", [0.0, 1.0])
+def test_a_ragged_exchange_is_the_even_one(monkeypatch, room):
+    """To the bit, in values and gradients, with drops and without; no CPU has the collective itself."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", only_what_is_there)
+    runtime = Runtime(expert_room=room)
+    with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
+        even, ragged = (run(replace(runtime, exchange=name), *inputs()) for name in ("even", "ragged"))
+    assert bool(np.asarray(even[1]).any()) == bool(room)
+    jax.tree.map(np.testing.assert_array_equal, ragged, even)
+
+
+@pytest.mark.parametrize("remat, passes", [("none", 4), ("full", 6), ("experts", 4)])
+def test_what_was_exchanged_is_saved_by_name(remat, passes):
+    """There and back, forward and backward; rematerialisation repeats it only where its results were not saved."""
+    x, experts, weights, real, params = inputs()
+    runtime = Runtime(exchange="ragged", remat=remat)
+
+    def loss(x, weights, params):
+        layer = lambda x, weights, params: dispatch(x, experts, weights, real, params, jax.nn.silu, runtime)[0]
+        layer = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+        return jnp.sum(jnp.sin(layer(x, weights, params)))
+
+    with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
+        steps = list(operations(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, weights, params)))
+    sent = [step for step in steps if step.equation.primitive.name == "ragged_all_to_all"]
+    assert len(sent) == passes
+    # Eight rows of 24 choices each on four devices: of room for all of 192 rows, two device's experts of a token each.
+    assert {used_share(step.scope) for step in sent} == {24 / (4 * 8 * 2)}
+
+
+def test_the_platform_chooses_the_exchange():
+    assert [exchange_for("auto", platform) for platform in ("tpu", "gpu", "cpu")] == ["ragged", "even", "even"]
+    assert exchange_for("even", "tpu") == "even" and exchange_for("ragged", "cpu") == "ragged"
+    with pytest.raises(ValueError, match="runtime.exchange must be one of auto, even, ragged, not 'odd'"):
+        exchange_for("odd")
 
 
 def test_what_finds_no_room_is_dropped_and_counted():

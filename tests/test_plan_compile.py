@@ -120,6 +120,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %half = f32[4,8]{1,0} reduce-scatter-done(%begun.2)
   %call = ((f32[8]{0}), f32[8]{0}, u32[]) call-start(%done), async_execution_thread="sparsecore", to_apply=%elsewhere
   %called = f32[8]{0} call-done(%call)
+  %ragged = f32[8]{0} ragged-all-to-all(%done, %called, %slots), channel_id=13, replica_groups={{0,1},{2,3},{4,5},{6,7}},
+    metadata={op_name="jit(step)/jvp(VLM)/decoder/layers/mlp/experts/share_0.25/ragged_all_to_all"}
   %token = token[] after-all()
   %receive = (f32[4,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true,
     frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -140,6 +142,7 @@ def test_collectives_of_a_text():
         ("all-reduce", 1, 128, ("data",)),  # between slices
         ("all-to-all", 1, 32, ("tensor",)),
         ("collective-permute", 1, 32, ("fsdp",)),
+        ("ragged-all-to-all", 1, 8, ("tensor",)),  # of which a quarter is filled
         ("reduce-scatter", 1, 128, ("tensor",)),
         ("reduce-scatter", 3, 8, ("fsdp",)),
     ]
@@ -368,9 +371,9 @@ def test_the_plan_of_a_step(planned):
 # Accelerators that are not there
 
 
-def ahead_of_time(topology, mesh):
+def ahead_of_time(topology, mesh, *kind):
     script = pathlib.Path(__file__).with_name("plan_ahead_of_time.py")
-    run = subprocess.run([sys.executable, script, topology, json.dumps(mesh)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, topology, json.dumps(mesh), *kind], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -393,6 +396,17 @@ def test_plans_a_tpu():
     names = {warning.split(":")[0] for warning in report["warnings"]}
     assert names == {"all-reduce for reduce-scatter"}  # XLA's choice on a torus, without options that may hang
     check_fsdp(report | {"warnings": []}, excess=0.1)  # the compiler gathers two weights of attention a third time
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[plan])")
+def test_a_tpu_exchanges_the_tokens_that_there_are():
+    """There and back, forward, recomputed and backward, two choices of every token, in each of three layers."""
+    report = ahead_of_time("v5p:2x2x1", {"fsdp": 2, "expert": 2}, "experts")
+    (ragged,) = (x for x in report["collectives"] if x["kind"] == "ragged-all-to-all")
+    assert ragged["axes"] == ["expert"] and ragged["runs"] == 3 * 6
+    assert ragged["bytes"] == pytest.approx(3 * 6 * (8 // 4) * 1024 * 2 * 512 * 2)
+    assert report["peak"] > report["arguments"] > 0
 
 
 CUDA = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13")

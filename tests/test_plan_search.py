@@ -292,6 +292,8 @@ def test_experts_exchange_six_times_a_layer():
     buffer = 1.25 * 4096 * 8 * 4096 * 2  # bytes of a device's tokens, each for eight experts, with room to spare
     assert bytes_of(planned, "all-to-all", "expert") == pytest.approx(94 * 6 * buffer, rel=1e-6)
     assert bytes_of(plan(run, "experts", fsdp=16, expert=16), "all-to-all", "expert") == pytest.approx(94 * 4 * buffer)
+    ragged = estimate(Portion(shapes_of(run), run, dict(fsdp=16, expert=16)), "full", "TPU v5p")
+    assert bytes_of(ragged, "ragged-all-to-all", "expert") == pytest.approx(94 * 6 * buffer / 1.25)  # no room
     experts = 94 * 128 * 3 * 4096 * 1536 / 16 * 2
     assert bytes_of(planned, "all-gather", "fsdp") == pytest.approx(2 * experts)
 

@@ -15,6 +15,7 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from mllm_jax.nn.exchange import exchange
 from mllm_jax.nn.grouped import grouped_for, grouped_matmul, row_multiple
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
 from mllm_jax.sharding import partition_spec, shard, ways
@@ -135,13 +136,16 @@ def _exchanged(x, choices, mlp, own, across, runtime):
     room = _room(runtime.expert_room, len(choices) / devices, len(x) * min(top_k, own))
     plan = _plan(choices, devices, room, own)
     ids = jnp.where(plan.choice >= 0, choices[plan.choice] % own, own)
-    exchange = lambda part: jax.lax.all_to_all(part, across, 0, 0, tiled=True)
-    received = checkpoint_name(exchange(_move(x, *plan, top_k)), EXCHANGED[0])
-    ids = exchange(ids)
+    fill = min(1.0, len(choices) / len(ids))
+    held = lambda ids: jnp.sum(rearrange(ids, "(device room) -> device room", room=room) < own, axis=1, dtype=jnp.int32)
+    send = partial(exchange, axes=across, fill=fill, wanted=runtime.exchange)
+    sent, ids = held(ids), jax.lax.all_to_all(ids, across, 0, 0, tiled=True)
+    received = held(ids)
+    x = checkpoint_name(send(_move(x, *plan, top_k), sent, received), EXCHANGED[0])
     inner = _sorted(ids, row_multiple(grouped_for(runtime.grouped)))
-    with expect_share(len(choices) / len(ids)):
-        y = mlp(_move(received, *inner), sizes=jnp.bincount(ids, length=own))
-    y = checkpoint_name(exchange(_move(y, inner.slot, inner.choice)), EXCHANGED[1])
+    with expect_share(fill):
+        y = mlp(_move(x, *inner), sizes=jnp.bincount(ids, length=own))
+    y = checkpoint_name(send(_move(y, inner.slot, inner.choice), received, sent), EXCHANGED[1])
     return _move(y, plan.slot, plan.choice), plan
 
 

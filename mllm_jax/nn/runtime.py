@@ -28,6 +28,8 @@ class Runtime:
       (every expert reads every token: for tests).
     expert_room: room for the tokens of an expert ("capacity"), or of a device's experts ("dropless" on several
       devices), as a multiple of the fair share. What finds no room is dropped and counted; 0 = room for any routing.
+    exchange: what devices send each other of it: "auto" (by platform), "even" (all room) or "ragged" (the tokens that
+      there are; TPU), see nn/exchange.py.
     grouped: products with sorted tokens: "auto" (by platform), "loop", "megablox" (TPU) or "tokamax" (GPU).
     remat: what backward recomputes: "none", "full" (every layer), "experts" (every layer, but not the exchange of
       tokens between devices) or "dots" (all but matrix products).
@@ -40,6 +42,7 @@ class Runtime:
     context: str = "auto"
     experts: str = "dropless"
     expert_room: float = 0.0
+    exchange: str = "auto"
     grouped: str = "auto"
     remat: str = "none"
     scan: bool = True

@@ -11,11 +11,13 @@ from mllm_jax.plan.portion import Portion
 # What the backward kernels of attention do a second time, by the maker of a device, in FLOPs of forward: cuDNN's one
 # product of five, splash's two kernels three of seven.
 TWICE = {"NVIDIA": 0.5, "TPU": 1.5}
+PLATFORM = {"NVIDIA": "gpu", "TPU": "tpu"}
 
 
 def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
     """The plan of a step under a remat policy, roughly: no compiler saw it."""
-    forward, again = _flops(portion, remat, device_kind.partition(" ")[0].rstrip("7x"))
+    maker = device_kind.partition(" ")[0].rstrip("7x")
+    forward, again = _flops(portion, remat, maker)
     flops = portion.shapes.flops
     times = {part: flops[part].total / flops[part].forward if flops[part].forward else 0.0 for part in flops}
     times["experts"] = times["decoder"]
@@ -33,7 +35,8 @@ def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
         useful=sum(part.total for part in flops.values()) / portion.devices,
         recomputed=parts * sum(again.values()),
         collectives=tuple(
-            move._replace(runs=parts * move.runs, bytes=parts * move.bytes) for move in collectives(portion, remat)
+            move._replace(runs=parts * move.runs, bytes=parts * move.bytes)
+            for move in collectives(portion, remat, PLATFORM.get(maker, "cpu"))
         ),
         warnings=(),
         compile_seconds=0.0,

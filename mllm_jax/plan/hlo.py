@@ -155,7 +155,8 @@ def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer,
     for instruction in computation.instructions.values():
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in KINDS:
-            found.append((Transfer(opcode, 1, _result_bytes(instruction), instruction, computation), fused))
+            size = _result_bytes(instruction) * _filled(opcode, instruction)
+            found.append((Transfer(opcode, 1, size, instruction, computation), fused))
         elif between := instruction.between_slices:
             size = shape_bytes(_elements(instruction.shape)[0])
             found.append((Transfer(between, 1, size, instruction, computation), fused))
@@ -200,6 +201,12 @@ def _result_bytes(instruction: Instruction) -> float:
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         return shape_bytes(_elements(instruction.shape)[1])
     return shape_bytes(instruction.shape)
+
+
+def _filled(kind: str, instruction: Instruction) -> float:
+    """The share of a result that is sent: of a ragged exchange, what its scope says (`nn.runtime.expect_share`)."""
+    said = re.findall(r"\bshare_(\d+(?:\.\d+)?)", instruction.scope) if kind == "ragged-all-to-all" else []
+    return float(said[-1]) if said else 1.0
 
 
 def _elements(shape: str) -> list[str]:

@@ -8,7 +8,7 @@ attention as `mllm_jax.nn.context` says.
 
 from collections.abc import Callable, Iterable
 
-from mllm_jax.nn.context import exchange_for
+from mllm_jax.nn import context, exchange
 from mllm_jax.plan.compile import Collective
 from mllm_jax.plan.layout import VOCABULARY, Laid
 from mllm_jax.plan.portion import Portion
@@ -16,8 +16,8 @@ from mllm_jax.plan.portion import Portion
 Add = Callable[[str, Iterable[str], float, float, int], None]
 
 
-def collectives(portion: Portion, remat: str) -> list[Collective]:
-    """Of one micro-batch, with the bytes that come out on one device."""
+def collectives(portion: Portion, remat: str, platform: str) -> list[Collective]:
+    """Of one micro-batch, with the bytes that come out on one device of a platform."""
     found: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
 
     def add(kind: str, axes, runs: float, values: float, width: int = portion.bytes) -> None:
@@ -33,7 +33,10 @@ def collectives(portion: Portion, remat: str) -> list[Collective]:
             _move_weight(portion, laid, add)
     for part in portion.towers:
         for block in {laid.weight.block for laid in portion.tower(part)}:
-            _move_rows(portion, part, [laid for laid in portion.tower(part) if laid.weight.block == block], remat, add)
+            matrices = [laid for laid in portion.tower(part) if laid.weight.block == block]
+            _move_rows(portion, part, matrices, remat, add)
+            if any(laid.weight.of_experts for laid in matrices):
+                _move_tokens(portion, matrices[0].weight.repeats, remat, platform, add)
     _move_context(portion, remat, add)
     if "connector" in portion.rows:
         _move_visual(portion, add)
@@ -63,9 +66,16 @@ def _move_rows(portion: Portion, part: str, block: list[Laid], remat: str, add: 
     again = trains and remat in ("full", "experts") and block[0].weight.block.endswith("attention")
     add("all-reduce", out, layers * (1 + again), rows * portion.width(part))
     add("all-reduce", into, layers * trains, rows * portion.width(part))
-    if any(laid.weight.of_experts for laid in block):
-        passes = 2 + 2 * trains + 2 * (trains and remat in ("full", "dots"))
-        add("all-to-all", portion.text["expert"], layers * passes, portion.exchanged() * portion.width(part))
+
+
+def _move_tokens(portion: Portion, layers: int, remat: str, platform: str, add: Add) -> None:
+    """Tokens to their experts and back: all room for them, or where the exchange is ragged those that there are."""
+    trains, rows = portion.trains("decoder"), portion.exchanged()
+    passes = 2 + 2 * trains + 2 * (trains and remat in ("full", "dots"))
+    kind = "all-to-all"
+    if exchange.exchange_for(portion.run.model.runtime.exchange, platform) == "ragged":
+        kind, rows = "ragged-all-to-all", min(rows, portion.rows["decoder"].count * portion.moe.top_k)
+    add(kind, portion.text["expert"], layers * passes, rows * portion.width("decoder"))
 
 
 def _move_context(portion: Portion, remat: str, add: Add) -> None:
@@ -78,7 +88,7 @@ def _move_context(portion: Portion, remat: str, add: Add) -> None:
     trains, layers = portion.trains("decoder"), portion.layers("decoder")
     passes = layers * (1 + trains + (trains and remat != "none"))
     wanted = getattr(portion.run.model.runtime, "context", "auto")
-    if exchange_for(heads, kv_heads, devices, wanted) == "ulysses":
+    if context.exchange_for(heads, kv_heads, devices, wanted) == "ulysses":
         add("all-to-all", axes, 2 * passes, heads * values)
         add("all-to-all", axes, 2 * passes, max(kv_heads, devices) * values)
     else:
