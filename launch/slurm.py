@@ -25,7 +25,7 @@ SCRIPT = """\
 # Slurm's SIGTERM comes to this script, which passes it on to the processes: they save, and end with {again}.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-srun --wait=120 {training} &
+srun {step} {training} &
 while kill -0 $! 2>/dev/null; do wait $!; done  # a signal ends wait, not srun
 wait $!
 code=$?
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", type=name, default="mllm-jax", help="of the job (default mllm-jax)")
     parser.add_argument("--nodes", type=positive, default=1, help="(default 1)")
     parser.add_argument("--gpus", type=int, default=8, help="of each node; 0: two CPU processes, to try (default 8)")
-    parser.add_argument("--cpus", type=positive, help="cores of each process, for its data")
+    parser.add_argument("--cpus", type=positive, help="cores of each process, for its data (default 8 beside a GPU)")
     parser.add_argument("--time", help="limit, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS")
     parser.add_argument("--partition")
     parser.add_argument("--account")
@@ -65,12 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def script(options: argparse.Namespace, workdir: Path) -> str:
     """The batch script. jax gives the process of local number n the n-th GPU of its node: all of them must be seen."""
+    cpus = options.cpus or (8 if options.gpus else None)
     directives = {
         "job-name": options.name,
         "nodes": options.nodes,
         "ntasks-per-node": options.gpus or 2,
         "gpus-per-node": options.gpus or None,
-        "cpus-per-task": options.cpus,
+        "cpus-per-task": cpus,
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
@@ -84,6 +85,7 @@ def script(options: argparse.Namespace, workdir: Path) -> str:
     return SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in [*lines, "--requeue", *options.sbatch]),
         exports="".join(f"export {key}=${{{key}:-{shlex.quote(str(value))}}}\n" for key, value in exports.items()),
+        step=f"--wait=120 --cpus-per-task={cpus}" if cpus else "--wait=120",  # srun does not take it from sbatch
         training=shlex.join(training(options.command, "--distributed", python=sys.executable)),
         restarts=options.restarts,
         again=AGAIN,

@@ -25,6 +25,7 @@ from launch.command import ROOT, check_training, launcher, name, parse, positive
 MOUNT = "/runs"
 ARCHIVE = "/tmp/mllm_jax.tar.gz"
 PATIENCE = 3  # times in a row that commands may fail: a host does not answer for a while after it was made
+LOST = ("PREEMPTED", "TERMINATED")  # states of nodes, of which the queued resource may not know yet
 ANSWERS = re.compile(r"^(none|running|\d+)$", re.MULTILINE)  # of tpu_vm.sh status, one for each host
 
 
@@ -49,6 +50,9 @@ class Pod(NamedTuple):
 
     def state(self) -> list[str]:
         return self._queued("describe", "--format=value(state.state)")
+
+    def node_state(self, node: str) -> list[str]:
+        return self._vm("describe", node, "--format=value(state)")
 
     def delete(self) -> list[str]:
         return self._queued("delete", "--force", "--quiet")
@@ -117,6 +121,8 @@ def run_to_its_end(pod: Pod, options: argparse.Namespace) -> int:
         state, words = answer(pod.state()), set()
         if state == "ACTIVE":
             words = statuses(pod)
+            if not words and any(answer(pod.node_state(node)) in LOST for node in pod.nodes):
+                state = "SUSPENDED"
         now = ", ".join(sorted(words)) or state or "no pod"
         if now != told:
             say(f"{pod.name}: {now}")

@@ -204,6 +204,12 @@ def test_a_preempted_pod_is_asked_for_again_and_the_run_goes_on(cloud, capfd):
         assert f"launch.tpu_pod: {line}" in errors
 
 
+def test_a_node_may_be_gone_before_its_queued_resource_knows(cloud):
+    gone = ["ACTIVE", "missing", "PREEMPTED"]
+    slow = ["ACTIVE", "missing", "READY"]
+    assert cloud(*slow, *gone, "missing", "ACTIVE", "0") == (0, ["delete", "create"])
+
+
 def test_a_run_that_would_fail_again_is_not_started_again(cloud, capfd):
     assert cloud("ACTIVE", "1") == (1, [])
     assert "would fail again" in capfd.readouterr().err

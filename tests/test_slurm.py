@@ -45,7 +45,8 @@ def test_the_script_asks_for_a_process_for_each_gpu_and_time_to_save(capsys, tmp
     assert (asked["time"], asked["constraint"], asked["chdir"]) == ("24:00:00", "h100", str(ROOT))
     assert "gpus-per-task" not in asked and "JAX_PLATFORMS" not in text  # jax takes the n-th of the GPUs it sees
     step = next(line for line in text.splitlines() if line.startswith("srun"))
-    assert shlex.split(step)[2:-1] == [sys.executable, "-m", "mllm_jax.train", "--distributed", *training[1:]]
+    assert asked["cpus-per-task"] == "8" and "--cpus-per-task=8" in step  # srun does not take it from the job
+    assert shlex.split(step)[3:-1] == [sys.executable, "-m", "mllm_jax.train", "--distributed", *training[1:]]
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     assert not list(tmp_path.iterdir())
 
@@ -68,7 +69,7 @@ def test_cancelled_and_requeued_it_goes_on_to_its_end(tmp_path, monkeypatch, cap
             wait_for(lambda: state() == "PENDING", "the job in the queue", WAIT)
             slurm(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
 
-        assert main(["--gpus=0", "--", "--config=configs/scenes.py", "--workdir", str(workdir), *TINY]) == 0
+        assert main(["--gpus=0", "--cpus=1", "--", "--config=configs/scenes.py", "--workdir", str(workdir), *TINY]) == 0
         job = capfd.readouterr().out.strip()
         wait_for(lambda: reached() >= 5, "step 5", WAIT)
 
