@@ -36,6 +36,9 @@ def test_schedules():
     rate = lambda **kw: make_schedule(OptimConfig(learning_rate=2.0, steps=10, **kw))(np.arange(12))
     np.testing.assert_allclose(rate(schedule="constant", warmup=4)[:6], [0.5, 1, 1.5, 2, 2, 2])
     np.testing.assert_allclose(rate(schedule="linear", final=0.1), [2 - 0.18 * i for i in range(11)] + [0.2], rtol=1e-5)
+    np.testing.assert_allclose(
+        rate(schedule="step")[[0, 4, 5, 7, 8, 9]], 2 / 10 ** np.array([0, 0, 0.5, 0.5, 1, 1]), rtol=1e-5
+    )
     reference = optax.cosine_decay_schedule(2.0, 8, alpha=0.25)
     np.testing.assert_allclose(rate(schedule="cosine", warmup=2, final=0.25)[2:], reference(np.arange(10)), rtol=1e-5)
 

@@ -15,6 +15,7 @@ SCHEDULES = {
     "constant": lambda t: jnp.ones_like(t),
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t)),
+    "step": lambda t: 10.0 ** (-0.5 * ((t >= 0.5) + (t >= 0.75).astype(jnp.float32))),
 }
 
 
@@ -22,7 +23,8 @@ SCHEDULES = {
 class OptimConfig:
     """
     name: "adamw", "muon" (matrices of layers; AdamW for the rest) or "adafactor".
-    schedule: "cosine", "linear" or "constant", after a linear rise over `warmup` of the `steps` updates.
+    schedule: "cosine", "linear", "constant", or "step" (divided by the square root of 10 after one half and again after
+      three quarters, DeepSeek-VL2, arXiv 2412.10302), after a linear rise over `warmup` of the `steps` updates.
     final: share of `learning_rate` that is left at the end of the schedule.
     weight_decay: decoupled, times the learning rate; on matrices and adapters, not on norms, biases and embeddings.
     clip: largest global norm of the gradients; 0 = any.

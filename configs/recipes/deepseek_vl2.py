@@ -1,0 +1,61 @@
+"""DeepSeek-VL2 Small (arXiv 2412.10302): alignment without the decoder, joint pre-training, instructions.
+
+    python -m mllm_jax.train --config configs/recipes/deepseek_vl2.py --workdir DIR --config.processor=FOLDER \
+        --config.data.path=pretrain.jsonl --config.stages.instruct.data.path=instructions.jsonl
+
+The published numbers on the parts that exist here, from random weights: DeepSeek-V2-Lite's decoder, which is that of
+the Small, with Qwen's vocabulary, SigLIP-SO400M, and pixel shuffle for the paper's 2 x 2 unfolding. Its tiles do not
+exist: pictures go in in their own size. The argument is "small", or "tiny" (see `mllm_jax.train.miniature`). Source:
+[2] Table 2 of the paper. Warm-up is not published, nor over which tokens experts are balanced: here over a sequence.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.families import deepseek, qwen3_vl
+from mllm_jax.families.towers import SIGLIP
+from mllm_jax.model import ModelConfig
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.balance import BalanceConfig
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = ("small",)
+
+
+def recipe() -> Run:
+    data = JsonLinesData(batch=2304, tokens=4096, rows=2, patches=4096)  # [2] 2,304 and 4,096
+    few, fewest = replace(data, batch=256), replace(data, batch=64)  # [2]
+    adam = OptimConfig(
+        b1=0.9,  # [2]
+        b2=0.95,  # [2]
+        weight_decay=0.1,  # [2]
+        clip=1.0,  # [2]
+        factors=(("encoder", 0.1),),  # [2] the tower learns at a tenth
+    )
+    stage = lambda data, tokens, rate, schedule, **more: Stage(
+        data=data,
+        optim=replace(
+            adam, steps=int(tokens / (data.batch * data.tokens)), learning_rate=rate, schedule=schedule, **more
+        ),
+    )
+    parts = (SIGLIP.sizes["so400m-14-384"], PixelShuffleConfig(), replace(deepseek.SIZES["v2-lite"], vocab=151936))
+    return Run(
+        model=ModelConfig(*parts, qwen3_vl.TOKENS, Runtime(dtype="bfloat16", remat="full", expert_room=1.25)),
+        data=data,
+        train=TrainConfig(save_every=1000, balance=BalanceConfig("sequence", weight=0.001)),  # [2] 0.001
+        stages={
+            "align": stage(few, 2.0e9, 4.2e-4, "cosine", freeze=("decoder",)),  # [2]
+            "pretrain": stage(data, 808.9e9, 4.2e-4, "step"),  # [2]
+            "instruct": stage(fewest, 20e9, 1.4e-5, "constant"),  # [2] about 20B tokens
+        },
+    )
+
+
+def get_config(arg: str = "small"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/deepseek_vl2.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe()) if arg == "tiny" else recipe())

@@ -1,0 +1,58 @@
+"""InternVL 2.5, 1B (arXiv 2412.05271): the connector is warmed up, then all weights learn, with square-root weights.
+
+    python -m mllm_jax.train --config configs/recipes/internvl_2_5.py --workdir DIR --config.init=FOLDER \
+        --config.stages.mlp.data.path=pretrain.jsonl --config.stages.full.data.path=finetune.jsonl
+
+The argument is "1b", or "tiny" (see `mllm_jax.train.miniature`). Sources: [1], [2] of OpenGVLab/InternVL,
+internvl_chat/shell/internvl2.5/stage{1,2}/internvl2_5_1b_qwen2_5_0_5b_dynamic_res_stage{1,2}.sh; [D] defaults of
+transformers' Trainer, which they leave. The second skips a tenth of the tower's layers at random; this one skips none.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.families import internvl
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = ("1b",)
+
+
+def recipe() -> Run:
+    data = JsonLinesData(
+        batch=512,  # [1, 2] packed rows
+        tokens=16384,  # [1, 2]
+        rows=12,
+        patches=4 * 1028,  # 12 x 4 = 48 tiles [1, 2] of 1,024 patches, a class token, and what rounds it to merges
+    )
+    adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.01, schedule="cosine")  # [D]; [1, 2] last 2
+    mlp = replace(
+        adam,
+        learning_rate=2e-4,  # [1]
+        steps=100_000,  # [1] the most that the script would take
+        warmup=100,  # [1]
+        freeze=("encoder", "decoder"),  # [1]
+    )
+    full = replace(
+        adam,
+        learning_rate=4e-5,  # [2]
+        steps=22_000,  # [2]
+        warmup=round(0.03 * 22_000),  # [2]
+    )
+    return Run(
+        # The 1B of InternVL 3 is made of the same parts: InternViT-300M and Qwen2.5-0.5B.
+        model=replace(internvl.sizes("3-1b"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [1, 2] bf16
+        init="OpenGVLab/InternVL3-1B-hf",
+        data=data,
+        train=TrainConfig(weighting="sqrt", save_every=1000),  # [1, 2] loss_reduction "square"
+        stages={"mlp": Stage(optim=mlp), "full": Stage(optim=full)},
+    )
+
+
+def get_config(arg: str = "1b"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/internvl_2_5.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe()) if arg == "tiny" else recipe())

@@ -1,0 +1,55 @@
+"""InternVL 3 (arXiv 2504.10479): text and pictures are learned together, in one stage, by all weights.
+
+    python -m mllm_jax.train --config configs/recipes/internvl_3.py:8b --workdir DIR --config.init=FOLDER \
+        --config.stages.joint.data.path=all.jsonl --config.stages.finetune.data.path=conversations.jsonl
+
+The argument is a size of the family without "3-", or "tiny" (see `mllm_jax.train.miniature`). Sources: [P] the paper,
+section 2.2; [F] internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_1b_dynamic_res_2nd_finetune_full.sh of
+OpenGVLab/InternVL, for data of one's own; [2.5] configs/recipes/internvl_2_5.py, whose second stage stands in for the
+learning rate, batch and decay of joint training, which are not published. V2PE, its positions, does not exist here.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.families import internvl
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = tuple(name.removeprefix("3-") for name in internvl.SIZES)
+TOKENS = 200e9  # [P] about 200B, one of text to three of pictures with text
+
+
+def recipe(size: str) -> Run:
+    data = JsonLinesData(batch=512, tokens=16384, rows=12, patches=4 * 1028)  # [2.5]
+    own = replace(data, batch=128, rows=4)  # [F] 128; 12 tiles and the whole in 16 places
+    adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, schedule="cosine")  # [2.5]
+    steps = int(TOKENS / (data.batch * data.tokens))
+    joint = replace(adam, learning_rate=4e-5, weight_decay=0.01, steps=steps, warmup=round(0.03 * steps))  # [2.5]
+    finetune = replace(
+        adam,
+        learning_rate=1e-5,  # [F]
+        weight_decay=0.05,  # [F]
+        steps=1000,  # those of one epoch [F] of one's own data
+        warmup=30,  # [F] 0.03
+        freeze=("encoder",),  # [F] freeze_backbone
+    )
+    return Run(
+        model=replace(internvl.sizes(f"3-{size}"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [F] bf16
+        init=f"OpenGVLab/InternVL3-{size.upper()}-hf",
+        data=data,
+        train=TrainConfig(weighting="sqrt", save_every=1000),  # [2.5]
+        stages={
+            "joint": Stage(optim=joint),  # [P] nothing is frozen
+            "finetune": Stage(data=own, optim=finetune, train=TrainConfig(save_every=200)),  # [F] 200
+        },
+    )
+
+
+def get_config(arg: str = "8b"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/internvl_3.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe("1b")) if arg == "tiny" else recipe(arg))

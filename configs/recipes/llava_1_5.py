@@ -1,0 +1,57 @@
+"""LLaVA-1.5 (arXiv 2310.03744): the connector learns captions, then connector and decoder learn instructions.
+
+    python -m mllm_jax.train --config configs/recipes/llava_1_5.py:7b --workdir DIR --config.init=FOLDER \
+        --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
+
+The argument is "7b", "13b", or "tiny" (see `mllm_jax.train.miniature`). Sources: [T] the tables in README.md of
+haotian-liu/LLaVA; [P], [F] its scripts/v1_5/pretrain.sh and finetune.sh; [D] defaults of transformers' Trainer, which
+the scripts leave. What has no source is ours.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.families import llava
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = ("7b", "13b")
+ALIGN = 558_000 // 256  # [T] 558K captions, once, 256 at a time
+INSTRUCT = 665_000 // 128  # [F] llava_v1_5_mix665k, [T] once, 128 at a time
+
+
+def recipe(size: str) -> Run:
+    # One conversation with a picture in a row, as there: a picture is 577 patches with its class token, 576 tokens.
+    captions = JsonLinesData(batch=256, tokens=768, rows=1, patches=577)  # [T] 256; a caption is short
+    instructions = replace(captions, batch=128, tokens=2048)  # [T]
+    adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.0, schedule="cosine")  # [D]; [P, F] last 2
+    align = replace(
+        adam,
+        learning_rate=1e-3,  # [T]
+        steps=ALIGN,
+        warmup=round(0.03 * ALIGN),  # [P] 0.03
+        freeze=("encoder", "decoder"),  # [P] tune_mm_mlp_adapter
+    )
+    instruct = replace(
+        adam,
+        learning_rate=2e-5,  # [T]
+        steps=INSTRUCT,
+        warmup=round(0.03 * INSTRUCT),  # [F] 0.03
+        freeze=("encoder",),  # the tower stays as it was published, in both stages
+    )
+    return Run(
+        model=replace(llava.sizes(f"1.5-{size}"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [P, F] bf16
+        init=f"llava-hf/llava-1.5-{size}-hf",
+        data=captions,
+        train=TrainConfig(save_every=500),
+        stages={"align": Stage(data=captions, optim=align), "instruct": Stage(data=instructions, optim=instruct)},
+    )
+
+
+def get_config(arg: str = "7b"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/llava_1_5.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe("7b")) if arg == "tiny" else recipe(arg))

@@ -1,0 +1,58 @@
+"""LLaVA-NeXT: as LLaVA-1.5, with pictures in tiles, and the tower tuned too, at a fifth of the learning rate.
+
+    python -m mllm_jax.train --config configs/recipes/llava_next.py:mistral-7b --workdir DIR --config.init=FOLDER \
+        --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
+
+The argument is "vicuna-7b", "vicuna-13b", "mistral-7b", "34b", or "tiny" (see `mllm_jax.train.miniature`). Sources:
+[P], [F] scripts/train/pretrain_clip.sh and finetune_clip.sh of LLaVA-VL/LLaVA-NeXT, which are for CLIP-L/14-336 and
+Qwen2-7B; [D] defaults of transformers' Trainer, which they leave; [1.5] configs/recipes/llava_1_5.py: they leave the
+global batch to the number of GPUs. What has no source is ours.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.families import llava
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = ("vicuna-7b", "vicuna-13b", "mistral-7b", "34b")
+ALIGN = 558_000 // 256  # [P] blip_558k, 1 epoch; [1.5] 256
+INSTRUCT = 760_000 // 128  # 760K: llava-vl.github.io/blog/2024-01-30-llava-next; [F] 1 epoch; [1.5] 128
+
+
+def recipe(size: str) -> Run:
+    # One picture of up to four tiles and itself in a row: 5 x 577 patches, at most 2,928 tokens.
+    captions = JsonLinesData(batch=256, tokens=4096, rows=1, patches=5 * 577)  # [1.5] 256
+    instructions = replace(captions, batch=128)  # [1.5] 128
+    adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.0, schedule="cosine")  # [D]; [P, F] last 2
+    align = replace(
+        adam,
+        learning_rate=1e-3,  # [P]
+        steps=ALIGN,
+        warmup=round(0.03 * ALIGN),  # [P] 0.03
+        freeze=("encoder", "decoder"),  # [P] mm_tunable_parts: the adapter
+    )
+    instruct = replace(
+        adam,
+        learning_rate=1e-5,  # [F]
+        factors=(("encoder", 2e-6 / 1e-5),),  # [F] mm_vision_tower_lr 2e-6
+        steps=INSTRUCT,
+        warmup=round(0.03 * INSTRUCT),  # [F] 0.03
+    )
+    return Run(
+        model=replace(llava.sizes(f"next-{size}"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [P, F] bf16
+        init=f"llava-hf/llava-v1.6-{size}-hf",
+        data=captions,
+        train=TrainConfig(save_every=500),
+        stages={"align": Stage(data=captions, optim=align), "instruct": Stage(data=instructions, optim=instruct)},
+    )
+
+
+def get_config(arg: str = "mistral-7b"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/llava_next.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe("mistral-7b")) if arg == "tiny" else recipe(arg))

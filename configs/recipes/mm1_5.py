@@ -1,0 +1,53 @@
+"""MM1.5-like (arXiv 2409.20566): one stage of instructions in which all weights learn, over large pictures.
+
+    python -m mllm_jax.train --config configs/recipes/mm1_5.py --workdir DIR --config.processor=FOLDER \
+        --config.data.path=instructions.jsonl
+
+No weights or code of MM1.5 are public. This is its shape with the parts that exist here, from random weights: a CLIP
+ViT-H/14, pooling of 2 x 2 patches for its C-Abstractor, Qwen2.5-3B for its decoder of 3B. Pictures are not cut: one has
+as many pixels as four sub-images and the overview. The argument is "3b", or "tiny" (see `mllm_jax.train.miniature`).
+Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the number of steps are ours.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.connectors.average_pool import AveragePoolConfig
+from mllm_jax.families import qwen2, qwen3_vl
+from mllm_jax.families.towers import CLIP
+from mllm_jax.model import ModelConfig
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = ("3b",)
+PIXELS = (1 + 4) * 378**2  # [P] an overview and four sub-images of 378 x 378
+
+
+def recipe() -> Run:
+    tower = replace(CLIP.sizes["h14"], position_grid=27)  # [P] 378 / 14
+    patches = 4 * 1024  # PIXELS / 14**2 = 3,645, and a class token
+    return Run(
+        model=ModelConfig(
+            tower,
+            AveragePoolConfig(),
+            qwen2.SIZES["2.5-3b"],
+            qwen3_vl.TOKENS,
+            Runtime(dtype="bfloat16", remat="full"),
+        ),
+        data=JsonLinesData(batch=512, tokens=4096, rows=3, patches=patches, max_pixels=PIXELS),  # [1] 512 and 4,096
+        train=TrainConfig(save_every=500),
+        stages={
+            "instruct": Stage(
+                optim=OptimConfig(learning_rate=2e-5, steps=20_000, warmup=500, schedule="cosine", weight_decay=0.0)
+            )
+        },
+    )
+
+
+def get_config(arg: str = "3b"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/mm1_5.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe()) if arg == "tiny" else recipe())

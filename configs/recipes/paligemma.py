@@ -1,0 +1,59 @@
+"""PaliGemma (arXiv 2407.07726): transfer of a pre-trained model to one task, here VQAv2; all weights learn.
+
+    python -m mllm_jax.train --config configs/recipes/paligemma.py:3b-224 --workdir DIR --config.init=FOLDER \
+        --config.data.path=vqav2.jsonl
+
+The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mllm_jax.train.miniature`). Sources: [V]
+big_vision/configs/proj/paligemma/transfers/vqav2.py of google-research/big_vision, `sweep_best` and `get_config`; [O]
+its optax.py, where decay is not multiplied by the learning rate, as it is here; [S] visualqa.org: 443,757 questions to
+train on and 214,354 to validate, of which the file keeps 10,240 aside.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.families import paligemma
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = tuple(name for name in paligemma.SIZES if name.endswith(("-224", "-448")))
+QUESTIONS = 443_757 + 214_354 - 10_240  # [S, V]
+STEPS = 10 * QUESTIONS // 256  # [V] 10 epochs of 256
+
+
+def recipe(size: str) -> Run:
+    model = paligemma.sizes(size)
+    patches = model.encoder.position_grid**2
+    name, _, pixels = size.removeprefix("2-").partition("-")
+    version = "2" if size.startswith("2-") else ""
+    rate = 1e-5  # [V]
+    return Run(
+        model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
+        init=f"google/paligemma{version}-{name}-pt-{pixels}",
+        # One question in a row: the picture's tokens, up to 32 of text [V], and what stands between them.
+        data=JsonLinesData(batch=256, tokens=patches + 64, rows=1, patches=patches),  # [V] 256
+        train=TrainConfig(save_every=1000),  # [V]
+        stages={
+            "transfer": Stage(
+                optim=OptimConfig(
+                    learning_rate=rate,
+                    schedule="cosine",  # [V]
+                    steps=STEPS,
+                    warmup=round(0.05 * STEPS),  # [V] warmup_percent
+                    weight_decay=1e-6 / rate if pixels == "224" else 0.0,  # [V] 1e-6 and 0, [O]
+                    b1=0.9,  # optax's default, which [V] leaves
+                    b2=0.999,  # the same
+                    clip=1.0,  # [V]
+                )
+            )
+        },
+    )
+
+
+def get_config(arg: str = "3b-224"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/paligemma.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe("3b-224")) if arg == "tiny" else recipe(arg))

@@ -1,0 +1,53 @@
+"""Qwen2-VL (arXiv 2409.12191): the tower learns, then everything, then the decoder alone on instructions.
+
+    python -m mllm_jax.train --config configs/recipes/qwen2_vl.py:2b --workdir DIR --config.init=FOLDER \
+        --config.stages.vision.data.path=pairs.jsonl --config.stages.joint.data.path=all.jsonl \
+        --config.stages.instruct.data.path=instructions.jsonl
+
+The argument is "2b", "7b", "72b", or "tiny" (see `mllm_jax.train.miniature`). Source: [Q] the report. Learning
+rates, batches, the length of rows and the size of the instruction set are not published: those here are ours.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.families import qwen2_vl
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = ("2b", "7b", "72b")
+VISION = 600e9  # [Q] tokens of the first stage
+TOTAL = 1.4e12  # [Q] tokens of the first two
+
+
+def recipe(size: str) -> Run:
+    data = JsonLinesData(batch=1024, tokens=8192, rows=4, patches=4096)
+    instructions = replace(data, batch=128)
+    adam = OptimConfig(weight_decay=0.1, clip=1.0, schedule="cosine", final=0.1, warmup=500)
+    each = data.batch * data.tokens
+    return Run(
+        model=replace(qwen2_vl.sizes(size), runtime=Runtime(dtype="bfloat16", remat="full")),
+        init=f"Qwen/Qwen2-VL-{size.upper()}-Instruct",
+        data=data,
+        train=TrainConfig(save_every=1000),
+        stages={
+            "vision": Stage(
+                # [Q] the tower alone; the released code keeps the connector inside of it
+                optim=replace(adam, learning_rate=1e-4, steps=int(VISION / each), freeze=("decoder",))
+            ),
+            "joint": Stage(optim=replace(adam, learning_rate=5e-5, steps=int((TOTAL - VISION) / each))),  # [Q] all
+            "instruct": Stage(
+                data=instructions,
+                optim=replace(adam, learning_rate=1e-5, steps=10_000, freeze=("encoder",)),  # [Q] without the tower
+            ),
+        },
+    )
+
+
+def get_config(arg: str = "2b"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/qwen2_vl.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe("2b")) if arg == "tiny" else recipe(arg))

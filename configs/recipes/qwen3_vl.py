@@ -1,0 +1,47 @@
+"""Qwen3-VL (arXiv 2511.21631): four stages of pre-training, up to a context of 262,144 tokens.
+
+    python -m mllm_jax.train --config configs/recipes/qwen3_vl.py:8b --workdir DIR --config.init=FOLDER \
+        --config.data.path=conversations.jsonl --config.stages.s3.data.path=long.jsonl
+
+The argument is a size of the family, or "tiny" (see `mllm_jax.train.miniature`). Sources: [T] Table 1 of the report;
+[A] its abstract. Learning rates, batches and warm-up are not published: those here, and the meshes, are ours.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.families import qwen3_vl
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.miniature import miniature
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+SIZES = tuple(qwen3_vl.SIZES)
+STEP = 2**23  # tokens of a step
+
+
+def recipe(size: str) -> Run:
+    data = JsonLinesData(batch=STEP // 8192, tokens=8192, rows=4, patches=4096)  # [T] 8,192 in S0 and S1
+    long = replace(data, batch=STEP // 32768, tokens=32768, rows=16)  # [T] 32,768 in S2
+    longest = replace(data, batch=STEP // 262144, tokens=262144, rows=128)  # [T] 262,144 in S3
+    adam = OptimConfig(weight_decay=0.1, clip=1.0, schedule="cosine", final=0.1, warmup=500)
+    every = lambda tokens, rate, **more: replace(adam, steps=int(tokens / STEP), learning_rate=rate, **more)
+    return Run(
+        model=replace(qwen3_vl.sizes(size), runtime=Runtime(dtype="bfloat16", remat="full")),
+        init=f"Qwen/Qwen3-VL-{size.upper()}-Instruct",
+        data=data,
+        train=TrainConfig(weighting="sqrt", save_every=1000),  # [A] square-root reweighting
+        stages={
+            "s0": Stage(optim=every(67e9, 1e-3, freeze=("encoder", "decoder"))),  # [T] 67B tokens, the merger alone
+            "s1": Stage(optim=every(1e12, 5e-5)),  # [T] about 1T tokens, all weights
+            "s2": Stage(data=long, optim=every(1e12, 3e-5), mesh={"fsdp": -1, "context": 2}),  # [T] about 1T, all
+            "s3": Stage(data=longest, optim=every(100e9, 1e-5), mesh={"fsdp": -1, "context": 16}),  # [T] 100B, all
+        },
+    )
+
+
+def get_config(arg: str = "8b"):
+    if arg not in (*SIZES, "tiny"):
+        raise ConfigError(f"configs/recipes/qwen3_vl.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
+    return run_config(miniature(recipe("2b")) if arg == "tiny" else recipe(arg))

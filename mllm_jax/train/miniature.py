@@ -1,0 +1,51 @@
+"""A recipe made so small that it can be watched: its stages, frozen parts, factors, schedules and losses on toys."""
+
+from dataclasses import replace
+
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.run import Run, Stage
+
+STEPS = 8  # of a stage, at most
+
+
+def miniature(run: Run) -> Run:
+    """The run with a model of 0.1 million random weights, on the embedded scenes, for 8 steps a stage.
+
+    The model has an encoder, a connector and a decoder, with experts where that of `run` has some. What a recipe says
+    of optimizers, of what is trained and of losses stays as it is.
+    """
+    stages = {name: _stage(stage) for name, stage in run.stages.items()}
+    small = replace(run, model=_model(run.model.decoder.moe is not None), init="", processor=SCENES, stages=stages)
+    return replace(small, **{part: getattr(_stage(small), part) for part in ("data", "optim", "train", "mesh")})
+
+
+def _stage(run: Run | Stage) -> Stage:
+    optim = run.optim and replace(
+        run.optim, steps=min(STEPS, run.optim.steps), warmup=min(STEPS // 4, run.optim.warmup)
+    )
+    train = run.train and replace(
+        run.train, loss_chunk=64, log_every=1, evaluate_every=0, save_every=0, heldout=8, accumulate=1
+    )
+    data = run.data and ScenesData(batch=8, tokens=64, rows=1, patches=112, min_pixels=256, kinds={"colour": 1.0})
+    mesh = run.mesh and {"fsdp": -1}
+    return Stage(getattr(run, "after", None), data, optim, train, mesh)
+
+
+def _model(experts: bool) -> ModelConfig:
+    tokenizer = scenes_tokenizer()
+    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    attention = AttentionConfig(heads=2, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
+    moe = MoeConfig(experts=4, top_k=2, mlp=16) if experts else None
+    return ModelConfig(
+        encoder=VitConfig(width=32, layers=1, heads=2, mlp=32, patch_size=8, position_grid=8, taps=(0,)),
+        connector=PatchMergerConfig(merge=2),
+        decoder=DecoderConfig(vocab=384, width=32, layers=2, attention=attention, mlp=32, moe=moe),
+        tokens=VisionTokenIds(*tokens),
+    )
