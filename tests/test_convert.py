@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from mllm_jax.data.records import BadRecord
 from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_tokenizer
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +166,21 @@ def test_a_killed_conversion_of_several_processes_goes_on(tmp_path):
     assert "20,000 records in 40 shards" in done.stdout, done.stderr
     assert {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in there} == there
     assert ids(tmp_path / "out") == [f"n{i}" for i in range(20_000)]
+
+
+@pytest.mark.slow
+def test_a_run_trains_the_same_on_what_was_converted(paths, tmp_path):
+    """Nothing but the path changes, and every loss is equal."""
+    assert main(["convert", paths["tar"], str(tmp_path / "converted"), "--processes=2"]) == 0
+    code = "from tiny_run import get_config as tiny, load_config\n"
+    code += "def get_config():\n    config = tiny()\n    config.data = load_config('sft').data\n"
+    code += "    config.data.update(tokens=64, rows=1, patches=112, batch=8, min_pixels=256)\n    return config\n"
+    (tmp_path / "run.py").write_text(code)
+    losses = []
+    for number, path in enumerate((paths["tar"], tmp_path / "converted")):
+        command = [sys.executable, "-m", "mllm_jax.train", f"--config={tmp_path}/run.py", f"--config.data.path={path}"]
+        command += [f"--workdir={tmp_path}/{number}", "--config.optim.steps=6", "--config.train.log_every=1"]
+        places = os.pathsep.join([str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])])
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": places})
+        losses.append([line["loss"] for line in read_metrics(tmp_path / str(number)) if "loss" in line])
+    assert losses[0] == losses[1] and len(losses[0]) == 6

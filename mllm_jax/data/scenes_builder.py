@@ -1,6 +1,6 @@
 """Builds the embedded set as a dataset of TFDS, in ArrayRecord and without TensorFlow.
 
-    python -m mllm_jax.data.scenes_builder --config small
+    python -m mllm_jax.data.scenes_builder --size small
 
 Then `tfds:scenes` is a path like any other, for `python -m mllm_jax.train` as for other programs.
 """
@@ -8,7 +8,7 @@ Then `tfds:scenes` is a path like any other, for `python -m mllm_jax.train` as f
 import argparse
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,16 +83,16 @@ def _text(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command. `tfds build` does the same where TensorFlow is installed."""
     parser = argparse.ArgumentParser(
         prog="python -m mllm_jax.data.scenes_builder", description=__doc__.partition("\n")[0]
     )
     sizes = {config.name: config for config in Scenes.BUILDER_CONFIGS}
-    parser.add_argument("--config", choices=sizes, default="small", help="how many conversations (default small)")
+    parser.add_argument("--size", choices=sizes, default="small", help="how many conversations (default small)")
     parser.add_argument("--data_dir", metavar="FOLDER", help="where datasets of TFDS lie (default its own)")
-    args = parser.parse_args()
-    builder = Scenes(config=args.config, data_dir=args.data_dir, file_format="array_record")
+    args = parser.parse_args(arguments)
+    builder = Scenes(config=args.size, data_dir=args.data_dir, file_format="array_record")
     builder.download_and_prepare()
     print(builder.data_path)
 
