@@ -18,7 +18,7 @@ from mllm_jax.encoders.positions import RESAMPLING, patch_rope, resample
 from mllm_jax.encoders.windows import window_segments
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.mlp import GateUpMlp, Mlp
+from mllm_jax.nn.mlp import GatedMlp, Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.rope import rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
@@ -170,7 +170,7 @@ class VitLayer(nn.Module):
         config, dtype, norm = self.config, self.runtime.dtype, NORMS[self.config.norm]
         attention = VitAttention(config, self.runtime, name="attention")
         if config.gated:
-            mlp = GateUpMlp(config.mlp, config.activation, dtype, name="mlp")
+            mlp = GatedMlp(config.mlp, config.activation, dtype, bias=True, name="mlp")
         else:
             mlp = Mlp(config.mlp, config.width, config.activation, dtype, name="mlp")
         x = x + self._scaled("scale1", attention(norm(config.norm_eps, name="norm1")(x), segment, rope))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.pictures import counted_like_text, cut
-from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.families.rows import joint_gate_up, layer_norm, linear
 from mllm_jax.families.towers import IMAGENET_PIXELS, Tower, attention, block, patches, plain_mlp
 from mllm_jax.model import ModelConfig
 from mllm_jax.weights.table import Row
@@ -19,7 +19,7 @@ _LAYER = "encoder.layer.{n}"
 def _rows(encoder: VitConfig, prefix: str) -> list[Row]:
     layer, mlp = f"{prefix}{_LAYER}", f"{prefix}{_LAYER}.mlp"
     gated = [
-        *linear("encoder/layers/mlp/gate_up", f"{mlp}.weights_in", "(two f) d -> two d f", "(two f) -> two f"),
+        *joint_gate_up("encoder/layers/mlp", f"{mlp}.weights_in", encoder.mlp, "f -> f"),
         *linear("encoder/layers/mlp/down", f"{mlp}.weights_out", "d f -> f d", ""),
     ]
     return [

@@ -46,15 +46,13 @@ def decoder_to_hf(decoder: DecoderConfig) -> dict:
 def decoder_weights(config: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
     """Rows of the decoder whose tensors begin with `prefix`; `head` is the name of the head."""
     layer = f"{prefix}.layers.{{n}}"
-    gate_up = f"{layer}.mlp.gate_up_proj.weight"
     return rows.decoder(
         config,
         prefix,
         head,
         others=[
             *rows.joint_qkv(config, f"{layer}.self_attn.qkv_proj", "(n h) d -> d n h"),
-            Row("mlp/gate/w", gate_up, "f d -> d f", part=("f", 0, 2 * config.mlp)),
-            Row("mlp/up/w", gate_up, "f d -> d f", part=("f", config.mlp, 2 * config.mlp)),
+            *rows.joint_gate_up("mlp", f"{layer}.mlp.gate_up_proj", config.mlp),
         ],
     )
 

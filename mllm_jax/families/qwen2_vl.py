@@ -16,7 +16,7 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen2
 from mllm_jax.families.pictures import one_by_one, read_clips
 from mllm_jax.families.qwen3_vl import TOKENS
-from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.families.rows import gated_mlp, layer_norm, linear
 from mllm_jax.families.towers import ACTIVATIONS, CLIP_PIXELS
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
@@ -189,12 +189,6 @@ def weights(config: ModelConfig) -> list[Row]:
     """Our names and theirs, for this config; see weights/table.py."""
     encoder = config.encoder
     pixels = {"c": encoder.channels, "t": encoder.temporal_patch_size, "y": encoder.patch_size}
-    halves = {"half": ("gate", "up")}
-    gated = [
-        Row("encoder/layers/mlp/gate_up/w", f"{_BLOCK}.mlp.{{half}}_proj.weight", "f d -> d f", values=halves),
-        Row("encoder/layers/mlp/gate_up/b", f"{_BLOCK}.mlp.{{half}}_proj.bias", values=halves),
-        *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.down_proj", "d f -> f d", ""),
-    ]
     plain = [
         *linear("encoder/layers/mlp/up", f"{_BLOCK}.mlp.fc1", "f d -> d f", ""),
         *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.fc2", "d f -> f d", ""),
@@ -205,7 +199,7 @@ def weights(config: ModelConfig) -> list[Row]:
         *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
         *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
         *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
-        *(gated if encoder.gated else plain),
+        *(gated_mlp("encoder/layers/mlp", f"{_BLOCK}.mlp") if encoder.gated else plain),
         *layer_norm("connector/main/norm", "visual.merger.ln_q"),
         *linear("connector/main/mlp/up", "visual.merger.mlp.0", "f d -> d f", ""),
         *linear("connector/main/mlp/down", "visual.merger.mlp.2", "d f -> f d", ""),

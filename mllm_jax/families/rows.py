@@ -18,6 +18,7 @@ def layer_norm(ours: str, theirs: str) -> list[Row]:
 
 
 def gated_mlp(ours: str, theirs: str) -> list[Row]:
+    """Rows of a gated MLP, with biases where it has them."""
     return [
         *linear(f"{ours}/gate", f"{theirs}.gate_proj", "f d -> d f", ""),
         *linear(f"{ours}/up", f"{theirs}.up_proj", "f d -> d f", ""),
@@ -42,6 +43,15 @@ def joint_qkv(config: DecoderConfig, theirs: str, pattern: str, bias: str | None
         row._replace(part=("n", first, count))
         for name, first in firsts.items()
         for row in linear(f"attention/{name}", theirs, pattern, bias)
+    ]
+
+
+def joint_gate_up(ours: str, theirs: str, mlp: int, bias: str | None = None) -> list[Row]:
+    """Rows of the first two layers of a gated MLP of width `mlp`, the gate first in one tensor."""
+    return [
+        row._replace(part=("f", first, 2 * mlp))
+        for name, first in {"gate": 0, "up": mlp}.items()
+        for row in linear(f"{ours}/{name}", theirs, "f d -> d f", bias)
     ]
 
 

@@ -48,20 +48,3 @@ class GatedMlp(nn.Module):
         up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=self.bias, name="up")
         down = Einsum("...F,FD->...D", (self.mlp, width), ("mlp", "embed"), self.dtype, bias=self.bias, name="down")
         return down(ACTIVATIONS[self.activation](gate(x)) * up(x))
-
-
-class GateUpMlp(nn.Module):
-    """A `GatedMlp` with biases whose first two weights are one: [2 D F], the gate's first. x [... D] -> [... D]."""
-
-    mlp: int
-    activation: str
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x):
-        width, mlp = x.shape[-1], self.mlp
-        shape, axes = (2, width, mlp), (None, "embed", "mlp")
-        both = Einsum("...D,CDF->...CF", shape, axes, self.dtype, bias=True, name="gate_up")(x)
-        gate, up = both[..., 0, :], both[..., 1, :]
-        down = Einsum("...F,FD->...D", (mlp, width), ("mlp", "embed"), self.dtype, bias=True, name="down")
-        return down(ACTIVATIONS[self.activation](gate) * up)

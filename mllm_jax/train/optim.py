@@ -135,7 +135,7 @@ def _decays(params) -> dict:
 MATRICES = (
     (r"attention/(q|k|v|qkv)/w$", MuonDimensionNumbers(-3, (-2, -1))),
     (r"attention/out/w$", MuonDimensionNumbers((-3, -2), -1)),
-    (r"(mlp|shared)/(gate|up|gate_up|down)/w$", MuonDimensionNumbers(-2, -1)),
+    (r"(mlp|shared)/(gate|up|down)/w$", MuonDimensionNumbers(-2, -1)),
     (r"mlp/experts_(gate_up|down)/w$", MuonDimensionNumbers(-2, -1)),
 )
 
