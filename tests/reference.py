@@ -14,6 +14,7 @@ from mllm_jax.families import FAMILIES
 from mllm_jax.weights.table import expand, flatten
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153
+NOTHING = "(?!)"  # a pattern that no name has
 
 
 def tiny_qwen3_vl(seed: int = 0, tie: bool = False, experts: bool = False):
@@ -110,37 +111,50 @@ def loss_of(model):
     return loss
 
 
-def assert_step(record_property, vlm, model, inputs, folder, forward=None, unused: str = "(?!)"):
-    """Logits, and the gradient of every tensor, equal transformers'.
+def assert_step(record_property, vlm, model, batches, folder, forward=None, unused: str = NOTHING):
+    """Logits equal transformers', and of the last batch the loss and the gradient of every tensor.
 
     Args:
       vlm: ours, read from files of `model`.
-      inputs: Hugging Face's with labels, in arrays.
-      folder: an empty one. Gradients are written there as if they were weights, and so get the names of files.
-      forward: `model`'s call, where it is not a plain one.
+      batches: Hugging Face's inputs with labels, in arrays.
+      folder, unused: see `assert_gradients`.
+      forward: how `model` is called, where the inputs alone do not do.
+    """
+    for inputs in batches:
+        model.zero_grad()
+        theirs = (forward or type(model).__call__)(model, **to_torch(inputs))
+        (loss, logits), found = loss_of(vlm.model)(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs))
+        real, wanted = inputs["attention_mask"] == 1, theirs.logits.detach().numpy()
+        assert np.abs(wanted[real]).max() > 0.5
+        assert_parity(record_property, vlm.config.family, np.asarray(logits)[real], wanted[real])
+    theirs.loss.backward()
+    np.testing.assert_allclose(loss, theirs.loss.item(), rtol=1e-5)
+    assert_gradients(vlm, model, found, folder, unused)
+
+
+def assert_gradients(vlm, model, found, folder, unused: str = NOTHING):
+    """The gradient of every tensor equals what `model` holds as gradients.
+
+    Args:
+      found: gradients, like the parameters of `vlm`.
+      folder: an empty one: theirs are written there as if they were weights, and so get the names of files.
       unused: pattern of names of tensors that may have no gradient.
     """
-    model.zero_grad()
-    theirs = (forward or model)(**to_torch(inputs))
-    theirs.loss.backward()
-    (_, logits), found = loss_of(vlm.model)(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs))
-    real, wanted = inputs["attention_mask"] == 1, theirs.logits.detach().numpy()
-    assert np.abs(wanted[real]).max() > 0.5
-    assert_parity(record_property, vlm.config.family, np.asarray(logits)[real], wanted[real])
-    weights = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    weights = {id(weight): weight for weight in model.state_dict(keep_vars=True).values() if weight.is_floating_point()}
+    kept = [weight.detach().clone() for weight in weights.values()]
     with torch.no_grad():
-        for parameter in weights:
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        for weight in weights.values():
+            weight.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)
         model.save_pretrained(folder)
-        for parameter, weight in weights.items():
-            parameter.copy_(weight)
+        for weight, before in zip(weights.values(), kept):
+            weight.copy_(before)
     found, wanted = (flatten(tree) for tree in (found, mllm_jax.load_pretrained(folder).params))
     for name, entry in expand(FAMILIES[vlm.config.family].weights(vlm.config), vlm.params).items():
         for part in entry.parts:
             got, want = (np.asarray(tree[part.path])[part.index] for tree in (found, wanted))
             scale = np.linalg.norm(want)
             # A key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding.
-            floor = 1e-5 if re.search(r"(k_proj|key)\.bias$", name) else 0
+            floor = 1e-5 if re.search(r"(k_proj|key)\.bias$", name) or part.path.endswith("attention/k/b") else 0
             assert scale > 0 or re.search(unused, name), name
             assert np.linalg.norm(got - want) <= max(1e-3 * scale, floor), name
 

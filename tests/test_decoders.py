@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from reference import as_internlm2, assert_parity, perturb
+from reference import as_internlm2, assert_export, assert_step, perturb
 from test_text_families import LENGTHS, NEW, inputs_of
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
@@ -22,7 +21,7 @@ from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, internlm2, llama
 from mllm_jax.model import ModelConfig, abstract_params, count_params
 from mllm_jax.train.inputs import ScenesData
 from mllm_jax.train.run import Run, read_run, run_config
-from mllm_jax.weights.table import expand, flatten, to_ours
+from mllm_jax.weights.table import expand
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)
 SMALL |= dict(num_attention_heads=4, num_key_value_heads=2)
@@ -152,42 +151,14 @@ def pair(request, tmp_path_factory):
     return mllm_jax.load_pretrained(folder), model
 
 
-def theirs(model, inputs):
+def forward(model, **inputs):
     """With positions that count the tokens of a row, as ours do."""
-    positions = np.maximum(np.cumsum(inputs["attention_mask"], axis=1) - 1, 0)
-    return model(**{name: torch.from_numpy(value) for name, value in (inputs | {"position_ids": positions}).items()})
+    positions = torch.clamp(torch.cumsum(inputs["attention_mask"], dim=1) - 1, min=0)
+    return model(position_ids=positions, **inputs)
 
 
-def test_logits_and_gradients(pair, record_property):
-    vlm, model = pair
-
-    @jax.jit
-    @partial(jax.value_and_grad, has_aux=True)
-    def loss(params, batch):
-        logits = vlm.model.apply({"params": params}, batch).logits
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        return jnp.sum(nll * batch.weight) / jnp.sum(batch.weight), logits
-
-    for side in ("right", "left"):
-        inputs = inputs_of(side)
-        model.zero_grad()
-        expected = theirs(model, inputs)
-        expected.loss.backward()
-        (_, logits), grads = loss(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs))
-        real, expected_logits = inputs["attention_mask"] == 1, expected.logits.detach().numpy()
-        assert np.abs(expected_logits[real]).max() > 0.5
-        assert_parity(record_property, vlm.config.family, np.asarray(logits)[real], expected_logits[real])
-
-    found, seen = {name: p.grad for name, p in model.named_parameters()}, set()
-    entries = expand(FAMILIES[vlm.config.family].weights(vlm.config), vlm.params)
-    for name, entry in [(name, part) for name, whole in entries.items() for part in whole.parts]:
-        got, want = flatten(grads)[entry.path][entry.index], to_ours(found[name].numpy(), entry)
-        scale = np.linalg.norm(want)
-        # A key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding.
-        floor = 1e-6 if entry.path.endswith("attention/k/b") else 0
-        assert scale > 0 and np.linalg.norm(got - want) <= max(1e-3 * scale, floor), name
-        seen.add(entry.path)
-    assert seen == set(flatten(vlm.params))
+def test_logits_and_gradients(pair, tmp_path, record_property):
+    assert_step(record_property, *pair, [inputs_of("right"), inputs_of("left")], tmp_path, forward)
 
 
 def test_greedy_tokens(pair):
@@ -204,15 +175,7 @@ def test_greedy_tokens(pair):
 
 
 def test_transformers_loads_what_is_saved(pair, tmp_path):
-    vlm, model = pair
-    mllm_jax.save_pretrained(vlm, tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert type(again) is type(model)
-    ours, own = again.state_dict(), model.state_dict()
-    assert ours.keys() == own.keys() and all(torch.equal(ours[name], own[name]) for name in own)
-    with torch.no_grad():
-        np.testing.assert_array_equal(theirs(again, inputs_of()).logits, theirs(model, inputs_of()).logits)
-    assert mllm_jax.load_pretrained(tmp_path).config == vlm.config
+    assert_export(*pair, inputs_of(), tmp_path, forward)
 
 
 def test_internlm2_is_llama_rearranged(tmp_path):

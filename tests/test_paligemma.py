@@ -1,21 +1,19 @@
 """PaliGemma and PaliGemma 2: logits, gradients, greedy tokens and files equal transformers' on random tiny weights."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from reference import assert_parity, perturb
+from reference import assert_export, assert_step, loss_of, perturb, to_torch
 
 import mllm_jax
 from mllm_jax.families import paligemma
 from mllm_jax.model import abstract_boxed, abstract_params, count_params
 from mllm_jax.sharding import make_mesh, shardings
-from mllm_jax.weights.table import expand, flatten, to_ours
+from mllm_jax.weights.table import expand
 
 IMAGE, NEW = 150, 8
 TEXT = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=24)
@@ -80,52 +78,19 @@ def inputs_of(side="right", answers=True, labels=False):
     return inputs | {"pixel_values": np.stack(pixels)}
 
 
-def theirs(model, inputs):
-    return model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-
-
-def without_types(inputs):
-    return {name: value for name, value in inputs.items() if name != "token_type_ids"}
-
-
-def test_logits_and_gradients(pair, record_property):
+def test_logits_and_gradients(pair, tmp_path, record_property):
     vlm, model = pair
+    batches = [inputs_of(side, labels=True) for side in ("left", "right")]
+    assert_step(record_property, vlm, model, batches, tmp_path)
 
-    @jax.jit
-    @partial(jax.value_and_grad, has_aux=True)
-    def loss(params, batch):
-        logits = vlm.model.apply({"params": params}, batch).logits
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        return jnp.sum(nll * batch.weight) / jnp.maximum(jnp.sum(batch.weight), 1), logits
-
-    def logits_of(inputs):
-        (_, logits), grads = loss(vlm.params, mllm_jax.from_hf_inputs(vlm.config, inputs))
-        return np.asarray(logits)[inputs["attention_mask"] == 1], grads
-
-    # Without token_type_ids all is causal, as in transformers.
-    causal = without_types(inputs_of())
+    # Without token_type_ids all is causal, as in transformers; a prefix is not the same as none.
+    real = batches[-1]["attention_mask"] == 1
+    causal = {name: value for name, value in batches[-1].items() if name != "token_type_ids"}
     with torch.no_grad():
-        expected = theirs(model, causal).logits.numpy()[causal["attention_mask"] == 1]
-    np.testing.assert_allclose(logits_of(causal)[0], expected, atol=1e-4, rtol=1e-4)
-    for side in ("left", "right"):
-        inputs = inputs_of(side, labels=True)
-        model.zero_grad()
-        out = theirs(model, inputs)
-        out.loss.backward()
-        want = out.logits.detach().numpy()[inputs["attention_mask"] == 1]
-        got, grads = logits_of(inputs)
-        assert_parity(record_property, vlm.config.family, got, want)
-        assert np.abs(want - expected).max() > 0.1  # a prefix is not the same as none
-
-    found = dict(model.state_dict(keep_vars=True))
-    for name, entry in expand(paligemma.weights(vlm.config), vlm.params).items():
-        name = name.replace("vision_model.", "").replace("language_model.model.", "language_model.")
-        want = to_ours(found[f"model.{name}"].grad.numpy(), entry)
-        got = flatten(grads)[entry.path][entry.index]
-        scale = np.linalg.norm(want)
-        # A key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding.
-        floor = 1e-5 if name.endswith("k_proj.bias") else 0
-        assert scale > 0 and np.linalg.norm(got - want) <= max(1e-3 * scale, floor), name
+        expected = model(**to_torch(causal)).logits.numpy()[real]
+        assert np.abs(model(**to_torch(batches[-1])).logits.numpy()[real] - expected).max() > 0.1
+    (_, logits), _ = loss_of(vlm.model)(vlm.params, mllm_jax.from_hf_inputs(vlm.config, causal))
+    np.testing.assert_allclose(np.asarray(logits)[real], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_greedy_tokens(pair):
@@ -144,15 +109,7 @@ def test_greedy_tokens(pair):
 
 
 def test_transformers_loads_what_is_saved(pair, tmp_path):
-    vlm, model = pair
-    mllm_jax.save_pretrained(vlm, tmp_path)
-    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert type(again) is type(model)
-    ours, own = again.state_dict(), model.state_dict()
-    assert ours.keys() == own.keys() and all(torch.equal(ours[name], own[name]) for name in own)
-    with torch.no_grad():
-        np.testing.assert_array_equal(theirs(again, inputs_of()).logits, theirs(model, inputs_of()).logits)
-    assert mllm_jax.load_pretrained(tmp_path).config == vlm.config
+    assert_export(*pair, inputs_of(), tmp_path)
 
 
 PUBLISHED = {

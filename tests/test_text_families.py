@@ -1,7 +1,6 @@
 """Models of text alone: DeepSeek-V2, V2-Lite and V3, Qwen3 dense and with experts, equal to transformers in fp32."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,17 @@ import pytest
 import tiny_chat
 import torch
 import transformers
-from reference import assert_parity, perturb
+from reference import assert_export, assert_step, perturb, to_torch
 
 import mllm_jax
-from mllm_jax.families import FAMILIES, deepseek, qwen3
+from mllm_jax.families import deepseek, qwen3
 from mllm_jax.model import abstract_params, count_params, init_cache
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, useful
 from mllm_jax.train.optim import OptimConfig, make_optimizer
 from mllm_jax.train.state import state_from_params
 from mllm_jax.train.step import make_train_step
-from mllm_jax.weights.table import expand, flatten, to_ours
+from mllm_jax.weights.table import expand, flatten
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)
 GROUPED = SMALL | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
@@ -87,61 +86,10 @@ def inputs_of(side: str = "right") -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask, "labels": np.where((mask == 1) & ~first, ids, -100)}
 
 
-def theirs(model, inputs):
-    return model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-
-
-def on_disk(tensors) -> dict[str, np.ndarray]:
-    """Tensors of a transformers model under the names of published files: every expert is there by itself."""
-    found = {}
-    for name, tensor in tensors.items():
-        stem, _, part = name.rpartition(".experts.")
-        if part == "gate_up_proj":
-            for e, (gate, up) in enumerate(zip(*tensor.chunk(2, dim=1))):
-                found[f"{stem}.experts.{e}.gate_proj.weight"] = gate
-                found[f"{stem}.experts.{e}.up_proj.weight"] = up
-        elif part == "down_proj":
-            found |= {f"{stem}.experts.{e}.down_proj.weight": down for e, down in enumerate(tensor)}
-        else:
-            found[name] = tensor
-    return found
-
-
-def test_logits_and_gradients(pair, record_property):
-    vlm, model = pair
-    batches = {side: mllm_jax.from_hf_inputs(vlm.config, inputs_of(side)) for side in ("right", "left")}
-
-    @jax.jit
-    @partial(jax.value_and_grad, has_aux=True)
-    def loss(params, batch):
-        logits = vlm.model.apply({"params": params}, batch).logits
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        return jnp.sum(nll * batch.weight) / jnp.sum(batch.weight), logits
-
-    for side, batch in batches.items():
-        inputs = inputs_of(side)
-        model.zero_grad()
-        expected = theirs(model, inputs)
-        expected.loss.backward()
-        (value, logits), grads = loss(vlm.params, batch)
-        real, expected_logits = inputs["attention_mask"] == 1, expected.logits.detach().numpy()
-        assert np.abs(expected_logits[real]).max() > 0.5
-        assert_parity(record_property, vlm.config.family, np.asarray(logits)[real], expected_logits[real])
-        np.testing.assert_allclose(value, expected.loss.item(), rtol=1e-5)
-
-    found = on_disk({name: p.grad for name, p in model.named_parameters()})
-    seen = set()
-    for name, entry in expand(FAMILIES[vlm.config.family].weights(vlm.config), vlm.params).items():
-        got = flatten(grads)[entry.path][entry.index]
-        if entry.path.endswith("mlp/bias"):  # only selects
-            assert not np.any(got)
-            continue
-        want = to_ours(found[name].numpy(), entry)
-        scale = np.linalg.norm(want)
-        assert scale > 0 or ".experts." in name, name  # no token may have chosen an expert
-        assert np.linalg.norm(got - want) <= 1e-3 * scale, name
-        seen.add(entry.path)
-    assert {path for path in flatten(vlm.params) if not path.endswith("mlp/bias")} == seen
+def test_logits_and_gradients(pair, tmp_path, record_property):
+    """No token may have chosen an expert, and a bias that only selects has no gradient."""
+    batches = [inputs_of("right"), inputs_of("left")]
+    assert_step(record_property, *pair, batches, tmp_path, unused=r"\.experts\.|e_score_correction_bias")
 
 
 def test_greedy_tokens_equal_transformers(pair):
@@ -162,7 +110,7 @@ def test_prefill_and_decode_equal_a_whole_pass(pair):
     inputs, cut = inputs_of(), 7
     batch = mllm_jax.from_hf_inputs(vlm.config, inputs)
     with torch.no_grad():
-        whole = theirs(model, inputs).logits.numpy()
+        whole = model(**to_torch(inputs)).logits.numpy()
 
     @jax.jit
     def read(part, cache):
@@ -179,15 +127,7 @@ def test_prefill_and_decode_equal_a_whole_pass(pair):
 
 
 def test_transformers_loads_what_is_saved(pair, tmp_path):
-    vlm, model = pair
-    mllm_jax.save_pretrained(vlm, tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert type(again) is type(model)
-    ours, own = again.state_dict(), model.state_dict()
-    assert ours.keys() == own.keys() and all(torch.equal(ours[name], own[name]) for name in own)
-    with torch.no_grad():
-        np.testing.assert_array_equal(theirs(again, inputs_of()).logits, theirs(model, inputs_of()).logits)
-    assert mllm_jax.load_pretrained(tmp_path).config == vlm.config
+    assert_export(*pair, inputs_of(), tmp_path)
 
 
 def test_biases_that_select_keep_fp32(tmp_path):
@@ -245,7 +185,7 @@ def test_a_step_of_training(small):
     for _ in range(2):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses[0], theirs(model, inputs).loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(losses[0], model(**to_torch(inputs)).loss.item(), rtol=1e-5)
     assert losses[1] < losses[0]
     flops = count_flops(vlm.config, useful(batch))
     assert flops["encoder"].total == flops["connector"].total == 0 < flops["head"].total < flops["decoder"].total
@@ -272,6 +212,22 @@ PUBLISHED = {  # parameters, and what the authors say they are
     "qwen3 30b-a3b": (30_532_122_624, "30.5B"),
     "qwen3 235b-a22b": (235_093_634_560, "235B"),
 }
+
+
+def on_disk(tensors) -> dict[str, np.ndarray]:
+    """Tensors of a transformers model under the names of published files: every expert is there by itself."""
+    found = {}
+    for name, tensor in tensors.items():
+        stem, _, part = name.rpartition(".experts.")
+        if part == "gate_up_proj":
+            for e, (gate, up) in enumerate(zip(*tensor.chunk(2, dim=1))):
+                found[f"{stem}.experts.{e}.gate_proj.weight"] = gate
+                found[f"{stem}.experts.{e}.up_proj.weight"] = up
+        elif part == "down_proj":
+            found |= {f"{stem}.experts.{e}.down_proj.weight": down for e, down in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
