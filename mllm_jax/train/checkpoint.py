@@ -1,10 +1,12 @@
 """Checkpoints of a run (Orbax): written in the background, whole or not at all, readable on another mesh.
 
-A checkpoint holds the state of training, the run's config, and the position in the data, for any number of processes.
+A checkpoint holds the state of training, the run's config, and the position in the data, for any number of processes;
+of a run with adapters not the frozen base (see `mllm_jax.train.base`).
 A save that is killed leaves a temporary folder, which nobody reads and the next run removes.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.families import spec_for
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.train.base import completed, saved
 from mllm_jax.train.run import Run, read_run
 from mllm_jax.train.stages import CHECKPOINTS, run_folder
 from mllm_jax.train.state import TrainState
@@ -109,14 +112,17 @@ def restore_params(workdir: str | Path, step: int | None = None, mesh: Mesh | No
     Raises:
       FileNotFoundError: there is no such checkpoint.
     """
+    from mllm_jax.train.initial import first_params  # which restores parameters, too: of runs that others begin with
+
     step, config = _about(workdir, step)
-    model = read_run(config).model
+    run = read_run(config)
+    model = run.model
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     layout = shardings(abstract_boxed(model), mesh, model.runtime.rules)
-    wanted = jax.tree.map(_placed, abstract_params(model), layout)
+    wanted = saved(run, jax.tree.map(_placed, abstract_params(model), layout))
     with _reader(workdir) as manager:
         found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
-    return model, found.params
+    return model, completed(run, run_folder(workdir), found.params, partial(first_params, run, mesh))
 
 
 def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:

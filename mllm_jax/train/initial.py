@@ -1,4 +1,4 @@
-"""What a run begins with: published weights, or those of another run, which may have been the stage before it."""
+"""What a run begins with: published weights, those of another run (maybe the stage before it), or random ones."""
 
 import os
 from dataclasses import replace
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mllm_jax.api import load_params
 from mllm_jax.config import ConfigError
-from mllm_jax.model import abstract_boxed, abstract_params, init_adapters
+from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params
 from mllm_jax.nn.lora import LoraConfig, join, split_adapters
 from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
@@ -18,12 +18,17 @@ from mllm_jax.train.run import Run
 from mllm_jax.train.stages import is_run, run_folder
 
 
-def initial_params(run: Run, mesh: Mesh) -> dict:
-    """The weights that `run.init` names, fp32, on the mesh, with new adapters where the run has some and they none.
+def first_params(run: Run, mesh: Mesh) -> dict:
+    """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names.
+
+    To these new adapters are added where the run has some and they none.
 
     Raises:
       ConfigError: they are of a run with another model. FileNotFoundError: that run has no checkpoint.
     """
+    if not run.init:
+        layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
+        return jax.jit(partial(init_params, run.model), out_shardings=layout)(jax.random.key(run.train.seed))
     base = replace(run.model, lora=LoraConfig())
     if not is_run(run.init):
         layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,17 @@ from ml_collections import ConfigDict
 from mllm_jax.config import ConfigError, dump, told
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.sharding import make_mesh
+from mllm_jax.train.base import completed, note_base, saved
 from mllm_jax.train.checkpoint import PROCESSOR, Checkpoints
 from mllm_jax.train.flops import Counts, count_flops, padded, peak_flops, useful
 from mllm_jax.train.heldout import HeldOut
-from mllm_jax.train.initial import initial_params, processor_of
+from mllm_jax.train.initial import first_params, processor_of
 from mllm_jax.train.inputs import Placer, make_processor, open_data
 from mllm_jax.train.metrics import Meter, Reporter, short
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.processes import Lost, compiled_together, noticing_others
 from mllm_jax.train.run import Run, read_run, train_step
-from mllm_jax.train.state import TrainState, abstract_state, init_state, state_from_params, state_shardings
+from mllm_jax.train.state import TrainState, abstract_state, state_from_params, state_shardings
 from mllm_jax.types import Batch
 
 ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, also what Path makes of them
@@ -113,7 +115,7 @@ class Training:
     """The parts of a run, and where it is."""
 
     def __init__(self, config: ConfigDict, run: Run, workdir: Path):
-        self.config, self.settings = config, run
+        self.config, self.settings, self.workdir = config, run, workdir
         model, rules, data = run.model, run.model.runtime.rules, run.data
         processor, heldout = make_processor(processor_of(run), model, data), data.source("heldout")
         mesh = make_mesh(run.mesh)
@@ -161,16 +163,16 @@ class Training:
 
     def _begin(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
         run = self.settings
-        if run.init:
-            state = state_from_params(run.model, tx, mesh, initial_params(run, mesh))
-        else:
-            state = init_state(run.model, tx, mesh, jax.random.key(run.train.seed))
-        return state, self.loader.get_state()
+        params = first_params(run, mesh)
+        note_base(run, self.workdir, params)
+        return state_from_params(run.model, tx, mesh, params), self.loader.get_state()
 
     def _resume(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
-        model = self.settings.model
-        layout = state_shardings(model, tx, mesh, model.runtime.rules)
-        state, position = self.checkpoints.restore(self.config, abstract_state(model, tx), layout)
+        run, model = self.settings, self.settings.model
+        states = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
+        parts = (state._replace(params=saved(run, state.params)) for state in states)
+        state, position = self.checkpoints.restore(self.config, *parts)
+        state = state._replace(params=completed(run, self.workdir, state.params, partial(first_params, run, mesh)))
         try:
             self.loader.set_state(position)
         except ValueError as error:
@@ -262,7 +264,8 @@ class Training:
             return
         began = time.perf_counter()
         self.report.flush()  # first: a checkpoint must not know of steps that the files do not
-        self.checkpoints.save(self.step, self.state, self.config, self.position)
+        part = self.state._replace(params=saved(self.settings, self.state.params))
+        self.checkpoints.save(self.step, part, self.config, self.position)
         self.report.meter.pause(time.perf_counter() - began)
 
 

@@ -102,8 +102,8 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
     return optax.GradientTransformation(init, inner.update), schedule
 
 
-# Biases of routers, on which only the choice of experts depends; constants of adapters.
-NOT_BY_GRADIENT = r"/mlp/bias$|/lora_(scale|keep)$"
+BIAS = r"/mlp/bias$"  # of routers: only the choice of experts depends on them
+NOT_BY_GRADIENT = rf"{BIAS}|/lora_(scale|keep)$"  # also constants of adapters
 
 
 def split(params, freeze: tuple[str, ...]) -> tuple[dict, dict]:

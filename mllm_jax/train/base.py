@@ -1,0 +1,77 @@
+"""The frozen base of a run with adapters: checkpoints leave it out, and it comes again from where the run began.
+
+So that a run never goes on from other weights, a fingerprint of the base lies beside the checkpoints.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mllm_jax.config import ConfigError
+from mllm_jax.nn.lora import join
+from mllm_jax.train.optim import BIAS, split
+from mllm_jax.train.run import Run
+
+FILE = "base.json"
+
+
+def saved(run: Run, params: Any) -> dict:
+    """Of a tree like the parameters, what checkpoints hold: of a run with adapters what it changes, else all."""
+    if not run.lora.rank:
+        return params
+    trained, frozen = (flatten_dict(part, sep="/") for part in split(params, run.optim.freeze))
+    return unflatten_dict(trained | {path: x for path, x in frozen.items() if re.search(BIAS, path)}, sep="/")
+
+
+def completed(run: Run, workdir: Path, params: Any, begin: Callable[[], dict]) -> dict:
+    """The inverse of `saved` for a run in `workdir`. Raises ConfigError where the base is no longer the same.
+
+    begin: gives the parameters that the run begins with, see `mllm_jax.train.initial`.
+    """
+    if not run.lora.rank:
+        return params
+    whole = begin()
+    note_base(run, workdir, whole, again=True)
+    return join(whole, params)
+
+
+def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None:
+    """Writes the fingerprint of the base into the run's folder, or compares it with that which is there."""
+    if not run.lora.rank:
+        return
+    kept, file = flatten_dict(saved(run, params)), Path(workdir) / FILE
+    base = {path: x for path, x in flatten_dict(params).items() if path not in kept}
+    found = {"init": run.init, "fingerprint": int(fingerprint(unflatten_dict(base)))}
+    if not again:
+        if jax.process_index() == 0:
+            file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return
+    began = json.loads(file.read_text(encoding="utf-8"))
+    if began["fingerprint"] != found["fingerprint"]:
+        source = f"config.init={run.init!r}" if run.init else f"config.train.seed={run.train.seed}"
+        raise ConfigError(
+            f"{workdir} began with other weights (of {began['init'] or 'config.train.seed'!r}) than {source} gives; "
+            "its checkpoints hold what is trained alone: give it those weights again, or use another --workdir"
+        )
+
+
+@jax.jit
+def fingerprint(params: Any) -> jax.Array:
+    """u32[] of the bits of all values, their places and their names; on any mesh the same."""
+    total = jnp.zeros((), jnp.uint32)
+    for path, x in flatten_dict(params, sep="/").items():
+        kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+        places = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(zlib.crc32(bytes([axis])))
+            for axis in range(x.ndim)
+        )
+        total += jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32) * jnp.uint32(zlib.crc32(path.encode()) | 1)
+    return total

@@ -1,0 +1,82 @@
+"""A run with adapters: small checkpoints, from which it goes on bit for bit, on its own base only."""
+
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from flax.traverse_util import flatten_dict
+
+from mllm_jax import load_adapters, load_workdir, save_adapters
+from mllm_jax.config import ConfigError
+from mllm_jax.nn.lora import split_adapters
+from mllm_jax.train.base import fingerprint
+from mllm_jax.train.loop import train
+from mllm_jax.train.metrics import read_metrics
+
+
+def a_config():
+    config = tiny_run.get_config()
+    config.lora.update(rank=2, dropout=0.1)
+    config.lora.train = ("^connector/.*norm",)
+    config.optim.update(steps=4, warmup=0)
+    config.train.update(log_every=1, save_every=2, evaluate_every=0, heldout=8)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    train(a_config(), workdir)
+    return workdir
+
+
+def test_a_run_goes_on_bit_for_bit(trained, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    shutil.rmtree(again / "checkpoints" / "4")
+    assert train(a_config(), again) == 4
+    losses = lambda workdir: {row["step"]: row["loss"] for row in read_metrics(workdir) if "loss" in row}
+    assert losses(again) == losses(trained) and len(losses(again)) == 4
+    jax.tree.map(np.testing.assert_array_equal, load_workdir(again).params, load_workdir(trained).params)
+
+
+def test_checkpoints_leave_the_base_out(trained):
+    size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    vlm = load_workdir(trained)
+    flat = flatten_dict(vlm.params, sep="/")
+    held = {path: x.size for path, x in flat.items() if "lora_" in path or ("connector" in path and "norm" in path)}
+    assert size(trained / "checkpoints" / "4" / "params") < 2 * 4 * sum(held.values()) + 50_000
+    assert sum(held.values()) * 3 < sum(x.size for x in flat.values())
+
+
+def test_a_run_needs_the_base_that_it_began_with(trained):
+    config = a_config()
+    config.train.seed = 5
+    with pytest.raises(ConfigError, match="began with other weights .* than config.train.seed=5 gives now"):
+        train(config, trained)
+    config = a_config()
+    config.lora.alpha = 3.0
+    with pytest.raises(ConfigError, match=r"config.lora.alpha was 16.0, is 3.0\. Use another --workdir"):
+        train(config, trained)
+
+
+def test_adapters_of_a_run_are_written(trained, tmp_path):
+    vlm = load_workdir(trained)
+    save_adapters(vlm, tmp_path)
+    base, adapters = split_adapters(vlm.params)
+    read = split_adapters(load_adapters(replace(vlm, params=base), tmp_path).params)[1]
+    assert np.abs(read["decoder"]["layers"]["mlp"]["up"]["lora_up"]).max() > 0
+    expected = {path: x for path, x in flatten_dict(adapters).items() if path[-1] != "lora_keep"}
+    assert flatten_dict(read).keys() == expected.keys()
+    for path, x in flatten_dict(read).items():
+        np.testing.assert_array_equal(x, expected[path])
+
+
+def test_fingerprints_see_values_places_and_names():
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    trees = [{"a": {"b": x}}, {"a": {"c": x}}, {"a": {"b": x[::-1]}}, {"a": {"b": x.reshape(4, 3)}}]
+    trees += [{"a": {"b": np.where(x == 5, np.nextafter(x, 9), x)}}, {"a": {"b": x, "c": x}}]
+    assert len({int(fingerprint(tree)) for tree in trees}) == len(trees)
