@@ -91,10 +91,12 @@ def load_params(
     layout: Any = None,
     dtype: str = "float32",
     tower: str | os.PathLike | None = None,
+    dtypes: Mapping[str, str] = {},  # noqa: B006 (nobody changes it)
 ) -> dict[str, Any]:
     """The weights of `source` as parameters of a config; arguments and errors are those of `load_pretrained`.
 
     layout: nested dict of jax.sharding.Sharding; None = all on the default device.
+    dtypes: of single parameters, by path, that shall have another than `dtype`.
     """
     folder, family = local_folder(source), FAMILIES[config.family]
     if tower is None and hasattr(family, "elsewhere"):
@@ -106,7 +108,8 @@ def load_params(
             f"{folder} lacks the weights of its vision tower; say where they are: load_pretrained(..., tower=FOLDER). "
             f"{error}"
         ) from error
-    rows, shapes = family.weights(config), abstract_params(config)
+    rows = [row._replace(dtype=dtypes.get(row.ours, row.dtype)) for row in family.weights(config)]
+    shapes = abstract_params(config)
     return load_tensors(folders, rows, shapes, layout, dtype, ignore=family.IGNORE, rename=family.RENAME)
 
 

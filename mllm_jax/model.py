@@ -13,7 +13,7 @@ from flax.core import meta
 
 from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.fusion import splice
-from mllm_jax.nn.lora import LoraConfig, join, make_adapters
+from mllm_jax.nn.lora import LoraConfig, join, keep_base, make_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
 
@@ -206,7 +206,7 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
 def init_boxed(config: ModelConfig, key):
     """Random parameters, every weight in a box with the names of its axes. Under `jax.eval_shape` it costs nothing."""
     base = config.build().init(key, jax.tree.map(jnp.asarray, config.example()))["params"]
-    return join(base, make_adapters(base, config.lora, key))
+    return join(keep_base(base, config.lora), make_adapters(base, config.lora, key))
 
 
 @functools.lru_cache(maxsize=16)  # a trace of a large model takes half a second, and planning asks a dozen times

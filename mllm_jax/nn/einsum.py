@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
+from mllm_jax.nn.quantized import SCALE as QUANTISED
+from mllm_jax.nn.quantized import dequantise
 from mllm_jax.sharding import named
 
 
@@ -16,7 +18,8 @@ class Einsum(nn.Module):
 
     The equation has capital letters of the legend and one ellipsis on the activation, e.g. "...D,DNH->...NH".
     Letters of the weight that reach the output are its output axes; the bias has exactly those.
-    Initialised normal with variance 1 / fan-in. Where an adapter lies beside `w`, its product is added (nn/lora.py).
+    Initialised normal with variance 1 / fan-in. Where an adapter lies beside `w`, its product is added (nn/lora.py);
+    `w` may be there in few bits (nn/quantized.py).
     """
 
     equation: str
@@ -33,10 +36,20 @@ class Einsum(nn.Module):
         fan_in = math.prod(self.shape[index] for index in inputs)
         matrix = tuple(tuple(index - len(letters) for index in axes) for axes in (inputs, outputs))
         init = named(nn.initializers.normal(fan_in**-0.5), *self.axes, matrix=matrix)
-        w = self.param("w", init, self.shape).astype(self.dtype)
         axes = (range(x.ndim - len(inputs), x.ndim), inputs)
-        # jnp.einsum would contract several axes in reverse order, for which XLA copies the weight.
-        y = jax.lax.dot_general(x.astype(self.dtype), w, (axes, ((), ())), precision=_precision(self.dtype))
+
+        def product(x, w):
+            """jnp.einsum would contract several axes in reverse order, for which XLA copies the weight."""
+            return jax.lax.dot_general(x, w.astype(self.dtype), (axes, ((), ())), precision=_precision(self.dtype))
+
+        if self.has_variable("params", QUANTISED):
+            # Made again in the backward pass, which else would keep a whole weight for every layer.
+            leaves = {name: leaf for name, leaf in self.variables["params"].items() if name.startswith("w_")}
+            y = jax.checkpoint(lambda x, leaves: product(x, dequantise(leaves, matrix[0])))(
+                x.astype(self.dtype), leaves
+            )
+        else:
+            y = product(x.astype(self.dtype), self.param("w", init, self.shape))
         if self.has_variable("params", DOWN):
             y = y + self._adapted(x, *("".join(letters[index] for index in axes) for axes in (inputs, outputs)))
         if self.bias:

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mllm_jax.nn.quantized import KINDS, dequantise, kept
 from mllm_jax.paths import check_patterns, first_found
 from mllm_jax.sharding import Named
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
 TRAINED = "/lora_(down|up)$"
+BASES = ("float32", "bfloat16", *KINDS)
 HEAD = "decoder/head/w"  # losses in chunks read it without its layer
 
 
@@ -35,6 +37,9 @@ class LoraConfig:
     ranks, alphas: (pattern, value) pairs; the first pattern that is found in a weight's path has its own rank (0: no
       adapter) or alpha.
     train: patterns of other weights, which are trained whole; all the rest is frozen.
+    base: how frozen weights are kept: "float32"; "bfloat16"; or the matrices of layers in "int8", "int4" or "nf4", and
+      other weights of two axes or more in bfloat16 (see nn/quantized.py).
+    group: values along an input axis that share a scale in four bits.
 
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
     """
@@ -46,12 +51,18 @@ class LoraConfig:
     ranks: tuple[tuple[str, int], ...] = ()
     alphas: tuple[tuple[str, float], ...] = ()
     train: tuple[str, ...] = ()
+    base: str = "float32"
+    group: int = 64
 
     def __post_init__(self):
         if self.rank < 0 or any(rank < 0 for _, rank in self.ranks):
             raise ValueError(f"lora.rank={self.rank} and lora.ranks={self.ranks} must not be negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must be at least 0 and less than 1")
+        if self.base not in BASES:
+            raise ValueError(f"lora.base must be one of {', '.join(BASES)}, not {self.base!r}")
+        if self.group < 2:
+            raise ValueError(f"lora.group={self.group} must be 2 or more")
 
     @property
     def drops(self) -> bool:
@@ -102,6 +113,40 @@ def make_adapters(boxed: Any, config: LoraConfig, key: jax.Array) -> dict:
     return unflatten_dict(made, sep="/")
 
 
+def keep_base(boxed: Any, config: LoraConfig) -> dict:
+    """A boxed tree whose frozen weights are as `config.base` keeps them; those that are trained stay."""
+    leaves = {}
+    for path, box in flatten(boxed).items():
+        leaves |= _kept(path, box, config)
+    return unflatten_dict(leaves, sep="/")
+
+
+def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) -> dict:
+    """The same of parameters, weight by weight, so that no more than one is there twice.
+
+    Args:
+      params: of the base model, f32 or bf16; its arrays must not be used again.
+      boxed: their shapes. layout: shardings of the result.
+    """
+    leaves, boxes, wanted = flatten_dict(params, sep="/"), flatten(boxed), flatten_dict(layout, sep="/")
+    if not config.rank or config.base == "float32":
+        return dict(params)
+    for path in list(leaves):
+        unboxed = lambda x, path=path: {
+            name: part.value for name, part in _kept(path, boxes[path].replace(value=x), config).items()
+        }
+        shapes = jax.eval_shape(unboxed, leaves[path])
+        places = {name: wanted[name] for name in shapes}
+        leaves |= jax.jit(unboxed, out_shardings=places)(leaves.pop(path))
+    return unflatten_dict(leaves, sep="/")
+
+
+def _kept(path: str, box: Named, config: LoraConfig) -> dict[str, Named]:
+    trained = not config.rank or any(re.search(pattern, path) for pattern in config.train)
+    parts = kept(path, box, "float32" if trained else config.base, config.group)
+    return {f"{path.rpartition('/')[0]}/{name}": part for name, part in parts.items()}
+
+
 def _new(box: Named, rank: int, scale: float, keep: float, key: jax.Array) -> dict[str, Named]:
     stacked, inputs, outputs = axes_of(box)
     shape = lambda axes: tuple(box.value.shape[axis] for axis in axes)
@@ -143,13 +188,23 @@ def add_products(params: Mapping, boxed: Any, sign: int = 1) -> dict:
       params: with adapters, which stay.
       boxed: shapes of the base model's parameters (`abstract_boxed`).
     """
-    flat, boxes = flatten_dict(params, sep="/"), flatten(boxed)
+    flat, boxes = flatten_dict(with_weights(params, boxed), sep="/"), flatten(boxed)
     for path in [path for path in flat if path.endswith(f"/{DOWN}")]:
         weight, (down, up, scale) = path.removesuffix(DOWN), (path.replace(DOWN, name) for name in (DOWN, UP, SCALE))
         product = _product(boxes[f"{weight}w"], flat[down], flat[up], flat[scale])
         w = flat[f"{weight}w"]
         flat[f"{weight}w"] = (w.astype(jnp.float32) + sign * product).astype(w.dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def with_weights(params: Mapping, boxed: Any) -> dict:
+    """The tree with weights f32 in place of those that are kept in few bits."""
+    flat, found = flatten_dict(params, sep="/"), {}
+    for path, box in flatten(boxed).items():
+        if path not in flat:
+            few = [name for name in flat if name.startswith(f"{path}_")]
+            found[path] = dequantise({name.rpartition("/")[2]: flat.pop(name) for name in few}, box.matrix[0])
+    return unflatten_dict(flat | found, sep="/")
 
 
 def _product(box: Named, down, up, scale):

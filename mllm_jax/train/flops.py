@@ -3,6 +3,7 @@
 A multiplication with an addition is two. Only matrix products count: weights, the head, and both of attention.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -90,8 +91,8 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
     """
     encoder, decoder = config.encoder, config.decoder
     per_token = 1 if config.connector is None else config.connector.patches_per_token
-    params = flatten_dict(abstract_params(config), sep="/")
-    trained = set(flatten_dict(split(abstract_params(config), freeze)[0], sep="/"))
+    whole = abstract_params(replace(config, lora=replace(config.lora, base="float32")))
+    params, trained = flatten_dict(whole, sep="/"), set(flatten_dict(split(whole, freeze)[0], sep="/"))
     head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
     kinds = () if decoder is None else decoder.kinds
     rows = dict(

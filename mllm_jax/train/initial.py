@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mllm_jax.api import load_params
 from mllm_jax.config import ConfigError
 from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params
-from mllm_jax.nn.lora import LoraConfig, join, split_adapters
+from mllm_jax.nn.lora import LoraConfig, join, keep_arrays, split_adapters
 from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
 from mllm_jax.train.run import Run
@@ -32,7 +32,7 @@ def first_params(run: Run, mesh: Mesh) -> dict:
     base = replace(run.model, lora=LoraConfig())
     if not is_run(run.init):
         layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)
-        return _adapted(run, load_params(run.init, base, layout), mesh)
+        return _adapted(run, load_params(run.init, base, layout, dtypes=_half(run)), mesh)
     before = read_config(run.init).model
     shapes = lambda model: {path: x.shape for path, x in flatten_dict(abstract_params(model), sep="/").items()}
     ours, theirs = shapes(run.model if before.lora.rank else base), shapes(before)
@@ -46,11 +46,22 @@ def first_params(run: Run, mesh: Mesh) -> dict:
     return params if before.lora.rank else _adapted(run, params, mesh)
 
 
+def _half(run: Run) -> dict[str, str]:
+    """The weights that are read in bfloat16, by path: those that the run does not keep in fp32."""
+    if run.lora.base == "float32" or not run.lora.rank:
+        return {}
+    kept, base = (
+        flatten_dict(abstract_params(replace(run.model, lora=lora)), sep="/") for lora in (run.lora, LoraConfig())
+    )
+    return {path: "bfloat16" for path in base if path not in kept or kept[path].dtype != "float32"}
+
+
 def _adapted(run: Run, params: dict, mesh: Mesh) -> dict:
-    """The base model's parameters, and new adapters."""
-    _, layout = split_adapters(shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules))
-    fresh = jax.jit(partial(init_adapters, run.model), out_shardings=layout)
-    return join(params, fresh(jax.random.key(run.train.seed)))
+    """The base model's parameters, kept as the run keeps them, and new adapters."""
+    rules, boxed = run.model.runtime.rules, abstract_boxed(replace(run.model, lora=LoraConfig()))
+    base, adapters = split_adapters(shardings(abstract_boxed(run.model), mesh, rules))
+    fresh = jax.jit(partial(init_adapters, run.model), out_shardings=adapters)(jax.random.key(run.train.seed))
+    return join(keep_arrays(params, boxed, run.lora, base), fresh)
 
 
 def processor_of(run: Run) -> str:
