@@ -328,7 +328,8 @@ def fake():
         array = np.array(devices, object).reshape(tuple(filled.values()))
         return SimpleNamespace(devices=array, axis_names=MESH_AXES, shape=filled)
 
-    def compile_step(run, topology, mesh):
+    def compile_step(run, topology, mesh, quick):
+        assert quick
         made.compiled.append((mesh_text(mesh), run.model.runtime.remat))
         planned = plan(run, **mesh)
         if planned.peak * made.grown > 1.2 * CHIPS["v6e"].memory:

@@ -144,18 +144,18 @@ class Search:
     def portion(self, choice: Choice) -> Portion:
         return Portion(self.shapes, choice.run(self.run), dict(choice.mesh))
 
-    def compile(self, candidate: Candidate) -> Candidate:
-        """The candidate as the compiler sees it."""
+    def compile(self, candidate: Candidate, quick: bool = False) -> Candidate:
+        """The candidate as the compiler sees it, at once if it is `quick`."""
         choice = candidate.choice
         try:
-            planned = plan_step(choice.run(self.run), self.topology, dict(choice.mesh))
+            planned = plan_step(choice.run(self.run), self.topology, dict(choice.mesh), quick)
         except TooLarge as error:
             return candidate._replace(compiled=True, refused=str(error))
         spent = roofline(planned, self.network(choice.mesh), traffic(self.portion(choice), choice.remat))
         return candidate._replace(planned=planned, time=spent, compiled=True)
 
     def compile_best(self, found: Found, count: int, seconds: float, report: Callable[[str], None]) -> Found:
-        """Compiles the best until `count` fit, or another one would likely take longer than `seconds` in all.
+        """Compiles the best, quickly, until `count` fit, or another one would likely take longer than `seconds` in all.
 
         Args:
           report: is told the mesh that is compiled.
@@ -168,7 +168,7 @@ class Search:
                 break
             report(mesh_text(left[0].choice.mesh))
             try:
-                compiled = self.compile(left[0])
+                compiled = self.compile(left[0], quick=True)
             except ConfigError as error:  # what the estimate did not foresee
                 compiled = left[0]._replace(compiled=True, refused=str(error))
             candidates[candidates.index(left[0])] = compiled
