@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from mllm_jax.families import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import RULES
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.optim import OptimConfig
@@ -26,7 +25,7 @@ def get_config():
             data=FilesData(batch=256, tokens=4096, rows=2, patches=4096),
             optim=OptimConfig(learning_rate=1e-5, steps=10_000, warmup=200, weight_decay=0.01),
             train=TrainConfig(log_every=10, save_every=500, balance=BalanceConfig("global")),
-            mesh={"fsdp": -1, "expert": 8},
-            rules=RULES["fsdp"] | {"encoder_embed": "fsdp"},
+            preset="expert",
+            mesh={"expert": 8},
         )
     )

@@ -39,7 +39,7 @@ _HOME = {
     "collate": "data.pack",
     "Processor": "data.processor",
     "make_mesh": "sharding",
-    "RULES": "sharding",
+    "PRESETS": "sharding",
 }
 __all__ = [*_HOME, "__version__"]
 

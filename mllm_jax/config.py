@@ -10,8 +10,8 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -25,6 +25,18 @@ class ConfigError(ValueError):
 def to_config_dict(value: Any) -> ConfigDict:
     """A dataclass, with the dataclasses inside, as a ConfigDict whose fields can be overridden, those of None too."""
     return ConfigDict(_section(value, named=False))
+
+
+class _Operation(NamedTuple):
+    """What a FieldReference applies to the value that it refers to."""
+
+    fn: Callable
+    args: tuple = ()
+
+
+def following(field: FieldReference, function: Callable[[Any], Any]) -> FieldReference:
+    """A field whose value is `function` of another field's, until it is set itself."""
+    return FieldReference(field, field_type=object, op=_Operation(function))
 
 
 def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[str, type] | None = None, path=""):

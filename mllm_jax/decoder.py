@@ -158,7 +158,7 @@ class Decoder(nn.Module):
 
     def _look_up(self, table, rows):
         table = shard(table.astype(self.runtime.dtype), (None, None), self.runtime.rules)
-        return shard(jnp.take(table, rows, axis=0), ("batch", "length", None), self.runtime.rules)
+        return shard(jnp.take(table, rows, axis=0), ("batch", "residual", None), self.runtime.rules)
 
     def __call__(
         self,
@@ -198,7 +198,7 @@ class Decoder(nn.Module):
             x, kept, routing = layer(x, rope, segment, modality, own, prefix)
             if deep is not None:
                 x = deepstack(x, deep, vision_index, number, mix)
-            return (shard(x, ("batch", "length", None), self.runtime.rules), kept), routing
+            return (shard(x, ("batch", "residual", None), self.runtime.rules), kept), routing
 
         carry, routings = (x, kept), []
         for part in segments(config.kinds):

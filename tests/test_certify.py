@@ -5,12 +5,27 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
-from tiny_run import load_config
+from examples import random_params
+from tiny_run import load_config, load_module
 
 from mllm_jax.config import ConfigError, dump, load
-from mllm_jax.plan.certificate import MESHES, Comparison, Measured, compare, decisions, differences, read_certificate
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.plan.certificate import (
+    MESHES,
+    Comparison,
+    Measured,
+    compare,
+    decisions,
+    differences,
+    measure,
+    packed_batch,
+    read_certificate,
+)
+from mllm_jax.sharding import PRESETS, RULES, make_mesh
+from mllm_jax.train.run import with_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ISSUED = {"fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2"}
@@ -22,12 +37,44 @@ def certify(*arguments, code="from mllm_jax.plan.certify import main"):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_experts_rows_and_tokens_over_devices_change_nothing():
-    certificate = replace(read_certificate(load_config("certify")), meshes=("data=2,expert=2,context=2",))
-    (found,) = compare(certificate, "experts")
-    assert not found.drifts(1e-5) and found.drifts(1e-9) and found.decisions == 0, found
-    assert {"logits", "loss", "balance", "z", "gradient decoder/layers/mlp/router/w"} <= set(found.differences)
-    assert sum(name.startswith("gradient encoder/") for name in found.differences) > 10
+def small(rules=RULES):
+    """A dense layer, one with experts, and pictures; so narrow that it compiles in seconds."""
+    config = load_module("certify").model(MoeConfig(experts=8, top_k=2, mlp=8))
+    attention = replace(config.decoder.attention, head_dim=4, rope_sections=(1, 1, 0))
+    decoder = replace(config.decoder, width=16, mlp=16, dense_first=1, attention=attention)
+    return with_rules(
+        replace(config, encoder=replace(config.encoder, width=16, mlp=16, layers=1), decoder=decoder), rules
+    )
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device computes, and how to compute it elsewhere."""
+    certificate, model = read_certificate(load_config("certify")), small()
+    batch = packed_batch(certificate, model)
+    on = lambda model, mesh: measure(model, random_params(model), batch, certificate.balance, mesh)
+    return on(model, make_mesh({}, jax.devices()[:1])), on
+
+
+@pytest.mark.parametrize(
+    "preset, mesh",
+    [
+        ("fsdp", {"fsdp": 8}),
+        ("fsdp_tensor", {"fsdp": 2, "tensor": 4}),
+        ("expert", {"data": 2, "expert": 4}),
+        ("long_context", {"fsdp": 2, "context": 4}),
+        ("fsdp", {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param("replicated", {"data": 8}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_presets_and_meshes_change_nothing(alone, preset, mesh):
+    found = alone[1](small(PRESETS[preset]["rules"]), make_mesh(mesh))
+    comparison = Comparison(preset, differences(found, alone[0]), decisions(found, alone[0]))
+    assert not comparison.drifts(1e-5) and comparison.drifts(1e-9), comparison.worst
+    names = comparison.differences.keys()
+    assert {"logits", "loss", "balance", "z", "gradient decoder/layers/slots_1/mlp/router/w"} <= names
+    assert sum(name.startswith("gradient encoder/") for name in names) > 10
 
 
 @pytest.mark.slow

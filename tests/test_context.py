@@ -180,7 +180,7 @@ def test_pictures_are_spread_over_every_device(params, batch):
 
 def test_the_loss_is_spread_over_every_device():
     """Each of eight devices does an eighth of the products with the head, and none waits for another in the loop."""
-    rules, rng = freeze_rules(RULES["fsdp"]), np.random.default_rng(0)
+    rules, rng = freeze_rules(RULES), np.random.default_rng(0)
     hidden, table = (
         rng.standard_normal((4, 64, 32)).astype(np.float32),
         rng.standard_normal((96, 32)).astype(np.float32),

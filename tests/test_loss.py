@@ -114,7 +114,7 @@ def test_full_logits_never_exist():
 
 def test_the_table_is_gathered_once_and_its_gradient_added_once():
     """Over `fsdp` and `data`, however many chunks: in the loop no device waits for those that hold other rows."""
-    mesh, rules = make_mesh({"data": 2, "fsdp": 4}), freeze_rules(RULES["fsdp"])
+    mesh, rules = make_mesh({"data": 2, "fsdp": 4}), freeze_rules(RULES)
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     hidden, table, targets, weight = inputs(np.random.default_rng(0), 8, 40, 32, 96, 0.5)
     rows = ("data", "fsdp")

@@ -120,7 +120,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %half = f32[4,8]{1,0} reduce-scatter-done(%begun.2)
   %call = ((f32[8]{0}), f32[8]{0}, u32[]) call-start(%done), async_execution_thread="sparsecore", to_apply=%elsewhere
   %called = f32[8]{0} call-done(%call)
-  %ragged = f32[8]{0} ragged-all-to-all(%done, %called, %slots), channel_id=13, replica_groups={{0,1},{2,3},{4,5},{6,7}},
+  %ragged = f32[8]{0} ragged-all-to-all(%done, %called), channel_id=13, replica_groups={{0,1},{2,3},{4,5},{6,7}},
     metadata={op_name="jit(step)/jvp(VLM)/decoder/layers/mlp/experts/share_0.25/ragged_all_to_all"}
   %token = token[] after-all()
   %receive = (f32[4,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true,

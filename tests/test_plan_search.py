@@ -54,7 +54,7 @@ def a_run(model=None, remat="full", moe=None, **changes) -> Run:
 
 
 def published(name: str, **data) -> Run:
-    rules = RULES["fsdp"] | {"encoder_embed": "fsdp"}
+    rules = RULES | {"encoder_embed": "fsdp"}
     return a_run(qwen3_vl.sizes(name), data={"tokens": 4096, "patches": 4096} | data, rules=rules)
 
 
@@ -286,6 +286,20 @@ def test_tensor_parallelism_adds_up_activations():
     assert saved == pytest.approx(36 * 4 * activations, rel=1e-5)
 
 
+def test_tokens_between_layers_apart_are_scattered_and_gathered():
+    """As many bytes as whole sums, and half of the saved activations on two devices."""
+    data = {"tokens": 4096, "patches": 4096, "batch": 256, "rows": 0}
+    run = a_run(qwen3_vl.sizes("8b"), data=data, preset="fsdp_tensor")
+    planned, plain = plan(run, fsdp=64, tensor=2), plan(published("8b", batch=256, rows=0), fsdp=64, tensor=2)
+    activations = 4 * 4096 * 4096 * 2  # bytes of the 4 rows of a device
+    assert bytes_of(planned, "all-reduce", "tensor") == 0
+    assert bytes_of(planned, "reduce-scatter", "tensor") == pytest.approx(36 * 5 * activations / 2, rel=1e-5)
+    # Into both blocks of a layer forward and again, and the gradients of what they gave.
+    assert bytes_of(planned, "all-gather", "tensor") == pytest.approx(36 * 2 * 3 * activations, rel=1e-5)
+    saved = [dict(x.largest)["saved activations"] for x in (planned, plain)]
+    assert saved[0] == pytest.approx(saved[1] / 2)
+
+
 def test_experts_exchange_six_times_a_layer():
     run = published("235b-a22b", batch=256, rows=0)
     planned = plan(run, fsdp=16, expert=16)
@@ -405,7 +419,7 @@ def test_a_dense_model_has_no_expert_axis(fake):
 
 
 def test_a_vision_tower_that_does_not_divide_gets_a_rule_of_its_own(fake):
-    run = dataclasses.replace(published("30b-a3b", batch=256), rules=RULES["fsdp"])
+    run = dataclasses.replace(published("30b-a3b", batch=256), rules=RULES)
     search = Search(run, a_topology("v5p:4x8x8"))
     mesh = (("fsdp", 16), ("expert", 16))
     with pytest.raises(ValueError, match="weight encoder/.*'embed' of size 1152 is not divisible"):

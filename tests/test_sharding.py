@@ -1,14 +1,21 @@
 """Meshes of any shape, over slices too; rules that spread names over them; and what is said of those that cannot."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from examples import tiny_config
 from jax.sharding import AbstractMesh, PartitionSpec
+from tiny_run import load_config
 
+from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.model import abstract_params
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.plan.jaxpr import operations
 from mllm_jax.sharding import (
     MESH_AXES,
+    PRESETS,
     RULES,
     Named,
     fitting_axes,
@@ -20,8 +27,9 @@ from mllm_jax.sharding import (
     shardings,
     ways,
 )
+from mllm_jax.train.run import read_run
 
-FSDP = freeze_rules(RULES["fsdp"])
+FSDP = freeze_rules(RULES)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def test_slices_are_crossed_by_data_first_then_by_fsdp():
 
 def test_rules_name_axes_that_exist():
     with pytest.raises(ValueError, match="rule of 'embed' names .'fspd'.; the axes of a mesh are data, fsdp"):
-        freeze_rules(RULES["fsdp"] | {"embed": ("fspd", "expert")})
+        freeze_rules(RULES | {"embed": ("fspd", "expert")})
 
 
 MESH = AbstractMesh((2, 2, 1, 4, 3), MESH_AXES)
@@ -90,7 +98,8 @@ MESH = AbstractMesh((2, 2, 1, 4, 3), MESH_AXES)
 def test_specs_of_weights():
     assert partition_spec(("layers", "embed", "mlp"), FSDP, MESH) == PartitionSpec(None, ("fsdp", "context"), "tensor")
     assert partition_spec(("batch", "length"), FSDP, MESH) == PartitionSpec(("data", "fsdp"), "context")
-    assert partition_spec(("embed", "mlp"), freeze_rules(RULES["replicated"]), MESH) == PartitionSpec(None, None)
+    replicated = freeze_rules(PRESETS["replicated"]["rules"])
+    assert partition_spec(("embed", "mlp"), replicated, MESH) == PartitionSpec(None, None)
     assert (ways("embed", FSDP, MESH), ways("expert", FSDP, MESH), ways("embed", (), MESH)) == (8, 1, 1)
 
 
@@ -111,7 +120,7 @@ def test_specs_of_weights():
 )
 def test_what_a_weight_cannot_do(names, shape, change, message):
     with pytest.raises(ValueError, match=message):
-        partition_spec(names, freeze_rules(RULES["fsdp"] | change), MESH, shape, "w")
+        partition_spec(names, freeze_rules(RULES | change), MESH, shape, "w")
 
 
 def test_activations_are_spread_as_far_as_they_divide():
@@ -122,7 +131,7 @@ def test_activations_are_spread_as_far_as_they_divide():
 
 
 def test_a_part_of_the_model_has_rules_of_its_own():
-    rules = freeze_rules(RULES["fsdp"] | {"encoder_embed": None})
+    rules = freeze_rules(RULES | {"encoder_embed": None})
     assert partition_spec(("embed",), rules_of("encoder", rules), MESH) == PartitionSpec(None)
     assert partition_spec(("embed",), rules_of("connector", rules), MESH) == PartitionSpec(("fsdp", "context"))
     box = Named(jax.ShapeDtypeStruct((16,), jnp.float32), ("embed",))
@@ -134,3 +143,37 @@ def test_a_part_of_the_model_has_rules_of_its_own():
         ValueError, match="weight encoder/w: .* of size 12 .* fsdp=8 devices.* of 'encoder_embed' to No"
     ):
         shardings({"encoder": {"w": odd}}, make_mesh(), FSDP)
+
+
+def test_a_preset_is_where_a_run_begins():
+    """In whatever order: a name gives a mesh and rules, and what else is said of them edits these."""
+    config = load_config("scenes")
+    config.rules.vocab, config.mesh.tensor = None, 2
+    for preset, sizes in {"fsdp": (1, 4, 1, 1, 2), "expert": (1, 1, 4, 1, 2), "long_context": (1, 1, 1, 4, 2)}.items():
+        config.preset = preset
+        run = read_run(config)
+        assert tuple(make_mesh(run.mesh).shape.values()) == sizes
+        assert run.rules == PRESETS[preset]["rules"] | {"vocab": None}
+        assert read_run(load(dump(config))) == run
+    assert read_run(load_config("qwen3_vl_235b_a22b")).mesh == dict(data=1, fsdp=-1, expert=16, context=1, tensor=1)
+    config.preset = "exprt"
+    with pytest.raises(ConfigError, match="config.preset: there is no 'exprt'; did you mean 'expert'"):
+        read_run(config)
+
+
+def test_presets_differ_and_fit_eight_devices():
+    meshes = {name: make_mesh(preset["mesh"]) for name, preset in PRESETS.items()}
+    assert len({str(mesh.shape) for mesh in meshes.values()}) == len(PRESETS)
+    for preset in PRESETS.values():
+        assert set(preset["rules"]) == set(RULES) and freeze_rules(preset["rules"])
+
+
+def test_tokens_between_layers_lie_apart_over_tensor():
+    """Sequence parallelism: what a layer hands to the next, and rematerialisation keeps."""
+    config = replace(tiny_config(), runtime=Runtime(rules=freeze_rules(PRESETS["fsdp_tensor"]["rules"])))
+    batch = jax.tree.map(lambda x: jnp.zeros((4, *x.shape[1:]), x.dtype), config.example())
+    apply = lambda params: config.build().apply({"params": params}, batch)
+    with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+        steps = operations(jax.make_jaxpr(apply)(abstract_params(config)))
+    specs = [step.equation.params.get("sharding") for step in steps if "decoder" in step.scope]
+    assert sum(placed is not None and placed.spec == PartitionSpec("fsdp", "tensor", None) for placed in specs) >= 2

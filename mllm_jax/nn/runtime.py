@@ -46,7 +46,7 @@ class Runtime:
     grouped: str = "auto"
     remat: str = "none"
     scan: bool = True
-    rules: Rules = freeze_rules(RULES["fsdp"])
+    rules: Rules = freeze_rules(RULES)
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):

@@ -4,8 +4,10 @@
     python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8 --mesh fsdp=64   what does this take?
 
 The step that training runs is compiled for the topology: TPUs as v5p:4x8x8 (chips along each axis; v6e:16x16*2 is two
-slices), GPUs as h200:64. Without --mesh every mesh and remat policy is estimated and the best are compiled. Every value
-of the config can be replaced: --config.path.to=value. All that is said here is planned: nothing is measured.
+slices), GPUs as h200:64. Without --mesh every mesh and remat policy is estimated, and the best are compiled, for TPUs
+with little effort; what --mesh names is compiled as for training. Every value of the config can be replaced, as in
+--config.path.to=value: sharding rules by --config.preset=fsdp, fsdp_tensor, expert, long_context or replicated, and by
+--config.rules.vocab=None. All that is said here is planned: nothing is measured.
 """
 
 from collections import Counter

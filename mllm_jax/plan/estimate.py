@@ -108,7 +108,8 @@ def _memory(portion: Portion, remat: str) -> tuple[float, dict[str, float]]:
 def saved_bytes(portion: Portion, part: str, remat: str) -> float:
     """Bytes that a tower's forward pass keeps for backward, all layers together."""
     rows, layers = portion.rows[part].count, portion.layers(part)
-    residual, outputs, exchanged = rows * portion.width(part) * layers, 0.0, 0.0
+    residual = rows * portion.width(part) * layers / portion.size(portion.parted(part))
+    outputs = exchanged = 0.0
     for laid in portion.tower(part):
         if laid.weight.of_experts:
             through = portion.exchanged()

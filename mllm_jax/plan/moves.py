@@ -58,14 +58,28 @@ def _move_weight(portion: Portion, laid: Laid, add: Add) -> None:
 
 
 def _move_rows(portion: Portion, part: str, block: list[Laid], remat: str, add: Add) -> None:
-    """What comes out of a split product is added up; so is, backward, what went into one."""
-    rows, trains, layers = portion.rows[part].count, portion.trains(part), block[0].weight.repeats
+    """What comes out of a split product is added up; so is, backward, what went into one.
+
+    Where tokens lie apart between layers, each device adds up its own, and all are gathered again for the next product
+    (arXiv 2205.05198). Experts are added up whole.
+    """
+    values, trains, layers = (
+        portion.rows[part].count * portion.width(part),
+        portion.trains(part),
+        block[0].weight.repeats,
+    )
+    parted, whole = portion.parted(part), any(laid.weight.of_experts for laid in block)
     out = {axis for laid in block for axis in laid.kept(laid.weight.product()[0])}
     into = {axis for laid in block for axis in laid.kept(laid.weight.product()[1])}
     # Attention's sum is computed again; that of the block after it is the next layer's input, which is kept.
     again = trains and remat in ("full", "experts") and block[0].weight.block.endswith("attention")
-    add("all-reduce", out, layers * (1 + again), rows * portion.width(part))
-    add("all-reduce", into, layers * trains, rows * portion.width(part))
+    for axes, runs in ((out, layers * (1 + again)), (into, layers * trains)):
+        own = [axis for axis in axes if axis in parted and not whole]
+        add("reduce-scatter", own, runs, values / portion.size(own))
+        add("all-reduce", axes.difference(own), runs, values)
+    # Forward what goes into a product, backward it again and the gradient of what came out.
+    gathered = layers * (1 + trains * (1 + (remat != "none")))
+    add("all-gather", (out | into).intersection(parted), gathered, values)
 
 
 def _move_tokens(portion: Portion, layers: int, remat: str, platform: str, add: Add) -> None:

@@ -98,6 +98,10 @@ class Portion:
         """The axes of the mesh that split each named axis of the decoder."""
         return self.known["decoder"]
 
+    def parted(self, part: str) -> tuple[str, ...]:
+        """The axes that split the tokens of a tower between its layers, and not inside of them."""
+        return tuple(axis for axis in self.text["residual"] if part == "decoder" and axis not in self.rows[part].axes)
+
     @property
     def patches(self) -> float:
         """Patches of the rows that the device is given."""

@@ -6,13 +6,14 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.config import ConfigError, from_config_dict, to_config_dict
+from mllm_jax.config import ConfigError, following, from_config_dict, suggestion, to_config_dict
 from mllm_jax.connectors.average_pool import AveragePoolConfig
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
@@ -23,7 +24,7 @@ from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.sharding import MESH_AXES, RULES, freeze_rules
+from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.files import FilesData, MixtureData
 from mllm_jax.train.inputs import DataConfig, ScenesData
@@ -98,8 +99,10 @@ class Run:
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
     optim: `optim.steps` is the length of the run.
     lora: adapters that are trained in place of the weights (see `mllm_jax.nn.lora`); of rank 0 there are none.
+    preset: of `mllm_jax.sharding.PRESETS`: the mesh and the rules that the run begins with, and edits.
     mesh: devices along each axis of the mesh (see `mllm_jax.sharding.make_mesh`); -1 = those that are left.
-    rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding`).
+    rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding`). Of both, a
+      config file states what differs from the preset; `read_run` gives all.
     stages: parts of the run that are trained one after the other; empty = the run is trained as it stands.
     """
 
@@ -110,22 +113,30 @@ class Run:
     train: TrainConfig = TrainConfig()
     init: str = ""
     processor: str = ""
-    mesh: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1})
-    rules: Mapping[str, Any] = field(default_factory=lambda: dict(RULES["fsdp"]))
+    preset: str = "fsdp"
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    rules: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Stage] = field(default_factory=dict)
 
 
 def run_config(run: Run) -> ConfigDict:
     """A run as the ConfigDict that a config file returns. What its model takes from the run stands there alone.
 
+    Every axis of the mesh and every rule has a field; those in which the run equals its preset follow `config.preset`.
     Every stage has all of its fields; those in which it equals the run follow what the command line sets there.
     """
+    run = _with_all_of_preset(run)
     before = dict(zip(run.stages, ["", *run.stages]))
     config = to_config_dict(
         dataclasses.replace(run, stages={name: filled(run, stage, before[name]) for name, stage in run.stages.items()})
     )
     with config.unlocked():
         del config.model.runtime["rules"], config.model["lora"]
+        for part, names in OF_PRESETS.items():
+            for name in names:
+                usual = partial(_of_preset, part, name)
+                if config[part][name] == usual(run.preset):
+                    config[part][name] = following(config.get_ref("preset"), usual)
         for stage in config.stages.values():
             for part in PARTS_OF_STAGES:
                 follow(stage[part], config[part])
@@ -133,6 +144,20 @@ def run_config(run: Run) -> ConfigDict:
 
 
 PARTS_OF_STAGES = ("data", "optim", "train", "mesh")
+OF_PRESETS = {"mesh": MESH_AXES, "rules": tuple(RULES)}
+
+
+def _of_preset(part: str, name: str, preset: str) -> Any:
+    """What a preset says of an axis of the mesh, or of a rule."""
+    if preset not in PRESETS:
+        raise ConfigError(f"config.preset: there is no {preset!r}; {suggestion(preset, PRESETS)}")
+    return PRESETS[preset][part].get(name, 1 if part == "mesh" else None)
+
+
+def _with_all_of_preset(run: Run) -> Run:
+    """The run, with what its mesh and its rules do not say."""
+    usual = {part: {name: _of_preset(part, name, run.preset) for name in names} for part, names in OF_PRESETS.items()}
+    return dataclasses.replace(run, **{part: values | getattr(run, part) for part, values in usual.items()})
 
 
 def filled(run: Run, stage: Stage, before: str) -> Stage:
@@ -156,7 +181,7 @@ def follow(section: ConfigDict, leader: ConfigDict) -> None:
 
 def read_run(config: ConfigDict) -> Run:
     """The inverse of `run_config`. Raises ConfigError, which names the path of what is wrong."""
-    run = from_config_dict(Run, config, PARTS, "config")
+    run = _with_all_of_preset(from_config_dict(Run, config, PARTS, "config"))
     run = dataclasses.replace(run, stages={name: filled(run, stage, "") for name, stage in run.stages.items()})
     for name, stage in run.stages.items():
         _check(run.model, stage, f"config.stages.{name}")
