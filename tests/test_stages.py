@@ -3,8 +3,12 @@
 import io
 import json
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -160,6 +164,25 @@ def test_stopped_and_killed_a_chain_goes_on_in_the_same_stage_bit_equal(uninterr
         found, expected = (without_clock(read_metrics(folder / name)) for folder in (tmp_path, uninterrupted))
         assert found == expected
     assert_same(weights(tmp_path), weights(uninterrupted))
+
+
+@pytest.mark.slow
+def test_processes_are_stopped_in_the_second_stage_and_go_on_there_bit_equal(tmp_path):
+    """The second stage counts its steps from 0 again, while jax's notice of preemption counts on."""
+    root, config = pathlib.Path(__file__).resolve().parents[1], str(pathlib.Path(__file__).with_name("staged_run.py"))
+    command = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", "--", "--config", config]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert subprocess.run([*command, "--workdir", whole], cwd=root).returncode == 0
+    launcher = subprocess.Popen([*command, "--workdir", stopped, "--config.train.log_every=1"], cwd=root)
+    while len(read_metrics(stopped / "instruct")) < 4:
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=600) == 0 and ended(stopped) == {"align": 8}
+    assert 4 <= Checkpoints(stopped / "instruct").latest() < 16
+    assert subprocess.run([*command, "--workdir", stopped], cwd=root).returncode == 0
+    assert ended(stopped) == ended(whole) == {"align": 8, "instruct": 16}
+    assert_same(weights(stopped), weights(whole))
 
 
 def test_a_stage_alone_begins_where_the_one_before_ended_or_anew(uninterrupted, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ PARTS = {
         *(FilesData, MixtureData, ScenesData),
     )
 }
+PARTS_OF_STAGES = ("data", "optim", "train", "mesh")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,6 @@ def run_config(run: Run) -> ConfigDict:
     return config
 
 
-PARTS_OF_STAGES = ("data", "optim", "train", "mesh")
 OF_PRESETS = {"mesh": MESH_AXES, "rules": tuple(RULES)}
 
 
@@ -161,9 +161,10 @@ def _with_all_of_preset(run: Run) -> Run:
 
 
 def filled(run: Run, stage: Stage, before: str) -> Stage:
-    """The stage, with what it does not say from the run and from the stage before it."""
+    """The stage, with what it does not say from the run and from the stage before it; all axes of a mesh are named."""
     parts = {part: getattr(stage, part) for part in PARTS_OF_STAGES}
     parts = {part: getattr(run, part) if value is None else value for part, value in parts.items()}
+    parts["mesh"] = dict.fromkeys(run.mesh, 1) | dict(parts["mesh"])
     return Stage(after=before if stage.after is None else stage.after, **parts)
 
 
@@ -172,7 +173,7 @@ def follow(section: ConfigDict, leader: ConfigDict) -> None:
     for name in section:
         if name not in leader or type(section[name]) is not type(leader[name]):
             continue
-        if isinstance(section[name], ConfigDict):
+        if isinstance(section[name], ConfigDict) and section[name]:
             follow(section[name], leader[name])
         elif section[name] == leader[name]:
             with section.ignore_type():
