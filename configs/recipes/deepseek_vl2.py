@@ -1,7 +1,8 @@
 """DeepSeek-VL2 Small (arXiv 2412.10302): alignment without the decoder, joint pre-training, instructions.
 
     python -m mllm_jax.train --config configs/recipes/deepseek_vl2.py --workdir DIR --config.processor=FOLDER \
-        --config.data.path=pretrain.jsonl --config.stages.instruct.data.path=instructions.jsonl
+        --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl \
+        --config.data.sources.pictures.path='pictures/*.parquet' --config.data.sources.text.path=texts.jsonl
 
 The published numbers on the parts that exist here, from random weights: DeepSeek-V2-Lite's decoder, which is that of
 the Small, with Qwen's vocabulary, SigLIP-SO400M, and pixel shuffle for the paper's 2 x 2 unfolding. Its tiles do not
@@ -18,7 +19,7 @@ from mllm_jax.families.towers import SIGLIP
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData, MixtureData, Part
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -27,8 +28,11 @@ SIZES = ("small",)
 
 
 def recipe() -> Run:
-    data = JsonLinesData(batch=2304, tokens=4096, rows=2, patches=4096)  # [2] 2,304 and 4,096
-    few, fewest = replace(data, batch=256), replace(data, batch=64)  # [2]
+    shape = {"tokens": 4096, "rows": 2, "patches": 4096}  # [2] 4,096 tokens
+    mixed = {"pictures": Part(weight=0.7), "text": Part(weight=0.3)}  # [2] 70 to 30, of tokens; here of conversations
+    few = FilesData(batch=256, **shape)  # [2]
+    data = MixtureData(batch=2304, sources=mixed, **shape)  # [2]
+    fewest = FilesData(batch=64, **shape)  # [2]
     adam = OptimConfig(
         b1=0.9,  # [2]
         b2=0.95,  # [2]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import internvl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -22,7 +22,7 @@ SIZES = ("1b",)
 
 
 def recipe() -> Run:
-    data = JsonLinesData(
+    data = FilesData(
         batch=512,  # [1, 2] packed rows
         tokens=16384,  # [1, 2]
         rows=12,

@@ -1,7 +1,8 @@
 """InternVL 3 (arXiv 2504.10479): text and pictures are learned together, in one stage, by all weights.
 
     python -m mllm_jax.train --config configs/recipes/internvl_3.py:8b --workdir DIR --config.init=FOLDER \
-        --config.stages.joint.data.path=all.jsonl --config.stages.finetune.data.path=conversations.jsonl
+        --config.data.sources.text.path=texts.jsonl --config.data.sources.pictures.path='pictures/*.parquet' \
+        --config.stages.finetune.data.path=conversations.jsonl
 
 The argument is a size of the family without "3-", or "tiny" (see `mllm_jax.train.miniature`). Sources: [P] the paper,
 section 2.2; [F] internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_1b_dynamic_res_2nd_finetune_full.sh of
@@ -14,18 +15,20 @@ from dataclasses import replace
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import internvl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData, MixtureData, Part
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
 
 SIZES = tuple(name.removeprefix("3-") for name in internvl.SIZES)
-TOKENS = 200e9  # [P] about 200B, one of text to three of pictures with text
+TOKENS = 200e9  # [P] about 200B
 
 
 def recipe(size: str) -> Run:
-    data = JsonLinesData(batch=512, tokens=16384, rows=12, patches=4 * 1028)  # [2.5]
-    own = replace(data, batch=128, rows=4)  # [F] 128; 12 tiles and the whole in 16 places
+    shape = {"tokens": 16384, "patches": 4 * 1028}  # [2.5]
+    mixed = {"text": Part(weight=1.0), "pictures": Part(weight=3.0)}  # [P] 1 to 3, of tokens; here of conversations
+    data = MixtureData(batch=512, rows=12, sources=mixed, **shape)  # [2.5]
+    own = FilesData(batch=128, rows=4, **shape)  # [F] 128; 12 tiles and the whole in 16 places
     adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, schedule="cosine")  # [2.5]
     steps = int(TOKENS / (data.batch * data.tokens))
     joint = replace(adam, learning_rate=4e-5, weight_decay=0.01, steps=steps, warmup=round(0.03 * steps))  # [2.5]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import llava
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -25,7 +25,7 @@ INSTRUCT = 665_000 // 128  # [F] llava_v1_5_mix665k, [T] once, 128 at a time
 
 def recipe(size: str) -> Run:
     # One conversation with a picture in a row, as there: a picture is 577 patches with its class token, 576 tokens.
-    captions = JsonLinesData(batch=256, tokens=768, rows=1, patches=577)  # [T] 256; a caption is short
+    captions = FilesData(batch=256, tokens=768, rows=1, patches=577)  # [T] 256; a caption is short
     instructions = replace(captions, batch=128, tokens=2048)  # [T]
     adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.0, schedule="cosine")  # [D]; [P, F] last 2
     align = replace(

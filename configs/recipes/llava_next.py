@@ -14,7 +14,7 @@ from dataclasses import replace
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import llava
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -26,7 +26,7 @@ INSTRUCT = 760_000 // 128  # 760K: llava-vl.github.io/blog/2024-01-30-llava-next
 
 def recipe(size: str) -> Run:
     # One picture of up to four tiles and itself in a row: 5 x 577 patches, at most 2,928 tokens.
-    captions = JsonLinesData(batch=256, tokens=4096, rows=1, patches=5 * 577)  # [1.5] 256
+    captions = FilesData(batch=256, tokens=4096, rows=1, patches=5 * 577)  # [1.5] 256
     instructions = replace(captions, batch=128)  # [1.5] 128
     adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.0, schedule="cosine")  # [D]; [P, F] last 2
     align = replace(

@@ -17,7 +17,7 @@ from mllm_jax.families import qwen2, qwen3_vl
 from mllm_jax.families.towers import CLIP
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -37,7 +37,7 @@ def recipe() -> Run:
             qwen3_vl.TOKENS,
             Runtime(dtype="bfloat16", remat="full"),
         ),
-        data=JsonLinesData(batch=512, tokens=4096, rows=3, patches=patches, max_pixels=PIXELS),  # [1] 512 and 4,096
+        data=FilesData(batch=512, tokens=4096, rows=3, patches=patches, max_pixels=PIXELS),  # [1] 512 and 4,096
         train=TrainConfig(save_every=500),
         stages={
             "instruct": Stage(

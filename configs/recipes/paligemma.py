@@ -14,7 +14,7 @@ from dataclasses import replace
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import paligemma
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -34,7 +34,7 @@ def recipe(size: str) -> Run:
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
         init=f"google/paligemma{version}-{name}-pt-{pixels}",
         # One question in a row: the picture's tokens, up to 32 of text [V], and what stands between them.
-        data=JsonLinesData(batch=256, tokens=patches + 64, rows=1, patches=patches),  # [V] 256
+        data=FilesData(batch=256, tokens=patches + 64, rows=1, patches=patches),  # [V] 256
         train=TrainConfig(save_every=1000),  # [V]
         stages={
             "transfer": Stage(

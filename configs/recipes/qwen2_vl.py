@@ -13,7 +13,7 @@ from dataclasses import replace
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import qwen2_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -24,7 +24,7 @@ TOTAL = 1.4e12  # [Q] tokens of the first two
 
 
 def recipe(size: str) -> Run:
-    data = JsonLinesData(batch=1024, tokens=8192, rows=4, patches=4096)
+    data = FilesData(batch=1024, tokens=8192, rows=4, patches=4096)
     instructions = replace(data, batch=128)
     adam = OptimConfig(weight_decay=0.1, clip=1.0, schedule="cosine", final=0.1, warmup=500)
     each = data.batch * data.tokens

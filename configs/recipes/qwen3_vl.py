@@ -12,7 +12,7 @@ from dataclasses import replace
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.inputs import JsonLinesData
+from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
@@ -22,7 +22,7 @@ STEP = 2**23  # tokens of a step
 
 
 def recipe(size: str) -> Run:
-    data = JsonLinesData(batch=STEP // 8192, tokens=8192, rows=4, patches=4096)  # [T] 8,192 in S0 and S1
+    data = FilesData(batch=STEP // 8192, tokens=8192, rows=4, patches=4096)  # [T] 8,192 in S0 and S1
     long = replace(data, batch=STEP // 32768, tokens=32768, rows=16)  # [T] 32,768 in S2
     longest = replace(data, batch=STEP // 262144, tokens=262144, rows=128)  # [T] 262,144 in S3
     adam = OptimConfig(weight_decay=0.1, clip=1.0, schedule="cosine", final=0.1, warmup=500)
