@@ -13,6 +13,7 @@ from tiny_run import get_config, load_config
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.data.mixture import Mixture, start_of, tempered
+from mllm_jax.evaluate import ask
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.inputs import make_processor, open_data
 from mllm_jax.train.run import read_run
@@ -94,6 +95,24 @@ def test_temperatures():
     assert tempered([1, 1, 1], sizes, 1.0) == [100, 10_000, 4]
     assert tempered([1, 1, 3], sizes, 2.0) == [10, 100, 6]
     np.testing.assert_allclose(tempered([1, 1, 1], sizes, 1e9), [1, 1, 1], rtol=1e-6)
+
+
+def test_a_mixture_is_also_all_records_in_order():
+    mixture = Mixture([Numbers(3), Numbers(2, first=100)], [0, 1])
+    assert [mixture[i]["id"] for i in range(len(mixture))] == ["n0", "n1", "n2", "n100", "n101"]
+
+
+def test_documents_are_no_questions(monkeypatch):
+    """Evaluation leaves them out."""
+    page = {"messages": [{"role": "document", "content": "Only text."}], "kind": "page", "id": "p"}
+    asked = {
+        "messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}],
+        "kind": "q",
+        "id": "q",
+    }
+    monkeypatch.setattr(ask, "generate", lambda vlm, prompts, **_: ["B"] * len(prompts))
+    found = list(ask.ask(None, [page, asked, page, page], together=2))
+    assert [(answer.kind, answer.answer) for answer in found] == [("q", "B")]
 
 
 def test_a_config_names_sources_and_changes_their_weights():

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.data.sources import Conversations
+
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, odd
 
 
@@ -21,6 +23,8 @@ class Mixture:
 
     Weights may change at a batch b (0 is the first): what a stream reads once b batches were made is drawn by the new
     ones. What it had read before and waits to be packed, at most `window` rows of it, is not drawn again.
+
+    As a set it has the records of all its sources, one after the other, whatever the weights.
 
     Args:
         sources: as `make_loader` takes them.
@@ -43,6 +47,12 @@ class Mixture:
                 raise ValueError(f"weights from batch {batch} on {need}: {given}")
         self._begins = list(self.weights)
         self._edges = [_edges(given) for given in self.weights.values()]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index: int) -> Any:
+        return Conversations(self.sources)[index]
 
     def source(self, start: int, number: int, batch: int) -> int:
         """Which source the record `number` of a stream is drawn from, after `batch` batches; `start` as `start_of`."""

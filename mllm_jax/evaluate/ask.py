@@ -12,12 +12,14 @@ def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new
 
     Args:
       vlm: with a processor, see `mllm_jax.load_pretrained`.
-      records: {"messages", "kind", "id"}; the last message is the assistant's. See `mllm_jax.data.sources`.
+      records: {"messages", "kind", "id"}, see `mllm_jax.data.records`. Documents, which ask nothing, are left out.
       together: conversations that are answered at once.
       max_new_tokens: of an answer.
     """
     for start in range(0, len(records), together):
         part = [records[i] for i in range(start, min(start + together, len(records)))]
+        if not (part := [record for record in part if len(record["messages"]) > 1]):
+            continue
         said = generate(vlm, [record["messages"][:-1] for record in part], max_new_tokens=max_new_tokens)
         for record, text in zip(part, said):
             *_, question, truth = (_parts(message["content"]) for message in record["messages"])
