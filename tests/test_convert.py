@@ -97,6 +97,9 @@ def test_an_interrupted_conversion_goes_on_with_the_missing_shards(tmp_path):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     again = Numbers(23)
     assert convert(again, folder, about, records=5) == held and not again.read
+    (folder / "conversations-00003-of-00005.array_record").unlink()
+    with pytest.raises(ValueError, match="was complete, and lacks conversations-00003-of-00005.array_record now"):
+        convert(Numbers(23), folder, about, records=5)
 
 
 def test_other_conversions_are_left_alone(tmp_path):
@@ -110,6 +113,14 @@ def test_other_conversions_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match="not empty, and not a conversion"):
         convert(Numbers(5), tmp_path / "mine", about)
     assert ids(folder) == [f"n{i}" for i in range(5)]
+
+    class Meanwhile(Numbers):
+        def __getitem__(self, index):
+            with pytest.raises(ValueError, match="another conversion is writing there"):
+                convert(Numbers(2), tmp_path / "shared", about)
+            return super().__getitem__(index)
+
+    assert convert(Meanwhile(2), tmp_path / "shared", about).records == 2
 
 
 def test_shards_without_a_usable_record(tmp_path):

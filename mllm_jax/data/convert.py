@@ -6,6 +6,8 @@ whole, and what is missing is what remains to be done.
 """
 
 import collections
+import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -64,12 +66,36 @@ def convert(
         progress: is told how many records of the source are done.
 
     Raises:
-        ValueError: the folder holds something else, or not a single record can be used.
+        ValueError: the folder holds something else, or is being written; or not a single record can be used.
     """
     parts = _parts(folder, len(source), records)
-    if (held := _begin(folder, about | {"source_records": len(source), "shard_records": records})) is not None:
-        return held
-    missing = [part for part in parts if not part.path.is_file()]
+    about = about | {"source_records": len(source), "shard_records": records}
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        held = _begin(folder, about)
+        missing = [part for part in parts if not part.path.is_file()]
+        if held and missing:
+            raise ValueError(f"{folder} was complete, and lacks {missing[0].path.name} now: name a new folder")
+        if not held:
+            _write_all(missing, source, processes, progress)
+            held = _finish(folder, parts)
+    return held
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process. ValueError where another has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"{folder}: another conversion is writing there") from error
+    finally:
+        os.close(handle)
+
+
+def _write_all(missing: Sequence[Part], source: Conversations, processes: int, progress: Callable[[int], None]) -> None:
     before = len(source) - sum(part.last - part.first for part in missing)
     progress(before)
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
@@ -78,7 +104,7 @@ def convert(
         for part in missing:
             _write(part, source, done, stop)
             progress(done.value)
-        return _finish(folder, parts)
+        return
     with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(source, done, stop)) as pool:
         try:
             for _ in _ended({pool.submit(_write_here, part) for part in missing}):
@@ -90,7 +116,6 @@ def convert(
         finally:
             stop.set()  # a shard takes minutes, and is not kept by halves
             pool.shutdown(wait=False, cancel_futures=True)
-    return _finish(folder, parts)
 
 
 def _ended(waiting: set[Future]) -> Iterator[None]:
@@ -109,7 +134,6 @@ def _parts(folder: Path, size: int, records: int) -> list[Part]:
 
 def _begin(folder: Path, about: dict[str, Any]) -> Converted | None:
     """Opens the folder for this conversion. What it came to, where it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
     if not (file := folder / ABOUT).is_file():
         if any(path for path in folder.iterdir() if not path.name.endswith(PARTIAL)):
             raise ValueError(f"{folder} is not empty, and not a conversion: name a new folder")
