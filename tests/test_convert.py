@@ -64,7 +64,7 @@ class Numbers:
     def __len__(self):
         return self.size
 
-    def __getitem__(self, index):
+    def labelled(self, index):
         self.read.append(index)
         if index == self.stop:
             raise KeyboardInterrupt
@@ -115,10 +115,10 @@ def test_other_conversions_are_left_alone(tmp_path):
     assert ids(folder) == [f"n{i}" for i in range(5)]
 
     class Meanwhile(Numbers):
-        def __getitem__(self, index):
+        def labelled(self, index):
             with pytest.raises(ValueError, match="another conversion is writing there"):
                 convert(Numbers(2), tmp_path / "shared", about)
-            return super().__getitem__(index)
+            return super().labelled(index)
 
     assert convert(Meanwhile(2), tmp_path / "shared", about).records == 2
 
@@ -140,6 +140,21 @@ def test_broken_pictures_are_named(tmp_path, capsys):
     broken = (tmp_path / "out" / "broken.txt").read_text()
     assert "c0: not readable" in broken and "c2: missing file (pictures/c2-1.png)" in broken
     assert ids(tmp_path / "out") == ["c4", "c6", "c8"]
+
+
+def test_fields_that_tell_records_apart_are_kept(tmp_path):
+    """So that a config with `where` needs nothing but another path."""
+    asked = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]
+    lines = [
+        {"id": i, "split": ("train", "test")[i % 2], "year": 2000 + i, "tags": ["x"], "image": None, **fields}
+        for i, fields in enumerate(({"conversations": asked}, {"text": "A page."}, {"conversations": asked}))
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["convert", str(tmp_path / "set.jsonl"), str(tmp_path / "out"), "--processes=0"]) == 0
+    for where in ({}, {"split": "test"}, {"split": "train", "year": (2002, 2003)}):
+        one, two = (open_source(path, where=where) for path in (tmp_path / "set.jsonl", tmp_path / "out"))
+        assert [one[i] for i in range(len(one))] == [two[i] for i in range(len(two))]
+    assert len(two) == 1
 
 
 def test_mistakes_in_the_command(tmp_path, capsys):

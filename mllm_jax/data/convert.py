@@ -193,7 +193,7 @@ def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
             if stop.is_set():
                 return
             try:
-                writer.write(pack(embedded(source[index])))
+                writer.write(pack(embedded(source.labelled(index))))
             except BadRecord as error:
                 broken.append((error.reason, str(error)))
             with done.get_lock():

@@ -26,6 +26,8 @@ from typing import Any
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
 MEDIA = ("image", "video")
+LAYOUT = {"messages", "conversations", "image", "images", "video", "videos", "frames", "fps", "text", "texts"}
+LAYOUT |= {"text_list", "image_info"}
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 PARAGRAPH = "\n\n"  # between neighbouring texts of a document
 Messages = list[dict[str, Any]]
@@ -69,6 +71,11 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
     except Bad as error:
         raise BadRecord(error.args[0], name, *error.args[1:]) from error.__cause__
     return {"messages": messages, "kind": str(record.get("task") or record.get("kind") or ""), "id": name}
+
+
+def labels(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts, numbers and truths of a record that belong to no layout: what tells records apart, as "split" does."""
+    return {key: x for key, x in record.items() if key not in LAYOUT and isinstance(x, str | int | float)}
 
 
 def _document(record: dict[str, Any]) -> Messages | None:

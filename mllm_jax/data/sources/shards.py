@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.records import Bad, BadRecord, Find, read_record
+from mllm_jax.data.records import Bad, BadRecord, Find, labels, read_record
 
 OPENED_AT_ONCE = 16
 
@@ -79,11 +79,22 @@ class Conversations:
         return int(self._ends[-1]) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        shard, place = self._place(index)
+        return shard[place]
+
+    def labelled(self, index: int) -> dict[str, Any]:
+        """An item, and beside its fields those that `where` may ask for."""
+        shard, place = self._place(index)
+        record, find = shard.read(place)
+        item = read_record(record, shard.name(place), find)
+        return labels(record) | item
+
+    def _place(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = index if self._kept is None else int(self._kept[index])
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return self.shards[shard][number - (int(self._ends[shard - 1]) if shard else 0)]
+        return self.shards[shard], number - (int(self._ends[shard - 1]) if shard else 0)
 
 
 def open_shards(kind: type[Shard], paths: Sequence[Path], root: Path | None) -> list[Shard]:
