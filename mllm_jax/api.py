@@ -78,6 +78,8 @@ def load_pretrained(
         config = family.from_hf(stated)
     except KeyError as missing:
         raise ValueError(f"{folder / CONFIG} lacks the key {missing}") from None
+    except ValueError as fault:
+        raise ValueError(f"{folder / CONFIG}: {fault}") from None
     runtime = dataclasses.replace(runtime or Runtime(), dtype=dtype)
     config = dataclasses.replace(config, runtime=runtime)
     layout = shardings(abstract_boxed(config), mesh, runtime.rules) if mesh else None

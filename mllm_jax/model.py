@@ -63,6 +63,15 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
     most_tiles: int = 0
 
+    def __post_init__(self):
+        if self.encoder is not None and self.decoder is not None and self.connector is None:
+            raise ValueError("a model of an encoder and a decoder needs a connector between them; it is None")
+        if self.pinpoints and not getattr(self.connector, "newline", False):
+            raise ValueError(
+                f"pinpoints={self.pinpoints} need a newline after every row of tiles, which {self.connector} has not: "
+                "use MlpConnectorConfig(newline=True), or pinpoints=()"
+            )
+
     @property
     def merge(self) -> int:
         """Side of the square of patches that becomes one visual token; 1 where there are none."""
@@ -135,8 +144,15 @@ class VLM(nn.Module):
             self.decoder = Decoder(config.decoder, config.runtime)
 
     def encode(self, vision: Vision) -> VisionTokens:
-        """Packed pictures -> visual tokens [B M D]."""
-        return self.connector(self.encoder(vision), vision)
+        """Packed pictures -> visual tokens [B M D]. ValueError where the connector makes nothing of the taps."""
+        config, tokens = self.config, self.connector(self.encoder(vision), vision)
+        taps, layers = config.encoder.taps, config.decoder.layers
+        if taps and (tokens.deep is None or len(taps) > layers):
+            raise ValueError(
+                f"encoder.taps={taps} are features for as many decoder layers; there are {layers}, behind the "
+                f"connector {config.connector}: use PatchMergerConfig, or encoder.taps=()"
+            )
+        return tokens
 
     def __call__(self, batch: Batch, cache: Cache | None = None, hidden: bool = False) -> Output:
         """A pure function of parameters, batch and cache.

@@ -169,6 +169,17 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         ("{", ValueError, "not JSON"),
         ('{"model_type": "mllama"}', ValueError, "model_type 'mllama'.* nearest that is: 'llama', all: .*qwen3_vl"),
         ('{"model_type": "qwen3_vl"}', ValueError, "lacks the key 'text_config'"),
+        (
+            '{"model_type": "llava", "text_config": {}, "vision_config": {"model_type": "mlcd_vision_model"}}',
+            ValueError,
+            "config.json: vision_config.model_type 'mlcd_vision_model' is not known; known are clip_vision_model",
+        ),
+        (
+            '{"model_type": "llava_onevision", "vision_config": {"model_type": "siglip_vision_model"},'
+            ' "text_config": {"model_type": "mamba"}}',
+            ValueError,
+            "config.json: the text config is of model_type 'mamba'; known are .*qwen2",
+        ),
     ],
 )
 def test_folders_that_are_no_model(tmp_path, config, error, message):

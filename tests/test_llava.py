@@ -177,6 +177,9 @@ def test_bad_inputs(pair):
         few["image_sizes"] = inputs["image_sizes"][:1]
     with pytest.raises(ValueError, match="placeholders more than the pictures"):
         mllm_jax.from_hf_inputs(ours.config, few)
+    text = np.where(inputs["input_ids"] == IMAGE, 5, inputs["input_ids"])
+    with pytest.raises(ValueError, match="pictures or clips have no placeholders .token 150. in input_ids"):
+        mllm_jax.from_hf_inputs(ours.config, inputs | {"input_ids": text})
     with pytest.raises(ValueError, match="unknown inputs.*image_grid_thw"):
         mllm_jax.from_hf_inputs(ours.config, dict(inputs, image_grid_thw=np.zeros((1, 3))))
 

@@ -240,8 +240,16 @@ def test_pictures_and_clips_of_a_conversation(read):
     assert np.flatnonzero(np.diff(shown)).tolist() == [(shown == image_id).sum() - 1]
     assert (shown == video_id).sum() == 3 * 9 + 1 and len(example.pictures) == alone + 3
     assert [picture.time for picture in example.pictures] == [0] * alone + [0, 1, 2]
-    answers = mllm_jax.generate(read, [question("what", frames, image), question("hi")], max_new_tokens=3)
-    assert len(answers) == 2
+
+
+def test_odd_pictures(read):
+    """Of one pixel, grey, for printing; one that is too long, and no conversation at all."""
+    odd = [Image.new("RGB", (1, 1), "red"), Image.new("L", (60, 20)), Image.new("CMYK", (20, 30))]
+    asked = [question("what", [picture(40, 30)] * 3, odd[0]), question(*odd), question("hi")]
+    assert len(mllm_jax.generate(read, asked, max_new_tokens=3)) == 3
+    with pytest.raises(ValueError, match="20000x3.*aspect ratio over 200"):
+        mllm_jax.generate(read, [question(Image.new("RGB", (20000, 3)))])
+    assert mllm_jax.generate(read, []) == []
 
 
 def test_processor_files(read, tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from examples import VALUES, random_example, random_params, tiny_config
 
+from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.model import VLM
+from mllm_jax.model import VLM, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.types import Vision
@@ -143,6 +144,26 @@ def test_connector(connector):
 def test_bad_attention(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY.decoder.attention, **change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"connector": None}, "needs a connector"),
+        (
+            {"pinpoints": ((32, 32),)},
+            "pinpoints=.* need a newline .*, which PatchMergerConfig.* has not",
+        ),
+        ({"connector": MlpConnectorConfig()}, "encoder.taps=.* the connector MlpConnectorConfig.*encoder.taps=.."),
+        (
+            {"decoder": replace(TINY.decoder, layers=1)},
+            "encoder.taps=.0, 1. .* as many decoder layers; there are 1",
+        ),
+    ],
+)
+def test_a_connector_that_does_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        abstract_params(replace(TINY, **change))
 
 
 def test_bad_runtime_and_mesh():
