@@ -47,8 +47,8 @@ def folder(tmp_path_factory):
 
 def test_the_commands_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    small = scenes_builder.ScenesConfig(name="small", train=3, heldout=4)
-    monkeypatch.setattr(scenes_builder.Scenes, "BUILDER_CONFIGS", [small])
+    for split, size in (("train", 3), ("heldout", 4)):
+        monkeypatch.setattr(scenes_builder.Scenes.BUILDER_CONFIGS[0], split, size)
     trained = []
     for program, *words in COMMANDS:
         if program == "mllm_jax.data.scenes_builder":
