@@ -1,0 +1,59 @@
+"""Shall the encoder be tuned? The same tiny model with the encoder frozen, tuned late, and tuned throughout.
+
+    python -m mllm_jax.train --config configs/ablate_freeze.py --workdir /tmp/freeze
+    python -m mllm_jax.train --config configs/ablate_freeze.py:1 --workdir /tmp/freeze-1       another seed
+
+A model is trained from random weights to name colours and shapes. From there three branches learn all kinds of
+questions in two halves of one schedule each: `frozen` keeps the encoder as it is, `late` tunes it in the second half,
+`throughout` in both. The command ends with a table of all stages, and with a page that draws the branches, report.html
+in the folder.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+
+STEPS = 100  # of a stage
+
+
+def model() -> ModelConfig:
+    """That of configs/scenes.py, two thirds as wide."""
+    tokenizer = scenes_tokenizer()
+    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    attention = AttentionConfig(heads=4, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
+    return ModelConfig(
+        encoder=VitConfig(width=64, layers=2, heads=4, mlp=128, patch_size=8, position_grid=8, taps=(0,)),
+        connector=PatchMergerConfig(merge=2),
+        decoder=DecoderConfig(vocab=384, width=64, layers=3, attention=attention, mlp=192),
+        tokens=VisionTokenIds(*tokens),
+    )
+
+
+def get_config(arg: str = "0"):
+    if not (arg or "0").isdigit():
+        raise ConfigError(f"configs/ablate_freeze.py takes a seed, a whole number, not {arg!r}")
+    seed = int(arg or "0")
+    data = ScenesData(batch=4, tokens=144, rows=2, patches=160, window=8.0, min_pixels=256, seed=seed)
+    tuned = OptimConfig("muon", 2e-3, warmup=10, steps=STEPS, final=0.03, b2=0.98, weight_decay=0.02, clip=1.0)
+    frozen = replace(tuned, freeze=("encoder",))
+    stages = {
+        "pretrain": Stage(data=replace(data, kinds={"colour": 1.0, "shape": 1.0})),
+        "frozen_first": Stage(after="pretrain", optim=frozen),
+        "frozen": Stage(after="frozen_first", optim=frozen),
+        "late": Stage(after="frozen_first"),
+        "throughout_first": Stage(after="pretrain"),
+        "throughout": Stage(after="throughout_first"),
+    }
+    train = TrainConfig(seed=seed, log_every=25, evaluate_every=50, heldout=300, save_every=50)
+    return run_config(
+        Run(model=model(), data=data, optim=tuned, train=train, processor=SCENES, stages=stages),
+    )
