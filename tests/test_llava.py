@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import tiny_chat
 import torch
 import transformers
+from PIL import Image
 from reference import assert_export, assert_step, perturb, to_torch
 
 import mllm_jax
+from mllm_jax.data.processor import Processor
 from mllm_jax.data.tiles import best_canvas
-from mllm_jax.families import internvl, llava
+from mllm_jax.families import internvl, llava, spec_for
 from mllm_jax.model import count_params
 
 IMAGE, NEW = 150, 6
@@ -155,6 +158,24 @@ def test_a_text_part_keeps_its_names(tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0, msg=name)
     assert sum("qkv_proj" in name for name in tensors) == TEXT["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("size", ["1.5-7b", "next-mistral-7b"])
+def test_transformers_reads_the_processor(size, tmp_path):
+    """From the files that are saved, and makes the same tokens of a prompt and a picture."""
+    tiny_chat.write_tokenizer(tmp_path)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        text = (tmp_path / name).read_text().replace("<|image_pad|>", "<image>")
+        (tmp_path / name).write_text(text)
+    processor = Processor.from_folder(tmp_path, spec_for(llava.sizes(size)))
+    processor.save(tmp_path / "saved")
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "saved")
+    image = Image.new("RGB", (640, 480))
+    turns = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}]
+    text = processor.template.render(turns, generate=True)
+    ours = processor(turns, generate=True)
+    assert theirs(text=text, images=image)["input_ids"][0] == ours.tokens.tolist()
+    assert Processor.from_folder(tmp_path / "saved", spec_for(llava.sizes(size))).spec.rule == processor.spec.rule
 
 
 @pytest.mark.parametrize("family", [llava, internvl])

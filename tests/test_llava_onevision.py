@@ -259,6 +259,9 @@ def test_processor_files(read, tmp_path):
     theirs = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path)
     assert theirs.image_grid_pinpoints == PINPOINTS and list(theirs.image_mean) == [0.5] * 3
     assert (theirs.size["height"], theirs.size["width"]) == (TILE, TILE)
+    counting = json.loads((tmp_path / "processor_config.json").read_text())
+    said = dict(num_image_tokens=SIDE**2, vision_aspect_ratio="anyres_max_3", vision_feature_select_strategy="full")
+    assert counting == counting | said | {"processor_class": "LlavaOnevisionProcessor", "video_token": "<video>"}
     clips = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
     assert clips["size"] == {"height": TILE, "width": TILE}
     assert clips["video_processor_type"] == "LlavaOnevisionVideoProcessor"

@@ -134,7 +134,11 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
     if spec.rule is not None:
         # transformers' own defaults differ by class: what is done to the pixels is said in full
         steps = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
-        write_json(folder / "preprocessor_config.json", common | steps | spec.rule.to_hf())
+        counting = _counting(spec)
+        seen = {"image_seq_length": counting["image_seq_length"]}  # PaliGemma's processor looks for it here
+        image = common | steps | seen | spec.rule.to_hf()
+        write_json(folder / "preprocessor_config.json", image)
+        write_json(folder / "processor_config.json", counting | {"processor_class": image["processor_class"]})
         if spec.clip_rule is not None:
             clip = spec.clip_rule.to_hf()
             del clip["image_processor_type"]
@@ -150,6 +154,23 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
         return
     size = {"shortest_edge": spec.clip_min_pixels, "longest_edge": spec.clip_max_pixels}
     write_json(folder / "video_preprocessor_config.json", common | {"size": size} | _sampling(spec))
+
+
+def _counting(spec: ProcessorSpec) -> dict[str, Any]:
+    """By what transformers' processors of pictures with a rule count placeholders; each reads what it knows."""
+    tokens = spec.tokens(spec.rule.sizes((1, 1))[0])  # of one tile
+    said = {
+        "patch_size": spec.patch,
+        "image_seq_length": tokens,
+        "num_image_tokens": tokens,
+        "num_additional_image_tokens": spec.lead,
+        "vision_feature_select_strategy": "default" if spec.lead else "full",
+        "image_token": spec.image_token,
+        "video_token": spec.video_token,
+    }
+    if isinstance(spec.rule, AnyRes) and spec.rule.most:
+        said["vision_aspect_ratio"] = f"anyres_max_{spec.rule.most}"
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _sampling(spec: ProcessorSpec) -> dict[str, Any]:

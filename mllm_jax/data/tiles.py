@@ -19,7 +19,6 @@ from mllm_jax.data.resize import Rule, Square
 from mllm_jax.types import Mix
 
 Size = tuple[int, int]  # (height, width)
-ONEVISION = "LlavaOnevisionImageProcessor"
 
 
 def best_canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
@@ -150,9 +149,9 @@ class AnyRes(Rule):
     def to_hf(self) -> dict[str, Any]:
         side, pinpoints = {"height": self.tile, "width": self.tile}, [list(canvas) for canvas in self.pinpoints]
         if self.colour is not None:
-            return {"image_processor_type": ONEVISION, "image_grid_pinpoints": pinpoints, "size": side}
+            return _named("LlavaOnevision") | {"image_grid_pinpoints": pinpoints, "size": side}
         sizes = {"size": {"shortest_edge": self.tile}, "crop_size": side}
-        return {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints, **sizes}
+        return _named("LlavaNext") | {"image_grid_pinpoints": pinpoints, **sizes}
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,10 @@ class Tiles(Rule):
             "max_patches": self.high,
             "size": {"height": self.tile, "width": self.tile},
         }
+
+
+def _named(family: str) -> dict[str, str]:
+    return {"image_processor_type": f"{family}ImageProcessor", "processor_class": f"{family}Processor"}
 
 
 def _cut(pixels: np.ndarray, tile: int) -> np.ndarray:
