@@ -2,7 +2,9 @@
 
 import json
 import types
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import tiny_chat
@@ -20,7 +22,9 @@ from mllm_jax.data.tiles import best_canvas
 from mllm_jax.data.visuals import frame_by_frame
 from mllm_jax.families import llava_onevision, spec_for
 from mllm_jax.generate.buckets import pad_prompts
-from mllm_jax.model import count_params
+from mllm_jax.model import abstract_boxed, count_params
+from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.train.step import batch_shardings
 from mllm_jax.types import NEWLINE
 
 IMAGE, VIDEO, NEW, TILE, SIDE = 150, 151, 6, 20, 5
@@ -125,6 +129,24 @@ def test_greedy_tokens(pair):
 
 def test_files_go_back(pair, tmp_path):
     assert_export(*pair, inputs_of(), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(pair):
+    """Tokens on several devices too: a grid's tokens come from patch rows of all of them."""
+    vlm, model = pair
+    inputs = inputs_of()
+    batch = pad_prompts(mllm_jax.from_hf_inputs(vlm.config, inputs), merge=1)
+    mesh, runtime = make_mesh({"fsdp": 2, "context": 4}), replace(vlm.config.runtime, context="ring")
+    config = replace(vlm.config, runtime=runtime)
+    params = jax.device_put(vlm.params, shardings(abstract_boxed(config), mesh, runtime.rules))
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(batch, batch_shardings(batch, mesh, runtime.rules))
+        found = jax.jit(config.build().apply)({"params": params}, batch).logits
+    with torch.no_grad():
+        expected = model(**to_torch(inputs)).logits.numpy()
+    real = inputs["attention_mask"] == 1
+    np.testing.assert_allclose(np.asarray(found)[:, : real.shape[1]][real], expected[real], atol=1e-4, rtol=1e-4)
 
 
 def test_prompts_in_a_larger_shape_keep_their_tokens(pair):
