@@ -247,6 +247,12 @@ def abstract_params(config: ModelConfig):
     return meta.unbox(abstract_boxed(config))
 
 
+def in_full(config: ModelConfig) -> ModelConfig:
+    """The config with every weight as one array of its own shape, which few bits do not have."""
+    return replace(config, lora=replace(config.lora, base="float32"))
+
+
 def count_params(config: ModelConfig) -> dict[str, int]:
     """Number of parameters of each part."""
-    return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in abstract_params(config).items()}
+    shapes = abstract_params(in_full(config))
+    return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}

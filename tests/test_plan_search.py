@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from mllm_jax.config import ConfigError
 from mllm_jax.families import qwen3_vl
 from mllm_jax.model import abstract_params, count_params
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.plan import search as search_module
@@ -35,7 +36,7 @@ from mllm_jax.plan.portion import Portion, read_shapes
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
 from mllm_jax.train.files import FilesData
-from mllm_jax.train.optim import OptimConfig, make_optimizer
+from mllm_jax.train.optim import OptimConfig, make_optimizer, split
 from mllm_jax.train.run import Run, TrainConfig, read_run, run_config
 from mllm_jax.train.state import abstract_state, state_shardings
 
@@ -63,7 +64,7 @@ KNOWN = {}
 
 def shapes_of(run: Run):
     """Of `read_shapes`, once for every model, batch and optimizer."""
-    key = str((run.model.encoder, run.model.decoder, run.data, run.optim))
+    key = str((run.model.encoder, run.model.decoder, run.data, run.optim, run.lora))
     if key not in KNOWN:
         KNOWN[key] = read_shapes(run)
     return KNOWN[key]
@@ -253,6 +254,15 @@ def test_frozen_parts_cost_no_backward():
     assert planned.flops["encoder"] == pytest.approx(shapes_of(run).flops["encoder"].forward / 8)
     assert planned.flops["decoder"] == pytest.approx(free.flops["decoder"])
     assert planned.arguments < free.arguments
+
+
+@pytest.mark.parametrize("base", ("float32", "int8", "int4"))
+def test_adapters_are_weighed_beside_a_base_in_few_bits(base):
+    run = a_run(lora=LoraConfig(rank=4, base=base, group=16))
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    params = abstract_params(run.model)
+    expected = size(params) + 2 * size(split(params, run.optim.freeze)[0]) + 8 * 2 * 32 * run.model.patch_values
+    assert plan(run, fsdp=1).arguments == expected
 
 
 # What moves.

@@ -80,7 +80,7 @@ def _flops(portion: Portion, remat: str, maker: str) -> tuple[dict[str, float], 
 def _memory(portion: Portion, remat: str) -> tuple[float, dict[str, float]]:
     """Bytes of the step's arguments, and of what else is alive when most is."""
     run, width = portion.run, portion.bytes
-    arguments = sum(laid.values * (4 + laid.weight.moments) for laid in portion.laid)
+    arguments = sum(laid.values * (laid.weight.kept + laid.weight.moments) for laid in portion.laid)
     arguments += portion.accumulate * portion.patches * run.model.patch_values
     saved = sum(saved_bytes(portion, part, remat) for part in portion.towers if portion.trains(part))
     gradients = 4.0 * sum(laid.values for laid in portion.laid if laid.weight.trained)

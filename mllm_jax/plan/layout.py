@@ -8,7 +8,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 
-from mllm_jax.model import abstract_boxed
+from mllm_jax.model import abstract_boxed, abstract_params, in_full
 from mllm_jax.sharding import MESH_AXES, Named, Rules, partition_spec
 from mllm_jax.train.optim import make_optimizer, split
 from mllm_jax.train.run import Run
@@ -24,6 +24,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     moments: float  # bytes of the optimizer for each value
     trained: bool
+    kept: float = 4.0  # bytes of each value where it rests
 
     @property
     def part(self) -> str:
@@ -94,7 +95,7 @@ class Laid(NamedTuple):
 
 def read_weights(run: Run) -> tuple[Weight, ...]:
     """All weights of a run's model. Raises ValueError where the optimizer's patterns fit none."""
-    tree = abstract_boxed(run.model)
+    tree, held = abstract_boxed(in_full(run.model)), flatten_dict(abstract_params(run.model), sep="/")
     boxed = flatten_dict(tree, sep="/", is_leaf=lambda _, leaf: isinstance(leaf, Named))
     params = jax.tree.map(lambda box: box.value, tree, is_leaf=lambda leaf: isinstance(leaf, Named))
     tx, _ = make_optimizer(run.optim, params)
@@ -108,8 +109,11 @@ def read_weights(run: Run) -> tuple[Weight, ...]:
         owner = next((end for end in ends if end in boxed and boxed[end].value.shape == leaf.shape), None)
         if owner:
             moments[owner] += leaf.dtype.itemsize
+    few = {path: [x for name, x in held.items() if name == path or name.startswith(f"{path}_")] for path in boxed}
+    kept = {path: sum(x.size * x.dtype.itemsize for x in few[path]) / boxed[path].value.size for path in boxed}
     return tuple(
-        Weight(path, box.names, box.value.shape, moments[path], path in trained) for path, box in boxed.items()
+        Weight(path, box.names, box.value.shape, moments[path], path in trained, kept[path])
+        for path, box in boxed.items()
     )
 
 

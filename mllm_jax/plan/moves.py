@@ -125,7 +125,8 @@ def traffic(portion: Portion, remat: str) -> float:
     Weights, moments and gradients once each way; weights as they are used, made once for forward and once for backward,
     read by every product; what goes into and comes out of every product.
     """
-    state = sum(laid.values * 2 * (4 + laid.weight.moments + 4 * laid.weight.trained) for laid in portion.laid)
+    rests = lambda weight: weight.kept + weight.moments + 4 * weight.trained
+    state = sum(laid.values * 2 * rests(laid.weight) for laid in portion.laid)
     moved = 0.0
     for laid in portion.laid:
         if laid.weight.is_matrix:

@@ -3,14 +3,13 @@
 A multiplication with an addition is two. Only matrix products count: weights, the head, and both of attention.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, abstract_params
+from mllm_jax.model import ModelConfig, abstract_params, in_full
 from mllm_jax.train.optim import split
 from mllm_jax.types import Batch
 
@@ -91,7 +90,7 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
     """
     encoder, decoder = config.encoder, config.decoder
     per_token = 1 if config.connector is None else config.connector.patches_per_token
-    whole = abstract_params(replace(config, lora=replace(config.lora, base="float32")))
+    whole = abstract_params(in_full(config))
     params, trained = flatten_dict(whole, sep="/"), set(flatten_dict(split(whole, freeze)[0], sep="/"))
     head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
     kinds = () if decoder is None else decoder.kinds
