@@ -146,8 +146,14 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
       folder: made where absent; an adapter that it held is replaced.
       base: folder or hub name of the base model, for readers that are given none.
     Raises:
-      ValueError: the model has no adapters, or one beside what is no linear layer of transformers' model.
+      ValueError: the model has no adapters, one beside what is no linear layer of transformers' model, or weights that
+        were trained whole beside them, which would be lost.
     """
+    if vlm.config.lora.train:
+        raise ValueError(
+            f"lora.train={vlm.config.lora.train} was trained whole, and adapters alone would lose it; "
+            "write the model with save_pretrained(merge_adapters(vlm), folder)"
+        )
     flat = {path: gather(leaf, (), _same) for path, leaf in flatten(split_adapters(vlm.params)[1]).items()}
     layers = layers_of(vlm.config)
     named = {layer.beside + DOWN for layer in layers.values()}

@@ -21,7 +21,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, kind_of, spec_for
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
-from mllm_jax.nn.lora import split_adapters
+from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch, DualBatch
@@ -194,9 +194,10 @@ def _write_texts(vlm: Pretrained, folder: Path) -> None:
     if isinstance(vlm.processor, Processor):
         stop = list(vlm.processor.stop_ids)
         generation = {"eos_token_id": stop, "pad_token_id": stop[0]}
+    plain = dataclasses.replace(vlm.config, lora=LoraConfig())  # of a base model, its adapters were taken away
     for name, content in (
         (GENERATION, generation),
-        (CONFIG, FAMILIES[vlm.config.family].to_hf(vlm.config) | {"dtype": dtype}),
+        (CONFIG, FAMILIES[plain.family].to_hf(plain) | {"dtype": dtype}),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

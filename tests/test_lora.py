@@ -91,21 +91,12 @@ def test_an_adapter_adds_its_product(base, adapters, batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), added, expected)
     back = add_products(join(added, adapters), abstract_boxed(BASE), -1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back, both)
-    unrolled = jax.jit(VLM(replace(BASE, runtime=Runtime(scan=False))).apply)
-    np.testing.assert_allclose(unrolled({"params": both}, batch).logits, found, atol=1e-4)
 
 
-def test_queries_keys_and_values_may_have_an_a_each(base, adapters, batch):
-    """As where published weights have them apart; the same A three times is one A."""
-    flat = flatten_dict(adapters, sep="/")
-    qkv = "encoder/layers/attention/qkv/lora_"
-    flat[f"{qkv}down"] = np.repeat(flat[f"{qkv}down"][:, None], 3, axis=1)  # [L 3 D r]
-    flat[f"{qkv}up"] = flat[f"{qkv}up"].swapaxes(1, 2)  # [L 3 r N H]
-    flat[f"{qkv}scale"] = np.repeat(flat[f"{qkv}scale"][:, None], 3, axis=1)  # [L 3]
-    apart = join(base, unflatten_dict(flat, sep="/"))
-    np.testing.assert_allclose(logits(apart, batch), logits(join(base, adapters), batch), atol=1e-4)
-    added = split_adapters(add_products(apart, abstract_boxed(BASE)))[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), added, merged(base, adapters))
+@pytest.mark.slow
+def test_unrolled_layers_are_the_scanned_ones(base, adapters, batch):
+    both, unrolled = join(base, adapters), jax.jit(VLM(replace(BASE, runtime=Runtime(scan=False))).apply)
+    np.testing.assert_allclose(unrolled({"params": both}, batch).logits, logits(both, batch), atol=1e-4)
 
 
 def test_new_adapters_change_nothing_and_know_their_ranks(base, batch):
@@ -212,10 +203,7 @@ def test_a_run_with_adapters():
     (
         ({"targets": ("decodr/layers",)}, "lora.targets: 'decodr/layers' matches no weight; .* decoder/layers"),
         ({"targets": ("mlp/norm",)}, "lora.targets: 'mlp/norm' matches no weight"),
-        (
-            {"targets": ("decoder/embed",)},
-            "lora.targets match 'decoder/embed', which cannot have an adapter; .* can",
-        ),
+        ({"targets": ("decoder/embed",)}, "lora.targets: 'decoder/embed' matches no weight"),
         ({"targets": ("decoder/head",)}, "'decoder/head/w', which cannot have an adapter"),
         ({"targets": ("experts",)}, "'decoder/layers/mlp/experts_down/w', which cannot have an adapter"),
         ({"ranks": (("^encoder/", 8),)}, "lora.ranks: '\\^encoder/' matches no weight"),

@@ -1,26 +1,38 @@
 """A run with adapters: small checkpoints, from which it goes on bit for bit, on its own base only."""
 
+import re
+import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
+from absl import flags
 from flax.traverse_util import flatten_dict
+from ml_collections import config_flags
+from PIL import Image
 
-from mllm_jax import load_adapters, load_workdir, save_adapters
+from mllm_jax import load_adapters, load_pretrained, load_workdir, merge_adapters, save_adapters, save_pretrained
 from mllm_jax.config import ConfigError
+from mllm_jax.generate import __main__ as generate
+from mllm_jax.model import abstract_params
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.train.base import fingerprint
 from mllm_jax.train.loop import train
 from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.optim import split
+from mllm_jax.train.run import read_run
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "lora.md").read_text()
 
 
 def a_config():
     config = tiny_run.get_config()
     config.lora.update(rank=2, dropout=0.1)
-    config.lora.train = ("^connector/.*norm",)
     config.optim.update(steps=4, warmup=0)
     config.train.update(log_every=1, save_every=2, evaluate_every=0, heldout=8)
     return config
@@ -47,7 +59,7 @@ def test_checkpoints_leave_the_base_out(trained):
     size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     vlm = load_workdir(trained)
     flat = flatten_dict(vlm.params, sep="/")
-    held = {path: x.size for path, x in flat.items() if "lora_" in path or ("connector" in path and "norm" in path)}
+    held = {path: x.size for path, x in flat.items() if path.endswith(("lora_down", "lora_up"))}
     assert size(trained / "checkpoints" / "4" / "params") < 2 * 4 * sum(held.values()) + 50_000
     assert sum(held.values()) * 3 < sum(x.size for x in flat.values())
 
@@ -73,6 +85,53 @@ def test_adapters_of_a_run_are_written(trained, tmp_path):
     assert flatten_dict(read).keys() == expected.keys()
     for path, x in flatten_dict(read).items():
         np.testing.assert_array_equal(x, expected[path])
+    more = replace(vlm.config, lora=replace(vlm.config.lora, train=("^connector/",)))
+    with pytest.raises(ValueError, match="was trained whole, and adapters alone would lose it"):
+        save_adapters(replace(vlm, config=more), tmp_path)
+
+
+def test_the_page_runs(trained, tmp_path, monkeypatch):
+    """Its Python, with this run in place of the published model's, and the settings of its commands."""
+    monkeypatch.chdir(tmp_path)
+    vlm = load_workdir(trained)
+    base = replace(vlm, params=split_adapters(vlm.params)[0])
+    save_pretrained(base, "base")
+    scope, published = {"vlm": vlm}, "Qwen/Qwen3-VL-2B-Instruct"
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block.replace(published, "base").replace("runs/lora", str(trained)), scope)
+    merged, expected = load_pretrained("merged").params, merge_adapters(vlm).params
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), merged, expected)
+
+    commands = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ").splitlines()
+    settings = [shlex.split(command) for command in commands if "--config" in command]
+    assert len(settings) == 3
+    for words in settings:
+        named = [after.partition(":") for word, after in zip(words, words[1:]) if word == "--config"]
+        name, _, argument = named[0] if named else ("configs/scenes.py", "", "")
+        config, values = tiny_run.load_config(Path(name).stem, argument), flags.FlagValues()
+        overrides = ["", "--config.lora.rank=4", *(word for word in words if word.startswith("--config."))]
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=overrides)
+        values(overrides)
+        run = read_run(values.config)
+        assert run.lora.rank in (4, 16) and split(abstract_params(run.model), run.optim.freeze)[0]
+
+
+@pytest.mark.slow
+def test_generation_with_adapters(trained, tmp_path, monkeypatch, capsys):
+    """The page's last command, answered as by the run itself."""
+    monkeypatch.chdir(tmp_path)
+    vlm = load_workdir(trained)
+    save_adapters(vlm, "adapter")
+    save_pretrained(replace(vlm, params=split_adapters(vlm.params)[0]), "demo/export")
+    Image.new("RGB", (48, 64), "red").save("picture.png")
+    command = next(line for line in PAGE.splitlines() if line.startswith("python -m mllm_jax.generate"))
+    words = [*shlex.split(command)[3:], "--max-new-tokens=8"]
+    assert generate.main(words) == 0
+    answer = capsys.readouterr().out
+    assert (
+        generate.main([str(trained) if word == "demo/export" else word for word in words if "adapter" not in word]) == 0
+    )
+    assert capsys.readouterr().out == answer
 
 
 def test_fingerprints_see_values_places_and_names():

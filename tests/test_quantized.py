@@ -1,26 +1,31 @@
 """Weights in few bits: how far from the true ones, that adapters learn beside them, in less memory, on any mesh."""
 
 from dataclasses import replace
+from functools import partial
 from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_lora import BASE, random_adapters
+from flax.traverse_util import flatten_dict
+from test_lora import BASE, random_adapters, start
 from test_lora import base as base  # the fixture
 from test_lora import batch as batch
 
-from mllm_jax.model import abstract_boxed, abstract_params
-from mllm_jax.nn.lora import LoraConfig, join, keep_arrays, split_adapters, with_weights
+import mllm_jax
+from mllm_jax.model import VLM, abstract_boxed, abstract_params
+from mllm_jax.nn.einsum import Einsum
+from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters, with_weights
 from mllm_jax.nn.quantized import KINDS, NF4, dequantise, group_of, quantise
+from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.optim import merge, split
 from mllm_jax.train.step import loss_sum
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("shape", "inputs"), (((2, 48, 3, 6), (-3,)), ((3, 4, 10, 7), (-3, -2)), ((6, 5), (-2,))))
+@pytest.mark.parametrize(("shape", "inputs"), (((2, 48, 3, 6), (-3,)), ((3, 4, 10, 7), (-3, -2))))
 def test_errors_stay_within_half_a_step(kind, shape, inputs):
     rng = np.random.default_rng(0)
     w = np.float32(rng.standard_normal(shape) * rng.uniform(0.1, 3, shape[-1]))
@@ -37,7 +42,7 @@ def test_errors_stay_within_half_a_step(kind, shape, inputs):
         largest = np.repeat(parts.max(axis=axis), group, axis=axis)
     half = {"int8": 1 / 254, "int4": 1 / 14, "nf4": max(np.diff(NF4)) / 2}[kind]
     assert np.all(np.abs(found - w) <= largest * half * (1 + 1e-5))
-    again = quantise(jnp.asarray(found), kind, inputs, 16)
+    again = quantise(found, kind, inputs, 16)
     np.testing.assert_array_equal(again[f"w_{kind}"], bits)  # what is there already stays
     assert np.all(found[..., 0] == 0)
 
@@ -61,9 +66,27 @@ def quantised(base, lora):
     return config, keep_arrays(jax.tree.map(jnp.asarray, base), abstract_boxed(BASE), lora, layout)
 
 
-@pytest.mark.parametrize("kind", ("int8", "nf4"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_in_few_bits_is_the_layer_of_its_values(kind):
+    """Output and gradients, of activations and of the adapter."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    layer = Einsum("...NH,NHD->...D", (3, 8, 6), (None, None, None), "float32")
+    leaves = quantise(draw(3, 8, 6), kind, (-3, -2), 4)
+    adapter = {"lora_down": draw(3, 8, 2), "lora_up": draw(2, 6), "lora_scale": jnp.float32(1.5)}
+    run = lambda base: lambda adapter, x: layer.apply({"params": base | adapter}, x)
+    given = adapter, draw(5, 3, 8)
+    results = [jax.vjp(run(base), *given) for base in (leaves, {"w": dequantise(leaves, (-3, -2))})]
+    (found, back), (expected, back_of_values) = results
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(found, expected)
+    jax.tree.map(close, back(found), back_of_values(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch):
-    """Logits near those of the whole weights; loss and gradients are those of a model of the dequantised ones."""
+    """Loss and gradients are those of a model of the dequantised weights."""
     lora = LoraConfig(rank=2, base=kind, group=16)
     config, few = quantised(base, lora)
     shapes = split_adapters(abstract_params(config))[0]
@@ -73,14 +96,70 @@ def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch
     assert few["decoder"]["norm"]["scale"].dtype == jnp.float32
     adapters = random_adapters(lora)
     whole = with_weights(few, abstract_boxed(BASE))
-    params = [join(tree, adapters) for tree in (few, whole)]
 
     def grads(params):
-        trained, frozen = split(params, lora.freezes(()))
-        return jax.jit(jax.value_and_grad(lambda part, rest: loss_sum(config, merge(part, rest), batch)[0]))(
-            trained, frozen
-        )
+        trained, frozen = split(join(params, adapters), lora.freezes(()))
+        run = jax.value_and_grad(lambda part, rest: loss_sum(config, merge(part, rest), batch)[0])
+        return jax.jit(run)(trained, frozen)
 
-    (loss, found), (expected_loss, expected) = map(grads, params)
+    (loss, found), (expected_loss, expected) = map(grads, (few, whole))
     assert loss == pytest.approx(float(expected_loss), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_near_scanned_and_unrolled(kind, base, batch):
+    """Of the whole weights': the mean error is within a part of the spread of logits that the bits allow."""
+    _, few = quantised(base, LoraConfig(rank=2, base=kind, group=16))
+    run = lambda params, **runtime: jax.jit(VLM(replace(BASE, runtime=Runtime(**runtime))).apply)(
+        {"params": params}, batch
+    )
+    true, scanned, unrolled = run(base).logits, run(few).logits, run(few, scan=False).logits
+    np.testing.assert_allclose(unrolled, scanned, atol=1e-4)
+    error = np.abs(scanned - true).mean() / np.std(true)
+    assert error < {"int8": 0.02, "int4": 0.2, "nf4": 0.2}[kind], error
+
+
+def test_arguments_shrink_by_what_the_bits_leave_out():
+    """Of the compiled forward pass, to the byte: nothing of the base is there twice or in more bits."""
+    config = replace(BASE, lora=LoraConfig(rank=2, base="int4", group=16))
+    params = abstract_params(config)
+    run = jax.jit(lambda params: VLM(config).apply({"params": params}, BASE.example(), hidden=True).hidden)
+    held = run.lower(params).compile().memory_analysis().argument_size_in_bytes
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    assert held == size(params) - size(params["decoder"]["head"])  # which is not read
+    whole = abstract_params(replace(BASE, lora=LoraConfig(rank=2)))
+    layers = [tree["decoder"]["layers"]["mlp"]["up"] for tree in (params, whole)]
+    assert size(layers[0]) - 2 * 2 * 4 * (64 + 128) < 0.2 * size(layers[1])
+
+
+@pytest.mark.slow
+def test_it_learns_on_a_mesh_as_on_one_device(base, batch):
+    lora, losses = LoraConfig(rank=4, base="int4", group=16), []
+    _, few = quantised(base, lora)
+    params = join(few, random_adapters(lora))
+    for shape in ({"fsdp": 1}, {"fsdp": 4}):
+        state, step, put = start(lora, params, shape)
+        placed, own = put(batch), []
+        for _ in range(12):
+            state, metrics = step(state, placed)
+            own.append(float(metrics["loss"]))
+        losses.append(own)
+        after = flatten_dict(split(state.params, lora.freezes(()))[1])
+        for path, x in flatten_dict(split_adapters(few)[0]).items():
+            np.testing.assert_array_equal(after[path], x)
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_merging_gives_whole_weights(base):
+    lora = LoraConfig(rank=2, base="int4", group=16)
+    config, few = quantised(base, lora)
+    vlm = mllm_jax.Pretrained(config, config.build(), join(few, random_adapters(lora)))
+    merged = mllm_jax.merge_adapters(vlm)
+    assert jax.tree.map(np.shape, merged.params) == jax.tree.map(np.shape, base)
+    expected = add_products(join(with_weights(few, abstract_boxed(BASE)), random_adapters(lora)), abstract_boxed(BASE))
+    close = partial(np.testing.assert_allclose, atol=1e-5)
+    jax.tree.map(close, merged.params, split_adapters(expected)[0])

@@ -33,7 +33,7 @@ class LoraConfig:
     rank: of the adapters; 0 = there are none, and all below means nothing.
     alpha: an adapter's product is multiplied by alpha / rank.
     dropout: share of an adapter's input that a step of training leaves out, anew for every adapter.
-    targets: patterns of the weights that get an adapter.
+    targets: patterns of the weights `w` that get an adapter.
     ranks, alphas: (pattern, value) pairs; the first pattern that is found in a weight's path has its own rank (0: no
       adapter) or alpha.
     train: patterns of other weights, which are trained whole; all the rest is frozen.
@@ -82,9 +82,10 @@ class LoraConfig:
         if not self.rank:
             return {}
         paths = flatten(boxed)
-        for name in ("targets", "train"):
-            check_patterns(getattr(self, name), paths, f"lora.{name}")
-        found = [path for path in paths if any(re.search(pattern, path) for pattern in self.targets)]
+        matrices = [path for path in paths if path.endswith("/w")]
+        check_patterns(self.targets, matrices, "lora.targets")
+        check_patterns(self.train, paths, "lora.train")
+        found = [path for path in matrices if any(re.search(pattern, path) for pattern in self.targets)]
         able = [path for path, box in paths.items() if box.matrix and path != HEAD]
         if unable := [path for path in found if path not in able]:
             raise ValueError(f"lora.targets match {unable[0]!r}, which cannot have an adapter; {', '.join(able)} can")
