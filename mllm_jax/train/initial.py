@@ -21,7 +21,8 @@ from mllm_jax.train.stages import is_run, run_folder
 def first_params(run: Run, mesh: Mesh) -> dict:
     """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names.
 
-    To these new adapters are added where the run has some and they none.
+    To these new adapters are added where the run has some and they none; their base is as `run.lora.base` says, and
+    what is not fp32 there is read in bf16.
 
     Raises:
       ConfigError: they are of a run with another model. FileNotFoundError: that run has no checkpoint.
