@@ -46,6 +46,7 @@ setup(
             "transformers>=5.20,<5.24",
             "peft>=0.21",
             "accelerate>=1.10",
+            "trl>=1.16,<1.17",  # the loss of its trainer is called
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
