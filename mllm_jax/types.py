@@ -51,7 +51,7 @@ NEWLINE = -2  # the connector's learned token that ends a row of patches
 
 
 class Example(NamedTuple):
-    """One processed conversation, before packing. n tokens, of which m are visual."""
+    """One processed conversation, before packing, or several about the same pictures. n tokens, of which m are visual."""
 
     tokens: Array  # i32[n]
     weight: Array  # f32[n] loss weight of predicting tokens[i] (from what comes before it)
@@ -61,6 +61,8 @@ class Example(NamedTuple):
     kind: str = ""  # the kind of question or the task, for reports
     prefix: int = 0  # first tokens that all tokens of the conversation see, where a model has such
     mix: Mix | None = None  # of `vision_index`, [n ...]; None = every visual token stands alone
+    lengths: tuple[int, ...] = ()  # tokens of each of several conversations, laid end to end; () = it is one
+    reference: Array | None = None  # f32[conversations] log-probabilities that a reference model gives their answers
 
     @property
     def visual(self) -> Array:
@@ -89,6 +91,7 @@ class Batch(NamedTuple):
     vision: Vision | None = None
     prefix: Array | None = None  # bool[B T] tokens that all tokens of their conversation see; None = causal throughout
     mix: Mix | None = None  # of `vision_index`, [B T ...], for models that resample grids; None = no token is a mean
+    reference: Array | None = None  # f32[B T] in column s - 1 that of segment s, see `Example`; None = there is none
 
 
 class DualBatch(NamedTuple):

@@ -19,10 +19,12 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
+from mllm_jax.data.answers import Pairs
 from mllm_jax.data.mixture import Mixture, start_of
 from mllm_jax.data.pack import Budget, Packer, collate, fill
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.readers import OVER_BUDGET, Guarded, InTurn, Process, Readers, Skipped
+from mllm_jax.data.records import BadData
 from mllm_jax.types import Batch, Example
 
 log = logging.getLogger(__name__)
@@ -39,10 +41,6 @@ class Info(NamedTuple):
     kinds: list[list[str]]  # of each row's conversations, in the order of their segments
     dropped: int  # conversations over the budget
     skipped: dict[str, int]  # broken records by reason
-
-
-class BadData(RuntimeError):
-    """Too many records are broken, or none can be used."""
 
 
 def make_loader(
@@ -63,6 +61,7 @@ def make_loader(
     process_count: int = 1,
     strict: bool = False,
     max_bad: float = 0.05,
+    pairs: Pairs | None = None,
 ) -> grain.DatasetIterator:
     """An iterator of (Batch, Info) with `get_state()`, `set_state(state)` and `close()`; the state is JSON.
 
@@ -86,6 +85,7 @@ def make_loader(
             several goes on with rows of padding after the end of its data, since that of others may come later.
         strict: a broken or too large conversation is an error, instead of being skipped and counted.
         max_bad: share of broken records, after the first 100, at which to stop.
+        pairs: how records with a chosen and a rejected answer are read; None = as a conversation with the chosen one.
 
     Raises:
         ValueError: options contradict each other.
@@ -103,7 +103,7 @@ def make_loader(
     parts = [grain.MapDataset.source(Guarded(source, strict)) for source in sources]
     parts = parts if mixed else [grain.MapDataset.concatenate(parts)]
     orders = [(part.seed(seed).shuffle() if shuffle else part).repeat(epochs) for part in parts]
-    process = Process(processor, budget, strict)
+    process = Process(processor, budget, strict, pairs)
 
     mixture, share = source if mixed else Mixture(orders, [1.0]), streams // process_count
     own = {
@@ -121,7 +121,7 @@ def make_loader(
         "streams": streams,
         "rows": batch_rows,
     }
-    layout = processor.spec.layout
+    layout = processor.spec.layout | ({"references": True} if pairs and pairs.references is not None else {})
     settings = _Settings(budget, batch_rows // streams, window, workers, processes, layout, max_bad, process_count > 1)
     return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
 
@@ -280,12 +280,13 @@ class _PackedIterator(grain.DatasetIterator):
         settings = self._settings
         batch = collate(rows, settings.budget, **settings.layout)
         skipped = dict(self._counts()[1])
+        kinds = [[example.kind for example in row for _ in example.lengths or (0,)] for row in rows]
         info = Info(
-            conversations=sum(map(len, rows)),
+            conversations=sum(map(len, kinds)),
             tokens=int(np.count_nonzero(batch.segment)),
             patches=0 if batch.vision is None else int(np.count_nonzero(batch.vision.image)),
             fill=fill(batch),
-            kinds=[[example.kind for example in row] for row in rows],
+            kinds=kinds,
             dropped=skipped.pop(OVER_BUDGET, 0),
             skipped=skipped,
         )

@@ -78,16 +78,18 @@ def collate(
     values: int,
     prefix: bool = False,
     mixes: bool = False,
+    references: bool = False,
 ) -> Batch:
     """Lays out conversations as one batch.
 
     Args:
-        rows: B lists of conversations; an empty list makes a row of padding.
+        rows: B lists of conversations; an empty list makes a row of padding. Those of one Example lie side by side.
         budget: the shape of a row. Its P is a multiple of merge^2.
         merge: side of the square of patches that becomes one visual token.
         values: C, values in a patch, known even where no conversation has a picture.
         prefix: whether the model has tokens that all tokens of their conversation see.
         mixes: whether the model resamples grids of visual tokens.
+        references: whether examples bring log-probabilities of a reference model.
 
     Returns:
         A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the pictures, uint8 where there are
@@ -110,6 +112,7 @@ def collate(
         vision=_empty_vision(rows, budget, values) if budget.rows else None,
         prefix=np.zeros(text, bool) if prefix else None,
         mix=alone(np.full(text, -1)).mix if mixes else None,
+        reference=np.zeros(text, np.float32) if references else None,
     )
     for b, examples in enumerate(rows):
         _fill_text(batch, b, examples)
@@ -140,17 +143,22 @@ def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
     total, room = sum(len(e.tokens) for e in examples), batch.tokens.shape[1]
     if total > room:
         raise TooLarge(f"row {b} has {total} tokens, the budget is {room}")
-    start = 0
-    for number, example in enumerate(examples, 1):
-        here = slice(start, start + len(example.tokens))
-        batch.tokens[b, here] = example.tokens
-        batch.targets[b, here][:-1] = example.tokens[1:]
-        batch.weight[b, here][:-1] = example.weight[1:]
-        batch.segment[b, here] = number
-        batch.position[b, here] = example.position
-        if batch.prefix is not None:
-            batch.prefix[b, start : start + example.prefix] = True
-        start = here.stop
+    start, number = 0, 0
+    for example in examples:
+        sizes = example.lengths or (len(example.tokens),)
+        if batch.reference is not None:
+            batch.reference[b, number : number + len(sizes)] = example.reference
+        for end, size in zip(np.cumsum(sizes), sizes):
+            here, own = slice(start, start + size), slice(end - size, end)
+            number += 1
+            batch.tokens[b, here] = example.tokens[own]
+            batch.targets[b, here][:-1] = example.tokens[own][1:]
+            batch.weight[b, here][:-1] = example.weight[own][1:]
+            batch.segment[b, here] = number
+            batch.position[b, here] = example.position[own]
+            if batch.prefix is not None:
+                batch.prefix[b, start : start + example.prefix] = True
+            start = here.stop
 
 
 def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data import images, video
+from mllm_jax.data.answers import together
 from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import Budget, TooLarge, place
 from mllm_jax.data.positions import rotary_positions
@@ -36,7 +37,12 @@ class Processor:
         self.end_of_turn_id = tokenizer.id(end_of_turn)
 
     def __call__(
-        self, messages: Messages, generate: bool = False, budget: Budget | None = None, kind: str = ""
+        self,
+        messages: Messages,
+        generate: bool = False,
+        budget: Budget | None = None,
+        kind: str = "",
+        alternatives: Sequence[str] = (),
     ) -> Example:
         """Reads one conversation in Hugging Face's layout: [{"role", "content": text or a list of items}].
 
@@ -48,15 +54,25 @@ class Processor:
         `generate`: a prompt that ends where the answer begins, without loss.
         `budget`: pictures are made smaller, all by one limit of pixels, until the conversation fits; they are never
         cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
+        `alternatives`: other answers in place of the last message. Each makes a conversation more, in the same Example:
+        its pictures lie there once, and of all the conversations the last answer alone is learned.
         """
         items = [item for item in _items(messages) if item["type"] != "text"]
         stills = sum(item["type"] == "image" for item in items)
-        visuals = [self._open(item, stills) for item in items]
-        tokens, weight, visuals = self._tokens(messages, visuals, generate)
+        opened = [self._open(item, stills) for item in items]
+        others = [[*messages[:-1], messages[-1] | {"content": text}] for text in alternatives]
+        written = [self._tokens(conversation, opened, generate) for conversation in [messages, *others]]
+        visuals = written[0][2]
+        text = sum(token not in self._placeholders for tokens, *_ in written for token in tokens)
+        plans = self._plans(visuals, text, len(written), budget)
+        conversations = [self._laid_out(tokens, weight, plans) for tokens, weight, _ in written]
+        example = together(conversations) if alternatives else conversations[0]
+        return example._replace(pictures=tuple(self._pictures(visuals, plans)), kind=kind)
+
+    def _laid_out(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:
+        """A conversation with all its visual tokens, and without its pictures."""
         tokens, weight = np.array(tokens, np.int32), np.array(weight, np.float32)
         visual = np.isin(tokens, self._placeholders)
-
-        plans = self._plans(visuals, int((~visual).sum()), budget)
         runs = [run for plan in plans for run in plan.runs]
         counts = np.ones(len(tokens), np.int64)
         counts[visual] = [len(run.order) for run in runs]
@@ -68,8 +84,7 @@ class Processor:
             weight=weight,
             position=rotary_positions(visual, [(run.position, run.advance) for run in runs]),
             vision_index=index,
-            pictures=tuple(self._pictures(visuals, plans)),
-            kind=kind,
+            pictures=(),
             prefix=int(np.argmax(np.append(weight, 1) > 0)) if self.spec.prefix else 0,
             mix=mix,
         )
@@ -150,10 +165,10 @@ class Processor:
             return [token for time in times for token in self.tokenizer.encode(f"<{time:.1f} seconds>") + block]
         return [self.vision_start_id, placeholder, self.vision_end_id] if spec.brackets else [placeholder]
 
-    def _plans(self, visuals: list, text_tokens: int, budget: Budget | None) -> list[Plan]:
+    def _plans(self, visuals: list, text_tokens: int, times: int, budget: Budget | None) -> list[Plan]:
         """How every picture and clip is read: at its own size, or under the largest common limit that fits the budget.
 
-        The limit is one of pixels.
+        The limit is one of pixels. The visual tokens stand in the text so many `times`.
         """
         spec = self.spec
         if budget is None:
@@ -163,7 +178,7 @@ class Processor:
             return [self._plan(visual, limit, budget.patches * spec.patch**2) for visual in visuals]
 
         def fits(plans: list[Plan]) -> bool:
-            tokens, patches = self._needed(plans, text_tokens)
+            tokens, patches = self._needed(plans, text_tokens, times)
             return tokens <= budget.tokens and place(patches, budget) is not None
 
         plans = plans_at(math.inf)
@@ -173,7 +188,7 @@ class Processor:
         high = max([high, *(sum(map(math.prod, plan.sizes)) for plan in plans)]) if spec.rule else high
         best = plans_at(low)
         if not fits(best):
-            tokens, patches = self._needed(best, text_tokens)
+            tokens, patches = self._needed(best, text_tokens, times)
             sizes = [size for plan in best for size in plan.sizes]
             raise TooLarge(
                 f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} pictures of {sum(patches)} "
@@ -192,11 +207,11 @@ class Processor:
         except ValueError as error:
             raise ValueError(f"{visual.name}: {error}") from error
 
-    def _needed(self, plans: Sequence[Plan], text_tokens: int) -> tuple[int, list[int]]:
+    def _needed(self, plans: Sequence[Plan], text_tokens: int, times: int) -> tuple[int, list[int]]:
         """Tokens of the conversation, and patches of every picture."""
         spec = self.spec
         patches = [spec.lead + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
-        return text_tokens + sum(len(run.order) for plan in plans for run in plan.runs), patches
+        return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
 
     def _firsts(self, plans: Sequence[Plan]) -> list[int]:
         """For every run, the first visual token of its picture or clip, all of the conversation laid end to end."""

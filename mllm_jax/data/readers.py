@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from mllm_jax.data.answers import Pairs
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import BadRecord
@@ -46,16 +47,25 @@ class Guarded:
 
 
 class Process:
-    """Record -> Example or Skipped; what a worker does."""
+    """Record -> Example or Skipped; what a worker does.
 
-    def __init__(self, processor: Processor, budget: Budget, strict: bool):
-        self.processor, self.budget, self.strict = processor, budget, strict
+    pairs: how pairs of answers are read; None = what is learned is a conversation, with the chosen answer of a pair.
+    """
+
+    def __init__(self, processor: Processor, budget: Budget, strict: bool, pairs: Pairs | None = None):
+        self.processor, self.budget, self.strict, self.pairs = processor, budget, strict, pairs
 
     def __call__(self, record: dict[str, Any] | Skipped) -> Example | Skipped:
         if isinstance(record, Skipped):
             return record
         try:
-            return self.processor(record["messages"], budget=self.budget)._replace(kind=record["kind"])
+            if self.pairs is None:
+                return self.processor(record["messages"], budget=self.budget)._replace(kind=record["kind"])
+            return self.pairs(self.processor, record, self.budget)
+        except BadRecord as error:
+            if self.strict:
+                raise
+            return Skipped(error.reason, str(error))
         except (ValueError, OSError) as error:
             if self.strict:
                 error.add_note(f"in {record['id']}")

@@ -15,10 +15,19 @@ is LLaVA's: `<image>` and `<video>` stand for the files in "image" or "images", 
 third and the fourth (The Cauldron's), files go before the first question, unless `<image>` or `<video>` say where.
 The others are documents, where nobody asks: interleaved as in OBELICS, as in MMC4, and a text with what it is about.
 
+Of a pair of answers one is chosen and one rejected. To a conversation that ends with the chosen one "rejected" is added;
+or the answers stand beside the question, as TRL, RLHF-V and MMPR write them:
+
+    {"images": [A], "messages": [..., {"role": "assistant", "content": "A cat."}], "rejected": "A dog."}
+    {"images": [A], "prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
+    {"image": A, "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+    {"image": A, "text": '{"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}'}
+
 A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datasets have it. A clip may also be a list
 of pictures: as a part's "video", or beside the messages as "frames", each with "fps".
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,6 +54,10 @@ class BadRecord(ValueError):
         return BadRecord, (self.reason, self.id, self.detail)  # it is raised in worker processes, too
 
 
+class BadData(RuntimeError):
+    """Too many records are broken, none can be used, or they are not those that the run counts on."""
+
+
 class Bad(ValueError):
     """Why the record at hand cannot be used: `Bad(reason, detail)`, where nobody knows the record's name."""
 
@@ -52,7 +65,8 @@ class Bad(ValueError):
 def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
     """{"messages": [{"role", "content"}], "kind": str, "id": str} in Hugging Face's layout, of any layout above.
 
-    A document is one message of the role DOCUMENT. Pictures and clips are what `find` says, or bytes.
+    A document is one message of the role DOCUMENT. Pictures and clips are what `find` says, or bytes. A pair of answers
+    is a conversation that ends with the chosen one, and also has {"rejected": str}.
 
     Args:
         name: what the record is called where it has no id of its own.
@@ -66,11 +80,53 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
             raise Bad("not a conversation", f"a {type(record).__name__}, not an object")
         record = {key: value for key, value in record.items() if value is not None}
         name = str(record.get("id", name))
+        record, rejected = _with_chosen(record)
         messages = _timed(_document(record) or _conversation(record), record.get("fps"))
         messages = [message | {"content": _content(message["content"], find)} for message in messages]
     except Bad as error:
         raise BadRecord(error.args[0], name, *error.args[1:]) from error.__cause__
-    return {"messages": messages, "kind": str(record.get("task") or record.get("kind") or ""), "id": name}
+    found = {"messages": messages, "kind": str(record.get("task") or record.get("kind") or ""), "id": name}
+    return found if rejected is None else found | {"rejected": rejected}
+
+
+def _with_chosen(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """A record of a conversation that ends with the chosen answer, and the rejected answer; None where it has none."""
+    if isinstance(text := record.get("text"), str) and text.startswith("{") and '"rejected"' in text:
+        try:
+            record = {key: value for key, value in record.items() if key != "text"} | json.loads(text)
+        except ValueError as error:
+            raise Bad("not a pair", f'"text" is no JSON: {error}') from error
+    rejected, chosen = record.get("rejected"), record.get("chosen")
+    if not isinstance(rejected, str | list):
+        return record, None
+    key = next((key for key in ("messages", "conversations") if key in record), "messages")
+    asked = next((record[name] for name in (key, "prompt", "question") if name in record), None)
+    asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if asked is None and isinstance(chosen, list) and isinstance(rejected, list):  # whole conversations
+        asked = chosen[:-1]
+        if rejected[:-1] != asked:
+            raise Bad("not a pair", "the answers are to different questions")
+    if not isinstance(asked, list):
+        raise Bad("not a pair", 'answers need a "prompt", a "question" or "messages"')
+    turns = asked if chosen is None else [*asked, {"role": "assistant", "content": _answer(chosen)}]
+    last = turns[-1] if turns and isinstance(turns[-1], Mapping) else {}
+    rejected = _answer(rejected)
+    if _answer([last] if "from" not in last else last.get("value")) == rejected:
+        raise Bad("not a pair", "both answers are the same")
+    return record | {key: turns}, rejected
+
+
+def _answer(answer: Any) -> str:
+    """The text of an answer: itself, or the last of messages."""
+    if isinstance(answer, list) and answer and isinstance(answer[-1], Mapping):
+        answer = answer[-1].get("content")
+        if isinstance(answer, list) and all(
+            isinstance(part, Mapping) and part.get("type") == "text" for part in answer
+        ):
+            answer = "".join(str(part.get("text")) for part in answer)
+    if not isinstance(answer, str):
+        raise Bad("not a pair", "an answer must be a text")
+    return answer
 
 
 def labels(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from mllm_jax.config import ConfigError
+from mllm_jax.data.answers import Pairs
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor
@@ -151,8 +152,11 @@ def _checked(processor: Processor, model: ModelConfig) -> Processor:
     return processor
 
 
-def open_data(data: DataConfig, processor: Processor, mesh: Mesh, rules: Rules) -> Any:
-    """The loader of this process's share of every batch: an iterator of (Batch, Info) with get_state and set_state."""
+def open_data(data: DataConfig, processor: Processor, mesh: Mesh, rules: Rules, pairs: Pairs | None = None) -> Any:
+    """The loader of this process's share of every batch: an iterator of (Batch, Info) with get_state and set_state.
+
+    pairs: see `make_loader`.
+    """
     sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (data.batch,), "config.data.batch"))
     index, count = row_share(sharding, data.batch)
     streams = data.streams or max(divisor for divisor in range(1, STREAMS + 1) if data.batch % divisor == 0)
@@ -177,6 +181,7 @@ def open_data(data: DataConfig, processor: Processor, mesh: Mesh, rules: Rules) 
         process_count=count,
         strict=data.strict,
         max_bad=data.max_bad,
+        pairs=pairs,
     )
     return loader if count == 1 or data.epochs is None else EndTogether(loader)
 
