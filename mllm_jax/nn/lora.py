@@ -145,7 +145,8 @@ def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) ->
 def _kept(path: str, box: Named, config: LoraConfig) -> dict[str, Named]:
     trained = not config.rank or any(re.search(pattern, path) for pattern in config.train)
     parts = kept(path, box, "float32" if trained else config.base, config.group)
-    return {f"{path.rpartition('/')[0]}/{name}": part for name, part in parts.items()}
+    beside = path.removesuffix(path.rpartition("/")[2])  # nothing, of a weight that is in no part
+    return {beside + name: part for name, part in parts.items()}
 
 
 def _new(box: Named, rank: int, scale: float, keep: float, key: jax.Array) -> dict[str, Named]:
