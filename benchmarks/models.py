@@ -13,7 +13,7 @@ from collections import defaultdict
 
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import count_params
-from mllm_jax.models import picture_tokens, published
+from mllm_jax.models import generates, picture_tokens, published
 
 HEIGHT, WIDTH = 768, 1024
 HEAD = f"""# Models
@@ -63,7 +63,7 @@ def main(paths: list[str]) -> None:
             "" if tokens[0] is None else ends([f"{sum(count):,}" for count in tokens]),
             f"{max(errors[family]):.0e}" if errors[family] else "",
             "yes" if family in found["trains"] else "",
-            "yes" if getattr(sizes[0][2], "decoder", None) else "",
+            "yes" if generates(sizes[0][2]) else "",
         ]
         print(f"| {' | '.join(cells)} |")
 

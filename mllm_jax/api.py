@@ -177,11 +177,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG} is not JSON: {fault}") from None
 
 
+def load_processor(folder: Path, config: ModelConfig | DualConfig) -> Processor | DualProcessor:
+    """The processor in a folder, of the kind that the model is. FileNotFoundError where a part of it is missing."""
+    if isinstance(config, DualConfig):
+        return DualProcessor.from_folder(folder, config)
+    return Processor.from_folder(folder, spec_for(config))
+
+
 def _processor(folder: Path, config: ModelConfig | DualConfig) -> Processor | DualProcessor | None:
     try:
-        if isinstance(config, DualConfig):
-            return DualProcessor.from_folder(folder, config)
-        return Processor.from_folder(folder, spec_for(config))
+        return load_processor(folder, config)
     except FileNotFoundError:
         return None
 

@@ -100,6 +100,11 @@ class DualConfig:
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
 
+    @property
+    def decoder(self) -> DecoderConfig:
+        """What reads texts, by the name that it has in a ModelConfig."""
+        return self.text
+
     def build(self) -> nn.Module:
         return DualEncoder(self)
 
@@ -172,8 +177,9 @@ def probabilities(logits, loss: str):
 
 
 def _unit(x):
+    """Of unit length; nothing, where no picture is, stays nothing and has no gradient."""
     x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-30))
 
 
 class _ClassPool(nn.Module):

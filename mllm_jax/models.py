@@ -14,7 +14,7 @@ from rich.table import Table
 from mllm_jax.config import suggestion
 from mllm_jax.data.visuals import Cut, Still
 from mllm_jax.families import FAMILIES, spec_for
-from mllm_jax.model import cache_bytes_per_token, count_params
+from mllm_jax.model import ModelConfig, cache_bytes_per_token, count_params
 from mllm_jax.types import NEWLINE
 
 
@@ -48,8 +48,13 @@ def picture_tokens(config: Any, height: int, width: int) -> Tokens | None:
 
 def parts(config: Any) -> str:
     """The kinds of its parts: encoder, connector, decoder."""
-    found = (getattr(config, name, None) for name in ("encoder", "connector", "decoder", "text"))
+    found = (getattr(config, name, None) for name in ("encoder", "connector", "decoder"))
     return ", ".join(_kind(part) for part in found if part is not None)
+
+
+def generates(config: Any) -> bool:
+    """Whether a model writes texts."""
+    return isinstance(config, ModelConfig) and config.decoder is not None
 
 
 def _kind(part: Any) -> str:
@@ -67,7 +72,7 @@ def table(size: tuple[int, int], family: str | None = None) -> Table:
         made.add_column(name, justify="right")
     for name, config in published(family):
         tokens = picture_tokens(config, height, width)
-        cache = getattr(config, "decoder", None) and cache_bytes_per_token(config, "bfloat16")
+        cache = generates(config) and cache_bytes_per_token(config, "bfloat16")
         made.add_row(
             config.family,
             name,

@@ -51,7 +51,7 @@ NEWLINE = -2  # the connector's learned token that ends a row of patches
 
 
 class Example(NamedTuple):
-    """One processed conversation, before packing, or several about the same pictures. n tokens, of which m are visual."""
+    """One processed conversation, before packing, or several about the same pictures. n tokens, m of them visual."""
 
     tokens: Array  # i32[n]
     weight: Array  # f32[n] loss weight of predicting tokens[i] (from what comes before it)
@@ -93,6 +93,10 @@ class Batch(NamedTuple):
     mix: Mix | None = None  # of `vision_index`, [B T ...], for models that resample grids; None = no token is a mean
     reference: Array | None = None  # f32[B T] in column s - 1 that of segment s, see `Example`; None = there is none
 
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
 
 class DualBatch(NamedTuple):
     """What the two towers of a dual encoder read; of pictures alone, or texts alone, the rest is None."""
@@ -102,6 +106,11 @@ class DualBatch(NamedTuple):
     vision: Vision | None = None  # of B rows with at most k pictures each
     first: Array | None = None  # i32[B k] where in its row, its patch rows end to end, each begins; -1 = no picture
     order: Array | None = None  # i32[pictures] which of the B k is the first picture, the second ...; None = in order
+
+    @property
+    def rows(self) -> int:
+        """Of pictures."""
+        return len(self.first)
 
 
 class VisionTokens(NamedTuple):

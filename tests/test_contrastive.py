@@ -59,6 +59,26 @@ def test_equals_the_plain_formula(kind, scale, bias, mesh, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", contrastive.KINDS)
+def test_padding_changes_nothing(kind, monkeypatch):
+    """Loss and gradients are those of the real pairs; devices and blocks that have none are among them."""
+    monkeypatch.setattr(contrastive, "BLOCK", 2)
+    real = np.isin(np.arange(32), [0, 1, 5, 13, 14, 20, 31])
+    args = (*embeddings(32), jnp.float32(10.0), jnp.float32(-3.0))
+    kept = (*(x[real] for x in args[:2]), *args[2:])
+    expected, wanted = jax.value_and_grad(lambda args: plain(kind, *args))(kept)
+    compute = jax.jit(jax.value_and_grad(lambda args: contrastive_loss(kind, *args, rules=RULES, real=real)))
+    with jax.set_mesh(make_mesh({"fsdp": 8})):
+        value, found = compute(args)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours, theirs in zip(found[:2], wanted[:2]):
+        np.testing.assert_allclose(ours[real], theirs, atol=1e-5)
+        assert not np.any(ours[~real])
+    np.testing.assert_allclose(found[2:], wanted[2:], atol=1e-5)
+    none = contrastive_loss(kind, *args, real=np.zeros(32, bool))
+    assert none == 0
+
+
+@pytest.mark.parametrize("kind", contrastive.KINDS)
 def test_no_device_holds_the_matrix(kind):
     """Bytes of the compiled step, forward and backward: of one block of logits, not of n x n."""
     n = 2048

@@ -43,10 +43,13 @@ class Numbers:
         }
 
 
-class Count:
+class Count(Processor):
     """A processor whose conversations are their number, several times, and sometimes a picture of it."""
 
     spec = ProcessorSpec(patch=1)
+
+    def __init__(self):
+        pass
 
     def __call__(self, messages, budget=None):
         number, error = messages

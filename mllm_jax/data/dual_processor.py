@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.images import load_image, patchify
-from mllm_jax.data.pairs import one_each
+from mllm_jax.data.pack import Budget, TooLarge
+from mllm_jax.data.pairs import one_each, pairs_in_rows
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
 from mllm_jax.data.template import Tokenizer, read_json, write_json
-from mllm_jax.types import DualBatch, Picture
+from mllm_jax.types import DualBatch, Example, Picture
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -42,10 +43,46 @@ class DualProcessor:
     def picture(self, source: Any) -> Picture:
         """A path, bytes, an array or a PIL image, as `images.open_image` takes them, normalised."""
         pixels = self.rule.read(load_image(source))
+        return self._patches((pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std))
+
+    def _patches(self, pixels: np.ndarray) -> Picture:
+        """Of pixels [h w c]; what is left over of its sides is not read."""
         grid = (pixels.shape[0] // self.patch, pixels.shape[1] // self.patch)
-        normal = (pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
-        patches = patchify(normal[None], self.patch, 1, 1)
-        return Picture(np.concatenate([np.zeros((self.lead, patches.shape[1]), np.float32), patches]), grid)
+        patches = patchify(pixels[None], self.patch, 1, 1)
+        return Picture(np.concatenate([np.zeros((self.lead, patches.shape[1]), patches.dtype), patches]), grid)
+
+    @property
+    def values(self) -> int:
+        """Of a patch."""
+        return len(self.mean) * self.patch**2
+
+    def example(self, record: dict[str, Any], budget: Budget) -> Example:
+        """A pair to learn from: the one picture of a record, u8, and the text of its last message, cut to `length`.
+
+        Args:
+          record: see data/records.py.
+          budget: of a row; a picture whose rule has no size of its own gets at most so many patches.
+        Raises:
+          ValueError: not one picture, or no text. TooLarge: a picture of fixed size has more patches.
+        """
+        parts = [_parts(message["content"]) for message in record["messages"]]
+        shown = [part for message in parts for part in message if part["type"] != "text"]
+        text = " ".join(part["text"] for part in parts[-1] if part["type"] == "text").strip()
+        if [part["type"] for part in shown] != ["image"] or not text:
+            raise ValueError(
+                f"a pair needs one picture and a text, not {len(shown)} pictures or clips and {text[:80]!r}"
+            )
+        rule = self.rule.within((budget.patches - self.lead) * self.patch**2)
+        picture = self._patches(rule.read(load_image(shown[0]["image"])))
+        if len(picture.patches) > budget.patches:
+            raise TooLarge(f"a picture has {len(picture.patches)} patches, a patch row {budget.patches}")
+        tokens, read = self._text(self.tokenizer.encode_framed(self._plain(text), self.length))
+        nowhere = np.full(self.length, -1, np.int32)
+        return Example(tokens, read, np.zeros((self.length, 3), np.int32), nowhere, (picture,))
+
+    def collate(self, rows: Sequence[Sequence[Example]], budget: Budget) -> DualBatch:
+        """Rows of pairs as a batch."""
+        return pairs_in_rows(rows, budget, self.length, self.values)
 
     def pictures(self, sources: Sequence[Any]) -> DualBatch:
         """A picture per row; the rows of a model have one length, so that one program serves all pictures."""
@@ -55,14 +92,21 @@ class DualProcessor:
 
     def texts(self, texts: Sequence[str]) -> DualBatch:
         """A text per row. Raises ValueError, naming it, for one that is longer than the model reads."""
-        tokens = np.full((len(texts), self.length), self._padding, np.int32)
-        segment = np.full_like(tokens, int(self.reads_padding))
-        for row, text in enumerate(texts):
+        rows = []
+        for text in texts:
             ids = self.tokenizer.encode_framed(self._plain(text))
             if len(ids) > self.length:
                 raise ValueError(f"a text has {len(ids)} tokens, the model reads {self.length}; shorten {text[:80]!r}")
-            tokens[row, : len(ids)], segment[row, : len(ids)] = ids, 1
+            rows.append(self._text(ids))
+        tokens, segment = (np.array(part, np.int32).reshape(-1, self.length) for part in zip(*rows))
         return DualBatch(tokens=tokens, segment=segment)
+
+    def _text(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens i32[length] with padding, and 1 where the model reads them."""
+        tokens = np.full(self.length, self._padding, np.int32)
+        read = np.full(self.length, int(self.reads_padding), np.int32)
+        tokens[: len(ids)], read[: len(ids)] = ids, 1
+        return tokens, read
 
     @property
     def _padding(self) -> int:
@@ -105,3 +149,7 @@ class DualProcessor:
         self.tokenizer.save(folder)
         image = self.rule.to_hf() | {"image_mean": list(self.mean), "image_std": list(self.std)}
         write_json(folder / "preprocessor_config.json", image)
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

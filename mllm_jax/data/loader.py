@@ -12,7 +12,8 @@ import collections
 import itertools
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import grain
@@ -20,12 +21,13 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from mllm_jax.data.answers import Pairs
+from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.mixture import Mixture, start_of
-from mllm_jax.data.pack import Budget, Packer, collate, fill
+from mllm_jax.data.pack import Budget, Packer, fill
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.readers import OVER_BUDGET, Guarded, InTurn, Process, Readers, Skipped
 from mllm_jax.data.records import BadData
-from mllm_jax.types import Batch, Example
+from mllm_jax.types import Batch, DualBatch, Example
 
 log = logging.getLogger(__name__)
 ENOUGH = 100  # records read before a share of bad ones says anything
@@ -45,7 +47,7 @@ class Info(NamedTuple):
 
 def make_loader(
     source: Any,
-    processor: Processor,
+    processor: Processor | DualProcessor,
     budget: Budget,
     batch_rows: int,
     *,
@@ -63,7 +65,7 @@ def make_loader(
     max_bad: float = 0.05,
     pairs: Pairs | None = None,
 ) -> grain.DatasetIterator:
-    """An iterator of (Batch, Info) with `get_state()`, `set_state(state)` and `close()`; the state is JSON.
+    """An iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is JSON.
 
     Batches depend on the source and on the options down to `streams`, never on who makes them. The states of all
     processes, joined by `join_states`, are a state for any number of processes.
@@ -71,7 +73,7 @@ def make_loader(
     Args:
         source: `len(source)` and `source[i] -> {"messages", "kind", "id"}`; a list of them, which are one set; or a
             `Mixture`, which is drawn from by weight.
-        processor: makes an `Example` of a conversation, and knows the size of a patch.
+        processor: makes an `Example` of a record, and a batch of rows of them; its kind is that of the model.
         budget: the shape of a batch row.
         batch_rows: B, over all processes.
         epochs: None repeats forever. A number reads everything so often, and fills the last batches with padding rows.
@@ -121,8 +123,10 @@ def make_loader(
         "streams": streams,
         "rows": batch_rows,
     }
-    layout = processor.spec.layout | ({"references": True} if pairs and pairs.references is not None else {})
-    settings = _Settings(budget, batch_rows // streams, window, workers, processes, layout, max_bad, process_count > 1)
+    several, collate = process_count > 1, processor.collate
+    if pairs and pairs.references is not None:
+        collate = partial(collate, references=True)
+    settings = _Settings(budget, batch_rows // streams, window, workers, processes, collate, max_bad, several)
     return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
 
 
@@ -139,7 +143,7 @@ class _Settings(NamedTuple):
     window: float
     workers: int
     processes: int
-    layout: dict[str, Any]  # what `collate` asks for beside rows and budget
+    collate: Callable[[list[list[Example]], Budget], Batch | DualBatch]
     max_bad: float
     endless: bool  # batches of padding after the end of the data
 
@@ -239,7 +243,7 @@ class _PackedIterator(grain.DatasetIterator):
         for stream, part in states.items():
             stream.set_state(part, itertools.islice(found, len(part["waiting"])))
 
-    def __next__(self) -> tuple[Batch, Info]:
+    def __next__(self) -> tuple[Batch | DualBatch, Info]:
         rows = {stream: [] for stream in self._streams}
         for _ in range(self._settings.rows):
             self._read()
@@ -276,9 +280,9 @@ class _PackedIterator(grain.DatasetIterator):
         left_out = sum((stream.left_out for stream in self._streams), collections.Counter())
         return sum(stream.used for stream in self._streams), left_out
 
-    def _batch(self, rows: list[list[Example]]) -> tuple[Batch, Info]:
+    def _batch(self, rows: list[list[Example]]) -> tuple[Batch | DualBatch, Info]:
         settings = self._settings
-        batch = collate(rows, settings.budget, **settings.layout)
+        batch = settings.collate(rows, settings.budget)
         skipped = dict(self._counts()[1])
         kinds = [[example.kind for example in row for _ in example.lengths or (0,)] for row in rows]
         info = Info(

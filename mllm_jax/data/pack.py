@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from mllm_jax.data.mix import alone
-from mllm_jax.types import NEWLINE, Batch, Example, Picture, Vision
+from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, Picture, Vision
 
 
 class Budget(NamedTuple):
@@ -120,7 +120,7 @@ def collate(
     return batch
 
 
-def fill(batch: Batch) -> dict[str, float]:
+def fill(batch: Batch | DualBatch) -> dict[str, float]:
     """Share of a batch that is not padding: {"tokens": 0..1, "patches": 0..1}; patches is 1.0 without patch rows."""
     patches = 1.0 if batch.vision is None else float((batch.vision.image > 0).mean())
     return {"tokens": float((batch.segment > 0).mean()), "patches": patches}

@@ -6,20 +6,20 @@ import numpy as np
 
 from mllm_jax.data.hf_inputs import Arrays, without_text
 from mllm_jax.data.pack import Budget, TooLarge, collate, place
-from mllm_jax.types import DualBatch, Picture
+from mllm_jax.types import DualBatch, Example, Picture
 
 
-def in_rows(rows: Sequence[Sequence[Picture]], patches: int, count: int = 1) -> DualBatch:
-    """Pictures in rows of `patches` places, at most `count` in each; embeddings come row by row.
+def in_rows(rows: Sequence[Sequence[Picture]], budget: Budget, count: int, values: int) -> DualBatch:
+    """Pictures in rows with room for `budget.rows` x `budget.patches`, at most `count` in each; embeddings come row by
+    row.
 
-    Raises TooLarge where a row has more patches or pictures.
+    values: of a patch. Raises TooLarge where a row has more patches or pictures.
     """
     if (most := max(map(len, rows))) > count:
         raise TooLarge(f"a row has {most} pictures, there is room for {count}")
-    values = next(picture.patches.shape[1] for row in rows for picture in row)
-    batch = collate([[without_text(tuple(row))] for row in rows], Budget(0, 1, patches), merge=1, values=values)
+    batch = collate([[without_text(tuple(row))] for row in rows], budget._replace(tokens=0), merge=1, values=values)
     first = np.full((len(rows), count), -1, np.int32)
-    for row, image in enumerate(batch.vision.image[:, 0]):
+    for row, image in enumerate(batch.vision.image.reshape(len(rows), -1)):
         numbers, places = np.unique(image, return_index=True)
         first[row, numbers[numbers > 0] - 1] = places[numbers > 0]
     return DualBatch(vision=batch.vision, first=first)
@@ -29,7 +29,8 @@ def one_each(pictures: Sequence[Picture], patches: int = 0) -> DualBatch:
     """A picture per row, in rows of at least `patches` places; of no pictures, an empty batch."""
     if not pictures:
         return DualBatch()
-    return in_rows([[picture] for picture in pictures], max([patches, *(len(picture.patches) for picture in pictures)]))
+    patches = max([patches, *(len(picture.patches) for picture in pictures)])
+    return in_rows([[picture] for picture in pictures], Budget(0, 1, patches), 1, pictures[0].patches.shape[1])
 
 
 def packed(pictures: Sequence[Picture], budget: Budget, count: int) -> DualBatch:
@@ -41,11 +42,30 @@ def packed(pictures: Sequence[Picture], budget: Budget, count: int) -> DualBatch
     if places is None:
         raise TooLarge(f"{len(pictures)} pictures do not fit {budget.rows} rows of {budget.patches} patches")
     rows = [[i for i, (row, _) in enumerate(places) if row == own] for own in range(budget.rows)]
-    batch = in_rows([[pictures[i] for i in row] for row in rows], budget.patches, count)
+    values = pictures[0].patches.shape[1]
+    batch = in_rows([[pictures[i] for i in row] for row in rows], budget._replace(rows=1), count, values)
     order = np.zeros(len(pictures), np.int32)
     for number, row in enumerate(rows):
         order[row] = number * count + np.arange(len(row))
     return batch._replace(order=order)
+
+
+def pairs_in_rows(rows: Sequence[Sequence[Example]], budget: Budget, length: int, values: int) -> DualBatch:
+    """Pictures and their texts, in the same order: picture i belongs to text i, and where there is none, nothing.
+
+    Args:
+      rows: B lists of pairs: an example has one picture, and as tokens its text with `length` tokens, padding included;
+        its weight says what of it is read.
+      budget: of a row. It has room for budget.tokens // length pairs.
+      values: of a patch.
+    """
+    count = budget.tokens // length
+    batch = in_rows([[picture for pair in row for picture in pair.pictures] for row in rows], budget, count, values)
+    tokens, segment = np.zeros((2, len(rows), count, length), np.int32)
+    for row, pairs in enumerate(rows):
+        for number, pair in enumerate(pairs):
+            tokens[row, number], segment[row, number] = pair.tokens, pair.weight
+    return batch._replace(tokens=tokens.reshape(-1, length), segment=segment.reshape(-1, length))
 
 
 def with_texts(batch: DualBatch, arrays: Arrays, reads_padding: bool) -> DualBatch:

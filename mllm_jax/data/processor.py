@@ -11,13 +11,13 @@ import numpy as np
 from mllm_jax.data import images, video
 from mllm_jax.data.answers import together
 from mllm_jax.data.mix import spread
-from mllm_jax.data.pack import Budget, TooLarge, place
+from mllm_jax.data.pack import Budget, TooLarge, collate, place
 from mllm_jax.data.positions import rotary_positions
 from mllm_jax.data.records import DOCUMENT
 from mllm_jax.data.spec import SEEING, ProcessorSpec, read_spec, write_spec
 from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer
 from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm
-from mllm_jax.types import Example, Picture
+from mllm_jax.types import Batch, Example, Picture
 
 
 class Processor:
@@ -88,6 +88,14 @@ class Processor:
             prefix=int(np.argmax(np.append(weight, 1) > 0)) if self.spec.prefix else 0,
             mix=mix,
         )
+
+    def example(self, record: dict[str, Any], budget: Budget) -> Example:
+        """A conversation to learn from, see data/records.py."""
+        return self(record["messages"], budget=budget)
+
+    def collate(self, rows: Sequence[Sequence[Example]], budget: Budget, references: bool = False) -> Batch:
+        """Rows of conversations as a batch; `references`: see `mllm_jax.data.pack.collate`."""
+        return collate(rows, budget, **self.spec.layout, references=references)
 
     def decode(self, tokens) -> str:
         """The text of tokens, without the special ones."""

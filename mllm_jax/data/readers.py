@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from typing import Any, NamedTuple
 
 from mllm_jax.data.answers import Pairs
+from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import BadRecord
@@ -52,7 +53,7 @@ class Process:
     pairs: how pairs of answers are read; None = what is learned is a conversation, with the chosen answer of a pair.
     """
 
-    def __init__(self, processor: Processor, budget: Budget, strict: bool, pairs: Pairs | None = None):
+    def __init__(self, processor: Processor | DualProcessor, budget: Budget, strict: bool, pairs: Pairs | None = None):
         self.processor, self.budget, self.strict, self.pairs = processor, budget, strict, pairs
 
     def __call__(self, record: dict[str, Any] | Skipped) -> Example | Skipped:
@@ -60,7 +61,7 @@ class Process:
             return record
         try:
             if self.pairs is None:
-                return self.processor(record["messages"], budget=self.budget)._replace(kind=record["kind"])
+                return self.processor.example(record, self.budget)._replace(kind=record["kind"])
             return self.pairs(self.processor, record, self.budget)
         except BadRecord as error:
             if self.strict:

@@ -8,15 +8,15 @@ A record is a mapping; fields that are not named here are ignored, and one that 
     {"images": [A], "texts": [{"user": "What is it?", "assistant": ...}]}
     {"texts": ["A cat.", None, "A dog."], "images": [None, A, None]}
     {"text_list": ["A cat.", ...], "image_info": [{"image_name": A, "matched_text_index": 0}]}
-    {"images": [A], "text": "A cat."}
+    {"images": [A], "text": "A cat."}, or "caption"
 
 The first is that of Qwen and OpenAI; parts of its content that name no file take those of "images" in turn. The second
 is LLaVA's: `<image>` and `<video>` stand for the files in "image" or "images", "video" or "videos", in turn. In the
 third and the fourth (The Cauldron's), files go before the first question, unless `<image>` or `<video>` say where.
 The others are documents, where nobody asks: interleaved as in OBELICS, as in MMC4, and a text with what it is about.
 
-Of a pair of answers one is chosen and one rejected. To a conversation that ends with the chosen one "rejected" is added;
-or the answers stand beside the question, as TRL, RLHF-V and MMPR write them:
+Of a pair of answers one is chosen and one rejected. To a conversation that ends with the chosen one "rejected" is
+added; or the answers stand beside the question, as TRL, RLHF-V and MMPR write them:
 
     {"images": [A], "messages": [..., {"role": "assistant", "content": "A cat."}], "rejected": "A dog."}
     {"images": [A], "prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
@@ -36,7 +36,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
 MEDIA = ("image", "video")
 LAYOUT = {"messages", "conversations", "image", "images", "video", "videos", "frames", "fps", "text", "texts"}
-LAYOUT |= {"text_list", "image_info"}
+LAYOUT |= {"caption", "text_list", "image_info"}
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 PARAGRAPH = "\n\n"  # between neighbouring texts of a document
 Messages = list[dict[str, Any]]
@@ -144,7 +144,7 @@ def _document(record: dict[str, Any]) -> Messages | None:
         parts = _mmc4(texts, record.get("image_info", []))
     elif isinstance(texts := record.get("texts"), list) and all(isinstance(text, str | None) for text in texts):
         parts = _interleaved(texts, record.get("images", [None] * len(texts)))
-    elif isinstance(text := record.get("text"), str):
+    elif isinstance(text := record.get("text", record.get("caption")), str):
         parts = [*_parts(_files(record)), {"type": "text", "text": text}]
     else:
         return None

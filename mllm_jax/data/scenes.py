@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 COLOURS = {
     "red": (200, 40, 40),
@@ -245,6 +245,12 @@ def _point(r: Random, height: int, width: int, cell: int) -> Question | None:
     return Question(scene, f"Box of the {thing.colour} {thing.shape}?", json.dumps({"bbox_2d": box}))
 
 
+def _caption(r: Random, height: int, width: int, cell: int) -> Question:
+    scene = Scene(height, width, _things(r, height, width, cell, SMALL, r.randint(1, 4)))
+    order = sorted(scene.things, key=lambda thing: (thing.y // cell, thing.x))
+    return Question(scene, "What?", ", ".join(f"{thing.colour} {thing.shape}" for thing in order))
+
+
 class Kind(NamedTuple):
     draw: Callable[[Random, int, int, int], Question | None]  # (random, height, width, cell); None = draw again
     chance: float
@@ -259,7 +265,16 @@ KINDS = {
     "movement": Kind(_movement, 1 / len(MOVES)),
     "word": Kind(_word, 1 / len(WORDS)),
     "point": Kind(_point, 0.0),
+    "caption": Kind(_caption, 0.0),
 }
+
+
+def scenes_pair_tokenizer() -> Tokenizer:
+    """That of `scenes` for texts that stand alone: each ends in <|im_end|>."""
+    tokenizer, end = scenes_tokenizer(), "<|im_end|>"
+    special = [(end, tokenizer.token_to_id(end))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=special)
+    return tokenizer
 
 
 def scenes_tokenizer() -> Tokenizer:

@@ -95,10 +95,14 @@ class Tokenizer:
         """The tokens of a text that people wrote: special tokens in it are letters like any other."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def encode_framed(self, text: str) -> list[int]:
-        """The tokens of a text that people wrote, between those that this tokenizer puts around every text."""
+    def encode_framed(self, text: str, length: int | None = None) -> list[int]:
+        """The tokens of a text that people wrote, between those that this tokenizer puts around every text.
+
+        length: of all together at most; what is too much is left out of the text. None = any.
+        """
         before, after = self.frame
-        return [*before, *self.encode(text), *after]
+        room = None if length is None else length - len(before) - len(after)
+        return [*before, *self.encode(text)[:room], *after]
 
     @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.pairs import one_each
+from mllm_jax.data.resize import Crop
 from mllm_jax.dual import ClassPool, DualConfig, TokenPool
 from mllm_jax.families import duals
 from mllm_jax.families.rows import linear
@@ -59,6 +60,12 @@ INPUTS = SQUARE
 def pictures(config: DualConfig, arrays: Arrays) -> DualBatch:
     """Pictures of one size, each in a row of its own."""
     return one_each(square_pictures(config, arrays))
+
+
+def rule(config: DualConfig) -> Crop:
+    """How pictures are cut where no preprocessor_config.json says it."""
+    side = config.encoder.position_grid * config.encoder.patch_size
+    return Crop(side, (side, side))
 
 
 IGNORE, RENAME = duals.IGNORE, duals.RENAME

@@ -6,6 +6,7 @@ from typing import Any
 
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.pairs import one_each
+from mllm_jax.data.resize import Stretch
 from mllm_jax.dual import DualConfig, TokenPool
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import duals
@@ -86,6 +87,12 @@ INPUTS = SQUARE
 def pictures(config: DualConfig, arrays: Arrays) -> DualBatch:
     """Pictures of one size, each in a row of its own."""
     return one_each(square_pictures(config, arrays))
+
+
+def rule(config: DualConfig) -> Stretch:
+    """How pictures are resized where no preprocessor_config.json says it."""
+    side = config.encoder.position_grid * config.encoder.patch_size
+    return Stretch((side, side))
 
 
 IGNORE, RENAME = duals.IGNORE, duals.RENAME

@@ -6,6 +6,7 @@ from typing import Any
 
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.pairs import one_each
+from mllm_jax.data.resize import Keep
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import duals, siglip
 from mllm_jax.families.towers import NAFLEX
@@ -41,6 +42,11 @@ def pictures(config: DualConfig, arrays: Arrays) -> DualBatch:
     """Pictures of any size, each in a row of its own that is as long as the processor made it."""
     found = pictures_of_any_size(config, arrays)
     return one_each(found, arrays["pixel_values"].shape[1] if found else 0)
+
+
+def rule(config: DualConfig) -> Keep:
+    """How pictures are resized where no preprocessor_config.json says it: as many patches as there are positions."""
+    return Keep(config.encoder.patch_size, config.encoder.position_grid**2)
 
 
 IGNORE, RENAME = duals.IGNORE, duals.RENAME

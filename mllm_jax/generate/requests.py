@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.pack import collate, tightest
+from mllm_jax.dual import DualConfig
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.types import Array, Batch
 
@@ -71,6 +72,10 @@ def until(tokens, stop: Sequence[int]):
 
 
 def _processor(vlm: Any):
+    if isinstance(vlm.config, DualConfig):
+        raise ValueError(
+            f"a dual encoder, of family {vlm.config.family}, writes no texts; see encode_image and classify"
+        )
     if vlm.processor is None:
         raise ValueError(
             "the model was loaded from a folder without a tokenizer and chat template, so it cannot read messages: put "

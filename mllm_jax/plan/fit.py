@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_jax.config import ConfigError
 from mllm_jax.families import FAMILIES
+from mllm_jax.model import ModelConfig
 from mllm_jax.train.run import Run
 from mllm_jax.train.stages import is_run
 
@@ -15,6 +16,8 @@ PARTS = ("encoder", "connector", "decoder")
 
 def check_run(run: Run) -> None:
     """Raises ConfigError, which says what to change, where a run cannot be trained on any devices."""
+    if not isinstance(run.model, ModelConfig):
+        raise ConfigError("config.model is a dual encoder; plans are made of models that answer")
     longest = _positions(run)
     if run.data.tokens > longest:
         raise ConfigError(

@@ -17,11 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.api import Pretrained
+from mllm_jax.api import Pretrained, load_processor
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
-from mllm_jax.data.processor import Processor
-from mllm_jax.families import spec_for
+from mllm_jax.dual import DualConfig
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.base import completed, saved
@@ -103,7 +102,9 @@ def read_config(workdir: str | Path, step: int | None = None) -> Run:
     return read_run(_about(workdir, step)[1])
 
 
-def restore_params(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
+def restore_params(
+    workdir: str | Path, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[ModelConfig | DualConfig, dict]:
     """A model and its fp32 parameters for generation and evaluation, without the optimizer's state.
 
     Args:
@@ -131,9 +132,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None
     Args and errors are those of `restore_params`.
     """
     model, params = restore_params(workdir, step, mesh)
-    return Pretrained(
-        model, model.build(), params, Processor.from_folder(run_folder(workdir) / PROCESSOR, spec_for(model))
-    )
+    return Pretrained(model, model.build(), params, load_processor(run_folder(workdir) / PROCESSOR, model))
 
 
 def _reader(workdir: str | Path) -> ocp.CheckpointManager:

@@ -47,7 +47,7 @@ KINDS = {
 }
 
 
-def contrastive_loss(kind: str, pictures, texts, scale, bias=0.0, rules: Rules = ()) -> Array:
+def contrastive_loss(kind: str, pictures, texts, scale, bias=0.0, rules: Rules = (), real=None) -> Array:
     """The mean loss of a pair, f32[]; picture i belongs to text i, and all others are wrong.
 
     "softmax": cross-entropy of finding the text of a picture among all, and the picture of a text, halved (CLIP,
@@ -58,6 +58,7 @@ def contrastive_loss(kind: str, pictures, texts, scale, bias=0.0, rules: Rules =
       pictures, texts: f32[n D] embeddings of unit length.
       scale, bias: f32[]; a logit is scale * cosine + bias.
       rules: `batch` says over which axes of the ambient mesh the pairs lie; none for a single device.
+      real: bool[n] which pairs are there; the rest is padding, which nothing depends on. None = all.
     """
     if kind not in KINDS:
         raise ValueError(f"the loss must be one of {sorted(KINDS)}, not {kind!r}")
@@ -66,49 +67,55 @@ def contrastive_loss(kind: str, pictures, texts, scale, bias=0.0, rules: Rules =
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if mesh.empty else fitting_axes("batch", len(pictures), rules, mesh)
     scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
-    right = scale * jnp.sum(pictures * texts, axis=-1) + bias
+    real = jnp.ones(len(pictures)) if real is None else real.astype(jnp.float32)
+    right = jnp.sum(real * (scale * jnp.sum(pictures * texts, axis=-1) + bias))
     # -log sigmoid(x) = -log sigmoid(-x) - x, as for the softmax: the right pairs are taken off at the end.
-    return (_all_pairs(pictures, texts, scale, bias, KINDS[kind], axes) - jnp.sum(right)) / len(pictures)
+    return (_all_pairs(pictures, texts, scale, bias, real, KINDS[kind], axes) - right) / jnp.maximum(jnp.sum(real), 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _all_pairs(pictures, texts, scale, bias, kind: _Kind, axes: tuple[str, ...]):
-    return _forward(pictures, texts, scale, bias, kind, axes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _all_pairs(pictures, texts, scale, bias, real, kind: _Kind, axes: tuple[str, ...]):
+    return _forward(pictures, texts, scale, bias, real, kind, axes)[0]
 
 
-def _forward(pictures, texts, scale, bias, kind, axes):
-    def on_device(pictures, texts, scale, bias):
+def _forward(pictures, texts, scale, bias, real, kind, axes):
+    def on_device(pictures, texts, scale, bias, real):
         def meet(of_picture, guest):
-            text, of_text = guest
-            logits = scale * _similarity(pictures, text) + bias
+            text, is_text, of_text = guest
+            logits = _of_pairs(scale * _similarity(pictures, text) + bias, real, is_text)
             of_picture = kind.join(of_picture, kind.of(logits, axis=1))
-            return of_picture, (text, kind.join(of_text, kind.of(logits, axis=0)))
+            return of_picture, (text, is_text, kind.join(of_text, kind.of(logits, axis=0)))
 
         nothing = jnp.full(len(pictures), kind.nothing)
-        of_picture, (_, of_text) = _round(axes, meet, nothing, (texts, nothing))
+        of_picture, (*_, of_text) = _round(axes, meet, nothing, (texts, real, nothing))
+        of_picture, of_text = (jnp.where(real > 0, sums, 0) for sums in (of_picture, of_text))
         return _total((jnp.sum(of_picture) + jnp.sum(of_text)) / 2, axes), of_picture, of_text
 
-    total, *sums = _spread(on_device, axes, "nnss", "snn")(pictures, texts, scale, bias)
-    return total, (pictures, texts, scale, bias, *sums)
+    total, *sums = _spread(on_device, axes, "nnssn", "snn")(pictures, texts, scale, bias, real)
+    return total, (pictures, texts, scale, bias, real, *sums)
 
 
 def _backward(kind, axes, saved, d_total):
-    def on_device(pictures, texts, scale, bias, of_picture, of_text):
+    def on_device(pictures, texts, scale, bias, real, of_picture, of_text):
         def meet(found, guest):
             d_pictures, d_scale, d_bias = found
-            text, of_text, d_text = guest
+            text, is_text, of_text, d_text = guest
             similarity = _similarity(pictures, text)
-            slope = kind.slope(scale * similarity + bias, of_picture[:, None], of_text)
+            logits = _of_pairs(scale * similarity + bias, real, is_text)
+            slope = kind.slope(logits, of_picture[:, None], of_text)
             d_scale, d_bias = d_scale + jnp.sum(slope * similarity), d_bias + jnp.sum(slope)
             d_text += _product("ij,iD->jD", slope, pictures)
-            return (d_pictures + _product("ij,jD->iD", slope, text), d_scale, d_bias), (text, of_text, d_text)
+            d_pictures += _product("ij,jD->iD", slope, text)
+            return (d_pictures, d_scale, d_bias), (text, is_text, of_text, d_text)
 
         zero, zeros = jnp.zeros(()), jnp.zeros(pictures.shape)
-        (d_pictures, *d_scalars), (*_, d_texts) = _round(axes, meet, (zeros, zero, zero), (texts, of_text, zeros))
+        guests = (texts, real, of_text, zeros)
+        (d_pictures, *d_scalars), (*_, d_texts) = _round(axes, meet, (zeros, zero, zero), guests)
         return scale * d_pictures, scale * d_texts, *(_total(x, axes) for x in d_scalars)
 
-    gradients = _spread(on_device, axes, "nnssnn", "nnss")(*saved)
-    return tuple((d_total * gradient).astype(x.dtype) for gradient, x in zip(gradients, saved))
+    gradients = _spread(on_device, axes, "nnssnnn", "nnss")(*saved)
+    gradients = tuple((d_total * gradient).astype(x.dtype) for gradient, x in zip(gradients, saved))
+    return *gradients, jnp.zeros_like(saved[4])
 
 
 _all_pairs.defvjp(_forward, _backward)
@@ -132,6 +139,11 @@ def _spread(on_device, axes, inputs: str, outputs: str):
     ins, outs = (tuple(specs[letter] for letter in letters) for letters in (inputs, outputs))
     spread = jax.shard_map(on_device, in_specs=ins, out_specs=outs, check_vma=False)
     return lambda *args: spread(*map(place, args, ins))
+
+
+def _of_pairs(logits, is_picture, is_text):
+    """Logits [i j] of what is there; of what is not -inf, as if it could not be meant."""
+    return jnp.where((is_picture[:, None] > 0) & (is_text > 0), logits, -jnp.inf)
 
 
 def _total(x, axes):

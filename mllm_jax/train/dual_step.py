@@ -31,7 +31,7 @@ def make_contrastive_step(
       tx: of `make_optimizer(optim, ...)`.
     Returns:
       metrics, f32 scalars: loss (mean of a pair), scale and bias of the logits, grad_norm (before clipping),
-      learning_rate, finite (1 or 0).
+      learning_rate, finite (1 or 0), pairs, tokens, patches (counts without padding).
     """
     model, layout = config.build(), state_shardings(config, tx, mesh, config.runtime.rules)
     pinned, _ = split(layout.params, optim.freeze)
@@ -41,7 +41,8 @@ def make_contrastive_step(
         out = model.apply(params, batch)
         scale, bias = model.apply(params, method="temperature")
         everywhere = config.runtime.within("encoder").rules  # pairs lie on all axes, as pictures do
-        value = contrastive_loss(config.loss, out.image_embeddings, out.text_embeddings, scale, bias, everywhere)
+        embeddings = (out.image_embeddings, out.text_embeddings)
+        value = contrastive_loss(config.loss, *embeddings, scale, bias, everywhere, real_pairs(batch))
         return value, dict(loss=value, scale=scale, bias=bias)
 
     def bounded(params):
@@ -54,9 +55,24 @@ def make_contrastive_step(
             (_, found), grads = jax.value_and_grad(loss, has_aux=True)(*split(state.params, optim.freeze), batch)
             grads = jax.lax.with_sharding_constraint(grads, pinned)
             state, about = update(state, grads, found, tx, optim, bounded)
-            return state, {name: jnp.asarray(x, jnp.float32) for name, x in (found | about).items()}
+            metrics = found | about | _count(batch)
+            return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, PartitionSpec())))
+
+
+def real_pairs(batch: DualBatch) -> jax.Array:
+    """bool[pictures] which pictures of a batch, and so which pairs, are no padding."""
+    real = jnp.ravel(batch.first >= 0)
+    return real if batch.order is None else real[batch.order]
+
+
+def _count(batch: DualBatch) -> dict[str, jax.Array]:
+    return dict(
+        pairs=jnp.sum(real_pairs(batch)),
+        tokens=jnp.sum(batch.segment > 0),
+        patches=jnp.sum(batch.vision.image > 0),
+    )
 
 
 def pair_shardings(batch: DualBatch, mesh: Mesh, rules: Rules) -> DualBatch:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from mllm_jax.dual import DualConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, abstract_params, in_full
 from mllm_jax.train.optim import split
-from mllm_jax.types import Batch
+from mllm_jax.types import Batch, DualBatch
 
 MATRICES = ("/w", "/lora_down", "/lora_up")
 PIXELS = "encoder/patch_embed/w"  # the weight whose input needs no gradient
@@ -37,8 +38,8 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
-def useful(batch: Batch, window: int = 0) -> Counts:
-    """What is in a batch of numpy arrays: conversations, pictures, and targets with a weight.
+def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
+    """What is in a batch of numpy arrays: conversations or texts, pictures, and targets with a weight.
 
     window: tokens that layers with a window see (`DecoderConfig.window`).
     """
@@ -49,12 +50,12 @@ def useful(batch: Batch, window: int = 0) -> Counts:
         token_pairs=float((conversations**2).sum() / 2),
         patches=float(pictures.sum()),
         patch_pairs=float((pictures**2).sum()),
-        targets=float(np.count_nonzero(batch.weight)),
+        targets=float(np.count_nonzero(getattr(batch, "weight", 0))),
         near_pairs=near_pairs(conversations, window),
     )
 
 
-def padded(batch: Batch, window: int = 0) -> Counts:
+def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
     """What a batch has room for: every row one conversation, every row of patches one picture, a target everywhere."""
     rows, length = batch.tokens.shape
     row, patch_row, patches = (0, 0, 0) if batch.vision is None else batch.vision.image.shape
@@ -78,8 +79,9 @@ def _sizes(numbers) -> np.ndarray:
     return np.concatenate([np.bincount(np.ravel(row))[1:] for row in np.asarray(numbers)]).astype(np.float64)
 
 
-def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = ()) -> dict[str, Flops]:
-    """Forward and backward FLOPs of "encoder", "connector", "decoder" and "head".
+def count_flops(config: ModelConfig | DualConfig, counts: Counts, freeze: tuple[str, ...] = ()) -> dict[str, Flops]:
+    """Forward and backward FLOPs of "encoder", "connector", "decoder" and "head", or of a dual encoder's "encoder" and
+    "text", without its pools and the cosines of pairs.
 
     Backward, a product costs as much as forward once for its weight's gradient if that weight is trained, and once for
     its input's gradient if anything in its part or before it is trained. What remat repeats is not counted.
@@ -89,22 +91,18 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
       freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
     """
     encoder, decoder = config.encoder, config.decoder
-    per_token = 1 if config.connector is None else config.connector.patches_per_token
     whole = abstract_params(in_full(config))
     params, trained = flatten_dict(whole, sep="/"), set(flatten_dict(split(whole, freeze)[0], sep="/"))
     head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
     kinds = () if decoder is None else decoder.kinds
-    rows = dict(
-        encoder=counts.patches,
-        connector=counts.patches / per_token,
-        decoder=counts.tokens,
-        head=counts.targets,
+    rows = ROWS[type(config)](config, counts)
+    of_tokens = sum(
+        (counts.near_pairs if kind.window else counts.token_pairs) * decoder.attention.pair_flops for kind in kinds
     )
     attention = dict(
         encoder=0 if encoder is None else 4 * encoder.width * _pairs(encoder, counts),
-        decoder=sum(
-            (counts.near_pairs if kind.window else counts.token_pairs) * decoder.attention.pair_flops for kind in kinds
-        ),
+        decoder=of_tokens,
+        text=of_tokens,
     )
     result, reached = {}, False
     for part in rows:
@@ -112,13 +110,32 @@ def count_flops(config: ModelConfig, counts: Counts, freeze: tuple[str, ...] = (
         matrices = [path for path in params if path.endswith(MATRICES) and inside(path)]
         if part == "head":
             matrices = [path for path in params if path == head]
-        reached = reached or any(map(inside, trained))  # whether backward gets as far as this part's input
+        # whether backward gets as far as this part's input; before texts there is nothing
+        reached = (reached and part != "text") or any(map(inside, trained))
         product = {path: 2 * rows[part] * params[path].size * _share(path, config) for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)
         to_inputs = sum(product[path] for path in matrices if path != PIXELS)
         own = attention.get(part, 0)
         result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
     return result
+
+
+def _rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
+    """Rows that the weights of every part multiply, the parts in their order."""
+    per_token = 1 if config.connector is None else config.connector.patches_per_token
+    return dict(
+        encoder=counts.patches,
+        connector=counts.patches / per_token,
+        decoder=counts.tokens,
+        head=counts.targets,
+    )
+
+
+def _rows_of_towers(config: DualConfig, counts: Counts) -> dict[str, float]:
+    return dict(encoder=counts.patches, text=counts.tokens)
+
+
+ROWS = {ModelConfig: _rows_of_language, DualConfig: _rows_of_towers}
 
 
 def _pairs(encoder: VitConfig, counts: Counts) -> float:

@@ -18,7 +18,6 @@ from mllm_jax.train.inputs import DataConfig
 from mllm_jax.train.processes import compiled_together
 from mllm_jax.train.run import Run
 from mllm_jax.train.step import batch_shardings, make_eval_step
-from mllm_jax.types import Batch
 
 
 class Spread:
@@ -54,8 +53,8 @@ class HeldOut:
         """
         right, asked = collections.Counter(), collections.Counter()
         loss, weight, load = 0.0, 0.0, 0
-        for batch, info in _batches(self.source, self.processor, self.data, self.rows):
-            found = jax.device_get(self._step(params, self._place(batch)))
+        for batch, info in batches(self.source, self.processor, self.data, self.rows):
+            found = jax.device_get(self._step(params, placed(batch, batch_shardings(batch, self.mesh, self.rules))))
             loss, weight = loss + float(found["loss_sum"]), weight + float(found["weight"])
             load += found.get("load", 0)
             for row, kinds in enumerate(info.kinds):
@@ -65,11 +64,11 @@ class HeldOut:
         known = {"loss": loss / max(weight, 1e-9), "conversations": asked.total(), "exact_match": shares(right, asked)}
         return known | ({"expert_load": load.tolist()} if np.ndim(load) else {})
 
-    def _place(self, batch: Batch) -> Batch:
-        """Every process has made the whole batch, and puts its devices' part of it there."""
-        layout = batch_shardings(batch, self.mesh, self.rules)
-        place = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-        return jax.tree.map(place, batch, layout)
+
+def placed(batch: Any, layout: Any) -> Any:
+    """A batch on the devices: every process has made the whole of it, and puts its devices' part there."""
+    place = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(place, batch, layout)
 
 
 def shares(right: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, float]:
@@ -78,7 +77,8 @@ def shares(right: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, floa
     return {"all": sum(right.values()) / max(sum(asked.values()), 1), **by_kind}
 
 
-def _batches(source: Any, processor: Processor, data: DataConfig, rows: int) -> Iterator[tuple[Batch, Info]]:
+def batches(source: Any, processor: Any, data: DataConfig, rows: int) -> Iterator[tuple[Any, Info]]:
+    """All records of a source once, in batches of the shape of training."""
     loader = make_loader(
         source,
         processor,

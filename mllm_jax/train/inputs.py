@@ -1,4 +1,4 @@
-"""Where a run's conversations come from, and how they reach the devices."""
+"""Where a run's conversations, or pairs of a picture and a text, come from, and how they reach the devices."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,17 +12,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.answers import Pairs
+from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_tokenizer
+from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_pair_tokenizer, scenes_tokenizer
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate, Tokenizer
-from mllm_jax.families import spec_for
+from mllm_jax.dual import DualConfig
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model import ModelConfig
 from mllm_jax.sharding import Rules, partition_spec
+from mllm_jax.train.dual_step import pair_shardings
 from mllm_jax.train.step import batch_shardings
-from mllm_jax.types import Batch
+from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import local_folder
 
 SCENES = "scenes"  # the processor of the embedded set
@@ -34,7 +37,8 @@ class DataConfig:
     """The shape of a batch, and how conversations come into it.
 
     batch: rows of a batch, over all processes and accumulated parts.
-    tokens, rows, patches: a row holds `tokens` tokens and `rows` x `patches` patches; no picture exceeds `patches`.
+    tokens, rows, patches: a row holds `tokens` tokens and `rows` x `patches` patches; no picture exceeds `patches`. Of
+      pairs of a picture and a text, each text takes as many tokens as the model reads.
     min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
     epochs: None repeats forever (optim.steps ends the run).
     blind: leave all pictures and clips out, for a text-only baseline.
@@ -109,8 +113,48 @@ def without_pictures(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"messages": [message | {"content": texts(message["content"])} for message in record["messages"]]}
 
 
-def make_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
-    """The processor in a folder, of the hub, or of `scenes`; ConfigError unless it fits the model."""
+def make_processor(source: str, model: ModelConfig | DualConfig, data: DataConfig) -> Processor | DualProcessor:
+    """The processor in a folder, of the hub, or of `scenes`, of the model's kind; ConfigError unless it fits it."""
+    return PROCESSORS[type(model)](source, model, data)
+
+
+def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProcessor:
+    encoder = model.encoder
+    if source == SCENES:
+        processor = DualProcessor(
+            Tokenizer(scenes_pair_tokenizer(), {"eos_token": SEEING.end_of_turn, "pad_token": "<|endoftext|>"}),
+            FAMILIES[model.family].rule(model),
+            encoder.pixel_mean,
+            encoder.pixel_std,
+            encoder.patch_size,
+            encoder.lead,
+            model.text.positions,
+            model.text_pool.token == "last",
+        )
+    elif not source:
+        raise ConfigError("config.processor must name a folder with a tokenizer and a preprocessor_config.json")
+    else:
+        try:
+            processor = DualProcessor.from_folder(local_folder(source), model)
+        except FileNotFoundError as error:
+            raise ConfigError(f"config.processor: {error}") from error
+    if (processor.mean, processor.std) != (encoder.pixel_mean, encoder.pixel_std):
+        raise ConfigError(
+            f"config.processor has pixels of mean {processor.mean} and deviation {processor.std}, "
+            f"config.model.encoder of {encoder.pixel_mean} and {encoder.pixel_std}"
+        )
+    if data.tokens % processor.length:
+        raise ConfigError(
+            f"config.data.tokens={data.tokens} must be a multiple of the {processor.length} tokens of a text: so many "
+            "pairs of them lie in a row"
+        )
+    if not data.rows or data.patches <= encoder.lead:
+        raise ConfigError(f"config.data: rows={data.rows} of patches={data.patches} have no room for a picture")
+    _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
+    return processor
+
+
+def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
     limits = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
@@ -145,14 +189,26 @@ def _checked(processor: Processor, model: ModelConfig) -> Processor:
         }
     if wrong := [f"{name} is {ours}, the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
         raise ConfigError(f"config.processor does not fit config.model: {'; '.join(wrong)}")
-    if words > model.decoder.vocab:
-        raise ConfigError(
-            f"config.model.decoder.vocab={model.decoder.vocab} is less than the processor's {words} tokens"
-        )
+    _check_words(words, model.decoder.vocab, "config.model.decoder")
     return processor
 
 
-def open_data(data: DataConfig, processor: Processor, mesh: Mesh, rules: Rules, pairs: Pairs | None = None) -> Any:
+def _check_words(words: int, vocab: int, where: str) -> None:
+    if words > vocab:
+        raise ConfigError(f"{where}.vocab={vocab} is less than the processor's {words} tokens")
+
+
+PROCESSORS = {ModelConfig: _chat_processor, DualConfig: _pair_processor}
+LAYOUTS = {Batch: batch_shardings, DualBatch: pair_shardings}
+
+
+def open_data(
+    data: DataConfig,
+    processor: Processor | DualProcessor,
+    mesh: Mesh,
+    rules: Rules,
+    pairs: Pairs | None = None,
+) -> Any:
     """The loader of this process's share of every batch: an iterator of (Batch, Info) with get_state and set_state.
 
     pairs: see `make_loader`.
@@ -223,10 +279,11 @@ class Placer:
         self.rows, self.mesh, self.rules = rows, mesh, rules
         self._layout = None  # that of the first batch: all have one shape
 
-    def __call__(self, batch: Batch) -> Batch:
-        whole = lambda x: (self.rows, *x.shape[1:])
+    def __call__(self, batch: Batch | DualBatch) -> Batch | DualBatch:
+        shares = self.rows // batch.rows
+        whole = lambda x: (shares * x.shape[0], *x.shape[1:])
         if self._layout is None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
-            self._layout = batch_shardings(shapes, self.mesh, self.rules)
+            self._layout = LAYOUTS[type(batch)](shapes, self.mesh, self.rules)
         place = lambda x, sharding: jax.make_array_from_process_local_data(sharding, x, whole(x))
         return jax.tree.map(place, batch, self._layout)

@@ -26,12 +26,12 @@ from mllm_jax.sharding import make_mesh
 from mllm_jax.train.base import completed, note_base, saved
 from mllm_jax.train.checkpoint import PROCESSOR, Checkpoints
 from mllm_jax.train.flops import Counts, count_flops, padded, peak_flops, useful
-from mllm_jax.train.heldout import HeldOut
 from mllm_jax.train.initial import first_params, processor_of
 from mllm_jax.train.inputs import Placer, make_processor, open_data
 from mllm_jax.train.metrics import Meter, Reporter, short
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.processes import Lost, compiled_together, noticing_others
+from mllm_jax.train.retrieval import held_out
 from mllm_jax.train.run import Run, read_run, train_step
 from mllm_jax.train.state import TrainState, abstract_state, state_from_params, state_shardings
 from mllm_jax.types import Batch
@@ -122,7 +122,7 @@ class Training:
         tx, _ = make_optimizer(run.optim, abstract_params(model))
         self.loader, self.place = open_data(data, processor, mesh, rules), Placer(data.batch, mesh, rules)
         self.train_step = compiled_together(train_step(run, tx, mesh))
-        self.evaluate = HeldOut(run, processor, mesh, heldout) if heldout is not None else None
+        self.evaluate = held_out(run, processor, mesh, heldout) if heldout is not None else None
         self.checkpoints = Checkpoints(workdir, run.train.keep)
         self.resumed = self.checkpoints.latest() is not None
         self.state, self.position = self._resume(tx, mesh) if self.resumed else self._begin(tx, mesh)
@@ -192,7 +192,8 @@ class Training:
             peak and peak * mesh.size,
             writes=jax.process_index() == 0,
         )
-        parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in count_params(run.model).items())
+        sizes = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.model).items()}
+        parts = ", ".join(f"{part} {size}" for part, size in sizes.items() if size != "0.00M")
         began = "goes on" if self.resumed else "begins"
         report.line(f"{workdir} {began} at step {self.step} of {run.optim.steps} on {mesh.size} x {device}: {parts}")
         return report
@@ -204,7 +205,7 @@ class Training:
         batch, info = next(self.loader, (None, None))
         if batch is None:
             return None
-        processes = self.settings.data.batch / len(batch.tokens)  # this one's share stands for all
+        processes = self.settings.data.batch / batch.rows  # this one's share stands for all
         counts = useful(batch, self.settings.model.decoder.window)
         needed = {part: processes * float(costs @ counts) for part, costs in self.flops.items()}
         if not self.compiled:

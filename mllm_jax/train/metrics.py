@@ -215,12 +215,14 @@ class Reporter:
             self._file.show()
 
     def heldout(self, step: int, found: dict[str, Any]) -> None:
-        """Takes the result of an evaluation."""
+        """Takes the result of an evaluation: numbers, and under the name of a measure its shares by kind."""
         if self.writes:
             self._file.write({"step": step, "heldout": found})
-            self._scalars("heldout", {"step": step, "loss": found["loss"], **found["exact_match"]})
-            shown = "  ".join(f"{kind} {share:.1%}" for kind, share in found["exact_match"].items())
-            self._display.line(f"held-out {step}/{self.steps}  loss {found['loss']:.4f}  exact match: {shown}")
+            measure, shares = next((name, value) for name, value in found.items() if isinstance(value, dict))
+            self._scalars("heldout", {"step": step, "loss": found["loss"], **shares})
+            shown = "  ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
+            measured = f"{measure.replace('_', ' ')}: {shown}"
+            self._display.line(f"held-out {step}/{self.steps}  loss {found['loss']:.4f}  {measured}")
 
     def line(self, text: str) -> None:
         """Says something."""

@@ -18,6 +18,7 @@ from mllm_jax.connectors.average_pool import AveragePoolConfig
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.dual import AttentionPool, ClassPool, DualConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.lora import LoraConfig
@@ -26,6 +27,7 @@ from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkSt
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
+from mllm_jax.train.dual_step import make_contrastive_step
 from mllm_jax.train.files import FilesData, MixtureData
 from mllm_jax.train.inputs import DataConfig, ScenesData
 from mllm_jax.train.optim import OptimConfig
@@ -34,6 +36,7 @@ from mllm_jax.train.step import make_train_step
 PARTS = {
     part.__name__: part
     for part in (
+        *(ModelConfig, DualConfig, ClassPool, AttentionPool),
         *(VitConfig, AveragePoolConfig, MlpConnectorConfig, PatchMergerConfig, PixelShuffleConfig),
         *(AttentionConfig, MlaConfig),
         *(LinearStretch, NtkStretch, BlendedStretch, ListedStretch, YarnConfig),
@@ -94,7 +97,8 @@ class Stage:
 @dataclass(frozen=True)
 class Run:
     """
-    model: its runtime's sharding rules are those of `rules`.
+    model: ModelConfig, or DualConfig, which is trained on pairs of a picture and a text; its runtime's sharding rules
+      are those of `rules`.
     data: FilesData, MixtureData or ScenesData.
     init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
@@ -107,7 +111,7 @@ class Run:
     stages: parts of the run that are trained one after the other; empty = the run is trained as it stands.
     """
 
-    model: ModelConfig
+    model: Any
     data: Any
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
@@ -183,6 +187,8 @@ def follow(section: ConfigDict, leader: ConfigDict) -> None:
 def read_run(config: ConfigDict) -> Run:
     """The inverse of `run_config`. Raises ConfigError, which names the path of what is wrong."""
     run = _with_all_of_preset(from_config_dict(Run, config, PARTS, "config"))
+    if type(run.model) not in STEPS:
+        raise ConfigError("config.model.type must be ModelConfig or DualConfig")
     run = dataclasses.replace(run, stages={name: filled(run, stage, "") for name, stage in run.stages.items()})
     for name, stage in run.stages.items():
         _check(run.model, stage, f"config.stages.{name}")
@@ -193,23 +199,31 @@ def read_run(config: ConfigDict) -> Run:
     return dataclasses.replace(run, model=model, optim=optim)
 
 
-def _check(model: ModelConfig, run: Run | Stage, path: str) -> None:
+def _check(model: ModelConfig | DualConfig, run: Run | Stage, path: str) -> None:
     if not isinstance(run.data, DataConfig):
         raise ConfigError(f"{path}.data.type must be FilesData, MixtureData or ScenesData")
     if run.data.batch % run.train.accumulate:
         raise ConfigError(
             f"{path}.train.accumulate={run.train.accumulate} must divide {path}.data.batch={run.data.batch}"
         )
+    if isinstance(model, DualConfig) and run.train.accumulate > 1:
+        raise ConfigError(f"{path}.train.accumulate must be 1: every pair of a batch is compared with all others")
     if model.encoder is None and run.data.budget.rows:
         raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
 
 
-def with_rules(model: ModelConfig, rules: Mapping[str, Any]) -> ModelConfig:
+def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> ModelConfig | DualConfig:
     """The model under other sharding rules."""
     return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, rules=freeze_rules(rules)))
 
 
 def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
-    """The step that a run takes, see `make_train_step`; `tx` of `make_optimizer`."""
-    options = ("accumulate", "weighting", "loss_chunk", "balance", "async_gathers", "seed")
-    return make_train_step(run.model, tx, run.optim, mesh, **{name: getattr(run.train, name) for name in options})
+    """The step that a run takes, by the kind of its model, see STEPS; `tx` of `make_optimizer`."""
+    make, options = STEPS[type(run.model)]
+    return make(run.model, tx, run.optim, mesh, **{name: getattr(run.train, name) for name in options})
+
+
+STEPS = {  # what makes the step, and which of its options a TrainConfig has
+    ModelConfig: (make_train_step, ("accumulate", "weighting", "loss_chunk", "balance", "async_gathers", "seed")),
+    DualConfig: (make_contrastive_step, ()),
+}

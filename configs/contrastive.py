@@ -1,0 +1,71 @@
+"""Trains a dual encoder on pairs of a picture and a text.
+
+    python -m mllm_jax.train --config configs/contrastive.py --workdir /tmp/pairs
+    python -m mllm_jax.train --config configs/contrastive.py:siglip2/base-16 --workdir DIR \
+        --config.init=google/siglip2-base-patch16-naflex --config.data.path=pairs.jsonl --config.data.root=PICTURES
+
+Without an argument, a small SigLIP 2 learns captions of the embedded scenes from random weights, in minutes on two
+cores. FAMILY/SIZE is a published dual encoder (clip, siglip or siglip2, see `python -m mllm_jax.models`) for your own
+pairs: a line of JSON is {"image": "a.png", "text": "A cat."}; conversations serve too, with their last answer as text.
+SigLIP 2 packs pictures in their own aspect ratio, several to a row.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.dual import DualConfig
+from mllm_jax.families import FAMILIES, clip, siglip, siglip2, towers
+from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.files import FilesData
+from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.run import Run, TrainConfig, run_config
+
+WIDTH, HEADS, LENGTH, SIDE = 96, 4, 16, 8
+DUALS = {name: family for name, family in FAMILIES.items() if family in (clip, siglip, siglip2)}
+PACKED = 4  # pictures of a row, where they differ in size
+
+
+def small() -> DualConfig:
+    """A SigLIP 2 of 0.4 million parameters: pictures of at most 64 patches of 8 x 8 pixels."""
+    sizes = {"width": WIDTH, "heads": HEADS, "mlp": 2 * WIDTH}
+    tower = replace(towers.NAFLEX.sizes["base-16"], layers=2, patch_size=8, position_grid=SIDE, **sizes)
+    text = siglip.TEXTS["base"]
+    attention = replace(text.attention, heads=HEADS, kv_heads=HEADS, head_dim=WIDTH // HEADS)
+    text = replace(text, vocab=384, width=WIDTH, layers=2, mlp=2 * WIDTH, positions=LENGTH, attention=attention)
+    return siglip.dual(tower, text, WIDTH, "siglip2")
+
+
+def get_config(arg: str = ""):
+    if arg:
+        return run_config(published(arg))
+    return run_config(
+        Run(
+            model=small(),
+            processor=SCENES,
+            data=ScenesData(
+                batch=16, tokens=4 * LENGTH, rows=1, patches=4 * SIDE**2, kinds={"caption": 1.0}, window=2.0
+            ),
+            optim=OptimConfig(name="muon", learning_rate=2e-3, steps=600, warmup=50, final=0.03, b2=0.98),
+            train=TrainConfig(log_every=50, evaluate_every=200, heldout=256, save_every=200),
+        )
+    )
+
+
+def published(arg: str) -> Run:
+    family, _, size = arg.partition("/")
+    if family not in DUALS:
+        raise ConfigError(
+            f"configs/contrastive.py takes FAMILY/SIZE; {family!r} is no dual encoder; {suggestion(family, DUALS)}"
+        )
+    model = DUALS[family].sizes(size)
+    count = PACKED if DUALS[family] is siglip2 else 1
+    picture = model.encoder.lead + model.encoder.position_grid**2
+    return Run(
+        model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
+        data=FilesData(
+            batch=256 // count, tokens=count * model.text.positions, rows=1, patches=count * picture, window=2.0
+        ),
+        optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50, b2=0.98, weight_decay=1e-4),
+        train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
+    )

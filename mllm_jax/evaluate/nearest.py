@@ -1,0 +1,25 @@
+"""How well a dual encoder finds the text of a picture, and the picture of a text."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from mllm_jax.api import Pretrained
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train.retrieval import Retrieval
+from mllm_jax.train.run import Run
+
+
+def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, float]:
+    """Recall at 1 among `count` pairs, spread evenly over a source: see `train.retrieval.recall_at_1`.
+
+    Args:
+      dual: a dual encoder with its processor, on the first device.
+      run: its data says how pairs are packed.
+    """
+    if dual.processor is None:
+        raise ValueError("the folder of this model has no tokenizer.json or no preprocessor_config.json; add them")
+    run = replace(run, model=dual.config, train=replace(run.train, heldout=count))
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    return Retrieval(run, dual.processor, mesh, source)(dual.params)["recall_at_1"]
