@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent, read back on any mesh, with the config and the position in the data."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from mllm_jax.train.checkpoint import Checkpoints, read_config, restore_params
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.run import read_run
 from mllm_jax.train.state import abstract_state, init_state, state_shardings
+from mllm_jax.train.tiers import Tiers
 
 CONFIG = get_config()
 RUN = read_run(CONFIG)
@@ -23,6 +26,8 @@ CHANGES = {"optim.name": "adafactor", "processor": "elsewhere", "model.decoder.m
     ).items()
 } | {"data.kinds.colour": 0.5}  # fmt: skip
 TX, _ = make_optimizer(RUN.optim, abstract_params(RUN.model))
+
+NOTES = {"at": 1e9, "seconds": {"steps": 5.0}}
 
 
 def layout(mesh):
@@ -46,7 +51,7 @@ def state():
 def saved(state, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (5, 6, 7):
-        checkpoints.save(step, state, CONFIG, position(step))
+        checkpoints.save(step, state, CONFIG, position(step), NOTES)
     checkpoints.close()
     return tmp_path
 
@@ -54,11 +59,11 @@ def saved(state, tmp_path):
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2, "data": 4}])
 def test_a_state_is_restored_on_any_mesh(saved, state, shape):
     wanted = layout(make_mesh(shape))
-    found, found_position = Checkpoints(saved).restore(CONFIG, abstract_state(RUN.model, TX), wanted)
+    found, found_position, notes = Checkpoints(saved).restore(CONFIG, abstract_state(RUN.model, TX), wanted)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, found, state)
     assert all(x.sharding.is_equivalent_to(y, x.ndim) for x, y in zip(*map(jax.tree.leaves, (found, wanted))))
-    assert found_position == position(7)
+    assert found_position == position(7) and notes == NOTES
 
 
 def test_the_newest_are_kept(saved):
@@ -72,7 +77,7 @@ def test_half_a_checkpoint_is_not_read_and_is_removed(saved, state):
     assert read_config(saved, 6) == read_config(saved)
     checkpoints = Checkpoints(saved)
     assert checkpoints.latest() == 6
-    checkpoints.save(7, state, CONFIG, position(7))
+    checkpoints.save(7, state, CONFIG, position(7), NOTES)
     checkpoints.close()
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["6", "7"]
 
@@ -115,3 +120,65 @@ def test_what_gives_the_checkpoint_another_meaning_is_refused(saved):
         config.update_from_flattened_dict({path: value})
         with pytest.raises(ConfigError, match=rf"config.{path} was .*, is {value}\. Use another --workdir"):
             checkpoints.restore(config, abstract_state(RUN.model, TX), wanted)
+
+
+def tiers(workdir, shape=None):
+    return Tiers(
+        workdir, 2, str(workdir / "disk"), abstract_state(RUN.model, TX), layout(make_mesh(shape or {"fsdp": 8}))
+    )
+
+
+@pytest.fixture
+def two_tiers(state, tmp_path):
+    """Of the shared tier steps 5 and 6, of the local one 6, 7 and 8."""
+    checkpoints = tiers(tmp_path)
+    for step in (5, 6):
+        checkpoints.save(step, state, CONFIG, position(step), NOTES)
+    for step in (6, 7, 8):
+        checkpoints.save_local(step, state, CONFIG, position(step), NOTES | {"step": step})
+    checkpoints.close()
+    return tmp_path
+
+
+def test_the_newest_of_two_tiers_wins(two_tiers, state):
+    checkpoints = tiers(two_tiers)
+    assert checkpoints.latest() == 8 and checkpoints.local.steps() == [7, 8]
+    found = checkpoints.restore(CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, found.state, state)
+    wanted = layout(make_mesh({"fsdp": 8}))
+    assert all(x.sharding.is_equivalent_to(y, x.ndim) for x, y in zip(*map(jax.tree.leaves, (found.state, wanted))))
+    assert found.position == position(8) and found.notes == NOTES | {"step": 8}
+    changed = CONFIG.copy_and_resolve_references()
+    changed.data.seed = 5
+    with pytest.raises(ConfigError, match="config.data.seed was 0, is 5"):
+        checkpoints.restore(changed)
+
+    checkpoints.save(9, state, CONFIG, position(9), NOTES)
+    checkpoints.close()
+    checkpoints = tiers(two_tiers)
+    assert checkpoints.latest() == 9 and checkpoints.restore(CONFIG).position == position(9)
+
+
+def test_a_local_checkpoint_is_read_only_where_all_that_is_needed_is_there(two_tiers, state):
+    """Another mesh needs other parts; a half-written one is none; a lost disk, or another run, has none."""
+    assert tiers(two_tiers, {"tensor": 2, "fsdp": 4}).latest() == 6
+    assert tiers(two_tiers).latest() == 6, "what another mesh could not use was forgotten"
+    checkpoints = tiers(two_tiers)
+    for step in (7, 8):
+        checkpoints.save_local(step, state, CONFIG, position(step), NOTES)
+    checkpoints.close()
+    folder = checkpoints.local.folder
+    (folder / "8").rename(folder / "8.orbax-checkpoint-tmp")
+    assert tiers(two_tiers).latest() == 7
+    (two_tiers / "run_id").unlink()
+    assert tiers(two_tiers).latest() == 6
+    (two_tiers / "run_id").write_text(folder.parent.name)
+    assert tiers(two_tiers).latest() == 7
+    shutil.rmtree(two_tiers / "disk")
+    assert tiers(two_tiers).latest() == 6
+
+
+def test_going_back_forgets_what_is_newer_in_both_tiers(two_tiers):
+    checkpoints = tiers(two_tiers)
+    assert checkpoints.back_to(5, CONFIG).position == position(5)
+    assert checkpoints.shared.steps() == [5] and checkpoints.local.steps() == []

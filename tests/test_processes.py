@@ -135,6 +135,20 @@ def test_asked_to_stop_processes_save_and_go_on_bit_equal(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_is_slow_and_then_hangs_is_named_and_the_run_goes_on(start, alone, tmp_path):
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    settings = ["--config.train.watchdog=30", "--config.data.workers=1"]
+    launcher = start(2, 4, tmp_path, *settings, variant=":hangs", **output)
+    out, errors = launcher.communicate(timeout=600)
+    assert launcher.returncode in (os.EX_TEMPFAIL, 128 + signal.SIGKILL), errors
+    assert "process 1 hangs in 'input' after step" in out + errors and "the others wait for it" in out + errors
+    assert "in read_and_hang" in (tmp_path / "stacks" / "process-1.txt").read_text()
+    assert [line["slowest_process"] for line in read_metrics(tmp_path)][-2:] == [1, 1]
+    assert train(get_config(), tmp_path) == STEPS
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
 def test_processes_whose_data_end_at_different_steps_end_together(start, tmp_path):
     """61 conversations: a number of streams and of processes that it does not divide into."""
     folders = {count: tmp_path / str(count) for count in (1, 2)}

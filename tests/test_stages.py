@@ -31,7 +31,7 @@ from mllm_jax.train.run import read_run
 from mllm_jax.train.stages import ended, is_run, names_in_order, one_run, run_folder
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
-CLOCK |= {"fill_tokens", "fill_patches"}
+CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}
 
 
 def without_clock(lines):
@@ -70,9 +70,10 @@ def uninterrupted(tmp_path_factory, beginnings):
     begin = Training._begin
 
     def noted(self, *arguments):
-        state, position = begin(self, *arguments)
-        beginnings.append(Began(flat(jax.device_get(state.params)), jax.device_get(jax.tree.leaves(state.opt_state))))
-        return state, position
+        found = begin(self, *arguments)
+        params, moments = jax.device_get((found.state.params, jax.tree.leaves(found.state.opt_state)))
+        beginnings.append(Began(flat(params), moments))
+        return found
 
     workdir = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,5 @@
 """Whole runs: what they write, and that nothing that stops them changes what they learn."""
 
-import collections
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import scores
 from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train.goodput import PARTS, Clock
 from mllm_jax.train.heldout import Spread
 from mllm_jax.train.inputs import Placer, without_pictures
 from mllm_jax.train.loop import Diverged, StopSignal, Training, train
@@ -27,7 +27,7 @@ from mllm_jax.train.processes import AGAIN
 from mllm_jax.train.run import read_run
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
-CLOCK |= {"fill_tokens", "fill_patches"}  # of an interval, which begins anew where a run goes on
+CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}  # of an interval, which begins anew where a run goes on
 
 
 def start(workdir, *overrides):
@@ -94,6 +94,7 @@ def test_evaluation_in_training_says_what_greedy_generation_would(uninterrupted)
 def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
     """Killed between steps, killed inside a save, asked to stop by SIGTERM: the same numbers in the end."""
     saving = lambda: any((tmp_path / "checkpoints").glob("*tmp*")) and last_step(tmp_path) >= 8
+    began = time.time()
     moments = [(signal.SIGKILL, lambda: last_step(tmp_path) >= 6), (signal.SIGKILL, saving)]
     for number, condition in [*moments, (signal.SIGTERM, lambda: last_step(tmp_path) >= 13)]:
         process = start(tmp_path)
@@ -108,6 +109,9 @@ def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
 
     deterministic = lambda lines: [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
     assert deterministic(read_metrics(tmp_path)) == deterministic(read_metrics(uninterrupted))
+    spent = read_metrics(tmp_path)[-2]["seconds"]  # the last step; the last evaluation comes after it
+    assert spent["down"] > 0 and spent["start"] > read_metrics(uninterrupted)[-2]["seconds"]["start"]
+    assert sum(spent.values()) < time.time() - began, "but for how long the first process took to begin"
     (_, ours), (_, theirs) = restore_params(tmp_path), restore_params(uninterrupted)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
@@ -192,14 +196,22 @@ def test_metrics_after_the_restored_step_are_forgotten(tmp_path):
 
 
 def test_rates_leave_out_pauses_and_the_step_that_compiled(monkeypatch):
-    now = collections.deque([0.0, 10.0, 20.0])
-    monkeypatch.setattr("mllm_jax.train.metrics.time.perf_counter", now.popleft)
-    meter = Meter({"tokens": 100, "patches": 0})
+    now = 0.0
+    monkeypatch.setattr("mllm_jax.train.goodput.time.perf_counter", lambda: now)
+    clock = Clock()
+    clock.enter("compile")
+    now = 10.0
+    clock.enter("steps")
+    meter = Meter({"tokens": 100, "patches": 0}, clock)
     meter.restart(skip=1)
     meter.add({"tokens": 1000, "loss": 9.0})
     meter.add({"tokens": 50, "loss": 1.0, "flops": 30.0})
-    meter.wait(1.0)
-    meter.pause(5.0)
+    now = 14.0
+    with clock.within("save"):
+        now = 19.0
+    with clock.within("input"):
+        now = 20.0
+    seconds = dict.fromkeys(PARTS, 0.0) | {"compile": 10.0, "steps": 4.0, "save": 5.0, "input": 1.0}
     assert meter.rates(peak=12.0) == {
         "mean_loss": 1.0,
         "seconds_per_step": 5.0,
@@ -208,6 +220,8 @@ def test_rates_leave_out_pauses_and_the_step_that_compiled(monkeypatch):
         "data_wait": 0.2,
         "fill_tokens": 0.5,
         "mfu": 0.5,
+        "goodput": 0.2,
+        "seconds": seconds,
     }
 
 

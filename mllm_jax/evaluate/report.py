@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from mllm_jax.train.goodput import PARTS, hours
 from mllm_jax.types import MODALITIES
 
 LABEL_HEIGHT = 15  # pixels that the label of a line needs
@@ -105,6 +106,7 @@ def write_report(
         answers=[(item, right(item.answer, item.truth), _frames(item.picture)) for item in answers],
         parts=_shares(parts or {}),
         loads=_loads(runs[0]),
+        hours=_time(runs[0]),
         config=config,
     )
     path = Path(path)
@@ -277,6 +279,17 @@ def _speed(run: Run):
 def _shares(parts: Mapping[str, int]) -> list[dict[str, Any]]:
     total = sum(parts.values()) or 1
     return [{"name": name, "count": count, "share": count / total} for name, count in parts.items()]
+
+
+def _time(run: Run) -> list[dict[str, Any]]:
+    """Where the time went up to the last record that tells, by parts that took any."""
+    told = [record["seconds"] for record in run.records if isinstance(record.get("seconds"), Mapping)]
+    spent = {name: seconds for name, seconds in (told[-1] if told else {}).items() if seconds > 0}
+    total = sum(spent.values())
+    return [
+        {"name": name, "means": PARTS.get(name, ""), "spent": hours(seconds), "share": seconds / total}
+        for name, seconds in spent.items()
+    ]
 
 
 def _loads(run: Run) -> list[dict[str, Any]]:

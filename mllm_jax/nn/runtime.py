@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from mllm_jax.sharding import RULES, Rules, freeze_rules, rules_of
 
+TAPS = "taps"  # what somebody who listens to modules notes of every layer; nobody does in training
 EXCHANGED = ("expert_input", "expert_output")  # what experts on other devices were sent, and sent back
 REMAT = {
     "none": None,
@@ -87,7 +88,7 @@ def scan_layers(body, layer: nn.Module, carry, per_layer, length: int, runtime: 
     """
     scan = nn.scan(
         body,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, TAPS: 0},
         split_rngs={"params": True, "dropout": True},
         length=length,
         unroll=1 if runtime.scan else length,

@@ -12,6 +12,9 @@ A config with stages is trained stage by stage, each in a folder of its own belo
 before: `--stage=NAME` trains one alone, `--config.stages.NAME.path.to=value` replaces a value of it. When all have
 ended, a table tells what each came to, and report.html in DIR draws it.
 
+`--profile_steps=10:13` writes a trace of steps 10 to 13 to DIR/profile, for xprof or TensorBoard. `--debug_nans` ends
+the run at the first step that is not finite and names the layer; steps run one by one for it.
+
 A run of several processes is the same command on each host: with `--distributed` where jax finds the others by itself
 (TPU pod, Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
 
@@ -29,6 +32,7 @@ from mllm_jax.train import command, processes
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.loop import Diverged
 from mllm_jax.train.stages import all_ended
+from mllm_jax.train.tracing import steps_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")
@@ -37,12 +41,15 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several pr
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where jax cannot find it by itself.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; with --coordinator.")
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.")
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, steps to trace to DIR/profile.")
+DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "End at the first step that is not finite, and name the layer.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, detect=DISTRIBUTED.value)
-    if not train_run(CONFIG.value, WORKDIR.value, STAGE.value):
+    options = {"profile_steps": steps_of(PROFILE_STEPS.value), "debug_nans": DEBUG_NANS.value}
+    if not train_run(CONFIG.value, WORKDIR.value, STAGE.value, **options):
         processes.end_unfinished()
     if jax.process_index() == 0 and all_ended(WORKDIR.value):
         console = Console(highlight=False)

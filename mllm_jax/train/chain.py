@@ -1,6 +1,7 @@
 """Trains a run as its config says: at once, or stage by stage (see `mllm_jax.train.stages`)."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from mllm_jax.train.run import read_run
 from mllm_jax.train.stages import ended, names_in_order, note_ended, one_run, stage_config
 
 
-def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None) -> bool:
+def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None, **options: Any) -> bool:
     """Trains a run, or its stages one after the other, each in a folder of its own below `workdir`.
 
     The same call goes on in the stage that was interrupted; those that came to their end are not touched. SIGTERM ends
@@ -22,6 +23,7 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None)
     Args:
       stage: train this one alone, further if its `optim.steps` were raised. It begins with the weights of the stage
         that it comes after, as far as that was trained in `workdir`, else with those of `config.init`.
+      options: of `mllm_jax.train.loop.train`, for every stage.
     Returns:
       whether it came to its end; False where SIGTERM ended it before.
     Raises:
@@ -29,7 +31,7 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None)
     """
     if not config.get("stages"):
         with StopSignal() as stop:
-            train(one_run(config, stage), workdir, stop)
+            train(one_run(config, stage), workdir, stop, **options)
         return not stop.heeded
     read_run(config)
     order = names_in_order(config)
@@ -48,7 +50,7 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None)
             alone = stage_config(config, name, folder)
             origin = f"the weights of {alone.init}" if alone.init else "random weights"
             _say(f"stage {name}, {order.index(name) + 1} of {len(order)}, from {origin}")
-            step = train(alone, folder / name, stop)
+            step = train(alone, folder / name, stop, **options)
             if stop.heeded:
                 return False
             done = done | {name: step}

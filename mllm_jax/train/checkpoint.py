@@ -8,7 +8,7 @@ A save that is killed leaves a temporary folder, which nobody reads and the next
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +35,14 @@ ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "st
 FREE = ("model.runtime.", *(f"data.{name}" for name in ANY_DATA))
 
 
+class Restored(NamedTuple):
+    """What a checkpoint gives back."""
+
+    state: TrainState
+    position: dict[str, Any]  # the state of the loaders of all processes
+    notes: dict[str, Any]  # what else was saved
+
+
 class Checkpoints:
     """The checkpoints below `workdir`; the newest `keep` stay."""
 
@@ -47,14 +55,18 @@ class Checkpoints:
         """The step of the newest whole checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, config: ConfigDict, data: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: TrainState, config: ConfigDict, data: dict[str, Any], notes: dict[str, Any]
+    ) -> None:
         """Starts to save; returns when the state is copied from the devices, so that the next step may overwrite it.
 
         Args:
           data: the state of this process's loader.
+          notes: what else shall be found again, of values that JSON knows.
         """
         params, progress = _split(state)
-        about = {"config": json.loads(dump(config)), "data": join_states(_from_all_processes(data))}
+        about = {"config": json.loads(dump(config)), "data": join_states(from_all_processes(data))}
+        about["notes"] = notes
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -64,19 +76,27 @@ class Checkpoints:
             ),
         )
 
+    def steps(self) -> list[int]:
+        """Of all whole checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def drop_after(self, step: int) -> None:
+        """Removes what is newer."""
+        for newer in self.steps():
+            if newer > step:
+                self._manager.delete(newer)
+
     def restore(
-        self, config: ConfigDict, abstract: TrainState, layout: TrainState
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, laid out on the mesh of `layout`, and the state of the loaders of all processes.
+        self, config: ConfigDict, abstract: TrainState, layout: TrainState, step: int | None = None
+    ) -> Restored:
+        """A checkpoint, by default the newest one, its state laid out on the mesh of `layout`.
 
         Raises:
           ConfigError: the checkpoint is of another model, optimizer or data than `config`.
         """
-        step = self.latest()
+        step = self.latest() if step is None else step
         about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-        changed = _changes(about["config"], json.loads(dump(config)))
-        if changed:
-            raise ConfigError(f"{self.folder} is of another run: {'; '.join(changed)}. Use another --workdir")
+        check_same_run(about["config"], config, self.folder)
         params, progress = _split(jax.tree.map(_placed, abstract, layout))
         found = self._manager.restore(
             step,
@@ -84,7 +104,7 @@ class Checkpoints:
                 params=ocp.args.StandardRestore(params), progress=ocp.args.StandardRestore(progress)
             ),
         )
-        return TrainState(params=found.params, **found.progress), about["data"]
+        return Restored(TrainState(params=found.params, **found.progress), about["data"], about["notes"])
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""
@@ -164,7 +184,7 @@ def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
     return fields.pop("params"), fields
 
 
-def _from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
+def from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
     """What every process gives, in the order of processes."""
     if jax.process_count() == 1:
         return [data]
@@ -172,6 +192,12 @@ def _from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
     sizes = multihost_utils.process_allgather(np.array(len(own)))
     texts = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - len(own))))
     return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes)]
+
+
+def check_same_run(before: dict, config: ConfigDict, folder: Path) -> None:
+    """Raises ConfigError where a run of `config` cannot go on from a checkpoint of the config `before`."""
+    if changed := _changes(before, json.loads(dump(config))):
+        raise ConfigError(f"{folder} is of another run: {'; '.join(changed)}. Use another --workdir")
 
 
 def _changes(before: dict, now: dict) -> list[str]:

@@ -5,7 +5,7 @@ if every token of the answer is the likeliest one given the truth before it.
 """
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ class HeldOut:
         self.mesh, self.rules = mesh, run.model.runtime.rules
         self._step = compiled_together(make_eval_step(run.model, mesh, loss_chunk=run.train.loss_chunk))
 
-    def __call__(self, params: Any) -> dict[str, Any]:
+    def __call__(self, params: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """{"loss": mean per token, "conversations": number, "exact_match": {kind: share of right ones, "all": of all}}.
 
         With experts also {"expert_load": how often each was chosen, by layer and MODALITIES, nested lists [Lm][3][E]}.
@@ -61,6 +61,7 @@ class HeldOut:
                 for column, kind in enumerate(kinds):
                     asked[kind] += 1
                     right[kind] += int(found["wrong"][row, column] == 0)
+            after_batch()
         known = {"loss": loss / max(weight, 1e-9), "conversations": asked.total(), "exact_match": shares(right, asked)}
         return known | ({"expert_load": load.tolist()} if np.ndim(load) else {})
 

@@ -4,91 +4,62 @@ The host runs at most two steps ahead of the devices. It puts the next batch on 
 of steps that are done, so that they never wait for it.
 """
 
-import collections
 import re
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+import optax
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, dump, told
-from mllm_jax.model import abstract_params, count_params
+from mllm_jax.model import ModelConfig, abstract_params, count_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.base import completed, note_base, saved
-from mllm_jax.train.checkpoint import PROCESSOR, Checkpoints
-from mllm_jax.train.flops import Counts, count_flops, padded, peak_flops, useful
+from mllm_jax.train.checkpoint import PROCESSOR, Restored
+from mllm_jax.train.feed import Feed, Fetched
+from mllm_jax.train.flops import peak_flops
+from mllm_jax.train.goodput import Clock, summary
 from mllm_jax.train.initial import first_params, processor_of
-from mllm_jax.train.inputs import Placer, make_processor, open_data
-from mllm_jax.train.metrics import Meter, Reporter, short
+from mllm_jax.train.inputs import make_processor
+from mllm_jax.train.metrics import Meter, Reporter, last_written
+from mllm_jax.train.nonfinite import find_nonfinite
 from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.processes import Lost, compiled_together, noticing_others
+from mllm_jax.train.processes import Lost, StopSignal, compiled_together, noticing_others
+from mllm_jax.train.results import Diverged, Results, Started
 from mllm_jax.train.retrieval import held_out
 from mllm_jax.train.run import Run, read_run, train_step
-from mllm_jax.train.state import TrainState, abstract_state, state_from_params, state_shardings
+from mllm_jax.train.spikes import Spike, SpikeRule
+from mllm_jax.train.state import abstract_state, state_from_params, state_shardings
+from mllm_jax.train.tiers import Tiers
+from mllm_jax.train.tracing import Tracer
+from mllm_jax.train.watchdog import Watchdog
 from mllm_jax.types import Batch
 
 ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, also what Path makes of them
 
 
-class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
-
-
-class Fetched(NamedTuple):
-    """A batch on the devices."""
-
-    batch: Batch
-    position: dict[str, Any]  # in the data, after this batch
-    about: dict[str, float]  # what only the host knows of it
-
-
-class StopSignal:
-    """Whether somebody asked the run to stop: SIGTERM (preemption) or SIGINT. The second one is not held back.
-
-    heeded: the run saved and ended because of it, before its end.
-    """
-
-    def __init__(self):
-        self.heeded, self._asked, self._before, self._steps = False, False, {}, 0
-
-    def __enter__(self) -> "StopSignal":
-        if jax.process_count() == 1:  # several processes agree through jax's own notice of preemption
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def asked(self) -> bool:
-        """The same answer for all processes. Each calls it after every step, of all stages: jax counts on that."""
-        self._steps += 1
-        several = jax.process_count() > 1
-        return multihost_utils.reached_preemption_sync_point(self._steps) if several else self._asked
-
-    def _note(self, number, _frame) -> None:
-        self._asked = True
-        signal.signal(number, self._before[number])
-
-
-def train(config: ConfigDict, workdir: str | Path, stop: StopSignal | None = None) -> int:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    stop: StopSignal | None = None,
+    *,
+    profile_steps: range = range(0),
+    debug_nans: bool = False,
+) -> int:
     """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
 
     The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
     the same mesh that nothing interrupted. A config with stages is trained by `mllm_jax.train.chain`, which calls this
-    for each and passes its own `stop`.
+    for each and passes its own `stop`. Where no step ends for `config.train.watchdog` seconds, the process ends.
 
     Args:
       stop: of a caller that goes on afterwards; it tells whether the run was stopped.
+      profile_steps: steps of which a trace is written to `workdir/profile`.
+      debug_nans: the first step that is not finite ends the run, and the layer is named; steps run one by one for it.
     Raises:
       ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
       BadData: too many records of the data are broken. Lost: another process of the run has ended.
@@ -98,7 +69,7 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopSignal | None = Non
             run = read_run(config)
             if run.stages:
                 raise ConfigError("the config has stages; mllm_jax.train.chain trains them")
-            training = Training(config, run, made(workdir))
+            training = Training(config, run, made(workdir), profile_steps, debug_nans)
         except (ValueError, OSError) as error:  # all that a run is built from comes from its config
             raise ConfigError(told(error)) from error
         try:
@@ -114,179 +85,192 @@ def train(config: ConfigDict, workdir: str | Path, stop: StopSignal | None = Non
 class Training:
     """The parts of a run, and where it is."""
 
-    def __init__(self, config: ConfigDict, run: Run, workdir: Path):
+    def __init__(
+        self, config: ConfigDict, run: Run, workdir: Path, profile_steps: range = range(0), debug_nans: bool = False
+    ):
         self.config, self.settings, self.workdir = config, run, workdir
-        model, rules, data = run.model, run.model.runtime.rules, run.data
+        self.clock, self.debug_nans = Clock(), debug_nans
+        model, data = run.model, run.data
+        if debug_nans and not isinstance(model, ModelConfig):
+            raise ConfigError("--debug_nans looks into language models alone, not into dual encoders")
         processor, heldout = make_processor(processor_of(run), model, data), data.source("heldout")
-        mesh = make_mesh(run.mesh)
+        self.mesh = mesh = make_mesh(run.mesh)
         tx, _ = make_optimizer(run.optim, abstract_params(model))
-        self.loader, self.place = open_data(data, processor, mesh, rules), Placer(data.batch, mesh, rules)
+        self.feed = Feed(run, processor, mesh)
         self.train_step = compiled_together(train_step(run, tx, mesh))
         self.evaluate = held_out(run, processor, mesh, heldout) if heldout is not None else None
-        self.checkpoints = Checkpoints(workdir, run.train.keep)
+        states = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
+        parts = (state._replace(params=saved(run, state.params)) for state in states)
+        self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, *parts)
         self.resumed = self.checkpoints.latest() is not None
-        self.state, self.position = self._resume(tx, mesh) if self.resumed else self._begin(tx, mesh)
-        self.step, self.bad = int(self.state.step), int(self.state.bad)
-        self.pending: collections.deque[tuple[int, dict, dict]] = collections.deque()
-        self.compiled, self.lost, self.flops = False, False, flops_of_counts(run)
-        self.report = self._reporter(workdir, mesh)
+        found = self._resume() if self.resumed else self._begin(tx)
+        self.state, self.position, self.step = found.state, found.position, int(found.state.step)
+        self.compiled, self.lost = False, False
+        self.report = self._reporter()
+        self.results = Results(run.train, self.report, self.checkpoints.shared, self.clock, int(found.state.bad))
+        self.results.spikes.set_state(found.notes["spikes"])
+        self.watchdog = Watchdog(self.clock, run.train.watchdog, workdir)
+        self.tracer = Tracer(profile_steps, workdir / "profile")
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(dump(config), encoding="utf-8")
             processor.save(workdir / PROCESSOR)
 
     def run(self, stop: StopSignal) -> int:
         """Steps until the end, or until somebody asks to stop. Returns the step."""
+        self.clock.enter("steps")
+        self.watchdog.watch()
+        while True:
+            try:
+                self._go_on(stop)
+                break
+            except Spike as spike:
+                self._rewind(spike)
+        with self.clock.within("save"):
+            self.checkpoints.wait()
+        self.report.line(summary(self.clock.seconds()))
+        return self.step
+
+    def _go_on(self, stop: StopSignal) -> None:
         every = self.settings.train
-        upcoming = self._fetch()
+        with self.clock.within("input"):
+            upcoming = self._fetch()
         while upcoming is not None:
             self._take(upcoming)
+            if self.debug_nans:
+                self._look_into(upcoming.batch)
             upcoming = self._fetch_while_computing()
             last, stopping = upcoming is None, stop.asked()
             if last or _due(every.log_every, self.step - 1):
-                self._read_metrics(self.step if last else self.step - 1)
+                self.results.read(self.step if last else self.step - 1)
             if self.evaluate and (last or _due(every.evaluate_every, self.step)):
                 self._evaluate()
             if last or stopping or _due(every.save_every, self.step):
-                self._save(always=last or stopping)
+                self._save(self.checkpoints.save, always=last or stopping, ended=last)
+            elif _due(every.save_local_every, self.step):
+                self._save(self.checkpoints.save_local)
             if stopping and not last:
                 stop.heeded = True
                 self.report.line(f"asked to stop: saved at step {self.step}, from which the same command goes on")
                 break
-        self.checkpoints.wait()
-        return self.step
 
     def close(self) -> None:
-        self.loader.close()
+        self.watchdog.close()
+        self.tracer.close()
+        self.feed.close()
         self.report.close()
         if not self.lost:  # a save would wait for the process that has ended
             self.checkpoints.close()
 
-    def _begin(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+    def _begin(self, tx: optax.GradientTransformation) -> Restored:
         run = self.settings
-        params = first_params(run, mesh)
+        params = first_params(run, self.mesh)
         note_base(run, self.workdir, params)
-        return state_from_params(run.model, tx, mesh, params), self.loader.get_state()
+        state = state_from_params(run.model, tx, self.mesh, params)
+        return Restored(state, self.feed.get_state(), {"spikes": SpikeRule(run.train.spikes).get_state()})
 
-    def _resume(self, tx, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
-        run, model = self.settings, self.settings.model
-        states = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
-        parts = (state._replace(params=saved(run, state.params)) for state in states)
-        state, position = self.checkpoints.restore(self.config, *parts)
-        state = state._replace(params=completed(run, self.workdir, state.params, partial(first_params, run, mesh)))
-        try:
-            self.loader.set_state(position)
-        except ValueError as error:
-            raise ConfigError(f"config.data: {error}") from error
-        return state, position
+    def _resume(self) -> Restored:
+        found = self._whole(self.checkpoints.restore(self.config))
+        self.feed.set_state(found.position)
+        self.clock.resume(found.notes["account"], last_written(self.workdir))
+        return found
 
-    def _reporter(self, workdir: Path, mesh: Mesh) -> Reporter:
-        run, device = self.settings, mesh.devices.flat[0].device_kind
+    def _whole(self, found: Restored) -> Restored:
+        """With what checkpoints leave out."""
+        run, params = self.settings, found.state.params
+        params = completed(run, self.workdir, params, partial(first_params, run, self.mesh))
+        return found._replace(state=found.state._replace(params=params))
+
+    def _rewind(self, spike: Spike) -> None:
+        """To the checkpoint before a spike, and in the data to the batch after it."""
+        spikes, rewinds = self.results.spikes, self.results.spikes.rewinds + 1
+        with self.clock.within("start"):
+            found = self._whole(self.checkpoints.back_to(spike.back, self.config))
+            self.feed.set_state(spike.position)
+        self.clock.lose(found.notes["account"]["seconds"])
+        self.state, self.position, self.step = found.state, spike.position, spike.back
+        self.results.forget(int(found.state.bad))
+        spikes.set_state(found.notes["spikes"] | {"rewinds": rewinds})
+        skipped = f"the data of {spike.step - spike.back} steps are skipped"
+        said = f"{spike}: back to step {spike.back}, {skipped} ({rewinds} of {spikes.config.rewinds})"
+        self.report.rewind(self.step, said)
+
+    def _reporter(self) -> Reporter:
+        run, mesh, device = self.settings, self.mesh, self.mesh.devices.flat[0].device_kind
         room, peak = run.data.budget, peak_flops(device)
-        meter = Meter({"tokens": run.data.batch * room.tokens, "patches": run.data.batch * room.rows * room.patches})
+        capacity = {"tokens": run.data.batch * room.tokens, "patches": run.data.batch * room.rows * room.patches}
         report = Reporter(
-            workdir,
+            self.workdir,
             self.step,
             run.optim.steps,
             run.train.log_every,
-            meter,
+            Meter(capacity, self.clock),
             peak and peak * mesh.size,
             writes=jax.process_index() == 0,
         )
         sizes = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.model).items()}
         parts = ", ".join(f"{part} {size}" for part, size in sizes.items() if size != "0.00M")
         began = "goes on" if self.resumed else "begins"
-        report.line(f"{workdir} {began} at step {self.step} of {run.optim.steps} on {mesh.size} x {device}: {parts}")
+        where = f"at step {self.step} of {run.optim.steps} on {mesh.size} x {device}"
+        report.line(f"{self.workdir} {began} {where}: {parts}")
         return report
 
     def _fetch(self) -> Fetched | None:
         """The next batch, on its way to the devices; None at the end of the run or of the data."""
         if self.step >= self.settings.optim.steps:
             return None
-        batch, info = next(self.loader, (None, None))
-        if batch is None:
-            return None
-        processes = self.settings.data.batch / batch.rows  # this one's share stands for all
-        counts = useful(batch, self.settings.model.decoder.window)
-        needed = {part: processes * float(costs @ counts) for part, costs in self.flops.items()}
-        if not self.compiled:
-            for line in explain(self.settings, batch, processes):
-                self.report.line(line)
-        left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
-        about = {"flops": sum(needed.values())} | {name: number for name, number in left_out.items() if number}
-        return Fetched(self.place(batch), self.loader.get_state(), about)
+        fetched = self.feed.next()
+        for line in fetched.explained if fetched else ():
+            self.report.line(line)
+        return fetched
 
     def _fetch_while_computing(self) -> Fetched | None:
-        began = time.perf_counter()
-        upcoming = self._fetch()
-        running = self.pending[-1][1]["loss"]
-        if running.is_ready():
-            self.report.meter.wait(time.perf_counter() - began)
-        if len(self.pending) > 1:
-            jax.block_until_ready(self.pending[-2][1])
+        before = self.clock.seconds()["input"]
+        with self.clock.within("input"):
+            upcoming = self._fetch()
+        if self.results.running():  # the devices were busy all the time
+            self.clock.move(self.clock.seconds()["input"] - before, "input", "steps")
+        self.results.wait()
         return upcoming
 
     def _take(self, fetched: Fetched) -> None:
         """Starts a step on the devices."""
-        began = time.perf_counter()
-        self.state, metrics = self.train_step(self.state, fetched.batch)
-        self.step, self.position = self.step + 1, fetched.position
-        self.pending.append((self.step, metrics, fetched.about))
+        self.step += 1
+        self.watchdog.step = self.step
+        with self.clock.within("steps" if self.compiled else "compile"), self.clock.waiting():
+            began = time.perf_counter()
+            self.state, metrics = self.tracer.run(self.step, self.train_step, self.state, fetched.batch)
+            if not self.compiled:
+                jax.block_until_ready(metrics)
+                self.report.line(f"the first step took {time.perf_counter() - began:.1f} s, compilation included")
+        self.position = fetched.position
+        self.results.add(Started(self.step, metrics, fetched.about, fetched.position))
         if not self.compiled:
             self.compiled = True
-            jax.block_until_ready(metrics)
-            self.report.line(f"the first step took {time.perf_counter() - began:.1f} s, compilation included")
             self.report.meter.restart(skip=1)
 
-    def _read_metrics(self, upto: int) -> None:
-        """Reports the steps up to `upto`, fetched at once. Raises Diverged."""
-        done = [self.pending.popleft() for _ in range(len(self.pending)) if self.pending[0][0] <= upto]
-        for (step, _, about), metrics in zip(done, jax.device_get([metrics for _, metrics, _ in done])):
-            values = {name: float(value) for name, value in metrics.items()}
-            self.report.step({"step": step} | values | about)
-            self.bad = 0 if values["finite"] else self.bad + 1
-            if self.bad >= self.settings.train.patience:
-                self.report.flush()
-                raise Diverged(
-                    f"the loss or the gradient was not finite in {self.bad} steps in a row, up to step {step}. They "
-                    f"changed nothing; the checkpoint of step {self.checkpoints.latest()} is kept. A lower "
-                    "optim.learning_rate, optim.clip or another data.seed may help"
-                )
+    def _look_into(self, batch: Batch) -> None:
+        """Raises Diverged where the step that was just taken, of this batch, is not finite. It changed no weight."""
+        if not self.results.last_is_finite():
+            with self.clock.within("compile"):
+                found = find_nonfinite(self.settings, self.state.params, batch, self.mesh)
+            self.results.read(self.step - 1)
+            raise Diverged("\n  ".join([f"step {self.step} is not finite:", *found]))
 
     def _evaluate(self) -> None:
-        self._read_metrics(self.step)
-        began = time.perf_counter()
-        self.report.heldout(self.step, self.evaluate(self.state.params))
-        self.report.meter.pause(time.perf_counter() - began)
+        self.results.read(self.step)
+        with self.clock.within("evaluate"):
+            self.report.heldout(self.step, self.evaluate(self.state.params, self.clock.tick))
 
-    def _save(self, always: bool) -> None:
+    def _save(self, save: Callable, always: bool = False, ended: bool = False) -> None:
         """Saves, unless the run is in trouble: what the last good checkpoint holds is then as good."""
-        self._read_metrics(self.step)
-        if self.bad and not always:
+        self.results.read(self.step)
+        if self.results.bad and not always:
             return
-        began = time.perf_counter()
-        self.report.flush()  # first: a checkpoint must not know of steps that the files do not
-        part = self.state._replace(params=saved(self.settings, self.state.params))
-        self.checkpoints.save(self.step, part, self.config, self.position)
-        self.report.meter.pause(time.perf_counter() - began)
-
-
-def explain(run: Run, batch: Batch, processes: float = 1) -> Iterator[str]:
-    """What a step costs, in lines for people.
-
-    Args:
-      batch: one process's share of the first batch; `processes`: how many such shares a batch has.
-    """
-    window = run.model.decoder.window
-    needed, room = (count_flops(run.model, counts(batch, window), run.optim.freeze) for counts in (useful, padded))
-    total, room = (processes * sum(part.total for part in flops.values()) for flops in (needed, room))
-    parts = ", ".join(f"{part} {processes * flops.total / total:.0%}" for part, flops in needed.items())
-    yield f"a step needs {short(total)}FLOP ({parts}); with padding it has up to {short(room)}FLOP"
-    if run.model.decoder.moe is not None and run.train.balance.counts_first(run.train.accumulate):
-        first = processes * sum(flops.forward for part, flops in needed.items() if part != "head")
-        yield (
-            f"train.balance.exact: a forward pass counts the choices of a batch first, {short(first)}FLOP or "
-            f"{first / total:.0%} besides; without it they are counted up to each accumulated part"
-        )
+        with self.clock.within("save"):
+            self.report.flush()  # first: a checkpoint must not know of steps that the files do not
+            notes = {"account": self.clock.account(ended), "spikes": self.results.spikes.get_state()}
+            part = self.state._replace(params=saved(self.settings, self.state.params))
+            save(self.step, part, self.config, self.position, notes)
 
 
 def made(workdir: str | Path) -> Path:
@@ -305,9 +289,3 @@ def made(workdir: str | Path) -> Path:
 
 def _due(every: int, step: int) -> bool:
     return bool(every) and step > 0 and step % every == 0
-
-
-def flops_of_counts(run: Run) -> dict[str, np.ndarray]:
-    """FLOPs of a step in every part of the model for each of `Counts`, in which they are linear."""
-    units = [count_flops(run.model, Counts(*unit), run.optim.freeze) for unit in np.eye(len(Counts._fields))]
-    return {part: np.array([flops[part].total for flops in units]) for part in units[0]}

@@ -1,21 +1,25 @@
 """What people see of a run: a line per interval, a bar on a terminal, TensorBoard events, and `metrics.jsonl`.
 
 `metrics.jsonl` has one object per step (loss, learning_rate, grad_norm, finite, counts without padding), where an
-interval ends also with rates, and one object per evaluation, under `heldout`. Rates are measured by the clock; all else
-is the same in every run of one config on one mesh, however often it was interrupted.
+interval ends also with rates and with where the time went (`goodput`, `seconds`), one per evaluation, under `heldout`,
+and one where a run went back to an earlier step, under `rewind`. Rates and times are measured by the clock; all else is
+the same in every run of one config on one mesh, however often it was interrupted.
 """
 
 import json
 import math
 import os
+import statistics
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mllm_jax.train.board import Board
+from mllm_jax.train.goodput import Clock, share
 
 FILE = "metrics.jsonl"
 
@@ -64,6 +68,12 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_written(folder: str | Path) -> float:
+    """When a run last wrote metrics, as `time.time()`; 0 where it never did."""
+    path = Path(folder) / FILE
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def _json_number(value: Any) -> Any:
     """JSON has no nan and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -74,15 +84,17 @@ class Meter:
 
     Args:
       capacity: tokens and patches that a batch has room for.
+      clock: of the process.
     """
 
-    def __init__(self, capacity: Mapping[str, int]):
-        self.capacity = capacity
+    def __init__(self, capacity: Mapping[str, int], clock: Clock):
+        self.capacity, self.clock = capacity, clock
+        self._board = Board("pace")
         self.restart()
 
     def restart(self, skip: int = 0) -> None:
         """An interval begins now. `skip`: steps that are not reported yet but were done before."""
-        self._began, self._paused, self._waited, self._steps, self._skip = time.perf_counter(), 0.0, 0.0, 0, skip
+        self._began, self._own, self._steps, self._skip = self.clock.seconds(), self.clock.own_seconds, 0, skip
         self._sums = dict.fromkeys(("loss", "tokens", "patches", "flops"), 0.0)
 
     def add(self, record: Mapping[str, float]) -> None:
@@ -94,32 +106,42 @@ class Meter:
         for name in self._sums:
             self._sums[name] += record.get(name, 0.0)
 
-    def wait(self, seconds: float) -> None:
-        """The devices had no batch for so long."""
-        self._waited += seconds
+    def rates(self, peak: float | None) -> dict[str, Any]:
+        """Means and rates of the interval, and where the run's time went; empty where no step was counted.
 
-    def pause(self, seconds: float) -> None:
-        """So much time went into other things than training."""
-        self._paused += seconds
+        Of several processes also which one kept its devices waiting longest, as far as they have told.
 
-    def rates(self, peak: float | None) -> dict[str, float]:
-        """Means and rates of the interval; empty where no step was counted. `peak`: FLOP/s of all devices, if known."""
+        Args:
+          peak: FLOP/s of all devices, if known.
+        """
         if not self._steps:
             return {}
-        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
+        spent = self.clock.seconds()
+        waited = spent["input"] - self._began["input"]
+        seconds = max(spent["steps"] - self._began["steps"] + waited, 1e-9)
         rates = {
             "mean_loss": self._sums["loss"] / self._steps,
             "seconds_per_step": seconds / self._steps,
             "tokens_per_second": self._sums["tokens"] / seconds,
             "patches_per_second": self._sums["patches"] / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
+            "data_wait": waited / seconds,
         }
         for name, room in self.capacity.items():
             if room:
                 rates[f"fill_{name}"] = self._sums[name] / (room * self._steps)
         if peak and self._sums["flops"]:
             rates["mfu"] = self._sums["flops"] / seconds / peak
-        return rates
+        return rates | self._pace() | {"goodput": share(spent), "seconds": spent}
+
+    def _pace(self) -> dict[str, float]:
+        """Seconds a step that hosts work while their devices wait for them, or could: median and the slowest one's."""
+        self._board.post({"seconds": (self.clock.own_seconds - self._own) / self._steps})
+        pace = {process: note["seconds"] for process, note in self._board.read().items()}
+        if len(pace) < 2:
+            return {}
+        slowest = max(pace, key=pace.get)
+        median = statistics.median(pace.values())
+        return {"slowest_process": slowest, "slowest_host_seconds": pace[slowest], "median_host_seconds": median}
 
 
 class Display:
@@ -158,9 +180,14 @@ class Display:
             f"fill {fill}",
             f"data wait {record['data_wait']:.0%}",
             *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
+            *([self._pace(record)] if "slowest_process" in record else []),
             f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left",
         ]
         self.line("  ".join(parts))
+
+    def _pace(self, record: Mapping[str, float]) -> str:
+        slowest, seconds = record["slowest_process"], record["slowest_host_seconds"]
+        return f"host {record['median_host_seconds']:.3f} s, slowest {slowest:.0f}: {seconds:.3f} s"
 
     def close(self) -> None:
         if self._bar:
@@ -193,10 +220,21 @@ class Reporter:
 
     def __init__(self, folder: Path, step: int, steps: int, every: int, meter: Meter, peak: float | None, writes: bool):
         self.every, self.steps, self.meter, self.peak, self.writes = every, steps, meter, peak, writes
+        self.folder = folder
         if writes:
-            self._file = MetricsFile(folder, step)
-            self._events = _event_writer(folder, step)
+            self._open(step)
             self._display = Display(steps, step)
+
+    def rewind(self, step: int, why: str) -> None:
+        """What was told of later steps is taken back: they will be done otherwise."""
+        self.meter.restart()
+        if self.writes:
+            self._file.close()
+            self._events.close()
+            self._open(step)
+            self._file.write({"step": step, "rewind": why})
+            self._display.step(step)
+        self.line(why)
 
     def step(self, record: dict[str, Any]) -> None:
         """Takes the metrics of a finished step, in order."""
@@ -240,6 +278,10 @@ class Reporter:
             self._file.close()
             self._events.close()
             self._display.close()
+
+    def _open(self, step: int) -> None:
+        self._file = MetricsFile(self.folder, step)
+        self._events = _event_writer(self.folder, step)
 
     def _scalars(self, group: str, record: Mapping[str, Any]) -> None:
         for name, value in record.items():

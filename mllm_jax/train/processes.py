@@ -7,6 +7,7 @@ why, and the same command goes on from the last checkpoint, on as many processes
 import itertools
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mllm_jax.config import ConfigError
 
@@ -68,6 +70,35 @@ def compiled_together(function: Callable) -> Callable:
         return compiled[0](*arguments)
 
     return run
+
+
+class StopSignal:
+    """Whether somebody asked the run to stop: SIGTERM (preemption) or SIGINT. The second one is not held back.
+
+    heeded: the run saved and ended because of it, before its end.
+    """
+
+    def __init__(self):
+        self.heeded, self._asked, self._before, self._steps = False, False, {}, 0
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() == 1:  # several processes agree through jax's own notice of preemption
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """The same answer for all processes. Each calls it after every step, of all stages: jax counts on that."""
+        self._steps += 1
+        several = jax.process_count() > 1
+        return multihost_utils.reached_preemption_sync_point(self._steps) if several else self._asked
+
+    def _note(self, number, _frame) -> None:
+        self._asked = True
+        signal.signal(number, self._before[number])
 
 
 @contextmanager

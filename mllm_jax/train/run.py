@@ -31,6 +31,7 @@ from mllm_jax.train.dual_step import make_contrastive_step
 from mllm_jax.train.files import FilesData, MixtureData
 from mllm_jax.train.inputs import DataConfig, ScenesData
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.spikes import SpikeConfig
 from mllm_jax.train.step import make_train_step
 
 PARTS = {
@@ -56,7 +57,11 @@ class TrainConfig:
     log_every, evaluate_every, save_every: in steps; 0 = at the end only.
     heldout: number of held-out conversations to evaluate on.
     keep: checkpoints that are kept.
+    save_local_every, local: between these, every so many steps, each process saves what it holds in a folder on its own
+      disk; 0 or no folder = it does not. See mllm_jax/train/local_checkpoint.py.
+    spikes: of the loss, and whether to go back.
     patience: non-finite steps in a row that stop the run.
+    watchdog: seconds without a finished step after which a run counts as hanging, and is ended; 0 = never.
     balance: how experts are kept evenly loaded, in models that have them.
     async_gathers: TPUs gather weights with options that only some accept: at your risk, see mllm_jax/train/compiler.py.
     """
@@ -70,13 +75,19 @@ class TrainConfig:
     heldout: int = 256
     save_every: int = 500
     keep: int = 3
+    save_local_every: int = 0
+    local: str = ""
+    spikes: SpikeConfig = SpikeConfig()
     patience: int = 10
+    watchdog: float = 600.0
     balance: BalanceConfig = BalanceConfig()
     async_gathers: bool = False
 
     def __post_init__(self):
         if self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate} must be 1 or more")
+        if self.save_local_every and not self.local:
+            raise ValueError("save_local_every needs local=FOLDER, on a disk of each process's own")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""The batches of a run: made by the host, put on the devices, with what only the host knows of them."""
+
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.processor import Processor
+from mllm_jax.train.cost import explain, flops_of_counts
+from mllm_jax.train.flops import useful
+from mllm_jax.train.inputs import Placer, open_data
+from mllm_jax.train.run import Run
+from mllm_jax.types import Batch
+
+
+class Fetched(NamedTuple):
+    """A batch on the devices."""
+
+    batch: Batch
+    position: dict[str, Any]  # in the data, after this batch
+    about: dict[str, float]  # FLOPs that its step needs; conversations that were left out so far
+    explained: tuple[str, ...]  # of the first batch, what a step costs
+
+
+class Feed:
+    """This process's share of the batches of a run, from where `set_state` says."""
+
+    def __init__(self, run: Run, processor: Processor, mesh: Mesh):
+        rules = run.model.runtime.rules
+        self._run, self._flops, self._explained = run, flops_of_counts(run), False
+        self._loader, self._place = open_data(run.data, processor, mesh, rules), Placer(run.data.batch, mesh, rules)
+
+    def next(self) -> Fetched | None:
+        """The next batch, on its way to the devices; None at the end of the data."""
+        batch, info = next(self._loader, (None, None))
+        if batch is None:
+            return None
+        processes = self._run.data.batch / batch.rows  # this one's share stands for all
+        counts = useful(batch, self._run.model.decoder.window)
+        needed = {part: processes * float(costs @ counts) for part, costs in self._flops.items()}
+        explained = () if self._explained else tuple(explain(self._run, batch, processes))
+        self._explained = True
+        left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
+        about = {"flops": sum(needed.values())} | {name: number for name, number in left_out.items() if number}
+        return Fetched(self._place(batch), self._loader.get_state(), about, explained)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position in the data, for `set_state`."""
+        return self._loader.get_state()
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """The next batch is the one after `position`, of this process or of all. Raises ConfigError: of other data."""
+        try:
+            self._loader.set_state(position)
+        except ValueError as error:
+            raise ConfigError(f"config.data: {error}") from error
+
+    def close(self) -> None:
+        self._loader.close()

@@ -1,0 +1,65 @@
+"""When a loss spikes: back to the last checkpoint, and on with the data after the spike (PaLM, arXiv 2204.02311, 5.1).
+
+The rule reads losses, which all processes have, in the order of steps. So all of them decide alike, and a run that was
+stopped and goes on decides as one that was not.
+"""
+
+import collections
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """
+    factor: a loss of more than so many times the median of the last ones is a spike; 0 = nothing is.
+    window: how many losses before a step the median is of; until there are so many nothing is a spike.
+    rewinds: at most so many in a run; later spikes are only reported.
+    """
+
+    factor: float = 0.0
+    window: int = 50
+    rewinds: int = 10
+
+    def __post_init__(self):
+        if self.factor and self.factor <= 1:
+            raise ValueError(f"factor={self.factor} must be over 1 (3.0, say), or 0 for no rule")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be 1 or more")
+
+
+class Spike(Exception):
+    """A loss that is too high, at a step before which there is a checkpoint to go back to."""
+
+    def __init__(self, step: int, loss: float, median: float, back: int, position: dict[str, Any]):
+        super().__init__(f"step {step} has a loss of {loss:.4f}, {loss / median:.1f} times the median of {median:.4f}")
+        self.step, self.back = step, back  # the step of the checkpoint
+        self.position = position  # in the data, after the batch of the spike
+
+
+class SpikeRule:
+    """The losses so far, as far as they matter, and how often the run went back."""
+
+    def __init__(self, config: SpikeConfig):
+        self.config, self.rewinds = config, 0
+        self._losses: collections.deque[float] = collections.deque(maxlen=config.window)
+
+    def median_if_spike(self, loss: float) -> float | None:
+        """Takes the loss of the next step. The median before it, if that makes it a spike, else None."""
+        config = self.config
+        full = config.factor and len(self._losses) == config.window
+        median = statistics.median(self._losses) if full else None
+        if median is not None and loss > config.factor * median:
+            return median
+        if config.factor and loss == loss:  # a step that is not finite changed nothing, and says nothing
+            self._losses.append(loss)
+        return None
+
+    def get_state(self) -> dict[str, Any]:
+        return {"losses": list(self._losses), "rewinds": self.rewinds}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._losses.clear()
+        self._losses.extend(state["losses"])
+        self.rewinds = state["rewinds"]

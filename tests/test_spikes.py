@@ -1,0 +1,105 @@
+"""A loss that spikes takes the run back, and the data around it are skipped: the same run as one without these data."""
+
+import jax
+import numpy as np
+import pytest
+import watched_run
+
+from mllm_jax.config import ConfigError
+from mllm_jax.train.checkpoint import Checkpoints, restore_params
+from mllm_jax.train.feed import Feed
+from mllm_jax.train.inputs import Placer
+from mllm_jax.train.loop import StopSignal, Training
+from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.run import read_run, train_step
+from mllm_jax.train.spikes import SpikeConfig, SpikeRule
+
+POISONED = (10, 11)  # batches
+LAST = 16
+
+
+class StopAt(StopSignal):
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def asked(self):
+        self.left = self.left and self.left - 1
+        return self.left == 0
+
+
+def small_config(**spikes):
+    config = watched_run.get_config()
+    config.train.update(save_every=4, evaluate_every=0, heldout=4, log_every=5, keep=3)
+    config.train.spikes.update(**spikes)
+    return config
+
+
+def run(config, workdir, stop=None):
+    training = Training(config, read_run(config), workdir)
+    reached = training.run(StopAt(stop))
+    training.close()
+    return reached
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
+
+
+def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(tmp_path, monkeypatch):
+    place, following, numbers, compiled = Placer.__call__, Feed.next, {}, {}
+    monkeypatch.setattr("mllm_jax.train.loop.train_step", lambda *run: compiled.setdefault("step", train_step(*run)))
+    nothing = {"loss": 0.0, "conversations": 0, "exact_match": {}}
+    monkeypatch.setattr("mllm_jax.train.heldout.HeldOut.__call__", lambda *_: nothing)
+
+    def poison(self, batch):
+        """The n-th batch of the data, however often it is read, has targets that nobody can know."""
+        number = numbers.setdefault(batch.tokens.tobytes(), len(numbers) + 1)
+        wrong = np.where(batch.weight > 0, batch.tokens[:, ::-1] + 50, batch.targets)
+        return place(self, batch._replace(targets=wrong) if number in POISONED else batch)
+
+    def without(self):
+        """The run that shall come out: it sees the first 8 batches, and none of those from there to the spike."""
+        while True:
+            fetched = following(self)
+            self.read = getattr(self, "read", 0) + 1
+            if not 8 < self.read <= POISONED[-1]:
+                return fetched
+
+    monkeypatch.setattr(Feed, "next", without)
+    expected, workdir = tmp_path / "expected", tmp_path / "spikes"
+    for folder in (expected, workdir):
+        folder.mkdir()
+    assert run(small_config(), expected) == LAST
+    monkeypatch.setattr(Feed, "next", following)
+
+    monkeypatch.setattr(Placer, "__call__", poison)
+    config = small_config(factor=1.4, window=4, rewinds=2)
+    assert run(config, workdir, stop=9) == 9 and Checkpoints(workdir).latest() == 9
+    assert run(config, workdir) == LAST
+    assert losses(workdir) == losses(expected)
+    (_, ours), (_, theirs) = restore_params(workdir), restore_params(expected)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    told = [line for line in read_metrics(workdir) if "rewind" in line]
+    assert [line["step"] for line in told] == [8, 8]
+    assert "back to step 8, the data of 2 steps are skipped (1 of 2)" in told[0]["rewind"]
+    assert "back to step 8, the data of 1 steps are skipped (2 of 2)" in told[1]["rewind"]
+    assert Checkpoints(workdir).steps() == [8, 12, 16], "the one of step 9 is not of this history"
+
+
+def test_a_spike_is_a_multiple_of_the_median_before_it():
+    rule = SpikeRule(SpikeConfig(factor=2.0, window=3))
+    assert [rule.median_if_spike(loss) for loss in (9.0, 1.0, 1.2)] == [None] * 3, "too few to say"
+    assert rule.median_if_spike(2.3) is None and rule.median_if_spike(float("nan")) is None
+    assert rule.median_if_spike(2.5) == 1.2
+    assert rule.get_state() == {"losses": [1.0, 1.2, 2.3], "rewinds": 0}, "spikes are no measure for later ones"
+    again = SpikeRule(rule.config)
+    again.set_state(rule.get_state())
+    assert again.median_if_spike(2.5) == 1.2
+    off = SpikeRule(SpikeConfig())
+    assert [off.median_if_spike(loss) for loss in (1.0, 1e9)] == [None, None] and off.get_state()["losses"] == []
+
+
+def test_a_factor_below_one_is_refused():
+    with pytest.raises(ConfigError, match="config.train.spikes: factor=0.5 must be over 1"):
+        read_run(small_config(factor=0.5))
