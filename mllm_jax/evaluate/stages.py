@@ -24,8 +24,8 @@ def table(workdir: str | Path) -> Table:
     config, found = _config(workdir), {name: _last(Path(workdir) / name) for name in ended(workdir)}
     kinds = _kinds(found.values())
     shown = Table(box=None, pad_edge=False, header_style="dim")
-    shown.add_column("stage")
-    shown.add_column("after")
+    for name in ("stage", "after"):
+        shown.add_column(name, no_wrap=True, min_width=max(map(len, ("stage", *config.stages))))
     for name in ("steps", "trained", "held-out loss", *kinds):
         shown.add_column(name, justify="right", no_wrap=True)
     for name, steps in ended(workdir).items():

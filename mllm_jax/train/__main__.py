@@ -53,6 +53,7 @@ def main() -> None:
         processes.end_unfinished()
     if jax.process_index() == 0 and all_ended(WORKDIR.value):
         console = Console(highlight=False)
+        console.width = console.width if console.is_terminal else 160
         console.print(stages.table(WORKDIR.value))
         console.print(f"wrote {stages.write_page(WORKDIR.value)}", soft_wrap=True, highlight=False)
 
