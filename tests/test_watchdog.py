@@ -30,7 +30,9 @@ def test_the_process_that_the_others_wait_for_is_named():
     waiting = {process: note(15, "steps") for process in range(4)}
     cases = {
         "process 2 hangs in 'input' after step 13; the others wait": waiting | {2: note(13, "input")},
-        "process 2 hangs in 'save' after step 15; the others wait": waiting | {2: note(15, "save")},
+        "process 2 hangs in 'save' after step 14; the others wait": waiting | {2: note(14, "save")},
+        "process 2 hangs in 'input' after step 15; the others wait": dict.fromkeys(range(4), note(15, "save"))
+        | {2: note(15, "input")},
         "process 1, 3 hangs in 'steps' after step 14": waiting | {1: note(14, "steps"), 3: note(14, "steps")},
         "all processes are in 'steps' after step 15: devices": waiting,
         "process 0 said nothing for 30 s": waiting | {0: note(15, "steps", at=60.0)},

@@ -21,6 +21,7 @@ from mllm_jax.train.processes import AGAIN, COMPILING, GOODBYE
 
 FOLDER = "stacks"
 LISTEN = 3.0  # seconds for the others to say what they do
+ORDER = ("start", "compile", "input", "steps", "evaluate", "save")  # in which a process comes through a step
 SHORT = ("steps", "input", "evaluate")  # parts that give a sign of life with every step or batch
 
 
@@ -108,7 +109,7 @@ def blame(notes: Mapping[int, Mapping[str, Any]], count: int, limit: float, now:
     silent = [number for number in range(count) if number not in notes or now - notes[number]["at"] > limit / 2]
     if silent:
         return f"{_named(silent)} said nothing for {limit / 2:.0f} s or longer: stopped, dead, or out of reach"
-    place = {number: (note["step"], note["part"] == "steps") for number, note in notes.items()}
+    place = {number: (note["step"], ORDER.index(note["part"])) for number, note in notes.items()}
     last = [number for number in notes if place[number] == min(place.values())]
     note = notes[last[0]]
     if len(last) == count:
