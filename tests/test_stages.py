@@ -27,6 +27,7 @@ from mllm_jax.train.chain import train_run
 from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params
 from mllm_jax.train.loop import Training, train
 from mllm_jax.train.metrics import Reporter, read_metrics
+from mllm_jax.train.processes import AGAIN
 from mllm_jax.train.run import read_run
 from mllm_jax.train.stages import ended, is_run, names_in_order, one_run, run_folder
 
@@ -179,7 +180,7 @@ def test_processes_are_stopped_in_the_second_stage_and_go_on_there_bit_equal(tmp
         assert launcher.poll() is None
         time.sleep(0.01)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(timeout=600) == 0 and ended(stopped) == {"align": 8}
+    assert launcher.wait(timeout=600) == AGAIN and ended(stopped) == {"align": 8}
     assert 4 <= Checkpoints(stopped / "instruct").latest() < 16
     assert subprocess.run([*command, "--workdir", stopped], cwd=root).returncode == 0
     assert ended(stopped) == ended(whole) == {"align": 8, "instruct": 16}
