@@ -44,6 +44,7 @@ class ModelConfig:
     pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
     tiles, chat: the fewest and the most tiles of a picture, and the name of the format of chats, where config.json says
       them and not the files of a processor.
+    shows_lead: the class token and the registers of a picture are visual tokens too, before those of its patches.
     lora: the adapters that parameters are made with; given ones bring their own.
     most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and clips are pooled; 0 =
       visual tokens stand as they are.
@@ -62,6 +63,7 @@ class ModelConfig:
     pool: Any = None
     lora: LoraConfig = LoraConfig()
     most_tiles: int = 0
+    shows_lead: bool = False
 
     def __post_init__(self):
         if self.encoder is not None and self.decoder is not None and self.connector is None:
@@ -70,6 +72,11 @@ class ModelConfig:
             raise ValueError(
                 f"pinpoints={self.pinpoints} need a newline after every row of tiles, which {self.connector} has not: "
                 "use MlpConnectorConfig(newline=True), or pinpoints=()"
+            )
+        if self.shows_lead and (self.merge > 1 or self.pinpoints):
+            raise ValueError(
+                "shows_lead makes visual tokens of a class token and registers, which neither a connector that merges "
+                "patches nor pictures in tiles (pinpoints) have a place for; set shows_lead=False"
             )
 
     @property
@@ -86,6 +93,11 @@ class ModelConfig:
     def lead(self) -> int:
         """Empty patches that stand before a picture's own: its class token and registers, to whole visual tokens."""
         return 0 if self.encoder is None else -(-self.encoder.lead // self.merge**2) * self.merge**2
+
+    @property
+    def shown(self) -> int:
+        """Visual tokens of a picture that stand before those of its patches."""
+        return self.lead if self.shows_lead else 0
 
     @property
     def prefix(self) -> bool:

@@ -23,11 +23,22 @@ class Picture(NamedTuple):
     patches: Array  # u8[p C] raw pixels or f32[p C] normalised; merge-block-major, values in (c, t, y, x) order
     grid: tuple[int, int]  # (h, w) in patches; p = h * w, and before them `lead` empty ones
     time: int = 0  # index of the temporal patch within its clip
+    shows_lead: bool = False  # whether the tokens in those places are visual tokens too, the first ones
 
     @property
     def lead(self) -> int:
         """Empty patches before the first: places for the class token and the registers of an encoder."""
         return len(self.patches) - self.grid[0] * self.grid[1]
+
+    @property
+    def hidden(self) -> int:
+        """Patches before the first one that visual tokens are made of."""
+        return 0 if self.shows_lead else self.lead
+
+    @property
+    def shown(self) -> int:
+        """Patches that visual tokens are made of."""
+        return len(self.patches) - self.hidden
 
 
 class Mix(NamedTuple):

@@ -1,12 +1,14 @@
 """LLaVA, LLaVA-NeXT and InternVL: logits, gradients, tokens and files equal transformers' on random tiny weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_chat
 import torch
 import transformers
 from PIL import Image
-from reference import assert_export, assert_step, perturb, to_torch
+from reference import assert_export, assert_parity, assert_step, perturb, to_torch
 
 import mllm_jax
 from mllm_jax.data.processor import Processor
@@ -33,6 +35,7 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
 def llava_config(kind="Llava", **fields):
     given = dict(vision_config=CLIP, text_config=dict(model_type="llama", **TEXT), image_token_index=IMAGE)
+    given["image_seq_length"] = 16
     return getattr(transformers, f"{kind}Config")(**given | fields)
 
 
@@ -106,7 +109,7 @@ def inputs_of(model, rows=ROWS, side="right", labels=False):
             else:
                 tiles = 1 if kind == "llava" else height // 8
                 pixels += list(rng.standard_normal((tiles, 3, 16, 16)).astype(np.float32))
-                count = 16 if kind == "llava" else 4 * tiles
+                count = model.config.image_seq_length if kind == "llava" else 4 * tiles
             tokens += [IMAGE] * count + list(range(20, 24))
         ids.append(tokens)
     length = max(map(len, ids))
@@ -146,6 +149,22 @@ def test_files_go_back(pair, tmp_path):
     assert_export(*pair, inputs_of(pair[1]), tmp_path)
 
 
+def test_the_class_token_may_be_a_visual_token(tmp_path, record_property):
+    """ "full" keeps the first feature of CLIP, which stands before those of the patches."""
+    model = random_model(llava_config(vision_feature_select_strategy="full", image_seq_length=17))
+    model.save_pretrained(tmp_path / "theirs")
+    vlm, inputs = mllm_jax.load_pretrained(tmp_path / "theirs"), inputs_of(model, side="left")
+    found = vlm.model.apply({"params": vlm.params}, mllm_jax.from_hf_inputs(vlm.config, inputs)).logits
+    with torch.no_grad():
+        wanted = model(**to_torch(inputs)).logits.numpy()
+    real = inputs["attention_mask"] == 1
+    assert_parity(record_property, "llava", np.asarray(found)[real], wanted[real])
+    mllm_jax.save_pretrained(vlm, tmp_path / "ours")
+    assert mllm_jax.load_pretrained(tmp_path / "ours").config == vlm.config
+    with pytest.raises(ValueError, match="nor pictures in tiles"):
+        replace(llava.sizes("next-vicuna-7b"), shows_lead=True)
+
+
 def test_a_text_part_keeps_its_names(tmp_path):
     """Phi-3 has Mistral's layers, and tensors of its own."""
     text = dict(model_type="phi3", pad_token_id=0, **TEXT)
@@ -160,14 +179,15 @@ def test_a_text_part_keeps_its_names(tmp_path):
     assert sum("qkv_proj" in name for name in tensors) == TEXT["num_hidden_layers"]
 
 
-@pytest.mark.parametrize("size", ["1.5-7b", "next-mistral-7b"])
-def test_transformers_reads_the_processor(size, tmp_path):
+@pytest.mark.parametrize(("size", "shows_lead"), [("1.5-7b", False), ("1.5-7b", True), ("next-mistral-7b", False)])
+def test_transformers_reads_the_processor(size, shows_lead, tmp_path):
     """From the files that are saved, and makes the same tokens of a prompt and a picture."""
+    expected = spec_for(replace(llava.sizes(size), shows_lead=shows_lead))
     tiny_chat.write_tokenizer(tmp_path)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         text = (tmp_path / name).read_text().replace("<|image_pad|>", "<image>")
         (tmp_path / name).write_text(text)
-    processor = Processor.from_folder(tmp_path, spec_for(llava.sizes(size)))
+    processor = Processor.from_folder(tmp_path, expected)
     processor.save(tmp_path / "saved")
     theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "saved")
     image = Image.new("RGB", (640, 480))
@@ -175,7 +195,7 @@ def test_transformers_reads_the_processor(size, tmp_path):
     text = processor.template.render(turns, generate=True)
     ours = processor(turns, generate=True)
     assert theirs(text=text, images=image)["input_ids"][0] == ours.tokens.tolist()
-    assert Processor.from_folder(tmp_path / "saved", spec_for(llava.sizes(size))).spec.rule == processor.spec.rule
+    assert Processor.from_folder(tmp_path / "saved", expected).spec.rule == processor.spec.rule
 
 
 @pytest.mark.parametrize("family", [llava, internvl])

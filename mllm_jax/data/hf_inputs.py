@@ -79,7 +79,7 @@ def _example(tokens, label, suffix, supply: Supply, merge: int) -> Example:
         item = waiting.pop(0)
         taken.append(item)
         firsts.append(first)
-        first += sum(height * width for height, width in (p.grid for p in item.pictures)) // merge**2
+        first += sum(picture.shown for picture in item.pictures) // merge**2
         filled += len(item.order)
     position = rotary_positions(visual, [(item.position, item.advance) for item in taken])
     index, mix = spread(visual, [(item.order, item.mix) for item in taken], firsts)

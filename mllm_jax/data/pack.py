@@ -176,12 +176,12 @@ def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Bu
         batch.vision.coords[here][:lead, 0] = -1 - np.arange(lead)
         batch.vision.coords[here][lead:, 1:] = patch_coords(tuple(picture.grid), merge)
         batch.vision.grid[here] = picture.grid
-        firsts.append((row * budget.patches + offset + lead) // merge**2)
+        firsts.append((row * budget.patches + offset + picture.hidden) // merge**2)
     tokens, start = _visual_tokens(pictures, firsts, merge), 0
     newline = budget.rows * budget.patches // merge**2
     for number, example in enumerate(examples, 1):
         index = np.asarray(example.vision_index)
-        count = sum(len(p.patches) - p.lead for p in example.pictures) // merge**2
+        count = sum(picture.shown for picture in example.pictures) // merge**2
         if index.max(initial=-1) >= count:
             raise ValueError(f"row {b}, segment {number}: visual token {index.max()}, but the pictures have {count}")
         own, tokens = tokens[:count], tokens[count:]
@@ -200,7 +200,7 @@ def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
 
 def _visual_tokens(pictures: Sequence[Picture], firsts: Sequence[int], merge: int) -> np.ndarray:
     """Where in a row every visual token of its pictures lies, the pictures end to end."""
-    counts = [(len(picture.patches) - picture.lead) // merge**2 for picture in pictures]
+    counts = [picture.shown // merge**2 for picture in pictures]
     tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]
     return np.concatenate([np.zeros(0, np.int32), *tokens])
 

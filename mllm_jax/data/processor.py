@@ -218,7 +218,8 @@ class Processor:
     def _needed(self, plans: Sequence[Plan], text_tokens: int, times: int) -> tuple[int, list[int]]:
         """Tokens of the conversation, and patches of every picture."""
         spec = self.spec
-        patches = [spec.lead + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
+        before = spec.lead - spec.shown
+        patches = [before + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
         return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
 
     def _firsts(self, plans: Sequence[Plan]) -> list[int]:
@@ -234,7 +235,7 @@ class Processor:
                 patches = images.patchify(frames, spec.patch, spec.temporal_patch, spec.merge)
                 patches = np.concatenate([np.zeros((spec.lead, patches.shape[1]), patches.dtype), patches])
                 grid = (height // spec.patch, width // spec.patch)
-                yield Picture(patches, grid, index if visual.video else 0)
+                yield Picture(patches, grid, index if visual.video else 0, spec.shown > 0)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":

@@ -21,6 +21,7 @@ class ProcessorSpec:
     temporal_patch: int = 2  # frames
     merge: int = 2  # a visual token is merge x merge patches
     lead: int = 0  # empty patches before a picture's own
+    shown: int = 0  # visual tokens that stand in these places: all of them, or none
     rule: Rule | None = None  # how pictures get their sizes, or are cut (tiles.py); None = nearly as they are
     clip_rule: Whole | None = None  # how each frame of a clip does, all in one block; None = nearly as they are
     min_pixels: int = 65536  # of a picture, where there is no other rule
@@ -55,7 +56,7 @@ class ProcessorSpec:
 
     def tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of a picture of this (height, width)."""
-        return math.prod(side // self.factor for side in size)
+        return self.shown + math.prod(side // self.factor for side in size)
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _counting(spec: ProcessorSpec) -> dict[str, Any]:
         "image_seq_length": tokens,
         "num_image_tokens": tokens,
         "num_additional_image_tokens": spec.lead,
-        "vision_feature_select_strategy": "default" if spec.lead else "full",
+        "vision_feature_select_strategy": "default" if spec.lead > spec.shown else "full",
         "image_token": spec.image_token,
         "video_token": spec.video_token,
     }

@@ -79,6 +79,7 @@ class Cut(Still):
         images.check_aspect(self.height, self.width)
         rule, size = self.rule.within(limit), (self.height, self.width)
         order = rule.order(size, spec.factor)
+        order = np.concatenate([np.arange(spec.shown, dtype=order.dtype), order + spec.shown]) if spec.shown else order
         return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor)),), rule)
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:

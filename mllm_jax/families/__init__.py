@@ -101,6 +101,7 @@ def spec_for(config: ModelConfig) -> ProcessorSpec:
         temporal_patch=encoder.temporal_patch_size,
         merge=config.merge,
         lead=config.lead,
+        shown=config.shown,
         mean=encoder.pixel_mean,
         std=encoder.pixel_std,
         position_rate=config.position_rate,

@@ -70,10 +70,9 @@ def from_hf(config: dict) -> ModelConfig:
     """
     encoder = tower_for(config["vision_config"]).from_hf(config["vision_config"])
     encoder = replace(encoder, features=features_from_hf(config.get("vision_feature_layer", -2)))
-    keeps = {"default": True, "full": False}  # that the first feature is dropped: the class token, where there is one
     strategy = config.get("vision_feature_select_strategy", "default")
-    if keeps[strategy] != encoder.class_token:
-        raise ValueError(f"vision_feature_select_strategy {strategy!r} does not fit a tower of {encoder.lead} tokens")
+    if strategy == "default" and encoder.lead != 1:  # which drops the first feature, whatever it is
+        raise ValueError(f"vision_feature_select_strategy {strategy!r} needs a class token and no registers")
     if not config.get("multimodal_projector_bias", True):
         raise ValueError("LLaVA as published has multimodal_projector_bias; config.json says false")
     newline = config["model_type"] == "llava_next"
@@ -86,6 +85,7 @@ def from_hf(config: dict) -> ModelConfig:
         VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 32000))),
         family=config["model_type"],
         pinpoints=tuple((height, width) for height, width in pinpoints) if newline else (),
+        shows_lead=strategy == "full" and encoder.lead > 0,
     )
 
 
@@ -113,10 +113,10 @@ def to_hf(config: ModelConfig) -> dict:
         ],
         "model_type": kind,
         "image_token_index": config.tokens.image,
-        "image_seq_length": encoder.position_grid**2,
+        "image_seq_length": config.shown + encoder.position_grid**2,
         "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
         "vision_feature_layer": features_to_hf(encoder.features),
-        "vision_feature_select_strategy": "default" if encoder.class_token else "full",
+        "vision_feature_select_strategy": "default" if encoder.lead > config.shown else "full",
         "tie_word_embeddings": config.decoder.tie_embeddings,
         "text_config": decoder,
         "vision_config": part_to_hf(encoder),
@@ -164,7 +164,8 @@ def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
 def whole(config: ModelConfig, pixels: np.ndarray) -> Visual:
     """A picture, or a tile, that is read as one: pixels [c h w]."""
     picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
-    return counted_like_text((picture,), np.arange(picture.grid[0] * picture.grid[1] // config.merge**2))
+    picture = picture._replace(shows_lead=config.shows_lead)
+    return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
 
 
 def tiled(config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> Visual:
