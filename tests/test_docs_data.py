@@ -54,13 +54,15 @@ def test_the_commands_run(folder, monkeypatch, capsys):
         if program == "mllm_jax.data.scenes_builder":
             scenes_builder.main(words)
         elif program == "mllm_jax.data":
-            assert main([*words, "--processes=0"]) == 0, capsys.readouterr().err
+            alone = "--config.data.workers=0" if words[0] == "inspect" else "--processes=0"
+            assert main([*words, alone]) == 0, capsys.readouterr().err
         else:
             assert program == "mllm_jax.train"
             trained.append(source_of(words))
     sizes = {name: len(open_source(name)) for name in ("converted", "from-tar", "from-parquet", "from-tfds")}
     assert sizes == {"converted": 10, "from-tar": 10, "from-parquet": 7, "from-tfds": 4}
     assert len(trained[0]) == 10 and [len(source) for source in trained[1].sources] == [10, 20]
+    assert "Packed rows" in pathlib.Path("scenes.html").read_text()
     assert trained[1].weights == {0: (1.0, 0.25), 2000: (1.0, 1.0)}
 
 

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "config": set(),
     "sharding": {"types"},
     "paths": set(),
+    "page": set(),
     "nn": {"paths", "sharding", "types"},
     "fusion": {"types"},
     "encoders": {"nn", "sharding", "types"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "decoder": {"fusion", "nn", "sharding", "types"},
     "model": {"encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
     "weights": {"types"},
-    "data": {"types"},
+    "data": {"page", "types"},
 }
 MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
 MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]
@@ -33,7 +34,7 @@ MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["generate"] = {"adapters", "api"} | MAY_IMPORT["api"]
-MAY_IMPORT["train"] = {"adapters", "config", "paths"} | MAY_IMPORT["generate"]
+MAY_IMPORT["train"] = {"adapters", "config", "page", "paths"} | MAY_IMPORT["generate"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]

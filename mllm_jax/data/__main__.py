@@ -1,15 +1,17 @@
 """Prepares data.
 
     python -m mllm_jax.data convert SOURCE FOLDER     any source to ArrayRecord shards, with the pictures inside
+    python -m mllm_jax.data inspect --config FILE     what the batches of a run hold, as a table and as a page
 
 Each command says more under --help.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,24 @@ folder's broken.txt. A run reads the result with --config.data.path=FOLDER.
 """
 
 
+INSPECT = """What the batches of a run hold: counts, lengths, fill, and what is left out for which reason.
+
+    python -m mllm_jax.data inspect --config configs/scenes.py
+    python -m mllm_jax.data inspect --config configs/sft.py --config.init=FOLDER --config.data.path=conversations.jsonl
+    python -m mllm_jax.data inspect --config configs/recipes/llava_1_5.py --stage=align --html=align.html
+
+Records are read, packed and counted as a run would, in its order. The page of --html shows histograms, conversations
+as the model reads them, with their pictures and with what the loss counts, and packed rows as coloured bars.
+Settings of the run follow as --config.path.to=value.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 1 where something is wrong that the user can mend, told in one line."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, args.settings = parser.parse_known_args(arguments)
+    if args.settings and args.command is not _inspect:
+        parser.error(f"unrecognized arguments: {' '.join(args.settings)}")
     try:
         return args.command(args)
     except (OSError, ValueError) as error:
@@ -54,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--where", metavar="FIELD=VALUE[,VALUE]", action="append", default=[], type=_where, help="keep only these")
     add("--records", metavar="N", type=_positive, default=4096, help="of a shard (default 4096)")
     add("--processes", metavar="N", type=int, default=os.cpu_count(), help="that work (default: one for each core)")
+    command = commands.add_parser("inspect", description=INSPECT, formatter_class=raw, help="what a run reads")
+    command.set_defaults(command=_inspect)
+    add = command.add_argument
+    add("--config", metavar="FILE[:ARGUMENT]", required=True, help="of the run")
+    add("--stage", metavar="NAME", help="of a run with stages")
+    add("--count", metavar="N", type=_positive, default=1000, help="records to be packed, about (default 1000)")
+    add("--html", metavar="FILE", help="where to write the page")
     return parser
 
 
@@ -79,17 +103,23 @@ def _value(text: str) -> Any:
         return text
 
 
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of records, which is told how many are done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("records", total=total)
+        yield lambda done: bar.update(task, completed=min(done, total))
+
+
 def _convert(args: argparse.Namespace) -> int:
     where, folder = dict(args.where), Path(args.folder)
     source = open_source(args.source, args.root, where)
     size = sum(shard.path.stat().st_size for shard in source.shards)
     about = {"source": args.source, "root": args.root, "where": where, "source_bytes": size}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("records", total=len(source))
-            progress = lambda done: bar.update(task, completed=done)
+        with _progress(len(source)) as progress:
             held = convert(source, folder, about, args.records, args.processes, progress)
     except KeyboardInterrupt:
         done = len(list(folder.glob("*.array_record")))
@@ -99,6 +129,28 @@ def _convert(args: argparse.Namespace) -> int:
     if held.broken:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in held.broken.items())
         print(f"{sum(held.broken.values())} broken records left out, named in {folder / BROKEN}: {reasons}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from mllm_jax.data.loader import BadData
+    from mllm_jax.train import inspection  # which needs jax, as `convert` does not
+    from mllm_jax.train.command import read_config
+    from mllm_jax.train.run import read_run
+    from mllm_jax.train.stages import one_run
+
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise ValueError(f"--html={args.html} is in a folder that does not exist")
+    run = read_run(one_run(read_config(["--config", args.config, *args.settings]), args.stage))
+    try:
+        with _progress(args.count) as progress:
+            found = inspection.inspect(run, args.count, progress)
+    except BadData as error:
+        raise ValueError(str(error)) from error
+    Console().print(inspection.tables(found))
+    if args.html:
+        named = args.config + (f", stage {args.stage}" if args.stage else "")
+        print(inspection.write_page(args.html, f"Data of {named}", found))
     return 0
 
 

@@ -160,3 +160,12 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
         "t (row m1 y) (column m2 x) c -> (row column m1 m2) (c t y x)",
         m1=merge, m2=merge, y=patch, x=patch,
     )  # fmt: skip
+
+
+def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int, merge: int) -> np.ndarray:
+    """The inverse of `patchify`: the pixels u8[t h w 3] of a picture of `grid` = (h, w) patches, u8[p C]."""
+    return rearrange(
+        patches,
+        "(row column m1 m2) (c t y x) -> t (row m1 y) (column m2 x) c",
+        row=grid[0] // merge, m1=merge, m2=merge, c=3, y=patch, x=patch,
+    )  # fmt: skip

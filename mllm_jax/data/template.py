@@ -138,9 +138,9 @@ class Tokenizer:
         text = self._start.sub(rf"\g<0>{GUARD}", text.translate(_MARKS))
         return GUARD * text.startswith(self._tails) + text + GUARD * text.endswith(self._heads)
 
-    def decode(self, ids) -> str:
-        """The text of tokens, without the special ones."""
-        return self._full.decode([int(token) for token in ids], skip_special_tokens=True)
+    def decode(self, ids, special: bool = False) -> str:
+        """The text of tokens, without the special ones unless they are asked for."""
+        return self._full.decode([int(token) for token in ids], skip_special_tokens=not special)
 
     def id(self, token: str) -> int:
         """The id of one token; raises ValueError if there is none."""

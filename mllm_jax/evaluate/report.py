@@ -3,8 +3,6 @@
 This file computes what is shown (in percent of a chart's width and height); report.html says how it looks.
 """
 
-import base64
-import io
 import math
 import operator
 import os
@@ -13,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from mllm_jax.page import log_ticks, percent, short, ticks, write_page
 from mllm_jax.train.goodput import PARTS, hours
 from mllm_jax.types import MODALITIES
 
@@ -90,11 +88,9 @@ def write_report(
         raise ValueError("a report needs at least one run")
     kinds = kinds or [Kind(name) for name in runs[0].exact_match]
     runs = [run._replace(exact_match={k: v for k, v in run.exact_match.items() if math.isfinite(v)}) for run in runs]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"percent": percent, "short": short, "png": _png}
-    page = environment.get_template("report.html").render(
+    return write_page(
+        path,
+        "evaluate/report.html",
         title=title,
         lead=lead,
         runs=runs,
@@ -109,49 +105,6 @@ def write_report(
         hours=_time(runs[0]),
         config=config,
     )
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path.resolve()
-
-
-def percent(share: float | None) -> str:
-    """0.975 -> "97.5 %"; nothing known -> a dash."""
-    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.1f}".removesuffix(".0") + " %"
-
-
-def short(value: float) -> str:
-    """A number in a few characters: 0.25, 1,200, 35k, 1.2M."""
-    for limit, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= limit * (1 - 5e-4):
-            return f"{float(f'{value / unit:.3g}'):g}{letter}"
-    return f"{float(f'{value:.4g}'):,g}"
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) within [low, high], about `count` of them; [low] if equal."""
-    if not low < high:
-        return [low]
-    step = _round_up((high - low) / count)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    if last < first:  # a step of over half the range may miss it
-        return ticks(low, high, count + 1)
-    return [float(f"{i * step:.14g}") for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """The numbers 1, 2, 5 times powers of ten within [low, high]; plain `ticks` where fewer than two are."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [float(f"{m}e{d}") for d in decades for m in (1, 2, 5) if low * 0.999 <= float(f"{m}e{d}") <= high * 1.001]
-    while len(found) > 7:  # a run over many decades: keep every other label
-        found = found[::2]
-    return found if len(found) > 1 else ticks(low, high, 4)
-
-
-def _round_up(value: float) -> float:
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
 
 
 def chart(
@@ -317,10 +270,3 @@ def _frames(picture) -> list[Image.Image]:
     frames = np.asarray(picture)
     new = [i for i in range(len(frames)) if i == 0 or (frames[i] != frames[i - 1]).any()]
     return [Image.fromarray(frames[i]) for i in new]
-
-
-def _png(picture: Image.Image) -> str:
-    """A data URI."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

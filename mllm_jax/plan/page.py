@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from mllm_jax.evaluate.report import log_ticks, ticks
+from mllm_jax import page
+from mllm_jax.page import log_ticks, ticks
 from mllm_jax.plan.chips import GIB, Chip
 from mllm_jax.plan.cost import Network, seconds
 from mllm_jax.plan.layout import STACKED, VOCABULARY, Laid
@@ -40,12 +39,11 @@ def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, f
       lead: a sentence that sums up.
       found: all candidates, best first.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"gib": gib, "duration": duration, "percent": percent, "mesh": mesh_text, "size": size_text}
     best = chosen.candidate
-    page = environment.get_template("page.html").render(
+    return page.write_page(
+        path,
+        "plan/page.html",
+        {"gib": gib, "duration": duration, "percent": percent, "mesh": mesh_text, "size": size_text},
         title=title,
         lead=lead,
         best=best,
@@ -62,11 +60,6 @@ def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, f
         columns=COLUMNS,
         rows=ROWS,
     )
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path.resolve()
 
 
 def _plot(candidates: Sequence[Candidate], chip: Chip) -> dict[str, Any]:

@@ -36,37 +36,65 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
 
 
 def _fail(error: Exception, exit_code: int) -> None:
-    """Prints what is wrong: of what get_config raises, which comes wrapped in a traceback, what stands at its end."""
-    message = re.split(r"^[\w.]+Error: ", told(error), flags=re.MULTILINE)[-1]
-    print(f"error: {message.strip()}", file=sys.stderr)
+    print(f"error: {_told(error)}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _told(error: Exception) -> str:
+    """What is wrong: of what get_config raises, which comes wrapped in a traceback, what stands at its end."""
+    return re.split(r"^[\w.]+Error: ", told(error), flags=re.MULTILINE)[-1].strip()
 
 
 def _parse(argv: Sequence[str], exit_code: int) -> list[str]:
     try:
+        return _parsed(argv, flags.FLAGS)
+    except SystemExit:  # absl calls it a failure when it has printed the help
+        sys.exit(0)
+    except (ConfigError, OSError) as error:
+        _fail(error, exit_code)
+
+
+def read_config(words: Sequence[str]) -> ConfigDict:
+    """The config that `--config FILE.py[:argument] --config.path.to=value` say, for programs with flags of their own.
+
+    Raises:
+      ConfigError: what is wrong, and where.
+    """
+    argv, values = ["", *words], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    try:
+        _parsed(argv, values)
+    except (ConfigError, OSError) as error:
+        raise ConfigError(_told(error)) from error
+    return values.config
+
+
+def _parsed(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Parses a command line into `values`. Raises ConfigError and OSError."""
+    try:
         path = _config_file(argv)
-        rest = flags.FLAGS([WORDS.sub(lambda flag: flag[0].replace("-", "_"), word) for word in argv])
-        config = flags.FLAGS.config
+        rest = values([WORDS.sub(lambda flag: flag[0].replace("-", "_"), word) for word in argv])
+        config = values.config
         if path and not isinstance(config, ConfigDict) and not hasattr(config, "fields"):  # OSError if it was not read
             raise ConfigError(f"get_config of {path} must return what run_config does, not a {type(config).__name__}")
         if rest[1:]:
             raise ConfigError(f"{' '.join(rest[1:])!r} belongs to no flag; run with --help")
         return rest
-    except SystemExit:  # absl calls it a failure when it has printed the help
-        sys.exit(0)
+    except (ConfigError, OSError):
+        raise
     except SyntaxError as error:
-        _fail(ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}"), exit_code)
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     except (AttributeError, KeyError) as error:  # what ConfigDict says to an unknown name: nothing but the name
         if getattr(error, "name", None) == "get_config":
-            error = ConfigError(f"{path} has no function get_config, which returns the config")
-        _fail(error if isinstance(error, ConfigError) else _unknown_name(argv) or error, exit_code)
+            raise ConfigError(f"{path} has no function get_config, which returns the config") from error
+        raise _unknown_name(argv) or ConfigError(told(error)) from error
     except flags.UnrecognizedFlagError as error:
         hint = "settings of a run are --config.path.to=value; run with --help"
-        _fail(ConfigError(f"there is no flag --{error.flagname}; {hint}"), exit_code)
-    except (flags.Error, ConfigError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"there is no flag --{error.flagname}; {hint}") from error
+    except (flags.Error, TypeError, ValueError) as error:
         missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
-        advice = ConfigError(f"{' and '.join(missing)} must be given; run with --help")
-        _fail(advice if missing else ConfigError(_no_number(told(error))), exit_code)
+        advice = f"{' and '.join(missing)} must be given; run with --help"
+        raise ConfigError(advice if missing else _told(ConfigError(_no_number(told(error))))) from error
 
 
 def _no_number(text: str) -> str:

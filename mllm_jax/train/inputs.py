@@ -215,13 +215,24 @@ def open_data(
     """
     sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (data.batch,), "config.data.batch"))
     index, count = row_share(sharding, data.batch)
-    streams = data.streams or max(divisor for divisor in range(1, STREAMS + 1) if data.batch % divisor == 0)
+    streams = streams_of(data)
     if streams % count:
         raise ConfigError(
             f"config.data: {streams} streams do not divide among {count} processes; set config.data.streams, a divisor "
             f"of batch={data.batch} and a multiple of {count}"
         )
-    loader = make_loader(
+    loader = loader_of(data, processor, index, count)
+    return loader if count == 1 or data.epochs is None else EndTogether(loader)
+
+
+def streams_of(data: DataConfig) -> int:
+    """The streams that fill the rows of a batch."""
+    return data.streams or max(divisor for divisor in range(1, STREAMS + 1) if data.batch % divisor == 0)
+
+
+def loader_of(data: DataConfig, processor: Processor, index: int = 0, count: int = 1) -> Any:
+    """The loader of the share `index` of `count` of every batch."""
+    return make_loader(
         data.source(),
         processor,
         data.budget,
@@ -229,7 +240,7 @@ def open_data(
         seed=data.seed,
         epochs=data.epochs,
         window=data.window,
-        streams=streams,
+        streams=streams_of(data),
         workers=data.workers,
         processes=data.processes,
         prefetch=data.prefetch,
@@ -239,7 +250,6 @@ def open_data(
         max_bad=data.max_bad,
         pairs=pairs,
     )
-    return loader if count == 1 or data.epochs is None else EndTogether(loader)
 
 
 class EndTogether:

@@ -1,0 +1,185 @@
+"""What the batches of a run hold, read as the run reads them, as tables and as a page."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data import loader
+from mllm_jax.data.inspection import Inspection
+from mllm_jax.data.inspection_page import write_inspection
+from mllm_jax.data.mixture import Mixture
+from mllm_jax.model import ModelConfig
+from mllm_jax.page import percent, short
+from mllm_jax.train.files import MixtureData
+from mllm_jax.train.initial import processor_of
+from mllm_jax.train.inputs import DataConfig, loader_of, make_processor
+from mllm_jax.train.run import Run
+
+NAMED = 200  # records that are left out and named
+
+
+class Found(NamedTuple):
+    """What was read."""
+
+    data: DataConfig
+    inspection: Inspection
+    records: int  # that were read, those included that are broken or wait to be packed
+    whole: bool  # whether these are all of the run's records
+    left_out: dict[str, int]  # records by reason
+    named: list[str]  # what is wrong with the first of them
+    sources: list[dict[str, Any]]  # of a mixture: name, records, and shares `weight` and `drawn`
+
+
+def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done: None) -> Found:
+    """Packs at least `count` records, or all, as the run would from its beginning; each is read once.
+
+    Args:
+      progress: is told how many were packed or left out.
+
+    Raises:
+      ConfigError: the data or the processor cannot be opened, or the model does not answer. BadData: nothing is usable.
+    """
+    if not isinstance(run.model, ModelConfig):
+        raise ConfigError("only the conversations of a model that answers can be inspected")
+    processor = make_processor(processor_of(run), run.model, run.data)
+    mixed = isinstance(run.data, MixtureData)
+    source = run.data.source()
+    total = sum(map(len, source.sources)) if mixed else len(source)
+    data = dataclasses.replace(run.data, epochs=None if mixed else 1, strict=False, max_bad=1.0)
+    inspection, skipped = Inspection(processor), {}
+    with _heard(loader.log) as named:
+        batches = loader_of(data, processor)
+        drawn = np.zeros(len(source.sources) if mixed else 1, int)
+        try:
+            for batch, info in batches:
+                streams = batches.get_state()["streams"].values()
+                drawn = np.sum([stream["drawn"] for stream in streams], axis=0)
+                ended = not mixed and drawn.sum() >= total
+                inspection.add(batch, info, whole=not ended)
+                skipped = info.skipped | ({loader.OVER_BUDGET: info.dropped} if info.dropped else {})
+                done = len(inspection.tokens) + sum(skipped.values())
+                progress(done)
+                if done >= count and not ended:
+                    break
+        except loader.BadData as error:
+            raise loader.BadData("; ".join([str(error), *named[:3]])) from error
+        finally:
+            batches.close()
+    sources = _sources(run.data, source, drawn) if mixed else []
+    left_out = dict(sorted(skipped.items(), key=lambda item: -item[1]))
+    return Found(data, inspection, int(drawn.sum()), not mixed and drawn.sum() >= total, left_out, named, sources)
+
+
+class _heard(logging.Handler):
+    """The messages of a log while it is open, in place of their being printed."""
+
+    def __init__(self, log: logging.Logger):
+        super().__init__()
+        self.log, self.messages = log, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.messages) < NAMED:
+            self.messages.append(record.getMessage().removeprefix("left out: "))
+
+    def __enter__(self) -> list[str]:
+        self.log.addHandler(self)
+        self.log.propagate = False
+        return self.messages
+
+    def __exit__(self, *_) -> None:
+        self.log.removeHandler(self)
+        self.log.propagate = True
+
+
+def _sources(data: MixtureData, mixture: Mixture, drawn: np.ndarray) -> list[dict[str, Any]]:
+    weights, sizes = np.array(mixture.weights[0]), map(len, mixture.sources)
+    shares = zip(data.sources, sizes, weights / weights.sum(), drawn / max(drawn.sum(), 1))
+    return [{"name": name, "records": size, "weight": weight, "drawn": own} for name, size, weight, own in shares]
+
+
+def facts(found: Found) -> dict[str, str]:
+    """The summary, name -> text."""
+    seen, data = found.inspection, found.data
+    tokens, visual, learned = (sum(values) for values in (seen.tokens, seen.visual, seen.learned))
+    fill = np.mean(seen.fill, axis=0) if seen.fill else [None, None]
+    return {
+        "records read": f"{found.records:,}" + (", all of them" if found.whole else ""),
+        "left out": f"{sum(found.left_out.values()):,}",
+        "conversations packed": f"{len(seen.tokens):,}",
+        "pictures": f"{seen.sizes.total():,}",
+        "tokens of a row": f"{data.budget.tokens:,}",
+        "patches of a row": f"{data.budget.rows} × {data.patches:,}" if data.budget.rows else "–",
+        "fill of tokens": percent(fill[0]),
+        "fill of patches": percent(fill[1]) if data.budget.rows else "–",
+        "visual tokens": percent(visual / max(tokens, 1)),
+        "learned tokens": percent(learned / max(tokens, 1)),
+    }
+
+
+def tables(found: Found) -> Group:
+    """Everything but the pictures, for the terminal."""
+    seen = found.inspection
+    about = _table("", "")
+    for name, text in facts(found).items():
+        about.add_row(name, text)
+    lengths = _table("of a conversation", "least", "median", "mean", "95 %", "most")
+    columns = {"tokens": seen.tokens, "visual": seen.visual, "learned": seen.learned, "pictures": seen.pictures}
+    for name, values in columns.items():
+        if values:
+            known = (np.min(values), np.median(values), np.mean(values), np.percentile(values, 95), np.max(values))
+            lengths.add_row(name, *(short(float(value)) for value in known))
+    shown = [about, lengths]
+    if found.sources:
+        sources = _table("source", "records", "weight", "drawn")
+        for source in found.sources:
+            shares = percent(source["weight"]), percent(source["drawn"])
+            sources.add_row(source["name"], f"{source['records']:,}", *shares)
+        shown.append(sources)
+    if len(seen.kinds) > 1:
+        kinds = _table("kind", "conversations")
+        for kind, number in seen.kinds.most_common():
+            kinds.add_row(kind or "other", f"{number:,}")
+        shown.append(kinds)
+    if found.left_out:
+        shown.append(_left_out(found.left_out, found.named))
+    return Group(*(part for table in shown for part in (table, "")))
+
+
+def _left_out(left_out: Mapping[str, int], named: Sequence[str]) -> Table:
+    table = _table("left out", "records", "as")
+    table.columns[2].justify = "left"
+    for reason, number in left_out.items():
+        # The message of a record that does not fit, or is not readable, says so in its own words.
+        example = next((line for line in named if reason in line), "")
+        table.add_row(reason, f"{number:,}", example)
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", show_header=any(names))
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left")
+    return table
+
+
+def write_page(path: str | os.PathLike, title: str, found: Found) -> Path:
+    """Writes the page, and returns its path."""
+    which = "All records" if found.whole else f"The first {found.records:,} records in the order of training"
+    return write_inspection(
+        path,
+        found.inspection,
+        title=title,
+        lead=f"{which}, packed as training packs them.",
+        facts=facts(found),
+        sources=found.sources,
+        left_out=found.left_out,
+        named=found.named,
+    )
