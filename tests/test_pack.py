@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mllm_jax.data import pack as pack_module
 from mllm_jax.data.pack import Budget, Packer, TooLarge, collate, fill, place
 from mllm_jax.types import Example, Picture
 
@@ -187,6 +188,23 @@ def test_a_mixed_set_fills_both_budgets():
     rows = [[e for _, e in row] for row in pack(examples, budget, window=4.0)][:-5]  # the end of a set cannot be full
     share = fill(collate(rows, budget, merge=MERGE, values=VALUES))
     assert share["tokens"] >= 0.98 and share["patches"] >= 0.90, share
+
+
+def test_rows_cost_about_the_same(monkeypatch):
+    """Large pictures beside many small ones: the spread of costs falls by a third, and rows stay full."""
+    rng, examples = np.random.default_rng(0), []
+    for _ in range(800):
+        grids = rng.choice([2, 4, 8, 16], size=(rng.integers(0, 4), 2), p=[0.4, 0.3, 0.2, 0.1])
+        examples.append(conversation(int(np.clip(rng.lognormal(3, 0.7), 8, 200)), [tuple(s) for s in grids.tolist()]))
+    budget, found = Budget(512, 4, 256), {}
+    for balance in (0.0, pack_module.BALANCE):
+        monkeypatch.setattr(pack_module, "BALANCE", balance)
+        rows = [[e for _, e in row] for row in pack(examples, budget, window=4.0)][:-5]
+        costs = np.array([sum(map(pack_module.cost, row)) for row in rows])
+        tokens = sum(len(e.tokens) for row in rows for e in row) / len(rows) / budget.tokens
+        found[balance] = costs.std() / costs.mean(), tokens
+    (before, _), (after, full) = found.values()
+    assert after < 0.67 * before and full >= 0.98, found
 
 
 def test_no_conversation_starves():

@@ -1,0 +1,87 @@
+"""How evenly the rows of a batch cost, which devices share: of packing by fill alone, and by fill and cost.
+
+python benchmarks/balance.py [--conversations 6000] [--devices 8 32]
+
+A row has a static shape: what its matrix products cost does not depend on what is in it. What attention costs does:
+kernels leave out blocks of which nobody sees anything. So what is counted here are blocks of 512 x 512 tokens, and of
+patches at their price, that a kernel works on. A step waits for its costliest device: attention takes max / mean.
+"""
+
+import argparse
+
+import numpy as np
+from packing import mixed_set
+
+from mllm_jax.data import pack
+from mllm_jax.data.pack import Budget, Packer, place
+from mllm_jax.types import Example, Picture
+
+BLOCK = 512
+TOKENS, PATCHES = 8192, 4096
+
+
+def skewed_set(count: int, seed: int = 0):
+    """Half chats with thumbnails, a third with a picture of middle size, the rest long texts with large pictures."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        kind = rng.choice(3, p=[0.5, 0.35, 0.15])
+        text = int(np.clip(rng.lognormal((4, 5.5, 6.5)[kind], 0.8), 16, 6000))
+        number = (rng.integers(0, 4), 1, rng.integers(0, 4))[kind]
+        grids = 2 * rng.integers(*((4, 12), (10, 24), (20, 33))[kind], size=(number, 2))
+        nothing = np.zeros(text + int(grids.prod(1).sum()) // 4, np.int32)
+        pictures = tuple(Picture(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in grids.tolist())
+        yield Example(nothing, nothing, nothing, nothing, pictures)
+
+
+def blocks(lengths, starts, causal: bool) -> int:
+    """Blocks of a row that a kernel works on: those in which something sees something."""
+    touched = set()
+    for start, length in zip(starts, lengths):
+        first, last = start // BLOCK, (start + length - 1) // BLOCK
+        touched |= {(q, k) for q in range(first, last + 1) for k in range(first, (q if causal else last) + 1)}
+    return len(touched)
+
+
+def work(row, budget: Budget) -> float:
+    tokens = [len(example.tokens) for example in row]
+    patches = [len(picture.patches) for example in row for picture in example.pictures]
+    places = np.array(place(patches, budget) or [], int).reshape(-1, 2)
+    # A causal block counts half of a whole one's pairs, and the price of patches is that of whole ones.
+    total = 2 * blocks(tokens, np.cumsum([0, *tokens[:-1]]), causal=True)
+    for number in range(budget.rows):
+        own = places[:, 0] == number
+        total += pack.PAIR_OF_PATCHES * blocks(np.array(patches)[own], places[own, 1], causal=False)
+    return total
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=6000, help="of each set (default 6000)")
+    parser.add_argument("--devices", type=int, nargs="+", default=[8, 32], help="of the data axis, a row each")
+    args = parser.parse_args()
+    usual = pack.BALANCE
+    for name, make in (("mixed", mixed_set), ("skewed", skewed_set)):
+        examples = [example for example in make(args.conversations) if len(example.tokens) <= TOKENS]
+        tokens = sum(len(example.tokens) for example in examples)
+        patches = sum(len(picture.patches) for example in examples for picture in example.pictures)
+        budget = Budget(TOKENS, max(1, round(1.07 * patches / tokens * TOKENS / PATCHES)), PATCHES)
+        for pack.BALANCE in (0.0, usual):
+            packer, rows = Packer(budget), []
+            for key, example in enumerate(examples):
+                packer.add(key, example)
+                while packer.ready:
+                    rows.append([example for _, example in packer.take()])
+            costs = np.array([work(row, budget) for row in rows])
+            filled = np.mean([sum(len(e.tokens) for e in row) for row in rows]) / TOKENS
+            pictures = np.mean([sum(len(p.patches) for e in row for p in e.pictures) for row in rows])
+            shares = f"tokens {filled:.1%}, patches {pictures / budget.rows / PATCHES:.1%} full"
+            waits = []
+            for devices in args.devices:
+                steps = costs[: len(costs) // devices * devices].reshape(-1, devices)
+                waits.append(f"{(steps.max(1) / steps.mean(1)).mean():.2f} of {devices}")
+            how = "by fill and cost" if pack.BALANCE else "by fill alone"
+            print(f"{name:7} {how:17} {len(rows)} rows: {shares}; max / mean {', '.join(waits)} devices")
+
+
+if __name__ == "__main__":
+    main()
