@@ -1,7 +1,11 @@
 """Sampling, sizing and streaming of clips, and rotary positions, against the formulas and code of Qwen3-VL."""
 
 import builtins
+import dataclasses
+import fractions
 import json
+import math
+import pathlib
 import types
 
 import av
@@ -10,7 +14,10 @@ import pytest
 from PIL import Image
 
 from mllm_jax.data import video
-from mllm_jax.data.positions import on_a_grid, rotary_positions
+from mllm_jax.data.positions import on_a_grid, patch_positions, rotary_positions
+from mllm_jax.data.records import read_record
+from mllm_jax.data.spec import SEEING
+from mllm_jax.data.visuals import Film, WholeFilm
 
 
 def write_clip(path, frames, fps=10, height=48, width=64, codec="mpeg4"):
@@ -243,3 +250,174 @@ def test_frames_are_read_one_temporal_patch_at_a_time():
     blocks = video.read_clip(video.Clip(8, 2.0, 64, 64, "", frames), range(8), (32, 32), temporal_patch=2)
     assert next(blocks).shape == (2, 32, 32, 3)
     assert read == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def hours(tmp_path_factory):
+    """Three hours at two frames a second. A square stands still in the first half and moves in the second."""
+    path, frames = tmp_path_factory.mktemp("hours") / "long.mp4", 3 * 3600 * 2
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 12
+        for number in range(frames):
+            pixels = np.zeros((72, 64), np.uint8)  # planes of yuv420p
+            pixels[48:] = 128
+            place = max(0, number - frames // 2) // 4 % 48
+            pixels[16:32, place : place + 16] = 200
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="yuv420p")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_what_lies_between_distant_frames_is_not_decoded(hours, monkeypatch):
+    decoded, plain = [], video._frames
+
+    def counted(*args, **options):
+        for frame in plain(*args, **options):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_frames", counted)
+    clip = video.open_clip(hours, fps=2)
+    assert (clip.frames, clip.fps) == (21600, 2.0)
+    indices = video.sample_frames(clip.frames, 32)
+    found = [np.asarray(frame) for frame in clip.read(indices)]
+    assert len(decoded) < 32 * 15
+    wanted = dict.fromkeys(indices)
+    with av.open(str(hours)) as container:  # all of it, from the start, counted
+        for number, frame in enumerate(container.decode(container.streams.video[0])):
+            if number in wanted:
+                wanted[number] = frame.to_ndarray(format="rgb24")
+    for one, two in zip(found, wanted.values(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_hours_are_read_in_constant_memory(hours):
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    if not pathlib.Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    clip = video.open_clip(hours, fps=2)
+    before = most = resident()
+    for number, _ in enumerate(clip.read(range(clip.frames))):
+        most = max(most, resident()) if number % 500 == 0 else most
+    assert number == clip.frames - 1 and clip.frames * 48 * 64 * 3 > 190e6  # what the frames would take
+    assert most - before < 40e6
+
+
+def test_frames_are_denser_where_something_moves(hours):
+    clip = video.open_clip(hours, fps=2)
+    indices = video.moving_frames(clip, 40)
+    assert indices == video.moving_frames(video.open_clip(hours, fps=2), 40)
+    assert indices[0] == 0 and indices[-1] == clip.frames - 1 and np.diff(indices).min() > 0
+    moving = sum(index >= clip.frames // 2 for index in indices)
+    assert 28 <= moving <= 32  # half of the frames by time, and the other half where it moves
+
+
+def test_motion_of_short_and_still_clips():
+    random, still = np.random.default_rng(0), np.zeros((20, 8, 8, 3), np.uint8)
+    noise = random.integers(0, 256, still.shape, np.uint8)
+    burst = still.copy()
+    burst[12] = 255
+    for frames in (still, noise, burst):
+        clip = video.open_clip(frames, fps=2)
+        assert video.moving_frames(clip, 20) == list(range(20))
+        assert video.moving_frames(clip, 1) == [0]
+        for count in (2, 7, 19):
+            indices = video.moving_frames(clip, count)
+            assert len(indices) == count and indices[0] == 0 and indices[-1] == 19 and np.diff(indices).min() > 0
+    assert video.moving_frames(video.open_clip(still, fps=2), 7) == video.sample_frames(20, 7)
+    assert {11, 12, 13} & set(video.moving_frames(video.open_clip(burst, fps=2), 6)) >= {12}
+
+
+@pytest.mark.parametrize("suffix, codec, options", [("mp4", "h264", {"bf": "2", "g": "30"}), ("mkv", "mpeg4", {})])
+def test_seeking_finds_the_frames_that_counting_finds(tmp_path, suffix, codec, options):
+    """With frames that are stored in another order than they are shown, at a rate that is no whole number."""
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fractions.Fraction(30000, 1001), options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(400):
+            pixels = np.full((48, 64, 3), 40, np.uint8)
+            pixels[:, number % 60 : number % 60 + 4] = 40 + number % 200
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        every = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
+    clip = video.open_clip(path, fps=2)
+    for indices in ([0, 399], [57, 58, 200, 331], list(range(0, 400, 33)), [399]):
+        for index, frame in zip(indices, clip.read(indices), strict=True):
+            np.testing.assert_array_equal(np.asarray(frame), every[index], err_msg=str(index))
+
+
+def test_a_rate_that_varies_is_read_by_time(tmp_path):
+    """Ten frames in the first second, then one that stands for nine."""
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number, time in enumerate([*range(10), 10, 100]):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 + 20 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, fractions.Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clip = video.open_clip(path, fps=2)
+    levels = [np.asarray(frame).mean() for frame in clip.read(range(clip.frames))]
+    expected = [10 + 20 * min(int(index / clip.fps * 10 + 0.5 * 10 / clip.fps), 10) for index in range(clip.frames)]
+    np.testing.assert_allclose(levels[:-1], expected[:-1], atol=4)
+
+
+@pytest.mark.parametrize("most", [10**6, 768])
+def test_positions_are_exact_past_six_hours(most):
+    """Six hours and a minute at 30 frames a second, in closed form: every time and every rotary position."""
+    frames, texts = 30 * (6 * 3600 + 60), []
+    clip = video.Clip(frames, 30.0, 32, 32, "long", lambda indices: iter(()))
+    spec = dataclasses.replace(SEEING, max_frames=most, clip_min_pixels=1024)
+    film = Film.sampled(clip, 2.0, spec)
+    count = min(most, 2 * (6 * 3600 + 60))
+    assert len(film.indices) == count
+    exact = [fractions.Fraction((frames - 1) * i, count - 1) for i in range(count)]
+    assert all(abs(index - wanted) <= fractions.Fraction(1, 2) for index, wanted in zip(film.indices, exact))
+    times = video.patch_times(film.indices, clip.fps, 2)
+    for i, time in enumerate(times):
+        assert time == pytest.approx(float(fractions.Fraction(sum(film.indices[2 * i : 2 * i + 2]), 60)), abs=1e-9)
+        texts.append(f"<{time:.1f} seconds>")
+    runs = film.plan(spec, math.inf, math.inf).runs
+    assert len(runs) == count // 2 and all(len(run.order) == 1 for run in runs)
+    # One token for every character of a time, one before and one after the visual token that it is of.
+    visual = np.zeros(sum(map(len, texts)) + 3 * len(texts), bool)
+    places = np.cumsum([len(text) + 3 for text in texts]) - 2
+    visual[places] = True
+    position = rotary_positions(visual, [(run.position, run.advance) for run in runs])
+    np.testing.assert_array_equal(position, np.repeat(np.arange(len(visual))[:, None], 3, axis=1))
+    assert position[-1, 0] < 2**24 and times[-1] > 21600
+    np.testing.assert_array_equal(position.astype(np.float32).astype(np.int64), position)  # what tables are made of
+
+
+def test_positions_by_time_are_exact_past_six_hours():
+    """Of clips that are one block, at two frames a second and as many positions."""
+    times = patch_positions(6 * 3600 + 60, rate=2, seconds=1.0)
+    assert times == list(range(0, 2 * (6 * 3600 + 60), 2))
+    spec = dataclasses.replace(SEEING, max_frames=768, timestamps=False, position_rate=2.0, sampling="motion")
+    clip = video.Clip(768 * 60, 2.0, 32, 32, "long", lambda indices: (Image.new("L", (8, 8), i % 251) for i in indices))
+    film = WholeFilm.sampled(clip, 2.0, spec)
+    (run,) = film.plan(spec, math.inf, math.inf).runs
+    assert len(film.indices) == 768 and film.indices[-1] / clip.fps > 6 * 3600
+    tokens = len(run.position) // 384
+    assert run.position[::tokens, 0].tolist() == film.indices[::2]  # two positions, and two frames, a second
+
+
+def test_a_clip_in_a_message_asks_for_its_frames():
+    spec = SEEING.asked({"nframes": 6, "sampling": "motion"})
+    assert (spec.min_frames, spec.max_frames, spec.sampling) == (6, 6, "motion")
+    assert SEEING.asked({"fps": 1.0}) == SEEING
+    film = Film.sampled(video.open_clip(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
+    assert film.indices == video.sample_frames(50, 6)
+    for wrong in ({"sampling": "fast"}, {"nframes": 0}):
+        with pytest.raises(ValueError, match="sampling='fast' must be one of even, motion|0 to 0 frames"):
+            SEEING.asked(wrong)
+    part = {"type": "video", "video": "a.mp4", "nframes": 8, "sampling": "motion"}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "What happens?"}]}
+    record = read_record({"messages": [asked, {"role": "assistant", "content": "Nothing."}]}, "r", lambda name: name)
+    assert record["messages"][0]["content"][0] == part

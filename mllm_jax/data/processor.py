@@ -49,8 +49,10 @@ class Processor:
         A single message of the role "document" goes through no chat template: every token of its texts is learned.
 
         Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and
-        {"type": "video", "video": ..., "fps": optional} (see `video.open_clip`). `fps` is the rate at which a file is
-        to be sampled, or the rate at which the frames of an array or a list were taken; without it they are all used.
+        {"type": "video", "video": ...} (see `video.open_clip`), with "fps", "nframes" and "sampling" where wanted.
+        `fps` is the rate at which a file is to be sampled, or the rate at which the frames of an array or a list were
+        taken; without it they are all used. `nframes` is how many frames are read, whatever the rate, and `sampling`
+        how they are spread: "even" or "motion".
         `generate`: a prompt that ends where the answer begins, without loss.
         `budget`: pictures are made smaller, all by one limit of pixels, until the conversation fits; they are never
         cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
@@ -118,6 +120,7 @@ class Processor:
             raise ValueError(f"this model reads no clips, but the conversation has one: {source!r:.80}")
         clip = video.open_clip(source, fps)
         target = fps if isinstance(source, (str, os.PathLike, bytes)) else spec.fps
+        spec = spec.asked(item)
         kind = Framed if spec.clip_rule else Film if spec.timestamps else WholeFilm
         return kind.sampled(clip, target, spec)
 

@@ -35,6 +35,7 @@ from typing import Any
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
 MEDIA = ("image", "video")
+ASKED = {"fps": float, "nframes": int, "sampling": str}  # what a clip in a message may ask for
 LAYOUT = {"messages", "conversations", "image", "images", "video", "videos", "frames", "fps", "text", "texts"}
 LAYOUT |= {"caption", "text_list", "image_info"}
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
@@ -309,12 +310,14 @@ def _part(part: Mapping[str, Any], find: Find) -> dict[str, Any]:
         return {"type": "text", "text": value}
     if media not in MEDIA:
         raise Bad("not a conversation", f"content of type {part.get('type')!r}")
-    fps = part.get("fps")
     if media == "video" and isinstance(value, list) and value:
         value = [_file(frame, find) for frame in value]
     else:
         value = _file(value, find)
-    return {"type": media, media: value, **({"fps": float(fps)} if isinstance(fps, int | float) and fps else {})}
+    read = {"type": media, media: value}
+    return (
+        read | {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name)} if media == "video" else read
+    )
 
 
 def _file(value: Any, find: Find) -> Any:

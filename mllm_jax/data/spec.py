@@ -8,6 +8,7 @@ from typing import Any
 from mllm_jax.data.resize import Rule, Whole, rule_from_hf
 from mllm_jax.data.template import read_json, write_json
 from mllm_jax.data.tiles import AnyRes, Tiles
+from mllm_jax.data.video import EVEN, SAMPLINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ProcessorSpec:
     clip_min_pixels: int = 4096  # of all frames of a clip together; of each where a clip is one block
     clip_max_pixels: int = 25165824
     fps: float = 2.0  # at which clips are sampled
+    sampling: str = EVEN  # of `video.SAMPLINGS`: how the frames are spread
     min_frames: int = 4
     max_frames: int = 768
     timestamps: bool = True  # before every temporal patch of a clip, in brackets; or else a clip is one block
@@ -48,6 +50,18 @@ class ProcessorSpec:
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"
     video_processor_type: str | None = "Qwen3VLVideoProcessor"
+
+    def __post_init__(self):
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(f"a clip cannot have {self.min_frames} to {self.max_frames} frames")
+
+    def asked(self, item: dict[str, Any]) -> "ProcessorSpec":
+        """With what a clip in a message asks for itself: the number of frames and how they are spread."""
+        frames = {} if item.get("nframes") is None else dict.fromkeys(("min_frames", "max_frames"), item["nframes"])
+        spread = {"sampling": item["sampling"]} if item.get("sampling") else {}
+        return dataclasses.replace(self, **frames, **spread)
 
     @property
     def factor(self) -> int:

@@ -1,7 +1,8 @@
 """Clips: a video file, an array or a list of pictures to a few resized frames and their times.
 
-Frames are decoded one by one and resized at once, so a clip is never held in full size. PyAV is imported when a
-file is opened; clips that are already in memory do not need it.
+Frames are decoded one by one and resized at once, so a clip is never held in full size. Where those that are wanted lie
+far apart, what is between them is not decoded. PyAV is imported when a file is opened; clips that are already in memory
+do not need it.
 """
 
 import dataclasses
@@ -16,10 +17,18 @@ from PIL import Image
 
 from mllm_jax.data.images import load_image, resized, shrunk_size, smart_resize, source_name
 
+EVEN, MOTION = SAMPLINGS = ("even", "motion")  # how frames are chosen: evenly spread, or denser where they differ
+FAR = 24  # frames ahead from which on it is quicker to seek
+CANDIDATES, MOST = 8, 2048  # frames that are compared for each that is chosen, and in all
+SMALL = (32, 32)  # pixels at which they are
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip whose pixels are not read yet. `read(indices)` yields the frames of these rising numbers, upright RGB."""
+    """A clip whose pixels are not read yet. `read(indices)` yields the frames of these rising numbers, upright RGB.
+
+    Frame i of a file is what it shows at i / fps seconds, also where its frames have no constant rate.
+    """
 
     frames: int
     fps: float
@@ -68,44 +77,85 @@ def _open_file(source: str | bytes) -> Clip:
         raise FileNotFoundError(f"{name}: no such video")
     av = _pyav()
     try:
-        first = next(_decode(source, [0]))
         with av.open(_file(source)) as container:
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.guessed_rate or 0)
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    except (av.FFmpegError, IndexError) as error:
+            start = next(_frames(container, stream))
+            first, frames = _upright(start), stream.frames
+            tick = 1 / (fps * float(stream.time_base)) if fps else 0
+        if not frames:
+            with av.open(_file(source)) as container:
+                frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+    except (av.FFmpegError, IndexError, StopIteration) as error:
         raise ValueError(f"{name}: not a readable video ({error})") from error
     if fps <= 0:
         raise ValueError(f"{name}: the file states no frame rate")
-    return Clip(frames, fps, first.height, first.width, name, lambda indices: _decode(source, indices))
+    read = lambda indices: _decode(source, indices, start.pts, tick)
+    return Clip(frames, fps, first.height, first.width, name, read)
 
 
 def _file(source: str | bytes) -> str | io.BytesIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
-def _decode(source: str | bytes, indices: Sequence[int]) -> Iterator[Image.Image]:
-    """Decodes from the start and yields the wanted frames; a container's seek does not land on exact frame numbers."""
+def _frames(container: Any, stream: Any, timed: bool = False) -> Iterator[Any]:
+    """The frames from where a file stands, in the order in which they are shown; `timed`: those that say when."""
+    for frame in container.decode(stream):
+        if frame.pts is not None or not timed:
+            yield frame
+
+
+def _decode(source: str | bytes, indices: Sequence[int], start: int | None, tick: float) -> Iterator[Image.Image]:
+    """Yields what is shown at every index.
+
+    Args:
+        start: when the first frame is shown; None = the file does not say, and frames are counted.
+        tick: between two frames at the mean rate. Both in the stream's unit of time.
+    """
     av = _pyav()
-    wanted = iter(indices)
-    index = next(wanted, None)
-    frame = None
     try:
         with av.open(_file(source)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for number, frame in enumerate(container.decode(stream)):
-                if number == index:
-                    yield _upright(frame)
-                    index = next(wanted, None)
-                if index is None:
-                    return
+            if start is None:
+                yield from _counted(_frames(container, stream), indices, source)
+                return
+            frames, shown, far = _frames(container, stream, timed=True), None, FAR
+            coming = next(frames, None)
+            for index in indices:
+                limit = start + (index + 0.5) * tick  # what begins later is not shown yet
+                if coming is not None and limit - coming.pts > far * tick:
+                    container.seek(int(limit - 0.5 * tick), stream=stream)  # to the key frame before it
+                    frames, before = _frames(container, stream, timed=True), coming.pts
+                    coming = next(frames, None)
+                    if coming is None or coming.pts > limit:  # an index that is wrong
+                        container.seek(start, stream=stream)
+                        frames, far = _frames(container, stream, timed=True), math.inf
+                        coming = next(frames, None)
+                    elif coming.pts <= before:  # key frames are rarer than that
+                        far *= 2
+                while coming is not None and coming.pts <= limit:
+                    shown, coming = coming, next(frames, None)
+                # Containers often state a frame or two more than they hold, and the last frame is always wanted.
+                ended = coming is None and (
+                    shown is None or limit > shown.pts + max(getattr(shown, "duration", 0) or 0, tick)
+                )
+                if shown is None or (ended and index != indices[-1]):
+                    raise ValueError(f"{source_name(source)}: ends before frame {index}")
+                yield _upright(shown)
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"{source_name(source)}: not a readable video ({error})") from error
-    # Containers often state a frame or two more than they hold, and the last frame is always wanted.
-    if frame is None or next(wanted, None) is not None:
-        raise ValueError(f"{source_name(source)}: ends before frame {index}")
-    yield _upright(frame)
+
+
+def _counted(frames: Iterator[Any], indices: Sequence[int], source: str | bytes) -> Iterator[Image.Image]:
+    """`_decode` of a file that does not say when a frame is shown."""
+    number, frame = -1, None
+    for index in indices:
+        while number < index and (following := next(frames, None)) is not None:
+            number, frame = number + 1, following
+        if frame is None or (number < index and index != indices[-1]):
+            raise ValueError(f"{source_name(source)}: ends before frame {index}")
+        yield _upright(frame)
 
 
 def _upright(frame: Any) -> Image.Image:
@@ -126,6 +176,27 @@ def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max
 def sample_frames(frames: int, count: int) -> list[int]:
     """`count` frame numbers spread evenly from the first to the last of `frames` (halves round to even)."""
     return np.linspace(0, frames - 1, count).round().astype(int).tolist()
+
+
+def moving_frames(clip: Clip, count: int) -> list[int]:
+    """`count` rising frame numbers from the first to the last, denser where frames differ.
+
+    Half of them are spread by time and half by motion, which is the mean absolute difference between frames that follow
+    one another among candidates: `CANDIDATES` times as many, evenly spread, read once and made small at once.
+    """
+    candidates = sample_frames(clip.frames, min(clip.frames, max(count, min(CANDIDATES * count, MOST))))
+    motion, before = np.zeros(len(candidates)), None
+    for place, frame in enumerate(clip.read(candidates)):
+        small = np.asarray(frame.convert("L").resize(SMALL, Image.Resampling.BOX), np.float64)
+        motion[place] = 0 if before is None else np.abs(small - before).mean()
+        before = small
+    if not motion.any():
+        return sample_frames(clip.frames, count)
+    time = np.arange(len(candidates)) / max(1, len(candidates) - 1)
+    passed = (time + np.cumsum(motion) / motion.sum()) / 2  # 0 at the first, 1 at the last
+    places, order = np.searchsorted(passed, np.linspace(0, 1, count) - 1e-9), np.arange(count)
+    places = np.maximum.accumulate(places - order) + order  # no candidate twice
+    return [candidates[place] for place in np.minimum(places, len(candidates) - count + order)]
 
 
 def patch_times(indices: Sequence[int], fps: float, temporal_patch: int) -> list[float]:

@@ -93,14 +93,26 @@ class Film:
 
     clip: Clip
     indices: list[int]
+    even: bool = True  # whether the frames are spread evenly
 
     video = True
 
     @classmethod
     def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "Film":
-        """Reads `fps` frames a second, as far as the spec's bounds allow."""
-        count = video.frame_count(clip.frames, clip.fps, fps, spec.min_frames, spec.max_frames)
-        return cls(clip, video.sample_frames(clip.frames, count))
+        """Reads as many frames as `fps` a second come to, as far as the spec's bounds allow."""
+        count = cls.count(clip, fps, spec)
+        if spec.sampling == video.MOTION:
+            return cls(clip, video.moving_frames(clip, count), even=False)
+        return cls(clip, cls.spread(clip, count))
+
+    @staticmethod
+    def count(clip: Clip, fps: float, spec: ProcessorSpec) -> int:
+        return video.frame_count(clip.frames, clip.fps, fps, spec.min_frames, spec.max_frames)
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        """`count` frame numbers, evenly."""
+        return video.sample_frames(clip.frames, count)
 
     @property
     def name(self) -> str:
@@ -124,17 +136,22 @@ class Film:
 class WholeFilm(Film):
     """A clip that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191): bounds of pixels hold for every frame."""
 
-    @classmethod
-    def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "WholeFilm":
+    @staticmethod
+    def count(clip: Clip, fps: float, spec: ProcessorSpec) -> int:
         bounds = spec.min_frames, spec.max_frames, spec.temporal_patch
-        count = video.frame_count(clip.frames, clip.fps, fps, *bounds)
-        return cls(clip, [index * clip.frames // count for index in range(count)])
+        return video.frame_count(clip.frames, clip.fps, fps, *bounds)
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        return [index * clip.frames // count for index in range(count)]
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
         clip, frames = self.clip, len(self.indices)
         size = _native(clip, (spec.clip_min_pixels, spec.clip_max_pixels), spec.factor, limit, row)
         count, seconds = math.ceil(frames / spec.temporal_patch), clip.frames / (frames * clip.fps)
         times = patch_positions(count, spec.position_rate, spec.temporal_patch * seconds)
+        if spec.position_rate and not self.even:
+            times = [int(spec.position_rate * index / clip.fps) for index in self.indices[:: spec.temporal_patch]]
         return Plan((size,) * count, (_run(spec, size, 0, tuple(times)),))
 
 

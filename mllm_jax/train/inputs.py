@@ -19,6 +19,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_pair_tokenizer, scenes_tokenizer
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.video import SAMPLINGS
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model import ModelConfig
@@ -40,6 +41,8 @@ class DataConfig:
     tokens, rows, patches: a row holds `tokens` tokens and `rows` x `patches` patches; no picture exceeds `patches`. Of
       pairs of a picture and a text, each text takes as many tokens as the model reads.
     min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
+    fps, max_frames, sampling: of a clip: frames a second, how many at most, and whether they are spread evenly ("even")
+      or denser where they differ ("motion"); None leaves it to the processor. A clip in a message may ask for its own.
     epochs: None repeats forever (optim.steps ends the run).
     blind: leave all pictures and clips out, for a text-only baseline.
     streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
@@ -53,6 +56,9 @@ class DataConfig:
     patches: int = 4096
     min_pixels: int | None = None
     max_pixels: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    sampling: str | None = None
     seed: int = 0
     epochs: int | None = None
     blind: bool = False
@@ -68,6 +74,8 @@ class DataConfig:
         for name, least in {"batch": 1, "tokens": 1, "rows": 0, "patches": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
+        if self.sampling not in (None, *SAMPLINGS):
+            raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}")
         if self.streams is not None and (self.streams < 1 or self.batch % self.streams):
             raise ValueError(f"streams={self.streams} must divide batch={self.batch}")
 
@@ -155,7 +163,7 @@ def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualPro
 
 
 def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
-    limits = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels", "fps", "max_frames", "sampling")}
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
     if source == SCENES:
@@ -230,7 +238,7 @@ def streams_of(data: DataConfig) -> int:
     return data.streams or max(divisor for divisor in range(1, STREAMS + 1) if data.batch % divisor == 0)
 
 
-def loader_of(data: DataConfig, processor: Processor, index: int = 0, count: int = 1) -> Any:
+def loader_of(data: DataConfig, processor: Processor | DualProcessor, index: int = 0, count: int = 1) -> Any:
     """The loader of the share `index` of `count` of every batch."""
     return make_loader(
         data.source(),
