@@ -31,10 +31,11 @@ def sample_weights(batch: Batch, weighting: str) -> Array:
 
 
 def sum_segments(values, segment):
-    """Sums over conversations: [B T] -> i32[B T], in column s - 1 the sum over segment s of the row."""
+    """Sums over conversations: [B T] -> [B T], in column s - 1 the sum over segment s of the row; of bool a count."""
+    values = values.astype(jnp.int32) if values.dtype == bool else values
     column = jnp.where(segment > 0, segment - 1, segment.shape[1])  # padding falls off the end
-    add = lambda values, column: jnp.zeros(column.shape, jnp.int32).at[column].add(values, mode="drop")
-    return jax.vmap(add)(values.astype(jnp.int32), column)
+    add = lambda values, column: jnp.zeros(column.shape, values.dtype).at[column].add(values, mode="drop")
+    return jax.vmap(add)(values, column)
 
 
 def token_loss(
@@ -125,6 +126,53 @@ def token_errors(
     carry = plan.zeros(), jnp.zeros(plan.order.shape, bool)
     total, wrong = plan.each(body, carry)
     return jnp.sum(total), rows.join(plan.restore(wrong))
+
+
+def token_log_probs(
+    hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = (), softcap: float = 0.0
+) -> Array:
+    """The log-probability of every target of non-zero weight, f32[B T]; 0 elsewhere.
+
+    For losses that are functions of an answer's log-probability. Differentiated, logits are made again chunk by chunk,
+    so that no more is held than for `token_loss`, whose arguments these are; `weight` only says which targets count.
+    """
+    rows = _Rows(targets.shape, rules)
+    hidden, targets, weight = (rows.split(x) for x in (hidden, targets, weight))
+    return rows.join(_log_probs(hidden, table, targets, weight, chunk, dtype, rules, softcap))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _log_probs(hidden, table, targets, weight, chunk, dtype, rules, softcap):
+    head, plan = _Head(table, dtype, rules, len(hidden), softcap), _plan(targets, weight, chunk)
+
+    def body(i, found):
+        part = plan.part(i, hidden)
+        new = jnp.where(part.weight != 0, -_cross_entropy(head.logits(part.hidden), part.targets)[0], 0)
+        return jax.lax.dynamic_update_slice_in_dim(found, new, i * plan.size, axis=1)
+
+    return plan.restore(plan.each(body, jnp.zeros(plan.order.shape, jnp.float32)))
+
+
+class _Primal(NamedTuple):
+    value: Array
+    perturbed: bool
+
+
+def _log_probs_and_inputs(hidden, table, targets, weight, *about):
+    inputs = tuple(x.value for x in (hidden, table, targets, weight))
+    trained = tuple(() if x.perturbed else None for x in (hidden, table))  # a flag that is no array
+    return _log_probs(*inputs, *about), (inputs, trained)
+
+
+def _gradients_of_log_probs(chunk, dtype, rules, softcap, saved, d_found):
+    """A sum of d * log p is a loss whose weights are -d."""
+    (*inputs, targets, weight), trained = saved
+    inputs = (_Primal(x, flag is not None) for x, flag in zip(inputs, trained))
+    fixed = (_Primal(x, False) for x in (targets, -jnp.where(weight != 0, d_found, 0)))
+    return *_loss_and_gradients(*inputs, *fixed, chunk, dtype, rules, softcap)[1], None, None
+
+
+_log_probs.defvjp(_log_probs_and_inputs, _gradients_of_log_probs, symbolic_zeros=True)
 
 
 ROWS = ("batch", "length")  # the axis of rows, of which each device that holds a part of the tokens has its own

@@ -18,12 +18,13 @@ class TrainState(NamedTuple):
     opt_state: Any  # of the trainable parameters
     bad: jax.Array  # i32[] non-finite steps in a row, up to now
     skipped: jax.Array  # i32[] non-finite steps in all
+    rewards: jax.Array  # f32[2] mean of the rewards of all answers so far, and how many: of runs on pairs of answers
 
 
 def new_state(tx: optax.GradientTransformation, params) -> TrainState:
     """The state before the first step. Pure: jit it with the shardings of the state, or moments land on one device."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, tx.init(params), zero, zero)
+    return TrainState(zero, params, tx.init(params), zero, zero, jnp.zeros(2))
 
 
 def abstract_state(config: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
@@ -48,7 +49,7 @@ def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh:
         return replicated
 
     opt_state = jax.tree_util.tree_map_with_path(of, abstract_state(config, tx).opt_state)
-    return TrainState(replicated, params, opt_state, replicated, replicated)
+    return TrainState(replicated, params, opt_state, replicated, replicated, replicated)
 
 
 def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, key) -> TrainState:

@@ -1,7 +1,9 @@
 """One step of training and of evaluation: pure functions of state and batch, compiled once for any mix of examples."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, toke
 from mllm_jax.train.optim import OptimConfig, merge, split
 from mllm_jax.train.state import state_shardings
 from mllm_jax.train.update import update
-from mllm_jax.types import Batch, Vision
+from mllm_jax.types import Array, Batch, Routing, Vision
 
 CHUNK = 512  # targets of a row whose logits are held at once
 UNBALANCED = BalanceConfig()
@@ -40,12 +42,43 @@ def dropout(key) -> dict[str, jax.Array]:
     return {} if key is None else {"dropout": key}
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """What a step minimises, here the loss of every target; of pairs of answers see train/pairs.py.
+
+    weighting: see `sample_weights`. chunk: see `token_loss`.
+    """
+
+    config: ModelConfig
+    weighting: str = "token"
+    chunk: int = CHUNK
+
+    def weights(self, batch: Batch) -> Array:
+        """f32[...] whose sum is what the sums of a whole batch are divided by."""
+        return sample_weights(batch, self.weighting)
+
+    def sums(self, params, batch: Batch, key, reference=None, rewards=None) -> tuple[dict[str, Array], Routing | None]:
+        """{"loss": f32[], which is differentiated, and others to be reported}, and what the routers did.
+
+        Args:
+          key: of the dropout of adapters; None = none.
+          reference: the parameters that a step was given beside its state. rewards: f32[2] of that state.
+        """
+        loss, routing = loss_sum(self.config, params, batch, self.weighting, self.chunk, key)
+        return {"loss": loss}, routing
+
+    def remembered(self, rewards, means: dict[str, Array], weight) -> Array:
+        """The rewards of the next state, given the means of a batch and the f32[] that its sums were divided by."""
+        return rewards
+
+
 def make_train_step(
     config: ModelConfig,
     tx: optax.GradientTransformation,
     optim: OptimConfig,
     mesh: Mesh,
     *,
+    objective: Any = None,
     accumulate: int = 1,
     weighting: str = "token",
     loss_chunk: int = CHUNK,
@@ -53,12 +86,14 @@ def make_train_step(
     async_gathers: bool = False,
     seed: int = 0,
 ) -> Callable:
-    """Jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+    """Jitted `step(state, batch, reference=None) -> (state, metrics)`; the state is donated.
 
     A step whose loss or gradient is not finite changes nothing but the counters.
 
     Args:
       tx: of `make_optimizer(optim, ...)`.
+      objective: what is minimised; by default `CrossEntropy(config, weighting, loss_chunk)`. `reference` are parameters
+        that it may need.
       accumulate: A, number of parts that a batch of A * B rows is worked off in; the result is that of the whole batch.
       weighting: see `sample_weights`.
       loss_chunk: see `token_loss`.
@@ -66,27 +101,30 @@ def make_train_step(
       async_gathers: see `mllm_jax.train.compiler`.
       seed: of the dropout of adapters, which with the number of the step says what is left out, on any mesh.
     Returns:
-      metrics, f32 scalars: loss (mean cross-entropy per weight), weight (its sum), grad_norm (before clipping),
-      learning_rate, finite (1 or 0), tokens, targets, patches, images (counts without padding). With experts also
-      balance (L, not times its weight; absent without a loss), z, imbalance (the busiest expert's load over the mean),
-      dropped (share of choices that found no room).
+      metrics, f32 scalars: loss (the mean of what the objective sums) and its other means, weight (what they are means
+      over), grad_norm (before clipping), learning_rate, finite (1 or 0), tokens, targets, patches, images (counts
+      without padding). With experts also balance (L, not times its weight; absent without a loss), z, imbalance (the
+      busiest expert's load over the mean), dropped (share of choices that found no room).
     """
     layout = state_shardings(config, tx, mesh, config.runtime.rules)
     pinned, _ = split(layout.params, optim.freeze)
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
+    objective = objective or CrossEntropy(config, weighting, loss_chunk)
     moe = config.decoder.moe
     choices_of_token = 0 if moe is None else moe.top_k * len(config.decoder.expert_layers)
     ahead = moe is not None and balance.counts_first(accumulate)
 
-    def add_part(trainable, frozen, whole: Totals, total, part: Batch, key, known: Load | None):
+    def add_part(state, reference, whole: Totals, total, part: Batch, key, known: Load | None):
         """total + (gradients, what a part adds to the means of the whole batch, its load).
 
         known: the load of the whole batch, if that is known beforehand.
         """
 
+        trainable, frozen = split(state.params, optim.freeze)
+
         def loss(trainable):
-            value, routing = loss_sum(config, merge(trainable, frozen), part, weighting, loss_chunk, key)
-            found = {"loss": value / whole.weight}
+            sums, routing = objective.sums(merge(trainable, frozen), part, key, reference, state.rewards)
+            found = {name: value / whole.weight for name, value in sums.items()}
             if routing is None:
                 return found["loss"], (found, None)
             own = Load.of(routing)
@@ -113,29 +151,31 @@ def make_train_step(
 
         return jax.lax.scan(add, Load.zeros(config.decoder), (parts, keys))[0]
 
-    def gradients(trainable, frozen, batch: Batch, key):
+    def gradients(state, reference, batch: Batch, key):
         """(gradients, means, load) of a batch."""
-        whole = totals(batch, sample_weights(batch, weighting))
-        add = partial(add_part, trainable, frozen, whole)
+        whole = totals(batch, objective.weights(batch))
+        add = partial(add_part, state, reference, whole)
         if accumulate == 1:
             return add(None, batch, key, None)
         parts, keys = _parts(batch, accumulate), None if key is None else jax.random.split(key, accumulate)
-        known = load_of(merge(trainable, frozen), parts, keys) if ahead else None
+        known = load_of(state.params, parts, keys) if ahead else None
         shapes = jax.eval_shape(lambda part: add(None, *part, None), jax.tree.map(lambda x: x[0], (parts, keys)))
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         zeros = (pin(zeros[0]), *zeros[1:])
         return jax.lax.scan(lambda total, part: (add(total, *part, known), None), zeros, (parts, keys))[0]
 
-    def step(state, batch: Batch):
+    def step(state, batch: Batch, reference=None):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            trainable, frozen = split(state.params, optim.freeze)
             key = jax.random.fold_in(jax.random.key(seed), state.step) if config.lora.drops else None
-            grads, found, load = gradients(trainable, frozen, batch, key)
+            grads, found, load = gradients(state, reference, batch, key)
+            weight = jnp.sum(objective.weights(batch))
+            rewards = objective.remembered(state.rewards, found, weight)
             adjust = lambda params: params if load is None else move_biases(params, load, config.decoder, balance.rate)
             state, about = update(state, grads, found, tx, optim, adjust)
+            state = state._replace(rewards=jnp.where(about["finite"], rewards, state.rewards))
             if load is not None:
                 found["imbalance"] = imbalance(load)
-            metrics = found | about | dict(weight=jnp.sum(sample_weights(batch, weighting)), **count(batch))
+            metrics = found | about | dict(weight=weight, **count(batch))
             return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     replicated = NamedSharding(mesh, PartitionSpec())
