@@ -40,7 +40,9 @@ MAY_IMPORT["models"] = {"config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
 DATA_WORKERS = ["pack", "readers", "sources", "scenes", "images", "video", "positions", "template", "processor"]
 DATA_WORKERS += ["mix", "resize", "tiles", "spec", "visuals", "pairs", "dual_processor", "records", "embed", "convert"]
-DATA_WORKERS += ["mixture"] + [f"sources.{kind}" for kind in ("json_files", "array_record", "tar", "parquet", "tfds")]
+DATA_WORKERS += ["mixture", "answers", "captions"] + [
+    f"sources.{kind}" for kind in ("json_files", "array_record", "tar", "parquet", "tfds")
+]
 
 
 def part(path: pathlib.Path) -> str:

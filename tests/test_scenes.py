@@ -101,6 +101,9 @@ def test_pictures_show_what_the_answers_say():
             assert 0 <= min(x0, y0) and max(x1, y1) <= 1000 and len(ys) > 50
             found = {(y, x) for y, x in zip(ys * 1000 / h, xs * 1000 / w) if x0 <= x <= x1 and y0 <= y <= y1}
             assert len(found) > 50
+        elif kind == "caption":
+            named = {thing.split()[0] for thing in answer.split(", ")}
+            assert named == {colour for colour in COLOURS if mask(image, colour).sum() > 15}
     assert seen == set(KINDS)
 
 

@@ -147,7 +147,7 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     layout = state_shardings(model, tx, mesh, model.runtime.rules)
     state = jax.tree.map(place, abstract_state(model, tx), layout)
-    row = collate([[]], data.budget, **model.layout)
+    row = collate([[]], data.budget, **model.layout, references=run.train.preference.stored)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((data.batch, *x.shape[1:]), x.dtype), row)
     return step, state, jax.tree.map(place, batch, batch_shardings(batch, mesh, model.runtime.rules))
 

@@ -9,6 +9,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.train.cost import explain, flops_of_counts
 from mllm_jax.train.flops import useful
 from mllm_jax.train.inputs import Placer, open_data
+from mllm_jax.train.paired_run import pairs_of
 from mllm_jax.train.run import Run
 from mllm_jax.types import Batch
 
@@ -28,7 +29,10 @@ class Feed:
     def __init__(self, run: Run, processor: Processor, mesh: Mesh):
         rules = run.model.runtime.rules
         self._run, self._flops, self._explained = run, flops_of_counts(run), False
-        self._loader, self._place = open_data(run.data, processor, mesh, rules), Placer(run.data.batch, mesh, rules)
+        self._loader, self._place = (
+            open_data(run.data, processor, mesh, rules, pairs_of(run)),
+            Placer(run.data.batch, mesh, rules),
+        )
 
     def next(self) -> Fetched | None:
         """The next batch, on its way to the devices; None at the end of the data."""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.answers import Pairs
+from mllm_jax.data.captions import Captions
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
@@ -97,6 +98,25 @@ class ScenesData(DataConfig):
         """The conversations of "train" or "heldout"."""
         sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
         return Scenes(split, self.seed, self.kinds, pictures=not self.blind, **sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsData(DataConfig):
+    """Captions of such pictures, truthful and false (see `mllm_jax.data.captions`).
+
+    false: share of the captions to train on that name an absent thing; held-out ones are true.
+    """
+
+    false: float = 0.0
+    cell: int = 16
+    min_cells: int = 3
+    max_cells: int = 5
+
+    def source(self, split: str = "train") -> Any:
+        """The captions of "train" or "heldout"."""
+        sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
+        false = self.false if split == "train" else 0.0
+        return Captions(split, self.seed, false, pictures=not self.blind, **sizes)
 
 
 class WithoutPictures:

@@ -28,6 +28,7 @@ from mllm_jax.train.inputs import make_processor
 from mllm_jax.train.metrics import Meter, Reporter, last_written
 from mllm_jax.train.nonfinite import find_nonfinite
 from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.paired_run import reference_params
 from mllm_jax.train.processes import Lost, StopSignal, compiled_together, noticing_others
 from mllm_jax.train.results import Diverged, Results, Started
 from mllm_jax.train.retrieval import held_out
@@ -104,6 +105,7 @@ class Training:
         self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, *parts)
         self.resumed = self.checkpoints.latest() is not None
         found = self._resume() if self.resumed else self._begin(tx)
+        self.reference = reference_params(run, mesh, workdir, self.resumed)
         self.state, self.position, self.step = found.state, found.position, int(found.state.step)
         self.compiled, self.lost = False, False
         self.report = self._reporter()
@@ -238,7 +240,9 @@ class Training:
         self.watchdog.step = self.step
         with self.clock.within("steps" if self.compiled else "compile"), self.clock.waiting():
             began = time.perf_counter()
-            self.state, metrics = self.tracer.run(self.step, self.train_step, self.state, fetched.batch)
+            self.state, metrics = self.tracer.run(
+                self.step, self.train_step, self.state, fetched.batch, *self.reference
+            )
             if not self.compiled:
                 jax.block_until_ready(metrics)
                 self.report.line(f"the first step took {time.perf_counter() - began:.1f} s, compilation included")

@@ -29,8 +29,10 @@ from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.dual_step import make_contrastive_step
 from mllm_jax.train.files import FilesData, MixtureData
-from mllm_jax.train.inputs import DataConfig, ScenesData
+from mllm_jax.train.inputs import CaptionsData, DataConfig, ScenesData
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.pairs import PairObjective
+from mllm_jax.train.preference import BASE, FIRST, PreferenceConfig
 from mllm_jax.train.spikes import SpikeConfig
 from mllm_jax.train.step import make_train_step
 
@@ -41,7 +43,7 @@ PARTS = {
         *(VitConfig, AveragePoolConfig, MlpConnectorConfig, PatchMergerConfig, PixelShuffleConfig),
         *(AttentionConfig, MlaConfig),
         *(LinearStretch, NtkStretch, BlendedStretch, ListedStretch, YarnConfig),
-        *(FilesData, MixtureData, ScenesData),
+        *(FilesData, MixtureData, ScenesData, CaptionsData),
     )
 }
 PARTS_OF_STAGES = ("data", "optim", "train", "mesh")
@@ -63,6 +65,8 @@ class TrainConfig:
     patience: non-finite steps in a row that stop the run.
     watchdog: seconds without a finished step after which a run counts as hanging, and is ended; 0 = never.
     balance: how experts are kept evenly loaded, in models that have them.
+    preference: what is learned from pairs of a chosen and a rejected answer, in place of every answer (see
+      `mllm_jax.train.preference`).
     async_gathers: TPUs gather weights with options that only some accept: at your risk, see mllm_jax/train/compiler.py.
     """
 
@@ -81,6 +85,7 @@ class TrainConfig:
     patience: int = 10
     watchdog: float = 600.0
     balance: BalanceConfig = BalanceConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     async_gathers: bool = False
 
     def __post_init__(self):
@@ -110,7 +115,7 @@ class Run:
     """
     model: ModelConfig, or DualConfig, which is trained on pairs of a picture and a text; its runtime's sharding rules
       are those of `rules`.
-    data: FilesData, MixtureData or ScenesData.
+    data: FilesData, MixtureData, ScenesData or CaptionsData.
     init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
     optim: `optim.steps` is the length of the run.
@@ -202,25 +207,35 @@ def read_run(config: ConfigDict) -> Run:
         raise ConfigError("config.model.type must be ModelConfig or DualConfig")
     run = dataclasses.replace(run, stages={name: filled(run, stage, "") for name, stage in run.stages.items()})
     for name, stage in run.stages.items():
-        _check(run.model, stage, f"config.stages.{name}")
+        _check(run, stage, f"config.stages.{name}")
     if not run.stages:
-        _check(run.model, run, "config")
+        _check(run, run, "config")
     model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora)
     optim = dataclasses.replace(run.optim, freeze=run.lora.freezes(run.optim.freeze))
     return dataclasses.replace(run, model=model, optim=optim)
 
 
-def _check(model: ModelConfig | DualConfig, run: Run | Stage, path: str) -> None:
+def _check(whole: Run, run: Run | Stage, path: str) -> None:
     if not isinstance(run.data, DataConfig):
-        raise ConfigError(f"{path}.data.type must be FilesData, MixtureData or ScenesData")
+        raise ConfigError(f"{path}.data.type must be FilesData, MixtureData, ScenesData or CaptionsData")
     if run.data.batch % run.train.accumulate:
         raise ConfigError(
             f"{path}.train.accumulate={run.train.accumulate} must divide {path}.data.batch={run.data.batch}"
         )
-    if isinstance(model, DualConfig) and run.train.accumulate > 1:
+    if isinstance(whole.model, DualConfig) and run.train.accumulate > 1:
         raise ConfigError(f"{path}.train.accumulate must be 1: every pair of a batch is compared with all others")
-    if model.encoder is None and run.data.budget.rows:
+    if whole.model.encoder is None and run.data.budget.rows:
         raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
+    preference = run.train.preference
+    if preference.has_pairs and preference.reference == BASE and (not whole.lora.rank or whole.lora.train):
+        raise ConfigError(
+            f"{path}.train.preference.reference={BASE!r} is the model without its adapters, which needs "
+            f"config.lora.rank and no config.lora.train; {FIRST!r} keeps a copy of the first weights"
+        )
+    if preference.has_pairs and isinstance(whole.model, DualConfig):
+        raise ConfigError(f"{path}.train.preference is for models that answer; a dual encoder does not")
+    if preference.has_pairs and run.train.weighting != "token":
+        raise ConfigError(f"{path}.train.weighting={run.train.weighting!r} has no meaning for pairs of answers")
 
 
 def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> ModelConfig | DualConfig:
@@ -231,7 +246,10 @@ def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> Mod
 def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
     """The step that a run takes, by the kind of its model, see STEPS; `tx` of `make_optimizer`."""
     make, options = STEPS[type(run.model)]
-    return make(run.model, tx, run.optim, mesh, **{name: getattr(run.train, name) for name in options})
+    options = {name: getattr(run.train, name) for name in options}
+    if run.train.preference.has_pairs:
+        options["objective"] = PairObjective(run.model, run.train.preference, run.train.loss_chunk)
+    return make(run.model, tx, run.optim, mesh, **options)
 
 
 STEPS = {  # what makes the step, and which of its options a TrainConfig has

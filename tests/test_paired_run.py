@@ -1,0 +1,158 @@
+"""Runs on pairs of answers: every reference begins with equal rewards, a run goes on bit for bit, mistakes are told."""
+
+import json
+import math
+import pathlib
+import runpy
+import shutil
+
+import jax
+import pytest
+import tiny_run
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.answers import Reference
+from mllm_jax.data.captions import Captions, count_named
+from mllm_jax.data.loader import BadData
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train.chain import train_run
+from mllm_jax.train.loop import train
+from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.paired_run import read_references, write_references
+from mllm_jax.train.reference import log_probs
+from mllm_jax.train.run import read_run
+from mllm_jax.train.stages import stage_config
+
+BENCHMARK = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "false_objects.py"
+
+
+def a_config(reference, **preference):
+    """The last stage of configs/prefer.py, made small, from random weights."""
+    config = stage_config(tiny_run.load_config("prefer"), "mpo")
+    small = tiny_run.get_config()
+    config.model, config.mesh.fsdp = small.model, 1
+    config.data.update(batch=2, tokens=160, rows=1, patches=112)
+    config.optim.update(steps=4, warmup=0, learning_rate=1e-2)
+    config.train.update(log_every=1, save_every=2, evaluate_every=0, heldout=8, loss_chunk=32)
+    config.train.preference.update(reference=reference, **preference)
+    return config
+
+
+def losses(workdir):
+    return {row["step"]: row for row in read_metrics(workdir) if "loss" in row}
+
+
+def begins_at_the_reference(workdir):
+    """Where no answer has moved, DPO is log 2 and all rewards are 0."""
+    first = losses(workdir)[1]
+    assert abs(first["reward_chosen"]) < 1e-4 and abs(first["reward_rejected"]) < 1e-4
+    return first["loss"]
+
+
+@pytest.fixture
+def few_captions(monkeypatch):
+    monkeypatch.setattr(Captions, "__len__", lambda self: 24)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """(folder of a run against a file, the file), of 24 captions."""
+    folder = tmp_path_factory.mktemp("stored")
+    config = a_config(str(folder / "reference.jsonl"), dpo=1.0, bco=0.0, sft=0.0)
+    run, mesh = read_run(config), make_mesh({"fsdp": 1}, jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Captions, "__len__", lambda self: 24)
+        assert write_references(folder / "reference.jsonl", log_probs(run, mesh, pytest.fail)) == 24
+        train(config, folder / "run")
+    return folder / "run", folder / "reference.jsonl"
+
+
+@pytest.mark.slow
+def test_a_run_against_a_file(stored, few_captions):
+    workdir, file = stored
+    assert begins_at_the_reference(workdir) == pytest.approx(math.log(2), abs=1e-5)
+    assert len(losses(workdir)) == 4 and losses(workdir)[4]["loss"] < losses(workdir)[1]["loss"]
+    config = a_config(str(file), dpo=1.0, changed=5.0)
+    with pytest.raises(BadData, match="is not what it was when its log-probabilities were computed"):
+        train(config, workdir.parent / "other")
+
+
+@pytest.mark.slow
+def test_a_run_against_its_first_weights_goes_on(stored, tmp_path, few_captions):
+    """It says what the run against the file of the same weights says, and is the same after an interruption."""
+    config = a_config("first", dpo=1.0, bco=0.0, sft=0.0)
+    train(config, tmp_path / "run")
+    begins_at_the_reference(tmp_path / "run")
+    found, expected = losses(tmp_path / "run"), losses(stored[0])
+    for step in expected:
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=2e-4)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    train(config, tmp_path / "again")
+    again = losses(tmp_path / "again")
+    assert {step: row["loss"] for step, row in again.items()} == {step: row["loss"] for step, row in found.items()}
+    config.train.seed = 7
+    with pytest.raises(ConfigError, match="compared its answers with other weights .* config.train.seed=7"):
+        train(config, tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_a_run_against_its_base(tmp_path, few_captions):
+    config = a_config("base")
+    config.lora.update(rank=2)
+    train(config, tmp_path / "run")
+    begins_at_the_reference(tmp_path / "run")
+    rows = losses(tmp_path / "run")
+    assert rows[4]["reward_chosen"] != 0 and rows[4]["loss"] < rows[1]["loss"]
+
+
+def test_what_a_run_refuses():
+    with pytest.raises(ConfigError, match="reference='base' is the model without its adapters, which needs"):
+        read_run(a_config("base"))
+    config = a_config("first")
+    config.train.weighting = "sqrt"
+    with pytest.raises(ConfigError, match="config.train.weighting='sqrt' has no meaning for pairs"):
+        read_run(config)
+    with pytest.raises(ConfigError, match="reference='nowhere.jsonl' is neither .* nor a file that can be read"):
+        read_references("nowhere.jsonl")
+
+
+def test_files_of_references(tmp_path):
+    path = tmp_path / "reference.jsonl"
+    written = [("a", Reference(3, (-1.5, -2.0))), ("b", Reference(4, (-0.5, -3.0)))]
+    assert write_references(path, written) == 2 and read_references(str(path)) == dict(written)
+    with pytest.raises(ConfigError, match="two records are called 'a'"):
+        write_references(path, [*written, ("a", Reference(5, (0.0, 0.0)))])
+    assert read_references(str(path)) == dict(written)  # what was there is still there
+    path.write_text(json.dumps({"id": "a"}))
+    with pytest.raises(ConfigError, match="is not a file of python -m mllm_jax.train.reference"):
+        read_references(str(path))
+
+
+def test_captions_and_what_they_name():
+    captions, noisy = Captions("heldout", 3), Captions("heldout", 3, false=0.75)
+    added = 0
+    for i in range(24):
+        (_, true), (_, said) = captions[i]["messages"], noisy[i]["messages"]
+        there, rejected = true["content"].split(", "), captions[i]["rejected"]
+        assert count_named([(rejected, true["content"])]).false == 1
+        added += said["content"] != true["content"]
+        assert said["content"].split(", ")[: len(there)] == there
+    assert 12 < added < 24
+    named = count_named([("red square, red square", "red square"), ("blue circle", "red square, blue circle")])
+    assert (named.things, named.false, named.missed) == (3, 1, 1) and named.false_share == pytest.approx(1 / 3)
+
+
+@pytest.mark.slow
+def test_the_truthful_caption_is_preferred(tmp_path):
+    """The end to end of configs/prefer.py, with fewer steps: false things are named less."""
+    config = tiny_run.load_config("prefer")
+    config.stages.learn.optim.update(steps=400, warmup=50)
+    config.stages.dpo.optim.update(steps=80)
+    config.stages.learn.train.evaluate_every = 0
+    for stage in ("learn", "dpo"):
+        train_run(config, tmp_path, stage)
+    measure = runpy.run_path(str(BENCHMARK))["measure"]
+    before, after = (measure(tmp_path / stage, 100) for stage in ("learn", "dpo"))
+    assert before.false_share > 0.4 and after.false_share < 0.75 * before.false_share, (before, after)
+    assert losses(tmp_path / "dpo")[80]["accuracy"] > 0.8
