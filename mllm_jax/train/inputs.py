@@ -249,7 +249,7 @@ def open_data(
             f"config.data: {streams} streams do not divide among {count} processes; set config.data.streams, a divisor "
             f"of batch={data.batch} and a multiple of {count}"
         )
-    loader = loader_of(data, processor, index, count)
+    loader = loader_of(data, processor, pairs, index, count)
     return loader if count == 1 or data.epochs is None else EndTogether(loader)
 
 
@@ -258,7 +258,13 @@ def streams_of(data: DataConfig) -> int:
     return data.streams or max(divisor for divisor in range(1, STREAMS + 1) if data.batch % divisor == 0)
 
 
-def loader_of(data: DataConfig, processor: Processor | DualProcessor, index: int = 0, count: int = 1) -> Any:
+def loader_of(
+    data: DataConfig,
+    processor: Processor | DualProcessor,
+    pairs: Pairs | None = None,
+    index: int = 0,
+    count: int = 1,
+) -> Any:
     """The loader of the share `index` of `count` of every batch."""
     return make_loader(
         data.source(),
