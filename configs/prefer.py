@@ -6,7 +6,8 @@
 
 The model is that of `configs/scenes.py` with fewer layers. Three of four captions of the first stage end with a thing
 that is not in the picture, so that the model says such things too. The others begin with its weights and see pairs: a
-truthful caption, and one with a false thing more or in place of a true one. See `mllm_jax.data.captions` and docs/preference.md.
+truthful caption, and one with a false thing more or in place of a true one. See `mllm_jax.data.captions` and
+docs/preference.md.
 """
 
 import importlib.util
