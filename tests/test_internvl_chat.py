@@ -10,8 +10,8 @@ import tiny_chat
 import torch
 import transformers
 from PIL import Image
-from reference import as_internlm2, assert_parity
-from test_llava import INTERN, TEXT, inputs_of, random_model, theirs
+from reference import as_internlm2, assert_parity, to_torch
+from test_llava import INTERN, TEXT, inputs_of, random_model
 
 import mllm_jax
 from mllm_jax.data.processor import Processor
@@ -138,7 +138,7 @@ def test_files(name, tmp_path, record_property):
     if name == "internlm2":
         inputs = inputs_of(model)
         with torch.no_grad():
-            expected = model(**theirs(inputs)).logits.numpy()
+            expected = model(**to_torch(inputs)).logits.numpy()
         out = jax.jit(ours.model.apply)({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs))
         real = inputs["attention_mask"] == 1
         assert_parity(record_property, "internvl_chat", np.asarray(out.logits)[real], expected[real])

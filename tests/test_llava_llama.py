@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from reference import assert_parity, perturb
-from test_llava import CLIP, IMAGE, TEXT, inputs_of, llava_config, random_model, theirs
+from reference import assert_parity, perturb, to_torch
+from test_llava import CLIP, IMAGE, TEXT, inputs_of, llava_config, random_model
 
 import mllm_jax
 from mllm_jax.families import kind_of, llava, llava_llama, towers
@@ -106,7 +106,7 @@ def test_files(name, tower, tmp_path, record_property):
         return
     inputs = inputs_of(model)
     with torch.no_grad():
-        expected = model(**theirs(inputs)).logits.numpy()
+        expected = model(**to_torch(inputs)).logits.numpy()
     given = inputs | {"input_ids": np.where(inputs["input_ids"] == IMAGE, llava_llama.IMAGE, inputs["input_ids"])}
     out = jax.jit(ours.model.apply)({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, given))
     real = inputs["attention_mask"] == 1

@@ -37,7 +37,7 @@ def test_schedules():
     np.testing.assert_allclose(rate(schedule="constant", warmup=4)[:6], [0.5, 1, 1.5, 2, 2, 2])
     np.testing.assert_allclose(rate(schedule="linear", final=0.1), [2 - 0.18 * i for i in range(11)] + [0.2], rtol=1e-5)
     np.testing.assert_allclose(
-        rate(schedule="step")[[0, 4, 5, 7, 8, 9]], 2 / 10 ** np.array([0, 0, 0.5, 0.5, 1, 1]), rtol=1e-5
+        rate(schedule="step")[np.array([0, 4, 5, 7, 8, 9])], 2 / 10 ** np.array([0, 0, 0.5, 0.5, 1, 1]), rtol=1e-5
     )
     reference = optax.cosine_decay_schedule(2.0, 8, alpha=0.25)
     np.testing.assert_allclose(rate(schedule="cosine", warmup=2, final=0.25)[2:], reference(np.arange(10)), rtol=1e-5)
@@ -122,6 +122,6 @@ def test_mistakes_are_named(params):
     with pytest.raises(ValueError, match="one of .*adamw"):
         OptimConfig(name="sgd")
     with pytest.raises(ValueError, match="one of .*cosine"):
-        OptimConfig(schedule="step")
+        OptimConfig(schedule="steps")
     with pytest.raises(ValueError, match="optim.warmup=20"):
         OptimConfig(warmup=20, steps=10)

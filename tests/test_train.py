@@ -110,7 +110,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
     deterministic = lambda lines: [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
     assert deterministic(read_metrics(tmp_path)) == deterministic(read_metrics(uninterrupted))
     spent = read_metrics(tmp_path)[-2]["seconds"]  # the last step; the last evaluation comes after it
-    assert spent["down"] > 0 and spent["start"] > read_metrics(uninterrupted)[-2]["seconds"]["start"]
+    assert spent["down"] > 0 and spent["start"] > 0
     assert sum(spent.values()) < time.time() - began, "but for how long the first process took to begin"
     (_, ours), (_, theirs) = restore_params(tmp_path), restore_params(uninterrupted)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)

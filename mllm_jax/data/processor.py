@@ -137,7 +137,8 @@ class Processor:
         for visual in visuals:
             waiting[self.video_id if visual.video else self.image_id].append(visual)
         placeholders = [token for token in written if token in self._placeholders]
-        if any(placeholders.count(token) != len(waiting[token]) for token in self._placeholders):
+        wrong = any(placeholders.count(token) != len(waiting[token]) for token in self._placeholders)
+        if wrong or len(placeholders) != len(visuals):
             raise ValueError(
                 f"the chat template wrote {len(placeholders)} placeholders for {len(visuals)} pictures and clips; "
                 "it may not show pictures in messages of this role"

@@ -1,5 +1,6 @@
 """How often the nearest text of a held-out picture is its own, and the nearest picture of a text, during training."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ class Retrieval:
         self.mesh, self.rules = mesh, run.model.runtime.rules
         self._step = compiled_together(make_embedding_step(run.model, mesh))
 
-    def __call__(self, params: Any) -> dict[str, Any]:
+    def __call__(self, params: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """{"loss": mean of a pair among those of its batch, "pairs": number, "recall_at_1": see `recall_at_1`}.
 
         Pairs with one text are not told apart.
@@ -46,6 +47,7 @@ class Retrieval:
             pictures.append(found["pictures"][real])
             texts.append(found["texts"][real])
             tokens.append(batch.tokens[real])
+            after_batch()
         tokens = np.concatenate(tokens)
         shares = recall_at_1(np.concatenate(pictures), np.concatenate(texts), list(map(bytes, tokens)))
         return {"loss": loss / max(len(tokens), 1), "pairs": len(tokens), "recall_at_1": shares}
