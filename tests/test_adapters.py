@@ -45,7 +45,7 @@ TARGETS = {  # of which layers, and other ranks and alphas of some of them
 }
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "llava", pytest.param("internvl", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "internvl"))])
 def case(request, tmp_path_factory):
     """(folder of the base model, our model, inputs, folder of adapter/ and merged/, logits with it), of PEFT."""
     folder = tmp_path_factory.mktemp(request.param)
