@@ -45,7 +45,10 @@ TARGETS = {  # of which layers, and other ranks and alphas of some of them
 }
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "internvl"))])
+CASES = ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "internvl"))]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """(folder of the base model, our model, inputs, folder of adapter/ and merged/, logits with it), of PEFT."""
     folder = tmp_path_factory.mktemp(request.param)
