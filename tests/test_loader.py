@@ -291,6 +291,43 @@ def test_broken_records_are_skipped_counted_and_named(caplog):
     assert all(name in caplog.text for name in ("n7: missing file", "n9: no picture", "n21: 99 tokens"))
 
 
+def test_ten_thousand_records_of_which_one_in_a_hundred_is_broken(tmp_path, caplog):
+    """Each in its own way, all are named, and all others are read once."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:40])
+    say = lambda role, text: {"role": role, "content": text}
+    ask = lambda text, **more: json.dumps(more | {"messages": [say("user", text), say("assistant", "yes")]})
+    broken = [
+        lambda name: "{" + ask("What?", id=name),
+        lambda name: ask("What?", id=name, image="lost.png"),
+        lambda name: ask("What?", id=name, image="cut.png"),
+        lambda name: ask("Why? " * 90, id=name),
+        lambda name: json.dumps({"id": name, "messages": [say("assistant", "yes")]}),
+        lambda name: json.dumps({"id": name, "messages": [say("user", "?"), say("robot", "yes")]}),
+        lambda name: ask("Both? <image> <image>", id=name, image="whole.png"),
+        lambda name: json.dumps({"id": name, "score": 3}),
+        lambda name: ask("What?", id=name, image="../outside.png"),
+        lambda name: "[1, 2]",
+    ]
+    lines = [ask("Any red?", id=f"n{i}", **({"image": "whole.png"} if i % 20 == 0 else {})) for i in range(10_000)]
+    for number in range(100):
+        place = 37 + 100 * number
+        lines[place] = broken[number % 10](f"n{place}")
+    (tmp_path / "set.jsonl").write_text("\n".join(lines) + "\n")
+    loader = make_loader(open_source(tmp_path / "set.jsonl"), scenes_processor(), Budget(128, 2, 64), 8, epochs=1)
+    with caplog.at_level(logging.WARNING):
+        items = list(loader)
+    used = sum(info.conversations for _, info in items)
+    left_out = items[-1][1].skipped, items[-1][1].dropped
+    assert used == 9900 and sum(left_out[0].values()) == 90 and left_out[1] == 10
+    assert len(left_out[0]) >= 5
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for number in range(100):
+        place = 37 + 100 * number
+        unnamed = number % 10 in (0, 9)  # what cannot be read has no id, but a line
+        assert (f"set.jsonl:{place + 1}" if unnamed else f"n{place}:") in said, (place, lines[place])
+
+
 def test_counts_survive_a_resume():
     broken = {3: BadRecord("missing file", "n3")}
     loader = numbers(60, broken, shuffle=False)

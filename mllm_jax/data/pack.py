@@ -58,7 +58,8 @@ def cost(example: Example) -> float:
 
     The rest of the work depends on the shape of a row alone; of attention, kernels leave out what nobody sees.
     """
-    return len(example.tokens) ** 2 + PAIR_OF_PATCHES * sum(len(picture.patches) ** 2 for picture in example.pictures)
+    seen = sum(size**2 for size in example.lengths or (len(example.tokens),))
+    return seen + PAIR_OF_PATCHES * sum(len(picture.patches) ** 2 for picture in example.pictures)
 
 
 def tightest(examples: Sequence[Example], tokens: int | None = None) -> Budget:

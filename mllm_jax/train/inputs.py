@@ -265,7 +265,7 @@ def loader_of(
     index: int = 0,
     count: int = 1,
 ) -> Any:
-    """The loader of the share `index` of `count` of every batch."""
+    """The loader of the share `index` of `count` of every batch; `pairs` as in `make_loader`."""
     return make_loader(
         data.source(),
         processor,
