@@ -1,6 +1,8 @@
 """Pairs of answers: every layout read, pictures that lie once, weights where answers differ, references that fit."""
 
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -91,6 +93,14 @@ def test_broken_pairs(layout, reason):
 def test_what_is_no_pair_stays_what_it_was():
     assert "rejected" not in read({"messages": [USER, GOOD], "rejected": None})
     assert read({"text": '{"a": 1} is JSON'})["messages"][0]["role"] == "document"
+
+
+def test_the_records_of_the_page_are_pairs():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "preference.md").read_text()
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    found = [read(json.loads(line)) for line in block.splitlines()]
+    assert [item["messages"][0]["content"] for item in found] == [SHOWN] * 4
+    assert [item["messages"][1]["content"][:5] + item["rejected"][:5] for item in found] == ["A catA dog"] * 4
 
 
 def test_a_conversion_keeps_the_rejected_answer():
