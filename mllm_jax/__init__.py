@@ -19,6 +19,7 @@ _HOME = {
     "from_hf_inputs": "api",
     "generate": "generate.requests",
     "generate_ids": "generate.decode",
+    "attention_of": "attention",
     "encode_image": "embed",
     "encode_text": "embed",
     "classify": "embed",

@@ -32,6 +32,7 @@ MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
 MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]
 MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
+MAY_IMPORT["attention"] = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["generate"] = {"adapters", "api"} | MAY_IMPORT["api"]
 MAY_IMPORT["train"] = {"adapters", "config", "page", "paths"} | MAY_IMPORT["generate"]

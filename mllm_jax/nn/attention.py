@@ -54,7 +54,7 @@ def attend(
     """
     if not causal and (window or prefix is not None):
         raise ValueError("only causal attention has a window or a prefix")
-    rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, softcap, window, prefix is not None)
+    rule = _rule(q, causal, scale, softcap, window, prefix)
     query, key = sight(rule, q_segment, kv_segment, offset, prefix)
     tokens = () if offset is not None else _context(q.shape[1], runtime)
     if tokens:
@@ -65,6 +65,37 @@ def attend(
             return _attend_dense(q, k, v, query, key, rule)  # what XLA can split over a mesh
         kernel = partial(_attend_on_device, name=name, rule=rule)
     return over_mesh(kernel, q, k, v, query, key, runtime.rules, tokens)
+
+
+def probabilities(
+    q,
+    k,
+    at,
+    *,
+    q_segment,
+    kv_segment,
+    causal: bool,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    prefix=None,
+):
+    """What `attend` multiplies values with, for a few queries: the same arguments, without a cache.
+
+    Args:
+      at: i32[B Q] which queries.
+    Returns:
+      f32[B N Q S] rows that sum to 1.
+    """
+    rule = _rule(q, causal, scale, softcap, window, prefix)
+    query, key = sight(rule, q_segment, kv_segment, prefix=prefix)
+    query = jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=1), query)
+    weights = _weights(jnp.take_along_axis(q, at[..., None, None], axis=1), k, query, key, rule)
+    return rearrange(weights, "B K G T S -> B (K G) T S")
+
+
+def _rule(q, causal: bool, scale: float | None, softcap: float, window: int, prefix) -> Rule:
+    return Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, softcap, window, prefix is not None)
 
 
 def _context(length: int, runtime: Runtime) -> tuple[str, ...]:
@@ -93,11 +124,20 @@ def _attend_on_device(q, k, v, query: Query, key: Key, name: str, rule: Rule):
 
 
 def _attend_dense(q, k, v, query: Query, key: Key, rule: Rule):
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    weights = _weights(q, k, query, key, rule).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, precision=_precision(q))
+    return rearrange(out, "B K G T H -> B T (K G) H")
+
+
+def _weights(q, k, query: Query, key: Key, rule: Rule):
+    """f32[B K G T S]."""
     q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
-    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q * rule.scale, k, precision=precision, preferred_element_type=jnp.float32)
+    about = dict(precision=_precision(q), preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q * rule.scale, k, **about)
     seen = sees(query, key)[:, None, None]
     scores = jnp.where(seen, cap(scores, rule.softcap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, precision=precision)
-    return rearrange(out, "B K G T H -> B T (K G) H")
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _precision(x):
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -129,14 +129,13 @@ class Attention(nn.Module):
         if cache is not None:
             kept, (k, v) = write_cache(cache, (k, v))
             _, _, kv_segment, offset = cache
-        out = attend(
+        out = self.attend(
             q,
             k,
             v,
             q_segment=segment,
             kv_segment=kv_segment,
             causal=True,
-            runtime=self.runtime,
             offset=offset,
             scale=config.scale,
             softcap=config.softcap,
@@ -145,3 +144,7 @@ class Attention(nn.Module):
         )
         shape, axes = (config.heads, head_dim, width), ("heads", "head_dim", "embed")
         return Einsum("...NH,NHD->...D", shape, axes, dtype, bias=config.out_bias, name="out")(out), kept
+
+    def attend(self, q, k, v, **about):
+        """`nn.attention.attend`, as a method: a listener can stand before it (mllm_jax/attention.py does)."""
+        return attend(q, k, v, runtime=self.runtime, **about)
