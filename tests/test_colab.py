@@ -1,5 +1,6 @@
 """Every notebook is stored without outputs, and runs from top to bottom: with few steps, on a tiny model."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,6 +12,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+QUICKSTART, LORA, CONNECTORS, SHARDING = (
+    ROOT / "colab" / f"{name}.ipynb" for name in ("quickstart", "lora", "connectors", "sharding")
+)
+LONGEST = 15  # lines of a cell
 TINY = {
     "data.batch": 1,
     "model.encoder.layers": 1,
@@ -32,8 +37,10 @@ def run(path, folder, **replaced):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_there_is_a_notebook():
-    assert "quickstart" in [path.stem for path in NOTEBOOKS]
+def test_the_index_names_every_notebook():
+    readme = (ROOT / "README.md").read_text()
+    assert NOTEBOOKS == sorted([QUICKSTART, LORA, CONNECTORS, SHARDING])
+    assert all(f"| `colab/{path.name}` |" in readme for path in NOTEBOOKS)
 
 
 @each_notebook
@@ -59,6 +66,18 @@ def test_format(path):
 
 
 @each_notebook
+def test_cells_are_short(path):
+    assert {cell["id"]: len(cell["source"]) for cell in cells(path) if len(cell["source"]) > LONGEST} == {}
+
+
+def test_all_are_installed_alike():
+    """But for the planner, which wants a compiler besides."""
+    ways = [cell["source"] for path in NOTEBOOKS for cell in cells(path) if cell["id"] == "install"]
+    assert len(ways) == len(NOTEBOOKS)
+    assert len({"".join(lines).replace("[plan]", "") for lines in ways}) == 1
+
+
+@each_notebook
 def test_only_the_installation_needs_jupyter(path):
     magic = [cell["id"] for cell in cells(path) if re.search(r"^ *[!%]", "".join(cell["source"]), re.MULTILINE)]
     assert magic == ["install"]
@@ -68,29 +87,79 @@ def test_quickstart_runs(tmp_path):
     """Nothing is installed, since mllm_jax can be imported. The last cell asks the model that the notebook exported."""
     folder = tmp_path / "run"
     published = str(folder / "export")
-    done = run(NOTEBOOKS[0], tmp_path, STEPS=4, SETTINGS=TINY, FOLDER=str(folder), PUBLISHED=published)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = left(run(QUICKSTART, tmp_path, STEPS=4, SETTINGS=TINY, FOLDER=str(folder), PUBLISHED=published))
     assert found["left"]["reached"] == 4 and found["left"]["same"] is True
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3, 4]
-    looked, curve, asked, described = found["shown"]
+    looked, curve, asked, *seen, described = found["shown"]
     assert looked.count('<img src="data:image/png;base64,') == len(KINDS)
     assert all(asked in looked for asked in KINDS)
     points = re.search(r'points="(.*?)"', curve)[1].split()
     assert len(points) == 4 and "nan" not in curve
     assert asked.count("<img") == 16 and asked.count("(right)") + asked.count("(the truth is ") == 16
-    assert described.count("<img") == 1
+    assert len(seen) == 3 and all(panels.count("<img") == 2 for panels in [*seen, described])
+    shares = [int(share) for panels in [*seen, described] for share in re.findall(r"(\d+)% on the picture", panels)]
+    assert len(shares) == 4 and all(0 < share < 100 for share in shares)
     assert (folder / "export" / "model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"run"}  # nothing else was written
 
 
+def test_lora_runs(tmp_path):
+    folder = tmp_path / "run"
+    settings = TINY | {"train.evaluate_every": 0}
+    found = left(run(LORA, tmp_path, BASE_STEPS=2, STEPS=4, SETTINGS=settings, FOLDER=str(folder)))
+    assert found["left"]["reached"] == 4 and found["left"]["same"] is True
+    drawn, curve, asked, files = found["shown"]
+    assert drawn.count("<img") == 6 and asked.count("<img") == asked.count("→") == 12
+    assert [len(points.split()) for points in re.findall(r'points="(.*?)"', curve)] == [4, 4]
+    assert "adapter_model.safetensors" in files
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.slow
+def test_connectors_runs(tmp_path):
+    folder = tmp_path / "run"
+    settings = TINY | {"train.log_every": 1}
+    found = left(run(CONNECTORS, tmp_path, STEPS=4, SETTINGS=settings, FOLDER=str(folder)))
+    parts, losses, matches, last, asked = found["shown"]
+    assert [len(points.split()) for points in re.findall(r'points="(.*?)"', losses)] == [4, 4, 4]
+    for name in ("mlp", "average_pool", "pixel_shuffle"):
+        assert all(name in shown for shown in (parts, losses, matches, last, asked))
+        assert (folder / name / "checkpoints").is_dir()
+    assert asked.count("<img") == 8
+
+
+def test_sharding_runs(tmp_path):
+    """On two of the meshes; tests/test_sharding.py and `plan certify` compare many."""
+    meshes = {"one device": ["fsdp", {}], "both": ["fsdp_tensor", {"fsdp": 4, "tensor": 2}]}
+    about = dict(MESHES=meshes, SETTINGS={name: 1 for name in TINY if name.endswith("layers")})
+    compiler = importlib.util.find_spec("libtpu")
+    done = run(SHARDING, tmp_path, **about, PLANNED="scenes", TOPOLOGY="v5e:2x4" if compiler else "")
+    numbers, *planned = left(done)["shown"]
+    (loss, gradient, whole), (other, another, part) = (
+        map(float, re.findall(r"<td[^>]*>([\d.]+)</td>", row)[:3]) for row in numbers.split("<tr>")[2:]
+    )
+    assert other == pytest.approx(loss, rel=1e-5) and another == pytest.approx(gradient, rel=1e-4)
+    assert part < whole / 4
+    assert len(planned) == (1 if compiler else 0)
+    assert all(f"CPU {device}" in done.stdout for device in range(8))
+
+
+def left(done):
+    """What a notebook showed and left behind."""
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_nothing_is_downloaded_unasked():
-    [parameters] = [cell for cell in cells(NOTEBOOKS[0]) if "parameters" in cell["metadata"].get("tags", ())]
+    for path in (LORA, CONNECTORS, SHARDING):
+        [parameters] = [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", ())]
+        assert 'SIZE = "tiny"' in parameters["source"][0]
+    [parameters] = [cell for cell in cells(QUICKSTART) if "parameters" in cell["metadata"].get("tags", ())]
     scope = {}
     exec("".join(parameters["source"]), scope)
     assert scope["PUBLISHED"] == "" and scope["STEPS"] >= 1000
-    *_, last = cells(NOTEBOOKS[0])
+    *_, last = cells(QUICKSTART)
     assert last["id"] == "published" and last["source"][0] == "if PUBLISHED:\n"
     assert all(line.startswith(" ") or line == "\n" for line in last["source"][1:])
 

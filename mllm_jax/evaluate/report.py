@@ -99,7 +99,7 @@ def write_report(
         loss=_loss(runs),
         accuracy=_accuracy(runs, kinds),
         speed=_speed(runs[0]),
-        answers=[(item, right(item.answer, item.truth), _frames(item.picture)) for item in answers],
+        answers=[(item, right(item.answer, item.truth), frames_of(item.picture)) for item in answers],
         parts=_shares(parts or {}),
         loads=_loads(runs[0]),
         hours=_time(runs[0]),
@@ -261,7 +261,7 @@ def _loads(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _frames(picture) -> list[Image.Image]:
+def frames_of(picture) -> list[Image.Image]:
     """A picture, or the frames of a clip without those that repeat the one before."""
     if picture is None:
         return []
