@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllm_jax.data import video
 from mllm_jax.data.positions import on_a_grid, patch_positions, rotary_positions
-from mllm_jax.data.records import read_record
+from mllm_jax.data.records import BadRecord, read_record
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.visuals import Film, WholeFilm
 
@@ -419,5 +419,10 @@ def test_a_clip_in_a_message_asks_for_its_frames():
             SEEING.asked(wrong)
     part = {"type": "video", "video": "a.mp4", "nframes": 8, "sampling": "motion"}
     asked = {"role": "user", "content": [part, {"type": "text", "text": "What happens?"}]}
-    record = read_record({"messages": [asked, {"role": "assistant", "content": "Nothing."}]}, "r", lambda name: name)
-    assert record["messages"][0]["content"][0] == part
+    messages = [asked, {"role": "assistant", "content": "Nothing."}]
+    read = lambda **more: read_record({"messages": messages} | more, "r", lambda name: name)["messages"]
+    assert read()[0]["content"][0] == part
+    assert read(fps=1.5, nframes=4)[0]["content"][0] == part | {"fps": 1.5}
+    assert read(fps=[1.0, 2.0])[0]["content"][0] == part
+    with pytest.raises(BadRecord, match="fps, nframes, sampling must be two numbers and a word"):
+        read(fps="fast")

@@ -35,9 +35,9 @@ from typing import Any
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
 MEDIA = ("image", "video")
-ASKED = {"fps": float, "nframes": int, "sampling": str}  # what a clip in a message may ask for
+ASKED = {"fps": float, "nframes": int, "sampling": str}  # what a clip, or a record for its clips, may ask for
 LAYOUT = {"messages", "conversations", "image", "images", "video", "videos", "frames", "fps", "text", "texts"}
-LAYOUT |= {"caption", "text_list", "image_info"}
+LAYOUT |= {"caption", "text_list", "image_info", "nframes", "sampling"}
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 PARAGRAPH = "\n\n"  # between neighbouring texts of a document
 Messages = list[dict[str, Any]]
@@ -82,7 +82,7 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
         record = {key: value for key, value in record.items() if value is not None}
         name = str(record.get("id", name))
         record, rejected = _with_chosen(record)
-        messages = _timed(_document(record) or _conversation(record), record.get("fps"))
+        messages = _timed(_document(record) or _conversation(record), _asked(_single(record)))
         messages = [message | {"content": _content(message["content"], find)} for message in messages]
     except Bad as error:
         raise BadRecord(error.args[0], name, *error.args[1:]) from error.__cause__
@@ -236,11 +236,11 @@ def _parts(files: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [{"type": media, media: file} for media, found in files.items() for file in found]
 
 
-def _timed(messages: Messages, fps: Any) -> Messages:
-    """Clips that do not say their rate have the record's."""
-    if fps is None:
+def _timed(messages: Messages, asked: dict[str, Any]) -> Messages:
+    """Clips ask for what the record does, unless they say otherwise."""
+    if not asked:
         return messages
-    timed = lambda part: {"fps": fps} | part if isinstance(part, dict) and part.get("type") == "video" else part
+    timed = lambda part: asked | part if isinstance(part, dict) and part.get("type") == "video" else part
     listed = lambda content: [timed(p) for p in content] if isinstance(content, list) else content
     return [message | {"content": listed(message["content"])} for message in messages]
 
@@ -314,10 +314,20 @@ def _part(part: Mapping[str, Any], find: Find) -> dict[str, Any]:
         value = [_file(frame, find) for frame in value]
     else:
         value = _file(value, find)
-    read = {"type": media, media: value}
-    return (
-        read | {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name)} if media == "video" else read
-    )
+    return {"type": media, media: value} | (_asked(part) if media == "video" else {})
+
+
+def _single(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are no lists: those may be of each of several clips, which is not known here."""
+    return {name: value for name, value in record.items() if not isinstance(value, list | tuple)}
+
+
+def _asked(part: Mapping[str, Any]) -> dict[str, Any]:
+    """What clips are to be read as, see ASKED."""
+    try:
+        return {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name)}
+    except (TypeError, ValueError) as error:
+        raise Bad("not a conversation", f"of a clip, {', '.join(ASKED)} must be two numbers and a word") from error
 
 
 def _file(value: Any, find: Find) -> Any:
