@@ -34,8 +34,8 @@ def get_config():
     false = CaptionsData(batch=4, tokens=224, rows=2, patches=160, window=8.0, min_pixels=256, false=0.75)
     model = scenes.model()
     model = replace(model, encoder=replace(model.encoder, layers=1), decoder=replace(model.decoder, layers=2))
-    learn = OptimConfig(name="muon", learning_rate=2e-3, steps=600, warmup=60, final=0.03, b2=0.98, weight_decay=0.02)
-    prefer = OptimConfig(learning_rate=2e-4, steps=120, warmup=12, b2=0.98)
+    learn = OptimConfig(name="muon", learning_rate=2e-3, steps=900, warmup=90, final=0.03, b2=0.98, weight_decay=0.02)
+    prefer = OptimConfig(learning_rate=5e-5, steps=100, warmup=10, b2=0.98)
     often = dict(log_every=25, heldout=200, save_every=500)
     return run_config(
         Run(
