@@ -11,6 +11,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data.answers import Reference
 from mllm_jax.data.captions import Captions, count_named
 from mllm_jax.data.loader import BadData
+from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.loop import train
 from mllm_jax.train.metrics import read_metrics
@@ -107,6 +108,8 @@ def test_what_a_run_refuses():
     config.train.weighting = "sqrt"
     with pytest.raises(ConfigError, match="config.train.weighting='sqrt' has no meaning for pairs"):
         read_run(config)
+    with pytest.raises(ConfigError, match="a step against a frozen copy of the first weights is not planned"):
+        abstract_step(read_run(a_config("first")), make_mesh())
     with pytest.raises(ConfigError, match="reference='nowhere.jsonl' is neither .* nor a file that can be read"):
         read_references("nowhere.jsonl")
 

@@ -27,6 +27,7 @@ from mllm_jax.plan.topology import LOWERED, Topology, targeting
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, padded
 from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.preference import FIRST
 from mllm_jax.train.run import Run, train_step
 from mllm_jax.train.state import TrainState, abstract_state, state_shardings
 from mllm_jax.train.step import batch_shardings
@@ -142,6 +143,11 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
     Raises ValueError where something does not divide over the mesh.
     """
     model, data = run.model, run.data
+    if run.train.preference.has_pairs and run.train.preference.reference == FIRST:
+        raise ConfigError(
+            "a step against a frozen copy of the first weights is not planned; plan it with "
+            "train.preference.reference='none', and add the bytes of the weights and a forward pass"
+        )
     tx, _ = make_optimizer(run.optim, abstract_params(model))
     step = train_step(run, tx, mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
