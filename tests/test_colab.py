@@ -104,6 +104,7 @@ def test_quickstart_runs(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run"}  # nothing else was written
 
 
+@pytest.mark.slow
 def test_lora_runs(tmp_path):
     folder = tmp_path / "run"
     settings = TINY | {"train.evaluate_every": 0}
