@@ -69,6 +69,7 @@ def test_a_processor_of_another_model_is_refused():
         make_processor("", run.model, run.data)
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_real_pictures(shared, tmp_path):
     """The path of somebody's own data: JSON Lines, real photos, Qwen's tokenizer; a smaller model, smaller pictures."""
     config = load_config("qwen3_vl_sft", "115m")

@@ -129,6 +129,7 @@ def losses(folder):
     return [line["loss"] for line in read_metrics(folder) if "heldout" not in line]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_used(tmp_path, record_property):
     """It ends after two of four steps and goes on to the same end; its checkpoint is a model whose files are loaded."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
