@@ -29,10 +29,8 @@ class Feed:
     def __init__(self, run: Run, processor: Processor, mesh: Mesh):
         rules = run.model.runtime.rules
         self._run, self._flops, self._explained = run, flops_of_counts(run), False
-        self._loader, self._place = (
-            open_data(run.data, processor, mesh, rules, pairs_of(run)),
-            Placer(run.data.batch, mesh, rules),
-        )
+        self._loader = open_data(run.data, processor, mesh, rules, pairs_of(run))
+        self._place = Placer(run.data.batch, mesh, rules)
 
     def next(self) -> Fetched | None:
         """The next batch, on its way to the devices; None at the end of the data."""
