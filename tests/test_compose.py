@@ -14,8 +14,8 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.model import abstract_params
 from mllm_jax.train.inputs import make_processor
+from mllm_jax.train.objective import loss_sum
 from mllm_jax.train.run import read_run
-from mllm_jax.train.step import loss_sum
 
 compose = load_module("compose")
 ENCODERS, CONNECTORS, DECODERS = (list(parts) for parts in (compose.ENCODERS, compose.CONNECTORS, compose.DECODERS))

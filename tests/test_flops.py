@@ -17,9 +17,9 @@ from mllm_jax.train.cost import explain
 from mllm_jax.train.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
 from mllm_jax.train.inputs import ScenesData
 from mllm_jax.train.metrics import short
+from mllm_jax.train.objective import loss_sum
 from mllm_jax.train.optim import merge, split
 from mllm_jax.train.run import Run, TrainConfig
-from mllm_jax.train.step import loss_sum
 
 
 def dot_flops(jaxpr, times=1):

@@ -20,10 +20,11 @@ from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, padded
+from mllm_jax.train.objective import CrossEntropy, loss_sum
 from mllm_jax.train.optim import OptimConfig, make_optimizer, merge, split
 from mllm_jax.train.run import read_run
 from mllm_jax.train.state import state_from_params
-from mllm_jax.train.step import batch_shardings, loss_sum, make_eval_step, make_train_step
+from mllm_jax.train.step import batch_shardings, make_eval_step, make_train_step
 
 EVERYWHERE = LoraConfig(
     rank=4,
@@ -136,7 +137,7 @@ def start(lora, params, shape, **options):
     config, mesh = replace(BASE, lora=lora), make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
     optim = replace(OPTIM, freeze=lora.freezes(()))
     tx, _ = make_optimizer(optim, params)
-    step = make_train_step(config, tx, optim, mesh, loss_chunk=48, **options)
+    step = make_train_step(config, tx, optim, mesh, objective=CrossEntropy(config, chunk=48), **options)
     put = lambda batch: jax.device_put(batch, batch_shardings(batch, mesh, BASE.runtime.rules))
     return state_from_params(config, tx, mesh, jax.tree.map(jnp.array, params)), step, put
 

@@ -21,8 +21,8 @@ from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.flops import Counts, count_flops
 from mllm_jax.train.inputs import ScenesData
+from mllm_jax.train.objective import loss_sum
 from mllm_jax.train.run import Run, read_run, run_config
-from mllm_jax.train.step import loss_sum
 from mllm_jax.types import Batch
 
 SMALL = MlaConfig(heads=4, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=12, q_rank=24)

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 import watched_run
 from examples import VALUES, random_example, random_params, tiny_config
@@ -20,6 +21,7 @@ from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.nonfinite import find_nonfinite, layer_name
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, read_run
+from mllm_jax.train.state import new_state
 from mllm_jax.train.tracing import steps_of
 
 MODEL = tiny_config()
@@ -38,7 +40,8 @@ def find(run, *poisoned, nan_targets=()):
     batch = collate(rows, Budget(32, 1, 32), merge=2, values=VALUES)
     batch.weight[list(nan_targets)] = np.nan
     mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
-    return find_nonfinite(run, unflatten_dict(flat, sep="/"), jax.tree.map(jax.numpy.asarray, batch), mesh)
+    state = new_state(optax.identity(), unflatten_dict(flat, sep="/"))
+    return find_nonfinite(run, state, jax.tree.map(jax.numpy.asarray, batch), mesh)
 
 
 def test_a_poisoned_layer_is_named():

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import VLM, init_params
 from mllm_jax.sharding import make_mesh
+from mllm_jax.train.objective import CrossEntropy, loss_sum
 from mllm_jax.train.optim import OptimConfig, make_optimizer, split
 from mllm_jax.train.state import init_state, state_from_params, state_shardings
-from mllm_jax.train.step import batch_shardings, loss_sum, make_eval_step, make_train_step
+from mllm_jax.train.step import batch_shardings, make_eval_step, make_train_step
 
 CONFIG = tiny_config()
 BUDGET = Budget(tokens=149, rows=2, patches=256)
@@ -27,13 +28,12 @@ def params():
     return jax.tree.map(np.asarray, jax.jit(partial(init_params, CONFIG))(jax.random.key(0)))
 
 
-def start(params, shape, optim=OPTIM, config=CONFIG, **options):
+def start(params, shape, optim=OPTIM, config=CONFIG, weighting="token", **options):
     """(state, step) on a mesh of that shape."""
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
     tx, _ = make_optimizer(optim, params)
-    return state_from_params(config, tx, mesh, params), make_train_step(
-        config, tx, optim, mesh, loss_chunk=40, **options
-    )
+    step = make_train_step(config, tx, optim, mesh, objective=CrossEntropy(config, weighting, chunk=40), **options)
+    return state_from_params(config, tx, mesh, params), step
 
 
 @pytest.fixture(scope="module")

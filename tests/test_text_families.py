@@ -16,6 +16,7 @@ from mllm_jax.families import deepseek, qwen3
 from mllm_jax.model import abstract_params, count_params, init_cache
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, useful
+from mllm_jax.train.objective import CrossEntropy
 from mllm_jax.train.optim import OptimConfig, make_optimizer
 from mllm_jax.train.state import state_from_params
 from mllm_jax.train.step import make_train_step
@@ -178,7 +179,7 @@ def test_a_step_of_training(small):
     inputs, optim = inputs_of(), OptimConfig(learning_rate=1e-3, schedule="constant")
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     tx, _ = make_optimizer(optim, vlm.params)
-    step = make_train_step(vlm.config, tx, optim, mesh, loss_chunk=8)
+    step = make_train_step(vlm.config, tx, optim, mesh, objective=CrossEntropy(vlm.config, chunk=8))
     state = state_from_params(vlm.config, tx, mesh, jax.tree.map(jnp.copy, vlm.params))
     batch = mllm_jax.from_hf_inputs(vlm.config, inputs)
     losses = []

@@ -256,7 +256,7 @@ class Training:
         """Raises Diverged where the step that was just taken, of this batch, is not finite. It changed no weight."""
         if not self.results.last_is_finite():
             with self.clock.within("compile"):
-                found = find_nonfinite(self.settings, self.state.params, batch, self.mesh)
+                found = find_nonfinite(self.settings, self.state, batch, self.mesh, *self.reference)
             self.results.read(self.step - 1)
             raise Diverged("\n  ".join([f"step {self.step} is not finite:", *found]))
 

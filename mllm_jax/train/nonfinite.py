@@ -19,15 +19,15 @@ from mllm_jax.model import ModelConfig
 from mllm_jax.nn.runtime import TAPS
 from mllm_jax.nn.stack import segments
 from mllm_jax.train.optim import merge, split
-from mllm_jax.train.run import Run
-from mllm_jax.train.step import loss_sum
+from mllm_jax.train.run import Run, objective_of
+from mllm_jax.train.state import TrainState
 from mllm_jax.types import Batch
 
 STACK = re.compile(r"^(?P<stack>(?P<part>.*?)/?layers\d*(?:/slots_\d+)?)(?=/|$)(?P<rest>.*)$")
 
 
-def find_nonfinite(run: Run, params: Any, batch: Batch, mesh: Mesh) -> list[str]:
-    """What is not finite in a step with these parameters and this batch, in lines for people.
+def find_nonfinite(run: Run, state: TrainState, batch: Batch, mesh: Mesh, reference: Any = None) -> list[str]:
+    """What is not finite in a step from this state with this batch, in lines for people; `reference` as steps have it.
 
     First weights, then the first output forward, then the first gradient backward: what comes later follows from it.
     """
@@ -35,7 +35,7 @@ def find_nonfinite(run: Run, params: Any, batch: Batch, mesh: Mesh) -> list[str]
     look = jax.jit(_look(run, mesh, orders := {}), out_shardings=NamedSharding(mesh, PartitionSpec()))
     for part in range(parts):
         rows = batch if parts == 1 else jax.tree.map(lambda x, part=part: x[part::parts], batch)  # every A-th
-        loss, *found = jax.device_get(look(params, rows))
+        loss, *found = jax.device_get(look(state.params, rows, reference, state.rewards))
         weights, outputs, gradients = (_bad(finite) for finite in found)
         if weights or outputs or gradients or not np.isfinite(loss):
             break
@@ -57,7 +57,8 @@ def find_nonfinite(run: Run, params: Any, batch: Batch, mesh: Mesh) -> list[str]
 
 
 def _look(run: Run, mesh: Mesh, orders: dict[str, int]) -> Callable:
-    """(params, batch) -> (loss, and of weights, outputs and gradients by name whether they are finite)."""
+    """(params, batch, reference, rewards) -> loss, and of weights, outputs and gradients whether each is finite."""
+    objective = objective_of(run)
 
     def tap(method, arguments, options, context):
         """Modules are numbered as they end: one that calls others comes after them."""
@@ -70,13 +71,13 @@ def _look(run: Run, mesh: Mesh, orders: dict[str, int]) -> Callable:
             module.sow(TAPS, f"{TAPS}_{name}", finite, reduce_fn=jnp.logical_and, init_fn=lambda: jnp.array(True))
         return out
 
-    def look(params, batch):
+    def look(params, batch, reference, rewards):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             with nn.intercept_methods(tap):
                 _, taps = run.model.build().apply({"params": params}, batch, hidden=True, mutable=[TAPS])
             trainable, frozen = split(params, run.optim.freeze)
-            options = (run.train.weighting, run.train.loss_chunk)
-            loss = lambda trainable: loss_sum(run.model, merge(trainable, frozen), batch, *options)[0]
+            sums = lambda trainable: objective.sums(merge(trainable, frozen), batch, None, reference, rewards)[0]
+            loss = lambda trainable: sums(trainable)["loss"]
             value, gradients = jax.value_and_grad(loss)(trainable)
             flat = flatten_dict(taps[TAPS], sep="/")
             return value, _finite(params), {_module(path): x for path, x in flat.items()}, _finite(gradients)

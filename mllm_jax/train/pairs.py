@@ -9,14 +9,14 @@ from einops import rearrange
 from mllm_jax.model import VLM, ModelConfig, head_table
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.train.loss import sum_segments, token_log_probs
+from mllm_jax.train.objective import CHUNK, dropout
 from mllm_jax.train.preference import BASE, FIRST, NONE, PreferenceConfig, preference_loss, running_mean
-from mllm_jax.train.step import CHUNK, dropout
 from mllm_jax.types import Array, Batch, Routing
 
 
 @dataclass(frozen=True)
 class PairObjective:
-    """What a step minimises, see `mllm_jax.train.step.CrossEntropy`: pairs in segments 2k - 1 (chosen) and 2k of rows.
+    """What a step minimises, see `mllm_jax.train.objective`: pairs in segments 2k - 1 (chosen) and 2k of rows.
 
     Summed over pairs are loss, reward_chosen, reward_rejected, and accuracy: the chosen one has the larger reward. The
     shift of BCO is the mean reward of the batches before, so that the parts of a batch need not wait for each other.

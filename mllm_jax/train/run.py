@@ -30,6 +30,7 @@ from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.dual_step import make_contrastive_step
 from mllm_jax.train.files import FilesData, MixtureData
 from mllm_jax.train.inputs import CaptionsData, DataConfig, ScenesData
+from mllm_jax.train.objective import CrossEntropy
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.pairs import PairObjective
 from mllm_jax.train.preference import BASE, FIRST, PreferenceConfig
@@ -224,6 +225,8 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
         )
     if isinstance(whole.model, DualConfig) and run.train.accumulate > 1:
         raise ConfigError(f"{path}.train.accumulate must be 1: every pair of a batch is compared with all others")
+    if isinstance(whole.model, DualConfig) and whole.lora.drops:
+        raise ConfigError("config.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
     if whole.model.encoder is None and run.data.budget.rows:
         raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
     preference = run.train.preference
@@ -245,14 +248,24 @@ def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> Mod
 
 def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
     """The step that a run takes, by the kind of its model, see STEPS; `tx` of `make_optimizer`."""
-    make, options = STEPS[type(run.model)]
-    options = {name: getattr(run.train, name) for name in options}
-    if run.train.preference.has_pairs:
-        options["objective"] = PairObjective(run.model, run.train.preference, run.train.loss_chunk)
-    return make(run.model, tx, run.optim, mesh, **options)
+    return STEPS[type(run.model)](run, tx, mesh)
 
 
-STEPS = {  # what makes the step, and which of its options a TrainConfig has
-    ModelConfig: (make_train_step, ("accumulate", "weighting", "loss_chunk", "balance", "async_gathers", "seed")),
-    DualConfig: (make_contrastive_step, ()),
-}
+def objective_of(run: Run) -> CrossEntropy | PairObjective:
+    """What a run of a language model minimises."""
+    train = run.train
+    if train.preference.has_pairs:
+        return PairObjective(run.model, train.preference, train.loss_chunk)
+    return CrossEntropy(run.model, train.weighting, train.loss_chunk)
+
+
+def _language_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
+    options = {name: getattr(run.train, name) for name in ("accumulate", "balance", "async_gathers", "seed")}
+    return make_train_step(run.model, tx, run.optim, mesh, objective=objective_of(run), **options)
+
+
+def _contrastive_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
+    return make_contrastive_step(run.model, tx, run.optim, mesh)
+
+
+STEPS = {ModelConfig: _language_step, DualConfig: _contrastive_step}

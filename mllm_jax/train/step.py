@@ -1,75 +1,27 @@
 """One step of training and of evaluation: pure functions of state and batch, compiled once for any mix of examples."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.model import VLM, ModelConfig, head_table
 from mllm_jax.sharding import Rules, partition_spec, ways
-from mllm_jax.train.balance import BalanceConfig, Load, Totals, balance_loss, imbalance, move_biases, totals, z_loss
+from mllm_jax.train.balance import BalanceConfig, imbalance, move_biases
 from mllm_jax.train.compiler import compiler_options
-from mllm_jax.train.loss import sample_weights, sum_segments, token_errors, token_loss
-from mllm_jax.train.optim import OptimConfig, merge, split
+from mllm_jax.train.gradients import make_gradients
+from mllm_jax.train.loss import sum_segments, token_errors
+from mllm_jax.train.objective import CHUNK, CrossEntropy
+from mllm_jax.train.optim import OptimConfig, split
 from mllm_jax.train.state import state_shardings
 from mllm_jax.train.update import update
-from mllm_jax.types import Array, Batch, Routing, Vision
+from mllm_jax.types import Batch, Vision
 
-CHUNK = 512  # targets of a row whose logits are held at once
 UNBALANCED = BalanceConfig()
-
-
-def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token", chunk: int = CHUNK, key=None):
-    """(sum of weight * cross-entropy f32[], Routing or None): sums, so that batches add up.
-
-    key: of the dropout of adapters; None = none.
-    """
-    out, runtime = VLM(config).apply({"params": params}, batch, hidden=True, rngs=dropout(key)), config.runtime
-    weight = sample_weights(batch, weighting)
-    about = (chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
-    loss = token_loss(out.hidden, head_table(params), batch.targets, weight, *about)
-    return loss, out.routing
-
-
-def dropout(key) -> dict[str, jax.Array]:
-    """`rngs` of `apply` for a key, or for None where nothing is dropped."""
-    return {} if key is None else {"dropout": key}
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """What a step minimises, here the loss of every target; of pairs of answers see train/pairs.py.
-
-    weighting: see `sample_weights`. chunk: see `token_loss`.
-    """
-
-    config: ModelConfig
-    weighting: str = "token"
-    chunk: int = CHUNK
-
-    def weights(self, batch: Batch) -> Array:
-        """f32[...] whose sum is what the sums of a whole batch are divided by."""
-        return sample_weights(batch, self.weighting)
-
-    def sums(self, params, batch: Batch, key, reference=None, rewards=None) -> tuple[dict[str, Array], Routing | None]:
-        """{"loss": f32[], which is differentiated, and others to be reported}, and what the routers did.
-
-        Args:
-          key: of the dropout of adapters; None = none.
-          reference: the parameters that a step was given beside its state. rewards: f32[2] of that state.
-        """
-        loss, routing = loss_sum(self.config, params, batch, self.weighting, self.chunk, key)
-        return {"loss": loss}, routing
-
-    def remembered(self, rewards, means: dict[str, Array], weight) -> Array:
-        """The rewards of the next state, given the means of a batch and the f32[] that its sums were divided by."""
-        return rewards
 
 
 def make_train_step(
@@ -80,8 +32,6 @@ def make_train_step(
     *,
     objective: Any = None,
     accumulate: int = 1,
-    weighting: str = "token",
-    loss_chunk: int = CHUNK,
     balance: BalanceConfig = UNBALANCED,
     async_gathers: bool = False,
     seed: int = 0,
@@ -92,11 +42,9 @@ def make_train_step(
 
     Args:
       tx: of `make_optimizer(optim, ...)`.
-      objective: what is minimised; by default `CrossEntropy(config, weighting, loss_chunk)`. `reference` are parameters
-        that it may need.
+      objective: what is minimised, see `mllm_jax.train.objective`; by default `CrossEntropy(config)`. `reference` are
+        parameters that it may need.
       accumulate: A, number of parts that a batch of A * B rows is worked off in; the result is that of the whole batch.
-      weighting: see `sample_weights`.
-      loss_chunk: see `token_loss`.
       balance: of a model with experts.
       async_gathers: see `mllm_jax.train.compiler`.
       seed: of the dropout of adapters, which with the number of the step says what is left out, on any mesh.
@@ -108,61 +56,8 @@ def make_train_step(
     """
     layout = state_shardings(config, tx, mesh, config.runtime.rules)
     pinned, _ = split(layout.params, optim.freeze)
-    pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
-    objective = objective or CrossEntropy(config, weighting, loss_chunk)
-    moe = config.decoder.moe
-    choices_of_token = 0 if moe is None else moe.top_k * len(config.decoder.expert_layers)
-    ahead = moe is not None and balance.counts_first(accumulate)
-
-    def add_part(state, reference, whole: Totals, total, part: Batch, key, known: Load | None):
-        """total + (gradients, what a part adds to the means of the whole batch, its load).
-
-        known: the load of the whole batch, if that is known beforehand.
-        """
-
-        trainable, frozen = split(state.params, optim.freeze)
-
-        def loss(trainable):
-            sums, routing = objective.sums(merge(trainable, frozen), part, key, reference, state.rewards)
-            found = {name: value / whole.weight for name, value in sums.items()}
-            if routing is None:
-                return found["loss"], (found, None)
-            own = Load.of(routing)
-            load = known or (own if total is None else jax.tree.map(jnp.add, total[2], own))
-            found["z"] = z_loss(routing, whole)
-            found["dropped"] = jnp.sum(routing.dropped) / (whole.tokens * choices_of_token)
-            value = found["loss"] + balance.z * found["z"]
-            if balance.loss != "none":
-                found["balance"] = balance_loss(routing, part.segment, load, whole, balance.loss)
-                value += balance.weight * found["balance"]
-            return value, (found, own)
-
-        (_, (found, own)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        new = (pin(grads), found, own)
-        return new if total is None else jax.tree.map(jnp.add, total, new)
-
-    def load_of(params, parts: Batch, keys) -> Load:
-        """The load of all parts, by forward passes that compute nothing else."""
-
-        def add(load, part_and_key):
-            part, key = part_and_key
-            routing = VLM(config).apply({"params": params}, part, hidden=True, rngs=dropout(key)).routing
-            return jax.tree.map(jnp.add, load, Load.of(routing)), None
-
-        return jax.lax.scan(add, Load.zeros(config.decoder), (parts, keys))[0]
-
-    def gradients(state, reference, batch: Batch, key):
-        """(gradients, means, load) of a batch."""
-        whole = totals(batch, objective.weights(batch))
-        add = partial(add_part, state, reference, whole)
-        if accumulate == 1:
-            return add(None, batch, key, None)
-        parts, keys = _parts(batch, accumulate), None if key is None else jax.random.split(key, accumulate)
-        known = load_of(state.params, parts, keys) if ahead else None
-        shapes = jax.eval_shape(lambda part: add(None, *part, None), jax.tree.map(lambda x: x[0], (parts, keys)))
-        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        zeros = (pin(zeros[0]), *zeros[1:])
-        return jax.lax.scan(lambda total, part: (add(total, *part, known), None), zeros, (parts, keys))[0]
+    objective = objective or CrossEntropy(config)
+    gradients = make_gradients(config, objective, optim.freeze, pinned, accumulate, balance)
 
     def step(state, batch: Batch, reference=None):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -240,11 +135,3 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
     names = ("patch_row",) if divides else ()
     vision = {name: of(names, f"batch.vision.{name}", x) for name, x in batch.vision._asdict().items()}
     return Batch(**text, vision=Vision(**vision))
-
-
-def _parts(batch: Batch, accumulate: int) -> Batch:
-    """[B*A ...] -> [A B ...], every A-th row: each device's rows stay on it."""
-    rows = batch.tokens.shape[0]
-    if rows % accumulate:
-        raise ValueError(f"a batch of {rows} rows does not split into accumulate={accumulate} parts")
-    return jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=accumulate), batch)
