@@ -104,17 +104,20 @@ class DecoderLayer(nn.Module):
         config, runtime = self.config, self.runtime
         norm = lambda name: NORMS[config.norm](config.norm_eps, name=name)
         after = norm if config.post_norms else lambda name: lambda x: x
+        # Said on both sides of a block, or the partitioner gathers the weights rather than the tokens.
+        whole = lambda x: shard(x, ("batch", "length", None), runtime.rules)
+        parted = lambda x: shard(whole(x), ("batch", "residual", None), runtime.rules)
         attention = config.attention.build(config.norm_eps, self.kind.window, runtime, name="attention")
-        y, kept = attention(norm("norm1")(x), rope, segment, cache, prefix)
-        x, routing = x + after("post_norm1")(y), None
-        y = norm("norm2")(x)
+        y, kept = attention(whole(norm("norm1")(x)), rope, segment, cache, prefix)
+        x, routing = x + after("post_norm1")(parted(y)), None
+        y = whole(norm("norm2")(x))
         if self.kind.experts:
             y, routing = Moe(config.moe, runtime, name="mlp")(y, segment, modality)
         elif config.mlp_gated:
             y = GatedMlp(config.mlp, config.activation, runtime.dtype, bias=config.mlp_bias, name="mlp")(y)
         else:
             y = Mlp(config.mlp, config.width, config.activation, runtime.dtype, bias=config.mlp_bias, name="mlp")(y)
-        return x + after("post_norm2")(y), kept, routing
+        return x + after("post_norm2")(parted(y)), kept, routing
 
 
 class Pattern(nn.Module):

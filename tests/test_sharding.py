@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from examples import tiny_config
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -11,8 +12,8 @@ from tiny_run import load_config
 
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.model import abstract_params
-from mllm_jax.nn.runtime import Runtime
-from mllm_jax.plan.jaxpr import operations
+from mllm_jax.plan.groups import axes_of
+from mllm_jax.plan.hlo import array_sizes, parse, transfers
 from mllm_jax.sharding import (
     MESH_AXES,
     PRESETS,
@@ -28,6 +29,8 @@ from mllm_jax.sharding import (
     ways,
 )
 from mllm_jax.train.run import read_run
+from mllm_jax.train.state import state_shardings
+from mllm_jax.train.step import batch_shardings
 
 FSDP = freeze_rules(RULES)
 
@@ -168,12 +171,22 @@ def test_presets_differ_and_fit_eight_devices():
         assert set(preset["rules"]) == set(RULES) and freeze_rules(preset["rules"])
 
 
-def test_tokens_between_layers_lie_apart_over_tensor():
-    """Sequence parallelism: what a layer hands to the next, and rematerialisation keeps."""
-    config = replace(tiny_config(), runtime=Runtime(rules=freeze_rules(PRESETS["fsdp_tensor"]["rules"])))
-    batch = jax.tree.map(lambda x: jnp.zeros((4, *x.shape[1:]), x.dtype), config.example())
-    apply = lambda params: config.build().apply({"params": params}, batch)
-    with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
-        steps = operations(jax.make_jaxpr(apply)(abstract_params(config)))
-    specs = [step.equation.params.get("sharding") for step in steps if "decoder" in step.scope]
-    assert sum(placed is not None and placed.spec == PartitionSpec("fsdp", "tensor", None) for placed in specs) >= 2
+def test_tokens_move_over_tensor_and_weights_stay():
+    """Sequence parallelism: between blocks tokens lie apart (arXiv 2205.05198); blocks themselves are split by heads
+    and mlp, forward and backward, so that no weight of theirs is ever gathered over `tensor`."""
+    rules = freeze_rules(PRESETS["fsdp_tensor"]["rules"])
+    config = replace(tiny_config(rules=rules), encoder=None, connector=None)
+    batch = jax.tree.map(lambda x: jnp.zeros((8, 160, *x.shape[2:]), x.dtype), config.example())
+    params, mesh = abstract_params(config), make_mesh({"fsdp": 4, "tensor": 2})
+    layout = batch_shardings(batch, mesh, rules), state_shardings(config, optax.identity(), mesh, rules).params
+
+    def loss(batch, params):
+        return config.build().apply({"params": params}, batch, hidden=True).hidden.sum()
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss, argnums=1), in_shardings=layout, out_shardings=layout[1])
+        program = parse(step.lower(batch, params).compile().as_text())
+    over = [x for x in transfers(program) if "tensor" in axes_of(x.instruction, mesh.shape)]
+    gathered = [x.instruction for x in over if x.kind == "all-gather" and "/layers/" in x.instruction.scope]
+    tokens = batch.tokens.size // 4 * config.decoder.width
+    assert [array_sizes(instruction.shape) for instruction in gathered] == 4 * [[tokens]]
