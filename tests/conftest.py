@@ -3,9 +3,10 @@
 import os
 import pathlib
 
+from compiler import QUICKLY
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: machine code is made quickly, not well.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {QUICKLY}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = pathlib.Path(__file__).resolve().parents[1]

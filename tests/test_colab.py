@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from compiler import QUICKLY
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
@@ -33,7 +34,7 @@ def cells(path, kind="code"):
 def run(path, folder, **replaced):
     """The finished process that ran a notebook, in a folder of its own, on one device as people have it."""
     command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), json.dumps(replaced)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 

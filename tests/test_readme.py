@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from compiler import QUICKLY
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +41,7 @@ FEW_STEPS = (
 
 def run(command, folder, expect=0):
     words = [sys.executable, *shlex.split(command)[1:]]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == expect, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from compiler import QUICKLY
 
 from mllm_jax.train.goodput import PARTS
 from mllm_jax.train.metrics import read_metrics
@@ -34,7 +35,7 @@ def test_the_flags_of_all_commands_in_one_short_run(tmp_path):
     flags += ["--config.train.save_local_every=1"]
     command = [*training[0][:6], *flags, *FEW_STEPS]
     command[command.index("/tmp/scenes")] = str(tmp_path / "scenes")
-    done = run(command, env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"})
+    done = run(command, env=os.environ | {"XLA_FLAGS": QUICKLY})
     assert done.returncode == 0, done.stderr
     assert re.search(r"^goodput \d+\.\d% of 0:\d\d:\d\d: steps", done.stdout, re.MULTILINE)
     last = [line for line in read_metrics(tmp_path / "scenes") if "loss" in line][-1]
