@@ -1,7 +1,6 @@
 """Published models in and out: a folder in Hugging Face's format <-> config, parameters and processor."""
 
 import dataclasses
-import difflib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from mllm_jax.data.pairs import with_texts
 from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, kind_of, spec_for
+from mllm_jax.families.nearest import unsupported
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.nn.runtime import Runtime
@@ -68,11 +68,7 @@ def load_pretrained(
     kind = kind_of(stated)
     if kind not in FAMILIES:
         hint = "" if kind else " (the folder of a training run is read by load_workdir)"
-        near = difflib.get_close_matches(str(kind), FAMILIES, n=1, cutoff=0)
-        raise ValueError(
-            f"{folder / CONFIG} is of model_type {kind!r}, which is not supported; the nearest that is: {near[0]!r}, "
-            f"all: {', '.join(sorted(FAMILIES))}{hint}"
-        )
+        raise ValueError(f"{folder / CONFIG}: {unsupported('model_type', kind, FAMILIES)}{hint}")
     family = FAMILIES[kind]
     try:
         config = family.from_hf(stated)

@@ -172,13 +172,13 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         (
             '{"model_type": "llava", "text_config": {}, "vision_config": {"model_type": "mlcd_vision_model"}}',
             ValueError,
-            "config.json: vision_config.model_type 'mlcd_vision_model' is not known; known are clip_vision_model",
+            "vision_config.model_type 'mlcd_vision_model' is not supported; the nearest that is: 'clip_vision_model'",
         ),
         (
             '{"model_type": "llava_onevision", "vision_config": {"model_type": "siglip_vision_model"},'
-            ' "text_config": {"model_type": "mamba"}}',
+            ' "text_config": {"model_type": "qwen2_moe"}}',
             ValueError,
-            "config.json: the text config is of model_type 'mamba'; known are .*qwen2",
+            "config.json: the text config's model_type 'qwen2_moe' is not .*; the nearest that is: 'qwen3_moe', all: g",
         ),
     ],
 )

@@ -181,7 +181,10 @@ def test_published_sizes():
         (dict(force_image_size=32), "pictures of 16 pixels as published has no force_image_size=32"),
         (dict(use_llm_lora=16), "no use_llm_lora=16"),
         (dict(downsample_ratio=0.3), "downsample_ratio must be 1, 1/2"),
-        (dict(llm_config=dict(LLM, model_type="bloom")), "model_type 'bloom'; known are llama"),
+        (
+            dict(llm_config=dict(LLM, model_type="internlm3")),
+            "'internlm3' is not .*; the nearest that is: 'internlm2'",
+        ),
     ],
     ids=str,
 )

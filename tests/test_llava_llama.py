@@ -140,8 +140,8 @@ def test_published_sizes():
     "change, message",
     [
         (
-            dict(mm_vision_tower="google/siglip-so400m"),
-            "mm_vision_tower 'google/siglip-so400m'.*clip-vit-large-patch14,",
+            dict(mm_vision_tower="openai/clip-vit-large-patch14-224"),
+            "mm_vision_tower 'openai/clip-.*-224' is not supported; the nearest that is: 'clip-vit-large-patch14'",
         ),
         (dict(mm_projector_type="mlp2x_res"), "'mlp2x_res' of config.json is neither linear nor mlp2x_gelu"),
         (dict(mm_patch_merge_type="spatial_unpad"), "image_aspect_ratio anyres belong together"),

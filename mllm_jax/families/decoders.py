@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rope import rope_from_hf, rope_to_hf
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.rope import ListedStretch, NtkStretch
@@ -24,7 +25,7 @@ ACTIVATIONS = {  # theirs -> ours
 
 def activation_from_hf(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} of config.json is not one of {', '.join(ACTIVATIONS)}")
+        raise unsupported("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 

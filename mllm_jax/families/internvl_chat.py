@@ -14,6 +14,7 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import internlm2, internvl, qwen2, text
 from mllm_jax.families.decoders import expect
 from mllm_jax.families.llava import features_from_hf, features_to_hf
+from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN, Tower, block, patches, plain_mlp
 from mllm_jax.model import ModelConfig, VisionTokenIds
@@ -187,7 +188,7 @@ CHATS = {  # the names that config.json has for them -> template, end of a turn
 def chat(config: ModelConfig) -> dict[str, Any]:
     """What a processor expects of chats. ValueError for a format that is not known here."""
     if config.chat not in CHATS:
-        raise ValueError(f"InternVL has no chat format {config.chat!r} (config.chat); known are {', '.join(CHATS)}")
+        raise unsupported("the chat format of config.json", config.chat, CHATS)
     template, end = CHATS[config.chat]
     return {"template": template, "end_of_turn": end}
 

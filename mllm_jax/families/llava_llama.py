@@ -14,6 +14,7 @@ from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, llava, mistral, text
 from mllm_jax.families.decoders import expect
+from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP
 from mllm_jax.model import ModelConfig, VisionTokenIds
@@ -63,9 +64,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """
     tower = str(config["mm_vision_tower"]).rstrip("/").rpartition("/")[2]
     if tower not in TOWERS:
-        raise ValueError(
-            f"mm_vision_tower {config['mm_vision_tower']!r} of config.json is not one of {', '.join(TOWERS)}"
-        )
+        raise unsupported("mm_vision_tower", config["mm_vision_tower"], TOWERS)
     expect(config, "LLaVA", mm_vision_select_feature="patch")
     kind = config.get("mm_projector_type", "linear")
     layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)

@@ -5,6 +5,7 @@ from types import ModuleType
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
+from mllm_jax.families.nearest import unsupported
 from mllm_jax.weights.table import Row
 
 TEXT: dict[str, ModuleType] = {
@@ -25,7 +26,7 @@ TEXT: dict[str, ModuleType] = {
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder that a text config describes. Raises ValueError for a model_type that is not known."""
     if (kind := text.get("model_type")) not in TEXT:
-        raise ValueError(f"the text config is of model_type {kind!r}; known are {', '.join(TEXT)}")
+        raise unsupported("the text config's model_type", kind, TEXT)
     return replace(TEXT[kind].decoder_from_hf(text), family=kind)
 
 
@@ -48,7 +49,7 @@ def _sayings(decoder: DecoderConfig) -> tuple[ModuleType, dict]:
     """The decoder's family, or the first that can say all of it, and what it says."""
     kinds = [decoder.family] if decoder.family else list(TEXT)
     if unknown := set(kinds) - set(TEXT):
-        raise ValueError(f"decoder.family {unknown.pop()!r} is not one of {', '.join(TEXT)}")
+        raise unsupported("decoder.family", unknown.pop(), TEXT)
     for kind in kinds:
         try:
             written = {"model_type": kind, **TEXT[kind].decoder_to_hf(decoder)}

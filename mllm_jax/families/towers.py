@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.weights.table import Row
 
@@ -284,7 +285,7 @@ def tower_for(vision: Mapping[str, Any]) -> Tower:
     """The kind of tower that a `vision_config` is of."""
     kind = vision.get("model_type")
     if kind not in TOWERS:
-        raise ValueError(f"vision_config.model_type {kind!r} is not known; known are {', '.join(TOWERS)}")
+        raise unsupported("vision_config.model_type", kind, TOWERS)
     return TOWERS[kind]
 
 
