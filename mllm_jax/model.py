@@ -34,20 +34,35 @@ class VisionTokenIds:
 
 
 @dataclass(frozen=True)
+class InputRules:
+    """What a config.json says of how conversations become input, where batches are made: no part of the model reads it.
+
+    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
+    tiles: the fewest and the most tiles of a picture; () = the processor's files say them.
+    most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and clips are pooled; 0 =
+      visual tokens stand as they are.
+    shows_lead: the class token and the registers of a picture are visual tokens too, before those of its patches.
+    position_rate: rotary positions per second of a clip; 0 = one per temporal patch.
+    chat: the name of the format of chats; "" = the processor's files hold a template.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    tiles: tuple[int, ...] = ()
+    most_tiles: int = 0
+    shows_lead: bool = False
+    position_rate: float = 0.0
+    chat: str = ""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
     pool: of a tower alone: what makes one vector of a picture (see dual.py), in addition to its features.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
-    position_rate: rotary positions per second of a clip; 0 = one per temporal patch. Used where batches are made.
-    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
-    tiles, chat: the fewest and the most tiles of a picture, and the name of the format of chats, where config.json says
-      them and not the files of a processor.
-    shows_lead: the class token and the registers of a picture are visual tokens too, before those of its patches.
+    inputs: rules of the processor that stand in config.json.
     lora: the adapters that parameters are made with; given ones bring their own.
-    most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and clips are pooled; 0 =
-      visual tokens stand as they are.
     """
 
     encoder: Any
@@ -56,27 +71,23 @@ class ModelConfig:
     tokens: VisionTokenIds | None = None
     runtime: Runtime = Runtime()
     family: str = "qwen3_vl"
-    position_rate: float = 0.0
-    pinpoints: tuple[tuple[int, int], ...] = ()
-    tiles: tuple[int, ...] = ()
-    chat: str = ""
+    inputs: InputRules = InputRules()
     pool: Any = None
     lora: LoraConfig = LoraConfig()
-    most_tiles: int = 0
-    shows_lead: bool = False
 
     def __post_init__(self):
         if self.encoder is not None and self.decoder is not None and self.connector is None:
             raise ValueError("a model of an encoder and a decoder needs a connector between them; it is None")
-        if self.pinpoints and not getattr(self.connector, "newline", False):
+        pinpoints = self.inputs.pinpoints
+        if pinpoints and not getattr(self.connector, "newline", False):
             raise ValueError(
-                f"pinpoints={self.pinpoints} need a newline after every row of tiles, which {self.connector} has not: "
-                "use MlpConnectorConfig(newline=True), or pinpoints=()"
+                f"inputs.pinpoints={pinpoints} need a newline after every row of tiles, which {self.connector} has "
+                "not: use MlpConnectorConfig(newline=True), or inputs.pinpoints=()"
             )
-        if self.shows_lead and (self.merge > 1 or self.pinpoints):
+        if self.inputs.shows_lead and (self.merge > 1 or pinpoints):
             raise ValueError(
-                "shows_lead makes visual tokens of a class token and registers, which neither a connector that merges "
-                "patches nor pictures in tiles (pinpoints) have a place for; set shows_lead=False"
+                "inputs.shows_lead makes visual tokens of a class token and registers, which neither a connector that "
+                "merges patches nor pictures in tiles (inputs.pinpoints) have a place for; set inputs.shows_lead=False"
             )
 
     @property
@@ -97,7 +108,7 @@ class ModelConfig:
     @property
     def shown(self) -> int:
         """Visual tokens of a picture that stand before those of its patches."""
-        return self.lead if self.shows_lead else 0
+        return self.lead if self.inputs.shows_lead else 0
 
     @property
     def prefix(self) -> bool:
@@ -107,7 +118,7 @@ class ModelConfig:
     @property
     def layout(self) -> dict[str, Any]:
         """What `data.pack.collate` must know to lay out batches."""
-        return dict(merge=self.merge, values=self.patch_values, prefix=self.prefix, mixes=self.most_tiles > 0)
+        return dict(merge=self.merge, values=self.patch_values, prefix=self.prefix, mixes=self.inputs.most_tiles > 0)
 
     def build(self) -> nn.Module:
         return VLM(self)

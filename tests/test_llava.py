@@ -14,7 +14,7 @@ import mllm_jax
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.tiles import best_canvas
 from mllm_jax.families import internvl, llava, spec_for
-from mllm_jax.model import count_params
+from mllm_jax.model import InputRules, count_params
 
 IMAGE, NEW = 150, 6
 TEXT = dict(
@@ -162,7 +162,7 @@ def test_the_class_token_may_be_a_visual_token(tmp_path, record_property):
     mllm_jax.save_pretrained(vlm, tmp_path / "ours")
     assert mllm_jax.load_pretrained(tmp_path / "ours").config == vlm.config
     with pytest.raises(ValueError, match="nor pictures in tiles"):
-        replace(llava.sizes("next-vicuna-7b"), shows_lead=True)
+        replace(llava.sizes("next-vicuna-7b"), inputs=InputRules(llava.PINPOINTS, shows_lead=True))
 
 
 def test_a_text_part_keeps_its_names(tmp_path):
@@ -182,7 +182,8 @@ def test_a_text_part_keeps_its_names(tmp_path):
 @pytest.mark.parametrize(("size", "shows_lead"), [("1.5-7b", False), ("1.5-7b", True), ("next-mistral-7b", False)])
 def test_transformers_reads_the_processor(size, shows_lead, tmp_path):
     """From the files that are saved, and makes the same tokens of a prompt and a picture."""
-    expected = spec_for(replace(llava.sizes(size), shows_lead=shows_lead))
+    config = llava.sizes(size)
+    expected = spec_for(replace(config, inputs=replace(config.inputs, shows_lead=shows_lead)))
     tiny_chat.write_tokenizer(tmp_path)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         text = (tmp_path / name).read_text().replace("<|image_pad|>", "<image>")

@@ -100,7 +100,7 @@ def test_files(name, tower, tmp_path, record_property):
     if name != "1.0":  # which transformers has no files of
         model.save_pretrained(tmp_path / "transformers")
         other = mllm_jax.load_pretrained(tmp_path / "transformers")
-        for part in ("encoder", "connector", "decoder", "pinpoints"):
+        for part in ("encoder", "connector", "decoder", "inputs"):
             assert getattr(ours.config, part) == getattr(other.config, part)
         jax.tree.map(np.testing.assert_array_equal, ours.params, other.params)
         return

@@ -186,7 +186,7 @@ def test_tokens_of_published_sizes(size):
     tiles = len(rule.sizes(size))
     numbers = torch.arange(tiles * side**2, dtype=torch.float64).view(tiles, side**2, 1)
     vision = types.SimpleNamespace(image_size=384, patch_size=14)
-    pinpoints = [list(canvas) for canvas in config.pinpoints]
+    pinpoints = [list(canvas) for canvas in config.inputs.pinpoints]
     model = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
     newline = torch.tensor([-7.0], dtype=torch.float64)
     (expected,), _ = LlavaOnevisionModel.pack_image_features(model, [numbers], [size], newline)

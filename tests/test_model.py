@@ -11,7 +11,7 @@ from examples import VALUES, random_example, random_params, tiny_config
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.model import VLM, abstract_params
+from mllm_jax.model import VLM, InputRules, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.types import Vision
@@ -151,7 +151,7 @@ def test_bad_attention(change, message):
     [
         ({"connector": None}, "needs a connector"),
         (
-            {"pinpoints": ((32, 32),)},
+            {"inputs": InputRules(pinpoints=((32, 32),))},
             "pinpoints=.* need a newline .*, which PatchMergerConfig.* has not",
         ),
         ({"connector": MlpConnectorConfig()}, "encoder.taps=.* the connector MlpConnectorConfig.*encoder.taps=.."),

@@ -67,7 +67,9 @@ def inputs_of(vlm, side="right", labels=False, rows=ROWS):
     rng = np.random.default_rng(7)
     inputs = batch_of([prompt(rng, *row) for row in rows], side, labels)
     clips = len(inputs.get("video_grid_thw", ()))
-    return inputs | (dict(second_per_grid_ts=np.full(clips, 0.5, np.float32)) if vlm.config.position_rate else {})
+    return inputs | (
+        dict(second_per_grid_ts=np.full(clips, 0.5, np.float32)) if vlm.config.inputs.position_rate else {}
+    )
 
 
 def test_logits_and_gradients(pair, tmp_path, record_property):

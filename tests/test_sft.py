@@ -64,9 +64,9 @@ def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     model.decoder.update(vocab=300, width=32, layers=2, mlp=48)
     sections = (4, 2, 2) if model.decoder.attention.rope_sections[1] else (8, 0, 0)
     model.decoder.attention.update(heads=2, kv_heads=2, head_dim=16, rope_sections=sections)
-    if model.pinpoints:
-        model.pinpoints = ((16, 32), (32, 16), (32, 32))
-        model.most_tiles = min(1, model.most_tiles)
+    if model.inputs.pinpoints:
+        model.inputs.pinpoints = ((16, 32), (32, 16), (32, 32))
+        model.inputs.most_tiles = min(1, model.inputs.most_tiles)
     placeholder = FAMILIES[argument].get("<|image_pad|>", "<|image_pad|>")
     model.tokens.image = ids[placeholder]
     if model.tokens.video >= 0:

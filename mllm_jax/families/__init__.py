@@ -104,9 +104,9 @@ def spec_for(config: ModelConfig) -> ProcessorSpec:
         shown=config.shown,
         mean=encoder.pixel_mean,
         std=encoder.pixel_std,
-        position_rate=config.position_rate,
+        position_rate=config.inputs.position_rate,
         on_a_grid=any(rows or ()),
         prefix=config.prefix,
         **(family.chat(config) if hasattr(family, "chat") else {}),
-        mixes=config.most_tiles > 0,
+        mixes=config.inputs.most_tiles > 0,
     )

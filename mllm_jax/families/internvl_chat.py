@@ -17,7 +17,7 @@ from mllm_jax.families.llava import features_from_hf, features_to_hf
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN, Tower, block, patches, plain_mlp
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 ARCHITECTURES = {  # of the decoders that OpenGVLab's code knows
@@ -65,8 +65,7 @@ def _size(tower: str, decoder: DecoderConfig, vocab: int, chat: str) -> ModelCon
         replace(decoder, vocab=vocab, tie_embeddings=False),
         VisionTokenIds(vocab - AFTER_IMAGE),
         family="internvl_chat",
-        tiles=(1, 12),
-        chat=chat,
+        inputs=InputRules(tiles=(1, 12), chat=chat),
     )
 
 
@@ -85,7 +84,7 @@ SIZES = {
     "2.5-38b": _size("6b", qwen2.SIZES["2.5-32b"], _QWEN2_5, "internvl2_5"),
     "2.5-78b": _size("6b", qwen2.SIZES["2.5-72b"], _QWEN2_5, "internvl2_5"),
     **{
-        name: replace(config, family="internvl_chat", tiles=(1, 12), chat="internvl2_5")
+        name: replace(config, family="internvl_chat", inputs=InputRules(tiles=(1, 12), chat="internvl2_5"))
         for name, config in internvl.SIZES.items()
     },
 }
@@ -121,8 +120,10 @@ def from_hf(config: dict) -> ModelConfig:
         replace(decoder, tie_embeddings=bool(config.get("tie_word_embeddings", False))),
         VisionTokenIds(config.get("img_context_token_id", decoder.vocab - AFTER_IMAGE)),
         family="internvl_chat",
-        tiles=(config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 6)),
-        chat=config.get("template") or "",
+        inputs=InputRules(
+            tiles=(config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 6)),
+            chat=config.get("template") or "",
+        ),
     )
 
 
@@ -131,7 +132,8 @@ def to_hf(config: ModelConfig) -> dict:
     encoder, decoder = config.encoder, text.decoder_to_hf(config.decoder)
     if decoder["model_type"] not in ARCHITECTURES:
         raise ValueError(f"OpenGVLab's files know no {decoder['model_type']}, only {', '.join(ARCHITECTURES)}")
-    low, high = config.tiles or (1, 12)
+    inputs = replace(config.inputs, tiles=config.inputs.tiles or (1, 12))
+    low, high = inputs.tiles
     written = {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
@@ -145,14 +147,14 @@ def to_hf(config: ModelConfig) -> dict:
         "pad2square": False,
         "ps_version": "v2",
         "select_layer": features_to_hf(encoder.features) if encoder.features else -1,
-        "template": config.chat,
+        "template": inputs.chat,
         "tie_word_embeddings": config.decoder.tie_embeddings,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
         "use_thumbnail": True,
         "vision_config": {"architectures": ["InternVisionModel"], **TOWER.to_hf(encoder)},
     }
-    if (understood := replace(from_hf(written), runtime=config.runtime)) != replace(config, tiles=(low, high)):
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != replace(config, inputs=inputs):
         raise ValueError(f"InternVL's config.json cannot say all of this model: {config} would be read as {understood}")
     return written
 
@@ -187,15 +189,15 @@ CHATS = {  # the names that config.json has for them -> template, end of a turn
 
 def chat(config: ModelConfig) -> dict[str, Any]:
     """What a processor expects of chats. ValueError for a format that is not known here."""
-    if config.chat not in CHATS:
-        raise unsupported("the chat format of config.json", config.chat, CHATS)
-    template, end = CHATS[config.chat]
+    if config.inputs.chat not in CHATS:
+        raise unsupported("the chat format of config.json", config.inputs.chat, CHATS)
+    template, end = CHATS[config.inputs.chat]
     return {"template": template, "end_of_turn": end}
 
 
 def rule(config: ModelConfig) -> Tiles:
     """How pictures are cut: config.json says it."""
-    return Tiles(config.encoder.position_grid * config.encoder.patch_size, *config.tiles)
+    return Tiles(config.encoder.position_grid * config.encoder.patch_size, *config.inputs.tiles)
 
 
 INPUTS, visuals = internvl.INPUTS, internvl.visuals

@@ -18,7 +18,7 @@ from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP, part_to_hf, tower_for, tower_of
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.types import Visual
 from mllm_jax.weights.table import Row
 
@@ -39,7 +39,7 @@ def _next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
         decoder,
         VisionTokenIds(image),
         family="llava_next",
-        pinpoints=PINPOINTS,
+        inputs=InputRules(pinpoints=PINPOINTS),
     )
 
 
@@ -84,8 +84,10 @@ def from_hf(config: dict) -> ModelConfig:
         text.decoder_from_hf({"model_type": "llama", **config["text_config"]}),
         VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 32000))),
         family=config["model_type"],
-        pinpoints=tuple((height, width) for height, width in pinpoints) if newline else (),
-        shows_lead=strategy == "full" and encoder.lead > 0,
+        inputs=InputRules(
+            pinpoints=tuple((height, width) for height, width in pinpoints) if newline else (),
+            shows_lead=strategy == "full" and encoder.lead > 0,
+        ),
     )
 
 
@@ -122,7 +124,7 @@ def to_hf(config: ModelConfig) -> dict:
         "vision_config": part_to_hf(encoder),
     }
     if connector.newline:
-        written["image_grid_pinpoints"] = [list(size) for size in config.pinpoints]
+        written["image_grid_pinpoints"] = [list(size) for size in config.inputs.pinpoints]
     if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
         raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
     return written
@@ -142,8 +144,8 @@ INPUTS = ("pixel_values", "image_sizes")
 
 def rule(config: ModelConfig) -> AnyRes | Crop:
     """How pictures are cut where no preprocessor_config.json says it."""
-    side = config.encoder.side
-    return AnyRes(config.pinpoints, side) if config.pinpoints else Crop(side, (side, side))
+    side, pinpoints = config.encoder.side, config.inputs.pinpoints
+    return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
 
 
 def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
@@ -164,7 +166,7 @@ def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
 def whole(config: ModelConfig, pixels: np.ndarray) -> Visual:
     """A picture, or a tile, that is read as one: pixels [c h w]."""
     picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
-    picture = picture._replace(shows_lead=config.shows_lead)
+    picture = picture._replace(shows_lead=config.inputs.shows_lead)
     return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
 
 

@@ -17,7 +17,7 @@ from mllm_jax.families.decoders import expect
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 IMAGE = -200  # llava/constants.py
@@ -33,7 +33,7 @@ def _size(tower: str, layers: int, decoder: DecoderConfig, tiles: bool = False) 
         decoder,
         VisionTokenIds(IMAGE),
         family=f"llava_{decoder.family}",
-        pinpoints=llava.PINPOINTS if tiles else (),
+        inputs=InputRules(pinpoints=llava.PINPOINTS if tiles else ()),
     )
 
 
@@ -76,14 +76,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
         )
     decoder = DECODERS[config["model_type"]]
+    pinpoints = config["image_grid_pinpoints"] if newline else ()  # theirs are (width, height)
     return ModelConfig(
         replace(TOWERS[tower], features=llava.features_from_hf(config.get("mm_vision_select_layer", -2))),
         MlpConnectorConfig(1 if layers is None else int(layers[1]), newline=newline),
         text.decoder_from_hf({**config, "model_type": decoder}),
         VisionTokenIds(IMAGE),
         family=f"llava_{decoder}",
-        # theirs are (width, height)
-        pinpoints=tuple((height, width) for width, height in config["image_grid_pinpoints"]) if newline else (),
+        inputs=InputRules(pinpoints=tuple((height, width) for width, height in pinpoints)),
     )
 
 
@@ -97,7 +97,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             f"{' or '.join(ARCHITECTURES)}; this model has others: {config}"
         )
     tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
-    tiles |= {"image_grid_pinpoints": [[width, height] for height, width in config.pinpoints]}
+    tiles |= {"image_grid_pinpoints": [[width, height] for height, width in config.inputs.pinpoints]}
     written = {
         **decoder,
         "architectures": [ARCHITECTURES[decoder["model_type"]]],

@@ -19,7 +19,7 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llava, qwen2
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.towers import SIGLIP
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.types import Visual
 
 PINPOINTS = tuple(itertools.product(range(384, 2305, 384), repeat=2))
@@ -33,8 +33,7 @@ def _size(decoder: DecoderConfig, vocab: int) -> ModelConfig:
         replace(decoder, vocab=vocab),
         VisionTokenIds(151646, 151647),
         family="llava_onevision",
-        pinpoints=PINPOINTS,
-        most_tiles=9,
+        inputs=InputRules(pinpoints=PINPOINTS, most_tiles=9),
     )
 
 
@@ -72,17 +71,19 @@ def from_hf(config: dict) -> ModelConfig:
     )
     video = config.get("video_token_id", config.get("video_token_index", 151647))
     tokens = replace(model.tokens, video=video)
-    return replace(model, tokens=tokens, family="llava_onevision", most_tiles=int(most[1]))
+    inputs = replace(model.inputs, most_tiles=int(most[1]))
+    return replace(model, tokens=tokens, family="llava_onevision", inputs=inputs)
 
 
 def to_hf(config: ModelConfig) -> dict:
     """The inverse of `from_hf`. Raises ValueError for a model that LLaVA-OneVision's config.json cannot say."""
-    alike = replace(config, tokens=VisionTokenIds(config.tokens.image), family="llava_next", most_tiles=0)
+    tokens, inputs = VisionTokenIds(config.tokens.image), replace(config.inputs, most_tiles=0)
+    alike = replace(config, tokens=tokens, family="llava_next", inputs=inputs)
     written = llava.to_hf(alike) | {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "model_type": "llava_onevision",
         "video_token_index": config.tokens.video,
-        "vision_aspect_ratio": f"anyres_max_{config.most_tiles}",
+        "vision_aspect_ratio": f"anyres_max_{config.inputs.most_tiles}",
     }
     del written["image_seq_length"]
     if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
@@ -111,7 +112,7 @@ INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_video
 def rule(config: ModelConfig) -> AnyRes:
     """How pictures are cut where no preprocessor_config.json says it."""
     red, green, blue = (int(255 * value) for value in config.encoder.pixel_mean)
-    return AnyRes(config.pinpoints, config.encoder.side, config.most_tiles, (red, green, blue))
+    return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, (red, green, blue))
 
 
 def clip_rule(config: ModelConfig) -> Halved:

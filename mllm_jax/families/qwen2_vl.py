@@ -18,7 +18,7 @@ from mllm_jax.families.pictures import one_by_one, read_clips
 from mllm_jax.families.qwen3_vl import TOKENS
 from mllm_jax.families.rows import gated_mlp, layer_norm, linear
 from mllm_jax.families.towers import ACTIVATIONS, CLIP_PIXELS
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 # Rotary positions alone say where a patch stands.
@@ -59,7 +59,9 @@ def sizes(name: str) -> ModelConfig:
 
 def _model(encoder: VitConfig, merge: int, decoder: DecoderConfig, tokens, position_rate: float) -> ModelConfig:
     connector = PatchMergerConfig(merge, norm=encoder.norm)
-    return ModelConfig(encoder, connector, decoder, tokens, family=_kind(encoder), position_rate=position_rate)
+    return ModelConfig(
+        encoder, connector, decoder, tokens, family=_kind(encoder), inputs=InputRules(position_rate=position_rate)
+    )
 
 
 def _kind(encoder: VitConfig) -> str:
@@ -134,7 +136,7 @@ def to_hf(config: ModelConfig) -> dict:
             "intermediate_size": encoder.mlp,
             "window_size": encoder.window * encoder.patch_size,
             "fullatt_block_indexes": list(encoder.whole),
-            "tokens_per_second": int(config.position_rate),
+            "tokens_per_second": int(config.inputs.position_rate),
         }
     else:
         ratio = encoder.mlp // encoder.width
@@ -151,7 +153,7 @@ def to_hf(config: ModelConfig) -> dict:
         "vision_config": vision,
     }
     understood = from_hf(written)
-    for part in ("encoder", "connector", "decoder", "position_rate"):
+    for part in ("encoder", "connector", "decoder", "inputs"):
         if (reads := getattr(understood, part)) != (own := getattr(config, part)):
             raise ValueError(f"Qwen2-VL's config.json cannot say all of this {part}: {own} would be read as {reads}")
     return written
@@ -175,7 +177,7 @@ def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
     seconds = arrays.get("second_per_grid_ts", np.ones(len(clips)))
     if len(seconds) != len(clips):
         raise ValueError(f"second_per_grid_ts has {len(seconds)} values for {len(clips)} clips")
-    times = [patch_positions(len(clip), config.position_rate, step) for clip, step in zip(clips, seconds)]
+    times = [patch_positions(len(clip), config.inputs.position_rate, step) for clip, step in zip(clips, seconds)]
     return {
         config.tokens.image: [one_by_one(patches, config.merge) for patches in pictures],
         config.tokens.video: [one_by_one(clip, config.merge, steps) for clip, steps in zip(clips, times)],
