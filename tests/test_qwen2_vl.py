@@ -129,7 +129,7 @@ def test_conversations_equal_transformers(pair, tmp_path):
     """Pictures and clips from messages: tokens, sizes, frames and positions as transformers' processors make them."""
     vlm, _, _ = pair
     spec = replace(spec_for(vlm.config), min_pixels=256, max_pixels=4096, clip_min_pixels=256, clip_max_pixels=1024)
-    assert not spec.timestamps and spec.factor == 8 and spec.mean == vlm.config.encoder.pixel_mean
+    assert spec.label is None and spec.factor == 8 and spec.mean == vlm.config.encoder.pixel_mean
     processor = Processor.from_folder(tiny_chat.write_tokenizer(tmp_path), spec)
     rng = np.random.default_rng(0)
     pixels, frames = (rng.integers(0, 256, shape, np.uint8) for shape in ((37, 70, 3), (11, 40, 60, 3)))

@@ -399,7 +399,7 @@ def test_positions_by_time_are_exact_past_six_hours():
     """Of clips that are one block, at two frames a second and as many positions."""
     times = patch_positions(6 * 3600 + 60, rate=2, seconds=1.0)
     assert times == list(range(0, 2 * (6 * 3600 + 60), 2))
-    spec = dataclasses.replace(SEEING, max_frames=768, timestamps=False, position_rate=2.0, sampling="motion")
+    spec = dataclasses.replace(SEEING, max_frames=768, label=None, position_rate=2.0, sampling="motion")
     clip = video.Clip(768 * 60, 2.0, 32, 32, "long", lambda indices: (Image.new("L", (8, 8), i % 251) for i in indices))
     film = WholeFilm.sampled(clip, 2.0, spec)
     (run,) = film.plan(spec, math.inf, math.inf).runs

@@ -16,7 +16,7 @@ from mllm_jax.data.positions import rotary_positions
 from mllm_jax.data.records import DOCUMENT
 from mllm_jax.data.spec import SEEING, ProcessorSpec, read_spec, write_spec
 from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer
-from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm
+from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm, WholeFramed
 from mllm_jax.types import Batch, Example, Picture
 
 
@@ -27,9 +27,10 @@ class Processor:
         self.tokenizer = tokenizer
         self.template = template
         self.spec = spec
-        tokens = (spec.image_token, spec.video_token, spec.vision_start, spec.vision_end)
-        ids = (None if token is None else tokenizer.id(token) for token in tokens)
-        self.image_id, self.video_id, self.vision_start_id, self.vision_end_id = ids
+        tokens = (spec.image_token, spec.vision_start, spec.vision_end)
+        self.image_id, self.vision_start_id, self.vision_end_id = (t and tokenizer.id(t) for t in tokens)
+        # where frames are pictures, the token of a clip is its template's alone, and a tokenizer may lack it
+        self.video_id = spec.video_token and (None if spec.frame_token else tokenizer.id(spec.video_token))
         self._placeholders = [token for token in (self.image_id, self.video_id) if token is not None]
         end_of_turn = spec.end_of_turn or tokenizer.special_tokens().get("eos_token")
         if end_of_turn is None:
@@ -116,51 +117,60 @@ class Processor:
         if item["type"] == "image":
             size = images.upright_size(images.open_image(source))
             return Still(source, *size) if spec.rule is None else Cut(source, *size, spec.rule.among(stills))
-        if self.video_id is None:
-            raise ValueError(f"this model reads no clips, but the conversation has one: {source!r:.80}")
+        if spec.video_token not in self.tokenizer:
+            lacks = f"; its tokenizer has no token {spec.video_token!r}" if spec.video_token else ""
+            raise ValueError(f"this model reads no clips{lacks}, but the conversation has one: {source!r:.80}")
         clip = video.open_clip(source, fps)
         target = fps if isinstance(source, (str, os.PathLike, bytes)) else spec.fps
         spec = spec.asked(item)
-        kind = Framed if spec.clip_rule else Film if spec.timestamps else WholeFilm
+        apart, whole = (Framed, WholeFramed) if spec.clip_rule else (Film, WholeFilm)
+        kind = whole if spec.label is None else apart
         return kind.sampled(clip, target, spec)
 
     def _tokens(self, messages: Messages, visuals: list, generate: bool) -> tuple[list[int], list[float], list]:
-        """Tokens and weights with one placeholder for every run of visual tokens, and the visuals in their order.
-
-        A template may write all pictures of a message before its clips.
-        """
+        """Tokens and weights with one placeholder for every run of visual tokens, and the visuals in their order."""
         if messages[0]["role"] == DOCUMENT:
-            written, weights = self._document(messages[0]["content"], generate)
-        else:
-            written, weights = self.template.tokenize(self.tokenizer, messages, self.end_of_turn_id, generate)
-        waiting = {self.image_id: [], self.video_id: []}
+            return *self._document(messages[0]["content"], visuals, generate), visuals
+        ordered, shows = [], {self.spec.image_token, self.spec.video_token}
+
+        def shown(markup: str) -> str:
+            """What stands for pictures and clips is text in part: it is written before there are tokens."""
+            parts = [(text, token is not None and text in shows) for text, token in self.tokenizer.split(markup)]
+            ordered.extend(self._ordered([text for text, placeholder in parts if placeholder], visuals))
+            queue = iter(ordered)
+            return "".join(self._markup(next(queue)) if placeholder else text for text, placeholder in parts)
+
+        written, weights = self.template.tokenize(
+            self.tokenizer, messages, self.end_of_turn_id, generate, rewrite=shown
+        )
+        return written, weights, ordered
+
+    def _ordered(self, placeholders: list[str], visuals: list) -> list[Still | Film]:
+        """The visuals in the order of their placeholders: a template may write all pictures before the clips."""
+        waiting = {self.spec.image_token: [], self.spec.video_token: []}
         for visual in visuals:
-            waiting[self.video_id if visual.video else self.image_id].append(visual)
-        placeholders = [token for token in written if token in self._placeholders]
-        wrong = any(placeholders.count(token) != len(waiting[token]) for token in self._placeholders)
+            waiting[self.spec.video_token if visual.video else self.spec.image_token].append(visual)
+        wrong = any(placeholders.count(token) != len(shown) for token, shown in waiting.items())
         if wrong or len(placeholders) != len(visuals):
             raise ValueError(
                 f"the chat template wrote {len(placeholders)} placeholders for {len(visuals)} pictures and clips; "
                 "it may not show pictures in messages of this role"
             )
-        visuals = [waiting[token].pop(0) for token in placeholders]
-        queue, tokens, weight = iter(visuals), [], []
-        for token, value in zip(written, weights, strict=True):
-            expanded = self._expanded(next(queue), token) if token in self._placeholders else [token]
-            tokens += expanded
-            weight += [value] * len(expanded)
-        return tokens, weight, visuals
+        return [waiting[token].pop(0) for token in placeholders]
 
-    def _document(self, content: str | list[dict[str, Any]], generate: bool) -> tuple[list[int], list[float]]:
+    def _document(
+        self, content: str | list[dict[str, Any]], visuals: list, generate: bool
+    ) -> tuple[list[int], list[float]]:
         """A text with pictures in any place, between what the tokenizer puts before a text and what ends one."""
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         tokens, end = list(self.tokenizer.frame[0]), self.tokenizer.special_tokens().get("eos_token")
-        weights, shown = [0.0] * len(tokens), {"image": self.image_id, "video": self.video_id}
-        written = self.vision_start_id is not None and not self.spec.brackets  # else `_expanded` adds them
-        start, stop = ([self.vision_start_id], [self.vision_end_id]) if written else ([], [])
+        weights, queue = [0.0] * len(tokens), iter(visuals)
+        written = self.spec.vision_start is not None and not self.spec.brackets  # else `_markup` adds them
+        start, stop = (self.spec.vision_start, self.spec.vision_end) if written else ("", "")
         for item in items:
             text = item["type"] == "text"
-            more = self.tokenizer.encode(item["text"]) if text else [*start, shown[item["type"]], *stop]
+            shown = "" if text else start + self._markup(next(queue)) + stop
+            more = self.tokenizer.encode(item["text"]) if text else self.tokenizer.encode_markup(shown)
             tokens += more
             weights += [float(text and not generate)] * len(more)
         if not generate:
@@ -168,14 +178,15 @@ class Processor:
             weights.append(1.0)
         return tokens, weights
 
-    def _expanded(self, visual: Still | Film, placeholder: int) -> list[int]:
+    def _markup(self, visual: Still | Film) -> str:
         """What stands for a picture or a clip: a placeholder for every run, and what belongs around it."""
-        spec = self.spec
-        if visual.video and spec.timestamps:
-            times = video.patch_times(visual.indices, visual.clip.fps, spec.temporal_patch)
-            block = [self.vision_start_id, placeholder, self.vision_end_id]
-            return [token for time in times for token in self.tokenizer.encode(f"<{time:.1f} seconds>") + block]
-        return [self.vision_start_id, placeholder, self.vision_end_id] if spec.brackets else [placeholder]
+        spec, token = self.spec, self.spec.video_token if visual.video else self.spec.image_token
+        if not visual.video or spec.label is None:
+            return f"{spec.vision_start}{token}{spec.vision_end}" if spec.brackets else token
+        times = video.patch_times(visual.indices, visual.clip.fps, spec.temporal_patch)
+        block = f"{spec.vision_start}{spec.frame_token or token}{spec.vision_end}"
+        labels = (spec.label.format(number=number, seconds=time) for number, time in enumerate(times, 1))
+        return spec.between.join(label + block for label in labels)
 
     def _plans(self, visuals: list, text_tokens: int, times: int, budget: Budget | None) -> list[Plan]:
         """How every picture and clip is read: at its own size, or under the largest common limit that fits the budget.

@@ -33,7 +33,9 @@ class ProcessorSpec:
     sampling: str = EVEN  # of `video.SAMPLINGS`: how the frames are spread
     min_frames: int = 4
     max_frames: int = 768
-    timestamps: bool = True  # before every temporal patch of a clip, in brackets; or else a clip is one block
+    label: str | None = "<{seconds:.1f} seconds>"  # before every temporal patch of a clip; None = a clip is one block
+    between: str = ""  # what stands between those of a clip
+    frame_token: str | None = None  # after the label of each; None = the video token
     position_rate: float = 0.0  # rotary positions per second in such a block; 0 = one per temporal patch
     on_a_grid: bool = True  # rotary positions of rows and columns; or else visual tokens are counted like text
     brackets: bool = False  # the chat template leaves out those around a picture
@@ -92,15 +94,15 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
     both = read_json(folder / "processor_config.json")  # one file since transformers 5, two before
     image = read_json(folder / "preprocessor_config.json") or both.get("image_processor", {})
     clip = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor", {})
-    if not clip and not spec.timestamps:
+    if not clip and spec.label is None:
         clip = image  # as it was before clips had a file: the bounds of a picture are those of a frame
     clip_size = clip.get("size", {})
     found = {
         "clip_min_pixels": clip.get("min_pixels", clip_size.get("shortest_edge")),
         "clip_max_pixels": clip.get("max_pixels", clip_size.get("longest_edge")),
         "fps": clip.get("fps"),
-        "min_frames": clip.get("min_frames"),
-        "max_frames": clip.get("max_frames"),
+        "min_frames": clip.get("min_frames", clip.get("num_frames")),
+        "max_frames": clip.get("max_frames", clip.get("num_frames")),
         "mean": tuple(image.get("image_mean") or ()) or None,
         "std": tuple(image.get("image_std") or ()) or None,
         "processor_class": image.get("processor_class", both.get("processor_class")),

@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
@@ -90,6 +90,9 @@ class Tokenizer:
     def __len__(self) -> int:
         """How many tokens there are, added ones included."""
         return self._full.get_vocab_size()
+
+    def __contains__(self, token: str | None) -> bool:
+        return token is not None and self._full.token_to_id(token) is not None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that people wrote: special tokens in it are letters like any other."""
@@ -219,17 +222,23 @@ class ChatTemplate:
             raise ValueError(f"the chat template does not accept this conversation: {error}") from error
 
     def tokenize(
-        self, tokenizer: Tokenizer, messages: Messages, end_of_turn: int, generate: bool = False, **variables
+        self,
+        tokenizer: Tokenizer,
+        messages: Messages,
+        end_of_turn: int,
+        generate: bool = False,
+        rewrite: Callable[[str], str] = str,
+        **variables,
     ) -> tuple[list[int], list[float]]:
         """The conversation as tokens, and for each the loss weight of predicting it.
 
         The weight is 1 from the beginning of an assistant's text up to the `end_of_turn` token that closes it, and 0
-        elsewhere. `generate` is for prompts: it adds the prompt for an answer, and all weights are 0. Every
-        placeholder of a picture or a clip is one token here. Answers are tokenized apart from the text before them,
-        so that training sees the tokens that generation continues from.
+        elsewhere. `generate` is for prompts: it adds the prompt for an answer, and all weights are 0. `rewrite` gets
+        the text with its marks, and returns what shall be cut into tokens. Answers are tokenized apart from the text
+        before them, so that training sees the tokens that generation continues from.
         """
         marked = [_marked(message, tokenizer, answer=not generate) for message in messages]
-        text = self.render(marked, generate, **(tokenizer.special_tokens() | variables))
+        text = rewrite(self.render(marked, generate, **(tokenizer.special_tokens() | variables)))
         tokens, weights, weight = [], [], 0.0
         for stretch, special in tokenizer.split(text):
             if special is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mllm_jax.data import images, video
-from mllm_jax.data.mix import spread
+from mllm_jax.data.mix import shifted, spread
 from mllm_jax.data.positions import in_a_line, on_a_grid, patch_positions
 from mllm_jax.data.resize import Rule, Whole
 from mllm_jax.data.spec import ProcessorSpec
@@ -40,6 +40,12 @@ def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...]
     count = height * width * len(times)
     place = on_a_grid(height, width, times) if spec.on_a_grid else in_a_line(count)
     return Run(np.arange(first, first + count), *place)
+
+
+def _later(run: Run, tokens: int) -> Run:
+    """The same of a picture that so many visual tokens stand before."""
+    mix = run.mix and run.mix._replace(index=shifted(run.mix.index, tokens))
+    return run._replace(order=shifted(run.order, tokens), mix=mix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,18 +163,41 @@ class WholeFilm(Film):
 
 @dataclasses.dataclass(frozen=True)
 class Framed(Film):
-    """A clip that is one run of visual tokens, its frames read one by one by the spec's rule; a NEWLINE ends it."""
+    """A clip whose frames are pictures, each read by the spec's rule: those in the middle of as many equal parts."""
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        return [(2 * part + 1) * clip.frames // (2 * count) for part in range(count)]
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
-        clip, count = self.clip, len(self.indices)
+        rule, size = self._rule(spec, limit)
+        order, tokens, count = rule.order(size, spec.factor), spec.tokens(rule.sized(size)), len(self.indices)
+        frame = Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor))
+        return Plan(rule.sizes(size) * count, tuple(_later(frame, number * tokens) for number in range(count)), rule)
+
+    def _rule(self, spec: ProcessorSpec, limit: float) -> tuple[Whole, Size]:
+        """The rule for pictures of at most `limit` pixels, and the frames' own size."""
+        clip = self.clip
         images.check_aspect(clip.height, clip.width)
-        rule, size = spec.clip_rule.within(limit), (clip.height, clip.width)
-        order, mix = frame_by_frame(rule, size, spec.factor, count)
-        return Plan(rule.sizes(size) * count, (Run(order, *in_a_line(len(order)), mix),), rule)
+        return spec.clip_rule.within(limit), (clip.height, clip.width)
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
         for frame in self.clip.read(self.indices):
             yield plan.rule.read(frame)[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeFramed(Framed):
+    """A clip whose frames are read by the spec's rule and are together one run of visual tokens; a NEWLINE ends it."""
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        return video.sample_frames(clip.frames, count)
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        (rule, size), count = self._rule(spec, limit), len(self.indices)
+        order, mix = frame_by_frame(rule, size, spec.factor, count)
+        return Plan(rule.sizes(size) * count, (Run(order, *in_a_line(len(order)), mix),), rule)
 
 
 def frame_by_frame(rule: Whole, size: Size, factor: int, count: int) -> tuple[np.ndarray, Mix | None]:

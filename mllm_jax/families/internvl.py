@@ -9,6 +9,7 @@ import numpy as np
 
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.resize import Stretch
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
@@ -88,12 +89,18 @@ def to_hf(config: ModelConfig) -> dict:
 SPEC = ProcessorSpec(
     brackets=True,
     image_token="<IMG_CONTEXT>",
-    video_token=None,
+    video_token="<video>",
+    frame_token="<IMG_CONTEXT>",
+    label="Frame{number}: ",
+    between="\n",
+    fps=1.0,
+    min_frames=8,  # the bounds of internvl_chat/internvl/train/internvl_chat_finetune.py
+    max_frames=32,
     vision_start="<img>",
     vision_end="</img>",
     end_of_turn="<|im_end|>",
     processor_class="InternVLProcessor",
-    video_processor_type=None,
+    video_processor_type="InternVLVideoProcessor",
 )
 INPUTS = ("pixel_values",)
 
@@ -103,8 +110,13 @@ def rule(config: ModelConfig) -> Tiles:
     return Tiles(config.encoder.side)
 
 
+def clip_rule(config: ModelConfig) -> Stretch:
+    """How the frames of clips are read: each is one tile."""
+    return Stretch((config.encoder.side,) * 2)
+
+
 def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """Tiles f[tiles c h w] of all pictures: each stands for the placeholders of its own visual tokens."""
+    """Tiles f[tiles c h w] of all pictures, and frames: each stands for the placeholders of its own visual tokens."""
     pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
     return {config.tokens.image: [whole(config, tile) for tile in pixels]}
 

@@ -159,7 +159,7 @@ def to_hf(config: ModelConfig) -> dict:
     return written
 
 
-SPEC = internvl.SPEC
+SPEC = replace(internvl.SPEC, video_token=internvl.SPEC.image_token)  # their tokenizers have no other
 _FIRST = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SECOND = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
@@ -197,10 +197,10 @@ def chat(config: ModelConfig) -> dict[str, Any]:
 
 def rule(config: ModelConfig) -> Tiles:
     """How pictures are cut: config.json says it."""
-    return Tiles(config.encoder.position_grid * config.encoder.patch_size, *config.inputs.tiles)
+    return Tiles(config.encoder.side, *config.inputs.tiles)
 
 
-INPUTS, visuals = internvl.INPUTS, internvl.visuals
+INPUTS, visuals, clip_rule = internvl.INPUTS, internvl.visuals, internvl.clip_rule
 
 
 def weights(config: ModelConfig) -> list[Row]:

@@ -102,7 +102,7 @@ SPEC = ProcessorSpec(
     fps=1.0,  # LLaVA-NeXT's llava/train/train.py: one frame a second, of longer clips 32
     min_frames=1,
     max_frames=32,
-    timestamps=False,
+    label=None,
     processor_class="LlavaOnevisionProcessor",
     video_processor_type="LlavaOnevisionVideoProcessor",
 )

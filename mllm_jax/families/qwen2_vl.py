@@ -164,7 +164,7 @@ SPEC = ProcessorSpec(
     max_pixels=12845056,
     clip_min_pixels=128 * 28**2,
     clip_max_pixels=768 * 28**2,
-    timestamps=False,
+    label=None,
     processor_class="Qwen2VLProcessor",
     video_processor_type="Qwen2VLVideoProcessor",
 )
