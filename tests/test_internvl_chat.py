@@ -161,16 +161,22 @@ CARDS = {
 }
 
 
+ROUNDED = {"2-40b": "40.1 B", "2-76b": "76.3 B"}
+
+
 def test_published_sizes():
     for name, config in internvl_chat.SIZES.items():
         total = sum(count_params(config).values())
         assert round(total / 1e6) == CARDS.get(name, round(total / 1e6)), name
+        assert f"{total / 1e9:.1f} B" == ROUNDED.get(name, f"{total / 1e9:.1f} B"), name
         assert internvl_chat.from_hf(internvl_chat.to_hf(config)) == config
         names = expand(internvl_chat.weights(config), abstract_params(config))
+        assert config.inputs.chat in internvl_chat.CHATS
         head = "output" if config.decoder.family == "internlm2" else "lm_head"
         assert {f"language_model.{head}.weight", "mlp1.3.bias", "vision_model.encoder.layers.0.ls1"} <= names.keys()
     assert internvl_chat.sizes("2-8b").tokens.image == 92546  # <IMG_CONTEXT>
     assert internvl_chat.sizes("2.5-4b").tokens.image == 151667
+    assert internvl_chat.sizes("2-40b").tokens.image == 64000
 
 
 @pytest.mark.parametrize(

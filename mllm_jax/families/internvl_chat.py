@@ -11,7 +11,7 @@ from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.families import internlm2, internvl, qwen2, text
+from mllm_jax.families import internlm2, internvl, llama, qwen2, text
 from mllm_jax.families.decoders import expect
 from mllm_jax.families.llava import features_from_hf, features_to_hf
 from mllm_jax.families.nearest import unsupported
@@ -69,13 +69,16 @@ def _size(tower: str, decoder: DecoderConfig, vocab: int, chat: str) -> ModelCon
     )
 
 
-_INTERNLM2, _QWEN2, _QWEN2_5 = 92553, 151655, 151674  # tokens, with those that training adds
+# Tokens, with those that training adds: nine, of which Yi's vocabulary has two.
+_INTERNLM2, _QWEN2, _QWEN2_5, _YI, _LLAMA3 = 92553, 151655, 151674, 64007, 128265
 SIZES = {
     "1.5-26b": _size("6b", internlm2.SIZES["20b"], _INTERNLM2, "internlm2-chat"),
     "2-1b": _size("300m", qwen2.SIZES["0.5b"], _QWEN2, "Hermes-2"),
     "2-2b": _size("300m", internlm2.SIZES["1.8b"], _INTERNLM2, "internlm2-chat"),
     "2-8b": _size("300m", internlm2.SIZES["7b"], _INTERNLM2, "internlm2-chat"),
     "2-26b": _size("6b", internlm2.SIZES["20b"], _INTERNLM2, "internlm2-chat"),
+    "2-40b": _size("6b", llama.SIZES["yi-34b"], _YI, "Hermes-2"),
+    "2-76b": _size("6b", llama.SIZES["3-70b"], _LLAMA3, "internlm2-chat"),
     "2.5-1b": _size("300m", qwen2.SIZES["2.5-0.5b"], _QWEN2_5, "internvl2_5"),
     "2.5-2b": _size("300m", internlm2.SIZES["1.8b"], _INTERNLM2, "internvl2_5"),
     "2.5-4b": _size("300m", qwen2.SIZES["2.5-3b"], _QWEN2_5, "internvl2_5"),
