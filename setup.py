@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "video": ["av>=12"],
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],  # for folders with a tokenizer.model alone
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU
         "cuda": ["jax[cuda13]>=0.10,<0.13", "tokamax>=0.0.12"],
@@ -51,6 +52,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            "sentencepiece>=0.2",
             "kubeflow-trainer-api>=2.3",  # models of JobSet, Job and Pod
         ],
     },

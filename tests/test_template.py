@@ -102,6 +102,20 @@ def answered(tokenizer, template, messages, **options):
     ]
 
 
+def test_a_space_before_an_answer_is_a_part_of_it(tokenizer):
+    """Tokens are those of the whole text, and a prompt that ends before the space is their beginning."""
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "the first"}]
+    tokens, _ = template.tokenize(tokenizer, messages, tokenizer.id("<|im_end|>"))
+    assert tokens == tokenizer.encode_markup("user: One?<|im_end|>assistant: the first<|im_end|>")
+    assert answered(tokenizer, template, messages)[0] == " the first<|im_end|>"
+    asked, _ = template.tokenize(tokenizer, messages[:1], tokenizer.id("<|im_end|>"), generate=True)
+    assert tokens[: len(asked)] == asked
+
+
 def test_loss_is_on_answers_and_the_end_of_their_turn(tokenizer, template):
     messages = [
         {"role": "system", "content": "Be brief."},

@@ -143,6 +143,9 @@ class Processor:
         written, weights = self.template.tokenize(
             self.tokenizer, messages, self.end_of_turn_id, generate, rewrite=shown
         )
+        first = self.tokenizer.frame[0] if self.spec.framed else []
+        if first != written[: len(first)]:  # else the template wrote them
+            written, weights = [*first, *written], [0.0] * len(first) + weights
         return written, weights, ordered
 
     def _ordered(self, placeholders: list[str], visuals: list) -> list[Still | Film]:
@@ -260,7 +263,8 @@ class Processor:
         """
         folder = pathlib.Path(folder)
         template = ChatTemplate.from_folder(folder, spec.template)
-        return cls(Tokenizer.from_folder(folder), template, read_spec(folder, spec))
+        outside = {} if spec.image_id is None else {spec.image_token: spec.image_id}
+        return cls(Tokenizer.from_folder(folder, outside), template, read_spec(folder, spec))
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the files that `from_folder` and transformers read."""

@@ -1,7 +1,7 @@
 """Rules by which a picture gets a size that a tower reads: cut from its middle, pulled to a square, or as it is."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,7 +153,7 @@ class Keep(Whole):
 
 @dataclass(frozen=True)
 class Square(Whole):
-    """LLaVA-OneVision's for one of several pictures: put in the middle of a square of a colour; a NEWLINE ends it."""
+    """LLaVA 1.5's (arXiv 2310.03744): put in the middle of a square of a colour."""
 
     side: int
     colour: tuple[int, int, int]
@@ -161,14 +161,23 @@ class Square(Whole):
     def sized(self, size: tuple[int, int]) -> tuple[int, int]:
         return self.side, self.side
 
-    def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
-        return np.append(super().order(size, factor), np.int32(NEWLINE))
-
     def read(self, image: Image.Image) -> np.ndarray:
         long = max(image.size)
         laid = Image.new("RGB", (long, long), self.colour)
         laid.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
         return resize(laid, self.sized(image.size))
+
+    def to_hf(self) -> dict[str, Any]:
+        crop = Crop(self.side, self.sized((0, 0))).to_hf()
+        return crop | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+
+
+@dataclass(frozen=True)
+class EndedSquare(Square):
+    """LLaVA-OneVision's for one of several pictures: a NEWLINE ends it."""
+
+    def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
+        return np.append(super().order(size, factor), np.int32(NEWLINE))
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,12 @@ class Halved(Stretch):
         return joined([resampled(grid, (-(-rows // 2), -(-columns // 2)))])
 
 
+def mean_colour(mean: Iterable[float]) -> tuple[int, int, int]:
+    """In levels of 255, of what a tower reads as nought."""
+    red, green, blue = (int(255 * value) for value in mean)
+    return red, green, blue
+
+
 def rule_from_hf(config: Mapping[str, Any]) -> Rule:
     """The rule that a preprocessor_config.json states. ValueError for one that is not known here."""
     if "max_num_patches" in config:
@@ -194,6 +209,8 @@ def rule_from_hf(config: Mapping[str, Any]) -> Rule:
     size, crop, filter = config.get("size"), config.get("crop_size"), config.get("resample", BICUBIC)
     size = {"shortest_edge": size} if isinstance(size, int) else size or {}  # a number before transformers 4.22
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if "shortest_edge" in size and config.get("do_pad") and config.get("image_mean"):
+        return Square(size["shortest_edge"], mean_colour(config["image_mean"]))
     if "shortest_edge" in size and crop and config.get("do_center_crop", True):
         return Crop(size["shortest_edge"], (crop["height"], crop["width"]), filter)
     if size.keys() >= {"height", "width"} and not config.get("do_center_crop", False):

@@ -42,12 +42,14 @@ class ProcessorSpec:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_token: str | None = "<|image_pad|>"
+    image_id: int | None = None  # of that, where no vocabulary has it
     video_token: str | None = "<|video_pad|>"
     vision_start: str | None = "<|vision_start|>"
     vision_end: str | None = "<|vision_end|>"
     end_of_turn: str | None = "<|im_end|>"
     prefix: bool = False  # all tokens see what stands before the answer
     mixes: bool = False  # grids of visual tokens are resampled
+    framed: bool = False  # what the tokenizer puts before every text stands before chats too
     template: str | None = None  # of chats, in jinja2, where a folder has no file of its own for one
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"

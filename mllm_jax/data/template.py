@@ -5,13 +5,14 @@ ordinary tokens of its letters; only the template itself writes special tokens. 
 rendering, messages carry invisible marks: Unicode noncharacters, which no text contains.
 """
 
+import copy
 import dataclasses
 import datetime
 import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -20,8 +21,12 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from mllm_jax.data.sentence_piece import read_sentence_piece
+
 GUARD = "\ufdd0"  # breaks a special token spelled out by people
 ANSWER = "\ufdd1"  # stands where the text that the model has to learn begins
+_BEFORE_ANSWER = re.compile(f"(?= {ANSWER})|(?<! )(?={ANSWER})")  # a space belongs to the word after it
+_NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never"}
 _MARKS = {ord(GUARD): None, ord(ANSWER): None}
 
 # How Qwen's tokenizers cut text into words; needed where a folder has vocab.json and merges.txt only.
@@ -35,14 +40,23 @@ class Tokenizer:
     """A `tokenizers` tokenizer that never reads special tokens out of text, unless asked to.
 
     `config` is the content of tokenizer_config.json; it names the special tokens that templates ask for.
+    `outside` are tokens that templates write and no vocabulary has, with the ids they get; what follows one is cut as
+    a text of its own.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict | None = None):
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, config: dict | None = None, outside: Mapping[str, int] | None = None
+    ):
         self.config = dict(config or {})
+        self.outside = dict(outside or {})
         self._full = tokenizer
-        self._plain = _without_added_tokens(tokenizer)
+        fields = _without_added_tokens(tokenizer)
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        self._inner = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(fields)))
+        self._first_alone = _prefixes_the_first_alone(fields)
         # A single character cannot be broken by a guard; such an added token is treated as a part of the text.
         added = [token for token in tokenizer.get_added_tokens_decoder().values() if len(token.content) > 1]
+        added += [tokenizers.AddedToken(token) for token in self.outside]
         added.sort(key=lambda token: -len(token.content))
         contents = [token.content for token in added]
         self._heads = tuple({content[:end] for content in contents for end in range(1, len(content))})
@@ -54,30 +68,37 @@ class Tokenizer:
         self._added = re.compile("|".join(patterns) or "(?!)")
 
     @classmethod
-    def from_folder(cls, folder: str | pathlib.Path) -> "Tokenizer":
-        """Reads tokenizer.json, or vocab.json and merges.txt with the added tokens of tokenizer_config.json."""
+    def from_folder(cls, folder: str | pathlib.Path, outside: Mapping[str, int] | None = None) -> "Tokenizer":
+        """Reads tokenizer.json, or vocab.json and merges.txt or tokenizer.model with the added tokens beside them."""
         folder = pathlib.Path(folder)
         config = read_json(folder / "tokenizer_config.json")
         if (path := folder / "tokenizer.json").exists():
             try:
-                return cls(tokenizers.Tokenizer.from_file(str(path)), config)
+                return cls(tokenizers.Tokenizer.from_file(str(path)), config, outside)
             except Exception as error:  # tokenizers raises nothing more special
                 raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
         files = [folder / name for name in ("vocab.json", "merges.txt")]
-        if not all(file.exists() for file in files):
-            raise FileNotFoundError(f"{folder}: holds no tokenizer.json, and no vocab.json with merges.txt")
+        if all(file.exists() for file in files):
+            tokenizer = cls._of_pairs(*files)
+        elif (path := folder / "tokenizer.model").exists():
+            tokenizer = read_sentence_piece(path, config)
+        else:
+            raise FileNotFoundError(
+                f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no tokenizer.model"
+            )
+        _add_tokens(tokenizer, config, folder)
+        return cls(tokenizer, config, outside)
+
+    @staticmethod
+    def _of_pairs(*files: pathlib.Path) -> tokenizers.Tokenizer:
+        """Qwen's, from vocab.json and merges.txt."""
         tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*map(str, files)))
         tokenizer.normalizer = normalizers.NFC()
         words = pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), "isolated")
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
         tokenizer.decoder = decoders.ByteLevel()
-        added = sorted((int(number), fields) for number, fields in config.get("added_tokens_decoder", {}).items())
-        for number, fields in added:
-            tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
-            if tokenizer.token_to_id(fields["content"]) != number:
-                raise ValueError(f"{folder}: added token {fields['content']!r} cannot have the id {number}")
-        return cls(tokenizer, config)
+        return tokenizer
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
@@ -92,11 +113,14 @@ class Tokenizer:
         return self._full.get_vocab_size()
 
     def __contains__(self, token: str | None) -> bool:
-        return token is not None and self._full.token_to_id(token) is not None
+        return token in self.outside or (token is not None and self._full.token_to_id(token) is not None)
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text that people wrote: special tokens in it are letters like any other."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """The tokens of a text that people wrote: special tokens in it are letters like any other.
+
+        begins: it is the beginning of a text, before which some tokenizers put a space.
+        """
+        return (self._plain if begins else self._inner).encode(text, add_special_tokens=False).ids
 
     def encode_framed(self, text: str, length: int | None = None) -> list[int]:
         """The tokens of a text that people wrote, between those that this tokenizer puts around every text.
@@ -118,11 +142,15 @@ class Tokenizer:
 
     def encode_markup(self, text: str) -> list[int]:
         """The tokens of a text that a template wrote, special tokens included."""
-        return [
-            token
-            for stretch, special in self.split(text)
-            for token in (self.encode(stretch) if special is None else [special])
-        ]
+        tokens, begins = [], True
+        for stretch, special in self.split(text):
+            tokens += self.encode(stretch, begins) if special is None else [special]
+            begins = self.begins_after(stretch)
+        return tokens
+
+    def begins_after(self, token: str) -> bool:
+        """Whether what follows a special token is cut as the beginning of a text is."""
+        return token in self.outside or not self._first_alone
 
     def split(self, markup: str) -> Iterator[tuple[str, int | None]]:
         """Cuts a rendered text at its added tokens: (text, None) for the stretches between, (token, id) for a token."""
@@ -131,7 +159,7 @@ class Tokenizer:
             if match.start() > end:
                 yield markup[end : match.start()], None
             token = match[match.lastindex]
-            yield token, self._full.token_to_id(token)
+            yield token, self.id(token)
             end = match.end()
         if end < len(markup):
             yield markup[end:], None
@@ -143,11 +171,12 @@ class Tokenizer:
 
     def decode(self, ids, special: bool = False) -> str:
         """The text of tokens, without the special ones unless they are asked for."""
-        return self._full.decode([int(token) for token in ids], skip_special_tokens=not special)
+        known = [int(token) for token in ids if token not in self.outside.values()]
+        return self._full.decode(known, skip_special_tokens=not special)
 
     def id(self, token: str) -> int:
         """The id of one token; raises ValueError if there is none."""
-        number = self._full.token_to_id(token)
+        number = self.outside.get(token, self._full.token_to_id(token))
         if number is None:
             raise ValueError(f"the tokenizer has no token {token!r}")
         return number
@@ -162,8 +191,20 @@ class Tokenizer:
         return {name: value for name, value in named.items() if isinstance(value, str)}
 
 
-def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that cannot produce a special token: not as an added token, and not as a word of its vocabulary."""
+def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], folder: pathlib.Path) -> None:
+    """Adds those that tokenizer_config.json lists, or added_tokens.json as was usual before."""
+    old = {str(number): {"content": token} for token, number in read_json(folder / "added_tokens.json").items()}
+    listed = config.get("added_tokens_decoder") or {
+        number: fields | {"special": True, "normalized": False} for number, fields in old.items()
+    }
+    for number, fields in sorted((int(number), fields) for number, fields in listed.items()):
+        tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
+        if tokenizer.token_to_id(fields["content"]) != number:
+            raise ValueError(f"{folder}: added token {fields['content']!r} cannot have the id {number}")
+
+
+def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """A copy, as JSON, that cannot produce a special token: neither as an added one nor as a word of its vocabulary."""
     fields = json.loads(tokenizer.to_str())
     special = {token["content"] for token in fields["added_tokens"] if token["special"]}
     fields |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
@@ -171,7 +212,29 @@ def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokeniz
     if isinstance(vocabulary, dict):
         special.discard(fields["model"].get("unk_token"))  # what a word outside the vocabulary becomes
         fields["model"]["vocab"] = {token: number for token, number in vocabulary.items() if token not in special}
-    return tokenizers.Tokenizer.from_str(json.dumps(fields))
+    return fields
+
+
+def _prefixes_the_first_alone(tokenizer: dict[str, Any]) -> bool:
+    """Whether a space is put before a text, but not before what follows a special token within it."""
+    return any(step.get("prepend_scheme") == "first" for step in _steps(tokenizer["pre_tokenizer"]))
+
+
+def _without_prefix(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """One that puts no space before a text."""
+    fields = copy.deepcopy(tokenizer)
+    for step in _steps(fields["pre_tokenizer"]):
+        step |= {name: never for name, never in _NO_PREFIX.items() if name in step}
+    kept = [step for step in _steps(fields["normalizer"]) if step["type"] != "Prepend"]
+    fields["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    return fields
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or a pre-tokenizer, as JSON."""
+    if part is None or part["type"] != "Sequence":
+        return [] if part is None else [part]
+    return [step for each in part.get("normalizers", part.get("pretokenizers")) for step in _steps(each)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,18 +302,20 @@ class ChatTemplate:
         """
         marked = [_marked(message, tokenizer, answer=not generate) for message in messages]
         text = rewrite(self.render(marked, generate, **(tokenizer.special_tokens() | variables)))
-        tokens, weights, weight = [], [], 0.0
+        tokens, weights, weight, begins = [], [], 0.0, True
         for stretch, special in tokenizer.split(text):
             if special is not None:
                 tokens.append(special)
                 weights.append(weight)
                 weight = 0.0 if special == end_of_turn else weight
+                begins = tokenizer.begins_after(stretch)
                 continue
-            for number, part in enumerate(stretch.split(ANSWER)):
+            for number, part in enumerate(_BEFORE_ANSWER.split(stretch)):
                 weight = 1.0 if number else weight
-                ids = tokenizer.encode(part.translate(_MARKS))
+                ids = tokenizer.encode(part.translate(_MARKS), begins)
                 tokens += ids
                 weights += [weight] * len(ids)
+                begins = begins and not ids
         if weight:
             raise ValueError("the chat template writes no end-of-turn token after the assistant's text")
         return tokens, weights

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllm_jax.data.images import resized
 from mllm_jax.data.mix import Tokens, alone, end_rows, joined, resampled
-from mllm_jax.data.resize import Rule, Square
+from mllm_jax.data.resize import EndedSquare, Rule
 from mllm_jax.types import Mix
 
 Size = tuple[int, int]  # (height, width)
@@ -124,7 +124,7 @@ class AnyRes(Rule):
     colour: tuple[int, int, int] | None = None
 
     def among(self, count: int) -> Rule:
-        return self if count == 1 or self.colour is None else Square(self.tile, self.colour)
+        return self if count == 1 or self.colour is None else EndedSquare(self.tile, self.colour)
 
     def within(self, limit: float) -> "AnyRes":
         small = tuple(canvas for canvas in self.pinpoints if math.prod(canvas) + self.tile**2 <= limit)

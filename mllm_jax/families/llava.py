@@ -9,7 +9,7 @@ import numpy as np
 
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.data.resize import Crop
+from mllm_jax.data.resize import Crop, Square, mean_colour
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import AnyRes
 from mllm_jax.decoder import DecoderConfig
@@ -142,9 +142,11 @@ SPEC = ProcessorSpec(
 INPUTS = ("pixel_values", "image_sizes")
 
 
-def rule(config: ModelConfig) -> AnyRes | Crop:
+def rule(config: ModelConfig) -> AnyRes | Square | Crop:
     """How pictures are cut where no preprocessor_config.json says it."""
     side, pinpoints = config.encoder.side, config.inputs.pinpoints
+    if config.inputs.square:
+        return Square(side, mean_colour(config.encoder.pixel_mean))
     return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
 
 

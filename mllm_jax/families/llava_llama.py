@@ -26,27 +26,28 @@ ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCa
 TOWERS = {"clip-vit-large-patch14": CLIP.sizes["l14"], "clip-vit-large-patch14-336": CLIP.sizes["l14-336"]}
 
 
-def _size(tower: str, layers: int, decoder: DecoderConfig, tiles: bool = False) -> ModelConfig:
+def _size(tower: str, layers: int, decoder: DecoderConfig, inputs: InputRules) -> ModelConfig:
     return ModelConfig(
         replace(TOWERS[tower], features=(-2,)),
-        MlpConnectorConfig(layers, newline=tiles),
+        MlpConnectorConfig(layers, newline=bool(inputs.pinpoints)),
         decoder,
         VisionTokenIds(IMAGE),
         family=f"llava_{decoder.family}",
-        inputs=InputRules(pinpoints=llava.PINPOINTS if tiles else ()),
+        inputs=inputs,
     )
 
 
 _SMALL, _LARGE = TOWERS
+_MIDDLE, _SQUARE, _TILES = InputRules(), InputRules(square=True), InputRules(pinpoints=llava.PINPOINTS)
 SIZES = {
-    "1.0-7b": _size(_SMALL, 1, llama.SIZES["7b"]),
-    "1.0-13b": _size(_SMALL, 1, llama.SIZES["13b"]),
-    "1.5-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"]),
-    "1.5-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"]),
-    "next-vicuna-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], tiles=True),
-    "next-vicuna-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], tiles=True),
-    "next-mistral-7b": _size(_LARGE, 2, mistral.SIZES["7b-v0.2"], tiles=True),
-    "next-34b": _size(_LARGE, 2, llama.SIZES["yi-34b"], tiles=True),
+    "1.0-7b": _size(_SMALL, 1, llama.SIZES["7b"], _MIDDLE),
+    "1.0-13b": _size(_SMALL, 1, llama.SIZES["13b"], _MIDDLE),
+    "1.5-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], _SQUARE),
+    "1.5-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], _SQUARE),
+    "next-vicuna-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], _TILES),
+    "next-vicuna-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], _TILES),
+    "next-mistral-7b": _size(_LARGE, 2, mistral.SIZES["7b-v0.2"], _TILES),
+    "next-34b": _size(_LARGE, 2, llama.SIZES["yi-34b"], _TILES),
 }
 
 
@@ -70,8 +71,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if layers is None and kind != "linear":
         raise ValueError(f"mm_projector_type {kind!r} of config.json is neither linear nor mlp2x_gelu")
-    newline = "unpad" in config.get("mm_patch_merge_type", "flat")
-    if newline != (config.get("image_aspect_ratio") == "anyres"):
+    newline, aspect = "unpad" in config.get("mm_patch_merge_type", "flat"), config.get("image_aspect_ratio")
+    if newline != (aspect == "anyres"):
         raise ValueError(
             "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
         )
@@ -83,7 +84,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         text.decoder_from_hf({**config, "model_type": decoder}),
         VisionTokenIds(IMAGE),
         family=f"llava_{decoder}",
-        inputs=InputRules(pinpoints=tuple((height, width) for width, height in pinpoints)),
+        inputs=InputRules(tuple((height, width) for width, height in pinpoints), square=aspect == "pad"),
     )
 
 
@@ -111,8 +112,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "mm_vision_tower": f"openai/{tower}",
         "unfreeze_mm_vision_tower": True,  # says that the tower's weights are in the file
         "use_mm_proj": True,
-        # 1.5 reads a picture with what makes it a square around it, 1.0 the middle of it
-        **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if connector.layers > 1 else {}),
+        **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if config.inputs.square else {}),
     }
     if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
         raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
@@ -124,7 +124,64 @@ def elsewhere(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
     return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
 
 
-SPEC, INPUTS, rule, visuals = llava.SPEC, llava.INPUTS, llava.rule, llava.visuals
+SPEC = replace(llava.SPEC, image_id=IMAGE, framed=True)
+INPUTS, rule, visuals = llava.INPUTS, llava.rule, llava.visuals
+
+
+def _template(first: str, question: str, answer: str, prompt: str) -> str:
+    """Of chats, in jinja2: what they begin with, what stands around the CONTENT of a turn, what asks for an answer."""
+    content = (
+        "{% if message.content is string %}{{ message.content }}{% else %}{% for item in message.content %}"
+        "{{ item.text if item.type == 'text' else '<image>\n' }}{% endfor %}{% endif %}"
+    )
+    return (
+        f"{first}{{% for message in messages %}}{{% if message.role == 'user' %}}{question.replace('CONTENT', content)}"
+        f"{{% elif message.role == 'assistant' %}}{answer.replace('CONTENT', content)}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    )
+
+
+def _system(usual: str) -> str:
+    """What a conversation begins with, unless it says something else."""
+    return f"{{{{ messages[0].content if messages[0].role == 'system' else {usual!r} }}}}"
+
+
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_START, _END = "<|im_start|>", "<|im_end|>"
+CHATS = {  # llava/conversation.py's names -> template, end of a turn
+    "vicuna_v1": (
+        _template(f"{_system(_VICUNA)} ", "USER: CONTENT ", "ASSISTANT: CONTENT</s>", "ASSISTANT:"),
+        "</s>",
+    ),
+    "mistral_instruct": (_template("", "[INST] CONTENT [/INST]", " CONTENT </s>", ""), "</s>"),
+    "chatml_direct": (
+        _template(
+            f"{_START}system\n{_system('Answer the questions.')}{_END}",
+            f"{_START}user\nCONTENT{_END}",
+            f"{_START}assistant\nCONTENT{_END}",
+            f"{_START}assistant\n",
+        ),
+        _END,
+    ),
+}
+_YI = llama.SIZES["yi-34b"].vocab
+
+
+def chat(config: ModelConfig) -> dict[str, Any]:
+    """What a processor expects of chats: config.json does not say it, it follows from the decoder.
+
+    Another format, as that of LLaVA on Llama 2 Chat, is said by a chat_template.jinja in the folder.
+    """
+    if config.decoder.family == "mistral":
+        template, end = CHATS["mistral_instruct"]
+    else:
+        template, end = CHATS["chatml_direct" if config.decoder.vocab == _YI else "vicuna_v1"]
+    return {"template": template, "end_of_turn": end}
+
+
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 

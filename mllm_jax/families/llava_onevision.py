@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.data.resize import Halved
+from mllm_jax.data.resize import Halved, mean_colour
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import AnyRes
 from mllm_jax.data.visuals import frame_by_frame
@@ -111,8 +111,8 @@ INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_video
 
 def rule(config: ModelConfig) -> AnyRes:
     """How pictures are cut where no preprocessor_config.json says it."""
-    red, green, blue = (int(255 * value) for value in config.encoder.pixel_mean)
-    return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, (red, green, blue))
+    colour = mean_colour(config.encoder.pixel_mean)
+    return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, colour)
 
 
 def clip_rule(config: ModelConfig) -> Halved:
