@@ -160,7 +160,8 @@ def test_other_prompts_of_llava():
     }
     for name, text in expected.items():
         template, end = llava_llama.CHATS[name]
-        assert ChatTemplate(template).render(messages, generate=True) == text and end in text
+        assert ChatTemplate(template).render(messages, generate=True, eos_token="</s>") == text
+        assert end is None or end in text
     sizes = {"1.0-7b": "vicuna_v1", "next-mistral-7b": "mistral_instruct", "next-34b": "chatml_direct"}
     for size, name in sizes.items():
         assert llava_llama.chat(llava_llama.sizes(size))["template"] == llava_llama.CHATS[name][0]

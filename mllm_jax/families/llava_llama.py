@@ -151,12 +151,12 @@ _VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _START, _END = "<|im_start|>", "<|im_end|>"
-CHATS = {  # llava/conversation.py's names -> template, end of a turn
+CHATS = {  # llava/conversation.py's names -> template, end of a turn where it is not that of a text
     "vicuna_v1": (
-        _template(f"{_system(_VICUNA)} ", "USER: CONTENT ", "ASSISTANT: CONTENT</s>", "ASSISTANT:"),
-        "</s>",
+        _template(f"{_system(_VICUNA)} ", "USER: CONTENT ", "ASSISTANT: CONTENT{{ eos_token }}", "ASSISTANT:"),
+        None,
     ),
-    "mistral_instruct": (_template("", "[INST] CONTENT [/INST]", " CONTENT </s>", ""), "</s>"),
+    "mistral_instruct": (_template("", "[INST] CONTENT [/INST]", " CONTENT {{ eos_token }}", ""), None),
     "chatml_direct": (
         _template(
             f"{_START}system\n{_system('Answer the questions.')}{_END}",
