@@ -28,9 +28,11 @@ class Processor:
         self.template = template
         self.spec = spec
         tokens = (spec.image_token, spec.vision_start, spec.vision_end)
-        self.image_id, self.vision_start_id, self.vision_end_id = (t and tokenizer.id(t) for t in tokens)
+        ids = (None if token is None else tokenizer.id(token) for token in tokens)
+        self.image_id, self.vision_start_id, self.vision_end_id = ids
         # where frames are pictures, the token of a clip is its template's alone, and a tokenizer may lack it
-        self.video_id = spec.video_token and (None if spec.frame_token else tokenizer.id(spec.video_token))
+        no_id = spec.video_token is None or spec.frame_token is not None
+        self.video_id = None if no_id else tokenizer.id(spec.video_token)
         self._placeholders = [token for token in (self.image_id, self.video_id) if token is not None]
         end_of_turn = spec.end_of_turn or tokenizer.special_tokens().get("eos_token")
         if end_of_turn is None:

@@ -51,9 +51,10 @@ class Tokenizer:
         self.outside = dict(outside or {})
         self._full = tokenizer
         fields = _without_added_tokens(tokenizer)
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(fields))
-        self._inner = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(fields)))
+        self._plain = self._inner = tokenizers.Tokenizer.from_str(json.dumps(fields))
         self._first_alone = _prefixes_the_first_alone(fields)
+        if (without := _without_prefix(fields)) != fields:
+            self._inner = tokenizers.Tokenizer.from_str(json.dumps(without))
         # A single character cannot be broken by a guard; such an added token is treated as a part of the text.
         added = [token for token in tokenizer.get_added_tokens_decoder().values() if len(token.content) > 1]
         added += [tokenizers.AddedToken(token) for token in self.outside]
@@ -193,11 +194,13 @@ class Tokenizer:
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], folder: pathlib.Path) -> None:
     """Adds those that tokenizer_config.json lists, or added_tokens.json as was usual before."""
-    old = {str(number): {"content": token} for token, number in read_json(folder / "added_tokens.json").items()}
-    listed = config.get("added_tokens_decoder") or {
-        number: fields | {"special": True, "normalized": False} for number, fields in old.items()
-    }
-    for number, fields in sorted((int(number), fields) for number, fields in listed.items()):
+    listed = {int(number): fields for number, fields in config.get("added_tokens_decoder", {}).items()}
+    if not listed:
+        usual = {"special": True, "normalized": False}
+        listed = {
+            number: {"content": token, **usual} for token, number in read_json(folder / "added_tokens.json").items()
+        }
+    for number, fields in sorted(listed.items()):
         tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
         if tokenizer.token_to_id(fields["content"]) != number:
             raise ValueError(f"{folder}: added token {fields['content']!r} cannot have the id {number}")
@@ -222,12 +225,13 @@ def _prefixes_the_first_alone(tokenizer: dict[str, Any]) -> bool:
 
 def _without_prefix(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """One that puts no space before a text."""
-    fields = copy.deepcopy(tokenizer)
-    for step in _steps(fields["pre_tokenizer"]):
+    words = copy.deepcopy(tokenizer["pre_tokenizer"])
+    for step in _steps(words):
         step |= {name: never for name, never in _NO_PREFIX.items() if name in step}
-    kept = [step for step in _steps(fields["normalizer"]) if step["type"] != "Prepend"]
-    fields["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    return fields
+    letters, kept = tokenizer["normalizer"], [s for s in _steps(tokenizer["normalizer"]) if s["type"] != "Prepend"]
+    if kept != _steps(letters):
+        letters = {"type": "Sequence", "normalizers": kept}
+    return tokenizer | {"pre_tokenizer": words, "normalizer": letters}
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
