@@ -50,9 +50,9 @@ def test_a_recipe_is_read_at_every_size_and_its_patterns_find_weights(name):
         config = module.get_config(size)
         assert names_in_order(config) == STAGES[name]
         assert read_run(load(dump(config))) == read_run(config)
-        params = abstract_params(read_run(config).model)
         for stage in STAGES[name]:
             run = read_run(stage_config(config, stage))
+            params = abstract_params(run.model)
             make_optimizer(run.optim, params)
             learning = {"encoder", "connector", "decoder"} & split(params, run.optim.freeze)[0].keys()
             every = {"encoder", "connector", "decoder"}
@@ -74,7 +74,7 @@ def test_every_recipe_is_listed():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_steps(name, tmp_path, monkeypatch):
-    """By default tests/test_docs.py takes those of one."""
+    """By default tests/test_docs.py takes those of one, with adapters."""
     on_one_device(monkeypatch)
     train_run(recipe(name).get_config("tiny"), tmp_path)
     assert list(ended(tmp_path)) == STAGES[name]

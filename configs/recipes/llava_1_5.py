@@ -3,27 +3,29 @@
     python -m mllm_jax.train --config configs/recipes/llava_1_5.py:7b --workdir DIR --config.init=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
 
-The argument is "7b", "13b", or "tiny" (see `mllm_jax.train.miniature`). Sources: [T] the tables in README.md of
-haotian-liu/LLaVA; [P], [F] its scripts/v1_5/pretrain.sh and finetune.sh; [D] defaults of transformers' Trainer, which
-the scripts leave. What has no source is ours.
+The argument is "7b", "13b", or "tiny" (see `mllm_jax.train.miniature`), each also with "-lora": instructions are
+learned by adapters of the decoder, and by the connector. Sources: [T] the tables in README.md of haotian-liu/LLaVA;
+[P], [F], [L] its scripts/v1_5/pretrain.sh, finetune.sh and finetune_lora.sh; [A] defaults of llava/train/train.py and
+[D] of transformers' Trainer, which the scripts leave. What has no source is ours.
 """
 
 from dataclasses import replace
 
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.families import llava
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
 
-SIZES = ("7b", "13b")
+SIZES = ("7b", "13b", "7b-lora", "13b-lora")
 ALIGN = 558_000 // 256  # [T] 558K captions, once, 256 at a time
 INSTRUCT = 665_000 // 128  # [F] llava_v1_5_mix665k, [T] once, 128 at a time
 
 
-def recipe(size: str) -> Run:
+def recipe(size: str, adapts: bool) -> Run:
     # One conversation with a picture in a row, as there: a picture is 577 patches with its class token, 576 tokens.
     captions = FilesData(batch=256, tokens=768, rows=1, patches=577)  # [T] 256; a caption is short
     instructions = replace(captions, batch=128, tokens=2048)  # [T]
@@ -42,16 +44,32 @@ def recipe(size: str) -> Run:
         warmup=round(0.03 * INSTRUCT),  # [F] 0.03
         freeze=("encoder",),  # the tower stays as it was published, in both stages
     )
+    lora = LoraConfig(
+        rank=128,  # [L] lora_r
+        alpha=256.0,  # [L] lora_alpha
+        dropout=0.05,  # [A]
+        train=("^connector/",),  # [L] which has a learning rate of its own
+        base="bfloat16",  # [L] bf16
+    )
+    adapted = replace(
+        instruct,
+        learning_rate=2e-4,  # [L]
+        factors=(("^connector/", 2e-5 / 2e-4),),  # [L] mm_projector_lr 2e-5
+        freeze=(),  # all but adapters and the connector
+    )
+    learned = Stage(data=instructions, **({"optim": adapted, "lora": lora} if adapts else {"optim": instruct}))
     return Run(
         model=replace(llava.sizes(f"1.5-{size}"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [P, F] bf16
         init=f"llava-hf/llava-1.5-{size}-hf",
         data=captions,
         train=TrainConfig(save_every=500),
-        stages={"align": Stage(data=captions, optim=align), "instruct": Stage(data=instructions, optim=instruct)},
+        stages={"align": Stage(data=captions, optim=align), "instruct": learned},
     )
 
 
 def get_config(arg: str = "7b"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/llava_1_5.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe("7b")) if arg == "tiny" else recipe(arg))
+    known = (*SIZES, "tiny", "tiny-lora")
+    if arg not in known:
+        raise ConfigError(f"configs/recipes/llava_1_5.py has no size {arg!r}; {suggestion(arg, known)}")
+    size, _, adapts = arg.partition("-")
+    return run_config(miniature(recipe("7b", bool(adapts))) if size == "tiny" else recipe(size, bool(adapts)))

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, dump, told
 from mllm_jax.model import abstract_params
+from mllm_jax.train.initial import check_adapters
 from mllm_jax.train.loop import StopSignal, made, train
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.run import read_run
@@ -63,8 +64,11 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None,
 
 def _check(config: ConfigDict, name: str) -> None:
     """Raises ConfigError for what would end a stage before its first step, hours after the chain began."""
-    run = read_run(stage_config(config, name))
+    alone = lambda name: read_run(stage_config(config, name))
+    run, after = alone(name), config.stages[name].after
     try:
+        if after:
+            check_adapters(alone(after).lora, run.lora, f"of stage {after}")
         make_optimizer(run.optim, abstract_params(run.model))
         run.data.source("train")
     except ConfigError as error:

@@ -1,17 +1,18 @@
 """What a run begins with: published weights, those of another run (maybe the stage before it), or random ones."""
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from mllm_jax.api import load_params
 from mllm_jax.config import ConfigError
 from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params
-from mllm_jax.nn.lora import LoraConfig, join, keep_arrays, split_adapters
+from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
 from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
 from mllm_jax.train.run import Run
@@ -22,10 +23,12 @@ def first_params(run: Run, mesh: Mesh) -> dict:
     """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names.
 
     To these new adapters are added where the run has some and they none; their base is as `run.lora.base` says, and
-    what is not fp32 there is read in bf16.
+    what is not fp32 there is read in bf16. Adapters of a run before go on where this run has the same, and are merged
+    into their weights where it has none.
 
     Raises:
-      ConfigError: they are of a run with another model. FileNotFoundError: that run has no checkpoint.
+      ConfigError: they are of a run with another model, or with other adapters. FileNotFoundError: that run has no
+        checkpoint.
     """
     if not run.init:
         layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
@@ -34,17 +37,31 @@ def first_params(run: Run, mesh: Mesh) -> dict:
     if not is_run(run.init):
         layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)
         return _adapted(run, load_params(run.init, base, layout, dtypes=_half(run)), mesh)
-    before = read_config(run.init).model
+    before = read_config(run.init)
     shapes = lambda model: {path: x.shape for path, x in flatten_dict(abstract_params(model), sep="/").items()}
-    ours, theirs = shapes(run.model if before.lora.rank else base), shapes(before)
+    ours, theirs = shapes(base), shapes(replace(before.model, lora=LoraConfig()))
     if other := [path for path in sorted({*ours, *theirs}) if ours.get(path) != theirs.get(path)]:
         path = other[0]
         raise ConfigError(
             f"config.init={run.init} is a run of another model: {path} has the shape {theirs.get(path)} there, "
             f"{ours.get(path)} here" + (f", and {len(other) - 1} more weights differ" if len(other) > 1 else "")
         )
+    check_adapters(before.lora, run.lora, f"of config.init={run.init}")
     params = restore_params(run.init, mesh=mesh)[1]
-    return params if before.lora.rank else _adapted(run, params, mesh)
+    if not before.lora.rank:
+        return _adapted(run, params, mesh)
+    return params if run.lora.rank else _merged(run, params, mesh)
+
+
+def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
+    """Raises ConfigError where a run can neither go on with the adapters of the one before nor merge them."""
+    if before.rank and now.rank and before != now:
+        odd = [field.name for field in fields(now) if getattr(before, field.name) != getattr(now, field.name)]
+        told = ", ".join(f"{name} was {getattr(before, name)!r}, is {getattr(now, name)!r}" for name in odd)
+        raise ConfigError(
+            f"config.lora: the adapters {whose} go on only as they are, and {told}: give the same, or rank=0 to merge "
+            "them and train the weights"
+        )
 
 
 def _half(run: Run) -> dict[str, str]:
@@ -63,6 +80,14 @@ def _adapted(run: Run, params: dict, mesh: Mesh) -> dict:
     base, adapters = split_adapters(shardings(abstract_boxed(run.model), mesh, rules))
     fresh = jax.jit(partial(init_adapters, run.model), out_shardings=adapters)(jax.random.key(run.train.seed))
     return join(keep_arrays(params, boxed, run.lora, base), fresh)
+
+
+def _merged(run: Run, params: dict, mesh: Mesh) -> dict:
+    """The weights of a run before, fp32, with its adapters in them."""
+    boxed = abstract_boxed(run.model)
+    whole = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    merge = lambda params: split_adapters(add_products(jax.tree.map(whole, params), boxed))[0]
+    return jax.jit(merge, out_shardings=shardings(boxed, mesh, run.model.runtime.rules))(params)
 
 
 def processor_of(run: Run) -> str:

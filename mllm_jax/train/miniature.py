@@ -10,9 +10,10 @@ from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.train.inputs import SCENES, ScenesData
-from mllm_jax.train.run import Run, Stage
+from mllm_jax.train.run import PARTS_OF_STAGES, Run, Stage
 
 STEPS = 8  # of a stage, at most
+RANK = 4  # of adapters, at most
 
 
 def miniature(run: Run) -> Run:
@@ -23,19 +24,22 @@ def miniature(run: Run) -> Run:
     """
     stages = {name: _stage(stage) for name, stage in run.stages.items()}
     small = replace(run, model=_model(run.model.decoder.moe is not None), init="", processor=SCENES, stages=stages)
-    return replace(small, **{part: getattr(_stage(small), part) for part in ("data", "optim", "train", "mesh")})
+    return replace(small, **{part: getattr(_stage(small), part) for part in PARTS_OF_STAGES})
 
 
 def _stage(run: Run | Stage) -> Stage:
     optim = run.optim and replace(
         run.optim, steps=min(STEPS, run.optim.steps), warmup=min(STEPS // 4, run.optim.warmup)
     )
+    lora = run.lora
+    if lora and lora.rank > RANK:
+        lora = replace(lora, rank=RANK, alpha=lora.alpha * RANK / lora.rank)
     train = run.train and replace(
         run.train, loss_chunk=64, log_every=1, evaluate_every=0, save_every=0, heldout=8, accumulate=1
     )
     data = run.data and ScenesData(batch=8, tokens=64, rows=1, patches=112, min_pixels=256, kinds={"colour": 1.0})
     mesh = run.mesh and {"fsdp": -1}
-    return Stage(getattr(run, "after", None), data, optim, train, mesh)
+    return Stage(getattr(run, "after", None), data, optim, lora, train, mesh)
 
 
 def _model(experts: bool) -> ModelConfig:

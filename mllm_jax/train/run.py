@@ -47,7 +47,7 @@ PARTS = {
         *(FilesData, MixtureData, ScenesData, CaptionsData),
     )
 }
-PARTS_OF_STAGES = ("data", "optim", "train", "mesh")
+PARTS_OF_STAGES = ("data", "optim", "lora", "train", "mesh")
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ class Stage:
     """What a part of a run does otherwise than the rest; what is None is that of the run (see `mllm_jax.train.stages`).
 
     after: the stage whose weights it begins with, "" = those of `init`; None = the one that is named before it.
-    data, optim, train, mesh: as in a `Run`. `optim.steps` is the length of the stage.
+    data, optim, lora, train, mesh: as in a `Run`. `optim.steps` is the length of the stage.
     """
 
     after: str | None = None
     data: Any = None
     optim: OptimConfig | None = None
+    lora: LoraConfig | None = None
     train: TrainConfig | None = None
     mesh: Mapping[str, int] | None = None
 
@@ -225,15 +226,15 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
         )
     if isinstance(whole.model, DualConfig) and run.train.accumulate > 1:
         raise ConfigError(f"{path}.train.accumulate must be 1: every pair of a batch is compared with all others")
-    if isinstance(whole.model, DualConfig) and whole.lora.drops:
-        raise ConfigError("config.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
+    if isinstance(whole.model, DualConfig) and run.lora.drops:
+        raise ConfigError(f"{path}.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
     if whole.model.encoder is None and run.data.budget.rows:
         raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
     preference = run.train.preference
-    if preference.has_pairs and preference.reference == BASE and (not whole.lora.rank or whole.lora.train):
+    if preference.has_pairs and preference.reference == BASE and (not run.lora.rank or run.lora.train):
         raise ConfigError(
             f"{path}.train.preference.reference={BASE!r} is the model without its adapters, which needs "
-            f"config.lora.rank and no config.lora.train; {FIRST!r} keeps a copy of the first weights"
+            f"{path}.lora.rank and no {path}.lora.train; {FIRST!r} keeps a copy of the first weights"
         )
     if preference.has_pairs and isinstance(whole.model, DualConfig):
         raise ConfigError(f"{path}.train.preference is for models that answer; a dual encoder does not")

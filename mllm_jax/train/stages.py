@@ -1,12 +1,13 @@
 """Stages of a run: align, instruct, long context ... each an ordinary run in a folder of its own.
 
-A config names them, `config.stages.NAME`, and says in which data, optimizer, trained parts, budgets, loss or mesh each
-differs from the run. Stage NAME of the run in DIR lies in DIR/NAME: with its own checkpoints, metrics, events and
-config, so that all that reads a run reads a stage.
+A config names them, `config.stages.NAME`, and says in which data, optimizer, trained parts, adapters, budgets, loss or
+mesh each differs from the run. Stage NAME of the run in DIR lies in DIR/NAME: with its own checkpoints, metrics, events
+and config, so that all that reads a run reads a stage.
 
 A stage begins with the weights of the one `after` which it comes, with **a fresh optimizer** and a schedule of its own:
 moments of weights that were frozen do not exist, those of the others belong to another loss, and every published recipe
-restarts its schedule. Nothing else is carried over.
+restarts its schedule. Nothing else is carried over. Adapters of the stage before go on where this one has the same, and
+are merged into their weights where it has none; where it alone has some, they are new.
 """
 
 import json
