@@ -62,6 +62,16 @@ def load_pretrained(
       ValueError: the config is of another family or cannot be read, or the weights do not fit it.
     """
     folder = local_folder(source)
+    runtime = dataclasses.replace(runtime or Runtime(), dtype=dtype)
+    config = dataclasses.replace(published_config(folder), runtime=runtime)
+    layout = shardings(abstract_boxed(config), mesh, runtime.rules) if mesh else None
+    params = load_params(folder, config, layout, dtype, tower)
+    return Pretrained(config, config.build(), params, _processor(folder, config))
+
+
+def published_config(source: str | os.PathLike) -> ModelConfig | DualConfig:
+    """The model that the config.json of a folder, or of the hub's model, describes; errors as of `load_pretrained`."""
+    folder = local_folder(source)
     stated = _read_config(folder)
     if stated.get("quantization_config"):
         raise ValueError(f"{folder} holds quantized weights, which cannot be read; load a copy in bf16, fp16 or fp32")
@@ -71,16 +81,11 @@ def load_pretrained(
         raise ValueError(f"{folder / CONFIG}: {unsupported('model_type', kind, FAMILIES)}{hint}")
     family = FAMILIES[kind]
     try:
-        config = family.from_hf(stated)
+        return family.from_hf(stated)
     except KeyError as missing:
         raise ValueError(f"{folder / CONFIG} lacks the key {missing}") from None
     except ValueError as fault:
         raise ValueError(f"{folder / CONFIG}: {fault}") from None
-    runtime = dataclasses.replace(runtime or Runtime(), dtype=dtype)
-    config = dataclasses.replace(config, runtime=runtime)
-    layout = shardings(abstract_boxed(config), mesh, runtime.rules) if mesh else None
-    params = load_params(folder, config, layout, dtype, tower)
-    return Pretrained(config, config.build(), params, _processor(folder, config))
 
 
 def load_params(
@@ -90,14 +95,16 @@ def load_params(
     dtype: str = "float32",
     tower: str | os.PathLike | None = None,
     dtypes: Mapping[str, str] = {},  # noqa: B006 (nobody changes it)
+    part: str = "",
 ) -> dict[str, Any]:
     """The weights of `source` as parameters of a config; arguments and errors are those of `load_pretrained`.
 
     layout: nested dict of jax.sharding.Sharding; None = all on the default device.
     dtypes: of single parameters, by path, that shall have another than `dtype`.
+    part: the one part of the model that is read, such as "encoder", and returned as {part: ...}; "" = all.
     """
     folder, family = local_folder(source), FAMILIES[config.family]
-    if tower is None and hasattr(family, "elsewhere"):
+    if tower is None and part in ("", "encoder") and hasattr(family, "elsewhere"):
         tower = family.elsewhere(_read_config(folder), open_checkpoint(folder))
     try:
         folders = [folder] if tower is None else [folder, local_folder(tower)]
@@ -107,8 +114,10 @@ def load_params(
             f"{error}"
         ) from error
     rows = [row._replace(dtype=dtypes.get(row.ours, row.dtype)) for row in family.weights(config)]
-    shapes = abstract_params(config)
-    return load_tensors(folders, rows, shapes, layout, dtype, ignore=family.IGNORE, rename=family.RENAME)
+    shapes, ignore = abstract_params(config), family.IGNORE
+    if part:
+        rows, shapes, ignore = [row for row in rows if row.ours.startswith(f"{part}/")], {part: shapes[part]}, (".*",)
+    return load_tensors(folders, rows, shapes, layout, dtype, ignore=ignore, rename=family.RENAME)
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:

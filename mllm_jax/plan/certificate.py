@@ -20,7 +20,7 @@ from mllm_jax.sharding import MESH_AXES, make_mesh
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.inputs import SCENES, make_processor
 from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import PARTS, read_run
+from mllm_jax.train.run import PARTS, processor_source, read_run
 from mllm_jax.train.state import state_from_params, state_shardings
 from mllm_jax.train.step import batch_shardings, make_train_step
 from mllm_jax.types import Batch
@@ -75,7 +75,9 @@ def read_certificate(config: ConfigDict, name: str = "run") -> Certificate:
     if "models" in config:
         return from_config_dict(Certificate, config, PARTS, "config")
     run = read_run(config)
-    return Certificate({name: run.model}, run.data, run.processor or run.init, run.train.balance)
+    return Certificate(
+        {name: run.model}, run.data, processor_source(run.processor, run.init, run.parts), run.train.balance
+    )
 
 
 def compare(certificate: Certificate, name: str) -> Iterator[Comparison]:

@@ -48,14 +48,15 @@ def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None
         return
     kept, file = flatten_dict(saved(run, params)), Path(workdir) / FILE
     base = {path: x for path, x in flatten_dict(params).items() if path not in kept}
-    found = {"init": run.init, "fingerprint": int(fingerprint(unflatten_dict(base)))}
+    found = {"init": run.init or run.taken, "fingerprint": int(fingerprint(unflatten_dict(base)))}
     if not again:
         if jax.process_index() == 0:
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return
     began = json.loads(file.read_text(encoding="utf-8"))
     if began["fingerprint"] != found["fingerprint"]:
-        source = f"config.init={run.init!r}" if run.init else f"config.train.seed={run.train.seed}"
+        named = f"config.init={run.init!r}" if run.init else f"config.parts={run.taken}" if run.taken else ""
+        source = named or f"config.train.seed={run.train.seed}"
         raise ConfigError(
             f"{workdir} began with other weights (of {began['init'] or 'config.train.seed'!r}) than {source} gives; "
             "its checkpoints hold what is trained alone: give it those weights again, or use another --workdir"

@@ -49,7 +49,8 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None,
     with StopSignal() as stop:
         for name in chosen:
             alone = stage_config(config, name, folder)
-            origin = f"the weights of {alone.init}" if alone.init else "random weights"
+            sources = [alone.init] if alone.init else [source for source in alone.parts.values() if source]
+            origin = f"the weights of {' and '.join(sources)}" if sources else "random weights"
             _say(f"stage {name}, {order.index(name) + 1} of {len(order)}, from {origin}")
             step = train(alone, folder / name, stop, **options)
             if stop.heeded:

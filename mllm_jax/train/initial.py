@@ -15,12 +15,14 @@ from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
 from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
-from mllm_jax.train.run import Run
+from mllm_jax.train.parts import load_parts
+from mllm_jax.train.run import Run, processor_source
 from mllm_jax.train.stages import is_run, run_folder
 
 
 def first_params(run: Run, mesh: Mesh) -> dict:
-    """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names.
+    """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names, or
+    the `run.parts`.
 
     To these new adapters are added where the run has some and they none; their base is as `run.lora.base` says, and
     what is not fp32 there is read in bf16. Adapters of a run before go on where this run has the same, and are merged
@@ -30,6 +32,8 @@ def first_params(run: Run, mesh: Mesh) -> dict:
       ConfigError: they are of a run with another model, or with other adapters. FileNotFoundError: that run has no
         checkpoint.
     """
+    if run.taken:
+        return _adapted(run, load_parts(run, mesh, _half(run)), mesh)
     if not run.init:
         layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
         return jax.jit(partial(init_params, run.model), out_shardings=layout)(jax.random.key(run.train.seed))
@@ -92,5 +96,5 @@ def _merged(run: Run, params: dict, mesh: Mesh) -> dict:
 
 def processor_of(run: Run) -> str:
     """Where the run's processor is: where it says, or beside the weights that it begins with."""
-    source = run.processor or run.init
+    source = processor_source(run.processor, run.init, run.parts)
     return os.fspath(run_folder(source) / PROCESSOR) if source and is_run(source) else source

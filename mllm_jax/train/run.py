@@ -119,7 +119,10 @@ class Run:
       are those of `rules`.
     data: FilesData, MixtureData, ScenesData or CaptionsData.
     init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
-    processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`.
+    parts: in place of `init`, folders or hub names of the published models that single parts are taken from: "encoder",
+      "connector", "decoder", or of a DualConfig "encoder", "text" (see `mllm_jax.train.parts`).
+    processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`, or that of
+      the decoder's folder.
     optim: `optim.steps` is the length of the run.
     lora: adapters that are trained in place of the weights (see `mllm_jax.nn.lora`); of rank 0 there are none.
     preset: of `mllm_jax.sharding.PRESETS`: the mesh and the rules that the run begins with, and edits.
@@ -135,11 +138,17 @@ class Run:
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     init: str = ""
+    parts: Mapping[str, str] = field(default_factory=dict)
     processor: str = ""
     preset: str = "fsdp"
     mesh: Mapping[str, int] = field(default_factory=dict)
     rules: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Stage] = field(default_factory=dict)
+
+    @property
+    def taken(self) -> dict[str, str]:
+        """The parts that come from folders of their own."""
+        return {part: source for part, source in self.parts.items() if source}
 
 
 def run_config(run: Run) -> ConfigDict:
@@ -148,7 +157,7 @@ def run_config(run: Run) -> ConfigDict:
     Every axis of the mesh and every rule has a field; those in which the run equals its preset follow `config.preset`.
     Every stage has all of its fields; those in which it equals the run follow what the command line sets there.
     """
-    run = _with_all_of_preset(run)
+    run = _with_all_of_preset(dataclasses.replace(run, parts=dict.fromkeys(_parts_of(run), "") | run.parts))
     before = dict(zip(run.stages, ["", *run.stages]))
     config = to_config_dict(
         dataclasses.replace(run, stages={name: filled(run, stage, before[name]) for name, stage in run.stages.items()})
@@ -190,6 +199,16 @@ def filled(run: Run, stage: Stage, before: str) -> Stage:
     return Stage(after=before if stage.after is None else stage.after, **parts)
 
 
+def _parts_of(run: Run) -> tuple[str, ...]:
+    """The parts of the run's model that may come from folders of their own."""
+    return ("encoder", "text") if isinstance(run.model, DualConfig) else ("encoder", "connector", "decoder")
+
+
+def processor_source(processor: str, init: str, parts: Mapping[str, str]) -> str:
+    """Where a run with these fields has its processor from."""
+    return processor or init or parts.get("decoder") or parts.get("text") or ""
+
+
 def follow(section: ConfigDict, leader: ConfigDict) -> None:
     """Lets every value of `section` that equals the leader's be the leader's, until it is set itself."""
     for name in section:
@@ -208,6 +227,10 @@ def read_run(config: ConfigDict) -> Run:
     if type(run.model) not in STEPS:
         raise ConfigError("config.model.type must be ModelConfig or DualConfig")
     run = dataclasses.replace(run, stages={name: filled(run, stage, "") for name, stage in run.stages.items()})
+    if unknown := sorted(set(run.parts) - set(_parts_of(run))):
+        raise ConfigError(f"config.parts: there is no {unknown[0]!r}; {suggestion(unknown[0], _parts_of(run))}")
+    if run.init and run.taken:
+        raise ConfigError(f"config.parts={run.taken} is in place of config.init={run.init!r}: leave one of them empty")
     for name, stage in run.stages.items():
         _check(run, stage, f"config.stages.{name}")
     if not run.stages:

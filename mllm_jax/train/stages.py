@@ -18,7 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, suggestion
-from mllm_jax.train.run import PARTS_OF_STAGES
+from mllm_jax.train.run import PARTS_OF_STAGES, processor_source
 
 PROGRESS = "stages.json"  # in the folder of a staged run: the stages in order, and the last step of those that ended
 CHECKPOINTS = "checkpoints"  # in the folder of a run or of a stage
@@ -44,16 +44,16 @@ def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = Non
 
     Args:
       workdir: folder of the staged run. If it holds the stage that this one comes after, this one begins with its
-        weights, and with those of `config.init` otherwise.
+        weights, and with those of `config.init` or `config.parts` otherwise.
     """
     if name not in config.stages:
         raise ConfigError(f"config.stages has no {name!r}; {suggestion(name, config.stages)}")
     whole = config.to_dict()
     stage = whole["stages"][name]
     alone = whole | {part: stage[part] for part in PARTS_OF_STAGES if stage[part] is not None} | {"stages": {}}
-    alone["processor"] = alone["processor"] or alone["init"]
+    alone["processor"] = processor_source(alone["processor"], alone["init"], alone.get("parts", {}))
     if workdir is not None and stage["after"] and has_checkpoint(folder := Path(workdir).resolve() / stage["after"]):
-        alone["init"] = str(folder)
+        alone |= {"init": str(folder), "parts": {}}
     return ConfigDict(alone)
 
 
