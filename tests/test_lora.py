@@ -206,7 +206,10 @@ def test_a_run_with_adapters():
         ({"targets": ("mlp/norm",)}, "lora.targets: 'mlp/norm' matches no weight"),
         ({"targets": ("decoder/embed",)}, "lora.targets: 'decoder/embed' matches no weight"),
         ({"targets": ("decoder/head",)}, "'decoder/head/w', which cannot have an adapter"),
-        ({"targets": ("experts",)}, "'decoder/layers/mlp/experts_down/w', which cannot have an adapter"),
+        (
+            {"targets": ("experts",), "dropout": 0.1},
+            "lora.dropout must be 0 where experts have adapters, as 'decoder/l",
+        ),
         ({"ranks": (("^encoder/", 8),)}, "lora.ranks: '\\^encoder/' matches no weight"),
         ({"train": ("conector",)}, "lora.train: 'conector' matches no weight; .*connector"),
     ),

@@ -63,14 +63,14 @@ def by_hand(x, experts, weights, real, params):
     return y
 
 
-def run(runtime, x, experts, weights, real, params):
-    """(y, dropped, gradients of x, weights and params)."""
+def run(runtime, x, experts, weights, real, params, change=lambda params: params):
+    """(y, dropped, gradients of x, weights and params), of experts with the weights `change(params)`."""
     target = np.random.default_rng(9).standard_normal(x.shape).astype(np.float32)
 
     @jax.jit
     def both(x, weights, params):
         def loss(x, weights, params):
-            y, dropped = dispatch(x, experts, weights, real, params, jax.nn.silu, runtime)
+            y, dropped = dispatch(x, experts, weights, real, change(params), jax.nn.silu, runtime)
             return jnp.sum(y * target), (y, dropped)
 
         gradients, (y, dropped) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weights, params)
@@ -113,6 +113,43 @@ def test_meshes_give_what_one_device_gives(plain, mesh):
     close(y, plain[0])
     jax.tree.map(close, gradients, plain[2])
     assert not np.asarray(dropped).any()
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """Inputs whose experts have adapters, and what comes of them where these are merged."""
+    *others, params = inputs()
+    normal = lambda *shape: np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32) / 4
+    low = 2  # rank, on which no mesh divides
+    first = normal(COUNT, WIDTH, low), normal(COUNT, low, 2, HIDDEN)
+    params = Experts(params.gate_up, params.down, first, (normal(COUNT, HIDDEN, low), normal(COUNT, low, WIDTH)))
+
+    def merged(params):
+        gate_up = params.gate_up + jnp.einsum("EDr,ErCF->ECDF", *params.gate_up_factors)
+        return Experts(gate_up, params.down + jnp.einsum("EFr,ErD->EFD", *params.down_factors))
+
+    return (*others, params), run(Runtime(experts="dense"), *others, params, merged)
+
+
+@pytest.mark.parametrize(
+    ("experts", "mesh"),
+    [
+        ("capacity", {}),
+        ("dropless", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("dense", {}), ("dropless", {}), ("dropless", {"expert": 8}), ("dropless", {"fsdp": 8})]
+        ),
+    ],
+    ids=str,
+)
+def test_adapters_of_experts_add_their_products(plain, adapted, experts, mesh):
+    given, expected = adapted
+    assert np.abs(expected[0] - plain[0]).max() > 0.1
+    with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
+        y, _, gradients = run(Runtime(experts=experts), *given)
+    close(y, expected[0])
+    jax.tree.map(close, gradients, expected[2])
 
 
 def test_rows_that_do_not_divide_are_on_all_devices():

@@ -23,10 +23,20 @@ from mllm_jax.types import Array
 
 
 class Experts(NamedTuple):
-    """Weights of all experts, each a gated MLP."""
+    """Weights of all experts, each a gated MLP, and the two factors of their adapters, where they have any."""
 
     gate_up: Array  # [E 2 D F]
     down: Array  # [E F D]
+    gate_up_factors: tuple[Array, ...] = ()  # [E D r], [E r 2 F]
+    down_factors: tuple[Array, ...] = ()  # [E F r], [E r D]
+
+
+AXES = Experts(
+    jax.P("expert", None, "expert_embed", "expert_mlp"),
+    jax.P("expert", "expert_mlp", "expert_embed"),
+    (jax.P("expert", "expert_embed", None), jax.P("expert", None, None, "expert_mlp")),
+    (jax.P("expert", "expert_mlp", None), jax.P("expert", None, "expert_embed")),
+)
 
 
 @jax.named_scope("experts")
@@ -53,8 +63,8 @@ def _dense(x, experts, weights, params, activation, runtime):
     """Every expert reads every token."""
     count = params.down.shape[0]
     share = jnp.sum(jax.nn.one_hot(experts, count, dtype=x.dtype) * weights[..., None], axis=-2)
-    gate, up = jnp.split(_einsum("BTD,ECDF->CBTEF", x, params.gate_up), 2)
-    y = _einsum("BTEF,EFD->BTED", (activation(gate) * up)[0], params.down)
+    product = lambda x, w: _einsum("BTI,EIO->BTEO" if x.ndim == 3 else "BTEI,EIO->BTEO", x, w)
+    y = _mlps(product, x, params, activation)
     return jnp.einsum("BTE,BTED->BTD", share, y), jnp.zeros(len(x), jnp.int32)
 
 
@@ -68,8 +78,7 @@ def _capacity(x, experts, weights, params, activation, runtime):
     names = ("expert_batch", "expert", None, None)
     buffer = rearrange(jax.vmap(_move)(copies, *plan), "B (E room) D -> B E room D", E=count)
     buffer = shard(buffer, names, runtime.rules)
-    gate, up = (_einsum("BERD,EDF->BERF", buffer, params.gate_up[:, i]) for i in range(2))
-    y = shard(_einsum("BERF,EFD->BERD", activation(gate) * up, params.down), names, runtime.rules)
+    y = shard(_mlps(partial(_einsum, "BERI,EIO->BERO"), buffer, params, activation), names, runtime.rules)
     y = jax.vmap(_move)(rearrange(y, "B E room D -> B (E room) D"), plan.slot, plan.choice)
     y = jnp.einsum("BkTD,BTk->BTD", rearrange(y, "B (k T) D -> B k T D", k=top_k), weights)
     return y, jnp.sum((plan.slot < 0) & (choices < count), axis=1)
@@ -82,20 +91,21 @@ def _dropless(x, experts, weights, params, activation, runtime):
         return _local(x, experts, weights, params, activation, runtime, (), ())
     spec, names = (lambda *names: partition_spec(names, runtime.rules, mesh)), ("batch", "length")
     whole = [name if size % ways(name, runtime.rules, mesh) == 0 else None for name, size in zip(names, x.shape)]
-    tokens, gate_up = spec(*whole), spec("expert", None, "expert_embed", "expert_mlp")
-    down = spec("expert", "expert_mlp", "expert_embed")
-    across, gathered, split = (_axes(part) for part in (gate_up[0], gate_up[2], gate_up[3]))
+    held = Experts(*(axes if len(given) else () for axes, given in zip(AXES, params)))
+    tokens, places = spec(*whole), jax.tree.map(lambda axes: spec(*axes), held)
+    across, gathered, split = (_axes(places.gate_up[axis]) for axis in (0, 2, 3))
     exchanged = set(across) & {axis for part in tokens for axis in _axes(part)}
     if exchanged and exchanged != set(across):
         raise ValueError(f"rules: of the axes {across} of 'expert' only {sorted(exchanged)} hold tokens: all or none")
 
-    def local(x, experts, weights, gate_up, down):
-        params = Experts(*(part.astype(x.dtype) for part in (gate_up, down)))
+    def whole_embed(w, axes):
+        place = tuple(axes).index("expert_embed") if "expert_embed" in axes else None
+        return w if place is None else jax.lax.all_gather(w, gathered, axis=place, tiled=True)
+
+    def local(x, experts, weights, params):
+        params = jax.tree.map(lambda w: w.astype(x.dtype), params)
         if gathered:
-            params = Experts(
-                jax.lax.all_gather(params.gate_up, gathered, axis=2, tiled=True),
-                jax.lax.all_gather(params.down, gathered, axis=2, tiled=True),
-            )
+            params = jax.tree.map(whole_embed, params, held)
         if exchanged:
             return _local(x, experts, weights, params, activation, runtime, across, split)
         # All devices have these tokens: each sends them through its own experts alone.
@@ -104,9 +114,8 @@ def _dropless(x, experts, weights, params, activation, runtime):
         with expect_share(1 / _size(across)):
             return _local(x, experts, weights, params, activation, runtime, (), (*across, *split))
 
-    specs = (tokens, tokens, tokens, gate_up, down)
-    out_specs = (tokens, jax.P(tokens[0]))
-    return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(x, experts, weights, *params)
+    specs, out_specs = (tokens, tokens, tokens, places), (tokens, jax.P(tokens[0]))
+    return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(x, experts, weights, params)
 
 
 def _local(x, experts, weights, params, activation, runtime, across, split):
@@ -151,8 +160,22 @@ def _exchanged(x, choices, mlp, own, across, runtime):
 
 def _grouped_mlp(x, sizes, params, activation, runtime):
     product = partial(grouped_matmul, sizes=sizes.astype(jnp.int32), implementation=grouped_for(runtime.grouped))
-    gate, up, down = (w.astype(x.dtype) for w in (params.gate_up[:, 0], params.gate_up[:, 1], params.down))
-    return product(activation(product(x, gate)) * product(x, up), down)
+    return _mlps(product, x, jax.tree.map(lambda w: w.astype(x.dtype), params), activation)
+
+
+def _mlps(product: Callable, x, params: Experts, activation: Callable):
+    """Tokens through the MLPs of their experts; `product(x, w)` is that with the weights w [E I O] of all experts."""
+    gate, up = (product(x, params.gate_up[:, i]) for i in range(2))
+    if params.gate_up_factors:
+        first, second = params.gate_up_factors
+        low = product(x, first)
+        gate, up = (y + product(low, second[:, :, i]) for i, y in enumerate((gate, up)))
+    hidden = activation(gate) * up
+    y = product(hidden, params.down)
+    if params.down_factors:
+        first, second = params.down_factors
+        y += product(product(hidden, first), second)
+    return y
 
 
 class _Plan(NamedTuple):

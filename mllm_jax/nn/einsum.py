@@ -11,6 +11,7 @@ from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
 from mllm_jax.nn.quantized import SCALE as QUANTISED
 from mllm_jax.nn.quantized import dequantise
 from mllm_jax.sharding import named
+from mllm_jax.types import Array
 
 
 class Einsum(nn.Module):
@@ -76,12 +77,24 @@ def _precision(dtype: str):
 
 
 class Weight(nn.Module):
-    """A weight `w` alone, for products that `Einsum` cannot say; fp32, normal with variance 1 / fan_in."""
+    """A weight `w` alone, for products that `Einsum` cannot say; fp32, normal with variance 1 / fan_in.
+
+    matrix: see `Named`; without it there can be no adapter.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     fan_in: int
+    matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @nn.compact
     def __call__(self):
-        return self.param("w", named(nn.initializers.normal(self.fan_in**-0.5), *self.axes), self.shape)
+        init = named(nn.initializers.normal(self.fan_in**-0.5), *self.axes, matrix=self.matrix)
+        return self.param("w", init, self.shape)
+
+    def factors(self) -> tuple[Array, ...]:
+        """(scale A, B) of the adapter beside the weight; () where there is none."""
+        if not self.has_variable("params", DOWN):
+            return ()
+        down, up, scale = (self.get_variable("params", name) for name in (DOWN, UP, SCALE))
+        return jnp.expand_dims(scale, range(scale.ndim, down.ndim)) * down, up

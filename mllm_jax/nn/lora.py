@@ -92,7 +92,10 @@ class LoraConfig:
         for name in ("ranks", "alphas"):
             check_patterns([pattern for pattern, _ in getattr(self, name)], found, f"lora.{name}")
         ranks = {path: first_found(self.ranks, path, self.rank) for path in found}
-        return {path: rank for path, rank in ranks.items() if rank}
+        ranks = {path: rank for path, rank in ranks.items() if rank}
+        if self.drops and (experts := [path for path in ranks if "expert" in paths[path].names]):
+            raise ValueError(f"lora.dropout must be 0 where experts have adapters, as {experts[0]!r} has: leave it out")
+        return ranks
 
 
 def flatten(boxed: Any) -> dict[str, Named]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from flax import linen as nn
 
-from mllm_jax.nn.dispatch import Experts, dispatch
+from mllm_jax.nn.dispatch import AXES, Experts, dispatch
 from mllm_jax.nn.einsum import Einsum, Weight
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp
 from mllm_jax.nn.router import route, summarise
@@ -61,11 +61,10 @@ class Moe(nn.Module):
         count, mlp = config.experts, config.mlp
         router = Einsum("...D,DE->...E", (width, count), ("embed", None), "float32", name="router")
         bias = self.param("bias", named(nn.initializers.zeros, None), (count,)) if config.bias else None
-        up_axes, down_axes = ("expert", None, "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
-        params = Experts(
-            gate_up=Weight((count, 2, width, mlp), up_axes, width, name="experts_gate_up")(),
-            down=Weight((count, mlp, width), down_axes, mlp, name="experts_down")(),
-        )
+        up_axes, down_axes, *_ = AXES
+        gate_up = Weight((count, 2, width, mlp), up_axes, width, ((-2,), (-3, -1)), name="experts_gate_up")
+        down = Weight((count, mlp, width), down_axes, mlp, ((-2,), (-1,)), name="experts_down")
+        params = Experts(gate_up(), down(), gate_up.factors(), down.factors())
         logits = router(x)
         experts, weights, probability = route(logits, bias, config)
         y, dropped = dispatch(x, experts, weights, segment > 0, params, ACTIVATIONS[config.activation], runtime)

@@ -24,8 +24,8 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-# The head is read by losses without its layer, and a router is too small and too delicate.
-WHOLE = re.compile(r"^decoder/head/w$|/router/w$")
+# The head is read by losses without its layer, experts by products of groups; a router is too small and too delicate.
+WHOLE = re.compile(r"^decoder/head/w$|/(router|experts_\w+)/w$")
 STACKED = ("layers", "taps")
 
 
