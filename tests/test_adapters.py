@@ -1,6 +1,7 @@
 """Adapters of PEFT: the same logits, and files both ways, on random tiny models of transformers."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,9 @@ import jax
 import numpy as np
 import peft
 import pytest
+import test_decoders
 import test_llava
+import test_text_families
 import torch
 import transformers
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
@@ -19,20 +22,33 @@ from mllm_jax.adapters import WEIGHTS
 from mllm_jax.model import init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
 
+TEXTS = {"qwen3_moe": test_text_families, "phi3": test_decoders}
 ROWS = [(3, ("image", 4, 6), 5), (9,)]
 
 
 def a_model(name):
     """(transformers' model, inputs of it)"""
-    if name == "qwen3_vl":
-        return tiny_qwen3_vl()[1], batch_of([prompt(np.random.default_rng(0), *row) for row in ROWS])
+    if name.startswith("qwen3_vl"):
+        model = tiny_qwen3_vl(experts=name == "qwen3_vl_moe")[1]
+        return model, batch_of([prompt(np.random.default_rng(0), *row) for row in ROWS])
+    if name in TEXTS:
+        tokens = np.random.default_rng(0).integers(0, 128, (2, 9))
+        return TEXTS[name].tiny(name), {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
     model = test_llava.reference_of(name)
     return model, test_llava.inputs_of(model)
 
 
+VISUAL = "visual.*(qkv|attn.proj|linear_fc1)"
 TARGETS = {  # of which layers, and other ranks and alphas of some of them
+    "qwen3_vl_moe": (
+        rf".*(language_model.*(q|v|o)_proj|{VISUAL.replace('fc1', 'fc1(?<!merger.linear_fc1)')})",
+        {"o_proj": 3, "experts.down_proj": 2},
+        {},
+    ),
+    "qwen3_moe": (["q_proj"], {"experts.gate_up_proj": 2}, {"experts.down_proj": 7}),
+    "phi3": (["qkv_proj", "gate_up_proj", "o_proj"], {r"layers\.1\.self_attn.qkv_proj": 5}, {"gate_up_proj": 9}),
     "qwen3_vl": (
-        r".*(language_model.*(q|v|o|up|down)_proj|visual.*(qkv|attn.proj|linear_fc1))",
+        rf".*(language_model.*(q|v|o|up|down)_proj|{VISUAL})",
         {"o_proj": 3, r"layers\.1\.self_attn\.v_proj": 5, "qkv": 2},
         {"down_proj": 7, r"layers\.2\.self_attn\.v_proj": 3},
     ),
@@ -45,22 +61,32 @@ TARGETS = {  # of which layers, and other ranks and alphas of some of them
 }
 
 
-CASES = ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "internvl"))]
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+MORE = {  # what else is adapted, or saved whole
+    "qwen3_vl_moe": dict(target_parameters=["experts.down_proj"], modules_to_save=["visual.merger"]),
+    "qwen3_moe": dict(target_parameters=PARAMETERS, modules_to_save=["embed_tokens", "model.norm"]),
+    "phi3": dict(modules_to_save=["lm_head"]),
+    "llava": dict(modules_to_save=["embed_tokens", "lm_head"]),
+}
+SLOW = ("llava", "internvl", "qwen3_vl_moe")
+CASES = ["qwen3_vl", "qwen3_moe", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """(folder of the base model, our model, inputs, folder of adapter/ and merged/, logits with it), of PEFT."""
+    published = as_published if request.param == "qwen3_vl_moe" else lambda folder: folder
     folder = tmp_path_factory.mktemp(request.param)
     model, inputs = a_model(request.param)
     model.save_pretrained(folder / "base")
     targets, ranks, alphas = TARGETS[request.param]
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas)
+    more, patterns = MORE.get(request.param, {}), dict(rank_pattern=ranks, alpha_pattern=alphas)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **patterns, **more)
     adapted = peft.get_peft_model(model, config)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
         expected = adapted(**to_torch(inputs)).logits.numpy()
         with adapted.disable_adapter():
@@ -68,7 +94,22 @@ def case(request, tmp_path_factory):
     adapted.save_pretrained(folder / "adapter")
     adapted.merge_and_unload().save_pretrained(folder / "merged")
     assert np.abs(expected - plain).max() > 0.3
-    return folder / "base", mllm_jax.load_pretrained(folder / "base"), inputs, folder, expected
+    published(folder / "merged")
+    shutil.copytree(folder / "base", folder / "ours")
+    return folder / "base", mllm_jax.load_pretrained(published(folder / "ours")), inputs, folder, expected
+
+
+def as_published(folder):
+    """With experts as published weights have them, and not as transformers writes them."""
+    save_file(
+        {
+            name: np.ascontiguousarray(x.swapaxes(1, 2)) if ".experts." in name else x
+            for name, x in load_file(folder / "model.safetensors").items()
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder
 
 
 def logits_of(vlm, inputs):
@@ -78,7 +119,8 @@ def logits_of(vlm, inputs):
 
 def theirs(base, adapter, inputs):
     """Logits of transformers' and PEFT's model, read from folders."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(base, attn_implementation="eager").eval()
+    kind = json.loads((base / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind).from_pretrained(base, attn_implementation="eager").eval()
     with torch.no_grad():
         return peft.PeftModel.from_pretrained(model, adapter)(**to_torch(inputs)).logits.numpy()
 
@@ -113,7 +155,7 @@ def test_merging_is_that_of_peft_and_can_be_undone(case):
 def test_our_own_adapters_survive_the_format(case, tmp_path):
     """Of every weight, also where theirs lie apart and ours have one A."""
     _, vlm, _, _, _ = case
-    lora = LoraConfig(rank=3, targets=("^(encoder|decoder)/layers.*/w$", "^connector/.*/w$"), ranks=(("mlp", 2),))
+    lora = LoraConfig(rank=3, targets=("^(encoder|decoder)/layers.*/w$|^connector/.*/w$",), ranks=(("mlp", 2),))
     made = jax.eval_shape(lambda key: init_adapters(replace(vlm.config, lora=lora), key), jax.random.key(0))
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), made)
@@ -124,6 +166,18 @@ def test_our_own_adapters_survive_the_format(case, tmp_path):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *weights)
     with pytest.raises(ValueError, match="has adapters: save them with save_adapters"):
         mllm_jax.save_pretrained(own, tmp_path / "whole")
+
+
+def test_weights_that_are_no_module_are_not_saved_whole(case, tmp_path):
+    _, vlm, _, folder, _ = case
+    adapted = mllm_jax.load_adapters(vlm, folder / "adapter")
+    bare = {"qwen3_moe": "experts_down", "llava": "class_token"}.get(folder.name.rstrip("0"))
+    if not bare:
+        pytest.skip("all weights of this model are of modules")
+    lora = replace(adapted.config.lora, train=(bare,))
+    with pytest.raises(ValueError, match=r"was trained whole, and PEFT saves modules alone: .* save_pretrained\("):
+        mllm_jax.save_adapters(replace(adapted, config=replace(adapted.config, lora=lora)), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapters_that_do_not_fit_are_told(case, tmp_path):

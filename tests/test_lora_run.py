@@ -85,9 +85,12 @@ def test_adapters_of_a_run_are_written(trained, tmp_path):
     assert flatten_dict(read).keys() == expected.keys()
     for path, x in flatten_dict(read).items():
         np.testing.assert_array_equal(x, expected[path])
-    more = replace(vlm.config, lora=replace(vlm.config.lora, train=("^connector/",)))
-    with pytest.raises(ValueError, match="was trained whole, and adapters alone would lose it"):
-        save_adapters(replace(vlm, config=more), tmp_path)
+    more = replace(vlm.config, lora=replace(vlm.config.lora, train=("^connector/main/mlp/",)))
+    save_adapters(replace(vlm, config=more), tmp_path)
+    other = jax.tree.map(lambda x: x + 1, base)
+    whole = flatten_dict(split_adapters(load_adapters(replace(vlm, params=other), tmp_path).params)[0], sep="/")
+    for path, x in flatten_dict(base, sep="/").items():
+        np.testing.assert_array_equal(whole[path], x if path.startswith("connector/main/mlp/") else x + 1)
 
 
 def test_the_page_runs(trained, tmp_path, monkeypatch):

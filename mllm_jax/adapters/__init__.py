@@ -1,8 +1,9 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, through the family's weight table.
 
 PEFT keeps A as [rank in] and B as [out rank] of every linear layer of transformers' model, under the layer's name in
-its memory. Where several of their layers are one of our weights (queries, keys and values of a tower), each has an A of
-its own if it was read so, and otherwise all have the same.
+its memory (sites.py). Where several of their layers are one of our weights (queries, keys and values of a tower), each
+has an A of its own if it was read so, and otherwise all have the same. Modules that are trained whole lie in the same
+file (`modules_to_save`).
 """
 
 import json
@@ -11,132 +12,71 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from einops import EinopsError, rearrange
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from mllm_jax.adapters.files import CONFIG, FACTOR, PREFIX, WEIGHTS, make_config, module_names, read_config, scale_of
+from mllm_jax.adapters.sites import Layer, in_memory, sites_of
 from mllm_jax.api import Pretrained
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import abstract_boxed
-from mllm_jax.nn.lora import DOWN, HEAD, SCALE, UP, LoraConfig, add_products, axes_of, flatten, join, split_adapters
+from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of, flatten, join, split_adapters
 from mllm_jax.sharding import Named, shardings
+from mllm_jax.weights import table
 from mllm_jax.weights.hf import WeightsMismatch
-from mllm_jax.weights.safetensors import read_header, write_file
+from mllm_jax.weights.safetensors import Tensor, read_header, write_file
 from mllm_jax.weights.stacked import gather
-from mllm_jax.weights.table import Entry, expand, unflatten
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-# What PEFT does beside plain LoRA, and the value that says it does not.
-PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False}
-PLAIN |= dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters"))
-
-
-class Layer(NamedTuple):
-    """A linear layer of transformers' model, as a part of one of our weights."""
-
-    beside: str  # path of our weight, without the name `w`
-    box: Named  # its shape and axes
-    entry: Entry  # of the layer's weight in the family's table
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Its place on the axes that our weight is stacked on."""
-        return self.entry.index[: len(axes_of(self.box)[0])]
-
-    @property
-    def part(self) -> tuple[int, ...]:
-        """Its place on the first axes of our weight's outputs, where these are layers of their own."""
-        return self.entry.index[len(self.stack) :]
-
-    def to_ours(self, down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A [rank in], B [out rank] -> [*inputs rank], [rank *outputs]."""
-        patterns = self._patterns()
-        try:
-            down, up = (rearrange(x, pattern, **sizes) for x, (pattern, sizes) in zip((down, up), patterns))
-        except EinopsError:
-            down = np.zeros(0)
-        if down.shape[-1:] != up.shape[:1]:
-            raise ValueError(f"A and B do not fit each other and a weight {list(self.entry.shape)}")
-        return down, up
-
-    def to_theirs(self, down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The inverse of `to_ours`."""
-        turned = lambda pattern: " -> ".join(reversed(pattern.split(" -> ")))
-        return tuple(
-            rearrange(x, turned(pattern), **sizes) for x, (pattern, sizes) in zip((down, up), self._patterns())
-        )
-
-    def _patterns(self) -> list[tuple[str, dict[str, int]]]:
-        """einops patterns, theirs -> ours, of A and B, from that of the weight, with the sizes of their axes."""
-        ndim, depth = self.box.value.ndim, len(self.entry.index)
-        theirs, _, ours = (self.entry.pattern or "a b -> a b").partition(" -> ")
-        theirs, ours = (re.findall(r"\([^()]*\)|\S+", side) for side in (theirs, ours))
-        inputs = [ours[axis - depth] for axis in axes_of(self.box)[1]]
-        outputs = [ours[axis - depth] for axis in range(depth, ndim) if axis not in axes_of(self.box)[1]]
-        letters = lambda groups: set(re.findall(r"\w+", " ".join(groups)))
-        into, out = ([group for group in theirs if letters([group]) == letters(axes)] for axes in (inputs, outputs))
-        if self.entry.part or not into or not out or len(theirs) != 2:
-            raise ValueError(
-                f"{self.beside}w is no linear layer of its own in transformers' model: PEFT cannot adapt it"
-            )
-        sizes = lambda groups: {name: size for name, size in self.entry.sizes if name in letters(groups)}
-        return [
-            (f"rank {into[0]} -> {' '.join(inputs)} rank", sizes(inputs)),
-            (f"{out[0]} rank -> rank {' '.join(outputs)}", sizes(outputs)),
-        ]
-
-
-def layers_of(config: Any) -> dict[str, Layer]:
-    """The linear layers of transformers' model, by their names in its memory, of all weights that can have adapters."""
-    family, boxes = FAMILIES[config.family], flatten(_base_boxes(config))
-    entries = expand(family.weights(config), unflatten({path: box.value for path, box in boxes.items()}))
-    return {
-        _in_memory(family, name.removesuffix(".weight")): Layer(entry.path.removesuffix("w"), boxes[entry.path], entry)
-        for name, entry in entries.items()
-        if name.endswith(".weight") and boxes[entry.path].matrix is not None and entry.path != HEAD
-    }
 
 
 def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
     """The model with the adapters that PEFT, or `save_adapters`, wrote into a folder, in place of any that it has.
 
     They stay beside the weights; `merge_adapters` adds them. Layers that are one of our weights may differ in rank:
-    what one lacks is zero.
+    what one lacks is zero. Modules that were saved whole replace the model's; `config.lora.train` then names them.
 
     Raises:
       FileNotFoundError: the folder has no adapter.
       ValueError: it is none of plain LoRA, or does not fit the model; all that does not is listed.
     """
-    folder, base = Path(folder), split_adapters(vlm.params)[0]
-    stated, layers, family = _read_config(folder), layers_of(vlm.config), FAMILIES[vlm.config.family]
-    pairs, faults = {}, []
+    folder, (base, _), boxes = Path(folder), split_adapters(vlm.params), flatten(_base_boxes(vlm.config))
+    stated, sites, family = read_config(folder), sites_of(vlm.config, boxes), FAMILIES[vlm.config.family]
+    names = module_names(sites.values(), stated.get("target_parameters") or ())
+    pairs, whole, faults = {}, {}, []
     for name, tensor in read_header(folder / WEIGHTS).items():
-        module, side = match.groups() if (match := TENSOR.fullmatch(name)) else ("", "")
-        module = _in_memory(family, module)
-        if module not in layers:
-            faults.append(f"unexpected: {name} {list(tensor.shape)}")
+        if not (match := FACTOR.fullmatch(name)):
+            whole[name] = tensor
+        elif (module := in_memory(family, match[1])) in names:
+            pairs.setdefault(names[module], {})[match[2]] = tensor.map().astype(np.float32)
         else:
-            pairs.setdefault(module, {})[side] = tensor.map().astype(np.float32)
-    leaves: dict[str, Named] = {}
-    for beside in dict.fromkeys(layers[module].beside for module in pairs):
-        own = {module: pair for module, pair in pairs.items() if layers[module].beside == beside}
+            faults.append(f"unexpected: {name} {list(tensor.shape)}")
+    parts: dict[str, dict[Layer, tuple]] = {}
+    for key, pair in pairs.items():
         try:
-            if single := [module for module, pair in own.items() if len(pair) < 2]:
-                raise ValueError(f"one of A and B is missing of {', '.join(single)}")
-            read = {module: layers[module].to_ours(pair["A"], pair["B"]) for module, pair in own.items()}
-            leaves |= _stacked({layers[m]: (*pair, _scale(stated, m, pair[0].shape[-1])) for m, pair in read.items()})
-        except ValueError as fault:  # also numpy's and einops', of shapes
-            faults.append(f"{', '.join(own)}: {fault}")
+            if len(pair) < 2:
+                raise ValueError("one of A and B is missing")
+            scale = scale_of(stated, key, sites[key].rank(pair["A"]))
+            for layer, (down, up) in zip(sites[key].layers, sites[key].split(pair["A"], pair["B"])):
+                parts.setdefault(layer.beside, {})[layer] = (down, up, scale)
+        except ValueError as fault:
+            faults.append(f"{key}: {fault}")
+    found = _read_whole(vlm.config, boxes, whole, faults)
+    leaves: dict[str, Named] = {}
+    for own in parts.values():
+        try:
+            leaves |= _stacked(own)
+        except ValueError as fault:  # numpy's, of shapes
+            faults.append(f"{', '.join(layer.beside for layer in own)}: {fault}")
     if faults or not leaves:
         text = "\n  ".join(sorted(faults)) or "it is empty"
         raise WeightsMismatch(f"the adapter in {folder} does not fit the model:\n  {text}")
-    return replace(vlm, params=join(base, _placed(unflatten(leaves), base, vlm.config.runtime.rules)))
+    adapters = _placed(table.unflatten(leaves), base, vlm.config.runtime.rules)
+    lora = replace(vlm.config.lora, train=tuple(f"^{re.escape(path)}$" for path in found))
+    return replace(vlm, params=join(_replaced(base, found), adapters), config=replace(vlm.config, lora=lora))
 
 
 def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None = None) -> None:
@@ -146,41 +86,35 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
       folder: made where absent; an adapter that it held is replaced.
       base: folder or hub name of the base model, for readers that are given none.
     Raises:
-      ValueError: the model has no adapters, one beside what is no linear layer of transformers' model, or weights that
-        were trained whole beside them, which would be lost.
+      ValueError: the model has no adapters, or one beside what is no linear layer of transformers' model; or
+        `config.lora.train`, which is written besides, names what is no weight or bias of a module there.
     """
-    if vlm.config.lora.train:
-        raise ValueError(
-            f"lora.train={vlm.config.lora.train} was trained whole, and adapters alone would lose it; "
-            "write the model with save_pretrained(merge_adapters(vlm), folder)"
-        )
-    flat = {path: gather(leaf, (), _same) for path, leaf in flatten(split_adapters(vlm.params)[1]).items()}
-    layers = layers_of(vlm.config)
-    named = {layer.beside + DOWN for layer in layers.values()}
+    base_params, adapters = split_adapters(vlm.params)
+    boxes = flatten(_base_boxes(vlm.config))
+    flat = {path: gather(leaf, (), _same) for path, leaf in flatten(adapters).items()}
+    sites = sites_of(vlm.config, boxes)
+    named = {layer.beside + DOWN for site in sites.values() for layer in site.layers}
     if unnamed := [path for path in flat if path.endswith(DOWN) and path not in named] or not flat:
         raise ValueError(f"no adapters to save: {unnamed}" if flat else "the model has no adapters")
     tensors, numbers = {}, {}
-    for module, layer in layers.items():
-        if layer.beside + DOWN not in flat:
-            continue
-        down, up, scale = (flat[layer.beside + leaf][layer.stack] for leaf in (DOWN, UP, SCALE))
-        if down.ndim - 1 > len(axes_of(layer.box)[1]):  # every part has its own
-            down, up, scale = down[layer.part], up[layer.part], scale[layer.part]
-        else:
-            up = up[:, *layer.part]
-        used = np.flatnonzero(np.any(down.reshape(-1, down.shape[-1]), axis=0)) if scale else ()
-        if len(used):  # else only other layers of our weight have an adapter; they may also have a higher rank
-            rank = int(used[-1]) + 1
-            numbers[module] = (rank, float(scale) * rank)
-            for side, x in zip("AB", layer.to_theirs(down[..., :rank], up[:rank])):
-                tensors[f"{PREFIX}{module}.lora_{side}.weight"] = np.ascontiguousarray(x, np.float32)
+    for key, site in sites.items():
+        factors = {layer: _factors(flat, layer) for layer in site.layers}
+        # An absent one: only other layers of our weight have an adapter; they may also have a higher rank.
+        if factors := {layer: own for layer, own in factors.items() if own}:
+            *pair, scale = site.joined(factors)
+            numbers[key] = (site.rank(pair[0]), scale * site.rank(pair[0]))
+            tensors |= {(key, side): np.ascontiguousarray(x, np.float32) for side, x in zip("AB", pair)}
+    names = {key: name for name, key in module_names(sites.values(), numbers).items()}
+    tensors = {f"{PREFIX}{names[key]}.lora_{side}.weight": x for (key, side), x in tensors.items()}
+    modules, whole = _whole(vlm.config, boxes, flatten(base_params))
+    tensors |= {PREFIX + name: x for name, x in whole.items()}
     if jax.process_index() == 0:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f".{WEIGHTS}.unfinished"
         write_file(unfinished, {name: (x.dtype, x.shape) for name, x in tensors.items()}, iter(tensors.values()))
         unfinished.replace(folder / WEIGHTS)
-        text = json.dumps(_config(numbers, list(layers), base), indent=2) + "\n"
+        text = json.dumps(make_config(numbers, sites, modules, base), indent=2) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_adapters")
@@ -202,11 +136,71 @@ def _base_boxes(config: Any) -> Any:
     return abstract_boxed(replace(config, lora=LoraConfig()))
 
 
-def _in_memory(family: Any, name: str) -> str:
-    """The name that a layer has in transformers' memory, of one that it has in files, or had in former versions."""
-    for old, new in (*family.RENAME, *getattr(family, "MODULES", ())):
-        name = re.sub(old, new, name)
-    return name
+def _factors(flat: Mapping[str, np.ndarray], layer: Layer) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """A, B and scale of one layer, as far as its rank goes; None where it has no adapter."""
+    if layer.beside + DOWN not in flat:
+        return None
+    down, up, scale = (flat[layer.beside + leaf][layer.stack] for leaf in (DOWN, UP, SCALE))
+    if down.ndim - 1 > len(axes_of(layer.box)[1]):  # every part has its own
+        down, up, scale = down[layer.part], up[layer.part], scale[layer.part]
+    else:
+        up = up[:, *layer.part]
+    used = np.flatnonzero(np.any(down.reshape(-1, down.shape[-1]), axis=0)) if scale else ()
+    return (down[..., : used[-1] + 1], up[: used[-1] + 1], float(scale)) if len(used) else None
+
+
+def _entries(config: Any, boxes: Mapping[str, Named]) -> dict[str, table.Entry]:
+    """The family's table by the names in transformers' memory."""
+    family, shapes = FAMILIES[config.family], table.unflatten({path: box.value for path, box in boxes.items()})
+    return {in_memory(family, name): entry for name, entry in table.expand(family.weights(config), shapes).items()}
+
+
+def _whole(
+    config: Any, boxes: Mapping[str, Named], base: Mapping[str, jax.Array]
+) -> tuple[set[str], dict[str, np.ndarray]]:
+    """The modules in which `config.lora.train` finds a weight, and all their tensors, by names in memory."""
+    trained = {path for path in boxes if any(re.search(pattern, path) for pattern in config.lora.train)}
+    entries = _entries(config, boxes)
+    found = [name for name, entry in entries.items() if any(part.path in trained for part in entry.parts)]
+    experts = lambda name: any("expert" in boxes[part.path].names for part in entries[name].parts)
+    if bare := [name for name in found if not name.endswith((".weight", ".bias")) or experts(name)]:
+        raise ValueError(
+            f"{bare[0]} was trained whole, and PEFT saves modules alone: write the model with "
+            "save_pretrained(merge_adapters(vlm), folder)"
+        )
+    modules, tensors = {name.rpartition(".")[0] for name in found}, {}
+    for name, entry in entries.items():
+        if name.rpartition(".")[0] in modules:
+            parts = [table.to_theirs(gather(base[part.path], (), _same)[part.index], part) for part in entry.parts]
+            tensors[name] = np.ascontiguousarray(table.join(parts, entry))
+    return modules, tensors
+
+
+def _read_whole(
+    config: Any, boxes: Mapping[str, Named], tensors: Mapping[str, Tensor], faults: list[str]
+) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
+    """Modules that a file holds whole, as elements of our weights by path and index; what does not fit is a fault."""
+    entries, found = _entries(config, boxes) if tensors else {}, {}
+    for name, tensor in tensors.items():
+        entry = entries.get(in_memory(FAMILIES[config.family], name.removeprefix(PREFIX)))
+        if entry is None or tensor.shape != entry.shape:
+            needed = f", where the model has {list(entry.shape)}" if entry else ""
+            faults.append(f"unexpected: {name} {list(tensor.shape)}{needed}")
+            continue
+        for part in entry.parts:
+            found.setdefault(part.path, {})[part.index] = table.to_ours(tensor.map(), part)
+    return found
+
+
+def _replaced(base: Mapping, found: Mapping[str, Mapping[tuple[int, ...], np.ndarray]]) -> dict:
+    """Parameters with other elements at some places."""
+    flat = table.flatten(base)
+    for path, elements in found.items():
+        if path not in flat:
+            raise ValueError(f"{path}, which the adapter brings whole, lies in few bits: read the model in full")
+        for index, x in elements.items():
+            flat[path] = jnp.asarray(flat[path]).at[index].set(jnp.asarray(x, flat[path].dtype))
+    return table.unflatten(flat)
 
 
 def _same(leaf: jax.Array) -> jax.Array:
@@ -241,46 +235,3 @@ def _placed(boxed: Any, base: Any, rules: Any) -> Any:
     is_box = lambda leaf: isinstance(leaf, Named)
     values = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
     return jax.device_put(values, shardings(boxed, where.mesh, rules) if isinstance(where, NamedSharding) else where)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} has no {missing[0]}: it holds no adapter in PEFT's format")
-    stated = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if stated.get("peft_type") != "LORA":
-        raise ValueError(f"{folder / CONFIG}: peft_type {stated.get('peft_type')!r} cannot be read, only 'LORA'")
-    for name, plain in PLAIN.items():
-        if (value := stated.get(name, plain)) != plain and value:
-            raise ValueError(f"{folder / CONFIG}: {name} {value!r} cannot be read, only {plain!r}")
-    return stated
-
-
-def _scale(stated: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank of a layer, or by rsLoRA (arXiv 2312.03732) alpha / sqrt(rank); patterns as PEFT reads them."""
-    patterns = (stated.get("alpha_pattern") or {}).items()
-    found = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(found, stated["lora_alpha"]) / (rank**0.5 if stated.get("use_rslora") else rank)
-
-
-def _config(numbers: Mapping[str, tuple[int, float]], modules: list[str], base: str | None) -> dict[str, Any]:
-    """What PEFT needs to know of layers with these (rank, alpha), in a model that has these and others."""
-    rank, alpha = max(set(numbers.values()), key=list(numbers.values()).count)
-    ends = sorted({module.rpartition(".")[2] for module in numbers})
-    meant = {module for module in modules if module.rpartition(".")[2] in ends}
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": ends if meant == set(numbers) else sorted(numbers),
-        "rank_pattern": {_exactly(module): own for module, (own, _) in numbers.items() if own != rank},
-        "alpha_pattern": {_exactly(module): own for module, (_, own) in numbers.items() if own != alpha},
-    }
-
-
-def _exactly(module: str) -> str:
-    return "^" + re.escape(module)

@@ -202,7 +202,8 @@ RENAME = (
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 MODULES = (
+    (r"^language_model\.lm_head", "lm_head"),
     (r"^language_model\.(model\.)?", "model.language_model."),
     (r"^vision_tower\.vision_model\.", "vision_tower."),
-    (r"^(?=vision_tower|multi_modal_projector)", "model."),
+    (r"^(?=vision_tower|multi_modal_projector|image_newline)", "model."),
 )
