@@ -6,7 +6,8 @@
 The argument is "vicuna-7b", "vicuna-13b", "mistral-7b", "34b", or "tiny" (see `mllm_jax.train.miniature`). Sources:
 [P], [F] scripts/train/pretrain_clip.sh and finetune_clip.sh of LLaVA-VL/LLaVA-NeXT, which are for CLIP-L/14-336 and
 Qwen2-7B; [D] defaults of transformers' Trainer, which they leave; [1.5] configs/recipes/llava_1_5.py: they leave the
-global batch to the number of GPUs. What has no source is ours.
+global batch to the number of GPUs; [B] llava-vl.github.io/blog/2024-01-30-llava-next, the column "Data (IT)" of its
+results. What has no source is ours.
 """
 
 from dataclasses import replace
@@ -21,7 +22,7 @@ from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
 
 SIZES = ("vicuna-7b", "vicuna-13b", "mistral-7b", "34b")
 ALIGN = 558_000 // 256  # [P] blip_558k, 1 epoch; [1.5] 256
-INSTRUCT = 760_000 // 128  # 760K: llava-vl.github.io/blog/2024-01-30-llava-next; [F] 1 epoch; [1.5] 128
+INSTRUCT = 760_000 // 128  # [B] 760K; [F] 1 epoch; [1.5] 128
 
 
 def recipe(size: str) -> Run:

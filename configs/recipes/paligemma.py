@@ -5,8 +5,8 @@
 
 The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mllm_jax.train.miniature`). Sources: [V]
 big_vision/configs/proj/paligemma/transfers/vqav2.py of google-research/big_vision, `sweep_best` and `get_config`; [O]
-its optax.py, where decay is not multiplied by the learning rate, as it is here; [S] visualqa.org: 443,757 questions to
-train on and 214,354 to validate, of which the file keeps 10,240 aside.
+its optax.py, where decay is not multiplied by the learning rate, as it is here; [S] visualqa.org/download.html: 443,757
+questions to train on and 214,354 to validate, of which [V] keeps 10,240 aside.
 """
 
 from dataclasses import replace
