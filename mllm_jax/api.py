@@ -13,9 +13,9 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mllm_jax.data.dual_batches import with_texts
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
-from mllm_jax.data.pairs import with_texts
 from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, kind_of, spec_for

@@ -12,8 +12,8 @@ from reference import assert_parity, perturb, to_torch
 from safetensors.numpy import load_file
 
 import mllm_jax
+from mllm_jax.data.dual_batches import packed
 from mllm_jax.data.pack import Budget, TooLarge
-from mllm_jax.data.pairs import packed
 from mllm_jax.families import FAMILIES, clip, siglip, siglip2, vision
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.train.contrastive import contrastive_loss

@@ -1,7 +1,7 @@
 """CLIP (arXiv 2103.00020), OpenAI's and OpenCLIP's (arXiv 2212.07143): published sizes, config.json, weight names."""
 
+from mllm_jax.data.dual_batches import one_each
 from mllm_jax.data.hf_inputs import Arrays
-from mllm_jax.data.pairs import one_each
 from mllm_jax.data.resize import Crop
 from mllm_jax.dual import ClassPool, DualConfig, TokenPool
 from mllm_jax.families import duals

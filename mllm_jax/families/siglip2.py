@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mllm_jax.data.dual_batches import one_each
 from mllm_jax.data.hf_inputs import Arrays
-from mllm_jax.data.pairs import one_each
 from mllm_jax.data.resize import Keep
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import duals, siglip
