@@ -40,7 +40,18 @@ MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
 DATA_WORKERS = ["pack", "readers", "sources", "scenes", "images", "video", "positions", "template", "processor"]
-DATA_WORKERS += ["mix", "resize", "tiles", "spec", "visuals", "pairs", "dual_processor", "records", "embed", "convert"]
+DATA_WORKERS += [
+    "mix",
+    "resize",
+    "tiles",
+    "spec",
+    "visuals",
+    "dual_batches",
+    "dual_processor",
+    "records",
+    "embed",
+    "convert",
+]
 DATA_WORKERS += ["mixture", "answers", "captions"] + [
     f"sources.{kind}" for kind in ("json_files", "array_record", "tar", "parquet", "tfds")
 ]
