@@ -22,9 +22,15 @@ FAMILIES = {
     "internvl/3-1b": {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"},
     "paligemma/2-3b-224": {"<|image_pad|>": "<image>"},
     "qwen2_5_vl/2.5-3b": {},
-    "llava_llama/1.5-7b": {"<|image_pad|>": "<image>"},  # whose token of pictures is in no vocabulary
 }
-CASES = list(FAMILIES)
+SLOW = {
+    "llava/1.5-7b": FAMILIES["llava_next/next-mistral-7b"],
+    "llava_llama/1.5-7b": FAMILIES["llava_next/next-mistral-7b"],  # whose token of pictures is in no vocabulary
+    "internvl_chat/2.5-1b": FAMILIES["internvl/3-1b"],
+    "qwen2_vl/2b": {},
+}
+FAMILIES |= SLOW
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES]
 SIZES = [(20, 45), (64, 64), (100, 30)]
 
 
@@ -54,7 +60,7 @@ def conversations(folder):
     return path
 
 
-@pytest.mark.parametrize("argument", [*CASES[:-1], pytest.param(CASES[-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("argument", CASES)
 def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     ids = tokenizer(tmp_path / "processor", FAMILIES[argument])
     config = load_config("sft", argument)
