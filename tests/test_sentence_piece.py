@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -147,6 +148,19 @@ def test_prompts_of_llava(model, config, legacy, tmp_path):
     again = Processor.from_folder(tmp_path / "saved", spec_for(config))
     assert again.spec == processor.spec
     np.testing.assert_array_equal(again(TURNS).tokens, example.tokens)
+
+
+def test_published_ids_of_llava(shared, tmp_path):
+    """Of a question to LLaVA 1.5, as its users print what its own code made with Llama's vocabulary."""
+    shutil.copy(shared / "data/tokenizers/phi3_mini/tokenizer.json", tmp_path)  # Llama's, with tokens after the last
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    content = [TURNS[0]["content"][0], {"type": "text", "text": "What's the content of the image?"}]
+    processor = Processor.from_folder(tmp_path, spec_for(llava_llama.sizes("1.5-7b")))
+    tokens = processor([{"role": "user", "content": content}], generate=True).tokens.tolist()
+    expected = [319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892]
+    expected += [13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901]
+    expected += [29871, *[-200] * 576, 29871, 13, 5618, 29915, 29879, 278, 2793, 310, 278, 1967, 29973]
+    assert tokens == [*expected, 319, 1799, 9047, 13566, 29901]
 
 
 def test_other_prompts_of_llava():
