@@ -30,10 +30,11 @@ TRAINED = [pair for pair in PAIRS if CONNECTORS.index(pair[1]) == ENCODERS.index
 
 
 def small(*names):
-    """The composed model with one layer (or one of each kind) in every tower."""
+    """The composed model with one layer (or one of each kind, or one more than taps feed) in every tower."""
     model = compose.model(*names)
     encoder = replace(model.encoder, layers=2 if model.encoder.window else 1)
-    return replace(model, encoder=encoder, decoder=replace(model.decoder, layers=len(model.decoder.windows or (0,))))
+    layers = max(len(model.decoder.windows or (0,)), 1 + len(encoder.taps))
+    return replace(model, encoder=encoder, decoder=replace(model.decoder, layers=layers))
 
 
 def batch_of(model, count=3):
