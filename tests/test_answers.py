@@ -168,14 +168,14 @@ def loader(processor, records, **options):
 
 def test_the_loader_reads_pairs_and_goes_on(processor):
     records = [record(i) for i in range(12)]
-    batches = list(loader(processor, records, pairs=Pairs()))
+    batches = list(loader(processor, records, reading=Pairs()))
     kinds = [kind for _, info in batches for row in info.kinds for kind in row]
     assert kinds == ["scene"] * 24 and sum(info.conversations for _, info in batches) == 24
     numbers = [int(batch.segment.max(axis=1).sum()) for batch, _ in batches]
     assert sum(numbers) == 24 and not any(n % 2 for n in numbers)
-    again = loader(processor, records, pairs=Pairs())
+    again = loader(processor, records, reading=Pairs())
     next(again)
-    resumed = loader(processor, records, pairs=Pairs())
+    resumed = loader(processor, records, reading=Pairs())
     resumed.set_state(again.get_state())
     for (a, _), (b, _) in zip(resumed, batches[1:], strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -185,25 +185,25 @@ def test_the_loader_reads_pairs_and_goes_on(processor):
 
 def test_a_conversation_is_no_pair(processor):
     alone = {key: value for key, value in record(1).items() if key != "rejected"}
-    *_, (_, info) = loader(processor, [record(0), alone], pairs=Pairs())
+    *_, (_, info) = loader(processor, [record(0), alone], reading=Pairs())
     assert info.skipped == {"no pair": 1} and info.conversations == 2
     with pytest.raises(BadRecord, match='r1: no pair .*needs a "chosen" and a "rejected"'):
-        list(loader(processor, [alone], pairs=Pairs(), strict=True))
+        list(loader(processor, [alone], reading=Pairs(), strict=True))
 
 
 def test_references_come_with_their_records_and_are_refused_with_others(processor):
     records = [record(i) for i in range(4)]
     known = {r["id"]: Reference(mark(Pairs()(processor, r)), (-1.0 - i, -2.0 - i)) for i, r in enumerate(records)}
-    batches = [batch for batch, _ in loader(processor, records, pairs=Pairs(references=known))]
+    batches = [batch for batch, _ in loader(processor, records, reading=Pairs(references=known))]
     found = np.concatenate([batch.reference[batch.reference < 0] for batch in batches])
     np.testing.assert_allclose(sorted(found), sorted(x for r in known.values() for x in r.log_probs))
     assert all(
         (batch.reference[:, :2] < 0).all() and batch.reference.shape == batch.tokens.shape for batch in batches[:1]
     )
     with pytest.raises(BadData, match="r3 has no log-probabilities"):
-        list(loader(processor, records, pairs=Pairs(references={k: v for k, v in known.items() if k != "r3"})))
+        list(loader(processor, records, reading=Pairs(references={k: v for k, v in known.items() if k != "r3"})))
     other = [record(i, rejected="Nothing at all.") for i in range(4)]
     with pytest.raises(BadData, match="r0 is not what it was .* run python -m mllm_jax.train.reference again"):
-        list(loader(processor, other, pairs=Pairs(references=known)))
+        list(loader(processor, other, reading=Pairs(references=known)))
     with pytest.raises(BadData, match="r0 is not what it was"):
-        list(loader(processor, records, pairs=Pairs(5.0, known)))
+        list(loader(processor, records, reading=Pairs(5.0, known)))

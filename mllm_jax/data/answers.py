@@ -4,7 +4,7 @@ import difflib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Pairs:
 
     changed: float = 1.0
     references: Mapping[str, Reference] | None = None
+    lonely: ClassVar[bool] = False  # several may share a row
 
     def __call__(self, processor: Any, record: Mapping[str, Any], budget: Any = None) -> Example:
         """An Example of two conversations, that of the chosen answer first.
@@ -36,9 +37,8 @@ class Pairs:
         Raises:
           BadRecord: there is one answer only. BadData: there is no reference for it, or one of something else.
         """
-        if record.get("rejected") is None:
-            raise BadRecord("no pair", record["id"], 'a preference run needs a "chosen" and a "rejected" answer')
-        example = processor(record["messages"], budget=budget, kind=record["kind"], alternatives=[record["rejected"]])
+        others = [with_rejected(record)]
+        example = processor(record["messages"], budget=budget, kind=record["kind"], others=others)
         if self.changed != 1:
             example = example._replace(weight=weighted(example, self.changed))
         return example if self.references is None else self._with_reference(example, record["id"])
@@ -53,6 +53,14 @@ class Pairs:
                 f"size of its pictures or the weight of its tokens has changed; {again}"
             )
         return example._replace(reference=np.array(found.log_probs, np.float32))
+
+
+def with_rejected(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a record, with its rejected answer at their end. Raises BadRecord where it has none."""
+    if record.get("rejected") is None:
+        raise BadRecord("no pair", record["id"], 'this run needs a "chosen" and a "rejected" answer')
+    *asked, answer = record["messages"]
+    return [*asked, answer | {"content": record["rejected"]}]
 
 
 def together(conversations: Sequence[Example]) -> Example:

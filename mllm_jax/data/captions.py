@@ -12,7 +12,7 @@ from mllm_jax.data.scenes import COLOURS, SHAPES, Scenes
 
 
 class Captions:
-    """A random-access set of {"messages": [user, assistant], "rejected": str, "kind": "caption", "id": str}.
+    """A random-access set of {"messages": [user, assistant], "rejected", "facts": str, "kind": "caption", "id": str}.
 
     Args:
         false: share of the captions that end with an absent thing, as many name some that are found in the wild. They
@@ -39,6 +39,7 @@ class Captions:
         return item | {
             "messages": [question, answer | {"content": ", ".join(said)}],
             "rejected": ", ".join(rejected),
+            "facts": ", ".join(there),
         }
 
 

@@ -20,12 +20,11 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
-from mllm_jax.data.answers import Pairs
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.mixture import Mixture, start_of
 from mllm_jax.data.pack import Budget, Packer, fill
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.readers import OVER_BUDGET, Guarded, InTurn, Process, Readers, Skipped
+from mllm_jax.data.readers import OVER_BUDGET, Guarded, InTurn, Process, Readers, Reading, Skipped
 from mllm_jax.data.records import BadData
 from mllm_jax.types import Batch, DualBatch, Example
 
@@ -63,7 +62,7 @@ def make_loader(
     process_count: int = 1,
     strict: bool = False,
     max_bad: float = 0.05,
-    pairs: Pairs | None = None,
+    reading: Reading | None = None,
 ) -> grain.DatasetIterator:
     """An iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is JSON.
 
@@ -87,7 +86,8 @@ def make_loader(
             several goes on with rows of padding after the end of its data, since that of others may come later.
         strict: a broken or too large conversation is an error, instead of being skipped and counted.
         max_bad: share of broken records, after the first 100, at which to stop.
-        pairs: how records with a chosen and a rejected answer are read; None = as a conversation with the chosen one.
+        reading: how records are read, where not as conversations to learn from: as `answers.Pairs`, `judging.Judged` or
+            `judging.Prompts`.
 
     Raises:
         ValueError: options contradict each other.
@@ -105,7 +105,7 @@ def make_loader(
     parts = [grain.MapDataset.source(Guarded(source, strict)) for source in sources]
     parts = parts if mixed else [grain.MapDataset.concatenate(parts)]
     orders = [(part.seed(seed).shuffle() if shuffle else part).repeat(epochs) for part in parts]
-    process = Process(processor, budget, strict, pairs)
+    process = Process(processor, budget, strict, reading)
 
     mixture, share = source if mixed else Mixture(orders, [1.0]), streams // process_count
     own = {
@@ -124,9 +124,10 @@ def make_loader(
         "rows": batch_rows,
     }
     several, collate = process_count > 1, processor.collate
-    if pairs and pairs.references is not None:
+    if reading and reading.references is not None:
         collate = partial(collate, references=True)
-    settings = _Settings(budget, batch_rows // streams, window, workers, processes, collate, max_bad, several)
+    lonely = bool(reading and reading.lonely)
+    settings = _Settings(budget, batch_rows // streams, window, lonely, workers, processes, collate, max_bad, several)
     return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
 
 
@@ -141,6 +142,7 @@ class _Settings(NamedTuple):
     budget: Budget
     rows: int  # of a stream in a batch
     window: float
+    lonely: bool  # a row holds one example
     workers: int
     processes: int
     collate: Callable[[list[list[Example]], Budget], Batch | DualBatch]
@@ -177,7 +179,7 @@ class _Stream:
         self._length = sys.maxsize if len(share.examples) > 1 else len(share.examples[0])
         self.drawn, self.batches = [0] * len(share.examples), 0
         self.used, self.left_out = 0, collections.Counter()
-        self.packer = Packer(settings.budget, settings.window)
+        self.packer = Packer(settings.budget, settings.window, settings.lonely)
 
     @property
     def hungry(self) -> bool:

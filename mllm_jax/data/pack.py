@@ -233,10 +233,11 @@ class Packer:
     Args:
         budget: the shape of a row.
         window: how many rows' worth of conversations wait before a row is filled; more fills rows better.
+        lonely: every row holds one.
     """
 
-    def __init__(self, budget: Budget, window: float = 4.0):
-        self.budget, self.window = budget, window
+    def __init__(self, budget: Budget, window: float = 4.0, lonely: bool = False):
+        self.budget, self.window, self.lonely = budget, window, lonely
         self._room = np.array([budget.tokens, max(budget.rows * budget.patches, 1)])
         self._waiting: list[tuple[int, Example]] = []
         self._sizes: list[tuple[int, int]] = []  # (tokens, patches) of each that waits
@@ -282,7 +283,7 @@ class Packer:
                 chosen.append(best)
                 sizes, room, left = more, room - share[best], left - costs[best]
             candidate &= (share <= room + 1e-9).all(1)
-            if not candidate.any():
+            if self.lonely or not candidate.any():
                 break
             remainder = ((room - share) ** 2).sum(1) + BALANCE * (room**2).sum() * (left - costs) ** 2
             best = int(np.where(candidate, remainder, np.inf).argmin())

@@ -45,7 +45,7 @@ class Processor:
         generate: bool = False,
         budget: Budget | None = None,
         kind: str = "",
-        alternatives: Sequence[str] = (),
+        others: Sequence[Messages] = (),
     ) -> Example:
         """Reads one conversation in Hugging Face's layout: [{"role", "content": text or a list of items}].
 
@@ -59,19 +59,18 @@ class Processor:
         `generate`: a prompt that ends where the answer begins, without loss.
         `budget`: pictures are made smaller, all by one limit of pixels, until the conversation fits; they are never
         cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
-        `alternatives`: other answers in place of the last message. Each makes a conversation more, in the same Example:
-        its pictures lie there once, and of all the conversations the last answer alone is learned.
+        `others`: more conversations about the same pictures, in the same Example: the pictures lie there once, and of
+        all the conversations the last answer alone is learned.
         """
         items = [item for item in _items(messages) if item["type"] != "text"]
         stills = sum(item["type"] == "image" for item in items)
         opened = [self._open(item, stills) for item in items]
-        others = [[*messages[:-1], messages[-1] | {"content": text}] for text in alternatives]
         written = [self._tokens(conversation, opened, generate) for conversation in [messages, *others]]
         visuals = written[0][2]
         text = sum(token not in self._placeholders for tokens, *_ in written for token in tokens)
         plans = self._plans(visuals, text, len(written), budget)
         conversations = [self._laid_out(tokens, weight, plans) for tokens, weight, _ in written]
-        example = together(conversations) if alternatives else conversations[0]
+        example = together(conversations) if others else conversations[0]
         return example._replace(pictures=tuple(self._pictures(visuals, plans)), kind=kind)
 
     def _laid_out(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:

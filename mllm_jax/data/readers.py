@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mllm_jax.data.answers import Pairs
 from mllm_jax.data.dual_processor import DualProcessor
+from mllm_jax.data.judging import Judged, Prompts
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import BadRecord
@@ -20,6 +21,7 @@ from mllm_jax.types import Example
 OVER_BUDGET = "over the budget"
 TOGETHER = 4  # elements that a process sends at once
 Streams = Mapping[int, Sequence[Any]]
+Reading = Pairs | Judged | Prompts
 
 
 class Skipped(NamedTuple):
@@ -50,19 +52,21 @@ class Guarded:
 class Process:
     """Record -> Example or Skipped; what a worker does.
 
-    pairs: how pairs of answers are read; None = what is learned is a conversation, with the chosen answer of a pair.
+    reading: how records are read; None = as conversations to learn from, with the chosen answer of a pair.
     """
 
-    def __init__(self, processor: Processor | DualProcessor, budget: Budget, strict: bool, pairs: Pairs | None = None):
-        self.processor, self.budget, self.strict, self.pairs = processor, budget, strict, pairs
+    def __init__(
+        self, processor: Processor | DualProcessor, budget: Budget, strict: bool, reading: Reading | None = None
+    ):
+        self.processor, self.budget, self.strict, self.reading = processor, budget, strict, reading
 
     def __call__(self, record: dict[str, Any] | Skipped) -> Example | Skipped:
         if isinstance(record, Skipped):
             return record
         try:
-            if self.pairs is None:
+            if self.reading is None:
                 return self.processor.example(record, self.budget)._replace(kind=record["kind"])
-            return self.pairs(self.processor, record, self.budget)
+            return self.reading(self.processor, record, self.budget)
         except BadRecord as error:
             if self.strict:
                 raise

@@ -23,6 +23,9 @@ added; or the answers stand beside the question, as TRL, RLHF-V and MMPR write t
     {"image": A, "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
     {"image": A, "text": '{"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}'}
 
+Any of them may have "facts", a text or a list of texts that are true of its pictures, such as a caption by people: a
+reward model reads them beside an answer.
+
 A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datasets have it. A clip may also be a list
 of pictures: as a part's "video", or beside the messages as "frames", each with "fps".
 """
@@ -67,7 +70,7 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
     """{"messages": [{"role", "content"}], "kind": str, "id": str} in Hugging Face's layout, of any layout above.
 
     A document is one message of the role DOCUMENT. Pictures and clips are what `find` says, or bytes. A pair of answers
-    is a conversation that ends with the chosen one, and also has {"rejected": str}.
+    is a conversation that ends with the chosen one, and also has {"rejected": str}. With facts it has {"facts": str}.
 
     Args:
         name: what the record is called where it has no id of its own.
@@ -84,10 +87,12 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
         record, rejected = _with_chosen(record)
         messages = _timed(_document(record) or _conversation(record), _asked(_single(record)))
         messages = [message | {"content": _content(message["content"], find)} for message in messages]
+        facts = _facts(record.get("facts"))
     except Bad as error:
         raise BadRecord(error.args[0], name, *error.args[1:]) from error.__cause__
     found = {"messages": messages, "kind": str(record.get("task") or record.get("kind") or ""), "id": name}
-    return found if rejected is None else found | {"rejected": rejected}
+    more = {"rejected": rejected, "facts": facts}
+    return found | {field: text for field, text in more.items() if text is not None}
 
 
 def _with_chosen(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -115,6 +120,15 @@ def _with_chosen(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     if _answer([last] if "from" not in last else last.get("value")) == rejected:
         raise Bad("not a pair", "both answers are the same")
     return record | {key: turns}, rejected
+
+
+def _facts(facts: Any) -> str | None:
+    """Facts as one text, a line each."""
+    if not isinstance(facts, str | list | None) or (
+        isinstance(facts, list) and not all(isinstance(x, str) for x in facts)
+    ):
+        raise Bad("not a fact", '"facts" must be a text or a list of texts')
+    return "\n".join(facts) if isinstance(facts, list) else facts
 
 
 def _answer(answer: Any) -> str:

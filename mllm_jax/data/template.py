@@ -109,6 +109,11 @@ class Tokenizer:
         config.pop("chat_template", None)  # templates have a file of their own
         write_json(folder / "tokenizer_config.json", config)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return self._full.get_vocab()
+
     def __len__(self) -> int:
         """How many tokens there are, added ones included."""
         return self._full.get_vocab_size()
