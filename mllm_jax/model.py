@@ -15,6 +15,7 @@ from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.fusion import splice
 from mllm_jax.nn.lora import LoraConfig, join, keep_base, make_adapters
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.nn.value import ValueHead
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
 
 TEXT, PICTURE, VIDEO = range(len(MODALITIES))
@@ -62,6 +63,7 @@ class ModelConfig:
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
     pool: of a tower alone: what makes one vector of a picture (see dual.py), in addition to its features.
+    value: a head that gives every token a number, for reward models and for PPO; runs set it where they need it.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     inputs: rules of the processor that stand in config.json.
     lora: the adapters that parameters are made with; given ones bring their own.
@@ -75,6 +77,7 @@ class ModelConfig:
     family: str = "qwen3_vl"
     inputs: InputRules = InputRules()
     pool: Any = None
+    value: bool = False
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -167,6 +170,8 @@ class VLM(nn.Module):
             self.pool = config.pool.build(config.runtime.within("encoder"), name=None)
         if config.decoder is not None:
             self.decoder = Decoder(config.decoder, config.runtime)
+        if config.value:
+            self.value_head = ValueHead()
 
     def encode(self, vision: Vision) -> VisionTokens:
         """Packed pictures -> visual tokens [B M D]. ValueError where the connector makes nothing of the taps."""
@@ -204,7 +209,8 @@ class VLM(nn.Module):
         )
         if hidden:
             return Output(hidden=x, cache=cache, routing=routing)
-        return Output(logits=self.decoder.logits(x), cache=cache, routing=routing)
+        value = self.value_head(x) if self.config.value else None
+        return Output(logits=self.decoder.logits(x), cache=cache, routing=routing, value=value)
 
     def _pooled(self, features, vision: Vision):
         """One vector [B D] of the first picture of every row; None without a pool."""
@@ -217,6 +223,10 @@ class VLM(nn.Module):
     def logits(self, hidden):
         """Hidden states [... D] -> f32[... V]; `apply(..., method="logits")`."""
         return self.decoder.logits(hidden)
+
+    def values(self, hidden):
+        """Hidden states [... D] -> f32[...] of the value head; `apply(..., method="values")`."""
+        return self.value_head(hidden)
 
 
 def head_table(params) -> jax.Array:
@@ -270,6 +280,11 @@ def init_adapters(config: ModelConfig, key):
 def abstract_params(config: ModelConfig):
     """Shapes and dtypes of the parameters as a nested dict."""
     return meta.unbox(abstract_boxed(config))
+
+
+def without_values(config: Any) -> Any:
+    """The config of the same model without its value head; one that cannot have any stays."""
+    return replace(config, value=False) if isinstance(config, ModelConfig) else config
 
 
 def in_full(config: ModelConfig) -> ModelConfig:

@@ -90,6 +90,15 @@ class Vision(NamedTuple):
     grid: Array  # i32[B R P 2] (h, w) in patches, of the picture that a patch belongs to; 1 where padding
 
 
+class Experience(NamedTuple):
+    """What PPO knows of answers that a model has given, for every target f32[B T]; see train/ppo.py."""
+
+    log_probs: Array  # that the model gave it
+    values: Array  # what the critic expected before it
+    advantages: Array  # how much better it was than expected, whitened
+    returns: Array  # what the critic should have expected
+
+
 class Batch(NamedTuple):
     """Packed rows of T tokens: several conversations in a row, one `segment` number each."""
 
@@ -103,6 +112,7 @@ class Batch(NamedTuple):
     prefix: Array | None = None  # bool[B T] tokens that all tokens of their conversation see; None = causal throughout
     mix: Mix | None = None  # of `vision_index`, [B T ...], for models that resample grids; None = no token is a mean
     reference: Array | None = None  # f32[B T] in column s - 1 that of segment s, see `Example`; None = there is none
+    experience: Experience | None = None  # of answers that the model gave itself, for PPO
 
     @property
     def rows(self) -> int:
@@ -176,3 +186,4 @@ class Output(NamedTuple):
     pooled: Array | None = None  # [B D] of a tower with a pool: one vector of the first picture of every row
     image_embeddings: Array | None = None  # f32[pictures D]
     text_embeddings: Array | None = None  # f32[texts D]
+    value: Array | None = None  # f32[B T] of a model with a value head

@@ -35,7 +35,7 @@ MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["attention"] = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["generate"] = {"adapters", "api"} | MAY_IMPORT["api"]
-MAY_IMPORT["train"] = {"adapters", "config", "page", "paths"} | MAY_IMPORT["generate"]
+MAY_IMPORT["train"] = {"adapters", "config", "generate", "page", "paths"} | MAY_IMPORT["generate"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
@@ -52,7 +52,7 @@ DATA_WORKERS += [
     "embed",
     "convert",
 ]
-DATA_WORKERS += ["mixture", "answers", "captions"] + [
+DATA_WORKERS += ["mixture", "answers", "captions", "judging"] + [
     f"sources.{kind}" for kind in ("json_files", "array_record", "tar", "parquet", "tfds")
 ]
 

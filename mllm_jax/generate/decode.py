@@ -102,6 +102,26 @@ def generate_ids(
     return tokens
 
 
+def sample_ids(model: VLM, params, batch: Batch, count: int, stop, key: Array) -> tuple[Array, Array]:
+    """Draws a continuation of every row as likely as the model finds it: `generate_ids` as a part of other programs.
+
+    Args:
+      batch: one prompt per row, padded on the right; a row without tokens gets none.
+      count: tokens of the longest continuation.
+      stop: i32[n] tokens that end a row.
+    Returns:
+      (i32[B count], bool[B count] which of these belong to the continuation, the token that ends it among them).
+    """
+    rows, length = batch.tokens.shape
+    choice = Choice(Sampling(jnp.ones(rows)), key, stop, stop[0])
+    state = _prefill(model, params, batch, choice, length + count)
+    reader, weights = lay_out(model, params, rows)
+    _, tokens = _decode(reader, weights, state, choice, jnp.int32(count), count)
+    ends = jnp.isin(tokens, stop)
+    own = (jnp.cumsum(ends, axis=1) - ends == 0) & jnp.any(batch.segment > 0, axis=1)[:, None]
+    return tokens, own
+
+
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
 def _prefill(model: VLM, params, batch: Batch, choice: Choice, slots: int) -> State:
     """Reads the prompts and chooses the first token. Logits are computed where a prompt ends, nowhere else."""

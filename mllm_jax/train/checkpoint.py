@@ -21,7 +21,8 @@ from mllm_jax.api import Pretrained, load_processor
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.dual import DualConfig
-from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params, without_values
+from mllm_jax.nn.value import NAME as VALUE_HEAD
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.base import completed, saved
 from mllm_jax.train.run import Run, read_run
@@ -149,9 +150,12 @@ def restore_params(
 def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
     """A trained model with its processor, ready for generation, evaluation and `save_pretrained`.
 
+    A value head, which nothing of that needs, is left out; `restore_params` has it.
+
     Args and errors are those of `restore_params`.
     """
     model, params = restore_params(workdir, step, mesh)
+    model, params = without_values(model), {part: x for part, x in params.items() if part != VALUE_HEAD}
     return Pretrained(model, model.build(), params, load_processor(run_folder(workdir) / PROCESSOR, model))
 
 

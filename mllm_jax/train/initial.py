@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from mllm_jax.api import load_params
 from mllm_jax.config import ConfigError
-from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params
+from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params, without_values
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
+from mllm_jax.nn.value import NAME as VALUE_HEAD
 from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
 from mllm_jax.train.parts import load_parts
@@ -26,24 +27,24 @@ def first_params(run: Run, mesh: Mesh) -> dict:
 
     To these new adapters are added where the run has some and they none; their base is as `run.lora.base` says, and
     what is not fp32 there is read in bf16. Adapters of a run before go on where this run has the same, and are merged
-    into their weights where it has none.
+    into their weights where it has none. A value head is 0 where there was none, and left out where the run has none.
 
     Raises:
       ConfigError: they are of a run with another model, or with other adapters. FileNotFoundError: that run has no
         checkpoint.
     """
     if run.taken:
-        return _adapted(run, load_parts(run, mesh, _half(run)), mesh)
+        return _adapted(run, _valued(run, load_parts(run, mesh, _half(run)), mesh), mesh)
     if not run.init:
         layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
         return jax.jit(partial(init_params, run.model), out_shardings=layout)(jax.random.key(run.train.seed))
-    base = replace(run.model, lora=LoraConfig())
+    base = without_values(replace(run.model, lora=LoraConfig()))
     if not is_run(run.init):
         layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)
-        return _adapted(run, load_params(run.init, base, layout, dtypes=_half(run)), mesh)
+        return _adapted(run, _valued(run, load_params(run.init, base, layout, dtypes=_half(run)), mesh), mesh)
     before = read_config(run.init)
     shapes = lambda model: {path: x.shape for path, x in flatten_dict(abstract_params(model), sep="/").items()}
-    ours, theirs = shapes(base), shapes(replace(before.model, lora=LoraConfig()))
+    ours, theirs = shapes(base), shapes(without_values(replace(before.model, lora=LoraConfig())))
     if other := [path for path in sorted({*ours, *theirs}) if ours.get(path) != theirs.get(path)]:
         path = other[0]
         raise ConfigError(
@@ -51,7 +52,7 @@ def first_params(run: Run, mesh: Mesh) -> dict:
             f"{ours.get(path)} here" + (f", and {len(other) - 1} more weights differ" if len(other) > 1 else "")
         )
     check_adapters(before.lora, run.lora, f"of config.init={run.init}")
-    params = restore_params(run.init, mesh=mesh)[1]
+    params = _valued(run, restore_params(run.init, mesh=mesh)[1], mesh)
     if not before.lora.rank:
         return _adapted(run, params, mesh)
     return params if run.lora.rank else _merged(run, params, mesh)
@@ -92,6 +93,18 @@ def _merged(run: Run, params: dict, mesh: Mesh) -> dict:
     whole = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
     merge = lambda params: split_adapters(add_products(jax.tree.map(whole, params), boxed))[0]
     return jax.jit(merge, out_shardings=shardings(boxed, mesh, run.model.runtime.rules))(params)
+
+
+def _valued(run: Run, params: dict, mesh: Mesh) -> dict:
+    """The parameters with a value head, theirs or a new one, where the run has one, and without where it has none."""
+    if run.model == without_values(run.model):
+        return {part: x for part, x in params.items() if part != VALUE_HEAD}
+    if VALUE_HEAD in params:
+        return params
+    boxed = abstract_boxed(run.model)
+    layout, shapes = shardings(boxed, mesh, run.model.runtime.rules)[VALUE_HEAD], abstract_params(run.model)[VALUE_HEAD]
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return params | {VALUE_HEAD: jax.jit(zeros, out_shardings=layout)()}
 
 
 def processor_of(run: Run) -> str:

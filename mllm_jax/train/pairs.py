@@ -28,14 +28,14 @@ class PairObjective:
 
     def weights(self, batch: Batch) -> Array:
         answered = sum_segments(batch.weight != 0, batch.segment) > 0
-        return jnp.all(_pairs(answered), axis=-1).astype(jnp.float32)
+        return jnp.all(in_pairs(answered), axis=-1).astype(jnp.float32)
 
     def sums(self, params, batch: Batch, key, reference, rewards) -> tuple[dict[str, Array], Routing | None]:
         policy, routing = self.log_probs(params, batch, key)
-        real, size = self.weights(batch) > 0, _pairs(sum_segments(batch.weight, batch.segment))
+        real, size = self.weights(batch) > 0, in_pairs(sum_segments(batch.weight, batch.segment))
         size = jnp.where(real[..., None], size, 1)
-        given = jax.lax.stop_gradient(_pairs(self.reference_of(params, batch, reference)))
-        loss, reward = preference_loss(self.preference, _pairs(policy), given, size, rewards[0])
+        given = jax.lax.stop_gradient(in_pairs(self.reference_of(params, batch, reference)))
+        loss, reward = preference_loss(self.preference, in_pairs(policy), given, size, rewards[0])
         total = lambda x: jnp.sum(jnp.where(real, x, 0))
         sums = dict(
             loss=total(loss),
@@ -66,6 +66,6 @@ class PairObjective:
         return sum_segments(batch.weight * found, batch.segment), out.routing
 
 
-def _pairs(x):
+def in_pairs(x):
     """[B T] of segments -> [B T/2 2] of pairs."""
     return rearrange(x[:, : x.shape[1] // 2 * 2], "B (k two) -> B k two", two=2)

@@ -54,28 +54,52 @@ def make_train_step(
       without padding). With experts also balance (L, not times its weight; absent without a loss), z, imbalance (the
       busiest expert's load over the mean), dropped (share of choices that found no room).
     """
-    layout = state_shardings(config, tx, mesh, config.runtime.rules)
-    pinned, _ = split(layout.params, optim.freeze)
-    objective = objective or CrossEntropy(config)
+    pure = make_pure_step(config, tx, optim, mesh, objective or CrossEntropy(config), accumulate, balance, seed)
+    return compiled_step(pure, config, tx, mesh, async_gathers)
+
+
+def make_pure_step(
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
+    optim: OptimConfig,
+    mesh: Mesh,
+    objective: Any,
+    accumulate: int = 1,
+    balance: BalanceConfig = UNBALANCED,
+    seed: int = 0,
+) -> Callable:
+    """The step of `make_train_step`, with its arguments, as a pure function for programs of several steps."""
+    pinned, _ = split(state_shardings(config, tx, mesh, config.runtime.rules).params, optim.freeze)
     gradients = make_gradients(config, objective, optim.freeze, pinned, accumulate, balance)
 
     def step(state, batch: Batch, reference=None):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            key = jax.random.fold_in(jax.random.key(seed), state.step) if config.lora.drops else None
-            grads, found, load = gradients(state, reference, batch, key)
-            weight = jnp.sum(objective.weights(batch))
-            rewards = objective.remembered(state.rewards, found, weight)
-            adjust = lambda params: params if load is None else move_biases(params, load, config.decoder, balance.rate)
-            state, about = update(state, grads, found, tx, optim, adjust)
-            state = state._replace(rewards=jnp.where(about["finite"], rewards, state.rewards))
-            if load is not None:
-                found["imbalance"] = imbalance(load)
-            metrics = found | about | dict(weight=weight, **count(batch))
-            return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if config.lora.drops else None
+        grads, found, load = gradients(state, reference, batch, key)
+        weight = jnp.sum(objective.weights(batch))
+        rewards = objective.remembered(state.rewards, found, weight)
+        adjust = lambda params: params if load is None else move_biases(params, load, config.decoder, balance.rate)
+        state, about = update(state, grads, found, tx, optim, adjust)
+        state = state._replace(rewards=jnp.where(about["finite"], rewards, state.rewards))
+        if load is not None:
+            found["imbalance"] = imbalance(load)
+        metrics = found | about | dict(weight=weight, **count(batch))
+        return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
-    replicated = NamedSharding(mesh, PartitionSpec())
+    return step
+
+
+def compiled_step(
+    step: Callable, config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, async_gathers: bool = False
+) -> Callable:
+    """A pure `step(state, batch, reference=None) -> (state, metrics)`, jitted for a mesh; the state is donated."""
+
+    def on_mesh(state, batch: Batch, reference=None):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, batch, reference)
+
+    layout, replicated = state_shardings(config, tx, mesh, config.runtime.rules), NamedSharding(mesh, PartitionSpec())
     options = compiler_options(mesh.devices.flat[0].platform, async_gathers)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated), compiler_options=options)
+    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(layout, replicated), compiler_options=options)
 
 
 def make_eval_step(config: ModelConfig, mesh: Mesh, *, loss_chunk: int = CHUNK) -> Callable:

@@ -1,0 +1,19 @@
+"""A number for every token: what a reward model says of an answer, what PPO's critic expects of it."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mllm_jax.sharding import named
+
+NAME = "value_head"  # of the part in a model's parameters
+
+
+class ValueHead(nn.Module):
+    """Hidden states [... D] -> f32[...], in fp32; 0 at first, so that nothing is preferred yet."""
+
+    @nn.compact
+    def __call__(self, hidden):
+        w = self.param("w", named(nn.initializers.zeros, "embed"), (hidden.shape[-1],))
+        b = self.param("b", named(nn.initializers.zeros), ())
+        return jnp.einsum("...D,D->...", hidden.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST) + b
