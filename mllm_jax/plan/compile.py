@@ -148,6 +148,8 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
             "a step against a frozen copy of the first weights is not planned; plan it with "
             "train.preference.reference='none', and add the bytes of the weights and a forward pass"
         )
+    if run.train.ppo.reward:
+        raise ConfigError("steps of PPO are not planned; plan one without config.train.ppo.reward, and add generation")
     tx, _ = make_optimizer(run.optim, abstract_params(model))
     step = train_step(run, tx, mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

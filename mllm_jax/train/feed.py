@@ -9,7 +9,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.train.cost import explain, flops_of_counts
 from mllm_jax.train.flops import useful
 from mllm_jax.train.inputs import Placer, open_data
-from mllm_jax.train.paired_run import pairs_of
+from mllm_jax.train.paired_run import reading_of
 from mllm_jax.train.run import Run
 from mllm_jax.types import Batch
 
@@ -29,7 +29,7 @@ class Feed:
     def __init__(self, run: Run, processor: Processor, mesh: Mesh):
         rules = run.model.runtime.rules
         self._run, self._flops, self._explained = run, flops_of_counts(run), False
-        self._loader = open_data(run.data, processor, mesh, rules, pairs_of(run))
+        self._loader = open_data(run.data, processor, mesh, rules, reading_of(run))
         self._place = Placer(run.data.batch, mesh, rules)
 
     def next(self) -> Fetched | None:
@@ -37,13 +37,14 @@ class Feed:
         batch, info = next(self._loader, (None, None))
         if batch is None:
             return None
-        processes = self._run.data.batch / batch.rows  # this one's share stands for all
-        counts = useful(batch, self._run.model.decoder.window)
-        needed = {part: processes * float(costs @ counts) for part, costs in self._flops.items()}
-        explained = () if self._explained else tuple(explain(self._run, batch, processes))
-        self._explained = True
         left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
-        about = {"flops": sum(needed.values())} | {name: number for name, number in left_out.items() if number}
+        about, explained = {name: number for name, number in left_out.items() if number}, ()
+        if not self._run.train.ppo.reward:  # whose batches say nothing of the answers that they will get
+            processes = self._run.data.batch / batch.rows  # this one's share stands for all
+            counts = useful(batch, self._run.model.decoder.window)
+            about["flops"] = sum(processes * float(costs @ counts) for costs in self._flops.values())
+            explained = () if self._explained else tuple(explain(self._run, batch, processes))
+        self._explained = True
         return Fetched(self._place(batch), self._loader.get_state(), about, explained)
 
     def get_state(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.processor import Processor
+from mllm_jax.data.readers import Reading
 from mllm_jax.train.inputs import DataConfig
 from mllm_jax.train.processes import compiled_together
 from mllm_jax.train.run import Run
@@ -78,8 +79,10 @@ def shares(right: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, floa
     return {"all": sum(right.values()) / max(sum(asked.values()), 1), **by_kind}
 
 
-def batches(source: Any, processor: Any, data: DataConfig, rows: int) -> Iterator[tuple[Any, Info]]:
-    """All records of a source once, in batches of the shape of training."""
+def batches(
+    source: Any, processor: Any, data: DataConfig, rows: int, reading: Reading | None = None
+) -> Iterator[tuple[Any, Info]]:
+    """All records of a source once, in batches of the shape of training; `reading`: see `make_loader`."""
     loader = make_loader(
         source,
         processor,
@@ -91,6 +94,7 @@ def batches(source: Any, processor: Any, data: DataConfig, rows: int) -> Iterato
         workers=data.workers,
         prefetch=1,
         max_bad=1.0,
+        reading=reading,
     )
     try:
         yield from loader

@@ -11,12 +11,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from mllm_jax.config import ConfigError
-from mllm_jax.data.answers import Pairs
 from mllm_jax.data.captions import Captions
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor
+from mllm_jax.data.readers import Reading
 from mllm_jax.data.scenes import DEFAULT_KINDS, SCENES_TEMPLATE, Scenes, scenes_pair_tokenizer, scenes_tokenizer
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate, Tokenizer
@@ -235,11 +235,11 @@ def open_data(
     processor: Processor | DualProcessor,
     mesh: Mesh,
     rules: Rules,
-    pairs: Pairs | None = None,
+    reading: Reading | None = None,
 ) -> Any:
     """The loader of this process's share of every batch: an iterator of (Batch, Info) with get_state and set_state.
 
-    pairs: see `make_loader`.
+    reading: see `make_loader`.
     """
     sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (data.batch,), "config.data.batch"))
     index, count = row_share(sharding, data.batch)
@@ -249,7 +249,7 @@ def open_data(
             f"config.data: {streams} streams do not divide among {count} processes; set config.data.streams, a divisor "
             f"of batch={data.batch} and a multiple of {count}"
         )
-    loader = loader_of(data, processor, pairs, index, count)
+    loader = loader_of(data, processor, reading, index, count)
     return loader if count == 1 or data.epochs is None else EndTogether(loader)
 
 
@@ -261,11 +261,11 @@ def streams_of(data: DataConfig) -> int:
 def loader_of(
     data: DataConfig,
     processor: Processor | DualProcessor,
-    pairs: Pairs | None = None,
+    reading: Reading | None = None,
     index: int = 0,
     count: int = 1,
 ) -> Any:
-    """The loader of the share `index` of `count` of every batch; `pairs` as in `make_loader`."""
+    """The loader of the share `index` of `count` of every batch; `reading` as in `make_loader`."""
     return make_loader(
         data.source(),
         processor,
@@ -282,7 +282,7 @@ def loader_of(
         process_count=count,
         strict=data.strict,
         max_bad=data.max_bad,
-        pairs=pairs,
+        reading=reading,
     )
 
 

@@ -21,7 +21,7 @@ from mllm_jax.page import percent, short
 from mllm_jax.train.files import MixtureData
 from mllm_jax.train.initial import processor_of
 from mllm_jax.train.inputs import DataConfig, loader_of, make_processor
-from mllm_jax.train.paired_run import pairs_of
+from mllm_jax.train.paired_run import reading_of
 from mllm_jax.train.run import Run
 
 NAMED = 200  # records that are left out and named
@@ -57,7 +57,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
     data = dataclasses.replace(run.data, epochs=None if mixed else 1, strict=False, max_bad=1.0)
     inspection, skipped = Inspection(processor), {}
     with _heard(loader.log) as named:
-        batches = loader_of(data, processor, pairs_of(run))
+        batches = loader_of(data, processor, reading_of(run))
         drawn = np.zeros(len(source.sources) if mixed else 1, int)
         try:
             for batch, info in batches:

@@ -28,11 +28,11 @@ from mllm_jax.train.inputs import make_processor
 from mllm_jax.train.metrics import Meter, Reporter, last_written
 from mllm_jax.train.nonfinite import find_nonfinite
 from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.paired_run import reference_params
+from mllm_jax.train.paired_run import reference_of
 from mllm_jax.train.processes import Lost, StopSignal, compiled_together, noticing_others
 from mllm_jax.train.results import Diverged, Results, Started
 from mllm_jax.train.retrieval import held_out
-from mllm_jax.train.run import Run, read_run, train_step
+from mllm_jax.train.run import Run, read_run, train_step, updates_of
 from mllm_jax.train.spikes import Spike, SpikeRule
 from mllm_jax.train.state import abstract_state, state_from_params, state_shardings
 from mllm_jax.train.tiers import Tiers
@@ -94,9 +94,11 @@ class Training:
         model, data = run.model, run.data
         if debug_nans and not isinstance(model, ModelConfig):
             raise ConfigError("--debug_nans looks into language models alone, not into dual encoders")
+        if debug_nans and run.train.ppo.reward:
+            raise ConfigError("--debug_nans looks into steps of one update, not into those of PPO")
         processor, heldout = make_processor(processor_of(run), model, data), data.source("heldout")
         self.mesh = mesh = make_mesh(run.mesh)
-        tx, _ = make_optimizer(run.optim, abstract_params(model))
+        tx, _ = make_optimizer(updates_of(run), abstract_params(model))
         self.feed = Feed(run, processor, mesh)
         self.train_step = compiled_together(train_step(run, tx, mesh))
         self.evaluate = held_out(run, processor, mesh, heldout) if heldout is not None else None
@@ -105,7 +107,7 @@ class Training:
         self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, *parts)
         self.resumed = self.checkpoints.latest() is not None
         found = self._resume() if self.resumed else self._begin(tx)
-        self.reference = reference_params(run, mesh, workdir, self.resumed)
+        self.reference = reference_of(run, mesh, workdir, self.resumed)
         self.state, self.position, self.step = found.state, found.position, int(found.state.step)
         self.compiled, self.lost = False, False
         self.report = self._reporter()

@@ -9,28 +9,37 @@ from jax.sharding import Mesh
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.answers import Pairs, Reference
+from mllm_jax.data.judging import Judged
+from mllm_jax.data.readers import Reading
 from mllm_jax.train.base import fingerprint
 from mllm_jax.train.initial import first_params
+from mllm_jax.train.ppo_run import make_judge, prompts_of
 from mllm_jax.train.preference import FIRST
 from mllm_jax.train.run import Run
 
 FILE = "reference.json"  # in the folder of a run with a frozen copy: the fingerprint of its weights
 
 
-def pairs_of(run: Run) -> Pairs | None:
+def reading_of(run: Run) -> Reading | None:
     """How a run's records are read; None where it learns from conversations."""
     preference = run.train.preference
+    if run.train.reward.learn:
+        return Judged(run.train.reward.prompt)
+    if run.train.ppo.reward:
+        return prompts_of(run)
     if not preference.has_pairs:
         return None
     return Pairs(preference.changed, read_references(preference.reference) if preference.stored else None)
 
 
-def reference_params(run: Run, mesh: Mesh, workdir: Path, resumed: bool) -> tuple[dict, ...]:
-    """What a step takes beside state and batch: a frozen copy of the first weights, or nothing.
+def reference_of(run: Run, mesh: Mesh, workdir: Path, resumed: bool) -> tuple:
+    """What a step takes beside state and batch: a frozen copy of the first weights, the judge of PPO, or nothing.
 
     Checkpoints leave it out, and it comes again from where the run began. Raises ConfigError where that has changed.
     """
     preference = run.train.preference
+    if run.train.ppo.reward:
+        return (make_judge(run, mesh, workdir, resumed),)
     if not preference.has_pairs or preference.reference != FIRST:
         return ()
     params, file = first_params(run, mesh), Path(workdir) / FILE

@@ -14,14 +14,16 @@ from mllm_jax.model import ModelConfig
 from mllm_jax.train.contrastive import contrastive_loss
 from mllm_jax.train.dual_step import pair_shardings, real_pairs
 from mllm_jax.train.heldout import HeldOut, Spread, batches, placed
+from mllm_jax.train.judging import Judging
 from mllm_jax.train.processes import compiled_together
 from mllm_jax.train.run import Run
 from mllm_jax.types import DualBatch
 
 
 def held_out(run: Run, processor: Any, mesh: Mesh, source: Any) -> Any:
-    """What evaluates a run, `evaluate(params) -> dict`, by the kind of its model."""
-    return EVALUATIONS[type(run.model)](run, processor, mesh, source)
+    """What evaluates a run, `evaluate(params) -> dict`, by the kind of its model and of what it learns."""
+    kind = Judging if run.train.reward.learn else EVALUATIONS[type(run.model)]
+    return kind(run, processor, mesh, source)
 
 
 class Retrieval:

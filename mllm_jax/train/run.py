@@ -25,6 +25,7 @@ from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.value import NAME as VALUE_HEAD
 from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.dual_step import make_contrastive_step
@@ -33,7 +34,10 @@ from mllm_jax.train.inputs import CaptionsData, DataConfig, ScenesData
 from mllm_jax.train.objective import CrossEntropy
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.pairs import PairObjective
+from mllm_jax.train.ppo import PpoConfig
+from mllm_jax.train.ppo_step import make_ppo_step
 from mllm_jax.train.preference import BASE, FIRST, PreferenceConfig
+from mllm_jax.train.reward import RewardConfig, RewardObjective
 from mllm_jax.train.spikes import SpikeConfig
 from mllm_jax.train.step import make_train_step
 
@@ -68,6 +72,8 @@ class TrainConfig:
     balance: how experts are kept evenly loaded, in models that have them.
     preference: what is learned from pairs of a chosen and a rejected answer, in place of every answer (see
       `mllm_jax.train.preference`).
+    reward: whether such pairs train a reward model (see `mllm_jax.train.reward`).
+    ppo: whether the model learns from answers of its own, which a reward model judges (see `mllm_jax.train.ppo`).
     async_gathers: TPUs gather weights with options that only some accept: at your risk, see mllm_jax/train/compiler.py.
     """
 
@@ -87,6 +93,8 @@ class TrainConfig:
     watchdog: float = 600.0
     balance: BalanceConfig = BalanceConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PpoConfig = PpoConfig()
     async_gathers: bool = False
 
     def __post_init__(self):
@@ -94,6 +102,14 @@ class TrainConfig:
             raise ValueError(f"accumulate={self.accumulate} must be 1 or more")
         if self.save_local_every and not self.local:
             raise ValueError("save_local_every needs local=FOLDER, on a disk of each process's own")
+        others = {"preference": self.preference.has_pairs, "reward": self.reward.learn, "ppo": bool(self.ppo.reward)}
+        if len(wanted := [name for name, is_on in others.items() if is_on]) > 1:
+            raise ValueError(f"{' and '.join(wanted)} cannot be learned at once: give each a stage of its own")
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the model needs a value head."""
+        return self.reward.learn or bool(self.ppo.reward)
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,8 @@ def run_config(run: Run) -> ConfigDict:
     )
     with config.unlocked():
         del config.model.runtime["rules"], config.model["lora"]
+        if "value" in config.model:  # of language models: what is learned says whether there are values
+            del config.model["value"]
         for part, names in OF_PRESETS.items():
             for name in names:
                 usual = partial(_of_preset, part, name)
@@ -235,9 +253,13 @@ def read_run(config: ConfigDict) -> Run:
         _check(run, stage, f"config.stages.{name}")
     if not run.stages:
         _check(run, run, "config")
-    model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora)
-    optim = dataclasses.replace(run.optim, freeze=run.lora.freezes(run.optim.freeze))
-    return dataclasses.replace(run, model=model, optim=optim)
+    lora, values = run.lora, {}
+    if run.train.has_values:
+        values = {"value": True}
+        lora = dataclasses.replace(lora, train=(*lora.train, f"^{VALUE_HEAD}/")) if lora.rank else lora
+    model = dataclasses.replace(with_rules(run.model, run.rules), lora=lora, **values)
+    optim = dataclasses.replace(run.optim, freeze=lora.freezes(run.optim.freeze))
+    return dataclasses.replace(run, model=model, lora=lora, optim=optim)
 
 
 def _check(whole: Run, run: Run | Stage, path: str) -> None:
@@ -263,6 +285,31 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
         raise ConfigError(f"{path}.train.preference is for models that answer; a dual encoder does not")
     if preference.has_pairs and run.train.weighting != "token":
         raise ConfigError(f"{path}.train.weighting={run.train.weighting!r} has no meaning for pairs of answers")
+    if run.train.has_values:
+        _check_values(whole, run, path)
+
+
+def _check_values(whole: Run, run: Run | Stage, path: str) -> None:
+    """Of a run that trains a reward model, or with one."""
+    ppo, what = run.train.ppo, "reward" if run.train.reward.learn else "ppo"
+    if isinstance(whole.model, DualConfig):
+        raise ConfigError(f"{path}.train.{what} is for models that answer; a dual encoder does not")
+    if run.train.weighting != "token":
+        raise ConfigError(f"{path}.train.weighting={run.train.weighting!r} has no meaning for {path}.train.{what}")
+    if what == "reward":
+        return
+    if run.data.batch % (ppo.minibatches * run.train.accumulate):
+        raise ConfigError(
+            f"{path}.train.ppo.minibatches={ppo.minibatches} times accumulate={run.train.accumulate} must divide "
+            f"{path}.data.batch={run.data.batch}"
+        )
+    if whole.lora.drops:
+        raise ConfigError("config.lora.dropout must be 0 for PPO, which compares a model with what it was before")
+    if ppo.reference == BASE and (not whole.lora.rank or whole.lora.train):
+        raise ConfigError(
+            f"{path}.train.ppo.reference={BASE!r} is the model without its adapters, which needs config.lora.rank and "
+            f"no config.lora.train; {FIRST!r} keeps a copy of the first weights"
+        )
 
 
 def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> ModelConfig | DualConfig:
@@ -275,9 +322,17 @@ def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callab
     return STEPS[type(run.model)](run, tx, mesh)
 
 
-def objective_of(run: Run) -> CrossEntropy | PairObjective:
-    """What a run of a language model minimises."""
+def updates_of(run: Run) -> OptimConfig:
+    """The run's `optim`, whose steps and warm-up are updates of the weights: of PPO a step has several."""
+    optim, count = run.optim, run.train.ppo.updates if run.train.ppo.reward else 1
+    return dataclasses.replace(optim, steps=optim.steps * count, warmup=optim.warmup * count)
+
+
+def objective_of(run: Run) -> CrossEntropy | PairObjective | RewardObjective:
+    """What a run of a language model minimises, if it is not PPO."""
     train = run.train
+    if train.reward.learn:
+        return RewardObjective(run.model, train.reward)
     if train.preference.has_pairs:
         return PairObjective(run.model, train.preference, train.loss_chunk)
     return CrossEntropy(run.model, train.weighting, train.loss_chunk)
@@ -285,6 +340,8 @@ def objective_of(run: Run) -> CrossEntropy | PairObjective:
 
 def _language_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
     options = {name: getattr(run.train, name) for name in ("accumulate", "balance", "async_gathers", "seed")}
+    if run.train.ppo.reward:
+        return make_ppo_step(run.model, run.train.ppo, tx, updates_of(run), mesh, chunk=run.train.loss_chunk, **options)
     return make_train_step(run.model, tx, run.optim, mesh, objective=objective_of(run), **options)
 
 

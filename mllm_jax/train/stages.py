@@ -25,18 +25,33 @@ CHECKPOINTS = "checkpoints"  # in the folder of a run or of a stage
 
 
 def names_in_order(config: ConfigDict) -> list[str]:
-    """The stages, each behind the one that it comes after, branches by name.
+    """The stages, each behind the one that it comes after and the one that trains its reward model, branches by name.
 
     Raises:
       ConfigError: a stage comes after none, or in a circle, or its name cannot be that of a folder and of a setting.
     """
     after = {name: stage.after or "" for name, stage in config.stages.items()}
+    judges = {name: stage.train.get("ppo", {}).get("reward", "") for name, stage in config.stages.items()}
     for name, before in after.items():
         if not name.isidentifier() or name == CHECKPOINTS:
             raise ConfigError(f"config.stages: {name!r} cannot be the name of a stage; take a word without dashes")
         if before and before not in after:
             raise ConfigError(f"config.stages.{name}.after: no stage is called {before!r}; {suggestion(before, after)}")
-    return sorted(after, key=lambda name: branch(name, after))
+    order: list[str] = []
+
+    def add(name: str, waiting: tuple[str, ...] = ()) -> None:
+        """Puts a stage behind the one that it comes after, and the one that trains its reward model."""
+        if name in waiting:
+            raise ConfigError(f"config.stages need each other in a circle: {', '.join([*waiting, name])}")
+        for before in (after[name], judges[name]):
+            if before in after:
+                add(before, (*waiting, name))
+        if name not in order:
+            order.append(name)
+
+    for name in sorted(after, key=lambda name: branch(name, after)):
+        add(name)
+    return order
 
 
 def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = None) -> ConfigDict:
@@ -44,7 +59,8 @@ def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = Non
 
     Args:
       workdir: folder of the staged run. If it holds the stage that this one comes after, this one begins with its
-        weights, and with those of `config.init` or `config.parts` otherwise.
+        weights, and with those of `config.init` or `config.parts` otherwise. The stage that trains its reward model lies
+        there, too.
     """
     if name not in config.stages:
         raise ConfigError(f"config.stages has no {name!r}; {suggestion(name, config.stages)}")
@@ -54,6 +70,9 @@ def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = Non
     alone["processor"] = processor_source(alone["processor"], alone["init"], alone.get("parts", {}))
     if workdir is not None and stage["after"] and has_checkpoint(folder := Path(workdir).resolve() / stage["after"]):
         alone |= {"init": str(folder), "parts": {}}
+    if workdir is not None and (judge := alone["train"].get("ppo", {}).get("reward")) in whole["stages"]:
+        train = alone["train"]
+        alone["train"] = train | {"ppo": train["ppo"] | {"reward": str(Path(workdir).resolve() / judge)}}
     return ConfigDict(alone)
 
 

@@ -1,0 +1,42 @@
+"""Learns captions that often name what is not there, what makes a caption better, and to give better ones (PPO).
+
+    python -m mllm_jax.train --config configs/ppo.py --workdir /tmp/ppo
+    python -m mllm_jax.train --config configs/ppo.py --workdir /tmp/ppo --stage=ppo --config.stages.ppo.optim.steps=60
+    python benchmarks/false_objects.py --workdir /tmp/ppo
+
+The first stage is that of `configs/prefer.py`. The second one begins with its weights and becomes a reward model: of
+two captions it prefers the truthful one, and reads beside them the facts, which are what is in the picture. The third
+one begins with the weights of the first, too: it captions pictures, is told what the reward model thinks of that, and
+learns from it. See docs/preference.md.
+"""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+from mllm_jax.train.inputs import CaptionsData
+from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.ppo import PpoConfig
+from mllm_jax.train.reward import RewardConfig
+from mllm_jax.train.run import Stage, TrainConfig, read_run, run_config
+
+FACTS = RewardConfig(learn=True, prompt="{facts}")  # the embedded tokenizer spells every word that scenes do not need
+
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("prefer", Path(__file__).parent / "prefer.py")
+    prefer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prefer)
+    run = read_run(prefer.get_config())
+    often = dict(log_every=25, heldout=200, save_every=500)
+    pairs = CaptionsData(batch=8, tokens=256, rows=1, patches=208, window=8.0, min_pixels=256)
+    prompts = CaptionsData(batch=32, tokens=64, rows=1, patches=160, window=8.0, min_pixels=256)
+    judge = OptimConfig(name="muon", learning_rate=1e-3, steps=300, warmup=30, final=0.03, b2=0.98)
+    improve = OptimConfig(learning_rate=1e-4, schedule="constant", steps=40, warmup=2, b2=0.98)
+    ppo = PpoConfig(reward="reward", new_tokens=24, kl=0.05, unfinished=-4.0)
+    stages = {
+        "learn": run.stages["learn"],
+        "reward": Stage(after="learn", data=pairs, optim=judge, train=TrainConfig(**often, reward=FACTS)),
+        "ppo": Stage(after="learn", data=prompts, optim=improve, train=TrainConfig(**often, ppo=ppo)),
+    }
+    return run_config(replace(run, stages=stages))
