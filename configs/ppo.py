@@ -30,10 +30,10 @@ def get_config():
     run = read_run(prefer.get_config())
     often = dict(log_every=25, heldout=200, save_every=500)
     pairs = CaptionsData(batch=8, tokens=256, rows=1, patches=208, window=8.0, min_pixels=256)
-    prompts = CaptionsData(batch=32, tokens=64, rows=1, patches=160, window=8.0, min_pixels=256)
+    prompts = CaptionsData(batch=64, tokens=64, rows=1, patches=160, window=8.0, min_pixels=256)
     judge = OptimConfig(name="muon", learning_rate=1e-3, steps=300, warmup=30, final=0.03, b2=0.98)
-    improve = OptimConfig(learning_rate=1e-4, schedule="constant", steps=40, warmup=2, b2=0.98)
-    ppo = PpoConfig(reward="reward", new_tokens=24, kl=0.05, unfinished=-4.0)
+    improve = OptimConfig(learning_rate=1e-4, schedule="constant", steps=150, warmup=2, b2=0.98)
+    ppo = PpoConfig(reward="reward", new_tokens=24, kl=0.05, clip_value=1.0, unfinished=-4.0)
     stages = {
         "learn": run.stages["learn"],
         "reward": Stage(after="learn", data=pairs, optim=judge, train=TrainConfig(**often, reward=FACTS)),

@@ -97,7 +97,10 @@ def test_what_is_no_pair_stays_what_it_was():
 
 def test_the_records_of_the_page_are_pairs():
     text = (pathlib.Path(__file__).parents[1] / "docs" / "preference.md").read_text()
-    (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    block, facts = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    told = [read(json.loads(line)) for line in facts.splitlines()]
+    assert [item["facts"] for item in told] == ["A cat is sleeping.\nThere is a mat.", "A cat is sleeping."]
+    assert told[0]["rejected"] == "A dog on a mat." and told[1]["messages"][0]["content"] == SHOWN
     found = [read(json.loads(line)) for line in block.splitlines()]
     assert [item["messages"][0]["content"] for item in found] == [SHOWN] * 4
     assert [item["messages"][1]["content"][:5] + item["rejected"][:5] for item in found] == ["A catA dog"] * 4

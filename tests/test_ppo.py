@@ -22,6 +22,21 @@ f32 = lambda *arrays: (jnp.asarray(x, jnp.float32) for x in arrays)
 answers = [(b, range(START[b], START[b] + SIZE[b])) for b in range(B)]
 
 
+# Most of a test is compilation.
+estimated, normed, shaped = map(jax.jit, (advantages, whitened, token_rewards))
+
+
+def with_gradient(loss, *inputs):
+    """(what a loss returns for numbers of its first input, the gradient of its sum by these)."""
+
+    def summed(x, *rest):
+        found = loss(x, *rest)
+        return jnp.sum(found[0] if isinstance(found, tuple) else found), found
+
+    grads, found = jax.jit(jax.grad(summed, has_aux=True))(*f32(*inputs))
+    return found, np.asarray(grads)
+
+
 def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
@@ -36,7 +51,7 @@ def test_token_rewards():
     for b, places in answers:
         for t in places:
             expected[b, t] = -0.3 * (LOG_PROBS[b, t] - REFERENCE[b, t]) + (SCORE[b] if t == places[-1] else 0)
-    close(token_rewards(*f32(SCORE, LOG_PROBS, REFERENCE), REAL, 0.3), expected)
+    close(shaped(*f32(SCORE, LOG_PROBS, REFERENCE), REAL, 0.3), expected)
 
 
 @pytest.mark.parametrize("gamma, lam", ((1.0, 1.0), (0.9, 0.7), (1.0, 0.0), (0.5, 1.0)))
@@ -48,7 +63,7 @@ def test_advantages_are_sums_of_discounted_surprises(gamma, lam):
         for t in places:
             delta = [REWARDS[b, s] + gamma * value(s + 1) - value(s) for s in range(t, places[-1] + 1)]
             expected[b, t] = sum((gamma * lam) ** k * d for k, d in enumerate(delta))
-    found = advantages(*f32(REWARDS, VALUES), REAL, gamma, lam)
+    found = estimated(*f32(REWARDS, VALUES), REAL, gamma, lam)
     close(found, expected)
     if lam == 1:
         returns = [
@@ -56,15 +71,15 @@ def test_advantages_are_sums_of_discounted_surprises(gamma, lam):
         ]
         close((found + VALUES)[REAL], np.concatenate(returns))
     other = np.where(REAL, VALUES, 1e6)  # what is no answer's changes nothing
-    close(advantages(*f32(np.where(REAL, REWARDS, -1e6), other), REAL, gamma, lam), expected)
+    close(estimated(*f32(np.where(REAL, REWARDS, -1e6), other), REAL, gamma, lam), expected)
 
 
 def test_whitened():
-    found = np.asarray(whitened(jnp.float32(3 + 2 * VALUES), REAL))
+    found = np.asarray(normed(jnp.float32(3 + 2 * VALUES), REAL))
     assert abs(found[REAL].mean()) < 1e-6 and found[REAL].std() == pytest.approx(1, abs=1e-5) and not found[~REAL].any()
     own = (VALUES - VALUES[REAL].mean()) / VALUES[REAL].std()
     close(found[REAL], own[REAL])
-    assert not np.asarray(whitened(jnp.ones((2, 3)), np.zeros((2, 3), bool))).any()
+    assert not np.asarray(normed(jnp.float32(VALUES), np.zeros((B, T), bool))).any()
 
 
 def test_policy_loss_and_its_gradient():
@@ -74,10 +89,8 @@ def test_policy_loss_and_its_gradient():
         ratio = np.exp(now - LOG_PROBS)
         return -np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
 
-    ours = lambda now: policy_loss(now, *f32(LOG_PROBS, advantage), 0.2)
-    loss, clipped = ours(jnp.float32(moved))
+    (loss, clipped), grads = with_gradient(policy_loss, moved, LOG_PROBS, advantage, 0.2)
     close(loss, closed(moved))
-    grads = np.asarray(jax.grad(lambda now: jnp.sum(ours(now)[0]))(jnp.float32(moved)))
     close(grads, differences(closed, moved))
     ratio = np.exp(moved - LOG_PROBS)
     outside = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
@@ -95,9 +108,8 @@ def test_value_loss_and_its_gradient():
         bounded = np.clip(now, VALUES - 0.2, VALUES + 0.2)
         return 0.5 * np.maximum((now - returns) ** 2, (bounded - returns) ** 2)
 
-    ours = lambda now: value_loss(now, *f32(VALUES, returns), 0.2)
-    close(ours(jnp.float32(moved)), closed(moved))
-    grads = np.asarray(jax.grad(lambda now: jnp.sum(ours(now)))(jnp.float32(moved)))
+    loss, grads = with_gradient(value_loss, moved, VALUES, returns, 0.2)
+    close(loss, closed(moved))
     close(grads, differences(closed, moved))
     beyond = (np.abs(moved - VALUES) > 0.2) & (
         (moved - returns) ** 2 < (np.clip(moved, VALUES - 0.2, VALUES + 0.2) - returns) ** 2

@@ -215,3 +215,18 @@ def test_a_step_on_a_mesh():
     assert {"policy_loss", "value_loss", "clipped", "moved", "reward", "kl", "length", "ended"} <= set(found[0])
     for name, expected in found[0].items():
         assert found[1][name] == pytest.approx(expected, rel=2e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_rewards_rise(params, judge):
+    """In two hundred steps from random weights, of what another model of random weights thinks of answers."""
+    mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+    ppo = replace(PPO, kl=0.01, unfinished=0.0, length=0.0, epochs=4, clip_value=5.0)
+    tx, _ = make_optimizer(OPTIM, params)
+    state, step = state_from_params(CONFIG, tx, mesh, params), make_ppo_step(CONFIG, ppo, tx, OPTIM, mesh, chunk=40)
+    prompts, rewards = prompts_of(seeing=False), []
+    for _ in range(200):
+        state, metrics = step(state, prompts, judge)
+        rewards.append(float(metrics["reward"]))
+    first, last = np.array(rewards[:20]), np.array(rewards[-20:])
+    assert last.mean() > first.mean() + 5 * np.hypot(first.std(), last.std()) / np.sqrt(20)

@@ -11,6 +11,7 @@ from mllm_jax.model import abstract_params
 from mllm_jax.train.initial import check_adapters
 from mllm_jax.train.loop import StopSignal, made, train
 from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.ppo_run import judge_run
 from mllm_jax.train.run import read_run
 from mllm_jax.train.stages import ended, names_in_order, note_ended, one_run, stage_config
 
@@ -72,6 +73,8 @@ def _check(config: ConfigDict, name: str) -> None:
             check_adapters(alone(after).lora, run.lora, f"of stage {after}")
         make_optimizer(run.optim, abstract_params(run.model))
         run.data.source("train")
+        if run.train.ppo.reward and run.train.ppo.reward not in config.stages:
+            judge_run(run)
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.", f"config.stages.{name}.", 1)) from error
     except (ValueError, OSError) as error:

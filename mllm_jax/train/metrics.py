@@ -22,6 +22,7 @@ from mllm_jax.train.board import Board
 from mllm_jax.train.goodput import Clock, share
 
 FILE = "metrics.jsonl"
+JUDGED = ("accuracy", "reward", "kl")  # of runs that learn from judgements; the line of an interval has its last step's
 
 
 class MetricsFile:
@@ -173,6 +174,7 @@ class Display:
         parts = [
             f"step {record['step']:.0f}/{self.steps}",
             f"loss {record['mean_loss']:.4f}",
+            *(f"{name} {record[name]:.3f}" for name in JUDGED if name in record),
             f"lr {record['learning_rate']:.2e}",
             f"grad {record['grad_norm']:.2f}",
             f"{short(record['tokens_per_second'])} tok/s",

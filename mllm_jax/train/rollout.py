@@ -6,7 +6,6 @@ A row of prompts has two segments: the prompt, and what a reward model reads aft
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -44,7 +43,8 @@ def respond(config: ModelConfig, params, prompts: Batch, stop, count: int, key) 
         tokens=jnp.where(asked, prompts.tokens, 0),
         segment=asked.astype(jnp.int32),
         prefix=None if prompts.prefix is None else prompts.prefix & asked,
-        **dict.fromkeys(("targets", "weight")),
+        targets=None,
+        weight=None,
     )
     tokens, own = sample_ids(VLM(config), params, first, count, stop, key)
     return written(prompts, tokens, own, jnp.any(own & jnp.isin(tokens, stop), axis=1))
@@ -55,41 +55,34 @@ def written(prompts: Batch, tokens, own, ended) -> Answered:
 
     Rows of T tokens become rows of T + count. Rotary positions go on as in generation.
     """
-    length, count = prompts.tokens.shape[1], tokens.shape[1]
-    wide = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, count), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+    (rows, length), count = prompts.tokens.shape, tokens.shape[1]
     asked, rest = prompts.segment == 1, prompts.segment == 2
-    start, size = jnp.sum(asked, axis=1), jnp.sum(own, axis=1)
-    following = jnp.max(jnp.where(asked[..., None], prompts.position + 1, 0), axis=(1, 2))
-    # Where every token of the answer and of the rest goes; what is none falls off the end.
-    off, columns = length + count, jnp.arange(length)
-    answer = jnp.where(own, start[:, None] + jnp.arange(count), off)
-    behind = jnp.where(rest, columns + size[:, None], off)
-    later = prompts.position + (following + size)[:, None, None]
-    put = jax.vmap(lambda x, place, values: x.at[place].set(values, mode="drop"))
+    start, size, left = (jnp.sum(x, axis=1)[:, None] for x in (asked, own, rest))
+    column, end = jnp.arange(length + count), start + size
+    # Where the token of a column comes from: the prompt, the answer behind all prompts, or the rest behind the prompt.
+    source = jnp.where(column < start, column, jnp.where(column < end, length + column - start, column - size))
 
-    def filled(x, answers, rests):
-        """The prompts' own values, then those of the answers, then those of the rests."""
-        kept = jnp.where(jnp.reshape(wide(asked), asked.shape[:1] + (off,) + (1,) * (x.ndim - 2)), wide(x), 0)
-        return put(put(kept, answer, answers), behind, rests)
+    def laid(prompt, answer):
+        both = jnp.concatenate([prompt, answer], axis=1)
+        return jnp.take_along_axis(both, jnp.expand_dims(source, range(2, both.ndim)), axis=1, mode="clip")
 
-    where = jnp.broadcast_to((following[:, None] + jnp.arange(count))[..., None], (*tokens.shape, 3))
-    all_tokens = filled(prompts.tokens, tokens, prompts.tokens)
-    segment = filled(asked.astype(jnp.int32), own.astype(jnp.int32), rest.astype(jnp.int32))
-    places = jnp.arange(off)
-    end = (start + size)[:, None]
-    targets = (places >= start[:, None] - 1) & (places < end - 1) & (size > 0)[:, None]
+    following = jnp.max(jnp.where(asked[..., None], prompts.position + 1, 0), axis=(1, 2))[:, None, None]
+    later = prompts.position + jnp.where(rest[..., None], following + size[..., None], 0)
+    after = jnp.broadcast_to(following + jnp.arange(count)[:, None], (rows, count, 3))
+    wide = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, count), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+    segment = (column < end + left).astype(jnp.int32)
+    placed = jnp.where(segment > 0, laid(prompts.tokens, tokens), 0)
     judged = prompts._replace(
-        tokens=all_tokens,
-        targets=jnp.pad(all_tokens[:, 1:], ((0, 0), (0, 1))),
-        weight=targets.astype(jnp.float32),
+        tokens=placed,
+        targets=jnp.pad(placed[:, 1:], ((0, 0), (0, 1))),
+        weight=((column >= start - 1) & (column < end - 1) & (size > 0)).astype(jnp.float32),
         segment=segment,
-        position=filled(prompts.position, where, later),
+        position=laid(later, after),
         vision_index=wide(prompts.vision_index, -1),
         prefix=None if prompts.prefix is None else wide(prompts.prefix & asked),
         mix=prompts.mix and Mix(wide(prompts.mix.index, -1), wide(prompts.mix.share)),
     )
-    policy = judged._replace(segment=jnp.where(places < end, segment, 0))
-    return Answered(judged, policy, ended)
+    return Answered(judged, judged._replace(segment=jnp.where(column < end, segment, 0)), ended)
 
 
 def log_probs_and_values(config: ModelConfig, params, batch: Batch, chunk: int):

@@ -1,0 +1,194 @@
+"""Reward models: what they read, the number of an answer in packed rows, what they learn; and what runs refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_chat
+import tiny_run
+from examples import random_example, random_params, tiny_config
+from PIL import Image
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.answers import together
+from mllm_jax.data.judging import Judged, Prompts
+from mllm_jax.data.loader import BadData, make_loader
+from mllm_jax.data.pack import Budget, TooLarge, collate
+from mllm_jax.data.processor import Processor, ProcessorSpec
+from mllm_jax.data.records import BadRecord, read_record
+from mllm_jax.model import VLM, ModelConfig
+from mllm_jax.plan.compile import abstract_step
+from mllm_jax.sharding import make_mesh
+from mllm_jax.train import ppo_run
+from mllm_jax.train.optim import split
+from mllm_jax.train.reward import RewardConfig, RewardObjective, scores
+from mllm_jax.train.run import read_run
+from mllm_jax.train.stages import names_in_order, stage_config
+
+ASKED, CHOSEN, REJECTED, FACTS = "What is it?", "A cat on a mat.", "A dog.", "There is a cat."
+PROMPT = "Is it true? {facts}"
+BUDGET = Budget(tokens=400, rows=1, patches=512)
+DECODER = dataclasses.replace(tiny_config().decoder, layers=1, width=32, mlp=32)
+CONFIG = ModelConfig(None, decoder=DECODER, value=True)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tiny_chat.write_tokenizer(tmp_path_factory.mktemp("tiny"))
+    return Processor.from_folder(folder, ProcessorSpec(min_pixels=32 * 32, max_pixels=128 * 128))
+
+
+def record(**fields):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": ASKED}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": CHOSEN}]
+    return {"messages": messages, "kind": "scene", "id": "r", "rejected": REJECTED, "facts": FACTS} | fields
+
+
+def said(processor, tokens):
+    return processor.tokenizer.decode(tokens, special=True)
+
+
+def test_a_pair_goes_on_with_the_facts(processor):
+    pair = Judged(PROMPT)(processor, record())
+    chosen, rejected = np.split(pair.tokens, np.cumsum(pair.lengths)[:-1])
+    for tokens, answer in ((chosen, CHOSEN), (rejected, REJECTED)):
+        end = f"{answer}<|im_end|>\n<|im_start|>user\nIs it true? {FACTS}<|im_end|>\n"
+        assert said(processor, tokens).endswith(end)
+    assert len(pair.pictures) == 1 and pair.kind == "scene"
+    plain = Judged("")(processor, record(facts=None))
+    assert said(processor, plain.tokens).endswith(f"{REJECTED}<|im_end|>\n")
+    with pytest.raises(BadRecord, match="no facts .*config.train.reward.prompt names {facts}"):
+        Judged(PROMPT)(processor, record(facts=None))
+    with pytest.raises(BadRecord, match="no pair"):
+        Judged(PROMPT)(processor, record(rejected=None))
+
+
+def test_a_prompt_and_its_rest_are_a_judged_conversation_without_the_answer(processor):
+    judged, asked = Judged(PROMPT)(processor, record()), Prompts(PROMPT)(processor, record(), BUDGET)
+    start, rest = asked.lengths
+    whole = judged.tokens[: judged.lengths[0]]
+    answer = processor.tokenizer.encode(CHOSEN) + [processor.end_of_turn_id]
+    np.testing.assert_array_equal(asked.tokens[:start], whole[:start])
+    np.testing.assert_array_equal(asked.tokens[start:], whole[len(whole) - rest :])
+    np.testing.assert_array_equal(whole[start : len(whole) - rest], answer)
+    np.testing.assert_array_equal(asked.position[:start], judged.position[:start])
+    assert not asked.weight.any() and len(asked.pictures) == 1
+    smaller = Prompts(PROMPT)(processor, record(), BUDGET._replace(tokens=start + rest - 1))
+    assert len(smaller.pictures[0].patches) < len(asked.pictures[0].patches)
+    with pytest.raises(TooLarge):
+        Prompts(PROMPT)(processor, record(), BUDGET._replace(tokens=rest + 8))
+    with pytest.raises(BadRecord, match="no question"):
+        Prompts(PROMPT)(processor, record(messages=[{"role": "document", "content": "A cat."}]), BUDGET)
+
+
+def test_batches_of_prompts_hold_one_in_a_row_and_a_run_needs_pairs(processor):
+    make = lambda records, reading: make_loader(
+        [records], processor, BUDGET, 2, epochs=1, workers=0, prefetch=0, reading=reading
+    )
+    batches = list(make([record(id=str(i)) for i in range(3)], Prompts(PROMPT)))
+    assert [batch.segment.max(axis=1).tolist() for batch, _ in batches] == [[2, 2], [2, 0]]
+    ((batch, _),) = make([record(id=str(i)) for i in range(3)], Judged(PROMPT))
+    assert sorted(batch.segment.max(axis=1).tolist()) == [2, 4]
+    with pytest.raises(BadData, match="of 2 records only 0 can be used: {'no pair': 2}"):
+        list(make([record(rejected=None)] * 2, Judged(PROMPT)))
+
+
+@pytest.mark.parametrize("facts", (FACTS, ["There is", "a cat."]))
+def test_records_keep_facts(facts):
+    layout = {"question": ASKED, "chosen": CHOSEN, "rejected": REJECTED, "facts": facts}
+    found = read_record(layout, "r", str)
+    assert found["facts"] == ("There is\na cat." if isinstance(facts, list) else FACTS)
+    assert read_record(found, "r", str) == found
+    with pytest.raises(BadRecord, match='"facts" must be a text or a list'):
+        read_record(layout | {"facts": 3}, "r", str)
+
+
+def test_a_pair_in_packed_rows_has_the_rewards_of_its_answers_alone():
+    """The value of the last token; loss and accuracy of two rows, the second with padding, and of empty ones."""
+    rng, params = np.random.default_rng(0), random_params(CONFIG)
+    answers = [random_example(rng, 5 + i) for i in range(6)]
+    pairs = [together(answers[i : i + 2]) for i in (0, 2, 4)]
+    rows = lambda made: collate(made, Budget(40), merge=1, values=0)
+    objective = RewardObjective(CONFIG, RewardConfig(learn=True, centre=0.1))
+
+    @jax.jit
+    def packed(params, batch):
+        sums, value = objective.sums(params, batch, None)[0], VLM(CONFIG).apply({"params": params}, batch).value
+        return sums, scores(CONFIG, params, batch)[0], jnp.sum(objective.weights(batch)), value
+
+    found, score, weight, _ = packed(params, rows([pairs[:2], pairs[2:], [], [], [], []]))
+    values = np.asarray(packed(params, rows([[answer] for answer in answers]))[-1])
+    alone = np.array([values[b, len(answer.tokens) - 1] for b, answer in enumerate(answers)])
+    np.testing.assert_allclose([*score[0, :4], *score[1, :2]], alone, atol=1e-4)
+    margins, sums = alone[::2] - alone[1::2], alone[::2] + alone[1::2]
+    assert weight == 3 and float(found["accuracy"]) == (margins > 0).sum()
+    expected = (np.logaddexp(0, -margins) + 0.1 * sums**2).sum()
+    assert float(found["loss"]) == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(found["reward_chosen"], alone[::2].sum(), atol=1e-3)
+
+
+def a_config(stage="ppo", **train):
+    config = stage_config(tiny_run.load_config("ppo"), stage)
+    config.train.update(train)
+    return config
+
+
+def test_the_stages_of_the_config_follow_what_they_need(tmp_path):
+    config = tiny_run.load_config("ppo")
+    assert names_in_order(config) == ["learn", "reward", "ppo"]
+    assert stage_config(config, "ppo", tmp_path).train.ppo.reward == str(tmp_path / "reward")
+    config.stages.reward.after = "ppo"
+    with pytest.raises(ConfigError, match="need each other in a circle"):
+        names_in_order(config)
+
+
+def test_only_runs_that_need_values_have_them_and_adapters_leave_them_trained():
+    config = a_config("reward")
+    assert read_run(config).model.value and not read_run(a_config("learn")).model.value
+    config.lora.rank = 2
+    run = read_run(config)
+    trained, frozen = split({part: {"w": 0} for part in ("value_head", "encoder", "decoder")}, run.optim.freeze)
+    assert set(trained) == {"value_head"} and set(frozen) == {"encoder", "decoder"}
+
+
+def test_what_a_run_refuses(monkeypatch, tmp_path):
+    config = a_config()
+    config.train.preference.dpo = 1.0
+    with pytest.raises(ConfigError, match="preference and ppo cannot be learned at once"):
+        read_run(config)
+    config = a_config()
+    config.train.ppo.minibatches = 5
+    with pytest.raises(ConfigError, match="minibatches=5 times accumulate=1 must divide config.data.batch=64"):
+        read_run(config)
+    config = a_config()
+    config.train.ppo.reference = "base"
+    with pytest.raises(ConfigError, match="the model without its adapters, which needs config.lora.rank"):
+        read_run(config)
+    config.lora.update(rank=2, dropout=0.1)
+    with pytest.raises(ConfigError, match="config.lora.dropout must be 0 for PPO"):
+        read_run(config)
+    run = read_run(a_config())
+    with pytest.raises(
+        ConfigError, match="ppo.reward='reward' must be the folder of a run that trained a reward model"
+    ):
+        ppo_run.judge_run(run)
+    with pytest.raises(ConfigError, match="steps of PPO are not planned"):
+        abstract_step(run, make_mesh())
+    monkeypatch.setattr(ppo_run, "read_config", lambda folder: read_run(a_config("learn")))
+    with pytest.raises(ConfigError, match="did not train a reward model; train one with config.train.reward.learn"):
+        ppo_run.judge_run(run)
+    other = a_config("reward")
+    other.data.min_pixels = 1024
+    monkeypatch.setattr(ppo_run, "read_config", lambda folder: read_run(other))
+    with pytest.raises(ConfigError, match="reads otherwise than the model: how pictures are read differ"):
+        ppo_run.make_judge(run, make_mesh(), tmp_path, False)
+
+
+def test_another_tokenizer_is_another_reader(processor):
+    run = read_run(a_config())
+    own = ppo_run.make_processor(run.processor, run.model, run.data)
+    found = ppo_run.differences(run, run, own, processor)
+    assert found == ["the tokenizers differ", "the chat templates differ", "how pictures are read differ"]
