@@ -14,11 +14,10 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.train.inputs import CaptionsData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.ppo import PpoConfig
 from mllm_jax.train.reward import RewardConfig
-from mllm_jax.train.run import Stage, TrainConfig, read_run, run_config
+from mllm_jax.train.run import Stage, read_run, run_config
 
 FACTS = RewardConfig(learn=True, prompt="{facts}")  # the embedded tokenizer spells every word that scenes do not need
 
@@ -28,15 +27,14 @@ def get_config():
     prefer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prefer)
     run = read_run(prefer.get_config())
-    often = dict(log_every=25, heldout=200, save_every=500)
-    pairs = CaptionsData(batch=8, tokens=256, rows=1, patches=208, window=8.0, min_pixels=256)
-    prompts = CaptionsData(batch=64, tokens=64, rows=1, patches=160, window=8.0, min_pixels=256)
+    pairs = replace(run.data, batch=8, tokens=256)
+    prompts = replace(run.data, batch=64, tokens=64, patches=160)
     judge = OptimConfig(name="muon", learning_rate=1e-3, steps=300, warmup=30, final=0.03, b2=0.98)
     improve = OptimConfig(learning_rate=1e-4, schedule="constant", steps=150, warmup=2, b2=0.98)
     ppo = PpoConfig(reward="reward", new_tokens=24, kl=0.05, clip_value=1.0, unfinished=-4.0)
     stages = {
         "learn": run.stages["learn"],
-        "reward": Stage(after="learn", data=pairs, optim=judge, train=TrainConfig(**often, reward=FACTS)),
-        "ppo": Stage(after="learn", data=prompts, optim=improve, train=TrainConfig(**often, ppo=ppo)),
+        "reward": Stage(after="learn", data=pairs, optim=judge, train=replace(run.train, reward=FACTS)),
+        "ppo": Stage(after="learn", data=prompts, optim=improve, train=replace(run.train, ppo=ppo)),
     }
     return run_config(replace(run, stages=stages))

@@ -253,13 +253,11 @@ def read_run(config: ConfigDict) -> Run:
         _check(run, stage, f"config.stages.{name}")
     if not run.stages:
         _check(run, run, "config")
-    lora, values = run.lora, {}
-    if run.train.has_values:
-        values = {"value": True}
-        lora = dataclasses.replace(lora, train=(*lora.train, f"^{VALUE_HEAD}/")) if lora.rank else lora
-    model = dataclasses.replace(with_rules(run.model, run.rules), lora=lora, **values)
-    optim = dataclasses.replace(run.optim, freeze=lora.freezes(run.optim.freeze))
-    return dataclasses.replace(run, model=model, lora=lora, optim=optim)
+    values = {"value": True} if run.train.has_values else {}
+    model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora, **values)
+    trained = dataclasses.replace(run.lora, train=(*run.lora.train, f"^{VALUE_HEAD}/"))  # beside adapters, too
+    optim = dataclasses.replace(run.optim, freeze=(trained if values else run.lora).freezes(run.optim.freeze))
+    return dataclasses.replace(run, model=model, optim=optim)
 
 
 def _check(whole: Run, run: Run | Stage, path: str) -> None:
