@@ -160,6 +160,10 @@ def test_what_a_run_refuses(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="preference and ppo cannot be learned at once"):
         read_run(config)
     config = a_config()
+    config.train.ppo.reward = ""
+    with pytest.raises(ConfigError, match="ppo.reward must name the folder of a run that trained a reward model"):
+        read_run(config)
+    config = a_config()
     config.train.ppo.minibatches = 5
     with pytest.raises(ConfigError, match="minibatches=5 times accumulate=1 must divide config.data.batch=64"):
         read_run(config)

@@ -105,6 +105,10 @@ class TrainConfig:
         others = {"preference": self.preference.has_pairs, "reward": self.reward.learn, "ppo": bool(self.ppo.reward)}
         if len(wanted := [name for name, is_on in others.items() if is_on]) > 1:
             raise ValueError(f"{' and '.join(wanted)} cannot be learned at once: give each a stage of its own")
+        if not self.ppo.reward and self.ppo != PpoConfig():
+            raise ValueError(
+                "ppo.reward must name the folder of a run that trained a reward model: without it is no PPO"
+            )
 
     @property
     def has_values(self) -> bool:
