@@ -305,12 +305,12 @@ def _check_values(whole: Run, run: Run | Stage, path: str) -> None:
             f"{path}.train.ppo.minibatches={ppo.minibatches} times accumulate={run.train.accumulate} must divide "
             f"{path}.data.batch={run.data.batch}"
         )
-    if whole.lora.drops:
-        raise ConfigError("config.lora.dropout must be 0 for PPO, which compares a model with what it was before")
-    if ppo.reference == BASE and (not whole.lora.rank or whole.lora.train):
+    if run.lora.drops:
+        raise ConfigError(f"{path}.lora.dropout must be 0 for PPO, which compares a model with what it was before")
+    if ppo.reference == BASE and (not run.lora.rank or run.lora.train):
         raise ConfigError(
-            f"{path}.train.ppo.reference={BASE!r} is the model without its adapters, which needs config.lora.rank and "
-            f"no config.lora.train; {FIRST!r} keeps a copy of the first weights"
+            f"{path}.train.ppo.reference={BASE!r} is the model without its adapters, which needs {path}.lora.rank and "
+            f"no {path}.lora.train; {FIRST!r} keeps a copy of the first weights"
         )
 
 

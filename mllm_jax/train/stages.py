@@ -59,8 +59,8 @@ def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = Non
 
     Args:
       workdir: folder of the staged run. If it holds the stage that this one comes after, this one begins with its
-        weights, and with those of `config.init` or `config.parts` otherwise. The stage that trains its reward model lies
-        there, too.
+        weights, and with those of `config.init` or `config.parts` otherwise. The stage that trains its reward model
+        lies there, too.
     """
     if name not in config.stages:
         raise ConfigError(f"config.stages has no {name!r}; {suggestion(name, config.stages)}")
