@@ -1,5 +1,5 @@
 """Plans a small step for accelerators that are not there. Run by test_plan_compile.py in a process of its own:
-`python plan_ahead_of_time.py v5p:2x2x1 '{"fsdp": 4}' [experts]` prints one line of JSON."""
+`python plan_ahead_of_time.py v5p:2x2x1 '{"fsdp": 4}' [experts [adapters]]` prints one line of JSON."""
 
 import json
 import os
@@ -13,7 +13,11 @@ from mllm_jax.plan.compile import plan_step
 from mllm_jax.plan.topology import get_topology
 from mllm_jax.train.run import read_run
 
-topology, mesh, experts = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:] == ["experts"]
+topology, mesh, experts, adapters = (
+    sys.argv[1],
+    json.loads(sys.argv[2]),
+    *(x in sys.argv for x in ("experts", "adapters")),
+)
 config = get_config("experts" if experts else "blind")
 config.data.blind = True  # text alone: the bytes of what is gathered are then known
 config.model.decoder.update(width=512, layers=3, mlp=1536, vocab=2048)
@@ -21,6 +25,8 @@ config.model.decoder.attention.update(heads=4, kv_heads=4, head_dim=128, rope_se
 config.model.runtime.update(dtype="bfloat16", remat="full")
 if experts:
     config.model.decoder.moe.mlp = 512
+if adapters:
+    config.lora.update(rank=16, targets=("experts_",))
 config.data.update(tokens=1024)
 config.optim.name = "adamw"
 run = read_run(config)

@@ -400,6 +400,14 @@ def test_plans_a_tpu():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[plan])")
+def test_a_tpu_compiles_adapters_of_experts():
+    """Whose rank is narrower than what its registers hold."""
+    report = ahead_of_time("v5p:2x2x1", {"fsdp": 2, "expert": 2}, "experts", "adapters")
+    assert report["devices"] == 4 and report["peak"] > report["arguments"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[plan])")
 def test_a_tpu_exchanges_the_tokens_that_there_are():
     """There and back, forward, recomputed and backward, two choices of every token, in each of three layers."""
     report = ahead_of_time("v5p:2x2x1", {"fsdp": 2, "expert": 2}, "experts")

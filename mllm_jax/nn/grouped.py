@@ -13,6 +13,7 @@ from mllm_jax.nn.runtime import expect_runs
 
 TILE = 256  # most rows of a tile of the loop
 MEGABLOX_TILE = 512
+LANES = 128  # of a TPU's registers; narrower tiles do not compile
 
 
 def grouped_matmul(x, w, sizes, implementation: str):
@@ -56,10 +57,14 @@ def _has_tokamax() -> bool:
 
 
 def _megablox(x, w, sizes):
+    """Widths that lanes do not divide, as ranks of adapters are, are filled up with zeros, as registers would be."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
+    out = w.shape[2]
+    more, more_out = (-size % LANES for size in w.shape[1:])
+    x, w = jnp.pad(x, ((0, 0), (0, more))), jnp.pad(w, ((0, 0), (0, more), (0, more_out)))
     tiling = tuple(math.gcd(size, MEGABLOX_TILE) for size in (x.shape[0], *w.shape[1:]))
-    return ops.gmm(x, w, sizes, x.dtype, tiling)
+    return ops.gmm(x, w, sizes, x.dtype, tiling)[:, :out]
 
 
 def _tokamax(x, w, sizes):
