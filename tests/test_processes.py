@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from watched_run import get_config
 
+from mllm_jax import load_adapters, load_workdir, save_adapters
 from mllm_jax.config import ConfigError
 from mllm_jax.train.checkpoint import restore_params
 from mllm_jax.train.loop import train
@@ -137,13 +138,13 @@ def test_asked_to_stop_processes_save_and_go_on_bit_equal(start, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_is_slow_and_then_hangs_is_named_and_the_run_goes_on(start, alone, tmp_path):
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    settings = ["--config.train.watchdog=30", "--config.data.workers=1"]
+    settings = ["--config.train.watchdog=30", "--config.data.workers=1", "--config.data.prefetch=1"]
     launcher = start(2, 4, tmp_path, *settings, variant=":hangs", **output)
     out, errors = launcher.communicate(timeout=600)
     assert launcher.returncode in (os.EX_TEMPFAIL, 128 + signal.SIGKILL), errors
     assert "process 1 hangs in 'input' after step" in out + errors and "the others wait for it" in out + errors
     assert "in read_and_hang" in (tmp_path / "stacks" / "process-1.txt").read_text()
-    assert [line["slowest_process"] for line in read_metrics(tmp_path)][-2:] == [1, 1]
+    assert [line["slowest_process"] for line in read_metrics(tmp_path)[-2:]] == [1, 1]  # of the first step none is
     assert train(get_config(), tmp_path) == STEPS
     assert_same_run(tmp_path, alone)
 
@@ -157,6 +158,35 @@ def test_processes_whose_data_end_at_different_steps_end_together(start, tmp_pat
     assert 2 < len(tokens(folders[1])) < STEPS and tokens(folders[1]) == tokens(folders[2])
     one, two = ([line["loss"] for line in read_metrics(workdir) if "loss" in line] for workdir in folders.values())
     np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_train_adapters_lose_one_and_go_on(start, tmp_path):
+    """The base, which checkpoints leave out, comes again in every process."""
+    folders, settings = {count: tmp_path / str(count) for count in (1, 2)}, ["--config.lora.rank=2"]
+    assert start(1, 2, folders[1], *settings).wait(timeout=600) == 0
+    launcher = start(2, 1, folders[2], *settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(launcher, folders[2], 6)
+    os.kill(process_of(folders[2], 1), signal.SIGKILL)
+    assert_ended_together(launcher, killed=1)
+    assert start(2, 1, folders[2], *settings).wait(timeout=600) == 0
+    assert_same_run(folders[2], folders[1])
+    adapted = load_workdir(folders[2])
+    save_adapters(adapted, tmp_path / "adapter")
+    assert load_adapters(adapted, tmp_path / "adapter").params.keys() == adapted.params.keys()
+
+
+@pytest.mark.slow
+def test_processes_go_back_before_a_spike_together(start, tmp_path):
+    folders = {count: tmp_path / str(count) for count in (1, 2)}
+    settings = [
+        f"--config.train.spikes.{name}={value}" for name, value in dict(factor=1.4, window=4, rewinds=2).items()
+    ]
+    for count, workdir in folders.items():
+        assert start(count, 2 // count, workdir, *settings, variant=":spikes").wait(timeout=600) == 0
+    told = [[line["rewind"] for line in read_metrics(workdir) if "rewind" in line] for workdir in folders.values()]
+    assert len(told[0]) == len(told[1]) > 0 and "back to step 8, the data of 2 steps are skipped (1 of 2)" in told[1][0]
+    assert_same_run(folders[2], folders[1])
 
 
 def test_what_does_not_make_a_cluster_is_refused():

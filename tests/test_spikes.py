@@ -14,7 +14,6 @@ from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.run import read_run, train_step
 from mllm_jax.train.spikes import SpikeConfig, SpikeRule
 
-POISONED = (10, 11)  # batches
 LAST = 16
 
 
@@ -47,23 +46,17 @@ def losses(workdir):
 
 
 def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(tmp_path, monkeypatch):
-    place, following, numbers, compiled = Placer.__call__, Feed.next, {}, {}
+    following, compiled = Feed.next, {}
     monkeypatch.setattr("mllm_jax.train.loop.train_step", lambda *run: compiled.setdefault("step", train_step(*run)))
     nothing = {"loss": 0.0, "conversations": 0, "exact_match": {}}
     monkeypatch.setattr("mllm_jax.train.heldout.HeldOut.__call__", lambda *_: nothing)
-
-    def poison(self, batch):
-        """The n-th batch of the data, however often it is read, has targets that nobody can know."""
-        number = numbers.setdefault(batch.tokens.tobytes(), len(numbers) + 1)
-        wrong = np.where(batch.weight > 0, batch.tokens[:, ::-1] + 50, batch.targets)
-        return place(self, batch._replace(targets=wrong) if number in POISONED else batch)
 
     def without(self):
         """The run that shall come out: it sees the first 8 batches, and none of those from there to the spike."""
         while True:
             fetched = following(self)
             self.read = getattr(self, "read", 0) + 1
-            if not 8 < self.read <= POISONED[-1]:
+            if not 8 < self.read <= watched_run.POISONED[-1]:
                 return fetched
 
     monkeypatch.setattr(Feed, "next", without)
@@ -73,7 +66,7 @@ def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(t
     assert run(small_config(), expected) == LAST
     monkeypatch.setattr(Feed, "next", following)
 
-    monkeypatch.setattr(Placer, "__call__", poison)
+    monkeypatch.setattr(Placer, "__call__", watched_run.poison)
     config = small_config(factor=1.4, window=4, rewinds=2)
     assert run(config, workdir, stop=9) == 9 and Checkpoints(workdir).latest() == 9
     assert run(config, workdir) == LAST

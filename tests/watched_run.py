@@ -7,13 +7,16 @@ import sys
 import time
 
 import jax
+import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import tiny_run  # noqa: E402
 
 from mllm_jax.data.scenes import Scenes  # noqa: E402
+from mllm_jax.train.inputs import Placer  # noqa: E402
 
-read, reads = Scenes.__getitem__, itertools.count()
+read, reads, place, batches = Scenes.__getitem__, itertools.count(), Placer.__call__, {}
+POISONED = (10, 11)  # batches
 
 
 def read_and_note(self, index):
@@ -24,18 +27,28 @@ def read_and_note(self, index):
 
 
 def read_and_hang(self, index):
-    """Of several processes the last one is slow, and hangs in the middle of the run."""
-    if self.split == "train" and jax.process_index() == jax.process_count() - 1:
-        time.sleep(1e6 if next(reads) > 250 // jax.process_count() else 0.01)
+    """Hangs in the middle of the run; of several processes the last one, which is slow, more than a busy machine is."""
+    count = jax.process_count()
+    if self.split == "train" and jax.process_index() == count - 1:
+        time.sleep(1e6 if next(reads) > 250 // count else 0.3 * (count > 1))
     return read(self, index)
 
 
+def poison(self, batch):
+    """The n-th batch of the data, however often it is read, has targets that nobody can know."""
+    number = batches.setdefault(batch.tokens.tobytes(), len(batches) + 1)
+    wrong = np.where(batch.weight > 0, batch.tokens[:, ::-1] + 50, batch.targets)
+    return place(self, batch._replace(targets=wrong) if number in POISONED else batch)
+
+
 def get_config(variant: str = ""):
-    """`short`: a set of 61 conversations. `hangs`: a conversation that never comes."""
+    """`short`: a set of 61 conversations. `hangs`: a conversation that never comes. `spikes`: two poisoned batches."""
     if variant == "short":
         Scenes.__len__ = lambda self: 61
     if variant == "hangs":
         Scenes.__getitem__ = read_and_hang
+    if variant == "spikes":
+        Placer.__call__ = poison
     if "WATCHED" in os.environ:
         Scenes.__getitem__ = read_and_note
     config = tiny_run.get_config()
