@@ -1,8 +1,7 @@
 """Computes once what a reference model thinks of pairs of answers, so that a preference run need not hold that model.
 
-    python -m mllm_jax.train.reference --config configs/prefer.py --output reference.jsonl
-    python -m mllm_jax.train --config configs/prefer.py --workdir DIR \\
-        --config.train.preference.reference=reference.jsonl
+    python -m mllm_jax.train.reference --config CONFIG --output reference.jsonl
+    python -m mllm_jax.train --config CONFIG --workdir DIR --config.train.preference.reference=reference.jsonl
 
 The model is that with which the run begins, config.init. The file has a line for each record with a chosen and a
 rejected answer: its id, the two log-probabilities, and a number by which the run notices that the record, its
