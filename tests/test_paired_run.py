@@ -9,7 +9,7 @@ import tiny_run
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.answers import Reference
-from mllm_jax.data.captions import Captions, count_named
+from mllm_jax.data.captions import Captions, count_named, false_share, recall
 from mllm_jax.data.loader import BadData
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding import make_mesh
@@ -132,9 +132,22 @@ def test_captions_and_what_they_name():
     for i in range(24):
         (_, true), (_, said) = captions[i]["messages"], noisy[i]["messages"]
         there, rejected = true["content"].split(", "), captions[i]["rejected"]
-        assert count_named([(rejected, true["content"])]).false == 1
+        assert sorted(there) == sorted(captions.scenes[i]["messages"][1]["content"].split(", "))
+        assert count_named(rejected, true["content"]).false == 1
         added += said["content"] != true["content"]
         assert said["content"].split(", ")[: len(there)] == there
     assert 12 < added < 24
-    named = count_named([("red square, red square", "red square"), ("blue circle", "red square, blue circle")])
-    assert (named.things, named.false, named.missed) == (3, 1, 1) and named.false_share == pytest.approx(1 / 3)
+
+
+def test_counts_of_what_is_named():
+    """By hand; and the error of a share of independent things is the binomial one."""
+    named = [
+        count_named("red square, red square", "red square"),
+        count_named("blue circle", "red square, blue circle"),
+        count_named("", "red square"),
+    ]
+    assert named == [(2, 1, 0), (1, 0, 1), (0, 0, 1)] and [one.there for one in named] == [1, 2, 1]
+    assert false_share(named).value == pytest.approx(1 / 3) and recall(named).value == pytest.approx(1 / 2)
+    ones = [count_named("blue circle" if i % 4 else "red square", "blue circle") for i in range(400)]
+    assert false_share(ones) == pytest.approx((0.25, math.sqrt(0.25 * 0.75 / 400)))
+    assert false_share([count_named("", "red square")]) == (0, 0)

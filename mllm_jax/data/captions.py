@@ -4,11 +4,15 @@ What is true is known here, so that the share of false things that a model names
 1809.02156), and falls where it learns to prefer the truthful one.
 """
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
 
 from mllm_jax.data.scenes import COLOURS, SHAPES, Scenes
+
+THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]  # in the order in which captions name them
 
 
 class Captions:
@@ -29,10 +33,8 @@ class Captions:
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.scenes[index]
         r, (question, answer) = Random(f"{item['id']}/false"), item["messages"]
-        there = answer["content"].split(", ")
-        false = r.choice(
-            [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in there]
-        )
+        there = sorted(answer["content"].split(", "), key=THINGS.index)
+        false = r.choice([thing for thing in THINGS if thing not in there])
         more, place = [*there, false], r.randrange(len(there))
         rejected = r.choice([more, [*there[:place], false, *there[place + 1 :]]])
         said = more if r.random() < self.false else there
@@ -44,29 +46,40 @@ class Captions:
 
 
 class Named(NamedTuple):
-    """What captions name."""
+    """What a caption names."""
 
     things: int
     false: int  # of these, the ones that are not there
     missed: int  # things that are there and not named
 
     @property
-    def false_share(self) -> float:
-        return self.false / max(self.things, 1)
+    def there(self) -> int:
+        return self.things - self.false + self.missed
 
 
-def count_named(captions: Iterable[tuple[str, str]]) -> Named:
-    """Of (said, true) captions: things named, things named that are not there, and things that are not named.
+class Share(NamedTuple):
+    value: float
+    error: float  # standard error, over captions: these are drawn independently, what one of them names is not
 
-    A thing that is named twice and is there once is false once.
-    """
-    things = false = missed = 0
-    for said, true in captions:
-        named, left = [thing.strip() for thing in said.split(",")], true.split(", ")
-        for thing in named:
-            if thing in left:
-                left.remove(thing)
-            else:
-                false += 1
-        things, missed = things + len(named), missed + len(left)
-    return Named(things, false, missed)
+
+def count_named(said: str, true: str) -> Named:
+    """What is said beside what is true. A thing that is named twice and is there once is false once."""
+    said, true = (Counter(filter(None, map(str.strip, text.split(",")))) for text in (said, true))
+    right = (said & true).total()
+    return Named(said.total(), said.total() - right, true.total() - right)
+
+
+def false_share(captions: Sequence[Named]) -> Share:
+    """Of the things that captions name, those that are not there: CHAIR_i, where a thing is a colour and a shape."""
+    return _share([named.false for named in captions], [named.things for named in captions])
+
+
+def recall(captions: Sequence[Named]) -> Share:
+    """Of the things that are there, those that captions name."""
+    return _share([named.there - named.missed for named in captions], [named.there for named in captions])
+
+
+def _share(parts: Sequence[int], wholes: Sequence[int]) -> Share:
+    """The ratio of two sums, and its standard error by linearization."""
+    value = sum(parts) / max(sum(wholes), 1)
+    return Share(value, math.hypot(*(part - value * whole for part, whole in zip(parts, wholes))) / max(sum(wholes), 1))
