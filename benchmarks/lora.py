@@ -25,8 +25,8 @@ from mllm_jax.families import qwen3_vl  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
 from mllm_jax.nn.self_attention import AttentionConfig  # noqa: E402
 from mllm_jax.plan.compile import abstract_step  # noqa: E402
+from mllm_jax.train.data_config import ScenesData  # noqa: E402
 from mllm_jax.train.flops import count_flops, padded  # noqa: E402
-from mllm_jax.train.inputs import ScenesData  # noqa: E402
 from mllm_jax.train.optim import OptimConfig, make_optimizer  # noqa: E402
 from mllm_jax.train.run import Run, read_run, run_config  # noqa: E402
 from mllm_jax.train.state import init_state  # noqa: E402

@@ -18,8 +18,9 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.processors import SCENES
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
 
 STEPS = 100  # of a stage

@@ -20,8 +20,9 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import dinov2, gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen2_vl, qwen3, qwen3_vl, towers
 from mllm_jax.model import ModelConfig, VisionTokenIds
-from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.processors import SCENES
 from mllm_jax.train.run import Run, TrainConfig, run_config
 
 WIDTH, HEADS, VOCAB, PIXELS = 96, 4, 384, 16

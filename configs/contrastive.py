@@ -16,9 +16,10 @@ from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, clip, siglip, siglip2, towers
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.files import FilesData
-from mllm_jax.train.inputs import SCENES, ScenesData
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.processors import SCENES
 from mllm_jax.train.run import Run, TrainConfig, run_config
 
 WIDTH, HEADS, LENGTH, SIDE = 96, 4, 16, 8

@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_jax.config import ConfigError
-from mllm_jax.train.inputs import SCENES, CaptionsData
+from mllm_jax.train.data_config import CaptionsData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.preference import PreferenceConfig
+from mllm_jax.train.processors import SCENES
 from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
 
 LOSSES = {

@@ -17,8 +17,9 @@ from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.processors import SCENES
 from mllm_jax.train.run import Run, TrainConfig, run_config
 
 WIDTH, HEADS = 96, 4

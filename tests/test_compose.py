@@ -13,8 +13,8 @@ from tiny_run import load_config, load_module
 from mllm_jax.config import ConfigError
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.model import abstract_params
-from mllm_jax.train.inputs import make_processor
 from mllm_jax.train.objective import loss_sum
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import read_run
 
 compose = load_module("compose")

@@ -14,8 +14,8 @@ from mllm_jax.model import abstract_params
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.cost import explain
+from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
-from mllm_jax.train.inputs import ScenesData
 from mllm_jax.train.metrics import short
 from mllm_jax.train.objective import loss_sum
 from mllm_jax.train.optim import merge, split

@@ -15,7 +15,8 @@ from mllm_jax.data.loader import join_states
 from mllm_jax.data.mixture import Mixture, start_of, tempered
 from mllm_jax.evaluate import ask
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.inputs import make_processor, open_data
+from mllm_jax.train.inputs import open_data
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import read_run
 
 WITHIN = 5  # records that the count of a source is off by, in any run of up to 20,000

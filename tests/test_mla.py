@@ -19,8 +19,8 @@ from mllm_jax.nn.rope import YarnConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.flops import Counts, count_flops
-from mllm_jax.train.inputs import ScenesData
 from mllm_jax.train.objective import loss_sum
 from mllm_jax.train.run import Run, read_run, run_config
 from mllm_jax.types import Batch

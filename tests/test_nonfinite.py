@@ -15,7 +15,8 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.nn import mlp
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.inputs import Placer, ScenesData
+from mllm_jax.train.data_config import ScenesData
+from mllm_jax.train.inputs import Placer
 from mllm_jax.train.loop import Diverged, StopSignal, Training
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.nonfinite import find_nonfinite, layer_name

@@ -20,9 +20,9 @@ from mllm_jax.families import clip, siglip, siglip2
 from mllm_jax.model import init_params
 from mllm_jax.train.checkpoint import load_workdir, read_config
 from mllm_jax.train.flops import Counts, count_flops
-from mllm_jax.train.inputs import make_processor
 from mllm_jax.train.loop import train
 from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.retrieval import recall_at_1
 from mllm_jax.train.run import read_run
 

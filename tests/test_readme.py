@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
     import mllm_jax
     from mllm_jax.data.scenes import Scenes
-    from mllm_jax.train.inputs import make_processor
+    from mllm_jax.train.processors import make_processor
     from mllm_jax.train.run import read_run
 
     folder = tmp_path_factory.mktemp("readme")

@@ -18,9 +18,10 @@ from mllm_jax.config import ConfigError
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import scores
 from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train.data_config import without_pictures
 from mllm_jax.train.goodput import PARTS, Clock
 from mllm_jax.train.heldout import Spread
-from mllm_jax.train.inputs import Placer, without_pictures
+from mllm_jax.train.inputs import Placer
 from mllm_jax.train.loop import Diverged, StopSignal, Training, train
 from mllm_jax.train.metrics import Meter, MetricsFile, read_metrics
 from mllm_jax.train.processes import AGAIN
@@ -169,7 +170,7 @@ def test_a_blind_run_sees_no_picture(tmp_path):
 def test_the_end_of_the_data_ends_the_run(tmp_path, monkeypatch):
     config = get_config()
     config.data.epochs = 1
-    monkeypatch.setattr("mllm_jax.train.inputs.Scenes.__len__", lambda self: 40)
+    monkeypatch.setattr("mllm_jax.train.data_config.Scenes.__len__", lambda self: 40)
     config.train.update(evaluate_every=0, heldout=8)
     reached = train(config, tmp_path)
     assert 0 < reached < 24 and Checkpoints(tmp_path).latest() == reached

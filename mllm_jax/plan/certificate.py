@@ -18,8 +18,8 @@ from mllm_jax.data.loader import make_loader
 from mllm_jax.model import VLM, ModelConfig, init_params
 from mllm_jax.sharding import MESH_AXES, make_mesh
 from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.inputs import SCENES, make_processor
 from mllm_jax.train.optim import OptimConfig
+from mllm_jax.train.processors import SCENES, make_processor
 from mllm_jax.train.run import PARTS, processor_source, read_run
 from mllm_jax.train.state import state_from_params, state_shardings
 from mllm_jax.train.step import batch_shardings, make_train_step

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mllm_jax.data.loader import Info, make_loader
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.readers import Reading
-from mllm_jax.train.inputs import DataConfig
+from mllm_jax.train.data_config import DataConfig
 from mllm_jax.train.processes import compiled_together
 from mllm_jax.train.run import Run
 from mllm_jax.train.step import batch_shardings, make_eval_step

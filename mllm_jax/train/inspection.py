@@ -18,10 +18,12 @@ from mllm_jax.data.inspection_page import write_inspection
 from mllm_jax.data.mixture import Mixture
 from mllm_jax.model import ModelConfig
 from mllm_jax.page import percent, short
+from mllm_jax.train.data_config import DataConfig
 from mllm_jax.train.files import MixtureData
 from mllm_jax.train.initial import processor_of
-from mllm_jax.train.inputs import DataConfig, loader_of, make_processor
+from mllm_jax.train.inputs import loader_of
 from mllm_jax.train.paired_run import reading_of
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import Run
 
 NAMED = 200  # records that are left out and named

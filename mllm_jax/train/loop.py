@@ -24,12 +24,12 @@ from mllm_jax.train.feed import Feed, Fetched
 from mllm_jax.train.flops import peak_flops
 from mllm_jax.train.goodput import Clock, summary
 from mllm_jax.train.initial import first_params, processor_of
-from mllm_jax.train.inputs import make_processor
 from mllm_jax.train.metrics import Meter, Reporter, last_written
 from mllm_jax.train.nonfinite import find_nonfinite
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.paired_run import reference_of
 from mllm_jax.train.processes import Lost, StopSignal, compiled_together, noticing_others
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.results import Diverged, Results, Started
 from mllm_jax.train.retrieval import held_out
 from mllm_jax.train.run import Run, read_run, train_step, updates_of

@@ -9,7 +9,8 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.train.inputs import SCENES, ScenesData
+from mllm_jax.train.data_config import ScenesData
+from mllm_jax.train.processors import SCENES
 from mllm_jax.train.run import PARTS_OF_STAGES, Run, Stage
 
 STEPS = 8  # of a stage, at most

@@ -13,8 +13,8 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.train.base import fingerprint
 from mllm_jax.train.checkpoint import read_config, restore_params
 from mllm_jax.train.initial import first_params, processor_of
-from mllm_jax.train.inputs import make_processor
 from mllm_jax.train.preference import FIRST
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.rollout import Judge
 from mllm_jax.train.run import Run
 

@@ -30,9 +30,9 @@ from mllm_jax.data.readers import Guarded, Process, Skipped
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train import command
 from mllm_jax.train.initial import first_params, processor_of
-from mllm_jax.train.inputs import make_processor
 from mllm_jax.train.paired_run import write_references
 from mllm_jax.train.pairs import PairObjective
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import Run, read_run
 from mllm_jax.train.stages import one_run
 from mllm_jax.train.step import batch_shardings

@@ -28,9 +28,9 @@ from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.nn.value import NAME as VALUE_HEAD
 from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
+from mllm_jax.train.data_config import CaptionsData, DataConfig, ScenesData
 from mllm_jax.train.dual_step import make_contrastive_step
 from mllm_jax.train.files import FilesData, MixtureData
-from mllm_jax.train.inputs import CaptionsData, DataConfig, ScenesData
 from mllm_jax.train.objective import CrossEntropy
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.pairs import PairObjective

@@ -1,0 +1,117 @@
+"""What a run learns from: the shape of its batches, and the embedded sets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_jax.data.captions import Captions
+from mllm_jax.data.pack import Budget
+from mllm_jax.data.scenes import DEFAULT_KINDS, Scenes
+from mllm_jax.data.video import SAMPLINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The shape of a batch, and how conversations come into it.
+
+    batch: rows of a batch, over all processes and accumulated parts.
+    tokens, rows, patches: a row holds `tokens` tokens and `rows` x `patches` patches; no picture exceeds `patches`. Of
+      pairs of a picture and a text, each text takes as many tokens as the model reads.
+    min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
+    fps, max_frames, sampling: of a clip: frames a second, how many at most, and whether they are spread evenly ("even")
+      or denser where they differ ("motion"); None leaves it to the processor. A clip in a message may ask for its own.
+    epochs: None repeats forever (optim.steps ends the run).
+    blind: leave all pictures and clips out, for a text-only baseline.
+    streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
+      number of processes that divides it; None = the largest divisor of `batch` up to 64.
+    window, workers, processes, prefetch, strict, max_bad: see `mllm_jax.data.loader.make_loader`.
+    """
+
+    batch: int = 8
+    tokens: int = 4096
+    rows: int = 4
+    patches: int = 4096
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    sampling: str | None = None
+    seed: int = 0
+    epochs: int | None = None
+    blind: bool = False
+    streams: int | None = None
+    window: float = 4.0
+    workers: int = 2
+    processes: int = 0
+    prefetch: int = 2
+    strict: bool = False
+    max_bad: float = 0.05
+
+    def __post_init__(self):
+        for name, least in {"batch": 1, "tokens": 1, "rows": 0, "patches": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
+        if self.sampling not in (None, *SAMPLINGS):
+            raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}")
+        if self.streams is not None and (self.streams < 1 or self.batch % self.streams):
+            raise ValueError(f"streams={self.streams} must divide batch={self.batch}")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.tokens, 0 if self.blind else self.rows, self.patches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesData(DataConfig):
+    """Pictures and clips that are drawn on the fly (see `mllm_jax.data.scenes`)."""
+
+    kinds: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_KINDS))
+    cell: int = 16
+    min_cells: int = 3
+    max_cells: int = 5
+
+    def source(self, split: str = "train") -> Any:
+        """The conversations of "train" or "heldout"."""
+        sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
+        return Scenes(split, self.seed, self.kinds, pictures=not self.blind, **sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsData(DataConfig):
+    """Captions of such pictures, truthful and false (see `mllm_jax.data.captions`).
+
+    false: share of the captions to train on that name an absent thing; held-out ones are true.
+    """
+
+    false: float = 0.0
+    cell: int = 16
+    min_cells: int = 3
+    max_cells: int = 5
+
+    def source(self, split: str = "train") -> Any:
+        """The captions of "train" or "heldout"."""
+        sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
+        false = self.false if split == "train" else 0.0
+        return Captions(split, self.seed, false, pictures=not self.blind, **sizes)
+
+
+class WithoutPictures:
+    """A source of the same questions and answers, without what they are about."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return without_pictures(self.source[index])
+
+
+def without_pictures(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with only the texts of its messages."""
+
+    def texts(content: Any) -> Any:
+        return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
+
+    return record | {"messages": [message | {"content": texts(message["content"])} for message in record["messages"]]}

@@ -1,0 +1,105 @@
+"""The processor of a run, of the kind of its model; it must fit it."""
+
+import dataclasses
+
+from mllm_jax.config import ConfigError
+from mllm_jax.data.dual_processor import DualProcessor
+from mllm_jax.data.processor import Processor
+from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer
+from mllm_jax.data.spec import SEEING
+from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.dual import DualConfig
+from mllm_jax.families import FAMILIES, spec_for
+from mllm_jax.model import ModelConfig
+from mllm_jax.train.data_config import DataConfig
+from mllm_jax.weights.hf import local_folder
+
+SCENES = "scenes"  # the processor of the embedded set
+
+
+def make_processor(source: str, model: ModelConfig | DualConfig, data: DataConfig) -> Processor | DualProcessor:
+    """The processor in a folder, of the hub, or of `scenes`, of the model's kind; ConfigError unless it fits it."""
+    return PROCESSORS[type(model)](source, model, data)
+
+
+def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProcessor:
+    encoder = model.encoder
+    if source == SCENES:
+        processor = DualProcessor(
+            Tokenizer(scenes_pair_tokenizer(), {"eos_token": SEEING.end_of_turn, "pad_token": "<|endoftext|>"}),
+            FAMILIES[model.family].rule(model),
+            encoder.pixel_mean,
+            encoder.pixel_std,
+            encoder.patch_size,
+            encoder.lead,
+            model.text.positions,
+            model.text_pool.token == "last",
+        )
+    elif not source:
+        raise ConfigError("config.processor must name a folder with a tokenizer and a preprocessor_config.json")
+    else:
+        try:
+            processor = DualProcessor.from_folder(local_folder(source), model)
+        except FileNotFoundError as error:
+            raise ConfigError(f"config.processor: {error}") from error
+    if (processor.mean, processor.std) != (encoder.pixel_mean, encoder.pixel_std):
+        raise ConfigError(
+            f"config.processor has pixels of mean {processor.mean} and deviation {processor.std}, "
+            f"config.model.encoder of {encoder.pixel_mean} and {encoder.pixel_std}"
+        )
+    if data.tokens % processor.length:
+        raise ConfigError(
+            f"config.data.tokens={data.tokens} must be a multiple of the {processor.length} tokens of a text: so many "
+            "pairs of them lie in a row"
+        )
+    if not data.rows or data.patches <= encoder.lead:
+        raise ConfigError(f"config.data: rows={data.rows} of patches={data.patches} have no room for a picture")
+    _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
+    return processor
+
+
+def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
+    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels", "fps", "max_frames", "sampling")}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    spec = spec_for(model)
+    if source == SCENES:
+        spec = dataclasses.replace(spec, **limits)
+        tokenizer = Tokenizer(scenes_tokenizer(), {"eos_token": SEEING.end_of_turn})
+        return _checked(Processor(tokenizer, ChatTemplate(SCENES_TEMPLATE), spec), model)
+    if not source:
+        raise ConfigError("config.processor must name a folder with a tokenizer and a chat template")
+    try:
+        published = Processor.from_folder(local_folder(source), spec)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config.processor: {error}") from error
+    spec = dataclasses.replace(published.spec, **limits)
+    return _checked(Processor(published.tokenizer, published.template, spec), model)
+
+
+def _id(token: int | None) -> int:
+    return -1 if token is None else token
+
+
+def _checked(processor: Processor, model: ModelConfig) -> Processor:
+    words, pairs = len(processor.tokenizer), {}
+    if model.encoder is not None:
+        wanted, spec = spec_for(model), processor.spec
+        pairs = {
+            "patch_size": (spec.patch, wanted.patch),
+            "temporal_patch_size": (spec.temporal_patch, wanted.temporal_patch),
+            "merge": (spec.merge, wanted.merge),
+            "the id of image tokens": (_id(processor.image_id), model.tokens.image),
+            "the id of video tokens": (_id(processor.video_id), model.tokens.video),
+        }
+    if wrong := [f"{name} is {ours}, the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
+        raise ConfigError(f"config.processor does not fit config.model: {'; '.join(wrong)}")
+    _check_words(words, model.decoder.vocab, "config.model.decoder")
+    return processor
+
+
+def _check_words(words: int, vocab: int, where: str) -> None:
+    if words > vocab:
+        raise ConfigError(f"{where}.vocab={vocab} is less than the processor's {words} tokens")
+
+
+PROCESSORS = {ModelConfig: _chat_processor, DualConfig: _pair_processor}
