@@ -37,7 +37,10 @@ TRAIN = {
 }
 EVALUATE = {
     "nothing to evaluate": (SCENES, "name what to evaluate: either --workdir or --checkpoint"),
-    "another family": (["--checkpoint", "other", *SCENES], "other/config.json is of model_type 'mamba'"),
+    "another family": (
+        ["--checkpoint", "other", *SCENES],
+        "other/config.json: model_type 'mamba' is not supported; the nearest that is: 'llama'",
+    ),
     "no folder for answers": (
         ["--checkpoint", "other", *SCENES, "--output=none/a.jsonl"],
         "--output=none/a.jsonl is in",

@@ -285,7 +285,7 @@ def test_flops_of_a_dense_model_equal_a_hand_count():
 def test_flops_of_experts_equal_a_hand_count(shape):
     """As a TPU traces it: kernels for attention and experts. Every token goes to two experts, wherever they are."""
     run = tiny()
-    moe = MoeConfig(experts=8, top_k=2, mlp=128)
+    moe = MoeConfig(experts=8, top_k=2, mlp=256)  # 128 of it, which TPUs have lanes for, on a device
     attention = dataclasses.replace(run.model.decoder.attention, heads=4)
     decoder = dataclasses.replace(run.model.decoder, moe=moe, width=128, attention=attention)
     data = dataclasses.replace(run.data, tokens=512, blind=True)
