@@ -8,4 +8,4 @@ if version("jaxlib").startswith("0.10."):
     # Leaves out what takes three quarters of a compilation. Later ones know no other way, and end at an unknown flag.
     QUICKLY += " --xla_cpu_use_fusion_emitters=false"
 # After 40 seconds a program of eight devices would end the process where one of them had no turn on the processor.
-PATIENTLY = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+PATIENTLY = "--xla_cpu_collective_call_terminate_timeout_seconds=200 --xla_cpu_collective_timeout_seconds=200"

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from staged_run import on_one_device
 
 from mllm_jax import load_workdir
 from mllm_jax.config import ConfigError
@@ -17,6 +18,14 @@ from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.stages import stage_config
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Eight are for tests/test_rollout.py: on two cores they may wait for each other for ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch)
+        yield
 
 
 def a_config(stage, steps, **settings):
