@@ -104,7 +104,8 @@ class DecoderLayer(nn.Module):
         config, runtime = self.config, self.runtime
         norm = lambda name: NORMS[config.norm](config.norm_eps, name=name)
         after = norm if config.post_norms else lambda name: lambda x: x
-        # Said on both sides of a block, or the partitioner gathers the weights rather than the tokens.
+        # Said on both sides of a block, of results before they are parted and so of their gradients, too: else the
+        # partitioner gathers the weights rather than the tokens.
         whole = lambda x: shard(x, ("batch", "length", None), runtime.rules)
         parted = lambda x: shard(whole(x), ("batch", "residual", None), runtime.rules)
         attention = config.attention.build(config.norm_eps, self.kind.window, runtime, name="attention")
