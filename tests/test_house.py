@@ -39,21 +39,13 @@ MAY_IMPORT["train"] = {"adapters", "config", "generate", "page", "paths"} | MAY_
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
-DATA_WORKERS = ["pack", "readers", "sources", "scenes", "images", "video", "positions", "template", "processor"]
-DATA_WORKERS += [
-    "mix",
-    "resize",
-    "tiles",
-    "spec",
-    "visuals",
-    "dual_batches",
-    "dual_processor",
-    "records",
-    "embed",
-    "convert",
-]
-DATA_WORKERS += ["mixture", "answers", "captions", "judging"] + [
-    f"sources.{kind}" for kind in ("json_files", "array_record", "tar", "parquet", "tfds")
+BESIDE_WORKERS = {"loader", "inspection", "inspection_page", "__main__"}  # of data/, run where jax may be
+DATA_WORKERS = [
+    ".".join(path.relative_to(PACKAGE / "data").with_suffix("").parts).removesuffix(".__init__")
+    for path in SOURCES
+    if path.is_relative_to(PACKAGE / "data")
+    and path.stem not in BESIDE_WORKERS
+    and path != PACKAGE / "data/__init__.py"
 ]
 
 
