@@ -154,23 +154,24 @@ def test_only_runs_that_need_values_have_them_and_adapters_leave_them_trained():
     assert set(trained) == {"value_head"} and set(frozen) == {"encoder", "decoder"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preference.dpo": 1.0}, "preference and ppo cannot be learned at once"),
+        ({"ppo.reward": ""}, "ppo.reward must name the folder of a run that trained a reward model"),
+        ({"ppo.minibatches": 5}, "minibatches=5 times accumulate=1 must divide config.data.batch=64"),
+        ({"ppo.reference": "base"}, "the model without its adapters, which needs config.lora.rank"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    config = a_config()
+    config.train.update_from_flattened_dict(settings)
+    with pytest.raises(ConfigError, match=message):
+        read_run(config)
+
+
 def test_what_a_run_refuses(monkeypatch, tmp_path):
     config = a_config()
-    config.train.preference.dpo = 1.0
-    with pytest.raises(ConfigError, match="preference and ppo cannot be learned at once"):
-        read_run(config)
-    config = a_config()
-    config.train.ppo.reward = ""
-    with pytest.raises(ConfigError, match="ppo.reward must name the folder of a run that trained a reward model"):
-        read_run(config)
-    config = a_config()
-    config.train.ppo.minibatches = 5
-    with pytest.raises(ConfigError, match="minibatches=5 times accumulate=1 must divide config.data.batch=64"):
-        read_run(config)
-    config = a_config()
-    config.train.ppo.reference = "base"
-    with pytest.raises(ConfigError, match="the model without its adapters, which needs config.lora.rank"):
-        read_run(config)
     config.lora.update(rank=2, dropout=0.1)
     with pytest.raises(ConfigError, match="config.lora.dropout must be 0 for PPO"):
         read_run(config)
