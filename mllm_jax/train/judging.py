@@ -38,13 +38,14 @@ class Judging:
 
         Of these the chosen answer has the larger reward.
         """
-        right, asked, losses = collections.Counter(), collections.Counter(), []
+        right, asked, rewards = collections.Counter(), collections.Counter(), [np.zeros((0, 2), np.float32)]
         for batch, info in batches(self.source, self.processor, self.data, self.rows, self.reading):
             found = np.asarray(self._step(params, placed(batch, batch_shardings(batch, self.mesh, self.rules))))
             for row, kinds in zip(found, info.kinds):
-                for kind, pair in zip(kinds[::2], row[: len(kinds)].reshape(-1, 2)):
+                rewards.append(row[: len(kinds)].reshape(-1, 2))
+                for kind, (chosen, rejected) in zip(kinds[::2], rewards[-1]):
                     asked[kind] += 1
-                    right[kind] += int(pair[0] > pair[1])
-                    losses.append(float(pairwise_loss(pair, self.centre)))
+                    right[kind] += int(chosen > rejected)
             after_batch()
-        return {"loss": float(np.mean(losses or [0])), "pairs": asked.total(), "preferred": shares(right, asked)}
+        loss = np.sum(pairwise_loss(np.concatenate(rewards), self.centre)) / max(asked.total(), 1)
+        return {"loss": float(loss), "pairs": asked.total(), "preferred": shares(right, asked)}
