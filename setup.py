@@ -36,13 +36,13 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        "video": ["av>=12"],
+        "video": ["av>=17"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],  # for folders with a tokenizer.model alone
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU
         "cuda": ["jax[cuda13]>=0.10,<0.13", "tokamax>=0.0.12"],
         "test": [
-            "av>=12",
+            "av>=17",
             "torch==2.13.0",
             "transformers>=5.20,<5.24",
             "peft>=0.21",
