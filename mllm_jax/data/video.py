@@ -1,12 +1,9 @@
 """Clips: a video file, an array or a list of pictures to a few resized frames and their times.
 
-Frames are decoded one by one and resized at once, so a clip is never held in full size. Where those that are wanted lie
-far apart, what is between them is not decoded. PyAV is imported when a file is opened; clips that are already in memory
-do not need it.
+Frames are read one by one and resized at once, so a clip is never held in full size.
 """
 
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +13,23 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.data.images import load_image, resized, shrunk_size, smart_resize, source_name
+from mllm_jax.data.video_files import open_file
 
 EVEN, MOTION = SAMPLINGS = ("even", "motion")  # how frames are chosen: evenly spread, or denser where they differ
-FAR = 24  # frames ahead from which on it is quicker to seek
 CANDIDATES, MOST = 8, 2048  # frames that are compared for each that is chosen, and in all
 SMALL = (32, 32)  # pixels at which they are
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip whose pixels are not read yet. `read(indices)` yields the frames of these rising numbers, upright RGB.
+    """A clip whose pixels are not read yet.
 
-    Frame i of a file is what it shows at i / fps seconds, also where its frames have no constant rate.
+    frames, fps: number of frames, and frames per second. Frame i of a file is what it shows i / fps seconds after its
+        first frame (up to the rounding of its times), also where its rate varies.
+    height, width: pixels of an upright frame.
+    name: path, or what the clip is.
+    read: yields the frames of these rising numbers, upright RGB.
+    broken: frames that could not be decoded and were replaced by those before them, by number. Filled by `read`.
     """
 
     frames: int
@@ -36,17 +38,21 @@ class Clip:
     width: int
     name: str
     read: Callable[[Sequence[int]], Iterator[Image.Image]]
+    broken: set[int] = dataclasses.field(default_factory=set)
 
 
-def open_clip(source: Any, fps: float) -> Clip:
+def open_clip(source: Any, fps: float, track: int | None = None) -> Clip:
     """Opens a clip without reading its frames.
 
     `source`: the path of a video file, the bytes of one, an array u8[t h w 3], or a list of pictures (all of one size).
     `fps`: frames per second of an array or a list; a file says its own.
+    `track`: number of the video track of a file that holds several. None: FFmpeg's choice.
     Raises ValueError, naming the file, if it is no video, is empty or is damaged; FileNotFoundError if it is missing.
     """
     if isinstance(source, (str, os.PathLike, bytes)):
-        return _open_file(source if isinstance(source, bytes) else os.fspath(source))
+        file = open_file(source if isinstance(source, bytes) else os.fspath(source), track)
+        times = file.times
+        return Clip(times.frames, times.fps, file.height, file.width, file.name, file.read, file.broken)
     if not isinstance(source, (np.ndarray, list, tuple)) or len(source) == 0:
         raise ValueError(f"a clip must be a path, bytes, u8[t h w 3] or a list of pictures, got {source_name(source)}")
     if fps <= 0:
@@ -61,106 +67,6 @@ def open_clip(source: Any, fps: float) -> Clip:
             yield frame
 
     return Clip(len(source), float(fps), first.height, first.width, source_name(source), read)
-
-
-def _pyav():
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("reading video files needs PyAV: pip install 'mllm_jax[video]'") from error
-    return av
-
-
-def _open_file(source: str | bytes) -> Clip:
-    name = source_name(source)
-    if isinstance(source, str) and not os.path.exists(source):
-        raise FileNotFoundError(f"{name}: no such video")
-    av = _pyav()
-    try:
-        with av.open(_file(source)) as container:
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-            start = next(_frames(container, stream))
-            first, frames = _upright(start), stream.frames
-            tick = 1 / (fps * float(stream.time_base)) if fps else 0
-        if not frames:
-            with av.open(_file(source)) as container:
-                frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
-    except (av.FFmpegError, IndexError, StopIteration) as error:
-        raise ValueError(f"{name}: not a readable video ({error})") from error
-    if fps <= 0:
-        raise ValueError(f"{name}: the file states no frame rate")
-    read = lambda indices: _decode(source, indices, start.pts, tick)
-    return Clip(frames, fps, first.height, first.width, name, read)
-
-
-def _file(source: str | bytes) -> str | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
-
-
-def _frames(container: Any, stream: Any, timed: bool = False) -> Iterator[Any]:
-    """The frames from where a file stands, in the order in which they are shown; `timed`: those that say when."""
-    for frame in container.decode(stream):
-        if frame.pts is not None or not timed:
-            yield frame
-
-
-def _decode(source: str | bytes, indices: Sequence[int], start: int | None, tick: float) -> Iterator[Image.Image]:
-    """Yields what is shown at every index.
-
-    Args:
-        start: when the first frame is shown; None = the file does not say, and frames are counted.
-        tick: between two frames at the mean rate. Both in the stream's unit of time.
-    """
-    av = _pyav()
-    try:
-        with av.open(_file(source)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            if start is None:
-                yield from _counted(_frames(container, stream), indices, source)
-                return
-            frames, shown, far = _frames(container, stream, timed=True), None, FAR
-            coming = next(frames, None)
-            for index in indices:
-                limit = start + (index + 0.5) * tick  # what begins later is not shown yet
-                if coming is not None and limit - coming.pts > far * tick:
-                    container.seek(int(limit - 0.5 * tick), stream=stream)  # to the key frame before it
-                    frames, before = _frames(container, stream, timed=True), coming.pts
-                    coming = next(frames, None)
-                    if coming is None or coming.pts > limit:  # an index that is wrong
-                        container.seek(start, stream=stream)
-                        frames, far = _frames(container, stream, timed=True), math.inf
-                        coming = next(frames, None)
-                    elif coming.pts <= before:  # key frames are rarer than that
-                        far *= 2
-                while coming is not None and coming.pts <= limit:
-                    shown, coming = coming, next(frames, None)
-                # Containers often state a frame or two more than they hold, and the last frame is always wanted.
-                ended = coming is None and (
-                    shown is None or limit > shown.pts + max(getattr(shown, "duration", 0) or 0, tick)
-                )
-                if shown is None or (ended and index != indices[-1]):
-                    raise ValueError(f"{source_name(source)}: ends before frame {index}")
-                yield _upright(shown)
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{source_name(source)}: not a readable video ({error})") from error
-
-
-def _counted(frames: Iterator[Any], indices: Sequence[int], source: str | bytes) -> Iterator[Image.Image]:
-    """`_decode` of a file that does not say when a frame is shown."""
-    number, frame = -1, None
-    for index in indices:
-        while number < index and (following := next(frames, None)) is not None:
-            number, frame = number + 1, following
-        if frame is None or (number < index and index != indices[-1]):
-            raise ValueError(f"{source_name(source)}: ends before frame {index}")
-        yield _upright(frame)
-
-
-def _upright(frame: Any) -> Image.Image:
-    image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max_frames: int, multiple: int = 1) -> int:

@@ -1,0 +1,58 @@
+"""Decoded frames to upright RGB."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+UNSPECIFIED = 2  # code of ITU-T H.273 for a matrix, primaries or a transfer function that a file does not state
+MATRICES = (0, 1, UNSPECIFIED, 4, 5, 6, 7, 9)  # codes of H.273 for matrices that FFmpeg converts to RGB
+RESERVED = (3, *range(18, 256))  # codes of H.273 for matrices without a meaning
+
+Orientation = tuple[int, int, bool]  # see `orientation_of`
+
+
+def upright(frame: Any, orientation: Orientation) -> Image.Image:
+    """A decoded frame as a picture, turned and mirrored."""
+    columns, rows, swap = orientation
+    pixels = _rgb(frame)
+    pixels = pixels.swapaxes(0, 1) if swap else pixels
+    return Image.fromarray(np.ascontiguousarray(pixels[::rows, ::columns]))
+
+
+def orientation_of(frame: Any) -> Orientation:
+    """Steps along the columns and the rows (1, or -1 = mirrored), and whether the two are swapped before.
+
+    These are the eight combinations of quarter turns and mirrors; of another angle, the nearest. A display matrix
+    [[a, b, u], [c, d, v], [x, y, w]] shows the pixel at (column, row) at (a column + c row, b column + d row). A turn
+    clockwise by a quarter has a = d = 0, b = 1, c = -1.
+    """
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside data of a kind that this PyAV does not know, such as EXIF, it tells the rotation alone
+        turns = round(frame.rotation / 90) % 4  # counterclockwise
+        return ((1, 1, False), (1, -1, True), (-1, -1, False), (-1, 1, True))[turns]
+    if matrix is None:
+        return 1, 1, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    swap = abs(b) + abs(c) > abs(a) + abs(d)
+    column, row = (c, b) if swap else (a, d)
+    return -1 if column < 0 else 1, -1 if row < 0 else 1, swap
+
+
+def _rgb(frame: Any) -> np.ndarray:
+    """u8[h w 3] by the frame's own matrix and range. No tone mapping: HDR looks flat, as in other readers by FFmpeg.
+
+    A frame without a matrix counts as BT.601 at any size, as in FFmpeg: clips of unknown origin are most often written
+    by FFmpeg from RGB, and models were trained on what it reads.
+    """
+    # What the conversion does not use must not stop it: some versions of PyAV refuse reserved values.
+    frame.color_primaries = frame.color_trc = UNSPECIFIED
+    if frame.colorspace in RESERVED:
+        frame.colorspace = UNSPECIFIED
+    return frame.to_ndarray(format="rgb24", threads=1)  # more are started anew for every frame
+
+
+def has_known_matrix(frame: Any) -> bool:
+    """Whether its colors can be converted: those of YCgCo and ICtCp cannot."""
+    return frame.format.is_rgb or frame.colorspace in (*MATRICES, *RESERVED)
