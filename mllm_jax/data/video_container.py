@@ -5,9 +5,18 @@ PyAV is imported when a file is opened, so that clips which are already in memor
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from mllm_jax.data.images import source_name
+
+# FFmpeg's names of containers and streams that hold their frames themselves. Playlists (HLS, DASH, ffconcat, SDP, ...)
+# open other files and sockets, scripts run programs, and pictures and their patterns (image2) are no clips.
+FORMATS = (
+    *("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf", "ogg", "mxf", "nut", "ivf", "rm", "dv", "wtv", "gif"),
+    *("apng", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "yuv4mpegpipe"),
+)
 PICTURES = ("bmp", "mjpeg", "png", "tiff", "webp")  # codecs of a cover that is not marked as one
 
 
@@ -20,9 +29,24 @@ def pyav():
 
 
 def open_container(source: str | bytes) -> Any:
-    """Opens the file. Its tags may be in any encoding: they are not read."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    return pyav().open(file, metadata_errors="replace")
+    """Opens a regular file, or the bytes of one, in one of `FORMATS`, and nothing else: no other file, no network.
+
+    Its tags may be in any encoding: they are not read. Raises FileNotFoundError or ValueError, naming the file.
+    """
+    name, av = source_name(source), pyav()
+    if isinstance(source, str):
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"{name}: no such video")
+        if not os.path.isfile(source):  # a pipe or a device may never end
+            raise ValueError(f"{name}: not a readable video (no regular file)")
+    # Without a prefix, a path may name another protocol ("concat:a|b").
+    file, protocols = (io.BytesIO(source), "") if isinstance(source, bytes) else (f"file:{source}", "file")
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": protocols}
+    try:
+        return av.open(file, options=options, metadata_errors="replace")
+    except av.error.ArgumentError as error:
+        formats = ", ".join(FORMATS)
+        raise ValueError(f"{name}: not a readable video. Convert it to one of FFmpeg's formats {formats}.") from error
 
 
 @contextlib.contextmanager

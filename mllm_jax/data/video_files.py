@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator, Sequence
 
 from PIL import Image
@@ -81,8 +80,6 @@ def open_file(source: str | bytes, track: int | None) -> VideoFile:
     Raises ValueError, naming the file, if it is no video or is damaged; FileNotFoundError if it is missing.
     """
     name = source_name(source)
-    if isinstance(source, str) and not os.path.exists(source):
-        raise FileNotFoundError(f"{name}: no such video")
     with errors_of(name), open_container(source) as container:
         stream = video_stream(container, track, name)
         stated = [stream.average_rate, stream.base_rate, stream.guessed_rate]
