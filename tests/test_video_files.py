@@ -122,6 +122,26 @@ def test_frames_and_rates(name, files):
         list(clip.read([0, FRAMES]))
 
 
+def test_a_browser_recording(tmp_path):
+    """WebM as it is streamed: without an index, a length, or a rate."""
+    times = [0, *itertools.accumulate([32, 35, 31, 36, 47, 19, 33][i % 7] for i in range(FRAMES - 1))]
+    path = write(
+        tmp_path / "a.webm", "libvpx", times, MS, 30, FAST, container={"live": "1", "cluster_time_limit": "500"}
+    )
+    content, rate = path.read_bytes(), bytes.fromhex("23e38384")  # DefaultDuration, of four bytes
+    assert content.count(rate) == 1
+    at = content.index(rate)
+    path.write_bytes(content[:at] + b"\xec\x86" + bytes(6) + content[at + 8 :])  # Void
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].average_rate in (None, 1000) and file.duration is None  # its clock
+    clip, every = video.open_clip(path, fps=2), decoded(path)
+    assert clip.frames == FRAMES and 1000 * FRAMES / (times[-1] + 50) < clip.fps < 1000 * FRAMES / times[-1]
+    for indices in ([0, 99], [28, 61], range(0, FRAMES, 31)):
+        for index, frame in zip(indices, clip.read(indices), strict=True):
+            shown = sum(time <= index * 1000 / clip.fps + 0.5 for time in times) - 1
+            np.testing.assert_array_equal(np.asarray(frame), every[shown], err_msg=str(index))
+
+
 def test_bytes_are_read_like_files(files):
     for name in ("even.mp4", "varied.webm", "unordered.avi"):
         one, two = (video.open_clip(source, fps=2) for source in (files / name, (files / name).read_bytes()))
