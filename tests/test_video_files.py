@@ -337,7 +337,7 @@ def test_a_broken_packet_repeats_the_frame_before(files, caplog):
         np.testing.assert_array_equal(frames[lost], frames[lost - 1])
         for index in range(lost):
             np.testing.assert_array_equal(frames[index], every[index], err_msg=f"{name} {index}")
-        assert caplog.messages[-1] == "<bytes>: 1 frames cannot be decoded, those before them are shown instead"
+        assert caplog.messages[-1] == "<bytes>: 1 broken frames, shown as the frames before them"
         again = video.open_clip(content, fps=2)
         assert len(list(again.read([0, FRAMES // 2, FRAMES - 1]))) == 3
         assert again.broken == clip.broken & {FRAMES - 1}

@@ -1,4 +1,4 @@
-"""What a stranger calls a clip opens nothing but itself: no other file, no socket, no program."""
+"""Hostile clips: opening one opens no other file, no socket and no program."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""When the frames of a video file are shown and at what rate, from the times of its packets. Nothing is decoded."""
+"""Presentation times and rate of the frames of a video file, from the times of its packets. Nothing is decoded."""
 
 import dataclasses
 import itertools
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-Packet = tuple[int | None, int | None, int | None]  # when it is shown, when it is decoded, how long it lasts; in ticks
+Packet = tuple[int | None, int | None, int | None]  # presentation time, decoding time and duration in ticks
 ROUNDED = 1.5  # ticks by which times that were rounded to ticks may miss an even grid
 MILLISECOND = 0.001  # times are often rounded to milliseconds and then stored in finer ticks
 
@@ -79,7 +79,7 @@ def measured_times(
     known = times is pts and not (reorders and _rises(pts))
     gap = int(shown[-1] - shown[0]) / max(frames - 1, 1)
     rounding = min(max(ROUNDED, MILLISECOND / float(tick)), gap / 4)
-    even = len(shown) == frames and np.abs(shown - shown[0] - gap * np.arange(frames)).max() <= rounding
+    even = len(shown) == frames and bool(np.abs(shown - shown[0] - gap * np.arange(frames)).max() <= rounding)
     if even:
         fps = _rate(frames - 1, int(shown[-1] - shown[0]) * tick, Fraction(rounding) * tick, stated)
     else:
@@ -89,7 +89,7 @@ def measured_times(
 
 
 def _rises(times: Sequence[int | None]) -> bool:
-    """Whether no time is before the one ahead of it. In a file that was put together from several they begin anew."""
+    """Returns whether the times never go back, as they do where a file was put together from several."""
     return all(one <= two for one, two in itertools.pairwise(time for time in times if time is not None))
 
 

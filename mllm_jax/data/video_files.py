@@ -66,7 +66,7 @@ class VideoFile:
                     raise ValueError(f"{self.name}: broken at {len(decoder.breaks)} places up to frame {index}")
                 yield upright(frame, self.orientation)
         if lost:
-            log.warning("%s: %d frames cannot be decoded, those before them are shown instead", self.name, len(lost))
+            log.warning("%s: %d broken frames, shown as the frames before them", self.name, len(lost))
 
 
 def open_file(source: str | bytes, track: int | None) -> VideoFile:

@@ -54,5 +54,5 @@ def _rgb(frame: Any) -> np.ndarray:
 
 
 def has_known_matrix(frame: Any) -> bool:
-    """Whether its colors can be converted: those of YCgCo and ICtCp cannot."""
+    """Returns whether FFmpeg converts the frame's colors to RGB. It does not convert YCgCo and ICtCp."""
     return frame.format.is_rgb or frame.colorspace in (*MATRICES, *RESERVED)
