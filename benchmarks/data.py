@@ -35,7 +35,8 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_tokenizer
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.spec import SEEING
-from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.template import ChatTemplate
+from mllm_jax.data.tokenizer import Tokenizer
 
 WORDS = "the a red blue cat dog house stands left right above of and near small large what where count is".split()
 KINDS = {"JSON Lines": "jsonl", "ArrayRecord": "array_record", "WebDataset": "tar", "Parquet": "parquet"}

@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 import mllm_jax
 from mllm_jax import embed
-from mllm_jax.data.template import Tokenizer
+from mllm_jax.data.tokenizer import Tokenizer
 
 TEXTS = ["A photo of a cat.", "two dogs!", "red  square"]
 SIZES = [(20, 30), (16, 16), (50, 9)]

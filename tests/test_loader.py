@@ -17,7 +17,8 @@ from mllm_jax.data.processor import Processor, ProcessorSpec, TooLarge
 from mllm_jax.data.records import BadRecord
 from mllm_jax.data.scenes import SCENES_TEMPLATE, Scenes, scenes_tokenizer
 from mllm_jax.data.sources import open_source
-from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.template import ChatTemplate
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.types import Example, Picture
 
 BUDGET = Budget(64, 1, 64)

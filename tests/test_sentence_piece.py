@@ -17,7 +17,8 @@ import mllm_jax
 from mllm_jax.api import Pretrained
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.resize import Square, rule_from_hf
-from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.template import ChatTemplate
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.families import internvl_chat, llava_llama, spec_for, towers
 
 TEXTS = [

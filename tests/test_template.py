@@ -11,7 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.template import ChatTemplate
+from mllm_jax.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from mllm_jax.data.pack import Budget, TooLarge, collate, tightest
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.resize import Crop
 from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tiles import AnyRes, Tiles, best_canvas, dynamic_grid
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.types import NEWLINE
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))

@@ -13,7 +13,8 @@ import video_reference
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.resize import Halved, Stretch
 from mllm_jax.data.spec import SEEING
-from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.template import ChatTemplate
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.families import internvl, llava_onevision, qwen2_vl
 
 SIDE = (video_reference.FLAT["height"], video_reference.FLAT["width"])

@@ -11,9 +11,10 @@ import numpy as np
 
 from mllm_jax.data.dual_batches import one_each, pairs_in_rows
 from mllm_jax.data.images import load_image, patchify
+from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
-from mllm_jax.data.template import Tokenizer, read_json, write_json
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.types import DualBatch, Example, Picture
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

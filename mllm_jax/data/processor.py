@@ -15,7 +15,8 @@ from mllm_jax.data.pack import Budget, TooLarge, collate, place
 from mllm_jax.data.positions import rotary_positions
 from mllm_jax.data.records import DOCUMENT
 from mllm_jax.data.spec import SEEING, ProcessorSpec, read_spec, write_spec
-from mllm_jax.data.template import ChatTemplate, Messages, Tokenizer
+from mllm_jax.data.template import ChatTemplate, Messages
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm, WholeFramed
 from mllm_jax.types import Batch, Example, Picture
 

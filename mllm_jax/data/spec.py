@@ -5,8 +5,8 @@ import math
 import pathlib
 from typing import Any
 
+from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.resize import Rule, Whole, rule_from_hf
-from mllm_jax.data.template import read_json, write_json
 from mllm_jax.data.tiles import AnyRes, Tiles
 from mllm_jax.data.video import EVEN, SAMPLINGS
 

@@ -7,7 +7,8 @@ from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer
 from mllm_jax.data.spec import SEEING
-from mllm_jax.data.template import ChatTemplate, Tokenizer
+from mllm_jax.data.template import ChatTemplate
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model import ModelConfig
