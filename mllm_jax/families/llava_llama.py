@@ -128,12 +128,16 @@ SPEC = replace(llava.SPEC, image_id=IMAGE, framed=True)
 INPUTS, rule, visuals = llava.INPUTS, llava.rule, llava.visuals
 
 
+def _content(message: str) -> str:
+    """The content of a message, a text or parts, in jinja2."""
+    content, part = f"{message}.content", "{{ item.text if item.type == 'text' else '<image>\n' }}"
+    parts = f"{{% for item in {content} %}}{part}{{% endfor %}}"
+    return f"{{% if {content} is string %}}{{{{ {content} }}}}{{% else %}}{parts}{{% endif %}}"
+
+
 def _template(first: str, question: str, answer: str, prompt: str) -> str:
     """Of chats, in jinja2: what they begin with, what stands around the CONTENT of a turn, what asks for an answer."""
-    content = (
-        "{% if message.content is string %}{{ message.content }}{% else %}{% for item in message.content %}"
-        "{{ item.text if item.type == 'text' else '<image>\n' }}{% endfor %}{% endif %}"
-    )
+    content = _content("message")
     return (
         f"{first}{{% for message in messages %}}{{% if message.role == 'user' %}}{question.replace('CONTENT', content)}"
         f"{{% elif message.role == 'assistant' %}}{answer.replace('CONTENT', content)}{{% endif %}}{{% endfor %}}"
@@ -143,20 +147,29 @@ def _template(first: str, question: str, answer: str, prompt: str) -> str:
 
 def _system(usual: str) -> str:
     """What a conversation begins with, unless it says something else."""
-    return f"{{{{ messages[0].content if messages[0].role == 'system' else {usual!r} }}}}"
+    return f"{{% if messages[0].role == 'system' %}}{_content('messages[0]')}{{% else %}}{usual}{{% endif %}}"
 
 
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_SYS = f"<<SYS>>\n{_content('messages[0]')}{{{{ '\n<</SYS>>\n\n' }}}}"
 _START, _END = "<|im_start|>", "<|im_end|>"
 CHATS = {  # llava/conversation.py's names -> template, end of a turn where it is not that of a text
     "vicuna_v1": (
         _template(f"{_system(_VICUNA)} ", "USER: CONTENT ", "ASSISTANT: CONTENT{{ eos_token }}", "ASSISTANT:"),
         None,
     ),
-    "mistral_instruct": (_template("", "[INST] CONTENT [/INST]", " CONTENT {{ eos_token }}", ""), None),
+    "mistral_instruct": (
+        _template(
+            "",
+            f"[INST] {{% if loop.index0 == 1 and messages[0].role == 'system' %}}{_SYS}{{% endif %}}CONTENT [/INST]",
+            " CONTENT {{ eos_token }}",
+            "",
+        ),
+        None,
+    ),
     "chatml_direct": (
         _template(
             f"{_START}system\n{_system('Answer the questions.')}{_END}",

@@ -87,6 +87,9 @@ SPEC = ProcessorSpec(
     end_of_turn=None,
     template=(
         "{%- for message in messages -%}"
+        "{%- if message.role not in ('user', 'assistant') -%}"
+        "{{ raise_exception('PaliGemma reads no messages of the role ' + message.role) }}"
+        "{%- endif -%}"
         "{%- set said = message.content -%}"
         "{%- set content = [{'type': 'text', 'text': said}] if said is string else said -%}"
         "{%- for item in content if item.type == 'image' -%}<image>{%- endfor -%}"
