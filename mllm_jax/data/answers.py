@@ -38,7 +38,8 @@ class Pairs:
           BadRecord: there is one answer only. BadData: there is no reference for it, or one of something else.
         """
         others = [with_rejected(record)]
-        example = processor(record["messages"], budget=budget, kind=record["kind"], others=others)
+        tools = record.get("tools")
+        example = processor(record["messages"], budget=budget, kind=record["kind"], others=others, tools=tools)
         if self.changed != 1:
             example = example._replace(weight=weighted(example, self.changed))
         return example if self.references is None else self._with_reference(example, record["id"])
@@ -60,7 +61,8 @@ def with_rejected(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if record.get("rejected") is None:
         raise BadRecord("no pair", record["id"], 'this run needs a "chosen" and a "rejected" answer')
     *asked, answer = record["messages"]
-    return [*asked, answer | {"content": record["rejected"]}]
+    kept = {name: value for name, value in answer.items() if name in ("role", "weight")}  # the rest is the chosen one's
+    return [*asked, kept | {"content": record["rejected"]}]
 
 
 def together(conversations: Sequence[Example]) -> Example:

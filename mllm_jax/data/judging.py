@@ -45,7 +45,7 @@ class Judged:
         """An Example of two conversations, that of the chosen answer first. Raises BadRecord: no pair, or no facts."""
         turn = verdict(self.prompt, record)
         chosen, rejected = ([*messages, *turn] for messages in (record["messages"], with_rejected(record)))
-        return processor(chosen, budget=budget, kind=record["kind"], others=[rejected])
+        return processor(chosen, budget=budget, kind=record["kind"], others=[rejected], tools=record.get("tools"))
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class Prompts:
         messages = record["messages"]
         if messages[0]["role"] == DOCUMENT:
             raise BadRecord("no question", record["id"], "PPO answers questions, and this is a document")
-        rest = self._rest(processor, messages, verdict(self.prompt, record))
+        tools = record.get("tools")
+        rest = self._rest(processor, messages, verdict(self.prompt, record), tools)
         room = budget._replace(tokens=budget.tokens - len(rest.tokens))
-        asked = processor(messages[:-1], generate=True, budget=room, kind=record["kind"])
+        asked = processor(messages[:-1], generate=True, budget=room, kind=record["kind"], tools=tools)
         if asked.mix is not None:
             rest = rest._replace(mix=alone(rest.vision_index).mix)
         return together([asked, rest])
 
-    def _rest(self, processor: Any, messages: list[dict[str, Any]], turn: list[dict[str, Any]]) -> Example:
+    def _rest(self, processor: Any, messages: list[dict[str, Any]], turn: list[dict[str, Any]], tools: Any) -> Example:
         """The tokens behind the answer; positions are counted from the first of them."""
-        tokens, weight = processor.template.tokenize(
-            processor.tokenizer, [*messages, *turn], processor.end_of_turn_id, generate=False
-        )
+        answer = {name: value for name, value in messages[-1].items() if name != "weight"}
+        tokens, weight = processor.tokenize([*messages[:-1], answer, *turn], tools=tools)
         tokens = np.array(tokens[1 + int(np.flatnonzero(weight)[-1]) :], np.int32)
         count = len(tokens)
         return Example(

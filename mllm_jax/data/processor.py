@@ -1,5 +1,7 @@
 """From a conversation with pictures and clips to an `Example`: the numbers that a model reads."""
 
+import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -10,6 +12,7 @@ import numpy as np
 
 from mllm_jax.data import images, video
 from mllm_jax.data.answers import together
+from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import Budget, TooLarge, collate, place
 from mllm_jax.data.positions import rotary_positions
@@ -35,10 +38,14 @@ class Processor:
         no_id = spec.video_token is None or spec.frame_token is not None
         self.video_id = None if no_id else tokenizer.id(spec.video_token)
         self._placeholders = [token for token in (self.image_id, self.video_id) if token is not None]
-        end_of_turn = spec.end_of_turn or tokenizer.special_tokens().get("eos_token")
-        if end_of_turn is None:
+        eos = tokenizer.special_tokens().get("eos_token")
+        ends = [tokenizer.id(token) for token in (spec.end_of_turn, eos) if token is not None]
+        own = (*tokens, spec.video_token, spec.frame_token)
+        self.chat = ChatFormat(tokenizer, template, own, ends)
+        ends = [tokenizer.id(token) for token in (spec.end_of_turn, self.chat.end, eos) if token is not None]
+        if not ends:
             raise ValueError("tokenizer_config.json names no eos_token, so that nothing says where an answer ends")
-        self.end_of_turn_id = tokenizer.id(end_of_turn)
+        self.end_of_turn_id = ends[0]
 
     def __call__(
         self,
@@ -47,8 +54,9 @@ class Processor:
         budget: Budget | None = None,
         kind: str = "",
         others: Sequence[Messages] = (),
+        tools: list[dict[str, Any]] | None = None,
     ) -> Example:
-        """Reads one conversation in Hugging Face's layout: [{"role", "content": text or a list of items}].
+        """Reads one conversation in Hugging Face's layout: [{"role", "content": text, an item or a list of items}].
 
         A single message of the role "document" goes through no chat template: every token of its texts is learned.
 
@@ -62,11 +70,14 @@ class Processor:
         cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
         `others`: more conversations about the same pictures, in the same Example: the pictures lie there once, and of
         all the conversations the last answer alone is learned.
+        `tools`: descriptions of functions that the model may call, as JSON schemas. Messages may have "tool_calls" and
+        "reasoning_content", which are learned like the answer, and "weight", by which the loss of a turn is multiplied.
         """
+        messages, *others = [_listed(conversation) for conversation in (messages, *others)]
         items = [item for item in _items(messages) if item["type"] != "text"]
         stills = sum(item["type"] == "image" for item in items)
         opened = [self._open(item, stills) for item in items]
-        written = [self._tokens(conversation, opened, generate) for conversation in [messages, *others]]
+        written = [self._tokens(conversation, opened, generate, tools) for conversation in [messages, *others]]
         visuals = written[0][2]
         text = sum(token not in self._placeholders for tokens, *_ in written for token in tokens)
         plans = self._plans(visuals, text, len(written), budget)
@@ -96,22 +107,35 @@ class Processor:
 
     def example(self, record: dict[str, Any], budget: Budget) -> Example:
         """A conversation to learn from, see data/records.py."""
-        return self(record["messages"], budget=budget)
+        return self(record["messages"], budget=budget, tools=record.get("tools"))
 
     def collate(self, rows: Sequence[Sequence[Example]], budget: Budget, references: bool = False) -> Batch:
         """Rows of conversations as a batch; `references`: see `mllm_jax.data.pack.collate`."""
         return collate(rows, budget, **self.spec.layout, references=references)
 
-    def decode(self, tokens) -> str:
-        """The text of tokens, without the special ones."""
-        return self.tokenizer.decode(tokens)
+    def decode(self, tokens, content_tokens: bool = True) -> str:
+        """The text of tokens, without control tokens, see `ChatFormat`.
+
+        content_tokens: content tokens that the tokenizer calls special are a part of the text, as `<|box_start|>`;
+          False leaves them out, as transformers does with skip_special_tokens.
+        """
+        if not content_tokens:
+            return self.tokenizer.decode(tokens)
+        return self.tokenizer.decode([token for token in tokens if token not in self._control_ids], special=True)
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(map(self.tokenizer.id, self.chat.control))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the end of a turn, and the tokenizer's end of text and padding."""
+        """The tokens that end an answer.
+
+        These are the end of a turn, and the tokenizer's end of text and padding.
+        """
         special = self.tokenizer.special_tokens()
-        named = {self.spec.end_of_turn, special.get("eos_token"), special.get("pad_token")} - {None}
-        return tuple(sorted(map(self.tokenizer.id, named)))
+        named = {self.spec.end_of_turn, self.chat.end, special.get("eos_token"), special.get("pad_token")} - {None}
+        return tuple(sorted({*map(self.tokenizer.id, named)}))
 
     def _open(self, item: dict, stills: int) -> Still | Film:
         """`stills`: pictures in the conversation."""
@@ -129,26 +153,34 @@ class Processor:
         kind = whole if spec.label is None else apart
         return kind.sampled(clip, target, spec)
 
-    def _tokens(self, messages: Messages, visuals: list, generate: bool) -> tuple[list[int], list[float], list]:
+    def _tokens(
+        self, messages: Messages, visuals: list, generate: bool, tools: list[dict[str, Any]] | None
+    ) -> tuple[list[int], list[float], list]:
         """Tokens and weights with one placeholder for every run of visual tokens, and the visuals in their order."""
         if messages[0]["role"] == DOCUMENT:
             return *self._document(messages[0]["content"], visuals, generate), visuals
-        ordered, shows = [], {self.spec.image_token, self.spec.video_token}
+        ordered = []
 
-        def shown(markup: str) -> str:
+        def fill(placeholders: list[str]) -> list[str]:
             """What stands for pictures and clips is text in part: it is written before there are tokens."""
-            parts = [(text, token is not None and text in shows) for text, token in self.tokenizer.split(markup)]
-            ordered.extend(self._ordered([text for text, placeholder in parts if placeholder], visuals))
-            queue = iter(ordered)
-            return "".join(self._markup(next(queue)) if placeholder else text for text, placeholder in parts)
+            ordered.extend(self._ordered(placeholders, visuals))
+            return [self._markup(visual) for visual in ordered]
 
-        written, weights = self.template.tokenize(
-            self.tokenizer, messages, self.end_of_turn_id, generate, rewrite=shown
+        shows = {self.spec.image_token, self.spec.video_token} - {None}
+        written, weights = self.tokenize(messages, generate, tools, placeholders=shows, fill=fill)
+        return written, weights, ordered
+
+    def tokenize(
+        self, messages: Messages, generate: bool = False, tools: list[dict[str, Any]] | None = None, **options
+    ) -> tuple[list[int], list[float]]:
+        """The tokens and weights of a conversation before its pictures are read, see `ChatFormat.tokenize`."""
+        written, weights = self.chat.tokenize(
+            messages, generate, tools or None, content_tokens=self.spec.content_tokens, **options
         )
         first = self.tokenizer.frame[0] if self.spec.framed else []
         if first != written[: len(first)]:  # else the template wrote them
             written, weights = [*first, *written], [0.0] * len(first) + weights
-        return written, weights, ordered
+        return written, weights
 
     def _ordered(self, placeholders: list[str], visuals: list) -> list[Still | Film]:
         """The visuals in the order of their placeholders: a template may write all pictures before the clips."""
@@ -268,6 +300,10 @@ class Processor:
         outside = {} if spec.image_id is None else {spec.image_token: spec.image_id}
         return cls(Tokenizer.from_folder(folder, outside), template, read_spec(folder, spec))
 
+    def with_spec(self, **changes: Any) -> "Processor":
+        """A processor with other values of its spec."""
+        return Processor(self.tokenizer, self.template, dataclasses.replace(self.spec, **changes))
+
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the files that `from_folder` and transformers read."""
         spec, folder = self.spec, pathlib.Path(folder)
@@ -278,14 +314,20 @@ class Processor:
             write_spec(spec, folder)
 
 
+def _listed(messages: Messages) -> Messages:
+    """Messages whose contents are texts or lists: one item is a list of one."""
+    single = lambda message: isinstance(message, dict) and isinstance(message.get("content"), dict)
+    return [message | {"content": [message["content"]]} if single(message) else message for message in messages]
+
+
 def _items(messages: Messages) -> Iterator[dict[str, Any]]:
     """All content items in order, checked: a type that is known, and the value that the type needs."""
     if not messages:
         raise ValueError("a conversation needs at least one message")
     for message in messages:
-        if "role" not in message or "content" not in message:
+        if "role" not in message or not message.keys() & {"content", "tool_calls"}:
             raise ValueError(f"a message needs a role and a content, got the keys {sorted(message)}")
-        content = message["content"]
+        content = message.get("content")
         for item in content if isinstance(content, (list, tuple)) else []:
             kind = item.get("type") if isinstance(item, dict) else None
             if kind not in ("text", "image", "video") or item.get(kind) is None:

@@ -10,7 +10,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -20,8 +20,7 @@ from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.sentence_piece import read_sentence_piece
 
 GUARD = "\ufdd0"  # breaks a special token spelled out by people
-ANSWER = "\ufdd1"  # stands where the text that the model has to learn begins
-MARKS = {ord(GUARD): None, ord(ANSWER): None}
+MARKS = dict.fromkeys(range(0xFDD0, 0xFDF0))  # the noncharacters that guards and other marks are made of
 _NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never"}
 
 # How Qwen's tokenizers cut text into words; needed where a folder has vocab.json and merges.txt only.
@@ -36,6 +35,8 @@ class Tokenizer:
     `config` is the content of tokenizer_config.json; it names the special tokens that templates ask for.
     `outside` are tokens that templates write and no vocabulary has, with the ids they get; what follows one is cut as
     a text of its own.
+    `added` maps the added tokens, of two characters and more, to whether they are special. `guard` marks a text that
+    people wrote, so that `pieces` finds no added token in it nor across its ends.
     """
 
     def __init__(
@@ -53,11 +54,8 @@ class Tokenizer:
         added = [token for token in tokenizer.get_added_tokens_decoder().values() if len(token.content) > 1]
         added += [tokenizers.AddedToken(token) for token in self.outside]
         added.sort(key=lambda token: -len(token.content))
-        contents = [token.content for token in added]
-        self._heads = tuple({content[:end] for content in contents for end in range(1, len(content))})
-        self._tails = tuple({content[start:] for content in contents for start in range(1, len(content))})
-        start_of_any = "|".join(map(re.escape, contents)) or "(?!)"
-        self._start = re.compile(f"(?=(?:{start_of_any})).", re.DOTALL)
+        self.added = {token.content: token.special for token in added}
+        self.guard = Guard(self.added)
         strip = {False: "", True: r"\s*"}
         patterns = [f"{strip[token.lstrip]}({re.escape(token.content)}){strip[token.rstrip]}" for token in added]
         self._added = re.compile("|".join(patterns) or "(?!)")
@@ -69,9 +67,13 @@ class Tokenizer:
         config = read_json(folder / "tokenizer_config.json")
         if (path := folder / "tokenizer.json").exists():
             try:
-                return cls(tokenizers.Tokenizer.from_file(str(path)), config, outside)
+                tokenizer = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # tokenizers raises nothing more special
                 raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
+            known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+            listed = _listed_tokens(config).items()
+            _add_tokens(tokenizer, {n: fields for n, fields in listed if fields["content"] not in known}, folder)
+            return cls(tokenizer, config, outside)
         files = [folder / name for name in ("vocab.json", "merges.txt")]
         if all(file.exists() for file in files):
             tokenizer = cls._of_pairs(*files)
@@ -81,7 +83,7 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no tokenizer.model"
             )
-        _add_tokens(tokenizer, config, folder)
+        _add_tokens(tokenizer, _listed_tokens(config) or _tokens_beside(folder), folder)
         return cls(tokenizer, config, outside)
 
     @staticmethod
@@ -143,31 +145,28 @@ class Tokenizer:
     def encode_markup(self, text: str) -> list[int]:
         """The tokens of a text that a template wrote, special tokens included."""
         tokens, begins = [], True
-        for stretch, special in self.split(text):
-            tokens += self.encode(stretch, begins) if special is None else [special]
-            begins = self.begins_after(stretch)
+        for start, end, special in self.pieces(text):
+            tokens += self.encode(text[start:end], begins) if special is None else [special]
+            begins = self.begins_after(text[start:end])
         return tokens
 
     def begins_after(self, token: str) -> bool:
         """Whether what follows a special token is cut as the beginning of a text is."""
         return token in self.outside or not self._first_alone
 
-    def split(self, markup: str) -> Iterator[tuple[str, int | None]]:
-        """Cuts a rendered text at its added tokens: (text, None) for the stretches between, (token, id) for a token."""
-        end = 0
-        for match in self._added.finditer(markup):
-            if match.start() > end:
-                yield markup[end : match.start()], None
-            token = match[match.lastindex]
-            yield token, self.id(token)
-            end = match.end()
-        if end < len(markup):
-            yield markup[end:], None
+    def pieces(self, markup: str, begin: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int | None]]:
+        """Cuts a rendered text at its added tokens: (start, end, id) for each, (start, end, None) for the text between.
 
-    def guard(self, text: str) -> str:
-        """Marks a text that people wrote, so that `split` finds no added token in it nor across its ends."""
-        text = self._start.sub(rf"\g<0>{GUARD}", text.translate(MARKS))
-        return GUARD * text.startswith(self._tails) + text + GUARD * text.endswith(self._heads)
+        White space that a token takes in is in no piece. `begin`, `stop`: of the part of the text that is cut.
+        """
+        end, stop = begin, len(markup) if stop is None else stop
+        for match in self._added.finditer(markup, begin, stop):
+            if match.start() > end:
+                yield end, match.start(), None
+            yield *match.span(match.lastindex), self.id(match[match.lastindex])
+            end = match.end()
+        if end < stop:
+            yield end, stop, None
 
     def decode(self, ids, special: bool = False) -> str:
         """The text of tokens, without the special ones unless they are asked for."""
@@ -191,14 +190,34 @@ class Tokenizer:
         return {name: value for name, value in named.items() if isinstance(value, str)}
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], folder: pathlib.Path) -> None:
-    """Adds those that tokenizer_config.json lists, or added_tokens.json as was usual before."""
-    listed = {int(number): fields for number, fields in config.get("added_tokens_decoder", {}).items()}
-    if not listed:
-        usual = {"special": True, "normalized": False}
-        listed = {
-            number: {"content": token, **usual} for token, number in read_json(folder / "added_tokens.json").items()
-        }
+class Guard:
+    """Marks texts so that no token of a set can be found in them, nor across their ends in what stands beside them."""
+
+    def __init__(self, tokens: Iterable[str]):
+        tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)  # templates trim blanks
+        self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
+        self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
+        start_of_any = "|".join(map(re.escape, tokens)) or "(?!)"
+        self._start = re.compile(f"(?=(?:{start_of_any})).", re.DOTALL)
+
+    def __call__(self, text: str) -> str:
+        text = self._start.sub(rf"\g<0>{GUARD}", text.translate(MARKS))
+        return GUARD * text.startswith(self._tails) + text + GUARD * text.endswith(self._heads)
+
+
+def _listed_tokens(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The added tokens, by id, that tokenizer_config.json lists."""
+    return {int(number): fields for number, fields in (config.get("added_tokens_decoder") or {}).items()}
+
+
+def _tokens_beside(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """Those of added_tokens.json, where they stood before."""
+    usual = {"special": True, "normalized": False}
+    return {number: {"content": token, **usual} for token, number in read_json(folder / "added_tokens.json").items()}
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, listed: Mapping[int, dict[str, Any]], folder: pathlib.Path) -> None:
+    """Adds tokens, given by their ids. Raises ValueError where one cannot have its id."""
     for number, fields in sorted(listed.items()):
         tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
         if tokenizer.token_to_id(fields["content"]) != number:

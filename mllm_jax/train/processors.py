@@ -73,8 +73,7 @@ def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Proces
         published = Processor.from_folder(local_folder(source), spec)
     except FileNotFoundError as error:
         raise ConfigError(f"config.processor: {error}") from error
-    spec = dataclasses.replace(published.spec, **limits)
-    return _checked(Processor(published.tokenizer, published.template, spec), model)
+    return _checked(published.with_spec(**limits), model)
 
 
 def _id(token: int | None) -> int:
