@@ -28,7 +28,7 @@ from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
 from mllm_jax.weights.safetensors import open_checkpoint
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def load_params(
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
-    """Writes weights, config, generation config and the processor's files, for transformers and `load_pretrained`.
+    """Writes weights, config and the processor's files, generation config too, for transformers and `load_pretrained`.
 
     Everything is complete on disk before anything gets its final name; a model that the folder held before is replaced.
     In a run of several processes all must call. ValueError where it has adapters, which are no part of such a folder.
@@ -198,18 +198,11 @@ def _processor(folder: Path, config: ModelConfig | DualConfig) -> Processor | Du
 
 def _write_texts(vlm: Pretrained, folder: Path) -> None:
     dtype = jax.tree.leaves(vlm.params)[0].dtype.name
-    generation = {}
     if vlm.processor is not None:
         vlm.processor.save(folder)
-    if isinstance(vlm.processor, Processor):
-        stop = list(vlm.processor.stop_ids)
-        generation = {"eos_token_id": stop, "pad_token_id": stop[0]}
     plain = dataclasses.replace(vlm.config, lora=LoraConfig())  # of a base model, its adapters were taken away
-    for name, content in (
-        (GENERATION, generation),
-        (CONFIG, FAMILIES[plain.family].to_hf(plain) | {"dtype": dtype}),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = FAMILIES[plain.family].to_hf(plain) | {"dtype": dtype}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _move_into(stage: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
 from mllm_jax.api import from_hf_inputs
+from mllm_jax.data.generation import GenerationDefaults
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.processor import Processor, ProcessorSpec
 from mllm_jax.generate import decode, layout
@@ -296,6 +297,9 @@ def test_generate_stops_at_the_end_of_a_turn(chat):
     ids = types.SimpleNamespace(config=vlm.config, model=vlm.model, processor=vlm.processor)
     ids.params = {**vlm.params, "decoder": {**vlm.params["decoder"], "head": {"w": always}}}
     assert generate(ids, ["a"], 3) == [vlm.processor.decode([0, 0, 0])]
+    own, processor = GenerationDefaults({"eos_token_id": 0}), vlm.processor
+    ids.processor = Processor(processor.tokenizer, processor.template, processor.spec, own)
+    assert generate(ids, ["a"], 3) == [""]
 
 
 def test_generate_needs_a_processor_and_a_list(chat, vlm):
@@ -322,6 +326,25 @@ def test_command_on_a_training_run(chat, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mllm_jax.train.checkpoint.load_workdir", {str(tmp_path): vlm}.__getitem__)
     assert main(["--checkpoint", str(tmp_path), "--prompt", "Hello there.", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.strip("\n") == generate(vlm, ["Hello there."], 4)[0].rstrip("\ufffd").strip("\n")
+
+
+def test_command_draws_as_the_model_asks(chat, tmp_path, capsys, monkeypatch):
+    vlm, _ = chat
+    (tmp_path / "checkpoints").mkdir()
+    asked = GenerationDefaults({"do_sample": True, "temperature": 5.0, "top_k": 7, "repetition_penalty": 1.1})
+    processor = Processor(vlm.processor.tokenizer, vlm.processor.template, vlm.processor.spec, asked)
+    monkeypatch.setattr(
+        "mllm_jax.train.checkpoint.load_workdir", {str(tmp_path): replace(vlm, processor=processor)}.__getitem__
+    )
+    command = ["--checkpoint", str(tmp_path), "--prompt", "Hello there.", "--max-new-tokens", "4"]
+
+    def said(*more):
+        assert main([*command, *more]) == 0
+        return capsys.readouterr()
+
+    drawn, named = said("--sample"), said("--temperature", "5", "--top-k", "7")
+    assert drawn.out == named.out != said().out and "repetition_penalty" in drawn.err
+    assert said("--sample", "--temperature", "0").out == said().out
 
 
 def test_command(chat, tmp_path, capsys):

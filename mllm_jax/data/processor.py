@@ -13,6 +13,7 @@ import numpy as np
 from mllm_jax.data import images, video
 from mllm_jax.data.answers import together
 from mllm_jax.data.chat_format import ChatFormat
+from mllm_jax.data.generation import NO_DEFAULTS, GenerationDefaults
 from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import Budget, TooLarge, collate, place
 from mllm_jax.data.positions import rotary_positions
@@ -27,10 +28,17 @@ from mllm_jax.types import Batch, Example, Picture
 class Processor:
     """`processor(messages) -> Example`. Needs no jax and no torch, and can be sent to another process."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, spec: ProcessorSpec):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        spec: ProcessorSpec,
+        generation: GenerationDefaults = NO_DEFAULTS,
+    ):
         self.tokenizer = tokenizer
         self.template = template
         self.spec = spec
+        self.generation = generation
         tokens = (spec.image_token, spec.vision_start, spec.vision_end)
         ids = (None if token is None else tokenizer.id(token) for token in tokens)
         self.image_id, self.vision_start_id, self.vision_end_id = ids
@@ -41,7 +49,7 @@ class Processor:
         eos = tokenizer.special_tokens().get("eos_token")
         ends = [tokenizer.id(token) for token in (spec.end_of_turn, eos) if token is not None]
         own = (*tokens, spec.video_token, spec.frame_token)
-        self.chat = ChatFormat(tokenizer, template, own, ends)
+        self.chat = ChatFormat(tokenizer, template, own, {*ends, *generation.eos_token_id})
         ends = [tokenizer.id(token) for token in (spec.end_of_turn, self.chat.end, eos) if token is not None]
         if not ends:
             raise ValueError("tokenizer_config.json names no eos_token, so that nothing says where an answer ends")
@@ -131,11 +139,11 @@ class Processor:
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer.
 
-        These are the end of a turn, and the tokenizer's end of text and padding.
+        These are the end of a turn, those of generation_config.json, and the tokenizer's end of text and padding.
         """
         special = self.tokenizer.special_tokens()
         named = {self.spec.end_of_turn, self.chat.end, special.get("eos_token"), special.get("pad_token")} - {None}
-        return tuple(sorted({*map(self.tokenizer.id, named)}))
+        return tuple(sorted({*map(self.tokenizer.id, named), *self.generation.eos_token_id}))
 
     def _open(self, item: dict, stills: int) -> Still | Film:
         """`stills`: pictures in the conversation."""
@@ -298,11 +306,12 @@ class Processor:
         folder = pathlib.Path(folder)
         template = ChatTemplate.from_folder(folder, spec.template)
         outside = {} if spec.image_id is None else {spec.image_token: spec.image_id}
-        return cls(Tokenizer.from_folder(folder, outside), template, read_spec(folder, spec))
+        generation = GenerationDefaults.from_folder(folder)
+        return cls(Tokenizer.from_folder(folder, outside), template, read_spec(folder, spec), generation)
 
     def with_spec(self, **changes: Any) -> "Processor":
         """A processor with other values of its spec."""
-        return Processor(self.tokenizer, self.template, dataclasses.replace(self.spec, **changes))
+        return Processor(self.tokenizer, self.template, dataclasses.replace(self.spec, **changes), self.generation)
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the files that `from_folder` and transformers read."""
@@ -310,6 +319,8 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
         self.template.save(folder)
+        pad = self.tokenizer.special_tokens().get("pad_token")
+        self.generation.save(folder, self.stop_ids, self.stop_ids[0] if pad is None else self.tokenizer.id(pad))
         if spec.image_token is not None:
             write_spec(spec, folder)
 

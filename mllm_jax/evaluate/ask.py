@@ -20,7 +20,8 @@ def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new
         part = [records[i] for i in range(start, min(start + together, len(records)))]
         if not (part := [record for record in part if len(record["messages"]) > 1]):
             continue
-        said = generate(vlm, [record["messages"][:-1] for record in part], max_new_tokens=max_new_tokens)
+        asked = [{"messages": record["messages"][:-1], "tools": record.get("tools")} for record in part]
+        said = generate(vlm, asked, max_new_tokens=max_new_tokens)
         for record, text in zip(part, said):
             *_, question, truth = (_parts(message["content"]) for message in record["messages"])
             shown = next((item[item["type"]] for item in question if item["type"] != "text"), None)

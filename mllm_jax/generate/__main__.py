@@ -13,6 +13,7 @@ import jax
 from mllm_jax.adapters import load_adapters
 from mllm_jax.api import Pretrained, load_pretrained
 from mllm_jax.config import told
+from mllm_jax.data.generation import FILE, GenerationDefaults
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import read_prompts, stream_text
 
@@ -31,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             vlm,
             batch,
             args.max_new_tokens,
-            args.temperature,
-            args.top_k,
-            args.top_p,
+            **_sampling(args, vlm.processor.generation),
             stop=stop,
             key=jax.random.key(args.seed),
             on_token=stream_text(vlm.processor, stop, lambda text: print(text, end="", flush=True)),
@@ -43,6 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print()
     return 0
+
+
+def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[str, float]:
+    """How tokens are drawn: as the command says, else as the model's file does with --sample, else greedily."""
+    asked = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    if args.sample and defaults.unsupported:
+        print(f"note: {FILE} asks for {defaults.unsupported}, which is not done", file=sys.stderr)
+    usual = defaults.sampling if args.sample else {}
+    return usual | {name: value for name, value in asked.items() if value is not None}
 
 
 def _load(checkpoint: str, dtype: str) -> Pretrained:
@@ -67,9 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--video", action="append", default=[], metavar="FILE", help="a clip; may be given several times")
     add("--max-new-tokens", "--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 = the likeliest answer (default); 1 = as likely")
-    add("--top-k", type=int, default=0, metavar="N", help="draw among the N likeliest tokens (default 0 = all)")
-    add("--top-p", type=float, default=1.0, metavar="X", help="draw among the likeliest that reach X (default 1)")
+    add(
+        "--sample",
+        action="store_true",
+        help="draw as the model's generation_config.json says, unless the next three do",
+    )
+    add("--temperature", type=float, metavar="X", help="0 = the likeliest answer (default); 1 = as likely")
+    add("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens (default 0 = all)")
+    add("--top-p", type=float, metavar="X", help="draw among the likeliest that reach X (default 1)")
     add("--seed", type=int, default=0, metavar="N", help="of random draws (default 0)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of an exported model (default float32)")
     return parser

@@ -1,6 +1,6 @@
 """Answers to conversations: messages in, text out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from mllm_jax.dual import DualConfig
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.types import Array, Batch
 
-Conversation = str | Sequence[dict[str, Any]]
+Conversation = str | Sequence[dict[str, Any]] | Mapping[str, Any]
 
 
 def generate(
@@ -21,32 +21,37 @@ def generate(
     top_k: int | Sequence[int] = 0,
     top_p: float | Sequence[float] = 1.0,
     key: Array | None = None,
+    content_tokens: bool = True,
 ) -> list[str]:
     """The answer to every conversation; all are read and answered as one batch.
 
     Args:
       vlm: of `mllm_jax.load_pretrained`.
       conversations: each a list of messages ([{"role": "user", "content": [{"type": "image", "image": "a.png"},
-        {"type": "text", "text": "What is it?"}]}]), or a string, which is one message of the user.
+        {"type": "text", "text": "What is it?"}]}]), a string, which is a message of the user, or {"messages", "tools"}
+        where the model may call functions.
       max_new_tokens: of each answer; it ends before at a token that ends a turn.
-      temperature, top_k, top_p, key: see `generate_ids`.
+      temperature, top_k, top_p, key: see `generate_ids`. Greedy by default; `**vlm.processor.generation.sampling` is
+        what the model's generation_config.json asks for.
+      content_tokens: answers show tokens as `<|box_start|>`, see `Processor.decode`.
     Raises:
       ValueError: the model has no processor, or a conversation cannot be read.
     """
-    if isinstance(conversations, str) or (conversations and isinstance(conversations[0], dict)):
+    single = conversations and isinstance(conversations[0], dict) and "messages" not in conversations[0]
+    if isinstance(conversations, str | Mapping) or single:
         raise ValueError("conversations is a list of conversations, each a string or a list of messages")
     if not conversations:
         return []
     stop = _processor(vlm).stop_ids
     batch = read_prompts(vlm, conversations)
     ids = generate_ids(vlm, batch, max_new_tokens, temperature, top_k, top_p, stop=stop, key=key)
-    return [vlm.processor.decode(until(row, stop)) for row in ids]
+    return [vlm.processor.decode(until(row, stop), content_tokens) for row in ids]
 
 
 def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
     """Conversations as a batch of prompts, one per row, no larger than the largest of them."""
     processor = _processor(vlm)
-    examples = [processor(_messages(conversation), generate=True) for conversation in conversations]
+    examples = [processor(**_request(conversation), generate=True) for conversation in conversations]
     return collate([[example] for example in examples], tightest(examples), **vlm.config.layout)
 
 
@@ -84,5 +89,7 @@ def _processor(vlm: Any):
     return vlm.processor
 
 
-def _messages(conversation: Conversation) -> Sequence[dict[str, Any]]:
-    return [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+def _request(conversation: Conversation) -> dict[str, Any]:
+    if isinstance(conversation, Mapping):
+        return {"messages": conversation["messages"], "tools": conversation.get("tools")}
+    return {"messages": [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation}
