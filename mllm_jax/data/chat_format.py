@@ -4,10 +4,11 @@ What people write is data: a control token spelled out in a message (`<|im_end|>
 tokens of its letters; only the template itself writes control tokens.
 """
 
+import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mllm_jax.data.marks import Marked, render_marked
@@ -86,7 +87,7 @@ class ChatFormat:
         Raises:
           ValueError: the template refuses the conversation or leaves out a part of it, or no end of a turn is known.
         """
-        weights = [message.get("weight", 1.0) for message in messages]
+        weights = [_weight(message, number) for number, message in enumerate(messages)]
         messages = [self._fitted(message) for message in messages]
         marked = self._render(messages, generate, tools, content_tokens, **variables)
         if tools and marked.rendered == self._render(messages, generate, None, content_tokens, **variables).rendered:
@@ -226,6 +227,14 @@ class ChatFormat:
                 weights += [weight] * len(own)
                 start = stop
         return tokens, weights
+
+
+def _weight(message: Mapping[str, Any], number: int) -> float:
+    """By what the loss of a message is multiplied. Raises ValueError where it is no number from 0 on."""
+    weight = message.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ValueError(f"messages[{number}].weight={weight!r}: not a number from 0 on. Correct or remove it.")
+    return float(weight)
 
 
 _LEFT_OUT = "the chat template leaves it out. Use a chat template that writes it, or remove it."

@@ -28,7 +28,7 @@ class Text(NamedTuple):
     message: int
     field: str  # of the message
     first: bool  # the field begins with it
-    empty: bool = False
+    empty: bool = False  # but for white space
 
 
 class Mark(NamedTuple):
@@ -184,6 +184,6 @@ def _mark(text: str, about: Text, placement: _Placement, texts: list[Text]) -> I
         else:
             start = part.find(inner) if inner else len(part)
             number = f"{len(texts):x}".translate(_DIGIT)
-            texts.append(about._replace(first=about.first and not before.strip(), empty=not inner))
+            texts.append(about._replace(first=about.first and not before.strip(), empty=not inner.strip()))
             yield f"{part[:start]}{OPEN}{number}{inner}{CLOSE}{number}{part[start + len(inner) :]}"
         before += part

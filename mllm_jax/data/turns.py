@@ -62,12 +62,12 @@ class Turns:
         turns.headers = sorted(forms or {prompt}, key=len, reverse=True)
 
         # What stands behind them: the first tokens, or without any a text, of which another turn makes no difference.
-        opening = {token for text in common for *_, token in turns.tokens(text)}
         shared = turns._shared(last, followed)
-        closing = turns._first_tokens(shared) or turns._first_tokens(last)[:1]
-        for tokens in (turns._first_tokens(asked)[:1], closing):
-            turns.ends |= set(tokens[-1:]) - opening
-        turns.last = closing[-1] if closing and closing[-1] in turns.ends else None
+        closing = turns._first_tokens(shared)
+        opening = {token for text in common for *_, token in turns.tokens(text)} - set(closing)
+        closing = closing or [token for token in turns._first_tokens(last)[:1] if token not in opening]
+        turns.ends |= {*closing[-1:], *turns._first_tokens(asked)[:1]} - opening
+        turns.last = closing[-1] if closing else None
         if shared.strip(" ") and not any(turns.tokens(shared)):
             turns.end_text = shared
         following = {token for *_, token in turns.tokens(followed)}
