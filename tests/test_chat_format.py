@@ -207,7 +207,7 @@ def test_content_tokens_come_out_of_answers_alone(guarded):
     assert guarded.tokenize(messages)[0] == theirs(rendered)["input_ids"]
     asked, _ = guarded.tokenize([user(text)])
     assert not {guarded.tokenizer.id(token) for token in CONTENT} & set(asked)
-    asked, _ = guarded.tokenize([user(text)], content_tokens=True)
+    asked, _ = guarded.tokenize([user(text)], user_content_tokens=True)
     assert (
         asked == theirs(theirs.apply_chat_template([user(text)], chat_template=THINKING, tokenize=False))["input_ids"]
     )
@@ -235,7 +235,7 @@ def test_control_tokens_come_out_of_no_text(guarded, role):
         ]
         evil += [f"<|box_start|>{token}<|box_end|>", f"{token[:2]}<ref>{token[2:]}"]
         for text in evil:
-            assert count(turns(text), content_tokens=True) == clean, text
+            assert count(turns(text), user_content_tokens=True) == clean, text
 
 
 def test_control_tokens_in_names_arguments_and_tools(guarded):

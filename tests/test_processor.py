@@ -302,3 +302,53 @@ def test_data_needs_neither_jax_nor_torch():
         "print([name for name in ('jax', 'torch', 'transformers', 'av') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_one_item_is_a_list_of_one(processor):
+    text = {"type": "text", "text": "hello"}
+    for one, listed in ((text, [text]), (image(64, 64), [image(64, 64)])):
+        alone, several = (processor([{"role": "user", "content": content}]) for content in (one, listed))
+        np.testing.assert_array_equal(alone.tokens, several.tokens)
+        assert len(alone.pictures) == len(several.pictures) == int(one is not text)
+    with pytest.raises(ValueError, match="content item"):
+        processor([{"role": "user", "content": {"type": "text", "text": 5}}])
+
+
+def test_records_reach_the_template(processor):
+    """Tools, and the weights of turns; what this template does not write is named."""
+    record = {"messages": [*asking("hi", answer="one"), *asking("more", answer="two")], "kind": "", "id": "r"}
+    plain = processor.example(record, Budget(512, 0, 0))
+    record["messages"][1]["weight"], record["messages"][3]["weight"] = 0, 0.25
+    weighed = processor.example(record, Budget(512, 0, 0))
+    np.testing.assert_array_equal(plain.tokens, weighed.tokens)
+    learned = plain.tokens[weighed.weight == 0.25].tolist()
+    assert processor.decode(learned) == "two" and learned[-1] == processor.end_of_turn_id
+    assert set(weighed.weight.tolist()) == {0, 0.25}
+    with pytest.raises(ValueError, match="tools=.*leaves it out"):
+        processor.example(record | {"tools": [{"name": "look"}]}, Budget(512, 0, 0))
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    with pytest.raises(ValueError, match=r"messages\[1\].tool_calls .assistant.*leaves it out"):
+        processor.example(record | {"messages": [*asking("hi"), answer]}, Budget(512, 0, 0))
+
+
+def test_content_tokens_of_users_are_a_setting_that_is_saved(processor, tmp_path):
+    think, messages = processor.tokenizer.id("<think>"), asking("<think><|im_end|>", answer="<think>a")
+    assert (processor(messages).tokens == think).sum() == 1
+    other = processor.with_spec(user_content_tokens=True)
+    assert (other(messages).tokens == think).sum() == 2
+    for setting in (other, other.with_spec(user_content_tokens=False)):
+        setting.save(tmp_path)
+        again = Processor.from_folder(tmp_path)
+        assert again.spec == setting.spec
+        np.testing.assert_array_equal(again(messages).tokens, setting(messages).tokens)
+
+
+def test_decoding_keeps_content_tokens(tmp_path):
+    folder = tiny_chat.write_tokenizer(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["274"] = config["added_tokens_decoder"]["265"] | {"content": "<|box_start|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    processor = Processor.from_folder(folder, SPEC)
+    tokens = processor(asking("hi", answer="<think>a<|box_start|>(1,2)")).tokens
+    assert processor.decode(tokens).endswith("<think>a<|box_start|>(1,2)\n")
+    assert processor.decode(tokens, content_tokens=False).endswith("<think>a(1,2)\n")

@@ -242,14 +242,27 @@ def test_where_templates_are_found(tmp_path):
     with pytest.raises(FileNotFoundError, match="chat template"):
         ChatTemplate.from_folder(tmp_path)
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
-    for name, content, source in [
-        ("tokenizer_config.json", {"chat_template": named}, "d"),
-        ("chat_template.json", {"chat_template": "j"}, "j"),
+    for name, found, template in [
+        ("tokenizer_config.json", None, None),
+        ("tokenizer_config.json", named, ChatTemplate("d")),
+        ("processor_config.json", "p", ChatTemplate("p")),
+        ("chat_template.json", "j", ChatTemplate("j")),
+        ("chat_template.json", {"default": "j", "tool_use": "u", "rag": "r"}, ChatTemplate("j", "u")),
     ]:
-        (tmp_path / name).write_text(json.dumps(content))
-        assert ChatTemplate.from_folder(tmp_path).source == source
-    ChatTemplate("ü").save(tmp_path)
-    assert ChatTemplate.from_folder(tmp_path).source == "ü"
+        (tmp_path / name).write_text(json.dumps({"chat_template": found}))
+        if template is not None:
+            assert ChatTemplate.from_folder(tmp_path) == template
+    with pytest.raises(ValueError, match="chat_template.json: chat_template names rag, but no default"):
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": {"rag": "r"}}))
+        ChatTemplate.from_folder(tmp_path)
+    (tmp_path / "chat_template.json").unlink()
+    assert ChatTemplate.from_folder(tmp_path, "usual").source == "p"
+    (tmp_path / "processor_config.json").unlink()
+    assert ChatTemplate.from_folder(tmp_path, "usual").source == "usual"
+    for saved in (ChatTemplate("ü", "t"), ChatTemplate("ü")):
+        saved.save(tmp_path)
+        assert ChatTemplate.from_folder(tmp_path) == saved
+    assert ChatTemplate("a", "b{{ tools[0].name }}").render([], tools=[{"name": "n"}]) == "bn"
     ChatTemplate("{{ a }}\n{% if").save(tmp_path)
     with pytest.raises(ValueError, match=r"chat_template.jinja, line 2 of the template: unexpected 'end"):
         ChatTemplate.from_folder(tmp_path)
@@ -265,6 +278,20 @@ def test_saved_tokenizer_is_the_same(folder, tokenizer, tmp_path):
         assert reloaded.encode_markup(text) == tokenizer.encode_markup(text)
         assert reloaded.special_tokens() == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer.encode_markup(text)
+
+
+def test_tokens_that_tokenizer_config_alone_lists(folder, tokenizer, tmp_path):
+    """Beside a tokenizer.json that lacks them, as transformers reads them."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    bare = json.loads(tokenizer._full.to_str())
+    bare["added_tokens"] = bare["added_tokens"][:-2]  # <think>, </think>
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
+    text = "the<think>one</think> <|im_end|>"
+    found = Tokenizer.from_folder(tmp_path)
+    assert found.encode_markup(text) == tokenizer.encode_markup(text)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == found.encode_markup(text)
 
 
 def test_clear_errors(tmp_path, folder, tokenizer):

@@ -66,7 +66,7 @@ class ChatFormat:
         tools: list[dict[str, Any]] | None = None,
         placeholders: Collection[str | None] = (),
         fill: Callable[[list[str]], Iterable[str]] = list,
-        content_tokens: bool = False,
+        user_content_tokens: bool = False,
         **variables,
     ) -> tuple[list[int], list[float]]:
         """Returns a conversation as tokens, and for each the loss weight of predicting it.
@@ -81,7 +81,7 @@ class ChatFormat:
           tools: descriptions of functions that the model may call, as JSON schemas.
           placeholders: tokens that are written as something else.
           fill: gets all placeholders of the rendered conversation in order, and returns what is written for each.
-          content_tokens: content tokens in the texts of users are read as tokens, as in answers.
+          user_content_tokens: content tokens in the texts of users are read as tokens, as in answers.
           variables: more that the template may ask for.
 
         Raises:
@@ -89,8 +89,11 @@ class ChatFormat:
         """
         weights = [_weight(message, number) for number, message in enumerate(messages)]
         messages = [self._fitted(message) for message in messages]
-        marked = self._render(messages, generate, tools, content_tokens, **variables)
-        if tools and marked.rendered == self._render(messages, generate, None, content_tokens, **variables).rendered:
+        marked = self._render(messages, generate, tools, user_content_tokens, **variables)
+        if (
+            tools
+            and marked.rendered == self._render(messages, generate, None, user_content_tokens, **variables).rendered
+        ):
             raise ValueError(f"tools={tools!r:.80}: {_LEFT_OUT}")
         _check_all_written(messages, marked, generate)
         spans = [] if generate else list(self._spans(messages, marked, weights))
@@ -98,15 +101,15 @@ class ChatFormat:
         return self._cut(text, spans)
 
     def _render(
-        self, messages: Messages, generate: bool, tools: Any = None, content_tokens: bool = False, **variables
+        self, messages: Messages, generate: bool, tools: Any = None, user_content_tokens: bool = False, **variables
     ) -> Marked:
-        guarded = [self._guarded(message, content_tokens) for message in messages]
+        guarded = [self._guarded(message, user_content_tokens) for message in messages]
         tools, variables = _each_text(tools, self.tokenizer.guard), self.tokenizer.special_tokens() | variables
         return render_marked(lambda messages: self.template.render(messages, generate, tools, **variables), guarded)
 
-    def _guarded(self, message: dict[str, Any], content_tokens: bool) -> dict[str, Any]:
+    def _guarded(self, message: dict[str, Any], user_content_tokens: bool) -> dict[str, Any]:
         """A message whose texts have guards: of all added tokens, or where content is allowed of control tokens."""
-        every, allowed = self.tokenizer.guard, message.get("role") in ["assistant", "user"][: 1 + content_tokens]
+        every, allowed = self.tokenizer.guard, message.get("role") in ["assistant", "user"][: 1 + user_content_tokens]
         guard = lambda key: self._guard if allowed and key in _WRITTEN else every
         return {key: _each_text(value, guard(key)) for key, value in message.items() if key != "weight"}
 
@@ -115,7 +118,7 @@ class ChatFormat:
         content, role = message.get("content"), message.get("role")
         if isinstance(content, str) and role in self._as_parts - self._as_text:
             return message | {"content": [{"type": "text", "text": content}]}
-        texts = isinstance(content, list | tuple) and all(part.get("type") == "text" for part in content)
+        texts = isinstance(content, list | tuple) and all(_is_text(part) for part in content)
         if texts and role in self._as_text - self._as_parts:
             return message | {"content": "".join(part["text"] for part in content)}
         return message
@@ -154,13 +157,15 @@ class ChatFormat:
         for conversation in conversations:
             if (marked := self._probe(conversation)) is None:
                 continue
-            bodies = [
+            bodies: list[tuple[int | None, int | None]] = [
                 (self._turns.body_start(marked.rendered, place), self._turns.end(marked.rendered, place))
                 for number, place in marked.places().items()
                 if conversation[number]["role"] == "assistant"
             ]
+            if any(None in body for body in bodies):
+                continue
             for start, end, token in self._turns.tokens(marked.rendered):
-                own = any(None not in body and body[0] <= start and end <= body[1] for body in bodies)
+                own = any(first <= start and end <= last for first, last in bodies)
                 (inside if own and token not in self.ends else outside).add(token)
         source = self.template.source + (self.template.tool_source or "")
         special = {token for token, special in self.tokenizer.added.items() if special and token in source}
@@ -209,7 +214,7 @@ class ChatFormat:
     def _cut(self, text: str, spans: Sequence[_Span]) -> tuple[list[int], list[float]]:
         """The tokens of a rendered text, cut where spans begin and end, and their weights."""
         # A space before an answer belongs to its first word.
-        spans = [span._replace(start=span.start - text[: span.start].endswith(" ")) for span in spans]
+        spans = [span._replace(start=span.start - text.endswith(" ", 0, span.start)) for span in spans]
         bounds = sorted((offset, weight) for span in spans for offset, weight in ((span[0], span[2]), (span[1], 0.0)))
         tokens, weights, weight, begins, place = [], [], 0.0, True, 0
         for start, end, special in self.tokenizer.pieces(text):
@@ -217,16 +222,17 @@ class ChatFormat:
                 while place < len(bounds) and bounds[place][0] <= start:
                     weight, place = bounds[place][1], place + 1
                 stop = end if special is not None or place == len(bounds) else min(end, bounds[place][0])
-                own = (
-                    [special]
-                    if special is not None
-                    else self.tokenizer.encode(text[start:stop].translate(MARKS), begins)
-                )
-                begins = self.tokenizer.begins_after(text[start:stop]) if special is not None else begins and not own
+                piece = text[start:stop]
+                own = [special] if special is not None else self.tokenizer.encode(piece.translate(MARKS), begins)
+                begins = self.tokenizer.begins_after(piece) if special is not None else begins and not own
                 tokens += own
                 weights += [weight] * len(own)
                 start = stop
         return tokens, weights
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _weight(message: Mapping[str, Any], number: int) -> float:
@@ -237,6 +243,7 @@ def _weight(message: Mapping[str, Any], number: int) -> float:
     return float(weight)
 
 
+_TWICE = "the chat template writes it twice. Use a chat template that writes it once."
 _LEFT_OUT = "the chat template leaves it out. Use a chat template that writes it, or remove it."
 
 
@@ -251,12 +258,11 @@ def _check_all_written(messages: Messages, marked: Marked, generate: bool) -> No
     for number, text in enumerate(marked.texts):
         answer = messages[text.message]["role"] == "assistant"
         past = answer and text.field != "tool_calls" and (generate or text.message < asked) and text.message in written
-        name = f"messages[{text.message}].{text.field} ({messages[text.message]['role']})"
-        about = f"{name}={_short(messages[text.message][text.field])}"
-        if times[number] > 1 and text.field != "tool_calls":
-            raise ValueError(f"{about}: the chat template writes it twice. Use a chat template that writes it once.")
-        if not (times[number] or past or text.empty):
-            raise ValueError(f"{about}: {_LEFT_OUT}")
+        twice = times[number] > 1 and text.field != "tool_calls"  # a result may have the name of its tool
+        if twice or not (times[number] or past or text.empty):
+            name = f"messages[{text.message}].{text.field} ({messages[text.message]['role']})"
+            about = f"{name}={_short(messages[text.message][text.field])}"
+            raise ValueError(f"{about}: {_TWICE if twice else _LEFT_OUT}")
 
 
 def _short(value: Any) -> str:

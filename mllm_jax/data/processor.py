@@ -24,6 +24,8 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm, WholeFramed
 from mllm_jax.types import Batch, Example, Picture
 
+USER_CONTENT = "user_content_tokens"  # in tokenizer_config.json, whose other readers pass over it
+
 
 class Processor:
     """`processor(messages) -> Example`. Needs no jax and no torch, and can be sent to another process."""
@@ -183,7 +185,7 @@ class Processor:
     ) -> tuple[list[int], list[float]]:
         """The tokens and weights of a conversation before its pictures are read, see `ChatFormat.tokenize`."""
         written, weights = self.chat.tokenize(
-            messages, generate, tools or None, content_tokens=self.spec.content_tokens, **options
+            messages, generate, tools or None, user_content_tokens=self.spec.user_content_tokens, **options
         )
         first = self.tokenizer.frame[0] if self.spec.framed else []
         if first != written[: len(first)]:  # else the template wrote them
@@ -307,7 +309,9 @@ class Processor:
         template = ChatTemplate.from_folder(folder, spec.template)
         outside = {} if spec.image_id is None else {spec.image_token: spec.image_id}
         generation = GenerationDefaults.from_folder(folder)
-        return cls(Tokenizer.from_folder(folder, outside), template, read_spec(folder, spec), generation)
+        tokenizer, spec = Tokenizer.from_folder(folder, outside), read_spec(folder, spec)
+        asked = tokenizer.config.get(USER_CONTENT, spec.user_content_tokens)
+        return cls(tokenizer, template, dataclasses.replace(spec, user_content_tokens=asked), generation)
 
     def with_spec(self, **changes: Any) -> "Processor":
         """A processor with other values of its spec."""
@@ -317,7 +321,7 @@ class Processor:
         """Writes the files that `from_folder` and transformers read."""
         spec, folder = self.spec, pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(folder)
+        self.tokenizer.save(folder, {USER_CONTENT: spec.user_content_tokens})
         self.template.save(folder)
         pad = self.tokenizer.special_tokens().get("pad_token")
         self.generation.save(folder, self.stop_ids, self.stop_ids[0] if pad is None else self.tokenizer.id(pad))
@@ -341,6 +345,7 @@ def _items(messages: Messages) -> Iterator[dict[str, Any]]:
         content = message.get("content")
         for item in content if isinstance(content, (list, tuple)) else []:
             kind = item.get("type") if isinstance(item, dict) else None
-            if kind not in ("text", "image", "video") or item.get(kind) is None:
+            text = kind != "text" or isinstance(item.get("text"), str)
+            if kind not in ("text", "image", "video") or item.get(kind) is None or not text:
                 raise ValueError(f"a content item needs a type (text, image or video) and its value, got {item!r:.80}")
             yield item

@@ -50,7 +50,7 @@ class ProcessorSpec:
     prefix: bool = False  # all tokens see what stands before the answer
     mixes: bool = False  # grids of visual tokens are resampled
     framed: bool = False  # what the tokenizer puts before every text stands before chats too
-    content_tokens: bool = False  # those of the tokenizer, as <think>, are read in texts of users as in answers
+    user_content_tokens: bool = False  # tokens as <think> are read in texts of users, as in answers
     template: str | None = None  # of chats, in jinja2, where a folder has no file of its own for one
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"

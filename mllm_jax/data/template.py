@@ -61,6 +61,7 @@ class ChatTemplate:
         """Writes chat_template.jinja, and beside it the one for conversations with tools."""
         folder = pathlib.Path(folder)
         (folder / JINJA).write_text(self.source, encoding="utf-8")
+        (folder / TOOLS).unlink(missing_ok=True)
         if self.tool_source is not None:
             (folder / TOOLS).parent.mkdir(exist_ok=True)
             (folder / TOOLS).write_text(self.tool_source, encoding="utf-8")

@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -97,11 +98,11 @@ class Tokenizer:
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
 
-    def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json."""
+    def save(self, folder: str | pathlib.Path, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Writes tokenizer.json and tokenizer_config.json; `more`: fields that the second has besides its own."""
         folder = pathlib.Path(folder)
         self._full.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config | dict(more)
         config.pop("chat_template", None)  # templates have a file of their own
         write_json(folder / "tokenizer_config.json", config)
 

@@ -20,6 +20,8 @@ class DataConfig:
     min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
     fps, max_frames, sampling: of a clip: frames a second, how many at most, and whether they are spread evenly ("even")
       or denser where they differ ("motion"); None leaves it to the processor. A clip in a message may ask for its own.
+    user_content_tokens: tokens such as <|box_start|> are read in texts of users as in answers, and not as letters; None
+      leaves it to the processor.
     epochs: None repeats forever (optim.steps ends the run).
     blind: leave all pictures and clips out, for a text-only baseline.
     streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
@@ -36,6 +38,7 @@ class DataConfig:
     fps: float | None = None
     max_frames: int | None = None
     sampling: str | None = None
+    user_content_tokens: bool | None = None
     seed: int = 0
     epochs: int | None = None
     blind: bool = False

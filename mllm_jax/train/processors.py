@@ -60,7 +60,8 @@ def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualPro
 
 
 def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
-    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels", "fps", "max_frames", "sampling")}
+    names = ("min_pixels", "max_pixels", "fps", "max_frames", "sampling", "user_content_tokens")
+    limits = {name: getattr(data, name) for name in names}
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
     if source == SCENES:
