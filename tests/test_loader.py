@@ -52,7 +52,7 @@ class Count(Processor):
     def __init__(self):
         pass
 
-    def __call__(self, messages, budget=None):
+    def __call__(self, messages, budget=None, tools=None):
         number, error = messages
         if error is not None:
             raise error

@@ -182,7 +182,7 @@ class ChatFormat:
                 raise ValueError(f"{name}: the chat template does not show where this answer is. Give it a text.")
             start = place.start if place.starts_with_content else self._turns.body_start(text, place)
             if start is None:
-                raise ValueError(f"{name}: nothing in the chat template tells where this turn begins. Give it a text.")
+                raise ValueError(f"{name}: nothing tells where this turn begins in the chat template. Give it a text.")
             end = self._turns.end(text, place)
             if end is None:
                 raise ValueError(

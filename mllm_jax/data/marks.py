@@ -60,19 +60,17 @@ class Marked(NamedTuple):
 
         A second time is that of the name of a tool, which a template may repeat beside the result.
         """
-        found: dict[int, Place] = {}
+        found: dict[int, list] = {}  # the fields of each Place
+        seen: set[tuple[bool, int]] = set()
         offsets = [0, *(mark.offset for mark in self.marks), len(self.rendered)]
-        seen: set[Mark] = set()
-        for number, mark in enumerate(self.marks):
-            if (once := mark._replace(offset=0)) in seen:
+        for number, (offset, opens, place) in enumerate(self.marks):
+            if (opens, place) in seen:
                 continue
-            seen.add(once)
-            text = self.texts[mark.text]
-            place = found.get(text.message, Place(offsets[number], mark.offset, 0, 0, text.first, False))
-            found[text.message] = place._replace(
-                end=mark.offset, after=offsets[number + 2], ends_with_content=text.field == "content"
-            )
-        return found
+            seen.add((opens, place))
+            text = self.texts[place]
+            own = found.setdefault(text.message, [offsets[number], offset, 0, 0, text.first, False])
+            own[2:4], own[5] = (offset, offsets[number + 2]), text.field == "content"
+        return {message: Place(*fields) for message, fields in found.items()}
 
 
 class _Placement(NamedTuple):

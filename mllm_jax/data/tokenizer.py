@@ -10,7 +10,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -57,9 +57,7 @@ class Tokenizer:
         added.sort(key=lambda token: -len(token.content))
         self.added = {token.content: token.special for token in added}
         self.guard = Guard(self.added)
-        strip = {False: "", True: r"\s*"}
-        patterns = [f"{strip[token.lstrip]}({re.escape(token.content)}){strip[token.rstrip]}" for token in added]
-        self._added = re.compile("|".join(patterns) or "(?!)")
+        self._added = re.compile(_any_of(added))
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, outside: Mapping[str, int] | None = None) -> "Tokenizer":
@@ -189,6 +187,16 @@ class Tokenizer:
             if name.endswith("_token")
         }
         return {name: value for name, value in named.items() if isinstance(value, str)}
+
+
+def _any_of(added: Sequence[tokenizers.AddedToken]) -> str:
+    """A regular expression that finds added tokens, each in a group, with the white space that it takes in."""
+    if not any(token.lstrip or token.rstrip for token in added):
+        return f"({'|'.join(re.escape(token.content) for token in added)})" if added else "(?!)"  # much the fastest
+    strip = {False: "", True: r"\s*"}
+    one_of = (f"{strip[token.lstrip]}({re.escape(token.content)}){strip[token.rstrip]}" for token in added)
+    first = "".join(sorted({re.escape(token.content[0]) for token in added}))
+    return rf"(?=[\s{first}])(?:{'|'.join(one_of)})"
 
 
 class Guard:
