@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mllm_jax.data.bounded_jinja import TooMuch
 from mllm_jax.data.marks import Marked, render_marked
 from mllm_jax.data.template import ChatTemplate, Messages
 from mllm_jax.data.tokenizer import MARKS, Guard, Tokenizer
@@ -140,7 +141,9 @@ class ChatFormat:
         """A small conversation; None where the template refuses it."""
         try:
             return self._render(messages if fitted else [self._fitted(one) for one in messages], generate)
-        except ValueError:
+        except ValueError as error:
+            if isinstance(error.__cause__, TooMuch):
+                raise
             return None
 
     def _structure(self) -> set[str]:

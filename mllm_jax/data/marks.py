@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mllm_jax.data.bounded_jinja import TooMuch
 from mllm_jax.data.template import Messages
 
 # Noncharacters of Unicode, which are taken out of what people write (tokenizer.MARKS). A mark is OPEN or CLOSE, and
@@ -108,7 +109,9 @@ def render_marked(render: Callable[[Messages], str], messages: Messages) -> Mark
         marked = [_with_marks(message, number, placement, texts) for number, message in enumerate(messages)]
         try:
             found = _without_marks(render(marked), texts)
-        except ValueError:
+        except ValueError as error:
+            if isinstance(error.__cause__, TooMuch):
+                raise
             continue  # the template looks into the text
         if found.rendered == rendered and _in_pairs(found.marks):
             return found

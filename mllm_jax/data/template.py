@@ -1,16 +1,12 @@
 """Conversations to text by the chat template that a model was trained with."""
 
 import dataclasses
-import datetime
-import functools
-import json
 import pathlib
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
+from mllm_jax.data import bounded_jinja
 from mllm_jax.data.json_files import read_json
 
 JINJA, TOOLS = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
@@ -19,7 +15,7 @@ Messages = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template in jinja2, as published with a model, run in jinja's sandbox."""
+    """A chat template in jinja2, as published with a model, run in a sandbox that bounds its time and its text."""
 
     source: str
     tool_source: str | None = None  # where another template is for conversations with tools
@@ -52,7 +48,7 @@ class ChatTemplate:
     def _read(cls, path: pathlib.Path, source: str, tool_source: str | None) -> "ChatTemplate":
         for text in (source, tool_source or ""):
             try:
-                _compile(text)
+                bounded_jinja.check(text)
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"{path}, line {error.lineno} of the template: {error.message}") from error
         return cls(source, tool_source)
@@ -77,13 +73,13 @@ class ChatTemplate:
           variables: more that the template may ask for, such as bos_token.
 
         Raises:
-          ValueError: the template refuses the conversation.
+          ValueError: the template refuses the conversation, or runs for too long, see bounded_jinja.py.
         """
         source = self.source if tools is None else self.tool_source or self.source
         known = {"documents": None, "tools": tools, "add_generation_prompt": generate}  # as transformers names them
         try:
-            return _compile(source).render(messages=messages, **(known | variables))
-        except (jinja2.TemplateError, TypeError) as error:
+            return bounded_jinja.render(source, {"messages": messages, **known, **variables})
+        except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not accept this conversation: {error}") from error
 
 
@@ -99,31 +95,3 @@ def _sources(path: pathlib.Path) -> dict[str, str]:
     if named and not isinstance(named.get("default"), str):
         raise ValueError(f"{path}: chat_template names {', '.join(map(str, named))}, but no default. Name one so.")
     return named
-
-
-class _Generation(jinja2.ext.Extension):
-    """Templates may enclose answers in {% generation %}. It adds nothing: the weights come from the messages."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-@functools.lru_cache
-def _compile(source: str) -> jinja2.Template:
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
