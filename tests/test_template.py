@@ -294,6 +294,32 @@ def test_tokens_that_tokenizer_config_alone_lists(folder, tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == found.encode_markup(text)
 
 
+@pytest.mark.parametrize(
+    "field, value, fails",
+    [
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "Q", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            },
+            lambda tokenizer: tokenizer.frame,
+        ),
+        ("post_processor", {"type": "unknown"}, None),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}, None),
+        ("model", {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, None),
+        ("model", {"type": "BPE", "vocab": {}, "merges": []}, lambda tokenizer: tokenizer.frame),
+    ],
+)
+def test_a_broken_tokenizer_is_one_error(tokenizer, tmp_path, field, value, fails):
+    """Also where the library behind it panics, which is no Exception."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer._full.to_str()) | {field: value}))
+    with pytest.raises(ValueError, match="tokenizer"):
+        (fails or len)(Tokenizer.from_folder(tmp_path))
+
+
 def test_clear_errors(tmp_path, folder, tokenizer):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         Tokenizer.from_folder(tmp_path)

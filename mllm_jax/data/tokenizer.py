@@ -5,6 +5,7 @@ ordinary tokens of its letters. To tell the two apart in a rendered conversation
 guards: Unicode noncharacters, which no text contains.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -65,14 +66,13 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         config = read_json(folder / "tokenizer_config.json")
         if (path := folder / "tokenizer.json").exists():
-            try:
+            with _one_error(f"{path}: not a readable tokenizer"):
                 tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # tokenizers raises nothing more special
-                raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
             known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
             listed = _listed_tokens(config).items()
             _add_tokens(tokenizer, {n: fields for n, fields in listed if fields["content"] not in known}, folder)
-            return cls(tokenizer, config, outside)
+            with _one_error(f"{path}: not a tokenizer that can be used"):
+                return cls(tokenizer, config, outside)
         files = [folder / name for name in ("vocab.json", "merges.txt")]
         if all(file.exists() for file in files):
             tokenizer = cls._of_pairs(*files)
@@ -121,7 +121,8 @@ class Tokenizer:
 
         begins: it is the beginning of a text, before which some tokenizers put a space.
         """
-        return (self._plain if begins else self._inner).encode(text, add_special_tokens=False).ids
+        with _one_error("the tokenizer fails on a text"):
+            return (self._plain if begins else self._inner).encode(text, add_special_tokens=False).ids
 
     def encode_framed(self, text: str, length: int | None = None) -> list[int]:
         """The tokens of a text that people wrote, between those that this tokenizer puts around every text.
@@ -135,11 +136,12 @@ class Tokenizer:
     @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """The tokens that this tokenizer puts before and after every text."""
-        full = tokenizers.Tokenizer.from_str(self._full.to_str())
-        full.no_padding()
-        found = full.encode("a")
-        own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
-        return found.ids[: own[0]], found.ids[own[-1] + 1 :]
+        with _one_error("tokenizer.json does not say what stands around a text"):
+            full = tokenizers.Tokenizer.from_str(self._full.to_str())
+            full.no_padding()
+            found = full.encode("a")
+            own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
+            return found.ids[: own[0]], found.ids[own[-1] + 1 :]
 
     def encode_markup(self, text: str) -> list[int]:
         """The tokens of a text that a template wrote, special tokens included."""
@@ -187,6 +189,17 @@ class Tokenizer:
             if name.endswith("_token")
         }
         return {name: value for name, value in named.items() if isinstance(value, str)}
+
+
+@contextlib.contextmanager
+def _one_error(what: str) -> Iterator[None]:
+    """Turns what goes wrong in `tokenizers` into a ValueError: its errors are of no class, and panics no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} ({error})") from error
 
 
 def _any_of(added: Sequence[tokenizers.AddedToken]) -> str:

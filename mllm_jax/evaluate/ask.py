@@ -23,7 +23,7 @@ def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new
         asked = [{"messages": record["messages"][:-1], "tools": record.get("tools")} for record in part]
         said = generate(vlm, asked, max_new_tokens=max_new_tokens)
         for record, text in zip(part, said):
-            *_, question, truth = (_parts(message["content"]) for message in record["messages"])
+            *_, question, truth = (_parts(message.get("content") or "") for message in record["messages"])
             shown = next((item[item["type"]] for item in question if item["type"] != "text"), None)
             yield Answer(record["kind"], _text(question), _text(truth), text.strip(), shown)
 
