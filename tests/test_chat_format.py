@@ -165,6 +165,11 @@ def test_what_a_template_leaves_out_is_named(messages, tools, name):
         chat_format(turns).tokenize(messages, tools=tools, generate=len(messages) > 2 or tools is not None)
 
 
+def test_a_template_may_write_the_time():
+    chat = chat_format("{{ strftime_now('%f') }}" + CHATML)
+    assert learned(chat, [user("?"), answer("Yes.")]) == ["Yes.<|im_end|>"]
+
+
 def test_weights_of_turns():
     chat = chat_format(CHATML)
     messages = [user("?"), answer("a", weight=0.5), user("?"), answer("b", weight=0), user("?"), answer("c")]

@@ -4,6 +4,7 @@ What people write is data: a control token spelled out in a message (`<|im_end|>
 tokens of its letters; only the template itself writes control tokens.
 """
 
+import datetime
 import math
 import re
 from bisect import bisect_right
@@ -105,7 +106,9 @@ class ChatFormat:
         self, messages: Messages, generate: bool, tools: Any = None, user_content_tokens: bool = False, **variables
     ) -> Marked:
         guarded = [self._guarded(message, user_content_tokens) for message in messages]
-        tools, variables = _each_text(tools, self.tokenizer.guard), self.tokenizer.special_tokens() | variables
+        tools = _each_text(tools, self.tokenizer.guard)
+        now = {"strftime_now": datetime.datetime.now().strftime}  # the same for all renderings that are compared
+        variables = now | self.tokenizer.special_tokens() | variables
         return render_marked(lambda messages: self.template.render(messages, generate, tools, **variables), guarded)
 
     def _guarded(self, message: dict[str, Any], user_content_tokens: bool) -> dict[str, Any]:

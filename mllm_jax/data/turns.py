@@ -26,7 +26,7 @@ class Turns:
     """How turns of an assistant begin and end.
 
     last: the token behind an answer that nothing follows; None where there is none.
-    ends: tokens that end turns, those among them that were known before.
+    ends: tokens that end turns, with those that were known before.
     end_text: what ends a turn where no token does.
     headers: what stands before an answer, the longest first.
     openers: tokens that begin a turn, or stand in its header.
