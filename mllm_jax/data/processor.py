@@ -124,10 +124,10 @@ class Processor:
         return collate(rows, budget, **self.spec.layout, references=references)
 
     def decode(self, tokens, content_tokens: bool = True) -> str:
-        """The text of tokens, without control tokens, see `ChatFormat`.
+        """The text of tokens, without those control tokens that the tokenizer calls special, see `ChatFormat`.
 
-        content_tokens: content tokens that the tokenizer calls special are a part of the text, as `<|box_start|>`;
-          False leaves them out, as transformers does with skip_special_tokens.
+        content_tokens: special content tokens, as `<|box_start|>`, are a part of the text; False leaves out all special
+          tokens, as transformers does with skip_special_tokens.
         """
         if not content_tokens:
             return self.tokenizer.decode(tokens)
@@ -135,7 +135,7 @@ class Processor:
 
     @functools.cached_property
     def _control_ids(self) -> frozenset[int]:
-        return frozenset(map(self.tokenizer.id, self.chat.control))
+        return frozenset(self.tokenizer.id(token) for token in self.chat.control if self.tokenizer.added[token])
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
