@@ -64,9 +64,7 @@ class Process:
         if isinstance(record, Skipped):
             return record
         try:
-            if self.reading is None:
-                return self.processor.example(record, self.budget)._replace(kind=record["kind"])
-            return self.reading(self.processor, record, self.budget)
+            return self._example(record)._replace(notes=tuple(record.get("notes", ())))
         except BadRecord as error:
             if self.strict:
                 raise
@@ -77,6 +75,11 @@ class Process:
                 raise
             reason = OVER_BUDGET if isinstance(error, TooLarge) else "not readable"
             return Skipped(reason, f"{record['id']}: {error}")
+
+    def _example(self, record: dict[str, Any]) -> Example:
+        if self.reading is None:
+            return self.processor.example(record, self.budget)._replace(kind=record["kind"])
+        return self.reading(self.processor, record, self.budget)
 
 
 class InTurn:
