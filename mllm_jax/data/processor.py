@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data import images, video
+from mllm_jax.data import grounding, images, video
 from mllm_jax.data.answers import together
 from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import Budget, TooLarge, collate, place
@@ -62,6 +62,7 @@ class Processor:
         `others`: more conversations about the same pictures, in the same Example: the pictures lie there once, and of
         all the conversations the last answer alone is learned.
         """
+        messages, *others = [grounding.written(each, self.spec.grounding) for each in (messages, *others)]
         items = [item for item in _items(messages) if item["type"] != "text"]
         stills = sum(item["type"] == "image" for item in items)
         opened = [self._open(item, stills) for item in items]

@@ -14,7 +14,7 @@ TURNS = ("messages", "conversations", "conversation")  # fields that hold a conv
 FILES = ("image", "images", "video", "videos", "frames")
 CLIPS = ("fps", "nframes", "sampling")  # of all clips of a record
 PAIR = ("chosen", "rejected", "rejected_response", "rejected_messages")
-ABOUT = ("system", "tools", "functions")  # what a conversation has beside its turns
+ABOUT = ("system", "tools", "functions", "objects")  # what a conversation has beside its turns
 DOCUMENT = ("text", "caption", "texts", "text_list", "image_info")
 FIELDS = frozenset((*ANSWERS, *QUESTIONS, "history", *TURNS, *FILES, *CLIPS, *PAIR, *ABOUT, *DOCUMENT, "facts"))
 
@@ -55,8 +55,7 @@ RECORD = Names(
     refused=dict.fromkeys(("audio", "audios"), _SOUND)
     | dict.fromkeys(("mask", "masks"), "remove the record, segmentation masks are not read")
     | dict.fromkeys(("weight", "loss_weight", "loss_mask"), _WEIGHT)
-    | {"objects": "write the boxes into the texts", "input_ids": "give the text, not its tokens"}
-    | {"rejected_images": "both answers must be about the same images"},
+    | {"input_ids": "give the text, not its tokens", "rejected_images": "both answers must be about the same images"},
     renamed=dict.fromkeys("img image_path image_file image_url picture".split(), "image")
     | dict.fromkeys("imgs image_paths image_files image_urls pictures".split(), "images")
     | dict.fromkeys("video_path video_file video_url".split(), "video"),

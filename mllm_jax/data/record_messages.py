@@ -55,7 +55,7 @@ def normal_messages(turns: Sequence[Mapping[str, Any]]) -> tuple[Messages, tuple
         left.update(unread(record_fields.MESSAGE, frozenset(turn), READ[role]))
         message = _call_turn(turn) if role == CALL else _message(role, turn)
         if role == CALL and messages and messages[-1]["role"] == "assistant":
-            messages[-1] = _joined(messages[-1], message)
+            _join(messages[-1], message)
         else:
             messages.append(message)
     return messages, tuple(sorted(left))
@@ -133,11 +133,11 @@ def _call_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls} | _weight("assistant", turn)
 
 
-def _joined(message: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
-    """An assistant turn and the calls that follow it, as one turn."""
+def _join(message: dict[str, Any], call: dict[str, Any]) -> None:
+    """Adds the calls of a turn to the turn of the assistant before it."""
     if message.get("weight") != call.get("weight"):
         raise Bad("wrong weight", "a turn of the assistant and its calls of tools must have one weight")
-    return message | {"tool_calls": [*message.get("tool_calls", ()), *call["tool_calls"]]}
+    message.setdefault("tool_calls", []).extend(call["tool_calls"])
 
 
 def _of_assistant(turn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mllm_jax.data import record_fields
+from mllm_jax.data import grounding, record_fields
 from mllm_jax.data.record_fields import Bad, is_empty, present, unread
 
 MEDIA = ("image", "video")
@@ -12,6 +12,7 @@ ASKED = {"fps": float, "nframes": int, "sampling": str}  # what a video, or a re
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 TYPES = {"input_text": "text", "output_text": "text", "input_image": "image", "input_video": "video"}
 READ = {kind: frozenset(("type", kind, *(ASKED if kind == "video" else ()))) for kind in ("text", *MEDIA)}
+READ |= grounding.FIELDS
 Messages = list[dict[str, Any]]
 Find = Callable[[Any], Any]  # what a record calls a file -> its path or its bytes; raises Bad
 
@@ -96,8 +97,10 @@ def _normal(part: Any) -> dict[str, Any]:
         kinds = [kind for kind in ("text", *MEDIA) if kind in part or f"{kind}_url" in part]
         kind = kinds[0] if len(kinds) == 1 else None
     kind = TYPES.get(str(kind), str(kind).removesuffix("_url"))
-    if kind not in ("text", *MEDIA):
+    if kind not in READ:
         raise Bad("not a conversation", f"content of type {part.get('type')!r}")
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise Bad("not a conversation", 'a part of type "text" needs a text')
     url = part.pop(f"{kind}_url", None)
     return part | {"type": kind} | ({kind: url} if url is not None and kind not in part else {})
 
@@ -148,9 +151,9 @@ def _found(part: dict[str, Any], find: Find) -> dict[str, Any]:
     kind = part["type"]
     value = part.get(kind)
     if kind == "text":
-        if not isinstance(value, str):
-            raise Bad("not a conversation", 'a part of type "text" needs a text')
         return {"type": "text", "text": value}
+    if kind in grounding.TYPES:
+        return grounding.checked(part)
     if kind == "video" and isinstance(value, list) and value:
         value = [_file(frame, find) for frame in value]
     else:

@@ -35,9 +35,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_jax.data import record_fields
+from mllm_jax.data.grounding import PLACEHOLDER, with_objects
 from mllm_jax.data.record_fields import ABOUT, CLIPS, FIELDS, FILES, Bad, present, unread
 from mllm_jax.data.record_layouts import Layout, read_layout
-from mllm_jax.data.record_messages import in_order, normal_messages, tools_beside, with_system
+from mllm_jax.data.record_messages import in_order, normal_messages, parsed, tools_beside, with_system
 from mllm_jax.data.record_pairs import unpacked, with_chosen
 from mllm_jax.data.record_parts import (
     Find,
@@ -113,6 +114,8 @@ def _read(record: dict[str, Any], find: Find) -> dict[str, Any]:
     left = unread(record_fields.RECORD, frozenset(record), read)
     if layout.parts is None:
         messages, notes = _conversation(turns, record, layout.in_text)
+        if "objects" in record and rejected is not None and PLACEHOLDER.search(rejected):
+            raise Bad("not a pair", "boxes of a rejected answer must be written in its text")
         more = {"rejected": rejected, "tools": tools_beside(record)}
     else:
         messages, notes, more = _document(layout.parts, record)
@@ -143,8 +146,12 @@ def _conversation(turns: Sequence[Any], record: Mapping[str, Any], in_text: bool
     if any(record.get(name) is False for name in LIKED):
         raise Bad("answer not to be given", '"label" is false; such records are no pairs, and cannot be learned from')
     messages, left = normal_messages(turns)
-    messages = with_system(with_files(messages, files_beside(record), in_text), record.get("system"))
-    messages, cut = in_order(messages)
+    messages = with_files(messages, files_beside(record), in_text)
+    if "objects" in record:
+        messages = with_objects(messages, parsed(record["objects"], "objects"))
+    messages, cut = in_order(with_system(messages, record.get("system")))
+    if "objects" in record and cut:
+        raise Bad("boxes in a trimmed conversation", f"{cut[0]}, so that images may be counted otherwise")
     if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
         raise Bad("nothing to learn", "every answer has the weight 0")
     return messages, (*(f'the field "messages.{name}" is not read' for name in left), *cut)
