@@ -198,8 +198,9 @@ def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
                 return
             try:
                 record = embedded(source.labelled(index))
-                noted.update(record.pop("notes", ()))
-                writer.write(pack(record))
+                notes = record.pop("notes", ())
+                writer.write(_packed(record))
+                noted.update(notes)
             except BadRecord as error:
                 broken.append((error.reason, str(error)))
             with done.get_lock():
@@ -208,6 +209,14 @@ def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
         writer.close()
     _write_whole(_note(part.path), json.dumps({"broken": broken, "noted": noted}))
     os.replace(partial, part.path)
+
+
+def _packed(record: dict[str, Any]) -> bytes:
+    """The bytes of a record. Raises BadRecord: MessagePack has no integers over 64 bits, dates or lone surrogates."""
+    try:
+        return pack(record)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise BadRecord("cannot be stored", record["id"], str(error)) from error
 
 
 _shared: tuple[Any, ...]  # by the processes that write: what `_write` takes beside the part

@@ -119,12 +119,19 @@ def parsed(value: Any, name: str) -> Any:
 def _message(role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
     content = turn.get("content", turn.get("value"))
     if role == "tool" and isinstance(content, Mapping) and not content.keys() & {"type", "text", "image", "video"}:
-        content = json.dumps(content, ensure_ascii=False)  # the result of a tool as it was, not as text
+        content = _json(content)  # the result of a tool, as an object
     more = dict(_of_assistant(turn)) if role == "assistant" else {}
     content = "" if content is None and "tool_calls" in more else content
     if role == "tool":
         more = {name: str(turn[name]) for name in ("name", "tool_call_id") if name in turn}
     return {"role": role, "content": normal_parts(content)} | more | _weight(role, turn)
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise Bad("not a conversation", f"the answer of a tool cannot be written as JSON: {error}") from error
 
 
 def _call_turn(turn: Mapping[str, Any]) -> dict[str, Any]:

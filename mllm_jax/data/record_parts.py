@@ -1,5 +1,6 @@
 """Parts of a content: texts, images and videos, whether they stand in it or beside it, for placeholders."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from mllm_jax.data.record_fields import Bad, is_empty, present, unread
 
 MEDIA = ("image", "video")
 ASKED = {"fps": float, "nframes": int, "sampling": str}  # what a video, or a record for its videos, may ask for
+MOST_FRAMES = 100_000  # of a clip: more than any model reads
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 TYPES = {"input_text": "text", "output_text": "text", "input_image": "image", "input_video": "video"}
 READ = {kind: frozenset(("type", kind, *(ASKED if kind == "video" else ()))) for kind in ("text", *MEDIA)}
@@ -164,9 +166,12 @@ def _found(part: dict[str, Any], find: Find) -> dict[str, Any]:
 def _asked(part: Mapping[str, Any]) -> dict[str, Any]:
     """What videos are to be read as, see ASKED."""
     try:
-        return {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name)}
+        found = {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name)}
     except (TypeError, ValueError, OverflowError) as error:
         raise Bad("not a conversation", f"of a clip, {', '.join(ASKED)} must be two numbers and a word") from error
+    if not (0 < found.get("fps", 1) < math.inf and 1 <= found.get("nframes", 1) <= MOST_FRAMES):
+        raise Bad("not a conversation", f"of a clip, fps must be over 0, and nframes 1 to {MOST_FRAMES:,}")
+    return found
 
 
 def _file(value: Any, find: Find) -> Any:

@@ -62,6 +62,7 @@ class BadRecord(ValueError):
     """A record that cannot be used. `reason` is one of a few short phrases, to be counted; `id` names the record."""
 
     def __init__(self, reason: str, id: str, detail: str = ""):
+        id, detail = printable(id), printable(detail)
         super().__init__(f"{id}: {reason}" + (f" ({detail})" if detail else ""))
         self.reason, self.id, self.detail = reason, id, detail
 
@@ -94,10 +95,29 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
         record = unpacked(present(record, KEPT))
         name = str(record.get("id", name))
         found = _read(record, find)
+        check_texts(found)
     except Bad as error:
         raise BadRecord(error.args[0], name, *error.args[1:]) from error.__cause__
-    kind = str(record.get("task") or record.get("kind") or "")
-    return {"messages": found.pop("messages"), "kind": kind, "id": name} | found
+    kind = printable(str(record.get("task") or record.get("kind") or ""))
+    return {"messages": found.pop("messages"), "kind": kind, "id": printable(name)} | found
+
+
+def printable(text: str) -> str:
+    """A text that any file and terminal takes: lone surrogates, which are no characters, are written as escapes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_texts(value: Any) -> None:
+    """Raises Bad where a text of a record is no Unicode, as JSON's "\\ud800" is none: tokenizers take no such text."""
+    if isinstance(value, str):
+        if not value.isascii() and printable(value) != value:
+            raise Bad("not a text", f"a lone surrogate in {printable(value)!r:.80}")
+    elif isinstance(value, Mapping):
+        for inner in value.items():
+            check_texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_texts(inner)
 
 
 def labels(record: Mapping[str, Any]) -> dict[str, Any]:
