@@ -168,6 +168,8 @@ def test_parts_of_other_types_are_refused(kind):
     "given, weight", (({"weight": 0}, 0), ({"weight": 0.5}, 0.5), ({"loss": False}, 0), ({"train": True}, 1))
 )
 def test_weights_of_answers(given, weight):
+    pairs = {"conversation": [{"human": "Q?", "assistant": "A."} | given, {"human": "R?", "assistant": "B."}]}
+    assert read(pairs)["messages"] == [ASKED, ANSWER | {"weight": weight}, *MORE]
     messages = read({"messages": [ASKED, ANSWER | given, *MORE]})["messages"]
     assert messages == [ASKED, ANSWER | {"weight": weight}, *MORE]
     assert read({"messages": messages})["messages"] == messages
@@ -303,7 +305,7 @@ def test_unread_fields_are_noted():
         "source": "s",
         "label": "cat",
     }
-    noted = [f'the field "{name}" is not read' for name in ("boxes", "content.foo", "messages.mood")]
+    noted = [f'the field "{name}" is not read' for name in ("boxes", "messages.mood", "content.foo")]
     assert list(read(record)["notes"]) == noted
     assert "notes" not in read({"messages": [ASKED, ANSWER], "source": "s", "label": True, "foo": None})
 

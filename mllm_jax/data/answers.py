@@ -59,8 +59,8 @@ def with_rejected(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of a record, with its rejected answer at their end. Raises BadRecord where it has none."""
     if record.get("rejected") is None:
         raise BadRecord("no pair", record["id"], 'this run needs a "chosen" and a "rejected" answer')
-    *asked, _ = record["messages"]  # of the chosen answer nothing stays, neither its weight nor what it calls
-    return [*asked, {"role": "assistant", "content": record["rejected"]}]
+    *asked, answer = record["messages"]
+    return [*asked, answer | {"content": record["rejected"]}]
 
 
 def together(conversations: Sequence[Example]) -> Example:

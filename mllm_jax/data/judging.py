@@ -62,13 +62,12 @@ class Prompts:
 
     def __call__(self, processor: Any, record: Mapping[str, Any], budget: Budget) -> Example:
         """Raises BadRecord: a document, which asks nothing, or no facts."""
-        *question, answer = record["messages"]
-        if answer["role"] == DOCUMENT:
+        messages = record["messages"]
+        if messages[0]["role"] == DOCUMENT:
             raise BadRecord("no question", record["id"], "PPO answers questions, and this is a document")
-        answer = {name: value for name, value in answer.items() if name != "weight"}  # it marks where the answer ends
-        rest = self._rest(processor, [*question, answer], verdict(self.prompt, record))
+        rest = self._rest(processor, messages, verdict(self.prompt, record))
         room = budget._replace(tokens=budget.tokens - len(rest.tokens))
-        asked = processor(question, generate=True, budget=room, kind=record["kind"])
+        asked = processor(messages[:-1], generate=True, budget=room, kind=record["kind"])
         if asked.mix is not None:
             rest = rest._replace(mix=alone(rest.vision_index).mix)
         return together([asked, rest])

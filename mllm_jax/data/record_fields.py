@@ -65,7 +65,7 @@ RECORD = Names(
     ),
 )
 MESSAGE = Names(
-    ignored=frozenset(("id", "timestamp", "created_at")),
+    ignored=frozenset(("id", "timestamp", "created_at", "source")),
     refused=dict.fromkeys(("audio", "audios"), _SOUND)
     | dict.fromkeys(("image", "images", "video", "videos"), _PARTS)
     | dict.fromkeys(("loss_scale", "loss_weight", "loss_mask", "mask", "train_detail"), _WEIGHT)

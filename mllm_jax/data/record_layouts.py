@@ -46,17 +46,17 @@ def _turns(record: Mapping[str, Any]) -> Layout | None:
         content = turns[0].get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         return Layout(frozenset((name,)), parts=parts)
-    by_role = [_by_role(turn) for turn in turns]
-    turns = [each for turn, several in zip(turns, by_role) for each in (several or [turn])]
+    turns = [each for turn in turns for each in _by_role(turn)]
     return Layout(frozenset((name,)), turns, in_text=any("from" in turn for turn in turns))
 
 
-def _by_role(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turns of {"human": ..., "assistant": ...}; none of a message that has a role."""
-    if turn.keys() & {"role", "from"}:
-        return []
-    names = [name for name in ("system", "human", "user", "tool", "assistant", "gpt") if name in turn]
-    return [{"role": name, "content": turn[name]} for name in names if turn[name] is not None]
+def _by_role(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The turns of {"human": ..., "assistant": ...}, whose other fields are those of the last; a message as it is."""
+    names = [name for name in ("system", "human", "user", "tool", "assistant") if turn.get(name) is not None]
+    if turn.keys() & {"role", "from"} or not names:
+        return [turn]
+    turns: list[Mapping[str, Any]] = [{"role": name, "content": turn[name]} for name in names]
+    return [*turns[:-1], {key: value for key, value in turn.items() if key not in names} | turns[-1]]
 
 
 def _pairs_of_texts(record: Mapping[str, Any]) -> Layout | None:
@@ -64,8 +64,7 @@ def _pairs_of_texts(record: Mapping[str, Any]) -> Layout | None:
     texts = record.get("texts")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, Mapping) for text in texts):
         return None
-    turns = [{"role": role, "content": text.get(role)} for text in texts for role in ("user", "assistant")]
-    return Layout(frozenset(("texts",)), turns)
+    return Layout(frozenset(("texts",)), [turn for text in texts for turn in _by_role(text)])
 
 
 def _columns(record: Mapping[str, Any]) -> Layout | None:

@@ -31,7 +31,7 @@ A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datas
 of pictures: as a part's "video", or beside the messages as "frames", each with "fps".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.data import record_fields
@@ -42,7 +42,6 @@ from mllm_jax.data.record_messages import in_order, normal_messages, parsed, too
 from mllm_jax.data.record_pairs import unpacked, with_chosen
 from mllm_jax.data.record_parts import (
     Find,
-    Messages,
     asked_of_videos,
     files_beside,
     found_parts,
@@ -127,23 +126,12 @@ def labels(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(record: dict[str, Any], find: Find) -> dict[str, Any]:
     layout = _layout(record)
-    read, pair, turns, rejected = layout.read | ALWAYS, frozenset(), layout.turns, None
-    if layout.parts is None:
-        turns, rejected, pair = with_chosen(turns, record)
-        read |= pair | {*ABOUT}
-    left = unread(record_fields.RECORD, frozenset(record), read)
-    if layout.parts is None:
-        messages, notes = _conversation(turns, record, layout.in_text)
-        if "objects" in record and rejected is not None and PLACEHOLDER.search(rejected):
-            raise Bad("not a pair", "boxes of a rejected answer must be written in its text")
-        more = {"rejected": rejected, "tools": tools_beside(record)}
-    else:
-        messages, notes, more = _document(layout.parts, record)
-    left = [*left, *(f"content.{name}" for name in unread_of_parts(messages))]
+    found, notes = (_conversation if layout.parts is None else _document)(record, layout)
+    messages = found["messages"]
+    notes += [f'the field "content.{name}" is not read' for name in unread_of_parts(messages)]
     messages = with_asked(messages, asked_of_videos(record))
     messages = [message | {"content": found_parts(message["content"], find)} for message in messages]
-    notes = tuple(dict.fromkeys([*(f'the field "{name}" is not read' for name in left), *notes]))
-    found = {"messages": messages, **more, "facts": _facts(record.get("facts")), "notes": notes or None}
+    found |= {"messages": messages, "facts": _facts(record.get("facts")), "notes": tuple(dict.fromkeys(notes)) or None}
     return {field: value for field, value in found.items() if value is not None}
 
 
@@ -155,26 +143,39 @@ def _layout(record: Mapping[str, Any]) -> Layout:
         raise
 
 
-def _document(parts: Any, record: Mapping[str, Any]) -> tuple[Messages, tuple[str, ...], dict[str, Any]]:
+def _document(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
+    """A document as one message, and what is left out of its record."""
     if asked := [name for name in ABOUT if name in record]:
         raise Bad("unsupported field", f'"{asked[0]}": a document has none, only a conversation')
-    return [{"role": DOCUMENT, "content": normal_parts(parts)}], (), {}
+    notes = _unread(record, layout.read)
+    return {"messages": [{"role": DOCUMENT, "content": normal_parts(layout.parts)}]}, notes
 
 
-def _conversation(turns: Sequence[Any], record: Mapping[str, Any], in_text: bool) -> tuple[Messages, tuple[str, ...]]:
-    """The messages of turns and of what stands beside them, and what was left out of the record."""
+def _conversation(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
+    """A conversation, and what is left out of its record."""
+    turns, rejected, pair = with_chosen(layout.turns, record)
+    notes = _unread(record, layout.read | pair | {*ABOUT})
     if any(record.get(name) is False for name in LIKED):
         raise Bad("answer not to be given", '"label" is false; such records are no pairs, and cannot be learned from')
     messages, left = normal_messages(turns)
-    messages = with_files(messages, files_beside(record), in_text)
-    if "objects" in record:
+    messages = with_files(messages, files_beside(record), layout.in_text)
+    if boxes := "objects" in record:
         messages = with_objects(messages, parsed(record["objects"], "objects"))
-    messages, cut = in_order(with_system(messages, record.get("system")))
-    if "objects" in record and cut:
-        raise Bad("boxes in a trimmed conversation", f"{cut[0]}, so that images may be counted otherwise")
+    messages, trimmed = in_order(with_system(messages, record.get("system")))
+    if boxes and rejected is not None and PLACEHOLDER.search(rejected):
+        raise Bad("not a pair", "boxes of a rejected answer must be written in its text")
+    if boxes and trimmed:
+        raise Bad("boxes in a trimmed conversation", f"{trimmed[0]}, so that images may be counted otherwise")
     if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
         raise Bad("nothing to learn", "every answer has the weight 0")
-    return messages, (*(f'the field "messages.{name}" is not read' for name in left), *cut)
+    notes += [*(f'the field "messages.{name}" is not read' for name in left), *trimmed]
+    return {"messages": messages, "rejected": rejected, "tools": tools_beside(record)}, notes
+
+
+def _unread(record: Mapping[str, Any], read: frozenset[str]) -> list[str]:
+    return [
+        f'the field "{name}" is not read' for name in unread(record_fields.RECORD, frozenset(record), read | ALWAYS)
+    ]
 
 
 def _facts(facts: Any) -> str | None:
