@@ -153,7 +153,7 @@ LONG = {
     "calls": {"messages": [TURNS[0], *[CALL] * COUNT]},
     "boxes": {
         "messages": [TURNS[0], TURNS[1] | {"content": "<bbox>" * COUNT}],
-        "objects": {"bbox": [[1, 2]] * COUNT},
+        "objects": {"bbox": [[0, 1]] * COUNT, "bbox_type": "norm1"},
     },
     "mmc4": {
         "text_list": ["x"] * COUNT,

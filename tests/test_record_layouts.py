@@ -17,6 +17,8 @@ SYSTEM = {"role": "system", "content": "S"}
 IMAGE, TEXT = {"type": "image", "image": "/a.png"}, {"type": "text", "text": "Q?"}
 SHOWN = {"role": "user", "content": [IMAGE, TEXT]}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALLING, RESULT = {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "{}"}
 CALL_TEXT = '{"name": "f", "arguments": {"x": 1}}'
 
 
@@ -78,6 +80,7 @@ def test_layouts(record, messages):
         {"messages": [ASKED, ANSWER], "rejected_messages": OTHERS},
         {"query": "Q?", "response": "A.", "rejected_response": "C."},
         {"instruction": "Q?", "input": "", "chosen": "A.", "rejected": "C."},
+        {"question": "Q?", "answer": "D.", "chosen": "A.", "rejected": "C."},
         {"conversations": turns(ASKED), "chosen": turns(ANSWER)[0], "rejected": {"from": "gpt", "value": "C."}},
         {"prompt": "Q?", "messages": [ASKED, ANSWER], "chosen": [ASKED, ANSWER], "rejected": OTHERS},
         {"prompt": "?", "chosen": [SYSTEM, ASKED, ANSWER], "rejected": OTHERS, "system": "S"},
@@ -92,6 +95,7 @@ def test_pairs(record):
     "record, words",
     (
         ({"messages": [ASKED], "rejected": "C."}, "no chosen answer beside the rejected one"),
+        ({"messages": [ASKED, CALLING, RESULT], "rejected": "C."}, "no chosen answer beside the rejected one"),
         ({"messages": [ASKED, ANSWER], "chosen": "D.", "rejected": "C."}, 'ends with another answer than "chosen"'),
         ({"messages": [ASKED, ANSWER | {"weight": 0}], "rejected": "C."}, "has a weight, and must have none"),
         ({"prompt": "Q?", "chosen": ANSWER | {"tool_calls": [CALL]}, "rejected": "C."}, "and not call a tool"),
@@ -190,10 +194,6 @@ def test_weights_of_answers(given, weight):
 )
 def test_wrong_weights(record, reason):
     assert refused({"messages": record}).reason == reason
-
-
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-CALLING, RESULT = {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "{}"}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mllm_jax.data.record_fields import ANSWERS, PAIR, QUESTIONS, TURNS, Bad
+from mllm_jax.data.record_fields import ANSWERS, QUESTIONS, TURNS, Bad
 from mllm_jax.data.record_messages import parsed
 from mllm_jax.data.record_parts import file_parts, files_beside
 
@@ -70,9 +70,9 @@ def _pairs_of_texts(record: Mapping[str, Any]) -> Layout | None:
 def _columns(record: Mapping[str, Any]) -> Layout | None:
     """A table with a question, and an answer or a pair of answers: of ms-swift, Alpaca, TRL and others."""
     asked = [name for name in QUESTIONS if name in record]
-    answers = [name for name in ANSWERS if name in record]
-    pair = [name for name in PAIR if name in record]
-    if not asked or not (answers or {"chosen", "rejected"} <= set(pair)):
+    pair = {"chosen", "rejected"} <= record.keys()  # whatever else is called an answer is not one of the two
+    answers = [] if pair else [name for name in ANSWERS if name in record]
+    if not asked or not (answers or pair):
         return None
     question, *more = asked
     if more not in ([], ["input"]) or len(answers) > 1:

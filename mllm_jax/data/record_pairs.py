@@ -37,7 +37,7 @@ def with_chosen(turns: Sequence[Any], record: Mapping[str, Any]) -> tuple[list[A
     elif chosen is not None and not _ends_with(turns, answer_text(chosen)):
         turns = [*turns, {"role": "assistant", "content": answer_text(chosen)}]
     last = turns[-1] if turns else None
-    if not isinstance(last, Mapping) or last.get("role", last.get("from")) in USERS:
+    if not isinstance(last, Mapping) or last.get("role", last.get("from")) not in ASSISTANTS:
         raise Bad("not a pair", 'there is no chosen answer beside the rejected one, such as "chosen"')
     if isinstance(rejected, list) and _asks(rejected) and not _same(rejected[:-1], turns[:-1]):
         raise Bad("not a pair", "the answers are to different questions")
