@@ -297,6 +297,74 @@ def test_fields_of_published_sets_are_not_refused(where, fields):
     assert read(record)["messages"][1] == ANSWER
 
 
+LLAVA = {"image": "a.png", "conversations": turns(ASKED | {"content": "<image>\nQ?"}, ANSWER)}
+PUBLISHED = {  # fields as their cards list them, and which of these are not read
+    "LLaVA-Instruct-150K": (LLAVA | {"id": "000000033471"}, ()),
+    "LLaVA-OneVision-Data": (LLAVA | {"id": "1", "data_source": "ai2d"}, ()),
+    "The Cauldron": (
+        {"images": [{"bytes": None, "path": "a.png"}], "texts": [{"user": "Q?", "assistant": "A.", "source": "x"}]},
+        (),
+    ),
+    "OBELICS": (
+        {"images": ["a.png", None], "texts": [None, "Q?"], "metadata": "[]", "general_metadata": "{}"},
+        (),
+    ),
+    "MMC4": (
+        {
+            "text_list": ["Q?"],
+            "image_info": [{"image_name": "a.png", "raw_url": "u", "matched_text_index": 0, "matched_sim": 0.3}],
+            "similarity_matrix": [[0.3]],
+            "could_have_url_duplicate": 0,
+            "url": "u",
+        },
+        ("could_have_url_duplicate", "similarity_matrix"),
+    ),
+    "RLHF-V": (
+        {
+            "ds_name": "RLHF-V",
+            "image": {"bytes": None, "path": "a.png"},
+            "text": json.dumps({"question": "Q?", "chosen": "A.", "rejected": "C."}),
+            "origin_dataset": "VG",
+            "origin_split": "{}",
+            "idx": 0,
+            "image_path": "b.jpg",
+        },
+        ("image_path",),
+    ),
+    "MMPR": (
+        {
+            "image": "a.png",
+            "question": "<image>\nQ?",
+            "chosen": "A.",
+            "rejected": "C.",
+            "answer_gt": "A",
+            "image_wh": [],
+        },
+        ("answer_gt",),
+    ),
+    "OpenAI": (
+        {"messages": [SHOWN, ANSWER | {"weight": 1}], "tools": [CALL], "parallel_tool_calls": False},
+        (),
+    ),
+    "UltraFeedback": (
+        {"images": ["a.png"], "prompt": "Q?", "prompt_id": "1", "messages": [ASKED, ANSWER], "score_chosen": 8.5},
+        ("prompt", "score_chosen"),
+    ),
+    "LLaMA-Factory": (
+        {"messages": [ASKED | {"content": "<image>Q?"}, ANSWER], "images": ["a.png"], "videos": [], "audios": []},
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_records_are_read(name):
+    record, unread = PUBLISHED[name]
+    found = read(record)
+    assert found["messages"][0]["content"] == [IMAGE, TEXT]
+    assert found.get("notes", ()) == tuple(f'the field "{field}" is not read' for field in unread)
+
+
 def test_unread_fields_are_noted():
     part = {"type": "text", "text": "Q?", "foo": 1, "id": 3}
     record = {
