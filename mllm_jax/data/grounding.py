@@ -121,6 +121,17 @@ def with_objects(messages: Sequence[dict[str, Any]], objects: Any) -> list[dict[
     return [message | {"content": _placed(message["content"], queues)} for message in messages]
 
 
+def at_placeholders(
+    text: str, pattern: re.Pattern[str], queues: Mapping[str, Iterator[dict[str, Any]]]
+) -> list[dict[str, Any]] | None:
+    """The parts of a text in which placeholders stand for the next part of their name; None where there are none."""
+    pieces = pattern.split(text)  # text, name, text, name, text
+    if len(pieces) == 1:
+        return None
+    parts = [next(queues[piece]) if i % 2 else {"type": "text", "text": piece} for i, piece in enumerate(pieces)]
+    return [part for part in parts if part["type"] != "text" or part["text"]]
+
+
 def checked(part: Mapping[str, Any]) -> dict[str, Any]:
     """A part of a name, a box or a point with all its fields. Raises Bad where one is wrong."""
     if part["type"] == "ref":
@@ -202,17 +213,9 @@ def _texts(content: Any) -> list[str]:
 
 def _placed(content: Any, queues: Mapping[str, Iterator[dict[str, Any]]]) -> Any:
     if isinstance(content, str):
-        found = _split(content, queues)
-        return found if len(found) > 1 or found[:1] != [{"type": "text", "text": content}] else content
-    return [p for part in content for p in (_split(part["text"], queues) if part["type"] == "text" else [part])]
-
-
-def _split(text: str, queues: Mapping[str, Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
-    pieces = PLACEHOLDER.split(text)  # text, name, text, name, text
-    if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
-    parts = [next(queues[piece]) if i % 2 else {"type": "text", "text": piece} for i, piece in enumerate(pieces)]
-    return [part for part in parts if part["type"] != "text" or part["text"]]
+        return at_placeholders(content, PLACEHOLDER, queues) or content
+    placed = lambda part: at_placeholders(part["text"], PLACEHOLDER, queues) if part["type"] == "text" else None
+    return [new for part in content for new in placed(part) or [part]]
 
 
 def _is_number(value: Any) -> bool:

@@ -84,6 +84,9 @@ PART = Names(
 )
 
 
+NOT_READ = 'the field "{}" is not read'  # a note of what is left out of a record
+
+
 class Bad(ValueError):
     """Why the record at hand cannot be used: `Bad(reason, detail)`, where nobody knows the record's name."""
 

@@ -112,17 +112,18 @@ def _filled(messages: Messages, files: Mapping[str, list]) -> Messages:
     lists = [message["content"] for message in messages if isinstance(message["content"], list)]
     is_open = lambda part: part["type"] in MEDIA and part["type"] not in part
     queues = _queues([part["type"] for parts in lists for part in parts if is_open(part)], files)
-    fill = lambda part: part | {part["type"]: next(queues[part["type"]])} if is_open(part) else part
+    fill = lambda part: part | next(queues[part["type"]]) if is_open(part) else part
     listed = lambda content: [fill(part) for part in content] if isinstance(content, list) else content
     return [message | {"content": listed(message["content"])} for message in messages]
 
 
-def _queues(asked: Sequence[str], files: Mapping[str, list]) -> dict[str, Iterator[Any]]:
+def _queues(asked: Sequence[str], files: Mapping[str, list]) -> dict[str, Iterator[dict[str, Any]]]:
+    """A part for each file, in turn. Raises Bad unless so many are asked for."""
     for media, found in files.items():
         if asked.count(media) != len(found):
             detail = f"{asked.count(media)} <{media}> for {len(found)} files"
             raise Bad("placeholders and files differ in number", detail)
-    return {media: iter(found) for media, found in files.items()}
+    return {media: iter(file_parts({media: found})) for media, found in files.items()}
 
 
 def _inserted(messages: Messages, files: Mapping[str, list], in_text: bool) -> Messages:
@@ -135,18 +136,8 @@ def _inserted(messages: Messages, files: Mapping[str, list], in_text: bool) -> M
         first["content"] = [*file_parts(files), {"type": "text", "text": first["content"]}]
         return messages
     queues = _queues(asked, files)
-    for message in messages:
-        pieces = PLACEHOLDER.split(message["content"])  # text, media, text, media, text
-        if len(pieces) == 1:
-            continue
-        parts = []
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                parts.append({"type": piece, piece: next(queues[piece])})
-            elif piece:
-                parts.append({"type": "text", "text": piece})
-        message["content"] = parts
-    return messages
+    placed = lambda text: grounding.at_placeholders(text, PLACEHOLDER, queues) or text
+    return [message | {"content": placed(message["content"])} for message in messages]
 
 
 def _found(part: dict[str, Any], find: Find) -> dict[str, Any]:

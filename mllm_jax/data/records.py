@@ -36,7 +36,7 @@ from typing import Any
 
 from mllm_jax.data import record_fields
 from mllm_jax.data.grounding import PLACEHOLDER, with_objects
-from mllm_jax.data.record_fields import ABOUT, CLIPS, FIELDS, FILES, Bad, present, unread
+from mllm_jax.data.record_fields import ABOUT, CLIPS, FIELDS, FILES, NOT_READ, Bad, present, unread
 from mllm_jax.data.record_layouts import Layout, read_layout
 from mllm_jax.data.record_messages import in_order, normal_messages, parsed, tools_beside, with_system
 from mllm_jax.data.record_pairs import unpacked, with_chosen
@@ -128,7 +128,7 @@ def _read(record: dict[str, Any], find: Find) -> dict[str, Any]:
     layout = _layout(record)
     found, notes = (_conversation if layout.parts is None else _document)(record, layout)
     messages = found["messages"]
-    notes += [f'the field "content.{name}" is not read' for name in unread_of_parts(messages)]
+    notes += [NOT_READ.format(f"content.{name}") for name in unread_of_parts(messages)]
     messages = with_asked(messages, asked_of_videos(record))
     messages = [message | {"content": found_parts(message["content"], find)} for message in messages]
     found |= {"messages": messages, "facts": _facts(record.get("facts")), "notes": tuple(dict.fromkeys(notes)) or None}
@@ -168,14 +168,12 @@ def _conversation(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, 
         raise Bad("boxes in a trimmed conversation", f"{trimmed[0]}, so that images may be counted otherwise")
     if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
         raise Bad("nothing to learn", "every answer has the weight 0")
-    notes += [*(f'the field "messages.{name}" is not read' for name in left), *trimmed]
+    notes += [*(NOT_READ.format(f"messages.{name}") for name in left), *trimmed]
     return {"messages": messages, "rejected": rejected, "tools": tools_beside(record)}, notes
 
 
 def _unread(record: Mapping[str, Any], read: frozenset[str]) -> list[str]:
-    return [
-        f'the field "{name}" is not read' for name in unread(record_fields.RECORD, frozenset(record), read | ALWAYS)
-    ]
+    return [*map(NOT_READ.format, unread(record_fields.RECORD, frozenset(record), read | ALWAYS))]
 
 
 def _facts(facts: Any) -> str | None:
