@@ -64,7 +64,8 @@ class Process:
         if isinstance(record, Skipped):
             return record
         try:
-            return self._example(record)._replace(notes=tuple(record.get("notes", ())))
+            example = self._example(record)
+            return example._replace(notes=(*example.notes, *record.get("notes", ())))
         except BadRecord as error:
             if self.strict:
                 raise
