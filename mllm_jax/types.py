@@ -74,6 +74,7 @@ class Example(NamedTuple):
     mix: Mix | None = None  # of `vision_index`, [n ...]; None = every visual token stands alone
     lengths: tuple[int, ...] = ()  # tokens of each of several conversations, laid end to end; () = it is one
     reference: Array | None = None  # f32[conversations] log-probabilities that a reference model gives their answers
+    notes: tuple[str, ...] = ()  # what was left out of the record, in words that are counted
 
     @property
     def visual(self) -> Array:

@@ -92,7 +92,7 @@ def test_an_interrupted_conversion_goes_on_with_the_missing_shards(tmp_path):
     source = Numbers(23, broken=(3, 20))
     held = convert(source, folder, about, records=5, progress=told.append)
     assert source.read == [*range(5), *range(10, 23)] and told == [5, 10, 15, 20, 23]
-    assert held == (21, 5, {"missing file": 2})
+    assert held == (21, 5, {"missing file": 2}, {})
     assert ids(folder) == [f"n{i}" for i in range(23) if i not in (3, 20)]
     assert (folder / "broken.txt").read_text() == "n3: missing file (a.png)\nn20: missing file (a.png)\n"
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -141,6 +141,18 @@ def test_broken_pictures_are_named(tmp_path, capsys):
     broken = (tmp_path / "out" / "broken.txt").read_text()
     assert "c0: not readable" in broken and "c2: missing file (pictures/c2-1.png)" in broken
     assert ids(tmp_path / "out") == ["c4", "c6", "c8"]
+
+
+def test_what_is_left_out_of_records_is_counted(tmp_path, capsys):
+    turns = [{"role": role, "content": "x"} for role in ("assistant", "user", "assistant")]
+    lines = [json.dumps({"messages": turns, "boxes": [number]}) for number in range(3)]
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    assert main(["convert", str(tmp_path / "set.jsonl"), str(tmp_path / "out"), "--processes=0", "--records=2"]) == 0
+    said = capsys.readouterr().out
+    assert 'the field "boxes" is not read: 3 records' in said
+    assert "turns before the first question are left out: 3 records" in said
+    found = open_source(str(tmp_path / "out"))[0]
+    assert [message["role"] for message in found["messages"]] == ["user", "assistant"] and "notes" not in found
 
 
 def test_fields_that_tell_records_apart_are_kept(tmp_path):

@@ -80,9 +80,9 @@ def test_the_records_are_read():
     lines = [line for language, text in BLOCKS if language == "json" for line in text.splitlines()]
     items = [read_record(json.loads(line), "r", lambda name: f"/data/{name}") for line in lines]
     roles = [item["messages"][0]["role"] for item in items]
-    assert roles == ["user"] * 9 + ["document"] * 4
+    assert roles == ["user"] * 7 + ["system"] + ["user"] * 5 + ["document"] * 4
     shown = [str(item["messages"]).count("/data/") for item in items]
-    assert shown == [1, 1, 1, 2, 0, 1, 1, 1, 1, 1, 0, 2, 1]
+    assert shown == [1, 1, 1, 2, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 2, 1]
     assert items[0]["messages"] == items[1]["messages"] == items[2]["messages"] == items[5]["messages"]
 
 

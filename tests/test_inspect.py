@@ -44,6 +44,8 @@ def folder(tmp_path_factory):
     lost = {"image": "lost.png", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
     with open(folder / "data" / "set-1.jsonl", "a") as file:
         file.write(json.dumps(lost | {"id": "lost one"}) + "\n")
+    spoken = [{"role": role, "content": "Hm."} for role in ("user", "assistant", "user")]
+    (folder / "data" / "more.jsonl").write_text(json.dumps({"messages": spoken, "mood": "good"}) + "\n")
     (folder / "data" / "config.py").write_text(CONFIG)
     return folder / "data"
 
@@ -70,6 +72,15 @@ def test_a_broken_record_and_a_stage(folder, monkeypatch, capsys):
     _, text = words("page.html")
     assert "records read 11, all of them left out 1 conversations packed 10 pictures 12" in text
     assert "Data of config.py, stage align" in text and "lost one: missing file" in text
+
+
+def test_what_is_left_out_of_records(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    words_of = ["--config=config.py", "--stage=align", "--config.data.path=more.jsonl", "--html=more.html", *HERE]
+    assert main(["inspect", *words_of]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'the field "mood" is not read 1 turns after the last answer are left out 1' in said and "left out 0" in said
+    assert 'Read in part what is left out records the field "mood" is not read 1 turns after' in words("more.html")[1]
 
 
 def test_a_mixture(folder, monkeypatch, capsys):

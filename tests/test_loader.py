@@ -181,6 +181,29 @@ def test_a_state_of_other_data_is_refused():
     numbers(40, seed=1, epochs=3, workers=0).set_state(state)
 
 
+class Noted(Numbers):
+    """Records of which something is left out: of every third one thing, of the first two another."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"notes": ["rare"] * (index < 2) + ["often"] * (index % 3 == 0)}
+
+
+def test_what_is_left_out_of_records_is_counted_and_logged(caplog):
+    options = dict(epochs=1, shuffle=False, workers=0, prefetch=0, source=Noted(60))
+    loader = numbers(**options)
+    _, first = next(loader)
+    state = json.loads(json.dumps(loader.get_state()))
+    assert first.noted["rare"] == 2 and 1 <= first.noted["often"] < 20
+    for _, last in loader:  # noqa: B007
+        pass
+    assert last.noted == {"rare": 2, "often": 20} and not last.skipped
+    said = [record.getMessage().partition(" (records so far: ")[0] for record in caplog.records]
+    assert said == ["rare", "often", "often"]  # when they are first seen, and at ten
+    resumed = numbers(**options)
+    resumed.set_state(state)
+    assert list(resumed)[-1][1].noted == last.noted
+
+
 class Watched(Numbers):
     """Remembers what was read."""
 

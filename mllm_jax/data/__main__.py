@@ -129,6 +129,8 @@ def _convert(args: argparse.Namespace) -> int:
     if held.broken:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in held.broken.items())
         print(f"{sum(held.broken.values())} broken records left out, named in {folder / BROKEN}: {reasons}")
+    for note, count in held.noted.items():
+        print(f"{note}: {count:,} records")
     return 0
 
 

@@ -39,6 +39,7 @@ class Converted(NamedTuple):
     records: int
     shards: int
     broken: dict[str, int]  # by reason
+    noted: dict[str, int] = {}  # records that were read in part, by what was left out of them
 
 
 class Part(NamedTuple):
@@ -152,16 +153,18 @@ def _begin(folder: Path, about: dict[str, Any]) -> Converted | None:
 
 
 def _finish(folder: Path, parts: Sequence[Part]) -> Converted:
-    """Joins what the shards said of broken records, and notes that all are there."""
+    """Joins what the shards noted of their records, and notes that all are there."""
     notes = [_note(part.path) for part in parts]
-    broken = [bad for note in notes for bad in json.loads(note.read_text(encoding="utf-8"))]
+    shards = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
+    broken = [bad for shard in shards for bad in shard["broken"]]
     counts = collections.Counter(reason for reason, _ in broken)
+    noted = sum((collections.Counter(shard["noted"]) for shard in shards), collections.Counter())
     used = parts[-1].last - len(broken)
     if broken:
         _write_whole(folder / BROKEN, "".join(f"{message}\n" for _, message in broken))
     if not used:
         raise ValueError(f"of {len(broken)} records none can be used: {dict(counts)}; see {folder / BROKEN}")
-    held = Converted(used, len(parts), dict(counts.most_common()))
+    held = Converted(used, len(parts), dict(counts.most_common()), dict(noted.most_common()))
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     _write_whole(folder / ABOUT, json.dumps(about | {"done": held._asdict()}, indent=2) + "\n")
     for note in notes:
@@ -170,7 +173,7 @@ def _finish(folder: Path, parts: Sequence[Part]) -> Converted:
 
 
 def _note(shard: Path) -> Path:
-    """Where a shard's broken records are named, until all shards are there."""
+    """Where a shard's broken records are named and others counted, until all shards are there."""
     return shard.with_name(f".{shard.stem}.json")
 
 
@@ -181,27 +184,39 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
-    """Writes a shard, and before it the note of its broken records.
+    """Writes a shard, and before it the note of its records.
 
     Args:
         done: a number that processes share, of records. stop: an event at which they leave their shard.
     """
     partial, broken = part.path.with_name(f".{part.path.name}{PARTIAL}"), []
+    noted: collections.Counter[str] = collections.Counter()
     writer = ArrayRecordWriter(str(partial), OPTIONS)
     try:
         for index in range(part.first, part.last):
             if stop.is_set():
                 return
             try:
-                writer.write(pack(embedded(source.labelled(index))))
+                record = embedded(source.labelled(index))
+                notes = record.pop("notes", ())
+                writer.write(_packed(record))
+                noted.update(notes)
             except BadRecord as error:
                 broken.append((error.reason, str(error)))
             with done.get_lock():
                 done.value += 1
     finally:
         writer.close()
-    _write_whole(_note(part.path), json.dumps(broken))
+    _write_whole(_note(part.path), json.dumps({"broken": broken, "noted": noted}))
     os.replace(partial, part.path)
+
+
+def _packed(record: dict[str, Any]) -> bytes:
+    """The bytes of a record. Raises BadRecord: MessagePack has no integers over 64 bits, dates or lone surrogates."""
+    try:
+        return pack(record)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise BadRecord("cannot be stored", record["id"], str(error)) from error
 
 
 _shared: tuple[Any, ...]  # by the processes that write: what `_write` takes beside the part

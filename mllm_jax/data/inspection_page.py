@@ -31,6 +31,7 @@ def write_inspection(
     sources: Sequence[Mapping[str, Any]] = (),
     left_out: Mapping[str, int] | None = None,
     named: Sequence[str] = (),
+    noted: Mapping[str, int] | None = None,
 ) -> Path:
     """Writes a page that opens anywhere, whole or not at all, and returns its path.
 
@@ -39,6 +40,7 @@ def write_inspection(
       facts: summary numbers, name -> text.
       sources: of a mixture: their `name`, `records`, `weight` and `drawn`, the last two as shares.
       left_out: records by the reason why they cannot be used; named: what is wrong with some of them.
+      noted: records that were read in part, by what was left out of them.
     """
     found = inspection
     histograms = [
@@ -65,6 +67,7 @@ def write_inspection(
         sources=sources,
         left_out=left_out or {},
         named=named,
+        noted=noted or {},
     )
 
 

@@ -30,6 +30,8 @@ from mllm_jax.types import Batch, DualBatch, Example
 
 log = logging.getLogger(__name__)
 ENOUGH = 100  # records read before a share of bad ones says anything
+NOTES = 64  # different notes that a stream counts apart
+OTHER = "more fields are not read"
 
 
 class Info(NamedTuple):
@@ -42,6 +44,7 @@ class Info(NamedTuple):
     kinds: list[list[str]]  # of each row's conversations, in the order of their segments
     dropped: int  # conversations over the budget
     skipped: dict[str, int]  # broken records by reason
+    noted: dict[str, int] = {}  # records that were used in part, by what was left out of them
 
 
 def make_loader(
@@ -178,7 +181,7 @@ class _Stream:
         self.number, self._share = number, share
         self._length = sys.maxsize if len(share.examples) > 1 else len(share.examples[0])
         self.drawn, self.batches = [0] * len(share.examples), 0
-        self.used, self.left_out = 0, collections.Counter()
+        self.used, self.left_out, self.noted = 0, collections.Counter(), collections.Counter()
         self.packer = Packer(settings.budget, settings.window, settings.lonely)
 
     @property
@@ -186,12 +189,13 @@ class _Stream:
         return not self.packer.ready and sum(self.drawn) < self._length
 
     def get_state(self) -> dict[str, Any]:
-        counts = {"used": self.used, "left_out": dict(self.left_out)}
+        counts = {"used": self.used, "left_out": dict(self.left_out), "noted": dict(self.noted)}
         return {"drawn": list(self.drawn), "batches": self.batches, "waiting": self.packer.waiting, **counts}
 
     def set_state(self, state: Mapping[str, Any], waiting: Iterable[Example | Skipped]) -> None:
         self.drawn, self.batches = list(state["drawn"]), state["batches"]
         self.used, self.left_out = state["used"], collections.Counter(state["left_out"])
+        self.noted = collections.Counter(state.get("noted", {}))
         for key, example in zip(state["waiting"], waiting):
             if isinstance(example, Skipped):
                 raise BadData(f"a conversation that waited to be packed can no longer be read: {example.message}")
@@ -213,6 +217,8 @@ class _Stream:
             self.left_out[example.reason] += 1
         else:
             self.used += 1
+            for note in example.notes:
+                self.noted[note if note in self.noted or len(self.noted) < NOTES else OTHER] += 1
             self.packer.add(key, example)
         self.drawn[key % len(self.drawn)] += 1
 
@@ -223,6 +229,7 @@ class _PackedIterator(grain.DatasetIterator):
     def __init__(self, streams: Mapping[int, _Share], settings: _Settings, identity: dict[str, Any]):
         super().__init__()
         self._shares, self._settings, self._identity = streams, settings, identity
+        self._told: collections.Counter[str] = collections.Counter()
         self._open()
 
     def _open(self) -> None:
@@ -277,6 +284,15 @@ class _PackedIterator(grain.DatasetIterator):
         if (read >= ENOUGH and bad > self._settings.max_bad * read) or (not used and (read >= ENOUGH or ended)):
             raise BadData(f"of {read} records only {used} can be used: {dict(left_out)}")
 
+    def _noted(self) -> dict[str, int]:
+        """Records that were used in part, by what was left out of them; logged when a count has grown tenfold."""
+        noted = sum((stream.noted for stream in self._streams), collections.Counter())
+        for note, count in noted.items():
+            if count >= 10 * self._told[note]:
+                self._told[note] = 10 ** (len(str(count)) - 1)
+                log.warning("%s (records so far: %s)", note, f"{count:,}")
+        return dict(noted)
+
     def _counts(self) -> tuple[int, collections.Counter]:
         """Conversations that were used, and those that were left out by reason."""
         left_out = sum((stream.left_out for stream in self._streams), collections.Counter())
@@ -295,5 +311,6 @@ class _PackedIterator(grain.DatasetIterator):
             kinds=kinds,
             dropped=skipped.pop(OVER_BUDGET, 0),
             skipped=skipped,
+            noted=self._noted(),
         )
         return batch, info

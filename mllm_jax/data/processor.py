@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data import images, video
+from mllm_jax.data import grounding, images, video
 from mllm_jax.data.answers import together
 from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.data.generation import NO_DEFAULTS, GenerationDefaults
@@ -83,7 +83,8 @@ class Processor:
         `tools`: descriptions of functions that the model may call, as JSON schemas. Messages may have "tool_calls" and
         "reasoning_content", which are learned like the answer, and "weight", by which the loss of a turn is multiplied.
         """
-        messages, *others = [_listed(conversation) for conversation in (messages, *others)]
+        conversations = [_listed(conversation) for conversation in (messages, *others)]
+        messages, *others = [grounding.written(each, self.spec.grounding) for each in conversations]
         items = [item for item in _items(messages) if item["type"] != "text"]
         stills = sum(item["type"] == "image" for item in items)
         opened = [self._open(item, stills) for item in items]

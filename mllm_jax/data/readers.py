@@ -15,7 +15,7 @@ from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.judging import Judged, Prompts
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.records import BadRecord
+from mllm_jax.data.records import BadRecord, printable
 from mllm_jax.types import Example
 
 OVER_BUDGET = "over the budget"
@@ -64,19 +64,23 @@ class Process:
         if isinstance(record, Skipped):
             return record
         try:
-            if self.reading is None:
-                return self.processor.example(record, self.budget)._replace(kind=record["kind"])
-            return self.reading(self.processor, record, self.budget)
+            example = self._example(record)
+            return example._replace(notes=(*example.notes, *record.get("notes", ())))
         except BadRecord as error:
             if self.strict:
                 raise
             return Skipped(error.reason, str(error))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, OverflowError, RecursionError) as error:
             if self.strict:
                 error.add_note(f"in {record['id']}")
                 raise
             reason = OVER_BUDGET if isinstance(error, TooLarge) else "not readable"
-            return Skipped(reason, f"{record['id']}: {error}")
+            return Skipped(reason, printable(f"{record['id']}: {error}"))
+
+    def _example(self, record: dict[str, Any]) -> Example:
+        if self.reading is None:
+            return self.processor.example(record, self.budget)._replace(kind=record["kind"])
+        return self.reading(self.processor, record, self.budget)
 
 
 class InTurn:

@@ -5,6 +5,7 @@ import math
 import pathlib
 from typing import Any
 
+from mllm_jax.data.grounding import QWEN3_VL, Grounding
 from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.resize import Rule, Whole, rule_from_hf
 from mllm_jax.data.tiles import AnyRes, Tiles
@@ -51,6 +52,7 @@ class ProcessorSpec:
     mixes: bool = False  # grids of visual tokens are resampled
     framed: bool = False  # what the tokenizer puts before every text stands before chats too
     user_content_tokens: bool = False  # tokens as <think> are read in texts of users, as in answers
+    grounding: Grounding | None = QWEN3_VL  # how boxes and points are written; None = no published way is known
     template: str | None = None  # of chats, in jinja2, where a folder has no file of its own for one
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"
@@ -86,7 +88,9 @@ class ProcessorSpec:
 
 SEEING = ProcessorSpec()
 NATIVE = {"merge_size", "patch_size", "min_pixels", "max_pixels"}  # said of pictures that nearly keep their size
-TEXT = ProcessorSpec(image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None)
+TEXT = ProcessorSpec(
+    image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None, grounding=None
+)
 
 
 def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:

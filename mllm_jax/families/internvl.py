@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.data.grounding import Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.resize import Stretch
 from mllm_jax.data.spec import ProcessorSpec
@@ -87,6 +88,9 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 SPEC = ProcessorSpec(
+    grounding=Grounding(
+        "[{x1}, {y1}, {x2}, {y2}]", name="<ref>{name}</ref>", boxes="<box>[{boxes}]</box>", between=", "
+    ),
     brackets=True,
     image_token="<IMG_CONTEXT>",
     video_token="<video>",

@@ -131,6 +131,7 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 SPEC = ProcessorSpec(
+    grounding=None,
     image_token="<image>",
     video_token=None,
     vision_start=None,

@@ -94,6 +94,7 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 SPEC = ProcessorSpec(
+    grounding=None,
     image_token="<image>",
     video_token="<video>",
     vision_start=None,

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.connectors.mlp import MlpConnectorConfig
+from mllm_jax.data.grounding import Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.resize import Stretch
 from mllm_jax.data.spec import ProcessorSpec
@@ -80,6 +81,13 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 SPEC = ProcessorSpec(
+    grounding=Grounding(  # big_vision/pp/proj/paligemma/segmentation.py
+        "<loc{y1:04}><loc{x1:04}><loc{y2:04}><loc{x2:04}>",
+        scale=1023,
+        largest=1023,
+        between=" ; ",
+        named_box="{box} {name}",
+    ),
     image_token="<image>",
     video_token=None,
     vision_start=None,

@@ -4,10 +4,12 @@ Tensor names as in the published safetensors files.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.data.grounding import QWEN3_VL, Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.positions import patch_positions
 from mllm_jax.data.spec import ProcessorSpec
@@ -159,7 +161,14 @@ def to_hf(config: ModelConfig) -> dict:
     return written
 
 
+PIXELS = replace(QWEN3_VL, scale=None)  # Qwen2.5-VL's numbers are pixels of the image as it is read
 SPEC = ProcessorSpec(
+    grounding=Grounding(  # section 2.2 of the paper: numbers in [0, 1000)
+        "<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
+        "<|box_start|>({x},{y})<|box_end|>",
+        largest=999,
+        name="<|object_ref_start|>{name}<|object_ref_end|>",
+    ),
     min_pixels=56**2,
     max_pixels=12845056,
     clip_min_pixels=128 * 28**2,
@@ -169,6 +178,11 @@ SPEC = ProcessorSpec(
     video_processor_type="Qwen2VLVideoProcessor",
 )
 INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+
+def chat(config: ModelConfig) -> dict[str, Any]:
+    """What a processor expects of chats."""
+    return {"grounding": PIXELS} if config.encoder.gated else {}
 
 
 def visuals(config: ModelConfig, arrays: Arrays) -> Supply:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mllm_jax.data.captions import Captions
 from mllm_jax.data.pack import Budget
+from mllm_jax.data.record_parts import MEDIA
 from mllm_jax.data.scenes import DEFAULT_KINDS, Scenes
 from mllm_jax.data.video import SAMPLINGS
 
@@ -112,9 +113,9 @@ class WithoutPictures:
 
 
 def without_pictures(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with only the texts of its messages."""
+    """The record without the images and videos of its messages."""
 
     def texts(content: Any) -> Any:
-        return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
+        return content if isinstance(content, str) else [part for part in content if part["type"] not in MEDIA]
 
     return record | {"messages": [message | {"content": texts(message["content"])} for message in record["messages"]]}

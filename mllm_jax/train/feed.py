@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.processor import Processor
+from mllm_jax.data.record_messages import TRIMMED
 from mllm_jax.train.cost import explain, flops_of_counts
 from mllm_jax.train.flops import useful
 from mllm_jax.train.inputs import Placer, open_data
@@ -19,7 +20,7 @@ class Fetched(NamedTuple):
 
     batch: Batch
     position: dict[str, Any]  # in the data, after this batch
-    about: dict[str, float]  # FLOPs that its step needs; conversations that were left out so far
+    about: dict[str, float]  # FLOPs that its step needs; conversations that were left out or trimmed so far
     explained: tuple[str, ...]  # of the first batch, what a step costs
 
 
@@ -38,6 +39,7 @@ class Feed:
         if batch is None:
             return None
         left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
+        left_out |= {name: info.noted.get(note, 0) for note, name in TRIMMED.items()}
         about, explained = {name: number for name, number in left_out.items() if number}, ()
         if not self._run.train.ppo.reward:  # whose batches say nothing of the answers that they will get
             processes = self._run.data.batch / batch.rows  # this one's share stands for all

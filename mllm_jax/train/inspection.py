@@ -26,6 +26,7 @@ from mllm_jax.train.paired_run import reading_of
 from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import Run
 
+LEFT_OUT = "left out: "  # begins what the loader logs of a record
 NAMED = 200  # records that are left out and named
 
 
@@ -38,6 +39,7 @@ class Found(NamedTuple):
     whole: bool  # whether these are all of the run's records
     left_out: dict[str, int]  # records by reason
     named: list[str]  # what is wrong with the first of them
+    noted: dict[str, int]  # records that were read in part, by what was left out of them
     sources: list[dict[str, Any]]  # of a mixture: name, records, and shares `weight` and `drawn`
 
 
@@ -57,7 +59,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
     source = run.data.source()
     total = sum(map(len, source.sources)) if mixed else len(source)
     data = dataclasses.replace(run.data, epochs=None if mixed else 1, strict=False, max_bad=1.0)
-    inspection, skipped = Inspection(processor), {}
+    inspection, skipped, noted = Inspection(processor), {}, {}
     with _heard(loader.log) as named:
         batches = loader_of(data, processor, reading_of(run))
         drawn = np.zeros(len(source.sources) if mixed else 1, int)
@@ -67,6 +69,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
                 drawn = np.sum([stream["drawn"] for stream in streams], axis=0)
                 ended = not mixed and drawn.sum() >= total
                 inspection.add(batch, info, whole=not ended)
+                noted = info.noted
                 skipped = info.skipped | ({loader.OVER_BUDGET: info.dropped} if info.dropped else {})
                 done = len(inspection.tokens) + sum(skipped.values())
                 progress(done)
@@ -77,20 +80,22 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
         finally:
             batches.close()
     sources = _sources(run.data, source, drawn) if mixed else []
-    left_out = dict(sorted(skipped.items(), key=lambda item: -item[1]))
-    return Found(data, inspection, int(drawn.sum()), not mixed and drawn.sum() >= total, left_out, named, sources)
+    most_first = lambda counts: dict(sorted(counts.items(), key=lambda item: -item[1]))
+    whole, (left_out, noted) = not mixed and drawn.sum() >= total, map(most_first, (skipped, noted))
+    return Found(data, inspection, int(drawn.sum()), whole, left_out, named, noted, sources)
 
 
 class _heard(logging.Handler):
-    """The messages of a log while it is open, in place of their being printed."""
+    """What a log says of the records that are left out while it is open, in place of its being printed."""
 
     def __init__(self, log: logging.Logger):
         super().__init__()
         self.log, self.messages = log, []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if len(self.messages) < NAMED:
-            self.messages.append(record.getMessage().removeprefix("left out: "))
+        message = record.getMessage()
+        if len(self.messages) < NAMED and message.startswith(LEFT_OUT):
+            self.messages.append(message.removeprefix(LEFT_OUT))
 
     def __enter__(self) -> list[str]:
         self.log.addHandler(self)
@@ -153,6 +158,11 @@ def tables(found: Found) -> Group:
         shown.append(kinds)
     if found.left_out:
         shown.append(_left_out(found.left_out, found.named))
+    if found.noted:
+        noted = _table("read in part", "records")
+        for note, number in found.noted.items():
+            noted.add_row(note, f"{number:,}")
+        shown.append(noted)
     return Group(*(part for table in shown for part in (table, "")))
 
 
@@ -185,4 +195,5 @@ def write_page(path: str | os.PathLike, title: str, found: Found) -> Path:
         sources=found.sources,
         left_out=found.left_out,
         named=found.named,
+        noted=found.noted,
     )

@@ -46,8 +46,18 @@ class Shard(abc.ABC):
                 yield None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record, find = self.read(index)
-        return read_record(record, self.name(index), find)
+        return self.read_item(index)[1]
+
+    def read_item(self, index: int) -> tuple[Any, dict[str, Any]]:
+        """A record as it is written, and as an item. Raises BadRecord, whatever is wrong with it."""
+        try:
+            record, find = self.read(index)
+            return record, read_record(record, self.name(index), find)
+        except BadRecord:
+            raise
+        except Exception as error:  # what strangers wrote may raise anything, and must not end a run
+            detail = f"{type(error).__name__}: {error!s:.200}"
+            raise BadRecord("not readable", self.name(index), detail) from error
 
     def find(self, value: Any) -> str:
         """The path of a file below the root."""
@@ -85,8 +95,7 @@ class Conversations:
     def labelled(self, index: int) -> dict[str, Any]:
         """An item, and beside its fields those that `where` may ask for."""
         shard, place = self._place(index)
-        record, find = shard.read(place)
-        item = read_record(record, shard.name(place), find)
+        record, item = shard.read_item(place)
         return labels(record) | item
 
     def _place(self, index: int) -> tuple[Shard, int]:

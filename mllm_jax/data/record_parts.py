@@ -1,0 +1,172 @@
+"""Parts of a content: texts, images and videos, whether they stand in it or beside it, for placeholders."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mllm_jax.data import grounding, record_fields
+from mllm_jax.data.record_fields import Bad, is_empty, present, unread
+
+MEDIA = ("image", "video")
+ASKED = {"fps": float, "nframes": int, "sampling": str}  # what a video, or a record for its videos, may ask for
+MOST_FRAMES = 100_000  # of a clip: more than any model reads
+PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
+TYPES = {"input_text": "text", "output_text": "text", "input_image": "image", "input_video": "video"}
+READ = {kind: frozenset(("type", kind, *(ASKED if kind == "video" else ()))) for kind in ("text", *MEDIA)}
+READ |= grounding.FIELDS
+Messages = list[dict[str, Any]]
+Find = Callable[[Any], Any]  # what a record calls a file -> its path or its bytes; raises Bad
+
+
+def files_beside(record: Mapping[str, Any]) -> dict[str, list]:
+    """The images and videos of a record that stand beside its messages."""
+    listed = lambda value: [file for file in value if not is_empty(file)] if isinstance(value, list) else [value]
+    found = {
+        media: [file for name in (media, media + "s") if name in record for file in listed(record[name])]
+        for media in MEDIA
+    }
+    found["video"] += [record["frames"]] if "frames" in record else []
+    return found
+
+
+def file_parts(files: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A part for each file."""
+    return [{"type": media, media: file} for media, found in files.items() for file in found]
+
+
+def asked_of_videos(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record asks of its videos; lists may be of each of several videos, which is not known here."""
+    return _asked({name: value for name, value in record.items() if not isinstance(value, list | tuple)})
+
+
+def with_files(messages: Messages, files: Mapping[str, list], in_text: bool) -> Messages:
+    """Messages with the files that stand beside them.
+
+    Parts that name no file take one in turn, and so do placeholders in texts. Where there is neither, the files go
+    before the first question.
+
+    Args:
+        in_text: the layout has placeholders: without one, no file may stand beside the messages.
+    """
+    if any(isinstance(message["content"], list) for message in messages):
+        return _filled(messages, files)
+    return _inserted(messages, files, in_text) if in_text or any(files.values()) else messages
+
+
+def normal_parts(content: Any, name: str = "content") -> str | list[dict[str, Any]]:
+    """A content as a text or a list of parts, each with a type and at most one value of that type.
+
+    A part may stand alone, and may be a text without a type. Raises Bad for anything else.
+    """
+    if isinstance(content, str):
+        return content
+    content = [content] if isinstance(content, Mapping) else content
+    if not isinstance(content, list):
+        raise Bad("not a conversation", f'"{name}" must be a text, a part, or a list of parts')
+    return [_normal(part) for part in content]
+
+
+def unread_of_parts(messages: Messages) -> Iterator[str]:
+    """Names of the fields of parts that are not read. Raises Bad where one cannot be left out."""
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            yield from unread(record_fields.PART, frozenset(part), READ[part["type"]])
+
+
+def found_parts(content: str | list[dict[str, Any]], find: Find) -> str | list[dict[str, Any]]:
+    """A content with its files found, and nothing but what a processor reads."""
+    return content if isinstance(content, str) else [_found(part, find) for part in content]
+
+
+def with_asked(messages: Messages, asked: Mapping[str, Any]) -> Messages:
+    """Messages whose videos ask for what the record does, unless they say otherwise."""
+    if not asked:
+        return messages
+    timed = lambda part: asked | part if part["type"] == "video" else part
+    listed = lambda content: [timed(p) for p in content] if isinstance(content, list) else content
+    return [message | {"content": listed(message["content"])} for message in messages]
+
+
+def _normal(part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise Bad("not a conversation", f"a part of a content must be an object, not a {type(part).__name__}")
+    part = present(part, kept=("text",))
+    kind = part.get("type")
+    if kind is None:
+        kinds = [kind for kind in ("text", *MEDIA) if kind in part or f"{kind}_url" in part]
+        kind = kinds[0] if len(kinds) == 1 else None
+    kind = TYPES.get(str(kind), str(kind).removesuffix("_url"))
+    if kind not in READ:
+        raise Bad("not a conversation", f"content of type {part.get('type')!r}")
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise Bad("not a conversation", 'a part of type "text" needs a text')
+    url = part.pop(f"{kind}_url", None)
+    return part | {"type": kind} | ({kind: url} if url is not None and kind not in part else {})
+
+
+def _filled(messages: Messages, files: Mapping[str, list]) -> Messages:
+    """Parts that name no file take those that stand beside the messages, in turn."""
+    lists = [message["content"] for message in messages if isinstance(message["content"], list)]
+    is_open = lambda part: part["type"] in MEDIA and part["type"] not in part
+    queues = _queues([part["type"] for parts in lists for part in parts if is_open(part)], files)
+    fill = lambda part: part | next(queues[part["type"]]) if is_open(part) else part
+    listed = lambda content: [fill(part) for part in content] if isinstance(content, list) else content
+    return [message | {"content": listed(message["content"])} for message in messages]
+
+
+def _queues(asked: Sequence[str], files: Mapping[str, list]) -> dict[str, Iterator[dict[str, Any]]]:
+    """A part for each file, in turn. Raises Bad unless so many are asked for."""
+    for media, found in files.items():
+        if asked.count(media) != len(found):
+            detail = f"{asked.count(media)} <{media}> for {len(found)} files"
+            raise Bad("placeholders and files differ in number", detail)
+    return {media: iter(file_parts({media: found})) for media, found in files.items()}
+
+
+def _inserted(messages: Messages, files: Mapping[str, list], in_text: bool) -> Messages:
+    """Puts the record's files where placeholders stand, or before the first question where there is no placeholder."""
+    asked = [media for message in messages for media in PLACEHOLDER.findall(message["content"])]
+    if not asked and not in_text:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise Bad("wrong roles", "files stand beside the messages, and no user asks about them")
+        first["content"] = [*file_parts(files), {"type": "text", "text": first["content"]}]
+        return messages
+    queues = _queues(asked, files)
+    placed = lambda text: grounding.at_placeholders(text, PLACEHOLDER, queues) or text
+    return [message | {"content": placed(message["content"])} for message in messages]
+
+
+def _found(part: dict[str, Any], find: Find) -> dict[str, Any]:
+    kind = part["type"]
+    value = part.get(kind)
+    if kind == "text":
+        return {"type": "text", "text": value}
+    if kind in grounding.TYPES:
+        return grounding.checked(part)
+    if kind == "video" and isinstance(value, list) and value:
+        value = [_file(frame, find) for frame in value]
+    else:
+        value = _file(value, find)
+    return {"type": kind, kind: value} | (_asked(part) if kind == "video" else {})
+
+
+def _asked(part: Mapping[str, Any]) -> dict[str, Any]:
+    """What videos are to be read as, see ASKED."""
+    try:
+        found = {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name)}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Bad("not a conversation", f"of a clip, {', '.join(ASKED)} must be two numbers and a word") from error
+    if not (0 < found.get("fps", 1) < math.inf and 1 <= found.get("nframes", 1) <= MOST_FRAMES):
+        raise Bad("not a conversation", f"of a clip, fps must be over 0, and nframes 1 to {MOST_FRAMES:,}")
+    return found
+
+
+def _file(value: Any, find: Find) -> Any:
+    if isinstance(value, Mapping):
+        known = (value.get(key) for key in ("bytes", "path", "url"))
+        value = next((given for given in known if given is not None), None)
+    return value if isinstance(value, bytes) else find(value)
