@@ -144,7 +144,7 @@ def llava(value, **files):
         (with_image("/etc/passwd"), "path leaves the data root"),
         (with_image("out.png"), "path leaves the data root"),
         (with_image("https://example.org/a.png"), "not a local file"),
-        (with_image("file:///etc/passwd"), "not a local file"),
+        (with_image("file:///etc/passwd"), "path leaves the data root"),
     ],
 )
 def test_broken_records_are_named_with_their_reason(folder, record, reason):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.data.images import load_image, open_image
+from mllm_jax.data.media import resolve
 from mllm_jax.data.records import BadRecord
 
 LARGEST = 2**28  # bytes of a clip: a longer one would be read whole to show a few of its frames
@@ -41,6 +42,7 @@ def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _picture(source: Any) -> bytes:
+    source = resolve(source)
     open_image(source)  # raises ValueError where it is no picture
     if isinstance(source, bytes):
         return source
@@ -52,6 +54,7 @@ def _picture(source: Any) -> bytes:
 def _clip(source: Any, name: str) -> bytes | list[bytes]:
     if isinstance(source, np.ndarray | list | tuple):
         return [_picture(frame) for frame in source]
+    source = resolve(source)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     if size > LARGEST:
         raise BadRecord("clip too large to embed", name, f"{size} bytes, over {LARGEST}")

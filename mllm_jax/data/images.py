@@ -11,17 +11,10 @@ import numpy as np
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 
+from mllm_jax.data.media import resolve, source_name
+
 MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake: it would take 400 MB as RGB
 MAX_ASPECT = 200
-
-
-def source_name(source: Any) -> str:
-    """How a picture or a clip is called in an error: its path, or what it is."""
-    if isinstance(source, Image.Image):
-        source = getattr(source, "filename", "") or f"<{source.mode} picture {source.width}x{source.height}>"
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    return f"<{type(source).__name__}>"
 
 
 @contextlib.contextmanager
@@ -41,6 +34,7 @@ def open_image(source: Any) -> Image.Image:
     `source`: a path, the bytes of a file, a PIL image, or an array u8[h w], u8[h w 1], u8[h w 3] or u8[h w 4].
     Raises ValueError, naming the file, if it is no picture or is too large; FileNotFoundError if it is missing.
     """
+    source = resolve(source)
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -50,7 +44,7 @@ def open_image(source: Any) -> Image.Image:
     if not isinstance(source, (str, os.PathLike, bytes)):
         raise ValueError(f"a picture must be a path, bytes, an array or a PIL image, got {type(source).__name__}")
     if not isinstance(source, bytes) and not os.path.exists(source):
-        raise FileNotFoundError(f"{os.fspath(source)}: no such picture")
+        raise FileNotFoundError(f"{source_name(source)}: no such picture")
     with _reading(source):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     if image.width * image.height > MAX_PIXELS:

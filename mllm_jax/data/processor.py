@@ -14,6 +14,7 @@ from mllm_jax.data import grounding, images, video
 from mllm_jax.data.answers import together
 from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.data.generation import NO_DEFAULTS, GenerationDefaults
+from mllm_jax.data.media import resolve
 from mllm_jax.data.mix import spread
 from mllm_jax.data.pack import Budget, TooLarge, collate, place
 from mllm_jax.data.positions import rotary_positions
@@ -150,7 +151,7 @@ class Processor:
 
     def _open(self, item: dict, stills: int) -> Still | Film:
         """`stills`: pictures in the conversation."""
-        spec, source, fps = self.spec, item[item["type"]], item.get("fps", self.spec.fps)
+        spec, source, fps = self.spec, resolve(item[item["type"]]), item.get("fps", self.spec.fps)
         if item["type"] == "image":
             size = images.upright_size(images.open_image(source))
             return Still(source, *size) if spec.rule is None else Cut(source, *size, spec.rule.among(stills))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm_jax.data.images import load_image, resized, shrunk_size, smart_resize, source_name
+from mllm_jax.data.images import load_image, resized, shrunk_size, smart_resize
+from mllm_jax.data.media import source_name
 from mllm_jax.data.video_files import open_file
 
 EVEN, MOTION = SAMPLINGS = ("even", "motion")  # how frames are chosen: evenly spread, or denser where they differ

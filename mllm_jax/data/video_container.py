@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mllm_jax.data.images import source_name
+from mllm_jax.data.media import source_name
 
 # FFmpeg's names of containers and streams that hold their frames themselves. Playlists (HLS, DASH, ffconcat, SDP, ...)
 # open other files and sockets, scripts run programs, and pictures and their patterns (image2) are no clips.

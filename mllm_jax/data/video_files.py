@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from mllm_jax.data.frame_times import FrameTimes, even_times, measured_times
-from mllm_jax.data.images import source_name
+from mllm_jax.data.media import source_name
 from mllm_jax.data.video_container import errors_of, indexed_gap, open_container, video_stream
 from mllm_jax.data.video_decoder import Counted, Decoder, Timed, decode
 from mllm_jax.data.video_pixels import Orientation, has_known_matrix, orientation_of, upright

@@ -1,6 +1,7 @@
 """Random access to the records of files, whatever their format: what a format must offer, and many files as one set."""
 
 import abc
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.data.media import BadName, locate
 from mllm_jax.data.records import Bad, BadRecord, Find, labels, read_record
 
 OPENED_AT_ONCE = 16
+
+
+@contextlib.contextmanager
+def finding() -> Iterator[None]:
+    """A record is bad that names a file by a name which leads to none."""
+    try:
+        yield
+    except BadName as error:
+        raise Bad(*error.args) from error.__cause__
 
 
 class Shard(abc.ABC):
@@ -59,9 +70,10 @@ class Shard(abc.ABC):
             detail = f"{type(error).__name__}: {error!s:.200}"
             raise BadRecord("not readable", self.name(index), detail) from error
 
-    def find(self, value: Any) -> str:
-        """The path of a file below the root."""
-        return inside(self.root, value)
+    def find(self, value: Any) -> str | bytes:
+        """The path of a file below the root, or the bytes that a data URI holds."""
+        with finding():
+            return locate(self.root, value)
 
 
 class Conversations:
@@ -125,19 +137,3 @@ def _matching(shards: Sequence[Shard], where: Mapping[str, Any]) -> Iterator[int
     for number, record in enumerate(records):
         if not isinstance(record, Mapping) or all(record.get(key) in values for key, values in wanted.items()):
             yield number
-
-
-def inside(root: Path, path: Any) -> str:
-    """The absolute path of an existing file below `root`. Raises Bad where it is not."""
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise Bad("not a path", repr(path)[:80])
-    if "://" in path or path.startswith("data:"):
-        raise Bad("not a local file", path[:80])
-    if Path(path).is_absolute() or ".." in Path(path).parts:
-        raise Bad("path leaves the data root", path)
-    real = (root / path).resolve()
-    if not real.is_relative_to(root):
-        raise Bad("path leaves the data root", f"{path} is a link to {real}")
-    if not real.is_file():
-        raise Bad("missing file", path)
-    return str(real)
