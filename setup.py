@@ -26,7 +26,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "absl-py>=2.1",
         "numpy>=1.26",
-        "pillow>=10.3",
+        "pillow>=11.3",  # AVIF is built in, and TIFF states its size upright
         "tokenizers>=0.21",
         "jinja2>=3.1.6",
         "safetensors>=0.5",
@@ -37,12 +37,14 @@ setup(
     ],
     extras_require={
         "video": ["av>=17"],
+        "heic": ["pillow-heif>=1.0"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],  # for folders with a tokenizer.model alone
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU
         "cuda": ["jax[cuda13]>=0.10,<0.13", "tokamax>=0.0.12"],
         "test": [
             "av>=17",
+            "pillow-heif>=1.0",
             "torch==2.13.0",
             "transformers>=5.20,<5.24",
             "peft>=0.21",

@@ -95,7 +95,7 @@ def test_metadata_names_what_is_imported():
     """Every third-party package that the code imports is declared in setup.py, and nothing is declared for nothing."""
     declared = (ROOT / "setup.py").read_text()
     names = {"PIL": "pillow", "yaml": "pyyaml", "ml_collections": "ml-collections", "orbax": "orbax-checkpoint",
-             "absl": "absl-py", "tensorflow_datasets": "tensorflow-datasets"}  # fmt: skip
+             "absl": "absl-py", "tensorflow_datasets": "tensorflow-datasets", "pillow_heif": "pillow-heif"}  # fmt: skip
     for path in SOURCES:
         for module in imported_modules(path):
             top = module.split(".")[0]

@@ -1,7 +1,6 @@
 """Still pictures: any file, array or PIL image to upright RGB, then to patches. PIL and numpy only."""
 
 import contextlib
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -9,12 +8,23 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
+from mllm_jax.data.image_files import open_file, orientation
 from mllm_jax.data.media import resolve, source_name
 
 MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake: it would take 400 MB as RGB
 MAX_ASPECT = 200
+TURNED = {  # by the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @contextlib.contextmanager
@@ -46,25 +56,17 @@ def open_image(source: Any) -> Image.Image:
     if not isinstance(source, bytes) and not os.path.exists(source):
         raise FileNotFoundError(f"{source_name(source)}: no such picture")
     with _reading(source):
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = open_file(source)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{source_name(source)}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
     return image
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8, as far as the header tells; a damaged tag counts as upright."""
-    try:
-        # PNG's own getexif decodes the pixels in search of a tag behind them.
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        return 1
-    return value if value in range(1, 9) else 1
-
-
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after the EXIF rotation, without decoding the pixels."""
-    return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
+    if isinstance(image, TiffImageFile):  # PIL turns these itself, and states their size upright
+        return image.height, image.width
+    return (image.width, image.height) if orientation(image) >= 5 else (image.height, image.width)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -73,10 +75,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises ValueError, naming the file, if the pixels cannot be decoded (a truncated or damaged file).
     """
     with _reading(image):
-        orientation = _orientation(image)
         image.load()
-        if orientation != 1:
-            image = ImageOps.exif_transpose(image)
+        if (turned := TURNED.get(orientation(image))) is not None:
+            image = image.transpose(turned)
         if image.mode.startswith(("I", "F")):
             image = _to_8_bits(image)
         if image.has_transparency_data:
