@@ -1,5 +1,6 @@
 """Every kind of file gives the same records, at random, in threads and in other processes, and says what is wrong."""
 
+import gzip
 import json
 import os
 import pickle
@@ -82,6 +83,77 @@ def test_the_embedded_set_is_built_for_tfds_and_read_without_tensorflow(tmp_path
         open_source(builder.data_path, where={"split": "validation"})
     with pytest.raises(FileNotFoundError, match="tfds:nothing_here is not prepared"):
         open_source("tfds:nothing_here")
+
+
+def test_endings_say_what_a_file_is(tmp_path, paths):
+    """Lines of JSON under other names and in large letters, and compressed ones, which are read at random, too."""
+    data = b"".join(path.read_bytes() + b"\n\r\n" for path in find_files(paths["jsonl"]))
+    folder = find_files(paths["jsonl"])[0].parent
+    for name in ("a.ndjson", "A.JSONL", "a.jsonl.gz", "A.NDJSON.GZ"):
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+        source = open_source(tmp_path / name, root=folder)
+        assert items(source) == expected()
+        again = pickle.loads(pickle.dumps(source))
+        order = np.random.default_rng(0).integers(0, len(source), 60).tolist()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(again.__getitem__, order)) == [source[i] for i in order]
+        assert len(open_source(tmp_path / name, where={"kind": "count"})) == 5
+    numbered = tmp_path / "numbered"
+    numbered.mkdir()
+    (numbered / "train-00001-of-00002.jsonl.gz").write_bytes(gzip.compress(data))
+    with pytest.raises(ValueError, match="of the 2 files train-.*-of-00002 these are missing: 0$"):
+        open_source(numbered)
+
+
+def test_damaged_compression_is_named(tmp_path):
+    packed = gzip.compress(np.random.default_rng(0).bytes(9999))
+    for data in (packed[:-20], packed[:5000] + b"????" + packed[5004:], b"{}", packed + b"{"):
+        (tmp_path / "a.jsonl.gz").write_bytes(data)
+        with pytest.raises(ValueError, match="a.jsonl.gz: not a readable gzip file"):
+            open_source(tmp_path / "a.jsonl.gz")
+
+
+ROWS = [("7", "What is it?", "A cat."), ("8", 'Say "one",\nthen\ttwo; é\u2028', "x" * 200_000), ("9", "What?", "")]
+
+
+def table(path, separator, rows=ROWS, columns=("id", "text", "kind"), start="", end="\r\n"):
+    quoted = lambda cell: '"' + cell.replace('"', '""') + '"' if set('",;\t\n') & set(cell) else cell
+    text = start + "".join(separator.join(map(quoted, row)) + end for row in [columns, *rows])
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name, separator", [("a.csv", ","), ("a.csv", ";"), ("a.TSV", "\t"), ("a.csv", "\t"),
+                                             ("a.tsv.gz", "\t"), ("a.csv.gz", ",")])  # fmt: skip
+@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\r\n"), ("", "\n\n")])
+def test_tables(tmp_path, name, separator, start, end):
+    path = table(tmp_path / name, separator, start=start, end=end)
+    source = pickle.loads(pickle.dumps(open_source(path)))
+    found = [(x["id"], x["messages"][0]["content"][0]["text"], x["kind"]) for x in map(source.__getitem__, (2, 1, 0))]
+    assert found == ROWS[::-1]
+    assert [shard.read(2)[0] for shard in source.shards] == [{"id": "9", "text": "What?", "kind": None}]
+    assert len(open_source(path, where={"id": ("7", "9")})) == 2
+
+
+def test_rows_that_do_not_fit_their_table(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b',text,id\n0,A cat.,1\n1,A dog.\n2,"x"y,3\n3,\xff,4\n4,A cow.,5\n')
+    source = open_source(path)
+    assert len(source) == 5 and source[0]["id"] == "1" and source[4]["id"] == "5"
+    for index, what in ((1, "csv:3: .*2 cells for 3 columns"), (2, "csv:4: .*expected after"), (3, "csv:5: .*utf-8")):
+        with pytest.raises(BadRecord, match=what):
+            source[index]
+    assert len(open_source(path, where={"id": "5"})) == 4  # broken ones are counted when they are read
+    for text, what in {
+        "text,text\nA,B\n": "several columns are called text",
+        "text\n": "has no record",
+        'text\nA\n"B\nC\nD\n': "lines 3 to 5: .*Close or double the quote",
+        'text\nA\n"B\nC "x" \nD\n': "lines 3 to 4: .*Close or double the quote",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=what):
+            open_source(path)
 
 
 def webdataset(path, *samples):

@@ -1,6 +1,7 @@
 """Sources of conversations and documents: what a path means follows from what is there.
 
-    conversations.jsonl, llava.json            JSON, with pictures and clips beside it on disk
+    conversations.jsonl, llava.json            JSON, with pictures and clips beside it on disk; also .ndjson, .jsonl.gz
+    questions.csv, questions.tsv               a table, with pictures beside it or as base64; also .csv.gz, .tsv.gz
     records-00000-of-00010.array_record        ArrayRecord
     shard-00000.tar                            WebDataset
     train-00000-of-00010.parquet               Parquet
@@ -25,12 +26,17 @@ __all__ = ["BadRecord", "Conversations", "open_source"]
 
 KINDS = {  # by the end of a file's name; what reads it is imported when it is needed
     ".jsonl": ("json_files", "JsonLines"),
+    ".ndjson": ("json_files", "JsonLines"),
     ".json": ("json_files", "JsonArray"),
+    ".csv": ("tables", "Table"),
+    ".tsv": ("tables", "Table"),
     ".array_record": ("array_record", "ArrayRecords"),
     ".arrayrecord": ("array_record", "ArrayRecords"),
     ".tar": ("tar", "Tar"),
     ".parquet": ("parquet", "Parquet"),
 }
+KINDS |= {ending + ".gz": KINDS[ending] for ending in (".jsonl", ".ndjson", ".csv", ".tsv")}
+ABOUT = (".json", ".csv", ".tsv")  # in a folder beside shards of another kind, these say something about them
 TFDS = "tfds:"
 NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)")  # how files of one set are called; TFDS puts it behind the ending
 PART = "["  # in a pattern that names a part of a set
@@ -65,9 +71,8 @@ def find_files(path: str) -> list[Path]:
         raise ValueError(f"{path} is not a local path; mount the bucket (gcsfuse BUCKET /mnt/data) and name it there")
     whole = Path(path)
     if whole.is_dir():
-        found = [file for file in whole.iterdir() if file.suffix in KINDS and not file.name.startswith(".")]
-        about = [file for file in found if file.suffix != ".json"]
-        found = about or found  # beside shards, .json files say something about them
+        found = [file for file in whole.iterdir() if kind_of(file) and not file.name.startswith(".")]
+        found = [file for file in found if kind_of(file) not in ABOUT] or found
     else:
         found = [whole] if whole.is_file() else [Path(name) for name in glob.glob(path, recursive=True)]
     if not found:
@@ -75,20 +80,25 @@ def find_files(path: str) -> list[Path]:
     found.sort()
     if not whole.is_file():
         _check_set(path, found, whole.is_dir())
-    elif whole.suffix not in KINDS:
+    elif kind_of(whole) is None:
         raise ValueError(f"{whole} is of no known kind: names of files end in {', '.join(KINDS)}")
     return found
 
 
+def kind_of(file: Path) -> str | None:
+    """The end of a file's name that says how it is read, of KINDS; None where nothing reads it."""
+    return next((ending for ending in KINDS if file.name.lower().endswith(ending)), None)
+
+
 def _check_set(path: str, files: Sequence[Path], folder: bool) -> None:
     """Raises ValueError unless these are files of one kind, of one set where a folder is read, and none is missing."""
-    if unknown := [file.name for file in files if file.suffix not in KINDS]:
+    if unknown := [file.name for file in files if kind_of(file) is None]:
         raise ValueError(f"{unknown[0]} is of no known kind: file names end in {', '.join(KINDS)}")
-    if len(kinds := sorted({file.suffix for file in files})) > 1:
+    if len(kinds := sorted({kind_of(file) for file in files})) > 1:
         raise ValueError(f"{path} has files of several kinds, {', '.join(kinds)}: name one, as in {path}/*{kinds[0]}")
     sets: dict[tuple[Path, str, str], set[int]] = {}
     for file in files:
-        if match := NUMBERED.fullmatch(file.stem):
+        if match := NUMBERED.fullmatch(file.name[: -len(kind_of(file))]):
             sets.setdefault((file.parent, match[1], match[3]), set()).add(int(match[2]))
     if folder and len(sets) > 1:
         names = ", ".join(sorted({name for _, name, _ in sets}))
@@ -100,7 +110,7 @@ def _check_set(path: str, files: Sequence[Path], folder: bool) -> None:
 
 
 def _reader(file: Path) -> type[Shard]:
-    module, name = KINDS[file.suffix]
+    module, name = KINDS[kind_of(file)]
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 

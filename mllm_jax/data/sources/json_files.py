@@ -1,53 +1,30 @@
 """JSON Lines, and files that are one JSON array, with pictures and clips beside them on disk."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, BinaryIO
 
 from mllm_jax.data.records import BadRecord, Find
+from mllm_jax.data.sources.lines import Lines
 from mllm_jax.data.sources.shards import Shard
 
 
-class JsonLines(Shard):
-    """One record a line. Only the lines' offsets are held in memory."""
+class JsonLines(Lines):
+    """One record a line."""
 
-    def __init__(self, path: Path, root: Path):
-        super().__init__(path, root)
-        offsets, lines, position = [], [], 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    offsets.append(position)
-                    lines.append(number)
-                position += len(line)
-        self._offsets, self._lines = np.array(offsets, np.int64), np.array(lines, np.int64)
+    def begins(self, file: BinaryIO) -> Iterator[tuple[int, int]]:
+        position = 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield position, number
+            position += len(line)
 
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def name(self, index: int) -> str:
-        return f"{self.path.name}:{self._lines[index]}"
-
-    def read(self, index: int) -> tuple[Any, Find]:
-        with open(self.path, "rb") as file:  # opened each time: readers in several threads and processes do not meet
-            file.seek(self._offsets[index])
-            line = file.readline()
+    def parse(self, data: bytes, name: str) -> Any:
         try:
-            return json.loads(line), self.find
+            return json.loads(data)
         except ValueError as error:
-            raise BadRecord("not valid JSON", self.name(index), str(error)) from error
-
-    def fields(self, names: Sequence[str]) -> Iterator[Any]:
-        with open(self.path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        yield None
+            raise BadRecord("not valid JSON", name, str(error)) from error
 
 
 class JsonArray(Shard):
