@@ -203,6 +203,113 @@ def test_the_index_of_a_tar_is_kept_and_follows_the_file(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", kept.name]
 
 
+def archive(path, *members, form=tarfile.PAX_FORMAT):
+    """A tar of (name, bytes) or of what `TarInfo` cannot be without."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                source_files.add(tar, *member)
+    return path
+
+
+def special(name, kind, link=""):
+    about = tarfile.TarInfo(name)
+    about.type, about.linkname = kind, link
+    return about
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_oddities_of_webdatasets(tmp_path, form):
+    a, b, c = map(source_files.picture, range(3))
+    long = "x" * 90 + "/é" + "y" * 80 if form != tarfile.USTAR_FORMAT else "x/y"
+    members = [
+        special("./", tarfile.DIRTYPE),
+        special("./train.d", tarfile.DIRTYPE),
+        ("README", b"about"),
+        ("__meta__", b"about"),
+        ("train.d/._0.jpg", b"of macOS"),
+        ("train.d/.DS_Store", b"of macOS"),
+        ("./train.d/0.JPG", a),
+        ("train.d/._0.txt", b"of macOS"),
+        ("train.d/0.TXT", b"zero"),
+        special("train.d/1.link.png", tarfile.SYMTYPE, "0.jpg"),
+        ("train.d/1.Jpeg", b),
+        (long + ".txt", b"long"),
+        (long + ".avif", c),
+        ("train.d/1.Json", json.dumps({"images": ["1.JPEG"], "text": "one"}).encode()),
+        ("train.d/0.txt", b"zero again"),
+    ]
+    path = archive(tmp_path / "a.tar", *members, form=form)
+    source = open_source(path)
+    parts = lambda item: [part.get("text", part.get("image")) for part in item["messages"][0]["content"]]
+    expected = [("train.d/0", [a, "zero"]), ("train.d/1", [b, "one"]), (long, [c, "long"])]
+    expected += [("train.d/0", ["zero again"])]
+    for found in (source, open_source(path), pickle.loads(pickle.dumps(source))):  # of the headers, of the index
+        assert [(item["id"], parts(item)) for item in map(found.__getitem__, range(len(found)))] == expected
+
+
+def test_archives_behind_each_other_are_read(tmp_path):
+    first = archive(tmp_path / "a.tar", ("0.txt", b"zero"), ("1.txt", b"one")).read_bytes()
+    second = archive(tmp_path / "b.tar", ("0.json", b'{"text": "again"}')).read_bytes()
+    (tmp_path / "c.tar").write_bytes(first + second)
+    source = open_source(tmp_path / "c.tar")
+    assert [item["id"] for item in map(source.__getitem__, range(3))] == ["0", "1", "0"] and len(source) == 3
+    with pytest.raises(ValueError, match="has no record"):
+        open_source(archive(tmp_path / "empty.tar"))
+
+
+def test_no_record_of_a_damaged_tar_is_lost_silently(tmp_path):
+    """Cut anywhere, or with any block of a header damaged, a shard is refused, and names the place."""
+    path = archive(tmp_path / "whole.tar", *[(f"{n}.txt", b"text" * 200) for n in range(8)])
+    data, step = path.read_bytes(), 512 * 3
+    assert len(open_source(path)) == 8
+    for cut in [*range(step // 3, 8 * step + 1, step // 3), 8 * step + 100]:
+        (tmp_path / "cut.tar").write_bytes(data[:cut])
+        with pytest.raises(ValueError, match="cut.tar: not a readable tar"):
+            open_source(tmp_path / "cut.tar")
+    for number in range(8):
+        for place in (0, 100, 130, 150):
+            damaged = bytearray(data)
+            damaged[number * step + place] ^= 0x15
+            (tmp_path / "bad.tar").write_bytes(damaged)
+            with pytest.raises(ValueError, match="bad.tar: not a readable tar"):
+                open_source(tmp_path / "bad.tar")
+
+
+def test_sizes_that_a_tar_claims(tmp_path):
+    """A sparse member, a negative size, and an index that was made by somebody else."""
+    sparse = special("1.jpg", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT)
+    fields = bytearray(sparse)
+    fields[483:495] = b"%011o\0" % 2**32  # the size of the file, and no block of it is there
+    fields[148:156] = b" " * 8
+    fields[148:156] = b"%06o\0 " % sum(fields)
+    zero = archive(tmp_path / "a.tar", ("0.txt", b"zero"), ("1.txt", b"one")).read_bytes()
+    (tmp_path / "b.tar").write_bytes(bytes(fields) + zero)
+    source = open_source(tmp_path / "b.tar")
+    assert source[1]["messages"][0]["content"] == [{"type": "text", "text": "zero"}]
+    with pytest.raises(BadRecord, match="1.jpg is a sparse file"):
+        source[0]
+    negative = bytearray(zero)
+    negative[1024 + 124 : 1024 + 136] = (2**96 - 1024).to_bytes(12, "big")
+    negative[1024 + 148 : 1024 + 156] = b" " * 8
+    negative[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(negative[1024:1536])
+    (tmp_path / "c.tar").write_bytes(negative)
+    with pytest.raises(ValueError, match="c.tar: not a readable tar"):
+        open_source(tmp_path / "c.tar")
+    kept = tmp_path / ("a.tar" + INDEX)
+    assert len(open_source(tmp_path / "a.tar")) == 2
+    stamp = np.load(kept)[:3].tolist()
+    for extents in ([0, 0, 2**62], [0, -512, 512], [5, 0, 512], [0, 512, 0], [0, 0, 512, 2, 512, 1024], [0, 0]):
+        np.save(kept, np.array(stamp + extents, np.int64))
+        assert len(open_source(tmp_path / "a.tar")) == 2
+    claimed = kept.read_bytes().replace(b"(9,), }" + 9 * b" ", b"(9" + 9 * b"0" + b",), }")  # 72 GB of numbers
+    assert len(claimed) == kept.stat().st_size and claimed != kept.read_bytes()
+    kept.write_bytes(claimed)
+    assert len(open_source(tmp_path / "a.tar")) == 2
+
+
 def test_layouts_of_public_parquet_sets(tmp_path):
     """The Cauldron's, and that of LLaVA-OneVision-Data, some rows of which have no picture."""
     data = source_files.picture(0)

@@ -1,4 +1,7 @@
-"""WebDataset: tar files whose neighbouring members `KEY.json`, `KEY.jpg` ... are one record.
+"""WebDataset: tar files whose members `KEY.json`, `KEY.jpg` ... are one record.
+
+Members of a key need not be neighbours; where an ending comes again, a new record of the same key begins. Endings count
+in small letters. Folders, links, members without an ending and hidden ones (`._KEY.jpg` of macOS) belong to no record.
 
 `KEY.json` is a record in any layout of `mllm_jax.data.records`; without it `KEY.txt` is a text with what it is about.
 Files that the record names are members of the same key: `KEY.0.jpg`, or what follows the key, `0.jpg`. Where it names
@@ -10,66 +13,80 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from mllm_jax.data.media import embedded_file, source_name
 from mllm_jax.data.records import Bad, BadRecord, Find
-from mllm_jax.data.sources.shards import Shard
+from mllm_jax.data.sources.shards import Shard, finding
 
 log = logging.getLogger(__name__)
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-CLIPS = ("mp4", "webm", "mkv", "mov", "avi")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "heic", "heif", "avif", "jp2")
+CLIPS = ("mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg")
 NAMING = {"image", "images", "video", "videos", "image_info"}  # fields that say which files belong to a record
 INDEX = ".index.npy"
+VERSION = 2  # of what is kept there
+DAMAGED = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError)  # what tarfile raises on a damaged header
+BLOCKS = 512 * tarfile.BLOCKSIZE  # bytes that are read at once behind an archive
 
 
 class Tar(Shard):
-    """One tar file, not compressed. A sample is one read.
+    """One tar file, not compressed. A sample is one read, or one for each place where members of its key stand.
 
-    Where samples begin is found by one pass over the headers, and kept in `SHARD.tar.index.npy` beside the file, or in
+    Where samples stand is found by one pass over the headers, and kept in `SHARD.tar.index.npy` beside the file, or in
     memory only where nothing can be written there.
+
+    Raises:
+        ValueError: the file is compressed, damaged or cut off.
     """
 
     def __init__(self, path: Path, root: Path):
         super().__init__(path, root)
-        self._starts = _index(path)
+        self._extents = _index(path)
+        self._firsts = np.flatnonzero(np.diff(self._extents[:, 0], prepend=-1, append=-1))  # the last is the end
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return max(0, len(self._firsts) - 1)
 
     def read(self, index: int) -> tuple[Any, Find]:
-        start, end = map(int, self._starts[index : index + 2])
+        data = io.BytesIO()
         with open(self.path, "rb") as file:
-            file.seek(start)
-            data = file.read(end - start)
+            for _, start, end in self._extents[slice(*self._firsts[index : index + 2])]:
+                file.seek(start)
+                data.write(file.read(end - start))
+        data.seek(0)
         name, members = self.name(index), {}
         try:
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                for member in tar:
-                    if member.isfile():
-                        key, extension = _key(member.name)
-                        name, members[extension] = f"{self.path.name}:{key}", tar.extractfile(member).read()
-        except (tarfile.TarError, OSError) as error:
+            with tarfile.open(fileobj=data, mode="r:") as tar:
+                for member, key, extension in _members(tar):
+                    name = f"{self.path.name}:{key}"
+                    if member.issparse():  # a block may say that it stands for any number of zeros
+                        raise tarfile.ReadError(f"{member.name} is a sparse file")
+                    members[extension] = tar.extractfile(member).read()
+                if tar.offset != data.getbuffer().nbytes:
+                    raise tarfile.ReadError("no header stands where the index says")
+        except DAMAGED as error:
             raise BadRecord("not readable", name, str(error)) from error
         return _record(members, name), _Members(name.partition(":")[2], members)
 
 
 class _Members:
-    """Finds files by the name of a member, or by what follows its key."""
+    """Finds files by the name of a member, or by what follows its key; also those that a name itself holds."""
 
     def __init__(self, key: str, members: Mapping[str, bytes]):
         self.key, self.members = PurePosixPath(key).name, members
 
     def __call__(self, name: Any) -> bytes:
-        if not isinstance(name, str):
-            raise Bad("not a path", repr(name)[:80])
-        key, extension = _key(PurePosixPath(name).name)
-        found = extension if key == self.key else name
+        with finding():
+            if (data := embedded_file(name)) is not None:
+                return data
+        key, _, extension = PurePosixPath(name.replace("\\", "/")).name.partition(".")
+        found = (extension if key == self.key else name).lower()
         if found not in self.members:
-            raise Bad("missing file", f"{name}; the sample has {', '.join(self.members)}")
+            raise Bad("missing file", f"{source_name(name)}; the sample has {', '.join(self.members)}")
         return self.members[found]
 
 
@@ -89,12 +106,13 @@ def _record(members: Mapping[str, bytes], name: str) -> Any:
         record["id"] = name.partition(":")[2]
     if _names_files(record):
         return record
-    of = lambda kinds: [extension for extension in members if extension.rpartition(".")[2].lower() in kinds]
+    of = lambda kinds: [extension for extension in members if extension.rpartition(".")[2] in kinds]
     return record | {"images": of(PICTURES), "videos": of(CLIPS)}
 
 
 def _names_files(record: dict[str, Any]) -> bool:
-    contents = [turn.get("content") for turn in record.get("messages") or [] if isinstance(turn, dict)]
+    turns = record.get("messages")
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     return any(record.get(key) is not None for key in NAMING) or any(
         part.get(str(part.get("type")).removesuffix("_url")) or part.get(str(part.get("type")))
@@ -103,45 +121,80 @@ def _names_files(record: dict[str, Any]) -> bool:
     )
 
 
-def _key(member: str) -> tuple[str, str]:
-    """A member's key, and what follows it: the name is cut at the first dot after its folders."""
-    folder, slash, last = member.rpartition("/")
-    key, _, extension = last.partition(".")
-    return folder + slash + key, extension
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """The files of an archive that have a key, their keys, and what follows these up to the end of the name.
+
+    A name is cut at the first dot after its folders.
+    """
+    for member in tar:
+        if tar.offset <= member.offset:
+            raise tarfile.ReadError(f"the size of a member is negative at byte {member.offset}")
+        folder, slash, last = member.name.removeprefix("./").rpartition("/")
+        key, _, extension = last.partition(".")
+        if key and extension and member.isfile():
+            yield member, folder + slash + key, extension.lower()
 
 
 def _index(path: Path) -> np.ndarray:
-    """i64[samples + 1]: where in the file every sample begins, and where the last one ends."""
+    """i64[extents 3]: number of the sample, and where in the file some of its members begin and end; by sample."""
     kept, about = path.with_name(path.name + INDEX), path.stat()
-    stamp = [about.st_size, about.st_mtime_ns]
+    stamp = np.array([VERSION, about.st_size, about.st_mtime_ns], np.int64)
     try:
-        found = np.load(kept)
-        if found[:2].tolist() == stamp:
-            return found[2:]
+        found = np.load(kept, mmap_mode="r")  # so that nothing is allocated for what a damaged one claims
+        if found.ndim == 1 and found.dtype == np.int64 and len(found) % 3 == 0 and (found[:3] == stamp).all():
+            extents = np.array(found[3:]).reshape(-1, 3)
+            if _is_valid(extents, about.st_size):
+                return extents
     except (OSError, ValueError, EOFError):  # there is none, or it was cut off
         pass
-    starts = np.array(_scan(path), np.int64)
+    extents = _scan(path)
     temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            np.save(file, np.concatenate([np.array(stamp, np.int64), starts]))
+            np.save(file, np.concatenate([stamp, extents.ravel()]))
         os.replace(temporary, kept)
     except OSError as error:
         log.info("%s is not kept: %s", kept, error)
-    return starts
+    return extents
 
 
-def _scan(path: Path) -> list[int]:
-    starts, before, end = [], None, 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                key = _key(member.name)[0]
-                if key != before:
-                    starts.append(member.offset)
-                before, end = key, member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path}: not a readable tar ({error}); it must be whole and not compressed") from error
-    return [*starts, end]
+def _is_valid(extents: np.ndarray, size: int) -> bool:
+    numbers, starts, ends = extents.T
+    counted = (numbers[:1] == 0).all() and np.isin(np.diff(numbers), (0, 1)).all()
+    return bool(counted and ((0 <= starts) & (starts < ends) & (ends <= size)).all())
+
+
+def _scan(path: Path) -> np.ndarray:
+    """The index by the headers of all members. Raises ValueError where there is something else than a header."""
+    extents, start, count = [], 0, 0
+    with open(path, "rb") as file:
+        while start is not None:  # several archives may stand behind each other
+            samples: dict[str, tuple[int, set[str]]] = {}  # by key: number, endings
+            file.seek(start)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member, key, extension in _members(tar):
+                        if key not in samples or extension in samples[key][1]:
+                            samples[key], count = (count, set()), count + 1
+                        number, extensions = samples[key]
+                        extensions.add(extension)
+                        if extents and extents[-1][0] == number and extents[-1][2] == member.offset:
+                            extents[-1][2] = tar.offset
+                        else:
+                            extents.append([number, member.offset, tar.offset])
+                    start = _behind(file, tar.offset)
+            except DAMAGED as error:
+                what = f"not a readable tar ({error}); it must be whole and not compressed"
+                raise ValueError(f"{path}: {what}") from error
+    return np.array(sorted(extents), np.int64).reshape(-1, 3)
+
+
+def _behind(file: BinaryIO, end: int) -> int | None:
+    """Where another archive begins behind the end mark that must stand at `end`, a block of zeros; None: nowhere."""
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"damaged or cut off at byte {end}, where neither a member nor the end mark begins")
+    while block := file.read(BLOCKS):
+        if behind := block.lstrip(b"\0"):
+            return (file.tell() - len(behind)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    return None
