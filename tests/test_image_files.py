@@ -214,3 +214,67 @@ def test_heic_is_read_or_its_package_is_named(tmp_path, monkeypatch):
     assert np.quantile(np.abs(pixels - np.asarray(Image.fromarray(drawing()).resize((96, 64)), int)), 0.9) < 8
     with pytest.raises(ValueError, match="a.heic: not a readable picture"):
         images.open_image(tmp_path / "a.heic")
+
+
+def photo(mode="RGB"):
+    """u8[70 91 3] of a smooth picture whose lower half is gray, as missing rows are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((91, 70), Image.Resampling.BICUBIC)
+    image.paste((128, 128, 128), (0, 40, 91, 70))
+    return image.convert(mode)
+
+
+FORMS = [{}, {"progressive": True}, {"subsampling": 0, "optimize": True}, {"restart_marker_rows": 1}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_without_its_end_mark_is_whole(tmp_path, form, mode):
+    file, about = io.BytesIO(), exif(turned(6))
+    photo(mode).save(file, "JPEG", exif=b"Exif\0\0" + about, **form)
+    whole, path = file.getvalue(), tmp_path / "a.jpg"
+    expected = np.asarray(images.load_image(whole))
+    for data in (whole[:-1], whole[:-2], whole[:-2] + bytes(999), whole + b"more"):
+        path.write_bytes(data)
+        for source in (data, path):
+            image = images.load_image(source)
+            np.testing.assert_array_equal(np.asarray(image), expected)
+            assert images.notes(image) == []
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_truncated_jpeg_is_refused_unless_so_many_rows_may_be_missing(tmp_path, form):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 96, 3), np.uint8)).save(file, "JPEG", **form)
+    whole, path = file.getvalue(), tmp_path / "a.jpg"
+    expected, shares = np.asarray(images.load_image(whole)), []
+    for left in (0.99, 0.75, 0.5, 0.25):
+        cut = int(left * len(whole))
+        for data in (whole[:cut], whole[:cut] + bytes(len(whole) - cut)):  # the second as a download that has ended
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=r"a.jpg: not a readable picture \(it is cut off: .*% of its rows are"):
+                images.load_image(path)
+            image = images.load_image(path, missing_rows=1)
+            missing = image.info["missing_rows"]
+            there = round((1 - missing) * 160)
+            np.testing.assert_array_equal(np.asarray(image)[:there], expected[:there])
+            assert images.notes(image) == [images.TRUNCATED]
+            images.load_image(path, missing_rows=missing)
+            with pytest.raises(ValueError, match="cut off"):
+                images.load_image(path, missing_rows=missing - 0.001)
+        shares.append(missing)
+    assert sorted(shares) == shares
+    if "progressive" not in form:  # rows of noise take equally many bytes; a row of blocks has 16 pixels at most
+        pixels = len(whole) - whole.index(b"\xff\xda")
+        lost = [(len(whole) - int(left * len(whole))) / pixels for left in (0.99, 0.75, 0.5, 0.25)]
+        assert all(-0.01 < share - least < 0.12 for share, least in zip(shares, lost))
+    else:  # all rows lack the details that were to come
+        assert shares[1] > 0.5 and shares[2:] == [1, 1]
+
+
+def test_no_other_damage_of_a_jpeg_counts_as_truncation():
+    whole = saved("JPEG")
+    start = whole.index(b"\xff\xda")
+    for data in (whole[:start], whole[: start + 8], b"\xff\xd8\xff", whole[:start] + b"\xff\xd9", whole[:200]):
+        with pytest.raises(ValueError, match="not a readable picture"):
+            images.load_image(data, missing_rows=0.99)

@@ -1,5 +1,8 @@
 """Conversations with pictures and clips to numbers, against transformers' processor and against expectations."""
 
+import base64
+import dataclasses
+import io
 import json
 import pickle
 import subprocess
@@ -11,6 +14,7 @@ import pytest
 import tiny_chat
 from PIL import Image
 
+from mllm_jax.data import images
 from mllm_jax.data.processor import Budget, Processor, ProcessorSpec, TooLarge
 
 SPEC = ProcessorSpec(min_pixels=64 * 64, max_pixels=256 * 256, clip_max_pixels=8 * 128 * 128)
@@ -181,6 +185,31 @@ def test_pictures_and_clips_of_no_shape_are_named(processor, tmp_path):
     for item in ({"type": "image", "image": str(tmp_path / "stripe.png")}, clip(2, 1, 300)):
         with pytest.raises(ValueError, match="(stripe.png|<ndarray>): a picture of .* has an aspect ratio over 200"):
             processor(asking(item))
+
+
+def test_a_truncated_jpeg_that_is_tolerated_is_noted(processor):
+    file = io.BytesIO()
+    picture(96, 64).save(file, "JPEG")
+    asked = lambda data: asking({"type": "image", "image": data})
+    whole, cut = asked(file.getvalue()[:-2]), asked(file.getvalue()[:-300])
+    assert processor(whole).notes == ()
+    with pytest.raises(ValueError, match="cut off: .* of its rows are missing"):
+        processor(cut)
+    tolerant = Processor(processor.tokenizer, processor.template, dataclasses.replace(processor.spec, missing_rows=0.5))
+    assert tolerant(cut).notes == (images.TRUNCATED,) and tolerant(whole).notes == ()
+    with pytest.raises(ValueError, match="missing_rows=1.5: it must lie between 0 and 1"):
+        dataclasses.replace(processor.spec, missing_rows=1.5)
+
+
+def test_files_of_messages_may_be_data_uris(processor):
+    file = io.BytesIO()
+    picture(96, 64).save(file, "PNG")
+    text = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    one, other = (processor(asking({"type": "image", "image": data})) for data in (text, file.getvalue()))
+    np.testing.assert_array_equal(one.pictures[0].patches, other.pictures[0].patches)
+    for kind in ("image", "video"):
+        with pytest.raises(ValueError, match="^not a local file: https://example.org/a; download it"):
+            processor(asking({"type": kind, kind: "https://example.org/a"}))
 
 
 def test_a_template_that_hides_pictures_is_an_error(processor):

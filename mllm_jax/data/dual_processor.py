@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.dual_batches import one_each, pairs_in_rows
-from mllm_jax.data.images import load_image, patchify
+from mllm_jax.data.images import load_image, notes, patchify
 from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
@@ -30,6 +30,7 @@ class DualProcessor:
     lead: empty patches before a picture's own.
     length: tokens of a text; a shorter one is padded.
     reads_padding: whether padding is a part of a text.
+    missing_rows: largest share of its rows that a truncated JPEG may lack.
     """
 
     tokenizer: Tokenizer
@@ -40,6 +41,7 @@ class DualProcessor:
     lead: int
     length: int
     reads_padding: bool
+    missing_rows: float = 0.0
 
     def picture(self, source: Any) -> Picture:
         """A path, bytes, an array or a PIL image, as `images.open_image` takes them, normalised."""
@@ -74,12 +76,14 @@ class DualProcessor:
                 f"a pair needs one picture and a text, not {len(shown)} pictures or clips and {text[:80]!r}"
             )
         rule = self.rule.within((budget.patches - self.lead) * self.patch**2)
-        picture = self._patches(rule.read(load_image(shown[0]["image"])))
+        image = load_image(shown[0]["image"], self.missing_rows)
+        picture = self._patches(rule.read(image))
         if len(picture.patches) > budget.patches:
             raise TooLarge(f"a picture has {len(picture.patches)} patches, a patch row {budget.patches}")
         tokens, read = self._text(self.tokenizer.encode_framed(self._plain(text), self.length))
         nowhere = np.full(self.length, -1, np.int32)
-        return Example(tokens, read, np.zeros((self.length, 3), np.int32), nowhere, (picture,))
+        position = np.zeros((self.length, 3), np.int32)
+        return Example(tokens, read, position, nowhere, (picture,), notes=tuple(notes(image)))
 
     def collate(self, rows: Sequence[Sequence[Example]], budget: Budget) -> DualBatch:
         """Rows of pairs as a batch."""

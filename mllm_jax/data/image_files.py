@@ -12,10 +12,12 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
+
+from mllm_jax.data.truncated_jpeg import ROOM, completed
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG2000", "PPM", "QOI", "TIFF", "WEBP")  # beside JPEG, PNG and HEIC
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -41,6 +43,14 @@ def open_file(source: str | os.PathLike | bytes) -> Image.Image:
     if HEIC.match(start) and b"avif" not in start:
         return _heic(source)
     return Image.open(source, formats=FORMATS)
+
+
+def truncated_image(image: Image.Image) -> tuple[Image.Image, float] | None:
+    """A JPEG file that lacks its end, decoded, and the share of its rows that are missing; None: it lacks no end."""
+    if not isinstance(image, JpegImageFile) or image.fp is None:
+        return None
+    image.fp.seek(0)
+    return completed(image.fp.read(), _Jpeg)
 
 
 def orientation(image: Image.Image) -> int:
@@ -71,10 +81,20 @@ def _stated(exif: bytes | None) -> int | None:
 
 
 class _Jpeg(JpegImageFile):
-    """A JPEG, or the first picture of an MPO, whose resolution is not looked for: an odd one would fail the image."""
+    """A JPEG, or the first picture of an MPO.
+
+    Its resolution is not looked for: an odd one would fail the image. One that ends in zeros counts as truncated.
+    """
 
     def _read_dpi_from_exif(self) -> None:
         pass
+
+    def load(self) -> Any:
+        if self.tile:
+            self.fp.seek(-len(ROOM), os.SEEK_END)
+            if self.fp.read() == ROOM:
+                raise OSError("image file is truncated (it ends in zeros)")
+        return super().load()
 
 
 def _heic(source: str | os.PathLike | BinaryIO) -> Image.Image:

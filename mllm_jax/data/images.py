@@ -11,11 +11,12 @@ from einops import rearrange
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from mllm_jax.data.image_files import open_file, orientation
+from mllm_jax.data.image_files import open_file, orientation, truncated_image
 from mllm_jax.data.media import resolve, source_name
 
 MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake: it would take 400 MB as RGB
 MAX_ASPECT = 200
+TRUNCATED = "rows of a truncated JPEG are missing"
 TURNED = {  # by the EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,13 +70,15 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if orientation(image) >= 5 else (image.height, image.width)
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image, missing_rows: float = 0.0) -> Image.Image:
     """Decodes to 8-bit RGB: EXIF rotation applied, transparency laid on white, deep grey scaled to 8 bits.
 
+    `missing_rows`: largest share of the rows that a JPEG may lack, from 0 to 1. They are gray or lack detail, and
+    `info["missing_rows"]` of the result is their share. A file without its end mark lacks none.
     Raises ValueError, naming the file, if the pixels cannot be decoded (a truncated or damaged file).
     """
     with _reading(image):
-        image.load()
+        image = _decoded(image, missing_rows)
         if (turned := TURNED.get(orientation(image))) is not None:
             image = image.transpose(turned)
         if image.mode.startswith(("I", "F")):
@@ -84,6 +87,21 @@ def upright_rgb(image: Image.Image) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _decoded(image: Image.Image, missing_rows: float) -> Image.Image:
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if (found := truncated_image(image)) is None:
+            raise
+        whole, missing = found
+        if missing > missing_rows:
+            raise ValueError(f"it is cut off: {missing:.1%} of its rows are missing") from error
+        if missing:
+            whole.info["missing_rows"] = missing
+        return whole
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -100,9 +118,14 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def load_image(source: Any) -> Image.Image:
+def load_image(source: Any, missing_rows: float = 0.0) -> Image.Image:
     """`open_image`, then `upright_rgb`: any supported source as an upright RGB picture."""
-    return upright_rgb(open_image(source))
+    return upright_rgb(open_image(source), missing_rows)
+
+
+def notes(image: Image.Image) -> list[str]:
+    """What a loaded picture lacks, in words that are counted."""
+    return [TRUNCATED] if image.info.get("missing_rows") else []
 
 
 def shrunk_size(height: int, width: int, factor: int, max_pixels: int, frames: int = 1) -> tuple[int, int]:

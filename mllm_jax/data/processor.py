@@ -95,7 +95,9 @@ class Processor:
         plans = self._plans(visuals, text, len(written), budget)
         conversations = [self._laid_out(tokens, weight, plans) for tokens, weight, _ in written]
         example = together(conversations) if others else conversations[0]
-        return example._replace(pictures=tuple(self._pictures(visuals, plans)), kind=kind)
+        pictures = tuple(self._pictures(visuals, plans))
+        notes = tuple(note for visual in visuals for note in visual.notes)
+        return example._replace(pictures=pictures, kind=kind, notes=notes)
 
     def _laid_out(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:
         """A conversation with all its visual tokens, and without its pictures."""

@@ -28,6 +28,7 @@ class ProcessorSpec:
     clip_rule: Whole | None = None  # how each frame of a clip does, all in one block; None = nearly as they are
     min_pixels: int = 65536  # of a picture, where there is no other rule
     max_pixels: int = 16777216
+    missing_rows: float = 0.0  # largest share of its rows that a truncated JPEG may lack
     clip_min_pixels: int = 4096  # of all frames of a clip together; of each where a clip is one block
     clip_max_pixels: int = 25165824
     fps: float = 2.0  # at which clips are sampled
@@ -61,6 +62,8 @@ class ProcessorSpec:
     def __post_init__(self):
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}")
+        if not 0 <= self.missing_rows <= 1:
+            raise ValueError(f"missing_rows={self.missing_rows}: it must lie between 0 and 1")
         if not 1 <= self.min_frames <= self.max_frames:
             raise ValueError(f"a clip cannot have {self.min_frames} to {self.max_frames} frames")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from mllm_jax.data import images, video
 from mllm_jax.data.mix import shifted, spread
@@ -55,6 +56,8 @@ class Still:
     source: Any  # opened again when it is read: neither open files nor pixels wait in between
     height: int
     width: int
+    # what it lacks, in words that are counted; filled when it is read
+    notes: list[str] = dataclasses.field(default_factory=list, kw_only=True, compare=False)
 
     video = False
 
@@ -72,7 +75,12 @@ class Still:
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
         """u8[t h w 3] of each of the plan's pictures."""
-        yield images.resized(images.load_image(self.source), plan.sizes[0])[None]
+        yield images.resized(self._load(spec), plan.sizes[0])[None]
+
+    def _load(self, spec: ProcessorSpec) -> Image.Image:
+        image = images.load_image(self.source, spec.missing_rows)
+        self.notes.extend(images.notes(image))
+        return image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Cut(Still):
         return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor)),), rule)
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
-        for pixels in plan.rule.pictures(images.load_image(self.source)):
+        for pixels in plan.rule.pictures(self._load(spec)):
             yield pixels[None]
 
 
@@ -101,7 +109,7 @@ class Film:
     indices: list[int]
     even: bool = True  # whether the frames are spread evenly
 
-    video = True
+    video, notes = True, ()
 
     @classmethod
     def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "Film":

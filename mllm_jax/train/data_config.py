@@ -19,6 +19,7 @@ class DataConfig:
     tokens, rows, patches: a row holds `tokens` tokens and `rows` x `patches` patches; no picture exceeds `patches`. Of
       pairs of a picture and a text, each text takes as many tokens as the model reads.
     min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
+    missing_rows: largest share of its rows that a truncated JPEG may lack, from 0 to 1. Default 0: it is left out.
     fps, max_frames, sampling: of a clip: frames a second, how many at most, and whether they are spread evenly ("even")
       or denser where they differ ("motion"); None leaves it to the processor. A clip in a message may ask for its own.
     user_content_tokens: tokens such as <|box_start|> are read in texts of users as in answers, and not as letters; None
@@ -36,6 +37,7 @@ class DataConfig:
     patches: int = 4096
     min_pixels: int | None = None
     max_pixels: int | None = None
+    missing_rows: float = 0.0
     fps: float | None = None
     max_frames: int | None = None
     sampling: str | None = None
@@ -55,6 +57,8 @@ class DataConfig:
         for name, least in {"batch": 1, "tokens": 1, "rows": 0, "patches": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
+        if not 0 <= self.missing_rows <= 1:
+            raise ValueError(f"missing_rows={self.missing_rows}: it must lie between 0 and 1")
         if self.sampling not in (None, *SAMPLINGS):
             raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}")
         if self.streams is not None and (self.streams < 1 or self.batch % self.streams):

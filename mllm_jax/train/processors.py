@@ -16,6 +16,8 @@ from mllm_jax.train.data_config import DataConfig
 from mllm_jax.weights.hf import local_folder
 
 SCENES = "scenes"  # the processor of the embedded set
+# settings of data that belong to a processor
+SETTINGS = ("min_pixels", "max_pixels", "missing_rows", "fps", "max_frames", "sampling", "user_content_tokens")
 
 
 def make_processor(source: str, model: ModelConfig | DualConfig, data: DataConfig) -> Processor | DualProcessor:
@@ -56,12 +58,11 @@ def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualPro
     if not data.rows or data.patches <= encoder.lead:
         raise ConfigError(f"config.data: rows={data.rows} of patches={data.patches} have no room for a picture")
     _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
-    return processor
+    return dataclasses.replace(processor, missing_rows=data.missing_rows)
 
 
 def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
-    names = ("min_pixels", "max_pixels", "fps", "max_frames", "sampling", "user_content_tokens")
-    limits = {name: getattr(data, name) for name in names}
+    limits = {name: getattr(data, name) for name in SETTINGS}
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
     if source == SCENES:
