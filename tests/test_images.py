@@ -9,6 +9,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mllm_jax.data import images
+from mllm_jax.data.resize import Square
 
 
 def noise(height, width, channels=3, seed=0):
@@ -181,3 +182,60 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="bomb.png"):
         images.open_image(tmp_path / "bomb.png")
+
+
+def test_bands_of_rows_change_nothing(monkeypatch):
+    deep = np.random.default_rng(0).integers(0, 65536, (37, 5), np.uint16)
+    pictures = [Image.fromarray(noise(37, 5, 4)), Image.fromarray(deep), Image.fromarray(noise(37, 5)).convert("P")]
+    pictures += [Image.fromarray(deep.astype(kind) / 256) for kind in (np.float32,)] + [Image.new("CMYK", (5, 37))]
+    pictures += [Image.fromarray(deep.astype(np.int32))]
+    keyed = saved(pictures[2], "PNG", transparency=3)
+    whole = [np.asarray(images.load_image(source)) for source in [*pictures, keyed]]
+    monkeypatch.setattr(images, "BAND", 20)
+    for source, expected in zip([*pictures, keyed], whole):
+        np.testing.assert_array_equal(np.asarray(images.load_image(source)), expected)
+
+
+def test_memory_is_bounded_by_what_a_mode_takes(monkeypatch):
+    """Pixels x bytes of a mode, and again 4 bytes for each copy as RGB and turned."""
+    exif = Image.Exif()
+    exif[274] = 6
+    progressive = saved(Image.fromarray(noise(64, 64)), "JPEG", progressive=True, subsampling=0)
+    taken = {
+        saved(Image.new("RGB", (100, 50)), "PNG"): 5000 * 4,
+        saved(Image.new("RGB", (100, 50)), "PNG", exif=exif): 5000 * 8,
+        saved(Image.new("RGBA", (100, 50)), "PNG"): 5000 * 8,
+        saved(Image.new("L", (100, 50)), "PNG"): 5000 * 5,
+        saved(Image.new("1", (100, 50)), "PNG"): 5000 * 5,
+        saved(Image.fromarray(np.zeros((50, 100), np.uint16)), "PNG"): 5000 * 6,
+        saved(Image.new("RGB", (100, 50)), "WEBP"): 5000 * 8,
+        saved(Image.new("CMYK", (100, 50)), "JPEG"): 5000 * 8,
+        progressive: 64 * 64 * (4 + 2 * 3),
+    }
+    for data, needed in taken.items():
+        monkeypatch.setattr(images, "MAX_BYTES", needed)
+        images.load_image(data)
+        monkeypatch.setattr(images, "MAX_BYTES", needed - 1)
+        with pytest.raises(ValueError, match=r"pixels of mode .* MB of memory, over"):
+            images.load_image(data)
+    monkeypatch.setattr(images, "MAX_BYTES", 4 * 100**2 - 1)
+    with pytest.raises(ValueError, match="100x50 pixels on a square take"):
+        Square(8, (0, 0, 0)).read(Image.new("RGB", (100, 50)))
+
+
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_where_that_suffices(monkeypatch):
+    exif = Image.Exif()
+    exif[274] = 6
+    smooth = Image.fromarray(noise(9, 16)).resize((512, 288), Image.Resampling.BICUBIC)
+    for data, turned in ((saved(smooth, "JPEG"), False), (saved(smooth, "JPEG", exif=exif), True)):
+        size = (32, 18)[:: 1 if turned else -1]
+        expected = images.resized(images.load_image(data, size=size), size)
+        assert images.load_image(data, size=size).size[turned] == 512
+        with monkeypatch.context() as patched:
+            patched.setattr(images, "LARGE", 10_000)
+            assert images.load_image(data).size[turned] == 512
+            assert images.load_image(data, size=(288, 288)).size[turned] == 512
+            assert images.load_image(data, size=size).size[turned] == 64  # an eighth is twice the size
+            assert images.load_image(data, size=(size[0] + 1, size[1] + 1)).size[turned] == 128
+            found = images.resized(images.load_image(data, size=size), size)
+        assert np.abs(found.astype(int) - expected).max() < 8

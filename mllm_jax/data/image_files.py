@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from mllm_jax.data.truncated_jpeg import ROOM, completed
 
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG2000", "PPM", "QOI", "TIFF", "WEBP")  # beside JPEG, PNG and HEIC
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG2000", "PPM", "QOI", "TIFF", "WEBP")  # beside JPEG, PNG and HEIC
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 HEIC = re.compile(rb"....ftyp(?!avi[fs])(?:hei[cfmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # types of EXIF whose values fit into an entry

@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from mllm_jax.data.image_files import open_file, orientation, truncated_image
 from mllm_jax.data.media import resolve, source_name
 
-MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake: it would take 400 MB as RGB
+MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake
+MAX_BYTES = 2**29  # that the pixels of a picture and their copies may take: a file of 16 kB may ask for any number
+LARGE = 2**25  # pixels above which a JPEG may be decoded at a half, a quarter or an eighth of its sides
+BAND = 2**20  # pixels that are converted at once
+BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # of a pixel by mode; 4 in all others
+DECODERS = {"AVIF": 4, "HEIF": 4, "JPEG2000": 16, "WEBP": 4}  # bytes of a pixel that a decoder holds beside PIL's image
 MAX_ASPECT = 200
 TRUNCATED = "rows of a truncated JPEG are missing"
 TURNED = {  # by the EXIF orientation
@@ -60,6 +66,9 @@ def open_image(source: Any) -> Image.Image:
         image = open_file(source)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{source_name(source)}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
+    if not isinstance(image, JpegImageFile):  # which may be decoded at a smaller size
+        with _reading(source):
+            _check_memory(image)
     return image
 
 
@@ -70,31 +79,35 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if orientation(image) >= 5 else (image.height, image.width)
 
 
-def upright_rgb(image: Image.Image, missing_rows: float = 0.0) -> Image.Image:
+def upright_rgb(image: Image.Image, missing_rows: float = 0.0, size: tuple[int, int] | None = None) -> Image.Image:
     """Decodes to 8-bit RGB: EXIF rotation applied, transparency laid on white, deep grey scaled to 8 bits.
 
     `missing_rows`: largest share of the rows that a JPEG may lack, from 0 to 1. They are gray or lack detail, and
     `info["missing_rows"]` of the result is their share. A file without its end mark lacks none.
-    Raises ValueError, naming the file, if the pixels cannot be decoded (a truncated or damaged file).
+    `size`: (height, width) that the picture is resized to next. A JPEG of more than LARGE pixels that has over twice as
+    many on each side may be decoded at a reduced size. None: it is decoded as it is.
+    Raises ValueError, naming the file, if the pixels cannot be decoded (a truncated or damaged file) or take more than
+    MAX_BYTES.
     """
     with _reading(image):
-        image = _decoded(image, missing_rows)
-        if (turned := TURNED.get(orientation(image))) is not None:
-            image = image.transpose(turned)
-        if image.mode.startswith(("I", "F")):
-            image = _to_8_bits(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        image = _decoded(image, missing_rows, size)
+        if image.mode != "RGB" or image.has_transparency_data:
+            image = _to_rgb(image)
+        turned = TURNED.get(orientation(image))
+        return image if turned is None else image.transpose(turned)
 
 
-def _decoded(image: Image.Image, missing_rows: float) -> Image.Image:
+def _decoded(image: Image.Image, missing_rows: float, size: tuple[int, int] | None) -> Image.Image:
+    stored = image.width * image.height
+    if isinstance(image, JpegImageFile) and size is not None and stored > LARGE:
+        height, width = size if orientation(image) < 5 else size[::-1]
+        image.draft(None, (2 * width, 2 * height))
+    _check_memory(image, stored)
     try:
         image.load()
         return image
     except OSError as error:
-        if (found := truncated_image(image)) is None:
+        if stored > LARGE or (found := truncated_image(image)) is None:
             raise
         whole, missing = found
         if missing > missing_rows:
@@ -104,23 +117,64 @@ def _decoded(image: Image.Image, missing_rows: float) -> Image.Image:
         return whole
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def _check_memory(image: Image.Image, stored: int = 0) -> None:
+    """Raises ValueError if the pixels of an image and their copies as upright RGB take more than MAX_BYTES.
+
+    `stored`: pixels of the file, where it is decoded at another size. Of a progressive JPEG all of them are held.
+    """
+    copies = (image.mode != "RGB" or image.has_transparency_data) + (orientation(image) != 1)
+    pixel = BYTES.get(image.mode, 4) + 4 * copies + DECODERS.get(image.format, 0)
+    needed = image.width * image.height * pixel
+    if image.info.get("progressive") and isinstance(image, JpegImageFile):
+        sampling = [across * down for _, across, down, _ in image.layer]
+        needed += 2 * stored * sum(sampling) // max(sampling)
+    check_bytes(needed, f"{image.width}x{image.height} pixels of mode {image.mode}")
+
+
+def check_bytes(needed: int, what: str) -> None:
+    """Raises ValueError if something takes more than MAX_BYTES."""
+    if needed > MAX_BYTES:
+        raise ValueError(f"{what} take {needed / 2**20:.0f} MB of memory, over {MAX_BYTES / 2**20:.0f}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, in bands of rows: the steps in between take many times the memory of the image."""
+    rows = max(1, BAND // image.width)
+    edges = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    convert = _on_white if image.has_transparency_data else lambda band: band.convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        peak = max((_values(image.crop(edge)).max(initial=0) for edge in edges), default=0)
+        convert = lambda band: _to_8_bits(band, peak).convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    rgb.info = dict(image.info)
+    for edge in edges:
+        rgb.paste(convert(image.crop(edge)), edge)
+    return rgb
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image, np.float64))
+
+
+def _to_8_bits(image: Image.Image, peak: float) -> Image.Image:
     """PIL's own conversion of 16-bit, 32-bit and float grey clips at 255 instead of scaling."""
-    values = np.nan_to_num(np.asarray(image, np.float64))
-    peak = values.max(initial=0)
     if image.mode == "F":
         full = 1.0 if peak <= 1 else 255.0
     elif image.mode == "I":  # 32-bit files hold 8-bit or 16-bit grey far more often than 32-bit
         full = 255.0 if peak <= 255 else 65535.0
     else:
         full = 65535.0
-    grey = np.clip(np.rint(values * (255 / full)), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey)
+    return Image.fromarray(np.clip(np.rint(_values(image) * (255 / full)), 0, 255).astype(np.uint8))
 
 
-def load_image(source: Any, missing_rows: float = 0.0) -> Image.Image:
+def load_image(source: Any, missing_rows: float = 0.0, size: tuple[int, int] | None = None) -> Image.Image:
     """`open_image`, then `upright_rgb`: any supported source as an upright RGB picture."""
-    return upright_rgb(open_image(source), missing_rows)
+    return upright_rgb(open_image(source), missing_rows, size)
 
 
 def notes(image: Image.Image) -> list[str]:

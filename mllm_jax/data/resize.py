@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm_jax.data.images import MAX_ASPECT
+from mllm_jax.data.images import MAX_ASPECT, check_bytes
 from mllm_jax.data.mix import Tokens, joined, resampled
 from mllm_jax.types import NEWLINE, Mix
 
@@ -163,6 +163,7 @@ class Square(Whole):
 
     def read(self, image: Image.Image) -> np.ndarray:
         long = max(image.size)
+        check_bytes(4 * long**2, f"{image.width}x{image.height} pixels on a square")
         laid = Image.new("RGB", (long, long), self.colour)
         laid.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
         return resize(laid, self.sized(image.size))

@@ -75,10 +75,10 @@ class Still:
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
         """u8[t h w 3] of each of the plan's pictures."""
-        yield images.resized(self._load(spec), plan.sizes[0])[None]
+        yield images.resized(self._load(spec, plan.sizes[0]), plan.sizes[0])[None]
 
-    def _load(self, spec: ProcessorSpec) -> Image.Image:
-        image = images.load_image(self.source, spec.missing_rows)
+    def _load(self, spec: ProcessorSpec, size: Size | None = None) -> Image.Image:
+        image = images.load_image(self.source, spec.missing_rows, size)
         self.notes.extend(images.notes(image))
         return image
 
