@@ -2,16 +2,21 @@
 
 import base64
 import io
+import json
 import os
+import tarfile
 import unicodedata
 import urllib.parse
 
 import numpy as np
 import pytest
+import source_files
 from PIL import Image
 
 from mllm_jax.data import images
 from mllm_jax.data.media import LONGEST_NAME, BadName, locate, resolve, source_name
+from mllm_jax.data.records import BadRecord
+from mllm_jax.data.sources import open_source
 
 
 def picture(form="PNG"):
@@ -152,3 +157,27 @@ def test_a_message_names_its_files_like_a_record(root, monkeypatch):
         images.open_image("https://example.org/a.png")
     with pytest.raises(FileNotFoundError, match="none.png: no such picture"):
         images.open_image("none.png")
+
+
+def test_records_hold_files_in_every_layout_and_format(tmp_path):
+    """OpenAI's and Hugging Face's, in JSON Lines and in a WebDataset, where other names are members."""
+    uri, answer = EMBEDDED["data URI"], {"role": "assistant", "content": "A cat."}
+    part = {"type": "image_url", "image_url": {"url": uri, "detail": "low"}}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}
+    turns = [{"role": "user", "content": "What is it?"}, answer]
+    records = [{"messages": [asked, answer]}, {"messages": turns, "images": [{"bytes": TEXT, "path": None}]}]
+    records += [{"messages": turns, "image": uri}, {"text": "A cat.", "image": {"path": uri}}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for number, record in enumerate(records):
+            source_files.add(tar, f"{number}.json", json.dumps(record).encode())
+            source_files.add(tar, f"{number}.png", b"not this one")
+    for name in ("a.jsonl", "b.tar"):
+        source = open_source(tmp_path / name)
+        for index in range(len(records)):
+            assert source[index]["messages"][0]["content"][0] == {"type": "image", "image": DATA}
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "A cat.", "image": uri[:-9] + "?" + uri[-8:]}))
+    with pytest.raises(
+        BadRecord, match=r"^c.jsonl:1: not a readable data URI .data:image/png;base64,.* is not base64"
+    ):
+        open_source(tmp_path / "c.jsonl")[0]

@@ -30,7 +30,7 @@ def open_file(source: str | os.PathLike | bytes) -> Image.Image:
 
     Raises ValueError where the package for HEIC is missing, and whatever PIL's readers raise on a damaged file.
     """
-    opened = lambda: io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    opened = lambda: io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0)
     with opened() as file:
         start = file.read(32)
     if start.startswith(PNG):
