@@ -1,5 +1,7 @@
 """The loader: the same batches whoever works and wherever it resumes; what is broken is counted, mistakes surface."""
 
+import dataclasses
+import io
 import itertools
 import json
 import logging
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm_jax.data.images import TRUNCATED
 from mllm_jax.data.loader import BadData, join_states, make_loader
 from mllm_jax.data.mixture import Mixture
 from mllm_jax.data.pack import Budget
@@ -410,3 +413,21 @@ def test_pictures_are_shrunk_to_the_budget_before_a_conversation_is_dropped(tmp_
     assert not more and info.conversations == 2 and info.dropped == 1 and not info.skipped
     grids = {tuple(g) for g in batch.vision.grid[batch.vision.image > 0]}
     assert (6, 8) in grids and len(grids) == 2 and max(h * w for h, w in grids) <= 256
+
+
+def test_truncated_pictures_are_left_out_or_tolerated_and_counted(tmp_path, caplog):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).save(file, "JPEG")
+    for name, data in {"whole": file.getvalue()[:-2], "cut": file.getvalue()[:-200]}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    turns = [{"role": "user", "content": "Any red?"}, {"role": "assistant", "content": "yes"}]
+    records = [{"id": str(n), "image": f"{'whole' if n % 3 else 'cut'}.jpg", "messages": turns} for n in range(12)]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, records)))
+    strict, tolerant = scenes_processor(), scenes_processor()
+    tolerant.spec = dataclasses.replace(tolerant.spec, missing_rows=0.5)
+    for processor, noted, skipped in ((strict, {}, {"not readable": 4}), (tolerant, {TRUNCATED: 4}, {})):
+        loader = make_loader(open_source(tmp_path / "set.jsonl"), processor, Budget(128, 2, 64), 2, epochs=1)
+        infos = [info for _, info in loader]
+        assert (infos[-1].noted, infos[-1].skipped) == (noted, skipped)
+        assert sum(info.conversations for info in infos) == (12 if noted else 8)
+    assert f"{TRUNCATED} (records so far: " in caplog.text

@@ -177,7 +177,5 @@ def test_records_hold_files_in_every_layout_and_format(tmp_path):
         for index in range(len(records)):
             assert source[index]["messages"][0]["content"][0] == {"type": "image", "image": DATA}
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "A cat.", "image": uri[:-9] + "?" + uri[-8:]}))
-    with pytest.raises(
-        BadRecord, match=r"^c.jsonl:1: not a readable data URI .data:image/png;base64,.* is not base64"
-    ):
+    with pytest.raises(BadRecord, match=r"^c.jsonl:1: not a readable data URI .data:image/png;base64,.* is not base64"):
         open_source(tmp_path / "c.jsonl")[0]

@@ -111,7 +111,9 @@ def _decoded(image: Image.Image, missing_rows: float, size: tuple[int, int] | No
             raise
         whole, missing = found
         if missing > missing_rows:
-            raise ValueError(f"it is cut off: {missing:.1%} of its rows are missing") from error
+            raise ValueError(
+                f"it is cut off: {missing:.1%} of its rows are missing, over missing_rows={missing_rows}"
+            ) from error
         if missing:
             whole.info["missing_rows"] = missing
         return whole
