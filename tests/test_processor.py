@@ -14,8 +14,9 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from mllm_jax.data import images
+from mllm_jax.data import images, video
 from mllm_jax.data.processor import Budget, Processor, ProcessorSpec, TooLarge
+from mllm_jax.data.visuals import BROKEN_FRAMES
 
 SPEC = ProcessorSpec(min_pixels=64 * 64, max_pixels=256 * 256, clip_max_pixels=8 * 128 * 128)
 
@@ -199,6 +200,13 @@ def test_a_truncated_jpeg_that_is_tolerated_is_noted(processor):
     assert tolerant(cut).notes == (images.TRUNCATED,) and tolerant(whole).notes == ()
     with pytest.raises(ValueError, match="missing_rows=1.5: it must lie between 0 and 1"):
         dataclasses.replace(processor.spec, missing_rows=1.5)
+
+
+def test_a_clip_whose_broken_frames_are_replaced_is_noted(processor, monkeypatch):
+    whole, opened = asking(clip(4, 64, 64, fps=2.0)), video.open_clip
+    assert processor(whole).notes == ()
+    monkeypatch.setattr(video, "open_clip", lambda *said: dataclasses.replace(opened(*said), broken={1}))
+    assert processor(whole).notes == (BROKEN_FRAMES,)
 
 
 def test_files_of_messages_may_be_data_uris(processor):

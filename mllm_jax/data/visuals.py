@@ -17,6 +17,8 @@ from mllm_jax.data.tiles import Size
 from mllm_jax.data.video import Clip
 from mllm_jax.types import NEWLINE, Mix
 
+BROKEN_FRAMES = "frames of a clip cannot be decoded, and show the frame before"
+
 
 class Run(NamedTuple):
     """The visual tokens that stand for one placeholder."""
@@ -109,7 +111,12 @@ class Film:
     indices: list[int]
     even: bool = True  # whether the frames are spread evenly
 
-    video, notes = True, ()
+    video = True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the frames that were read lack, in words that are counted."""
+        return (BROKEN_FRAMES,) if self.clip.broken else ()
 
     @classmethod
     def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "Film":
