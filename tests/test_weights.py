@@ -196,6 +196,29 @@ def test_every_bit_pattern_is_cast_as_numpy_casts_it(tmp_path, stored, asked):
     np.testing.assert_array_equal(bits(loaded["x"]), bits(values.astype(np.dtype(asked))))
 
 
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_doubles_are_cast_as_torch_casts_them(tmp_path, asked):
+    values = {"x": torch.randn(6, 5, dtype=torch.float64), "scale": torch.tensor(1 / 3, dtype=torch.float64)}
+    values["x"][0, :3] = torch.tensor([1 + 2**-8 + 2**-40, 1e-300, 3e38], dtype=torch.float64)
+    safetensors.torch.save_file(values, tmp_path / "model.safetensors")
+    loaded = load_tensors(tmp_path, [("x", "x"), ("scale", "scale")], abstract({"x": (6, 5), "scale": ()}), dtype=asked)
+    for name, value in values.items():
+        assert torch.equal(torch.from_numpy(np.array(loaded[name], np.float32)), value.to(DTYPES[asked]).float())
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "int64", "bool", "complex64"])
+def test_other_dtypes_are_refused_as_weights_and_ignored_as_buffers(tmp_path, dtype):
+    kind = getattr(torch, dtype)
+    tensors = {"model.embed.weight": torch.zeros(7, 16), "model.position_ids": torch.arange(3).to(kind)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    shapes = abstract({"embed": (7, 16)})
+    load_tensors(tmp_path, ROWS, shapes, ignore=[r".*\.position_ids"])
+    tensors["model.embed.weight"] = tensors["model.embed.weight"].to(kind)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsMismatch, match="dtype: model.embed.weight is .*, only F32, F16, BF16, F64 can be read"):
+        load_tensors(tmp_path, ROWS, shapes, ignore=[r".*\.position_ids"])
+
+
 def test_saving_can_cast(tmp_path):
     params = random_params()
     save_tensors(params, ROWS, tmp_path, dtype="bfloat16")
@@ -340,6 +363,33 @@ def test_index_and_files_that_disagree_are_listed(tmp_path):
             open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("spelling", ["./{}", ".//{}", "parts/{}", "./parts/./{}"])
+def test_an_index_may_spell_a_path_inside_the_folder(tmp_path, spelling):
+    params = random_params()
+    save_tensors(params, ROWS, tmp_path, max_shard_bytes=6000)
+    path = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    (tmp_path / "parts").mkdir()
+    for file in set(weight_map.values()) if "parts" in spelling else ():
+        (tmp_path / file).rename(tmp_path / "parts" / file)
+    path.write_text(json.dumps({"weight_map": {name: spelling.format(file) for name, file in weight_map.items()}}))
+    assert_same_bits(load_tensors(tmp_path, ROWS, abstract()), params)
+
+
+@pytest.mark.parametrize("place", ["../{}", "a/../../{}", "/{}", "..\\{}", "parts/..", "", ".", None])
+def test_an_index_never_leads_out_of_the_folder(tmp_path, place):
+    folder = tmp_path / "folder"
+    for where in (folder, tmp_path):
+        save_tensors({"embed": np.zeros((7, 16), np.float32)}, ROWS, where)
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    place = place and place.format(
+        str(tmp_path / "model.safetensors").strip("/") if place[0] == "/" else "model.safetensors"
+    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.embed.weight": place}}))
+    with pytest.raises(BrokenCheckpoint, match="index.json is damaged"):
+        load_tensors(folder, ROWS, abstract({"embed": (7, 16)}))
+
+
 def test_one_name_in_two_files_is_refused(tmp_path):
     for file in ("a", "b"):
         safetensors.numpy.save_file({"x": np.zeros(2, np.float32)}, tmp_path / f"{file}.safetensors")
@@ -361,13 +411,23 @@ def test_hub(tmp_path, monkeypatch):
 
     asked = {}
 
-    def snapshot_download(name, allow_patterns):
-        asked.update(name=name, allow_patterns=allow_patterns)
+    def snapshot_download(name, **patterns):
+        asked.update(name=name, **patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert local_folder("someone/model-2B") == tmp_path and asked["name"] == "someone/model-2B"
-    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in asked["allow_patterns"])
+    wanted = {"config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    wanted |= {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"}
+    wanted |= {"tokenizer_config.json", "added_tokens.json", "generation_config.json", "preprocessor_config.json"}
+    useless = {"pytorch_model.bin", "pytorch_model.bin.index.json", "modeling_x.py", "training_args.bin", "a.gguf"}
+    useless |= {"consolidated.safetensors", "consolidated-00001-of-2.safetensors", "original/model.safetensors"}
+    useless |= {"model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "onnx/config.json"}
+    useless |= {"model-00001-of-00002.fp16.safetensors", "adapter_model.safetensors", "trainer_state.json", "README.md"}
+    fetched = huggingface_hub.utils.filter_repo_objects(
+        sorted(wanted | useless), allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert set(fetched) == wanted
 
     def refuse(*args, **kwargs):
         raise OSError("401 Client Error.\n\nNo such repository.\n")
@@ -396,7 +456,7 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
         load_tensors(tmp_path, ROWS, abstract(), rename=[("^old[.]", "")])
     lines = [line.strip() for line in str(error.value).split("\n")[1:]]
     assert lines == [
-        "dtype: model.embed.weight is I8, only F32, F16, BF16 can be read",
+        "dtype: model.embed.weight is I8, only F32, F16, BF16, F64 can be read; load a copy without quantization",
         "missing: model.layers.3.norm.weight [16] for layers/norm/scale[3]",
         "missing: temperature [] for temperature",
         "shape: model.layers.2.qkv.weight is [23, 16], layers/qkv/w[2] needs [24, 16]",

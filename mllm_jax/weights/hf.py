@@ -16,11 +16,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from mllm_jax.weights.safetensors import FLOATS, Tensor, open_checkpoint, write_checkpoint
+from mllm_jax.weights.safetensors import FLOATS, READABLE, Tensor, open_checkpoint, write_checkpoint
 from mllm_jax.weights.stacked import fill, gather
 from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, join, to_ours, to_theirs, unflatten
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+# Folders (`original/`, `onnx/`, ...), the same weights in another layout or precision, adapters, logs.
+_NOT_OF_HUB = ["*/*", "consolidated*", "model*.*.safetensors", "adapter_*", "*.bin.index.json", "trainer_state.json"]
 _WORTH_A_BAR = 300_000_000  # parameters
 
 
@@ -41,7 +43,8 @@ def local_folder(source: str | os.PathLike) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=_HUB_FILES))
+        patterns = {"allow_patterns": _HUB_FILES, "ignore_patterns": _NOT_OF_HUB}
+        return Path(huggingface_hub.snapshot_download(str(source), **patterns))
     except Exception as fault:
         raise FileNotFoundError(
             f"{source} is not a folder here, and the Hugging Face hub did not give a model of that name. Without "
@@ -178,8 +181,11 @@ def _match(
             faults.append(f"twice: {known}")
         if tensor.shape != entry.shape:
             faults.append(f"shape: {known} is {list(tensor.shape)}, {_place(entry)} needs {list(entry.shape)}")
-        if tensor.dtype not in FLOATS:
-            faults.append(f"dtype: {known} is {tensor.dtype}, only {', '.join(FLOATS)} can be read")
+        if tensor.dtype not in READABLE:
+            only = ", ".join(READABLE)
+            faults.append(
+                f"dtype: {known} is {tensor.dtype}, only {only} can be read; load a copy without quantization"
+            )
         found[name] = tensor
     missing = entries.keys() - found.keys()
     faults += [f"missing: {name} {list(entries[name].shape)} for {_place(entries[name])}" for name in missing]

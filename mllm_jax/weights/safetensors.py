@@ -7,8 +7,9 @@ Format: https://huggingface.co/docs/safetensors/index#format. Pickle files are r
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import ml_dtypes
@@ -17,6 +18,8 @@ import numpy as np
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+READABLE = FLOATS | {"F64": np.dtype(np.float64)}
+_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # of the names that do not end in their bits
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -38,8 +41,8 @@ class Tensor(NamedTuple):
     def map(self) -> np.ndarray:
         """The tensor as a read-only view of the file; the mapping is closed with the last view of it."""
         if not self.nbytes:
-            return np.empty(self.shape, FLOATS[self.dtype])
-        return np.asarray(np.memmap(self.file, FLOATS[self.dtype], "r", self.offset, self.shape))
+            return np.empty(self.shape, READABLE[self.dtype])
+        return np.asarray(np.memmap(self.file, READABLE[self.dtype], "r", self.offset, self.shape))
 
 
 def open_checkpoint(folder: str | os.PathLike) -> dict[str, Tensor]:
@@ -91,9 +94,16 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if end != length:
         raise BrokenCheckpoint(f"{path.name}: {length:,} bytes long, but its header tells of {end:,}; fetch it again")
     for name, t in tensors.items():
-        if t.offset < start or (t.dtype in FLOATS and t.nbytes != math.prod(t.shape) * FLOATS[t.dtype].itemsize):
+        bits = _bits(t.dtype)
+        if t.offset < start or (bits and 8 * t.nbytes != bits * math.prod(t.shape)):
             raise BrokenCheckpoint(f"{path.name}: {name} {t.dtype}{list(t.shape)} does not take {t.nbytes:,} bytes")
     return tensors
+
+
+def _bits(dtype: str) -> int:
+    """The bits that a value of the format's dtype takes, such as 8 of "F8_E4M3"; 0 for a dtype that is not known."""
+    known = re.fullmatch(r"(?:F|BF|I|U)(8|16|32|64)(?:_.*)?", dtype)
+    return int(known[1]) if known else _BITS.get(dtype, 0)
 
 
 def write_checkpoint(folder: Path, layout: Layout, arrays: Iterable[np.ndarray], max_shard_bytes: int) -> None:
@@ -167,18 +177,27 @@ def _partial(path: Path) -> Path:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """{tensor: file} of the folder's index; empty where the folder needs none."""
+    """{tensor: file} of the folder's index, files as paths inside the folder; empty where the folder needs none."""
     if (folder / SINGLE).exists() or not (folder / INDEX).exists():
         return {}
     try:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        if not weight_map or any(Path(file).name != file for file in weight_map.values()):
-            raise ValueError("no names of files in this folder")
+        weight_map = {name: _inside(file) for name, file in weight_map.items()}
+        if not weight_map:
+            raise ValueError("it names no files")
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise BrokenCheckpoint(f"{folder / INDEX} is damaged: {fault!r}") from None
     if absent := sorted({file for file in weight_map.values() if not (folder / file).exists()}):
         raise BrokenCheckpoint(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
     return weight_map
+
+
+def _inside(file: str) -> str:
+    """A file that an index names as a path inside its folder. ValueError for one that is elsewhere."""
+    path = PurePosixPath(file)  # without "." and doubled slashes
+    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.name:
+        raise ValueError(f"{file!r} is not a file in this folder")
+    return str(path)
 
 
 def _files(folder: Path) -> list[str]:
