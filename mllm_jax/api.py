@@ -20,6 +20,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, kind_of, spec_for
 from mllm_jax.families.nearest import unsupported
+from mllm_jax.families.rows import BUFFERS, TIES
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.nn.runtime import Runtime
@@ -114,10 +115,10 @@ def load_params(
             f"{error}"
         ) from error
     rows = [row._replace(dtype=dtypes.get(row.ours, row.dtype)) for row in family.weights(config)]
-    shapes, ignore = abstract_params(config), family.IGNORE
+    shapes, ignore = abstract_params(config), (*BUFFERS, *family.IGNORE)
     if part:
         rows, shapes, ignore = [row for row in rows if row.ours.startswith(f"{part}/")], {part: shapes[part]}, (".*",)
-    return load_tensors(folders, rows, shapes, layout, dtype, ignore=ignore, rename=family.RENAME)
+    return load_tensors(folders, rows, shapes, layout, dtype, ignore=ignore, rename=family.RENAME, ties=TIES)
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:

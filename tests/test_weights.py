@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.weights.hf import WeightsMismatch, load_tensors, local_folder, save_tensors
+from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
+from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint
 from mllm_jax.weights.table import Row, expand, flatten, to_ours, to_theirs, unflatten
 

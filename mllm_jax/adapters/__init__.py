@@ -28,7 +28,7 @@ from mllm_jax.model import abstract_boxed
 from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of, flatten, join, split_adapters
 from mllm_jax.sharding import Named, shardings
 from mllm_jax.weights import table
-from mllm_jax.weights.hf import WeightsMismatch
+from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.safetensors import Tensor, read_header, write_file
 from mllm_jax.weights.stacked import gather
 

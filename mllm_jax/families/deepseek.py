@@ -231,6 +231,6 @@ def weights(config: ModelConfig) -> list[Row]:
     ]
 
 
-# A tied head, and V3's extra layer that predicts a second token: published beside the model, and not part of it.
-IGNORE = ("lm_head.weight", r"model\.layers\.61\..*")
-RENAME = ()
+# V3's extra layer that predicts a second token: published beside the model, and not part of it.
+IGNORE = (r"model\.layers\.61\..*",)
+RENAME = common.BARE

@@ -18,8 +18,10 @@ _LAYER = "encoder.layer.{n}"
 
 def _rows(encoder: VitConfig, prefix: str) -> list[Row]:
     layer, mlp = f"{prefix}{_LAYER}", f"{prefix}{_LAYER}.mlp"
+    joint = joint_gate_up("encoder/layers/mlp", f"{mlp}.weights_in", encoder.mlp, "f -> f")
+    apart = [row.theirs.replace("weights_in", f"{row.ours.split('/')[-2]}_proj") for row in joint]
     gated = [
-        *joint_gate_up("encoder/layers/mlp", f"{mlp}.weights_in", encoder.mlp, "f -> f"),
+        *(row._replace(others=[{"theirs": theirs, "part": None}]) for row, theirs in zip(joint, apart)),
         *linear("encoder/layers/mlp/down", f"{mlp}.weights_out", "d f -> f d", ""),
     ]
     return [
@@ -118,4 +120,10 @@ def weights(config: ModelConfig) -> list[Row]:
 
 
 IGNORE = ()
-RENAME = ()
+RENAME = (  # names that transformers 5 has in memory
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
+)

@@ -11,8 +11,7 @@ from mllm_jax.families.towers import Tower
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 
-# Old files hold the numbers 0, 1, 2, ... of positions too.
-IGNORE = (r".*\.position_ids",)
+IGNORE = ()
 RENAME = ()
 
 

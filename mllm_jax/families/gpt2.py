@@ -97,5 +97,5 @@ def decoder_weights(config: DecoderConfig, prefix: str = "transformer", head: st
 
 FAMILY = TextFamily("gpt2", "GPT2LMHeadModel", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
 sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ("lm_head.weight", r".*\.attn\.(masked_)?bias")  # masks, in old files
+IGNORE = (r".*\.attn\.(masked_)?bias",)  # masks, in old files
 RENAME = ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)  # published files have the names without their head's

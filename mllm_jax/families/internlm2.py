@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
-from mllm_jax.families.rows import layers, linear
+from mllm_jax.families.rows import BARE, layers, linear
 from mllm_jax.nn.rope import NtkStretch
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
@@ -79,5 +79,5 @@ def decoder_weights(config: DecoderConfig, prefix: str = "model", head: str = "o
 
 FAMILY = TextFamily("internlm2", "InternLM2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
 sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = (r".*\.rotary_emb\.inv_freq",)
-RENAME = ()
+IGNORE = ()
+RENAME = BARE

@@ -136,11 +136,10 @@ def weights(config: ModelConfig) -> list[Row]:
     ]
 
 
-IGNORE = (r".*lm_head\.weight", r".*\.inv_freq")
+IGNORE = ()
 # Names since transformers 4.52.
 RENAME = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
+    *llava.RENAME_TEXT,
     (r"^model\.(?=vision_tower|multi_modal_projector)", ""),
 )
 MODULES = llava.MODULES

@@ -217,5 +217,5 @@ def weights(config: ModelConfig) -> list[Row]:
     ]
 
 
-IGNORE = (r".*\.inv_freq",)
+IGNORE = ()
 RENAME = ()

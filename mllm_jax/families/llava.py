@@ -194,11 +194,15 @@ def weights(config: ModelConfig) -> list[Row]:
     ]
 
 
-IGNORE = (r".*lm_head\.weight", r".*\.position_ids", r".*\.inv_freq")
+IGNORE = ()
 # Names since transformers 4.52, and how layers are called in its memory.
-RENAME = (
+RENAME_TEXT = (
     (r"^model\.language_model\.", "language_model.model."),
+    (r"^language_model\.model\.model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
+)
+RENAME = (
+    *RENAME_TEXT,
     (r"^model\.(?=vision_tower|multi_modal_projector|image_newline)", ""),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )

@@ -211,5 +211,5 @@ def weights(config: ModelConfig) -> list[Row]:
 
 
 # Of the tower's own files there is the tower of texts too.
-IGNORE = (r".*\.position_ids", r".*\.inv_freq", r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale")
+IGNORE = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale")
 RENAME = ((r"^vision_model\.", TOWER),)

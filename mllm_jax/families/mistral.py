@@ -46,5 +46,5 @@ def decoder_to_hf(decoder: DecoderConfig) -> dict:
 decoder_weights = rows.decoder
 FAMILY = TextFamily("mistral", "MistralForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
 sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ("lm_head.weight", r".*\.rotary_emb\.inv_freq")
-RENAME = ()
+IGNORE = ()
+RENAME = rows.BARE

@@ -107,5 +107,5 @@ def decoder_weights(config: DecoderConfig, prefix: str = "model.decoder", head: 
 
 FAMILY = TextFamily("opt", "OPTForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
 sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ("lm_head.weight",)
+IGNORE = ()
 RENAME = ((r"^decoder\.", "model.decoder."),)  # of files of before 2023

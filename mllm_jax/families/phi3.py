@@ -59,5 +59,5 @@ def decoder_weights(config: DecoderConfig, prefix: str = "model", head: str = "l
 
 FAMILY = TextFamily("phi3", "Phi3ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
 sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ("lm_head.weight", r".*\.rotary_emb\.inv_freq")
-RENAME = ()
+IGNORE = ()
+RENAME = rows.BARE

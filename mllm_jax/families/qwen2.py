@@ -69,5 +69,5 @@ def decoder_to_hf(decoder: DecoderConfig) -> dict:
 decoder_weights = rows.decoder
 FAMILY = TextFamily("qwen2", "Qwen2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
 sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ("lm_head.weight",)
-RENAME = ()
+IGNORE = ()
+RENAME = rows.BARE

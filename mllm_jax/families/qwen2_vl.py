@@ -225,5 +225,5 @@ def weights(config: ModelConfig) -> list[Row]:
 
 IGNORE = qwen2.IGNORE
 # Names since transformers 4.52 moved both towers under `model.`.
-RENAME = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+RENAME = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."), (r"^model\.model\.", "model."))
 MODULES = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."))

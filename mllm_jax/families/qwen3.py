@@ -127,7 +127,5 @@ def weights(config: ModelConfig) -> list[Row]:
 
 
 decoder_weights = rows.decoder
-
-# Files of a model with tied embeddings may repeat the table under the head's name.
-IGNORE = ("lm_head.weight",)
-RENAME = ()
+IGNORE = ()
+RENAME = rows.BARE

@@ -11,7 +11,7 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen3
 from mllm_jax.families.pictures import one_by_one, read_clips
-from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.families.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
@@ -156,13 +156,24 @@ def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
 _BLOCK, _EXPERTS = "model.visual.blocks.{n}", "model.language_model.layers.{n}.mlp.experts"
 
 
+def _experts_rows(decoder: DecoderConfig) -> list[Row]:
+    """Rows of the experts of a layer, which lie in one tensor: transposed in published files, not as transformers 5
+    saves them. A tensor of equal sides is not transposed: so transformers 5 reads it."""
+    if (moe := decoder.moe) is None:
+        return []
+    gate_up = Row("mlp/experts_gate_up/w", f"{_EXPERTS}.gate_up_proj", **FUSED_GATE_UP)
+    down = Row("mlp/experts_down/w", f"{_EXPERTS}.down_proj", **FUSED_DOWN)
+    published_gate_up = gate_up._replace(pattern="e d (two f) -> e two d f", others=[FUSED_GATE_UP])
+    published_down = down._replace(pattern="", others=[FUSED_DOWN])
+    return [
+        gate_up if 2 * moe.mlp == decoder.width else published_gate_up,
+        down if moe.mlp == decoder.width else published_down,
+    ]
+
+
 def weights(config: ModelConfig) -> list[Row]:
     """Our names and theirs, for this config; see weights/table.py."""
     pixels = {"c": config.encoder.channels, "t": config.encoder.temporal_patch_size, "y": config.encoder.patch_size}
-    experts = [  # on disk all experts of a layer lie in one tensor, transposed
-        Row("mlp/experts_gate_up/w", f"{_EXPERTS}.gate_up_proj", "e d (two f) -> e two d f", {"two": 2}),
-        Row("mlp/experts_down/w", f"{_EXPERTS}.down_proj"),
-    ]
     return [
         Row("encoder/patch_embed/w", "model.visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
         Row("encoder/patch_embed/b", "model.visual.patch_embed.proj.bias"),
@@ -175,10 +186,14 @@ def weights(config: ModelConfig) -> list[Row]:
         *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.linear_fc2", "d f -> f d", ""),
         *_merger("connector/main", "model.visual.merger"),
         *_merger("connector/deepstack", "model.visual.deepstack_merger_list.{k}"),
-        *qwen3.decoder_weights(config.decoder, "model.language_model", experts=experts),
+        *qwen3.decoder_weights(config.decoder, "model.language_model", experts=_experts_rows(config.decoder)),
     ]
 
 
 IGNORE = qwen3.IGNORE
 # Names before transformers 4.57 moved both towers under `model.`.
-RENAME = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."))
+RENAME = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."),
+    (r"^model\.language_model\.model\.", "model.language_model."),
+)

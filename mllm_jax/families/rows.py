@@ -6,6 +6,16 @@ from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.stack import segments
 from mllm_jax.weights.table import Row
 
+# A head whose weights are tied is no leaf of its own: files may repeat the embedding's values under its name.
+TIES = {"decoder/head/w": "decoder/embed"}
+# What files of before hold beside weights: numbers of positions, and tables of rotary positions.
+BUFFERS = (r"(.*\.)?position_ids", r".*\.(inv_freq|cos_cached|sin_cached)")
+# Names in files of transformers' models without a head.
+BARE = ((r"^(?=(embed_tokens|tok_embeddings|layers|norm)\.)", "model."),)
+# All experts of a layer in one tensor, as transformers 5 has them in memory.
+FUSED_GATE_UP = {"pattern": "e (two f) d -> e two d f", "sizes": {"two": 2}}
+FUSED_DOWN = {"pattern": "e d f -> e f d"}
+
 
 def linear(ours: str, theirs: str, pattern: str, bias: str | None = None) -> list[Row]:
     """Rows of a linear layer: torch keeps [out, in]. `bias` is the pattern of its bias; None = it has none."""
@@ -27,11 +37,13 @@ def gated_mlp(ours: str, theirs: str) -> list[Row]:
 
 
 def experts_one_by_one(ours: str, theirs: str) -> list[Row]:
-    """Experts each of which has tensors of its own."""
+    """Experts each of which has tensors of its own; files may also hold them as transformers 5 has them in memory."""
+    gate_up, down = f"{theirs}.{{e}}.{{half}}_proj.weight", f"{theirs}.{{e}}.down_proj.weight"
+    fused_gate_up, fused_down = {"theirs": f"{theirs}.gate_up_proj"}, {"theirs": f"{theirs}.down_proj"}
     halves: Mapping = {"half": ("gate", "up")}
     return [
-        Row(f"{ours}/experts_gate_up/w", f"{theirs}.{{e}}.{{half}}_proj.weight", "f d -> d f", values=halves),
-        Row(f"{ours}/experts_down/w", f"{theirs}.{{e}}.down_proj.weight", "d f -> f d"),
+        Row(f"{ours}/experts_gate_up/w", gate_up, "f d -> d f", {}, halves, others=[fused_gate_up | FUSED_GATE_UP]),
+        Row(f"{ours}/experts_down/w", down, "d f -> f d", others=[fused_down | FUSED_DOWN]),
     ]
 
 

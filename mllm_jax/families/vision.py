@@ -88,7 +88,7 @@ class TowerFamily:
     INPUTS: tuple[str, ...]
     pictures: Callable[[ModelConfig, Arrays], list[Picture]]
 
-    IGNORE = (r".*position_ids", r"visual_projection\.weight")  # the second stands after CLIP's tower
+    IGNORE = (r"visual_projection\.weight",)  # it stands after CLIP's tower
     RENAME = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
 
     @property

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from mllm_jax.weights.safetensors import FLOATS, READABLE, Tensor, open_checkpoint, write_checkpoint
+from mllm_jax.weights.matching import Ties, match, named, stored_rows
+from mllm_jax.weights.safetensors import FLOATS, open_checkpoint, write_checkpoint
 from mllm_jax.weights.stacked import fill, gather
 from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, join, to_ours, to_theirs, unflatten
 
@@ -24,10 +25,6 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Folders (`original/`, `onnx/`, ...), the same weights in another layout or precision, adapters, logs.
 _NOT_OF_HUB = ["*/*", "consolidated*", "model*.*.safetensors", "adapter_*", "*.bin.index.json", "trainer_state.json"]
 _WORTH_A_BAR = 300_000_000  # parameters
-
-
-class WeightsMismatch(ValueError):
-    """A checkpoint does not fit the model; the message lists every missing, unexpected and mis-shaped tensor."""
 
 
 def local_folder(source: str | os.PathLike) -> Path:
@@ -62,6 +59,7 @@ def load_tensors(
     *,
     ignore: Iterable[str] = (),
     rename: Iterable[tuple[str, str]] = (),
+    ties: Ties = {},  # noqa: B006 (nobody changes it)
 ) -> dict[str, Any]:
     """Streams a checkpoint into arrays laid out by `shardings`.
 
@@ -76,6 +74,7 @@ def load_tensors(
       dtype: of the returned arrays, but for rows that have their own.
       ignore: regular expressions of names, matched whole, that may be on disk and are not needed.
       rename: (regular expression, replacement) pairs that turn old names on disk into those of the table, all in order.
+      ties: {leaf: other leaf}; where the tree lacks the first, its tensor may be on disk with the values of the other.
 
     Returns:
       nested dict of jax.Array like `abstract`.
@@ -86,9 +85,11 @@ def load_tensors(
     """
     folders = [folder] if isinstance(folder, (str, os.PathLike)) else folder
     folders, rows = [local_folder(folder) for folder in folders], [Row(*row) for row in rows]
+    found = {name: tensor for folder in reversed(folders) for name, tensor in open_checkpoint(folder).items()}
+    found = named(found, rename)
+    rows = stored_rows(rows, found, abstract)
     entries = expand(rows, abstract)
-    tensors = {name: tensor for folder in reversed(folders) for name, tensor in open_checkpoint(folder).items()}
-    tensors = _match(" and ".join(map(str, folders)), tensors, entries, tuple(ignore), tuple(rename))
+    tensors = match(" and ".join(map(str, folders)), found, rows, entries, ignore, ties)
     leaves = flatten(abstract)
     default = SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
     places = dict.fromkeys(leaves, default) if shardings is None else flatten(shardings)
@@ -160,43 +161,6 @@ class _Export(NamedTuple):
 
     def __call__(self, element: jax.Array) -> jax.Array:
         return to_theirs(element, self.entry).astype(self.dtype)
-
-
-def _match(
-    where: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], ignore: tuple, rename: tuple
-) -> dict[str, Tensor]:
-    """The tensors by the table's names; raises WeightsMismatch unless they are exactly what the table asks for."""
-    found, faults = {}, []
-    for disk, tensor in tensors.items():
-        name = disk
-        for old, new in rename:
-            name = re.sub(old, new, name)
-        known = f"{disk} (as {name})" if name != disk else disk
-        entry = entries.get(name)
-        if entry is None:
-            if not any(re.fullmatch(pattern, name) or re.fullmatch(pattern, disk) for pattern in ignore):
-                faults.append(f"unexpected: {known} {list(tensor.shape)}")
-            continue
-        if name in found:
-            faults.append(f"twice: {known}")
-        if tensor.shape != entry.shape:
-            faults.append(f"shape: {known} is {list(tensor.shape)}, {_place(entry)} needs {list(entry.shape)}")
-        if tensor.dtype not in READABLE:
-            only = ", ".join(READABLE)
-            faults.append(
-                f"dtype: {known} is {tensor.dtype}, only {only} can be read; load a copy without quantization"
-            )
-        found[name] = tensor
-    missing = entries.keys() - found.keys()
-    faults += [f"missing: {name} {list(entries[name].shape)} for {_place(entries[name])}" for name in missing]
-    if faults:
-        text = "\n  ".join(sorted(faults))
-        raise WeightsMismatch(f"the weights in {where} do not fit the model, {len(faults)} faults:\n  {text}")
-    return found
-
-
-def _place(entry: Entry) -> str:
-    return entry.path + "".join(f"[{i}]" for i in entry.index)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class Row(NamedTuple):
     values: what stands in their names for 0, 1, ... of a stacked axis, where that is something else.
     dtype: of our leaf, where it has its own in a model of any dtype.
     part: (axis, first, count): ours is what begins at `first` of `count` along that axis; other rows have the rest.
+    others: fields in which the row differs for files of another layout, such as {"pattern": "f d -> d f"}; these are
+      read too, and never written.
     """
 
     ours: str
@@ -42,6 +44,13 @@ class Row(NamedTuple):
     values: Mapping[str, Sequence[Any]] = {}
     dtype: str | None = None
     part: tuple[str, int, int] | None = None
+    others: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def layouts(self) -> list["Row"]:
+        """The row, and what it is for files of other layouts."""
+        own = self._replace(others=())
+        return [own, *(own._replace(**fields) for fields in self.others)]
 
 
 class Entry(NamedTuple):
@@ -101,21 +110,11 @@ def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
         if row.ours in covered:
             faults.append(f"{row.ours}: more than one row")
         covered.add(row.ours)
-        shape = tuple(leaves[row.ours].shape)
-        axes = tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", row.theirs)))
         try:
-            sizes, theirs_shape = _solve(row, shape, len(axes))
+            for name, entry in tensors_of(row, tuple(leaves[row.ours].shape)):
+                found.setdefault(name, []).append(entry)
         except ValueError as fault:
-            faults.append(f"{row.ours} {list(shape)} from {row.theirs}, {row.pattern!r}: {fault}")
-            continue
-        stands = [row.values.get(axis, range(size)) for axis, size in zip(axes, shape)]
-        if wrong := [axis for axis, size, own in zip(axes, shape, stands) if len(own) != size]:
-            faults.append(f"{row.ours} {list(shape)}: the values of {wrong} are not as many as their axis")
-            continue
-        for index in np.ndindex(shape[: len(axes)]):
-            name = row.theirs.format(**{axis: own[i] for axis, own, i in zip(axes, stands, index)})
-            pattern = "" if row.pattern == "..." else row.pattern
-            found.setdefault(name, []).append(Entry(row.ours, index, pattern, sizes, theirs_shape, row.part))
+            faults.append(str(fault))
     for name, parts in found.items():
         if fault := _overlap(parts):
             faults.append(f"{name}: {fault}")
@@ -125,6 +124,26 @@ def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
     if faults:
         raise ValueError("the table of weights does not fit the tree of parameters:\n  " + "\n  ".join(faults))
     return entries
+
+
+def tensors_of(row: Row, shape: tuple[int, ...]) -> list[tuple[str, Entry]]:
+    """(their name, Entry) of every tensor that a row's leaf of this shape has. ValueError where they do not fit."""
+    axes = tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", row.theirs)))
+    try:
+        sizes, theirs_shape = _solve(row, shape, len(axes))
+    except ValueError as fault:
+        raise ValueError(f"{row.ours} {list(shape)} from {row.theirs}, {row.pattern!r}: {fault}") from None
+    stands = [row.values.get(axis, range(size)) for axis, size in zip(axes, shape)]
+    if wrong := [axis for axis, size, own in zip(axes, shape, stands) if len(own) != size]:
+        raise ValueError(f"{row.ours} {list(shape)}: the values of {wrong} are not as many as their axis")
+    pattern = "" if row.pattern == "..." else row.pattern
+    return [
+        (
+            row.theirs.format(**{axis: own[i] for axis, own, i in zip(axes, stands, index)}),
+            Entry(row.ours, index, pattern, sizes, theirs_shape, row.part),
+        )
+        for index in np.ndindex(shape[: len(axes)])
+    ]
 
 
 def _overlap(parts: Sequence[Entry]) -> str | None:
