@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -27,8 +28,10 @@ from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
-from mllm_jax.weights.safetensors import open_checkpoint
+from mllm_jax.weights.matching import named, untied
+from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint
 
+log = logging.getLogger(__name__)
 CONFIG = "config.json"
 
 
@@ -71,7 +74,11 @@ def load_pretrained(
 
 
 def published_config(source: str | os.PathLike) -> ModelConfig | DualConfig:
-    """The model that the config.json of a folder, or of the hub's model, describes; errors as of `load_pretrained`."""
+    """The model that the config.json of a folder, or of the hub's model, describes; errors as of `load_pretrained`.
+
+    A head that config.json ties to the embedding is not tied if the weights hold one with other values, as in
+    transformers 5; this is logged.
+    """
     folder = local_folder(source)
     stated = _read_config(folder)
     if stated.get("quantization_config"):
@@ -82,11 +89,28 @@ def published_config(source: str | os.PathLike) -> ModelConfig | DualConfig:
         raise ValueError(f"{folder / CONFIG}: {unsupported('model_type', kind, FAMILIES)}{hint}")
     family = FAMILIES[kind]
     try:
-        return family.from_hf(stated)
+        config = family.from_hf(stated)
     except KeyError as missing:
         raise ValueError(f"{folder / CONFIG} lacks the key {missing}") from None
     except ValueError as fault:
         raise ValueError(f"{folder / CONFIG}: {fault}") from None
+    return _with_own_head(folder, config)
+
+
+def _with_own_head(folder: Path, config: ModelConfig | DualConfig) -> ModelConfig | DualConfig:
+    """The config of a folder, untied where the folder's weights hold a head that differs from the embedding."""
+    decoder, family = getattr(config, "decoder", None), FAMILIES[config.family]
+    if decoder is None or not decoder.tie_embeddings:
+        return config
+    try:
+        found = named(open_checkpoint(folder), family.RENAME)
+    except BrokenCheckpoint:
+        return config  # loading the weights reports it
+    if not (differing := untied(found, family.weights(config), TIES)):
+        return config
+    if jax.process_index() == 0:
+        log.warning("%s ties %s to %s, which differs: the head is kept as its own", folder / CONFIG, *differing[0])
+    return dataclasses.replace(config, decoder=dataclasses.replace(decoder, tie_embeddings=False))
 
 
 def load_params(

@@ -14,6 +14,7 @@ from reference import as_internlm2, assert_parity, to_torch
 from test_llava import INTERN, TEXT, inputs_of, random_model
 
 import mllm_jax
+from mllm_jax.api import published_config
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tiles import Tiles
@@ -142,6 +143,15 @@ def test_files(name, tmp_path, record_property):
         out = jax.jit(ours.model.apply)({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs))
         real = inputs["attention_mask"] == 1
         assert_parity(record_property, "internvl_chat", np.asarray(out.logits)[real], expected[real])
+
+
+@pytest.mark.parametrize("top, llm", [(True, False), (False, True), (None, True), (True, None)])
+def test_the_decoder_says_whether_its_head_is_tied(top, llm, tmp_path):
+    """Their config class takes the decoder's flag over, whatever the top level says."""
+    told = config_json("qwen2") | ({} if top is None else {"tie_word_embeddings": top})
+    told["llm_config"] |= {"tie_word_embeddings": llm}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert published_config(tmp_path).decoder.tie_embeddings == bool(llm)
 
 
 # Millions, as the cards of the published models say them.

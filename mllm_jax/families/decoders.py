@@ -1,7 +1,7 @@
 """What published decoders have in common: most of a config.json, most names of tensors, and a model of text alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mllm_jax.decoder import DecoderConfig
@@ -87,6 +87,16 @@ def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None,
         "tie_embeddings": bool(text.get("tie_word_embeddings", False)),
     }
     return DecoderConfig(**decoder | fields)
+
+
+def tied_at_the_top(decoder: DecoderConfig, config: Mapping[str, Any], default: bool = False) -> DecoderConfig:
+    """The decoder of a multimodal config.json, tied as its top level says, whatever the text config says."""
+    return replace(decoder, tie_embeddings=bool(config.get("tie_word_embeddings", default)))
+
+
+def tied_at_either(decoder: DecoderConfig, config: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of a multimodal config.json, tied if its top level or its text config says so."""
+    return replace(decoder, tie_embeddings=decoder.tie_embeddings or bool(config.get("tie_word_embeddings")))
 
 
 def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llava, qwen2, text
-from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
+from mllm_jax.families.decoders import activation_from_hf, activation_to_hf, tied_at_the_top
 from mllm_jax.families.llava import features_from_hf, features_to_hf, whole
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN, tower_for
@@ -56,11 +56,10 @@ def from_hf(config: dict) -> ModelConfig:
     if merge != int(merge):
         raise ValueError(f"downsample_ratio must be 1, 1/2, 1/3 ...; config.json says {config['downsample_ratio']}")
     decoder = text.decoder_from_hf({"model_type": "qwen2", **config["text_config"]})
-    tie = config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", True))
     return ModelConfig(
         encoder,
         PixelShuffleConfig(int(merge), activation_from_hf(config.get("projector_hidden_act", "gelu"))),
-        replace(decoder, tie_embeddings=bool(tie)),
+        tied_at_the_top(decoder, config, default=True),
         VisionTokenIds(config.get("image_token_id", 151667)),
         family="internvl",
     )

@@ -120,7 +120,7 @@ def from_hf(config: dict) -> ModelConfig:
     return ModelConfig(
         encoder,
         PixelShuffleConfig(int(merge)),
-        replace(decoder, tie_embeddings=bool(config.get("tie_word_embeddings", False))),
+        decoder,
         VisionTokenIds(config.get("img_context_token_id", decoder.vocab - AFTER_IMAGE)),
         family="internvl_chat",
         inputs=InputRules(

@@ -14,7 +14,7 @@ from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import AnyRes
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, mistral, qwen2, text
-from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
+from mllm_jax.families.decoders import activation_from_hf, activation_to_hf, tied_at_either, tied_at_the_top
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP, part_to_hf, tower_for, tower_of
@@ -78,10 +78,11 @@ def from_hf(config: dict) -> ModelConfig:
     newline = config["model_type"] == "llava_next"
     activation = activation_from_hf(config.get("projector_hidden_act", "gelu"))
     pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+    tied = tied_at_the_top if newline else tied_at_either
     return ModelConfig(
         encoder,
         MlpConnectorConfig(activation=activation, newline=newline),
-        text.decoder_from_hf({"model_type": "llama", **config["text_config"]}),
+        tied(text.decoder_from_hf({"model_type": "llama", **config["text_config"]}), config),
         VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 32000))),
         family=config["model_type"],
         inputs=InputRules(

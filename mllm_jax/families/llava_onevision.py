@@ -16,7 +16,8 @@ from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import AnyRes
 from mllm_jax.data.visuals import frame_by_frame
 from mllm_jax.decoder import DecoderConfig
-from mllm_jax.families import llava, qwen2
+from mllm_jax.families import llava, qwen2, text
+from mllm_jax.families.decoders import tied_at_either
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.towers import SIGLIP
 from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
@@ -56,8 +57,8 @@ def from_hf(config: dict) -> ModelConfig:
     aspect = config.get("vision_aspect_ratio", "anyres_max_9")
     if not (most := re.fullmatch(r"anyres_max_([1-9]\d*)", aspect)):
         raise ValueError(f"vision_aspect_ratio must be anyres_max_9 or with another number, not {aspect!r}")
-    text = {"model_type": "qwen2", **config["text_config"]}
-    tie = config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+    said = {"model_type": "qwen2", **config["text_config"]}
+    decoder = tied_at_either(text.decoder_from_hf(said), config)
     model = llava.from_hf(
         {
             "vision_feature_layer": -1,
@@ -66,7 +67,8 @@ def from_hf(config: dict) -> ModelConfig:
             "image_grid_pinpoints": PINPOINTS,
             **config,
             "model_type": "llava_next",
-            "text_config": text | {"tie_word_embeddings": tie},
+            "text_config": said,
+            "tie_word_embeddings": decoder.tie_embeddings,
         }
     )
     video = config.get("video_token_id", config.get("video_token_index", 151647))

@@ -15,6 +15,7 @@ from mllm_jax.data.resize import Stretch
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, gemma2, llava, text
+from mllm_jax.families.decoders import tied_at_the_top
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import SIGLIP, part_to_hf
 from mllm_jax.model import ModelConfig, VisionTokenIds
@@ -53,7 +54,7 @@ def from_hf(config: dict) -> ModelConfig:
     return ModelConfig(
         SIGLIP.from_hf(vision),
         MlpConnectorConfig(layers=1),
-        replace(decoder, prefix=True),
+        replace(tied_at_the_top(decoder, config, default=True), prefix=True),
         VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 256000))),
         family="paligemma",
     )

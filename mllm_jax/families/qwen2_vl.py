@@ -16,6 +16,7 @@ from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen2
+from mllm_jax.families.decoders import tied_at_either
 from mllm_jax.families.pictures import one_by_one, read_clips
 from mllm_jax.families.qwen3_vl import TOKENS
 from mllm_jax.families.rows import gated_mlp, layer_norm, linear
@@ -76,8 +77,7 @@ def from_hf(config: dict) -> ModelConfig:
     Raises ValueError for what this model cannot do.
     """
     vision, text = config["vision_config"], config.get("text_config") or config  # old files have one level
-    tie = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    decoder = qwen2.decoder_from_hf(text | {"tie_word_embeddings": tie})
+    decoder = tied_at_either(qwen2.decoder_from_hf(text), config)
     merge, second = vision.get("spatial_merge_size", 2), config["model_type"] == "qwen2_5_vl"
     tokens = VisionTokenIds(
         image=config["image_token_id"],

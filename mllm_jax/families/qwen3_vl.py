@@ -10,6 +10,7 @@ from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen3
+from mllm_jax.families.decoders import tied_at_the_top
 from mllm_jax.families.pictures import one_by_one, read_clips
 from mllm_jax.families.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
 from mllm_jax.model import ModelConfig, VisionTokenIds
@@ -81,8 +82,7 @@ def from_hf(config: dict) -> ModelConfig:
         taps=tuple(vision["deepstack_visual_indexes"]),
         activation=activations[vision.get("hidden_act", "gelu_pytorch_tanh")],
     )
-    tie = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    decoder = qwen3.decoder_from_hf(text | {"tie_word_embeddings": tie}, sections=(24, 20, 20))
+    decoder = tied_at_the_top(qwen3.decoder_from_hf(text, sections=(24, 20, 20)), config)
     tokens = VisionTokenIds(
         image=config["image_token_id"],
         video=config["video_token_id"],
