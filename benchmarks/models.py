@@ -22,6 +22,7 @@ Every family reads and writes its published weights, tensor by tensor, bit for b
 from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
 tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of a picture of
 {WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
+Which files and layouts are read says `docs/weights.md`.
 
 | family | sizes | parameters | visual tokens | error | trained in a test | generates |
 |---|---|---|---|---|---|---|"""

@@ -1,10 +1,11 @@
 """Published models: one file per family, looked up by the model_type of a config.json.
 
-Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE, RENAME, and MODULES where layers have
-other names in transformers' memory than in files, (regular expression, replacement) pairs; one that sees also INPUTS,
-the names of its Hugging Face processor's arrays of pictures, and visuals(config, arrays), what they show, or as a dual
-encoder pictures(config, arrays). SPEC is what its processor expects, beside what the config says, rule(config) how it
-cuts pictures, clip_rule(config) how it reads the frames of clips, and chat(config) what it expects of chats.
+Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE (beside buffers and tied heads),
+RENAME, and MODULES where layers have other names in transformers' memory than in files, (regular expression,
+replacement) pairs; one that sees also INPUTS, the names of its Hugging Face processor's arrays of pictures, and
+visuals(config, arrays), what they show, or as a dual encoder pictures(config, arrays). SPEC is what its processor
+expects, beside what the config says, rule(config) how it cuts pictures, clip_rule(config) how it reads the frames of
+clips, and chat(config) what it expects of chats.
 elsewhere(json, names) is the model that has the rest of the weights, where files may hold a part of them.
 """
 
