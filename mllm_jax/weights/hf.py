@@ -1,6 +1,7 @@
 """Hugging Face checkpoints <-> our parameters, one tensor at a time: no host ever holds a whole model."""
 
 import functools
+import logging
 import math
 import os
 import re
@@ -17,13 +18,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from mllm_jax.weights.matching import Ties, match, named, stored_rows
-from mllm_jax.weights.safetensors import FLOATS, open_checkpoint, write_checkpoint
+from mllm_jax.weights.safetensors import FLOATS, all_finite, open_checkpoint, write_checkpoint
 from mllm_jax.weights.stacked import fill, gather
 from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, join, to_ours, to_theirs, unflatten
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Folders (`original/`, `onnx/`, ...), the same weights in another layout or precision, adapters, logs.
 _NOT_OF_HUB = ["*/*", "consolidated*", "model*.*.safetensors", "adapter_*", "*.bin.index.json", "trainer_state.json"]
+log = logging.getLogger(__name__)
 _WORTH_A_BAR = 300_000_000  # parameters
 
 
@@ -89,7 +91,8 @@ def load_tensors(
     found = named(found, rename)
     rows = stored_rows(rows, found, abstract)
     entries = expand(rows, abstract)
-    tensors = match(" and ".join(map(str, folders)), found, rows, entries, ignore, ties)
+    where = " and ".join(map(str, folders))
+    tensors = match(where, found, rows, entries, ignore, ties)
     leaves = flatten(abstract)
     default = SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
     places = dict.fromkeys(leaves, default) if shardings is None else flatten(shardings)
@@ -102,11 +105,20 @@ def load_tensors(
         name, part = elements[path, index]
         return to_ours(tensors[name].map(), part)
 
+    broken = set()
+
+    def inspect(path: str, part: np.ndarray) -> None:
+        if path not in broken and not all_finite(part):
+            broken.add(path)
+
     with _progress("loading", sum(math.prod(leaf.shape) for leaf in leaves.values())) as advance:
         for path, leaf in leaves.items():
             read = functools.partial(element, path)
             kind = dtypes.get(path, dtype)
-            leaves[path] = fill(tuple(leaf.shape), depths.get(path, 0), kind, places[path], read, advance)
+            look = functools.partial(inspect, path)
+            leaves[path] = fill(tuple(leaf.shape), depths.get(path, 0), kind, places[path], read, advance, look)
+    if broken:
+        log.warning("the weights in %s hold inf or NaN, in %d parameters: %s", where, len(broken), _some(broken))
     return unflatten(leaves)
 
 
@@ -161,6 +173,11 @@ class _Export(NamedTuple):
 
     def __call__(self, element: jax.Array) -> jax.Array:
         return to_theirs(element, self.entry).astype(self.dtype)
+
+
+def _some(paths: Iterable[str]) -> str:
+    first, rest = sorted(paths)[:5], len(set(paths)) - 5
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ def fill(
     sharding: Sharding,
     element: Callable[[tuple[int, ...]], np.ndarray],
     advance: Callable[[int], None],
+    inspect: Callable[[np.ndarray], None],
 ) -> jax.Array:
     """A leaf that is allocated once and filled element by element.
 
@@ -35,11 +36,13 @@ def fill(
       dtype: of the leaf; elements are cast on the device.
       element: gives a view of the element at an index of the stack; only the windows that are needed are touched.
       advance: called with the number of parameters that came in with each step.
+      inspect: called with every part of the leaf that is read, as it is in the file.
     """
     if 0 in shape:
         return jnp.zeros(shape, dtype, device=sharding)
     if not shape:
-        return jax.make_array_from_callback(shape, sharding, lambda _: element(()).astype(dtype))
+        inspect(value := np.array(element(())))
+        return jax.make_array_from_callback(shape, sharding, lambda _: value.astype(dtype))
     windows = {
         device: tuple(side.indices(size)[:2] for side, size in zip(window, shape))
         for device, window in sharding.addressable_devices_indices_map(shape).items()
@@ -54,7 +57,7 @@ def fill(
         for step in steps:
             # No name may keep the pieces alive while the next ones are read.
             start = np.array([begin for begin, _ in step], np.int32)
-            stack = _write(stack, *_pieces(step, depth, windows, element, mesh), start, mesh)
+            stack = _write(stack, *_pieces(step, depth, windows, element, inspect, mesh), start, mesh)
             stack.block_until_ready()
             advance(math.prod(shape) // len(steps))
     shards = {shard.device: shard.data for shard in stack.addressable_shards}
@@ -97,7 +100,9 @@ def _steps(local: tuple[int, ...], depth: int, view: np.ndarray) -> Iterator[Win
             yield tuple(place)
 
 
-def _pieces(step: Window, depth: int, windows: dict[jax.Device, Window], element: Callable, mesh: Mesh):
+def _pieces(
+    step: Window, depth: int, windows: dict[jax.Device, Window], element: Callable, inspect: Callable, mesh: Mesh
+):
     """What each device needs for one step, [devices, ...], and the transposition that makes it ours."""
     copies, pieces = {}, []
     for device, window in windows.items():
@@ -105,6 +110,7 @@ def _pieces(step: Window, depth: int, windows: dict[jax.Device, Window], element
         if place not in copies:
             index = tuple(start for start, _ in place[:depth])
             copies[place] = _contiguous(element(index)[tuple(slice(*side) for side in place[depth:])])
+            inspect(copies[place][0])
         pieces.append(jax.device_put(copies[place][0][None], device))
     order = copies[place][1]
     shape = (len(pieces), *pieces[0].shape[1:])
