@@ -29,7 +29,8 @@ from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
 from mllm_jax.weights.matching import named, untied
-from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint
+from mllm_jax.weights.replacing import begin, interrupted, replace_files, unfinished
+from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint, weight_files
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -148,7 +149,9 @@ def load_params(
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
     """Writes weights, config and the processor's files, generation config too, for transformers and `load_pretrained`.
 
-    Everything is complete on disk before anything gets its final name; a model that the folder held before is replaced.
+    Everything is complete on disk before anything gets its final name. A model that the folder held before is replaced,
+    its other files stay. Where a save is ended, the folder holds the old model, the new one, or is refused until the
+    next save, which finishes it.
     In a run of several processes all must call. ValueError where it has adapters, which are no part of such a folder.
     """
     if split_adapters(vlm.params)[1]:
@@ -156,17 +159,15 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder to save to")
-    stage = folder.with_name(f".{folder.name}.unfinished")
-    family = FAMILIES[vlm.config.family]
+    stage, family = unfinished(folder), FAMILIES[vlm.config.family]
     first = jax.process_index() == 0
     if first:
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
+        begin(folder)
     try:
         save_tensors(vlm.params, family.weights(vlm.config), stage)
         if first:
             _write_texts(vlm, stage)
-            _move_into(stage, folder)
+            replace_files(folder, CONFIG, weight_files(folder))
     finally:
         if first:
             shutil.rmtree(stage, ignore_errors=True)
@@ -200,6 +201,8 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
+        if why := interrupted(folder):
+            raise FileNotFoundError(f"{folder} is not complete: {why}.")
         raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not a model in Hugging Face's format")
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -228,14 +231,3 @@ def _write_texts(vlm: Pretrained, folder: Path) -> None:
     plain = dataclasses.replace(vlm.config, lora=LoraConfig())  # of a base model, its adapters were taken away
     content = FAMILIES[plain.family].to_hf(plain) | {"dtype": dtype}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_into(stage: Path, folder: Path) -> None:
-    """The files of `stage` to `folder`, config.json last: without one, a folder is not taken for a model."""
-    if not folder.exists():
-        stage.rename(folder)
-        return
-    for old in (folder / CONFIG, *folder.glob("model*.safetensors*")):
-        old.unlink(missing_ok=True)
-    for file in sorted(stage.iterdir(), key=lambda file: file.name == CONFIG):
-        file.replace(folder / file.name)

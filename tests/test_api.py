@@ -1,6 +1,10 @@
 """Models in Hugging Face's format, in and out, and the names that users import."""
 
+import dataclasses
+import itertools
 import json
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +21,8 @@ from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 import mllm_jax
 from mllm_jax import api
 from mllm_jax.data.processor import Processor
-from mllm_jax.model import VLM
+from mllm_jax.model import VLM, init_adapters
+from mllm_jax.nn.lora import LoraConfig, join
 from mllm_jax.weights.table import flatten
 
 
@@ -160,6 +165,86 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         mllm_jax.save_pretrained(random_model(1), tmp_path / "file")
+
+
+class Killed(BaseException):
+    """What no handler of errors catches, as a signal."""
+
+
+def test_a_save_that_is_killed_while_it_moves_files(tmp_path, monkeypatch):
+    """At whichever file: the folder is the old model, the new one, or refused, and the next save begins as it ended."""
+    folder, moved = tmp_path / "model", []
+    replace, remove = pathlib.Path.replace, pathlib.Path.unlink
+
+    def counted(change):
+        def act(path, *args, **options):
+            if path.parent.name not in ("model", ".model.moving"):
+                return change(path, *args, **options)
+            if len(moved) >= limit:
+                raise Killed
+            moved.append(path.name)
+            return change(path, *args, **options)
+
+        return act
+
+    new = random_model(1).params
+    for limit in itertools.count():
+        shutil.rmtree(folder, ignore_errors=True)
+        mllm_jax.save_pretrained(random_model(0), folder)
+        (folder / "model_ema.safetensors").write_text("mine")
+        moved.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "replace", counted(replace))
+            patch.setattr(pathlib.Path, "unlink", counted(remove))
+            try:
+                mllm_jax.save_pretrained(random_model(1), folder)
+                break
+            except Killed:
+                pass
+        assert (folder / "model_ema.safetensors").read_text() == "mine"
+        if (folder / "config.json").exists():
+            found = mllm_jax.load_pretrained(folder).params
+            assert_equal_params(found, random_model(0 if limit == 0 else 1).params)
+        else:
+            with pytest.raises(FileNotFoundError, match="is not complete: a save was ended.*Save again, or move"):
+                mllm_jax.load_pretrained(folder)
+        with monkeypatch.context() as patch:  # the next save fails, after what was left of this one is in place
+            patch.setattr(api, "save_tensors", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                mllm_jax.save_pretrained(random_model(0), folder)
+        assert_equal_params(mllm_jax.load_pretrained(folder).params, new)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert limit >= 3
+    assert_equal_params(mllm_jax.load_pretrained(folder).params, new)
+
+
+def test_adapters_never_mix_with_those_before(tmp_path, monkeypatch):
+    """A save that is killed between its two files leaves what is refused, and the next one has both."""
+    folder, replace = tmp_path / "adapters", pathlib.Path.replace
+    base = random_model()
+
+    def adapted(alpha):
+        config = dataclasses.replace(base.config, lora=LoraConfig(rank=2, alpha=alpha))
+        params = join(base.params, init_adapters(config, jax.random.key(int(alpha))))
+        return dataclasses.replace(base, config=config, params=params)
+
+    def killed(path, target):
+        if path.name == "adapter_config.json":
+            raise Killed
+        return replace(path, target)
+
+    first, second = adapted(4.0), adapted(32.0)
+    mllm_jax.save_adapters(first, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", killed)
+        with pytest.raises(Killed):
+            mllm_jax.save_adapters(second, folder)
+    with pytest.raises(FileNotFoundError, match="is not complete: a save was ended"):
+        mllm_jax.load_adapters(base, folder)
+    mllm_jax.save_adapters(second, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 32
+    assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of,
 from mllm_jax.sharding import Named, shardings
 from mllm_jax.weights import table
 from mllm_jax.weights.matching import WeightsMismatch
+from mllm_jax.weights.replacing import begin, interrupted, replace_files, unfinished
 from mllm_jax.weights.safetensors import Tensor, read_header, write_file
 from mllm_jax.weights.stacked import gather
 
@@ -44,6 +45,8 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
       ValueError: it is none of plain LoRA, or does not fit the model; all that does not is listed.
     """
     folder, (base, _), boxes = Path(folder), split_adapters(vlm.params), flatten(_base_boxes(vlm.config))
+    if not (folder / CONFIG).is_file() and (why := interrupted(folder)):
+        raise FileNotFoundError(f"{folder} is not complete: {why}.")
     stated, sites, family = read_config(folder), sites_of(vlm.config, boxes), FAMILIES[vlm.config.family]
     names = module_names(sites.values(), stated.get("target_parameters") or ())
     pairs, whole, faults = {}, {}, []
@@ -83,7 +86,8 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
     """Writes the adapters of a model for PEFT and `load_adapters`; in a run of several processes all must call.
 
     Args:
-      folder: made where absent; an adapter that it held is replaced.
+      folder: made where absent; an adapter that it held is replaced as a whole, or the folder is refused until the
+        next save where this one is ended in between.
       base: folder or hub name of the base model, for readers that are given none.
     Raises:
       ValueError: the model has no adapters, or one beside what is no linear layer of transformers' model; or
@@ -109,13 +113,12 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
     modules, whole = _whole(vlm.config, boxes, flatten(base_params))
     tensors |= {PREFIX + name: x for name, x in whole.items()}
     if jax.process_index() == 0:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".{WEIGHTS}.unfinished"
-        write_file(unfinished, {name: (x.dtype, x.shape) for name, x in tensors.items()}, iter(tensors.values()))
-        unfinished.replace(folder / WEIGHTS)
-        text = json.dumps(make_config(numbers, sites, modules, base), indent=2) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        folder, text = Path(folder), json.dumps(make_config(numbers, sites, modules, base), indent=2) + "\n"
+        begin(folder)
+        layout = {name: (x.dtype, x.shape) for name, x in tensors.items()}
+        write_file(unfinished(folder) / WEIGHTS, layout, iter(tensors.values()))
+        (unfinished(folder) / CONFIG).write_text(text, encoding="utf-8")
+        replace_files(folder, CONFIG)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_adapters")
 

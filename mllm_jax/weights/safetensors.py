@@ -21,6 +21,7 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 READABLE = FLOATS | {"F64": np.dtype(np.float64)}
 _BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # of the names that do not end in their bits
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
+_SHARD = r"model-\d{5}-of-\d{5,6}\.safetensors"
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -147,8 +148,8 @@ def write_checkpoint(folder: Path, layout: Layout, arrays: Iterable[np.ndarray],
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(map(_nbytes, layout.values()))}, "weight_map": weight_map}
             _partial(folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for old in [folder / INDEX, *folder.glob("model*.safetensors")]:  # a folder never mixes two checkpoints
-            old.unlink(missing_ok=True)
+        for old in weight_files(folder):  # a folder never mixes two checkpoints
+            (folder / old).unlink(missing_ok=True)
         for file in [*shards, INDEX] if len(shards) > 1 else shards:
             _partial(folder / file).rename(folder / file)
     finally:
@@ -213,6 +214,16 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if absent := sorted({file for file in weight_map.values() if not (folder / file).exists()}):
         raise BrokenCheckpoint(f"{folder / INDEX} names files that are not there: {', '.join(absent)}")
     return weight_map
+
+
+def weight_files(folder: Path) -> set[str]:
+    """The names of the files that are a folder's checkpoint: one file, or an index and its shards. Others are not."""
+    try:
+        named = _weight_map(folder).values()
+    except BrokenCheckpoint:
+        named = ()
+    shards = [path.name for path in folder.glob("model-*.safetensors") if re.fullmatch(_SHARD, path.name)]
+    return {SINGLE, INDEX, *shards, *named}
 
 
 def _inside(file: str) -> str:

@@ -1,0 +1,74 @@
+"""Replaces the files of a folder by those of another, so that a reader finds all old ones, all new ones, or refuses.
+
+The new files are complete in a folder beside before anything is touched. Then the one that readers need first is taken
+away, the others are moved, and the new one of it comes last. What ended in between is finished by the next save.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+_PLAN = ".files.json"
+
+
+def unfinished(folder: Path) -> Path:
+    """The folder beside, for the new files of `folder`."""
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def begin(folder: Path) -> None:
+    """Finishes a save that was ended, and makes the folder beside, empty."""
+    finish(folder)
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
+    unfinished(folder).mkdir(parents=True)
+
+
+def replace_files(folder: Path, last: str, stale: Iterable[str] = ()) -> None:
+    """Moves the files of the folder beside to `folder`.
+
+    Args:
+      last: the file without which readers refuse the folder.
+      stale: names of files of the folder that have no meaning beside the new ones, and are removed.
+    """
+    stage = unfinished(folder)
+    if not folder.exists():
+        stage.rename(folder)
+        return
+    names = sorted((file.name for file in stage.iterdir()), key=lambda name: name == last)
+    (stage / _PLAN).write_text(json.dumps({"files": names, "stale": sorted(set(stale) - set(names))}))
+    stage.rename(_moving(folder))
+    finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """Moves what a save that was ended had not moved yet; nothing if there is none."""
+    moving = _moving(folder)
+    if not (moving / _PLAN).is_file():
+        return
+    plan = json.loads((moving / _PLAN).read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    if (moving / plan["files"][-1]).exists():
+        for name in (plan["files"][-1], *plan["stale"]):
+            (folder / name).unlink(missing_ok=True)
+    for name in plan["files"]:
+        if (moving / name).exists():
+            (moving / name).replace(folder / name)
+    shutil.rmtree(moving)
+
+
+def interrupted(folder: Path) -> str:
+    """What to tell of a folder that readers refuse because a save was ended; "" if that is not why."""
+    moving = _moving(folder)
+    if not (moving / _PLAN).is_file():
+        return ""
+    return (
+        f"a save was ended while it moved its files to {folder}, and the rest of them are in {moving}. Save again, or "
+        "move these too"
+    )
+
+
+def _moving(folder: Path) -> Path:
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.moving")
