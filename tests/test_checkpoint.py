@@ -11,6 +11,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.model import abstract_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.checkpoint import Checkpoints, read_config, restore_params
+from mllm_jax.train.damage import Damaged
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.run import read_run
 from mllm_jax.train.state import abstract_state, init_state, state_shardings
@@ -124,7 +125,7 @@ def test_what_gives_the_checkpoint_another_meaning_is_refused(saved):
 
 def tiers(workdir, shape=None):
     return Tiers(
-        workdir, 2, str(workdir / "disk"), abstract_state(RUN.model, TX), layout(make_mesh(shape or {"fsdp": 8}))
+        workdir, 2, str(workdir / "disk"), True, abstract_state(RUN.model, TX), layout(make_mesh(shape or {"fsdp": 8}))
     )
 
 
@@ -182,3 +183,78 @@ def test_going_back_forgets_what_is_newer_in_both_tiers(two_tiers):
     checkpoints = tiers(two_tiers)
     assert checkpoints.back_to(5, CONFIG).position == position(5)
     assert checkpoints.shared.steps() == [5] and checkpoints.local.steps() == []
+
+
+def restored(workdir, shape=None):
+    return tiers(workdir, shape).restore(CONFIG)
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that are pending
+def test_no_flipped_bit_is_restored_silently(saved, state, tmp_path_factory):
+    """One bit in each of the largest files: what is restored is what was saved, or it is refused."""
+    files = [path for path in (saved / "checkpoints" / "7").rglob("*") if path.is_file()]
+    files = sorted(files, key=lambda path: (-path.stat().st_size, path.name))[:16]
+    wanted, refused = (abstract_state(RUN.model, TX), layout(make_mesh())), 0
+    for path, bit in zip(files, np.random.default_rng(0).integers(2**40, size=len(files))):
+        copy = tmp_path_factory.mktemp("flipped")
+        shutil.copytree(saved, copy, dirs_exist_ok=True)
+        flip(copy / path.relative_to(saved), int(bit))
+        try:
+            found = Checkpoints(copy).restore(CONFIG, *wanted, step=7)
+        except Damaged as error:
+            assert "checkpoints/7 is damaged" in str(error)
+            refused += 1
+        else:
+            jax.tree.map(np.testing.assert_array_equal, found.state, state)
+            assert found.position == position(7) and found.notes == NOTES
+    assert refused > 1
+
+
+def test_the_newest_whole_one_is_restored_and_the_damaged_one_is_set_aside(saved, state, capsys):
+    shutil.rmtree(saved / "checkpoints" / "7" / "params")
+    found = restored(saved, {"data": 2, "fsdp": 4})
+    assert found.position == position(6)
+    jax.tree.map(np.testing.assert_array_equal, found.state, state)
+    assert f"{saved / 'checkpoints' / '7'} is damaged" in (said := capsys.readouterr().err)
+    assert f"It was moved to {saved / 'damaged' / '7'}" in said and len(said.splitlines()) == 1
+    assert [path.name for path in (saved / "checkpoints").iterdir()] == ["6"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(saved):
+    for step in ("6", "7"):
+        (saved / "checkpoints" / step / "about" / "metadata").write_text("{")
+    for _ in range(2):  # the same at the next start
+        checkpoints = tiers(saved)
+        with pytest.raises(ConfigError, match="all checkpoints of .* are damaged. Put a whole copy into"):
+            checkpoints.restore(CONFIG) if checkpoints.latest() is not None else checkpoints.check_new()
+        checkpoints.close()
+
+
+def test_parameters_that_are_not_those_that_were_saved_are_refused(saved):
+    file = max((saved / "checkpoints" / "7" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    for bit in range(8, 8 * file.stat().st_size, file.stat().st_size):
+        flip(file, bit)
+    with pytest.raises(Damaged, match="checkpoints/7 is damaged"):
+        restore_params(saved)
+    restore_params(saved, step=6)
+
+
+def test_a_damaged_local_one_is_set_aside(two_tiers, capsys):
+    shutil.rmtree(next((two_tiers / "disk").glob("*/process-0/8")) / "shards")
+    found = restored(two_tiers)
+    assert found.position == position(7) and "process-0/8 is damaged" in capsys.readouterr().err
+    assert next((two_tiers / "disk").glob("*/damaged/8")).is_dir()
+
+
+def test_without_fingerprints_a_checkpoint_is_read_as_it_is(state, tmp_path):
+    checkpoints = Checkpoints(tmp_path, verify=False)
+    checkpoints.save(3, state, CONFIG, position(3), NOTES)
+    checkpoints.close()
+    found = Checkpoints(tmp_path).restore(CONFIG, abstract_state(RUN.model, TX), layout(make_mesh()))
+    jax.tree.map(np.testing.assert_array_equal, found.state, state)

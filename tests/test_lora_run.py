@@ -21,7 +21,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.generate import __main__ as generate
 from mllm_jax.model import abstract_params
 from mllm_jax.nn.lora import split_adapters
-from mllm_jax.train.base import fingerprint
+from mllm_jax.train.fingerprint import fingerprint
 from mllm_jax.train.loop import train
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.optim import split

@@ -1,5 +1,6 @@
 """What the stages of a run came to: a table, and a page on which every branch of stages is one line."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.table import Table
 from mllm_jax.config import load
 from mllm_jax.evaluate.report import Kind, Run, percent, short, write_report
 from mllm_jax.model import abstract_params, count_params
+from mllm_jax.train.damage import read_note
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.optim import split
 from mllm_jax.train.run import read_run
@@ -73,7 +75,8 @@ def _branch(workdir: Path, names: list[str], steps: Mapping[str, int]) -> Run:
 
 
 def _config(workdir: str | Path) -> ConfigDict:
-    return load((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    fix = "The training command of this run writes it again"
+    return load(json.dumps(read_note(Path(workdir) / "config.json", fix, stages=dict)))
 
 
 def _last(folder: Path) -> dict[str, Any]:

@@ -5,17 +5,17 @@ So that a run never goes on from other weights, a fingerprint of the base lies b
 
 import json
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.config import ConfigError
 from mllm_jax.nn.lora import join
+from mllm_jax.train.damage import BEGIN_ANEW, read_note
+from mllm_jax.train.fingerprint import fingerprint
 from mllm_jax.train.optim import BIAS, split
 from mllm_jax.train.run import Run
 
@@ -53,7 +53,7 @@ def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None
         if jax.process_index() == 0:
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return
-    began = json.loads(file.read_text(encoding="utf-8"))
+    began = read_note(file, BEGIN_ANEW, fingerprint=int)
     if began["fingerprint"] != found["fingerprint"]:
         named = f"config.init={run.init!r}" if run.init else f"config.parts={run.taken}" if run.taken else ""
         source = named or f"config.train.seed={run.train.seed}"
@@ -61,18 +61,3 @@ def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None
             f"{workdir} began with other weights (of {began['init'] or 'config.train.seed'!r}) than {source} gives; "
             "its checkpoints hold what is trained alone: give it those weights again, or use another --workdir"
         )
-
-
-@jax.jit
-def fingerprint(params: Any) -> jax.Array:
-    """u32[] of the bits of all values, their places and their names; on any mesh the same."""
-    total = jnp.zeros((), jnp.uint32)
-    for path, x in flatten_dict(params, sep="/").items():
-        kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-        places = sum(
-            jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(zlib.crc32(bytes([axis])))
-            for axis in range(x.ndim)
-        )
-        total += jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32) * jnp.uint32(zlib.crc32(path.encode()) | 1)
-    return total

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mllm_jax.config import ConfigError, dump, told
 from mllm_jax.model import abstract_params
 from mllm_jax.train.initial import check_adapters
+from mllm_jax.train.lock import locked
 from mllm_jax.train.loop import StopSignal, made, train
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.ppo_run import judge_run
@@ -42,18 +43,25 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None,
     for name in chosen:
         _check(config, name)
     folder = made(workdir)
+    with locked(folder):
+        return _train_stages(config, folder, order, chosen, done, alone=stage is not None, **options)
+
+
+def _train_stages(
+    config: ConfigDict, folder: Path, order: list[str], chosen: list[str], done: dict[str, int], alone: bool, **options
+) -> bool:
     if jax.process_index() == 0:
         (folder / "config.json").write_text(dump(config), encoding="utf-8")
         note_ended(folder, order, done)
-    for name in () if stage else done:
+    for name in () if alone else done:
         _say(f"stage {name} has ended at step {done[name]}")
     with StopSignal() as stop:
         for name in chosen:
-            alone = stage_config(config, name, folder)
-            sources = [alone.init] if alone.init else [source for source in alone.parts.values() if source]
+            run = stage_config(config, name, folder)
+            sources = [run.init] if run.init else [source for source in run.parts.values() if source]
             origin = f"the weights of {' and '.join(sources)}" if sources else "random weights"
             _say(f"stage {name}, {order.index(name) + 1} of {len(order)}, from {origin}")
-            step = train(alone, folder / name, stop, **options)
+            step = train(run, folder / name, stop, **options)
             if stop.heeded:
                 return False
             done = done | {name: step}

@@ -2,7 +2,8 @@
 
 A checkpoint holds the state of training, the run's config, and the position in the data, for any number of processes;
 of a run with adapters not the frozen base (see `mllm_jax.train.base`).
-A save that is killed leaves a temporary folder, which nobody reads and the next run removes.
+A save that is killed leaves a temporary folder, which nobody reads and the next run removes. What was saved and is
+damaged afterwards is found when it is read (see `mllm_jax.train.damage`).
 """
 
 import json
@@ -25,6 +26,8 @@ from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params, without
 from mllm_jax.nn.value import NAME as VALUE_HEAD
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.base import completed, saved
+from mllm_jax.train.damage import check_arrays, read_sealed, reading, saving, sealed, verify
+from mllm_jax.train.fingerprint import fingerprints, names
 from mllm_jax.train.run import Run, read_run
 from mllm_jax.train.stages import CHECKPOINTS, run_folder
 from mllm_jax.train.state import TrainState
@@ -45,10 +48,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints below `workdir`; the newest `keep` stay."""
+    """The checkpoints below `workdir`; the newest `keep` stay.
 
-    def __init__(self, workdir: str | Path, keep: int = 3):
-        self.folder = Path(workdir).resolve() / CHECKPOINTS
+    verify: a checkpoint gets a fingerprint of every array.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 3, verify: bool = True):
+        self.folder, self._verify = Path(workdir).resolve() / CHECKPOINTS, verify
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -67,19 +73,28 @@ class Checkpoints:
         """
         params, progress = _split(state)
         about = {"config": json.loads(dump(config)), "data": join_states(from_all_processes(data))}
-        about["notes"] = notes
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                progress=ocp.args.StandardSave(progress),
-                about=ocp.args.JsonSave(about),
-            ),
-        )
+        about = sealed(about | {"notes": notes, "arrays": arrays_of(state, self._verify)})
+        with saving(self.folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    progress=ocp.args.StandardSave(progress),
+                    about=ocp.args.JsonSave(about),
+                ),
+            )
 
     def steps(self) -> list[int]:
         """Of all whole checkpoints."""
         return sorted(self._manager.all_steps())
+
+    def set_aside(self, step: int, into: Path) -> Path:
+        """Moves a checkpoint out of the way, into a folder; returns where it is. All processes call."""
+        place = set_aside(self.folder / str(step), into) if jax.process_index() == 0 else into / str(step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set_aside")
+        self._manager.reload()
+        return place
 
     def drop_after(self, step: int) -> None:
         """Removes what is newer."""
@@ -93,26 +108,37 @@ class Checkpoints:
         """A checkpoint, by default the newest one, its state laid out on the mesh of `layout`.
 
         Raises:
-          ConfigError: the checkpoint is of another model, optimizer or data than `config`.
+          ConfigError: the checkpoint is of another model, optimizer or data than `config`. Damaged: it is not whole.
         """
         step = self.latest() if step is None else step
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        place = self.folder / str(step)
+        with reading(place, everywhere=True):
+            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        about = read_sealed(about, place)
         check_same_run(about["config"], config, self.folder)
-        params, progress = _split(jax.tree.map(_placed, abstract, layout))
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), progress=ocp.args.StandardRestore(progress)
-            ),
-        )
-        return Restored(TrainState(params=found.params, **found.progress), about["data"], about["notes"])
+        wanted = jax.tree.map(_placed, abstract, layout)
+        check_arrays(wanted._asdict(), about["arrays"], place)
+        params, progress = _split(wanted)
+        with reading(place):
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params), progress=ocp.args.StandardRestore(progress)
+                ),
+            )
+        state = TrainState(params=found.params, **found.progress)
+        verify(state._asdict(), about["arrays"], place)
+        return Restored(state, about["data"], about["notes"])
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is on disk. Raises SaveFailed."""
+        with saving(self.folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the last save. Raises SaveFailed."""
+        with saving(self.folder):
+            self._manager.close()
 
 
 def read_config(workdir: str | Path, step: int | None = None) -> Run:
@@ -120,7 +146,7 @@ def read_config(workdir: str | Path, step: int | None = None) -> Run:
 
     Of a run with stages, here and below, it is that of the last stage that came to its end.
     """
-    return read_run(_about(workdir, step)[1])
+    return read_run(_config(_about(workdir, step)[1]))
 
 
 def restore_params(
@@ -132,18 +158,21 @@ def restore_params(
       workdir: of a training run. step: the newest by default.
       mesh: where the parameters shall lie, by the run's rules; by default all on the first device.
     Raises:
-      FileNotFoundError: there is no such checkpoint.
+      FileNotFoundError: there is no such checkpoint. Damaged: it is not whole.
     """
     from mllm_jax.train.initial import first_params  # which restores parameters, too: of runs that others begin with
 
-    step, config = _about(workdir, step)
-    run = read_run(config)
+    step, about = _about(workdir, step)
+    run = read_run(_config(about))
     model = run.model
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     layout = shardings(abstract_boxed(model), mesh, model.runtime.rules)
     wanted = saved(run, jax.tree.map(_placed, abstract_params(model), layout))
-    with _reader(workdir) as manager:
+    place = run_folder(workdir) / CHECKPOINTS / str(step)
+    check_arrays({"params": wanted}, about["arrays"], place)
+    with _reader(workdir) as manager, reading(place):
         found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
+    verify({"params": found.params}, about["arrays"], place)
     return model, completed(run, run_folder(workdir), found.params, partial(first_params, run, mesh))
 
 
@@ -166,7 +195,7 @@ def _reader(workdir: str | Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
 
 
-def _about(workdir: str | Path, step: int | None) -> tuple[int, ConfigDict]:
+def _about(workdir: str | Path, step: int | None) -> tuple[int, dict[str, Any]]:
     with _reader(workdir) as manager:
         steps = manager.all_steps()
         step = manager.latest_step() if step is None else step
@@ -174,8 +203,27 @@ def _about(workdir: str | Path, step: int | None) -> tuple[int, ConfigDict]:
             raise FileNotFoundError(f"{workdir} has no checkpoint yet: its run ended, or was ended, before it saved")
         if step not in steps:
             raise FileNotFoundError(f"{workdir} has no checkpoint {step}; there are {sorted(steps)}")
-        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-    return step, load(json.dumps(about["config"]))
+        place = run_folder(workdir) / CHECKPOINTS / str(step)
+        with reading(place, everywhere=True):
+            about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    return step, read_sealed(about, place)
+
+
+def _config(about: dict[str, Any]) -> ConfigDict:
+    return load(json.dumps(about["config"]))
+
+
+def arrays_of(state: TrainState, verify: bool) -> dict[str, int | None]:
+    """The names of the arrays of a state, with their fingerprints where they are to be verified."""
+    return fingerprints(state._asdict()) if verify else dict.fromkeys(names(state._asdict()))
+
+
+def set_aside(folder: Path, into: Path) -> Path:
+    """Moves a folder into another one, under a name that is free; returns where it is."""
+    into.mkdir(parents=True, exist_ok=True)
+    taken = {path.name for path in into.iterdir()}
+    name = next(name for name in (folder.name, *(f"{folder.name}.{n}" for n in range(1, 10**6))) if name not in taken)
+    return folder.rename(into / name)
 
 
 def _placed(x, sharding) -> jax.ShapeDtypeStruct:

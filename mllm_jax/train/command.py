@@ -27,6 +27,7 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
     def guarded(_argv) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+        logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname or not record.exc_info)
         try:
             main()
         except (ConfigError, BadData, OSError, *expected) as error:

@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, dump
+from mllm_jax.train.checkpoint import arrays_of, set_aside
+from mllm_jax.train.damage import read_sealed, reading, saving, sealed, verify
 from mllm_jax.train.state import TrainState
 
 KEEP = 2
@@ -26,11 +28,11 @@ class LocalCheckpoints:
       folder: of the run, on the process's own disk. abstract, layout: shapes and shardings of the state.
     """
 
-    def __init__(self, folder: Path, abstract: TrainState, layout: TrainState):
+    def __init__(self, folder: Path, abstract: TrainState, layout: TrainState, verify: bool = True):
         number = jax.process_index()
         self.folder = folder / f"process-{number}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._abstract, self._layout = abstract, layout
+        self._abstract, self._layout, self._verify = abstract, layout, verify
         self._needed = _digest(abstract, layout)
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -47,7 +49,7 @@ class LocalCheckpoints:
 
     def steps(self) -> list[int]:
         """Steps of which this process has all that it needs on its present mesh."""
-        return [step for step in self._manager.all_steps() if self.about(step)["holds"] == self._needed]
+        return [step for step in self._manager.all_steps() if self._holds(step) == self._needed]
 
     def save(self, step: int, state: TrainState, config: ConfigDict, position: dict, notes: dict[str, Any]) -> None:
         """Starts to save; returns when the state is copied from the devices. ConfigError: not on this mesh."""
@@ -57,19 +59,41 @@ class LocalCheckpoints:
                 "does not save by itself: set train.save_local_every=0, or order the mesh otherwise"
             )
         about = {"config": json.loads(dump(config)), "data": position, "notes": notes, "holds": self._needed}
+        about = sealed(about | {"arrays": arrays_of(state, self._verify)})
         arguments = ocp.args.Composite(shards=ocp.args.PyTreeSave(_tree(state)), about=ocp.args.JsonSave(about))
-        self._manager.save(step, args=arguments)
+        with saving(self.folder):
+            self._manager.save(step, args=arguments)
 
     def restore(self, step: int) -> TrainState:
-        """The state of one of `steps()`."""
+        """The state of one of `steps()`. Raises Damaged where it is not what was saved."""
         wanted, layout = _tree(self._abstract), _tree(self._layout)
         place = lambda sharding, x: ocp.ArrayRestoreArgs(sharding=sharding, global_shape=x.shape, dtype=x.dtype)
         arguments = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(place, layout, wanted))
-        found = self._manager.restore(step, args=ocp.args.Composite(shards=arguments)).shards
-        return jax.tree.unflatten(jax.tree.structure(self._abstract), list(found.values()))
+        arrays = self.about(step)["arrays"]
+        with reading(self.folder / str(step)):
+            found = self._manager.restore(step, args=ocp.args.Composite(shards=arguments)).shards
+        state = jax.tree.unflatten(jax.tree.structure(self._abstract), list(found.values()))
+        verify(state._asdict(), arrays, self.folder / str(step))
+        return state
 
     def about(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        place = self.folder / str(step)
+        with reading(place):
+            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        return read_sealed(about, place)
+
+    def _holds(self, step: int) -> str | None:
+        """What a checkpoint holds, see `_digest`; None where that cannot be read."""
+        try:
+            return self.about(step)["holds"]
+        except ConfigError:
+            return None
+
+    def set_aside(self, step: int, into: Path) -> Path:
+        """Moves a checkpoint out of the way, into a folder; returns where it is."""
+        place = set_aside(self.folder / str(step), into)
+        self._manager.reload()
+        return place
 
     def drop_after(self, step: int) -> None:
         """Forgets what is newer: a process that did not get as far has not got it."""
@@ -78,10 +102,12 @@ class LocalCheckpoints:
                 self._manager.delete(newer)
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        with saving(self.folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with saving(self.folder):
+            self._manager.close()
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

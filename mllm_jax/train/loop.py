@@ -7,7 +7,7 @@ of steps that are done, so that they never wait for it.
 import re
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from mllm_jax.train.feed import Feed, Fetched
 from mllm_jax.train.flops import peak_flops
 from mllm_jax.train.goodput import Clock, summary
 from mllm_jax.train.initial import first_params, processor_of
+from mllm_jax.train.lock import locked
 from mllm_jax.train.metrics import Meter, Reporter, last_written
 from mllm_jax.train.nonfinite import find_nonfinite
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.paired_run import reference_of
-from mllm_jax.train.processes import Lost, StopSignal, compiled_together, noticing_others
+from mllm_jax.train.processes import Lost, StopSignal, compiled_together, is_loss, noticing_others
 from mllm_jax.train.processors import make_processor
 from mllm_jax.train.results import Diverged, Results, Started
 from mllm_jax.train.retrieval import held_out
@@ -70,17 +71,27 @@ def train(
             run = read_run(config)
             if run.stages:
                 raise ConfigError("the config has stages; mllm_jax.train.chain trains them")
-            training = Training(config, run, made(workdir), profile_steps, debug_nans)
-        except (ValueError, OSError) as error:  # all that a run is built from comes from its config
+            folder = made(workdir)
+        except (ValueError, OSError) as error:
             raise ConfigError(told(error)) from error
-        try:
-            with noticing_others():
-                return training.run(stop)
-        except Lost:
-            training.lost = True
-            raise
-        finally:
-            training.close()
+        with locked(folder), noticing_others():
+            return _train_in(folder, config, run, stop, profile_steps, debug_nans)
+
+
+def _train_in(
+    folder: Path, config: ConfigDict, run: Run, stop: StopSignal, profile_steps: range, debug_nans: bool
+) -> int:
+    try:
+        training = Training(config, run, folder, profile_steps, debug_nans)
+    except (ValueError, OSError) as error:  # all that a run is built from comes from its config
+        raise ConfigError(told(error)) from error
+    try:
+        return training.run(stop)
+    except (Lost, jax.errors.JaxRuntimeError) as error:
+        training.lost = is_loss(error)
+        raise
+    finally:
+        training.close()
 
 
 class Training:
@@ -104,7 +115,7 @@ class Training:
         self.evaluate = held_out(run, processor, mesh, heldout) if heldout is not None else None
         states = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
         parts = (state._replace(params=saved(run, state.params)) for state in states)
-        self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, *parts)
+        self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, run.train.verify, *parts)
         self.resumed = self.checkpoints.latest() is not None
         found = self._resume() if self.resumed else self._begin(tx)
         self.reference = reference_of(run, mesh, workdir, self.resumed)
@@ -158,14 +169,15 @@ class Training:
                 break
 
     def close(self) -> None:
-        self.watchdog.close()
-        self.tracer.close()
-        self.feed.close()
-        self.report.close()
-        if not self.lost:  # a save would wait for the process that has ended
-            self.checkpoints.close()
+        """Ends everything that runs beside the steps, also where one of its parts fails."""
+        with ExitStack() as parts:
+            if not self.lost:  # a save would wait for the process that has ended
+                parts.callback(self.checkpoints.close)
+            for part in (self.report, self.feed, self.tracer, self.watchdog):
+                parts.callback(part.close)
 
     def _begin(self, tx: optax.GradientTransformation) -> Restored:
+        self.checkpoints.check_new()
         run = self.settings
         params = first_params(run, self.mesh)
         note_base(run, self.workdir, params)

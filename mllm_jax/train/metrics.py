@@ -9,6 +9,7 @@ the same in every run of one config on one mesh, however often it was interrupte
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping
@@ -28,14 +29,20 @@ JUDGED = ("accuracy", "reward", "kl")  # of runs that learn from judgements; the
 class MetricsFile:
     """One line of JSON for every step, also where a run was killed and goes on from an earlier step.
 
-    Opening drops what the file says about steps after `step`, with which the run goes on.
+    Opening drops what the file says about steps after `step`, with which the run goes on. Where other lines than the
+    last are damaged, a copy of the file stays beside it.
     """
 
     def __init__(self, folder: Path, step: int):
         path = folder / FILE
         fresh = path.with_suffix(".new")
+        records, damaged = _read(path)
+        if damaged:
+            kept = path.with_name(f"damaged-{FILE}")
+            shutil.copyfile(path, kept)
+            print(f"warning: {path}: {damaged} lines are damaged and left out. See {kept}", file=sys.stderr, flush=True)
         with open(fresh, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
+            file.writelines(json.dumps(line) + "\n" for line in records if line["step"] <= step)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
@@ -59,14 +66,23 @@ class MetricsFile:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The records in a run's metrics.jsonl, without a last line that was cut off; [] where there is no file."""
-    path, records = Path(folder) / FILE, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """The records in a run's metrics.jsonl, damaged lines and a last one that was cut off left out; [] without it."""
+    return _read(Path(folder) / FILE)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records, and the number of damaged lines, a last one that was cut off not counted."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    found = [_record(line) for line in lines[:-1]]
+    return [record for record in found if record is not None], found.count(None)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def last_written(folder: str | Path) -> float:

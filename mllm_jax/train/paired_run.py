@@ -11,7 +11,8 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data.answers import Pairs, Reference
 from mllm_jax.data.judging import Judged
 from mllm_jax.data.readers import Reading
-from mllm_jax.train.base import fingerprint
+from mllm_jax.train.damage import BEGIN_ANEW, read_note
+from mllm_jax.train.fingerprint import fingerprint
 from mllm_jax.train.initial import first_params
 from mllm_jax.train.ppo_run import make_judge, prompts_of
 from mllm_jax.train.preference import FIRST
@@ -47,7 +48,7 @@ def reference_of(run: Run, mesh: Mesh, workdir: Path, resumed: bool) -> tuple:
     if not resumed:
         if jax.process_index() == 0:
             file.write_text(json.dumps({"init": run.init, "fingerprint": found}) + "\n", encoding="utf-8")
-    elif json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != found:
+    elif read_note(file, BEGIN_ANEW, fingerprint=int)["fingerprint"] != found:
         raise ConfigError(
             f"{workdir} compared its answers with other weights than config.init={run.init!r} and "
             f"config.train.seed={run.train.seed} give now: give it those again, or use another --workdir"

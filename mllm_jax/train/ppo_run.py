@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from mllm_jax.config import ConfigError
 from mllm_jax.data.judging import Prompts
 from mllm_jax.data.processor import Processor
-from mllm_jax.train.base import fingerprint
 from mllm_jax.train.checkpoint import read_config, restore_params
+from mllm_jax.train.damage import BEGIN_ANEW, read_note
+from mllm_jax.train.fingerprint import fingerprint
 from mllm_jax.train.initial import first_params, processor_of
 from mllm_jax.train.preference import FIRST
 from mllm_jax.train.processors import make_processor
@@ -63,7 +64,7 @@ def make_judge(run: Run, mesh: Mesh, workdir: Path, resumed: bool) -> Judge:
     file = Path(workdir) / FILE
     if not resumed:
         file.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    elif json.loads(file.read_text(encoding="utf-8")) != found:
+    elif read_note(file, BEGIN_ANEW, reward=int) != found:
         raise ConfigError(
             f"{workdir} had other weights to begin with, or another reward model, than config.init={run.init!r}, "
             f"config.train.seed={run.train.seed} and config.train.ppo.reward={ppo.reward!r} give now: give it those "

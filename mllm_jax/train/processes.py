@@ -65,11 +65,17 @@ def compiled_together(function: Callable) -> Callable:
     def run(*arguments):
         if not compiled:
             compiled.append(function.lower(*arguments).compile())
-            meet = ocp.multihost.get_barrier_sync_fn()
-            meet(key=f"mllm_jax-compiled-{next(_meetings)}", timeout_ms=1000 * COMPILING)
+            meet(COMPILING)
         return compiled[0](*arguments)
 
     return run
+
+
+def meet(seconds: float) -> None:
+    """Returns when all processes are here; the devices are not asked. Each process calls it equally often."""
+    if jax.process_count() > 1:
+        sync = ocp.multihost.get_barrier_sync_fn()
+        sync(key=f"mllm_jax-meeting-{next(_meetings)}", timeout_ms=round(1000 * seconds))
 
 
 class StopSignal:
@@ -101,13 +107,19 @@ class StopSignal:
         signal.signal(number, self._before[number])
 
 
+def is_loss(error: Exception) -> bool:
+    """Whether an error says that another process of the run has ended."""
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    return isinstance(error, Lost) or (of_jax and bool(OF_OTHERS.search(str(error))))
+
+
 @contextmanager
 def noticing_others() -> Iterator[None]:
     """Turns what jax says where another process has died into `Lost`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not OF_OTHERS.search(str(error)):
+        if not is_loss(error):
             raise
         raise Lost(
             f"process {jax.process_index()} cannot reach another one, which has ended ({str(error).splitlines()[0]}). "

@@ -64,6 +64,8 @@ class TrainConfig:
     log_every, evaluate_every, save_every: in steps; 0 = at the end only.
     heldout: number of held-out conversations to evaluate on.
     keep: checkpoints that are kept.
+    verify: whether checkpoints hold a fingerprint of every array, which is compared when they are read. It costs one
+      pass over the state on the devices at every save.
     save_local_every, local: between these, every so many steps, each process saves what it holds in a folder on its own
       disk; 0 or no folder = it does not. See mllm_jax/train/local_checkpoint.py.
     spikes: of the loss, and whether to go back.
@@ -86,6 +88,7 @@ class TrainConfig:
     heldout: int = 256
     save_every: int = 500
     keep: int = 3
+    verify: bool = True
     save_local_every: int = 0
     local: str = ""
     spikes: SpikeConfig = SpikeConfig()

@@ -14,13 +14,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.train.damage import read_note
 from mllm_jax.train.run import PARTS_OF_STAGES, processor_source
 
 PROGRESS = "stages.json"  # in the folder of a staged run: the stages in order, and the last step of those that ended
+EXAMPLE = '{"stages": ["align", "instruct"], "ended": {"align": 500}}'  # what it looks like
 CHECKPOINTS = "checkpoints"  # in the folder of a run or of a stage
 
 
@@ -96,14 +99,22 @@ def has_checkpoint(folder: Path) -> bool:
 
 def ended(workdir: str | Path) -> dict[str, int]:
     """The stages in `workdir` that came to their end, in order, with the step that each reached."""
-    path = Path(workdir) / PROGRESS
-    return json.loads(path.read_text(encoding="utf-8"))["ended"] if path.is_file() else {}
+    return _progress(Path(workdir))["ended"]
 
 
 def all_ended(workdir: str | Path) -> bool:
     """Whether this is the folder of a run with stages that all came to their end."""
-    path = Path(workdir) / PROGRESS
-    return path.is_file() and set(ended(workdir)) == set(json.loads(path.read_text(encoding="utf-8"))["stages"])
+    found = _progress(Path(workdir))
+    return bool(found["stages"]) and set(found["ended"]) == set(found["stages"])
+
+
+def _progress(workdir: Path) -> dict[str, Any]:
+    """What `note_ended` wrote; no stages where it wrote nothing. Raises ConfigError where the file is damaged."""
+    path = workdir / PROGRESS
+    if not path.is_file():
+        return {"stages": [], "ended": {}}
+    fix = f"Write into it the stages that have ended, such as {EXAMPLE}, or remove it to train all of them anew"
+    return read_note(path, fix, stages=list, ended=dict)
 
 
 def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> None:
@@ -126,8 +137,7 @@ def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
       ConfigError: there is no such stage. FileNotFoundError: there are stages, and none has ended.
     """
     workdir = Path(workdir)
-    path = workdir / PROGRESS
-    known = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
+    known = _progress(workdir)["stages"]
     if stage is not None:
         if stage not in known:
             raise ConfigError(f"{workdir} has no stage {stage!r}; {suggestion(stage, known)}")

@@ -1,8 +1,10 @@
 """Two tiers of checkpoints: rare ones for all, on the file system that all hosts share, frequent ones on their disks.
 
-The newest one that is whole wins. Of the local tier that is what every process has whole, by a vote at the start.
+The newest one that is whole wins. Of the local tier that is what every process has whole, by a vote at the start. One
+that is damaged is moved to the folder `damaged` beside the others, and the one before it is restored.
 """
 
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mllm_jax.train.checkpoint import Checkpoints, Restored, check_same_run, from_all_processes
+from mllm_jax.config import ConfigError
+from mllm_jax.train.checkpoint import Checkpoints, Restored, check_same_run, from_all_processes, set_aside
+from mllm_jax.train.damage import Damaged
 from mllm_jax.train.local_checkpoint import LocalCheckpoints
+from mllm_jax.train.processes import Lost
 from mllm_jax.train.state import TrainState
 
 RUN_ID = "run_id"  # the file in the working directory that tells its local checkpoints from those of other runs
+DAMAGED = "damaged"  # folder in the working directory, and beside local checkpoints, of those that are not whole
 
 
 class Tiers:
@@ -23,17 +29,22 @@ class Tiers:
     Args:
       workdir: of the run. keep: shared checkpoints that stay.
       local: folder on each process's own disk; empty = no such tier.
+      verify: whether checkpoints get a fingerprint of every array.
       abstract, layout: shapes and shardings of the state.
     """
 
-    def __init__(self, workdir: Path, keep: int, local: str, abstract: TrainState, layout: TrainState):
-        self.shared, self.local, self._newest_local = Checkpoints(workdir, keep), None, None
-        self._abstract, self._layout = abstract, layout
+    def __init__(self, workdir: Path, keep: int, local: str, verify: bool, abstract: TrainState, layout: TrainState):
+        self.shared, self.local, self._newest_local = Checkpoints(workdir, keep, verify), None, None
+        self._workdir, self._abstract, self._layout = workdir, abstract, layout
         if local:
-            self.local = LocalCheckpoints(Path(local).expanduser().resolve() / _run_id(workdir), abstract, layout)
-            votes = from_all_processes({"steps": self.local.steps()})
-            self._newest_local = max(set.intersection(*(set(vote["steps"]) for vote in votes)), default=None)
+            folder = Path(local).expanduser().resolve() / _run_id(workdir)
+            self.local = LocalCheckpoints(folder, abstract, layout, verify)
+            self._vote()
             self.local.drop_after(-1 if self._newest_local is None else self._newest_local)
+
+    def _vote(self) -> None:
+        votes = from_all_processes({"steps": self.local.steps()})
+        self._newest_local = max(set.intersection(*(set(vote["steps"]) for vote in votes)), default=None)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None where there is none."""
@@ -48,13 +59,49 @@ class Tiers:
         self.local.save(step, state, config, data, notes)
 
     def restore(self, config: ConfigDict) -> Restored:
-        """The newest checkpoint. Raises ConfigError where it is of another model, optimizer or data than `config`."""
-        step = self.latest()
+        """The newest whole checkpoint; damaged ones are set aside.
+
+        Raises:
+          ConfigError: it is of another model, optimizer or data than `config`, or none is whole. Lost: one that this
+            process alone cannot read was set aside.
+        """
+        while (step := self.latest()) is not None:
+            try:
+                return self._restore(step, config)
+            except Damaged as fault:
+                self._set_aside(step, fault)
+        raise ConfigError(self._all_damaged())
+
+    def _restore(self, step: int, config: ConfigDict) -> Restored:
         if step != self._newest_local:
             return self.back_to(step, config)
         about = self.local.about(step)
         check_same_run(about["config"], config, self.local.folder)
         return Restored(self.local.restore(step), about["data"], about["notes"])
+
+    def _set_aside(self, step: int, fault: Damaged) -> None:
+        local = step == self._newest_local
+        tier, into = (self.local, self.local.folder.parent) if local else (self.shared, self._workdir)
+        into /= DAMAGED
+        if jax.process_count() > 1 and not fault.everywhere:  # the others wait for arrays that will not come
+            place = set_aside(tier.folder / str(step), into)
+            raise Lost(f"{fault}. It was moved to {place}; the same command goes on from the checkpoint before it")
+        place = tier.set_aside(step, into)
+        if local:
+            self._vote()
+        if jax.process_index() == 0:
+            print(f"warning: {fault}. It was moved to {place}", file=sys.stderr, flush=True)
+
+    def check_new(self) -> None:
+        """Raises ConfigError where a run would begin anew because all of its checkpoints are damaged."""
+        if (folder := self._workdir / DAMAGED).is_dir() and any(folder.iterdir()):
+            raise ConfigError(self._all_damaged())
+
+    def _all_damaged(self) -> str:
+        return (
+            f"all checkpoints of {self._workdir} are damaged. Put a whole copy into {self.shared.folder}, or remove "
+            f"{self._workdir / DAMAGED} to begin anew"
+        )
 
     def back_to(self, step: int, config: ConfigDict) -> Restored:
         """A shared checkpoint; newer ones, which it will make again, are forgotten."""
