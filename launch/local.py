@@ -10,6 +10,7 @@ signal n killed a process.
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +59,7 @@ class Process:
             env=os.environ | settings,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_launcher,
             **output,
         )
         self._printer = threading.Thread(target=self._print, daemon=True)
@@ -84,6 +88,12 @@ class Process:
     def _print(self) -> None:
         for line in self._process.stdout or ():
             print(f"[{self.number}] {line}", end="", flush=True)
+
+
+def _end_with_launcher() -> None:
+    """Makes Linux kill this process when the launcher has ended, which may have been killed and cannot do it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def watch(processes: Sequence[Process], grace: float, asked: Sequence[int]) -> int:

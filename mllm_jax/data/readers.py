@@ -3,11 +3,13 @@
 import collections
 import itertools
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from mllm_jax.data.answers import Pairs
@@ -19,6 +21,7 @@ from mllm_jax.data.records import BadRecord, printable
 from mllm_jax.types import Example
 
 OVER_BUDGET = "over the budget"
+LOOK = 2.0  # seconds between two looks at whether the workers live, while one of them is waited for
 TOGETHER = 4  # elements that a process sends at once
 Streams = Mapping[int, Sequence[Any]]
 Reading = Pairs | Judged | Prompts
@@ -29,6 +32,12 @@ class Skipped(NamedTuple):
 
     reason: str
     message: str
+
+
+class WorkerLost(RuntimeError):
+    """A worker process has ended from outside."""
+
+    exit_code = 75  # of a run that goes on with the same command, see `mllm_jax.train.processes.AGAIN`
 
 
 class Guarded:
@@ -105,7 +114,8 @@ class Readers:
 
     def __init__(self, streams: Streams, workers: int, processes: int = 0):
         self._streams, self._in_processes = streams, processes > 0
-        self._pool = _pool(streams, workers, processes)
+        self._workers = _Workers()
+        self._pool = _pool(streams, workers, processes, self._workers)
         self._together = TOGETHER if processes else 1
         parts = max(2, 2 * (processes or workers) // max(len(streams), 1)) if self._pool else 1
         self.ahead = parts * self._together  # elements of each stream that are worth knowing before they are needed
@@ -127,21 +137,37 @@ class Readers:
             future = self._submit([(stream, key) for key in part])
             coming.extend((key, future, place) for place, key in enumerate(part))
         _, future, place = coming.popleft()
-        return future.result()[place]
+        return self._result(future)[place]
 
     def read(self, wanted: Iterable[tuple[int, int]]) -> Iterator[Any]:
         """The elements at (stream, key)."""
         wanted = list(wanted)
         parts = [wanted[i : i + self._together] for i in range(0, len(wanted), self._together)]
-        return itertools.chain.from_iterable(future.result() for future in [self._submit(part) for part in parts])
+        return itertools.chain.from_iterable(self._result(future) for future in [self._submit(part) for part in parts])
 
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _result(self, future: Future) -> list[Any]:
+        """What a worker has read. Raises WorkerLost where one was killed.
+
+        The pool itself does not notice a worker that is killed while it sends a result.
+        """
+        while not wait([future], LOOK).done:
+            if self._in_processes and self._workers.lost() and not wait([future], LOOK).done:
+                raise _lost()
+        try:
+            return future.result()
+        except BrokenProcessPool as error:
+            raise _lost() from error
+
     def _submit(self, wanted: list[tuple[int, int]]) -> Future:
         if self._in_processes:
-            return self._pool.submit(_read_here, wanted)
+            try:
+                return self._pool.submit(_read_here, wanted)
+            except BrokenProcessPool as error:
+                raise _lost() from error
         if self._pool:
             return self._pool.submit(_read, self._streams, wanted)
         done = Future()
@@ -149,13 +175,34 @@ class Readers:
         return done
 
 
+class _Workers(multiprocessing.context.SpawnContext):
+    """Starts processes and keeps them; a fork would copy the locks of jax's threads."""
+
+    def __init__(self):
+        super().__init__()
+        self._made: list[multiprocessing.context.SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> multiprocessing.context.SpawnProcess:
+        self._made.append(super().Process(*args, **kwargs))
+        return self._made[-1]
+
+    def lost(self) -> bool:
+        return any(process.exitcode is not None for process in self._made)
+
+
+def _lost() -> WorkerLost:
+    return WorkerLost(
+        "a data worker was killed, perhaps because the memory of this machine is full. The same command goes on "
+        "from the last checkpoint; fewer config.data.processes need less memory"
+    )
+
+
 def _read(streams: Streams, wanted: list[tuple[int, int]]) -> list[Any]:
     return [streams[stream][key] for stream, key in wanted]
 
 
-def _pool(streams: Streams, workers: int, processes: int) -> Executor | None:
+def _pool(streams: Streams, workers: int, processes: int, context: _Workers) -> Executor | None:
     if processes:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of jax's threads
         return ProcessPoolExecutor(processes, context, initializer=_start, initargs=(streams,))
     return ThreadPoolExecutor(workers) if workers else None
 

@@ -32,6 +32,7 @@ from mllm_jax.train import command, processes
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.loop import Diverged
 from mllm_jax.train.stages import all_ended
+from mllm_jax.train.streams import survive_closed_streams
 from mllm_jax.train.tracing import steps_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
@@ -47,6 +48,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    survive_closed_streams()
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, detect=DISTRIBUTED.value)
     options = {"profile_steps": steps_of(PROFILE_STEPS.value), "debug_nans": DEBUG_NANS.value}
     if not train_run(CONFIG.value, WORKDIR.value, STAGE.value, **options):

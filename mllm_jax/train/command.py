@@ -3,17 +3,21 @@
 What people get wrong ends in one line that says what and where, not in a traceback.
 """
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mllm_jax.config import ConfigError, check_path, suggestion, told
 from mllm_jax.data.loader import BadData
+from mllm_jax.data.readers import WorkerLost
 
 WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
 
@@ -32,6 +36,10 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
             main()
         except (ConfigError, BadData, OSError, *expected) as error:
             _fail(error, getattr(error, "exit_code", exit_code))
+        except WorkerLost as error:
+            _end_at_once(f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _end_at_once("interrupted", 128 + signal.SIGINT)
 
     app.run(guarded, flags_parser=partial(_parse, exit_code=exit_code))
 
@@ -39,6 +47,14 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
 def _fail(error: Exception, exit_code: int) -> None:
     print(f"error: {_told(error)}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _end_at_once(text: str, exit_code: int) -> NoReturn:
+    """Does not wait for threads and processes that still work, or that wait for some that have ended."""
+    print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _told(error: Exception) -> str:

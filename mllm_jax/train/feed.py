@@ -1,5 +1,8 @@
 """The batches of a run: made by the host, put on the devices, with what only the host knows of them."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -25,13 +28,30 @@ class Fetched(NamedTuple):
 
 
 class Feed:
-    """This process's share of the batches of a run, from where `set_state` says."""
+    """This process's share of the batches of a run, from where `set_state` says.
+
+    A thread makes the next batch, so that whoever waits for it can be asked to stop.
+    """
 
     def __init__(self, run: Run, processor: Processor, mesh: Mesh):
         rules = run.model.runtime.rules
         self._run, self._flops, self._explained = run, flops_of_counts(run), False
         self._loader = open_data(run.data, processor, mesh, rules, reading_of(run))
         self._place = Placer(run.data.batch, mesh, rules)
+        self._coming: Future | None = None
+
+    def begin(self) -> None:
+        """Starts to make the next batch."""
+        self._coming = Future()
+        threading.Thread(target=_fulfil, args=(self._coming, self.next), name="feed", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the batch that was begun is there, after at most so many seconds."""
+        return bool(wait([self._coming], seconds).done)
+
+    def take(self) -> Fetched | None:
+        """The batch that was begun, on its way to the devices; None at the end of the data."""
+        return self._coming.result()
 
     def next(self) -> Fetched | None:
         """The next batch, on its way to the devices; None at the end of the data."""
@@ -61,4 +81,15 @@ class Feed:
             raise ConfigError(f"config.data: {error}") from error
 
     def close(self) -> None:
-        self._loader.close()
+        """Ends reading; what is still being read for a batch that nobody waits for does not hold it up."""
+        if self._coming is None or self._coming.done():
+            self._loader.close()
+        else:
+            threading.Thread(target=self._loader.close, daemon=True).start()
+
+
+def _fulfil(future: Future, make: Callable[[], Any]) -> None:
+    try:
+        future.set_result(make())
+    except BaseException as error:
+        future.set_exception(error)

@@ -41,6 +41,7 @@ from mllm_jax.train.tracing import Tracer
 from mllm_jax.train.watchdog import Watchdog
 from mllm_jax.types import Batch
 
+LISTEN = 0.2  # seconds between two looks at whether the run was asked to stop, while it waits for a batch
 ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, also what Path makes of them
 
 
@@ -92,6 +93,10 @@ def _train_in(
         raise
     finally:
         training.close()
+
+
+class Interrupted:
+    """Stands for a batch that the run no longer waits for: it was asked to stop."""
 
 
 class Training:
@@ -147,13 +152,12 @@ class Training:
 
     def _go_on(self, stop: StopSignal) -> None:
         every = self.settings.train
-        with self.clock.within("input"):
-            upcoming = self._fetch()
-        while upcoming is not None:
+        upcoming = self._fetch(stop)
+        while isinstance(upcoming, Fetched):
             self._take(upcoming)
             if self.debug_nans:
                 self._look_into(upcoming.batch)
-            upcoming = self._fetch_while_computing()
+            upcoming = self._fetch_while_computing(stop)
             last, stopping = upcoming is None, stop.asked()
             if last or _due(every.log_every, self.step - 1):
                 self.results.read(self.step if last else self.step - 1)
@@ -164,9 +168,10 @@ class Training:
             elif _due(every.save_local_every, self.step):
                 self._save(self.checkpoints.save_local)
             if stopping and not last:
-                stop.heeded = True
-                self.report.line(f"asked to stop: saved at step {self.step}, from which the same command goes on")
                 break
+        if upcoming is not None:
+            stop.heeded = True
+            self.report.line(f"asked to stop: saved at step {self.step}, from which the same command goes on")
 
     def close(self) -> None:
         """Ends everything that runs beside the steps, also where one of its parts fails."""
@@ -230,19 +235,26 @@ class Training:
         report.line(f"{self.workdir} {began} {where}: {parts}")
         return report
 
-    def _fetch(self) -> Fetched | None:
-        """The next batch, on its way to the devices; None at the end of the run or of the data."""
+    def _fetch(self, stop: StopSignal) -> Fetched | Interrupted | None:
+        """The next batch, on its way to the devices; None at the end of the run or of the data.
+
+        Interrupted where somebody asked the run to stop while the batch was awaited.
+        """
         if self.step >= self.settings.optim.steps:
             return None
-        fetched = self.feed.next()
+        with self.clock.within("input"):
+            self.feed.begin()
+            while not self.feed.wait(LISTEN):
+                if stop.noted:
+                    return Interrupted()
+            fetched = self.feed.take()
         for line in fetched.explained if fetched else ():
             self.report.line(line)
         return fetched
 
-    def _fetch_while_computing(self) -> Fetched | None:
+    def _fetch_while_computing(self, stop: StopSignal) -> Fetched | Interrupted | None:
         before = self.clock.seconds()["input"]
-        with self.clock.within("input"):
-            upcoming = self._fetch()
+        upcoming = self._fetch(stop)
         if self.results.running():  # the devices were busy all the time
             self.clock.move(self.clock.seconds()["input"] - before, "input", "steps")
         self.results.wait()

@@ -25,6 +25,7 @@ HEARTBEAT = 30  # seconds of silence after which jax counts a process as dead, a
 GOODBYE = 2  # seconds that the first process, without which jax ends the others, leaves them to tell their own errors
 AGAIN = 75  # exit code of a run that is not at its end, with which the same command goes on (EX_TEMPFAIL of sysexits.h)
 COMPILING = 1800  # seconds that the slowest process may take longer to compile than the fastest
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
 OF_OTHERS = re.compile("gloo|nccl|connection|heartbeat|barrier|unavailable", re.IGNORECASE)
 
 _meetings = itertools.count()  # every one needs a name of its own, the same in all processes
@@ -79,7 +80,7 @@ def meet(seconds: float) -> None:
 
 
 class StopSignal:
-    """Whether somebody asked the run to stop: SIGTERM (preemption) or SIGINT. The second one is not held back.
+    """Whether somebody asked the run to stop: SIGTERM (preemption), SIGINT or SIGHUP. The second one is not held back.
 
     heeded: the run saved and ended because of it, before its end.
     """
@@ -89,7 +90,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if jax.process_count() == 1:  # several processes agree through jax's own notice of preemption
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup does
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_) -> None:
@@ -101,6 +103,11 @@ class StopSignal:
         self._steps += 1
         several = jax.process_count() > 1
         return multihost_utils.reached_preemption_sync_point(self._steps) if several else self._asked
+
+    @property
+    def noted(self) -> bool:
+        """Whether this process, if it is the only one, was asked to stop: between steps, too. Several must agree."""
+        return self._asked
 
     def _note(self, number, _frame) -> None:
         self._asked = True
@@ -128,10 +135,15 @@ def noticing_others() -> Iterator[None]:
 
 
 def end_unfinished() -> NoReturn:
-    """Ends the program with `AGAIN`, after all processes of the run have come here."""
+    """Ends the program with `AGAIN`, after all processes of the run have come here.
+
+    It is not the usual exit of Python, which would wait for threads that read a slow disk.
+    """
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
-    sys.exit(AGAIN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(AGAIN)
 
 
 @contextmanager

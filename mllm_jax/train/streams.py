@@ -1,0 +1,38 @@
+"""Output that survives its reader: a run whose terminal or pipe is closed goes on, and saves."""
+
+import os
+import sys
+from typing import Any
+
+
+def survive_closed_streams() -> None:
+    """From now on, what is written to a closed stdout or stderr is dropped, instead of ending the program."""
+    sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)
+
+
+class Surviving:
+    """A text stream. From the first write that finds its reader gone, it writes to the null device."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:  # EPIPE of a pipe, EIO of a terminal
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:  # EPIPE of a pipe, EIO of a terminal
+            self._drop()
+
+    def _drop(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
