@@ -266,3 +266,10 @@ def test_a_run_of_another_model_is_nothing_to_begin_with(uninterrupted, tmp_path
         ConfigError, match="is a run of another model: decoder/layers/mlp/.* there, .* here, and .* more"
     ):
         Training(config, read_run(config), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"stages": ["align"]}', '{"stages": 3, "ended": {}}'])
+def test_a_damaged_list_of_stages_is_one_line_with_the_fix(tmp_path, content):
+    (tmp_path / "stages.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"stages.json is damaged \(.*\). Write into it the stages that have ended"):
+        ended(tmp_path)

@@ -56,6 +56,7 @@ def last_step(workdir):
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
     config = get_config()
+    config.train.log_every = 1
     training = Training(config, read_run(config), workdir)
     assert training.run(StopSignal()) == 24
     training.close()
@@ -72,6 +73,8 @@ def test_a_run_writes_every_step_once_and_learns(uninterrupted, record_property)
     assert np.mean([line["loss"] for line in steps[-4:]]) < 0.6 * steps[0]["loss"]
     assert all(line["finite"] == 1 and line["tokens"] > 0 and line["flops"] > 0 for line in steps)
     assert steps[11]["tokens_per_second"] > 0 and 0 < steps[11]["fill_patches"] <= 1
+    seconds = [line["seconds_per_step"] for line in steps[1:]]  # the first one compiles and is not measured
+    assert seconds[-1] > min(seconds[:-1]) / 10, "the last step is measured alone, too"
     found = lines[-1]["heldout"]
     assert found["conversations"] == 32 and set(found["exact_match"]) == {"all", "colour"}
     assert list((uninterrupted / "tensorboard").glob("events*"))
@@ -194,6 +197,21 @@ def test_metrics_after_the_restored_step_are_forgotten(tmp_path):
         cut.write('{"step": 6, "lo')
     MetricsFile(tmp_path, 3).close()
     assert read_metrics(tmp_path) == [{"step": step, "loss": None} for step in (1, 2, 3)]
+
+
+def test_damaged_metrics_lose_the_damaged_lines_alone_and_a_copy_stays(tmp_path, capsys):
+    lines = [
+        b'{"step": 1, "loss": 3.0}',
+        b'{"step": 2, "lo\xff": 2.0',
+        b"7",
+        b'{"loss": 1}',
+        b'{"step": 5, "loss": 1.0}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(before := b"\n".join(lines) + b"\n")
+    MetricsFile(tmp_path, 9).close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 5]
+    assert (tmp_path / "damaged-metrics.jsonl").read_bytes() == before
+    assert "metrics.jsonl: 3 lines are damaged and left out. See" in capsys.readouterr().err
 
 
 def test_rates_leave_out_pauses_and_the_step_that_compiled(monkeypatch):

@@ -160,7 +160,9 @@ class Training:
             upcoming = self._fetch_while_computing(stop)
             last, stopping = upcoming is None, stop.asked()
             if last or _due(every.log_every, self.step - 1):
-                self.results.read(self.step if last else self.step - 1)
+                self.results.read(self.step - 1)
+            if last:  # in a read of its own: steps that are read together have no times of their own
+                self.results.read(self.step)
             if self.evaluate and (last or _due(every.evaluate_every, self.step)):
                 self._evaluate()
             if last or stopping or _due(every.save_every, self.step):
