@@ -166,7 +166,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     "config, error, message",
     [
         (None, FileNotFoundError, "has no config.json"),
-        ("{", ValueError, "not JSON"),
+        ("{", ValueError, "not readable JSON"),
         ('{"model_type": "mllama"}', ValueError, "model_type 'mllama'.* nearest that is: 'llama', all: .*qwen3_vl"),
         ('{"model_type": "qwen3_vl"}', ValueError, "lacks the key 'text_config'"),
         (
