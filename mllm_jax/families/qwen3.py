@@ -89,7 +89,7 @@ def _experts(experts: int, top_k: int, mlp: int) -> dict:
     }
 
 
-_COMMON = {"attention_bias": only(False), "use_sliding_window": nullable(only(False), False)}
+_COMMON = {"attention_bias": only(False), "use_sliding_window": only(False)}
 FIELDS = {  # by the model_type of a model of text alone
     "qwen3": decoder_fields(151936, 4096, 22016, 32, 32, 32, length=32768)
     | _COMMON
