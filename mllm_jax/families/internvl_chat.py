@@ -4,6 +4,7 @@ Tensor names as in the published safetensors files: the decoder has those of its
 "language_model.". What transformers makes of these models is families/internvl.py.
 """
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -129,7 +130,7 @@ def from_hf(config: dict) -> ModelConfig:
     stated = read(config, FIELDS)
     for name, needed in (("ps_version", "v2"), ("dynamic_image_size", True), ("use_thumbnail", True)):
         if stated[name] != needed:
-            raise FieldError(name, f"must be {needed}, as in InternVL from 1.5 on.", stated[name])
+            raise FieldError(name, f"must be {json.dumps(needed)}, as in InternVL from 1.5 on.", stated[name])
     with inside("vision_config"):
         encoder = features_of(TOWER.from_hf(stated["vision_config"]), stated["select_layer"])
     with inside("llm_config"):
