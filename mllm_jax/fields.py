@@ -20,7 +20,7 @@ from typing import Any
 Json = Mapping[str, Any]
 REQUIRED = object()  # as a default: the field must be there; for null: it is refused
 _LARGEST = 2**31 - 1  # of a count that costs nothing before weights are compared
-_HUGE = 1e38  # fp32 holds no larger number
+_TINY, _HUGE = 1e-30, 1e30  # between which fp32 can compute with a positive number
 MOST_LAYERS = MOST_EXPERTS = 1024  # every one of them has names that are listed before weights are compared
 
 
@@ -80,8 +80,8 @@ class Field:
         if self.choices is not None:
             return " or ".join(json.dumps(choice) for choice in self.choices)
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
-        bounds = [f"of at least {self.low:g}"] * math.isfinite(self.low)
-        bounds += [f"of at most {self.high:g}"] * math.isfinite(self.high)
+        bounds = ["over 0"] if self.low == _TINY else [f"of at least {self.low}"] * math.isfinite(self.low)
+        bounds += [f"of at most {self.high}"] * (self.high < _LARGEST)
         return " ".join([names.get(self.kind, "an object"), " and ".join(bounds)]).strip()
 
 
@@ -98,7 +98,7 @@ def number(default: Any = REQUIRED, low: float = -math.inf, high: float = math.i
 
 
 def positive(default: Any = REQUIRED) -> Field:
-    return number(default, low=1e-30, high=1e30)
+    return number(default, low=_TINY)
 
 
 def flag(default: Any = REQUIRED) -> Field:

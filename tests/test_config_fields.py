@@ -189,7 +189,10 @@ def test_files_that_transformers_does_not_know():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be an integer of at least 1 and of at most"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers=1000000000: must be an integer of at least 1 and of at most 1024.",
+        ),
         ({"num_hidden_layers": None}, "num_hidden_layers=null: must be an integer"),
         ({"hidden_size": "64"}, 'hidden_size="64": must be an integer'),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=NaN: must be a number"),
