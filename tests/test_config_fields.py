@@ -6,9 +6,11 @@ import re
 import time
 
 import pytest
+import tiny_chat
 import transformers
 
 import mllm_jax.api
+from mllm_jax.data.template import Tokenizer, read_json, read_object
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, internlm2, internvl_chat, llava_llama
 from mllm_jax.fields import FieldError
@@ -207,3 +209,20 @@ def test_errors_name_file_and_field(tmp_path, change, said):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TEXT, **change}))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json") + ": " + said)):
         mllm_jax.api.published_config(tmp_path)
+
+
+def test_null_is_absent_in_files_of_tokenizers(tmp_path):
+    """Nested fields too; read_object keeps null, for files in which it says something."""
+    tiny_chat.write_tokenizer(tmp_path)
+    plain = Tokenizer.from_folder(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for token in config.get("added_tokens_decoder", {}).values():
+        token["single_word"] = None
+    path.write_text(json.dumps(config | {"model_max_length": None, "unk_token": None, "sp_model_kwargs": None}))
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.vocabulary == plain.vocabulary and again.special_tokens() == plain.special_tokens()
+    assert "unk_token" not in read_json(path) and read_object(path)["unk_token"] is None
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="tokenizer_config.json: not readable JSON"):
+        read_object(path)

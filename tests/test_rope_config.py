@@ -172,3 +172,24 @@ def test_yarn_with_pictures(name, tmp_path):
     np.testing.assert_array_equal(mllm_jax.generate_ids(vlm, batch, 8), ids[:, inputs["input_ids"].shape[1] :])
     mllm_jax.save_pretrained(vlm, tmp_path / "again")
     assert mllm_jax.load_pretrained(tmp_path / "again").config == vlm.config
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"rope_theta": 3e4},
+        {"rope_scaling": YARN | {"attention_factor": 0.7}, "rope_theta": 3e4},
+        {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+    ],
+    ids=["plain", "attention_factor", "mscale"],
+)
+def test_latent_attention_turns_as_in_transformers(stated):
+    modeling = importlib.import_module("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    fields = SMALL | dict(num_key_value_heads=4, num_experts_per_tok=2, n_routed_experts=8, n_group=4, topk_group=2)
+    fields |= dict(qk_rope_head_dim=16, moe_intermediate_size=32)
+    rotary = modeling.DeepseekV3RotaryEmbedding(transformers.DeepseekV3Config(**fields, **copy.deepcopy(stated)))
+    position = np.arange(150)[None, :, None].repeat(3, -1)
+    expected = rotary(torch.ones(1), torch.from_numpy(position[..., 0]))
+    attention = FAMILIES["deepseek_v3"].from_hf(fields | stated | {"model_type": "deepseek_v3"}).decoder.attention
+    for found, wanted in zip(attention.rope(position, np.ones((1, 150), np.int32)), expected):
+        np.testing.assert_allclose(found, wanted[..., :8], atol=2e-5)
