@@ -10,7 +10,8 @@ import tiny_chat
 import transformers
 
 import mllm_jax.api
-from mllm_jax.data.template import Tokenizer, read_json, read_object
+from mllm_jax.data.json_files import read_json, read_object
+from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, internlm2, internvl_chat, llava_llama
 from mllm_jax.fields import FieldError

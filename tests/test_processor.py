@@ -452,5 +452,5 @@ def test_fields_of_processors_that_cannot_be(tmp_path, stated, said):
     if isinstance(stated, dict):
         (tmp_path / "preprocessor_config.json").unlink()
         (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": content}))
-        with pytest.raises(ValueError, match="processor_config.json: (image_processor.)?" + said):
+        with pytest.raises(ValueError, match="/processor_config.json: (image_processor.)?" + said):
             read_spec(tmp_path, SPEC)

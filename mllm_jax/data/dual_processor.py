@@ -14,7 +14,7 @@ from mllm_jax.data.images import load_image, notes, patchify
 from mllm_jax.data.json_files import write_json
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
-from mllm_jax.data.spec import read_processors
+from mllm_jax.data.spec import read_processor
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.types import DualBatch, Example, Picture
 
@@ -133,7 +133,7 @@ class DualProcessor:
         Raises FileNotFoundError if one of them is missing.
         """
         folder = pathlib.Path(folder)
-        image, _ = read_processors(folder)
+        _, image = read_processor(folder, "image_processor")
         if not image:
             raise FileNotFoundError(f"{folder}: holds no preprocessor_config.json")
         return cls(

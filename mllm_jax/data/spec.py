@@ -133,32 +133,28 @@ CLIP = _PIXELS | {
 }
 
 
-def read_processors(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the files of a folder say of pictures and of clips: the fields of IMAGE and CLIP that they state, and sizes.
+FILES = {
+    "image_processor": ("preprocessor_config.json", IMAGE),
+    "video_processor": ("video_preprocessor_config.json", CLIP),
+}
+BOTH = "processor_config.json"  # one file since transformers 5, two before
+
+
+def read_processor(folder: pathlib.Path, part: str) -> tuple[pathlib.Path, dict[str, Any]]:
+    """What a folder says of pictures or of clips, `part` of FILES: the file, and the fields that it states.
 
     Raises ValueError, naming the file and the field, for one that holds what it cannot.
     """
-    found = []
-    both = folder / "processor_config.json"  # one file since transformers 5, two before
-    for name, part, fields in (
-        ("preprocessor_config.json", "image_processor", IMAGE),
-        ("video_preprocessor_config.json", "video_processor", CLIP),
-    ):
-        path, stated = folder / name, read_json(folder / name)
-        try:
-            if stated:
-                found.append(_stated(stated, fields))
-                continue
-            path, whole = both, read(read_json(both), {part: section({}), "processor_class": word(None)})
-            with inside(part):
-                stated = _stated(whole[part], fields)
-            if whole["processor_class"] and fields is IMAGE:
-                stated.setdefault("processor_class", whole["processor_class"])
-            found.append(stated)
-        except FieldError as error:
-            raise ValueError(f"{path}: {error}") from None
-    image, clip = found
-    return image, clip
+    name, fields = FILES[part]
+    path, stated = folder / name, read_json(folder / name)
+    try:
+        if stated:
+            return path, _stated(stated, fields)
+        path, whole = folder / BOTH, read(read_json(folder / BOTH), {part: section({})})
+        with inside(part):
+            return path, _stated(whole[part], fields)
+    except FieldError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _stated(stated: dict[str, Any], fields: dict[str, Field]) -> dict[str, Any]:
@@ -184,7 +180,8 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
 
     Raises ValueError, naming the file, for a field or a rule that is not known here.
     """
-    image, clip = read_processors(folder)
+    path, image = read_processor(folder, "image_processor")
+    _, clip = read_processor(folder, "video_processor")
     if not clip and spec.label is None:
         clip = image  # as it was before clips had a file: the bounds of a picture are those of a frame
     least, most = _bounds(clip)
@@ -199,15 +196,17 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
         "processor_class": image.get("processor_class"),
     }
     try:
+        if not found["processor_class"]:
+            found |= read(read_json(folder / BOTH), {"processor_class": word(None)})
         if _native(image, spec):
             least, most = _bounds(image)
             found |= {"min_pixels": least, "max_pixels": most, "patch": image.get("patch_size")}
             found |= {"temporal_patch": image.get("temporal_patch_size"), "merge": image.get("merge_size")}
         else:
             found["rule"] = _rule(image, spec)
+        return dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
     except ValueError as error:
-        raise ValueError(f"{folder / 'preprocessor_config.json'}: {error}") from error
-    return dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _bounds(stated: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -233,6 +232,8 @@ def _native(image: dict[str, Any], spec: ProcessorSpec) -> bool:
 
 def _rule(image: dict[str, Any], spec: ProcessorSpec) -> Rule:
     if pinpoints := image.get("image_grid_pinpoints"):
+        if odd := [size for size in pinpoints if len(size) != 2]:
+            raise FieldError("image_grid_pinpoints", "must be pairs of numbers.", odd[0])
         size = image.get("crop_size") or image.get("size")
         rest = spec.rule if isinstance(spec.rule, AnyRes) else AnyRes((), 0)  # what only config.json says
         return dataclasses.replace(rest, pinpoints=tuple(map(tuple, pinpoints)), tile=_side(size))
