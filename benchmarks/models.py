@@ -27,6 +27,30 @@ Which files and layouts are read says `docs/weights.md`.
 | family | sizes | parameters | visual tokens | error | trained in a test | generates |
 |---|---|---|---|---|---|---|"""
 
+FOOT = """
+## What is read of config.json
+Each family lists the fields that it reads, with transformers' defaults (`mllm_jax/fields.py`). A field that is missing,
+has another type or is out of range is one error: `config.json: text_config.hidden_size=null: must be an integer of at
+least 1 ...`. Absent and null differ where they do in transformers: Mistral without `sliding_window` has windows of
+4,096 tokens, with null it has none. At most 1,024 layers and 1,024 experts are read. Other fields are ignored.
+
+Rotary positions are read as transformers 5 fills in `rope_parameters`: `rope_scaling` counts before `rope_parameters`,
+a field inside one of these before `rope_theta` and `partial_rotary_factor` beside it, except for
+`original_max_position_embeddings`, which counts where it stands beside. `type` is the old name of `rope_type`. Kinds:
+
+| rope_type | fields |
+|---|---|
+| default |  |
+| linear, dynamic | factor |
+| llama3 | factor, low_freq_factor, high_freq_factor, original_max_position_embeddings |
+| yarn | those of longrope but the lists; beta_fast, beta_slow, mscale, mscale_all_dim, truncate |
+| longrope | short_factor, long_factor, factor, original_max_position_embeddings, attention_factor |
+
+All of them go together with `mrope_section`, so that the recipe in Qwen2.5-VL's and Qwen3-VL's own READMEs for long
+texts is read, `"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24], "factor": 3,
+"original_max_position_embeddings": 32768}`. Refused by name: a field that no kind has, dicts of several layer types,
+`partial_rotary_factor` but in Phi-3, and in DeepSeek other kinds than yarn, or `mscale` without `mscale_all_dim`."""
+
 
 def properties(paths: list[str]) -> dict[str, list[str]]:
     """Values of all properties of passed tests, by name."""
@@ -67,6 +91,7 @@ def main(paths: list[str]) -> None:
             "yes" if generates(sizes[0][2]) else "",
         ]
         print(f"| {' | '.join(cells)} |")
+    print(FOOT)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mllm_jax.data.dual_batches import with_texts
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
+from mllm_jax.data.json_files import read_object
 from mllm_jax.data.processor import Processor
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, kind_of, spec_for
@@ -204,10 +205,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if why := interrupted(folder):
             raise FileNotFoundError(f"{folder} is not complete: {why}.")
         raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not a model in Hugging Face's format")
-    try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise ValueError(f"{folder / CONFIG} is not JSON: {fault}") from None
+    return read_object(folder / CONFIG)
 
 
 def load_processor(folder: Path, config: ModelConfig | DualConfig) -> Processor | DualProcessor:

@@ -255,8 +255,8 @@ def test_chunked_and_interleaved_sections_equal_transformers():
     chunked = Qwen2VLRotaryEmbedding(transformers.Qwen2VLConfig(text_config=fields).text_config)
     interleaved = Qwen3VLTextRotaryEmbedding(transformers.Qwen3VLConfig(text_config=fields).text_config)
     for theirs, decoder in (
-        (chunked, qwen2.decoder_from_hf(fields)),
-        (interleaved, qwen3.decoder_from_hf(fields)),
+        (chunked, qwen2.seeing_decoder_from_hf(fields)),
+        (interleaved, qwen3.seeing_decoder_from_hf(fields, "qwen3_vl")),
     ):
         got = decoder.attention.rope(position, np.ones((2, 7), np.int32))
         for ours, expected in zip(got, theirs(ones, ids)):
@@ -288,11 +288,19 @@ def test_a_run_states_every_field(decoder):
     "family, change, message",
     [
         (llama, {"hidden_act": "xielu"}, "activation 'xielu' is not supported; the nearest that is: 'silu'"),
-        (llama, {"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional' is not one of"),
-        (llama, {"pretraining_tp": 2}, "Llama as published has no pretraining_tp=2"),
-        (gemma2, {"layer_types": ["chunked_attention"]}, "layer_types of config.json are unknown"),
-        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "no scale_attn_by_inverse_layer_idx=True"),
-        (opt, {"do_layer_norm_before": False}, "OPT beyond its 350M as published has no do_layer_norm_before=False"),
+        (
+            llama,
+            {"rope_parameters": {"rope_type": "proportional"}},
+            r'rope_parameters.rope_type="proportional": must be "default" or "linear" or "dynamic"',
+        ),
+        (llama, {"pretraining_tp": 2}, "pretraining_tp=2: must be 1"),
+        (
+            gemma2,
+            {"layer_types": ["chunked_attention"]},
+            r'layer_types.0.="chunked_attention": must be "sliding_attention"',
+        ),
+        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true: must be false"),
+        (opt, {"do_layer_norm_before": False}, "do_layer_norm_before=false: must be true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

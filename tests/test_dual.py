@@ -322,7 +322,7 @@ def test_refusals(pair):
 
 
 def test_refused_configs():
-    with pytest.raises(ValueError, match="without a head"):
+    with pytest.raises(ValueError, match="vision_config.vision_use_head=false: must be true"):
         siglip.from_hf({"model_type": "siglip", "vision_config": {"vision_use_head": False}})
     with pytest.raises(ValueError, match="projection_size=96 must be vision_config.hidden_size=768"):
         siglip.from_hf({"model_type": "siglip", "text_config": {"projection_size": 96}})

@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "types": set(),
     "config": set(),
+    "fields": set(),
     "sharding": {"types"},
     "paths": set(),
     "page": set(),
@@ -26,10 +27,10 @@ MAY_IMPORT = {
     "decoder": {"fusion", "nn", "sharding", "types"},
     "model": {"encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
     "weights": {"types"},
-    "data": {"page", "types"},
+    "data": {"fields", "page", "types"},
 }
 MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
-MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]
+MAY_IMPORT["families"] = {"weights", "data", "dual", "fields"} | MAY_IMPORT["dual"]
 MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["attention"] = MAY_IMPORT["model"] | {"model"}

@@ -192,11 +192,11 @@ def test_published_sizes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(ps_version="v1"), "no ps_version='v1'"),
-        (dict(dynamic_image_size=False), "no dynamic_image_size=False"),
-        (dict(force_image_size=32), "pictures of 16 pixels as published has no force_image_size=32"),
-        (dict(use_llm_lora=16), "no use_llm_lora=16"),
-        (dict(downsample_ratio=0.3), "downsample_ratio must be 1, 1/2"),
+        (dict(ps_version="v1"), 'ps_version="v1": must be "v2"'),
+        (dict(dynamic_image_size=False), "dynamic_image_size=false: must be true"),
+        (dict(force_image_size=32), "force_image_size=32: must be the tower's 16"),
+        (dict(use_llm_lora=16), "use_llm_lora=16: must be 0"),
+        (dict(downsample_ratio=0.3), "downsample_ratio=0.3: must be 1, 1/2"),
         (
             dict(llm_config=dict(LLM, model_type="internlm3")),
             "'internlm3' is not .*; the nearest that is: 'internlm2'",

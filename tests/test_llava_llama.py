@@ -145,9 +145,9 @@ def test_published_sizes():
             dict(mm_vision_tower="openai/clip-vit-large-patch14-224"),
             "mm_vision_tower 'openai/clip-.*-224' is not supported; the nearest that is: 'clip-vit-large-patch14'",
         ),
-        (dict(mm_projector_type="mlp2x_res"), "'mlp2x_res' of config.json is neither linear nor mlp2x_gelu"),
+        (dict(mm_projector_type="mlp2x_res"), 'mm_projector_type="mlp2x_res": must be'),
         (dict(mm_patch_merge_type="spatial_unpad"), "image_aspect_ratio anyres belong together"),
-        (dict(mm_vision_select_feature="cls_patch"), "no mm_vision_select_feature='cls_patch'"),
+        (dict(mm_vision_select_feature="cls_patch"), 'mm_vision_select_feature="cls_patch": must be "patch"'),
     ],
     ids=str,
 )

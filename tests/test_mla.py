@@ -190,11 +190,14 @@ def test_a_run_states_latent_attention():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"hidden_act": "gelu"}, 'hidden_act="gelu": must be'),
         ({"num_key_value_heads": 8}, "num_key_value_heads=8"),
-        ({"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+        ({"topk_method": "noaux_tc"}, 'topk_method="noaux_tc": must be'),
         ({"norm_topk_prob": True}, "norm_topk_prob"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "only YaRN"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            'rope_type="linear": must be "default" or "yarn"',
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}}, "agreed meaning"),
     ],
 )

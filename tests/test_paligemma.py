@@ -144,7 +144,7 @@ def test_a_config_json_that_says_little():
     vision = tower | dict(model_type="siglip_vision_model", projection_dim=2048, vision_use_head=False)
     published = dict(model_type="paligemma", image_token_index=257152, text_config=text, vision_config=vision)
     assert paligemma.from_hf(published) == paligemma.sizes("3b-224")
-    with pytest.raises(ValueError, match="PaliGemma has a tower of model_type 'siglip_vision_model'"):
+    with pytest.raises(ValueError, match='vision_config.model_type="clip_vision_model": must be "siglip_vision_model"'):
         paligemma.from_hf(published | {"vision_config": {"model_type": "clip_vision_model"}})
     with pytest.raises(ValueError, match="PaliGemma has no size '7b'; sizes: 3b-224"):
         paligemma.sizes("7b")

@@ -389,3 +389,68 @@ def test_decoding_keeps_content_tokens(tmp_path):
     tokens = processor(asking("hi", answer="<think>a<|box_start|>(1,2)")).tokens
     assert processor.decode(tokens).endswith("<think>a<|box_start|>(1,2)\n")
     assert processor.decode(tokens, content_tokens=False).endswith("<think>a(1,2)\n")
+
+
+QWEN = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+BOUNDS = {"shortest_edge": 3136, "longest_edge": 40000}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"min_pixels": None, "max_pixels": None, "size": BOUNDS},
+        {"size": None},
+        {"size": None, "max_pixels": 30000},
+        {"size": {"shortest_edge": None, "longest_edge": None}, "min_pixels": 3136, "max_pixels": 40000},
+        {"size": {"min_pixels": 3136, "max_pixels": 40000}, "min_pixels": 3136, "max_pixels": 40000},
+        {"size": BOUNDS, "max_pixels": 30000},
+        {"size": BOUNDS, "do_convert_rgb": None, "processor_class": None},
+    ],
+    ids=str,
+)
+def test_null_is_absent(tmp_path, stated):
+    """Sizes are those of transformers' processor that reads the same file."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from mllm_jax.data.spec import read_spec
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN | stated))
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    usual = ProcessorSpec(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)  # what that class has by default
+    spec = read_spec(tmp_path, usual)
+    tiny_chat.write_tokenizer(tmp_path)
+    for size in [(300, 500), (30, 40), (1000, 90)]:
+        pixels = picture(*size)
+        example = Processor.from_folder(tmp_path, spec)(asking({"type": "image", "image": pixels}))
+        (grid,) = theirs(images=[pixels], return_tensors="np")["image_grid_thw"].tolist()
+        assert [1, *example.pictures[0].grid] == grid
+
+
+@pytest.mark.parametrize(
+    "stated, said",
+    [
+        ({"size": {"height": 448, "width": 448}}, 'size={"height": 448, "width": 448}: must state shortest_edge'),
+        ({"patch_size": "14"}, 'patch_size="14": must be an integer'),
+        ({"min_pixels": -5}, "min_pixels=-5: must be an integer of at least 1"),
+        ({"size": [448, 448]}, "size=.448, 448.: must be an integer"),
+        ({"size": {"longest_edge": "wide"}}, 'size.longest_edge="wide": must be'),
+        ({"image_mean": [0.5, 0.5]}, "image_mean=.0.5, 0.5.: must be three numbers"),
+        ({"image_std": [0, 0, 0]}, "image_std.0.=0: must be a number"),
+        ({"do_normalize": False}, "do_normalize=false: must be true"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0: must be a number"),
+        ([], "must hold an object in braces, not list"),
+    ],
+    ids=str,
+)
+def test_fields_of_processors_that_cannot_be(tmp_path, stated, said):
+    from mllm_jax.data.spec import read_spec
+
+    content = QWEN | stated if isinstance(stated, dict) else stated
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: {said}"):
+        read_spec(tmp_path, SPEC)
+    if isinstance(stated, dict):
+        (tmp_path / "preprocessor_config.json").unlink()
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+        with pytest.raises(ValueError, match="/processor_config.json: (image_processor.)?" + said):
+            read_spec(tmp_path, SPEC)

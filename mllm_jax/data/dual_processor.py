@@ -11,9 +11,10 @@ import numpy as np
 
 from mllm_jax.data.dual_batches import one_each, pairs_in_rows
 from mllm_jax.data.images import load_image, notes, patchify
-from mllm_jax.data.json_files import read_json, write_json
+from mllm_jax.data.json_files import write_json
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
+from mllm_jax.data.spec import read_processor
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.types import DualBatch, Example, Picture
 
@@ -132,15 +133,14 @@ class DualProcessor:
         Raises FileNotFoundError if one of them is missing.
         """
         folder = pathlib.Path(folder)
-        image = read_json(folder / "preprocessor_config.json")
-        image = image or read_json(folder / "processor_config.json").get("image_processor")  # since transformers 5
+        _, image = read_processor(folder, "image_processor")
         if not image:
             raise FileNotFoundError(f"{folder}: holds no preprocessor_config.json")
         return cls(
             Tokenizer.from_folder(folder),
             rule_from_hf(image),
-            tuple(image.get("image_mean", config.encoder.pixel_mean)),
-            tuple(image.get("image_std", config.encoder.pixel_std)),
+            image.get("image_mean", config.encoder.pixel_mean),
+            image.get("image_std", config.encoder.pixel_std),
             config.encoder.patch_size,
             config.encoder.lead,
             config.text.positions,

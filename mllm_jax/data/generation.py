@@ -24,10 +24,7 @@ class GenerationDefaults:
     def from_folder(cls, folder: str | pathlib.Path) -> "GenerationDefaults":
         """Reads the file of a folder; empty where there is none. Raises ValueError, which names the field."""
         path = pathlib.Path(folder) / FILE
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: not an object.")
-        defaults = cls({name: value for name, value in found.items() if value is not None})
+        defaults = cls(read_json(path))
         try:
             _ = defaults.eos_token_id, defaults.sampling
         except ValueError as error:

@@ -2,14 +2,29 @@
 
 import json
 import pathlib
+from typing import Any
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """The content of a JSON file, or {} if there is none."""
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object that a JSON file holds, or {} if there is no file. ValueError for anything else, naming the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold an object in braces, not {type(content).__name__}.")
+    return content
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """`read_object` without fields that are null: in files of tokenizers and processors, null means absent."""
+    return _without_nulls(read_object(path))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

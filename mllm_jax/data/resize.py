@@ -206,13 +206,13 @@ def mean_colour(mean: Iterable[float]) -> tuple[int, int, int]:
 def rule_from_hf(config: Mapping[str, Any]) -> Rule:
     """The rule that a preprocessor_config.json states. ValueError for one that is not known here."""
     if "max_num_patches" in config:
-        return Keep(config["patch_size"], config["max_num_patches"], config.get("resample", BILINEAR))
+        return Keep(config.get("patch_size", 16), config["max_num_patches"], config.get("resample", BILINEAR))
     size, crop, filter = config.get("size"), config.get("crop_size"), config.get("resample", BICUBIC)
     size = {"shortest_edge": size} if isinstance(size, int) else size or {}  # a number before transformers 4.22
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     if "shortest_edge" in size and config.get("do_pad") and config.get("image_mean"):
         return Square(size["shortest_edge"], mean_colour(config["image_mean"]))
-    if "shortest_edge" in size and crop and config.get("do_center_crop", True):
+    if "shortest_edge" in size and (crop or {}).keys() >= {"height", "width"} and config.get("do_center_crop", True):
         return Crop(size["shortest_edge"], (crop["height"], crop["width"]), filter)
     if size.keys() >= {"height", "width"} and not config.get("do_center_crop", False):
         return Stretch((size["height"], size["width"]), filter)

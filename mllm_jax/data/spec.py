@@ -10,6 +10,7 @@ from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.resize import Rule, Whole, rule_from_hf
 from mllm_jax.data.tiles import AnyRes, Tiles
 from mllm_jax.data.video import EVEN, SAMPLINGS
+from mllm_jax.fields import Field, FieldError, count, flag, inside, listed, number, only, positive, read, section, word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,64 +92,164 @@ class ProcessorSpec:
 
 SEEING = ProcessorSpec()
 NATIVE = {"merge_size", "patch_size", "min_pixels", "max_pixels"}  # said of pictures that nearly keep their size
+NATIVE_SIZE = {"longest_edge", "min_pixels", "max_pixels"}  # and of the bounds of that size
 TEXT = ProcessorSpec(
     image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None, grounding=None
 )
 
 
+_EDGES = {
+    name: count(None) for name in ("height", "width", "shortest_edge", "longest_edge", "min_pixels", "max_pixels")
+}
+_PIXELS = {
+    "min_pixels": count(None),
+    "max_pixels": count(None),
+    "patch_size": count(None),
+    "temporal_patch_size": count(None),
+    "merge_size": count(None),
+    "image_mean": listed(number(), None, lone=True),
+    "image_std": listed(positive(), None, lone=True),
+    "do_resize": only(True),
+    "do_rescale": only(True),
+    "do_normalize": only(True),
+    "rescale_factor": number(1 / 255, low=0.0039215, high=0.0039216),
+}
+IMAGE = _PIXELS | {
+    "processor_class": word(None),
+    "resample": count(None, low=0, high=5),
+    "do_pad": flag(None),
+    "do_center_crop": flag(None),
+    "max_num_patches": count(None),
+    "image_grid_pinpoints": listed(listed(count()), None),
+    "crop_to_patches": flag(None),
+    "min_patches": count(None),
+    "max_patches": count(None),
+}
+CLIP = _PIXELS | {
+    "fps": positive(None),
+    "num_frames": count(None),
+    "min_frames": count(None),
+    "max_frames": count(None),
+}
+
+
+FILES = {
+    "image_processor": ("preprocessor_config.json", IMAGE),
+    "video_processor": ("video_preprocessor_config.json", CLIP),
+}
+BOTH = "processor_config.json"  # one file since transformers 5, two before
+
+
+def read_processor(folder: pathlib.Path, part: str) -> tuple[pathlib.Path, dict[str, Any]]:
+    """What a folder says of pictures or of clips, `part` of FILES: the file, and the fields that it states.
+
+    Raises ValueError, naming the file and the field, for one that holds what it cannot.
+    """
+    name, fields = FILES[part]
+    path, stated = folder / name, read_json(folder / name)
+    try:
+        if stated:
+            return path, _stated(stated, fields)
+        path, whole = folder / BOTH, read(read_json(folder / BOTH), {part: section({})})
+        with inside(part):
+            return path, _stated(whole[part], fields)
+    except FieldError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _stated(stated: dict[str, Any], fields: dict[str, Field]) -> dict[str, Any]:
+    """The `fields` that an object states; a size that is one number is the short side, a color of one is gray."""
+    found = {name: value for name, value in read(stated, fields).items() if name in stated}
+    for name in {"image_mean", "image_std"} & stated.keys():
+        if len(found[name]) not in (1, 3):
+            raise FieldError(name, "must be three numbers, or one for all channels.", found[name])
+        found[name] = tuple(found[name]) * (3 // len(found[name]))
+    for name in {"size", "crop_size"} & stated.keys():
+        value = stated[name]
+        if not isinstance(value, dict):
+            edge = count().checked(name, value)
+            found[name] = {"shortest_edge": edge} if name == "size" else {"height": edge, "width": edge}
+            continue
+        with inside(name):
+            found[name] = {edge: number for edge, number in read(value, _EDGES).items() if number is not None}
+    return found
+
+
 def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
     """`spec` with what the preprocessor configs of a folder say.
 
-    Raises ValueError, naming the file, for a rule that is not known here.
+    Raises ValueError, naming the file, for a field or a rule that is not known here.
     """
-    both = read_json(folder / "processor_config.json")  # one file since transformers 5, two before
-    image = read_json(folder / "preprocessor_config.json") or both.get("image_processor", {})
-    clip = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor", {})
+    path, image = read_processor(folder, "image_processor")
+    _, clip = read_processor(folder, "video_processor")
     if not clip and spec.label is None:
         clip = image  # as it was before clips had a file: the bounds of a picture are those of a frame
-    clip_size = clip.get("size", {})
+    least, most = _bounds(clip)
     found = {
-        "clip_min_pixels": clip.get("min_pixels", clip_size.get("shortest_edge")),
-        "clip_max_pixels": clip.get("max_pixels", clip_size.get("longest_edge")),
+        "clip_min_pixels": least,
+        "clip_max_pixels": most,
         "fps": clip.get("fps"),
         "min_frames": clip.get("min_frames", clip.get("num_frames")),
         "max_frames": clip.get("max_frames", clip.get("num_frames")),
-        "mean": tuple(image.get("image_mean") or ()) or None,
-        "std": tuple(image.get("image_std") or ()) or None,
-        "processor_class": image.get("processor_class", both.get("processor_class")),
+        "mean": image.get("image_mean"),
+        "std": image.get("image_std"),
+        "processor_class": image.get("processor_class"),
     }
-    if not image or (image.keys() & NATIVE and "max_num_patches" not in image):
-        size = image.get("size", {})
-        found |= {
-            "patch": image.get("patch_size"),
-            "temporal_patch": image.get("temporal_patch_size"),
-            "merge": image.get("merge_size"),
-            "min_pixels": image.get("min_pixels", size.get("shortest_edge")),
-            "max_pixels": image.get("max_pixels", size.get("longest_edge")),
-        }
-    else:
-        try:
+    try:
+        if not found["processor_class"]:
+            found |= read(read_json(folder / BOTH), {"processor_class": word(None)})
+        if _native(image, spec):
+            least, most = _bounds(image)
+            found |= {"min_pixels": least, "max_pixels": most, "patch": image.get("patch_size")}
+            found |= {"temporal_patch": image.get("temporal_patch_size"), "merge": image.get("merge_size")}
+        else:
             found["rule"] = _rule(image, spec)
-        except ValueError as error:
-            raise ValueError(f"{folder / 'preprocessor_config.json'}: {error}") from error
-    return dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
+        return dataclasses.replace(spec, **{name: value for name, value in found.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _bounds(stated: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Pixels that a picture has at least and at most, by all names that they have."""
+    size = stated.get("size", {})
+    return tuple(
+        stated.get(f"{name}_pixels", size.get(edge, size.get(f"{name}_pixels")))
+        for name, edge in (("min", "shortest_edge"), ("max", "longest_edge"))
+    )
+
+
+def _native(image: dict[str, Any], spec: ProcessorSpec) -> bool:
+    """Pictures nearly keep their size, which has bounds."""
+    size = image.get("size", {})
+    if "max_num_patches" in image:
+        return False
+    if not (image.keys() & NATIVE or size.keys() & NATIVE_SIZE):
+        return not image or (spec.rule is None and not size and "crop_size" not in image)
+    if size and not size.keys() & (NATIVE_SIZE | {"shortest_edge"}):
+        raise FieldError("size", "must state shortest_edge and longest_edge, the bounds of an image in pixels.", size)
+    return True
 
 
 def _rule(image: dict[str, Any], spec: ProcessorSpec) -> Rule:
     if pinpoints := image.get("image_grid_pinpoints"):
-        size = image.get("crop_size") or image["size"]
+        if odd := [size for size in pinpoints if len(size) != 2]:
+            raise FieldError("image_grid_pinpoints", "must be pairs of numbers.", odd[0])
+        size = image.get("crop_size") or image.get("size")
         rest = spec.rule if isinstance(spec.rule, AnyRes) else AnyRes((), 0)  # what only config.json says
         return dataclasses.replace(rest, pinpoints=tuple(map(tuple, pinpoints)), tile=_side(size))
     usual = spec.rule if isinstance(spec.rule, Tiles) else None  # InternVL's processors cut, whatever a file says
     if image.get("crop_to_patches") or usual:
         low, high = (usual.low, usual.high) if usual else (1, 12)
-        return Tiles(_side(image["size"]), image.get("min_patches", low), image.get("max_patches", high))
+        return Tiles(_side(image.get("size")), image.get("min_patches", low), image.get("max_patches", high))
     return rule_from_hf(image)
 
 
-def _side(size: int | dict[str, int]) -> int:
+def _side(size: dict[str, int] | None) -> int:
     """Of a square, in all the ways that a file may say it."""
-    return size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+    side = (size or {}).get("height", (size or {}).get("shortest_edge"))
+    if side is None:
+        raise FieldError("size", "must state height and width, or shortest_edge.", size)
+    return side
 
 
 def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:

@@ -82,6 +82,8 @@ FAMILIES = {
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """The name in FAMILIES that a config.json is of: its model_type."""
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        return None
     # LLaVA's authors and transformers gave one name to two formats
     return "llava_llama" if kind == "llava" and "mm_vision_tower" in config else kind
 

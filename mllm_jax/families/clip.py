@@ -8,6 +8,7 @@ from mllm_jax.families import duals
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP
 from mllm_jax.families.vision import SQUARE, square_pictures
+from mllm_jax.fields import Json, count, inside, nullable, read, section
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 
@@ -29,14 +30,25 @@ def sizes(name: str) -> DualConfig:
     return DualConfig(CLIP.sizes[name], ClassPool(width), TEXTS[name], TokenPool(width, "end", END))
 
 
-def from_hf(config: dict) -> DualConfig:
+PART = nullable(section({}), {})
+PARTS = ("text_config", "vision_config")
+# The second are of old files, and count before the first.
+FIELDS = {"projection_dim": count(512)} | {name: PART for part in PARTS for name in (part, f"{part}_dict")}
+
+
+def from_hf(config: Json) -> DualConfig:
     """The model that a `config.json` of model_type "clip" describes. ValueError for what this model cannot do."""
-    text, width = config.get("text_config") or {}, config.get("projection_dim", 512)
-    end = text.get("eos_token_id", END)
+    stated = read(config, FIELDS)
+    text, vision = (stated[f"{part}_dict"] or stated[part] for part in PARTS)
+    width = stated["projection_dim"]
+    with inside("text_config"):
+        end = read(text, {"eos_token_id": count(END, low=0)})["eos_token_id"]
+        tokens = duals.text_from_hf(text, _TEXT)
+    with inside("vision_config"):
+        encoder = CLIP.from_hf(vision)
     # 2 is what files say that were written before the end of a text was looked for by its number.
     pool = TokenPool(width, "highest") if end == 2 else TokenPool(width, "end", end)
-    encoder = CLIP.from_hf(config.get("vision_config") or {})
-    return DualConfig(encoder, ClassPool(width), duals.text_from_hf(text, _TEXT), pool)
+    return DualConfig(encoder, ClassPool(width), tokens, pool)
 
 
 def to_hf(config: DualConfig) -> dict:

@@ -6,7 +6,19 @@ from typing import Any
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families.nearest import unsupported
-from mllm_jax.families.rope import rope_from_hf, rope_to_hf
+from mllm_jax.families.rope import rope_fields, rope_from_hf, rope_to_hf
+from mllm_jax.fields import (
+    Field,
+    FieldError,
+    count,
+    flag,
+    layers,
+    listed,
+    nullable,
+    only,
+    positive,
+    word,
+)
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.rope import ListedStretch, NtkStretch
 from mllm_jax.nn.self_attention import AttentionConfig
@@ -34,17 +46,49 @@ def activation_to_hf(name: str, spelling: str) -> str:
     return spelling if ACTIVATIONS[spelling] == name else next(t for t, ours in ACTIVATIONS.items() if ours == name)
 
 
-def expect(text: Mapping[str, Any], family: str, **only: Any) -> None:
-    """Raises ValueError if a config says anything but `only` of something."""
-    wrong = [f"{name}={text[name]!r}" for name, value in only.items() if text.get(name, value) not in (value, None)]
-    if wrong:
-        raise ValueError(f"{family} as published has no {', '.join(wrong)}")
+WINDOWS = {  # of families whose layers may differ in what they see
+    "sliding_window": nullable(count(4096)),
+    "layer_types": nullable(listed(word(choices=("sliding_attention", "full_attention")), None)),
+}
+
+
+def decoder_fields(
+    vocab: int,
+    width: int,
+    mlp: int,
+    depth: int,
+    heads: int,
+    kv_heads: int | None,
+    length: int,
+    theta: float = 1e4,
+    norm_eps: float = 1e-6,
+    tie: bool = False,
+) -> dict[str, Field]:
+    """The fields that `read_decoder` reads, with what they are in a file that does not say them.
+
+    kv_heads: None: as many as heads.
+    length: tokens of a text at most.
+    """
+    return {
+        "vocab_size": count(vocab),
+        "hidden_size": count(width),
+        "intermediate_size": count(mlp),
+        "num_hidden_layers": layers(depth),
+        "num_attention_heads": count(heads),
+        "num_key_value_heads": nullable(count(kv_heads)),
+        "head_dim": nullable(count(None)),
+        "max_position_embeddings": count(length),
+        "rms_norm_eps": positive(norm_eps),
+        "tie_word_embeddings": flag(tie),
+        "hidden_act": only("silu"),
+        **rope_fields(theta),
+    }
 
 
 def windows_from_hf(text: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
     """`DecoderConfig.windows`, as short as can be, of layers that are "sliding_attention" or "full_attention"."""
-    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-        raise ValueError(f"layer_types of config.json are unknown: {', '.join(sorted(unknown))}")
+    if len(kinds) != text["num_hidden_layers"]:
+        raise FieldError("layer_types", f"must name {text['num_hidden_layers']} layers, not {len(kinds)}.")
     windows = tuple((text["sliding_window"] or 0) if kind == "sliding_attention" else 0 for kind in kinds)
     periods = (windows[:n] for n in range(1, len(windows) + 1))
     shortest = next(p for p in periods if all(w == p[i % len(p)] for i, w in enumerate(windows)))
@@ -64,14 +108,20 @@ def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None,
     """The decoder of a text config that has the usual names.
 
     Args:
+      text: the values of `decoder_fields`.
       rope: what is given to `rope_from_hf` beside the config.
       fields: of DecoderConfig, or of AttentionConfig, that the config says in another way or not at all.
     """
     heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    head_dim = text["head_dim"] or text["hidden_size"] // heads
+    if not head_dim or head_dim % 2:
+        raise FieldError("head_dim", "must be even and at least 2: rotary positions turn pairs.", head_dim)
+    kv_heads = text["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        raise FieldError("num_key_value_heads", f"must divide num_attention_heads={heads}.", kv_heads)
     attention = {
         "heads": heads,
-        "kv_heads": text.get("num_key_value_heads") or heads,
+        "kv_heads": kv_heads,
         "head_dim": head_dim,
         "qk_norm": False,
         **rope_from_hf(text, head_dim, **(rope or {})),
@@ -83,8 +133,8 @@ def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None,
         "layers": text["num_hidden_layers"],
         "attention": AttentionConfig(**attention),
         "mlp": text["intermediate_size"],
-        "norm_eps": text.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": bool(text.get("tie_word_embeddings", False)),
+        "norm_eps": text["rms_norm_eps"],
+        "tie_embeddings": text["tie_word_embeddings"],
     }
     return DecoderConfig(**decoder | fields)
 

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families import rows as common
-from mllm_jax.families.rope import rope_of, stretch_to_hf, yarn_from_hf
+from mllm_jax.families.decoders import decoder_fields
+from mllm_jax.families.rope import rope_of, stretch_from_hf, stretch_to_hf
+from mllm_jax.fields import MOST_EXPERTS, FieldError, Json, count, flag, nullable, only, positive, read, word
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.moe import MoeConfig
@@ -72,26 +74,61 @@ def _kind(decoder: DecoderConfig) -> str:
     return V3 if decoder.moe.score == "sigmoid" else V2
 
 
+_EXPERTS = {
+    "attention_bias": only(False),
+    "moe_layer_freq": only(1),
+    "kv_lora_rank": count(512),
+    "q_lora_rank": nullable(count(1536)),
+    "qk_nope_head_dim": count(128),
+    "qk_rope_head_dim": count(64),
+    "v_head_dim": count(128),
+    "routed_scaling_factor": positive(1.0),
+}
+FIELDS = {  # by the model_type
+    V2: decoder_fields(102400, 4096, 11008, 32, 32, None, length=2048)
+    | _EXPERTS
+    | {
+        "mlp_bias": only(False),
+        "first_k_dense_replace": count(0, low=0),
+        "n_routed_experts": count(64, high=MOST_EXPERTS),
+        "n_shared_experts": count(2, low=0, high=MOST_EXPERTS),
+        "moe_intermediate_size": count(1407),
+        "num_experts_per_tok": count(),
+        "topk_method": word("greedy", ("greedy", "group_limited_greedy")),
+        "n_group": nullable(count(None)),
+        "topk_group": nullable(count(None)),
+        "norm_topk_prob": only(False),  # transformers ignores it, DeepSeek's own code does not
+    },
+    V3: decoder_fields(129280, 7168, 18432, 61, 128, 128, length=4096)
+    | _EXPERTS
+    | {
+        "rope_interleave": only(True),
+        "first_k_dense_replace": count(3, low=0),
+        "n_routed_experts": count(256, high=MOST_EXPERTS),
+        "n_shared_experts": count(1, low=0, high=MOST_EXPERTS),
+        "moe_intermediate_size": count(2048),
+        "num_experts_per_tok": count(8),
+        "routed_scaling_factor": positive(2.5),
+        "n_group": count(8),
+        "topk_group": count(4),
+        "norm_topk_prob": flag(True),
+    },
+}
+
+
 def from_hf(config: dict) -> ModelConfig:
     """The model that a `config.json` of model_type "deepseek_v2" or "deepseek_v3" describes.
 
     Raises ValueError for what this model cannot do.
     """
-    wrong = [
-        f"{name}={config[name]!r}"
-        for name, only in (
-            ("hidden_act", "silu"),
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("moe_layer_freq", 1),
-            ("rope_interleave", True),
-            ("num_key_value_heads", config["num_attention_heads"]),
-        )
-        if config.get(name, only) not in (only, None)
-    ]
-    if wrong:
-        raise ValueError(f"latent attention and experts as DeepSeek published them know no {', '.join(wrong)}")
-    rope = rope_of(config)
+    kind = config["model_type"]
+    config = read(config, FIELDS[kind])
+    if config["num_key_value_heads"] not in (None, config["num_attention_heads"]):
+        raise FieldError("num_key_value_heads", "must be num_attention_heads.", config["num_key_value_heads"])
+    rope = rope_of(config, {"default": "default", "yarn": "yarn"})
+    if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
+        raise FieldError("mscale", "has no agreed meaning without mscale_all_dim. State both or none.", rope["mscale"])
+    turns = config["qk_rope_head_dim"]
     decoder = DecoderConfig(
         vocab=config["vocab_size"],
         width=config["hidden_size"],
@@ -100,49 +137,49 @@ def from_hf(config: dict) -> ModelConfig:
             heads=config["num_attention_heads"],
             kv_rank=config["kv_lora_rank"],
             nope_dim=config["qk_nope_head_dim"],
-            rope_dim=config["qk_rope_head_dim"],
+            rope_dim=turns,
             v_dim=config["v_head_dim"],
-            q_rank=config.get("q_lora_rank") or 0,
+            q_rank=config["q_lora_rank"] or 0,
             rope_theta=float(rope["rope_theta"]),
-            yarn=_yarn_from_hf(rope),
+            yarn=stretch_from_hf(rope, config["max_position_embeddings"], turns // 2),
         ),
         mlp=config["intermediate_size"],
-        moe=_moe_from_hf(config),
+        moe=_moe_from_hf(config, bias=kind == V3),
         dense_first=config["first_k_dense_replace"],
         norm_eps=config["rms_norm_eps"],
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=config["tie_word_embeddings"],
     )
-    return ModelConfig(None, None, decoder, family=config["model_type"])
+    return ModelConfig(None, None, decoder, family=kind)
 
 
-def _yarn_from_hf(rope: dict) -> YarnConfig | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"of stretched rotary positions only YaRN is known here, not {rope}")
-    return None if kind == "default" else yarn_from_hf(rope)
-
-
-def _moe_from_hf(config: dict) -> MoeConfig:
-    grouped, bias = config["model_type"] == V3, config["model_type"] == V3
-    if not bias:
-        if config.get("norm_topk_prob"):
-            raise ValueError("norm_topk_prob: transformers ignores it in a deepseek_v2, DeepSeek's own code does not")
-        method = config.get("topk_method", "greedy")
-        if method not in ("greedy", "group_limited_greedy"):
-            raise ValueError(f"topk_method {method!r} of a deepseek_v2 is not 'greedy' or 'group_limited_greedy'")
-        grouped = method == "group_limited_greedy"
-    groups = config["n_group"] if grouped else 1
+def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
+    grouped = bias or config["topk_method"] == "group_limited_greedy"
+    for name in ("n_group", "topk_group") if grouped else ():
+        if config[name] is None:
+            raise FieldError(name, "must be an integer where experts are chosen in groups.", None)
+    groups, experts, top_k = (
+        config["n_group"] if grouped else 1,
+        config["n_routed_experts"],
+        config["num_experts_per_tok"],
+    )
+    top_groups = config["topk_group"] if groups > 1 else 1
+    if experts % groups:
+        raise FieldError("n_group", f"must divide n_routed_experts={experts}.", groups)
+    if top_groups > groups:
+        raise FieldError("topk_group", f"must be at most n_group={groups}.", top_groups)
+    if top_k > (most := experts // groups * top_groups):
+        raise FieldError("num_experts_per_tok", f"must be at most {most}, the experts of topk_group groups.", top_k)
     return MoeConfig(
-        experts=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
+        experts=experts,
+        top_k=top_k,
         mlp=config["moe_intermediate_size"],
-        shared=(config.get("n_shared_experts") or 0) * config["moe_intermediate_size"],
+        shared=config["n_shared_experts"] * config["moe_intermediate_size"],
         score="sigmoid" if bias else "softmax",
         bias=bias,
         renormalise=bias and config["norm_topk_prob"],
         scale=float(config["routed_scaling_factor"]),
         groups=groups,
-        top_groups=config["topk_group"] if groups > 1 else 1,
+        top_groups=top_groups,
         group_best=2 if bias and groups > 1 else 1,
     )
 

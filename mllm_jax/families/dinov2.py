@@ -10,6 +10,7 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import joint_gate_up, layer_norm, linear
 from mllm_jax.families.towers import IMAGENET_PIXELS, Tower, attention, block, patches, plain_mlp
+from mllm_jax.fields import count, flag, read
 from mllm_jax.model import ModelConfig
 from mllm_jax.weights.table import Row
 
@@ -85,8 +86,9 @@ def _mlp(width: int, ratio: int, gated: bool) -> int:
 
 def from_hf(config: dict) -> ModelConfig:
     """The tower that a `config.json` of model_type "dinov2" or "dinov2_with_registers" describes."""
-    gated, width = config.get("use_swiglu_ffn", False), config.get("hidden_size", _BASE.width)
-    said = config | {"intermediate_size": _mlp(width, config.get("mlp_ratio", 4), gated)}
+    stated = read(config, {"use_swiglu_ffn": flag(False), "hidden_size": count(_BASE.width), "mlp_ratio": count(4)})
+    gated = stated["use_swiglu_ffn"]
+    said = config | {"intermediate_size": _mlp(stated["hidden_size"], stated["mlp_ratio"], gated)}
     if gated:
         said["hidden_act"] = "silu"  # whatever it says
     return ModelConfig(TOWERS[config["model_type"]].from_hf(said), family=config["model_type"])

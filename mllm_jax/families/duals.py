@@ -8,6 +8,8 @@ from mllm_jax.dual import DualConfig
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import layer_norm, layers, linear
 from mllm_jax.families.towers import Tower
+from mllm_jax.fields import check_heads, count, positive, read, word
+from mllm_jax.fields import layers as count_layers
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 
@@ -34,10 +36,20 @@ SAID = {"hidden_size": "width", "num_hidden_layers": "layers", "intermediate_siz
 
 def text_from_hf(text: Mapping[str, Any], base: DecoderConfig) -> DecoderConfig:
     """The tower that a `text_config` describes; `base` is the one of a config that says nothing."""
-    fields = {ours: text.get(theirs, getattr(base, ours)) for theirs, ours in SAID.items()}
-    fields["heads"] = text.get("num_attention_heads", base.attention.heads)
-    fields["activation"] = activation_from_hf(text["hidden_act"]) if "hidden_act" in text else base.activation
-    return text_tower(**fields, prefix=base.prefix)
+    kinds = {"layer_norm_eps": positive, "num_hidden_layers": count_layers}
+    stated = read(
+        text,
+        {theirs: kinds.get(theirs, count)(getattr(base, ours)) for theirs, ours in SAID.items()}
+        | {"num_attention_heads": count(base.attention.heads)}
+        | {"hidden_act": word(activation_to_hf(base.activation, "gelu_pytorch_tanh"))},
+    )
+    check_heads(stated, "hidden_size", "num_attention_heads")
+    return text_tower(
+        **{ours: stated[theirs] for theirs, ours in SAID.items()},
+        heads=stated["num_attention_heads"],
+        activation=activation_from_hf(stated["hidden_act"]),
+        prefix=base.prefix,
+    )
 
 
 def text_to_hf(text: DecoderConfig, kind: str) -> dict[str, Any]:

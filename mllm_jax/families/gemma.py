@@ -8,10 +8,11 @@ from mllm_jax.families.decoders import (
     TextFamily,
     activation_from_hf,
     activation_to_hf,
-    expect,
+    decoder_fields,
     read_decoder,
     write_decoder,
 )
+from mllm_jax.fields import count, nullable, only, read, word
 from mllm_jax.nn.self_attention import AttentionConfig
 
 _2B = DecoderConfig(
@@ -38,27 +39,34 @@ SIZES = {
         embed_scale=3072**0.5,
     ),
 }
-_DEFAULTS = {  # what a config.json leaves out that was written by transformers
-    "vocab_size": 256000,
-    "hidden_size": 3072,
-    "intermediate_size": 24576,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 256,
-    "tie_word_embeddings": True,
+COMMON = {  # of Gemma and Gemma 2
+    "head_dim": count(256),
+    "attention_bias": only(False),
+    "use_bidirectional_attention": nullable(only(False), False),
 }
+FIELDS = (
+    decoder_fields(256000, 3072, 24576, 28, 16, 16, length=8192, tie=True)
+    | COMMON
+    | {
+        "num_key_value_heads": count(16),
+        "hidden_act": word("gelu_pytorch_tanh"),
+    }
+)
 
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "gemma". ValueError for what this model cannot do."""
-    text = _DEFAULTS | text
-    expect(text, "Gemma", attention_bias=False)
-    activation = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
+    text = read(text, FIELDS)
     # Files of before transformers 4.39 say "gelu" and mean its approximation.
-    activation = "gelu_tanh" if activation == "gelu" else activation_from_hf(activation)
-    scale = text["hidden_size"] ** 0.5
-    return read_decoder(text, activation=activation, norm="rms_offset", embed_scale=scale)
+    activation = "gelu_tanh" if text["hidden_act"] == "gelu" else activation_from_hf(text["hidden_act"])
+    return decoder_of(text, activation)
+
+
+def decoder_of(text: dict, activation: str, **fields) -> DecoderConfig:
+    """The decoder of the fields that a text config states, with what all of Gemma's have."""
+    return read_decoder(
+        text, activation=activation, norm="rms_offset", embed_scale=text["hidden_size"] ** 0.5, **fields
+    )
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:

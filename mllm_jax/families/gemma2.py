@@ -4,7 +4,15 @@ from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, rows
-from mllm_jax.families.decoders import TextFamily, windows_from_hf, windows_to_hf
+from mllm_jax.families.decoders import (
+    WINDOWS,
+    TextFamily,
+    activation_from_hf,
+    decoder_fields,
+    windows_from_hf,
+    windows_to_hf,
+)
+from mllm_jax.fields import count, nullable, positive, read, word
 
 _2B = replace(
     gemma.SIZES["2b"],
@@ -39,32 +47,33 @@ SIZES = {
         embed_scale=4608**0.5,
     ),
 }
-_DEFAULTS = {  # what a config.json leaves out that was written by transformers
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "final_logit_softcapping": 30.0,
-    "attn_logit_softcapping": 50.0,
-}
+FIELDS = (
+    decoder_fields(256000, 2304, 9216, 26, 8, 4, length=8192, tie=True)
+    | gemma.COMMON
+    | WINDOWS
+    | {
+        "num_key_value_heads": count(4),
+        "hidden_act": word("silu"),  # which is not read
+        "hidden_activation": word("gelu_pytorch_tanh"),
+        "query_pre_attn_scalar": positive(256),
+        "final_logit_softcapping": nullable(positive(30.0)),
+        "attn_logit_softcapping": nullable(positive(50.0)),
+    }
+)
 
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "gemma2". ValueError for what this model cannot do."""
-    text = _DEFAULTS | text
-    first, divisor = gemma.decoder_from_hf(text), text["query_pre_attn_scalar"]
-    kinds = text.get("layer_types") or [
-        "full_attention" if number % 2 else "sliding_attention" for number in range(first.layers)
-    ]
-    scale = None if divisor == first.attention.head_dim else divisor**-0.5
-    return replace(
-        first,
-        attention=replace(first.attention, scale=scale, softcap=text["attn_logit_softcapping"] or 0.0),
+    text = read(text, FIELDS)
+    depth, divisor = text["num_hidden_layers"], text["query_pre_attn_scalar"]
+    kinds = text["layer_types"]
+    if kinds is None:
+        kinds = ["full_attention" if number % 2 else "sliding_attention" for number in range(depth)]
+    return gemma.decoder_of(
+        text,
+        activation_from_hf(text["hidden_activation"]),
+        scale=None if divisor == text["head_dim"] else divisor**-0.5,
+        softcap=text["attn_logit_softcapping"] or 0.0,
         windows=windows_from_hf(text, kinds),
         post_norms=True,
         logit_softcap=text["final_logit_softcapping"] or 0.0,

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig, LayerKind
-from mllm_jax.families.decoders import TextFamily, activation_from_hf, activation_to_hf, expect
+from mllm_jax.families.decoders import TextFamily, activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import joint_qkv, layer_norm, layers, linear
+from mllm_jax.fields import check_heads, count, flag, nullable, only, positive, read, word
+from mllm_jax.fields import layers as count_layers
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 
@@ -39,21 +41,38 @@ SIZES = {
 }
 
 
+FIELDS = {
+    "vocab_size": count(50257),
+    "n_positions": count(1024),
+    "n_embd": count(768),
+    "n_layer": count_layers(12),
+    "n_head": count(12),
+    "n_inner": nullable(count(None)),
+    "activation_function": word("gelu_new"),
+    "layer_norm_epsilon": positive(1e-5),
+    "tie_word_embeddings": flag(True),
+    "scale_attn_weights": only(True),
+    "scale_attn_by_inverse_layer_idx": only(False),
+    "add_cross_attention": only(False),
+}
+
+
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "gpt2". ValueError for what this model cannot do."""
-    expect(text, "GPT-2", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    width, heads = text.get("n_embd", 768), text.get("n_head", 12)
+    text = read(text, FIELDS)
+    check_heads(text, "n_embd", "n_head")
+    width, heads = text["n_embd"], text["n_head"]
     return replace(
         _SMALL,
-        vocab=text.get("vocab_size", 50257),
+        vocab=text["vocab_size"],
         width=width,
-        layers=text.get("n_layer", 12),
+        layers=text["n_layer"],
         attention=replace(_ATTENTION, heads=heads, kv_heads=heads, head_dim=width // heads),
-        mlp=text.get("n_inner") or 4 * width,
-        activation=activation_from_hf(text.get("activation_function", "gelu_new")),
-        norm_eps=text.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=bool(text.get("tie_word_embeddings", True)),
-        positions=text.get("n_positions", 1024),
+        mlp=text["n_inner"] or 4 * width,
+        activation=activation_from_hf(text["activation_function"]),
+        norm_eps=text["layer_norm_epsilon"],
+        tie_embeddings=text["tie_word_embeddings"],
+        positions=text["n_positions"],
     )
 
 

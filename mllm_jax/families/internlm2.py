@@ -6,8 +6,9 @@ Transformers has no class for it; its config.json is in the words of the publish
 from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig, LayerKind
-from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
+from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
 from mllm_jax.families.rows import BARE, layers, linear
+from mllm_jax.fields import only, read
 from mllm_jax.nn.rope import NtkStretch
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
@@ -29,12 +30,12 @@ SIZES = {
     "7b": _7B,
     "20b": replace(_7B, width=6144, layers=48, attention=replace(_7B.attention, heads=48), mlp=16384),
 }
+FIELDS = decoder_fields(103168, 4096, 11008, 32, 32, None, length=2048) | {"bias": only(False)}
 
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "internlm2". ValueError for what this model cannot do."""
-    expect(text, "InternLM2", hidden_act="silu", bias=False)
-    return read_decoder(text)
+    return read_decoder(read(text, FIELDS))
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:

@@ -14,11 +14,13 @@ from mllm_jax.data.resize import Stretch
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
+from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import llava, qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf, tied_at_the_top
-from mllm_jax.families.llava import features_from_hf, features_to_hf, whole
+from mllm_jax.families.llava import feature_layers, features_from_hf, features_to_hf, whole
 from mllm_jax.families.rows import layer_norm, linear
-from mllm_jax.families.towers import INTERN, tower_for
+from mllm_jax.families.towers import INTERN
+from mllm_jax.fields import FieldError, count, inside, number, read, section, word
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
@@ -45,24 +47,45 @@ def sizes(name: str) -> ModelConfig:
     return SIZES[name]
 
 
+FIELDS = {
+    "text_config": section(),
+    "vision_config": section(),
+    "image_token_id": count(151667, low=0),
+    "downsample_ratio": number(0.5, 0.01, 1),
+    "projector_hidden_act": word("gelu"),
+    "vision_feature_layer": feature_layers(-1),
+    "vision_feature_select_strategy": word("default", ("default",)),  # which drops the class token of the tower
+}
+
+
 def from_hf(config: dict) -> ModelConfig:
     """The model that a `config.json` of model_type "internvl" describes. ValueError for what this model cannot do."""
-    encoder = tower_for(config["vision_config"]).from_hf(config["vision_config"])
-    layer = config.get("vision_feature_layer", -1)
-    encoder = encoder if layer == -1 else replace(encoder, features=features_from_hf(layer))
-    if config.get("vision_feature_select_strategy", "default") != "default" or not encoder.class_token:
-        raise ValueError("InternVL drops the class token of its tower; config.json says otherwise")
-    merge = 1 / config.get("downsample_ratio", 0.5)
-    if merge != int(merge):
-        raise ValueError(f"downsample_ratio must be 1, 1/2, 1/3 ...; config.json says {config['downsample_ratio']}")
-    decoder = text.decoder_from_hf({"model_type": "qwen2", **config["text_config"]})
+    stated = read(config, FIELDS)
+    with inside("vision_config"):
+        read(stated["vision_config"], {"model_type": word(INTERN.kind, (INTERN.kind,))})
+        encoder = features_of(INTERN.from_hf(stated["vision_config"]), stated["vision_feature_layer"])
+    with inside("text_config"):
+        decoder = text.decoder_from_hf({"model_type": "qwen2", **stated["text_config"]})
     return ModelConfig(
         encoder,
-        PixelShuffleConfig(int(merge), activation_from_hf(config.get("projector_hidden_act", "gelu"))),
+        PixelShuffleConfig(merge_of(stated), activation_from_hf(stated["projector_hidden_act"])),
         tied_at_the_top(decoder, config, default=True),
-        VisionTokenIds(config.get("image_token_id", 151667)),
+        VisionTokenIds(stated["image_token_id"]),
         family="internvl",
     )
+
+
+def features_of(encoder: VitConfig, layers: list[int]) -> VitConfig:
+    """The encoder that gives the features of these layers, as a file numbers them; the last one has its last norm."""
+    return encoder if layers == [-1] else replace(encoder, features=features_from_hf(layers, encoder.layers))
+
+
+def merge_of(stated: dict) -> int:
+    """How many patches a side become one visual token."""
+    merge = 1 / stated["downsample_ratio"]
+    if abs(merge - round(merge)) > 1e-9:
+        raise FieldError("downsample_ratio", "must be 1, 1/2, 1/3 and so on.", stated["downsample_ratio"])
+    return round(merge)
 
 
 def to_hf(config: ModelConfig) -> dict:

@@ -4,6 +4,7 @@ Tensor names as in the published safetensors files: the decoder has those of its
 "language_model.". What transformers makes of these models is families/internvl.py.
 """
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,12 @@ from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import internlm2, internvl, llama, qwen2, text
-from mllm_jax.families.decoders import expect
-from mllm_jax.families.llava import features_from_hf, features_to_hf
+from mllm_jax.families.internvl import features_of, merge_of
+from mllm_jax.families.llava import feature_layers, features_to_hf
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN, Tower, block, patches, plain_mlp
+from mllm_jax.fields import FieldError, count, flag, inside, nullable, number, only, read, section, word
 from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
@@ -100,33 +102,50 @@ def sizes(name: str) -> ModelConfig:
     return SIZES[name]
 
 
+FIELDS = {
+    "llm_config": section(),
+    "vision_config": section(),
+    "ps_version": word("v1"),
+    "dynamic_image_size": flag(False),
+    "use_thumbnail": flag(False),
+    "pad2square": only(False),
+    "use_backbone_lora": only(0),
+    "use_llm_lora": only(0),
+    "select_layer": feature_layers(-1),
+    "force_image_size": nullable(count(None)),
+    "downsample_ratio": number(0.5, 0.01, 1),
+    "img_context_token_id": nullable(count(None, low=0)),
+    "min_dynamic_patch": count(1, high=1000),
+    "max_dynamic_patch": count(6, high=1000),
+    "template": nullable(word(""), ""),
+}
+
+
 def from_hf(config: dict) -> ModelConfig:
     """The model that a `config.json` of model_type "internvl_chat" describes. ValueError for what it cannot do.
 
     The file does not say which token stands for a picture: it is AFTER_IMAGE before the end of the vocabulary, unless
     `img_context_token_id`, which we write, says another.
     """
-    told = {"ps_version": "v1", "dynamic_image_size": False, "use_thumbnail": False} | config
-    expect(told, "InternVL from 1.5 on", ps_version="v2", dynamic_image_size=True, use_thumbnail=True, pad2square=False)
-    expect(config, "InternVL", use_backbone_lora=0, use_llm_lora=0)
-    vision, decoder = config["vision_config"], text.decoder_from_hf(config["llm_config"])
-    encoder, layer = TOWER.from_hf(vision), config.get("select_layer", -1)
-    encoder = encoder if layer == -1 else replace(encoder, features=features_from_hf(layer))
+    stated = read(config, FIELDS)
+    for name, needed in (("ps_version", "v2"), ("dynamic_image_size", True), ("use_thumbnail", True)):
+        if stated[name] != needed:
+            raise FieldError(name, f"must be {json.dumps(needed)}, as in InternVL from 1.5 on.", stated[name])
+    with inside("vision_config"):
+        encoder = features_of(TOWER.from_hf(stated["vision_config"]), stated["select_layer"])
+    with inside("llm_config"):
+        decoder = text.decoder_from_hf(stated["llm_config"])
     side = encoder.position_grid * encoder.patch_size
-    expect(config, f"InternVL with a tower for pictures of {side} pixels", force_image_size=side)
-    merge = 1 / config.get("downsample_ratio", 0.5)
-    if merge != int(merge):
-        raise ValueError(f"downsample_ratio must be 1, 1/2, 1/3 ...; config.json says {config['downsample_ratio']}")
+    if stated["force_image_size"] not in (None, side):
+        raise FieldError("force_image_size", f"must be the tower's {side}.", stated["force_image_size"])
+    image, tiles = stated["img_context_token_id"], (stated["min_dynamic_patch"], stated["max_dynamic_patch"])
     return ModelConfig(
         encoder,
-        PixelShuffleConfig(int(merge)),
+        PixelShuffleConfig(merge_of(stated)),
         decoder,
-        VisionTokenIds(config.get("img_context_token_id", decoder.vocab - AFTER_IMAGE)),
+        VisionTokenIds(decoder.vocab - AFTER_IMAGE if image is None else image),
         family="internvl_chat",
-        inputs=InputRules(
-            tiles=(config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 6)),
-            chat=config.get("template") or "",
-        ),
+        inputs=InputRules(tiles=tiles, chat=stated["template"]),
     )
 
 

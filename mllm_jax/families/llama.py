@@ -8,10 +8,11 @@ from mllm_jax.families.decoders import (
     TextFamily,
     activation_from_hf,
     activation_to_hf,
-    expect,
+    decoder_fields,
     read_decoder,
     write_decoder,
 )
+from mllm_jax.fields import flag, nullable, only, read, word
 from mllm_jax.nn.rope import BlendedStretch
 from mllm_jax.nn.self_attention import AttentionConfig
 
@@ -62,27 +63,23 @@ SIZES = {
 }
 
 
-# What a config.json leaves out that was written by transformers: texts of multimodal models say little.
-_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
+FIELDS = decoder_fields(32000, 4096, 11008, 32, 32, None, length=2048) | {
+    "hidden_act": word("silu"),
+    "attention_bias": flag(False),
+    "mlp_bias": flag(False),
+    "pretraining_tp": nullable(only(1), 1),
 }
 
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "llama". ValueError for what this model cannot do."""
-    text = _DEFAULTS | text
-    expect(text, "Llama", pretraining_tp=1)
+    text = read(text, FIELDS)
     return read_decoder(
         text,
-        activation=activation_from_hf(text.get("hidden_act", "silu")),
-        qkv_bias=bool(text.get("attention_bias")),
-        out_bias=bool(text.get("attention_bias")),
-        mlp_bias=bool(text.get("mlp_bias")),
+        activation=activation_from_hf(text["hidden_act"]),
+        qkv_bias=text["attention_bias"],
+        out_bias=text["attention_bias"],
+        mlp_bias=text["mlp_bias"],
     )
 
 

@@ -3,6 +3,7 @@
 Tensor names as in the published safetensors files of llava-hf.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,20 @@ from mllm_jax.families.decoders import activation_from_hf, activation_to_hf, tie
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP, part_to_hf, tower_for, tower_of
+from mllm_jax.fields import (
+    MOST_LAYERS,
+    Field,
+    FieldError,
+    Json,
+    count,
+    inside,
+    listed,
+    nullable,
+    only,
+    read,
+    section,
+    word,
+)
 from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.types import Visual
 from mllm_jax.weights.table import Row
@@ -63,40 +78,70 @@ def sizes(name: str) -> ModelConfig:
     return SIZES[name]
 
 
-def from_hf(config: dict) -> ModelConfig:
+def feature_layers(*usual: int) -> Field:
+    """A number of a layer, or several: what `features_from_hf` reads."""
+    return listed(count(low=-MOST_LAYERS, high=MOST_LAYERS), list(usual), lone=True)
+
+
+GRID = listed(listed(count()), None)  # sizes of pictures
+FIELDS = {
+    "text_config": section(),
+    "vision_config": section(),
+    "image_token_id": count(None, low=0),  # two names of one number
+    "image_token_index": count(32000, low=0),
+    "projector_hidden_act": word("gelu"),
+    "vision_feature_select_strategy": word("default", ("default", "full")),
+    "vision_feature_layer": feature_layers(-2),
+    "multimodal_projector_bias": only(True),
+    "image_grid_pinpoints": nullable(GRID),
+}
+
+
+def from_hf(config: Json) -> ModelConfig:
     """The model that a `config.json` of model_type "llava" or "llava_next" describes.
 
     Raises ValueError for what this model cannot do.
     """
-    encoder = tower_for(config["vision_config"]).from_hf(config["vision_config"])
-    encoder = replace(encoder, features=features_from_hf(config.get("vision_feature_layer", -2)))
-    strategy = config.get("vision_feature_select_strategy", "default")
+    stated = read(config, FIELDS)
+    with inside("vision_config"):
+        vision = {"model_type": CLIP.kind, **stated["vision_config"]}
+        encoder = tower_for(vision).from_hf(vision)
+    encoder = replace(encoder, features=features_from_hf(stated["vision_feature_layer"], encoder.layers))
+    strategy = stated["vision_feature_select_strategy"]
     if strategy == "default" and encoder.lead != 1:  # which drops the first feature, whatever it is
-        raise ValueError(f"vision_feature_select_strategy {strategy!r} needs a class token and no registers")
-    if not config.get("multimodal_projector_bias", True):
-        raise ValueError("LLaVA as published has multimodal_projector_bias; config.json says false")
+        raise FieldError("vision_feature_select_strategy", "needs a class token and no registers.", strategy)
     newline = config["model_type"] == "llava_next"
-    activation = activation_from_hf(config.get("projector_hidden_act", "gelu"))
-    pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+    with inside("text_config"):
+        decoder = text.decoder_from_hf({"model_type": "llama", **stated["text_config"]})
     tied = tied_at_the_top if newline else tied_at_either
     return ModelConfig(
         encoder,
-        MlpConnectorConfig(activation=activation, newline=newline),
-        tied(text.decoder_from_hf({"model_type": "llama", **config["text_config"]}), config),
-        VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 32000))),
+        MlpConnectorConfig(activation=activation_from_hf(stated["projector_hidden_act"]), newline=newline),
+        tied(decoder, config),
+        VisionTokenIds(image_token(stated)),
         family=config["model_type"],
         inputs=InputRules(
-            pinpoints=tuple((height, width) for height, width in pinpoints) if newline else (),
+            pinpoints=pinpoints_from_hf(stated["image_grid_pinpoints"] or PINPOINTS) if newline else (),
             shows_lead=strategy == "full" and encoder.lead > 0,
         ),
     )
 
 
-def features_from_hf(layers: int | list[int]) -> tuple[int, ...]:
-    """Theirs count what goes into the first layer as 0, and from the end as we do."""
-    layers = [layers] if isinstance(layers, int) else layers
-    if 0 in layers:
-        raise ValueError("vision_feature_layer 0, what goes into the first layer, cannot be a feature")
+def image_token(stated: Json) -> int:
+    """The number of the token that stands for a picture, which has two names."""
+    return stated["image_token_index"] if stated["image_token_id"] is None else stated["image_token_id"]
+
+
+def pinpoints_from_hf(sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    if odd := [size for size in sizes if len(size) != 2]:
+        raise FieldError("image_grid_pinpoints", "must be pairs of numbers.", odd[0])
+    return tuple((first, second) for first, second in sizes)
+
+
+def features_from_hf(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The features of a tower of `depth` layers: theirs count what goes into the first as 0, from the end as we do."""
+    if not layers or any(layer == 0 or abs(layer) > depth for layer in layers):
+        raise FieldError("vision_feature_layer", f"must be from 1 to {depth}, or from -{depth} to -1.", layers)
     return tuple(layer - 1 if layer > 0 else layer for layer in layers)
 
 

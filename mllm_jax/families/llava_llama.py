@@ -13,10 +13,10 @@ from typing import Any
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, llava, mistral, text
-from mllm_jax.families.decoders import expect
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP
+from mllm_jax.fields import FieldError, nullable, only, read, word
 from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
@@ -58,28 +58,41 @@ def sizes(name: str) -> ModelConfig:
     return SIZES[name]
 
 
+FIELDS = {
+    "mm_vision_tower": word(),
+    "mm_vision_select_feature": only("patch"),
+    "mm_vision_select_layer": llava.feature_layers(-2),
+    "mm_projector_type": word("linear"),
+    "mm_patch_merge_type": word("flat"),
+    "image_aspect_ratio": nullable(word(None)),
+    "image_grid_pinpoints": nullable(llava.GRID),
+}
+
+
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The model that a `config.json` of model_type "llava_llama", "llava_mistral" or, before, "llava" describes.
 
     Raises ValueError for what this model cannot do.
     """
-    tower = str(config["mm_vision_tower"]).rstrip("/").rpartition("/")[2]
+    stated = read(config, FIELDS)
+    tower, kind = stated["mm_vision_tower"].rstrip("/").rpartition("/")[2], stated["mm_projector_type"]
     if tower not in TOWERS:
-        raise unsupported("mm_vision_tower", config["mm_vision_tower"], TOWERS)
-    expect(config, "LLaVA", mm_vision_select_feature="patch")
-    kind = config.get("mm_projector_type", "linear")
+        raise unsupported("mm_vision_tower", stated["mm_vision_tower"], TOWERS)
     layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if layers is None and kind != "linear":
-        raise ValueError(f"mm_projector_type {kind!r} of config.json is neither linear nor mlp2x_gelu")
-    newline, aspect = "unpad" in config.get("mm_patch_merge_type", "flat"), config.get("image_aspect_ratio")
+        raise FieldError("mm_projector_type", 'must be "linear" or "mlp2x_gelu".', kind)
+    newline, aspect = "unpad" in stated["mm_patch_merge_type"], stated["image_aspect_ratio"]
     if newline != (aspect == "anyres"):
         raise ValueError(
             "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
         )
     decoder = DECODERS[config["model_type"]]
-    pinpoints = config["image_grid_pinpoints"] if newline else ()  # theirs are (width, height)
+    if newline and not stated["image_grid_pinpoints"]:
+        raise FieldError("image_grid_pinpoints", "is missing. Add it to the file.")
+    # Theirs are (width, height).
+    pinpoints = llava.pinpoints_from_hf(stated["image_grid_pinpoints"]) if newline else ()
     return ModelConfig(
-        replace(TOWERS[tower], features=llava.features_from_hf(config.get("mm_vision_select_layer", -2))),
+        replace(TOWERS[tower], features=llava.features_from_hf(stated["mm_vision_select_layer"], TOWERS[tower].layers)),
         MlpConnectorConfig(1 if layers is None else int(layers[1]), newline=newline),
         text.decoder_from_hf({**config, "model_type": decoder}),
         VisionTokenIds(IMAGE),

@@ -20,6 +20,7 @@ from mllm_jax.families import llava, qwen2, text
 from mllm_jax.families.decoders import tied_at_either
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.towers import SIGLIP
+from mllm_jax.fields import FieldError, count, inside, read, section, word
 from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.types import Visual
 
@@ -52,26 +53,38 @@ def sizes(name: str) -> ModelConfig:
     return SIZES[name]
 
 
+FIELDS = {
+    "text_config": section(),
+    "vision_config": section(),
+    "video_token_id": count(None, low=0),
+    "video_token_index": count(151647, low=0),
+    "vision_aspect_ratio": word("anyres_max_9"),
+}
+
+
 def from_hf(config: dict) -> ModelConfig:
     """The model that a `config.json` of model_type "llava_onevision" describes. ValueError for what it cannot do."""
-    aspect = config.get("vision_aspect_ratio", "anyres_max_9")
-    if not (most := re.fullmatch(r"anyres_max_([1-9]\d*)", aspect)):
-        raise ValueError(f"vision_aspect_ratio must be anyres_max_9 or with another number, not {aspect!r}")
-    said = {"model_type": "qwen2", **config["text_config"]}
-    decoder = tied_at_either(text.decoder_from_hf(said), config)
+    stated = read(config, FIELDS)
+    aspect = stated["vision_aspect_ratio"]
+    if not (most := re.fullmatch(r"anyres_max_([1-9]\d{0,3})", aspect)):
+        raise FieldError("vision_aspect_ratio", 'must be "anyres_max_9" or with another number.', aspect)
+    said = {"model_type": "qwen2", **stated["text_config"]}
+    with inside("text_config"):
+        decoder = tied_at_either(text.decoder_from_hf(said), config)
     model = llava.from_hf(
         {
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
             "image_token_index": 151646,
-            "image_grid_pinpoints": PINPOINTS,
             **config,
+            "image_grid_pinpoints": config.get("image_grid_pinpoints") or PINPOINTS,
+            "vision_config": {"model_type": SIGLIP.kind, **stated["vision_config"]},
             "model_type": "llava_next",
             "text_config": said,
             "tie_word_embeddings": decoder.tie_embeddings,
         }
     )
-    video = config.get("video_token_id", config.get("video_token_index", 151647))
+    video = stated["video_token_index"] if stated["video_token_id"] is None else stated["video_token_id"]
     tokens = replace(model.tokens, video=video)
     inputs = replace(model.inputs, most_tiles=int(most[1]))
     return replace(model, tokens=tokens, family="llava_onevision", inputs=inputs)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
-from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
+from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
+from mllm_jax.fields import count, nullable, read
 from mllm_jax.nn.self_attention import AttentionConfig
 
 _ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False)
@@ -16,25 +17,16 @@ SIZES = {
     "7b-v0.3": replace(_7B, vocab=32768),
     "nemo-12b": replace(_7B, vocab=131072, width=5120, layers=40),
 }
-
-
-_DEFAULTS = {  # what a config.json leaves out that was written by transformers
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
+FIELDS = decoder_fields(32000, 4096, 14336, 32, 32, 8, length=131072) | {
+    "num_key_value_heads": count(8),
+    "sliding_window": nullable(count(4096)),
 }
 
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "mistral". ValueError for what this model cannot do."""
-    text = _DEFAULTS | text
-    expect(text, "Mistral", hidden_act="silu")
-    return read_decoder(text, windows=(text["sliding_window"],) if text.get("sliding_window") else ())
+    text = read(text, FIELDS)
+    return read_decoder(text, windows=(text["sliding_window"],) if text["sliding_window"] else ())
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:

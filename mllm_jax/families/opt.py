@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig, LayerKind
-from mllm_jax.families.decoders import TextFamily, activation_from_hf, activation_to_hf, expect
+from mllm_jax.families.decoders import TextFamily, activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import layer_norm, layers, linear
+from mllm_jax.fields import FieldError, check_heads, count, flag, nullable, only, read, word
+from mllm_jax.fields import layers as count_layers
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 
@@ -43,21 +45,40 @@ SIZES = {
 }
 
 
+FIELDS = {
+    "vocab_size": count(50272),
+    "hidden_size": count(768),
+    "num_hidden_layers": count_layers(12),
+    "ffn_dim": count(3072),
+    "max_position_embeddings": count(2048),
+    "num_attention_heads": count(12),
+    "activation_function": word("relu"),
+    "tie_word_embeddings": flag(True),
+    "word_embed_proj_dim": nullable(count(None)),
+    "do_layer_norm_before": only(True),  # these are what the 350M has not
+    "_remove_final_layer_norm": only(False),
+    "layer_norm_elementwise_affine": only(True),
+    "enable_bias": only(True),
+}
+
+
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "opt". ValueError for what this model cannot do."""
-    width, heads = text.get("hidden_size", 768), text.get("num_attention_heads", 12)
-    norms = dict(do_layer_norm_before=True, _remove_final_layer_norm=False, layer_norm_elementwise_affine=True)
-    expect(text, "OPT beyond its 350M", enable_bias=True, word_embed_proj_dim=width, **norms)
+    text = read(text, FIELDS)
+    check_heads(text, "hidden_size", "num_attention_heads")
+    width, heads = text["hidden_size"], text["num_attention_heads"]
+    if text["word_embed_proj_dim"] not in (None, width):
+        raise FieldError("word_embed_proj_dim", f"must be hidden_size={width}.", text["word_embed_proj_dim"])
     return replace(
         _SMALL,
-        vocab=text.get("vocab_size", 50272),
+        vocab=text["vocab_size"],
         width=width,
-        layers=text.get("num_hidden_layers", 12),
+        layers=text["num_hidden_layers"],
         attention=replace(_ATTENTION, heads=heads, kv_heads=heads, head_dim=width // heads),
-        mlp=text.get("ffn_dim", 3072),
-        activation=activation_from_hf(text.get("activation_function", "relu")),
-        tie_embeddings=bool(text.get("tie_word_embeddings", True)),
-        positions=text.get("max_position_embeddings", 2048),
+        mlp=text["ffn_dim"],
+        activation=activation_from_hf(text["activation_function"]),
+        tie_embeddings=text["tie_word_embeddings"],
+        positions=text["max_position_embeddings"],
     )
 
 

@@ -18,6 +18,7 @@ from mllm_jax.families import gemma, gemma2, llava, text
 from mllm_jax.families.decoders import tied_at_the_top
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import SIGLIP, part_to_hf
+from mllm_jax.fields import count, inside, read, section, word
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
@@ -45,17 +46,30 @@ def sizes(name: str) -> ModelConfig:
     return SIZES[name]
 
 
+FIELDS = {
+    "text_config": section(),
+    "vision_config": section(),
+    "image_token_id": count(None, low=0),  # two names of one number
+    "image_token_index": count(256000, low=0),
+}
+
+
 def from_hf(config: dict) -> ModelConfig:
     """The model that a `config.json` of model_type "paligemma" describes. ValueError for what this model cannot do."""
-    vision = config["vision_config"]
-    if (kind := vision.get("model_type", SIGLIP.kind)) != SIGLIP.kind:
-        raise ValueError(f"PaliGemma has a tower of model_type {SIGLIP.kind!r}, not {kind!r}")
-    decoder = text.decoder_from_hf({"model_type": "gemma", **config["text_config"]})
+    stated = read(config, FIELDS)
+    with inside("vision_config"):
+        read(stated["vision_config"], {"model_type": word(SIGLIP.kind, (SIGLIP.kind,))})
+        encoder = SIGLIP.from_hf(stated["vision_config"])
+    with inside("text_config"):
+        # Its own masks decide who sees whom, whatever the decoder's config says of it.
+        decoder = text.decoder_from_hf(
+            {"model_type": "gemma", **stated["text_config"], "use_bidirectional_attention": None}
+        )
     return ModelConfig(
-        SIGLIP.from_hf(vision),
+        encoder,
         MlpConnectorConfig(layers=1),
         replace(tied_at_the_top(decoder, config, default=True), prefix=True),
-        VisionTokenIds(config.get("image_token_id", config.get("image_token_index", 256000))),
+        VisionTokenIds(llava.image_token(stated)),
         family="paligemma",
     )
 

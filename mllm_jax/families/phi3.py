@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
-from mllm_jax.families.decoders import TextFamily, expect, read_decoder, write_decoder
+from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
+from mllm_jax.families.rope import LENGTH
+from mllm_jax.fields import count, nullable, only, read
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 
@@ -27,12 +29,19 @@ SIZES = {
     "3-medium-4k": _MEDIUM,
     "4": replace(_MEDIUM, vocab=100352, windows=(), attention=replace(_MEDIUM.attention, rope_theta=2.5e5)),
 }
+FIELDS = decoder_fields(32064, 3072, 8192, 32, 32, None, length=4096, norm_eps=1e-5) | {
+    "attention_bias": only(False),
+    "sliding_window": nullable(count(None)),
+    LENGTH: count(4096),
+}
+ROPE = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # the last two: old names
 
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "phi3". ValueError for what this model cannot do."""
-    expect(text, "Phi-3", hidden_act="silu", attention_bias=False)
-    return read_decoder(text, windows=(text["sliding_window"],) if text.get("sliding_window") else ())
+    text = read(text, FIELDS)
+    windows = (text["sliding_window"],) if text["sliding_window"] else ()
+    return read_decoder(text, rope={"kinds": ROPE, "partial": True}, windows=windows)
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:

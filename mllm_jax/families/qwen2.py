@@ -5,13 +5,16 @@ from dataclasses import replace
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import (
+    WINDOWS,
     TextFamily,
-    expect,
+    decoder_fields,
     read_decoder,
     windows_from_hf,
     windows_to_hf,
     write_decoder,
 )
+from mllm_jax.families.rope import AS_NAMED
+from mllm_jax.fields import count, flag, nullable, read
 from mllm_jax.nn.self_attention import AttentionConfig
 
 _TEXT = AttentionConfig(28, 4, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False, qkv_bias=True)
@@ -44,19 +47,44 @@ SIZES = {
 }
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "qwen2", "qwen2_vl_text" or "qwen2_5_vl_text".
+FIELDS = (
+    decoder_fields(151936, 4096, 22016, 32, 32, 32, length=32768)
+    | WINDOWS
+    | {
+        "use_sliding_window": flag(False),
+        "max_window_layers": count(28, low=0),
+    }
+)
+SEEING_FIELDS = (
+    decoder_fields(152064, 8192, 29568, 80, 64, 8, length=32768, theta=1e6, norm_eps=1e-5)
+    | WINDOWS
+    | {
+        "use_sliding_window": nullable(flag(False), False),
+        "max_window_layers": count(80, low=0),
+    }
+)
+# M-RoPE where a config does not say it. "mrope" is what files of before transformers 5 call it.
+SEEING_ROPE = {"sections": (16, 24, 24), "layout": "chunked", "kinds": AS_NAMED | {"mrope": "default"}}
 
-    Raises ValueError for what this model cannot do.
-    """
-    expect(text, "Qwen2", hidden_act="silu")
-    windows = ()
-    if text.get("use_sliding_window"):
-        full = min(text.get("max_window_layers", 28), text["num_hidden_layers"])
-        kinds = ["full_attention"] * full + ["sliding_attention"] * (text["num_hidden_layers"] - full)
-        windows = windows_from_hf(text, text.get("layer_types") or kinds)
-    rope = {"theta": 1e6, "layout": "chunked"}
-    return read_decoder(text, rope=rope, qkv_bias=True, windows=windows)
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "qwen2". ValueError for what this model cannot do."""
+    return _decoder(read(text, FIELDS), {})
+
+
+def seeing_decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "qwen2_vl_text" or "qwen2_5_vl_text"; errors as above."""
+    return _decoder(read(text, SEEING_FIELDS), SEEING_ROPE)
+
+
+def _decoder(text: dict, rope: dict) -> DecoderConfig:
+    if not text["use_sliding_window"]:
+        text["sliding_window"] = None
+    kinds, depth = text["layer_types"], text["num_hidden_layers"]
+    if kinds is None:
+        full = min(text["max_window_layers"], depth)
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (depth - full)
+    return read_decoder(text, rope=rope, qkv_bias=True, windows=windows_from_hf(text, kinds))
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:

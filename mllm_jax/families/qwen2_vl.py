@@ -3,6 +3,7 @@
 Tensor names as in the published safetensors files.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +19,25 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen2
 from mllm_jax.families.decoders import tied_at_either
 from mllm_jax.families.pictures import one_by_one, read_clips
-from mllm_jax.families.qwen3_vl import TOKENS
+from mllm_jax.families.qwen3_vl import TOKEN_FIELDS, TOKENS, tokens_of
+from mllm_jax.families.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.rows import gated_mlp, layer_norm, linear
 from mllm_jax.families.towers import ACTIVATIONS, CLIP_PIXELS
-from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.fields import (
+    FieldError,
+    check_heads,
+    count,
+    inside,
+    layers,
+    listed,
+    nullable,
+    number,
+    positive,
+    read,
+    section,
+    word,
+)
+from mllm_jax.model import InputRules, ModelConfig
 from mllm_jax.weights.table import Row
 
 # Rotary positions alone say where a patch stands.
@@ -71,47 +87,85 @@ def _kind(encoder: VitConfig) -> str:
     return "qwen2_5_vl" if encoder.gated else "qwen2_vl"
 
 
+_ALIKE = {
+    "depth": layers(32),
+    "num_heads": count(16),
+    "in_channels": count(3),
+    "patch_size": count(14),
+    "temporal_patch_size": count(2),
+    "spatial_merge_size": count(2),
+    "hidden_size": count(3584),
+    **rope_fields(1e4),
+}
+FIRST_FIELDS = _ALIKE | {
+    "embed_dim": count(1280),
+    "mlp_ratio": positive(4),
+    "hidden_act": word("quick_gelu", ACTIVATIONS),
+}
+SECOND_FIELDS = _ALIKE | {
+    "intermediate_size": count(3420),
+    "out_hidden_size": count(3584),
+    "window_size": count(112),
+    "fullatt_block_indexes": listed(count(low=0), (7, 15, 23, 31)),
+    "tokens_per_second": number(4, low=0),
+    "hidden_act": word("silu", ACTIVATIONS),
+}
+
+
 def from_hf(config: dict) -> ModelConfig:
     """The model that a `config.json` of model_type "qwen2_vl" or "qwen2_5_vl" describes.
 
     Raises ValueError for what this model cannot do.
     """
-    vision, text = config["vision_config"], config.get("text_config") or config  # old files have one level
-    decoder = tied_at_either(qwen2.decoder_from_hf(text), config)
-    merge, second = vision.get("spatial_merge_size", 2), config["model_type"] == "qwen2_5_vl"
-    tokens = VisionTokenIds(
-        image=config["image_token_id"],
-        video=config["video_token_id"],
-        start=config["vision_start_token_id"],
-        end=config["vision_end_token_id"],
-    )
-    encoder = _encoder_from_hf(vision, _SECOND if second else _FIRST, merge)
-    out = vision["out_hidden_size" if second else "hidden_size"]
-    if out != decoder.width:
-        raise ValueError(f"the vision tower's output of {out} must be as wide as the decoder, {decoder.width}")
-    return _model(encoder, merge, decoder, tokens, float(vision.get("tokens_per_second", 4)) if second else 0.0)
+    second = config["model_type"] == "qwen2_5_vl"
+    stated = read(config, {"vision_config": section(), "text_config": nullable(section(None))} | TOKEN_FIELDS)
+    with inside("vision_config"):
+        vision = read(stated["vision_config"], SECOND_FIELDS if second else FIRST_FIELDS)
+        encoder = _second(vision) if second else _first(vision)
+    text = config if stated["text_config"] is None else stated["text_config"]  # old files have one level
+    with nullcontext() if stated["text_config"] is None else inside("text_config"):
+        decoder = tied_at_either(qwen2.seeing_decoder_from_hf(text), config)
+    out = "out_hidden_size" if second else "hidden_size"
+    if vision[out] != decoder.width:
+        raise FieldError(f"vision_config.{out}", f"must be the decoder's hidden_size={decoder.width}.", vision[out])
+    rate = float(vision["tokens_per_second"]) if second else 0.0
+    return _model(encoder, vision["spatial_merge_size"], decoder, tokens_of(stated), rate)
 
 
-def _encoder_from_hf(vision: dict, base: VitConfig, merge: int) -> VitConfig:
-    activation = vision.get("hidden_act", "silu" if base.gated else "quick_gelu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"vision_config.hidden_act must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    width = vision["hidden_size"] if base.gated else vision.get("embed_dim", base.width)
-    patch, window = vision.get("patch_size", base.patch_size), {}
-    if base.gated:
-        side = vision.get("window_size", 112) // merge // patch * merge
-        window = {"window": side, "whole": tuple(vision.get("fullatt_block_indexes", base.whole))}
+def _alike(vision: dict, width: str) -> dict:
+    """The fields of an encoder that both kinds say in the same way."""
+    check_heads(vision, width, "num_heads")
+    return {
+        "width": vision[width],
+        "layers": vision["depth"],
+        "heads": vision["num_heads"],
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "channels": vision["in_channels"],
+        "activation": ACTIVATIONS[vision["hidden_act"]],
+        "rope_theta": axial_theta(vision),
+    }
+
+
+def _first(vision: dict) -> VitConfig:
+    return replace(_FIRST, mlp=int(vision["embed_dim"] * vision["mlp_ratio"]), **_alike(vision, "embed_dim"))
+
+
+def _second(vision: dict) -> VitConfig:
+    merge, whole = vision["spatial_merge_size"], vision["fullatt_block_indexes"]
+    window = vision["window_size"] // merge // vision["patch_size"] * merge
+    if over := [layer for layer in whole if layer >= vision["depth"]]:
+        raise FieldError("fullatt_block_indexes", f"must be below depth={vision['depth']}.", over)
+    if not window:
+        raise FieldError(
+            "window_size", "must be at least a visual token, patch_size * spatial_merge_size.", vision["window_size"]
+        )
     return replace(
-        base,
-        width=width,
-        layers=vision.get("depth", base.layers),
-        heads=vision.get("num_heads", base.heads),
-        mlp=vision.get("intermediate_size", base.mlp) if base.gated else int(width * vision.get("mlp_ratio", 4)),
-        patch_size=patch,
-        temporal_patch_size=vision.get("temporal_patch_size", base.temporal_patch_size),
-        channels=vision.get("in_channels", base.channels),
-        activation=ACTIVATIONS[activation],
-        **window,
+        _SECOND,
+        mlp=vision["intermediate_size"],
+        window=window,
+        whole=tuple(whole),
+        **_alike(vision, "hidden_size"),
     )
 
 
@@ -130,6 +184,7 @@ def to_hf(config: ModelConfig) -> dict:
         "in_channels": encoder.channels,
         "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
         "spatial_merge_size": config.merge,
+        **axial_to_hf(encoder.rope_theta),
     }
     if encoder.gated:
         vision |= {

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
-from mllm_jax.families.decoders import expect, read_decoder, write_decoder
+from mllm_jax.families.decoders import decoder_fields, read_decoder, write_decoder
+from mllm_jax.fields import MOST_EXPERTS, FieldError, count, flag, listed, nullable, only, read
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig
@@ -77,32 +78,69 @@ def to_hf(config: ModelConfig) -> dict:
     return written
 
 
-def decoder_from_hf(text: dict, sections: tuple[int, ...] | None = None) -> DecoderConfig:
-    """The decoder of a text config of the Qwen3 family. ValueError for what this model cannot do.
+def _experts(experts: int, top_k: int, mlp: int) -> dict:
+    return {
+        "num_experts": count(experts, low=0, high=MOST_EXPERTS),
+        "num_local_experts": count(None, low=0, high=MOST_EXPERTS),  # the name that transformers 5 writes
+        "num_experts_per_tok": count(top_k),
+        "moe_intermediate_size": count(mlp),
+        "decoder_sparse_step": count(1),
+        "mlp_only_layers": nullable(listed(count(low=0), None)),
+    }
 
-    sections: those of M-RoPE where the config says none; by default all slots read the one position of text.
-    """
-    expect(text, "Qwen3", attention_bias=False, hidden_act="silu", use_sliding_window=False)
-    dense = sorted(text.get("mlp_only_layers") or ())
+
+_COMMON = {"attention_bias": only(False), "use_sliding_window": only(False)}
+FIELDS = {  # by the model_type of a model of text alone
+    "qwen3": decoder_fields(151936, 4096, 22016, 32, 32, 32, length=32768)
+    | _COMMON
+    | {"head_dim": count(128), "layer_types": nullable(listed(only("full_attention"), None))},
+    "qwen3_moe": decoder_fields(151936, 2048, 6144, 24, 32, 4, length=32768)
+    | _COMMON
+    | _experts(128, 8, 768)
+    | {"num_key_value_heads": count(4), "norm_topk_prob": flag(False)},
+}
+SEEING_FIELDS = {  # by the model_type of the whole model
+    "qwen3_vl": decoder_fields(151936, 4096, 22016, 32, 32, 32, length=128000, theta=5e5)
+    | _COMMON
+    | {"head_dim": count(128)},
+    "qwen3_vl_moe": decoder_fields(151936, 2048, 5632, 24, 16, 16, length=128000, theta=5e5, tie=True)
+    | _COMMON
+    | _experts(60, 4, 1408)
+    | {"num_key_value_heads": count(16), "norm_topk_prob": only(True)},
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "qwen3" or "qwen3_moe". ValueError for what this model cannot do."""
+    return _decoder(read(text, FIELDS[text["model_type"]]), {})
+
+
+def seeing_decoder_from_hf(text: dict, kind: str) -> DecoderConfig:
+    """The decoder of the `text_config` of a model of model_type "qwen3_vl" or "qwen3_vl_moe"; errors as above."""
+    return _decoder(read(text, SEEING_FIELDS[kind]), {"sections": (24, 20, 20)})
+
+
+def _decoder(text: dict, rope: dict) -> DecoderConfig:
+    if (kinds := text.get("layer_types")) is not None and len(kinds) != text["num_hidden_layers"]:
+        raise FieldError("layer_types", f"must name {text['num_hidden_layers']} layers.", kinds)
+    if "num_experts" not in text:
+        return read_decoder(text, rope=rope, qk_norm=True)
+    dense, experts = sorted(text["mlp_only_layers"] or ()), text["num_local_experts"]
     if dense != list(range(len(dense))):
-        raise ValueError(f"only first layers can be without experts; config.json says mlp_only_layers={dense}")
-    moe = None
-    count = text.get("num_experts", text.get("num_local_experts"))  # the second as transformers 5 writes it
-    if count and text.get("model_type") != "qwen3":  # which has none, whatever else it says
-        moe = MoeConfig(
-            experts=count,
-            top_k=text["num_experts_per_tok"],
-            mlp=text["moe_intermediate_size"],
-            renormalise=text.get("norm_topk_prob", True),
-        )
-    return read_decoder(
-        text,
-        rope={"theta": 5e6, "sections": sections},
-        qk_norm=True,
-        moe=moe,
-        dense_first=len(dense) if moe else 0,
-        moe_every=text.get("decoder_sparse_step", 1) if moe else 1,
+        raise FieldError("mlp_only_layers", "must be the first layers.", dense)
+    experts = text["num_experts"] if experts is None else experts
+    if not experts:
+        return read_decoder(text, rope=rope, qk_norm=True)
+    if text["num_experts_per_tok"] > experts:
+        raise FieldError("num_experts_per_tok", f"must be at most num_experts={experts}.", text["num_experts_per_tok"])
+    moe = MoeConfig(
+        experts=experts,
+        top_k=text["num_experts_per_tok"],
+        mlp=text["moe_intermediate_size"],
+        renormalise=text["norm_topk_prob"],
     )
+    every = text["decoder_sparse_step"]
+    return read_decoder(text, rope=rope, qk_norm=True, moe=moe, dense_first=len(dense), moe_every=every)
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:

@@ -12,7 +12,9 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen3
 from mllm_jax.families.decoders import tied_at_the_top
 from mllm_jax.families.pictures import one_by_one, read_clips
+from mllm_jax.families.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
+from mllm_jax.fields import FieldError, check_heads, count, inside, layers, listed, read, section, word
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
@@ -56,20 +58,45 @@ def _family(decoder: DecoderConfig) -> str:
     return "qwen3_vl_moe" if decoder.moe else "qwen3_vl"
 
 
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+SECTIONS = {"text_config": section(), "vision_config": section()}
+TOKEN_FIELDS = {
+    "image_token_id": count(TOKENS.image, low=0),
+    "video_token_id": count(TOKENS.video, low=0),
+    "vision_start_token_id": count(TOKENS.start, low=0),
+    "vision_end_token_id": count(TOKENS.end, low=0),
+}
+VISION = {
+    "hidden_size": count(1152),
+    "depth": layers(27),
+    "num_heads": count(16),
+    "intermediate_size": count(4304),
+    "patch_size": count(16),
+    "temporal_patch_size": count(2),
+    "in_channels": count(3),
+    "spatial_merge_size": count(2),
+    "out_hidden_size": count(3584),
+    "num_position_embeddings": count(2304),
+    "deepstack_visual_indexes": listed(count(low=0), (8, 16, 24)),
+    "hidden_act": word("gelu_pytorch_tanh", ACTIVATIONS),
+    **rope_fields(1e4),
+}
+
+
 def from_hf(config: dict) -> ModelConfig:
     """The model that a `config.json` of model_type "qwen3_vl" or "qwen3_vl_moe" describes.
 
     Raises ValueError for what this model cannot do.
     """
-    text, vision = config["text_config"], config["vision_config"]
-    activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-    if vision.get("hidden_act", "gelu_pytorch_tanh") not in activations:
-        raise ValueError(f"vision_config.hidden_act {vision['hidden_act']!r} is not one of {sorted(activations)}")
-    if vision["out_hidden_size"] != text["hidden_size"]:
-        raise ValueError(
-            f"vision_config.out_hidden_size {vision['out_hidden_size']} must equal "
-            f"text_config.hidden_size {text['hidden_size']}"
-        )
+    stated = read(config, SECTIONS | TOKEN_FIELDS)
+    with inside("vision_config"):
+        vision = read(stated["vision_config"], VISION)
+        if (grid := round(vision["num_position_embeddings"] ** 0.5)) ** 2 != vision["num_position_embeddings"]:
+            raise FieldError("num_position_embeddings", "must be a square.", vision["num_position_embeddings"])
+        check_heads(vision, "hidden_size", "num_heads")
+        if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
+            raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
+        theta = axial_theta(vision)
     encoder = VitConfig(
         width=vision["hidden_size"],
         layers=vision["depth"],
@@ -77,20 +104,32 @@ def from_hf(config: dict) -> ModelConfig:
         mlp=vision["intermediate_size"],
         patch_size=vision["patch_size"],
         temporal_patch_size=vision["temporal_patch_size"],
-        channels=vision.get("in_channels", 3),
-        position_grid=round(vision["num_position_embeddings"] ** 0.5),
+        channels=vision["in_channels"],
+        position_grid=grid,
+        rope_theta=theta,
         taps=tuple(vision["deepstack_visual_indexes"]),
-        activation=activations[vision.get("hidden_act", "gelu_pytorch_tanh")],
+        activation=ACTIVATIONS[vision["hidden_act"]],
     )
-    decoder = tied_at_the_top(qwen3.decoder_from_hf(text, sections=(24, 20, 20)), config)
-    tokens = VisionTokenIds(
-        image=config["image_token_id"],
-        video=config["video_token_id"],
-        start=config["vision_start_token_id"],
-        end=config["vision_end_token_id"],
-    )
-    return ModelConfig(
-        encoder, PatchMergerConfig(merge=vision["spatial_merge_size"]), decoder, tokens, family=_family(decoder)
+    text = stated["text_config"]
+    with inside("text_config"):
+        decoder = tied_at_the_top(qwen3.seeing_decoder_from_hf(text, config["model_type"]), config)
+    if vision["out_hidden_size"] != decoder.width:
+        raise FieldError(
+            "vision_config.out_hidden_size",
+            f"must be text_config.hidden_size={decoder.width}.",
+            vision["out_hidden_size"],
+        )
+    merger = PatchMergerConfig(merge=vision["spatial_merge_size"])
+    return ModelConfig(encoder, merger, decoder, tokens_of(stated), family=_family(decoder))
+
+
+def tokens_of(stated: dict) -> VisionTokenIds:
+    """From the values of TOKEN_FIELDS."""
+    return VisionTokenIds(
+        image=stated["image_token_id"],
+        video=stated["video_token_id"],
+        start=stated["vision_start_token_id"],
+        end=stated["vision_end_token_id"],
     )
 
 
@@ -121,9 +160,10 @@ def to_hf(config: ModelConfig) -> dict:
             "in_channels": encoder.channels,
             "num_position_embeddings": encoder.position_grid**2,
             "deepstack_visual_indexes": list(encoder.taps),
-            "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}[encoder.activation],
+            "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
             "spatial_merge_size": config.connector.merge,
             "out_hidden_size": decoder.width,
+            **axial_to_hf(encoder.rope_theta),
         },
     }
     understood = from_hf(written)

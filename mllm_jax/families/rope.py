@@ -1,9 +1,23 @@
 """Rotary positions as a config.json says them, in the words of before and since transformers 5, both ways."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mllm_jax.fields import (
+    Field,
+    FieldError,
+    count,
+    flag,
+    inside,
+    listed,
+    nullable,
+    number,
+    positive,
+    read,
+    section,
+    word,
+)
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
 
@@ -16,80 +30,161 @@ YARN = {
     "slow": "beta_slow",
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
+    "attention_factor": "attention_factor",
+    "truncate": "truncate",
 }
 BLENDED = {"factor": "factor", "length": LENGTH, "slow": "low_freq_factor", "fast": "high_freq_factor"}
+_PART = {"partial_rotary_factor": number(1.0, 0, 1)}
+_SLOTS = listed(positive())
+KINDS: dict[str, dict[str, Field]] = {  # the fields of each kind of rotary positions
+    "default": {},
+    "linear": {"factor": positive()},
+    "dynamic": {"factor": positive()},
+    "llama3": {"factor": positive(), LENGTH: count(), "low_freq_factor": positive(), "high_freq_factor": positive()},
+    "yarn": {
+        "factor": nullable(positive()),
+        LENGTH: count(),
+        "beta_fast": nullable(number(32.0, 0), 32.0),
+        "beta_slow": nullable(number(1.0, 0), 1.0),
+        "mscale": nullable(number(0.0, 0), 0.0),
+        "mscale_all_dim": nullable(number(0.0, 0), 0.0),
+        "attention_factor": nullable(number(None, 0)),
+        "truncate": flag(True),
+    },
+    "longrope": {
+        "factor": nullable(positive(None)),
+        LENGTH: count(),
+        "attention_factor": nullable(number(None, 0)),
+        "short_factor": _SLOTS,
+        "long_factor": _SLOTS,
+    },
+}
+AS_NAMED = {kind: kind for kind in KINDS}
+_KNOWN = {name for fields in KINDS.values() for name in fields} | _PART.keys()
+_KNOWN |= {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved", "finetuned"}
 
 
-def rope_of(text: Json, theta: float = 1e4) -> dict[str, Any]:
-    """What a text config says of rotary positions, in one dict; `theta` where it says none."""
-    rope = text.get("rope_parameters") or {
-        "rope_theta": text.get("rope_theta", theta),
-        **(text.get("rope_scaling") or {}),
+def rope_fields(theta: float) -> dict[str, Field]:
+    """The fields of a text config that say how positions turn; `theta` is the default of transformers' class."""
+    return {
+        "rope_parameters": nullable(section(None)),
+        "rope_scaling": nullable(section(None)),
+        "rope_theta": nullable(positive(theta)),
+        "partial_rotary_factor": nullable(number(None, 0, 1)),
+        LENGTH: nullable(count(None)),
     }
-    return {"rope_theta": theta} | {name: value for name, value in rope.items() if value is not None}
+
+
+def rope_of(text: Json, kinds: Mapping[str, str] = AS_NAMED, partial: bool = False) -> dict[str, Any]:
+    """What a text config says of rotary positions, in one dict: as transformers 5 fills in its `rope_parameters`.
+
+    `rope_scaling` counts before `rope_parameters`, what stands in one of these before what stands beside it, except
+    for LENGTH, which counts where it stands beside.
+
+    Args:
+      text: the values of `rope_fields` and `max_position_embeddings`.
+      kinds: values of `rope_type` that are understood, and which of KINDS each is.
+      partial: heads may turn in part.
+    Returns:
+      `rope_type`, `rope_theta`, `partial_rotary_factor`, where it is stated `mrope_section`, and the kind's own fields.
+    Raises:
+      FieldError: a kind that is not in `kinds`, a field that no kind has, or one that holds what it cannot.
+    """
+    where = "rope_scaling" if text["rope_scaling"] else "rope_parameters"
+    beside = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if text[name] is not None}
+    stated = beside | (text[where] or {})
+    stated.setdefault("rope_type", stated.get("type", "default"))
+    with inside(where):
+        kind = kinds[read(stated, {"rope_type": word(choices=kinds)})["rope_type"]]
+        if LENGTH in KINDS[kind]:
+            stated.setdefault(LENGTH, text["max_position_embeddings"])
+            stated |= {} if text[LENGTH] is None else {LENGTH: text[LENGTH]}
+        for name in sorted(stated.keys() - _KNOWN):
+            raise FieldError(name, "is not known. Remove it if it changes nothing.", stated[name])
+        sections = {"mrope_section": listed(count(low=0))} if "mrope_section" in stated else {}
+        rope = read(stated, {"rope_theta": positive(), **_PART, **sections, **KINDS[kind]})
+        if rope["partial_rotary_factor"] != 1 and not partial:
+            raise FieldError("partial_rotary_factor", "must be 1 in this family.", rope["partial_rotary_factor"])
+    return rope | {"rope_type": kind}
 
 
 def rope_from_hf(
-    text: Json, head_dim: int, theta: float = 1e4, sections: tuple[int, ...] | None = None, layout: str = "interleaved"
+    text: Json,
+    head_dim: int,
+    sections: Sequence[int] = (),
+    layout: str = AttentionConfig.rope_layout,
+    kinds: Mapping[str, str] = AS_NAMED,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """The fields of AttentionConfig that say how positions turn.
 
     Args:
-      theta, sections, layout: of a config that does not say; by default all slots read the one position of text.
+      text: see `rope_of`.
+      sections: of M-RoPE where the config says none. Empty: all slots read the one position of text, whatever it says.
+      layout: of M-RoPE.
+      kinds, partial: see `rope_of`.
     Raises:
-      ValueError: a kind of rotary positions that is not known.
+      FieldError: see `rope_of`.
     """
-    rope = rope_of(text, theta)
-    turns = int(head_dim * rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)))
-    sections = tuple(rope.get("mrope_section", sections or (turns // 2, 0, 0)))
-    if "mrope_interleaved" in rope:
-        layout = "interleaved" if rope["mrope_interleaved"] else "chunked"
+    rope = rope_of(text, kinds, partial)
+    turns = int(head_dim * rope["partial_rotary_factor"])
+    if sections:
+        sections = tuple(rope.get("mrope_section", sections))
+        if len(sections) != 3 or sum(sections) * 2 != turns:
+            raise FieldError("mrope_section", f"must be three numbers that add up to {turns // 2}.", sections)
     return {
         "rope_theta": float(rope["rope_theta"]),
-        "rope_sections": sections,
+        "rope_sections": sections or (turns // 2, 0, 0),
         "rope_layout": layout if any(sections[1:]) else AttentionConfig.rope_layout,
         "rope_dim": 0 if turns == head_dim else turns,
-        "stretch": stretch_from_hf(rope, text),
+        "stretch": stretch_from_hf(rope, text["max_position_embeddings"], turns // 2),
     }
 
 
-def stretch_from_hf(rope: Json, text: Json) -> Any:
-    """How rotary positions reach further than in the first training: one of nn/rope.py, or None."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", "mrope"):
+def axial_theta(vision: Json) -> float:
+    """The base of rotary positions of rows and columns in a `vision_config`: the values of `rope_fields`."""
+    return float(rope_of(vision, {"default": "default", "axial": "default"})["rope_theta"])
+
+
+def axial_to_hf(theta: float | None) -> dict[str, Any]:
+    """The inverse: `rope_parameters` of transformers 5."""
+    return {"rope_parameters": {"rope_type": "axial", "rope_theta": theta}}
+
+
+def stretch_from_hf(rope: Json, longest: int, slots: int) -> Any:
+    """How rotary positions reach further than in the first training: one of nn/rope.py, or None.
+
+    Args:
+      rope: of `rope_of`.
+      longest: tokens of a text at most, `max_position_embeddings`.
+      slots: frequencies of a head.
+    """
+    kind = rope["rope_type"]
+    if kind == "default":
         return None
-    longest = text.get("max_position_embeddings")
     if kind == "linear":
         return LinearStretch(float(rope["factor"]))
     if kind == "dynamic":
         return NtkStretch(float(rope["factor"]), longest)
     if kind == "llama3":
         return BlendedStretch(**_numbers(rope, BLENDED))
+    grown = longest / rope[LENGTH] if rope["factor"] is None else rope["factor"]
     if kind == "yarn":
-        return yarn_from_hf(rope)
-    if kind in ("longrope", "su"):
-        length = rope.get(LENGTH, text.get(LENGTH, longest))
-        grown = rope.get("factor", longest / length)
-        scale = rope.get("attention_factor", math.sqrt(1 + math.log(max(grown, 1)) / math.log(length)))
-        short, long = (tuple(map(float, rope[f"{name}_factor"])) for name in ("short", "long"))
-        return ListedStretch(short, long, length, float(scale))
-    raise ValueError(
-        f"rope_type {kind!r} is not one of 'default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope': {dict(rope)}"
-    )
-
-
-def yarn_from_hf(rope: Json) -> YarnConfig:
-    if ("mscale" in rope) != ("mscale_all_dim" in rope):
-        raise ValueError(f"YaRN with only one of mscale and mscale_all_dim has no agreed meaning: {dict(rope)}")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *YARN.values()}
-    if unknown := {name for name, value in rope.items() if value is not None} - known:
-        raise ValueError(f"of YaRN only {[*YARN.values()]} are known, not {sorted(unknown)}")
-    return YarnConfig(**_numbers(rope, YARN))
+        fast, slow = rope["beta_fast"] or 32.0, rope["beta_slow"] or 1.0
+        return YarnConfig(**_numbers(rope | {"factor": grown, "beta_fast": fast, "beta_slow": slow}, YARN))
+    for name in ("short_factor", "long_factor"):
+        if len(rope[name]) != slots:
+            raise FieldError(name, f"must be {slots} numbers, not {len(rope[name])}.")
+    scale = rope["attention_factor"]
+    if scale is None:
+        scale = math.sqrt(1 + math.log(grown) / math.log(rope[LENGTH])) if grown > 1 else 1.0
+    short, long = (tuple(map(float, rope[f"{name}_factor"])) for name in ("short", "long"))
+    return ListedStretch(short, long, rope[LENGTH], float(scale))
 
 
 def _numbers(rope: Json, names: Mapping[str, str]) -> dict[str, Any]:
-    stated = {ours: rope[theirs] for ours, theirs in names.items() if rope.get(theirs) is not None}
-    return {ours: value if ours == "length" else float(value) for ours, value in stated.items()}
+    values = {ours: rope[theirs] for ours, theirs in names.items()}
+    return {ours: float(value) if type(value) is int and ours != "length" else value for ours, value in values.items()}
 
 
 def rope_to_hf(attention: AttentionConfig) -> dict[str, Any]:
@@ -114,5 +209,9 @@ def stretch_to_hf(stretch: Any) -> dict[str, Any]:
     if isinstance(stretch, ListedStretch):
         lists = {"short_factor": list(stretch.short), "long_factor": list(stretch.long)}
         return {"rope_type": "longrope", LENGTH: stretch.length, "attention_factor": stretch.table_scale, **lists}
-    kind, names = ("yarn", YARN) if isinstance(stretch, YarnConfig) else ("llama3", BLENDED)
-    return {"rope_type": kind, **{theirs: getattr(stretch, ours) for ours, theirs in names.items()}}
+    if isinstance(stretch, BlendedStretch):
+        return {"rope_type": "llama3", **{theirs: getattr(stretch, ours) for ours, theirs in BLENDED.items()}}
+    written = {theirs: getattr(stretch, ours) for ours, theirs in YARN.items()}
+    unsaid = {"mscale": 0, "mscale_all_dim": 0, "attention_factor": None, "truncate": True}
+    kept = {name: value for name, value in written.items() if name not in unsaid or value != unsaid[name]}
+    return {"rope_type": "yarn", **kept}

@@ -13,6 +13,8 @@ from mllm_jax.families import duals
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import SIGLIP, Tower
 from mllm_jax.families.vision import SQUARE, attention_pool, pool_of, square_pictures
+from mllm_jax.fields import FieldError, count, flag, inside, nullable, section
+from mllm_jax.fields import read as read_fields
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 
@@ -56,11 +58,16 @@ def from_hf(config: Mapping[str, Any]) -> DualConfig:
 
 def read(config: Mapping[str, Any], tower: Tower) -> DualConfig:
     """`from_hf`, for both kinds of towers."""
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    if not vision.get("vision_use_head", True):
-        raise ValueError("vision_config.vision_use_head is false: without a head there are no embeddings of pictures")
-    tokens = duals.text_from_hf(text, TEXT)
-    return dual(tower.from_hf(vision), tokens, text.get("projection_size") or tokens.width, config["model_type"])
+    part = nullable(section({}), {})
+    stated = read_fields(config, {"text_config": part, "vision_config": part})
+    with inside("vision_config"):
+        if not read_fields(stated["vision_config"], {"vision_use_head": flag(True)})["vision_use_head"]:
+            raise FieldError("vision_use_head", "must be true: without it there are no embeddings of pictures.", False)
+        encoder = tower.from_hf(stated["vision_config"])
+    with inside("text_config"):
+        tokens = duals.text_from_hf(stated["text_config"], TEXT)
+        width = read_fields(stated["text_config"], {"projection_size": nullable(count(None))})["projection_size"]
+    return dual(encoder, tokens, width or tokens.width, config["model_type"])
 
 
 def to_hf(config: DualConfig) -> dict:

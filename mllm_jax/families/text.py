@@ -25,7 +25,7 @@ TEXT: dict[str, ModuleType] = {
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder that a text config describes. Raises ValueError for a model_type that is not known."""
-    if (kind := text.get("model_type")) not in TEXT:
+    if not isinstance(kind := text.get("model_type"), str) or kind not in TEXT:
         raise unsupported("the text config's model_type", kind, TEXT)
     return replace(TEXT[kind].decoder_from_hf(text), family=kind)
 

@@ -11,6 +11,7 @@ from typing import Any
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.fields import Field, FieldError, check_heads, count, flag, layers, listed, positive, read
 from mllm_jax.weights.table import Row
 
 CLIP_PIXELS = dict(pixel_mean=(0.48145466, 0.4578275, 0.40821073), pixel_std=(0.26862954, 0.26130258, 0.27577711))
@@ -51,17 +52,43 @@ class Tower:
 
     def from_hf(self, vision: Mapping[str, Any]) -> VitConfig:
         """The tower that a `vision_config` describes. Raises ValueError for what the encoder cannot do."""
-        changes, given = {}, {name: _side(name, value) for name, value in vision.items() if value is not None}
+        stated, changes = read(vision, self.fields), {}
+        check_heads(stated, "hidden_size", "num_attention_heads")
+        for name in stated.keys() & {"image_size", "patch_size"}:
+            stated[name] = _side(name, stated[name])
         for name, (ours, values) in {**SAID, **self.said}.items():
-            if name in given:
-                changes[ours] = given[name] if values is None else _value(name, given[name], values)
+            changes[ours] = stated[name] if values is None else values[stated[name]]
         encoder = replace(self.base, **changes)
-        if "image_size" in given:
-            grid, rest = divmod(given["image_size"], encoder.patch_size)
-            return replace(encoder, position_grid=grid, image_size=given["image_size"] if rest else 0)
-        if "num_patches" in given:
-            return replace(encoder, position_grid=round(given["num_patches"] ** 0.5))
-        return replace(encoder, position_grid=self.base.position_grid * self.base.patch_size // encoder.patch_size)
+        if self.any_size:
+            grid = round(stated["num_patches"] ** 0.5)
+            if grid**2 != stated["num_patches"]:
+                raise FieldError("num_patches", "must be a square.", stated["num_patches"])
+            return replace(encoder, position_grid=grid)
+        grid, rest = divmod(stated["image_size"], encoder.patch_size)
+        if not grid:
+            raise FieldError("image_size", f"must be at least patch_size={encoder.patch_size}.", stated["image_size"])
+        return replace(encoder, position_grid=grid, image_size=stated["image_size"] if rest else 0)
+
+    @property
+    def any_size(self) -> bool:
+        """Pictures are read at nearly their own size, and its config.json counts positions, not pixels."""
+        return self.base.resampling == "bilinear_antialias"
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """What its config.json says."""
+        base, said = self.base, {**SAID, **self.said}
+        exact = {
+            "num_hidden_layers": layers(base.layers),
+            "patch_size": listed(count(), [base.patch_size], lone=True),
+            "image_size": listed(count(), [base.side], lone=True),
+        }
+        if self.any_size:
+            del exact["image_size"]
+            exact["num_patches"] = count(base.position_grid**2)
+        if self.head:
+            exact["vision_use_head"] = flag(True)
+        return {name: _field(getattr(base, ours), values) for name, (ours, values) in said.items()} | exact
 
     def to_hf(self, encoder: VitConfig) -> dict[str, Any]:
         """The inverse of `from_hf`. Raises ValueError for what a config.json of this kind cannot say."""
@@ -69,7 +96,7 @@ class Tower:
         for name, (ours, values) in {**SAID, **self.said}.items():
             own = getattr(encoder, ours)
             written[name] = own if values is None else next((key for key, value in values.items() if value == own), own)
-        if self.base.resampling == "bilinear_antialias":
+        if self.any_size:
             written["num_patches"] = encoder.position_grid**2
         else:
             written["image_size"] = encoder.side
@@ -87,19 +114,21 @@ class Tower:
             return False
 
 
-def _side(name: str, value: Any) -> Any:
-    """The one side that a size [side, side] has."""
-    if name not in ("image_size", "patch_size") or isinstance(value, int):
-        return value
-    if len(set(value)) > 1:
-        raise ValueError(f"vision_config.{name} must be square, not {value}")
+def _side(name: str, value: list[int]) -> int:
+    """The one side that a size, side or [side, side], has."""
+    if len(set(value)) != 1:
+        raise FieldError(name, "must be one number, or the same number twice.", value)
     return value[0]
 
 
-def _value(name: str, value: Any, values: Mapping[Any, Any]) -> Any:
-    if value not in values:
-        raise ValueError(f"vision_config.{name} must be one of {', '.join(map(str, values))}, not {value!r}")
-    return values[value]
+def _field(usual: Any, values: Mapping[Any, Any] | None) -> Field:
+    """What a config.json says of a field of VitConfig that is usually `usual`; `values` are theirs and ours."""
+    if values is not None:
+        default = next(theirs for theirs, ours in values.items() if ours == usual)
+        return Field(type(default), default, choices=tuple(values))
+    if isinstance(usual, bool):
+        return flag(usual)
+    return positive(usual) if isinstance(usual, float) else count(usual, low=min(usual, 1))
 
 
 def patches(encoder: VitConfig, theirs: str) -> list[Row]:
@@ -284,7 +313,7 @@ TOWERS = {tower.kind: tower for tower in (CLIP, SIGLIP, NAFLEX, INTERN, EVA)}
 def tower_for(vision: Mapping[str, Any]) -> Tower:
     """The kind of tower that a `vision_config` is of."""
     kind = vision.get("model_type")
-    if kind not in TOWERS:
+    if not isinstance(kind, str) or kind not in TOWERS:
         raise unsupported("vision_config.model_type", kind, TOWERS)
     return TOWERS[kind]
 

@@ -15,6 +15,7 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import CLIP, NAFLEX, SIGLIP, Tower
+from mllm_jax.fields import flag, read
 from mllm_jax.model import ModelConfig
 from mllm_jax.types import Picture
 from mllm_jax.weights.table import Row
@@ -99,15 +100,15 @@ class TowerFamily:
         """The config of a published size. ValueError where there is none of that name."""
         if name not in self.tower.sizes:
             raise ValueError(f"{self.tower.kind} has no size {name!r}; sizes: {', '.join(self.tower.sizes)}")
-        return self._model(self.tower.sizes[name], head=True)
+        return self._model(self.tower.sizes[name], True)
 
-    def _model(self, encoder: VitConfig, head: bool) -> ModelConfig:
-        pool = pool_of(encoder) if head and self.tower is not CLIP else None
+    def _model(self, encoder: VitConfig, vision_use_head: bool) -> ModelConfig:
+        pool = pool_of(encoder) if vision_use_head and self.tower is not CLIP else None
         return ModelConfig(replace(encoder, features=self.features), family=self.tower.kind, pool=pool)
 
     def from_hf(self, config: dict) -> ModelConfig:
         """The tower that a config.json of its model_type describes."""
-        return self._model(self.tower.from_hf(config), config.get("vision_use_head", True))
+        return self._model(self.tower.from_hf(config), **read(config, {"vision_use_head": flag(True)}))
 
     def to_hf(self, config: ModelConfig) -> dict:
         """The inverse. Raises ValueError for a pool that is not that of the tower."""

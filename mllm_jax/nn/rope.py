@@ -103,34 +103,45 @@ class YarnConfig:
     factor: by how much texts grow.
     length: tokens of the texts of the first training.
     fast, slow: turns within `length` from which on a frequency is kept, and up to which it is divided.
-    mscale, mscale_all_dim: by how much the cosines and sines, and the scores of attention, grow with the logarithm of
-      `factor`; the names are those of DeepSeek's config.json.
+    mscale, mscale_all_dim: weights of the logarithm of `factor` in the sizes of the cosines and sines, and of the
+      scores of latent attention (DeepSeek). 0: not stated.
+    attention_factor: factor of cosines and sines. None: follows from `factor` and, where both are stated, the two
+      above.
+    truncate: both ends of the blend are whole slots.
     """
 
     factor: float
     length: int
     fast: float = 32.0
     slow: float = 1.0
-    mscale: float = 1.0
+    mscale: float = 0.0
     mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
     by_length: ClassVar[bool] = False
 
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
         """f32[H/2] radians per position."""
         slot = lambda turns: head_dim * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        first = max(math.floor(slot(self.fast)), 0)
-        last = min(math.ceil(slot(self.slow)), head_dim - 1)
-        divided = np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
+        first, last = slot(self.fast), slot(self.slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        divided = np.clip((np.arange(head_dim // 2) - first) / ((last - first) or 1e-3), 0, 1)
         return (frequencies(theta, head_dim) * (1 - divided + divided / self.factor)).astype(np.float32)
 
     @property
     def table_scale(self) -> float:
         """Factor of cosines and sines."""
-        return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        return self._growth(1.0)
 
     @property
     def score_scale(self) -> float:
-        """Factor of the scores of attention, beside 1 / sqrt(H)."""
+        """Factor of the scores of latent attention, beside 1 / sqrt(H)."""
         return self._growth(self.mscale_all_dim) ** 2
 
     def _growth(self, mscale: float) -> float:
