@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_jax.fields import PositiveInt, argument
+from mllm_jax.settings import PositiveInt, argument
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = "mllm_jax.train"

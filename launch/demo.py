@@ -28,7 +28,7 @@ from rich.table import Table
 
 from mllm_jax.data.scenes import chance
 from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
-from mllm_jax.fields import PositiveInt, Range, argument
+from mllm_jax.settings import PositiveInt, Range, argument
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS = {"colour": 0.9, "shape": 0.9, "count": 0.9, "movement": 0.9, "place": 0.85, "presence": 0.85}

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from mllm_jax.fields import NonNegative, PositiveInt, argument
+from mllm_jax.settings import NonNegative, PositiveInt, argument
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.command import AGAIN, ROOT, check_training, launcher, name, parse, positive, run, training
-from mllm_jax.fields import NonNegativeInt, argument
+from mllm_jax.settings import NonNegativeInt, argument
 
 CPUS_ONLY = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 SCRIPT = """\

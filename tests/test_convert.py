@@ -155,7 +155,7 @@ def test_what_is_left_out_of_records_is_counted(tmp_path, capsys):
     assert [message["role"] for message in found["messages"]] == ["user", "assistant"] and "notes" not in found
 
 
-def test_fields_that_tell_records_apart_are_kept(tmp_path):
+def test_settings_that_tell_records_apart_are_kept(tmp_path):
     """So that a config with `where` needs nothing but another path."""
     asked = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]
     lines = [

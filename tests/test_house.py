@@ -15,19 +15,19 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom, beside itself. A part that is not listed fails, so that a new one finds its room.
 MAY_IMPORT = {
     "types": set(),
-    "fields": set(),
-    "config": {"fields"},
-    "sharding": {"fields", "types"},
+    "settings": set(),
+    "config": {"settings"},
+    "sharding": {"settings", "types"},
     "paths": set(),
     "page": set(),
-    "nn": {"fields", "paths", "sharding", "types"},
+    "nn": {"settings", "paths", "sharding", "types"},
     "fusion": {"types"},
-    "encoders": {"fields", "nn", "sharding", "types"},
-    "connectors": {"fields", "nn", "sharding", "types"},
-    "decoder": {"fields", "fusion", "nn", "sharding", "types"},
-    "model": {"fields", "encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
+    "encoders": {"settings", "nn", "sharding", "types"},
+    "connectors": {"settings", "nn", "sharding", "types"},
+    "decoder": {"settings", "fusion", "nn", "sharding", "types"},
+    "model": {"settings", "encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
     "weights": {"types"},
-    "data": {"fields", "page", "types"},
+    "data": {"settings", "page", "types"},
 }
 MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
 MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mllm_jax.config import told
 from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
-from mllm_jax.fields import NonNegativeInt, PositiveInt, argument
+from mllm_jax.settings import NonNegativeInt, PositiveInt, argument
 
 CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
 

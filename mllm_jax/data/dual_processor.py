@@ -15,7 +15,7 @@ from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.fields import Config, Finite, Fraction, NonNegativeInt, Positive, PositiveInt
+from mllm_jax.settings import Config, Finite, Fraction, NonNegativeInt, Positive, PositiveInt
 from mllm_jax.types import DualBatch, Example, Picture
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

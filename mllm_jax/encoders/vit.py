@@ -16,13 +16,13 @@ from flax import linen as nn
 
 from mllm_jax.encoders.positions import RESAMPLING, patch_rope, resample
 from mllm_jax.encoders.windows import window_segments
-from mllm_jax.fields import Config, Finite, Int, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.rope import rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
+from mllm_jax.settings import Config, Finite, Int, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.sharding import join_rows, named, shard, split_rows
 from mllm_jax.types import Array, Vision
 

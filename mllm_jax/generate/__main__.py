@@ -14,10 +14,10 @@ from mllm_jax.adapters import load_adapters
 from mllm_jax.api import Pretrained, load_pretrained
 from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
-from mllm_jax.fields import PositiveInt, Seed, argument
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import read_prompts, stream_text
 from mllm_jax.generate.sampling import Temperature, TopK, TopP
+from mllm_jax.settings import PositiveInt, Seed, argument
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from mllm_jax.data.pack import Budget
 from mllm_jax.data.record_parts import MEDIA
 from mllm_jax.data.scenes import DEFAULT_KINDS, KINDS, Scenes
 from mllm_jax.data.video import SAMPLINGS
-from mllm_jax.fields import Config, Fraction, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt, Range, Seed
+from mllm_jax.settings import Config, Fraction, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt, Range, Seed
 
 
 @dataclass(frozen=True, kw_only=True)

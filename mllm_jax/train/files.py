@@ -7,7 +7,7 @@ from typing import Any
 from mllm_jax.config import ConfigError, suggestion, told
 from mllm_jax.data.mixture import Mixture, tempered
 from mllm_jax.data.sources import Conversations, open_source
-from mllm_jax.fields import Config, NonNegative, NonNegativeInt, Positive
+from mllm_jax.settings import Config, NonNegative, NonNegativeInt, Positive
 from mllm_jax.train.data_config import DataConfig, WithoutPictures
 
 

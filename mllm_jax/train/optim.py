@@ -10,8 +10,18 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers
 
-from mllm_jax.fields import Config, Fraction, NonNegative, NonNegativeInt, OneOf, Pattern, Positive, PositiveInt, Range
 from mllm_jax.paths import check_patterns, first_found
+from mllm_jax.settings import (
+    Config,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    OneOf,
+    Pattern,
+    Positive,
+    PositiveInt,
+    Range,
+)
 
 SCHEDULES = {
     "constant": lambda t: jnp.ones_like(t),

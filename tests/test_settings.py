@@ -23,7 +23,14 @@ from mllm_jax.data.tiles import AnyRes, Tiles
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.dual import AttentionPool, ClassPool, DualConfig, TokenPool
 from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.fields import (
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.mla import MlaConfig
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.plan.certificate import Certificate
+from mllm_jax.plan.chips import CHIPS, Chip
+from mllm_jax.settings import (
     Config,
     Constraint,
     Finite,
@@ -38,13 +45,6 @@ from mllm_jax.fields import (
     check,
     type_name,
 )
-from mllm_jax.model import ModelConfig, VisionTokenIds
-from mllm_jax.nn.mla import MlaConfig
-from mllm_jax.nn.moe import MoeConfig
-from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
-from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.plan.certificate import Certificate
-from mllm_jax.plan.chips import CHIPS, Chip
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import PARTS, Run, read_run
 
@@ -171,7 +171,7 @@ def settings(cls):
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
 def test_every_number_has_a_range_and_is_refused_outside(cls):
     stated = list(settings(cls))
-    assert [name for name, hint, _ in stated if hint in NUMBERS] == [], "state their ranges, see mllm_jax/fields.py"
+    assert [name for name, hint, _ in stated if hint in NUMBERS] == [], "state their ranges, see mllm_jax/settings.py"
     if cls.__name__ in WITHOUT_SAMPLE:
         return
     sample = NEEDED.get(cls) or cls()
