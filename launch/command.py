@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mllm_jax.settings import PositiveInt, argument
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = "mllm_jax.train"
 AGAIN = 75  # its exit code where the same command goes on: `mllm_jax.train.processes.AGAIN`, without jax
@@ -45,11 +47,7 @@ def name(text: str) -> str:
     return text
 
 
-def positive(text: str) -> int:
-    """For argparse."""
-    if not (text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+positive = argument(PositiveInt)  # for argparse
 
 
 def check_training(parser: argparse.ArgumentParser, command: Sequence[str], mount: str = "") -> str:

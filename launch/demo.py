@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
@@ -28,6 +28,7 @@ from rich.table import Table
 
 from mllm_jax.data.scenes import chance
 from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
+from mllm_jax.settings import PositiveInt, Range, argument
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS = {"colour": 0.9, "shape": 0.9, "count": 0.9, "movement": 0.9, "place": 0.85, "presence": 0.85}
@@ -68,14 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m launch.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", default="demo", help="folder of the results; an earlier demo there is deleted")
-    parser.add_argument("--steps", type=int, help="of both trainings, instead of the config's")
-    parser.add_argument("--questions", type=int, default=1000, help="held-out questions of the final evaluation")
+    parser.add_argument(
+        "--steps", type=argument(Annotated[int, Range(least=10)]), help="of both trainings, instead of the config's"
+    )
+    parser.add_argument(
+        "--questions", type=argument(PositiveInt), default=1000, help="held-out questions of the final evaluation"
+    )
     parser.epilog = "--config.PATH=VALUE is passed on to both trainings."
     options, overrides = parser.parse_known_args(arguments)
     if unknown := [argument for argument in overrides if not argument.startswith("--config.")]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    if options.questions < 1 or (options.steps is not None and options.steps < 10):
-        parser.error("needs at least 10 steps and 1 question")
     try:
         return demo(fresh_folder(options.workdir), options.steps, options.questions, overrides)
     except Failed as error:

@@ -20,6 +20,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from mllm_jax.settings import NonNegative, PositiveInt, argument
+
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
@@ -27,13 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=2, help="of the run (default 2)")
-    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each process (default 1)")
-    parser.add_argument("--grace", type=float, default=10, help="seconds to end after another one died (default 10)")
+    parser.add_argument("--processes", type=argument(PositiveInt), default=2, help="of the run (default 2)")
+    parser.add_argument(
+        "--devices", type=argument(PositiveInt), default=1, help="virtual CPU devices of each process (default 1)"
+    )
+    parser.add_argument(
+        "--grace", type=argument(NonNegative), default=10, help="seconds to end after another one died (default 10)"
+    )
     parser.add_argument("command", nargs="*", metavar="-- --config FILE --workdir DIR ...", help="what to train")
     options = parser.parse_args(arguments)
-    if options.processes < 1 or options.devices < 1 or not options.command:
-        parser.error("needs at least one process and one device, and, after --, the arguments of mllm_jax.train")
+    if not options.command:
+        parser.error("needs, after --, the arguments of mllm_jax.train")
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: asked.append(number))

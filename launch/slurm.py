@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.command import AGAIN, ROOT, check_training, launcher, name, parse, positive, run, training
+from mllm_jax.settings import NonNegativeInt, argument
 
 CPUS_ONLY = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 SCRIPT = """\
@@ -44,19 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = launcher("launch.slurm", __doc__)
     parser.add_argument("--name", type=name, default="mllm-jax", help="of the job (default mllm-jax)")
     parser.add_argument("--nodes", type=positive, default=1, help="(default 1)")
-    parser.add_argument("--gpus", type=int, default=8, help="of each node; 0: two CPU processes, to try (default 8)")
+    parser.add_argument(
+        "--gpus",
+        type=argument(NonNegativeInt),
+        default=8,
+        help="of each node; 0: two CPU processes, to try (default 8)",
+    )
     parser.add_argument("--cpus", type=positive, help="cores of each process, for its data (default 8 beside a GPU)")
     parser.add_argument("--time", help="limit, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save before the limit (default 300)")
-    parser.add_argument("--restarts", type=int, default=50, help="times that the job requeues itself (default 50)")
+    parser.add_argument(
+        "--restarts", type=argument(NonNegativeInt), default=50, help="times that the job requeues itself (default 50)"
+    )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --constraint=h100"
     )
     options = parse(parser, arguments)
-    if options.gpus < 0 or options.restarts < 0:
-        parser.error("--gpus and --restarts cannot be negative")
     workdir = ROOT / check_training(parser, options.command)
     if not options.dry_run:
         workdir.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its log

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
+from mllm_jax.settings import checker, type_name
+
 TYPE = "type"  # the key that names the dataclass of a section whose field is `Any`
 
 
@@ -50,7 +52,8 @@ def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[
       path: where `config` stands, for error messages.
 
     Raises:
-      ConfigError: a name is unknown (with a suggestion) or missing, a type is wrong, or the dataclass refuses a value.
+      ConfigError: a name is unknown (with a suggestion) or missing, a type is wrong, a value breaks the constraint
+        of its annotation (see `mllm_jax.settings`), or the dataclass refuses it.
     """
     if isinstance(config, ConfigDict):
         config = config.to_dict()
@@ -121,7 +124,7 @@ def _dataclass(cls: type, config: Any, registry: Mapping[str, type], path: str) 
     if not isinstance(config, Mapping):
         raise ConfigError(f"{path or cls.__name__}: needs a section with the fields of {cls.__name__}, not {config!r}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for name, value in config.items():
         if name not in fields:
@@ -145,6 +148,13 @@ def _dataclass(cls: type, config: Any, registry: Mapping[str, type], path: str) 
 def _value(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> Any:
     """`value` as the annotation `hint` wants it."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        value = _value(hint.__origin__, value, registry, path)
+        try:
+            checker(hint)(value, path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return value
     if hint is Any:
         return _any(value, registry, path)
     if origin in (typing.Union, types.UnionType):
@@ -167,7 +177,7 @@ def _value(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> An
         return value
     elif hint is types.NoneType and value is None:
         return None
-    raise ConfigError(f"{path}: needs {_name(hint)}, not {value!r}")
+    raise ConfigError(f"{path}: needs {type_name(hint)}, not {value!r}")
 
 
 def _any(value: Any, registry: Mapping[str, type], path: str) -> Any:
@@ -190,11 +200,7 @@ def _union(hint: Any, options: tuple, value: Any, registry: Mapping[str, type], 
             return _value(option, value, registry, path)
         except ConfigError:
             continue
-    raise ConfigError(f"{path}: needs {_name(hint)}, not {value!r}")
-
-
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    raise ConfigError(f"{path}: needs {type_name(hint)}, not {value!r}")
 
 
 def _tuples(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.runtime import Runtime, rematted
 from mllm_jax.nn.sight import cap
 from mllm_jax.nn.stack import scan_segment, segments
+from mllm_jax.settings import Config, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.sharding import named, shard
 from mllm_jax.types import Cache
 
@@ -28,7 +29,7 @@ class LayerKind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Config):
     """
     attention: AttentionConfig or MlaConfig.
     mlp: width of the feed-forward block of layers without experts; `activation`, `mlp_gated` and `mlp_bias` are its.
@@ -48,33 +49,28 @@ class DecoderConfig:
       writing only; "" = the first that has such a decoder.
     """
 
-    vocab: int
-    width: int
-    layers: int
+    vocab: PositiveInt
+    width: PositiveInt
+    layers: PositiveInt
     attention: Any
-    mlp: int
+    mlp: PositiveInt
     moe: MoeConfig | None = None
-    dense_first: int = 0
-    moe_every: int = 1
-    windows: tuple[int, ...] = ()
-    activation: str = "silu"
+    dense_first: NonNegativeInt = 0
+    moe_every: PositiveInt = 1
+    windows: tuple[NonNegativeInt, ...] = ()
+    activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "silu"
     mlp_gated: bool = True
     mlp_bias: bool = False
-    norm: str = "rms"
-    norm_eps: float = 1e-6
+    norm: Annotated[str, OneOf(tuple(NORMS))] = "rms"
+    norm_eps: Positive = 1e-6
     post_norms: bool = False
     tie_embeddings: bool = False
-    embed_scale: float = 1.0
-    logit_softcap: float = 0.0
-    positions: int = 0
-    position_offset: int = 0
+    embed_scale: Positive = 1.0
+    logit_softcap: NonNegative = 0.0
+    positions: NonNegativeInt = 0
+    position_offset: NonNegativeInt = 0
     prefix: bool = False
     family: str = field(default="", compare=False)
-
-    def __post_init__(self):
-        for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"decoder.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

@@ -5,7 +5,7 @@ A tower of pictures and the layers of a language model, each with a pool that ma
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ from mllm_jax.model import example_picture
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig
-from mllm_jax.nn.mlp import Mlp
+from mllm_jax.nn.mlp import ACTIVATIONS, Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.settings import Config, OneOf, Positive, PositiveInt, TokenId
 from mllm_jax.sharding import named, shard
 from mllm_jax.types import DualBatch, Output
 
@@ -29,44 +30,40 @@ LOSSES = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}
 
 
 @dataclass(frozen=True)
-class ClassPool:
+class ClassPool(Config):
     """The class token of a picture, projected to `width` values."""
 
-    width: int
+    width: PositiveInt
 
     def build(self, runtime: Runtime, name: str | None) -> nn.Module:
         return _ClassPool(self, runtime, name=name)
 
 
 @dataclass(frozen=True)
-class AttentionPool:
+class AttentionPool(Config):
     """A learned query that attends to all patches of a picture, and a feed-forward block (arXiv 2106.04560, MAP)."""
 
-    heads: int
-    mlp: int
-    activation: str = "gelu_tanh"
-    norm_eps: float = 1e-6
+    heads: PositiveInt
+    mlp: PositiveInt
+    activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu_tanh"
+    norm_eps: Positive = 1e-6
 
     def build(self, runtime: Runtime, name: str | None) -> nn.Module:
         return _AttentionPool(self, runtime, name=name)
 
 
 @dataclass(frozen=True)
-class TokenPool:
+class TokenPool(Config):
     """One token of a text, projected to `width` values.
 
     token: "end" is the first `end`, "highest" the one of the highest id, "last" the last one, padding or not.
     bias: whether the projection has one.
     """
 
-    width: int
-    token: str
-    end: int = -1
+    width: PositiveInt
+    token: Annotated[str, OneOf(lambda: TOKENS)]
+    end: TokenId = -1
     bias: bool = False
-
-    def __post_init__(self):
-        if self.token not in TOKENS:
-            raise ValueError(f"text_pool.token must be one of {', '.join(TOKENS)}, not {self.token!r}")
 
 
 TOKENS = {  # tokens i32[texts T] -> places i32[texts]
@@ -77,7 +74,7 @@ TOKENS = {  # tokens i32[texts T] -> places i32[texts]
 
 
 @dataclass(frozen=True)
-class DualConfig:
+class DualConfig(Config):
     """A tower and a pool for pictures, and for texts; the types of the configs choose the parts.
 
     encoder, image_pool: of pictures; the pool is a ClassPool or an AttentionPool.
@@ -91,14 +88,10 @@ class DualConfig:
     image_pool: Any
     text: DecoderConfig
     text_pool: TokenPool
-    loss: str = "softmax"
+    loss: Annotated[str, OneOf(tuple(LOSSES))] = "softmax"
     runtime: Runtime = Runtime()
     family: str = "clip"
     lora: LoraConfig = LoraConfig()
-
-    def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
 
     @property
     def decoder(self) -> DecoderConfig:

@@ -141,10 +141,11 @@ def read(stated: Json, fields: Mapping[str, Field]) -> dict[str, Any]:
     return found
 
 
-def check_heads(stated: Json, width: str, heads: str) -> None:
-    """Raises FieldError unless all heads together are as wide as the model."""
-    if stated[width] % stated[heads]:
-        raise FieldError(heads, f"must divide {width}={stated[width]}.", stated[heads])
+def check_heads(stated: Json, width: str, heads: str, multiple: int = 1) -> None:
+    """Raises FieldError unless all heads together are as wide as the model, each of a `multiple` of channels."""
+    if stated[width] % (stated[heads] * multiple):
+        of_each = f", into heads of a multiple of {multiple} channels" if multiple > 1 else ""
+        raise FieldError(heads, f"must divide {width}={stated[width]}{of_each}.", stated[heads])
 
 
 @contextmanager

@@ -16,26 +16,27 @@ from mllm_jax.fusion import splice
 from mllm_jax.nn.lora import LoraConfig, join, keep_base, make_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.value import ValueHead
+from mllm_jax.settings import Config, Int, NonNegative, NonNegativeInt, PositiveInt, TokenId
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
 
 TEXT, PICTURE, VIDEO = range(len(MODALITIES))
 
 
 @dataclass(frozen=True)
-class VisionTokenIds:
+class VisionTokenIds(Config):
     """Ids of the tokens that stand for vision in a prompt: placeholders of pictures and clips, and their brackets.
 
-    -1: there is none.
+    -1: there is none. An `image` that no vocabulary has is below 0, too.
     """
 
-    image: int
-    video: int = -1
-    start: int = -1
-    end: int = -1
+    image: Int
+    video: TokenId = -1
+    start: TokenId = -1
+    end: TokenId = -1
 
 
 @dataclass(frozen=True)
-class InputRules:
+class InputRules(Config):
     """What a config.json says of how conversations become input, where batches are made: no part of the model reads it.
 
     pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
@@ -48,17 +49,17 @@ class InputRules:
     chat: the name of the format of chats; "" = the processor's files hold a template.
     """
 
-    pinpoints: tuple[tuple[int, int], ...] = ()
+    pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
     square: bool = False
-    tiles: tuple[int, ...] = ()
-    most_tiles: int = 0
+    tiles: tuple[PositiveInt, ...] = ()
+    most_tiles: NonNegativeInt = 0
     shows_lead: bool = False
-    position_rate: float = 0.0
+    position_rate: NonNegative = 0.0
     chat: str = ""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
@@ -81,6 +82,7 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
+        super().__post_init__()
         if self.encoder is not None and self.decoder is not None and self.connector is None:
             raise ValueError("a model of an encoder and a decoder needs a connector between them; it is None")
         pinpoints = self.inputs.pinpoints

@@ -7,7 +7,8 @@ A *rule set* maps each name to a mesh axis, to several, or to None. It is data, 
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict
 
 import jax
 from einops import rearrange
@@ -16,6 +17,8 @@ from flax import struct
 from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mllm_jax.settings import Constraint, check
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RESERVED = ("stage",)
@@ -79,13 +82,20 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+@dataclass(frozen=True)
+class MeshAxes(Constraint):
+    """What a sharding rule names: an axis of the mesh, several different ones, or None."""
+
+    def fault(self, value: Any) -> str | None:
+        axes = () if value is None else (value,) if isinstance(value, str) else value
+        known = isinstance(axes, (tuple, list)) and all(axis in MESH_AXES for axis in axes)
+        if not known or len(set(axes)) < len(axes):
+            return f"must be None, an axis of the mesh, or a tuple of different ones of {', '.join(MESH_AXES)}."
+
+
 def freeze_rules(rules: Mapping[str, Any]) -> Rules:
     """Rules as a hashable tuple, as a model's runtime config carries them. ValueError for an unknown mesh axis."""
-    for name, axes in rules.items():
-        if unknown := {axes} - {None, *MESH_AXES} if isinstance(axes, str) else set(axes or ()) - set(MESH_AXES):
-            raise ValueError(
-                f"the sharding rule of {name!r} names {sorted(unknown)}; the axes of a mesh are {', '.join(MESH_AXES)}"
-            )
+    check(Mapping[str, Annotated[Any, MeshAxes()]], rules, "rules")
     return tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in sorted(rules.items()))
 
 

@@ -191,8 +191,8 @@ def test_adapters_that_do_not_fit_are_told(case, tmp_path):
     odd = dict(tensors, **{first.replace("model.model.", "model.modle."): tensors[first], first: tensors[first][:, 1:]})
     save_file(odd, tmp_path / WEIGHTS)
     for changes, message in (
-        ({"use_dora": True}, "use_dora True cannot be read, only False"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be read"),
+        ({"use_dora": True}, "use_dora=True: only False can be read"),
+        ({"peft_type": "IA3"}, "peft_type='IA3': only 'LORA' can be read"),
         ({}, "_proj.*: A and B do not fit each other and a weight.*\n  unexpected: base_model.modle"),
     ):
         write(**changes)

@@ -189,5 +189,5 @@ def test_the_loss_is_c_times_l(params, rows, whole):
 
 
 def test_an_unknown_loss():
-    with pytest.raises(ValueError, match="balance.loss must be one of none, micro, sequence, global"):
+    with pytest.raises(ValueError, match="BalanceConfig.loss='.*': must be one of none, micro, sequence, global"):
         BalanceConfig("batch")

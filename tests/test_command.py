@@ -31,9 +31,9 @@ TRAIN = {
     ),
     "a file for a folder": ([*SCENES, "--workdir", "odd.py"], "--workdir=odd.py is, or lies in, a file; name a folder"),
     "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run is, or lies in, a file; name a folder"),
-    "no rows": ([*SCENES, *RUN, "--config.data.batch=0"], "config.data: batch=0 must be 1 or more"),
-    "less than none": ([*SCENES, *RUN, "--config.data.batch=-8"], "config.data: batch=-8 must be 1 or more"),
-    "no parts": ([*SCENES, *RUN, "--config.train.accumulate=0"], "config.train: accumulate=0 must be 1 or more"),
+    "no rows": ([*SCENES, *RUN, "--config.data.batch=0"], "config.data.batch=0: must be at least 1."),
+    "less than none": ([*SCENES, *RUN, "--config.data.batch=-8"], "config.data.batch=-8: must be at least 1."),
+    "no parts": ([*SCENES, *RUN, "--config.train.accumulate=0"], "config.train.accumulate=0: must be at least 1."),
 }
 EVALUATE = {
     "nothing to evaluate": (SCENES, "name what to evaluate: either --workdir or --checkpoint"),

@@ -155,7 +155,7 @@ def test_what_is_left_out_of_records_is_counted(tmp_path, capsys):
     assert [message["role"] for message in found["messages"]] == ["user", "assistant"] and "notes" not in found
 
 
-def test_fields_that_tell_records_apart_are_kept(tmp_path):
+def test_settings_that_tell_records_apart_are_kept(tmp_path):
     """So that a config with `where` needs nothing but another path."""
     asked = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]
     lines = [
@@ -173,7 +173,7 @@ def test_fields_that_tell_records_apart_are_kept(tmp_path):
 def test_mistakes_in_the_command(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "none.jsonl"), str(tmp_path / "out")]) == 1
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
-    for wrong, said in ((["--where", "split"], "needs FIELD=VALUE"), (["--records", "0"], "must be 1 or more")):
+    for wrong, said in ((["--where", "split"], "needs FIELD=VALUE"), (["--records", "0"], "must be at least 1")):
         with pytest.raises(SystemExit):
             main(["convert", "a", "b", *wrong])
         assert said in capsys.readouterr().err

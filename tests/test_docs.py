@@ -34,7 +34,7 @@ def test_a_command_is_understood(page, command, monkeypatch):
     """Its flags exist, its config can be read with what it replaces, and has the stage that it names."""
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)[3:]
-    known = {"config", *re.findall(r'(?:DEFINE_\w+\(\s*|add(?:_argument)?\()"(?:--)?([\w-]+)"', program(command))}
+    known = {"config", *re.findall(r'(?:DEFINE_\w+|add(?:_argument)?)\(\s*"(?:--)?([\w-]+)"', program(command))}
     names = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
     assert {name for name in names if not name.startswith("config.")} <= known
     if "--config" not in words:

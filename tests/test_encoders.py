@@ -345,7 +345,7 @@ def test_a_config_says_which_tower_it_is():
     "change, message",
     [
         (dict(heads=5), "not a multiple of encoder.heads=5"),
-        (dict(resampling="nearest"), "encoder.resampling must be one of bilinear_aligned"),
+        (dict(resampling="nearest"), "VitConfig.resampling='nearest': must be one of bilinear_aligned"),
         (dict(features=(-4,)), "encoder.features=.* only 3 layers"),
     ],
 )

@@ -15,19 +15,20 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom, beside itself. A part that is not listed fails, so that a new one finds its room.
 MAY_IMPORT = {
     "types": set(),
-    "config": set(),
     "fields": set(),
-    "sharding": {"types"},
+    "settings": set(),
+    "config": {"settings"},
+    "sharding": {"settings", "types"},
     "paths": set(),
     "page": set(),
-    "nn": {"paths", "sharding", "types"},
+    "nn": {"settings", "paths", "sharding", "types"},
     "fusion": {"types"},
-    "encoders": {"nn", "sharding", "types"},
-    "connectors": {"nn", "sharding", "types"},
-    "decoder": {"fusion", "nn", "sharding", "types"},
-    "model": {"encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
+    "encoders": {"settings", "nn", "sharding", "types"},
+    "connectors": {"settings", "nn", "sharding", "types"},
+    "decoder": {"settings", "fusion", "nn", "sharding", "types"},
+    "model": {"settings", "encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
     "weights": {"types"},
-    "data": {"fields", "page", "types"},
+    "data": {"fields", "settings", "page", "types"},
 }
 MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
 MAY_IMPORT["families"] = {"weights", "data", "dual", "fields"} | MAY_IMPORT["dual"]

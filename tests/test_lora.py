@@ -195,7 +195,7 @@ def test_a_run_with_adapters():
         path for path in flatten_dict(abstract_params(run.model), sep="/") if path.startswith("connector/")
     }
     config.lora.dropout = 1.0
-    with pytest.raises(ConfigError, match="config.lora: lora.dropout=1.0 must be at least 0 and less than 1"):
+    with pytest.raises(ConfigError, match="config.lora.dropout=1.0: must be at least 0 and less than 1"):
         read_run(config)
 
 

@@ -132,7 +132,7 @@ def test_a_config_names_sources_and_changes_their_weights():
             {"curriculum": ((3, {"chart": 1.0}),)},
             "curriculum of step 3: there is no source 'chart'; did you mean 'charts'",
         ),
-        ({"temperature": 0.0}, "temperature=0.0 must be more than 0"),
+        ({"temperature": 0.0}, "temperature=0.0: must be more than 0"),
         ({"epochs": 2}, "a mixture has no epochs"),
     ):
         with pytest.raises(ConfigError, match=said):

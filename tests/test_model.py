@@ -167,9 +167,9 @@ def test_a_connector_that_does_not_fit(change, message):
 
 
 def test_bad_runtime_and_mesh():
-    with pytest.raises(ValueError, match="runtime.dtype"):
+    with pytest.raises(ValueError, match="Runtime.dtype"):
         Runtime(dtype="float16")
-    with pytest.raises(ValueError, match="runtime.remat"):
+    with pytest.raises(ValueError, match="Runtime.remat"):
         Runtime(remat="some")
     with pytest.raises(ValueError, match="does not cover 8 devices"):
         make_mesh({"data": 3})

@@ -445,6 +445,8 @@ def test_no_mesh_is_an_error(fake):
         Search(run, a_topology()).rank()
     with pytest.raises(ConfigError, match="cpu:8 has no published figures to plan with; v4, "):
         Search(run, SimpleNamespace(name="cpu:8"))
+    with pytest.raises(ConfigError, match="optim.freeze: 'decodr' matches no weight; the nearest names are decoder"):
+        Search(a_run(optim={"freeze": ("decodr",)}), a_topology())
 
 
 def test_meshes_are_read(monkeypatch):

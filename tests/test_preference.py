@@ -96,7 +96,7 @@ def test_running_mean():
 
 @pytest.mark.parametrize("wrong", ({"dpo": -1.0}, {"beta": 0.0}, {"smoothing": 0.5}, {"reference": ""}))
 def test_what_a_config_refuses(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong)) if "dpo" not in wrong else "must not be negative"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         PreferenceConfig(**wrong)
 
 

@@ -198,7 +198,7 @@ def test_a_truncated_jpeg_that_is_tolerated_is_noted(processor):
         processor(cut)
     tolerant = Processor(processor.tokenizer, processor.template, dataclasses.replace(processor.spec, missing_rows=0.5))
     assert tolerant(cut).notes == (images.TRUNCATED,) and tolerant(whole).notes == ()
-    with pytest.raises(ValueError, match="missing_rows=1.5: it must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="missing_rows=1.5: must be at least 0 and at most 1"):
         dataclasses.replace(processor.spec, missing_rows=1.5)
 
 

@@ -289,7 +289,7 @@ def test_a_misspelled_field_is_named_where_it_leaves_no_layout(name, meant):
         (1, {"name": "bot"}),
     ),
 )
-def test_fields_of_published_sets_are_not_refused(where, fields):
+def test_settings_of_published_sets_are_not_refused(where, fields):
     messages = [dict(ASKED), dict(ANSWER)]
     record = {"messages": messages} | (fields if where is None else {})
     if where is not None:

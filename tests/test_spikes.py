@@ -94,5 +94,5 @@ def test_a_spike_is_a_multiple_of_the_median_before_it():
 
 
 def test_a_factor_below_one_is_refused():
-    with pytest.raises(ConfigError, match="config.train.spikes: factor=0.5 must be over 1"):
+    with pytest.raises(ConfigError, match="config.train.spikes.factor=0.5: must be more than 1, or 0."):
         read_run(small_config(factor=0.5))

@@ -430,7 +430,7 @@ def test_a_clip_in_a_message_asks_for_its_frames():
     film = Film.sampled(video.open_clip(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
     assert film.indices == video.sample_frames(50, 6)
     for wrong in ({"sampling": "fast"}, {"nframes": 0}):
-        with pytest.raises(ValueError, match="sampling='fast' must be one of even, motion|0 to 0 frames"):
+        with pytest.raises(ValueError, match="sampling='fast': must be one of even|min_frames=0: must be at least 1"):
             SEEING.asked(wrong)
     part = {"type": "video", "video": "a.mp4", "nframes": 8, "sampling": "motion"}
     asked = {"role": "user", "content": [part, {"type": "text", "text": "What happens?"}]}

@@ -20,11 +20,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from mllm_jax.adapters.files import CONFIG, FACTOR, PREFIX, WEIGHTS, make_config, module_names, read_config, scale_of
+from mllm_jax.adapters.files import (
+    CONFIG,
+    FACTOR,
+    HEAD_WEIGHT,
+    PREFIX,
+    WEIGHTS,
+    make_config,
+    module_names,
+    read_config,
+    scale_of,
+)
 from mllm_jax.adapters.sites import Layer, in_memory, sites_of
 from mllm_jax.api import Pretrained
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import abstract_boxed
+from mllm_jax.model import ModelConfig, abstract_boxed
 from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of, flatten, join, split_adapters
 from mllm_jax.sharding import Named, shardings
 from mllm_jax.weights import table
@@ -113,7 +123,8 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
     modules, whole = _whole(vlm.config, boxes, flatten(base_params))
     tensors |= {PREFIX + name: x for name, x in whole.items()}
     if jax.process_index() == 0:
-        folder, text = Path(folder), json.dumps(make_config(numbers, sites, modules, base), indent=2) + "\n"
+        tied = HEAD_WEIGHT in whole and vlm.config.decoder.tie_embeddings
+        folder, text = Path(folder), json.dumps(make_config(numbers, sites, modules, base, tied), indent=2) + "\n"
         begin(folder)
         layout = {name: (x.dtype, x.shape) for name, x in tensors.items()}
         write_file(unfinished(folder) / WEIGHTS, layout, iter(tensors.values()))
@@ -158,6 +169,13 @@ def _entries(config: Any, boxes: Mapping[str, Named]) -> dict[str, table.Entry]:
     return {in_memory(family, name): entry for name, entry in table.expand(family.weights(config), shapes).items()}
 
 
+def _tied_embedding(config: Any, entries: Mapping[str, table.Entry]) -> str:
+    """The name of the embedding that is the head, too; empty where there is none."""
+    if not isinstance(config, ModelConfig) or config.decoder is None or not config.decoder.tie_embeddings:
+        return ""
+    return next((name for name, entry in entries.items() if entry.parts[0].path == "decoder/embed"), "")
+
+
 def _whole(
     config: Any, boxes: Mapping[str, Named], base: Mapping[str, jax.Array]
 ) -> tuple[set[str], dict[str, np.ndarray]]:
@@ -176,6 +194,8 @@ def _whole(
         if name.rpartition(".")[0] in modules:
             parts = [table.to_theirs(gather(base[part.path], (), _same)[part.index], part) for part in entry.parts]
             tensors[name] = np.ascontiguousarray(table.join(parts, entry))
+    if (name := _tied_embedding(config, entries)) in tensors:  # PEFT reads both, and keeps them one
+        tensors[HEAD_WEIGHT] = tensors[name].copy()
     return modules, tensors
 
 
@@ -184,6 +204,14 @@ def _read_whole(
 ) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
     """Modules that a file holds whole, as elements of our weights by path and index; what does not fit is a fault."""
     entries, found = _entries(config, boxes) if tensors else {}, {}
+    if embedding := _tied_embedding(config, entries):
+        both = tensors.get(PREFIX + embedding), tensors.get(PREFIX + HEAD_WEIGHT)
+        tensors = {name: tensor for name, tensor in tensors.items() if name != PREFIX + HEAD_WEIGHT}
+        if any(both) and not (all(both) and np.array_equal(*(tensor.map() for tensor in both))):
+            faults.append(
+                f"modules_to_save: {embedding} and {HEAD_WEIGHT} are one table in this model, and differ in the "
+                "adapter. Train it with ensure_weight_tying=True, or load a model that PEFT has merged it into"
+            )
     for name, tensor in tensors.items():
         entry = entries.get(in_memory(FAMILIES[config.family], name.removeprefix(PREFIX)))
         if entry is None or tensor.shape != entry.shape:

@@ -7,26 +7,75 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.adapters.sites import EXPERTS, Site
+from mllm_jax.settings import Finite, Pattern, check
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-# What PEFT does beside plain LoRA, and the value that says it does not.
-PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None}
+# Values of `init_lora_weights` under which a loaded adapter is B A beside the base model's own weights. Under others
+# (pissa, olora, corda, loftq, lora_ga) A and B belong to a base that was changed when training began.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# What PEFT does beside plain LoRA, and the value that says it does not. Empty values say so, too.
+PLAIN = {
+    "bias": "none",
+    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), False),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "layer_replication"), None),
+    **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"), None),
+}
+APPLIED = {"lora_alpha", "alpha_pattern", "use_rslora", "target_parameters", "init_lora_weights", "ensure_weight_tying"}
+# The tensors of the file say which modules have adapters and of which rank; what remains concerns training alone.
+NOT_NEEDED = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "modules_to_save", "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
+}
+CHECKED = {"lora_alpha": Finite, "alpha_pattern": Mapping[str, Finite]}
 PARAMETERS = tuple(parameter for parameter, _ in EXPERTS.values())  # in the order of a module
+HEAD_WEIGHT = "lm_head.weight"  # in transformers' memory, of every model that writes texts
 OUTER = ".base_layer"  # of two parameters that are adapted, PEFT has the second around the first
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What PEFT's config says. FileNotFoundError where there is none, ValueError where it is none of plain LoRA."""
+    """What PEFT's config says, with the defaults of what is applied.
+
+    Raises:
+      FileNotFoundError: there is no adapter.
+      ValueError: it does what is not done here; the message names the field.
+    """
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} has no {missing[0]}: it holds no adapter in PEFT's format")
-    stated = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if stated.get("peft_type") != "LORA":
-        raise ValueError(f"{folder / CONFIG}: peft_type {stated.get('peft_type')!r} cannot be read, only 'LORA'")
-    for name, plain in PLAIN.items():
-        if (value := stated.get(name, plain)) != plain and value:
-            raise ValueError(f"{folder / CONFIG}: {name} {value!r} cannot be read, only {plain!r}")
+    path = folder / CONFIG
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(stated, dict):
+        raise ValueError(f"{path}: needs an object with the fields of PEFT's LoraConfig.")
+    if (kind := stated.get("peft_type")) != "LORA":
+        raise ValueError(f"{path}: peft_type={kind!r}: only 'LORA' can be read.")
+    for name, value in stated.items():
+        if not value or name in APPLIED | NOT_NEEDED:
+            continue
+        if name in PLAIN and value != PLAIN[name]:
+            raise ValueError(f"{path}: {name}={value!r}: only {PLAIN[name]!r} can be read.")
+        if name not in PLAIN:
+            raise ValueError(
+                f"{path}: {name}={value!r}: a field that is not known here. Remove it if results do not depend on it."
+            )
+    start = stated.get("init_lora_weights", True)
+    if (start.lower() if isinstance(start, str) else start) not in (*PLAIN_STARTS, None):
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r}: these A and B belong to a base model that was changed when training "
+            "began. Save the adapter with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+            "which makes plain LoRA of it."
+        )
+    stated = {"lora_alpha": 8} | {name: value for name, value in stated.items() if value is not None}
+    for name, hint in CHECKED.items():
+        if name in stated:
+            check(hint, stated[name], f"{path}: {name}")
+    for pattern in stated.get("alpha_pattern", ()):  # a mapping by now
+        check(Pattern, pattern, f"{path}: alpha_pattern")
     return stated
 
 
@@ -49,17 +98,22 @@ def module_names(sites: Iterable[Site], adapted: Iterable[str]) -> dict[str, str
 
 def scale_of(stated: Mapping[str, Any], key: str, rank: int) -> float:
     """alpha / rank of a site, or by rsLoRA (arXiv 2312.03732) alpha / sqrt(rank); patterns as PEFT reads them."""
-    patterns = (stated.get("alpha_pattern") or {}).items()
+    patterns = stated.get("alpha_pattern", {}).items()
     found = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", key))
     return next(found, stated["lora_alpha"]) / (rank**0.5 if stated.get("use_rslora") else rank)
 
 
 def make_config(
-    numbers: Mapping[str, tuple[int, float]], sites: Mapping[str, Site], whole: Iterable[str], base: str | None
+    numbers: Mapping[str, tuple[int, float]],
+    sites: Mapping[str, Site],
+    whole: Iterable[str],
+    base: str | None,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """What PEFT needs to know of sites with these (rank, alpha), of all those of a model.
 
     whole: modules that are saved as they are. base: folder or hub name of the base model.
+    tied: these are the embedding and the head, which stay one table.
     """
     rank, alpha = max(set(numbers.values()), key=list(numbers.values()).count)
     ours = {key for key in numbers if sites[key].parameter}
@@ -78,7 +132,7 @@ def make_config(
         "rank_pattern": {_exactly(key): own for key, (own, _) in numbers.items() if own != rank},
         "alpha_pattern": {_exactly(key): own for key, (_, own) in numbers.items() if own != alpha},
     }
-    more = {"target_parameters": parameters, "modules_to_save": sorted(whole)}
+    more = {"target_parameters": parameters, "modules_to_save": sorted(whole), "ensure_weight_tying": tied}
     return stated | {name: value for name, value in more.items() if value}
 
 

@@ -8,14 +8,15 @@ from flax import linen as nn
 from mllm_jax.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.settings import Config, PositiveInt
 from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class AveragePoolConfig:
+class AveragePoolConfig(Config):
     """merge: side of the square of patches that becomes a visual token."""
 
-    merge: int = 2
+    merge: PositiveInt = 2
 
     @property
     def patches_per_token(self) -> int:

@@ -1,6 +1,7 @@
 """A linear layer, or an MLP, on every patch (LLaVA arXiv 2304.08485, 2310.03744), with the newline of LLaVA-NeXT."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -10,20 +11,21 @@ from mllm_jax.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.settings import Config, OneOf, PositiveInt
 from mllm_jax.sharding import named
 from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class MlpConnectorConfig:
+class MlpConnectorConfig(Config):
     """
     layers: linear layers, as wide as the decoder; 1 = a linear connector.
     activation: between two of them.
     newline: a learned token that stands at the end of every row of patches; a batch says where (`NEWLINE`).
     """
 
-    layers: int = 2
-    activation: str = "gelu"
+    layers: PositiveInt = 2
+    activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu"
     newline: bool = False
 
     merge = 1

@@ -4,6 +4,7 @@ merge x merge neighbouring patches, which stand next to each other in a patch ro
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from einops import rearrange
 from flax import linen as nn
@@ -12,19 +13,20 @@ from mllm_jax.connectors.tokens import to_tokens
 from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.settings import Config, OneOf, Positive, PositiveInt
 from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class PatchMergerConfig:
+class PatchMergerConfig(Config):
     """
     merge: side of the square of patches that becomes a visual token.
     norm: "layer" or "rms".
     """
 
-    merge: int = 2
-    norm: str = "layer"
-    norm_eps: float = 1e-6
+    merge: PositiveInt = 2
+    norm: Annotated[str, OneOf(tuple(NORMS))] = "layer"
+    norm_eps: Positive = 1e-6
 
     @property
     def patches_per_token(self) -> int:

@@ -1,24 +1,26 @@
 """Pixel shuffle and an MLP (InternVL 1.5, arXiv 2404.16821): neighbouring patches, joined, become a visual token."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.connectors.tokens import to_tokens
-from mllm_jax.nn.mlp import Mlp
+from mllm_jax.nn.mlp import ACTIVATIONS, Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.settings import Config, OneOf, Positive, PositiveInt
 from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class PixelShuffleConfig:
+class PixelShuffleConfig(Config):
     """merge: side of the square of patches that becomes a visual token."""
 
-    merge: int = 2
-    activation: str = "gelu"
-    norm_eps: float = 1e-5
+    merge: PositiveInt = 2
+    activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu"
+    norm_eps: Positive = 1e-5
 
     @property
     def patches_per_token(self) -> int:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mllm_jax.config import told
 from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
+from mllm_jax.settings import NonNegativeInt, PositiveInt, argument
 
 CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
 
@@ -69,22 +70,28 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", metavar="FOLDER", help="where the shards will be")
     add("--root", metavar="FOLDER", help="that paths in records are relative to (default: the folder of their file)")
     add("--where", metavar="FIELD=VALUE[,VALUE]", action="append", default=[], type=_where, help="keep only these")
-    add("--records", metavar="N", type=_positive, default=4096, help="of a shard (default 4096)")
-    add("--processes", metavar="N", type=int, default=os.cpu_count(), help="that work (default: one for each core)")
+    add("--records", metavar="N", type=argument(PositiveInt), default=4096, help="of a shard (default 4096)")
+    add(
+        "--processes",
+        metavar="N",
+        type=argument(NonNegativeInt),
+        default=os.cpu_count(),
+        help="that work (default: one for each core)",
+    )
     command = commands.add_parser("inspect", description=INSPECT, formatter_class=raw, help="what a run reads")
     command.set_defaults(command=_inspect)
     add = command.add_argument
     add("--config", metavar="FILE[:ARGUMENT]", required=True, help="of the run")
     add("--stage", metavar="NAME", help="of a run with stages")
-    add("--count", metavar="N", type=_positive, default=1000, help="records to be packed, about (default 1000)")
+    add(
+        "--count",
+        metavar="N",
+        type=argument(PositiveInt),
+        default=1000,
+        help="records to be packed, about (default 1000)",
+    )
     add("--html", metavar="FILE", help="where to write the page")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return number
 
 
 def _where(text: str) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from mllm_jax.data.records import BadData, BadRecord
+from mllm_jax.settings import Config, Positive
 from mllm_jax.types import Example, Mix
 
 
@@ -20,14 +21,14 @@ class Reference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Config):
     """How a record with a chosen and a rejected answer is read.
 
     changed: weight of the tokens in which the answers differ; of the others it is 1.
     references: by the records' ids; None = there are none.
     """
 
-    changed: float = 1.0
+    changed: Positive = 1.0
     references: Mapping[str, Reference] | None = None
     lonely: ClassVar[bool] = False  # several may share a row
 

@@ -16,13 +16,14 @@ from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
 from mllm_jax.data.spec import read_processor
 from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.settings import Config, Finite, Fraction, NonNegativeInt, Positive, PositiveInt
 from mllm_jax.types import DualBatch, Example, Picture
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclasses.dataclass(frozen=True)
-class DualProcessor:
+class DualProcessor(Config):
     """Needs no jax and no torch, and can be sent to another process.
 
     rule: how a picture gets its size.
@@ -36,13 +37,13 @@ class DualProcessor:
 
     tokenizer: Tokenizer
     rule: Rule
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    patch: int
-    lead: int
-    length: int
+    mean: tuple[Finite, ...]
+    std: tuple[Positive, ...]
+    patch: PositiveInt
+    lead: NonNegativeInt
+    length: PositiveInt
     reads_padding: bool
-    missing_rows: float = 0.0
+    missing_rows: Fraction = 0.0
 
     def picture(self, source: Any) -> Picture:
         """A path, bytes, an array or a PIL image, as `images.open_image` takes them, normalised."""

@@ -3,15 +3,19 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
 from mllm_jax.data.images import MAX_ASPECT, check_bytes
 from mllm_jax.data.mix import Tokens, joined, resampled
+from mllm_jax.settings import Config, PositiveInt, Range
 from mllm_jax.types import NEWLINE, Mix
 
+Filter = Annotated[int, Range(least=0, most=5)]  # of PIL
+Level = Annotated[int, Range(least=0, most=255)]
+Colour = tuple[Level, Level, Level]
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 
 
@@ -57,7 +61,7 @@ def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int,
     return at(low)
 
 
-class Rule:
+class Rule(Config):
     """What a picture becomes, one picture or several (data/tiles.py), and which of their visual tokens are read."""
 
     def among(self, count: int) -> "Rule":
@@ -95,9 +99,9 @@ class Whole(Rule):
 class Crop(Whole):
     """CLIP's: the short side to `edge`, then the middle `size` of it."""
 
-    edge: int
-    size: tuple[int, int]
-    filter: int = BICUBIC
+    edge: PositiveInt
+    size: tuple[PositiveInt, PositiveInt]
+    filter: Filter = BICUBIC
 
     def sized(self, size: tuple[int, int]) -> tuple[int, int]:
         return self.size
@@ -115,8 +119,8 @@ class Crop(Whole):
 class Stretch(Whole):
     """SigLIP's: all of it, whatever its aspect ratio."""
 
-    size: tuple[int, int]
-    filter: int = BICUBIC
+    size: tuple[PositiveInt, PositiveInt]
+    filter: Filter = BICUBIC
 
     def sized(self, size: tuple[int, int]) -> tuple[int, int]:
         return self.size
@@ -133,9 +137,9 @@ class Stretch(Whole):
 class Keep(Whole):
     """SigLIP 2's NaFlex: all of it, in its aspect ratio, in at most so many patches."""
 
-    patch: int
-    patches: int
-    filter: int = BILINEAR
+    patch: PositiveInt
+    patches: PositiveInt
+    filter: Filter = BILINEAR
 
     def within(self, limit: float) -> "Keep":
         return replace(self, patches=max(1, int(min(self.patches, limit // self.patch**2))))
@@ -155,8 +159,8 @@ class Keep(Whole):
 class Square(Whole):
     """LLaVA 1.5's (arXiv 2310.03744): put in the middle of a square of a colour."""
 
-    side: int
-    colour: tuple[int, int, int]
+    side: PositiveInt
+    colour: Colour
 
     def sized(self, size: tuple[int, int]) -> tuple[int, int]:
         return self.side, self.side

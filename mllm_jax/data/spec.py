@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Annotated, Any
 
 from mllm_jax.data.grounding import QWEN3_VL, Grounding
 from mllm_jax.data.json_files import read_json, write_json
@@ -11,41 +11,42 @@ from mllm_jax.data.resize import Rule, Whole, rule_from_hf
 from mllm_jax.data.tiles import AnyRes, Tiles
 from mllm_jax.data.video import EVEN, SAMPLINGS
 from mllm_jax.fields import Field, FieldError, count, flag, inside, listed, number, only, positive, read, section, word
+from mllm_jax.settings import Config, Finite, Fraction, Int, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessorSpec:
+class ProcessorSpec(Config):
     """What a model expects of its input. The defaults are those published with Qwen3-VL.
 
     A model of text alone has None for the tokens of vision; `end_of_turn` None is the tokenizer's end of text.
     """
 
-    patch: int = 16  # side in pixels
-    temporal_patch: int = 2  # frames
-    merge: int = 2  # a visual token is merge x merge patches
-    lead: int = 0  # empty patches before a picture's own
-    shown: int = 0  # visual tokens that stand in these places: all of them, or none
+    patch: PositiveInt = 16  # side in pixels
+    temporal_patch: PositiveInt = 2  # frames
+    merge: PositiveInt = 2  # a visual token is merge x merge patches
+    lead: NonNegativeInt = 0  # empty patches before a picture's own
+    shown: NonNegativeInt = 0  # visual tokens that stand in these places: all of them, or none
     rule: Rule | None = None  # how pictures get their sizes, or are cut (tiles.py); None = nearly as they are
     clip_rule: Whole | None = None  # how each frame of a clip does, all in one block; None = nearly as they are
-    min_pixels: int = 65536  # of a picture, where there is no other rule
-    max_pixels: int = 16777216
-    missing_rows: float = 0.0  # largest share of its rows that a truncated JPEG may lack
-    clip_min_pixels: int = 4096  # of all frames of a clip together; of each where a clip is one block
-    clip_max_pixels: int = 25165824
-    fps: float = 2.0  # at which clips are sampled
-    sampling: str = EVEN  # of `video.SAMPLINGS`: how the frames are spread
-    min_frames: int = 4
-    max_frames: int = 768
+    min_pixels: PositiveInt = 65536  # of a picture, where there is no other rule
+    max_pixels: PositiveInt = 16777216
+    missing_rows: Fraction = 0.0  # largest share of its rows that a truncated JPEG may lack
+    clip_min_pixels: PositiveInt = 4096  # of all frames of a clip together; of each where a clip is one block
+    clip_max_pixels: PositiveInt = 25165824
+    fps: Positive = 2.0  # at which clips are sampled
+    sampling: Annotated[str, OneOf(SAMPLINGS)] = EVEN  # of `video.SAMPLINGS`: how the frames are spread
+    min_frames: PositiveInt = 4
+    max_frames: PositiveInt = 768
     label: str | None = "<{seconds:.1f} seconds>"  # before every temporal patch of a clip; None = a clip is one block
     between: str = ""  # what stands between those of a clip
     frame_token: str | None = None  # after the label of each; None = the video token
-    position_rate: float = 0.0  # rotary positions per second in such a block; 0 = one per temporal patch
+    position_rate: NonNegative = 0.0  # rotary positions per second in such a block; 0 = one per temporal patch
     on_a_grid: bool = True  # rotary positions of rows and columns; or else visual tokens are counted like text
     brackets: bool = False  # the chat template leaves out those around a picture
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[Finite, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
+    std: tuple[Positive, ...] = (0.5, 0.5, 0.5)
     image_token: str | None = "<|image_pad|>"
-    image_id: int | None = None  # of that, where no vocabulary has it
+    image_id: Int | None = None  # of that, where no vocabulary has it
     video_token: str | None = "<|video_pad|>"
     vision_start: str | None = "<|vision_start|>"
     vision_end: str | None = "<|vision_end|>"
@@ -61,11 +62,8 @@ class ProcessorSpec:
     video_processor_type: str | None = "Qwen3VLVideoProcessor"
 
     def __post_init__(self):
-        if self.sampling not in SAMPLINGS:
-            raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}")
-        if not 0 <= self.missing_rows <= 1:
-            raise ValueError(f"missing_rows={self.missing_rows}: it must lie between 0 and 1")
-        if not 1 <= self.min_frames <= self.max_frames:
+        super().__post_init__()
+        if not self.min_frames <= self.max_frames:
             raise ValueError(f"a clip cannot have {self.min_frames} to {self.max_frames} frames")
 
     def asked(self, item: dict[str, Any]) -> "ProcessorSpec":

@@ -15,7 +15,8 @@ from PIL import Image
 
 from mllm_jax.data.images import resized
 from mllm_jax.data.mix import Tokens, alone, end_rows, joined, resampled
-from mllm_jax.data.resize import EndedSquare, Rule
+from mllm_jax.data.resize import Colour, EndedSquare, Rule
+from mllm_jax.settings import NonNegativeInt, PositiveInt
 from mllm_jax.types import Mix
 
 Size = tuple[int, int]  # (height, width)
@@ -118,10 +119,10 @@ class AnyRes(Rule):
       cut like one.
     """
 
-    pinpoints: tuple[Size, ...]
-    tile: int
-    most: int = 0
-    colour: tuple[int, int, int] | None = None
+    pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...]
+    tile: NonNegativeInt
+    most: NonNegativeInt = 0
+    colour: Colour | None = None
 
     def among(self, count: int) -> Rule:
         return self if count == 1 or self.colour is None else EndedSquare(self.tile, self.colour)
@@ -158,9 +159,9 @@ class AnyRes(Rule):
 class Tiles(Rule):
     """InternVL's rule: `low` to `high` tiles of `tile` pixels a side, and the whole picture."""
 
-    tile: int
-    low: int = 1
-    high: int = 12
+    tile: PositiveInt
+    low: PositiveInt = 1
+    high: PositiveInt = 12
 
     def within(self, limit: float) -> "Tiles":
         room = limit / self.tile**2  # several tiles take one more, for the whole picture

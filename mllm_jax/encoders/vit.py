@@ -6,7 +6,7 @@ compiled program serves any mix of sizes, clips, or no picture at all.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ from mllm_jax.encoders.positions import RESAMPLING, patch_rope, resample
 from mllm_jax.encoders.windows import window_segments
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.mlp import GatedMlp, Mlp
+from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.rope import rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
+from mllm_jax.settings import Config, Finite, Int, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.sharding import join_rows, named, shard, split_rows
 from mllm_jax.types import Array, Vision
 
 
 @dataclass(frozen=True)
-class VitConfig:
+class VitConfig(Config):
     """
     mlp: width of the feed-forward block; `gated`: it has a gate (SwiGLU, arXiv 2002.05202).
     patch_bias, qkv_bias: whether the first linear layer, and those of queries, keys and values, have biases.
@@ -51,42 +52,51 @@ class VitConfig:
     pixel_mean, pixel_std: of pixels in 0..1, per channel; applied to u8 patches only.
     """
 
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    channels: int = 3
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    mlp: PositiveInt
+    patch_size: PositiveInt = 16
+    temporal_patch_size: PositiveInt = 2
+    channels: PositiveInt = 3
     patch_bias: bool = True
-    position_grid: int = 48
-    image_size: int = 0
-    resampling: str = "bilinear_aligned"
+    position_grid: NonNegativeInt = 48
+    image_size: NonNegativeInt = 0
+    resampling: Annotated[str, OneOf(tuple(RESAMPLING))] = "bilinear_aligned"
     class_token: bool = False
-    registers: int = 0
+    registers: NonNegativeInt = 0
     mask_token: bool = False
-    rope_theta: float | None = 10_000.0
-    window: int = 0
-    whole: tuple[int, ...] = ()
+    rope_theta: Positive | None = 10_000.0
+    window: NonNegativeInt = 0
+    whole: tuple[Int, ...] = ()
     qkv_bias: bool = True
     qk_norm: bool = False
-    norm: str = "layer"
-    norm_eps: float = 1e-6
-    activation: str = "gelu_tanh"
+    norm: Annotated[str, OneOf(tuple(NORMS))] = "layer"
+    norm_eps: Positive = 1e-6
+    activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu_tanh"
     gated: bool = False
-    layer_scale: float | None = None
+    layer_scale: Finite | None = None
     first_norm: bool = False
     last_norm: bool = False
-    features: tuple[int, ...] = ()
-    taps: tuple[int, ...] = ()
-    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    features: tuple[Int, ...] = ()
+    taps: tuple[Int, ...] = ()
+    pixel_mean: tuple[Finite, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[Positive, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"encoder.width={self.width} is not a multiple of encoder.heads={self.heads}")
-        if self.resampling not in RESAMPLING:
-            raise ValueError(f"encoder.resampling must be one of {', '.join(RESAMPLING)}, not {self.resampling!r}")
+        if self.rope_theta is not None and self.head_dim % 4:
+            raise ValueError(
+                f"encoder.width={self.width} over encoder.heads={self.heads} must be a multiple of 4: rotary positions "
+                "turn pairs by row and by column"
+            )
+        for name in ("pixel_mean", "pixel_std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(
+                    f"encoder.{name}={getattr(self, name)} must have encoder.channels={self.channels} values"
+                )
         for name in ("features", "taps", "whole"):
             if not all(-self.layers <= layer < self.layers for layer in getattr(self, name)):
                 raise ValueError(f"encoder.{name}={getattr(self, name)}: there are only {self.layers} layers")

@@ -134,7 +134,7 @@ def from_hf(config: dict) -> ModelConfig:
 
 def _alike(vision: dict, width: str) -> dict:
     """The fields of an encoder that both kinds say in the same way."""
-    check_heads(vision, width, "num_heads")
+    check_heads(vision, width, "num_heads", multiple=4)  # rotary positions turn pairs by row and by column
     return {
         "width": vision[width],
         "layers": vision["depth"],

@@ -93,7 +93,7 @@ def from_hf(config: dict) -> ModelConfig:
         vision = read(stated["vision_config"], VISION)
         if (grid := round(vision["num_position_embeddings"] ** 0.5)) ** 2 != vision["num_position_embeddings"]:
             raise FieldError("num_position_embeddings", "must be a square.", vision["num_position_embeddings"])
-        check_heads(vision, "hidden_size", "num_heads")
+        check_heads(vision, "hidden_size", "num_heads", multiple=4)  # rotary positions turn pairs by row and by column
         if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
             raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
         theta = axial_theta(vision)

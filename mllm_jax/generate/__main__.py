@@ -16,6 +16,8 @@ from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import read_prompts, stream_text
+from mllm_jax.generate.sampling import Temperature, TopK, TopP
+from mllm_jax.settings import PositiveInt, Seed, argument
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,16 +76,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, metavar="TEXT", help="what to ask")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     add("--video", action="append", default=[], metavar="FILE", help="a clip; may be given several times")
-    add("--max-new-tokens", "--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    add(
+        "--max-new-tokens",
+        "--max_new_tokens",
+        type=argument(PositiveInt),
+        default=256,
+        metavar="N",
+        help="longest answer (default 256)",
+    )
     add(
         "--sample",
         action="store_true",
         help="draw as the model's generation_config.json says, unless the next three do",
     )
-    add("--temperature", type=float, metavar="X", help="0 = the likeliest answer (default); 1 = as likely")
-    add("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens (default 0 = all)")
-    add("--top-p", type=float, metavar="X", help="draw among the likeliest that reach X (default 1)")
-    add("--seed", type=int, default=0, metavar="N", help="of random draws (default 0)")
+    add(
+        "--temperature",
+        type=argument(Temperature),
+        metavar="X",
+        help="0 = the likeliest answer (default); 1 = as likely",
+    )
+    add("--top-k", type=argument(TopK), metavar="N", help="draw among the N likeliest tokens (default 0 = all)")
+    add("--top-p", type=argument(TopP), metavar="X", help="draw among the likeliest that reach X (default 1)")
+    add("--seed", type=argument(Seed), default=0, metavar="N", help="of random draws (default 0)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of an exported model (default float32)")
     return parser
 

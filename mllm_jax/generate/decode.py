@@ -16,6 +16,7 @@ from mllm_jax.generate.buckets import TOKENS, bucket, pad_prompts
 from mllm_jax.generate.layout import Weights, for_hidden, for_logits, lay_out
 from mllm_jax.generate.sampling import Sampling, choose, make_sampling
 from mllm_jax.model import VLM, init_cache
+from mllm_jax.settings import PositiveInt, check
 from mllm_jax.types import Array, Batch, Cache
 
 
@@ -68,8 +69,7 @@ def generate_ids(
     Raises:
       ValueError: a setting is out of range, a row holds several conversations, or learned positions do not suffice.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    check(PositiveInt, max_new_tokens, "max_new_tokens")
     if np.max(batch.segment, initial=0) > 1:
         raise ValueError("a row holds several conversations; generation continues one per row")
     longest = int(np.max(batch.position[..., 0], initial=-1)) + max_new_tokens

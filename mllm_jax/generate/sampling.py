@@ -1,12 +1,17 @@
 """From logits to the next token: greedy, or drawn after temperature, top-k and top-p, each row by its own settings."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.settings import Range, check
 from mllm_jax.types import Array
+
+Temperature = Annotated[float, Range(least=0, hint="Set 0 for the likeliest token.")]
+TopK = Annotated[int, Range(least=0, most=2**31 - 1, hint="Set 0 for all tokens.")]
+TopP = Annotated[float, Range(above=0, most=1, hint="Set 1 for all tokens.")]
 
 
 class Sampling(NamedTuple):
@@ -19,30 +24,21 @@ class Sampling(NamedTuple):
 
 def make_sampling(rows: int, temperature=0.0, top_k=0, top_p=1.0) -> Sampling:
     """Checked settings for `rows` rows, from numbers or from sequences of one number per row. Raises ValueError."""
-    temperature, top_k, top_p = (
-        _per_row(name, value, rows, dtype)
-        for name, value, dtype in (
-            ("temperature", temperature, np.float32),
-            ("top_k", top_k, np.int32),
-            ("top_p", top_p, np.float32),
-        )
-    )
-    if not (temperature >= 0).all():
-        raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature.min()}")
-    if not (top_k >= 0).all():
-        raise ValueError(f"top_k must be 0 (all tokens) or more, not {top_k.min()}")
-    if not ((top_p > 0) & (top_p <= 1)).all():
-        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    temperature = _per_row("temperature", temperature, rows, Temperature, np.float32)
+    top_k = _per_row("top_k", top_k, rows, TopK, np.int32)
+    top_p = _per_row("top_p", top_p, rows, TopP, np.float32)
     if not temperature.any():
         return Sampling()
     return Sampling(temperature, top_k if top_k.any() else None, top_p if (top_p < 1).any() else None)
 
 
-def _per_row(name: str, value, rows: int, dtype) -> np.ndarray:
-    value = np.asarray(value, dtype)
-    if value.shape not in ((), (rows,)):
-        raise ValueError(f"{name} must be one number or one per row ({rows}), not of shape {value.shape}")
-    return np.broadcast_to(value, rows)
+def _per_row(name: str, value, rows: int, hint, dtype) -> np.ndarray:
+    values = np.asarray(value)
+    if values.shape not in ((), (rows,)):
+        raise ValueError(f"{name} must be one number or one per row ({rows}), not of shape {values.shape}")
+    for number in values.reshape(-1).tolist():
+        check(hint, number, name)
+    return np.broadcast_to(values.astype(dtype), rows)
 
 
 def choose(logits, sampling: Sampling, key):

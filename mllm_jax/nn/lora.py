@@ -11,7 +11,7 @@ import string
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.nn.quantized import KINDS, dequantise, kept
 from mllm_jax.paths import check_patterns, first_found
+from mllm_jax.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
 from mllm_jax.sharding import Named
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
@@ -28,7 +29,7 @@ HEAD = "decoder/head/w"  # losses in chunks read it without its layer
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Config):
     """
     rank: of the adapters; 0 = there are none, and all below means nothing.
     alpha: an adapter's product is multiplied by alpha / rank.
@@ -44,25 +45,19 @@ class LoraConfig:
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = (r"^decoder/layers.*/(q|k|v|out|gate|up|down|q_down|q_up|kv_down)/w$",)
-    ranks: tuple[tuple[str, int], ...] = ()
-    alphas: tuple[tuple[str, float], ...] = ()
-    train: tuple[str, ...] = ()
-    base: str = "float32"
-    group: int = 64
+    rank: NonNegativeInt = 0
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Range(least=0, below=1)] = 0.0
+    targets: tuple[Pattern, ...] = (r"^decoder/layers.*/(q|k|v|out|gate|up|down|q_down|q_up|kv_down)/w$",)
+    ranks: tuple[tuple[Pattern, NonNegativeInt], ...] = ()
+    alphas: tuple[tuple[Pattern, Positive], ...] = ()
+    train: tuple[Pattern, ...] = ()
+    base: Annotated[str, OneOf(BASES)] = "float32"
+    group: Annotated[int, Range(least=2)] = 64
 
     def __post_init__(self):
-        if self.rank < 0 or any(rank < 0 for _, rank in self.ranks):
-            raise ValueError(f"lora.rank={self.rank} and lora.ranks={self.ranks} must not be negative")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must be at least 0 and less than 1")
-        if self.base not in BASES:
-            raise ValueError(f"lora.base must be one of {', '.join(BASES)}, not {self.base!r}")
-        if self.group < 2:
-            raise ValueError(f"lora.group={self.group} must be 2 or more")
+        super().__post_init__()
+        check(Pattern, self.freezes(())[-1] if self.rank else "", "lora.train, joined to one pattern,")
 
     @property
     def drops(self) -> bool:

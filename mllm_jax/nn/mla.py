@@ -19,10 +19,11 @@ from mllm_jax.nn.norm import RMSNorm
 from mllm_jax.nn.rope import YarnConfig, frequencies, rope_table, rotate
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.self_attention import write_cache
+from mllm_jax.settings import Config, NonNegativeInt, Positive, PositiveInt
 
 
 @dataclass(frozen=True)
-class MlaConfig:
+class MlaConfig(Config):
     """
     kv_rank: values of a latent.
     nope_dim, rope_dim: values of a query and of a key without and with rotary positions; all heads share the key's
@@ -31,16 +32,17 @@ class MlaConfig:
     q_rank: rank of the queries' projection, which then has a norm in its middle; 0 = one plain projection.
     """
 
-    heads: int
-    kv_rank: int = 512
-    nope_dim: int = 128
-    rope_dim: int = 64
-    v_dim: int = 128
-    q_rank: int = 0
-    rope_theta: float = 1e4
+    heads: PositiveInt
+    kv_rank: PositiveInt = 512
+    nope_dim: PositiveInt = 128
+    rope_dim: PositiveInt = 64
+    v_dim: PositiveInt = 128
+    q_rank: NonNegativeInt = 0
+    rope_theta: Positive = 1e4
     yarn: YarnConfig | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.rope_dim % 2:
             raise ValueError(f"attention.rope_dim={self.rope_dim} must be even: rotary positions turn pairs")
 

@@ -1,6 +1,7 @@
 """A feed-forward block of experts, of which every token takes a few (arXiv 1701.06538)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from flax import linen as nn
 
@@ -9,11 +10,12 @@ from mllm_jax.nn.einsum import Einsum, Weight
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp
 from mllm_jax.nn.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.settings import Config, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.sharding import named
 
 
 @dataclass(frozen=True)
-class MoeConfig:
+class MoeConfig(Config):
     """
     experts: E; top_k: experts of a token; mlp: width of an expert.
     shared: width of an MLP that every token goes through besides (the shared experts, side by side); 0 = none.
@@ -24,26 +26,25 @@ class MoeConfig:
       good as the sum of its `group_best` best scores.
     """
 
-    experts: int
-    top_k: int
-    mlp: int
-    shared: int = 0
-    score: str = "softmax"
+    experts: PositiveInt
+    top_k: PositiveInt
+    mlp: PositiveInt
+    shared: NonNegativeInt = 0
+    score: Annotated[str, OneOf(("softmax", "sigmoid"))] = "softmax"
     bias: bool = False
     renormalise: bool = True
-    scale: float = 1.0
-    groups: int = 1
-    top_groups: int = 1
-    group_best: int = 1
-    activation: str = "silu"
+    scale: Positive = 1.0
+    groups: PositiveInt = 1
+    top_groups: PositiveInt = 1
+    group_best: PositiveInt = 1
+    activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "silu"
 
     def __post_init__(self):
-        if self.score not in ("softmax", "sigmoid"):
-            raise ValueError(f"moe.score must be 'softmax' or 'sigmoid', not {self.score!r}")
+        super().__post_init__()
         if self.experts % self.groups:
             raise ValueError(f"moe.experts={self.experts} do not divide into moe.groups={self.groups}")
         eligible = self.experts // self.groups * self.top_groups
-        if not 0 < self.top_k <= eligible or self.top_groups > self.groups:
+        if self.top_k > eligible or self.top_groups > self.groups:
             raise ValueError(
                 f"moe.top_k={self.top_k} of {eligible} experts (those of {self.top_groups} of {self.groups} groups) "
                 "cannot be chosen"

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.settings import Config, NonNegative, Positive, PositiveInt
+
 
 @dataclass(frozen=True)
-class LinearStretch:
+class LinearStretch(Config):
     """Every frequency divided by `factor` (position interpolation, arXiv 2306.15595)."""
 
-    factor: float
+    factor: Positive
     by_length: ClassVar[bool] = False
     table_scale: ClassVar[float] = 1.0
 
@@ -29,15 +31,15 @@ class LinearStretch:
 
 
 @dataclass(frozen=True)
-class NtkStretch:
+class NtkStretch(Config):
     """A base that grows with the text, once it is longer than `length` tokens ("dynamic NTK").
 
     The slowest slot then turns by as much over the whole text as it did over `length` tokens, and a little less where
     `factor` is over 1.
     """
 
-    factor: float
-    length: int
+    factor: Positive
+    length: PositiveInt
     by_length: ClassVar[bool] = True
     table_scale: ClassVar[float] = 1.0
 
@@ -49,7 +51,7 @@ class NtkStretch:
 
 
 @dataclass(frozen=True)
-class BlendedStretch:
+class BlendedStretch(Config):
     """Slots of short waves keep their frequency, of long waves have it divided, those between have a blend (Llama 3.1).
 
     factor: by how much slow frequencies are divided.
@@ -57,10 +59,10 @@ class BlendedStretch:
     slow, fast: turns within `length` up to which a frequency is divided, and from which on it is kept.
     """
 
-    factor: float
-    length: int
-    slow: float = 1.0
-    fast: float = 4.0
+    factor: Positive
+    length: PositiveInt
+    slow: Positive = 1.0
+    fast: Positive = 4.0
     by_length: ClassVar[bool] = False
     table_scale: ClassVar[float] = 1.0
 
@@ -73,7 +75,7 @@ class BlendedStretch:
 
 
 @dataclass(frozen=True)
-class ListedStretch:
+class ListedStretch(Config):
     """A divisor listed for every slot, one list for texts up to `length` tokens, one for longer ones (LongRoPE,
     arXiv 2402.13753).
 
@@ -81,10 +83,10 @@ class ListedStretch:
     table_scale: of cosines and sines.
     """
 
-    short: tuple[float, ...]
-    long: tuple[float, ...]
-    length: int
-    table_scale: float = 1.0
+    short: tuple[Positive, ...]
+    long: tuple[Positive, ...]
+    length: PositiveInt
+    table_scale: Positive = 1.0
     by_length: ClassVar[bool] = True
 
     def frequencies(self, theta: float, head_dim: int, length):
@@ -95,7 +97,7 @@ class ListedStretch:
 
 
 @dataclass(frozen=True)
-class YarnConfig:
+class YarnConfig(Config):
     """Rotary positions stretched beyond the length of the first training (YaRN, arXiv 2309.00071).
 
     Slots that turn often keep their frequency, slots that hardly turn have it divided, those between have a blend.
@@ -110,13 +112,13 @@ class YarnConfig:
     truncate: both ends of the blend are whole slots.
     """
 
-    factor: float
-    length: int
-    fast: float = 32.0
-    slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None
+    factor: Positive
+    length: PositiveInt
+    fast: Positive = 32.0
+    slow: Positive = 1.0
+    mscale: NonNegative = 0.0
+    mscale_all_dim: NonNegative = 0.0
+    attention_factor: Positive | None = None
     truncate: bool = True
     by_length: ClassVar[bool] = False
 

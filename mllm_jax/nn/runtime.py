@@ -1,10 +1,12 @@
 """How a model is computed, as opposed to what it is: nothing here changes weights or, beyond rounding, results."""
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import jax
 from flax import linen as nn
 
+from mllm_jax.settings import Config, NonNegative, OneOf
 from mllm_jax.sharding import RULES, Rules, freeze_rules, rules_of
 
 TAPS = "taps"  # what somebody who listens to modules notes of every layer; nobody does in training
@@ -15,12 +17,15 @@ REMAT = {
     "experts": jax.checkpoint_policies.save_only_these_names(*EXCHANGED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 CONTEXT = ("auto", "ring", "ulysses")
 DISPATCH = ("dropless", "capacity", "dense")
+EXCHANGE = ("auto", "even", "ragged")
+GROUPED = ("auto", "loop", "megablox", "tokamax")
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(Config):
     """
     dtype: compute dtype, "float32" or "bfloat16"; parameters have their own.
     attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
@@ -38,26 +43,16 @@ class Runtime:
     rules: axis name -> mesh axes, see sharding.py.
     """
 
-    dtype: str = "float32"
-    attention: str = "auto"
-    context: str = "auto"
-    experts: str = "dropless"
-    expert_room: float = 0.0
-    exchange: str = "auto"
-    grouped: str = "auto"
-    remat: str = "none"
+    dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
+    attention: Annotated[str, OneOf(ATTENTION)] = "auto"
+    context: Annotated[str, OneOf(CONTEXT)] = "auto"
+    experts: Annotated[str, OneOf(DISPATCH)] = "dropless"
+    expert_room: NonNegative = 0.0
+    exchange: Annotated[str, OneOf(EXCHANGE)] = "auto"
+    grouped: Annotated[str, OneOf(GROUPED)] = "auto"
+    remat: Annotated[str, OneOf(tuple(REMAT))] = "none"
     scan: bool = True
     rules: Rules = freeze_rules(RULES)
-
-    def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"runtime.dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
-        if self.context not in CONTEXT:
-            raise ValueError(f"runtime.context must be one of {CONTEXT}, not {self.context!r}")
-        if self.remat not in REMAT:
-            raise ValueError(f"runtime.remat must be one of {sorted(REMAT)}, not {self.remat!r}")
-        if self.experts not in DISPATCH:
-            raise ValueError(f"runtime.experts must be one of {DISPATCH}, not {self.experts!r}")
 
     def within(self, part: str) -> "Runtime":
         """The same, with the sharding rules of a part of the model ("encoder", "connector")."""

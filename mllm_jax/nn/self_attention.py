@@ -1,7 +1,7 @@
 """Causal self-attention of a decoder with grouped key-value heads, rotary positions and a cache."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -13,10 +13,11 @@ from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.norm import RMSNorm
 from mllm_jax.nn.rope import LAYOUTS, frequencies, longest, rope_table, rotate
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.settings import Config, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(Config):
     """Grouped-query attention (arXiv 2305.13245).
 
     rope_theta: base of the frequencies of rotary positions; None = there are no rotary positions.
@@ -30,25 +31,24 @@ class AttentionConfig:
     qkv_bias, out_bias: the projections to queries, keys and values have biases, the one back has.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float | None = 5e6
-    rope_sections: tuple[int, int, int] = (24, 20, 20)
-    rope_layout: str = "interleaved"
-    rope_dim: int = 0
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    rope_theta: Positive | None = 5e6
+    rope_sections: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] = (24, 20, 20)
+    rope_layout: Annotated[str, OneOf(tuple(LAYOUTS))] = "interleaved"
+    rope_dim: NonNegativeInt = 0
     stretch: Any = None
     qk_norm: bool = True
-    scale: float | None = None
-    softcap: float = 0.0
+    scale: Positive | None = None
+    softcap: NonNegative = 0.0
     qkv_bias: bool = False
     out_bias: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.heads % self.kv_heads:
             raise ValueError(f"attention.heads={self.heads} is not a multiple of attention.kv_heads={self.kv_heads}")
-        if self.rope_layout not in LAYOUTS:
-            raise ValueError(f"attention.rope_layout must be one of {', '.join(LAYOUTS)}, not {self.rope_layout!r}")
         turns = self.rope_dim or self.head_dim
         if self.rope_theta is not None and sum(self.rope_sections) * 2 != turns:
             name = "rope_dim" if self.rope_dim else "head_dim"

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mllm_jax.config import ConfigError, from_config_dict
 from mllm_jax.data.loader import make_loader
 from mllm_jax.model import VLM, ModelConfig, init_params
+from mllm_jax.settings import Config, Positive
 from mllm_jax.sharding import MESH_AXES, make_mesh
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.optim import OptimConfig
@@ -31,7 +32,7 @@ PERTURBATION = 0.1  # standard deviation of what is added to all weights: some w
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Config):
     """
     models: by name. data, processor: as of a run.
     balance: of the models with experts.
@@ -44,7 +45,7 @@ class Certificate:
     processor: str = SCENES
     balance: BalanceConfig = BalanceConfig("global", weight=0.01, z=0.001)
     meshes: tuple[str, ...] = MESHES
-    tolerance: float = 1e-5
+    tolerance: Positive = 1e-5
 
 
 class Measured(NamedTuple):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mllm_jax.settings import Config, NonNegative, NonNegativeInt, Positive, PositiveInt
 from mllm_jax.train.flops import peak_flops
 
 GIB = 2**30
@@ -9,7 +10,7 @@ CLOUD = "https://docs.cloud.google.com/tpu/docs"
 
 
 @dataclass(frozen=True)
-class Chip:
+class Chip(Config):
     """Of one jax device, which is a chip except on TPU7x, where it is half of one.
 
     kind: `device_kind` as jax says it; `mllm_jax.train.flops` has its bf16 peak.
@@ -24,14 +25,14 @@ class Chip:
     """
 
     kind: str
-    memory: float
-    memory_bandwidth: float
-    network: float
+    memory: Positive
+    memory_bandwidth: Positive
+    network: Positive
     sources: tuple[str, ...]
-    link: float = 0.0
-    wraps: int = 4
-    switch: float = 0.0
-    node: int = 0
+    link: NonNegative = 0.0
+    wraps: PositiveInt = 4
+    switch: NonNegative = 0.0
+    node: NonNegativeInt = 0
 
     @property
     def peak(self) -> float:

@@ -83,7 +83,9 @@ def meshes(devices: int, axes: tuple[str, ...] = MESH_AXES) -> Iterator[dict[str
 
 
 class Search:
-    """The choices of a run on a topology. Raises ConfigError for a topology without published figures.
+    """The choices of a run on a topology.
+
+    Raises ConfigError for a topology without published figures, and for patterns that match no weight.
 
     Args:
       topology: of `get_topology`.
@@ -91,7 +93,10 @@ class Search:
 
     def __init__(self, run: Run, topology: Topology):
         self.run, self.topology, self.chip = run, topology, chip_of(topology)
-        self.shapes = read_shapes(run)
+        try:
+            self.shapes = read_shapes(run)
+        except ValueError as error:  # of patterns that no weight has
+            raise ConfigError(str(error)) from error
 
     def rank(self, report: Callable[[float], None] = lambda share: None) -> Found:
         """Estimates every mesh with every remat policy, in seconds, each under the first vision rule that divides.

@@ -7,7 +7,7 @@ arXiv 2101.03961). Padding counts nowhere. Gradients flow through P alone.
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.nn.stack import segments
+from mllm_jax.settings import Config, NonNegative, OneOf
 from mllm_jax.types import Array, Batch, Routing
 
 LOSSES = ("none", "micro", "sequence", "global")
 
 
 @dataclass(frozen=True)
-class BalanceConfig:
+class BalanceConfig(Config):
     """
     loss: over which tokens f and P are taken.
       "micro": those of one row of the batch, averaged over rows.
@@ -36,15 +37,11 @@ class BalanceConfig:
       was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
     """
 
-    loss: str = "none"
-    weight: float = 0.001
+    loss: Annotated[str, OneOf(LOSSES)] = "none"
+    weight: NonNegative = 0.001
     exact: bool = True
-    z: float = 0.0
-    rate: float = 0.0
-
-    def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"balance.loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+    z: NonNegative = 0.0
+    rate: NonNegative = 0.0
 
     def counts_first(self, accumulate: int) -> bool:
         """Whether a forward pass counts the choices of a whole batch before the first of its parts has a gradient."""

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from mllm_jax.config import suggestion
 from mllm_jax.data.captions import Captions
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.record_parts import MEDIA
-from mllm_jax.data.scenes import DEFAULT_KINDS, Scenes
+from mllm_jax.data.scenes import DEFAULT_KINDS, KINDS, Scenes
 from mllm_jax.data.video import SAMPLINGS
+from mllm_jax.settings import Config, Fraction, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt, Range, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     """The shape of a batch, and how conversations come into it.
 
     batch: rows of a batch, over all processes and accumulated parts.
@@ -31,37 +33,33 @@ class DataConfig:
     window, workers, processes, prefetch, strict, max_bad: see `mllm_jax.data.loader.make_loader`.
     """
 
-    batch: int = 8
-    tokens: int = 4096
-    rows: int = 4
-    patches: int = 4096
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    missing_rows: float = 0.0
-    fps: float | None = None
-    max_frames: int | None = None
-    sampling: str | None = None
+    batch: PositiveInt = 8
+    tokens: PositiveInt = 4096
+    rows: NonNegativeInt = 4
+    patches: NonNegativeInt = 4096
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    missing_rows: Fraction = 0.0
+    fps: Positive | None = None
+    max_frames: PositiveInt | None = None
+    sampling: Annotated[str, OneOf(SAMPLINGS)] | None = None
     user_content_tokens: bool | None = None
-    seed: int = 0
-    epochs: int | None = None
+    seed: Seed = 0
+    epochs: PositiveInt | None = None
     blind: bool = False
-    streams: int | None = None
-    window: float = 4.0
-    workers: int = 2
-    processes: int = 0
-    prefetch: int = 2
+    streams: PositiveInt | None = None
+    window: Positive = 4.0
+    workers: NonNegativeInt = 2
+    processes: NonNegativeInt = 0
+    prefetch: NonNegativeInt = 2
     strict: bool = False
-    max_bad: float = 0.05
+    max_bad: Fraction = 0.05
 
     def __post_init__(self):
-        for name, least in {"batch": 1, "tokens": 1, "rows": 0, "patches": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
-        if not 0 <= self.missing_rows <= 1:
-            raise ValueError(f"missing_rows={self.missing_rows}: it must lie between 0 and 1")
-        if self.sampling not in (None, *SAMPLINGS):
-            raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLINGS)}")
-        if self.streams is not None and (self.streams < 1 or self.batch % self.streams):
+        super().__post_init__()
+        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} must not be more than max_pixels={self.max_pixels}")
+        if self.streams is not None and self.batch % self.streams:
             raise ValueError(f"streams={self.streams} must divide batch={self.batch}")
 
     @property
@@ -69,14 +67,30 @@ class DataConfig:
         return Budget(self.tokens, 0 if self.blind else self.rows, self.patches)
 
 
+Cells = Annotated[int, Range(least=3)]  # of a side of a drawn picture
+
+
+def _check_cells(least: int, most: int) -> None:
+    if least > most:
+        raise ValueError(f"min_cells={least} must not be more than max_cells={most}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScenesData(DataConfig):
     """Pictures and clips that are drawn on the fly (see `mllm_jax.data.scenes`)."""
 
-    kinds: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_KINDS))
-    cell: int = 16
-    min_cells: int = 3
-    max_cells: int = 5
+    kinds: Mapping[str, NonNegative] = field(default_factory=lambda: dict(DEFAULT_KINDS))
+    cell: PositiveInt = 16
+    min_cells: Cells = 3
+    max_cells: Cells = 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := sorted(set(self.kinds) - set(KINDS)):
+            raise ValueError(f"kinds: there is no {unknown[0]!r}; {suggestion(unknown[0], KINDS)}")
+        if not any(self.kinds.values()):
+            raise ValueError(f"kinds={dict(self.kinds)} ask nothing: give at least one kind a share above 0")
+        _check_cells(self.min_cells, self.max_cells)
 
     def source(self, split: str = "train") -> Any:
         """The conversations of "train" or "heldout"."""
@@ -91,10 +105,14 @@ class CaptionsData(DataConfig):
     false: share of the captions to train on that name an absent thing; held-out ones are true.
     """
 
-    false: float = 0.0
-    cell: int = 16
-    min_cells: int = 3
-    max_cells: int = 5
+    false: Fraction = 0.0
+    cell: PositiveInt = 16
+    min_cells: Cells = 3
+    max_cells: Cells = 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_cells(self.min_cells, self.max_cells)
 
     def source(self, split: str = "train") -> Any:
         """The captions of "train" or "heldout"."""

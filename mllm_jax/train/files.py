@@ -7,11 +7,12 @@ from typing import Any
 from mllm_jax.config import ConfigError, suggestion, told
 from mllm_jax.data.mixture import Mixture, tempered
 from mllm_jax.data.sources import Conversations, open_source
+from mllm_jax.settings import Config, NonNegative, NonNegativeInt, Positive
 from mllm_jax.train.data_config import DataConfig, WithoutPictures
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
+class Files(Config):
     """Conversations and documents in files: JSON, ArrayRecord, WebDataset, Parquet or TFDS.
 
     path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`.
@@ -53,7 +54,7 @@ class FilesData(Files, DataConfig):
 class Part(Files):
     """One set of a mixture. weight: how often it is drawn from, relative to the others; 0 = not at all."""
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,13 @@ class MixtureData(DataConfig):
     """
 
     sources: Mapping[str, Part] = field(default_factory=dict)
-    temperature: float | None = None
-    curriculum: tuple[tuple[int, Mapping[str, float]], ...] = ()
+    temperature: Positive | None = None
+    curriculum: tuple[tuple[NonNegativeInt, Mapping[str, NonNegative]], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
         if self.epochs is not None:
             raise ValueError("a mixture has no epochs; optim.steps ends the run")
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be more than 0")
         for step, changed in self.curriculum:
             if unknown := sorted(set(changed) - set(self.sources)):
                 known = suggestion(unknown[0], self.sources)

@@ -13,6 +13,8 @@ from mllm_jax.nn.sight import cap
 from mllm_jax.sharding import Rules, join_rows, shard, split_rows, ways
 from mllm_jax.types import Array, Batch
 
+WEIGHTINGS = ("token", "sqrt")
+
 
 def sample_weights(batch: Batch, weighting: str) -> Array:
     """The loss weight of every target, f32[B T].
@@ -23,8 +25,8 @@ def sample_weights(batch: Batch, weighting: str) -> Array:
     """
     if weighting == "token":
         return batch.weight
-    if weighting != "sqrt":
-        raise ValueError(f"weighting must be 'token' or 'sqrt', not {weighting!r}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting={weighting!r}: must be one of {', '.join(WEIGHTINGS)}.")
     counts = sum_segments(batch.weight != 0, batch.segment)
     own = jnp.take_along_axis(counts, jnp.maximum(batch.segment - 1, 0), axis=1)
     return batch.weight * jax.lax.rsqrt(jnp.maximum(own, 1).astype(jnp.float32))

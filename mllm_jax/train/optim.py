@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax.numpy as jnp
 import optax
@@ -10,6 +11,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers
 
 from mllm_jax.paths import check_patterns, first_found
+from mllm_jax.settings import (
+    Config,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    OneOf,
+    Pattern,
+    Positive,
+    PositiveInt,
+    Range,
+)
 
 SCHEDULES = {
     "constant": lambda t: jnp.ones_like(t),
@@ -19,8 +31,11 @@ SCHEDULES = {
 }
 
 
+Decay = Annotated[float, Range(least=0, below=1)]  # of a running mean
+
+
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Config):
     """
     name: "adamw", "muon" (matrices of layers; AdamW for the rest) or "adafactor".
     schedule: "cosine", "linear", "constant", or "step" (divided by the square root of 10 after one half and again after
@@ -34,26 +49,23 @@ class OptimConfig:
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
     """
 
-    name: str = "adamw"
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup: int = 0
-    steps: int = 1000
-    final: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    factors: tuple[tuple[str, float], ...] = ()
-    freeze: tuple[str, ...] = ()
+    name: Annotated[str, OneOf(lambda: RULES)] = "adamw"
+    learning_rate: NonNegative = 1e-4
+    schedule: Annotated[str, OneOf(tuple(SCHEDULES))] = "cosine"
+    warmup: NonNegativeInt = 0
+    steps: PositiveInt = 1000
+    final: Fraction = 0.0
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    clip: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
+    factors: tuple[tuple[Pattern, NonNegative], ...] = ()
+    freeze: tuple[Pattern, ...] = ()
 
     def __post_init__(self):
-        if self.name not in RULES:
-            raise ValueError(f"optim.name must be one of {sorted(RULES)}, not {self.name!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule must be one of {sorted(SCHEDULES)}, not {self.schedule!r}")
-        if not 0 <= self.warmup <= self.steps:
+        super().__post_init__()
+        if self.warmup > self.steps:
             raise ValueError(f"optim.warmup={self.warmup} must lie within optim.steps={self.steps}")
 
 

@@ -4,16 +4,18 @@ Arrays are f32[B T], of the tokens of answers; `real` bool[B T] says which these
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.settings import Config, Finite, Fraction, NonNegative, OneOf, Positive, PositiveInt, Range
 from mllm_jax.train.preference import BASE, FIRST
 from mllm_jax.types import Array
 
 
 @dataclass(frozen=True)
-class PpoConfig:
+class PpoConfig(Config):
     """Numbers are those of LLaVA-RLHF, unless said otherwise.
 
     reward: folder of a run that trained a reward model (`train.reward.learn`), or name of such a stage; "" = no PPO.
@@ -30,29 +32,18 @@ class PpoConfig:
     """
 
     reward: str = ""
-    new_tokens: int = 64
-    epochs: int = 2
-    minibatches: int = 2
-    kl: float = 0.1
-    reference: str = FIRST
-    clip: float = 0.2
-    clip_value: float = 0.2
-    value: float = 0.1
-    gamma: float = 1.0
-    lam: float = 1.0
-    unfinished: float = -8.0
-    length: float = 0.0
-
-    def __post_init__(self):
-        for name in ("new_tokens", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if not 0 < self.clip < 1 or self.clip_value <= 0:
-            raise ValueError(f"clip={self.clip} must lie between 0 and 1, clip_value={self.clip_value} above 0")
-        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1) or min(self.kl, self.value) < 0:
-            raise ValueError("gamma and lam must lie in [0, 1], and kl and value must not be negative")
-        if self.reference not in (FIRST, BASE):
-            raise ValueError(f"reference={self.reference!r} must be {FIRST!r} or {BASE!r}")
+    new_tokens: PositiveInt = 64
+    epochs: PositiveInt = 2
+    minibatches: PositiveInt = 2
+    kl: NonNegative = 0.1
+    reference: Annotated[str, OneOf((FIRST, BASE))] = FIRST
+    clip: Annotated[float, Range(above=0, below=1)] = 0.2
+    clip_value: Positive = 0.2
+    value: NonNegative = 0.1
+    gamma: Fraction = 1.0
+    lam: Fraction = 1.0
+    unfinished: Finite = -8.0
+    length: Finite = 0.0
 
     @property
     def updates(self) -> int:

@@ -6,17 +6,19 @@ is that log-probability less the reference's. All losses are elementwise over wh
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.settings import Config, Finite, NonNegative, Positive, Range
 from mllm_jax.types import Array
 
 BASE, FIRST, NONE = REFERENCES = ("base", "first", "none")
 
 
 @dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(Config):
     """
     dpo, ipo, bco, sft: weights of the losses, of which a run minimises the sum; all 0 = it has no pairs. DPO is dpo=1,
       MPO of InternVL dpo=0.8, bco=0.2, sft=1 (arXiv 2411.10442).
@@ -29,24 +31,19 @@ class PreferenceConfig:
       "none", nothing (SimPO has none, an average and a margin); or a file of `python -m mllm_jax.train.reference`.
     """
 
-    dpo: float = 0.0
-    ipo: float = 0.0
-    bco: float = 0.0
-    sft: float = 0.0
-    beta: float = 0.1
-    smoothing: float = 0.0
-    margin: float = 0.0
+    dpo: NonNegative = 0.0
+    ipo: NonNegative = 0.0
+    bco: NonNegative = 0.0
+    sft: NonNegative = 0.0
+    beta: Positive = 0.1
+    smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0
+    margin: Finite = 0.0
     average: bool = False
-    changed: float = 1.0
+    changed: Positive = 1.0
     reference: str = FIRST
 
     def __post_init__(self):
-        if min(self.dpo, self.ipo, self.bco, self.sft) < 0:
-            raise ValueError("weights of losses must not be negative")
-        if self.beta <= 0 or self.changed <= 0:
-            raise ValueError(f"beta={self.beta} and changed={self.changed} must be more than 0")
-        if not 0 <= self.smoothing < 0.5:
-            raise ValueError(f"smoothing={self.smoothing} must be at least 0 and less than 0.5")
+        super().__post_init__()
         if not self.reference:
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, or a file")
 

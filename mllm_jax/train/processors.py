@@ -1,6 +1,7 @@
 """The processor of a run, of the kind of its model; it must fit it."""
 
 import dataclasses
+from typing import Any
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.dual_processor import DualProcessor
@@ -66,16 +67,23 @@ def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Proces
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
     if source == SCENES:
-        spec = dataclasses.replace(spec, **limits)
         tokenizer = Tokenizer(scenes_tokenizer(), {"eos_token": SEEING.end_of_turn})
-        return _checked(Processor(tokenizer, ChatTemplate(SCENES_TEMPLATE), spec), model)
+        return _checked(_limited(Processor(tokenizer, ChatTemplate(SCENES_TEMPLATE), spec), limits), model)
     if not source:
         raise ConfigError("config.processor must name a folder with a tokenizer and a chat template")
     try:
         published = Processor.from_folder(local_folder(source), spec)
     except FileNotFoundError as error:
         raise ConfigError(f"config.processor: {error}") from error
-    return _checked(published.with_spec(**limits), model)
+    return _checked(_limited(published, limits), model)
+
+
+def _limited(processor: Processor, limits: dict[str, Any]) -> Processor:
+    """The processor with what `config.data` sets of its spec."""
+    try:
+        return processor.with_spec(**limits)
+    except ValueError as error:
+        raise ConfigError(f"config.data: {error}") from error
 
 
 def _id(token: int | None) -> int:
@@ -90,6 +98,7 @@ def _checked(processor: Processor, model: ModelConfig) -> Processor:
             "patch_size": (spec.patch, wanted.patch),
             "temporal_patch_size": (spec.temporal_patch, wanted.temporal_patch),
             "merge": (spec.merge, wanted.merge),
+            "the number of values in a patch": (spec.layout["values"], model.patch_values),
             "the id of image tokens": (_id(processor.image_id), model.tokens.image),
             "the id of video tokens": (_id(processor.video_id), model.tokens.video),
         }

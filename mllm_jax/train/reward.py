@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.model import VLM, ModelConfig
+from mllm_jax.settings import Config, NonNegative
 from mllm_jax.train.loss import sum_segments
 from mllm_jax.train.objective import dropout
 from mllm_jax.train.pairs import in_pairs
@@ -19,7 +20,7 @@ PROMPT = "Is this answer true of what is shown? Is it helpful, and short? These 
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Config):
     """
     learn: whether the run trains a reward model, from pairs of a chosen and a rejected answer.
     centre: weight of the square of the sum of a pair's rewards, which holds them around zero (arXiv 2312.09244).
@@ -28,7 +29,7 @@ class RewardConfig:
     """
 
     learn: bool = False
-    centre: float = 0.001
+    centre: NonNegative = 0.001
     prompt: str = PROMPT
 
 

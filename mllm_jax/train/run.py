@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import optax
 from jax.sharding import Mesh
@@ -26,11 +26,13 @@ from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.nn.value import NAME as VALUE_HEAD
-from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, freeze_rules
+from mllm_jax.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
+from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, MeshAxes, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.data_config import CaptionsData, DataConfig, ScenesData
 from mllm_jax.train.dual_step import make_contrastive_step
 from mllm_jax.train.files import FilesData, MixtureData
+from mllm_jax.train.loss import WEIGHTINGS
 from mllm_jax.train.objective import CrossEntropy
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.pairs import PairObjective
@@ -51,11 +53,12 @@ PARTS = {
         *(FilesData, MixtureData, ScenesData, CaptionsData),
     )
 }
+AxisSize = Annotated[int, Range(least=1, also=(-1,))]  # of a mesh
 PARTS_OF_STAGES = ("data", "optim", "lora", "train", "mesh")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """
     seed: of random parameters, and of what dropout leaves out.
     accumulate: parts that a batch is worked off in, to save memory; the result is that of the whole batch.
@@ -79,21 +82,21 @@ class TrainConfig:
     async_gathers: TPUs gather weights with options that only some accept: at your risk, see mllm_jax/train/compiler.py.
     """
 
-    seed: int = 0
-    accumulate: int = 1
-    weighting: str = "token"
-    loss_chunk: int = 512
-    log_every: int = 10
-    evaluate_every: int = 0
-    heldout: int = 256
-    save_every: int = 500
-    keep: int = 3
+    seed: Seed = 0
+    accumulate: PositiveInt = 1
+    weighting: Annotated[str, OneOf(WEIGHTINGS)] = "token"
+    loss_chunk: PositiveInt = 512
+    log_every: NonNegativeInt = 10
+    evaluate_every: NonNegativeInt = 0
+    heldout: PositiveInt = 256
+    save_every: NonNegativeInt = 500
+    keep: PositiveInt = 3
     verify: bool = True
-    save_local_every: int = 0
+    save_local_every: NonNegativeInt = 0
     local: str = ""
     spikes: SpikeConfig = SpikeConfig()
-    patience: int = 10
-    watchdog: float = 600.0
+    patience: PositiveInt = 10
+    watchdog: Annotated[float, Range(least=0, hint="Set 0 for no watchdog.")] = 600.0
     balance: BalanceConfig = BalanceConfig()
     preference: PreferenceConfig = PreferenceConfig()
     reward: RewardConfig = RewardConfig()
@@ -101,8 +104,7 @@ class TrainConfig:
     async_gathers: bool = False
 
     def __post_init__(self):
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate={self.accumulate} must be 1 or more")
+        super().__post_init__()
         if self.save_local_every and not self.local:
             raise ValueError("save_local_every needs local=FOLDER, on a disk of each process's own")
         others = {"preference": self.preference.has_pairs, "reward": self.reward.learn, "ppo": bool(self.ppo.reward)}
@@ -120,7 +122,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Config):
     """What a part of a run does otherwise than the rest; what is None is that of the run (see `mllm_jax.train.stages`).
 
     after: the stage whose weights it begins with, "" = those of `init`; None = the one that is named before it.
@@ -132,11 +134,11 @@ class Stage:
     optim: OptimConfig | None = None
     lora: LoraConfig | None = None
     train: TrainConfig | None = None
-    mesh: Mapping[str, int] | None = None
+    mesh: Mapping[str, AxisSize] | None = None
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Config):
     """
     model: ModelConfig, or DualConfig, which is trained on pairs of a picture and a text; its runtime's sharding rules
       are those of `rules`.
@@ -164,8 +166,8 @@ class Run:
     parts: Mapping[str, str] = field(default_factory=dict)
     processor: str = ""
     preset: str = "fsdp"
-    mesh: Mapping[str, int] = field(default_factory=dict)
-    rules: Mapping[str, Any] = field(default_factory=dict)
+    mesh: Mapping[str, AxisSize] = field(default_factory=dict)
+    rules: Mapping[str, Annotated[Any, MeshAxes()]] = field(default_factory=dict)
     stages: Mapping[str, Stage] = field(default_factory=dict)
 
     @property
@@ -280,6 +282,11 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
         raise ConfigError(f"{path}.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
     if whole.model.encoder is None and run.data.budget.rows:
         raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
+    if isinstance(whole.model, ModelConfig) and run.data.budget.rows and run.data.patches % whole.model.merge**2:
+        raise ConfigError(
+            f"{path}.data.patches={run.data.patches} must be a multiple of {whole.model.merge**2}: "
+            f"config.model.connector makes a visual token of {whole.model.merge} x {whole.model.merge} patches"
+        )
     preference = run.train.preference
     if preference.has_pairs and preference.reference == BASE and (not run.lora.rank or run.lora.train):
         raise ConfigError(

@@ -7,26 +7,22 @@ stopped and goes on decides as one that was not.
 import collections
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from mllm_jax.settings import Config, NonNegativeInt, PositiveInt, Range
 
 
 @dataclass(frozen=True)
-class SpikeConfig:
+class SpikeConfig(Config):
     """
     factor: a loss of more than so many times the median of the last ones is a spike; 0 = nothing is.
     window: how many losses before a step the median is of; until there are so many nothing is a spike.
     rewinds: at most so many in a run; later spikes are only reported.
     """
 
-    factor: float = 0.0
-    window: int = 50
-    rewinds: int = 10
-
-    def __post_init__(self):
-        if self.factor and self.factor <= 1:
-            raise ValueError(f"factor={self.factor} must be over 1 (3.0, say), or 0 for no rule")
-        if self.window < 1:
-            raise ValueError(f"window={self.window} must be 1 or more")
+    factor: Annotated[float, Range(above=1, also=(0,), hint="Set 3.0, say, or 0 for no rule.")] = 0.0
+    window: PositiveInt = 50
+    rewinds: NonNegativeInt = 10
 
 
 class Spike(Exception):

@@ -1,0 +1,205 @@
+"""Types of settings: numbers in a range, one of several words, regular expressions. Configs check them when made.
+
+    @dataclass(frozen=True)
+    class OptimConfig(Config):
+        learning_rate: NonNegative = 1e-4
+        clip: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
+
+    OptimConfig(clip=-1)  # ValueError: OptimConfig.clip=-1: must be at least 0. Set 0 for no clipping.
+
+`mllm_jax.config` checks the same annotations with the path of a setting, and command lines with the name of a flag.
+"""
+
+import argparse
+import functools
+import math
+import numbers
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+SHOWN = 80  # characters of a value in an error
+KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), str: (str, "a text")}
+
+
+class Constraint:
+    """What an annotation states beside a type, as `Annotated[type, constraint]`."""
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value of the right type, as a sentence without its subject; None where nothing is."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Range(Constraint):
+    """Numbers within bounds. NaN and infinity are never inside.
+
+    least, most: bounds that are allowed themselves. above, below: bounds that are not.
+    also: values that are allowed besides.
+    hint: a sentence for the error, on what to set instead.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    also: tuple[float, ...] = ()
+    hint: str = ""
+
+    def fault(self, value: Any) -> str | None:
+        if (self.least <= value <= self.most and self.above < value < self.below) or value in self.also:
+            return None
+        words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
+        stated = " and ".join(f"{word} {bound}" for word, bound in words.items() if abs(bound) < math.inf)
+        if not -math.inf < value < math.inf:
+            stated = f"finite and {stated}" if stated else "finite"
+        needed = ", or ".join([stated, *map(str, self.also)])
+        return f"must be {needed}. {self.hint}".rstrip()
+
+
+@dataclass(frozen=True)
+class OneOf(Constraint):
+    """Words of a list. `words` is a function where the table of the words is defined below the config."""
+
+    words: tuple[str, ...] | Callable[[], Iterable[str]]
+
+    def fault(self, value: Any) -> str | None:
+        words = self.words() if callable(self.words) else self.words
+        return None if value in words else f"must be one of {', '.join(words)}."
+
+
+@dataclass(frozen=True)
+class Regex(Constraint):
+    """Regular expressions of Python's `re`."""
+
+    def fault(self, value: Any) -> str | None:
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            return f"is no regular expression: {error}."
+
+
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(least=0, most=1)]
+PositiveInt = Annotated[int, Range(least=1)]
+NonNegativeInt = Annotated[int, Range(least=0)]
+Int = Annotated[int, Range()]
+TokenId = Annotated[int, Range(least=-1, hint="Set -1 for none.")]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
+Pattern = Annotated[str, Regex()]
+
+
+class Config:
+    """Base of the dataclasses of settings. Making one checks every field whose annotation states a constraint.
+
+    A subclass with a `__post_init__` of its own, for what fields have to do with each other, calls this one's first.
+
+    Raises:
+      ValueError: a value is of another type or breaks its constraint; the message begins with `Class.field=value`.
+    """
+
+    def __post_init__(self):
+        for name, path, check in _checks(type(self)):
+            check(getattr(self, name), path)
+
+
+@functools.cache
+def _checks(cls: type) -> list[tuple[str, str, Callable[[Any, str], None]]]:
+    """(name, name with the class, check) of the fields that state a constraint."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    named = ((field.name, checker(hints[field.name])) for field in fields(cls))
+    return [(name, f"{cls.__name__}.{name}", check) for name, check in named if check]
+
+
+@functools.cache
+def checker(hint: Any) -> Callable[[Any, str], None] | None:
+    """`check(value, path)` for an annotation, which raises ValueError; None where the annotation states no constraint.
+
+    Constraints are found inside of optional types, tuples and the values of mappings.
+    """
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return functools.partial(_check_value, hint.__origin__, hint.__metadata__)
+    if not any(map(checker, options)):
+        return None
+    if origin in (typing.Union, types.UnionType):
+        (option,) = (option for option in options if option is not types.NoneType)
+        return functools.partial(_check_optional, checker(option))
+    if origin is tuple:
+        return functools.partial(_check_tuple, tuple(map(checker, options)), options[-1] is Ellipsis, type_name(hint))
+    return functools.partial(_check_mapping, checker(options[1]))
+
+
+def _check_value(kind: type, constraints: tuple[Constraint, ...], value: Any, path: str) -> None:
+    if type(value) is not kind and kind in KINDS:
+        wanted, name = KINDS[kind]
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{path}={_shown(value)}: needs {name}.")
+    for constraint in constraints:
+        if fault := constraint.fault(value):
+            raise ValueError(f"{path}={_shown(value)}: {fault}")
+
+
+def _check_optional(check: Callable, value: Any, path: str) -> None:
+    if value is not None:
+        check(value, path)
+
+
+def _check_tuple(checks: tuple[Callable | None, ...], any_length: bool, hint: str, value: Any, path: str) -> None:
+    if not isinstance(value, (tuple, list)) or not (any_length or len(value) == len(checks)):
+        raise ValueError(f"{path}={_shown(value)}: needs {hint}.")
+    for number, item in enumerate(value):
+        if check := checks[0 if any_length else number]:
+            check(item, f"{path}[{number}]")
+
+
+def _check_mapping(check: Callable, value: Any, path: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}={_shown(value)}: needs names with values.")
+    for name, item in value.items():
+        check(item, f"{path}.{name}")
+
+
+def type_name(hint: Any) -> str:
+    """An annotation as people write it, without its constraints."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return type_name(hint.__origin__)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(type_name, options))
+    if options:
+        return f"{origin.__name__}[{', '.join(map(type_name, options))}]"
+    return {Ellipsis: "...", types.NoneType: "None"}.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def check(hint: Any, value: Any, name: str) -> None:
+    """Raises ValueError, which begins with `name=value`, for a value that breaks the constraint of an annotation."""
+    checker(hint)(value, name)
+
+
+def argument(hint: Any) -> Callable[[str], Any]:
+    """The `type` of a flag of argparse whose value is a number of an annotation, such as `PositiveInt`."""
+
+    def read(text: str) -> Any:
+        kind = hint.__origin__
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: needs {KINDS[kind][1]}.") from error
+        try:
+            check(hint, value, "")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("=")) from error
+        return value
+
+    return read
