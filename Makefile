@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test check slow clean
+.PHONY: help demo test check slow lowest clean
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -31,6 +31,9 @@ slow: .venv/.installed-test  ## the tests that take minutes
 check: test  ## the tests, and the style of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lowest: $(BIN)/python  ## the tests of each dependency with the lowest version that setup.py allows
+	$(BIN)/python tests/lowest.py .venv/lowest
 
 clean:  ## remove the environment, caches and the demo's output
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis demo build *.egg-info

@@ -1,4 +1,7 @@
-"""Metadata and dependencies. Development versions that were tested together are listed in CONTRIBUTING.md."""
+"""Metadata and dependencies.
+
+Every lower bound was tried (`make lowest`). CONTRIBUTING.md lists them beside the versions of development.
+"""
 
 from setuptools import find_packages, setup
 
@@ -13,10 +16,10 @@ setup(
     packages=find_packages(include=["mllm_jax", "mllm_jax.*"]),
     package_data={"mllm_jax": ["**/*.jinja", "**/*.html"]},
     install_requires=[
-        "jax>=0.10,<0.13",
+        "jax>=0.10.1,<0.13",  # with 0.10.0 grain warns at every start
         "flax>=0.12.8,<0.14",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
+        "orbax-checkpoint>=0.12.3",  # older ones do not mark a checkpoint as whole
         "grain>=0.2.18",
         "array_record>=0.8.1",
         "msgpack>=1.0.8",
@@ -25,11 +28,10 @@ setup(
         "ml-collections>=1.0",
         "tensorflow-datasets>=4.9.9",
         "absl-py>=2.1",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "pillow>=11.3",  # AVIF is built in, and TIFF states its size upright
         "tokenizers>=0.21",
         "jinja2>=3.1.6",
-        "safetensors>=0.5",
         "huggingface_hub>=0.30",
         "tensorboardX>=2.6.2",
         "rich>=13",
@@ -38,10 +40,12 @@ setup(
     extras_require={
         "video": ["av>=17"],
         "heic": ["pillow-heif>=1.0"],
-        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],  # for folders with a tokenizer.model alone
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
-        "plan": ["jax[tpu]>=0.10,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU
-        "cuda": ["jax[cuda13]>=0.10,<0.13", "tokamax>=0.0.12"],
+        # For folders with a tokenizer.model alone. With an older protobuf TFDS is not importable (before 6.31), and grain
+        # warns at every start.
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=6.32"],
+        "tpu": ["jax[tpu]>=0.10.1,<0.13"],
+        "plan": ["jax[tpu]>=0.10.1,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU
+        "cuda": ["jax[cuda13]>=0.10.1,<0.13", "tokamax>=0.0.12"],
         "test": [
             "av>=17",
             "pillow-heif>=1.0",
@@ -53,7 +57,8 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
-            "ruff>=0.9",
+            "ruff>=0.13",
+            "safetensors>=0.8",
             "sentencepiece>=0.2",
             "kubeflow-trainer-api>=2.3",  # models of JobSet, Job and Pod
         ],
