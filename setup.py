@@ -40,8 +40,8 @@ setup(
     extras_require={
         "video": ["av>=17"],
         "heic": ["pillow-heif>=1.0"],
-        # For folders with a tokenizer.model alone. With an older protobuf TFDS is not importable (before 6.31), and grain
-        # warns at every start.
+        # For folders with a tokenizer.model alone. Beside an older protobuf TFDS is not importable (5), or grain warns
+        # at every start (6.31).
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=6.32"],
         "tpu": ["jax[tpu]>=0.10.1,<0.13"],
         "plan": ["jax[tpu]>=0.10.1,<0.13"],  # the TPU compiler (libtpu) of jax's own choice; it needs no TPU

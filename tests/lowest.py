@@ -1,4 +1,6 @@
-"""Tests each dependency with the lowest version that setup.py allows: `make lowest` runs `python tests/lowest.py FOLDER`.
+"""Tests each dependency with the lowest version that setup.py allows. `make lowest` runs it.
+
+    python tests/lowest.py FOLDER
 
 uv resolves the direct dependencies to their lowest versions, in two virtual environments below FOLDER: "package" has
 what the package itself requires, "test" also what tests compare with, which asks for newer versions of a few. torch is

@@ -221,10 +221,10 @@ SHAPES = pytest.mark.parametrize(
     ],
     ids=["decoder", "latent", "so400m", "large"],
 )
-NEEDS_TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install mllm_jax[tpu]")
+NEEDS_TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[tpu]'")
 NEEDS_GPU = pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="needs pip install mllm_jax[cuda]",
+    reason="needs pip install -e '.[cuda]'",
 )
 
 

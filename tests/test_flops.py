@@ -155,4 +155,6 @@ def test_utilisation():
     assert mfu(flops, 2.0, 4, "TPU v5p") == pytest.approx(total / 8 / 459e12)
     assert mfu(flops, 2.0, 4, "cpu") is None
     assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("NVIDIA L40S") is None
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v6 lite") == 918e12

@@ -389,7 +389,7 @@ def check_fsdp(report, excess=0.0):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[plan])")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
 def test_plans_a_tpu():
     report = ahead_of_time("v5p:2x2x1", {"fsdp": 4})
     assert report["device_kind"] == "TPU v5" and report["devices"] == 4
@@ -399,7 +399,7 @@ def test_plans_a_tpu():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[plan])")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
 def test_a_tpu_compiles_adapters_of_experts():
     """Whose rank is narrower than what its registers hold."""
     report = ahead_of_time("v5p:2x2x1", {"fsdp": 2, "expert": 2}, "experts", "adapters")
@@ -407,7 +407,7 @@ def test_a_tpu_compiles_adapters_of_experts():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install mllm_jax[plan])")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
 def test_a_tpu_exchanges_the_tokens_that_there_are():
     """There and back, forward, recomputed and backward, two choices of every token, in each of three layers."""
     report = ahead_of_time("v5p:2x2x1", {"fsdp": 2, "expert": 2}, "experts")
@@ -421,7 +421,7 @@ CUDA = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CUDA is None, reason="needs the CUDA plugin (pip install mllm_jax[cuda])")
+@pytest.mark.skipif(CUDA is None, reason="needs the CUDA plugin (pip install -e '.[cuda]')")
 def test_plans_a_gpu():
     report = ahead_of_time("h200:8", {"fsdp": 8})
     assert report["device_kind"] == "NVIDIA H200" and report["devices"] == 8
@@ -446,6 +446,11 @@ def test_plans_a_gpu():
         "v5p:2x2x1*none",
         "v6e:2x2x2",
         "cpu:4096",
+        "v6e:3x3",
+        "v6e:1x2",
+        "v6e:0x2",
+        "v6e:2xa",
+        "v5p:1x1x1",
         "",
     ],
 )

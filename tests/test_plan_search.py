@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import html.parser
+import importlib.util
 import json
 import math
 import re
@@ -34,6 +35,9 @@ from mllm_jax.plan.moves import traffic
 from mllm_jax.plan.page import Chosen, write_page
 from mllm_jax.plan.portion import Portion, read_shapes
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
+from mllm_jax.plan.text import duration
+from mllm_jax.plan.topology import GPUS, TPUS, get_topology
+from mllm_jax.plan.topology import KNOWN as KNOWN_DEVICES
 from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.optim import OptimConfig, make_optimizer, split
@@ -422,6 +426,20 @@ def test_the_best_are_compiled_until_enough_fit(fake, search, found):
     assert len(fake.compiled) == 1  # no time for a second one
 
 
+def test_what_does_not_fit_is_in_the_order_of_its_size(fake, search, found):
+    """The smallest is shown; estimates are trusted to within a factor, so it is compiled where it may fit."""
+    memory = min(candidate.planned.peak for candidate in found.candidates)
+    small = lambda candidate, share: candidate._replace(memory=share * memory)
+    for share, grown, compiled, fits in ((0.5, 1.0, 0, False), (0.9, 0.8, 1, True), (0.9, 1.0, 1, False)):
+        fake.grown, fake.compiled = grown, []
+        candidates = sorted((small(one, share) for one in found.candidates), key=lambda candidate: candidate.rank)
+        peaks = [candidate.planned.peak for candidate in candidates]
+        assert peaks == sorted(peaks) and not candidates[0].fits
+        best, *_ = search.compile_best(found._replace(candidates=candidates), 1, 0.0, lambda mesh: None).candidates
+        assert len(fake.compiled) == compiled and best.fits == fits
+        assert ("does not fit" in summary(best, 1)) != fits
+
+
 def test_a_dense_model_has_no_expert_axis(fake):
     found = Search(published("8b", batch=128, rows=0), a_topology("v6e:4x4")).rank()
     assert not any("expert" in dict(candidate.choice.mesh) for candidate in found.candidates)
@@ -469,7 +487,56 @@ def test_a_summary_says_whether_it_fits(found):
     assert "planned step" in text and "MFU" in text and "bound by" in text and "measured" not in text
     worst = summary(found.candidates[-1], 1)
     assert worst.startswith("does not fit: ") and "lower data.batch" in worst
-    assert summary(found.candidates[0]._replace(refused="no room"), 1) == "does not fit: no room"
+    assert summary(found.candidates[0]._replace(refused="no room"), 1).endswith(": no room")
+
+
+def test_devices_without_a_compiler_are_where_they_are():
+    """As many as jax has of them: the two cores of a chip are two devices of TPU7x alone."""
+    for name, count, kind in (
+        ("v4:2x2x1", 4, "TPU v4"),
+        ("v5p:2x2x4", 16, "TPU v5p"),
+        ("tpu7x:2x2x1", 8, "TPU7x"),
+        ("v5e:1x1", 1, "TPU v5 lite"),
+        ("v6e:1x1", 1, "TPU v6 lite"),
+        ("v6e:2x4*2", 16, "TPU v6 lite"),
+    ):
+        topology = get_topology(name, compiler=False)
+        places = {(device.slice_index, *device.coords, device.core_on_chip) for device in topology.devices}
+        assert len(topology.devices) == len(places) == count and topology.device_kind == kind
+        _, sizes = name.partition("*")[0].split(":")
+        extent = 1 + np.array([device.coords for device in topology.devices]).max(axis=0)
+        assert extent.tolist() == ([int(size) for size in sizes.split("x")] + [1])[:3]
+        assert make_mesh({"fsdp": -1}, topology.devices).shape["fsdp"] == count
+    hosts = get_topology("b200:16", compiler=False).devices
+    assert [device.process_index for device in hosts] == 8 * [0] + 8 * [1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
+def test_devices_of_the_compiler_are_in_the_same_places():
+    """A mesh has them in the same order, and libtpu has nothing to complain about."""
+    code = """
+import os
+from mllm_jax.plan.topology import get_topology
+from mllm_jax.sharding import make_mesh
+place = lambda device: (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
+for name, shape in (("v4:2x2x2", {"fsdp": 4, "tensor": 2}), ("v6e:1x1", {"fsdp": 1}), ("v6e:4x4*2", {"fsdp": -1}),
+                    ("v5e:4x8", {"fsdp": 8, "tensor": 4}), ("tpu7x:2x2x4", {"fsdp": 8, "tensor": 4})):
+    one, other = (make_mesh(shape, get_topology(name, compiler=yes).devices) for yes in (True, False))
+    assert list(map(place, one.devices.flat)) == list(map(place, other.devices.flat)), name
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_device_that_can_be_named_has_figures():
+    assert {*TPUS, *GPUS} == set(CHIPS) and "cpu" not in KNOWN_DEVICES
+    for name, chip in CHIPS.items():
+        assert chip.peak and chip.sources and name in KNOWN_DEVICES
+        assert bool(chip.link) == (name in TPUS) == (not chip.switch)
+        assert name in TPUS or GPUS[name].name.startswith(chip.kind)
+        assert name in TPUS or 0.6 * GPUS[name].memory < chip.memory < 0.8 * GPUS[name].memory
+        assert name in TPUS or GPUS[name].bandwidth == pytest.approx(chip.memory_bandwidth, rel=0.05)
 
 
 # What no mesh can mend.
@@ -510,7 +577,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 class Tags(html.parser.HTMLParser):
     """Checks that tags close in order, and collects them with their attributes."""
 
-    VOID = {"meta", "br"}
+    VOID = {"meta", "br", "wbr"}
 
     def __init__(self, text: str):
         super().__init__()
@@ -548,8 +615,32 @@ def test_the_page_shows_every_candidate_and_every_matrix(fake, search, found, tm
     for attrs in circles:
         assert all(0 <= float(attrs[name].rstrip("%")) <= 100 for name in ("cx", "cy"))
     for name in ("mlp/experts_gate_up", "attention/q", "layers/attention/qkv", "embed", "head"):
-        assert f">{name}" in text or f"/{name}" in text, name
+        assert f">{name}" in text.replace("<wbr>", "") or f"/{name}" in text.replace("<wbr>", ""), name
     assert mesh_text(best.choice.mesh) in text and "ZeRO" not in text
+    # A tick beside each axis tells the best, and no other tick is so near that their texts would meet.
+    for axis, own, room in (("x", duration(best.time.seconds), 14), ("y", f"{best.planned.peak / GIB:.3g}", 6)):
+        ticks = re.findall(
+            rf'<text class="{axis}( best)?" {axis}="([\d.]+)%"|<text class="{axis}( best)?" x="-8" y="([\d.]+)%"', text
+        )
+        places = {bool(a or b): float(c or d) for a, c, b, d in ticks}
+        assert re.search(rf'<text class="{axis} best"[^>]*>{re.escape(own)}</text>', text)
+        others = [float(c or d) for a, c, b, d in ticks if not (a or b)]
+        assert others and all(abs(place - places[True]) > room for place in others)
+
+
+def plan_command(*arguments):
+    command = [sys.executable, "-m", "mllm_jax.plan", "--config", "configs/qwen3_vl_8b.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=search_module.__file__.rsplit("/", 3)[0])
+
+
+def test_what_does_not_fit_is_exit_code_1():
+    """And shapes suffice to say so: libtpu is not asked for."""
+    done = plan_command("--topology", "v4:2x2x1", "--compile=0")
+    assert done.returncode == 1, done.stderr
+    *table, last = done.stdout.strip().splitlines()
+    peaks = [float(re.search(r"([\d.]+) GiB", line)[1]) for line in table if "GiB" in line]
+    assert len(peaks) > 1 and peaks == sorted(peaks)
+    assert last.startswith("does not fit: ") and f"needs {peaks[0]} GiB of 30.8 GiB" in last
 
 
 @pytest.mark.parametrize(
@@ -559,12 +650,12 @@ def test_the_page_shows_every_candidate_and_every_matrix(fake, search, found, tm
         (("--topology", "v9:2x2", "--config.data.tokens=300000"), "config.data.tokens=300000 is longer"),
         (("--topology", "v5p:4x4x4", "--config.data.bach=4"), "bach"),
         (("--topology", "v5p:4x4x4", "--html", "/nowhere/plan.html"), "there is no folder /nowhere"),
+        (("--topology", "cpu:8"), "cpu:8 has no published figures to plan with"),
         ((), "topology"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_exit_code_2(arguments, message):
-    command = [sys.executable, "-m", "mllm_jax.plan", "--config", "configs/qwen3_vl_8b.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=search_module.__file__.rsplit("/", 3)[0])
+    done = plan_command(*arguments)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr.strip().count("\n") == 0 and done.stderr.startswith("error: ")

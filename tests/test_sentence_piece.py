@@ -250,6 +250,6 @@ def test_files_that_are_not_read(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        ImportError, match=r"tokenizer.model needs SentencePiece: pip install 'mllm_jax\[sentencepiece\]'"
+        ImportError, match=r"tokenizer.model needs SentencePiece: pip install -e '\.\[sentencepiece\]'"
     ):
         Tokenizer.from_folder(write_folder(tmp_path / "none", model))

@@ -28,7 +28,7 @@ def read_sentence_piece(path: pathlib.Path, config: Mapping[str, Any]) -> tokeni
     try:
         from sentencepiece import sentencepiece_model_pb2 as protocol
     except ImportError as error:
-        raise ImportError(f"reading {path} needs SentencePiece: pip install 'mllm_jax[sentencepiece]'") from error
+        raise ImportError(f"reading {path} needs SentencePiece: pip install -e '.[sentencepiece]'") from error
     proto = protocol.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())

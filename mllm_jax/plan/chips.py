@@ -18,7 +18,7 @@ class Chip(Config):
     memory_bandwidth: bytes/s.
     link: bytes/s, one way, of a link to a neighbour in the torus; 0 where devices meet in a switch instead.
     wraps: a torus dimension of a multiple of so many chips is a ring.
-    switch: bytes/s, one way, of a device into the switch that joins its node; 0 on a torus.
+    switch: bytes/s, one way, of a device into the switch (NVLink or PCI Express) that joins its node; 0 on a torus.
     node: devices that a switch joins.
     network: bytes/s, one way, of a device to other nodes or slices.
     sources: where these figures stand.
@@ -40,11 +40,10 @@ class Chip(Config):
         return peak_flops(self.kind)
 
 
-NVIDIA = (
-    "https://www.nvidia.com/en-us/data-center/h200/",  # memory, and 900 GB/s of NVLink, both ways together
-    "https://docs.nvidia.com/dgx/dgxh100-user-guide/",  # a node: 8 GPUs and 8 adapters of 400 Gb/s
-    "https://docs.jax.dev/en/latest/gpu_memory_allocation.html",  # 75 % of a GPU's memory is taken
-)
+NVLINK = "https://www.nvidia.com/en-us/data-center/nvlink/"  # GB/s of a GPU, both ways together: 600, 900, 1800
+DGX = "https://docs.nvidia.com/dgx/dgx{0}-user-guide/"  # a node of 8 GPUs, and its adapters
+TAKEN = "https://docs.jax.dev/en/latest/gpu_memory_allocation.html"  # 75 % of a GPU's memory is taken
+DATA = "https://www.nvidia.com/en-us/data-center/{0}/"  # data sheets: peaks, memory, PCI Express
 # Of TPUs the memory is what XLA says when a program needs more (libtpu 0.0.52). The link is what the documents give as
 # bidirectional bandwidth of a chip, over its links (6 in three dimensions, 4 in two) and directions.
 CHIPS = {
@@ -90,6 +89,55 @@ CHIPS = {
         network=100e9 / 8 / 2,
         sources=(f"{CLOUD}/tpu7x",),
     ),
+    "t4": Chip(
+        kind="Tesla T4",
+        memory=0.75 * 16e9,
+        memory_bandwidth=320e9,
+        switch=32e9 / 2,
+        node=8,
+        network=100e9 / 8 / 8,
+        sources=(DATA.format("tesla-t4"), "https://aws.amazon.com/ec2/instance-types/g4/", TAKEN),  # g4dn.metal
+    ),
+    "l4": Chip(
+        kind="NVIDIA L4",
+        memory=0.75 * 24e9,
+        memory_bandwidth=300e9,
+        switch=64e9 / 2,
+        node=8,
+        network=100e9 / 8 / 8,
+        sources=(DATA.format("l4"), "https://docs.cloud.google.com/compute/docs/gpus", TAKEN),  # g2-standard-96
+    ),
+    "a100-40gb": Chip(
+        kind="NVIDIA A100",
+        memory=0.75 * 40e9,
+        memory_bandwidth=1555e9,
+        switch=600e9 / 2,
+        node=8,
+        network=200e9 / 8,
+        sources=(DATA.format("a100"), NVLINK, DGX.format("a100"), TAKEN),
+    ),
+    "a100": Chip(
+        kind="NVIDIA A100",
+        memory=0.75 * 80e9,
+        memory_bandwidth=2039e9,
+        switch=600e9 / 2,
+        node=8,
+        network=200e9 / 8,
+        sources=(DATA.format("a100"), NVLINK, DGX.format("a100"), TAKEN),
+    ),
+    "h100-pcie": Chip(
+        kind="NVIDIA H100 PCIe",
+        memory=0.75 * 80e9,
+        memory_bandwidth=2000e9,
+        switch=128e9 / 2,  # PCI Express: bridges of NVLink join pairs alone
+        node=8,
+        network=400e9 / 2 / 8,  # an adapter for two GPUs
+        sources=(
+            DATA.format("h100"),
+            "https://docs.nvidia.com/ai-enterprise/reference-architecture/latest/compute-node-hardware.html",
+            TAKEN,
+        ),
+    ),
     "h100": Chip(
         kind="NVIDIA H100",
         memory=0.75 * 80e9,
@@ -97,7 +145,7 @@ CHIPS = {
         switch=900e9 / 2,
         node=8,
         network=400e9 / 8,
-        sources=("https://www.nvidia.com/en-us/data-center/h100/", *NVIDIA[1:]),
+        sources=(DATA.format("h100"), NVLINK, DGX.format("h100"), TAKEN),
     ),
     "h200": Chip(
         kind="NVIDIA H200",
@@ -106,6 +154,15 @@ CHIPS = {
         switch=900e9 / 2,
         node=8,
         network=400e9 / 8,
-        sources=NVIDIA,
+        sources=(DATA.format("h200"), NVLINK, DGX.format("h100"), TAKEN),
+    ),
+    "b200": Chip(
+        kind="NVIDIA B200",
+        memory=0.75 * 180e9,
+        memory_bandwidth=8000e9,
+        switch=1800e9 / 2,
+        node=8,
+        network=400e9 / 8,
+        sources=(DATA.format("hgx"), NVLINK, DGX.format("b200"), TAKEN),
     ),
 }

@@ -8,8 +8,11 @@ slices), GPUs as h200:64. Without --mesh every mesh and remat policy is estimate
 with little effort; what --mesh names is compiled as for training. Every value of the config can be replaced, as in
 --config.path.to=value: sharding rules by --config.preset=fsdp, fsdp_tensor, expert, long_context or replicated, and by
 --config.rules.vocab=None. All that is said here is planned: nothing is measured.
+
+The exit code is 0 where the run fits, 1 where it does not, and 2 where it cannot be planned.
 """
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -35,7 +38,7 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, as in v5p:4x8x8, v6e:
 MESH = flags.DEFINE_string("mesh", None, "Sizes of its axes, as in fsdp=16,expert=16; one may be -1. None = the best.")
 STAGE = flags.DEFINE_string("stage", None, "The stage that is planned, of a config with stages.")
 TOP = flags.DEFINE_integer("top", 10, "Candidates that are listed.", lower_bound=1)
-COMPILE = flags.DEFINE_integer("compile", 1, "Candidates that are compiled; 0 = all is estimated.", lower_bound=0)
+COMPILE = flags.DEFINE_integer("compile", 1, "Candidates that are compiled; 0: none, and no compiler.", lower_bound=0)
 HTML = flags.DEFINE_string("html", None, "File for a page with drawings.")
 WIDE = 160  # characters of a line in a file
 WITHIN = 90.0  # seconds after which no further candidate is compiled
@@ -43,7 +46,7 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main() -> None:
-    """The command. Ends the process, with exit code 2 where the input is wrong."""
+    """The command. Ends the process: exit code 1 where nothing fits, 2 where the input is wrong."""
     command.run(plan, exit_code=2)
 
 
@@ -52,7 +55,7 @@ def plan() -> None:
         raise ConfigError(f"--html: there is no folder {Path(HTML.value).parent}")
     run, console = read_run(one_run(CONFIG.value, STAGE.value)), Console(highlight=False)
     check_run(run)
-    topology = get_topology(TOPOLOGY.value)
+    topology = get_topology(TOPOLOGY.value, compiler=COMPILE.value > 0)
     if not console.is_terminal:
         console.width = WIDE
     search = Search(run, topology)
@@ -72,6 +75,7 @@ def plan() -> None:
         chosen = page.Chosen(best, search.portion(best.choice).laid, search.network(best.choice.mesh))
         title = f"{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem} on {topology.name}"
         console.print(f"wrote {page.write_page(HTML.value, title, lead, chosen, found, search.chip)}", soft_wrap=True)
+    sys.exit(int(not best.fits))
 
 
 def _progress() -> Progress:

@@ -8,16 +8,16 @@ from mllm_jax.plan.compile import Planned
 from mllm_jax.plan.moves import collectives
 from mllm_jax.plan.portion import Portion
 
-# What the backward kernels of attention do a second time, by the maker of a device, in FLOPs of forward: cuDNN's one
-# product of five, splash's two kernels three of seven.
-TWICE = {"NVIDIA": 0.5, "TPU": 1.5}
-PLATFORM = {"NVIDIA": "gpu", "TPU": "tpu"}
+# What the backward kernels of attention do a second time, by platform, in FLOPs of forward: cuDNN's one product of
+# five, splash's two kernels three of seven.
+TWICE = {"gpu": 0.5, "tpu": 1.5}
+PLATFORM = {"NVIDIA": "gpu", "Tesla": "gpu", "TPU": "tpu", "TPU7x": "tpu"}  # by the first word of a device's kind
 
 
 def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
     """The plan of a step under a remat policy, roughly: no compiler saw it."""
-    maker = device_kind.partition(" ")[0].rstrip("7x")
-    forward, again = _flops(portion, remat, maker)
+    platform = PLATFORM.get(device_kind.partition(" ")[0], "cpu")
+    forward, again = _flops(portion, remat, platform)
     flops = portion.shapes.flops
     times = {part: flops[part].total / flops[part].forward if flops[part].forward else 0.0 for part in flops}
     times["experts"] = times["decoder"]
@@ -36,7 +36,7 @@ def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
         recomputed=parts * sum(again.values()),
         collectives=tuple(
             move._replace(runs=parts * move.runs, bytes=parts * move.bytes)
-            for move in collectives(portion, remat, PLATFORM.get(maker, "cpu"))
+            for move in collectives(portion, remat, platform)
         ),
         warnings=(),
         compile_seconds=0.0,
@@ -44,7 +44,7 @@ def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
     )
 
 
-def _flops(portion: Portion, remat: str, maker: str) -> tuple[dict[str, float], dict[str, float]]:
+def _flops(portion: Portion, remat: str, platform: str) -> tuple[dict[str, float], dict[str, float]]:
     """Of a micro-batch, by part: forward, and what backward computes again."""
     names = [*portion.shapes.flops, *(["experts"] if portion.moe else [])]
     forward, again = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
@@ -54,10 +54,10 @@ def _flops(portion: Portion, remat: str, maker: str) -> tuple[dict[str, float], 
         heads &= set(portion.known[part]["heads"])
         spread = portion.size({*portion.rows[part].axes, *heads})
         attention = portion.shapes.attention[part] / portion.accumulate / spread
-        if maker == "TPU" and part == "decoder":  # blocks on the diagonal are computed whole
+        if platform == "tpu" and part == "decoder":  # blocks on the diagonal are computed whole
             attention *= 1 + SPLASH_BLOCK / portion.budget.tokens
         forward[part] += attention
-        again[part] += attention * ((remat != "none") + TWICE.get(maker, 0.0))
+        again[part] += attention * ((remat != "none") + TWICE.get(platform, 0.0))
     for laid in portion.laid:
         weight = laid.weight
         if not weight.is_matrix:

@@ -6,7 +6,7 @@ needs no network and no script.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from mllm_jax.sharding import MESH_AXES
 
 TALL, SLOW = 1.35, 4.0  # how much of what does not fit, and of what is slow, the plot shows
 COLUMNS, ROWS = 16, 8  # of a grid at most
+X_LABEL, Y_LABEL = 14.0, 6.0  # percent of the plot that a tick's text takes on a phone
 
 
 class Chosen(NamedTuple):
@@ -50,7 +51,7 @@ def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, f
         shown=found.candidates[:12],
         impossible=found.impossible.most_common(6),
         possible=len(found.candidates),
-        plot=_plot(found.candidates, chip) if len(found.candidates) > 1 else None,
+        plot=_plot(found.candidates, best, chip) if len(found.candidates) > 1 else None,
         longest=max(candidate.time.seconds for candidate in found.candidates[:12]),
         memory=_memory(best),
         moves=_moves(best, chosen.network),
@@ -62,14 +63,15 @@ def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, f
     )
 
 
-def _plot(candidates: Sequence[Candidate], chip: Chip) -> dict[str, Any]:
-    """Peak memory over step time, both logarithmic, of what is not too slow and not much too big."""
-    fastest = min(candidate.time.seconds for candidate in candidates)
-    near = lambda candidate: candidate.planned.peak <= TALL * chip.memory and candidate.time.seconds <= SLOW * fastest
-    shown = [candidate for candidate in candidates if near(candidate)] or list(candidates)
+def _plot(candidates: Sequence[Candidate], best: Candidate, chip: Chip) -> dict[str, Any]:
+    """Peak memory over step time, both logarithmic, of what is not too slow and not much too big, and of the best."""
+    tall = TALL * max(chip.memory, _peak(best))
+    small = [candidate for candidate in candidates if _peak(candidate) <= tall]
+    slow = SLOW * min(map(_seconds, small))
+    shown = [candidate for candidate in small if _seconds(candidate) <= slow or candidate is best]
     times, peaks = ([value(candidate) for candidate in shown] for value in (_seconds, _peak))
     left, right = min(times) / 1.06, max(times) * 1.06
-    bottom, top = min(peaks) / 1.15, max(*peaks, chip.memory) * 1.1
+    bottom, top = min(*peaks, chip.memory) / 1.15, max(*peaks, chip.memory) * 1.1
     x = lambda value: round(100 * math.log(value / left) / math.log(right / left), 2)
     y = lambda value: round(100 - 100 * math.log(value / bottom) / math.log(top / bottom), 2)
     policies = sorted({candidate.choice.remat for candidate in shown})
@@ -90,11 +92,23 @@ def _plot(candidates: Sequence[Candidate], chip: Chip) -> dict[str, Any]:
         points=points,
         front=[line for first, corner, last in steps for line in ((first, corner), (corner, last))],
         limit=y(chip.memory),
-        x_ticks=[(x(value), duration(value)) for value in _few_ticks(left, right)],
-        y_ticks=[(y(value * GIB), f"{value:g}") for value in _few_ticks(bottom / GIB, top / GIB)],
+        x_ticks=_labels(x, _few_ticks(left, right), _seconds(best), duration, X_LABEL),
+        y_ticks=_labels(lambda n: y(n * GIB), _few_ticks(bottom / GIB, top / GIB), _peak(best) / GIB, _gibs, Y_LABEL),
         policies=policies,
         hidden=len(candidates) - len(shown),
     )
+
+
+def _labels(
+    place: Callable[[float], float], values: list[float], best: float, text: Callable[[float], str], room: float
+) -> list[tuple[float, str, bool]]:
+    """(place in percent, text, whether it is the best's) of the best candidate's tick and of round ones apart."""
+    round_ones = [(place(value), text(value), False) for value in values if abs(place(value) - place(best)) > room]
+    return [*round_ones, (place(best), text(best), True)]
+
+
+def _gibs(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _few_ticks(low: float, high: float) -> list[float]:

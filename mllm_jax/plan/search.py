@@ -27,7 +27,7 @@ VISION: dict[str, dict[str, Any]] = {
 }
 
 
-ROOM = 0.85  # of a device's memory: estimates above it are the last to be compiled
+ROOM = 0.85  # estimates of memory are trusted to within a factor: of a device's memory, this share surely fits
 
 
 class Choice(NamedTuple):
@@ -60,9 +60,11 @@ class Candidate(NamedTuple):
     @property
     def rank(self) -> tuple:
         """What fits comes first, then what was compiled, then what leaves room for errors of the estimate, then what is
-        fast, then what is small."""
-        tight = not self.compiled and self.planned.peak > ROOM * self.memory
-        return not self.fits, not self.compiled, tight, float(f"{self.time.seconds:.3g}"), self.planned.peak
+        fast, then what is small. What does not fit is in the order of its size."""
+        seconds, peak = float(f"{self.time.seconds:.3g}"), self.planned.peak
+        if not self.fits:
+            return True, max(peak, self.memory), seconds
+        return False, not self.compiled, not self.compiled and peak > ROOM * self.memory, seconds, peak
 
 
 class Found(NamedTuple):
@@ -167,7 +169,7 @@ class Search:
         """
         candidates, began, longest = list(found.candidates), time.monotonic(), 0.0
         while sum(candidate.compiled and candidate.fits for candidate in candidates) < count:
-            left = [candidate for candidate in candidates if not candidate.compiled and candidate.fits]
+            left = [one for one in candidates if not one.compiled and ROOM * one.planned.peak <= one.memory]
             spent = time.monotonic() - began
             if not left or (longest and spent + longest > seconds):
                 break
@@ -215,13 +217,13 @@ def summary(best: Candidate, tokens: int) -> str:
     what += "" if best.choice.vision == "as it is" else f" and the encoder's weights {best.choice.vision}"
     where = f"on {planned.devices} x {planned.device_kind}"
     if best.refused:
-        return f"does not fit: {best.refused}"
+        return f"does not fit: {what}: {best.refused}"
+    origin = "compiled" if best.compiled else "estimated, not compiled"
     if not best.fits:
         return (
-            f"does not fit: {what} needs {gib(planned.peak)} of {gib(best.memory)} {where}; spread the run over more "
-            "devices, lower data.batch, or raise train.accumulate"
+            f"does not fit: {what} {where} ({origin}) needs {gib(planned.peak)} of {gib(best.memory)}; spread the run "
+            "over more devices, lower data.batch, or raise train.accumulate"
         )
-    origin = "compiled" if best.compiled else "estimated, not compiled"
     return (
         f"fits: {what} {where} ({origin}) needs {gib(planned.peak)} of {gib(best.memory)}; planned step "
         f"{duration(time.seconds)}, {tokens / time.seconds:,.0f} tokens/s, MFU {percent(time.mfu)}, "

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -11,28 +13,77 @@ import jax
 from jax.experimental import topologies
 
 from mllm_jax.config import ConfigError
+from mllm_jax.nn import kernels
+from mllm_jax.plan.chips import CHIPS
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of their torus
-GPUS = {  # name and bytes of memory, bytes per second of it
-    "h100": ("NVIDIA H100 80GB HBM3", 84929347584, 3352320000000),
-    "h200": ("NVIDIA H200", 150754820096, 4916060000000),
+CORES = {"tpu7x": 2}  # of a chip, each a device; the two of a v4 or v5p chip are one device together
+SINGLE = ("v5e:1x1", "v6e:1x1")  # slices of one chip, whose host has no other
+OPTIONS = {"v4": {"chip_config_name": "megacore"}}  # which the compiler takes for granted of v5p alone
+
+
+class Gpu(NamedTuple):
+    """What XLA is told of a GPU: memory in bytes, its bandwidth in bytes/s, shared memory and L2 in bytes."""
+
+    name: str
+    capability: str
+    memory: int
+    bandwidth: int
+    multiprocessors: int
+    clock: float  # GHz
+    l2: int
+    shared: int = 233472  # of a multiprocessor
+    threads: int = 2048  # of a multiprocessor
+    units: int = 128  # of a multiprocessor, for fp32
+
+    @property
+    def block(self) -> int:
+        """Bytes of shared memory that one block can have."""
+        return self.shared - (1024 if float(self.capability) >= 8 else 0)
+
+
+# From XLA's own specifications (xla/tools/hlo_opt/gpu_specs). Those of T4 and L4 are from their data sheets and from
+# the table of compute capabilities in CUDA's programming guide.
+GPUS = {
+    "t4": Gpu("Tesla T4", "7.5", 15843721216, 320064000000, 40, 1.59, 4 << 20, 65536, 1024, 64),
+    "l4": Gpu("NVIDIA L4", "8.9", 23787470848, 300096000000, 58, 2.04, 48 << 20, 102400, 1536),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", "8.0", 42331013120, 1555200000000, 108, 1.41, 40 << 20, 167936, units=64),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", "8.0", 85100068864, 2039040000000, 108, 1.41, 40 << 20, 167936, units=64),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe", "9.0", 84942979072, 2039040000000, 114, 1.755, 50 << 20),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "9.0", 84929347584, 3352320000000, 132, 1.98, 50 << 20),
+    "h200": Gpu("NVIDIA H200", "9.0", 150754820096, 4916060000000, 132, 1.98, 50 << 20),
+    "b200": Gpu("NVIDIA B200", "10.0", 191514673152, 7672320000000, 148, 1.965, 132644864),
 }
 GPUS_PER_HOST = 8
 KNOWN = (
-    "TPUs are v4, v5e, v5p, v6e and tpu7x with the chips along each axis, as in v5p:4x8x8 or v6e:16x16 "
-    "(v6e:16x16*2 is two slices); GPUs h100 and h200 with their number, as in h200:64; cpu:8 is eight virtual devices"
+    f"TPUs are {', '.join(TPUS)} with the chips along each axis, as in v5p:4x8x8 or v6e:16x16 (v6e:16x16*2 is two "
+    f"slices); GPUs are {', '.join(GPUS)} with their number, as in h200:64"
 )
 TARGET = """
-gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: %d
-  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: %d shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
-device_description_str: "%s"
+gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {gpu.shared} threads_per_core_limit: {gpu.threads} core_count: {gpu.multiprocessors}
+  fpus_per_core: {gpu.units} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2} clock_rate_ghz: {gpu.clock}
+  device_memory_size: {gpu.memory} shared_memory_per_block_optin: {gpu.block} registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 cuda_compute_capability {{ major: {major} minor: {minor} }} }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 }}
+device_description_str: "{gpu.name}"
 """  # a GpuTargetConfigProto of XLA, in text
 CUDNN = 91200  # as in TARGET
 LOWERED = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # platforms, as jax's lowering names them
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device that nothing can be compiled for: where it is. Its fields are those of jax's devices."""
+
+    id: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    slice_index: int = 0
+    process_index: int = 0
 
 
 class Topology(NamedTuple):
@@ -52,13 +103,14 @@ class Topology(NamedTuple):
         return self.devices[0].device_kind
 
 
-def get_topology(name: str, slices: int = 1) -> Topology:
+def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
     """The devices of a TPU slice ("v5p:4x8x8"), of hosts of GPUs ("h200:64") or of this machine's CPU ("cpu:8").
 
     No accelerator is needed: TPUs need libtpu, GPUs jax's CUDA plugin. jax is told to use the CPU for everything else.
 
     Args:
       slices: number of TPU slices, which a network of the data centre joins; "v6e:16x16*2" says the same.
+      compiler: make devices that can be compiled for. Without, they are places alone, and neither package is needed.
     Raises:
       ConfigError: no such topology, or what it needs is not installed.
     """
@@ -69,8 +121,6 @@ def get_topology(name: str, slices: int = 1) -> Topology:
     slices = int(written or slices)
     if kind not in (*TPUS, *GPUS, "cpu") or not size or (kind not in TPUS and not size.isdigit()):
         raise ConfigError(f"there is no topology {name!r}. {KNOWN}")
-    if kind in TPUS and size.count("x") + 1 != TPUS[kind]:
-        raise ConfigError(f"topology {name!r}: the chips of {kind} lie in {TPUS[kind]} dimensions. {KNOWN}")
     if kind not in TPUS and slices > 1:
         raise ConfigError(f"topology {name!r}: only TPUs have slices; write the number of all devices, as in h200:64")
     with contextlib.suppress(RuntimeError):  # too late where jax has begun already, which is well
@@ -78,8 +128,21 @@ def get_topology(name: str, slices: int = 1) -> Topology:
     if kind == "cpu":
         return Topology(name, "cpu", _cpus(int(size)))
     if kind in GPUS:
-        return Topology(name, "gpu", _gpus(kind, int(size)))
-    return Topology(name, "tpu", _tpus(f"{kind}:{size}", slices), slices)
+        return Topology(name, "gpu", _gpus(kind, int(size), compiler))
+    return Topology(name, "tpu", _tpus(kind, _chips(name, kind, size), slices, compiler), slices)
+
+
+def _chips(name: str, kind: str, size: str) -> tuple[int, ...]:
+    """The chips along each axis of a slice. Raises ConfigError where no slice has this shape."""
+    sizes = tuple(int(part) if part.isdigit() else 0 for part in size.split("x"))
+    if len(sizes) != TPUS[kind]:
+        raise ConfigError(f"topology {name!r}: the chips of {kind} lie in {TPUS[kind]} dimensions. {KNOWN}")
+    if 0 in sizes:
+        raise ConfigError(f"topology {name!r}: {size!r} are no numbers of chips. {KNOWN}")
+    if f"{kind}:{size}" not in SINGLE and (sizes[0] % 2 or sizes[1] % 2):
+        single = f", or one chip, {kind}:1x1" if f"{kind}:1x1" in SINGLE else ""
+        raise ConfigError(f"topology {name!r}: a host has 2 x 2 chips; take even numbers on the first two axes{single}")
+    return sizes
 
 
 def _cpus(count: int) -> tuple:
@@ -94,12 +157,26 @@ def _cpus(count: int) -> tuple:
     return tuple(devices[:count])
 
 
-def _tpus(name: str, slices: int) -> tuple:
+def _tpus(kind: str, sizes: tuple[int, ...], slices: int, compiler: bool) -> tuple:
+    name = f"{kind}:{'x'.join(map(str, sizes))}"
+    if not compiler:
+        every = itertools.product(range(slices), *(range(size) for size in reversed(sizes)), range(CORES.get(kind, 1)))
+        places = [((*reversed(place), 0, 0)[:3], core, slice_) for slice_, *place, core in every]
+        return tuple(Place(number, "tpu", CHIPS[kind].kind, *place) for number, place in enumerate(places))
     if not _installed("libtpu"):
-        raise ConfigError(f"{name} needs the TPU compiler: pip install mllm_jax[plan]")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask for its metadata
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # nor one that a second process could disturb
-    options = {"num_slices": slices} if slices > 1 else {}
+        raise ConfigError(f"{name} needs the TPU compiler: pip install -e '.[plan]'; --compile=0 estimates without it")
+    # There is no TPU to ask for its metadata, nor one that a second process could disturb. Without a type and a host
+    # libtpu complains; neither is looked at.
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_ACCELERATOR_TYPE": "v6e-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
+    options = OPTIONS.get(kind, {}) | ({"num_slices": slices} if slices > 1 else {})
+    if name in SINGLE:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
@@ -108,15 +185,18 @@ def _tpus(name: str, slices: int) -> tuple:
         ) from error
 
 
-def _gpus(kind: str, count: int) -> tuple:
-    if not any(map(_installed, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"))):
-        raise ConfigError(f"{kind} needs jax's CUDA plugin: pip install mllm_jax[cuda]")
+def _gpus(kind: str, count: int, compiler: bool) -> tuple:
+    gpu = GPUS[kind]
     hosts, rest = divmod(count, GPUS_PER_HOST)
     if count < 1 or (hosts and rest):
         raise ConfigError(f"{kind}:{count}: hosts have {GPUS_PER_HOST} GPUs; take fewer or a multiple of them")
-    description, memory, bandwidth = GPUS[kind]
+    if not compiler:
+        return tuple(Place(n, "gpu", gpu.name, process_index=n // GPUS_PER_HOST) for n in range(count))
+    if not any(map(_installed, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"))):
+        raise ConfigError(f"{kind} needs jax's CUDA plugin: pip install -e '.[cuda]'; --compile=0 estimates without it")
     shape = f"1x{hosts}x{GPUS_PER_HOST}" if hosts else f"1x1x{count}"
-    target = TARGET % (bandwidth, memory, description)
+    major, minor = gpu.capability.split(".")
+    target = TARGET.format(gpu=gpu, major=major, minor=minor)
     with _cuda_by_name():
         return tuple(topologies.get_topology_desc("", platform="cuda", target_config=target, topology=shape).devices)
 
@@ -148,8 +228,10 @@ def targeting(topology: Topology) -> Iterator[None]:
         if topology.platform == "gpu":
             from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+            capability = float(getattr(topology.devices[0], "compute_capability", kernels.PLANNED))
+            patch(kernels, "PLANNED", capability)
             stack.enter_context(_cuda_by_name())
             patch(cudnn, "check_cudnn_version", lambda: CUDNN)
-            patch(cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
-            patch(cudnn, "is_cuda_compute_capability_equal", lambda wanted: float(wanted) == 9.0)
+            patch(cudnn, "check_compute_capability", lambda least: float(least) <= capability)
+            patch(cudnn, "is_cuda_compute_capability_equal", lambda wanted: float(wanted) == capability)
         yield

@@ -163,17 +163,21 @@ PEAK_FLOPS = {
     "tpu v6 lite": 918e12,
     "tpu v6e": 918e12,
     "tpu7x": 1153.5e12,
+    "tesla t4": 8.1e12,  # in fp32: it has no bf16
+    "nvidia l4": 121e12,
     "nvidia a100": 312e12,
     "nvidia h100 pcie": 756e12,
     "nvidia h100": 989e12,
     "nvidia h200": 989e12,
+    "nvidia b200": 2250e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s of a device by its `device_kind`; None where it is not known, as for CPUs."""
     kind = device_kind.lower()
-    return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if kind.startswith(name)), None)
+    named = lambda name: kind.startswith(name) and not kind[len(name) :][:1].isalnum()  # an L40 is no L4
+    return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if named(name)), None)
 
 
 def mfu(flops: dict[str, Flops], seconds: float, devices: int, device_kind: str) -> float | None:
