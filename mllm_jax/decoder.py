@@ -157,7 +157,8 @@ class Decoder(nn.Module):
         return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
 
     def _look_up(self, table, rows):
-        table = shard(table.astype(self.runtime.dtype), (None, None), self.runtime.rules)
+        table = shard(table.astype(self.runtime.dtype), ("vocab", "embed"), self.runtime.rules)  # see `_Head`
+        table = shard(table, (None, None), self.runtime.rules)
         return shard(jnp.take(table, rows, axis=0), ("batch", "residual", None), self.runtime.rules)
 
     def __call__(

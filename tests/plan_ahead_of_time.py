@@ -1,5 +1,5 @@
 """Plans a small step for accelerators that are not there. Run by test_plan_compile.py in a process of its own:
-`python plan_ahead_of_time.py v5p:2x2x1 '{"fsdp": 4}' [experts [adapters]]` prints one line of JSON."""
+`python plan_ahead_of_time.py v5p:2x2x1 '{"fsdp": 4}' [experts] [adapters] [quick]` prints one line of JSON."""
 
 import json
 import os
@@ -30,7 +30,7 @@ if adapters:
 config.data.update(tokens=1024)
 config.optim.name = "adamw"
 run = read_run(config)
-planned = plan_step(run, get_topology(topology), mesh)
+planned = plan_step(run, get_topology(topology), mesh, quick="quick" in sys.argv)
 weights = flatten_dict(abstract_params(run.model)["decoder"], sep="/")
 layers = sum(x.size for path, x in weights.items() if path.startswith("layers/") and path.endswith("/w"))
 report = planned._asdict() | {

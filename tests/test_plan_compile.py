@@ -400,6 +400,16 @@ def test_plans_a_tpu():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
+def test_a_quick_look_gathers_tables_as_they_are_used():
+    """In two bytes. Little effort moves no cast before a gather: that of the vocabulary's tables is stated."""
+    report = ahead_of_time("v6e:2x2", {"fsdp": 4}, "quick")
+    gathered = sum(x["bytes"] for x in report["collectives"] if x["kind"] == "all-gather")
+    theory = 2 * (2 * report["layers"] + report["tables"])
+    assert theory <= gathered < theory + 2 * report["tables"]  # that it would be more, if they had four
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
 def test_a_tpu_compiles_adapters_of_experts():
     """Whose rank is narrower than what its registers hold."""
     report = ahead_of_time("v5p:2x2x1", {"fsdp": 2, "expert": 2}, "experts", "adapters")

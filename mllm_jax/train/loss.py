@@ -270,7 +270,8 @@ class _Head:
         spread = ways(ROWS, rules, jax.sharding.get_abstract_mesh())
         self.groups = spread if rows % spread == 0 else 1
         self.precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-        self.table = shard(table.astype(dtype), ("vocab", None), rules)
+        # Cast where it lies: else the partitioner may cast what it has gathered, of twice the bytes.
+        self.table = shard(shard(table.astype(dtype), ("vocab", "embed"), rules), ("vocab", None), rules)
 
     def _product(self, equation, x, y):
         x, y = x.astype(self.dtype), y.astype(self.dtype)
