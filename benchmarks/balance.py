@@ -7,11 +7,10 @@ kernels leave out blocks of which nobody sees anything. So what is counted here 
 patches at their price, that a kernel works on. A step waits for its costliest device: attention takes max / mean.
 """
 
-import argparse
-
 import numpy as np
 from packing import mixed_set
 
+from mllm_jax.cli import Parser
 from mllm_jax.data import pack
 from mllm_jax.data.pack import Budget, Packer, place
 from mllm_jax.types import Example, Picture
@@ -55,7 +54,7 @@ def work(row, budget: Budget) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--conversations", type=int, default=6000, help="of each set (default 6000)")
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 32], help="of the data axis, a row each")
     args = parser.parse_args()

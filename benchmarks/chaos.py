@@ -10,7 +10,6 @@ The shared checkpoints that it made until then are compared with the undisturbed
 position in the data, and in the end every loss is. Exit code 1 unless all are equal.
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -30,6 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from mllm_jax.cli import Parser  # noqa: E402
 from mllm_jax.config import load  # noqa: E402
 from mllm_jax.model import abstract_params  # noqa: E402
 from mllm_jax.sharding import make_mesh  # noqa: E402
@@ -81,7 +81,7 @@ class Kill(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="default 20")
     parser.add_argument("--processes", type=int, default=4, help="of the run (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")

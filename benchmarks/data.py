@@ -8,7 +8,6 @@ tokenizer, the image processor of PIL). Seconds are those that a core works, thr
 Sides take turns; figures are medians of rounds.
 """
 
-import argparse
 import importlib
 import io
 import json
@@ -29,6 +28,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mllm_jax.cli import Parser
 from mllm_jax.data.loader import make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor
@@ -125,7 +125,7 @@ def core_seconds() -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--conversations", type=int, default=64, help="of a timed run (default 64)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side (default 5)")
     args = parser.parse_args()

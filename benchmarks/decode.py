@@ -3,17 +3,18 @@
 python benchmarks/decode.py [--rows 1] [--new 64] [--rounds 5]     70M parameters, fp32, CPU: the tokens must agree
 """
 
-import argparse
 import os
 import statistics
 from functools import partial
+
+from mllm_jax.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1, help="prompts in a batch (default 1)")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate (default 64)")
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")

@@ -6,12 +6,12 @@ Every stage of a run of `configs/prefer.py` that has ended captions the same hel
 their standard errors.
 """
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from mllm_jax.cli import Parser
 from mllm_jax.data.captions import Share, count_named, false_share, recall
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.report import Answer
@@ -31,7 +31,7 @@ def shown(share: Share) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of a run of configs/prefer.py")
     parser.add_argument("--count", type=int, default=400, help="pictures (default 400)")
     parser.add_argument("--examples", type=int, default=4, help="captions that are printed (default 4)")

@@ -6,7 +6,6 @@
 A Qwen3-VL of 70M parameters, fp32, four rows of 512 tokens with a picture of 1,024 patches each.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -18,6 +17,7 @@ import jax  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 
 from mllm_jax import ModelConfig, Runtime, make_mesh  # noqa: E402
+from mllm_jax.cli import Parser  # noqa: E402
 from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.encoders.vit import VitConfig  # noqa: E402
@@ -50,7 +50,7 @@ def run_of(lora: LoraConfig) -> Run:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=0, help="counted steps of each kind (default 0: nothing runs)")
     rounds, mesh, steps = parser.parse_args().rounds, make_mesh({"fsdp": 1}, jax.devices()[:1]), {}
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20

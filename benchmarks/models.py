@@ -7,10 +7,10 @@ Tests that compare a family with transformers, or train it, leave a property `pa
 absolute difference of logits, features or embeddings, in fp32 on random tiny weights) or `trains` ("FAMILY") there.
 """
 
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 
+from mllm_jax.cli import Parser
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import count_params
 from mllm_jax.models import generates, picture_tokens, published
@@ -95,6 +95,6 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    main(sys.argv[1:])
+    parser = Parser(description=__doc__)
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="a report of the tests, in JUnit's XML")
+    main(parser.parse_args().reports)

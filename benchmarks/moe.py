@@ -6,11 +6,12 @@
 The outputs are compared first. Memory is that of XLA's temporaries; torch does not tell its own.
 """
 
-import argparse
 import statistics
 import time
 
 import numpy as np
+
+from mllm_jax.cli import Parser
 
 
 def blocks(experts: int, top_k: int, width: int, mlp: int, dtype: str, ways: dict):
@@ -131,7 +132,7 @@ def table(seconds: dict[str, list[float]], tokens: int, memory: dict[str, int]) 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", action="store_true", help="ours alone, on the accelerator that jax finds")
     for name, value in {"experts": 64, "top_k": 4, "width": 256, "mlp": 192, "rows": 4, "tokens": 512}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")

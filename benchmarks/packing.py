@@ -3,10 +3,11 @@
 python benchmarks/packing.py [--conversations 2000] [--pictures 40]
 """
 
-import argparse
 import io
 import os
 import statistics
+
+from mllm_jax.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -94,7 +95,7 @@ def speed_of_pictures(count: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--conversations", type=int, default=2000, help="size of the mixed set (default 2000)")
     parser.add_argument("--pictures", type=int, default=40, help="pictures of a timed run (default 40)")
     args = parser.parse_args()

@@ -6,7 +6,6 @@ Prints seconds of a step, and of its compilation. A step should grow linearly wi
 patches and with depth, and not with the number of experts that a token does not choose; compilation with none of them.
 """
 
-import argparse
 import functools
 import os
 import statistics
@@ -18,6 +17,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import mllm_jax  # noqa: E402
+from mllm_jax.cli import Parser  # noqa: E402
 from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.encoders.vit import VitConfig  # noqa: E402
@@ -92,7 +92,7 @@ def measure(rounds: int, rows: int, patch_rows: int, experts: int, layers: int) 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each (default 5)")
     rounds = parser.parse_args().rounds
     print(f"{'':24}{'s/step':>9}{'ratio':>8}{'compile s':>11}")

@@ -7,7 +7,6 @@ Both sides have the same random weights, and must agree on features and on the l
 pixels; ours gets the same pictures cut into patches, as data workers leave them.
 """
 
-import argparse
 import os
 import statistics
 from dataclasses import replace
@@ -15,6 +14,8 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+
+from mllm_jax.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -203,7 +204,7 @@ def packing(layers: int = 2, count: int = 12) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--real", action="store_true", help="all layers in bf16, on the accelerator that jax finds")
     parser.add_argument("--pictures", type=int, help="of a batch (default 2; with --real 32)")
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")

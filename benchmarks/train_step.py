@@ -4,9 +4,10 @@ python benchmarks/train_step.py [--rounds 12]          70M parameters, fp32, CPU
 python benchmarks/train_step.py --size 2b --rows 8     on an accelerator, bf16: ours alone, with MFU
 """
 
-import argparse
 import os
 import statistics
+
+from mllm_jax.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -121,7 +122,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12, help="counted steps of each (default 12)")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch (default 4)")
     parser.add_argument("--size", help="a published size (2b, 4b ...): ours alone, bf16, with MFU")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mllm_jax.cli import Parser
 from mllm_jax.settings import PositiveInt, argument
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,20 +17,19 @@ AFTER = "-- --config FILE --workdir DIR ..."  # the arguments of the training
 NAME = "lower-case letters, digits and hyphens, a letter first, at most 40"
 
 
-def launcher(module: str, doc: str, actions: str = "") -> argparse.ArgumentParser:
+def launcher(module: str, doc: str, actions: str = "") -> Parser:
     """The parser of a launcher, with --dry_run; `parse` reads with it."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
+    parser = Parser(
+        f"python -m {module}",
+        doc,
         usage=f"python -m {module} {actions}[OPTIONS] {AFTER}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"What follows -- are the arguments of python -m {MODULE}.",
     )
     parser.add_argument("--dry_run", action="store_true", help="print what would be done, and do nothing")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, and as `command` what follows the `--`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
@@ -50,7 +50,7 @@ def name(text: str) -> str:
 positive = argument(PositiveInt)  # for argparse
 
 
-def check_training(parser: argparse.ArgumentParser, command: Sequence[str], mount: str = "") -> str:
+def check_training(parser: Parser, command: Sequence[str], mount: str = "") -> str:
     """Refuses arguments that training would refuse only after a machine was waited for. Returns the workdir.
 
     Args:

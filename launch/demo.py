@@ -6,7 +6,6 @@ Trains configs/scenes.py with and without pictures, in at most ten minutes on tw
 question stays below its bar, or if the exported model does not say what the trained one says.
 """
 
-import argparse
 import logging
 import os
 import shlex
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mllm_jax.cli import OVERRIDE, Parser
 from mllm_jax.data.scenes import chance
 from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
 from mllm_jax.settings import PositiveInt, Range, argument
@@ -65,9 +65,7 @@ class Trained(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m launch.demo", __doc__)
     parser.add_argument("--workdir", default="demo", help="folder of the results; an earlier demo there is deleted")
     parser.add_argument(
         "--steps", type=argument(Annotated[int, Range(least=10)]), help="of both trainings, instead of the config's"
@@ -75,10 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--questions", type=argument(PositiveInt), default=1000, help="held-out questions of the final evaluation"
     )
-    parser.epilog = "--config.PATH=VALUE is passed on to both trainings."
-    options, overrides = parser.parse_known_args(arguments)
-    if unknown := [argument for argument in overrides if not argument.startswith("--config.")]:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    parser.epilog = f"{OVERRIDE}PATH=VALUE is passed on to both trainings."
+    options, overrides = parser.parse_with_overrides(arguments)
     try:
         return demo(fresh_folder(options.workdir), options.steps, options.questions, overrides)
     except Failed as error:

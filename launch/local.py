@@ -9,7 +9,6 @@ seconds to say so, and are killed. The exit code is the highest of all: 75 where
 signal n killed a process.
 """
 
-import argparse
 import ctypes
 import os
 import signal
@@ -20,15 +19,14 @@ import threading
 import time
 from collections.abc import Sequence
 
+from mllm_jax.cli import Parser
 from mllm_jax.settings import NonNegative, PositiveInt, argument
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m launch.local", __doc__)
     parser.add_argument("--processes", type=argument(PositiveInt), default=2, help="of the run (default 2)")
     parser.add_argument(
         "--devices", type=argument(PositiveInt), default=1, help="virtual CPU devices of each process (default 1)"

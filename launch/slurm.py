@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cpus", type=positive, help="cores of each process, for its data (default 8 beside a GPU)")
     parser.add_argument("--time", help="limit, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
+    parser.add_argument("--partition", help="of the cluster (default: its own)")
+    parser.add_argument("--account", help="that is charged (default: the user's)")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save before the limit (default 300)")
     parser.add_argument(
         "--restarts", type=argument(NonNegativeInt), default=50, help="times that the job requeues itself (default 50)"

@@ -18,13 +18,15 @@ from launch.command import AGAIN, check_training, launcher, name, parse, positiv
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = launcher("launch.xpk", __doc__)
     parser.add_argument("--name", type=name, required=True, help="of the workload")
-    for option in ("project", "zone", "cluster"):
-        parser.add_argument(f"--{option}", required=True)
+    parser.add_argument("--project", required=True, help="of Google Cloud")
+    parser.add_argument("--zone", required=True, help="as in us-east5-b")
+    parser.add_argument("--cluster", required=True, help="that xpk made")
     parser.add_argument("--tpu", type=tpu, required=True, help="generation and topology, as in v6e:8x8; *2: two slices")
     parser.add_argument("--image", required=True, help="made from launch/tpu.Dockerfile")
     parser.add_argument("--storage", required=True, help="XPK's name of the storage that is mounted at --mount")
     parser.add_argument("--mount", default="/runs", help="(default /runs)")
-    parser.add_argument("--priority", default="medium", choices=["very-low", "low", "medium", "high", "very-high"])
+    levels = ["very-low", "low", "medium", "high", "very-high"]
+    parser.add_argument("--priority", default="medium", choices=levels, help="among the workloads of the cluster")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
     parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
     options = parse(parser, arguments)

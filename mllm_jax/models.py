@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from mllm_jax.cli import Parser
 from mllm_jax.config import suggestion
 from mllm_jax.data.visuals import Cut, Still
 from mllm_jax.families import FAMILIES, spec_for
@@ -101,9 +102,10 @@ def _family(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mllm_jax.models", description=__doc__.partition("\n")[0])
-    parser.add_argument("--image", type=_size, default=(768, 1024), metavar="WIDTHxHEIGHT", help="default: 1024x768")
-    parser.add_argument("--family", type=_family, help="only this one: a model_type, such as llava_next")
+    parser = Parser("python -m mllm_jax.models", __doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--image", type=_size, default=(768, 1024), metavar="WIDTHxHEIGHT", help="in pixels (default 1024x768)")
+    add("--family", type=_family, help="only this one: a model_type, such as llava_next")
     args = parser.parse_args(arguments)
     console = Console()
     with console.status("counting parameters"):

@@ -14,6 +14,7 @@ SCENES = ["--config", "configs/scenes.py"]
 RUN = ["--workdir", "run"]
 TRAIN = {
     "another flag": ([*SCENES, *RUN, "--steps=3"], "there is no flag --steps; settings of a run are --config.path.to="),
+    "a mistyped flag": ([*SCENES, "--workdri=run"], "there is no flag --workdri; write --workdir; run with"),
     "no flags": ([], "--config and --workdir must be given; run with --help"),
     "no folder": (SCENES, "--workdir must be given; run with --help"),
     "surplus words": ([*SCENES, *RUN, "now"], "'now' belongs to no flag"),

@@ -249,7 +249,5 @@ def test_files_that_are_not_read(model, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        ImportError, match=r"tokenizer.model needs SentencePiece: pip install -e '\.\[sentencepiece\]'"
-    ):
+    with pytest.raises(ImportError, match=r"tokenizer.model needs SentencePiece: pip install -e '\.\[sentencepiece\]'"):
         Tokenizer.from_folder(write_folder(tmp_path / "none", model))

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mllm_jax.cli import REPLACES, Parser
 from mllm_jax.config import told
 from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
@@ -42,16 +43,15 @@ INSPECT = """What the batches of a run hold: counts, lengths, fill, and what is 
 
 Records are read, packed and counted as a run would, in its order. The page of --html shows histograms, conversations
 as the model reads them, with their pictures and with what the loss counts, and packed rows as coloured bars.
-Settings of the run follow as --config.path.to=value.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 1 where something is wrong that the user can mend, told in one line."""
     parser = _parser()
-    args, args.settings = parser.parse_known_args(arguments)
+    args, args.settings = parser.parse_with_overrides(arguments)
     if args.settings and args.command is not _inspect:
-        parser.error(f"unrecognized arguments: {' '.join(args.settings)}")
+        parser.unknown(args.settings)
     try:
         return args.command(args)
     except (OSError, ValueError) as error:
@@ -59,11 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m mllm_jax.data", description=__doc__, formatter_class=raw)
+def _parser() -> Parser:
+    parser = Parser("python -m mllm_jax.data", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("convert", description=CONVERT, formatter_class=raw, help="to ArrayRecord")
+    command = commands.add_parser("convert", description=CONVERT, help="to ArrayRecord")
     command.set_defaults(command=_convert)
     add = command.add_argument
     add("source", metavar="SOURCE", help="a file, a pattern, a folder or tfds:NAME, as config.data.path takes it")
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         default=os.cpu_count(),
         help="that work (default: one for each core)",
     )
-    command = commands.add_parser("inspect", description=INSPECT, formatter_class=raw, help="what a run reads")
+    command = commands.add_parser("inspect", description=INSPECT, epilog=REPLACES, help="what a run reads")
     command.set_defaults(command=_inspect)
     add = command.add_argument
     add("--config", metavar="FILE[:ARGUMENT]", required=True, help="of the run")

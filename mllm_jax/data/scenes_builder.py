@@ -5,7 +5,6 @@
 Then `tfds:scenes` is a path like any other, for `python -m mllm_jax.train` as for other programs.
 """
 
-import argparse
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mllm_jax.cli import Parser
 from mllm_jax.data.embed import embedded
 from mllm_jax.data.scenes import Scenes as Drawn
 
@@ -85,9 +85,7 @@ def _text(content: str | list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. `tfds build` does the same where TensorFlow is installed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mllm_jax.data.scenes_builder", description=__doc__.partition("\n")[0]
-    )
+    parser = Parser("python -m mllm_jax.data.scenes_builder", __doc__.partition("\n")[0])
     sizes = {config.name: config for config in Scenes.BUILDER_CONFIGS}
     parser.add_argument("--size", choices=sizes, default="small", help="how many conversations (default small)")
     parser.add_argument("--data_dir", metavar="FOLDER", help="where datasets of TFDS lie (default its own)")

@@ -12,6 +12,7 @@ import jax
 
 from mllm_jax.adapters import load_adapters
 from mllm_jax.api import Pretrained, load_pretrained
+from mllm_jax.cli import Parser
 from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
 from mllm_jax.generate.decode import generate_ids
@@ -64,12 +65,8 @@ def _load(checkpoint: str, dtype: str) -> Pretrained:
     return load_workdir(checkpoint)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mllm_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m mllm_jax.generate", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
     add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format")

@@ -1,21 +1,22 @@
 """Plans a run on accelerators that need not be there, or checks one that are.
 
-    python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8
-    python -m mllm_jax.plan certify --help
-
-Each command says more under --help.
+python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8
+python -m mllm_jax.plan certify --config configs/certify.py
 """
 
 import importlib
 import sys
 
+from mllm_jax.cli import fail
+from mllm_jax.config import suggestion
+
 COMMANDS = ("certify",)
 
 
 def main() -> None:
-    named = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in COMMANDS else ""
-    if named:
-        del sys.argv[1]
+    named = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
+    if named and named not in COMMANDS:
+        fail(f"there is no command {named!r}; {suggestion(named, COMMANDS)}; run with --help", 2)
     importlib.import_module(f"mllm_jax.plan.{named or 'command'}").main()
 
 

@@ -27,7 +27,7 @@ flags.mark_flags_as_required(["config"])
 
 def main() -> None:
     """The command. Ends the process: exit code 1 where a mesh drifts, 2 where the input is wrong."""
-    command.run(_certify, exit_code=2)
+    command.run(_certify, exit_code=2, command="certify")
 
 
 def _certify() -> None:

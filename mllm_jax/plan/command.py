@@ -2,6 +2,7 @@
 
     python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8                  which mesh is best?
     python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8 --mesh fsdp=64   what does this take?
+    python -m mllm_jax.plan certify --help                                                      is a mesh right?
 
 The step that training runs is compiled for the topology: TPUs as v5p:4x8x8 (chips along each axis; v6e:16x16*2 is two
 slices), GPUs as h200:64. Without --mesh every mesh and remat policy is estimated, and the best are compiled, for TPUs

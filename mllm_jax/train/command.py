@@ -3,6 +3,7 @@
 What people get wrong ends in one line that says what and where, not in a traceback.
 """
 
+import difflib
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mllm_jax.cli import OVERRIDE, REPLACES, Parser, fail
 from mllm_jax.config import ConfigError, check_path, suggestion, told
 from mllm_jax.data.loader import BadData
 from mllm_jax.data.readers import WorkerLost
@@ -22,10 +24,18 @@ from mllm_jax.data.readers import WorkerLost
 WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
 
 
-def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), exit_code: int = 1) -> None:
+HELP = ("-h", "--help", "-help")
+
+
+def run(
+    main: Callable[[], None], expected: tuple[type[Exception], ...] = (), exit_code: int = 1, command: str = ""
+) -> None:
     """Parses the command line and runs `main`. Errors that people can mend are printed, and end it with `exit_code`.
 
-    An error of `expected` may have an `exit_code` of its own.
+    Args:
+      main: of a module whose docstring and flags are the help of the command.
+      expected: further errors that people can mend. One may have an `exit_code` of its own.
+      command: that the module was named by, as in "certify" of `python -m mllm_jax.plan certify`.
     """
 
     def guarded(_argv) -> None:
@@ -35,18 +45,26 @@ def run(main: Callable[[], None], expected: tuple[type[Exception], ...] = (), ex
         try:
             main()
         except (ConfigError, BadData, OSError, *expected) as error:
-            _fail(error, getattr(error, "exit_code", exit_code))
+            fail(_told(error), getattr(error, "exit_code", exit_code))
         except WorkerLost as error:
             _end_at_once(f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
             _end_at_once("interrupted", 128 + signal.SIGINT)
 
-    app.run(guarded, flags_parser=partial(_parse, exit_code=exit_code))
+    app.run(guarded, flags_parser=partial(_parse, parser=_parser(main, command), exit_code=exit_code))
 
 
-def _fail(error: Exception, exit_code: int) -> None:
-    print(f"error: {_told(error)}", file=sys.stderr)
-    sys.exit(exit_code)
+def _parser(main: Callable[[], None], command: str) -> Parser:
+    """The help of a command: the docstring of its module, and the flags that the module defines."""
+    program = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0]).removesuffix(".__main__")
+    parser = Parser(f"python -m {program} {command}".rstrip(), sys.modules[main.__module__].__doc__)
+    owner = sys.argv[0] if main.__module__ == "__main__" else main.__module__  # as absl names modules
+    for flag in flags.FLAGS.flags_by_module_dict().get(owner, []):
+        kind = {"action": "store_true"} if flag.boolean else {"choices": getattr(flag.parser, "enum_values", None)}
+        parser.add_argument(f"--{flag.name}", help=flag.help.replace("%", "%%"), default=flag.default, **kind)
+    if "--config" in parser.options():
+        parser.epilog = REPLACES
+    return parser
 
 
 def _end_at_once(text: str, exit_code: int) -> NoReturn:
@@ -62,13 +80,16 @@ def _told(error: Exception) -> str:
     return re.split(r"^[\w.]+Error: ", told(error), flags=re.MULTILINE)[-1].strip()
 
 
-def _parse(argv: Sequence[str], exit_code: int) -> list[str]:
+def _parse(argv: Sequence[str], parser: Parser, exit_code: int) -> list[str]:
+    if any(word in HELP for word in argv[1:]):
+        parser.print_help()
+        sys.exit(0)
     try:
-        return _parsed(argv, flags.FLAGS)
-    except SystemExit:  # absl calls it a failure when it has printed the help
+        return _parsed(argv, flags.FLAGS, list(parser.options()))
+    except SystemExit:  # absl calls it a failure when it has printed the help of --helpfull
         sys.exit(0)
     except (ConfigError, OSError) as error:
-        _fail(error, exit_code)
+        fail(_told(error), exit_code)
 
 
 def read_config(words: Sequence[str]) -> ConfigDict:
@@ -86,8 +107,12 @@ def read_config(words: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def _parsed(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """Parses a command line into `values`. Raises ConfigError and OSError."""
+def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] = ("--config",)) -> list[str]:
+    """Parses a command line into `values`. Raises ConfigError and OSError.
+
+    Args:
+      known: the flags that a wrong one may have meant.
+    """
     try:
         path = _config_file(argv)
         rest = values([WORDS.sub(lambda flag: flag[0].replace("-", "_"), word) for word in argv])
@@ -106,8 +131,9 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
             raise ConfigError(f"{path} has no function get_config, which returns the config") from error
         raise _unknown_name(argv) or ConfigError(told(error)) from error
     except flags.UnrecognizedFlagError as error:
-        hint = "settings of a run are --config.path.to=value; run with --help"
-        raise ConfigError(f"there is no flag --{error.flagname}; {hint}") from error
+        meant = difflib.get_close_matches(f"--{error.flagname}", known, n=1, cutoff=0.75)
+        hint = f"write {meant[0]}" if meant else f"settings of a run are {OVERRIDE}path.to=value"
+        raise ConfigError(f"there is no flag --{error.flagname}; {hint}; run with --help") from error
     except (flags.Error, TypeError, ValueError) as error:
         missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
         advice = f"{' and '.join(missing)} must be given; run with --help"

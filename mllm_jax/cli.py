@@ -1,0 +1,81 @@
+"""What the command lines of all programs share: the form of their help, and one line for what is wrong.
+
+Programs that read the config of a run have absl's flags (`mllm_jax.train.command`), all others a `Parser`.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from mllm_jax.config import suggestion
+
+OVERRIDE = "--config."  # words that begin with it replace a value of a config
+REPLACES = f"{OVERRIDE}PATH=VALUE replaces a value of the config, as in {OVERRIDE}optim.steps=100."
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a docstring, and adds the defaults that the text of an option does not tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        absent = action.default in (None, False, [], argparse.SUPPRESS)
+        return text if absent or action.required or "default" in text else f"{text} (default %(default)s)".lstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest right word for a wrong one. No option is shortened.
+
+    Args:
+      prog: how the program is called, as in "python -m mllm_jax.models".
+      description: its docstring.
+    """
+
+    def __init__(self, prog: str | None = None, description: str | None = None, **settings: Any):
+        settings = {"formatter_class": Formatter, "allow_abbrev": False} | settings
+        super().__init__(prog, description=description, **settings)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, surplus = self.parse_known_args(args, namespace)
+        if surplus:
+            self.unknown(surplus)
+        return found
+
+    def parse_with_overrides(self, args: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """The options, and the words that replace values of a config."""
+        found, surplus = self.parse_known_args(args)
+        overrides, words = [], iter(surplus)
+        for word in words:
+            if not word.startswith(OVERRIDE):
+                self.unknown([word, *words])
+            overrides += [word] if "=" in word else [word, *[value for value in [next(words, None)] if value]]
+        return found, overrides
+
+    def unknown(self, words: Sequence[str]) -> NoReturn:
+        """Refuses words that mean nothing here."""
+        name = words[0].partition("=")[0]
+        if name.startswith("-"):
+            self.error(f"there is no option {name}; {suggestion(name, self.options())}")
+        self.error(f"{' '.join(words)!r} belongs to no option")
+
+    def options(self) -> Iterator[str]:
+        """The options of this parser and of its commands, in their longest form."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser.options()
+            elif action.option_strings:
+                yield max(action.option_strings, key=len)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"there is no {value!r}; {suggestion(value, action.choices)}")
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; run with --help", 2)
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """Ends the process with one line for people."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
