@@ -3,12 +3,9 @@
 import contextlib
 import dataclasses
 import html.parser
-import importlib.util
 import json
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -36,8 +33,6 @@ from mllm_jax.plan.page import Chosen, write_page
 from mllm_jax.plan.portion import Portion, read_shapes
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.plan.text import duration
-from mllm_jax.plan.topology import GPUS, TPUS, get_topology
-from mllm_jax.plan.topology import KNOWN as KNOWN_DEVICES
 from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.optim import OptimConfig, make_optimizer, split
@@ -490,55 +485,6 @@ def test_a_summary_says_whether_it_fits(found):
     assert summary(found.candidates[0]._replace(refused="no room"), 1).endswith(": no room")
 
 
-def test_devices_without_a_compiler_are_where_they_are():
-    """As many as jax has of them: the two cores of a chip are two devices of TPU7x alone."""
-    for name, count, kind in (
-        ("v4:2x2x1", 4, "TPU v4"),
-        ("v5p:2x2x4", 16, "TPU v5p"),
-        ("tpu7x:2x2x1", 8, "TPU7x"),
-        ("v5e:1x1", 1, "TPU v5 lite"),
-        ("v6e:1x1", 1, "TPU v6 lite"),
-        ("v6e:2x4*2", 16, "TPU v6 lite"),
-    ):
-        topology = get_topology(name, compiler=False)
-        places = {(device.slice_index, *device.coords, device.core_on_chip) for device in topology.devices}
-        assert len(topology.devices) == len(places) == count and topology.device_kind == kind
-        _, sizes = name.partition("*")[0].split(":")
-        extent = 1 + np.array([device.coords for device in topology.devices]).max(axis=0)
-        assert extent.tolist() == ([int(size) for size in sizes.split("x")] + [1])[:3]
-        assert make_mesh({"fsdp": -1}, topology.devices).shape["fsdp"] == count
-    hosts = get_topology("b200:16", compiler=False).devices
-    assert [device.process_index for device in hosts] == 8 * [0] + 8 * [1]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
-def test_devices_of_the_compiler_are_in_the_same_places():
-    """A mesh has them in the same order, and libtpu has nothing to complain about."""
-    code = """
-import os
-from mllm_jax.plan.topology import get_topology
-from mllm_jax.sharding import make_mesh
-place = lambda device: (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
-for name, shape in (("v4:2x2x2", {"fsdp": 4, "tensor": 2}), ("v6e:1x1", {"fsdp": 1}), ("v6e:4x4*2", {"fsdp": -1}),
-                    ("v5e:4x8", {"fsdp": 8, "tensor": 4}), ("tpu7x:2x2x4", {"fsdp": 8, "tensor": 4})):
-    one, other = (make_mesh(shape, get_topology(name, compiler=yes).devices) for yes in (True, False))
-    assert list(map(place, one.devices.flat)) == list(map(place, other.devices.flat)), name
-os._exit(0)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_every_device_that_can_be_named_has_figures():
-    assert {*TPUS, *GPUS} == set(CHIPS) and "cpu" not in KNOWN_DEVICES
-    for name, chip in CHIPS.items():
-        assert chip.peak and chip.sources and name in KNOWN_DEVICES
-        assert bool(chip.link) == (name in TPUS) == (not chip.switch)
-        assert name in TPUS or GPUS[name].name.startswith(chip.kind)
-        assert name in TPUS or 0.6 * GPUS[name].memory < chip.memory < 0.8 * GPUS[name].memory
-        assert name in TPUS or GPUS[name].bandwidth == pytest.approx(chip.memory_bandwidth, rel=0.05)
-
-
 # What no mesh can mend.
 
 
@@ -571,7 +517,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
             check_run(named(folder))
 
 
-# The page and the command.
+# The page.
 
 
 class Tags(html.parser.HTMLParser):
@@ -626,36 +572,3 @@ def test_the_page_shows_every_candidate_and_every_matrix(fake, search, found, tm
         assert re.search(rf'<text class="{axis} best"[^>]*>{re.escape(own)}</text>', text)
         others = [float(c or d) for a, c, b, d in ticks if not (a or b)]
         assert others and all(abs(place - places[True]) > room for place in others)
-
-
-def plan_command(*arguments):
-    command = [sys.executable, "-m", "mllm_jax.plan", "--config", "configs/qwen3_vl_8b.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=search_module.__file__.rsplit("/", 3)[0])
-
-
-def test_what_does_not_fit_is_exit_code_1():
-    """And shapes suffice to say so: libtpu is not asked for."""
-    done = plan_command("--topology", "v4:2x2x1", "--compile=0")
-    assert done.returncode == 1, done.stderr
-    *table, last = done.stdout.strip().splitlines()
-    peaks = [float(re.search(r"([\d.]+) GiB", line)[1]) for line in table if "GiB" in line]
-    assert len(peaks) > 1 and peaks == sorted(peaks)
-    assert last.startswith("does not fit: ") and f"needs {peaks[0]} GiB of 30.8 GiB" in last
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--topology", "v9:2x2"), "there is no topology 'v9:2x2'"),
-        (("--topology", "v9:2x2", "--config.data.tokens=300000"), "config.data.tokens=300000 is longer"),
-        (("--topology", "v5p:4x4x4", "--config.data.bach=4"), "bach"),
-        (("--topology", "v5p:4x4x4", "--html", "/nowhere/plan.html"), "there is no folder /nowhere"),
-        (("--topology", "cpu:8"), "cpu:8 has no published figures to plan with"),
-        ((), "topology"),
-    ],
-)
-def test_wrong_input_ends_in_one_line_and_exit_code_2(arguments, message):
-    done = plan_command(*arguments)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and done.stdout == ""
-    assert done.stderr.strip().count("\n") == 0 and done.stderr.startswith("error: ")
