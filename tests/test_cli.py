@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from mllm_jax import __main__ as package
 from mllm_jax.cli import Parser
 from mllm_jax.data.__main__ import main as data
 from mllm_jax.plan import __main__ as plan
@@ -135,6 +136,18 @@ def test_a_wrong_command_is_one_line_with_the_nearest(monkeypatch, capsys):
     assert (
         error == "error: there is no command 'certifi'; did you mean 'certify'? Known here: certify; run with --help\n"
     )
+
+
+def test_the_list_of_commands_has_all_of_them(helps):
+    text, code = helps["mllm_jax"]
+    listed = re.findall(r"^    python -m (\S+(?: \w+)?)  +\w.*[^.]$", text, re.MULTILINE)
+    assert code == 0 and sorted(listed) == sorted(set(COMMANDS) - {"mllm_jax", "mllm_jax.data"})
+
+
+def test_a_word_after_the_package_is_told_its_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mllm_jax", "trian"])
+    error = refused(lambda words: package.main(), [], capsys)
+    assert error.startswith("error: there is no command 'trian'; did you mean 'mllm_jax.train'? Known here: ")
 
 
 def test_overrides_are_words_of_a_config():
