@@ -204,7 +204,7 @@ def test_heic_is_read_or_its_package_is_named(tmp_path, monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pillow_heif", None)
         (tmp_path / "a.heic").write_bytes(brand)
-        with pytest.raises(ValueError, match=r"a.heic: .*pip install 'mllm_jax\[heic\]'"):
+        with pytest.raises(ValueError, match=r"a.heic: .*pip install -e '\.\[heic\]'"):
             images.open_image(tmp_path / "a.heic")
     pillow_heif = pytest.importorskip("pillow_heif")
     file = pillow_heif.from_pillow(Image.fromarray(drawing()).resize((96, 64)))

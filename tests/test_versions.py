@@ -51,3 +51,15 @@ def test_each_dependency_is_tested_with_its_lowest_version(declared):
 def test_the_tests_of_dependencies_exist():
     names = {test for tests in TESTS.values() for test in " ".join(tests.values()).split()}
     assert {name for name in names if not (pathlib.Path(__file__).parent / f"test_{name}.py").is_file()} == set()
+
+
+def test_extras_are_installed_from_the_checkout():
+    """The package is on no index: `pip install mllm_jax[...]` would find nothing, or another's."""
+    files = [path for folder in ("mllm_jax", "docs", "tests", "launch") for path in (ROOT / folder).rglob("*.*")]
+    texts = {
+        path: path.read_text()
+        for path in files
+        if path.suffix in (".py", ".md", ".sh") and path.name != __name__ + ".py"
+    }
+    named = re.compile(r"pip install [^\n]*mllm[_-]jax\\?\[")
+    assert [path for path, text in texts.items() if named.search(text)] == []

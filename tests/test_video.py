@@ -168,7 +168,7 @@ def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"mllm_jax\[video\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[video\]'"):
         video.open_clip(path, fps=2)
     assert video.open_clip(np.zeros((2, 4, 4, 3), np.uint8), fps=2).frames == 2
 

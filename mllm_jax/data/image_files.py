@@ -101,7 +101,7 @@ def _heic(source: str | os.PathLike | BinaryIO) -> Image.Image:
     try:
         import pillow_heif
     except ImportError as error:
-        raise ValueError("HEIC needs pillow-heif; install it by pip install 'mllm_jax[heic]'") from error
+        raise ValueError("HEIC needs pillow-heif; install it by pip install -e '.[heic]'") from error
     return pillow_heif.HeifImageFile(source)
 
 

@@ -24,7 +24,7 @@ def pyav():
     try:
         import av
     except ImportError as error:
-        raise ImportError("reading video files needs PyAV: pip install 'mllm_jax[video]'") from error
+        raise ImportError("reading video files needs PyAV: pip install -e '.[video]'") from error
     return av
 
 
