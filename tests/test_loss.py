@@ -152,5 +152,5 @@ def test_square_root_weighting():
         np.testing.assert_allclose(own[own > 0], np.full(n, n**-0.5), rtol=1e-6)
     assert weight.sum() == pytest.approx(4 + 3 + 2**0.5)
     np.testing.assert_array_equal(sample_weights(batch, "token"), batch.weight)
-    with pytest.raises(ValueError, match="'token' or 'sqrt'"):
+    with pytest.raises(ValueError, match="must be one of token, sqrt"):
         sample_weights(batch, "square")

@@ -79,7 +79,7 @@ def decoder_fields(
         "head_dim": nullable(count(None)),
         "max_position_embeddings": count(length),
         "rms_norm_eps": positive(norm_eps),
-        "tie_word_embeddings": flag(tie),
+        "tie_word_embeddings": nullable(flag(tie), tie),
         "hidden_act": only("silu"),
         **rope_fields(theta),
     }
