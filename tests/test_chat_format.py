@@ -8,7 +8,7 @@ import pickle
 import pytest
 import tokenizers
 import transformers
-from chat_templates import BOS, CHATML, EOS, STYLES, THINKING, chat_format, learned
+from chat_templates import BOS, CHATML, EOS, LLAVA, STYLES, THINKING, chat_format, learned
 
 from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.data.template import ChatTemplate
@@ -112,6 +112,21 @@ def test_a_token_that_is_known_to_end_turns_ends_them():
     chat = chat_format(source, tokens, stop=[stop])
     messages = [user("What?"), answer("Yes."), user("And?"), answer("No.", weight=0)]
     assert learned(chat, messages) == ["Yes.<|user|>"]
+
+
+def test_the_end_of_text_ends_turns_where_a_template_writes_nothing():
+    chat = chat_format(LLAVA)
+    messages = [user("What?"), answer("Yes. "), user("And?"), answer("", weight=0), user("Now?"), answer("<b></s>")]
+    tokens, _ = chat.tokenize(messages)
+    written = "USER: What? ASSISTANT: Yes. </s> USER: And? ASSISTANT: </s> USER: Now? ASSISTANT: <b></s></s> "
+    assert chat.tokenizer.decode(tokens, special=True) == written and tokens.count(chat.tokenizer.id(EOS)) == 3
+    assert learned(chat, messages) == [" Yes. </s>", " <b></s></s>"] and chat.end == EOS
+    prompt, _ = chat.tokenize(messages[:3], generate=True)  # as the model saw earlier turns
+    assert chat.tokenizer.decode(prompt, special=True) == "USER: What? ASSISTANT: Yes. </s> USER: And? ASSISTANT:"
+    theirs = huggingface(chat).apply_chat_template
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    ids = theirs(parts, chat_template=LLAVA, add_generation_prompt=True, return_dict=False)
+    assert chat.tokenize(messages[:1], generate=True)[0] == ids
 
 
 def test_reasoning_and_calls_are_learned_where_the_template_writes_them():

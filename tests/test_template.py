@@ -149,7 +149,8 @@ def test_a_prompt_is_a_prefix_of_the_answered_conversation(chat):
 
 
 def test_a_turn_without_an_end_is_an_error(tokenizer):
-    chat = ChatFormat(tokenizer, ChatTemplate("{% for m in messages %} {{ m.role }}: {{ m.content }}{% endfor %}"))
+    nameless = Tokenizer(tokenizer._full, {})  # without an end of text
+    chat = ChatFormat(nameless, ChatTemplate("{% for m in messages %} {{ m.role }}: {{ m.content }}{% endfor %}"))
     with pytest.raises(ValueError, match=r"messages\[0\]='hi': .*end-of-turn"):
         chat.tokenize([{"role": "assistant", "content": "hi"}])
 

@@ -43,7 +43,8 @@ class ChatFormat:
     `control` are the added tokens that never come out of what people write: those that the template writes outside of
     answers, the placeholders of pictures and clips, and those for the beginning, the end and the padding of texts. The
     other added tokens are content, as `<think>` or `<|box_start|>`: answers may consist of them.
-    `ends` are the control tokens that end a turn, and `end` is the one behind an answer; None where none is.
+    `ends` are the control tokens that end a turn, and `end` is the one behind an answer; None where none is. Behind the
+    answers of a template that writes nothing to end them stands the tokenizer's end of text.
     """
 
     def __init__(
@@ -55,8 +56,13 @@ class ChatFormat:
         known = {*control, *tokenizer.special_tokens().values(), *_USUAL}
         known |= {token for token, special in added.items() if special and _VISION.search(token)}
         self._guard = tokenizer.guard  # of what an assistant writes
+        self._behind = ""  # what is written behind answers, where the template writes nothing
         self._as_text, self._as_parts = self._read_forms()
         self._turns = Turns.learn(tokenizer, self._probe, {token for token in added if tokenizer.id(token) in stop})
+        eos = tokenizer.special_tokens().get("eos_token")
+        if self._turns.unended and eos in added:
+            self._behind, self._turns.last = eos, eos
+            self._turns.ends.add(eos)
         self.ends, self.end = self._turns.ends, self._turns.last
         self.control = frozenset(added.keys() & (known | self.ends | self._structure()))
         self._guard = Guard(self.control)
@@ -109,7 +115,22 @@ class ChatFormat:
         tools = _each_text(tools, self.tokenizer.guard)
         now = {"strftime_now": datetime.datetime.now().strftime}  # the same for all renderings that are compared
         variables = now | self.tokenizer.special_tokens() | variables
-        return render_marked(lambda messages: self.template.render(messages, generate, tools, **variables), guarded)
+
+        def render(messages: Messages) -> str:
+            return self.template.render([*map(self._ended, messages)], generate, tools, **variables)
+
+        return render_marked(render, guarded)
+
+    def _ended(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message with the end of its turn, where it is an answer and the template writes none."""
+        content = message.get("content")
+        if not self._behind or message.get("role") != "assistant" or content is None or message.get("tool_calls"):
+            return message
+        if isinstance(content, str):
+            return message | {"content": content + self._behind}
+        last = max((place for place, part in enumerate(content) if _is_text(part)), default=None)
+        written = lambda place, part: part | {"text": part["text"] + self._behind} if place == last else part
+        return message | {"content": [written(*each) for each in enumerate(content)]}
 
     def _guarded(self, message: dict[str, Any], user_content_tokens: bool) -> dict[str, Any]:
         """A message whose texts have guards: of all added tokens, or where content is allowed of control tokens."""

@@ -28,6 +28,7 @@ class Turns:
     last: the token behind an answer that nothing follows; None where there is none.
     ends: tokens that end turns, with those that were known before.
     end_text: what ends a turn where no token does.
+    unended: True where the template writes nothing that could end a turn.
     headers: what stands before an answer, the longest first.
     openers: tokens that begin a turn, or stand in its header.
     """
@@ -36,6 +37,7 @@ class Turns:
     last: str | None = None
     ends: set[str] = field(default_factory=set)
     end_text: str = ""
+    unended: bool = False
     headers: list[str] = field(default_factory=list)
     openers: set[str] = field(default_factory=set)
 
@@ -71,6 +73,7 @@ class Turns:
         if shared.strip(" ") and not any(turns.tokens(shared)):
             turns.end_text = shared
         following = {token for *_, token in turns.tokens(followed)}
+        turns.unended = not closing and not turns.end_text and following <= opening
         turns.openers = (opening | following) - turns.ends - set(closing)
         return turns
 
