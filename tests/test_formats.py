@@ -310,6 +310,12 @@ def test_sizes_that_a_tar_claims(tmp_path):
     assert len(open_source(tmp_path / "a.tar")) == 2
 
 
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path):
+    for text in ("A cat.", "A dog."):
+        parquet.write_table(pa.Table.from_pylist([{"text": text}]), tmp_path / "a.parquet")
+        assert open_source(tmp_path / "a.parquet")[0]["messages"][0]["content"] == [{"type": "text", "text": text}]
+
+
 def test_layouts_of_public_parquet_sets(tmp_path):
     """The Cauldron's, and that of LLaVA-OneVision-Data, some rows of which have no picture."""
     data = source_files.picture(0)

@@ -24,6 +24,8 @@ class Parquet(Shard):
             about = parquet.read_metadata(path)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+        stat = path.stat()
+        self._version = (stat.st_mtime_ns, stat.st_size)  # another file may get the same name
         self._ends = np.cumsum([about.row_group(group).num_rows for group in range(about.num_row_groups)])
 
     def __len__(self) -> int:
@@ -32,7 +34,7 @@ class Parquet(Shard):
     def read(self, index: int) -> tuple[Any, Find]:
         group = int(np.searchsorted(self._ends, index, side="right"))
         try:
-            rows = _row_group(str(self.path), group)
+            rows = _row_group(str(self.path), self._version, group)
         except (pa.ArrowException, OSError) as error:
             raise BadRecord("not readable", self.name(index), f"row group {group}: {error}") from error
         return rows.slice(index - (int(self._ends[group - 1]) if group else 0), 1).to_pylist()[0], self.find
@@ -45,6 +47,6 @@ class Parquet(Shard):
 
 
 @lru_cache(maxsize=ROW_GROUPS)
-def _row_group(path: str, group: int) -> pa.Table:
+def _row_group(path: str, version: tuple[int, int], group: int) -> pa.Table:
     with parquet.ParquetFile(path) as file:
         return file.read_row_group(group, use_threads=False)
