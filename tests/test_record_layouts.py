@@ -122,6 +122,8 @@ def test_broken_pairs(record, words):
         ({"messages": [ASKED, ASKED, ANSWER]}, "wrong roles", "must take turns, got user, user"),
         ({"messages": [ASKED, ANSWER, ANSWER]}, "wrong roles", "got assistant, assistant"),
         ({"messages": [ASKED, {"role": "narrator", "content": ""}]}, "wrong roles", "unknown role 'narrator'"),
+        ({"messages": [ASKED | {"from": "gpt"}, ANSWER]}, "not a conversation", "role and from of a message differ"),
+        ({"messages": [ASKED | {"value": "R?"}, ANSWER]}, "not a conversation", "content and value of a message"),
         ({"messages": [ASKED]}, "wrong roles", "needs a question and an answer, got user"),
         ({"messages": [ANSWER]}, "wrong roles", "needs a question and an answer, got assistant"),
         ({"messages": []}, "wrong roles", "got nobody"),
@@ -273,6 +275,21 @@ def test_what_comes_before_the_first_question_and_after_the_last_answer():
 def test_misspelled_fields(fields, meant):
     error = refused({"messages": [ASKED, ANSWER], **fields})
     assert error.reason == "misspelled field" and error.detail == f'"{next(iter(fields))}": did you mean "{meant}"?'
+
+
+@pytest.mark.parametrize(
+    "message, meant",
+    (
+        ({"rolle": "user", "content": "Q?"}, "role"),
+        ({"role": "user", "contnet": "Q?"}, "content"),
+        ({"role": "user", "content": [{"type": "image", "imgae": "a.png"}, {"type": "text", "text": "Q?"}]}, "image"),
+        ({"role": "user", "content": [{"vido": "a.mp4"}]}, "video"),
+        ({"role": "user", "content": [{"type": "video", "video": "a.mp4", "nframe": 3}]}, "nframes"),
+    ),
+)
+def test_misspelled_fields_of_messages_and_parts(message, meant):
+    error = refused({"messages": [message, ANSWER]})
+    assert error.reason == "misspelled field" and error.detail.endswith(f'did you mean "{meant}"?')
 
 
 @pytest.mark.parametrize("name, meant", (("mesages", "messages"), ("converstaions", "conversations")))
@@ -427,3 +444,8 @@ def test_refused_fields_are_refused_by_name(kind):
         assert refused({"question": "Q?", "answer": "A.", name: "x"}).detail.startswith(f'"{name}"')
     for name in record_fields.ABOUT:
         assert refused({"text": "T", name: "x"}).detail.startswith(f'"{name}"')
+
+
+def test_a_field_may_stand_beside_its_other_name():
+    both = [ASKED | {"from": "human", "value": ASKED["content"]}, ANSWER | {"reasoning": "Hm.", "thinking": "Hm."}]
+    assert read({"messages": both})["messages"] == [ASKED, ANSWER | {"reasoning_content": "Hm."}]

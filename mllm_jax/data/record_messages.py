@@ -49,9 +49,12 @@ def normal_messages(turns: Sequence[Mapping[str, Any]]) -> tuple[Messages, tuple
             raise Bad("not a conversation", f"a message must be an object, not a {type(turn).__name__}")
         turn = present(turn, kept=("content", "value"))
         said = turn.get("role", turn.get("from"))
-        role = ROLES.get(said) if isinstance(said, str) else None
+        known = {name: ROLES.get(turn[name]) for name in ("role", "from") if isinstance(turn.get(name), str)}
+        role = _one_of(known, "role", "from")
         if role is None:
-            raise Bad("wrong roles", f"unknown role {said!r:.80}")
+            # The field itself may be misspelled.
+            unread(record_fields.MESSAGE, frozenset(turn), frozenset().union(*READ.values()))
+            raise Bad("wrong roles", f"unknown role {said!r:.80}; name one of {', '.join(ROLES)}")
         left.update(unread(record_fields.MESSAGE, frozenset(turn), READ[role]))
         message = _call_turn(turn) if role == CALL else _message(role, turn)
         if role == CALL and messages and messages[-1]["role"] == "assistant":
@@ -116,8 +119,16 @@ def parsed(value: Any, name: str) -> Any:
         raise Bad("not valid JSON", f'"{name}" is a text that is no JSON: {error!s:.80}') from error
 
 
+def _one_of(turn: Mapping[str, Any], *names: str) -> Any:
+    """The value of a field that has several names. Raises Bad where two of them have different values."""
+    values = [turn[name] for name in names if name in turn]
+    if any(value != values[0] for value in values):
+        raise Bad("not a conversation", f"{' and '.join(names)} of a message differ")
+    return values[0] if values else None
+
+
 def _message(role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
-    content = turn.get("content", turn.get("value"))
+    content = _one_of(turn, "content", "value")
     if role == "tool" and isinstance(content, Mapping) and not content.keys() & {"type", "text", "image", "video"}:
         content = _json(content)  # the result of a tool, as an object
     more = dict(_of_assistant(turn)) if role == "assistant" else {}
@@ -136,7 +147,7 @@ def _json(value: Any) -> str:
 
 def _call_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     """An assistant turn of a turn that is nothing but calls."""
-    calls = _calls(turn.get("content", turn.get("value")), "function_call")
+    calls = _calls(_one_of(turn, "content", "value"), "function_call")
     return {"role": "assistant", "content": "", "tool_calls": calls} | _weight("assistant", turn)
 
 
@@ -148,13 +159,13 @@ def _join(message: dict[str, Any], call: dict[str, Any]) -> None:
 
 
 def _of_assistant(turn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    if calls := next((turn[name] for name in CALLS if name in turn), None):
+    if calls := _one_of(turn, *CALLS):
         yield "tool_calls", _calls(calls, "tool_calls")
-    thoughts = [turn[name] for name in REASONING if name in turn]
-    if not all(isinstance(thought, str) for thought in thoughts) or len(set(thoughts)) > 1:
+    thought = _one_of(turn, *REASONING)
+    if not isinstance(thought, str | None):
         raise Bad("not a conversation", f"one of {', '.join(REASONING)} must be a text")
-    if thoughts:
-        yield "reasoning_content", thoughts[0]
+    if thought is not None:
+        yield "reasoning_content", thought
 
 
 def _weight(role: str, turn: Mapping[str, Any]) -> dict[str, float]:

@@ -68,7 +68,7 @@ def normal_parts(content: Any, name: str = "content") -> str | list[dict[str, An
 
 
 def unread_of_parts(messages: Messages) -> Iterator[str]:
-    """Names of the fields of parts that are not read. Raises Bad where one cannot be left out."""
+    """Names of the fields of parts that are not read."""
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else ():
             yield from unread(record_fields.PART, frozenset(part), READ[part["type"]])
@@ -100,11 +100,14 @@ def _normal(part: Any) -> dict[str, Any]:
         kind = kinds[0] if len(kinds) == 1 else None
     kind = TYPES.get(str(kind), str(kind).removesuffix("_url"))
     if kind not in READ:
+        unread(record_fields.PART, frozenset(part), frozenset())  # the field that tells may be misspelled
         raise Bad("not a conversation", f"content of type {part.get('type')!r}")
     if kind == "text" and not isinstance(part.get("text"), str):
         raise Bad("not a conversation", 'a part of type "text" needs a text')
     url = part.pop(f"{kind}_url", None)
-    return part | {"type": kind} | ({kind: url} if url is not None and kind not in part else {})
+    part = part | {"type": kind} | ({kind: url} if url is not None and kind not in part else {})
+    unread(record_fields.PART, frozenset(part), READ[kind])
+    return part
 
 
 def _filled(messages: Messages, files: Mapping[str, list]) -> Messages:
