@@ -41,11 +41,13 @@ def folder(tmp_path_factory):
     """Ten conversations with pictures, and one that names a missing file."""
     folder = tmp_path_factory.mktemp("inspect")
     source_files.write_jsonl(folder / "data", source_files.conversations())
+    (folder / "data" / "cut.png").write_bytes(b"")
     lost = {"image": "lost.png", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
     with open(folder / "data" / "set-1.jsonl", "a") as file:
         file.write(json.dumps(lost | {"id": "lost one"}) + "\n")
     spoken = [{"role": role, "content": "Hm."} for role in ("user", "assistant", "user")]
-    (folder / "data" / "more.jsonl").write_text(json.dumps({"messages": spoken, "mood": "good"}) + "\n")
+    more = [{"messages": spoken, "mood": "good"}, lost | {"image": "cut.png", "id": "cut one"}]
+    (folder / "data" / "more.jsonl").write_text("".join(json.dumps(record) + "\n" for record in more))
     (folder / "data" / "config.py").write_text(CONFIG)
     return folder / "data"
 
@@ -79,7 +81,8 @@ def test_what_is_left_out_of_records(folder, monkeypatch, capsys):
     words_of = ["--config=config.py", "--stage=align", "--config.data.path=more.jsonl", "--html=more.html", *HERE]
     assert main(["inspect", *words_of]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert 'the field "mood" is not read 1 turns after the last answer are left out 1' in said and "left out 0" in said
+    assert 'the field "mood" is not read 1 turns after the last answer are left out 1' in said and "left out 1" in said
+    assert "not readable 1 cut one: not readable (" in said
     assert 'Read in part what is left out records the field "mood" is not read 1 turns after' in words("more.html")[1]
 
 

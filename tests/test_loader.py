@@ -315,7 +315,7 @@ def test_broken_records_are_skipped_counted_and_named(caplog):
         items = list(numbers(200, broken, epochs=1))
     assert sorted(seen(items)) == [i for i in range(200) if i not in broken]
     assert items[-1][1].skipped == {"missing file": 1, "not readable": 1} and items[-1][1].dropped == 1
-    assert all(name in caplog.text for name in ("n7: missing file", "n9: no picture", "n21: 99 tokens"))
+    assert all(name in caplog.text for name in ("n7: missing file", "n9: not readable (no", "n21: over the budget ("))
 
 
 def test_ten_thousand_records_of_which_one_in_a_hundred_is_broken(tmp_path, caplog):
@@ -349,6 +349,7 @@ def test_ten_thousand_records_of_which_one_in_a_hundred_is_broken(tmp_path, capl
     assert used == 9900 and sum(left_out[0].values()) == 90 and left_out[1] == 10
     assert len(left_out[0]) >= 5
     said = "\n".join(record.getMessage() for record in caplog.records)
+    assert all(f"left out as {reason} (records so far: " in said for reason in ("missing file", "not a conversation"))
     for number in range(100):
         place = 37 + 100 * number
         unnamed = number % 10 in (0, 9)  # what cannot be read has no id, but a line

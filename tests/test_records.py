@@ -187,11 +187,11 @@ def test_damaged_bytes_are_a_broken_record(processor):
     for data in (b"nothing", png()[:200], b""):
         record = {"messages": document(image(data), text("x")), "kind": "", "id": "r7"}
         skipped = process(record)
-        assert skipped.reason == "not readable" and skipped.message.startswith("r7: <")
+        assert skipped.reason == "not readable" and skipped.message.startswith("r7: not readable (<")
         assert "not a readable picture" in skipped.message
     clip = {"type": "video", "video": b"nothing"}
     skipped = process({"messages": document(clip, text("x")), "kind": "", "id": "r8"})
-    assert skipped.reason == "not readable" and "r8: <bytes>: not a readable video" in skipped.message
+    assert skipped.reason == "not readable" and "r8: not readable (<bytes>: not a readable video" in skipped.message
 
 
 def test_embedded_records_need_no_file(tmp_path, processor):

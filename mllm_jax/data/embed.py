@@ -35,10 +35,10 @@ def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
         return part | {"video": _clip(part["video"], name)} if part["type"] == "video" else part
     except FileNotFoundError as error:
         raise BadRecord("missing file", name, str(error)) from error
+    except BadRecord:
+        raise
     except (OSError, ValueError) as error:
-        raise BadRecord(
-            "not readable" if not isinstance(error, BadRecord) else error.reason, name, str(error)
-        ) from error
+        raise BadRecord("not readable", name, str(error)) from error
 
 
 def _picture(source: Any) -> bytes:

@@ -285,13 +285,17 @@ class _PackedIterator(grain.DatasetIterator):
             raise BadData(f"of {read} records only {used} can be used: {dict(left_out)}")
 
     def _noted(self) -> dict[str, int]:
-        """Records that were used in part, by what was left out of them; logged when a count has grown tenfold."""
+        """Records that were used in part, by what was left out of them."""
         noted = sum((stream.noted for stream in self._streams), collections.Counter())
         for note, count in noted.items():
-            if count >= 10 * self._told[note]:
-                self._told[note] = 10 ** (len(str(count)) - 1)
-                log.warning("%s (records so far: %s)", note, f"{count:,}")
+            self._tell(note, count)
         return dict(noted)
+
+    def _tell(self, what: str, count: int) -> None:
+        """Logs how many records something is true of, whenever their number has grown tenfold."""
+        if count >= 10 * self._told[what]:
+            self._told[what] = 10 ** (len(str(count)) - 1)
+            log.warning("%s (records so far: %s)", what, f"{count:,}")
 
     def _counts(self) -> tuple[int, collections.Counter]:
         """Conversations that were used, and those that were left out by reason."""
@@ -302,6 +306,9 @@ class _PackedIterator(grain.DatasetIterator):
         settings = self._settings
         batch = settings.collate(rows, settings.budget)
         skipped = dict(self._counts()[1])
+        for reason, count in skipped.items():
+            if count >= 10:  # each of them has been logged
+                self._tell(f"left out as {reason}", count)
         kinds = [[example.kind for example in row for _ in example.lengths or (0,)] for row in rows]
         info = Info(
             conversations=sum(map(len, kinds)),

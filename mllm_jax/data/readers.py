@@ -17,7 +17,7 @@ from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.judging import Judged, Prompts
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
-from mllm_jax.data.records import BadRecord, printable
+from mllm_jax.data.records import BadRecord
 from mllm_jax.types import Example
 
 OVER_BUDGET = "over the budget"
@@ -84,7 +84,7 @@ class Process:
                 error.add_note(f"in {record['id']}")
                 raise
             reason = OVER_BUDGET if isinstance(error, TooLarge) else "not readable"
-            return Skipped(reason, printable(f"{record['id']}: {error}"))
+            return Skipped(reason, str(BadRecord(reason, record["id"], str(error))))
 
     def _example(self, record: dict[str, Any]) -> Example:
         if self.reading is None:

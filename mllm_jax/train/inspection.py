@@ -170,8 +170,7 @@ def _left_out(left_out: Mapping[str, int], named: Sequence[str]) -> Table:
     table = _table("left out", "records", "as")
     table.columns[2].justify = "left"
     for reason, number in left_out.items():
-        # The message of a record that does not fit, or is not readable, says so in its own words.
-        example = next((line for line in named if reason in line), "")
+        example = next((line for line in named if f": {reason}" in line), "")
         table.add_row(reason, f"{number:,}", example)
     return table
 
