@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import source_files
+from PIL import Image
 from pyarrow import parquet
 
 from mllm_jax.data.embed import embedded
@@ -134,6 +135,15 @@ def test_tables(tmp_path, name, separator, start, end):
     assert found == ROWS[::-1]
     assert [shard.read(2)[0] for shard in source.shards] == [{"id": "9", "text": "What?", "kind": None}]
     assert len(open_source(path, where={"id": ("7", "9")})) == 2
+
+
+def test_a_cell_may_list_several_files(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "[a].png")
+    names = ("[a].png", '["[a].png", "[a].png"]', '["[a].png", ""]')
+    quoted = ['"' + name.replace('"', '""') + '"' for name in names]
+    (tmp_path / "a.csv").write_text("images,question,answer\n" + "".join(f"{name},Q?,A.\n" for name in quoted))
+    parts = [record["messages"][0]["content"] for record in open_source(tmp_path / "a.csv")]
+    assert [[part["type"] for part in content].count("image") for content in parts] == [1, 2, 1]
 
 
 def test_rows_that_do_not_fit_their_table(tmp_path):

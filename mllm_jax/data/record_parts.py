@@ -1,5 +1,7 @@
 """Parts of a content: texts, images and videos, whether they stand in it or beside it, for placeholders."""
 
+import contextlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +23,20 @@ Find = Callable[[Any], Any]  # what a record calls a file -> its path or its byt
 
 def files_beside(record: Mapping[str, Any]) -> dict[str, list]:
     """The images and videos of a record that stand beside its messages."""
-    listed = lambda value: [file for file in value if not is_empty(file)] if isinstance(value, list) else [value]
     found = {
-        media: [file for name in (media, media + "s") if name in record for file in listed(record[name])]
+        media: [file for name in (media, media + "s") if name in record for file in _files(record[name])]
         for media in MEDIA
     }
     found["video"] += [record["frames"]] if "frames" in record else []
     return found
+
+
+def _files(value: Any) -> list[Any]:
+    """The files of a field: one, a list, or a list as the JSON text that a cell of a table may hold."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        with contextlib.suppress(ValueError):  # a name of a file after all
+            value = json.loads(value)
+    return [file for file in value if not is_empty(file)] if isinstance(value, list) else [value]
 
 
 def file_parts(files: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
