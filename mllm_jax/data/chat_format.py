@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mllm_jax.data.bounded_jinja import TooMuch
 from mllm_jax.data.marks import Marked, render_marked
-from mllm_jax.data.template import ChatTemplate, Messages
+from mllm_jax.data.template import CONTENT_TOKENS, ChatTemplate, Messages
 from mllm_jax.data.tokenizer import MARKS, Guard, Tokenizer
 from mllm_jax.data.turns import ANSWER, QUESTION, Turns
 
@@ -26,6 +26,7 @@ _SYSTEM = {"role": "system", "content": "system"}
 _FUNCTION = {"name": "look", "arguments": {"place": "here"}}
 _CALL = {"id": "call00000", "type": "function", "function": _FUNCTION}
 _RESULT = {"role": "tool", "name": "look", "tool_call_id": "call00000", "content": "result"}
+_ABOUT = ("weight", CONTENT_TOKENS)  # fields of a message that no template sees
 _WRITTEN = ("content", "reasoning_content", "tool_calls")  # the fields of a message that an assistant writes
 
 
@@ -84,7 +85,8 @@ class ChatFormat:
         apart from the text before them, so that training sees the tokens that generation continues from.
 
         Args:
-          messages: Hugging Face's, with "tool_calls" and "reasoning_content" where an assistant has them.
+          messages: Hugging Face's, with "tool_calls" and "reasoning_content" where an assistant has them. A message with
+            "content_tokens": True has content tokens in its texts, whoever speaks.
           generate: for prompts: the prompt for an answer is added, and all weights are 0.
           tools: descriptions of functions that the model may call, as JSON schemas.
           placeholders: tokens that are written as something else.
@@ -134,9 +136,10 @@ class ChatFormat:
 
     def _guarded(self, message: dict[str, Any], user_content_tokens: bool) -> dict[str, Any]:
         """A message whose texts have guards: of all added tokens, or where content is allowed of control tokens."""
-        every, allowed = self.tokenizer.guard, message.get("role") in ["assistant", "user"][: 1 + user_content_tokens]
+        every, speakers = self.tokenizer.guard, ["assistant", "user"][: 1 + user_content_tokens]
+        allowed = message.get("role") in speakers or message.get(CONTENT_TOKENS)
         guard = lambda key: self._guard if allowed and key in _WRITTEN else every
-        return {key: _each_text(value, guard(key)) for key, value in message.items() if key != "weight"}
+        return {key: _each_text(value, guard(key)) for key, value in message.items() if key not in _ABOUT}
 
     def _fitted(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message whose content has the form that the template reads: a text, or a list of parts."""

@@ -24,6 +24,7 @@ from typing import Any
 
 from mllm_jax.data.images import open_image, upright_size
 from mllm_jax.data.record_fields import Bad
+from mllm_jax.data.template import CONTENT_TOKENS
 
 TYPES = ("ref", "bbox")
 BOX_TYPES = ("real", "norm1")
@@ -150,6 +151,8 @@ def checked(part: Mapping[str, Any]) -> dict[str, Any]:
 def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> list[dict[str, Any]]:
     """Messages with their names, boxes and points as text; of images, no more than the headers are read.
 
+    Those that had some also have {CONTENT_TOKENS: True}: tags such as `<|box_start|>` are tokens there, whoever speaks.
+
     Raises ValueError: the model has no way to write them, or a box lies outside its image.
     """
     contents = [message.get("content") if isinstance(message, Mapping) else None for message in messages]
@@ -175,7 +178,7 @@ def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> 
         return found
 
     return [
-        message | {"content": _joined(_texts_written(content, grounding, shares))}
+        message | {"content": _joined(_texts_written(content, grounding, shares)), CONTENT_TOKENS: True}
         if isinstance(content, list) and has_boxes(content)
         else message
         for message, content in zip(messages, contents)

@@ -10,6 +10,9 @@ from mllm_jax.data import bounded_jinja
 from mllm_jax.data.json_files import read_json
 
 JINJA, TOOLS = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
+CONTENT_TOKENS = (
+    "content_tokens"  # of a message: its texts may hold content tokens, whoever speaks (no template sees it)
+)
 Messages = list[dict[str, Any]]
 
 
