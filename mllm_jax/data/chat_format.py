@@ -85,8 +85,8 @@ class ChatFormat:
         apart from the text before them, so that training sees the tokens that generation continues from.
 
         Args:
-          messages: Hugging Face's, with "tool_calls" and "reasoning_content" where an assistant has them. A message with
-            "content_tokens": True has content tokens in its texts, whoever speaks.
+          messages: Hugging Face's, with "tool_calls" and "reasoning_content" where an assistant has them. A message
+            with "content_tokens": True has content tokens in its texts, whoever speaks.
           generate: for prompts: the prompt for an answer is added, and all weights are 0.
           tools: descriptions of functions that the model may call, as JSON schemas.
           placeholders: tokens that are written as something else.
