@@ -449,3 +449,39 @@ def test_refused_fields_are_refused_by_name(kind):
 def test_a_field_may_stand_beside_its_other_name():
     both = [ASKED | {"from": "human", "value": ASKED["content"]}, ANSWER | {"reasoning": "Hm.", "thinking": "Hm."}]
     assert read({"messages": both})["messages"] == [ASKED, ANSWER | {"reasoning_content": "Hm."}]
+
+
+def test_what_a_record_asks_of_each_of_its_videos():
+    asked = {"videos": ["a.mp4", "b.mp4"], "fps": [1, 2.5], "nframes": 4}
+    found = read(asked | {"messages": [ASKED | {"content": "<video> or <video>?"}, ANSWER]})
+    videos = [part for part in found["messages"][0]["content"] if part["type"] == "video"]
+    assert [(part["video"], part["fps"], part["nframes"]) for part in videos] == [
+        ("/a.mp4", 1.0, 4),
+        ("/b.mp4", 2.5, 4),
+    ]
+    error = refused(asked | {"fps": [1, 2, 3], "messages": [ASKED | {"content": "<video> or <video>?"}, ANSWER]})
+    assert error.detail == '"fps" has 3 values for 2 videos'
+
+
+@pytest.mark.parametrize(
+    "part, words",
+    (
+        ({"type": "image", "image": "a.png", "image_url": {"url": "b.png"}}, 'has another "image_url"'),
+        ({"type": "text", "text": "Q?", "image": "a.png"}, 'has another "image"'),
+        ({"type": "text", "text": "Q?", "video_url": "a.mp4"}, 'has another "video_url"'),
+        ({"type": "image", "image": "a.png", "text": "Q?"}, 'has another "text"'),
+        ({"type": "video", "video": "a.mp4", "fps": 0}, "fps must be over 0"),
+        ({"type": "video", "video": "a.mp4", "nframes": 2.5}, "nframes 1 to 100,000"),
+    ),
+)
+def test_parts_that_would_lose_something_are_refused(part, words):
+    assert words in refused({"messages": [ASKED | {"content": [part]}, ANSWER]}).detail
+
+
+def test_parts_of_a_table_have_every_field():
+    parts = [
+        {"type": "image", "image": "a.png", "text": ""},
+        {"type": "text", "text": "Q?", "image": None, "video": None},
+    ]
+    found = read({"messages": [ASKED | {"content": parts}, ANSWER]})["messages"][0]["content"]
+    assert found == [IMAGE, TEXT]

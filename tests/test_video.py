@@ -438,6 +438,8 @@ def test_a_clip_in_a_message_asks_for_its_frames():
     read = lambda **more: read_record({"messages": messages} | more, "r", lambda name: name)["messages"]
     assert read()[0]["content"][0] == part
     assert read(fps=1.5, nframes=4)[0]["content"][0] == part | {"fps": 1.5}
-    assert read(fps=[1.0, 2.0])[0]["content"][0] == part
+    assert read(fps=[1.5])[0]["content"][0] == part | {"fps": 1.5}
+    with pytest.raises(BadRecord, match='"fps" has 2 values for 1 videos'):
+        read(fps=[1.0, 2.0])
     with pytest.raises(BadRecord, match="fps, nframes, sampling must be two numbers and a word"):
         read(fps="fast")

@@ -44,11 +44,6 @@ def file_parts(files: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [{"type": media, media: file} for media, found in files.items() for file in found]
 
 
-def asked_of_videos(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record asks of its videos; lists may be of each of several videos, which is not known here."""
-    return _asked({name: value for name, value in record.items() if not isinstance(value, list | tuple)})
-
-
 def with_files(messages: Messages, files: Mapping[str, list], in_text: bool) -> Messages:
     """Messages with the files that stand beside them.
 
@@ -88,11 +83,22 @@ def found_parts(content: str | list[dict[str, Any]], find: Find) -> str | list[d
     return content if isinstance(content, str) else [_found(part, find) for part in content]
 
 
-def with_asked(messages: Messages, asked: Mapping[str, Any]) -> Messages:
-    """Messages whose videos ask for what the record does, unless they say otherwise."""
+def with_asked(messages: Messages, record: Mapping[str, Any]) -> Messages:
+    """Messages whose videos ask for what their record does, for all of them or in a list, unless they say otherwise.
+
+    Raises Bad where a list has not one value for each video.
+    """
+    asked = {name: record[name] for name in ASKED if name in record}
     if not asked:
         return messages
-    timed = lambda part: asked | part if part["type"] == "video" else part
+    lists = [message["content"] for message in messages if isinstance(message["content"], list)]
+    count = sum(part["type"] == "video" for parts in lists for part in parts)
+    for name, value in asked.items():
+        if isinstance(value, list | tuple) and len(value) != count:
+            raise Bad("not a conversation", f'"{name}" has {len(value)} values for {count} videos')
+    of = lambda value, video: value[video] if isinstance(value, list | tuple) else value
+    each = iter([{name: of(value, video) for name, value in asked.items()} for video in range(count)])
+    timed = lambda part: next(each) | part if part["type"] == "video" else part
     listed = lambda content: [timed(p) for p in content] if isinstance(content, list) else content
     return [message | {"content": listed(message["content"])} for message in messages]
 
@@ -114,7 +120,12 @@ def _normal(part: Any) -> dict[str, Any]:
     if kind == "text" and not isinstance(part.get("text"), str):
         raise Bad("not a conversation", 'a part of type "text" needs a text')
     url = part.pop(f"{kind}_url", None)
-    part = part | {"type": kind} | ({kind: url} if url is not None and kind not in part else {})
+    others = [field for name in ("text", *MEDIA) if name != kind for field in (name, f"{name}_url")]
+    others = [field for field in others if part.get(field) not in (None, "")]
+    others += [f"{kind}_url"] if url is not None and part.get(kind, url) != url else []
+    if others:
+        raise Bad("not a conversation", f'a part of type "{kind}" has another "{others[0]}"; make it a part of its own')
+    part = part | {"type": kind} | ({kind: url} if url is not None else {})
     unread(record_fields.PART, frozenset(part), READ[kind])
     return part
 
@@ -159,20 +170,23 @@ def _found(part: dict[str, Any], find: Find) -> dict[str, Any]:
         return {"type": "text", "text": value}
     if kind in grounding.TYPES:
         return grounding.checked(part)
+    asked = _asked(part) if kind == "video" else {}
     if kind == "video" and isinstance(value, list) and value:
         value = [_file(frame, find) for frame in value]
     else:
         value = _file(value, find)
-    return {"type": kind, kind: value} | (_asked(part) if kind == "video" else {})
+    return {"type": kind, kind: value} | asked
 
 
 def _asked(part: Mapping[str, Any]) -> dict[str, Any]:
     """What videos are to be read as, see ASKED."""
     try:
-        found = {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name)}
+        found = {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name) is not None}
     except (TypeError, ValueError, OverflowError) as error:
         raise Bad("not a conversation", f"of a clip, {', '.join(ASKED)} must be two numbers and a word") from error
-    if not (0 < found.get("fps", 1) < math.inf and 1 <= found.get("nframes", 1) <= MOST_FRAMES):
+    nframes = found.get("nframes", 1)
+    whole = isinstance(part.get("nframes", ""), str) or nframes == part["nframes"]
+    if not (0 < found.get("fps", 1) < math.inf and whole and 1 <= nframes <= MOST_FRAMES):
         raise Bad("not a conversation", f"of a clip, fps must be over 0, and nframes 1 to {MOST_FRAMES:,}")
     return found
 

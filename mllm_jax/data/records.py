@@ -42,7 +42,6 @@ from mllm_jax.data.record_messages import in_order, normal_messages, parsed, too
 from mllm_jax.data.record_pairs import unpacked, with_chosen
 from mllm_jax.data.record_parts import (
     Find,
-    asked_of_videos,
     files_beside,
     found_parts,
     normal_parts,
@@ -129,7 +128,7 @@ def _read(record: dict[str, Any], find: Find) -> dict[str, Any]:
     found, notes = (_conversation if layout.parts is None else _document)(record, layout)
     messages = found["messages"]
     notes += [NOT_READ.format(f"content.{name}") for name in unread_of_parts(messages)]
-    messages = with_asked(messages, asked_of_videos(record))
+    messages = with_asked(messages, record)
     messages = [message | {"content": found_parts(message["content"], find)} for message in messages]
     found |= {"messages": messages, "facts": _facts(record.get("facts")), "notes": tuple(dict.fromkeys(notes)) or None}
     return {field: value for field, value in found.items() if value is not None}
