@@ -1,5 +1,6 @@
 """docs/data.md: its commands run, its example records are read, its Python is a config."""
 
+import ast
 import json
 import pathlib
 import re
@@ -12,6 +13,7 @@ from ml_collections import config_flags
 
 from mllm_jax.data import scenes_builder
 from mllm_jax.data.__main__ import main
+from mllm_jax.data.readers import OVER_BUDGET
 from mllm_jax.data.records import read_record
 from mllm_jax.data.sources import open_source
 from mllm_jax.train.run import read_run
@@ -92,3 +94,15 @@ def test_the_python_is_the_command(monkeypatch):
     scope = {}
     exec(text, scope)
     assert scope["data"].weights([10, 20]) == {0: [1.0, 0.25], 2000: [1.0, 1.0]}
+
+
+def test_every_reason_to_leave_out_a_record_is_listed():
+    said = set()
+    for path in (ROOT / "mllm_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args
+            if named and node.func.id in ("Bad", "BadName", "BadRecord") and isinstance(node.args[0], ast.Constant):
+                said.add(node.args[0].value)
+    rows = PAGE.partition("| reason |")[2].partition("\n\n")[0].splitlines()[2:]
+    listed = [reason for row in rows for reason in re.findall("`(.*?)`", row.split("|")[1])]
+    assert len(said) > 30 and sorted(listed) == sorted(said | {OVER_BUDGET})
