@@ -485,3 +485,14 @@ def test_parts_of_a_table_have_every_field():
     ]
     found = read({"messages": [ASKED | {"content": parts}, ANSWER]})["messages"][0]["content"]
     assert found == [IMAGE, TEXT]
+
+
+def test_the_placeholder_of_images_stands_for_videos_where_there_are_no_images():
+    turn = {"from": "human", "value": "<image>\nQ?"}
+    record = {"video": "a.mp4", "conversations": [turn, {"from": "gpt", "value": "A."}]}
+    assert read(record)["messages"] == [ASKED | {"content": [{"type": "video", "video": "/a.mp4"}, TEXT]}, ANSWER]
+    assert (
+        "1 <image> for 0 files"
+        in refused(record | {"conversations": [turn | {"value": "<image><video>Q?"}, ANSWER]}).detail
+    )
+    assert "1 <video> for 2 files" in refused(record | {"videos": ["b.mp4"]}).detail

@@ -158,7 +158,11 @@ def _inserted(messages: Messages, files: Mapping[str, list], in_text: bool) -> M
             raise Bad("wrong roles", "files stand beside the messages, and no user asks about them")
         first["content"] = [*file_parts(files), {"type": "text", "text": first["content"]}]
         return messages
-    queues = _queues(asked, files)
+    if files["video"] and not files["image"] and "video" not in asked:  # as LLaVA-Video's records are published
+        queues = _queues(["video"] * len(asked), files)
+        queues["image"] = queues["video"]
+    else:
+        queues = _queues(asked, files)
     placed = lambda text: grounding.at_placeholders(text, PLACEHOLDER, queues) or text
     return [message | {"content": placed(message["content"])} for message in messages]
 
