@@ -3,22 +3,27 @@
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import source_files
+from PIL import Image
 from test_loader import Numbers, numbers, seen
 from tiny_run import get_config, load_config
 
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.data.mixture import Mixture, start_of, tempered
+from mllm_jax.data.spec import SEEING
 from mllm_jax.evaluate import ask
+from mllm_jax.evaluate.report import Answer
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.inputs import open_data
 from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import read_run
 
+READER = SimpleNamespace(processor=SimpleNamespace(spec=SEEING))  # as much of a model as evaluation asks for
 WITHIN = 5  # records that the count of a source is off by, in any run of up to 20,000
 
 
@@ -112,8 +117,20 @@ def test_documents_are_no_questions(monkeypatch):
         "id": "q",
     }
     monkeypatch.setattr(ask, "generate", lambda vlm, prompts, **_: ["B"] * len(prompts))
-    found = list(ask.ask(None, [page, asked, page, page], together=2))
+    found = list(ask.ask(READER, [page, asked, page, page], together=2))
     assert [(answer.kind, answer.answer) for answer in found] == [("q", "B")]
+
+
+def test_boxes_are_judged_as_the_model_writes_them(monkeypatch):
+    image, box = (
+        Image.new("RGB", (100, 50)),
+        {"type": "bbox", "bbox": [10, 10, 50, 25], "bbox_type": "real", "image_id": 0},
+    )
+    question = [{"type": "ref", "ref": "The cat"}, {"type": "text", "text": "?"}, {"type": "image", "image": image}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": [box]}]
+    monkeypatch.setattr(ask, "generate", lambda vlm, prompts, **_: [" [100, 200, 500, 500]"])
+    (found,) = ask.ask(READER, [{"messages": messages, "kind": "box", "id": "b"}])
+    assert found == Answer("box", "The cat?", "[100, 200, 500, 500]", "[100, 200, 500, 500]", image)
 
 
 def test_a_config_names_sources_and_changes_their_weights():

@@ -84,6 +84,13 @@ def test_a_prompt_and_its_rest_are_a_judged_conversation_without_the_answer(proc
         Prompts(PROMPT)(processor, record(messages=[{"role": "document", "content": "A cat."}]), BUDGET)
 
 
+def test_the_rest_of_a_prompt_stands_behind_an_answer_of_boxes(processor):
+    box = {"type": "bbox", "bbox": [6.4, 9.6, 32, 48], "bbox_type": "real", "image_id": 0}
+    messages = [record()["messages"][0], {"role": "assistant", "content": [box]}]
+    boxes, plain = (Prompts(PROMPT)(processor, record(**more), BUDGET) for more in ({"messages": messages}, {}))
+    np.testing.assert_array_equal(boxes.tokens, plain.tokens)
+
+
 def test_batches_of_prompts_hold_one_in_a_row_and_a_run_needs_pairs(processor):
     make = lambda records, reading: make_loader(
         [records], processor, BUDGET, 2, epochs=1, workers=0, prefetch=0, reading=reading

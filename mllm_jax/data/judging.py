@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mllm_jax.data import grounding
 from mllm_jax.data.answers import together, with_rejected
 from mllm_jax.data.mix import alone
 from mllm_jax.data.pack import Budget
@@ -76,7 +77,8 @@ class Prompts:
     def _rest(self, processor: Any, messages: list[dict[str, Any]], turn: list[dict[str, Any]], tools: Any) -> Example:
         """The tokens behind the answer; positions are counted from the first of them."""
         answer = {name: value for name, value in messages[-1].items() if name != "weight"}
-        tokens, weight = processor.tokenize([*messages[:-1], answer, *turn], tools=tools)
+        messages = grounding.written([*messages[:-1], answer, *turn], processor.spec.grounding)
+        tokens, weight = processor.tokenize(messages, tools=tools)
         tokens = np.array(tokens[1 + int(np.flatnonzero(weight)[-1]) :], np.int32)
         count = len(tokens)
         return Example(

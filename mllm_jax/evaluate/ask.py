@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mllm_jax.data import grounding
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.generate.requests import generate
 
@@ -23,7 +24,8 @@ def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new
         asked = [{"messages": record["messages"][:-1], "tools": record.get("tools")} for record in part]
         said = generate(vlm, asked, max_new_tokens=max_new_tokens)
         for record, text in zip(part, said):
-            *_, question, truth = (_parts(message.get("content") or "") for message in record["messages"])
+            messages = grounding.written(record["messages"], vlm.processor.spec.grounding)
+            *_, question, truth = (_parts(message.get("content") or "") for message in messages)
             shown = next((item[item["type"]] for item in question if item["type"] != "text"), None)
             yield Answer(record["kind"], _text(question), _text(truth), text.strip(), shown)
 
