@@ -495,4 +495,10 @@ def test_the_placeholder_of_images_stands_for_videos_where_there_are_no_images()
         "1 <image> for 0 files"
         in refused(record | {"conversations": [turn | {"value": "<image><video>Q?"}, ANSWER]}).detail
     )
-    assert "1 <video> for 2 files" in refused(record | {"videos": ["b.mp4"]}).detail
+    assert "1 <video> for 2 files" in refused(record | {"video": ["a.mp4", "b.mp4"]}).detail
+
+
+def test_files_of_two_fields():
+    record = {"image": "a.png", "images": ["a.png"], "messages": [ASKED, ANSWER]}
+    assert read(record)["messages"] == [SHOWN, ANSWER]
+    assert '"image" and "images" differ' in refused(record | {"images": ["b.png"]}).detail

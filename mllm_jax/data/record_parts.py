@@ -22,12 +22,14 @@ Find = Callable[[Any], Any]  # what a record calls a file -> its path or its byt
 
 
 def files_beside(record: Mapping[str, Any]) -> dict[str, list]:
-    """The images and videos of a record that stand beside its messages."""
-    found = {
-        media: [file for name in (media, media + "s") if name in record for file in _files(record[name])]
-        for media in MEDIA
-    }
-    found["video"] += [record["frames"]] if "frames" in record else []
+    """The images and videos of a record that stand beside its messages. Raises Bad where two fields name others."""
+    found = {}
+    for media in MEDIA:
+        named = [_files(record[name]) for name in (media, f"{media}s") if name in record]
+        if len(named) == 2 and named[0] != named[1]:
+            raise Bad("several columns", f'"{media}" and "{media}s" differ: name all files in one')
+        found[media] = named[0] if named else []
+    found["video"] = [*found["video"], *([record["frames"]] if "frames" in record else [])]
     return found
 
 
