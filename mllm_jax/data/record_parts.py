@@ -123,7 +123,7 @@ def _normal(part: Any) -> dict[str, Any]:
         raise Bad("not a conversation", 'a part of type "text" needs a text')
     url = part.pop(f"{kind}_url", None)
     others = [field for name in ("text", *MEDIA) if name != kind for field in (name, f"{name}_url")]
-    others = [field for field in others if part.get(field) not in (None, "")]
+    others = [field for field in others if not is_empty(part.get(field))]
     others += [f"{kind}_url"] if url is not None and part.get(kind, url) != url else []
     if others:
         raise Bad("not a conversation", f'a part of type "{kind}" has another "{others[0]}"; make it a part of its own')

@@ -10,9 +10,8 @@ from mllm_jax.data import bounded_jinja
 from mllm_jax.data.json_files import read_json
 
 JINJA, TOOLS = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
-CONTENT_TOKENS = (
-    "content_tokens"  # of a message: its texts may hold content tokens, whoever speaks (no template sees it)
-)
+# A field of a message that no template sees: its texts may hold content tokens, whoever speaks.
+CONTENT_TOKENS = "content_tokens"
 Messages = list[dict[str, Any]]
 
 
