@@ -170,15 +170,6 @@ def test_a_blind_run_sees_no_picture(tmp_path):
     assert all(line["patches"] == 0 for line in read_metrics(tmp_path) if "heldout" not in line)
 
 
-def test_the_end_of_the_data_ends_the_run(tmp_path, monkeypatch):
-    config = get_config()
-    config.data.epochs = 1
-    monkeypatch.setattr("mllm_jax.train.data_config.Scenes.__len__", lambda self: 40)
-    config.train.update(evaluate_every=0, heldout=8)
-    reached = train(config, tmp_path)
-    assert 0 < reached < 24 and Checkpoints(tmp_path).latest() == reached
-
-
 def test_without_pictures_only_texts_are_left():
     image, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}
     messages = [{"role": "user", "content": [image, text]}, {"role": "assistant", "content": "x"}]

@@ -45,6 +45,7 @@ class Info(NamedTuple):
     dropped: int  # conversations over the budget
     skipped: dict[str, int]  # broken records by reason
     noted: dict[str, int] = {}  # records that were used in part, by what was left out of them
+    waiting: float = 0.0  # budgets of rows that conversations take which wait to be packed, mean over the streams
 
 
 def make_loader(
@@ -319,5 +320,6 @@ class _PackedIterator(grain.DatasetIterator):
             dropped=skipped.pop(OVER_BUDGET, 0),
             skipped=skipped,
             noted=self._noted(),
+            waiting=float(np.mean([stream.packer.load for stream in self._streams])),
         )
         return batch, info

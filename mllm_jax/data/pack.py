@@ -253,9 +253,14 @@ class Packer:
         return [key for key, _ in self._waiting]
 
     @property
+    def load(self) -> float:
+        """The budgets of rows that the conversations that wait take, of that budget of which they take more."""
+        return float((self._total / self._room).max())
+
+    @property
     def ready(self) -> bool:
         """Whether the window is full."""
-        return bool((self._total / self._room).max() >= self.window)
+        return self.load >= self.window
 
     def add(self, key: int, example: Example) -> None:
         """Lets a conversation wait. Raises TooLarge where it fits no row."""

@@ -22,6 +22,8 @@ The exit code is 0 at the end of the run; 75 where it is saved and not at its en
 again; 1 where it would fail again, and the message says what to mend.
 """
 
+import sys
+
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -30,6 +32,7 @@ from rich.console import Console
 from mllm_jax.evaluate import stages
 from mllm_jax.train import command, processes
 from mllm_jax.train.chain import train_run
+from mllm_jax.train.length import DataEnded
 from mllm_jax.train.loop import Diverged
 from mllm_jax.train.stages import all_ended
 from mllm_jax.train.streams import survive_closed_streams
@@ -51,7 +54,13 @@ def main() -> None:
     survive_closed_streams()
     processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, detect=DISTRIBUTED.value)
     options = {"profile_steps": steps_of(PROFILE_STEPS.value), "debug_nans": DEBUG_NANS.value}
-    if not train_run(CONFIG.value, WORKDIR.value, STAGE.value, **options):
+    try:
+        ended = train_run(CONFIG.value, WORKDIR.value, STAGE.value, **options)
+    except DataEnded:  # in all processes: one tells it
+        if jax.process_index() == 0:
+            raise
+        sys.exit(1)
+    if not ended:
         processes.end_unfinished()
     if jax.process_index() == 0 and all_ended(WORKDIR.value):
         console = Console(highlight=False)

@@ -1,5 +1,6 @@
 """Trains a run as its config says: at once, or stage by stage (see `mllm_jax.train.stages`)."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from ml_collections import ConfigDict
 from mllm_jax.config import ConfigError, dump, told
 from mllm_jax.model import abstract_params
 from mllm_jax.train.initial import check_adapters
+from mllm_jax.train.length import DataEnded
 from mllm_jax.train.lock import locked
 from mllm_jax.train.loop import StopSignal, made, train
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.ppo_run import judge_run
-from mllm_jax.train.run import read_run
+from mllm_jax.train.run import PARTS_OF_STAGES, read_run
 from mllm_jax.train.stages import ended, names_in_order, note_ended, one_run, stage_config
 
 
@@ -61,7 +63,10 @@ def _train_stages(
             sources = [run.init] if run.init else [source for source in run.parts.values() if source]
             origin = f"the weights of {' and '.join(sources)}" if sources else "random weights"
             _say(f"stage {name}, {order.index(name) + 1} of {len(order)}, from {origin}")
-            step = train(run, folder / name, stop, **options)
+            try:
+                step = train(run, folder / name, stop, **options)
+            except DataEnded as error:
+                raise DataEnded(_of_stage(error, name)) from error
             if stop.heeded:
                 return False
             done = done | {name: step}
@@ -84,9 +89,14 @@ def _check(config: ConfigDict, name: str) -> None:
         if run.train.ppo.reward and run.train.ppo.reward not in config.stages:
             judge_run(run)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("config.", f"config.stages.{name}.", 1)) from error
+        raise ConfigError(_of_stage(error, name)) from error
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.stages.{name}: {told(error)}") from error
+
+
+def _of_stage(error: ConfigError, name: str) -> str:
+    """What an error of an ordinary run says, with the paths of the stage."""
+    return re.sub(rf"\bconfig\.(?=({'|'.join(PARTS_OF_STAGES)})\b)", f"config.stages.{name}.", str(error))
 
 
 def _say(text: str) -> None:

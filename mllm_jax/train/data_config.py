@@ -26,7 +26,8 @@ class DataConfig(Config):
       or denser where they differ ("motion"); None leaves it to the processor. A clip in a message may ask for its own.
     user_content_tokens: tokens such as <|box_start|> are read in texts of users as in answers, and not as letters; None
       leaves it to the processor.
-    epochs: None repeats forever (optim.steps ends the run).
+    epochs: passes over the data; None = without end. They are the length of the run where optim.steps is 0; otherwise
+      the data must not end before optim.steps.
     blind: leave all pictures and clips out, for a text-only baseline.
     streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
       number of processes that divides it; None = the largest divisor of `batch` up to 64.

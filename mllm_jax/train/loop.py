@@ -24,6 +24,7 @@ from mllm_jax.train.feed import Feed, Fetched
 from mllm_jax.train.flops import peak_flops
 from mllm_jax.train.goodput import Clock, summary
 from mllm_jax.train.initial import first_params, processor_of
+from mllm_jax.train.length import DataEnded, StoppedEarly, check_end, find_length, with_length
 from mllm_jax.train.lock import locked
 from mllm_jax.train.metrics import Meter, Reporter, last_written
 from mllm_jax.train.nonfinite import find_nonfinite
@@ -55,6 +56,8 @@ def train(
 ) -> int:
     """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
 
+    Where `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.length`).
+
     The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
     the same mesh that nothing interrupted. A config with stages is trained by `mllm_jax.train.chain`, which calls this
     for each and passes its own `stop`. Where no step ends for `config.train.watchdog` seconds, the process ends.
@@ -66,6 +69,7 @@ def train(
     Raises:
       ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
       BadData: too many records of the data are broken. Lost: another process of the run has ended.
+      DataEnded: the data ended before `config.optim.steps`; the last step is saved.
     """
     with nullcontext(stop) if stop else StopSignal() as stop:
         try:
@@ -83,7 +87,12 @@ def _train_in(
     folder: Path, config: ConfigDict, run: Run, stop: StopSignal, profile_steps: range, debug_nans: bool
 ) -> int:
     try:
-        training = Training(config, run, folder, profile_steps, debug_nans)
+        training = Training(config, run, folder, profile_steps, debug_nans, lambda: stop.noted)
+    except StoppedEarly:
+        stop.heeded = True
+        return 0
+    except DataEnded:
+        raise
     except (ValueError, OSError) as error:  # all that a run is built from comes from its config
         raise ConfigError(told(error)) from error
     try:
@@ -103,7 +112,13 @@ class Training:
     """The parts of a run, and where it is."""
 
     def __init__(
-        self, config: ConfigDict, run: Run, workdir: Path, profile_steps: range = range(0), debug_nans: bool = False
+        self,
+        config: ConfigDict,
+        run: Run,
+        workdir: Path,
+        profile_steps: range = range(0),
+        debug_nans: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ):
         self.config, self.settings, self.workdir = config, run, workdir
         self.clock, self.debug_nans = Clock(), debug_nans
@@ -114,15 +129,18 @@ class Training:
             raise ConfigError("--debug_nans looks into steps of one update, not into those of PPO")
         processor, heldout = make_processor(processor_of(run), model, data), data.source("heldout")
         self.mesh = mesh = make_mesh(run.mesh)
-        tx, _ = make_optimizer(updates_of(run), abstract_params(model))
+        tx, _ = make_optimizer(updates_of(run), abstract_params(model))  # its state does not depend on the length
         self.feed = Feed(run, processor, mesh)
-        self.train_step = compiled_together(train_step(run, tx, mesh))
         self.evaluate = held_out(run, processor, mesh, heldout) if heldout is not None else None
         states = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
         parts = (state._replace(params=saved(run, state.params)) for state in states)
         self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, run.train.verify, *parts)
         self.resumed = self.checkpoints.latest() is not None
         found = self._resume() if self.resumed else self._begin(tx)
+        self.length = find_length(run, processor, found.notes.get("length"), stopped)
+        self.settings = run = with_length(run, self.length)
+        tx, _ = make_optimizer(updates_of(run), abstract_params(model))
+        self.train_step = compiled_together(train_step(run, tx, mesh))
         self.reference = reference_of(run, mesh, workdir, self.resumed)
         self.state, self.position, self.step = found.state, found.position, int(found.state.step)
         self.compiled, self.lost = False, False
@@ -148,6 +166,8 @@ class Training:
         with self.clock.within("save"):
             self.checkpoints.wait()
         self.report.line(summary(self.clock.seconds()))
+        if self.length is None and not stop.heeded:
+            check_end(self.settings, self.step)
         return self.step
 
     def _go_on(self, stop: StopSignal) -> None:
@@ -162,6 +182,7 @@ class Training:
             if last or _due(every.log_every, self.step - 1):
                 self.results.read(self.step - 1)
             if last:  # in a read of its own: steps that are read together have no times of their own
+                self.report.end(self.step)
                 self.results.read(self.step)
             if self.evaluate and (last or _due(every.evaluate_every, self.step)):
                 self._evaluate()
@@ -242,7 +263,7 @@ class Training:
 
         Interrupted where somebody asked the run to stop while the batch was awaited.
         """
-        if self.step >= self.settings.optim.steps:
+        if self.length is None and self.step >= self.settings.optim.steps:
             return None
         with self.clock.within("input"):
             self.feed.begin()
@@ -301,6 +322,7 @@ class Training:
         with self.clock.within("save"):
             self.report.flush()  # first: a checkpoint must not know of steps that the files do not
             notes = {"account": self.clock.account(ended), "spikes": self.results.spikes.get_state()}
+            notes["length"] = self.length and self.length._asdict()
             part = self.state._replace(params=saved(self.settings, self.state.params))
             save(self.step, part, self.config, self.position, notes)
 

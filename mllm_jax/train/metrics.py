@@ -183,9 +183,15 @@ class Display:
         if self._bar:
             self._bar.update(self._task, completed=step)
 
+    def end(self, step: int) -> None:
+        """The bar is full at this step."""
+        self.steps = step
+        if self._bar:
+            self._bar.update(self._task, total=step)
+
     def interval(self, record: Mapping[str, float]) -> None:
         """The line of an interval."""
-        left = (self.steps - record["step"]) * record["seconds_per_step"]
+        left = max(0, self.steps - record["step"]) * record["seconds_per_step"]
         fill = "/".join(f"{record[name]:.0%}" for name in ("fill_tokens", "fill_patches") if name in record)
         parts = [
             f"step {record['step']:.0f}/{self.steps}",
@@ -242,6 +248,12 @@ class Reporter:
         if writes:
             self._open(step)
             self._display = Display(steps, step)
+
+    def end(self, step: int) -> None:
+        """The run ends at this step, which may be another one than it was told."""
+        self.steps = step
+        if self.writes:
+            self._display.end(step)
 
     def rewind(self, step: int, why: str) -> None:
         """What was told of later steps is taken back: they will be done otherwise."""

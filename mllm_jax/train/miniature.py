@@ -30,7 +30,7 @@ def miniature(run: Run) -> Run:
 
 def _stage(run: Run | Stage) -> Stage:
     optim = run.optim and replace(
-        run.optim, steps=min(STEPS, run.optim.steps), warmup=min(STEPS // 4, run.optim.warmup)
+        run.optim, steps=min(STEPS, run.optim.steps or STEPS), warmup=min(STEPS // 4, run.optim.warmup)
     )
     lora = run.lora
     if lora and lora.rank > RANK:

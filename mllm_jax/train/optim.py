@@ -19,7 +19,6 @@ from mllm_jax.settings import (
     OneOf,
     Pattern,
     Positive,
-    PositiveInt,
     Range,
 )
 
@@ -40,6 +39,7 @@ class OptimConfig(Config):
     name: "adamw", "muon" (matrices of layers; AdamW for the rest) or "adafactor".
     schedule: "cosine", "linear", "constant", or "step" (divided by the square root of 10 after one half and again after
       three quarters, DeepSeek-VL2, arXiv 2412.10302), after a linear rise over `warmup` of the `steps` updates.
+    steps: updates of the weights; of PPO, batches. 0: as many as `data.epochs` make, see `mllm_jax.train.length`.
     final: share of `learning_rate` that is left at the end of the schedule.
     weight_decay: decoupled, times the learning rate; on matrices and adapters, not on norms, biases and embeddings.
     clip: largest global norm of the gradients; 0 = any.
@@ -53,7 +53,7 @@ class OptimConfig(Config):
     learning_rate: NonNegative = 1e-4
     schedule: Annotated[str, OneOf(tuple(SCHEDULES))] = "cosine"
     warmup: NonNegativeInt = 0
-    steps: PositiveInt = 1000
+    steps: NonNegativeInt = 1000
     final: Fraction = 0.0
     b1: Decay = 0.9
     b2: Decay = 0.95
@@ -65,7 +65,7 @@ class OptimConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.warmup > self.steps:
+        if self.steps and self.warmup > self.steps:
             raise ValueError(f"optim.warmup={self.warmup} must lie within optim.steps={self.steps}")
 
 

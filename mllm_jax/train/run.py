@@ -126,7 +126,7 @@ class Stage(Config):
     """What a part of a run does otherwise than the rest; what is None is that of the run (see `mllm_jax.train.stages`).
 
     after: the stage whose weights it begins with, "" = those of `init`; None = the one that is named before it.
-    data, optim, lora, train, mesh: as in a `Run`. `optim.steps` is the length of the stage.
+    data, optim, lora, train, mesh: as in a `Run`. `optim.steps`, or `data.epochs`, is the length of the stage.
     """
 
     after: str | None = None
@@ -148,7 +148,7 @@ class Run(Config):
       "connector", "decoder", or of a DualConfig "encoder", "text" (see `mllm_jax.train.parts`).
     processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`, or that of
       the decoder's folder.
-    optim: `optim.steps` is the length of the run.
+    optim: `optim.steps` is the length of the run; 0 = as long as `data.epochs` last.
     lora: adapters that are trained in place of the weights (see `mllm_jax.nn.lora`); of rank 0 there are none.
     preset: of `mllm_jax.sharding.PRESETS`: the mesh and the rules that the run begins with, and edits.
     mesh: devices along each axis of the mesh (see `mllm_jax.sharding.make_mesh`); -1 = those that are left.
@@ -272,6 +272,9 @@ def read_run(config: ConfigDict) -> Run:
 def _check(whole: Run, run: Run | Stage, path: str) -> None:
     if not isinstance(run.data, DataConfig):
         raise ConfigError(f"{path}.data.type must be FilesData, MixtureData, ScenesData or CaptionsData")
+    if not run.optim.steps and run.data.epochs is None:
+        or_epochs = "" if isinstance(run.data, MixtureData) else f" or {path}.data.epochs"
+        raise ConfigError(f"{path}.optim.steps=0: the data have no end. Set {path}.optim.steps{or_epochs}")
     if run.data.batch % run.train.accumulate:
         raise ConfigError(
             f"{path}.train.accumulate={run.train.accumulate} must divide {path}.data.batch={run.data.batch}"
