@@ -229,7 +229,7 @@ def test_on_a_host_the_training_starts_stops_and_tells_its_exit_code(tmp_path):
 
     def host(*words):
         command = ["bash", str(ROOT / "launch" / "tpu_vm.sh"), *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240).stdout
 
     assert host("status") == "none\n"
     host("start", "python", "-m", "mllm_jax.train", "--workdir", "/runs/a b")

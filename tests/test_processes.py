@@ -74,7 +74,7 @@ def assert_same_run(workdir, expected):
 
 def assert_ended_together(launcher, killed):
     """The others ended in time, it is said of each why, and nobody left a traceback."""
-    output, errors = launcher.communicate(timeout=60)
+    output, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 128 + signal.SIGKILL, errors
     assert f"launch.local: process {killed} was killed by SIGKILL; the others end within 10 s" in errors
     assert "the same command goes on from its last checkpoint" in errors
@@ -153,11 +153,26 @@ def test_a_process_that_is_slow_and_then_hangs_is_named_and_the_run_goes_on(star
 def test_processes_whose_data_end_at_different_steps_end_together(start, tmp_path):
     """61 conversations: a number of streams and of processes that it does not divide into."""
     folders = {count: tmp_path / str(count) for count in (1, 2)}
+    settings = ["--config.data.epochs=1", "--config.optim.steps=0"]
     for count, workdir in folders.items():
-        assert start(count, 4 // count, workdir, "--config.data.epochs=1", variant=":short").wait(timeout=600) == 0
+        assert start(count, 4 // count, workdir, *settings, variant=":short").wait(timeout=600) == 0
     assert 2 < len(tokens(folders[1])) < STEPS and tokens(folders[1]) == tokens(folders[2])
-    one, two = ([line["loss"] for line in read_metrics(workdir) if "loss" in line] for workdir in folders.values())
-    np.testing.assert_allclose(two, one, rtol=1e-5)
+    one, two = ([line for line in read_metrics(workdir) if "loss" in line] for workdir in folders.values())
+    np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
+    rates = [line["learning_rate"] for line in one]
+    assert [line["learning_rate"] for line in two] == rates and rates[-1] < 0.4 * rates[2], "the schedule ends, too"
+
+
+@pytest.mark.slow
+def test_processes_whose_data_end_too_early_say_so_once(start, tmp_path):
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = start(2, 2, tmp_path, "--config.data.epochs=1", variant=":short", **output)
+    out, errors = launcher.communicate(timeout=600)
+    assert launcher.returncode == 1, errors
+    step = len(tokens(tmp_path))
+    said = f"error: config.data.epochs=1: the data ended at step {step} of config.optim.steps={STEPS}"
+    assert (out + errors).count(said) == 1 and "Traceback" not in out + errors
+    assert (tmp_path / "checkpoints" / str(step)).exists()
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_without_a_reader_and_with_a_batch_that_never_comes_sigterm_saves_at_the
 
     until(lambda: process.poll() is not None or hangs())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == AGAIN, process.stderr.read()
+    assert process.wait(timeout=240) == AGAIN, process.stderr.read()
     assert Checkpoints(tmp_path).latest() >= seen[0] and "Traceback" not in process.stderr.read()
 
 
