@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from mllm_jax.api import CHECKPOINTS  # noqa: E402
 from mllm_jax.cli import Parser  # noqa: E402
 from mllm_jax.config import load  # noqa: E402
 from mllm_jax.model import abstract_params  # noqa: E402
@@ -37,7 +38,6 @@ from mllm_jax.train.checkpoint import Checkpoints, Restored  # noqa: E402
 from mllm_jax.train.metrics import read_metrics  # noqa: E402
 from mllm_jax.train.optim import make_optimizer  # noqa: E402
 from mllm_jax.train.run import read_run  # noqa: E402
-from mllm_jax.train.stages import CHECKPOINTS  # noqa: E402
 from mllm_jax.train.state import abstract_state, state_shardings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

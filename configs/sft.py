@@ -1,25 +1,35 @@
-"""Fine-tunes any published family on your conversations: files of any kind that `mllm_jax.data.sources` reads.
+"""Fine-tunes any published model on your conversations: files of any kind that `mllm_jax.data.sources` reads.
 
-    python -m mllm_jax.train --config configs/sft.py:llava_next/next-mistral-7b --workdir DIR \
-        --config.init=llava-hf/llava-v1.6-mistral-7b-hf \
+    python -m mllm_jax.train --config configs/sft.py:FOLDER --workdir DIR \
         --config.data.path=conversations.jsonl --config.data.root=PICTURES
 
-The argument is FAMILY/SIZE, as `python -m mllm_jax.models` lists them; `--config.init` is a folder of published weights
-or the hub's name of them. `--config.optim.freeze="('encoder',)"` leaves the tower as it is.
+The argument is the model to begin with: a folder in Hugging Face's format, the hub's name of one, or the folder of a
+training run. Its architecture, weights, tokenizer and chat template are used.
+`--config.optim.freeze="('encoder',)"` leaves the tower as it is. A model without a tower learns from texts.
 
-    --config configs/sft.py:llava_next/next-mistral-7b,charts,texts
+    --config configs/sft.py:llava_next/next-mistral-7b --config.init=llava-hf/llava-v1.6-mistral-7b-hf
+
+FAMILY/SIZE, as `python -m mllm_jax.models` lists them, is the architecture alone: `--config.init` names the weights.
+
+    --config configs/sft.py:FOLDER,charts,texts
         --config.data.sources.charts.path='charts/*.parquet' --config.data.sources.texts.path=texts.jsonl
         --config.data.sources.texts.weight=0.5
 
 Names after it are those of a mixture's sources.
 """
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
-from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.api import is_run, published_config
+from mllm_jax.config import ConfigError, suggestion, told
+from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import ModelConfig
+from mllm_jax.model import ModelConfig, without_values
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.checkpoint import read_config
 from mllm_jax.train.files import FilesData, MixtureData, Part
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config
@@ -30,20 +40,35 @@ TOKENS, PATCHES = 4096, 4096  # of a row, about
 def get_config(arg: str = "llava/1.5-7b"):
     named, *sources = (arg or "llava/1.5-7b").split(",")
     family, _, size = named.partition("/")
-    if family not in FAMILIES:
-        raise ConfigError(
-            f"configs/sft.py takes FAMILY/SIZE; there is no family {family!r}; {suggestion(family, FAMILIES)}"
-        )
-    model = FAMILIES[family].sizes(size)
-    if not isinstance(model, ModelConfig) or model.connector is None:
-        raise ConfigError(f"configs/sft.py: {named} does not answer questions about pictures")
-    picture = model.lead + max(1, model.encoder.position_grid**2)  # as large as the table of positions, if there is one
-    shape = {"batch": 8, "tokens": TOKENS, "rows": 2, "patches": picture * max(1, PATCHES // picture)}
+    is_size = family in FAMILIES
+    model = FAMILIES[family].sizes(size) if is_size else model_in(named)
+    if not isinstance(model, ModelConfig) or model.decoder is None:
+        raise ConfigError(f"configs/sft.py:{named}: the model does not answer questions. Name one with a decoder")
+    shape = {"batch": 8, "tokens": TOKENS, "rows": 0, "patches": 0}
+    if model.encoder is not None:
+        picture = model.lead + max(1, model.encoder.position_grid**2)  # as its table of positions, if there is one
+        shape |= {"rows": 2, "patches": picture * max(1, PATCHES // picture)}
+    source = "" if is_size else named
     return run_config(
         Run(
             model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
+            init=source,
+            processor=source,
             data=MixtureData(**shape, sources=dict.fromkeys(sources, Part())) if sources else FilesData(**shape),
             optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50),
             train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
         )
     )
+
+
+def model_in(source: str) -> ModelConfig | DualConfig:
+    """Returns the model of a folder, of the hub or of a training run. ConfigError where none can be read."""
+    try:
+        if is_run(source):
+            return replace(without_values(read_config(source).model), lora=LoraConfig())
+        return published_config(source)
+    except (OSError, ValueError) as error:
+        family, fault = source.partition("/")[0], told(error)
+        if not Path(source).exists() and re.fullmatch(r"\w+", family):
+            fault += f" There is no family {family!r}; {suggestion(family, FAMILIES)}"
+        raise ConfigError(f"configs/sft.py:{source}: {fault}") from error

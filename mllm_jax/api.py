@@ -35,6 +35,8 @@ from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint, weig
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"  # in the folder of a training run or of a stage
+PROGRESS = "stages.json"  # in the folder of a run with stages: them in order, and the last step of those that ended
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,8 +89,7 @@ def published_config(source: str | os.PathLike) -> ModelConfig | DualConfig:
         raise ValueError(f"{folder} holds quantized weights, which cannot be read; load a copy in bf16, fp16 or fp32")
     kind = kind_of(stated)
     if kind not in FAMILIES:
-        hint = "" if kind else " (the folder of a training run is read by load_workdir)"
-        raise ValueError(f"{folder / CONFIG}: {unsupported('model_type', kind, FAMILIES)}{hint}")
+        raise ValueError(f"{folder / CONFIG}: {unsupported('model_type', kind, FAMILIES)}")
     family = FAMILIES[kind]
     try:
         config = family.from_hf(stated)
@@ -200,7 +201,17 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
     return assemble(config, arrays, family.visuals(config, arrays) if sees else {})
 
 
+def is_run(folder: str | os.PathLike) -> bool:
+    """Returns whether a folder is that of a training run, of a stage, or of a run with stages."""
+    return (Path(folder) / CHECKPOINTS).is_dir() or (Path(folder) / PROGRESS).is_file()
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
+    if is_run(folder):
+        raise ValueError(
+            f"{folder} is the folder of a training run, not a model in Hugging Face's format. Read it with "
+            f"mllm_jax.load_workdir, or write the model with python -m mllm_jax.export --checkpoint {folder} FOLDER"
+        )
     if not (folder / CONFIG).is_file():
         if why := interrupted(folder):
             raise FileNotFoundError(f"{folder} is not complete: {why}.")

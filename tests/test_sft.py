@@ -100,7 +100,7 @@ def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
 def test_what_cannot_be_fine_tuned_is_refused():
     with pytest.raises(ConfigError, match="no family 'lava'; did you mean 'llava'"):
         load_config("sft", "lava/7b")
-    with pytest.raises(ConfigError, match="does not answer questions about pictures"):
+    with pytest.raises(ConfigError, match="clip/b32: the model does not answer questions"):
         load_config("sft", "clip/b32")
     with pytest.raises(ValueError, match="LLaVA has no size '7b'"):
         load_config("sft", "llava/7b")

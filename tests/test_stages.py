@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from rich.console import Console
 from staged_run import get_config, on_one_device
 
+from mllm_jax.api import is_run
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.evaluate.report import short
 from mllm_jax.evaluate.stages import branches, table, write_page
@@ -29,7 +30,7 @@ from mllm_jax.train.loop import Training, train
 from mllm_jax.train.metrics import Reporter, read_metrics
 from mllm_jax.train.processes import AGAIN
 from mllm_jax.train.run import read_run
-from mllm_jax.train.stages import ended, is_run, names_in_order, one_run, run_folder
+from mllm_jax.train.stages import ended, names_in_order, one_run, run_folder
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
 CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}

@@ -6,12 +6,11 @@ python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from mllm_jax.adapters import load_adapters
-from mllm_jax.api import Pretrained, load_pretrained
+from mllm_jax.api import Pretrained, is_run, load_pretrained
 from mllm_jax.cli import Parser
 from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
@@ -58,7 +57,7 @@ def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[st
 
 def _load(checkpoint: str, dtype: str) -> Pretrained:
     """A training run's folder, or a model in Hugging Face's format."""
-    if not any((Path(checkpoint) / name).exists() for name in ("checkpoints", "stages.json")):
+    if not is_run(checkpoint):
         return load_pretrained(checkpoint, dtype)
     from mllm_jax.train.checkpoint import load_workdir  # slow to import, and a published model needs none of it
 

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mllm_jax.api import is_run
 from mllm_jax.config import ConfigError
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig
 from mllm_jax.train.run import Run
-from mllm_jax.train.stages import is_run
 
 PARTS = ("encoder", "connector", "decoder")
 

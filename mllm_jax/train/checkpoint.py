@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.api import Pretrained, load_processor
+from mllm_jax.api import CHECKPOINTS, Pretrained, load_processor
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.dual import DualConfig
@@ -29,7 +29,7 @@ from mllm_jax.train.base import completed, saved
 from mllm_jax.train.damage import check_arrays, read_sealed, reading, saving, sealed, verify
 from mllm_jax.train.fingerprint import fingerprints, names
 from mllm_jax.train.run import Run, read_run
-from mllm_jax.train.stages import CHECKPOINTS, run_folder
+from mllm_jax.train.stages import run_folder
 from mllm_jax.train.state import TrainState
 
 PROCESSOR = "processor"  # the folder beside it, with the tokenizer and the chat template

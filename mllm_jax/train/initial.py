@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from mllm_jax.api import load_params
+from mllm_jax.api import is_run, load_params
 from mllm_jax.config import ConfigError
 from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params, without_values
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
@@ -18,7 +18,7 @@ from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
 from mllm_jax.train.parts import load_parts
 from mllm_jax.train.run import Run, processor_source
-from mllm_jax.train.stages import is_run, run_folder
+from mllm_jax.train.stages import run_folder
 
 
 def first_params(run: Run, mesh: Mesh) -> dict:

@@ -18,13 +18,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mllm_jax.api import CHECKPOINTS, PROGRESS
 from mllm_jax.config import ConfigError, suggestion
 from mllm_jax.train.damage import read_note
 from mllm_jax.train.run import PARTS_OF_STAGES, processor_source
 
-PROGRESS = "stages.json"  # in the folder of a staged run: the stages in order, and the last step of those that ended
 EXAMPLE = '{"stages": ["align", "instruct"], "ended": {"align": 500}}'  # what it looks like
-CHECKPOINTS = "checkpoints"  # in the folder of a run or of a stage
 
 
 def names_in_order(config: ConfigDict) -> list[str]:
@@ -123,11 +122,6 @@ def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> Non
     unfinished = workdir / f"{PROGRESS}.unfinished"
     unfinished.write_text(json.dumps({"stages": order, "ended": steps}, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, workdir / PROGRESS)
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether this is the folder of a training run, of a stage, or of a run with stages."""
-    return (Path(folder) / CHECKPOINTS).is_dir() or (Path(folder) / PROGRESS).is_file()
 
 
 def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
