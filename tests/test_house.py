@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "sharding": {"settings", "types"},
     "paths": set(),
     "page": set(),
+    "status": set(),
     "nn": {"settings", "paths", "sharding", "types"},
     "fusion": {"types"},
     "encoders": {"settings", "nn", "sharding", "types"},
@@ -37,8 +38,9 @@ MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["attention"] = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
-MAY_IMPORT["generate"] = {"adapters", "api"} | MAY_IMPORT["api"]
+MAY_IMPORT["generate"] = {"adapters", "api", "config", "status"} | MAY_IMPORT["api"]
 MAY_IMPORT["train"] = {"adapters", "cli", "config", "generate", "page", "paths"} | MAY_IMPORT["generate"]
+MAY_IMPORT["export"] = {"train"} | MAY_IMPORT["train"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"cli", "config"} | MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]

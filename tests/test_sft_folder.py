@@ -4,15 +4,17 @@ import json
 
 import jax
 import numpy as np
+import peft
 import pytest
 import tiny_chat
 from test_sft import conversations, tokenizer
-from tiny_models import MODELS, tiny
+from tiny_models import MODELS, class_of, tiny
 from tiny_run import load_config
 
 import mllm_jax
 from mllm_jax.api import published_config
 from mllm_jax.config import ConfigError
+from mllm_jax.export import main as export
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.initial import first_params
 from mllm_jax.train.loop import StopSignal, Training
@@ -133,3 +135,59 @@ def test_a_run_is_no_published_model(trained):
             ValueError, match=f"{trained} is the folder of a training run.*load_workdir.*mllm_jax.export"
         ):
             read(trained)
+
+
+def test_a_run_with_adapters_is_exported_merged(trained, tmp_path, capsys):
+    folder = tmp_path / "merged"
+    assert export(["--checkpoint", str(trained), str(folder)]) == 0
+    told = capsys.readouterr()
+    assert f"reading {trained}" in told.err and f"wrote {folder}" in told.out
+    vlm = mllm_jax.load_pretrained(folder)
+    expected = mllm_jax.merge_adapters(mllm_jax.load_workdir(trained)).params
+    jax.tree.map(np.testing.assert_array_equal, vlm.params, expected)
+    assert vlm.processor is not None
+    assert export(["--checkpoint", str(trained), "--dtype", "bfloat16", "--step", "2", str(folder)]) == 0  # replaced
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    halves = mllm_jax.load_pretrained(folder, "bfloat16").params
+    jax.tree.map(np.testing.assert_array_equal, halves, jax.tree.map(lambda x: x.astype("bfloat16"), expected))
+
+
+def test_adapters_are_exported_alone_and_merged_into_a_model(published, trained, tmp_path):
+    adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+    assert export(["--checkpoint", str(trained), "--adapters_only", str(adapter)]) == 0
+    written = peft.PeftConfig.from_pretrained(adapter)
+    assert written.base_model_name_or_path == str(published) and written.r == 2
+    assert export(["--checkpoint", str(published), "--adapters", str(adapter), str(whole)]) == 0
+    model = class_of("qwen3_vl").from_pretrained(published, attn_implementation="eager").eval()
+    theirs = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    ours = class_of("qwen3_vl").from_pretrained(whole)
+    changed = 0
+    before = class_of("qwen3_vl").from_pretrained(published).state_dict()
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_allclose(ours.state_dict()[name], tensor, atol=1e-6, rtol=0)
+        changed += not np.array_equal(before[name], tensor)
+    assert changed >= 7 * 2
+
+
+def test_what_cannot_be_exported_is_one_line(published, trained, tmp_path, capsys):
+    full, new = tmp_path / "full", tmp_path / "new"
+    full.mkdir()
+    (full / "config.json").write_text('{"theme": "dark"}')
+    run, model, adapters = str(trained), str(published), ["--adapters", str(tmp_path)]
+    cases = {
+        "is not empty and has no config.json": ["--checkpoint", run, str(full)],
+        "is not empty and has no adapter_config.json": ["--checkpoint", run, "--adapters_only", str(full)],
+        "is the folder of a training run": ["--checkpoint", model, run],
+        "is read from": ["--checkpoint", model, model],
+        "has no adapter_config.json": ["--checkpoint", model, *adapters, str(new)],
+        "has adapters of its own": ["--checkpoint", run, *adapters, str(new)],
+        "--adapters_only writes what a run trained": ["--checkpoint", model, "--adapters_only", str(new)],
+        "--step=3: ": ["--checkpoint", model, "--step=3", str(new)],
+        "has no checkpoint 77": ["--checkpoint", run, "--step=77", str(new)],
+        "there is no folder": ["--checkpoint", str(tmp_path / "absent"), str(new)],
+    }
+    for said, words in cases.items():
+        assert export(words) == 1
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and said in last, words
+    assert [path.name for path in full.iterdir()] == ["config.json"] and not new.exists()

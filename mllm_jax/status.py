@@ -1,0 +1,28 @@
+"""Life signs of what takes long, on stderr: silence means that a program ends soon, never that it may have hung."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PATIENCE = 2.0  # seconds
+
+
+def say(text: str) -> None:
+    """Prints a line to stderr at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def announced(text: str, after: float = PATIENCE) -> Iterator[threading.Timer]:
+    """Prints `text` to stderr where its body takes longer than `after` seconds.
+
+    Yields the timer, whose `cancel()` says that the wait is over before the body is.
+    """
+    timer = threading.Timer(after, say, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer
+    finally:
+        timer.cancel()
