@@ -21,8 +21,10 @@ import jax
 from mllm_jax.adapters import files as peft
 from mllm_jax.adapters import load_adapters, merge_adapters, save_adapters
 from mllm_jax.api import CONFIG, Pretrained, is_run, load_pretrained, save_pretrained
+from mllm_jax.cli import Parser
 from mllm_jax.config import told
 from mllm_jax.nn.lora import split_adapters
+from mllm_jax.settings import NonNegativeInt, argument
 from mllm_jax.status import say
 from mllm_jax.train.checkpoint import load_workdir, read_config
 from mllm_jax.weights.hf import local_folder
@@ -102,16 +104,14 @@ def _merged(vlm: Pretrained, dtype: str) -> Pretrained:
     return dataclasses.replace(vlm, params=jax.tree.unflatten(tree, leaves))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mllm_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m mllm_jax.export", __doc__)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="to write; a model or adapter that it holds is replaced")
     add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
     add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format, to merge into it")
     add("--adapters_only", action="store_true", help="write the adapters of a run alone, in PEFT's format")
-    add("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
+    add("--step", type=argument(NonNegativeInt), metavar="N", help="of the run's checkpoints (default: the newest)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of written weights (default float32)")
     return parser
 

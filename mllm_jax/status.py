@@ -14,12 +14,12 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def announced(text: str, after: float = PATIENCE) -> Iterator[threading.Timer]:
-    """Prints `text` to stderr where its body takes longer than `after` seconds.
+def announced(text: str) -> Iterator[threading.Timer]:
+    """Prints `text` to stderr where its body takes longer than PATIENCE.
 
     Yields the timer, whose `cancel()` says that the wait is over before the body is.
     """
-    timer = threading.Timer(after, say, (text,))
+    timer = threading.Timer(PATIENCE, say, (text,))
     timer.daemon = True
     timer.start()
     try:

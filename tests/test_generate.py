@@ -363,7 +363,9 @@ def test_command(chat, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: there is no folder")
     assert main(["--checkpoint", str(tmp_path), "--prompt", "What?"]) == 1
     assert "config.json" in capsys.readouterr().err
-    assert main([*arguments, "--temperature", "-1"]) == 1
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--temperature", "-1"])
+    assert done.value.code == 2 and "--temperature: -1.0: must be at least 0" in capsys.readouterr().err
     with pytest.raises(SystemExit) as done:
         main(["--help"])
     assert done.value.code == 0 and "--image" in capsys.readouterr().out

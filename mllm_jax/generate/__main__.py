@@ -1,11 +1,18 @@
-"""Asks a model about pictures and clips, and writes its answer as it comes.
+"""Asks a model about images and clips, and writes its answer as it comes.
 
-python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is in the picture?"
+    python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is in the picture?"
+    python -m mllm_jax.generate --checkpoint FOLDER                              a chat, on a terminal
+    python -m mllm_jax.generate --checkpoint FOLDER --prompts questions.jsonl    a line of JSON for each answer
+
+A chat keeps what was said; /help lists its commands. A file of prompts is a text with one a line, or records with or
+without answers, of any kind and layout that training reads; their images are found beside it.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -14,43 +21,70 @@ from mllm_jax.api import Pretrained, is_run, load_pretrained
 from mllm_jax.cli import Parser
 from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
-from mllm_jax.generate.decode import generate_ids
-from mllm_jax.generate.requests import read_prompts, stream_text
+from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk
+from mllm_jax.generate.prompts import answers, as_line
+from mllm_jax.generate.requests import answering_processor
 from mllm_jax.generate.sampling import Temperature, TopK, TopP
 from mllm_jax.settings import PositiveInt, Seed, argument
+from mllm_jax.status import announced, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 1 where something is wrong that the user can mend, told in one line."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    given = [args.prompt is not None, args.prompts is not None, args.chat]
+    if sum(given) > 1 or not (any(given) or sys.stdin.isatty()):
+        parser.error("give one of --prompt, --prompts and --chat")
+    media = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(args, kind)]
+    if media and args.prompts is not None:
+        parser.error("--prompts names its images and clips itself; leave out --image and --video")
     try:
-        vlm = _load(args.checkpoint, args.dtype)
-        vlm = load_adapters(vlm, args.adapters) if args.adapters else vlm
-        seen = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(args, kind)]
-        messages = [{"role": "user", "content": [*seen, {"type": "text", "text": args.prompt}]}]
-        batch = read_prompts(vlm, [messages])
-        stop = vlm.processor.stop_ids
-        generate_ids(
-            vlm,
-            batch,
-            args.max_new_tokens,
-            **_sampling(args, vlm.processor.generation),
-            stop=stop,
-            key=jax.random.key(args.seed),
-            on_token=stream_text(vlm.processor, stop, lambda text: print(text, end="", flush=True)),
-        )
+        with announced(f"reading {args.checkpoint}"):
+            vlm = _load(args.checkpoint, args.dtype)
+            vlm = load_adapters(vlm, args.adapters) if args.adapters else vlm
+        settings = _sampling(args, answering_processor(vlm).generation) | {"max_new_tokens": args.max_new_tokens}
+        settings["key"] = jax.random.key(args.seed)
+        if args.prompts is not None:
+            return _answer_file(vlm, args, settings)
+        if args.prompt is None:
+            chat = Chat(vlm, args.system, settings)
+            for item in media:
+                chat.attach(item["type"], item[item["type"]])
+            talk(chat)
+            return 0
+        question = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
+        write = lambda text: print(text, end="", flush=True)
+        stream_answer(vlm, [*system_message(args.system), question], write, **settings)
     except (OSError, ValueError) as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        say(f"error: {told(error)}")
         return 1
+    except jax.errors.JaxRuntimeError as error:  # such as too little memory
+        say(f"error: {first_line(error)}")
+        return 1
+    except KeyboardInterrupt:
+        say("\ninterrupted")
+        return 128 + signal.SIGINT
     print()
     return 0
+
+
+def _answer_file(vlm: Pretrained, args: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """Prints an answer a line. Returns 1 where a prompt has none."""
+    failed = 0
+    for answer in answers(vlm, args.prompts, system_message(args.system), args.batch_size, settings):
+        print(as_line(answer), flush=True)
+        failed += "error" in answer
+    if failed:
+        say(f"error: {failed} prompts could not be read; their lines say why")
+    return int(failed > 0)
 
 
 def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[str, float]:
     """How tokens are drawn: as the command says, else as the model's file does with --sample, else greedily."""
     asked = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     if args.sample and defaults.unsupported:
-        print(f"note: {FILE} asks for {defaults.unsupported}, which is not done", file=sys.stderr)
+        say(f"note: {FILE} asks for {defaults.unsupported}, which is not done")
     usual = defaults.sampling if args.sample else {}
     return usual | {name: value for name, value in asked.items() if value is not None}
 
@@ -69,9 +103,13 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
     add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format")
-    add("--prompt", required=True, metavar="TEXT", help="what to ask")
-    add("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    add("--prompt", metavar="TEXT", help="what to ask; without it, on a terminal, a chat begins")
+    add("--prompts", metavar="FILE", help="prompts to answer, one a line or as records")
+    add("--chat", action="store_true", help="answer several turns, also where stdin is no terminal")
+    add("--system", metavar="TEXT", help="message of the system, before all others")
+    add("--image", action="append", default=[], metavar="FILE", help="an image; may be given several times")
     add("--video", action="append", default=[], metavar="FILE", help="a clip; may be given several times")
+    add("--batch_size", type=argument(PositiveInt), default=8, metavar="N", help="of --prompts, answered at once")
     add(
         "--max-new-tokens",
         "--max_new_tokens",

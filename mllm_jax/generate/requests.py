@@ -42,7 +42,7 @@ def generate(
         raise ValueError("conversations is a list of conversations, each a string or a list of messages")
     if not conversations:
         return []
-    stop = _processor(vlm).stop_ids
+    stop = answering_processor(vlm).stop_ids
     batch = read_prompts(vlm, conversations)
     ids = generate_ids(vlm, batch, max_new_tokens, temperature, top_k, top_p, stop=stop, key=key)
     return [vlm.processor.decode(until(row, stop), content_tokens) for row in ids]
@@ -50,7 +50,7 @@ def generate(
 
 def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
     """Conversations as a batch of prompts, one per row, no larger than the largest of them."""
-    processor = _processor(vlm)
+    processor = answering_processor(vlm)
     examples = [processor(**_request(conversation), generate=True) for conversation in conversations]
     return collate([[example] for example in examples], tightest(examples), **vlm.config.layout)
 
@@ -76,7 +76,8 @@ def until(tokens, stop: Sequence[int]):
     return tokens[: end[0]] if len(end) else tokens
 
 
-def _processor(vlm: Any):
+def answering_processor(vlm: Any) -> Any:
+    """Returns the processor of a model. ValueError where it writes no texts or reads no messages."""
     if isinstance(vlm.config, DualConfig):
         raise ValueError(
             f"a dual encoder, of family {vlm.config.family}, writes no texts; see encode_image and classify"
