@@ -7,7 +7,7 @@ of steps that are done, so that they never wait for it.
 import re
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from mllm_jax.config import ConfigError, dump, told
 from mllm_jax.model import ModelConfig, abstract_params, count_params
 from mllm_jax.sharding import make_mesh
+from mllm_jax.status import announced, say
 from mllm_jax.train.base import completed, note_base, saved
 from mllm_jax.train.checkpoint import PROCESSOR, Restored
 from mllm_jax.train.feed import Feed, Fetched
@@ -26,6 +27,7 @@ from mllm_jax.train.goodput import Clock, summary
 from mllm_jax.train.initial import first_params, processor_of
 from mllm_jax.train.length import DataEnded, StoppedEarly, check_end, find_length, with_length
 from mllm_jax.train.lock import locked
+from mllm_jax.train.memory import check_memory, describe, memory_of, trained_share
 from mllm_jax.train.metrics import Meter, Reporter, last_written
 from mllm_jax.train.nonfinite import find_nonfinite
 from mllm_jax.train.optim import make_optimizer
@@ -36,7 +38,7 @@ from mllm_jax.train.results import Diverged, Results, Started
 from mllm_jax.train.retrieval import held_out
 from mllm_jax.train.run import Run, read_run, train_step, updates_of
 from mllm_jax.train.spikes import Spike, SpikeRule
-from mllm_jax.train.state import abstract_state, state_from_params, state_shardings
+from mllm_jax.train.state import TrainState, abstract_state, state_from_params, state_shardings
 from mllm_jax.train.tiers import Tiers
 from mllm_jax.train.tracing import Tracer
 from mllm_jax.train.watchdog import Watchdog
@@ -133,6 +135,7 @@ class Training:
         self.feed = Feed(run, processor, mesh)
         self.evaluate = held_out(run, processor, mesh, heldout) if heldout is not None else None
         states = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
+        self._check_memory(*states)
         parts = (state._replace(params=saved(run, state.params)) for state in states)
         self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, run.train.verify, *parts)
         self.resumed = self.checkpoints.latest() is not None
@@ -172,7 +175,8 @@ class Training:
 
     def _go_on(self, stop: StopSignal) -> None:
         every = self.settings.train
-        upcoming = self._fetch(stop)
+        with self._announced("waiting for the first batch"):
+            upcoming = self._fetch(stop)
         while isinstance(upcoming, Fetched):
             self._take(upcoming)
             if self.debug_nans:
@@ -204,16 +208,30 @@ class Training:
             for part in (self.report, self.feed, self.tracer, self.watchdog):
                 parts.callback(part.close)
 
+    def _check_memory(self, state: TrainState, layout: TrainState) -> None:
+        """Tells what a device needs for certain, before it is allocated. Raises ConfigError where that is not there."""
+        memory = memory_of(self.settings, state, layout)
+        check_memory(memory, self.mesh)
+        if jax.process_index() == 0:
+            say(f"{self.workdir}: {describe(memory)}")
+
+    def _announced(self, text: str) -> AbstractContextManager:
+        """Tells that something takes long, if it does; of several processes the first one."""
+        return announced(f"{self.workdir}: {text}") if jax.process_index() == 0 else nullcontext()
+
     def _begin(self, tx: optax.GradientTransformation) -> Restored:
         self.checkpoints.check_new()
         run = self.settings
-        params = first_params(run, self.mesh)
+        source = run.init or run.taken
+        with self._announced(f"reading the weights of {source}" if source else "drawing random weights"):
+            params = first_params(run, self.mesh)
         note_base(run, self.workdir, params)
         state = state_from_params(run.model, tx, self.mesh, params)
         return Restored(state, self.feed.get_state(), {"spikes": SpikeRule(run.train.spikes).get_state()})
 
     def _resume(self) -> Restored:
-        found = self._whole(self.checkpoints.restore(self.config))
+        with self._announced("reading the newest checkpoint"):
+            found = self._whole(self.checkpoints.restore(self.config))
         self.feed.set_state(found.position)
         self.clock.resume(found.notes["account"], last_written(self.workdir))
         return found
@@ -252,7 +270,8 @@ class Training:
             writes=jax.process_index() == 0,
         )
         sizes = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.model).items()}
-        parts = ", ".join(f"{part} {size}" for part, size in sizes.items() if size != "0.00M")
+        parts = [f"{part} {size}" for part, size in sizes.items() if size != "0.00M"]
+        parts = "; ".join(filter(None, [", ".join(parts), trained_share(run)]))
         began = "goes on" if self.resumed else "begins"
         where = f"at step {self.step} of {run.optim.steps} on {mesh.size} x {device}"
         report.line(f"{self.workdir} {began} {where}: {parts}")
@@ -289,11 +308,13 @@ class Training:
         self.watchdog.step = self.step
         with self.clock.within("steps" if self.compiled else "compile"), self.clock.waiting():
             began = time.perf_counter()
-            self.state, metrics = self.tracer.run(
-                self.step, self.train_step, self.state, fetched.batch, *self.reference
-            )
+            with nullcontext() if self.compiled else self._announced("compiling the step, which may take minutes"):
+                self.state, metrics = self.tracer.run(
+                    self.step, self.train_step, self.state, fetched.batch, *self.reference
+                )
+                if not self.compiled:
+                    jax.block_until_ready(metrics)
             if not self.compiled:
-                jax.block_until_ready(metrics)
                 self.report.line(f"the first step took {time.perf_counter() - began:.1f} s, compilation included")
         self.position = fetched.position
         self.results.add(Started(self.step, metrics, fetched.about, fetched.position))
