@@ -115,7 +115,7 @@ class Checkpoints:
         with reading(place, everywhere=True):
             about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         about = read_sealed(about, place)
-        check_same_run(about["config"], config, self.folder)
+        check_same_run(about["config"], config, self.folder.parent)
         wanted = jax.tree.map(_placed, abstract, layout)
         check_arrays(wanted._asdict(), about["arrays"], place)
         params, progress = _split(wanted)
@@ -246,10 +246,13 @@ def from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes)]
 
 
-def check_same_run(before: dict, config: ConfigDict, folder: Path) -> None:
-    """Raises ConfigError where a run of `config` cannot go on from a checkpoint of the config `before`."""
+def check_same_run(before: dict, config: ConfigDict, workdir: Path) -> None:
+    """Raises ConfigError where a run of `config` cannot go on in `workdir` from a checkpoint of `before`."""
     if changed := _changes(before, json.loads(dump(config))):
-        raise ConfigError(f"{folder} is of another run: {'; '.join(changed)}. Use another --workdir")
+        raise ConfigError(
+            f"{workdir} is of another run: {'; '.join(changed)}. Use another --workdir; --config.init={workdir} "
+            "begins it with the weights of this run"
+        )
 
 
 def _changes(before: dict, now: dict) -> list[str]:

@@ -76,7 +76,7 @@ class Tiers:
         if step != self._newest_local:
             return self.back_to(step, config)
         about = self.local.about(step)
-        check_same_run(about["config"], config, self.local.folder)
+        check_same_run(about["config"], config, self._workdir)
         return Restored(self.local.restore(step), about["data"], about["notes"])
 
     def _set_aside(self, step: int, fault: Damaged) -> None:
