@@ -15,7 +15,7 @@ class Generation(NamedTuple):
     """
     prefix: of the accelerator's type. cores: of a chip, which the type counts.
     dimensions: of the torus. software: of a TPU VM; empty where there are none but those of Kubernetes.
-    label: of Kubernetes' nodes.
+    label: of Kubernetes' nodes. devices: number of jax devices of a chip.
     """
 
     prefix: str
@@ -23,6 +23,7 @@ class Generation(NamedTuple):
     dimensions: int
     software: str
     label: str
+    devices: int = 1
 
 
 TPUS = {
@@ -30,7 +31,7 @@ TPUS = {
     "v5e": Generation("v5litepod", 1, 2, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
     "v5p": Generation("v5p", 2, 3, "v2-alpha-tpuv5", "tpu-v5p-slice"),
     "v6e": Generation("v6e", 1, 2, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
-    "tpu7x": Generation("tpu7x", 2, 3, "", "tpu7x"),
+    "tpu7x": Generation("tpu7x", 2, 3, "", "tpu7x", devices=2),
 }
 GPUS = {  # labels of Kubernetes' nodes with eight of them
     "a100": "nvidia-a100-80gb",

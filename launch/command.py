@@ -4,16 +4,16 @@ import argparse
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from mllm_jax.cli import Parser
+from launch.checks import AFTER, Training, check_training, read_training
+from launch.hosts import Hosts
+from mllm_jax.cli import Parser, fail
+from mllm_jax.config import ConfigError
 from mllm_jax.settings import PositiveInt, argument
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULE = "mllm_jax.train"
 AGAIN = 75  # its exit code where the same command goes on: `mllm_jax.train.processes.AGAIN`, without jax
-AFTER = "-- --config FILE --workdir DIR ..."  # the arguments of the training
 NAME = "lower-case letters, digits and hyphens, a letter first, at most 40"
 
 
@@ -27,6 +27,18 @@ def launcher(module: str, doc: str, actions: str = "") -> Parser:
     )
     parser.add_argument("--dry_run", action="store_true", help="print what would be done, and do nothing")
     return parser
+
+
+def add_host_folder(parser: Parser) -> None:
+    """The option --host_folder, which may be given several times."""
+    parser.add_argument(
+        "--host_folder",
+        type=absolute,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="with data or weights that every host has, besides those it is known to have; may be repeated",
+    )
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,29 +62,25 @@ def name(text: str) -> str:
 positive = argument(PositiveInt)  # for argparse
 
 
-def check_training(parser: Parser, command: Sequence[str], mount: str = "") -> str:
-    """Refuses arguments that training would refuse only after a machine was waited for. Returns the workdir.
+def absolute(text: str) -> str:
+    """A folder of the hosts; for argparse."""
+    if not text.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder of the hosts: begin with /")
+    return text
+
+
+def checked(command: Sequence[str], hosts: Callable[[], Hosts]) -> Training:
+    """The arguments of the training. Ends the process where training would refuse them, which takes about 2 s.
 
     Args:
-      mount: the folder of the file system that all hosts share, in which the workdir must lie.
+      hosts: gives what the training runs on; it may raise ConfigError.
     """
-    if "--dry_run" in command:
-        parser.error("--dry_run must stand before the --, or it is an argument of the training")
-    values = {}
-    for word, following in zip(command, [*command[1:], ""]):
-        flag, equals, value = word.partition("=")
-        values.setdefault(flag.lstrip("-"), value if equals else following)
-    missing = [flag for flag in ("config", "workdir") if not values.get(flag)]
-    if missing:
-        parser.error(f"--{' and --'.join(missing)} must be given to the training, as in: {AFTER}")
-    config, workdir = values["config"].partition(":")[0], values["workdir"]
-    if not (ROOT / config).is_file():
-        parser.error(f"there is no config file {config} in {ROOT}")
-    if "://" in workdir:
-        parser.error(f"--workdir={workdir} is not a folder: mount the bucket on every host, and name a folder in it")
-    if mount and mount not in (workdir.rstrip("/"), *map(str, Path(workdir).parents)):
-        parser.error(f"--workdir={workdir} is lost with its host: the file system that all hosts share is {mount}")
-    return workdir
+    try:
+        training = read_training(command)
+        check_training(training, hosts())
+    except ConfigError as error:
+        fail(str(error), 2)
+    return training
 
 
 def training(command: Sequence[str], *cluster: str, python: str = "python") -> list[str]:

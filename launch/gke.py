@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import yaml
 
 from launch.accelerators import Gpu, Tpu, gpu, tpu
-from launch.command import check_training, launcher, name, parse, positive, run, training
+from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.hosts import Hosts, gpu_hosts, in_image, tpu_hosts
 
 MOUNT = "/runs"
 PORT = 8476  # of process 0, where those of GPUs meet
@@ -41,15 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--spot", action="store_true", help="on nodes that may be taken away")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
     parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
+    add_host_folder(parser)
     options = parse(parser, arguments)
     if options.bucket and "/" in options.bucket:
         parser.error(f"--bucket={options.bucket} must be the bare name of a bucket; folders go into --workdir")
-    check_training(parser, options.command, MOUNT)
+    checked(options.command, lambda: _hosts(options))
     text = yaml.safe_dump(jobset(options), sort_keys=False, width=120)
     if options.dry_run:
         print(text, end="")
         return 0
     return run(["kubectl", "apply", "--filename=-"], text)
+
+
+def _hosts(options: argparse.Namespace) -> Hosts:
+    if options.tpu:
+        return tpu_hosts(options.tpu, in_image("tpu.Dockerfile", MOUNT, options.host_folder))
+    return gpu_hosts(options.gpu, in_image("gpu.Dockerfile", MOUNT, options.host_folder))
 
 
 def jobset(options: argparse.Namespace) -> dict:

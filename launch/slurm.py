@@ -14,10 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.command import AGAIN, ROOT, check_training, launcher, name, parse, positive, run, training
+from launch.command import AGAIN, add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.settings import NonNegativeInt, argument
 
 CPUS_ONLY = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+CPU_PROCESSES = 2  # of a node without GPUs
 SCRIPT = """\
 #!/bin/bash
 {directives}
@@ -62,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --constraint=h100"
     )
+    add_host_folder(parser)
     options = parse(parser, arguments)
-    workdir = ROOT / check_training(parser, options.command)
+    processes = options.nodes * (options.gpus or CPU_PROCESSES)
+    hosts = Hosts(processes, processes, Files(folders=tuple(options.host_folder)))
+    workdir = ROOT / checked(options.command, lambda: hosts).workdir
     if not options.dry_run:
         workdir.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its log
     return run(["sbatch", "--parsable"], script(options, workdir), options.dry_run)
@@ -75,7 +80,7 @@ def script(options: argparse.Namespace, workdir: Path) -> str:
     directives = {
         "job-name": options.name,
         "nodes": options.nodes,
-        "ntasks-per-node": options.gpus or 2,
+        "ntasks-per-node": options.gpus or CPU_PROCESSES,
         "gpus-per-node": options.gpus or None,
         "cpus-per-task": cpus,
         "time": options.time,

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from launch.accelerators import Tpu, tpu
-from launch.command import ROOT, check_training, launcher, name, parse, positive, run, training
+from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.hosts import ROOT, committed, shown, tpu_hosts, uncommitted
 
 MOUNT = "/runs"
 ARCHIVE = "/tmp/mllm_jax.tar.gz"
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--poll", type=positive, default=60, help="seconds between looks at the run (default 60)")
     parser.add_argument("--restarts", type=positive, default=50, help="of the run, also on new pods (default 50)")
     parser.add_argument("--delete", action="store_true", help="give the pod back when the run is at its end")
+    add_host_folder(parser)
     options = parse(parser, arguments)
     if not options.tpu.generation.software:
         parser.error(f"there are no {options.tpu.name} VMs in the Cloud TPU API; use launch.gke or launch.xpk")
@@ -96,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.action == "run":
         if not options.bucket or "/" in options.bucket:
             parser.error("run needs --bucket=NAME, the bare name of a bucket; folders go into --workdir")
-        check_training(parser, options.command, MOUNT)
+        checked(options.command, lambda: tpu_hosts(options.tpu, committed(MOUNT, options.host_folder)))
+        if changed := uncommitted():
+            say(f"not sent, since not committed: {shown(changed)}")
         try:
             return run_to_its_end(pod, options)
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 from flax.core import meta
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.settings import Constraint, check
 
@@ -160,6 +160,17 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
         inner = [size // part for size, part in zip(sizes, outer)]
         array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return Mesh(array, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_without_devices(shape: Mapping[str, int], count: int, slices: int = 1) -> AbstractMesh:
+    """The mesh that `make_mesh` makes of `count` devices in so many slices, without any device.
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    sizes = _sizes(shape or {"fsdp": -1}, count)
+    _over_slices(sizes, slices)
+    return AbstractMesh(tuple(sizes), MESH_AXES)
 
 
 def _sizes(shape: Mapping[str, int], count: int) -> list[int]:

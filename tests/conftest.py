@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import shutil
+import subprocess
 
 from compiler import PATIENTLY, QUICKLY
 
@@ -23,3 +25,27 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared")
     return folder
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory) -> pathlib.Path:
+    """A git repository of the package, its configs and launchers as they are here, changes included."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    folder = tmp_path_factory.mktemp("repository").resolve()
+    for name in ("configs", "launch", "mllm_jax"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=all"]):
+        subprocess.run([*git, *words], check=True)
+    return folder
+
+
+@pytest.fixture
+def checkout(repository, monkeypatch) -> pathlib.Path:
+    """That repository as the checkout that launchers send, whatever is not committed in this one."""
+    for module in ("hosts", "checks", "tpu_pod"):
+        monkeypatch.setattr(f"launch.{module}.ROOT", repository)
+    return repository

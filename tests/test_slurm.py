@@ -8,7 +8,7 @@ import sys
 import pytest
 from slurm_cluster import cluster, install, slurm, wait_for
 
-from launch.command import ROOT
+from launch.hosts import ROOT
 from launch.slurm import main
 from mllm_jax.train.metrics import read_metrics
 
@@ -34,7 +34,7 @@ def test_the_script_asks_for_a_process_for_each_gpu_and_time_to_save(capsys, tmp
         "--config=configs/scenes.py:blind",
         "--workdir",
         str(tmp_path / "my run"),
-        "--config.optim.steps=7",
+        *("--config.data.batch=32", "--config.mesh.data=-1", "--config.mesh.fsdp=1"),
     ]
     text = script(capsys, "--nodes=4", "--gpus=8", "--time=24:00:00", "--sbatch=--constraint=h100", *training)
     lines = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("#SBATCH ")]

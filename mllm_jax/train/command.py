@@ -92,13 +92,16 @@ def _parse(argv: Sequence[str], parser: Parser, exit_code: int) -> list[str]:
         fail(_told(error), exit_code)
 
 
-def read_config(words: Sequence[str]) -> ConfigDict:
+def read_config(words: Sequence[str], values: flags.FlagValues | None = None) -> ConfigDict:
     """The config that `--config FILE.py[:argument] --config.path.to=value` say, for programs with flags of their own.
+
+    Args:
+      values: flags that may stand beside it; they, too, get their values.
 
     Raises:
       ConfigError: what is wrong, and where.
     """
-    argv, values = ["", *words], flags.FlagValues()
+    argv, values = ["", *words], flags.FlagValues() if values is None else values
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
     try:
         _parsed(argv, values)

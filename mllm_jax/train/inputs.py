@@ -35,14 +35,19 @@ def open_data(
     """
     sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (data.batch,), "config.data.batch"))
     index, count = row_share(sharding, data.batch)
+    check_streams(data, count)
+    loader = loader_of(data, processor, reading, index, count)
+    return loader if count == 1 or data.epochs is None else EndTogether(loader)
+
+
+def check_streams(data: DataConfig, count: int) -> None:
+    """Raises ConfigError unless each of `count` processes that feed rows of their own has as many streams."""
     streams = streams_of(data)
     if streams % count:
         raise ConfigError(
             f"config.data: {streams} streams do not divide among {count} processes; set config.data.streams, a divisor "
             f"of batch={data.batch} and a multiple of {count}"
         )
-    loader = loader_of(data, processor, reading, index, count)
-    return loader if count == 1 or data.epochs is None else EndTogether(loader)
 
 
 def streams_of(data: DataConfig) -> int:

@@ -1,0 +1,194 @@
+"""Finds what training would refuse on its hosts, from the words of its command: before any host is asked for.
+
+What needs the hosts' files is left to them: whether data lie in a bucket, and what the records hold.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict, config_flags
+
+from launch.hosts import ROOT, Files, Hosts
+from mllm_jax.config import ConfigError, told
+from mllm_jax.data.sources import TFDS, find_files
+from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.sharding import mesh_without_devices, partition_spec, shardings, ways
+from mllm_jax.train.command import read_config
+from mllm_jax.train.files import Files as DataFiles
+from mllm_jax.train.files import MixtureData
+from mllm_jax.train.inputs import check_streams
+from mllm_jax.train.optim import make_optimizer
+from mllm_jax.train.run import Run, read_run
+from mllm_jax.train.stages import names_in_order, one_run
+from mllm_jax.train.tracing import steps_of
+
+CLUSTER = ("distributed", "coordinator", "processes", "process")  # flags of training that launchers give
+AFTER = "-- --config FILE --workdir DIR ..."  # the arguments of the training
+
+
+class Training(NamedTuple):
+    """The arguments of `python -m mllm_jax.train`, read."""
+
+    config: ConfigDict
+    file: str  # as --config names it, without its argument
+    workdir: str
+    stage: str | None
+
+
+def read_training(command: Sequence[str]) -> Training:
+    """Reads the arguments of the training as training does, but for files that are named relative to the checkout.
+
+    Raises:
+      ConfigError: what is wrong with them.
+    """
+    if "--dry_run" in command:
+        raise ConfigError("--dry_run must stand before the --, or it is an argument of the training")
+    values = flags.FlagValues()
+    for name in ("workdir", "stage", "profile_steps", "coordinator", "processes", "process"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    for name in ("debug_nans", "distributed"):
+        flags.DEFINE_bool(name, False, "", flag_values=values)
+    with contextlib.chdir(ROOT):
+        config = read_config(command, values)
+    if given := [name for name in CLUSTER if values[name].present]:
+        raise ConfigError(f"--{given[0]} is given by the launcher. Leave it out")
+    if missing := [name for name in ("config", "workdir") if not values[name].value]:
+        raise ConfigError(f"--{' and --'.join(missing)} must be given to the training, as in: {AFTER}")
+    steps_of(values.profile_steps)
+    file = config_flags.get_config_filename(values["config"]).partition(":")[0]
+    return Training(config, file, values.workdir, values.stage)
+
+
+def check_training(training: Training, hosts: Hosts) -> None:
+    """Raises ConfigError for what training would refuse on these hosts."""
+    _check_workdir(training.workdir, hosts.files)
+    if hosts.files.mount:
+        _check_sent(training.file, hosts.files)
+    with contextlib.suppress(RuntimeError):  # too late where jax has begun already, which is well
+        jax.config.update("jax_platforms", "cpu")
+    for path, run in _runs(training.config, training.stage):
+        try:
+            _check_paths(run, hosts.files)
+            _check_mesh(run, hosts)
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(str(error).replace("config.", f"{path}.", 1)) from error
+
+
+def _check_workdir(workdir: str, files: Files) -> None:
+    if "://" in workdir:
+        raise ConfigError(
+            f"--workdir={workdir} is not a folder: mount the bucket on every host, and name a folder in it"
+        )
+    if files.mount and not Files(files.mount).is_within(workdir):
+        raise ConfigError(
+            f"--workdir={workdir} is lost with its host: the file system that all hosts share is {files.mount}"
+        )
+
+
+def _check_sent(config: str, files: Files) -> None:
+    """Of the config file, which the hosts read again."""
+    path = Path(config)
+    if not (ROOT / path).resolve().is_relative_to(ROOT):
+        raise ConfigError(f"--config={config}: the hosts do not have it. Put it into {ROOT}/configs; {files.how}")
+    if path.is_absolute():
+        raise ConfigError(
+            f"--config={config}: the hosts have this checkout elsewhere. Write --config={path.relative_to(ROOT)}"
+        )
+    if not files.is_sent(config):
+        raise ConfigError(f"--config={config}: the hosts do not get this file as it is here; {files.how}")
+
+
+def _runs(config: ConfigDict, stage: str | None) -> Iterator[tuple[str, Run]]:
+    """(path in the config, run) of all that is trained."""
+    if stage is not None or not config.get("stages"):
+        yield "config" if stage is None else f"config.stages.{stage}", read_run(one_run(config, stage))
+        return
+    read_run(config)
+    for name in names_in_order(config):
+        yield f"config.stages.{name}", read_run(one_run(config, name))
+
+
+def _check_mesh(run: Run, hosts: Hosts) -> None:
+    """The mesh, and what must divide over it. Raises ConfigError and ValueError."""
+    rules = run.model.runtime.rules
+    try:
+        mesh = mesh_without_devices(run.mesh, hosts.devices, hosts.slices)
+    except ValueError as error:
+        raise ConfigError(f"config.mesh: {error}") from error
+    make_optimizer(run.optim, abstract_params(run.model))
+    partition_spec(("batch",), rules, mesh, (run.data.batch,), "config.data.batch")
+    if isinstance(run.model, ModelConfig):
+        partition_spec(("length",), rules, mesh, (run.data.tokens,), "config.data.tokens")
+    shardings(abstract_boxed(run.model), mesh, rules)
+    check_streams(run.data, _shares(run, mesh, hosts.processes))
+
+
+def _shares(run: Run, mesh: AbstractMesh, processes: int) -> int:
+    """How many processes have rows of their own, where neighbors hold the same rows; 1 where that is not so simple."""
+    rows = ways("batch", run.model.runtime.rules, mesh)
+    return min(rows, processes) if max(rows, processes) % min(rows, processes) == 0 else 1
+
+
+def _check_paths(run: Run, files: Files) -> None:
+    """The folders and files that the run reads. Raises ConfigError."""
+    sets = {"config.data": run.data} if isinstance(run.data, DataFiles) else {}
+    if isinstance(run.data, MixtureData):
+        sets = {f"config.data.sources.{name}": part for name, part in run.data.sources.items()}
+    for name, data in sets.items():
+        if not data.path:
+            raise ConfigError(f"{name}.path must name the conversations: a file, a pattern, a folder or tfds:NAME")
+        for field in ("path", "heldout"):
+            if (path := getattr(data, field)) and not path.startswith(TFDS):
+                _check_data(f"{name}.{field}", path, files)
+        if data.root:
+            _check_folder(f"{name}.root", data.root, files)
+    models = {
+        "config.init": run.init,
+        "config.processor": run.processor,
+        "config.train.ppo.reward": run.train.ppo.reward,
+    }
+    models |= {f"config.parts.{part}": source for part, source in run.taken.items()}
+    for name, source in models.items():
+        if _is_folder(source):
+            _check_folder(name, source, files)
+
+
+def _is_folder(source: str) -> bool:
+    """Whether a model is meant by its folder: not by a name of the hub, of a stage or of the embedded processor."""
+    return bool(source) and (source[0] in "/.~" or source.count("/") > 1 or (ROOT / source).is_dir())
+
+
+def _check_data(name: str, path: str, files: Files) -> None:
+    try:
+        if not files.mount and not files.is_within(path):
+            with contextlib.chdir(ROOT):
+                find_files(path)
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {told(error)}") from error
+    _check_folder(name, path, files)
+
+
+def _check_folder(name: str, path: str, files: Files) -> None:
+    """A path that the hosts must have."""
+    if "://" in path:
+        raise ConfigError(f"{name}={path} is not a folder. Mount the bucket on every host, and name a folder in it")
+    if files.is_within(path):
+        return
+    if not files.mount:
+        if not (ROOT / Path(path).expanduser()).exists():
+            raise ConfigError(f"{name}={path}: there is nothing. Name what all nodes see, or a folder of --host_folder")
+    elif Path(path).is_absolute() or path.startswith("~"):
+        raise ConfigError(
+            f"{name}={path}: the hosts do not have it. Copy it into the bucket and name it below {files.mount}, "
+            f"or give --host_folder={Path(path).parent} if every host has this folder"
+        )
+    elif not files.is_sent(path):
+        raise ConfigError(
+            f"{name}={path}: the hosts do not have it. Name it below {files.mount}; of this checkout, {files.how}"
+        )
