@@ -1,15 +1,22 @@
 """Every notebook is stored without outputs, and runs from top to bottom: with few steps, on a tiny model."""
 
+import builtins
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import venv
+from functools import partial
 
 import pytest
 from compiler import QUICKLY
+
+from mllm_jax.train.metrics import Display
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
@@ -73,9 +80,73 @@ def test_cells_are_short(path):
 
 def test_all_are_installed_alike():
     """But for the planner, which wants a compiler besides."""
-    ways = [cell["source"] for path in NOTEBOOKS for cell in cells(path) if cell["id"] == "install"]
+    ways = ["".join(cell["source"]) for path in NOTEBOOKS for cell in cells(path) if cell["id"] == "install"]
     assert len(ways) == len(NOTEBOOKS)
-    assert len({"".join(lines).replace("[plan]", "") for lines in ways}) == 1
+    assert {way.replace('--editable "mllm-jax[plan]"', '--editable "mllm-jax"') for way in ways} == {ways[0]}
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """The Python of an environment with pip, setuptools and jax, as a notebook's machine has them, without mllm_jax."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    [site] = folder.glob("lib/python*/site-packages")
+    for name in ("pip", "setuptools", "jax"):
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"needs {name}")
+        parts = {file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")}
+        for part in parts:
+            (site / part).symlink_to(distribution.locate_file(part))
+    return python
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its virtual environments lie otherwise")
+@each_notebook
+def test_on_a_fresh_machine_the_installation_works(path, fresh, repository, tmp_path):
+    """From a clone of the repository, with its own commands. The package is found at once and by other processes."""
+    site = next(fresh.parents[1].glob("lib/python*/site-packages"))
+    before = set(site.iterdir())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [fresh, ROOT / "tests" / "run_notebook.py", path, json.dumps({"REPOSITORY": str(repository)}), "install"]
+    run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = run(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, clone = json.loads(done.stdout.splitlines()[-1]), tmp_path / "mllm-jax"
+    assert found["mllm_jax"] == str(clone / "mllm_jax" / "__init__.py")
+    assert found["configs.scenes"] == str(clone / "configs" / "scenes.py")
+    other = run([fresh, "-c", "import importlib.util; print(importlib.util.find_spec('mllm_jax').origin)"])
+    assert other.stdout.strip() == found["mllm_jax"], other.stderr
+    for new in set(site.iterdir()) - before:  # the next one begins without it again
+        shutil.rmtree(new) if new.is_dir() else new.unlink()
+
+
+def test_a_notebook_without_an_address_says_so(fresh, tmp_path):
+    command = [fresh, ROOT / "tests" / "run_notebook.py", QUICKSTART, "{}", "install"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode and "set REPOSITORY above to the address of the git repository" in done.stderr
+
+
+class ZMQInteractiveShell:
+    """What rich takes for a notebook's."""
+
+
+def test_a_training_cell_shows_one_live_line(monkeypatch, capsys):
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    names = ("mean_loss", "learning_rate", "grad_norm", "tokens_per_second", "patches_per_second", "data_wait")
+    display = Display(steps=300, step=0)
+    for step in range(1, 301):
+        display.step(step)
+        display.interval({"step": step, "seconds_per_step": 1.0} | dict.fromkeys(names, 0.5))
+    display.close()
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1 and shown.endswith("\n")
+    lines = shown.split("\r")[1:]
+    assert len(lines) == 300 and lines[-1].startswith("step 300/300  loss 0.5000")
+    assert all(len(after) >= len(before.rstrip()) for before, after in zip(lines, lines[1:]))  # nothing of it is left
 
 
 @each_notebook

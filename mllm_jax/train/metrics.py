@@ -162,12 +162,15 @@ class Meter:
 
 
 class Display:
-    """Lines on stdout, and below them a bar where stdout is a terminal."""
+    """Lines on stdout, and below them a bar where stdout is a terminal.
+
+    In a notebook, where nothing scrolls away, the line of an interval replaces that of the one before.
+    """
 
     def __init__(self, steps: int, step: int):
         self.steps = steps
         self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = None
+        self._bar, self._width = None, 0
         if self._console.is_terminal:
             columns = (BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} steps"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
@@ -207,7 +210,12 @@ class Display:
             *([self._pace(record)] if "slowest_process" in record else []),
             f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left",
         ]
-        self.line("  ".join(parts))
+        text = "  ".join(parts)
+        if self._console.is_jupyter:
+            print("\r" + text.ljust(self._width), end="", flush=True)
+            self._width = len(text)
+        else:
+            self.line(text)
 
     def _pace(self, record: Mapping[str, float]) -> str:
         slowest, seconds = record["slowest_process"], record["slowest_host_seconds"]
@@ -216,6 +224,8 @@ class Display:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+        if self._width:
+            print()
 
 
 def _event_writer(folder: Path, step: int) -> Any:
