@@ -13,7 +13,6 @@ from mllm_jax.config import ConfigError
 from mllm_jax.settings import PositiveInt, argument
 
 MODULE = "mllm_jax.train"
-AGAIN = 75  # its exit code where the same command goes on: `mllm_jax.train.processes.AGAIN`, without jax
 NAME = "lower-case letters, digits and hyphens, a letter first, at most 40"
 
 

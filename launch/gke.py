@@ -16,6 +16,7 @@ import yaml
 
 from launch.accelerators import Gpu, Tpu, gpu, tpu
 from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import Hosts, gpu_hosts, in_image, tpu_hosts
 
 MOUNT = "/runs"
@@ -23,7 +24,6 @@ PORT = 8476  # of process 0, where those of GPUs meet
 USER = 1000  # of the image
 JOB = "train"  # the replicated job
 SPOT = "cloud.google.com/gke-spot"
-FAILED_FOR_GOOD = [1, 2]  # exit codes of runs that would fail again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def jobset(options: argparse.Namespace) -> dict:
     slices, hosts = (options.tpu.slices, options.tpu.hosts) if options.tpu else (1, options.gpu.hosts)
     labels = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
     annotations = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"} if slices > 1 else {}
-    never = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": FAILED_FOR_GOOD}}
+    never = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [*FAILED_FOR_GOOD]}}
     job = {
         "parallelism": hosts,
         "completions": hosts,

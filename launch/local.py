@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from launch.exit_codes import FAILED_FOR_GOOD
 from mllm_jax.cli import Parser
 from mllm_jax.settings import NonNegative, PositiveInt, argument
 
@@ -121,7 +122,10 @@ def watch(processes: Sequence[Process], grace: float, asked: Sequence[int]) -> i
                 say(f"process {process.number} still waits for process {failed.number}, and is killed")
                 process.send(signal.SIGKILL)
             deadline = float("inf")
-    if failed:
+    failed = failed or next((process for process in processes if process.code), None)
+    if failed and failed.code in FAILED_FOR_GOOD:
+        say(f"the run ended because {failed}; the same command would fail again: its last line says what to mend")
+    elif failed:
         say(f"the run ended because {failed}; the same command goes on from its last checkpoint")
     return max(process.code for process in processes)
 

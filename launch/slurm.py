@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.command import AGAIN, add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
 from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.settings import NonNegativeInt, argument
 
@@ -35,7 +36,7 @@ code=$?
 
 # 0: the run is at its end; 1, 2: it would fail again, see the log. All else goes on from the last checkpoint.
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-if [[ $code -gt 2 && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {restarts} ]]; then
+if [[ $code -gt {failed} && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {restarts} ]]; then
   echo "launch.slurm: ended with exit code $code; back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -100,6 +101,7 @@ def script(options: argparse.Namespace, workdir: Path) -> str:
         training=shlex.join(training(options.command, "--distributed", python=sys.executable)),
         restarts=options.restarts,
         again=AGAIN,
+        failed=max(FAILED_FOR_GOOD),
     )
 
 

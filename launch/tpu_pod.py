@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from launch.accelerators import Tpu, tpu
 from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import ROOT, committed, shown, tpu_hosts, uncommitted
 
 MOUNT = "/runs"
@@ -145,7 +146,7 @@ def run_to_its_end(pod: Pod, options: argparse.Namespace) -> int:
             steps = []
         elif words == {"0"}:
             return run(pod.delete()) if options.delete else 0
-        elif words & {"1", "2"}:
+        elif words & set(map(str, FAILED_FOR_GOOD)):
             say(f"the run failed and would fail again: python -m launch.tpu_pod logs --name {pod.name} ...")
             return 1
         else:

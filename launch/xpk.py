@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from launch.accelerators import tpu
-from launch.command import AGAIN, add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.exit_codes import AGAIN
 from launch.hosts import in_image, tpu_hosts
 
 

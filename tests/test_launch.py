@@ -6,13 +6,14 @@ import re
 import shlex
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from launch import gke, local, slurm, tpu_pod, xpk
 from launch.accelerators import Tpu, gpu, tpu
-from launch.command import AGAIN
+from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
 from launch.hosts import ROOT
 from mllm_jax.plan.chips import CHIPS
 from mllm_jax.train import processes
@@ -265,3 +266,13 @@ def test_the_messages_of_the_pages_are_those_of_the_code():
 
 def test_gpus_of_one_host_may_be_few():
     assert gpu("h100:4")[1:] == (1, 4) and gpu("h100:16")[1:] == (2, 8)
+
+
+@pytest.mark.parametrize(
+    "code, said", [(1, "would fail again"), (2, "would fail again"), (75, "goes on"), (137, "goes on")]
+)
+def test_a_run_that_would_fail_again_is_not_said_to_go_on(code, said, capsys):
+    ended = SimpleNamespace(number=0, running=False, code=code)
+    assert local.watch([ended], grace=1, asked=[]) == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"the same command {said}" in last and ("would fail" in last) == (code in FAILED_FOR_GOOD)

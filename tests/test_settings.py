@@ -214,7 +214,7 @@ def test_whatever_a_run_reads_is_checked():
         ({"name": "adamx"}, "config.optim.name='adamx': must be one of adamw, muon, adafactor."),
         ({"factors": (("a", 1.0), ("b", -1.0))}, r"config.optim.factors\[1\]\[1\]=-1.0: must be at least 0."),
         ({"freeze": ("(",)}, r"config.optim.freeze\[0\]='\(': is no regular expression: missing \)"),
-        ({"warmup": 2000}, "config.optim: optim.warmup=2000 must lie within optim.steps=1000"),
+        ({"warmup": 2000}, "config.optim: warmup=2000 is longer than the run, steps=1000. Set warmup=100"),
     ],
 )
 def test_a_run_names_the_path(change, message):

@@ -66,7 +66,8 @@ class OptimConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.steps and self.warmup > self.steps:
-            raise ValueError(f"optim.warmup={self.warmup} must lie within optim.steps={self.steps}")
+            tenth = self.steps // 10
+            raise ValueError(f"warmup={self.warmup} is longer than the run, steps={self.steps}. Set warmup={tenth}")
 
 
 def make_schedule(config: OptimConfig) -> Callable:
