@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from documents import COMMANDS
 
 from launch import gke, local, slurm, tpu_pod, xpk
 from launch.accelerators import Tpu, gpu, tpu
+from launch.checks import check_training, read_training
 from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
-from launch.hosts import ROOT
+from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.plan.chips import CHIPS
 from mllm_jax.train import processes
 
@@ -237,19 +239,24 @@ def test_images_hold_what_the_training_needs(kind):
 
 
 PODS = (ROOT / "docs" / "pods.md").read_text().replace("\\\n", " ")
-LAUNCHES = re.findall(r"^python -m launch\.(\w+) (.*?)(?:  #.*)?$", PODS, re.MULTILINE)
+LAUNCHES = [found.groups() for _, command in COMMANDS if (found := re.match(r"python -m launch\.(\w+) (.*)", command))]
 
 
 @pytest.mark.parametrize("module, words", LAUNCHES, ids=lambda text: text[:20])
 def test_the_launches_of_the_pages_are_understood(module, words, capsys, monkeypatch, checkout):
     main = {"gke": gke, "local": local, "slurm": slurm, "tpu_pod": tpu_pod, "xpk": xpk}[module].main
     arguments = [word for word in shlex.split(words) if word != "--dry_run"]
-    if module == "local":  # tests/test_processes.py runs it
-        monkeypatch.setattr(local, "Process", lambda number, *run: run)
-        monkeypatch.setattr(local, "watch", lambda processes, grace, asked: len(processes))
-        assert main(arguments) == 2
-    else:
+    if module != "local":
         assert shown(main, arguments, capsys)
+        return
+    # tests/test_processes.py and, slowly, tests/test_docs.py run it
+    started = []
+    monkeypatch.setattr(local, "Process", lambda number, *run: started.append(run))
+    monkeypatch.setattr(local, "watch", lambda processes, grace, asked: len(processes))
+    processes = main(arguments)
+    [(_, devices, _, training)] = {(count, devices, 0, tuple(command)) for count, devices, _, command in started}
+    assert processes == len(started) > 1
+    check_training(read_training(training), Hosts(processes, processes * devices, Files()))
 
 
 def test_the_messages_of_the_pages_are_those_of_the_code():

@@ -2,36 +2,17 @@
 
 import importlib.util
 import os
-import pathlib
-import re
 import shlex
 import subprocess
 import sys
 
 import pytest
 from compiler import QUICKLY
+from documents import PAGES, ROOT, blocks_of, commands_of
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks_of(text):
-    """(language, text) of the blocks of code on a page."""
-    return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
-
-
-def commands_of(text):
-    """The commands in the bash blocks of a page, without their comments."""
-    for language, block in blocks_of(text):
-        if language == "bash":
-            for line in block.replace("\\\n", " ").splitlines():
-                command = line.split("  #")[0].split("    #")[0].strip()
-                if command:
-                    yield command
-
-
+README = PAGES["README.md"]
 BLOCKS = blocks_of(README)
-COMMANDS = list(commands_of(README))
+COMMANDS = commands_of(README)
 OURS = [command for command in COMMANDS if command.startswith("python -m mllm_jax")]
 FEW_STEPS = (
     "--config.optim.steps=2 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 --config.data.rows=1 "
