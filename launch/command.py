@@ -17,7 +17,7 @@ NAME = "lower-case letters, digits and hyphens, a letter first, at most 40"
 
 
 def launcher(module: str, doc: str, actions: str = "") -> Parser:
-    """The parser of a launcher, with --dry_run; `parse` reads with it."""
+    """The parser of a launcher, with --dry_run and --host_folder; `parse` reads with it."""
     parser = Parser(
         f"python -m {module}",
         doc,
@@ -25,11 +25,6 @@ def launcher(module: str, doc: str, actions: str = "") -> Parser:
         epilog=f"What follows -- are the arguments of python -m {MODULE}.",
     )
     parser.add_argument("--dry_run", action="store_true", help="print what would be done, and do nothing")
-    return parser
-
-
-def add_host_folder(parser: Parser) -> None:
-    """The option --host_folder, which may be given several times."""
     parser.add_argument(
         "--host_folder",
         type=absolute,
@@ -38,6 +33,7 @@ def add_host_folder(parser: Parser) -> None:
         metavar="FOLDER",
         help="with data or weights that every host has, besides those it is known to have; may be repeated",
     )
+    return parser
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import yaml
 
 from launch.accelerators import Gpu, Tpu, gpu, tpu
-from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import Hosts, gpu_hosts, in_image, tpu_hosts
 
@@ -42,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--spot", action="store_true", help="on nodes that may be taken away")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
     parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
-    add_host_folder(parser)
     options = parse(parser, arguments)
     if options.bucket and "/" in options.bucket:
         parser.error(f"--bucket={options.bucket} must be the bare name of a bucket; folders go into --workdir")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
 from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.settings import NonNegativeInt, argument
@@ -65,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --constraint=h100"
     )
-    add_host_folder(parser)
     options = parse(parser, arguments)
     processes = options.nodes * (options.gpus or CPU_PROCESSES)
     hosts = Hosts(processes, processes, Files(folders=tuple(options.host_folder)))

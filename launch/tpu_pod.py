@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from launch.accelerators import Tpu, tpu
-from launch.command import add_host_folder, checked, launcher, name, parse, positive, run, training
+from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import ROOT, committed, shown, tpu_hosts, uncommitted
 
@@ -91,7 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--poll", type=positive, default=60, help="seconds between looks at the run (default 60)")
     parser.add_argument("--restarts", type=positive, default=50, help="of the run, also on new pods (default 50)")
     parser.add_argument("--delete", action="store_true", help="give the pod back when the run is at its end")
-    add_host_folder(parser)
     options = parse(parser, arguments)
     if not options.tpu.generation.software:
         parser.error(f"there are no {options.tpu.name} VMs in the Cloud TPU API; use launch.gke or launch.xpk")
