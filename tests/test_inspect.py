@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -84,6 +85,25 @@ def test_what_is_left_out_of_records(folder, monkeypatch, capsys):
     assert 'the field "mood" is not read 1 turns after the last answer are left out 1' in said and "left out 1" in said
     assert "not readable 1 cut one: not readable (" in said
     assert 'Read in part what is left out records the field "mood" is not read 1 turns after' in words("more.html")[1]
+
+
+def test_a_record_of_every_reason_is_named(folder, monkeypatch, capsys):
+    """Those too whose messages are in other words, and those that come behind many of another reason."""
+    monkeypatch.chdir(folder)
+    answered = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "!"}]
+    records = [{"id": f"lost {i}", "image": "lost.png", "messages": answered("?")} for i in range(60)]
+    records += [{"id": "long one", "messages": answered("many words " * 99)}]
+    records += [{"id": "no picture", "image": "bad.png", "messages": answered("?")}]
+    records += [{"id": f"good {i}", "messages": answered("?")} for i in range(200)]
+    (folder / "bad.png").write_bytes(b"not a picture")
+    (folder / "bad.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words_of = ["--config=config.py", "--stage=align", "--config.data.path=bad.jsonl", "--html=bad.html"]
+    assert main(["inspect", *words_of, "--count=300", *HERE]) == 0
+    said = capsys.readouterr().out
+    for line in ("missing file +60 +lost", "over the budget +1 +long one: ", "not readable +1 +no picture: "):
+        assert re.search(f"^{line}", said, re.MULTILINE), said
+    text = words("bad.html")[1]
+    assert "long one: " in text and "no picture: " in text and "52 of them" in text
 
 
 def test_a_mixture(folder, monkeypatch, capsys):

@@ -143,7 +143,8 @@ def test_a_run_goes_on_and_is_used(tmp_path, record_property):
     assert last["pairs"] == 20 and last["recall_at_1"].keys() == {"text", "picture"}
     dual = load_workdir(whole)
     run = read_config(whole)
-    assert nearest(dual, run, run.data.source("heldout"), 20) == pytest.approx(last["recall_at_1"])
+    found = nearest(dual, run, run.data.source("heldout"), 20)
+    assert found["pairs"] == 20 and found["recall_at_1"] == pytest.approx(last["recall_at_1"])
     mllm_jax.save_pretrained(dual, tmp_path / "exported")
     again = mllm_jax.load_pretrained(tmp_path / "exported")
     assert again.config == replace(dual.config, runtime=again.config.runtime)

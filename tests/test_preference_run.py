@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from test_docs import PAGES
-from test_readme import ROOT, commands_of
+from documents import PAGES, ROOT, commands_of
 
-COMMANDS = [command for command in commands_of(PAGES["preference.md"]) if "--workdir /tmp/prefer" in command]
+COMMANDS = [command for command in commands_of(PAGES["docs/preference.md"]) if "--workdir /tmp/prefer" in command]
 ROW = re.compile(r"(\w+) +│ +(\d+) +│ +([\d.]+)% ± ([\d.]+)% +│ +([\d.]+)% ± ([\d.]+)%")
 
 

@@ -214,7 +214,7 @@ class _Stream:
     def admit(self, key: int, example: Example | Skipped) -> None:
         """Takes the example at the next key."""
         if isinstance(example, Skipped):
-            log.warning("left out: %s", example.message)
+            log.warning("left out: %s", example.message, extra={"reason": example.reason})
             self.left_out[example.reason] += 1
         else:
             self.used += 1

@@ -54,8 +54,9 @@ def main() -> None:
         raise ConfigError("config.data names no held-out conversations: set data.heldout or data.heldout_where")
     vlm = load_workdir(folder) if folder else load_pretrained(CHECKPOINT.value)
     if isinstance(vlm.config, DualConfig):
-        for kind, share in nearest(vlm, run, source, COUNT.value).items():
-            print(f"{kind:12} {share:7.1%} recall at 1")
+        found = nearest(vlm, run, source, COUNT.value)
+        for kind, share in found["recall_at_1"].items():
+            print(f"{kind:12} {share:7.1%} recall at 1 of {found['pairs']:,} pairs")
         return
     records = Spread(source, COUNT.value)
     answers = ask(vlm, records, TOGETHER.value, LONGEST.value)

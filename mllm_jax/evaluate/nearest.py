@@ -11,8 +11,10 @@ from mllm_jax.train.retrieval import Retrieval
 from mllm_jax.train.run import Run
 
 
-def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, float]:
-    """Recall at 1 among `count` pairs, spread evenly over a source: see `train.retrieval.recall_at_1`.
+def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, Any]:
+    """{"pairs": number, "recall_at_1": {kind: share}} of `count` pairs, or all, spread evenly over a source.
+
+    The more pairs there are, the harder is it to find the right one. See `train.retrieval.recall_at_1`.
 
     Args:
       dual: a dual encoder with its processor, on the first device.
@@ -22,4 +24,4 @@ def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, fl
         raise ValueError("the folder of this model has no tokenizer.json or no preprocessor_config.json; add them")
     run = replace(run, model=dual.config, train=replace(run.train, heldout=count))
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    return Retrieval(run, dual.processor, mesh, source)(dual.params)["recall_at_1"]
+    return Retrieval(run, dual.processor, mesh, source)(dual.params)

@@ -1,6 +1,8 @@
 """What the batches of a run hold, read as the run reads them, as tables and as a page."""
 
+import collections
 import dataclasses
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +28,7 @@ from mllm_jax.train.paired_run import reading_of
 from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import Run
 
-LEFT_OUT = "left out: "  # begins what the loader logs of a record
-NAMED = 200  # records that are left out and named
+NAMED = 50  # records that are left out for a reason and named
 
 
 class Found(NamedTuple):
@@ -38,7 +39,7 @@ class Found(NamedTuple):
     records: int  # that were read, those included that are broken or wait to be packed
     whole: bool  # whether these are all of the run's records
     left_out: dict[str, int]  # records by reason
-    named: list[str]  # what is wrong with the first of them
+    named: dict[str, list[str]]  # what is wrong with the first of them, by reason
     noted: dict[str, int]  # records that were read in part, by what was left out of them
     sources: list[dict[str, Any]]  # of a mixture: name, records, and shares `weight` and `drawn`
 
@@ -76,7 +77,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
                 if done >= count and not ended:
                     break
         except loader.BadData as error:
-            raise loader.BadData("; ".join([str(error), *named[:3]])) from error
+            raise loader.BadData("; ".join([str(error), *itertools.chain(*named.values())][:4])) from error
         finally:
             batches.close()
     sources = _sources(run.data, source, drawn) if mixed else []
@@ -86,18 +87,18 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
 
 
 class _heard(logging.Handler):
-    """What a log says of the records that are left out while it is open, in place of its being printed."""
+    """What a log says of the records that are left out while it is open, by reason, in place of its being printed."""
 
     def __init__(self, log: logging.Logger):
         super().__init__()
-        self.log, self.messages = log, []
+        self.log, self.messages = log, collections.defaultdict(list)
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if len(self.messages) < NAMED and message.startswith(LEFT_OUT):
-            self.messages.append(message.removeprefix(LEFT_OUT))
+        reason = getattr(record, "reason", None)
+        if reason is not None and len(self.messages[reason]) < NAMED:
+            self.messages[reason].append(str(record.args[0]))
 
-    def __enter__(self) -> list[str]:
+    def __enter__(self) -> dict[str, list[str]]:
         self.log.addHandler(self)
         self.log.propagate = False
         return self.messages
@@ -166,12 +167,11 @@ def tables(found: Found) -> Group:
     return Group(*(part for table in shown for part in (table, "")))
 
 
-def _left_out(left_out: Mapping[str, int], named: Sequence[str]) -> Table:
+def _left_out(left_out: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Table:
     table = _table("left out", "records", "as")
     table.columns[2].justify = "left"
     for reason, number in left_out.items():
-        example = next((line for line in named if f": {reason}" in line), "")
-        table.add_row(reason, f"{number:,}", example)
+        table.add_row(reason, f"{number:,}", next(iter(named.get(reason, ())), ""))
     return table
 
 
@@ -193,6 +193,6 @@ def write_page(path: str | os.PathLike, title: str, found: Found) -> Path:
         facts=facts(found),
         sources=found.sources,
         left_out=found.left_out,
-        named=found.named,
+        named=[line for reason in found.left_out for line in found.named.get(reason, ())],
         noted=found.noted,
     )

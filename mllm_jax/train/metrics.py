@@ -299,7 +299,8 @@ class Reporter:
             measure, shares = next((name, value) for name, value in found.items() if isinstance(value, dict))
             self._scalars("heldout", {"step": step, "loss": found["loss"], **shares})
             shown = "  ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
-            measured = f"{measure.replace('_', ' ')}: {shown}"
+            among = f" of {found['pairs']:,} pairs" if "pairs" in found else ""
+            measured = f"{measure.replace('_', ' ')}{among}: {shown}"
             self._display.line(f"held-out {step}/{self.steps}  loss {found['loss']:.4f}  {measured}")
 
     def line(self, text: str) -> None:
