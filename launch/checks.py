@@ -4,7 +4,7 @@ What needs the hosts' files is left to them: whether data lie in a bucket, and w
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ def check_training(training: Training, hosts: Hosts) -> None:
         jax.config.update("jax_platforms", "cpu")
     for path, run in _runs(training.config, training.stage):
         try:
-            _check_paths(run, hosts.files)
+            _check_paths(run, hosts.files, training.config.get("stages") or ())
             _check_mesh(run, hosts)
         except (ConfigError, ValueError) as error:
             raise ConfigError(str(error).replace("config.", f"{path}.", 1)) from error
@@ -134,8 +134,8 @@ def _shares(run: Run, mesh: AbstractMesh, processes: int) -> int:
     return min(rows, processes) if max(rows, processes) % min(rows, processes) == 0 else 1
 
 
-def _check_paths(run: Run, files: Files) -> None:
-    """The folders and files that the run reads. Raises ConfigError."""
+def _check_paths(run: Run, files: Files, stages: Collection[str]) -> None:
+    """The folders and files that the run reads, but for what its other stages write. Raises ConfigError."""
     sets = {"config.data": run.data} if isinstance(run.data, DataFiles) else {}
     if isinstance(run.data, MixtureData):
         sets = {f"config.data.sources.{name}": part for name, part in run.data.sources.items()}
@@ -146,20 +146,20 @@ def _check_paths(run: Run, files: Files) -> None:
             if (path := getattr(data, field)) and not path.startswith(TFDS):
                 _check_data(f"{name}.{field}", path, files)
         if data.root:
-            _check_folder(f"{name}.root", data.root, files)
-    models = {
-        "config.init": run.init,
-        "config.processor": run.processor,
-        "config.train.ppo.reward": run.train.ppo.reward,
-    }
+            _check_path(f"{name}.root", data.root, files)
+    models = {"config.init": run.init, "config.processor": run.processor}
     models |= {f"config.parts.{part}": source for part, source in run.taken.items()}
     for name, source in models.items():
         if _is_folder(source):
-            _check_folder(name, source, files)
+            _check_path(name, source, files)
+    if (reward := run.train.ppo.reward) and reward not in stages:
+        _check_path("config.train.ppo.reward", reward, files)
+    if run.train.preference.stored:
+        _check_path("config.train.preference.reference", run.train.preference.reference, files)
 
 
 def _is_folder(source: str) -> bool:
-    """Whether a model is meant by its folder: not by a name of the hub, of a stage or of the embedded processor."""
+    """Whether a model is meant by its folder: not by a name of the hub, or of the embedded processor."""
     return bool(source) and (source[0] in "/.~" or source.count("/") > 1 or (ROOT / source).is_dir())
 
 
@@ -171,11 +171,11 @@ def _check_data(name: str, path: str, files: Files) -> None:
             return
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: {told(error)}") from error
-    _check_folder(name, path, files)
+    _check_path(name, path, files)
 
 
-def _check_folder(name: str, path: str, files: Files) -> None:
-    """A path that the hosts must have."""
+def _check_path(name: str, path: str, files: Files) -> None:
+    """A file or a folder that the hosts must have."""
     if "://" in path:
         raise ConfigError(f"{name}={path} is not a folder. Mount the bucket on every host, and name a folder in it")
     if files.is_within(path):

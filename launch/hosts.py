@@ -1,6 +1,7 @@
 """The machines that a launcher asks for, as far as training depends on them: devices, processes, and files."""
 
 import fnmatch
+import posixpath
 import re
 import subprocess
 from collections.abc import Collection, Sequence
@@ -32,13 +33,13 @@ class Files:
 
     def is_sent(self, path: str) -> bool:
         """Whether the hosts have this relative file, folder or pattern of files in their working folder."""
-        plain = str(PurePosixPath(path))
+        plain = posixpath.normpath(path)
         return any(file == plain or file.startswith(f"{plain}/") or fnmatch.fnmatch(file, plain) for file in self.sent)
 
     def is_within(self, path: str) -> bool:
         """Whether this absolute path lies in a folder that all hosts have."""
-        above = [str(PurePosixPath(path)), *map(str, PurePosixPath(path).parents)]
-        return any(str(PurePosixPath(folder)) in above for folder in (self.mount, *self.folders) if folder)
+        path = PurePosixPath(posixpath.normpath(path))
+        return any(path.is_relative_to(folder) for folder in (self.mount, *self.folders) if folder)
 
 
 @dataclass(frozen=True)

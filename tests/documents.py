@@ -1,5 +1,6 @@
 """The commands in the documents: those in blocks, and those of Python within sentences and tables."""
 
+import ast
 import pathlib
 import re
 
@@ -35,4 +36,18 @@ def inline_of(text: str) -> list[str]:
 
 COMMANDS = [
     (page, command) for page, text in PAGES.items() for command in dict.fromkeys([*commands_of(text), *inline_of(text)])
+]
+
+
+def docstring_commands(path: pathlib.Path) -> list[str]:
+    """The commands of training and planning in the docstring of a module, without what is said of them."""
+    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").replace("\\\n", " ")
+    found = re.findall(r"^ *(python -m mllm_jax\.(?:train|plan) .*--config .*)$", text, re.MULTILINE)
+    return [re.split(r"(?<=\S)\s{3,}(?!\s|--)| with experts", command)[0] for command in found]
+
+
+CONFIGS = [
+    (str(path.relative_to(ROOT)), command)
+    for path in sorted((ROOT / "configs").rglob("*.py"))
+    for command in docstring_commands(path)
 ]

@@ -13,7 +13,7 @@ import shlex
 
 import pytest
 import source_files
-from documents import COMMANDS, PAGES, ROOT, blocks_of
+from documents import COMMANDS, CONFIGS, PAGES, ROOT, blocks_of
 from test_readme import FEW_STEPS, run
 
 from launch.checks import read_training
@@ -148,7 +148,7 @@ def test_a_command_of_another_program_fits_ours(command):
     OTHERS[program_of(command)](command, launches)
 
 
-@pytest.mark.parametrize(("page", "command"), OURS, ids=lambda text: text[:60])
+@pytest.mark.parametrize(("page", "command"), [*OURS, *CONFIGS], ids=lambda text: text[:60])
 def test_a_command_is_understood(page, command, monkeypatch):
     """Its flags exist, its config can be read with what it replaces, and has the stage that it names."""
     if "-m launch." in command:

@@ -15,6 +15,7 @@ SCENES = ["--config=configs/scenes.py", "--workdir=/runs/a"]
 SPREAD = [*SCENES, "--config.data.batch=64", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
 FINE_TUNE = ["--config=configs/qwen3_vl_8b.py", "--workdir=/runs/a"]
 ON_MOUNT = [*FINE_TUNE, "--config.data.path=/runs/a.jsonl"]
+PREFER = [*ON_MOUNT, "--config.train.preference.dpo=1.0"]
 CLOUD = ["--name=scenes", "--zone=us-east5-b", "--tpu=v6e:8x8"]
 LAUNCHERS = {
     slurm.main: ["--nodes=8"],
@@ -55,6 +56,7 @@ def refused(words, hosts) -> str:
         ("there is no config file configs/scene.py", ["--config=configs/scene.py", "--workdir=/runs/a"]),
         ("--workdir=gs://b/a is not a folder", [SCENES[0], "--workdir=gs://b/a"]),
         ("--workdir=/tmp/a is lost with its host: .* all hosts share is /runs", [SCENES[0], "--workdir=/tmp/a"]),
+        ("--workdir=/runs/../a is lost", [SCENES[0], "--workdir=/runs/../a"]),
         ("--workdir=/runsome is lost", [SCENES[0], "--workdir=/runsome"]),
         ("--config.optim.steps=many: needs a whole number", [*SPREAD, "--config.optim.steps=many"]),
         ("there is no flag --workdri", [*SPREAD, "--workdri=/runs/b"]),
@@ -75,6 +77,8 @@ def refused(words, hosts) -> str:
         ("config.data.heldout=/data/b: ", [*ON_MOUNT, "--config.data.heldout=/data/b"]),
         ("config.init=/data/a: ", [*ON_MOUNT, "--config.init=/data/a"]),
         ("config.processor=../a: ", [*ON_MOUNT, "--config.processor=../a"]),
+        ("config.train.ppo.reward=runs/a: ", [*ON_MOUNT, "--config.train.ppo.reward=runs/a"]),
+        ("config.train.preference.reference=a.jsonl: ", [*PREFER, "--config.train.preference.reference=a.jsonl"]),
         ("config.parts.encoder=/data/a: ", [*ON_MOUNT, "--config.init=", "--config.parts.encoder=/data/a"]),
     ],
 )  # fmt: skip
@@ -108,6 +112,13 @@ def test_stages_are_checked_one_by_one(checkout):
     fault = f"--config.stages.{stages[-1]}.mesh.data=3"
     assert refused([*recipe, fault], hosts).startswith(f"config.stages.{stages[-1]}.mesh: ")
     assert "has no 'alig'" in refused([*recipe, "--stage=alig"], hosts)
+
+
+def test_a_reward_model_may_be_that_of_a_stage(checkout):
+    words = ["--config=configs/ppo.py", "--workdir=/runs/a", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
+    training = read_training(words)
+    assert training.config.stages.ppo.train.ppo.reward == "reward"
+    check_training(training, tpu_hosts(tpu("v6e:2x2"), committed("/runs")))
 
 
 def test_a_config_that_is_not_sent_is_refused(checkout, tmp_path):
