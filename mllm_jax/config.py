@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from mllm_jax.settings import checker, type_name
+from mllm_jax.settings import as_float, checker, type_name
 
 TYPE = "type"  # the key that names the dataclass of a section whose field is `Any`
 
@@ -129,7 +129,7 @@ def _dataclass(cls: type, config: Any, registry: Mapping[str, type], path: str) 
     for name, value in config.items():
         if name not in fields:
             raise ConfigError(f"{path or cls.__name__}: unknown name {name!r}; {suggestion(name, fields)}")
-        values[name] = _value(hints[name], value, registry, _join(path, name))
+        values[name] = (_part if hints[name] is Any else _value)(hints[name], value, registry, _join(path, name))
     needed = [
         name
         for name, field in fields.items()
@@ -172,7 +172,7 @@ def _value(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> An
         kind = options[1] if options else Any
         return {name: _value(kind, item, registry, _join(path, str(name))) for name, item in value.items()}
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return as_float(value)
     elif hint in (bool, int, float, str) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     elif hint is types.NoneType and value is None:
@@ -180,11 +180,19 @@ def _value(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> An
     raise ConfigError(f"{path}: needs {type_name(hint)}, not {value!r}")
 
 
+def _part(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> Any:
+    """A field annotated `Any`: one of several dataclasses, or None."""
+    part = _any(value, registry, path)
+    if part is not None and not dataclasses.is_dataclass(part):
+        raise ConfigError(f"{path}={str(value)[:80]}: needs None, or a section whose {TYPE!r} names a part.")
+    return part
+
+
 def _any(value: Any, registry: Mapping[str, type], path: str) -> Any:
     if not isinstance(value, Mapping) or TYPE not in value:
         return _tuples(value)
     name = value[TYPE]
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise ConfigError(f"{_join(path, TYPE)}: no part is called {name!r}; {suggestion(str(name), registry)}")
     return _dataclass(registry[name], {key: item for key, item in value.items() if key != TYPE}, registry, path)
 

@@ -21,7 +21,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
+import numpy as np
+
 SHOWN = 80  # characters of a value in an error
+LARGEST = 2**31 - 1  # of a whole number whose range has no other end: arrays are counted in int32
+TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # sizes of numbers in fp32
 KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), str: (str, "a text")}
 
 
@@ -35,7 +39,9 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Range(Constraint):
-    """Numbers within bounds. NaN and infinity are never inside.
+    """Numbers within bounds, as devices hold them: whole ones of 32 bits, others in fp32.
+
+    So NaN, infinity and 1e39 are never inside, 1e-50 is not above 0, and 0.99999999999 is not below 1.
 
     least, most: bounds that are allowed themselves. above, below: bounds that are not.
     also: values that are allowed besides.
@@ -50,14 +56,37 @@ class Range(Constraint):
     hint: str = ""
 
     def fault(self, value: Any) -> str | None:
-        if (self.least <= value <= self.most and self.above < value < self.below) or value in self.also:
+        least, most, held = self.least, self.most, value
+        if isinstance(value, float):
+            held = in_fp32(value)
+        elif abs(value) > LARGEST:
+            least, most = max(least, -LARGEST), LARGEST if most == math.inf else most
+        inside = lambda value, held: least <= value <= most and self.above < held < self.below
+        if inside(value, held) or value in self.also:
             return None
-        words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
+        words = {"at least": least, "more than": self.above, "at most": most, "less than": self.below}
         stated = " and ".join(f"{word} {bound}" for word, bound in words.items() if abs(bound) < math.inf)
-        if not -math.inf < value < math.inf:
+        if not -math.inf < held < math.inf:
             stated = f"finite and {stated}" if stated else "finite"
+        if inside(value, value):
+            stated += " in fp32"
         needed = ", or ".join([stated, *map(str, self.also)])
         return f"must be {needed}. {self.hint}".rstrip()
+
+
+def in_fp32(value: float) -> float:
+    """A number as devices compute with it: infinite where fp32 has no larger one, 0 where none is as close to 0."""
+    if abs(value) < TINY:
+        return 0.0
+    return float(np.float32(value)) if abs(value) <= HUGE else math.copysign(math.inf, value)
+
+
+def as_float(value: float) -> float:
+    """A number as a float; infinite where that has no larger one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 @dataclass(frozen=True)
@@ -140,8 +169,9 @@ def _check_value(kind: type, constraints: tuple[Constraint, ...], value: Any, pa
         wanted, name = KINDS[kind]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise ValueError(f"{path}={_shown(value)}: needs {name}.")
+    given = as_float(value) if kind is float else value
     for constraint in constraints:
-        if fault := constraint.fault(value):
+        if fault := constraint.fault(given):
             raise ValueError(f"{path}={_shown(value)}: {fault}")
 
 

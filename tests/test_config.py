@@ -67,6 +67,12 @@ def test_a_part_is_exchanged_by_its_type():
     assert read(config).shape == Square(7)
 
 
+@pytest.mark.parametrize("value", [5, "Round", (1.0,), {}, {"side": 2}, {"type": ["Square"]}, {"type": None}])
+def test_a_field_of_several_parts_takes_nothing_else(value):
+    with pytest.raises(ConfigError, match="^config.shape"):
+        read({"shape": value})
+
+
 def test_none_can_be_overridden_by_a_value_of_its_type():
     config = to_config_dict(DRAWING)
     config.limit = 5

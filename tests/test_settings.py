@@ -45,8 +45,9 @@ from mllm_jax.settings import (
     check,
     type_name,
 )
+from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import PARTS, Run, read_run
+from mllm_jax.train.run import PARTS, Run, read_run, run_config
 
 COMMANDS = ("__main__", "plan.command", "plan.certify", "scenes_builder")  # define flags, or need a package
 for module in pkgutil.walk_packages(mllm_jax.__path__, "mllm_jax."):
@@ -156,7 +157,9 @@ def outside(hint):
         return [5, "nowhere", ("fsdp", "fsdp")]
     edges = (constraint.least - 1, constraint.most + 1, constraint.above, constraint.below)
     given = [kind(x) for x in edges if abs(x) < math.inf and x not in constraint.also]
-    return given + ([math.nan, math.inf, -math.inf] if kind is float else [1.5]) + [True, "1"]
+    unheld = [math.nan, math.inf, -math.inf, 1e39, -1e39] if kind is float else [1.5]  # by fp32
+    unheld += [1e-50] * (kind is float and constraint.above == 0) + [1 - 1e-12] * (constraint.below == 1)
+    return given + unheld + [10**400] * (constraint.most == math.inf) + [True, "1"]
 
 
 def settings(cls):
@@ -214,12 +217,38 @@ def test_whatever_a_run_reads_is_checked():
         ({"name": "adamx"}, "config.optim.name='adamx': must be one of adamw, muon, adafactor."),
         ({"factors": (("a", 1.0), ("b", -1.0))}, r"config.optim.factors\[1\]\[1\]=-1.0: must be at least 0."),
         ({"freeze": ("(",)}, r"config.optim.freeze\[0\]='\(': is no regular expression: missing \)"),
+        ({"eps": 1e-50}, "config.optim.eps=1e-50: must be more than 0 in fp32."),
+        ({"b1": 0.99999999999}, "config.optim.b1=0.99999999999: must be at least 0 and less than 1 in fp32."),
+        ({"steps": 10**400}, r"config.optim.steps=1000+\.\.\.: must be at least 1 and at most 2147483647."),
         ({"warmup": 2000}, "config.optim: warmup=2000 is longer than the run, steps=1000. Set warmup=100"),
     ],
 )
 def test_a_run_names_the_path(change, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         read_run({"model": None, "data": None, "optim": change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": dataclasses.replace(NEEDED[ModelConfig], family="x")},
+            "config.model.family='x': must be one of clip,",
+        ),
+        (
+            {"model": ModelConfig(None, None, dataclasses.replace(DECODER, family="x"), family="llama")},
+            "config.model.decoder.family='x': must be one of llama,",
+        ),
+    ],
+)
+def test_a_model_of_no_family_is_refused(change, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        read_run(run_config(Run(**{"data": ScenesData(blind=True)} | change)))
+
+
+def test_a_batch_is_counted_in_32_bits():
+    with pytest.raises(ValueError, match="^batch=1000000 rows of tokens=4096 must be at most 2147483647 tokens$"):
+        ScenesData(batch=1000000)
 
 
 @dataclass(frozen=True)
@@ -259,6 +288,9 @@ def test_what_is_inside_is_kept_as_it_is():
         ({"weights": 3}, "Odder.weights=3: needs names with values."),
         ({"limit": 1}, "Odder.limit=1: must be more than 1, or 0."),
         ({"more": -math.inf}, "Odder.more=-inf: must be finite."),
+        ({"more": 1e39}, r"Odder.more=1e\+39: must be finite in fp32."),
+        ({"limit": 1 + 1e-9}, "Odder.limit=1.000000001: must be more than 1 in fp32, or 0."),
+        ({"sizes": (2**31, 1)}, r"Odder.sizes\[0\]=2147483648: must be at least 1 and at most 2147483647."),
         ({"more": "x" * 500}, "Odder.more='x{79}...: needs a number."),
     ],
 )

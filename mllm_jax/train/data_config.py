@@ -10,7 +10,20 @@ from mllm_jax.data.pack import Budget
 from mllm_jax.data.record_parts import MEDIA
 from mllm_jax.data.scenes import DEFAULT_KINDS, KINDS, Scenes
 from mllm_jax.data.video import SAMPLINGS
-from mllm_jax.settings import Config, Fraction, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt, Range, Seed
+from mllm_jax.settings import (
+    LARGEST,
+    Config,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    OneOf,
+    Positive,
+    PositiveInt,
+    Range,
+    Seed,
+)
+
+Readers = Annotated[int, Range(least=0, most=1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +62,17 @@ class DataConfig(Config):
     epochs: PositiveInt | None = None
     blind: bool = False
     streams: PositiveInt | None = None
-    window: Positive = 4.0
-    workers: NonNegativeInt = 2
-    processes: NonNegativeInt = 0
+    window: Annotated[float, Range(above=0, most=1e4)] = 4.0
+    workers: Readers = 2
+    processes: Readers = 0
     prefetch: NonNegativeInt = 2
     strict: bool = False
     max_bad: Fraction = 0.05
 
     def __post_init__(self):
         super().__post_init__()
+        if self.batch * self.tokens > LARGEST:
+            raise ValueError(f"batch={self.batch} rows of tokens={self.tokens} must be at most {LARGEST} tokens")
         if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels={self.min_pixels} must not be more than max_pixels={self.max_pixels}")
         if self.streams is not None and self.batch % self.streams:

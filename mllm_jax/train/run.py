@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -20,6 +20,8 @@ from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.dual import AttentionPool, ClassPool, DualConfig
 from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.families import FAMILIES
+from mllm_jax.families.text import TEXT
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.mla import MlaConfig
@@ -253,6 +255,9 @@ def read_run(config: ConfigDict) -> Run:
     run = _with_all_of_preset(from_config_dict(Run, config, PARTS, "config"))
     if type(run.model) not in STEPS:
         raise ConfigError("config.model.type must be ModelConfig or DualConfig")
+    for path, family, known in _families(run.model):
+        if family not in known:
+            raise ConfigError(f"config.{path}={family!r}: must be one of {', '.join(known)}.")
     run = dataclasses.replace(run, stages={name: filled(run, stage, "") for name, stage in run.stages.items()})
     if unknown := sorted(set(run.parts) - set(_parts_of(run))):
         raise ConfigError(f"config.parts: there is no {unknown[0]!r}; {suggestion(unknown[0], _parts_of(run))}")
@@ -267,6 +272,13 @@ def read_run(config: ConfigDict) -> Run:
     trained = dataclasses.replace(run.lora, train=(*run.lora.train, f"^{VALUE_HEAD}/"))  # beside adapters, too
     optim = dataclasses.replace(run.optim, freeze=(trained if values else run.lora).freezes(run.optim.freeze))
     return dataclasses.replace(run, model=model, optim=optim)
+
+
+def _families(model: ModelConfig | DualConfig) -> Iterator[tuple[str, str, Iterable[str]]]:
+    """Where a model says whose files it is read from and written to, what it says there, and what it can."""
+    yield "model.family", model.family, FAMILIES
+    if isinstance(model, ModelConfig) and model.decoder is not None and model.decoder.family:
+        yield "model.decoder.family", model.decoder.family, TEXT
 
 
 def _check(whole: Run, run: Run | Stage, path: str) -> None:
