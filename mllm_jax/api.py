@@ -188,12 +188,14 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
       inputs: numpy arrays (or what `numpy.asarray` takes) named as Hugging Face's processor of this family names them:
         `input_ids` i[B T], optional `attention_mask` and `labels`, and those of pictures.
     Raises:
-      ValueError: an unknown name, or placeholders in `input_ids` that do not match the pictures.
+      ValueError: an unknown name, `input_ids` that are no tokens of the model or more than it has learned positions
+        for, or placeholders that do not match the pictures.
     """
     family = FAMILIES[config.family]
     if isinstance(config, DualConfig):
         arrays = as_arrays(inputs, family.INPUTS)
-        return with_texts(family.pictures(config, arrays), arrays, reads_padding=config.text_pool.token == "last")
+        text, reads_padding = config.text, config.text_pool.token == "last"
+        return with_texts(family.pictures(config, arrays), arrays, text.vocab, text.positions, reads_padding)
     sees = config.encoder is not None
     arrays = as_arrays(inputs, family.INPUTS if sees else ())
     if config.decoder is None:

@@ -21,6 +21,7 @@ from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 import mllm_jax
 from mllm_jax import api
 from mllm_jax.data.processor import Processor
+from mllm_jax.families import FAMILIES
 from mllm_jax.model import VLM, init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
 from mllm_jax.weights.table import flatten
@@ -303,3 +304,34 @@ def test_public_names():
 )
 def test_generate_is_a_function_whatever_was_imported(code):
     subprocess.run([sys.executable, "-c", f"import sys; {code}"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "change", "message"),
+    [
+        ("llama", "3.2-1b", {"input_ids": [[5, 128256]]}, "input_ids hold 128256, which is no token: .* has 128256"),
+        ("llama", "3.2-1b", {"input_ids": [[5, -3]]}, "input_ids hold -3, which is no token"),
+        ("llama", "3.2-1b", {"input_ids": [[5, 2**32 + 5]]}, "input_ids hold 4294967301, which is no token"),
+        ("llama", "3.2-1b", {"input_ids": [[5.5, 6]]}, r"input_ids must be integers \[B T\], not float64 \[1, 2\]"),
+        ("llama", "3.2-1b", {"input_ids": [5, 6]}, r"input_ids must be integers \[B T\], not int64 \[2\]"),
+        ("llama", "3.2-1b", {"attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\), input_ids \(1, 2\)"),
+        ("llama", "3.2-1b", {"input_ids": None}, "input_ids are missing"),
+        ("gpt2", "124m", {"input_ids": np.full((1, 1025), 5)}, "a text of 1025 tokens; .* learned 1024 positions"),
+        ("clip", "b16", {"input_ids": np.full((1, 78), 5)}, "a text of 78 tokens; the model has learned 77 positions"),
+        ("siglip", "base-16-224", {"input_ids": [[32000]]}, "input_ids hold 32000, which is no token"),
+        ("clip", "b16", {"input_ids": np.zeros((2, 0), int)}, r"must be \[texts T\], not \(2, 0\)"),
+    ],
+)
+def test_tokens_that_a_model_has_not_are_refused(kind, size, change, message):
+    """Looking them up gives NaN, or the embedding of another token."""
+    given = {"input_ids": [[5, 6]]} | change
+    with pytest.raises(ValueError, match=message):
+        mllm_jax.from_hf_inputs(FAMILIES[kind].sizes(size), given)
+
+
+def test_padding_may_hold_any_id():
+    config = FAMILIES["gpt2"].sizes("124m")
+    ids, mask = np.full((1, 1030), -1), np.zeros((1, 1030), int)
+    ids[0, 10:], mask[0, 10:] = 50256, 1
+    mask[0, 500:] = 0
+    assert mllm_jax.from_hf_inputs(config, {"input_ids": ids, "attention_mask": mask}).tokens.shape == (1, 1030)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllm_jax.data.hf_inputs import Arrays, without_text
+from mllm_jax.data.hf_inputs import Arrays, text_ids, without_text
 from mllm_jax.data.pack import Budget, TooLarge, collate, place
 from mllm_jax.types import DualBatch, Example, Picture
 
@@ -68,25 +68,27 @@ def pairs_in_rows(rows: Sequence[Sequence[Example]], budget: Budget, length: int
     return batch._replace(tokens=tokens.reshape(-1, length), segment=segment.reshape(-1, length))
 
 
-def with_texts(batch: DualBatch, arrays: Arrays, reads_padding: bool) -> DualBatch:
+def with_texts(batch: DualBatch, arrays: Arrays, vocab: int, positions: int, reads_padding: bool) -> DualBatch:
     """The batch with a text per row, as Hugging Face's arrays have them.
 
     Args:
+      vocab, positions: tokens that the model knows, and how many a text may have, padding included.
       arrays: `input_ids` i[texts T] and optional `attention_mask`; without the first the batch stays as it is.
       reads_padding: the last token stands for a text, so that a mask must not end it.
     Raises:
-      ValueError: neither pictures nor texts, or a mask that does not fit.
+      ValueError: neither pictures nor texts, a mask that does not fit, or see `text_ids`.
     """
-    if (ids := arrays.get("input_ids")) is None:
+    if "input_ids" not in arrays:
         if batch.vision is None:
             raise ValueError("a dual encoder needs pixel_values, input_ids or both")
         return batch
+    ids = text_ids({"input_ids": arrays["input_ids"]}, vocab, positions)
     mask = arrays.get("attention_mask", np.ones_like(ids))
-    if ids.ndim != 2 or mask.shape != ids.shape:
+    if not ids.shape[1] or mask.shape != ids.shape:
         raise ValueError(f"input_ids and attention_mask must be [texts T], not {ids.shape} and {mask.shape}")
     if reads_padding and not mask[:, -1].all():
         raise ValueError(
             "attention_mask leaves out the last token of a text, which stands for it: this model was trained to read "
             "its padding. Pad texts to their full length and pass no attention_mask"
         )
-    return batch._replace(tokens=ids.astype(np.int32), segment=mask.astype(np.int32))
+    return batch._replace(tokens=ids, segment=mask.astype(np.int32))

@@ -1,6 +1,6 @@
 """The arrays of a Hugging Face processor as a `Batch`: a conversation per row, tokens and padding where they were."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,34 @@ def as_arrays(inputs: Mapping[str, Any], vision: tuple[str, ...]) -> Arrays:
     return inputs
 
 
+def text_ids(inputs: Arrays, vocab: int, positions: int = 0, placeholders: Iterable[int] = ()) -> np.ndarray:
+    """`input_ids` as i32[B T].
+
+    Args:
+      inputs: `input_ids` i[B T]; what `attention_mask` [B T] leaves out may be anything.
+      vocab: of the model.
+      positions: that the model has learned, which are as many tokens as a text may have. 0: any number.
+      placeholders: ids that need not be of the vocabulary.
+    Raises:
+      ValueError: no integers, an id that is no token, or a longer text. A model would give NaN, or read another token.
+    """
+    if (ids := inputs.get("input_ids")) is None:
+        raise ValueError("input_ids are missing. Give the tokens of the texts.")
+    if ids.ndim != 2 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"input_ids must be integers [B T], not {ids.dtype} {list(ids.shape)}")
+    mask = inputs.get("attention_mask", np.ones(ids.shape))
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {mask.shape}, input_ids {ids.shape}")
+    read = mask.astype(bool)
+    odd = ids[read & ((ids < 0) | (ids >= vocab)) & ~np.isin(ids, list(placeholders))]
+    if odd.size:
+        raise ValueError(f"input_ids hold {odd[0]}, which is no token: the model's vocabulary has {vocab}")
+    longest = int(read.sum(1).max(initial=0))
+    if 0 < positions < longest:
+        raise ValueError(f"input_ids have a text of {longest} tokens; the model has learned {positions} positions")
+    return ids.astype(np.int32)
+
+
 def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
     """Tokens, and the pictures that their placeholders stand for, as a batch.
 
@@ -34,11 +62,9 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
         see, in models that have that (absent: nowhere); `mm_token_type_ids` is redundant and only checked for shape.
       supply: every picture and clip of all rows, in order, by its placeholder.
     Raises:
-      ValueError: placeholders that do not match the pictures.
+      ValueError: placeholders that do not match the pictures, or see `text_ids`.
     """
-    ids = inputs["input_ids"].astype(np.int32)
-    if ids.ndim != 2:
-        raise ValueError(f"input_ids must be [B T], not {ids.shape}")
+    ids = text_ids(inputs, config.decoder.vocab, config.decoder.positions, supply)
     for name in TEXT[1:]:
         if name in inputs and inputs[name].shape != ids.shape:
             raise ValueError(f"{name} has shape {inputs[name].shape}, input_ids {ids.shape}")

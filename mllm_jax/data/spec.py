@@ -64,7 +64,7 @@ class ProcessorSpec(Config):
     def __post_init__(self):
         super().__post_init__()
         if not self.min_frames <= self.max_frames:
-            raise ValueError(f"a clip cannot have {self.min_frames} to {self.max_frames} frames")
+            raise ValueError(f"min_frames={self.min_frames} must not be more than max_frames={self.max_frames}")
 
     def asked(self, item: dict[str, Any]) -> "ProcessorSpec":
         """With what a clip in a message asks for itself: the number of frames and how they are spread."""

@@ -302,6 +302,11 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
             f"{path}.data.patches={run.data.patches} must be a multiple of {whole.model.merge**2}: "
             f"config.model.connector makes a visual token of {whole.model.merge} x {whole.model.merge} patches"
         )
+    if isinstance(whole.model, ModelConfig) and 0 < getattr(whole.model.decoder, "positions", 0) < run.data.tokens:
+        raise ConfigError(
+            f"{path}.data.tokens={run.data.tokens}: must be at most config.model.decoder.positions="
+            f"{whole.model.decoder.positions}, which are learned: a conversation may fill a row"
+        )
     preference = run.train.preference
     if preference.has_pairs and preference.reference == BASE and (not run.lora.rank or run.lora.train):
         raise ConfigError(
