@@ -8,7 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from rich.text import Text
+
 from mllm_jax.config import suggestion
+from mllm_jax.printable import printable, printable_lines
 
 OVERRIDE = "--config."  # words that begin with it replace a value of a config
 REPLACES = f"{OVERRIDE}PATH=VALUE replaces a value of the config, as in {OVERRIDE}optim.steps=100."
@@ -77,5 +80,10 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: str, exit_code: int) -> NoReturn:
     """Ends the process with one line for people."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable_lines(message)}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def cell(text: str) -> Text:
+    """A text of others for a table of rich: neither markup nor control characters mean anything in it."""
+    return Text(printable(text))

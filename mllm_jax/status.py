@@ -5,12 +5,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mllm_jax.printable import printable_lines
+
 PATIENCE = 2.0  # seconds
 
 
 def say(text: str) -> None:
     """Prints a line to stderr at once."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mllm_jax.cli import REPLACES, Parser
 from mllm_jax.config import told
 from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
+from mllm_jax.printable import printable_lines
 from mllm_jax.settings import NonNegativeInt, PositiveInt, argument
 
 CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.command(args)
     except (OSError, ValueError) as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {printable_lines(told(error))}", file=sys.stderr)
         return 1
 
 

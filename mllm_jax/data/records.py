@@ -31,6 +31,7 @@ A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datas
 of pictures: as a part's "video", or beside the messages as "frames", each with "fps".
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,11 +50,15 @@ from mllm_jax.data.record_parts import (
     with_asked,
     with_files,
 )
+from mllm_jax.printable import printable
 
 DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
 LIKED = ("label", "kto_tag")  # false of an answer that people disliked
 ALWAYS = frozenset((*FILES, *CLIPS, "facts"))  # fields that every layout may have
 KEPT = FIELDS - {*FILES, *ABOUT, "input", "history", "facts"}  # fields whose empty text or list is no absence
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRecord(ValueError):
@@ -100,15 +105,10 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
     return {"messages": found.pop("messages"), "kind": kind, "id": printable(name)} | found
 
 
-def printable(text: str) -> str:
-    """A text that any file and terminal takes: lone surrogates, which are no characters, are written as escapes."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def check_texts(value: Any) -> None:
     """Raises Bad where a text of a record is no Unicode, as JSON's "\\ud800" is none: tokenizers take no such text."""
     if isinstance(value, str):
-        if not value.isascii() and printable(value) != value:
+        if not value.isascii() and _SURROGATE.search(value):
             raise Bad("not a text", f"a lone surrogate in {printable(value)!r:.80}")
     elif isinstance(value, Mapping):
         for inner in value.items():

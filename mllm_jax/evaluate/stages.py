@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from mllm_jax.cli import cell
 from mllm_jax.config import load
 from mllm_jax.evaluate.report import Kind, Run, percent, short, write_report
 from mllm_jax.model import abstract_params, count_params
@@ -29,7 +30,7 @@ def table(workdir: str | Path) -> Table:
     for name in ("stage", "after"):
         shown.add_column(name, no_wrap=True, min_width=max(map(len, ("stage", *config.stages))))
     for name in ("steps", "trained", "held-out loss", *kinds):
-        shown.add_column(name, justify="right", no_wrap=True)
+        shown.add_column(cell(name), justify="right", no_wrap=True)
     for name, steps in ended(workdir).items():
         loss = found[name].get("loss")
         scores = [percent(found[name].get("exact_match", {}).get(kind)) for kind in kinds]

@@ -21,7 +21,7 @@ from mllm_jax.api import Pretrained, is_run, load_pretrained
 from mllm_jax.cli import Parser
 from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
-from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk
+from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk, write_answer
 from mllm_jax.generate.prompts import answers, as_line
 from mllm_jax.generate.requests import answering_processor
 from mllm_jax.generate.sampling import Temperature, TopK, TopP
@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             talk(chat)
             return 0
         question = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
-        write = lambda text: print(text, end="", flush=True)
-        stream_answer(vlm, [*system_message(args.system), question], write, **settings)
+        stream_answer(vlm, [*system_message(args.system), question], write_answer, **settings)
     except (OSError, ValueError) as error:
         say(f"error: {told(error)}")
         return 1

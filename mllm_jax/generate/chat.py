@@ -15,6 +15,7 @@ from mllm_jax.config import suggestion, told
 from mllm_jax.data.record_parts import MEDIA
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import answering_processor, read_prompts, stream_text
+from mllm_jax.printable import printable_lines
 from mllm_jax.status import announced, say
 
 with contextlib.suppress(ImportError):  # Windows has none
@@ -183,9 +184,14 @@ def first_line(error: Exception) -> str:
     return next(iter(told(error).splitlines()), type(error).__name__)
 
 
+def write_answer(text: str) -> None:
+    """Writes a part of an answer to stdout. On a terminal, a model's control characters are shown as escapes."""
+    print(printable_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def _answer(chat: Chat, text: str) -> None:
     try:
-        answer = chat.ask(text, lambda text: print(text, end="", flush=True))
+        answer = chat.ask(text, write_answer)
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
         answer = ""
         say(f"error: {first_line(error)}")

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
+from mllm_jax.cli import cell
 from mllm_jax.config import ConfigError
 from mllm_jax.data import loader
 from mllm_jax.data.inspection import Inspection
@@ -138,7 +139,7 @@ def tables(found: Found) -> Group:
     seen = found.inspection
     about = _table("", "")
     for name, text in facts(found).items():
-        about.add_row(name, text)
+        about.add_row(name, cell(text))
     lengths = _table("of a conversation", "least", "median", "mean", "95 %", "most")
     columns = {"tokens": seen.tokens, "visual": seen.visual, "learned": seen.learned, "pictures": seen.pictures}
     for name, values in columns.items():
@@ -150,19 +151,19 @@ def tables(found: Found) -> Group:
         sources = _table("source", "records", "weight", "drawn")
         for source in found.sources:
             shares = percent(source["weight"]), percent(source["drawn"])
-            sources.add_row(source["name"], f"{source['records']:,}", *shares)
+            sources.add_row(cell(source["name"]), f"{source['records']:,}", *shares)
         shown.append(sources)
     if len(seen.kinds) > 1:
         kinds = _table("kind", "conversations")
         for kind, number in seen.kinds.most_common():
-            kinds.add_row(kind or "other", f"{number:,}")
+            kinds.add_row(cell(kind or "other"), f"{number:,}")
         shown.append(kinds)
     if found.left_out:
         shown.append(_left_out(found.left_out, found.named))
     if found.noted:
         noted = _table("read in part", "records")
         for note, number in found.noted.items():
-            noted.add_row(note, f"{number:,}")
+            noted.add_row(cell(note), f"{number:,}")
         shown.append(noted)
     return Group(*(part for table in shown for part in (table, "")))
 
@@ -171,7 +172,7 @@ def _left_out(left_out: Mapping[str, int], named: Mapping[str, Sequence[str]]) -
     table = _table("left out", "records", "as")
     table.columns[2].justify = "left"
     for reason, number in left_out.items():
-        table.add_row(reason, f"{number:,}", next(iter(named.get(reason, ())), ""))
+        table.add_row(reason, f"{number:,}", cell(next(iter(named.get(reason, ())), "")))
     return table
 
 
