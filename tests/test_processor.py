@@ -286,6 +286,15 @@ def test_a_conversation_that_cannot_fit(processor):
     assert processor([{"role": "user", "content": "word"}], budget=Budget(20, 0, 0)).pictures == ()
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_text_far_over_the_budget_is_not_tokenized(processor, monkeypatch, parts):
+    text = "word " * 2_000_000
+    monkeypatch.setattr(type(processor.tokenizer), "encode", lambda *_, **__: pytest.fail("it was tokenized"))
+    content = [{"type": "text", "text": text}] if parts else text
+    with pytest.raises(TooLarge, match="a conversation of 9,999,999 characters needs at least .* room for 20"):
+        processor([{"role": "user", "content": content}], budget=Budget(20, 1, 16))
+
+
 def test_published_files(tmp_path):
     tiny_chat.write_tokenizer(tmp_path)
     size = {"longest_edge": 16777216, "shortest_edge": 65536}

@@ -25,6 +25,7 @@ from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.data.visuals import Cut, Film, Framed, Plan, Still, WholeFilm, WholeFramed
 from mllm_jax.types import Batch, Example, Picture
 
+COMPOSED = 4  # characters that a normalizer may join to one, and more than it does
 USER_CONTENT = "user_content_tokens"  # in tokenizer_config.json, whose other readers pass over it
 
 
@@ -86,6 +87,8 @@ class Processor:
         """
         conversations = [_listed(conversation) for conversation in (messages, *others)]
         messages, *others = [grounding.written(each, self.spec.grounding) for each in conversations]
+        if budget is not None:
+            self._check_length([messages, *others], budget)
         items = [item for item in _items(messages) if item["type"] != "text"]
         stills = sum(item["type"] == "image" for item in items)
         opened = [self._open(item, stills) for item in items]
@@ -98,6 +101,16 @@ class Processor:
         pictures = tuple(self._pictures(visuals, plans))
         notes = tuple(note for visual in visuals for note in visual.notes)
         return example._replace(pictures=pictures, kind=kind, notes=notes)
+
+    def _check_length(self, conversations: Sequence[Messages], budget: Budget) -> None:
+        """Raises TooLarge for texts that cannot fit whatever their tokens are: tokenizers take a minute for 60 MB."""
+        characters = sum(len(text.strip()) for one in conversations for text in _texts(one))
+        least = characters // (COMPOSED * self.tokenizer.longest)
+        if least > budget.tokens:
+            raise TooLarge(
+                f"a conversation of {characters:,} characters needs at least {least:,} tokens; there is room for "
+                f"{budget.tokens}"
+            )
 
     def _laid_out(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:
         """A conversation with all its visual tokens, and without its pictures."""
@@ -337,6 +350,14 @@ def _listed(messages: Messages) -> Messages:
     """Messages whose contents are texts or lists: one item is a list of one."""
     single = lambda message: isinstance(message, dict) and isinstance(message.get("content"), dict)
     return [message | {"content": [message["content"]]} if single(message) else message for message in messages]
+
+
+def _texts(messages: Messages) -> Iterator[str]:
+    """The texts of all contents."""
+    for message in messages:
+        if isinstance(content := message.get("content"), str):
+            yield content
+    yield from (item["text"] for item in _items(messages) if item["type"] == "text")
 
 
 def _items(messages: Messages) -> Iterator[dict[str, Any]]:

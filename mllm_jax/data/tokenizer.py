@@ -134,6 +134,11 @@ class Tokenizer:
         return [*before, *self.encode(text)[:room], *after]
 
     @functools.cached_property
+    def longest(self) -> int:
+        """Characters of the longest token of the vocabulary."""
+        return max(map(len, self.vocabulary), default=1)
+
+    @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """The tokens that this tokenizer puts before and after every text."""
         with _one_error("tokenizer.json does not say what stands around a text"):
