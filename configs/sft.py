@@ -44,7 +44,8 @@ def get_config(arg: str = "llava/1.5-7b"):
     model = FAMILIES[family].sizes(size) if is_size else model_in(named)
     if not isinstance(model, ModelConfig) or model.decoder is None:
         raise ConfigError(f"configs/sft.py:{named}: the model does not answer questions. Name one with a decoder")
-    shape = {"batch": 8, "tokens": TOKENS, "rows": 0, "patches": 0}
+    tokens = min(TOKENS, model.decoder.positions or TOKENS)  # a conversation has no more than positions are learned
+    shape = {"batch": 8, "tokens": tokens, "rows": 0, "patches": 0}
     if model.encoder is not None:
         picture = model.lead + max(1, model.encoder.position_grid**2)  # as its table of positions, if there is one
         shape |= {"rows": 2, "patches": picture * max(1, PATCHES // picture)}

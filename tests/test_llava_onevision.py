@@ -242,7 +242,8 @@ def test_messages_become_what_transformers_reads(read, sizes):
     arrays = dict(processor([images], return_tensors="np"))
     assert arrays["batch_num_images"].tolist() == [len(sizes)]
     example = read.processor(question("before", *images, "after"), generate=True)
-    batch = mllm_jax.from_hf_inputs(read.config, arrays | {"input_ids": example.tokens[None]})
+    config = replace(read.config, decoder=replace(read.config.decoder, vocab=len(read.processor.tokenizer)))
+    batch = mllm_jax.from_hf_inputs(config, arrays | {"input_ids": example.tokens[None]})
     found = collate([[example]], tightest([example]), **read.config.layout)
     for name in ("tokens", "position", "vision_index"):
         np.testing.assert_array_equal(getattr(found, name), getattr(batch, name), err_msg=name)

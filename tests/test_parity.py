@@ -158,4 +158,4 @@ def test_a_model_that_config_json_cannot_say():
 
     config = qwen3_vl.sizes("2b")
     with pytest.raises(ValueError, match="cannot say all of this encoder"):
-        qwen3_vl.to_hf(replace(config, encoder=replace(config.encoder, rope_theta=100.0)))
+        qwen3_vl.to_hf(replace(config, encoder=replace(config.encoder, norm_eps=1e-3)))

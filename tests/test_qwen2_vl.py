@@ -174,7 +174,8 @@ def test_conversations_equal_transformers(pair, tmp_path):
         "video_grid_thw": np.array([grid]),
         "second_per_grid_ts": np.array([2 / (6 / 11 * 3)]),  # as Qwen2_5_VLProcessor says it
     }
-    batch = mllm_jax.from_hf_inputs(replace(vlm.config, tokens=tokens), inputs)
+    decoder = replace(vlm.config.decoder, vocab=len(processor.tokenizer))
+    batch = mllm_jax.from_hf_inputs(replace(vlm.config, tokens=tokens, decoder=decoder), inputs)
     np.testing.assert_array_equal(example.position, batch.position[0])
     np.testing.assert_array_equal(example.vision_index, batch.vision_index[0])
 
