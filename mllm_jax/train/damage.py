@@ -96,6 +96,7 @@ class SaveFailed(OSError):
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
     """Raises SaveFailed, in one line, for what a writer of checkpoints raises where a disk is full or fails."""
+    _hide_late_errors()
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
@@ -135,7 +136,7 @@ def _short(error: Exception) -> str:
 
 
 def _hide_late_errors() -> None:
-    """Keeps quiet what pending reads print from threads of their own after one of them has failed."""
+    """Keeps quiet what pending reads and writes print from threads of their own after one of them has failed."""
     before = sys.unraisablehook
 
     def hook_of_reading(found):
