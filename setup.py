@@ -1,6 +1,7 @@
 """Metadata and dependencies.
 
-Every lower bound was tried (`make lowest`). CONTRIBUTING.md lists them beside the versions of development.
+Lower bounds were tried (`make lowest`), but for those of tokamax and huggingface_hub. CONTRIBUTING.md lists them beside
+the versions of development.
 """
 
 from setuptools import find_packages, setup
