@@ -58,7 +58,16 @@ def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
     mine.release()
     (tmp_path / FILE).write_text(json.dumps(stated | {"started": "1"}))
     with locked(tmp_path):
-        pass
+        assert json.loads((tmp_path / FILE).read_text())["started"] == stated["started"] != "1"
+
+
+def test_a_stopped_process_of_this_machine_keeps_its_lock(tmp_path):
+    mine = Lock(tmp_path / FILE)
+    mine.take()
+    os.utime(tmp_path / FILE, (time.time() - 2 * lock.STALE,) * 2)
+    with pytest.raises(ConfigError, match="is in use"):
+        Lock(tmp_path / FILE).take()
+    mine.release()
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])

@@ -40,7 +40,7 @@ def locked(workdir: Path) -> Iterator[None]:
             lock.take()
         except (ConfigError, OSError) as error:
             refusal = told(error)
-    meet(2 * STALE + COMPILING)
+    meet(COMPILING)  # longer than a lock is watched
     if refusal := from_all_processes({"refusal": refusal})[0]["refusal"]:
         raise ConfigError(refusal)
     try:
@@ -108,21 +108,17 @@ class Lock:
 
     def _wait_until_stale(self) -> None:
         """Returns when the holder has ended, or has not touched the lock for `STALE` seconds."""
-        holder, said = self._read(), False
-        here = {name: holder.get(name) for name in _identity() if name not in ("pid", "started")}
-        if here == _machine():
-            if _started(holder.get("pid")) == holder.get("started"):
+        holder, oldest = self._read(), 0.0
+        while (age := self._age()) is not None and self._holder() == holder.get("token"):
+            lives = _lives(holder)
+            if lives or age < oldest - 1:  # touched while we looked
                 raise ConfigError(self._refusal(holder))
-            return
-        first = self._age()
-        while (age := self._age()) is not None and age < STALE and self._holder() == holder.get("token"):
-            if age < first - 1:  # touched while we looked
-                raise ConfigError(self._refusal(holder))
-            if not said:
-                said = True
+            if lives is False or age >= STALE:
+                return
+            if not oldest:
                 where = f"{self.path}: {holder.get('host', 'another machine')} held it {age:.0f} s ago"
                 print(f"{where}; waiting up to {STALE:.0f} s for a sign of life", file=sys.stderr, flush=True)
-            first = max(first, age)
+            oldest = max(oldest, age)
             time.sleep(1.0)
 
     def _remove_stale(self) -> None:
@@ -135,9 +131,8 @@ class Lock:
             time.sleep(0.2)
             return
         try:
-            holder, age = self._read(), self._age()
-            gone = {name: holder.get(name) for name in _machine()} == _machine()
-            if age is not None and (age >= STALE or (gone and _started(holder.get("pid")) != holder.get("started"))):
+            age, lives = self._age(), _lives(self._read())
+            if lives is False or (lives is None and age is not None and age >= STALE):
                 self.path.unlink(missing_ok=True)
         finally:
             guard.unlink(missing_ok=True)
@@ -154,8 +149,10 @@ class Lock:
             if (holder := self._holder()) is not None and holder != self._token:
                 self._lose()
             with contextlib.suppress(OSError):  # a file system that does not answer now may answer later
-                if not self._create(self.path):
+                if self.path.exists():
                     os.utime(self.path)
+                else:  # somebody has removed it
+                    self._create(self.path)
 
     def _lose(self) -> None:
         """Ends this process at once: it was asleep, and another run writes into the folder by now."""
@@ -189,6 +186,13 @@ def _machine() -> dict[str, str]:
 
 def _identity() -> dict[str, Any]:
     return _machine() | {"pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _lives(holder: dict[str, Any]) -> bool | None:
+    """Whether the process that holds a lock lives; None where it is, or was, on another machine."""
+    if {name: holder.get(name) for name in _machine()} != _machine():
+        return None
+    return _started(holder.get("pid")) == holder.get("started")
 
 
 def _started(pid: Any) -> str | None:
