@@ -91,7 +91,7 @@ def _check_workdir(workdir: str, files: Files) -> None:
 
 
 def _check_sent(config: str, files: Files) -> None:
-    """Of the config file, which the hosts read again."""
+    """Checks the config file, which the hosts read again."""
     path = Path(config)
     if not (ROOT / path).resolve().is_relative_to(ROOT):
         raise ConfigError(f"--config={config}: the hosts do not have it. Put it into {ROOT}/configs; {files.how}")
@@ -129,7 +129,7 @@ def _check_mesh(run: Run, hosts: Hosts) -> None:
 
 
 def _shares(run: Run, mesh: AbstractMesh, processes: int) -> int:
-    """How many processes have rows of their own, where neighbors hold the same rows; 1 where that is not so simple."""
+    """Number of processes with rows of their own, where neighbors hold the same rows; 1 where that is not so simple."""
     rows = ways("batch", run.model.runtime.rules, mesh)
     return min(rows, processes) if max(rows, processes) % min(rows, processes) == 0 else 1
 
@@ -159,7 +159,7 @@ def _check_paths(run: Run, files: Files, stages: Collection[str]) -> None:
 
 
 def _is_folder(source: str) -> bool:
-    """Whether a model is meant by its folder: not by a name of the hub, or of the embedded processor."""
+    """Returns whether a model is named by its folder, not by a name of the hub, or of the embedded processor."""
     return bool(source) and (source[0] in "/.~" or source.count("/") > 1 or (ROOT / source).is_dir())
 
 

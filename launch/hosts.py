@@ -17,7 +17,7 @@ SHOWN = 3  # files that a message names
 
 @dataclass(frozen=True)
 class Files:
-    """What the hosts have of files.
+    """Files that the hosts have.
 
     mount: folder of the file system that all hosts share; empty: this machine's, all of whose files they see.
     folders: further folders that every host has.
@@ -32,12 +32,12 @@ class Files:
     how: str = ""
 
     def is_sent(self, path: str) -> bool:
-        """Whether the hosts have this relative file, folder or pattern of files in their working folder."""
+        """Returns whether the hosts have this relative file, folder or pattern of files in their working folder."""
         plain = posixpath.normpath(path)
         return any(file == plain or file.startswith(f"{plain}/") or fnmatch.fnmatch(file, plain) for file in self.sent)
 
     def is_within(self, path: str) -> bool:
-        """Whether this absolute path lies in a folder that all hosts have."""
+        """Returns whether this absolute path lies in a folder that all hosts have."""
         path = PurePosixPath(posixpath.normpath(path))
         return any(path.is_relative_to(folder) for folder in (self.mount, *self.folders) if folder)
 
@@ -66,7 +66,7 @@ def gpu_hosts(gpu: Gpu, files: Files) -> Hosts:
 
 
 def committed(mount: str, folders: Sequence[str] = ()) -> Files:
-    """Of hosts that get what is committed in this checkout.
+    """Files of hosts that get what is committed in this checkout.
 
     Raises:
       ConfigError: it is not a git checkout.
@@ -79,7 +79,7 @@ def committed(mount: str, folders: Sequence[str] = ()) -> Files:
 
 
 def in_image(dockerfile: str, mount: str, folders: Sequence[str] = ()) -> Files:
-    """Of hosts that run an image of this Dockerfile: what it copies from this checkout."""
+    """Files of hosts that run an image of this Dockerfile, which copies a part of this checkout."""
     lines = (ROOT / "launch" / dockerfile).read_text(encoding="utf-8").splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
     files = {
@@ -100,7 +100,7 @@ def shown(files: Sequence[str]) -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of this checkout; None where it fails, or is not installed."""
+    """Output of git in this checkout; None where it fails or is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the command lines of all programs share: the form of their help, and one line for what is wrong.
+"""Command lines of all programs: the form of their help, and errors of one line.
 
 Programs that read the config of a run have absl's flags (`mllm_jax.train.command`), all others a `Parser`.
 """

@@ -74,7 +74,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _states(file: Path, key: str) -> bool:
-    """Whether a file is JSON with this key, as a model's or an adapter's is."""
+    """Returns whether a file is JSON with this key, as a model's or an adapter's is."""
     try:
         return key in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):

@@ -76,7 +76,7 @@ class Field:
 
     @property
     def words(self) -> str:
-        """What a value must be, as an error says it."""
+        """Description of the values that are allowed, for an error."""
         if self.choices is not None:
             return " or ".join(json.dumps(choice) for choice in self.choices)
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}

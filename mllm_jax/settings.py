@@ -30,10 +30,10 @@ KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a num
 
 
 class Constraint:
-    """What an annotation states beside a type, as `Annotated[type, constraint]`."""
+    """A condition that an annotation adds to a type, as `Annotated[type, constraint]`."""
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value of the right type, as a sentence without its subject; None where nothing is."""
+        """Fault of a value of the right type, as a sentence without its subject; None if there is none."""
         raise NotImplementedError
 
 

@@ -84,7 +84,7 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class MeshAxes(Constraint):
-    """What a sharding rule names: an axis of the mesh, several different ones, or None."""
+    """Value of a sharding rule: an axis of the mesh, several different ones, or None."""
 
     def fault(self, value: Any) -> str | None:
         axes = () if value is None else (value,) if isinstance(value, str) else value

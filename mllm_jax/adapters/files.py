@@ -37,7 +37,7 @@ OUTER = ".base_layer"  # of two parameters that are adapted, PEFT has the second
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What PEFT's config says, with the defaults of what is applied.
+    """PEFT's config of an adapter, with the defaults of the fields that are applied.
 
     Raises:
       FileNotFoundError: there is no adapter.

@@ -53,7 +53,7 @@ class _Paying(jinja2.visitor.NodeTransformer):
 
 
 class _Spent(threading.local):
-    """What the render of a thread may still use."""
+    """Time and characters that a rendering may still use."""
 
     until = 0.0
     length = 0
@@ -123,7 +123,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return "".join(found)
 
     def joined(self, *parts: Any) -> str:
-        """What `~` makes of its operands."""
+        """The result of the operator `~`."""
         return self.concat(map(str, parts))
 
     def call_binop(self, context, operator_name: str, left: Any, right: Any) -> Any:

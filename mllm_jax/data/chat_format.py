@@ -202,7 +202,7 @@ class ChatFormat:
         return {token for token in outside | (special - inside) if token.strip()}
 
     def _spans(self, messages: Messages, marked: Marked, weights: Sequence[float]) -> Iterator[_Span]:
-        """What is learned of every answer that has a weight."""
+        """Yields the span that is learned of every answer with a weight."""
         places, text = marked.places(), marked.rendered
         for number, (message, weight) in enumerate(zip(messages, weights)):
             if message.get("role") != "assistant" or not weight:

@@ -173,7 +173,7 @@ def _finish(folder: Path, parts: Sequence[Part]) -> Converted:
 
 
 def _note(shard: Path) -> Path:
-    """Where a shard's broken records are named and others counted, until all shards are there."""
+    """The file that names a shard's broken records and counts others, until all shards are there."""
     return shard.with_name(f".{shard.stem}.json")
 
 

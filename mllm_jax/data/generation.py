@@ -1,4 +1,4 @@
-"""What a published model's generation_config.json says of generation."""
+"""generation_config.json of published models: end tokens and defaults of sampling."""
 
 import math
 import pathlib

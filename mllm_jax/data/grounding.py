@@ -35,7 +35,7 @@ OUTSIDE = 0.01  # of a side, by which a box may leave its image, as rounded ones
 
 @dataclass(frozen=True)
 class Grounding:
-    """How a model writes names, boxes and points, as templates of `str.format`.
+    """Spelling of names, boxes and points in a model's texts, as templates of `str.format`.
 
     box: a box of {x1}, {y1}, {x2}, {y2}.
     point: a point of {x}, {y}. None: the model was trained on none.

@@ -180,7 +180,7 @@ def load_image(source: Any, missing_rows: float = 0.0, size: tuple[int, int] | N
 
 
 def notes(image: Image.Image) -> list[str]:
-    """What a loaded picture lacks, in words that are counted."""
+    """Defects of a loaded picture, in words that are counted."""
     return [TRUNCATED] if image.info.get("missing_rows") else []
 
 

@@ -39,7 +39,7 @@ class Mark(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the texts of a message are in a rendered conversation."""
+    """Offsets of the texts of a message in a rendered conversation."""
 
     before: int  # where the text of another message ends, or the conversation begins
     start: int
@@ -57,7 +57,7 @@ class Marked(NamedTuple):
     texts: list[Text]
 
     def places(self) -> dict[int, Place]:
-        """Where the texts of each message are, the first time; a message without one is missing.
+        """Returns the first place of the texts of each message; a message without one is missing.
 
         A second time is that of the name of a tool, which a template may repeat beside the result.
         """
@@ -75,7 +75,7 @@ class Marked(NamedTuple):
 
 
 class _Placement(NamedTuple):
-    """Where marks are put.
+    """A rule for the places of marks.
 
     outside: characters that stay outside of the marks where a text begins or ends with them.
     apart: the parts of an answer between tags have marks of their own.
@@ -119,7 +119,7 @@ def render_marked(render: Callable[[Messages], str], messages: Messages) -> Mark
 
 
 def _in_pairs(marks: Sequence[Mark]) -> bool:
-    """Whether every text that begins also ends: templates may cut off a part."""
+    """Returns whether every text that begins also ends: templates may cut off a part."""
     opened = [mark.text for mark in marks if mark.opens]
     return opened == [mark.text for mark in marks if not mark.opens]
 

@@ -150,7 +150,7 @@ class Readers:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _result(self, future: Future) -> list[Any]:
-        """What a worker has read. Raises WorkerLost where one was killed.
+        """Returns what a worker has read. Raises WorkerLost where one was killed.
 
         The pool itself does not notice a worker that is killed while it sends a result.
         """

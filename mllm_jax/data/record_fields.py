@@ -28,7 +28,7 @@ _LABELS = (
 
 @dataclass(frozen=True, eq=False)
 class Names:
-    """What fields of one kind of object mean.
+    """Meanings of the fields of one kind of object.
 
     ignored: fields that are left out without a word.
     refused: fields that change the meaning and cannot be honored, name -> what to do instead.
@@ -122,7 +122,7 @@ def _meant(names: Names, field: str) -> str | None:
 
 
 def _one_edit_apart(a: str, b: str) -> bool:
-    """Whether a letter was added, left out or replaced, or two neighboring letters were swapped."""
+    """Returns whether a letter was added, left out or replaced, or two neighboring letters were swapped."""
     longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
     start = next((i for i, (x, y) in enumerate(zip(longer, shorter)) if x != y), len(shorter))
     rest, other = longer[start:], shorter[start:]
@@ -132,7 +132,7 @@ def _one_edit_apart(a: str, b: str) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, an empty text, list or object, an object or a list of nothing else."""
+    """Returns whether a value is null, an empty text, list or object, or holds nothing else."""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
     return _is_nothing(value) if inner is None else all(map(_is_nothing, inner))
 

@@ -12,7 +12,7 @@ COMPLETING = ("choices", "options", "context", "hint")  # columns that belong to
 
 
 class Layout(NamedTuple):
-    """What a record says, as it was published.
+    """Content of a record, as it was published.
 
     read: names of the fields that hold it.
     turns: of a conversation; those of a pair of answers may end before the answer.

@@ -68,7 +68,7 @@ def answer_text(answer: Any) -> str:
 
 
 def _ends_with(turns: Sequence[Any], answer: str) -> bool:
-    """Whether the turns end with this answer. Raises Bad where they end with another one."""
+    """Returns whether the turns end with this answer. Raises Bad where they end with another one."""
     last = turns[-1] if turns else None
     if not isinstance(last, Mapping) or last.get("role", last.get("from")) not in ASSISTANTS:
         return False
@@ -78,11 +78,11 @@ def _ends_with(turns: Sequence[Any], answer: str) -> bool:
 
 
 def _asks(messages: Sequence[Any]) -> bool:
-    """Whether messages hold a question, too."""
+    """Returns whether messages hold a question, too."""
     return any(isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in USERS for turn in messages)
 
 
 def _same(rejected: Sequence[Any], chosen: Sequence[Any]) -> bool:
-    """Whether two conversations ask the same. A system prompt may stand beside one of them."""
+    """Returns whether two conversations ask the same. A system prompt may stand beside one of them."""
     is_system = lambda turn: isinstance(turn, Mapping) and turn.get("role", turn.get("from")) == "system"
     return [turn for turn in rejected if not is_system(turn)] == [turn for turn in chosen if not is_system(turn)]

@@ -185,7 +185,7 @@ def _found(part: dict[str, Any], find: Find) -> dict[str, Any]:
 
 
 def _asked(part: Mapping[str, Any]) -> dict[str, Any]:
-    """What videos are to be read as, see ASKED."""
+    """The fields of a part that say how its video is read, see ASKED."""
     try:
         found = {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name) is not None}
     except (TypeError, ValueError, OverflowError) as error:

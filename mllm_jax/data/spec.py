@@ -139,7 +139,7 @@ BOTH = "processor_config.json"  # one file since transformers 5, two before
 
 
 def read_processor(folder: pathlib.Path, part: str) -> tuple[pathlib.Path, dict[str, Any]]:
-    """What a folder says of pictures or of clips, `part` of FILES: the file, and the fields that it states.
+    """Returns the file of a folder that describes pictures or clips (`part` of FILES), and its fields.
 
     Raises ValueError, naming the file and the field, for one that holds what it cannot.
     """

@@ -45,7 +45,7 @@ def completed(data: bytes, opened: Callable[[io.BytesIO], JpegImageFile]) -> tup
 
 
 def _has_all_scans(data: bytes, components: list[int]) -> bool:
-    """Whether every detail of every component is sent to its last bit; progressive files send them one by one."""
+    """Returns whether all details of all components are complete; progressive files send them one by one."""
     bits = dict.fromkeys(components, np.full(DETAILS, 16))
     for scan in SCAN.finditer(data):
         count = scan[1][0]

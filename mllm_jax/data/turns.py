@@ -1,4 +1,4 @@
-"""What a chat template writes around the answers of an assistant, and so which characters a model has to learn.
+"""Text that a chat template writes around the answers of an assistant, and the characters that are learned.
 
 Nothing is known of a template but what it makes of small conversations: what it writes between a question and its
 answer, and behind an answer that is the last, or that another question follows. As an example, of
@@ -23,7 +23,7 @@ Probe = Callable[[Messages, bool], Marked | None]  # (messages, whether to gener
 
 @dataclass
 class Turns:
-    """How turns of an assistant begin and end.
+    """Beginnings and ends of an assistant's turns.
 
     last: the token behind an answer that nothing follows; None where there is none.
     ends: tokens that end turns, with those that were known before.
@@ -94,7 +94,7 @@ class Turns:
                 yield start, end, text[start:end]
 
     def body_start(self, text: str, place: Place) -> int | None:
-        """Where all that an assistant wrote begins, behind the header of its turn; None where that cannot be told."""
+        """Start of all that an assistant wrote, behind the header of its turn; None if it cannot be found."""
         for header in self.headers:
             start = text.rfind(header, place.before, place.start)
             if start >= 0:
@@ -102,7 +102,7 @@ class Turns:
         return None
 
     def end(self, text: str, place: Place) -> int | None:
-        """Where that ends which ends the turn of an answer; None where that cannot be told."""
+        """End of the token or text that closes the turn of an answer; None if it cannot be found."""
         for _, end, token in self.tokens(text, place.end, place.after):
             if token in self.openers:
                 break

@@ -115,7 +115,7 @@ class Film:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the frames that were read lack, in words that are counted."""
+        """Defects of the frames that were read, in words that are counted."""
         return (BROKEN_FRAMES,) if self.clip.broken else ()
 
     @classmethod

@@ -81,7 +81,7 @@ def features_of(encoder: VitConfig, layers: list[int]) -> VitConfig:
 
 
 def merge_of(stated: dict) -> int:
-    """How many patches a side become one visual token."""
+    """Number of patches a side that become one visual token."""
     merge = 1 / stated["downsample_ratio"]
     if abs(merge - round(merge)) > 1e-9:
         raise FieldError("downsample_ratio", "must be 1, 1/2, 1/3 and so on.", stated["downsample_ratio"])

@@ -76,7 +76,7 @@ def rope_fields(theta: float) -> dict[str, Field]:
 
 
 def rope_of(text: Json, kinds: Mapping[str, str] = AS_NAMED, partial: bool = False) -> dict[str, Any]:
-    """What a text config says of rotary positions, in one dict: as transformers 5 fills in its `rope_parameters`.
+    """Rotary positions of a text config in one dict, as transformers 5 fills in its `rope_parameters`.
 
     `rope_scaling` counts before `rope_parameters`, what stands in one of these before what stands beside it, except
     for LENGTH, which counts where it stands beside.

@@ -76,7 +76,7 @@ class Tower:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """What its config.json says."""
+        """Fields of its config.json."""
         base, said = self.base, {**SAID, **self.said}
         exact = {
             "num_hidden_layers": layers(base.layers),
@@ -122,7 +122,7 @@ def _side(name: str, value: list[int]) -> int:
 
 
 def _field(usual: Any, values: Mapping[Any, Any] | None) -> Field:
-    """What a config.json says of a field of VitConfig that is usually `usual`; `values` are theirs and ours."""
+    """The field of config.json for one of VitConfig that is usually `usual`; `values` are theirs and ours."""
     if values is not None:
         default = next(theirs for theirs, ours in values.items() if ours == usual)
         return Field(type(default), default, choices=tuple(values))

@@ -80,7 +80,7 @@ def _answer_file(vlm: Pretrained, args: argparse.Namespace, settings: dict[str, 
 
 
 def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[str, float]:
-    """How tokens are drawn: as the command says, else as the model's file does with --sample, else greedily."""
+    """Settings of sampling: as the command says, else as the model's file does with --sample, else greedily."""
     asked = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     if args.sample and defaults.unsupported:
         say(f"note: {FILE} asks for {defaults.unsupported}, which is not done")

@@ -180,7 +180,7 @@ def talk(chat: Chat) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the pages of XLA about memory."""
+    """First line of an error's text, without the pages of XLA about memory."""
     return next(iter(told(error).splitlines()), type(error).__name__)
 
 

@@ -23,7 +23,7 @@ OPTIONS = {"v4": {"chip_config_name": "megacore"}}  # which the compiler takes f
 
 
 class Gpu(NamedTuple):
-    """What XLA is told of a GPU: memory in bytes, its bandwidth in bytes/s, shared memory and L2 in bytes."""
+    """Properties of a GPU for XLA: memory in bytes, its bandwidth in bytes/s, shared memory and L2 in bytes."""
 
     name: str
     capability: str

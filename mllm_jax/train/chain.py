@@ -95,7 +95,7 @@ def _check(config: ConfigDict, name: str) -> None:
 
 
 def _of_stage(error: ConfigError, name: str) -> str:
-    """What an error of an ordinary run says, with the paths of the stage."""
+    """Text of an ordinary run's error with the paths of the stage."""
     return re.sub(rf"\bconfig\.(?=({'|'.join(PARTS_OF_STAGES)})\b)", f"config.stages.{name}.", str(error))
 
 

@@ -46,7 +46,7 @@ class Feed:
         threading.Thread(target=_fulfil, args=(self._coming, self.next), name="feed", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        """Whether the batch that was begun is there, after at most so many seconds."""
+        """Waits for the batch that was begun, at most so many seconds; returns whether it is there."""
         return bool(wait([self._coming], seconds).done)
 
     def take(self) -> Fetched | None:

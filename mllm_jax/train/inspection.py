@@ -88,7 +88,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
 
 
 class _heard(logging.Handler):
-    """What a log says of the records that are left out while it is open, by reason, in place of its being printed."""
+    """Collects a log's lines about records that are left out, by reason, instead of printing them."""
 
     def __init__(self, log: logging.Logger):
         super().__init__()

@@ -83,7 +83,7 @@ class LocalCheckpoints:
         return read_sealed(about, place)
 
     def _holds(self, step: int) -> str | None:
-        """What a checkpoint holds, see `_digest`; None where that cannot be read."""
+        """Digest of what a checkpoint holds, see `_digest`; None if it cannot be read."""
         try:
             return self.about(step)["holds"]
         except ConfigError:

@@ -85,7 +85,7 @@ class Lock:
         return True
 
     def _read(self) -> dict[str, Any]:
-        """What the lock file says; empty where it is gone or not readable."""
+        """Content of the lock file; empty if it is gone or not readable."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -175,7 +175,7 @@ def _create_exclusively(path: Path, content: bytes) -> bool:
 
 
 def _machine() -> dict[str, str]:
-    """What makes process numbers comparable: the host, its start, and the namespace of processes (a container's)."""
+    """Host, its boot and its namespace of processes (a container's): where these are equal, process numbers compare."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return {
         "host": socket.gethostname(),
@@ -189,14 +189,14 @@ def _identity() -> dict[str, Any]:
 
 
 def _lives(holder: dict[str, Any]) -> bool | None:
-    """Whether the process that holds a lock lives; None where it is, or was, on another machine."""
+    """Returns whether the holder of a lock lives; None if it is, or was, on another machine."""
     if {name: holder.get(name) for name in _machine()} != _machine():
         return None
     return _started(holder.get("pid")) == holder.get("started")
 
 
 def _started(pid: Any) -> str | None:
-    """When a process of this machine began, in ticks since the machine's start; None where there is no such process.
+    """Start of a process of this machine, in ticks since the machine's; None if there is no such process.
 
     A number may be given to another process later, which has begun at another time.
     """

@@ -80,7 +80,7 @@ def meet(seconds: float) -> None:
 
 
 class StopSignal:
-    """Whether somebody asked the run to stop: SIGTERM (preemption), SIGINT or SIGHUP. The second one is not held back.
+    """Requests to stop the run: SIGTERM (preemption), SIGINT or SIGHUP. The second one is not held back.
 
     heeded: the run saved and ended because of it, before its end.
     """
@@ -106,7 +106,7 @@ class StopSignal:
 
     @property
     def noted(self) -> bool:
-        """Whether this process, if it is the only one, was asked to stop: between steps, too. Several must agree."""
+        """True if the only process of a run was asked to stop, between steps too. Several must agree, see `asked`."""
         return self._asked
 
     def _note(self, number, _frame) -> None:
@@ -115,7 +115,7 @@ class StopSignal:
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether an error says that another process of the run has ended."""
+    """Returns whether an error says that another process of the run has ended."""
     of_jax = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
     return isinstance(error, Lost) or (of_jax and bool(OF_OTHERS.search(str(error))))
 

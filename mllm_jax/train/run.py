@@ -275,7 +275,7 @@ def read_run(config: ConfigDict) -> Run:
 
 
 def _families(model: ModelConfig | DualConfig) -> Iterator[tuple[str, str, Iterable[str]]]:
-    """Where a model says whose files it is read from and written to, what it says there, and what it can."""
+    """Fields of a model that name its family, with their values and the values that are allowed."""
     yield "model.family", model.family, FAMILIES
     if isinstance(model, ModelConfig) and model.decoder is not None and model.decoder.family:
         yield "model.decoder.family", model.decoder.family, TEXT

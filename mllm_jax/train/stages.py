@@ -108,7 +108,7 @@ def all_ended(workdir: str | Path) -> bool:
 
 
 def _progress(workdir: Path) -> dict[str, Any]:
-    """What `note_ended` wrote; no stages where it wrote nothing. Raises ConfigError where the file is damaged."""
+    """Reads what `note_ended` wrote; no stages if it wrote nothing. Raises ConfigError where the file is damaged."""
     path = workdir / PROGRESS
     if not path.is_file():
         return {"stages": [], "ended": {}}

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is which of a family's table: former names, other layouts, tied weights."""
+"""Matches tensors of a checkpoint with a family's table: former names, other layouts, tied weights."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,8 +60,7 @@ def untied(found: Sequence[Found], rows: Iterable[Row], ties: Ties) -> list[tupl
 
 
 def equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same shape and, as fp32, the same values; they are read in parts, up to the first
-    that differs."""
+    """Returns whether two tensors have the same shape and, as fp32, the same values. Parts are read until two differ."""
     if left.shape != right.shape or not {left.dtype, right.dtype} <= READABLE.keys():
         return False
     if left == right:

@@ -59,7 +59,7 @@ def finish(folder: Path) -> None:
 
 
 def interrupted(folder: Path) -> str:
-    """What to tell of a folder that readers refuse because a save was ended; "" if that is not why."""
+    """Advice for a folder that readers refuse because a save was ended; "" if that is not why."""
     moving = _moving(folder)
     if not (moving / _PLAN).is_file():
         return ""

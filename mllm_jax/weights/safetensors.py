@@ -47,7 +47,7 @@ class Tensor(NamedTuple):
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether no value of an array of floats is inf or NaN: without their sign these have the bits of inf, or more.
+    """Returns whether all floats are finite. Without its sign, any other has the bits of inf or more.
 
     Five times as fast for bf16 and fp16 as `numpy.isfinite`.
     """
@@ -115,7 +115,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def _tensor(path: Path, stated: Mapping[str, Any], start: int) -> Tensor:
-    """What a header states of one tensor; the data begin at `start`. ValueError for values of other types."""
+    """Reads one tensor of a header; the data begin at `start`. ValueError for values of other types."""
     dtype, shape, (begin, end) = stated["dtype"], stated["shape"], stated["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise ValueError(f"dtype={dtype!r}, shape={shape!r}")

@@ -190,7 +190,7 @@ def _scan(path: Path) -> np.ndarray:
 
 
 def _behind(file: BinaryIO, end: int) -> int | None:
-    """Where another archive begins behind the end mark that must stand at `end`, a block of zeros; None: nowhere."""
+    """Start of the archive behind the end mark (a block of zeros) that must stand at `end`; None: there is none."""
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"damaged or cut off at byte {end}, where neither a member nor the end mark begins")
