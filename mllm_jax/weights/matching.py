@@ -60,7 +60,7 @@ def untied(found: Sequence[Found], rows: Iterable[Row], ties: Ties) -> list[tupl
 
 
 def equal(left: Tensor, right: Tensor) -> bool:
-    """Returns whether two tensors have the same shape and, as fp32, the same values. Parts are read until two differ."""
+    """Returns whether two tensors have the same shape and, as fp32, the same values. Reads parts until two differ."""
     if left.shape != right.shape or not {left.dtype, right.dtype} <= READABLE.keys():
         return False
     if left == right:
