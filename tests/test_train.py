@@ -120,6 +120,17 @@ def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_asked_to_stop_before_the_first_batch_a_run_claims_no_save(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mllm_jax.train.feed.Feed.wait", lambda self, seconds: False)
+    config = get_config()
+    training, stop = Training(config, read_run(config), tmp_path), StopSignal()
+    stop._asked = True
+    assert training.run(stop) == 0 and stop.heeded
+    training.close()
+    assert Checkpoints(tmp_path).latest() is None
+    assert "asked to stop: no step was taken after step 0, from which" in capsys.readouterr().out
+
+
 def test_a_finished_run_has_nothing_left_to_do(uninterrupted):
     before = read_metrics(uninterrupted)
     assert train(get_config(), uninterrupted) == 24

@@ -196,7 +196,7 @@ class _Stream:
     def set_state(self, state: Mapping[str, Any], waiting: Iterable[Example | Skipped]) -> None:
         self.drawn, self.batches = list(state["drawn"]), state["batches"]
         self.used, self.left_out = state["used"], collections.Counter(state["left_out"])
-        self.noted = collections.Counter(state.get("noted", {}))
+        self.noted = collections.Counter(state["noted"])
         for key, example in zip(state["waiting"], waiting):
             if isinstance(example, Skipped):
                 raise BadData(f"a conversation that waited to be packed can no longer be read: {example.message}")

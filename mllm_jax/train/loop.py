@@ -198,7 +198,8 @@ class Training:
                 break
         if upcoming is not None:
             stop.heeded = True
-            self.report.line(f"asked to stop: saved at step {self.step}, from which the same command goes on")
+            done = f"saved at step {self.step}" if self.compiled else f"no step was taken after step {self.step}"
+            self.report.line(f"asked to stop: {done}, from which the same command goes on")
 
     def close(self) -> None:
         """Ends everything that runs beside the steps, also where one of its parts fails."""
