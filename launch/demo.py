@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mllm_jax.cli import OVERRIDE, Parser
+from mllm_jax.cli import INTERRUPTED, OVERRIDE, Parser, run_command
 from mllm_jax.data.scenes import chance
 from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
 from mllm_jax.settings import PositiveInt, Range, argument
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         console.print("\nstopped; the next demo starts over")
-        return 130
+        return INTERRUPTED
 
 
 def demo(workdir: Path, steps: int | None, questions: int, overrides: Sequence[str]) -> int:
@@ -309,4 +309,4 @@ def gallery(answers: Sequence[Answer], each: int = 2, mistakes: int = 4) -> list
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,7 +9,6 @@ nodes write to (Filestore) is mounted at /runs. The cluster needs JobSet: https:
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import yaml
@@ -18,6 +17,7 @@ from launch.accelerators import Gpu, Tpu, gpu, tpu
 from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import Hosts, gpu_hosts, in_image, tpu_hosts
+from mllm_jax.cli import run_command
 
 MOUNT = "/runs"
 PORT = 8476  # of process 0, where those of GPUs meet
@@ -167,4 +167,4 @@ def filled(**fields) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 
 from launch.exit_codes import FAILED_FOR_GOOD
-from mllm_jax.cli import Parser
+from mllm_jax.cli import Parser, run_command
 from mllm_jax.settings import NonNegative, PositiveInt, argument
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -141,4 +141,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
 from launch.hosts import ROOT, Files, Hosts
+from mllm_jax.cli import run_command
 from mllm_jax.settings import NonNegativeInt, argument
 
 CPUS_ONLY = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
@@ -105,4 +106,4 @@ def script(options: argparse.Namespace, workdir: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,6 +23,7 @@ from launch.accelerators import Tpu, tpu
 from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import ROOT, committed, shown, tpu_hosts, uncommitted
+from mllm_jax.cli import INTERRUPTED, run_command
 
 MOUNT = "/runs"
 ARCHIVE = "/tmp/mllm_jax.tar.gz"
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_to_its_end(pod, options)
         except KeyboardInterrupt:
             say("no longer watched; the run goes on, and the same command watches it again")
-            return 130
+            return INTERRUPTED
     each = {"logs": "tail -n 200 train.log", "stop": on_host("stop")}
     if options.action == "delete":
         return run(pod.delete(), dry_run=options.dry_run)
@@ -193,4 +194,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -8,13 +8,13 @@ Calls `xpk workload create` (pip install xpk); with --dry_run the command is onl
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
 
 from launch.accelerators import tpu
 from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import AGAIN
 from launch.hosts import in_image, tpu_hosts
+from mllm_jax.cli import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,4 +54,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -6,7 +6,7 @@ python -m mllm_jax
 import importlib.util
 import sys
 
-from mllm_jax.cli import Parser, fail
+from mllm_jax.cli import Parser, fail, run_command
 from mllm_jax.config import suggestion
 
 COMMANDS = {
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

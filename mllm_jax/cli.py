@@ -4,8 +4,10 @@ Programs that read the config of a run have absl's flags (`mllm_jax.train.comman
 """
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from rich.text import Text
@@ -13,6 +15,7 @@ from rich.text import Text
 from mllm_jax.config import suggestion
 from mllm_jax.printable import printable, printable_lines
 
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
 OVERRIDE = "--config."  # words that begin with it replace a value of a config
 REPLACES = f"{OVERRIDE}PATH=VALUE replaces a value of the config, as in {OVERRIDE}optim.steps=100."
 
@@ -82,6 +85,22 @@ def fail(message: str, exit_code: int) -> NoReturn:
     """Ends the process with one line for people."""
     print(f"error: {printable_lines(message)}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Ends the process with the exit code of a command. Ctrl-C is one line and 130."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        end_at_once("\ninterrupted", INTERRUPTED)
+
+
+def end_at_once(message: str, exit_code: int) -> NoReturn:
+    """Ends the process without waiting for threads and processes that still work, or wait for some that have ended."""
+    print(printable_lines(message), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def cell(text: str) -> Text:

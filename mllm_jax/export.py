@@ -11,8 +11,6 @@ float32; accelerators are not used.
 import argparse
 import dataclasses
 import json
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import jax
 from mllm_jax.adapters import files as peft
 from mllm_jax.adapters import load_adapters, merge_adapters, save_adapters
 from mllm_jax.api import CONFIG, Pretrained, is_run, load_pretrained, save_pretrained
-from mllm_jax.cli import Parser
+from mllm_jax.cli import INTERRUPTED, Parser, run_command
 from mllm_jax.config import told
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.settings import NonNegativeInt, argument
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         say(f"interrupted; {args.folder} is as it was before, or whole, or refused by readers until the next export")
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     size = sum(file.stat().st_size for file in Path(args.folder).glob("*.safetensors"))
     reader = "PEFT and mllm_jax.load_adapters read" if args.adapters_only else "transformers and load_pretrained read"
     print(f"wrote {args.folder}, {size / 1e6:,.1f} MB of weights, which {reader}")
@@ -117,4 +115,4 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

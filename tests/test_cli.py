@@ -158,3 +158,26 @@ def test_overrides_are_words_of_a_config():
     assert options.steps == 3 and overrides == ["--config.a=1", "--config.b", "2", "--config.c=4"]
     with pytest.raises(SystemExit):
         parser.parse_with_overrides(["--config.a=1", "2"])
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"), [("raise KeyboardInterrupt", 130, "\ninterrupted\n"), ("return 3", 3, "")]
+)
+def test_a_command_ends_with_its_code_or_one_line_after_ctrl_c(body, code, said):
+    script = f"from mllm_jax.cli import run_command\ndef main(): {body}\nrun_command(main)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_every_command_ends_that_way():
+    """Those with absl's flags do by `mllm_jax.train.command.run`."""
+    root = pathlib.Path(__file__).parents[1]
+    ends = {
+        path: path.read_text().rpartition('if __name__ == "__main__":')[2]
+        for folder in ("mllm_jax", "launch")
+        for path in (root / folder).rglob("*.py")
+        if 'if __name__ == "__main__":' in path.read_text()
+    }
+    assert len(ends) > 10 and not [
+        path for path, end in ends.items() if "run_command(main)" not in end and "command.run(" not in end
+    ]

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mllm_jax.cli import REPLACES, Parser
+from mllm_jax.cli import INTERRUPTED, REPLACES, Parser, run_command
 from mllm_jax.config import told
 from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
@@ -131,7 +131,7 @@ def _convert(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         done = len(list(folder.glob("*.array_record")))
         print(f"interrupted: {done} shards are whole; the same command goes on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(f"{folder}: {held.records:,} records in {held.shards} shards; {ABOUT} says of what")
     if held.broken:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in held.broken.items())
@@ -164,4 +164,4 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

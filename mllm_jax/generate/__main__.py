@@ -9,7 +9,6 @@ without answers, of any kind and layout that training reads; their images are fo
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 
 from mllm_jax.adapters import load_adapters
 from mllm_jax.api import Pretrained, is_run, load_pretrained
-from mllm_jax.cli import Parser
+from mllm_jax.cli import Parser, run_command
 from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
 from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk, write_answer
@@ -61,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:  # such as too little memory
         say(f"error: {first_line(error)}")
         return 1
-    except KeyboardInterrupt:
-        say("\ninterrupted")
-        return 128 + signal.SIGINT
     print()
     return 0
 
@@ -136,4 +132,4 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,7 +7,7 @@ python -m mllm_jax.plan certify --config configs/certify.py
 import importlib
 import sys
 
-from mllm_jax.cli import fail
+from mllm_jax.cli import fail, run_command
 from mllm_jax.config import suggestion
 
 COMMANDS = ("certify",)
@@ -21,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

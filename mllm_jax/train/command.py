@@ -4,26 +4,21 @@ What people get wrong ends in one line that says what and where, not in a traceb
 """
 
 import difflib
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mllm_jax.cli import OVERRIDE, REPLACES, Parser, fail
+from mllm_jax.cli import INTERRUPTED, OVERRIDE, REPLACES, Parser, end_at_once, fail
 from mllm_jax.config import ConfigError, check_path, suggestion, told
 from mllm_jax.data.loader import BadData
 from mllm_jax.data.readers import WorkerLost
 
 WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
-
-
 HELP = ("-h", "--help", "-help")
 
 
@@ -47,9 +42,9 @@ def run(
         except (ConfigError, BadData, OSError, *expected) as error:
             fail(_told(error), getattr(error, "exit_code", exit_code))
         except WorkerLost as error:
-            _end_at_once(f"error: {error}", error.exit_code)
+            end_at_once(f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
-            _end_at_once("interrupted", 128 + signal.SIGINT)
+            end_at_once("\ninterrupted", INTERRUPTED)
 
     app.run(guarded, flags_parser=partial(_parse, parser=_parser(main, command), exit_code=exit_code))
 
@@ -65,14 +60,6 @@ def _parser(main: Callable[[], None], command: str) -> Parser:
     if "--config" in parser.options():
         parser.epilog = REPLACES
     return parser
-
-
-def _end_at_once(text: str, exit_code: int) -> NoReturn:
-    """Does not wait for threads and processes that still work, or that wait for some that have ended."""
-    print(text, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
 
 
 def _told(error: Exception) -> str:
