@@ -78,7 +78,7 @@ command.run(main)
 """
     command = [sys.executable, "-c", script, "--config=configs/scenes.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=TESTS.parent)
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
 
 
 def test_processes_end_with_their_launcher(tmp_path):
