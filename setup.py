@@ -1,7 +1,7 @@
 """Metadata and dependencies.
 
-Lower bounds were tried (`make lowest`), but for those of tokamax and huggingface_hub. CONTRIBUTING.md lists them beside
-the versions of development.
+Lower bounds were tried (`make lowest`), tokamax's on a CPU only. CONTRIBUTING.md lists them beside the versions of
+development.
 """
 
 from setuptools import find_packages, setup

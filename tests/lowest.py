@@ -24,11 +24,12 @@ TESTS = {  # dependency: the tests that would notice
         "absl-py, ml-collections": "config command",
         "tokenizers": "records scenes pack",
         "pillow, jinja2": "report drawing",
+        "huggingface_hub": "hub",
         "rich": "inspect models evaluate",
         "pyyaml, kubeflow-trainer-api": "launch",
     },
     "test": {
-        "transformers, torch, safetensors, huggingface_hub": "weights decoders qwen2_vl template",
+        "transformers, torch, safetensors": "weights decoders qwen2_vl template",
         "av": "video",
         "pillow, pillow-heif": "images image_files resize",
         "peft, accelerate": "adapters",

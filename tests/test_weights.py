@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
+from mllm_jax.weights.hf import load_tensors, save_tensors
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint
 from mllm_jax.weights.table import Row, expand, flatten, to_ours, to_theirs, unflatten
@@ -345,40 +345,6 @@ def test_pickle_is_refused(tmp_path):
     with pytest.raises(BrokenCheckpoint, match=r"has no \*.safetensors$"):
         (tmp_path / "empty").mkdir()
         open_checkpoint(tmp_path / "empty")
-
-
-def test_hub(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot_download(name, **patterns):
-        asked.update(name=name, **patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert local_folder("someone/model-2B") == tmp_path and asked["name"] == "someone/model-2B"
-    wanted = {"config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
-    wanted |= {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"}
-    wanted |= {"tokenizer_config.json", "added_tokens.json", "generation_config.json", "preprocessor_config.json"}
-    useless = {"pytorch_model.bin", "pytorch_model.bin.index.json", "modeling_x.py", "training_args.bin", "a.gguf"}
-    useless |= {"consolidated.safetensors", "consolidated-00001-of-2.safetensors", "original/model.safetensors"}
-    useless |= {"model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "onnx/config.json"}
-    useless |= {"model-00001-of-00002.fp16.safetensors", "adapter_model.safetensors", "trainer_state.json", "README.md"}
-    fetched = huggingface_hub.utils.filter_repo_objects(
-        sorted(wanted | useless), allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
-    )
-    assert set(fetched) == wanted
-
-    def refuse(*args, **kwargs):
-        raise OSError("401 Client Error.\n\nNo such repository.\n")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(FileNotFoundError, match="is not a folder here.*Without network, run `hf download") as error:
-        local_folder("someone/model-2B")
-    assert str(error.value).endswith("(OSError: 401 Client Error. No such repository.)")
-    with pytest.raises(FileNotFoundError, match="there is no folder /nowhere/at/all"):
-        local_folder("/nowhere/at/all")
 
 
 # --- what does not fit
