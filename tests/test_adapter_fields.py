@@ -163,6 +163,8 @@ def test_every_field_of_peft_is_known():
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga': "),
         ({"lora_alpha": "six"}, "lora_alpha='six': needs a number"),
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern='\\(': is no regular expression"),
+        ({"alpha_pattern": {"(" * 9999 + ")" * 9999: 3}}, "is no regular expression: maximum recursion depth"),
+        ({"alpha_pattern": {"q_proj{99999999999}": 3}}, "is no regular expression: the repetition number is too large"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj=None: needs a number"),
         ([], "needs an object with the fields of PEFT's LoraConfig"),
         ("{", "adapter_config.json is no JSON"),
@@ -174,6 +176,15 @@ def test_other_files_are_refused_by_the_field(base, plain, tmp_path, change, mes
     changed = json.loads(path.read_text()) | change if isinstance(change, dict) else change
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(ValueError, match=message):
+        mllm_jax.load_adapters(base[1], tmp_path)
+
+
+def test_a_pattern_that_never_ends_is_refused(base, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SECONDS", 1)
+    shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"(.|..|...)+!": 3}}))
+    with pytest.raises(ValueError, match="alpha_pattern: its patterns take over 1 s to match"):
         mllm_jax.load_adapters(base[1], tmp_path)
 
 

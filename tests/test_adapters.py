@@ -187,13 +187,15 @@ def test_adapters_that_do_not_fit_are_told(case, tmp_path):
         mllm_jax.save_adapters(vlm, tmp_path / "none")
     stated, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / WEIGHTS)
     write = lambda **changes: (tmp_path / "adapter_config.json").write_text(json.dumps(stated | changes))
-    first = next(name for name in tensors if "lora_A" in name)
+    first, second, *_ = (name for name in tensors if "lora_A" in name)
     odd = dict(tensors, **{first.replace("model.model.", "model.modle."): tensors[first], first: tensors[first][:, 1:]})
+    odd[second] = np.zeros((), np.float32)
     save_file(odd, tmp_path / WEIGHTS)
     for changes, message in (
         ({"use_dora": True}, "use_dora=True: only False can be read"),
         ({"peft_type": "IA3"}, "peft_type='IA3': only 'LORA' can be read"),
-        ({}, "_proj.*: A and B do not fit each other and a weight.*\n  unexpected: base_model.modle"),
+        ({}, "(?s)_proj.*: A and B do not fit each other and a weight.*\n  unexpected: base_model.modle"),
+        ({}, "_proj: A has no two axes\n"),
     ):
         write(**changes)
         with pytest.raises(ValueError, match=message):

@@ -310,6 +310,11 @@ def test_tokens_that_tokenizer_config_alone_lists(folder, tokenizer, tmp_path):
         ),
         ("post_processor", {"type": "unknown"}, None),
         ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}, None),
+        (  # Oniguruma gives up after ten million retries
+            "pre_tokenizer",
+            {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+            lambda tokenizer: tokenizer.encode("a" * 40 + "b"),
+        ),
         ("model", {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, None),
         ("model", {"type": "BPE", "vocab": {}, "merges": []}, lambda tokenizer: tokenizer.frame),
     ],

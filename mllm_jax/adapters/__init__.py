@@ -29,7 +29,7 @@ from mllm_jax.adapters.files import (
     make_config,
     module_names,
     read_config,
-    scale_of,
+    scales_of,
 )
 from mllm_jax.adapters.sites import Layer, in_memory, sites_of
 from mllm_jax.api import Pretrained
@@ -67,14 +67,15 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
             pairs.setdefault(names[module], {})[match[2]] = tensor.map().astype(np.float32)
         else:
             faults.append(f"unexpected: {name} {list(tensor.shape)}")
+    faults += [f"{key}: one of A and B is missing" for key, pair in pairs.items() if len(pair) < 2]
+    faults += [f"{key}: {side} has no two axes" for key, pair in pairs.items() for side in pair if pair[side].ndim < 2]
+    pairs = {key: pair for key, pair in pairs.items() if len(pair) == 2 and min(x.ndim for x in pair.values()) > 1}
+    scales = scales_of(stated, {key: sites[key].rank(pair["A"]) for key, pair in pairs.items()})
     parts: dict[str, dict[Layer, tuple]] = {}
     for key, pair in pairs.items():
         try:
-            if len(pair) < 2:
-                raise ValueError("one of A and B is missing")
-            scale = scale_of(stated, key, sites[key].rank(pair["A"]))
             for layer, (down, up) in zip(sites[key].layers, sites[key].split(pair["A"], pair["B"])):
-                parts.setdefault(layer.beside, {})[layer] = (down, up, scale)
+                parts.setdefault(layer.beside, {})[layer] = (down, up, scales[key])
         except ValueError as fault:
             faults.append(f"{key}: {fault}")
     found = _read_whole(vlm.config, boxes, whole, faults)
@@ -118,6 +119,8 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
             *pair, scale = site.joined(factors)
             numbers[key] = (site.rank(pair[0]), scale * site.rank(pair[0]))
             tensors |= {(key, side): np.ascontiguousarray(x, np.float32) for side, x in zip("AB", pair)}
+    if not numbers:
+        raise ValueError("no adapters to save: the scale or the down projection of each is zero")
     names = {key: name for name, key in module_names(sites.values(), numbers).items()}
     tensors = {f"{PREFIX}{names[key]}.lora_{side}.weight": x for (key, side), x in tensors.items()}
     modules, whole = _whole(vlm.config, boxes, flatten(base_params))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,14 @@ NOT_NEEDED = {
     *("layers_pattern", "modules_to_save", "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
 }
+SECONDS = 10  # that all patterns may take to match the names of all modules
+_MATCH = r"""
+import json, re, sys
+patterns, keys = json.load(sys.stdin)
+compiled = [re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns]
+first = {key: next((n for n, pattern in enumerate(compiled) if pattern.match(key)), None) for key in keys}
+json.dump({key: n for key, n in first.items() if n is not None}, sys.stdout)
+"""
 CHECKED = {"lora_alpha": Finite, "alpha_pattern": Mapping[str, Finite]}
 PARAMETERS = tuple(parameter for parameter, _ in EXPERTS.values())  # in the order of a module
 HEAD_WEIGHT = "lm_head.weight"  # in transformers' memory, of every model that writes texts
@@ -96,11 +106,34 @@ def module_names(sites: Iterable[Site], adapted: Iterable[str]) -> dict[str, str
     return names
 
 
-def scale_of(stated: Mapping[str, Any], key: str, rank: int) -> float:
-    """alpha / rank of a site, or by rsLoRA (arXiv 2312.03732) alpha / sqrt(rank); patterns as PEFT reads them."""
-    patterns = stated.get("alpha_pattern", {}).items()
-    found = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", key))
-    return next(found, stated["lora_alpha"]) / (rank**0.5 if stated.get("use_rslora") else rank)
+def scales_of(stated: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """alpha / rank of each site, or by rsLoRA (arXiv 2312.03732) alpha / sqrt(rank).
+
+    Args:
+      ranks: {name in PEFT: rank} of the sites.
+    Raises:
+      ValueError: the patterns of `alpha_pattern` take too long to match.
+    """
+    own = _first_matches(list(stated.get("alpha_pattern", ())), list(ranks))
+    alphas = {key: stated["alpha_pattern"][own[key]] if key in own else stated["lora_alpha"] for key in ranks}
+    return {key: alphas[key] / (rank**0.5 if stated.get("use_rslora") else rank) for key, rank in ranks.items()}
+
+
+def _first_matches(patterns: list[str], keys: list[str]) -> dict[str, str]:
+    """{key: the first pattern that matches it, as PEFT reads them}, without the keys that none matches.
+
+    A stranger wrote the patterns, and `re` has no limit of time, so a process of its own matches them.
+    """
+    if not patterns:
+        return {}
+    command = [sys.executable, "-I", "-S", "-c", _MATCH]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps([patterns, keys]), capture_output=True, text=True, timeout=SECONDS, check=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{CONFIG}: alpha_pattern: its patterns take over {SECONDS} s to match.") from error
+    return {key: patterns[index] for key, index in json.loads(done.stdout).items()}
 
 
 def make_config(
