@@ -55,3 +55,11 @@ def test_killed_twice_a_run_of_two_processes_goes_on_bit_equal():
     done = run(["benchmarks/chaos.py", "--kills=2", "--processes=2"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 bit-equal; the end of the run, with all losses: equal" in done.stdout
+
+
+@pytest.mark.slow
+def test_saves_that_are_killed_leave_the_old_model_the_new_one_or_a_refusal():
+    assert ["python", "benchmarks/chaos_saves.py"] in COMMANDS
+    done = run(["benchmarks/chaos_saves.py", "--kills=3"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 are old, new or refused" in done.stdout
