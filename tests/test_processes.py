@@ -13,11 +13,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from watched_run import get_config
+from watched_run import STALLED, get_config
 
 from mllm_jax import load_adapters, load_workdir, save_adapters
 from mllm_jax.config import ConfigError
-from mllm_jax.train.checkpoint import restore_params
+from mllm_jax.train.checkpoint import Checkpoints, restore_params
 from mllm_jax.train.loop import train
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.processes import AGAIN, join
@@ -54,6 +54,12 @@ def process_of(workdir, number):
 
 def wait_for_steps(launcher, workdir, count):
     while len(read_metrics(workdir)) < count:
+        assert launcher.poll() is None, "the run ended before it was stopped"
+        time.sleep(0.01)
+
+
+def wait_for_files(launcher, *paths):
+    while not all(path.exists() for path in paths):
         assert launcher.poll() is None, "the run ended before it was stopped"
         time.sleep(0.01)
 
@@ -133,6 +139,29 @@ def test_asked_to_stop_processes_save_and_go_on_bit_equal(start, tmp_path):
     assert start(2, 2, stopped).wait(timeout=600) == 0
     assert list(losses(stopped)) == list(losses(whole))
     jax.tree.map(np.testing.assert_array_equal, restore_params(stopped)[1], restore_params(whole)[1])
+
+
+@pytest.mark.parametrize(
+    "epochs", [(), pytest.param(("--config.data.epochs=9", "--config.optim.steps=0"), marks=pytest.mark.slow)]
+)
+def test_processes_that_all_wait_for_a_batch_are_stopped_at_once(start, tmp_path, epochs):
+    workdir = tmp_path / "run"
+    launcher = start(2, 2, workdir, *epochs, variant=":stalls", watched=tmp_path)
+    wait_for_files(launcher, tmp_path / "waits-0", tmp_path / "waits-1")
+    os.kill(process_of(workdir, 1), signal.SIGTERM)  # any one of them: the others learn it
+    assert launcher.wait(timeout=240) == AGAIN, "the batch never comes"
+    assert Checkpoints(workdir).latest() == STALLED - 1
+
+
+@pytest.mark.slow
+def test_a_step_that_one_process_has_begun_is_ended_by_all_before_they_stop(start, tmp_path):
+    workdir = tmp_path / "run"
+    launcher = start(2, 2, workdir, variant=":late", watched=tmp_path)
+    wait_for_files(launcher, tmp_path / "waits-1")
+    time.sleep(5)  # for the other process to begin the step
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=240) == AGAIN
+    assert STALLED <= Checkpoints(workdir).latest() <= STALLED + 1  # the host is at most two steps ahead
 
 
 @pytest.mark.slow

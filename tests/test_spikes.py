@@ -20,7 +20,7 @@ LAST = 16
 class StopAt(StopSignal):
     def __init__(self, step):
         super().__init__()
-        self.left = step
+        self.left = step and step + 1  # it is asked before every step
 
     def asked(self):
         self.left = self.left and self.left - 1

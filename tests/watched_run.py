@@ -17,6 +17,7 @@ from mllm_jax.train.inputs import Placer  # noqa: E402
 
 read, reads, place, batches = Scenes.__getitem__, itertools.count(), Placer.__call__, {}
 POISONED = (10, 11)  # batches
+STALLED = 7  # batch
 
 
 def read_and_note(self, index):
@@ -34,6 +35,18 @@ def read_and_hang(self, index):
     return read(self, index)
 
 
+def stall(seconds, processes):
+    """The n-th batch of some processes comes so late; they say in $WATCHED that they wait."""
+
+    def placed(self, batch):
+        if next(reads) == STALLED - 1 and jax.process_index() in processes:
+            (pathlib.Path(os.environ["WATCHED"]) / f"waits-{jax.process_index()}").touch()
+            time.sleep(seconds)
+        return place(self, batch)
+
+    return placed
+
+
 def poison(self, batch):
     """The n-th batch of the data, however often it is read, has targets that nobody can know."""
     number = batches.setdefault(batch.tokens.tobytes(), len(batches) + 1)
@@ -42,13 +55,20 @@ def poison(self, batch):
 
 
 def get_config(variant: str = ""):
-    """`short`: a set of 61 conversations. `hangs`: a conversation that never comes. `spikes`: two poisoned batches."""
+    """`short`: a set of 61 conversations. `hangs`: a conversation that never comes. `spikes`: two poisoned batches.
+
+    `stalls`: a batch that never comes, in all processes. `late`: a batch that comes 15 s late in the second one.
+    """
     if variant == "short":
         Scenes.__len__ = lambda self: 61
     if variant == "hangs":
         Scenes.__getitem__ = read_and_hang
     if variant == "spikes":
         Placer.__call__ = poison
+    if variant == "stalls":
+        Placer.__call__ = stall(1e6, range(8))
+    if variant == "late":
+        Placer.__call__ = stall(15, [1])
     if "WATCHED" in os.environ:
         Scenes.__getitem__ = read_and_note
     config = tiny_run.get_config()

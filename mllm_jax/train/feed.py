@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mllm_jax.config import ConfigError
@@ -12,7 +14,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.data.record_messages import TRIMMED
 from mllm_jax.train.cost import explain, flops_of_counts
 from mllm_jax.train.flops import useful
-from mllm_jax.train.inputs import Placer, open_data
+from mllm_jax.train.inputs import Placer, open_data, shares_of
 from mllm_jax.train.paired_run import reading_of
 from mllm_jax.train.run import Run
 from mllm_jax.types import Batch
@@ -25,6 +27,7 @@ class Fetched(NamedTuple):
     position: dict[str, Any]  # in the data, after this batch
     about: dict[str, float]  # FLOPs that its step needs; conversations that were left out or trimmed so far
     explained: tuple[str, ...]  # of the first batch, what a step costs
+    ended: bool  # this process has no more data: the batch is padding, until the data of all processes have ended
 
 
 class Feed:
@@ -38,6 +41,7 @@ class Feed:
         self._run, self._flops, self._explained = run, flops_of_counts(run), False
         self._loader = open_data(run.data, processor, mesh, rules, reading_of(run))
         self._place = Placer(run.data.batch, mesh, rules)
+        self._shared = run.data.epochs is not None and shares_of(run.data.batch, mesh, rules)[1] > 1
         self._coming: Future | None = None
 
     def begin(self) -> None:
@@ -53,6 +57,15 @@ class Feed:
         """The batch that was begun, on its way to the devices; None at the end of the data."""
         return self._coming.result()
 
+    def all_ended(self, fetched: Fetched) -> bool:
+        """Returns whether the data of all processes have ended; each of them calls it once it has this batch.
+
+        Where each has a share of its own and an end, they ask each other, and wait for the last one.
+        """
+        if not self._shared:
+            return False
+        return bool(multihost_utils.process_allgather(np.array(fetched.ended)).all())
+
     def next(self) -> Fetched | None:
         """The next batch, on its way to the devices; None at the end of the data."""
         batch, info = next(self._loader, (None, None))
@@ -67,7 +80,8 @@ class Feed:
             about["flops"] = sum(processes * float(costs @ counts) for costs in self._flops.values())
             explained = () if self._explained else tuple(explain(self._run, batch, processes))
         self._explained = True
-        return Fetched(self._place(batch), self._loader.get_state(), about, explained)
+        ended = not info.conversations
+        return Fetched(self._place(batch), self._loader.get_state(), about, explained, ended)
 
     def get_state(self) -> dict[str, Any]:
         """The position in the data, for `set_state`."""

@@ -3,13 +3,11 @@
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.dual_processor import DualProcessor
-from mllm_jax.data.loader import Info, make_loader
+from mllm_jax.data.loader import make_loader
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.readers import Reading
 from mllm_jax.sharding import Rules, partition_spec
@@ -33,11 +31,9 @@ def open_data(
 
     reading: see `make_loader`.
     """
-    sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (data.batch,), "config.data.batch"))
-    index, count = row_share(sharding, data.batch)
+    index, count = shares_of(data.batch, mesh, rules)
     check_streams(data, count)
-    loader = loader_of(data, processor, reading, index, count)
-    return loader if count == 1 or data.epochs is None else EndTogether(loader)
+    return loader_of(data, processor, reading, index, count)
 
 
 def check_streams(data: DataConfig, count: int) -> None:
@@ -83,21 +79,10 @@ def loader_of(
     )
 
 
-class EndTogether:
-    """The loader of one of several processes: it ends with the batch at which the data of all of them have ended."""
-
-    def __init__(self, loader: Any):
-        self.loader = loader
-        self.get_state, self.set_state, self.close = loader.get_state, loader.set_state, loader.close
-
-    def __iter__(self) -> "EndTogether":
-        return self
-
-    def __next__(self) -> tuple[Batch, Info]:
-        batch, info = next(self.loader)
-        if not multihost_utils.process_allgather(np.array(info.conversations)).any():
-            raise StopIteration
-        return batch, info
+def shares_of(batch: int, mesh: Mesh, rules: Rules) -> tuple[int, int]:
+    """(index, count): which share of the rows of a batch this process reads, see `row_share`."""
+    sharding = NamedSharding(mesh, partition_spec(("batch",), rules, mesh, (batch,), "config.data.batch"))
+    return row_share(sharding, batch)
 
 
 def row_share(sharding: jax.sharding.Sharding, rows: int) -> tuple[int, int]:

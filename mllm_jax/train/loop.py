@@ -44,7 +44,7 @@ from mllm_jax.train.tracing import Tracer
 from mllm_jax.train.watchdog import Watchdog
 from mllm_jax.types import Batch
 
-LISTEN = 0.2  # seconds between two looks at whether the run was asked to stop, while it waits for a batch
+LISTEN = 0.5  # seconds between two looks at whether the run was asked to stop, while it waits for a batch
 ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, also what Path makes of them
 
 
@@ -107,7 +107,7 @@ def _train_in(
 
 
 class Interrupted:
-    """Stands for a batch that the run no longer waits for: it was asked to stop."""
+    """Stands for a batch that the run does not train on: it was asked to stop."""
 
 
 class Training:
@@ -182,7 +182,7 @@ class Training:
             if self.debug_nans:
                 self._look_into(upcoming.batch)
             upcoming = self._fetch_while_computing(stop)
-            last, stopping = upcoming is None, stop.asked()
+            last, stopping = upcoming is None, isinstance(upcoming, Interrupted)
             if last or _due(every.log_every, self.step - 1):
                 self.results.read(self.step - 1)
             if last:  # in a read of its own: steps that are read together have no times of their own
@@ -194,8 +194,6 @@ class Training:
                 self._save(self.checkpoints.save, always=last or stopping, ended=last)
             elif _due(every.save_local_every, self.step):
                 self._save(self.checkpoints.save_local)
-            if stopping and not last:
-                break
         if upcoming is not None:
             stop.heeded = True
             done = f"saved at step {self.step}" if self.compiled else f"no step was taken after step {self.step}"
@@ -281,17 +279,24 @@ class Training:
     def _fetch(self, stop: StopSignal) -> Fetched | Interrupted | None:
         """The next batch, on its way to the devices; None at the end of the run or of the data.
 
-        Interrupted where somebody asked the run to stop while the batch was awaited.
+        Interrupted where somebody asked the run to stop, perhaps while the batch was awaited.
         """
         if self.length is None and self.step >= self.settings.optim.steps:
             return None
         with self.clock.within("input"):
             self.feed.begin()
             while not self.feed.wait(LISTEN):
-                if stop.noted:
+                if stop.asked_meanwhile():
                     return Interrupted()
             fetched = self.feed.take()
-        for line in fetched.explained if fetched else ():
+            if fetched is None:
+                return None
+            if stop.asked():  # first: who asks the others whether their data have ended waits for all of them
+                return Interrupted()
+            with self.clock.waiting():
+                if self.feed.all_ended(fetched):
+                    return None
+        for line in fetched.explained:
             self.report.line(line)
         return fetched
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mllm_jax.config import ConfigError
+from mllm_jax.train.board import stop_is_agreed
 
 HEARTBEAT = 30  # seconds of silence after which jax counts a process as dead, and ends the others
 GOODBYE = 2  # seconds that the first process, without which jax ends the others, leaves them to tell their own errors
@@ -99,10 +100,27 @@ class StopSignal:
             signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """The same answer for all processes. Each calls it after every step, of all stages: jax counts on that."""
+        """Returns the same for all processes. Each calls it before every step, of all stages: jax counts the calls.
+
+        A step that one process has begun ends only with all of them: the run stops after the last one that any of them
+        has begun.
+        """
         self._steps += 1
-        several = jax.process_count() > 1
-        return multihost_utils.reached_preemption_sync_point(self._steps) if several else self._asked
+        self._ask_jax(self._steps)
+        return self._asked
+
+    def asked_meanwhile(self) -> bool:
+        """Returns whether `asked` will say yes, to a process that still waits for what the step needs.
+
+        If so, no process has begun that step, and none will.
+        """
+        if stop_is_agreed():  # jax would take an earlier question for a step that was begun, which moves the stop
+            self._ask_jax(self._steps + 1)
+        return self._asked
+
+    def _ask_jax(self, step: int) -> None:
+        if jax.process_count() > 1 and not self._asked:  # jax says yes only once
+            self._asked = multihost_utils.reached_preemption_sync_point(step)
 
     @property
     def noted(self) -> bool:
