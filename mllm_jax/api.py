@@ -4,8 +4,8 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
 from mllm_jax.weights.matching import named, untied
-from mllm_jax.weights.replacing import begin, interrupted, replace_files, unfinished
+from mllm_jax.weights.replacing import interrupted, new_files, replace_files, unfinished
 from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint, weight_files
 
 log = logging.getLogger(__name__)
@@ -163,16 +163,11 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
         raise FileExistsError(f"{folder} is a file; name a folder to save to")
     stage, family = unfinished(folder), FAMILIES[vlm.config.family]
     first = jax.process_index() == 0
-    if first:
-        begin(folder)
-    try:
+    with new_files(folder) if first else nullcontext():
         save_tensors(vlm.params, family.weights(vlm.config), stage)
         if first:
             _write_texts(vlm, stage)
             replace_files(folder, CONFIG, weight_files(folder))
-    finally:
-        if first:
-            shutil.rmtree(stage, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
 

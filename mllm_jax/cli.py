@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from rich.text import Text
 
-from mllm_jax.config import suggestion
+from mllm_jax.config import suggestion, told
+from mllm_jax.files import says_full
 from mllm_jax.printable import printable, printable_lines
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
@@ -88,9 +89,13 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with the exit code of a command. Ctrl-C is one line and 130."""
+    """Ends the process with the exit code of a command. Ctrl-C is one line and 130, a full disk one line and 1."""
     try:
         sys.exit(main())
+    except (OSError, RuntimeError) as error:
+        if not says_full(error):
+            raise
+        fail(told(error), 1)
     except KeyboardInterrupt:
         end_at_once("\ninterrupted", INTERRUPTED)
 

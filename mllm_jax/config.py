@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
+from mllm_jax.files import FULL, says_full
 from mllm_jax.settings import as_float, checker, type_name
 
 TYPE = "type"  # the key that names the dataclass of a section whose field is `Any`
@@ -72,8 +73,9 @@ def load(text: str) -> ConfigDict:
 
 def told(error: Exception) -> str:
     """What an error says to people: one of the system without its number, and the file first."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        why = FULL if says_full(error) else error.strerror
+        return f"{error.filename}: {why}" if error.filename else why
     return str(error)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from mllm_jax.files import write_whole
+
 
 def write_page(
     path: str | os.PathLike, template: str, filters: Mapping[str, Callable] | None = None, **values: Any
@@ -27,9 +29,7 @@ def write_page(
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "short": short, "png": png} | dict(filters or {})
     page, path = environment.get_template(template).render(**values), Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, page)
     return path.resolve()
 
 

@@ -39,7 +39,7 @@ from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of,
 from mllm_jax.sharding import Named, shardings
 from mllm_jax.weights import table
 from mllm_jax.weights.matching import WeightsMismatch
-from mllm_jax.weights.replacing import begin, interrupted, replace_files, unfinished
+from mllm_jax.weights.replacing import interrupted, new_files, replace_files
 from mllm_jax.weights.safetensors import Tensor, read_header, write_file
 from mllm_jax.weights.stacked import gather
 
@@ -128,11 +128,11 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
     if jax.process_index() == 0:
         tied = HEAD_WEIGHT in whole and vlm.config.decoder.tie_embeddings
         folder, text = Path(folder), json.dumps(make_config(numbers, sites, modules, base, tied), indent=2) + "\n"
-        begin(folder)
         layout = {name: (x.dtype, x.shape) for name, x in tensors.items()}
-        write_file(unfinished(folder) / WEIGHTS, layout, iter(tensors.values()))
-        (unfinished(folder) / CONFIG).write_text(text, encoding="utf-8")
-        replace_files(folder, CONFIG)
+        with new_files(folder) as stage:
+            write_file(stage / WEIGHTS, layout, iter(tensors.values()))
+            (stage / CONFIG).write_text(text, encoding="utf-8")
+            replace_files(folder, CONFIG)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_adapters")
 

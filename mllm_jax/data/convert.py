@@ -26,6 +26,7 @@ from mllm_jax.data.readers import end_with_parent
 from mllm_jax.data.records import BadRecord
 from mllm_jax.data.sources import Conversations
 from mllm_jax.data.sources.array_record import pack
+from mllm_jax.files import write_whole, writing
 
 ABOUT, BROKEN = "conversion.json", "broken.txt"
 PARTIAL = ".partial"
@@ -138,7 +139,7 @@ def _begin(folder: Path, about: dict[str, Any]) -> Converted | None:
     if not (file := folder / ABOUT).is_file():
         if any(path for path in folder.iterdir() if not path.name.endswith(PARTIAL)):
             raise ValueError(f"{folder} is not empty, and not a conversion: name a new folder")
-        _write_whole(file, json.dumps(about, indent=2) + "\n")
+        write_whole(file, json.dumps(about, indent=2) + "\n")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -161,12 +162,12 @@ def _finish(folder: Path, parts: Sequence[Part]) -> Converted:
     noted = sum((collections.Counter(shard["noted"]) for shard in shards), collections.Counter())
     used = parts[-1].last - len(broken)
     if broken:
-        _write_whole(folder / BROKEN, "".join(f"{message}\n" for _, message in broken))
+        write_whole(folder / BROKEN, "".join(f"{message}\n" for _, message in broken))
     if not used:
         raise ValueError(f"of {len(broken)} records none can be used: {dict(counts)}; see {folder / BROKEN}")
     held = Converted(used, len(parts), dict(counts.most_common()), dict(noted.most_common()))
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    _write_whole(folder / ABOUT, json.dumps(about | {"done": held._asdict()}, indent=2) + "\n")
+    write_whole(folder / ABOUT, json.dumps(about | {"done": held._asdict()}, indent=2) + "\n")
     for note in notes:
         note.unlink()
     return held
@@ -177,12 +178,6 @@ def _note(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.json")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
     """Writes a shard, and before it the note of its records.
 
@@ -191,24 +186,24 @@ def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
     """
     partial, broken = part.path.with_name(f".{part.path.name}{PARTIAL}"), []
     noted: collections.Counter[str] = collections.Counter()
-    writer = ArrayRecordWriter(str(partial), OPTIONS)
     try:
-        for index in range(part.first, part.last):
-            if stop.is_set():
-                return
-            try:
-                record = embedded(source.labelled(index))
-                notes = record.pop("notes", ())
-                writer.write(_packed(record))
-                noted.update(notes)
-            except BadRecord as error:
-                broken.append((error.reason, str(error)))
-            with done.get_lock():
-                done.value += 1
+        with writing(part.path), contextlib.closing(ArrayRecordWriter(str(partial), OPTIONS)) as writer:
+            for index in range(part.first, part.last):
+                if stop.is_set():
+                    return
+                try:
+                    record = embedded(source.labelled(index))
+                    notes = record.pop("notes", ())
+                    writer.write(_packed(record))
+                    noted.update(notes)
+                except BadRecord as error:
+                    broken.append((error.reason, str(error)))
+                with done.get_lock():
+                    done.value += 1
+        write_whole(_note(part.path), json.dumps({"broken": broken, "noted": noted}))
+        os.replace(partial, part.path)
     finally:
-        writer.close()
-    _write_whole(_note(part.path), json.dumps({"broken": broken, "noted": noted}))
-    os.replace(partial, part.path)
+        partial.unlink(missing_ok=True)  # of a shard that was not finished
 
 
 def _packed(record: dict[str, Any]) -> bytes:

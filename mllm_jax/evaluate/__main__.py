@@ -23,6 +23,7 @@ from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import exact_match, scores
 from mllm_jax.evaluate.nearest import nearest
 from mllm_jax.evaluate.report import Answer
+from mllm_jax.files import write_whole
 from mllm_jax.train import command
 from mllm_jax.train.checkpoint import load_workdir, read_config
 from mllm_jax.train.heldout import Spread
@@ -61,11 +62,11 @@ def main() -> None:
     records = Spread(source, COUNT.value)
     answers = ask(vlm, records, TOGETHER.value, LONGEST.value)
     answers = list(track(answers, "answering", total=len(records), console=Console(stderr=True)))
-    if OUTPUT.value:
-        Path(OUTPUT.value).write_text("".join(map(_line, answers)), encoding="utf-8")
     for kind, share in scores(answers).items():
         asked = sum(kind in ("all", answer.kind or "other") for answer in answers)
         print(f"{kind:12} {share:7.1%} of {asked}")
+    if OUTPUT.value:  # last: a full disk shall not take the shares away, too
+        write_whole(OUTPUT.value, "".join(map(_line, answers)))
 
 
 def _line(answer: Answer) -> str:

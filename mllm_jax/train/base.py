@@ -13,6 +13,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.config import ConfigError
+from mllm_jax.files import write_whole
 from mllm_jax.nn.lora import join
 from mllm_jax.train.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.fingerprint import fingerprint
@@ -51,7 +52,7 @@ def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None
     found = {"init": run.init or run.taken, "fingerprint": int(fingerprint(unflatten_dict(base)))}
     if not again:
         if jax.process_index() == 0:
-            file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            write_whole(file, json.dumps(found) + "\n")
         return
     began = read_note(file, BEGIN_ANEW, fingerprint=int)
     if began["fingerprint"] != found["fingerprint"]:

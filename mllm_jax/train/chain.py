@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, dump, told
+from mllm_jax.files import write_whole
 from mllm_jax.model import abstract_params
 from mllm_jax.train.initial import check_adapters
 from mllm_jax.train.length import DataEnded
@@ -53,7 +54,7 @@ def _train_stages(
     config: ConfigDict, folder: Path, order: list[str], chosen: list[str], done: dict[str, int], alone: bool, **options
 ) -> bool:
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(dump(config), encoding="utf-8")
+        write_whole(folder / "config.json", dump(config))
         note_ended(folder, order, done)
     for name in () if alone else done:
         _say(f"stage {name} has ended at step {done[name]}")

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 
 from mllm_jax.config import ConfigError
+from mllm_jax.files import FULL, says_full
 from mllm_jax.train.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"
 BEGIN_ANEW = "Put a copy of it back, or begin anew in another --workdir"
 # What tensorstore says of storage that may answer another time: the files are not to blame.
-FULL = re.compile("RESOURCE_EXHAUSTED|No space left|Disk quota exceeded")
 OF_STORAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|ABORTED")
 
 
@@ -102,8 +102,7 @@ def saving(folder: Path) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        full = FULL.search(str(error)) is not None
-        why = "the disk is full; free some space" if full else f"{_short(error)}; see to the disk"
+        why = FULL if says_full(error) else f"{_short(error)}; see to the disk"
         raise SaveFailed(
             f"{folder}: a checkpoint could not be saved: {why}, and the same command goes on from the last whole one"
         ) from error

@@ -16,6 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, dump, told
+from mllm_jax.files import write_whole, writing
 from mllm_jax.model import ModelConfig, abstract_params, count_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.status import announced, say
@@ -153,8 +154,9 @@ class Training:
         self.watchdog = Watchdog(self.clock, run.train.watchdog, workdir)
         self.tracer = Tracer(profile_steps, workdir / "profile")
         if jax.process_index() == 0:
-            (workdir / "config.json").write_text(dump(config), encoding="utf-8")
-            processor.save(workdir / PROCESSOR)
+            write_whole(workdir / "config.json", dump(config))
+            with writing(workdir / PROCESSOR):
+                processor.save(workdir / PROCESSOR)
 
     def run(self, stop: StopSignal) -> int:
         """Steps until the end, or until somebody asks to stop. Returns the step."""

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mllm_jax.files import writing
 from mllm_jax.train.board import Board
 from mllm_jax.train.goodput import Clock, share
 
@@ -41,24 +42,27 @@ class MetricsFile:
             kept = path.with_name(f"damaged-{FILE}")
             shutil.copyfile(path, kept)
             print(f"warning: {path}: {damaged} lines are damaged and left out. See {kept}", file=sys.stderr, flush=True)
-        with open(fresh, "w", encoding="utf-8") as file:
+        with writing(path), open(fresh, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in records if line["step"] <= step)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._path, self._file = path, open(path, "a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
 
     def show(self) -> None:
         """Lets other processes read all lines."""
-        self._file.flush()
+        with writing(self._path):
+            self._file.flush()
 
     def flush(self) -> None:
         """Returns when all lines are on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.flush()

@@ -11,6 +11,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data.answers import Pairs, Reference
 from mllm_jax.data.judging import Judged
 from mllm_jax.data.readers import Reading
+from mllm_jax.files import whole_file, write_whole
 from mllm_jax.train.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.fingerprint import fingerprint
 from mllm_jax.train.initial import first_params
@@ -47,7 +48,7 @@ def reference_of(run: Run, mesh: Mesh, workdir: Path, resumed: bool) -> tuple:
     found = int(fingerprint(params))
     if not resumed:
         if jax.process_index() == 0:
-            file.write_text(json.dumps({"init": run.init, "fingerprint": found}) + "\n", encoding="utf-8")
+            write_whole(file, json.dumps({"init": run.init, "fingerprint": found}) + "\n")
     elif read_note(file, BEGIN_ANEW, fingerprint=int)["fingerprint"] != found:
         raise ConfigError(
             f"{workdir} compared its answers with other weights than config.init={run.init!r} and "
@@ -77,13 +78,11 @@ def write_references(path: Path, found: Iterable[tuple[str, Reference]]) -> int:
     Raises:
       ConfigError: two records of different answers have one id.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         marks: dict[str, int] = {}
         for name, reference in found:
             if marks.setdefault(name, reference.mark) != reference.mark:
                 raise ConfigError(f"two records are called {name!r}: give each its own id")
             line = {"id": name, "mark": reference.mark, "log_probs": reference.log_probs}
             file.write(json.dumps(line) + "\n")
-    partial.replace(path)
     return len(marks)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mllm_jax.config import ConfigError
 from mllm_jax.data.judging import Prompts
 from mllm_jax.data.processor import Processor
+from mllm_jax.files import write_whole
 from mllm_jax.train.checkpoint import read_config, restore_params
 from mllm_jax.train.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.fingerprint import fingerprint
@@ -63,7 +64,7 @@ def make_judge(run: Run, mesh: Mesh, workdir: Path, resumed: bool) -> Judge:
     found = {"first": None if first is None else int(fingerprint(first)), "reward": int(fingerprint(reward))}
     file = Path(workdir) / FILE
     if not resumed:
-        file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(found) + "\n")
     elif read_note(file, BEGIN_ANEW, reward=int) != found:
         raise ConfigError(
             f"{workdir} had other weights to begin with, or another reward model, than config.init={run.init!r}, "

@@ -11,7 +11,6 @@ are merged into their weights where it has none; where it alone has some, they a
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.api import CHECKPOINTS, PROGRESS
 from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.files import write_whole
 from mllm_jax.train.damage import read_note
 from mllm_jax.train.run import PARTS_OF_STAGES, processor_source
 
@@ -119,9 +119,7 @@ def _progress(workdir: Path) -> dict[str, Any]:
 def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> None:
     """Writes what `ended` reads, whole or not at all."""
     steps = {name: steps[name] for name in order if name in steps}
-    unfinished = workdir / f"{PROGRESS}.unfinished"
-    unfinished.write_text(json.dumps({"stages": order, "ended": steps}, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, workdir / PROGRESS)
+    write_whole(workdir / PROGRESS, json.dumps({"stages": order, "ended": steps}, indent=2) + "\n")
 
 
 def run_folder(workdir: str | Path, stage: str | None = None) -> Path:

@@ -6,8 +6,11 @@ away, the others are moved, and the new one of it comes last. What ended in betw
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from mllm_jax.files import writing
 
 _PLAN = ".files.json"
 
@@ -18,11 +21,22 @@ def unfinished(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.unfinished")
 
 
-def begin(folder: Path) -> None:
-    """Finishes a save that was ended, and makes the folder beside, empty."""
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """Finishes a save that was ended, and makes the folder beside, empty, which is gone at the end of the block.
+
+    Raises:
+      DiskFull: of `folder`, where something in the block finds that the disk is full.
+    """
     finish(folder)
-    shutil.rmtree(unfinished(folder), ignore_errors=True)
-    unfinished(folder).mkdir(parents=True)
+    stage = unfinished(folder)
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        with writing(folder):
+            stage.mkdir(parents=True)
+            yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def replace_files(folder: Path, last: str, stale: Iterable[str] = ()) -> None:

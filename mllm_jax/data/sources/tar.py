@@ -155,6 +155,8 @@ def _index(path: Path) -> np.ndarray:
         os.replace(temporary, kept)
     except OSError as error:
         log.info("%s is not kept: %s", kept, error)
+    finally:
+        temporary.unlink(missing_ok=True)
     return extents
 
 

@@ -1,0 +1,56 @@
+"""Writes files on disks that may be full: an error names the file, and nothing half-written stays."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+FULL = "the disk is full; free some space"
+_CODES = (errno.ENOSPC, errno.EDQUOT)
+_TEXTS = re.compile("RESOURCE_EXHAUSTED|No space left|Disk quota exceeded")  # of writers in C++
+
+
+class DiskFull(OSError):
+    """A file that could not be written because its disk, or its owner's share of it, is full."""
+
+
+def says_full(error: BaseException) -> bool:
+    """Returns whether an error, of Python or of a library in C++, says that a disk is full."""
+    return getattr(error, "errno", None) in _CODES or _TEXTS.search(str(error)) is not None
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Raises DiskFull, which names `path`, for the error of a full disk: the system's own names no file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, DiskFull) or not says_full(error):
+            raise
+        raise DiskFull(errno.ENOSPC, FULL, os.fspath(path)) from error
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[IO[str]]:
+    """Opens a text file that gets its name once all is written; what it replaces stays until then.
+
+    Raises:
+      DiskFull: the file could not be written; it is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path), open(partial, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, whole or not at all, as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(text)
