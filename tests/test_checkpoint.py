@@ -236,6 +236,25 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(saved):
         checkpoints.close()
 
 
+def test_neither_does_one_whose_local_checkpoints_are_all_that_there_was(state, tmp_path, capsys):
+    checkpoints = tiers(tmp_path)
+    for step in (1, 2):
+        checkpoints.save_local(step, state, CONFIG, position(step), NOTES)
+    checkpoints.close()
+    for step, lost in ((1, "shards"), (2, "about")):
+        shutil.rmtree(next((tmp_path / "disk").glob(f"*/process-0/{step}")) / lost)
+    (damaged,) = [path / "damaged" for path in (tmp_path / "disk").iterdir()]
+    for _ in range(2):  # the same at the next start
+        checkpoints = tiers(tmp_path)
+        with pytest.raises(ConfigError, match=f"all checkpoints of .* or remove {damaged} to begin anew"):
+            checkpoints.restore(CONFIG) if checkpoints.latest() is not None else checkpoints.check_new()
+        checkpoints.close()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("is damaged" in line and f"It was moved to {damaged}" in line for line in said)
+    shutil.rmtree(damaged)
+    tiers(tmp_path).check_new()
+
+
 def test_parameters_that_are_not_those_that_were_saved_are_refused(saved):
     file = max((saved / "checkpoints" / "7" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     for bit in range(8, 8 * file.stat().st_size, file.stat().st_size):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, dump
 from mllm_jax.train.checkpoint import arrays_of, set_aside
-from mllm_jax.train.damage import read_sealed, reading, saving, sealed, verify
+from mllm_jax.train.damage import Damaged, read_sealed, reading, saving, sealed, verify
 from mllm_jax.train.state import TrainState
 
 KEEP = 2
@@ -81,6 +81,16 @@ class LocalCheckpoints:
         with reading(place):
             about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         return read_sealed(about, place)
+
+    def unreadable(self) -> dict[int, Damaged]:
+        """What is wrong with those of which not even the config and the position in the data can be read, by step."""
+        faults = {}
+        for step in self._manager.all_steps():
+            try:
+                self.about(step)
+            except Damaged as fault:
+                faults[step] = fault
+        return faults
 
     def _holds(self, step: int) -> str | None:
         """Digest of what a checkpoint holds, see `_digest`; None if it cannot be read."""

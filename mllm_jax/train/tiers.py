@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError
+from mllm_jax.files import write_whole
 from mllm_jax.train.checkpoint import Checkpoints, Restored, check_same_run, from_all_processes, set_aside
 from mllm_jax.train.damage import Damaged
 from mllm_jax.train.local_checkpoint import LocalCheckpoints
@@ -39,8 +40,11 @@ class Tiers:
         if local:
             folder = Path(local).expanduser().resolve() / _run_id(workdir)
             self.local = LocalCheckpoints(folder, abstract, layout, verify)
+            for step, fault in self.local.unreadable().items():
+                self._say_moved(fault, self.local.set_aside(step, self._local_damaged))
             self._vote()
-            self.local.drop_after(-1 if self._newest_local is None else self._newest_local)
+            if self.latest() is not None:  # else `check_new` decides
+                self.local.drop_after(-1 if self._newest_local is None else self._newest_local)
 
     def _vote(self) -> None:
         votes = from_all_processes({"steps": self.local.steps()})
@@ -81,8 +85,7 @@ class Tiers:
 
     def _set_aside(self, step: int, fault: Damaged) -> None:
         local = step == self._newest_local
-        tier, into = (self.local, self.local.folder.parent) if local else (self.shared, self._workdir)
-        into /= DAMAGED
+        tier, into = (self.local, self._local_damaged) if local else (self.shared, self._workdir / DAMAGED)
         if jax.process_count() > 1 and not fault.everywhere:  # the others wait for arrays that will not come
             place = set_aside(tier.folder / str(step), into)
             raise Lost(f"{fault}. It was moved to {place}; the same command goes on from the checkpoint before it")
@@ -90,18 +93,35 @@ class Tiers:
         if local:
             self._vote()
         if jax.process_index() == 0:
-            print(f"warning: {fault}. It was moved to {place}", file=sys.stderr, flush=True)
+            self._say_moved(fault, place)
+
+    @staticmethod
+    def _say_moved(fault: Damaged, place: Path) -> None:
+        print(f"warning: {fault}. It was moved to {place}", file=sys.stderr, flush=True)
 
     def check_new(self) -> None:
-        """Raises ConfigError where a run would begin anew because all of its checkpoints are damaged."""
-        if (folder := self._workdir / DAMAGED).is_dir() and any(folder.iterdir()):
+        """Raises ConfigError where a run would begin anew because all of its checkpoints are damaged. All call."""
+        if self._damaged_folders():
             raise ConfigError(self._all_damaged())
+        if self.local is not None:
+            self.local.drop_after(-1)
 
     def _all_damaged(self) -> str:
         return (
             f"all checkpoints of {self._workdir} are damaged. Put a whole copy into {self.shared.folder}, or remove "
-            f"{self._workdir / DAMAGED} to begin anew"
+            f"{' and '.join(self._damaged_folders())} to begin anew"
         )
+
+    @property
+    def _local_damaged(self) -> Path:
+        return self.local.folder.parent / DAMAGED
+
+    def _damaged_folders(self) -> list[str]:
+        """Where checkpoints lie that were set aside: of the shared tier, and on the disks of all processes."""
+        own = [self._workdir / DAMAGED] + ([self._local_damaged] if self.local else [])
+        own = [str(folder) for folder in own if folder.is_dir() and any(folder.iterdir())]
+        every = [folder for found in from_all_processes({"folders": own}) for folder in found["folders"]]
+        return list(dict.fromkeys(every))
 
     def back_to(self, step: int, config: ConfigDict) -> Restored:
         """A shared checkpoint; newer ones, which it will make again, are forgotten."""
@@ -129,5 +149,5 @@ def _run_id(workdir: Path) -> str:
     known = path.read_text().strip() if path.exists() else uuid.uuid4().hex[:12]
     known = from_all_processes({"id": known})[0]["id"]
     if jax.process_index() == 0 and not path.exists():
-        path.write_text(known)
+        write_whole(path, known)
     return known
