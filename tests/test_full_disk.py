@@ -13,11 +13,13 @@ from examples import random_params, tiny_config
 
 import mllm_jax
 from mllm_jax import cli, export
+from mllm_jax.config import ConfigError
 from mllm_jax.data.__main__ import main as data
 from mllm_jax.files import DiskFull, write_whole, writing
 from mllm_jax.model import VLM, init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
 from mllm_jax.page import write_page
+from mllm_jax.train.lock import locked
 from mllm_jax.train.metrics import MetricsFile, read_metrics
 
 SAID = "the disk is full; free some space"
@@ -124,6 +126,13 @@ def test_the_lines_of_a_run_name_their_file(disk):
     (disk / "ballast").unlink()
     file.close()
     assert [line["step"] for line in read_metrics(disk)] == [1]
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(disk):
+    leave(disk, 0)
+    with pytest.raises(ConfigError, match=f"run.lock: {SAID}"), locked(disk):
+        pass
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
 def test_a_command_says_which_file_could_not_be_written(capsys):

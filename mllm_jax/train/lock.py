@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from mllm_jax.config import ConfigError, told
+from mllm_jax.files import writing
 from mllm_jax.train.checkpoint import from_all_processes
 from mllm_jax.train.processes import COMPILING, meet
 
@@ -73,16 +74,12 @@ class Lock:
     def _create(self, path: Path) -> bool:
         """Makes a lock file, whole or not at all; False where there is one."""
         own = path.with_name(f"{path.name}.{self._token}")
-        own.write_text(json.dumps(_identity() | {"token": self._token, "since": time.time()}), encoding="utf-8")
         try:
-            os.link(own, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links, such as a mounted bucket
-            return _create_exclusively(path, own.read_bytes())
+            with writing(path):
+                own.write_text(json.dumps(_identity() | {"token": self._token, "since": time.time()}), encoding="utf-8")
+            return _link(own, path)
         finally:
-            own.unlink()
-        return True
+            own.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         """Content of the lock file; empty if it is gone or not readable."""
@@ -163,6 +160,16 @@ class Lock:
             flush=True,
         )
         os._exit(1)
+
+
+def _link(own: Path, path: Path) -> bool:
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links, such as a mounted bucket
+        return _create_exclusively(path, own.read_bytes())
+    return True
 
 
 def _create_exclusively(path: Path, content: bytes) -> bool:
