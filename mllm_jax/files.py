@@ -10,7 +10,7 @@ from typing import IO
 
 FULL = "the disk is full; free some space"
 _CODES = (errno.ENOSPC, errno.EDQUOT)
-_TEXTS = re.compile("RESOURCE_EXHAUSTED|No space left|Disk quota exceeded")  # of writers in C++
+_TEXTS = re.compile("No space left|Disk quota exceeded")  # of writers in C++; devices, too, have exhausted resources
 
 
 class DiskFull(OSError):
@@ -37,15 +37,26 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 def whole_file(path: str | os.PathLike) -> Iterator[IO[str]]:
     """Opens a text file that gets its name once all is written; what it replaces stays until then.
 
+    Devices and pipes, such as /dev/stdout, are written as they are.
+
     Raises:
       DiskFull: the file could not be written; it is as it was.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with writing(path), open(partial, "w", encoding="utf-8") as file:
+    if path.exists() and not path.is_file():
+        with writing(path), open(path, "w", encoding="utf-8") as file:
             yield file
-        os.replace(partial, path)
+        return
+    target = path.resolve()  # of a link, which stays one
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with writing(path):
+            with open(partial, "w", encoding="utf-8") as file:
+                yield file
+            os.replace(partial, target)
+    except OSError as error:
+        error.filename = str(path) if error.filename == str(partial) else error.filename
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -117,6 +117,19 @@ def test_pages_and_texts_are_replaced_whole_or_not(disk):
     assert content(disk) == before
 
 
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    if os.path.exists("/dev/full"):
+        with pytest.raises(DiskFull, match="/dev/full"):
+            write_whole("/dev/full", "text")
+        assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
+    with pytest.raises(FileNotFoundError, match="absent/file'$"):
+        write_whole(tmp_path / "absent" / "file", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 def test_the_lines_of_a_run_name_their_file(disk):
     file = MetricsFile(disk, 0)
     leave(disk, 0)
@@ -145,5 +158,5 @@ def test_a_command_says_which_file_could_not_be_written(capsys):
         with pytest.raises(SystemExit) as ended:
             cli.run_command(main)
         assert ended.value.code == 1 and capsys.readouterr().err == f"error: /some/file: {SAID}\n"
-    with pytest.raises(RuntimeError, match="other"), writing("/some/file"):
-        raise RuntimeError("other")
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"), writing("/some/file"):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")  # of a device
