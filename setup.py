@@ -58,7 +58,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
-            "ruff>=0.13",
+            "ruff>=0.15.5",
             "safetensors>=0.8",
             "sentencepiece>=0.2",
             "kubeflow-trainer-api>=2.3",  # models of JobSet, Job and Pod
