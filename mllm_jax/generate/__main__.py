@@ -11,6 +11,7 @@ without answers, of any kind and layout that training reads; their images are fo
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from mllm_jax.api import Pretrained, is_run, load_pretrained
 from mllm_jax.cli import Parser, run_command
 from mllm_jax.config import told
 from mllm_jax.data.generation import FILE, GenerationDefaults
+from mllm_jax.data.media import resolve
 from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk, write_answer
 from mllm_jax.generate.prompts import answers, as_line
 from mllm_jax.generate.requests import answering_processor
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if media and args.prompts is not None:
         parser.error("--prompts names its images and clips itself; leave out --image and --video")
     try:
+        _check_files(args)
         with announced(f"reading {args.checkpoint}"):
             vlm = _load(args.checkpoint, args.dtype)
             vlm = load_adapters(vlm, args.adapters) if args.adapters else vlm
@@ -62,6 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print()
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises OSError or ValueError for a file that is not there, before minutes go into reading the weights."""
+    named = [("prompts", path) for path in [args.prompts] if path is not None]
+    named += [(kind, path) for kind in ("image", "video") for path in getattr(args, kind)]
+    for flag, path in named:
+        found = path if flag == "prompts" else resolve(path)
+        if isinstance(found, str) and not Path(found).exists():
+            raise FileNotFoundError(f"--{flag}={path}: there is no such file")
 
 
 def _answer_file(vlm: Pretrained, args: argparse.Namespace, settings: dict[str, Any]) -> int:
