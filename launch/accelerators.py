@@ -90,14 +90,14 @@ def tpu(text: str) -> Tpu:
     topology, written, slices = size.partition("*")
     if name not in TPUS:
         raise argparse.ArgumentTypeError(f"there is no TPU {name!r}; {suggestion(name, TPUS)}; write v6e:8x8")
-    if written and not (slices.isdigit() and int(slices)):
+    if written and not (slices.isdecimal() and int(slices)):
         raise argparse.ArgumentTypeError(f"{text!r}: {slices!r} is no number of slices; write {name}:{topology}*2")
     sides = topology.split("x")
     if TPUS[name].dimensions == 2:
         known, good = f"slices of {name} are {', '.join(FLAT)}", topology in FLAT
     else:
         known = f"slices of {name} are {', '.join(SMALL)} and those whose three sides are multiples of 4"
-        good = len(sides) == 3 and all(side.isdigit() and int(side) and int(side) % 4 == 0 for side in sides)
+        good = len(sides) == 3 and all(side.isdecimal() and int(side) and int(side) % 4 == 0 for side in sides)
         good = good or topology in SMALL
     if not good:
         raise argparse.ArgumentTypeError(f"there is no slice {text!r}; {known}; write {name}:TOPOLOGY")
@@ -109,7 +109,7 @@ def gpu(text: str) -> Gpu:
     name, _, size = text.partition(":")
     if name not in GPUS:
         raise argparse.ArgumentTypeError(f"there is no GPU {name!r}; {suggestion(name, GPUS)}; write h200:64")
-    count = int(size) if size.isdigit() else 0
+    count = int(size) if size.isdecimal() else 0
     if not count or (count > GPUS_PER_HOST and count % GPUS_PER_HOST):
         raise argparse.ArgumentTypeError(
             f"{text!r}: hosts have {GPUS_PER_HOST} GPUs; write {name}:N with fewer or with a multiple of them"

@@ -9,6 +9,7 @@ submitting it again, goes on.
 """
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,13 @@ exit $code
 """
 
 
+def duration(text: str) -> str:
+    """A limit of time as Slurm reads it; for argparse."""
+    if not re.fullmatch(r"\d+(:\d+){,2}|\d+-\d+(:\d+){,2}|(?i:infinite|unlimited)", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write [DAYS-]HOURS:MINUTES:SECONDS, as in 24:00:00")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = launcher("launch.slurm", __doc__)
     parser.add_argument("--name", type=name, default="mllm-jax", help="of the job (default mllm-jax)")
@@ -56,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of each node; 0: two CPU processes, to try (default 8)",
     )
     parser.add_argument("--cpus", type=positive, help="cores of each process, for its data (default 8 beside a GPU)")
-    parser.add_argument("--time", help="limit, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS")
+    parser.add_argument("--time", type=duration, help="limit, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS")
     parser.add_argument("--partition", help="of the cluster (default: its own)")
     parser.add_argument("--account", help="that is charged (default: the user's)")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save before the limit (default 300)")

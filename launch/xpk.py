@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 
 from launch.accelerators import tpu
-from launch.command import checked, launcher, name, parse, positive, run, training
+from launch.command import absolute, checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import AGAIN
 from launch.hosts import in_image, tpu_hosts
 from mllm_jax.cli import run_command
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tpu", type=tpu, required=True, help="generation and topology, as in v6e:8x8; *2: two slices")
     parser.add_argument("--image", required=True, help="made from launch/tpu.Dockerfile")
     parser.add_argument("--storage", required=True, help="XPK's name of the storage that is mounted at --mount")
-    parser.add_argument("--mount", default="/runs", help="(default /runs)")
+    parser.add_argument("--mount", type=absolute, default="/runs", help="(default /runs)")
     levels = ["very-low", "low", "medium", "high", "very-high"]
     parser.add_argument("--priority", default="medium", choices=levels, help="among the workloads of the cluster")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")

@@ -78,8 +78,18 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"there is no {value!r}; {suggestion(value, action.choices)}")
 
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError as error:
+            if not action.option_strings or action.nargs is not None:
+                raise
+            form, option = action.metavar or action.dest.upper(), max(action.option_strings, key=len)
+            said = f"needs {form}; where that begins with a hyphen, write {option}={form}"
+            raise argparse.ArgumentError(action, said) from error
+
     def error(self, message: str) -> NoReturn:
-        fail(f"{message}; run with --help", 2)
+        fail(f"{message.removesuffix('.')}; run with --help", 2)
 
 
 def fail(message: str, exit_code: int) -> NoReturn:

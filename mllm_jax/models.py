@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mllm_jax.cli import Parser, run_command
 from mllm_jax.config import suggestion
+from mllm_jax.data.images import check_size
 from mllm_jax.data.visuals import Cut, Still
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model import ModelConfig, cache_bytes_per_token, count_params
@@ -66,11 +67,12 @@ def _kind(part: Any) -> str:
 def table(size: tuple[int, int], family: str | None = None) -> Table:
     """Of all published models; `size` is (height, width) of a picture in pixels."""
     height, width = size
-    made = Table(title=f"Published models, and a picture of {width} x {height} pixels", title_justify="left")
+    title = f"Published models, and a picture of {width} x {height} pixels"
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for name in ("family", "size", "made of"):
         made.add_column(name, overflow="fold")
-    for name in ("parameters", "visual tokens", "KV cache, KiB a token", "of the picture, MiB"):
-        made.add_column(name, justify="right")
+    for name in ("parameters", "visual\ntokens", "KV cache,\nKiB/token", "MiB of\npicture"):
+        made.add_column(name, justify="right", no_wrap=True)  # a narrow terminal folds names, and cuts no number
     for name, config in published(family):
         tokens = picture_tokens(config, height, width)
         cache = generates(config) and cache_bytes_per_token(config, "bfloat16")
@@ -87,11 +89,17 @@ def table(size: tuple[int, int], family: str | None = None) -> Table:
 
 
 def _size(text: str) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+    """(height, width) of a picture that can be read; for argparse."""
+    if not (match := re.fullmatch(r"([1-9]\d{,8})x([1-9]\d{,8})", text, re.ASCII)):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no size of a picture; write its width and height as in 1920x1080"
         )
-    return int(match[2]), int(match[1])
+    width, height = int(match[1]), int(match[2])
+    try:
+        check_size(height, width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; no model reads it") from error
+    return height, width
 
 
 def _family(text: str) -> str:

@@ -1,6 +1,7 @@
 """The command that lists published models."""
 
 import pytest
+from rich.console import Console
 
 from mllm_jax import models
 from mllm_jax.families import FAMILIES, llava, llava_onevision, qwen3_vl
@@ -39,10 +40,37 @@ def test_command(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--image", "0x7"], "1920x1080"), (["--family", "lava"], "did you mean 'llava'")],
+    [
+        *((["--image", size], "1920x1080") for size in ("0x7", "0x5", "10x", "abc", "", "4x4x4", "1e3x2", "９x９")),
+        (["--image=-3x4"], "1920x1080"),
+        (["--image", "80000x40"], "80000x40 has an aspect ratio over 200; no model reads it"),
+        (["--image", "1x100000"], "1x100000 has an aspect ratio over 200; no model reads it"),
+        (["--image", "100000x100000"], "100000x100000 has over 134217728 pixels; no model reads it"),
+        (["--family", "lava"], "did you mean 'llava'"),
+    ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         models.main(arguments)
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (11585, 11585)])
+def test_every_family_reads_odd_sizes(size):
+    """Those at the bounds of what is read; none has no visual token."""
+    reading = {config.family: config for _, config in models.published() if getattr(config, "connector", None)}
+    assert all(models.picture_tokens(config, *size).patches > 0 for config in reading.values()) and len(reading) > 9
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120, 160])
+def test_no_terminal_cuts_a_number(columns):
+    console = Console(width=columns, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(models.table((2304, 2304), "llava_onevision"))
+        console.print(models.table((768, 1024), "deepseek_v3"))
+    said = captured.get()
+    assert max(map(len, said.splitlines())) <= columns and "…" not in said
+    for number in ("8,030,807,584", "7,290 + 81", "671,026,419,200"):
+        assert number in said

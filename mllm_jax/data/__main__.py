@@ -96,7 +96,7 @@ def _parser() -> Parser:
 
 def _where(text: str) -> tuple[str, Any]:
     field, equals, values = text.partition("=")
-    if not equals:
+    if not (field and equals):
         raise argparse.ArgumentTypeError(f"needs FIELD=VALUE, not {text!r}")
     listed = tuple(map(_value, values.split(",")))
     return field, listed[0] if len(listed) == 1 else listed

@@ -64,8 +64,10 @@ def open_image(source: Any) -> Image.Image:
         raise FileNotFoundError(f"{source_name(source)}: no such picture")
     with _reading(source):
         image = open_file(source)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{source_name(source)}: {image.width}x{image.height} is over {MAX_PIXELS} pixels")
+    try:
+        check_pixels(image.height, image.width)
+    except ValueError as error:
+        raise ValueError(f"{source_name(source)}: {error}") from error
     if not isinstance(image, JpegImageFile):  # which may be decoded at a smaller size
         with _reading(source):
             _check_memory(image)
@@ -188,6 +190,18 @@ def shrunk_size(height: int, width: int, factor: int, max_pixels: int, frames: i
     """Multiples of `factor`, nearly of this aspect ratio: `frames` of them hold `max_pixels`; a side is >= `factor`."""
     scale = math.sqrt((frames * height * width) / max_pixels)
     return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError for a size that no picture is read at: too many pixels, or too long for its width."""
+    check_pixels(height, width)
+    check_aspect(height, width)
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raises ValueError if a picture has more than MAX_PIXELS pixels."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"a picture of {width}x{height} has over {MAX_PIXELS} pixels")
 
 
 def check_aspect(height: int, width: int) -> None:

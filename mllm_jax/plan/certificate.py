@@ -169,7 +169,7 @@ def decisions(found: Measured, alone: Measured) -> int | None:
 def read_mesh(text: str) -> dict[str, int]:
     """Sizes of axes from "fsdp=2,tensor=4". ConfigError for what is no mesh."""
     parts = [part.partition("=") for part in text.split(",")]
-    if not all(axis in MESH_AXES and size.isdigit() and int(size) for axis, _, size in parts):
+    if not all(axis in MESH_AXES and size.isdecimal() and int(size) for axis, _, size in parts):
         axes = ", ".join(MESH_AXES)
         raise ConfigError(f"config.meshes: {text!r} is not written as in 'fsdp=2,tensor=4'; the axes are {axes}")
     return {axis: int(size) for axis, _, size in parts}

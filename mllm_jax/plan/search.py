@@ -200,7 +200,7 @@ def read_mesh(text: str, topology: Topology) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if not size.lstrip("-").isdigit() or axis in sizes:
+        if not size.lstrip("-").isdecimal() or axis in sizes:
             raise ValueError("a mesh is written as in fsdp=16,expert=16")
         sizes[axis] = int(size)
     return dict(make_mesh(sizes, topology.devices).shape)

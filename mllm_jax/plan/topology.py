@@ -116,10 +116,10 @@ def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
     """
     kind, _, size = name.partition(":")
     size, _, written = size.partition("*")
-    if written and not (written.isdigit() and int(written)):
+    if written and not (written.isdecimal() and int(written)):
         raise ConfigError(f"topology {name!r}: {written!r} is no number of slices. {KNOWN}")
     slices = int(written or slices)
-    if kind not in (*TPUS, *GPUS, "cpu") or not size or (kind not in TPUS and not size.isdigit()):
+    if kind not in (*TPUS, *GPUS, "cpu") or not size or (kind not in TPUS and not size.isdecimal()):
         raise ConfigError(f"there is no topology {name!r}. {KNOWN}")
     if kind not in TPUS and slices > 1:
         raise ConfigError(f"topology {name!r}: only TPUs have slices; write the number of all devices, as in h200:64")
@@ -134,7 +134,7 @@ def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
 
 def _chips(name: str, kind: str, size: str) -> tuple[int, ...]:
     """The chips along each axis of a slice. Raises ConfigError where no slice has this shape."""
-    sizes = tuple(int(part) if part.isdigit() else 0 for part in size.split("x"))
+    sizes = tuple(int(part) if part.isdecimal() else 0 for part in size.split("x"))
     if len(sizes) != TPUS[kind]:
         raise ConfigError(f"topology {name!r}: the chips of {kind} lie in {TPUS[kind]} dimensions. {KNOWN}")
     if 0 in sizes:

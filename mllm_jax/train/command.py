@@ -20,6 +20,13 @@ from mllm_jax.data.readers import WorkerLost
 
 WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
 HELP = ("-h", "--help", "-help")
+UNREADABLE = {  # how the parsers of values word it, and the form that is needed
+    r"invalid literal for int\(\) with base 10:": "needs a whole number, not",
+    r"could not convert string to float:": "needs a number, not",
+    r"\('Non-boolean argument to boolean flag', (.*)\)$": r"needs true or false, not \1",
+    r"Failed to parse (.*) as a ConfigDict: .*": r"needs names with values, as in {'name': 1}, not \1",
+    r"Error while parsing string: (.*) as tuple\. .*": r"needs a list, as in ('first', 'second'), not \1",
+}
 
 
 def run(
@@ -127,13 +134,14 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
     except (flags.Error, TypeError, ValueError) as error:
         missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
         advice = f"{' and '.join(missing)} must be given; run with --help"
-        raise ConfigError(advice if missing else _told(ConfigError(_no_number(told(error))))) from error
+        raise ConfigError(advice if missing else _told(ConfigError(_plain(told(error))))) from error
 
 
-def _no_number(text: str) -> str:
-    """What Python says of a text that is no int or float, in plain words."""
-    text = text.replace("invalid literal for int() with base 10:", "needs a whole number, not")
-    return text.replace("could not convert string to float:", "needs a number, not")
+def _plain(text: str) -> str:
+    """What Python, absl and ml_collections say of a value that they cannot read, as the form that is needed."""
+    for pattern, needed in UNREADABLE.items():
+        text = re.sub(pattern, needed, text, flags=re.DOTALL)
+    return text
 
 
 def _config_file(argv: Sequence[str]) -> str:

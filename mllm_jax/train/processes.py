@@ -45,12 +45,15 @@ def join(coordinator: str | None, count: int | None, number: int | None, detect:
       coordinator: HOST:PORT of process 0. count: of processes. number: of this one.
       detect: jax finds all three by itself (TPU pod, Slurm, Open MPI).
     Raises:
-      ConfigError: they contradict each other.
+      ConfigError: they contradict each other, or the coordinator is no HOST:PORT.
     """
     if coordinator is None and (count, number) != (None, None):
         raise ConfigError("--processes and --process need --coordinator=HOST:PORT")
     if coordinator is not None and (count is None or number is None or not 0 <= number < count):
         raise ConfigError(f"--coordinator needs --processes=N and --process=I, 0 <= I < N, not {count} and {number}")
+    port = re.fullmatch(r"(?:[^\s:]+|\[[\da-fA-F:]+\]):(\d{1,5})", coordinator or "", re.ASCII)
+    if coordinator is not None and not (port and 1 <= int(port[1]) <= 65535):
+        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.1:1234")
     if coordinator is not None or detect:
         jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT)
 

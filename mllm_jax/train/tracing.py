@@ -11,8 +11,8 @@ from mllm_jax.config import ConfigError
 
 
 def steps_of(text: str | None) -> range:
-    """ "10:13" -> steps 10, 11, 12 and 13; nothing -> none. Raises ConfigError."""
-    if not text:
+    """ "10:13" -> steps 10, 11, 12 and 13; None -> none. Raises ConfigError."""
+    if text is None:
         return range(0)
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
