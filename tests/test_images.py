@@ -71,6 +71,39 @@ def test_smart_resize_equals_the_official_results(shared):
             assert images.smart_resize(*arguments) == tuple(case["resized_hw"]), case
 
 
+@pytest.mark.parametrize(
+    ("size", "tokens", "expected"),
+    [
+        ((400, 8000), 1, (1, 16)),  # over the limit: less would be squeezed
+        ((400, 8000), 45, (1, 20)),  # and not 1 x 30
+        ((8000, 400), 45, (20, 1)),
+        ((400, 8000), 64, (2, 32)),
+        ((400, 8000), 1024, (7, 143)),
+        ((100, 10000), 256, (1, 100)),
+        ((50, 9950), 400, (1, 199)),
+        ((480, 640), 256, (13, 18)),  # as the rule of transformers has it
+        ((100, 100), 1, (1, 1)),
+    ],
+)
+def test_fitted_size(size, tokens, expected):
+    assert images.fitted_size(*size, factor=32, max_pixels=tokens * 32**2 + 7) == tuple(32 * side for side in expected)
+
+
+def test_a_small_budget_does_not_distort():
+    """Of any shape that is read, in any budget that a shape of one token's height fits."""
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        aspect, tokens, short = np.exp(random.uniform(0, np.log(200))), int(random.integers(1, 400)), 997
+        size = (short, int(short * aspect))
+        height, width = images.fitted_size(*size, 28, tokens * 28**2)
+        assert (width, height) == images.fitted_size(*size[::-1], 28, tokens * 28**2)
+        aspect, count = size[1] / short, height * width / 28**2
+        assert count <= max(tokens, aspect / images.DISTORTED)
+        if tokens >= aspect + 1:  # otherwise below: 1.99:1 in one token
+            most = images.DISTORTED if aspect >= 2 else 2**0.5  # 1.4:1 is 1 x 1 or 1 x 2
+            assert 1 / most <= width / height / aspect * (1 + 1e-9) and width / height / aspect <= most * (1 + 1e-9)
+
+
 def test_pixels_equal_the_stored_reference(shared):
     folder = shared / "data/preproc"
     size = images.smart_resize(360, 540, factor=28, min_pixels=3136, max_pixels=12845056)

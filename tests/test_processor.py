@@ -269,6 +269,29 @@ def test_shrinking_uses_the_room(processor):
         assert example.pictures[0].grid == (side, side)
 
 
+@pytest.mark.parametrize(
+    "size", [(100, 600), (600, 100), (40, 800), (800, 40), (16, 1600), (1600, 16), (12, 2388), (200, 300)]
+)
+def test_a_small_budget_keeps_the_aspect_ratio(processor, size):
+    """Of pictures and clips, whatever the budget; one that cannot show a long picture leaves it out."""
+    spec, left_out, aspect = processor.spec, 0, max(size) / min(size)
+    most = 1.26 if aspect > 2 else 1.51  # 1.5:1 is 1 x 1 or 1 x 2
+    for make in (lambda: image(*size), lambda: clip(2, *size, fps=1.0)):
+        (own,) = {item.grid for item in processor(asking(make())).pictures}
+        own = max(own) / min(own)  # as the rule of transformers rounds it, within the bounds of the processor
+        for tokens in (1, 2, 4, 8, 16, 24, 45, 64):
+            try:
+                example = processor(asking(make()), budget=Budget(4096, 1, tokens * spec.merge**2))
+            except TooLarge:
+                left_out += 1
+                continue
+            (grid,) = {item.grid for item in example.pictures}
+            assert grid[0] == grid[1] or (grid[0] < grid[1]) == (size[0] < size[1])
+            ratio = max(grid) / min(grid)
+            assert min(own, aspect / most) <= ratio <= max(own, most * aspect), (tokens, grid)
+    assert (left_out > 0) == (aspect > 2)
+
+
 def test_a_conversation_that_cannot_fit(processor):
     """The smallest picture here is 64 x 64 pixels: 16 patches, 4 visual tokens, unless a patch row holds less."""
     messages = asking(*[image(100, 100) for _ in range(4)], "what?")

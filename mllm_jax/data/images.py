@@ -22,6 +22,7 @@ BAND = 2**20  # pixels that are converted at once
 BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # of a pixel by mode; 4 in all others
 DECODERS = {"AVIF": 4, "HEIF": 4, "JPEG2000": 16, "WEBP": 4}  # bytes of a pixel that a decoder holds beside PIL's image
 MAX_ASPECT = 200
+DISTORTED = 1.25  # times, from which another aspect ratio counts as distorted
 TRUNCATED = "rows of a truncated JPEG are missing"
 TURNED = {  # by the EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -226,6 +227,36 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         scale = math.sqrt(min_pixels / (height * width))
         return tuple(math.ceil(side * scale / factor) * factor for side in (height, width))
     return rounded
+
+
+def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tuple[int, int]:
+    """The size at which a picture is read that must be smaller than the processor of its model asks for.
+
+    That is `shrunk_size`, unless it changes the aspect ratio by more than DISTORTED: it rounds both sides down, which
+    turns a long picture that should be 1.5 `factor` high into one that is 1 high and too long. Then it is the largest
+    size beside it with a better aspect ratio. Where even one row of a better one is more than `max_pixels`, it is that
+    row, which does not fit.
+
+    Example: in units of `factor`, 20:1 is 1 x 20 instead of 1 x 30 within 45, and 1 x 16 instead of 1 x 4 within 1.
+    """
+    aspect, most = max(height, width) / min(height, width), max(1, int(max_pixels / factor**2))
+    shorts = {max(1, math.floor(math.sqrt(most / aspect)) + more) for more in (0, 1)}
+    sizes = {(short, long) for short in shorts for long in (math.floor(short * aspect), math.ceil(short * aspect))}
+    sizes = {(short, min(long, most // short)) for short, long in sizes if short <= most}
+    shrunk = sorted(side // factor for side in shrunk_size(height, width, factor, max_pixels))
+
+    def distortion(size: tuple[int, int]) -> float:
+        ratio = size[1] / size[0] / aspect
+        return max(ratio, 1 / ratio)
+
+    if most <= (least := max(1, int(aspect / DISTORTED))):
+        short, long = 1, least
+    elif math.prod(shrunk) <= most and distortion(shrunk) <= DISTORTED:
+        short, long = shrunk
+    else:
+        good = [size for size in sizes if distortion(size) <= DISTORTED]
+        short, long = max(good, key=math.prod) if good else min(sizes, key=distortion)
+    return (short * factor, long * factor) if height <= width else (long * factor, short * factor)
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -142,8 +142,8 @@ class Film:
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
         clip, frames = self.clip, len(self.indices)
         limit = max(limit, min(max(spec.factor**2, spec.clip_min_pixels / frames), row))
-        low, high = min(spec.clip_min_pixels, limit * frames), min(spec.clip_max_pixels, limit * frames)
-        size = video.clip_size(frames, clip.height, clip.width, spec.factor, spec.temporal_patch, low, high)
+        bounds = spec.clip_min_pixels, spec.clip_max_pixels
+        size = video.clip_size(frames, clip.height, clip.width, spec.factor, spec.temporal_patch, *bounds)
         size = _within(limit, size, clip.height, clip.width, spec.factor)
         count = math.ceil(frames / spec.temporal_patch)
         tokens = spec.tokens(size)
@@ -226,10 +226,12 @@ def _native(source: Any, bounds: tuple[int, int], factor: int, limit: float, row
     """Nearly the size that something has: within bounds of pixels, and within a limit as far as they allow."""
     least, most = bounds
     limit = max(limit, min(least, row))
-    size = images.smart_resize(source.height, source.width, factor, min(least, limit), min(most, limit))
+    size = images.smart_resize(source.height, source.width, factor, least, most)
     return _within(limit, size, source.height, source.width, factor)
 
 
 def _within(limit: float, size: Size, height: int, width: int, factor: int) -> Size:
-    """`size`, unless rounding up to a minimum took it over the limit."""
-    return size if math.prod(size) <= limit else images.shrunk_size(height, width, factor, limit)
+    """`size`, unless it is over the limit and a smaller one is less."""
+    if math.prod(size) <= limit:
+        return size
+    return min(images.fitted_size(height, width, factor, limit), size, key=math.prod)
