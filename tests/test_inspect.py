@@ -106,6 +106,30 @@ def test_a_record_of_every_reason_is_named(folder, monkeypatch, capsys):
     assert "long one: " in text and "no picture: " in text and "52 of them" in text
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_broken_records_behind_the_last_batch_are_counted(folder, monkeypatch, capsys, prefetch):
+    """Whatever their place in the order of training: with few that can be used, most are behind the last batch."""
+    monkeypatch.chdir(folder)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    for good in (1, 2, 3):
+        records = [{"id": f"lost {i}", "image": "lost.png", "messages": messages} for i in range(40)]
+        records += [{"id": f"good {i}", "messages": messages, "mood": "good"} for i in range(good)]
+        (folder / "rest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        words_of = ["--config=config.py", "--stage=align", "--config.data.path=rest.jsonl", "--config.data.workers=0"]
+        assert main(["inspect", *words_of, f"--config.data.prefetch={prefetch}", "--config.data.batch=1"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"records read {40 + good}, all of them left out 40 conversations packed {good} " in said
+        assert "missing file 40 lost " in said and f'the field "mood" is not read {good}' in said
+
+
+def test_a_part_of_the_records_is_said_to_be_one(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    words_of = ["--config=config.py", "--stage=align", "--html=part.html", *HERE]
+    assert main(["inspect", *words_of, "--count=1", "--config.data.batch=1"]) == 0
+    read = int(re.search(r"records read +(\d+) of 11\n", capsys.readouterr().out)[1])
+    assert 1 <= read < 11 and f"The first {read} records in the order of training" in words("part.html")[1]
+
+
 def test_a_mixture(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(["inspect", "--config=config.py", "--stage=mix", "--count=80", *HERE]) == 0

@@ -71,7 +71,8 @@ def make_loader(
     """An iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is JSON.
 
     Batches depend on the source and on the options down to `streams`, never on who makes them. The states of all
-    processes, joined by `join_states`, are a state for any number of processes.
+    processes, joined by `join_states`, are a state for any number of processes. At the end of the data the `value` of
+    StopIteration is the last state, which counts the records behind those of the last batch, too.
 
     Args:
         source: `len(source)` and `source[i] -> {"messages", "kind", "id"}`; a list of them, which are one set; or a
@@ -263,7 +264,7 @@ class _PackedIterator(grain.DatasetIterator):
             stream.batches += 1
         rows = [row for of_stream in rows.values() for row in of_stream]
         if not any(rows) and not self._settings.endless:
-            raise StopIteration
+            raise StopIteration(self.get_state())  # the last records may be broken ones, which no batch counts
         return self._batch(rows)
 
     def close(self) -> None:

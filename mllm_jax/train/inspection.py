@@ -29,6 +29,7 @@ from mllm_jax.train.paired_run import reading_of
 from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import Run
 
+COUNTS = ("left_out", "noted")  # in the state of a stream
 NAMED = 50  # records that are left out for a reason and named
 
 
@@ -38,7 +39,7 @@ class Found(NamedTuple):
     data: DataConfig
     inspection: Inspection
     records: int  # that were read, those included that are broken or wait to be packed
-    whole: bool  # whether these are all of the run's records
+    total: int | None  # records that the run has; None: a mixture, whose records have no end
     left_out: dict[str, int]  # records by reason
     named: dict[str, list[str]]  # what is wrong with the first of them, by reason
     noted: dict[str, int]  # records that were read in part, by what was left out of them
@@ -61,30 +62,44 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
     source = run.data.source()
     total = sum(map(len, source.sources)) if mixed else len(source)
     data = dataclasses.replace(run.data, epochs=None if mixed else 1, strict=False, max_bad=1.0)
-    inspection, skipped, noted = Inspection(processor), {}, {}
+    inspection = Inspection(processor)
     with _heard(loader.log) as named:
         batches = loader_of(data, processor, reading_of(run))
-        drawn = np.zeros(len(source.sources) if mixed else 1, int)
         try:
-            for batch, info in batches:
-                streams = batches.get_state()["streams"].values()
-                drawn = np.sum([stream["drawn"] for stream in streams], axis=0)
-                ended = not mixed and drawn.sum() >= total
+            while True:
+                batch, info = next(batches)
+                read = _read(batches.get_state())
+                ended = not mixed and sum(read.drawn) >= total
                 inspection.add(batch, info, whole=not ended)
-                noted = info.noted
-                skipped = info.skipped | ({loader.OVER_BUDGET: info.dropped} if info.dropped else {})
-                done = len(inspection.tokens) + sum(skipped.values())
+                done = len(inspection.tokens) + read.left_out.total()
                 progress(done)
                 if done >= count and not ended:
                     break
+        except StopIteration as end:
+            read = _read(end.value)
         except loader.BadData as error:
             raise loader.BadData("; ".join([str(error), *itertools.chain(*named.values())][:4])) from error
         finally:
             batches.close()
-    sources = _sources(run.data, source, drawn) if mixed else []
-    most_first = lambda counts: dict(sorted(counts.items(), key=lambda item: -item[1]))
-    whole, (left_out, noted) = not mixed and drawn.sum() >= total, map(most_first, (skipped, noted))
-    return Found(data, inspection, int(drawn.sum()), whole, left_out, named, noted, sources)
+    left_out, noted = dict(read.left_out.most_common()), dict(read.noted.most_common())
+    named = {reason: named[reason][:number] for reason, number in left_out.items()}  # without those read ahead
+    sources = _sources(run.data, source, read.drawn) if mixed else []
+    known = None if mixed else total
+    return Found(data, inspection, int(sum(read.drawn)), known, left_out, named, noted, sources)
+
+
+class _Read(NamedTuple):
+    """What all streams of a loader have read."""
+
+    drawn: np.ndarray  # i64[sources] records
+    left_out: collections.Counter[str]  # by reason
+    noted: collections.Counter[str]  # by what was left out of them
+
+
+def _read(state: Mapping[str, Any]) -> _Read:
+    streams = state["streams"].values()
+    counts = (sum((collections.Counter(stream[name]) for stream in streams), collections.Counter()) for name in COUNTS)
+    return _Read(np.sum([stream["drawn"] for stream in streams], axis=0), *counts)
 
 
 class _heard(logging.Handler):
@@ -121,7 +136,7 @@ def facts(found: Found) -> dict[str, str]:
     tokens, visual, learned = (sum(values) for values in (seen.tokens, seen.visual, seen.learned))
     fill = np.mean(seen.fill, axis=0) if seen.fill else [None, None]
     return {
-        "records read": f"{found.records:,}" + (", all of them" if found.whole else ""),
+        "records read": f"{found.records:,}{_of_all(found)}",
         "left out": f"{sum(found.left_out.values()):,}",
         "conversations packed": f"{len(seen.tokens):,}",
         "pictures": f"{seen.sizes.total():,}",
@@ -132,6 +147,12 @@ def facts(found: Found) -> dict[str, str]:
         "visual tokens": percent(visual / max(tokens, 1)),
         "learned tokens": percent(learned / max(tokens, 1)),
     }
+
+
+def _of_all(found: Found) -> str:
+    if found.total is None:
+        return ""
+    return ", all of them" if found.records >= found.total else f" of {found.total:,}"
 
 
 def tables(found: Found) -> Group:
@@ -185,7 +206,11 @@ def _table(*names: str) -> Table:
 
 def write_page(path: str | os.PathLike, title: str, found: Found) -> Path:
     """Writes the page, and returns its path."""
-    which = "All records" if found.whole else f"The first {found.records:,} records in the order of training"
+    which = (
+        "All records"
+        if found.records == found.total
+        else f"The first {found.records:,} records in the order of training"
+    )
     return write_inspection(
         path,
         found.inspection,
