@@ -19,8 +19,8 @@ from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import mesh_without_devices, partition_spec, shardings, ways
 from mllm_jax.train.command import read_config
+from mllm_jax.train.files import EMBEDDED, MixtureData
 from mllm_jax.train.files import Files as DataFiles
-from mllm_jax.train.files import MixtureData
 from mllm_jax.train.inputs import check_streams
 from mllm_jax.train.optim import make_optimizer
 from mllm_jax.train.run import Run, read_run
@@ -143,7 +143,7 @@ def _check_paths(run: Run, files: Files, stages: Collection[str]) -> None:
         if not data.path:
             raise ConfigError(f"{name}.path must name the conversations: a file, a pattern, a folder or tfds:NAME")
         for field in ("path", "heldout"):
-            if (path := getattr(data, field)) and not path.startswith(TFDS):
+            if (path := getattr(data, field)) and not path.startswith((TFDS, EMBEDDED)):
                 _check_data(f"{name}.{field}", path, files)
         if data.root:
             _check_path(f"{name}.root", data.root, files)

@@ -1,17 +1,25 @@
 """The recipes in configs/recipes: each is read at its sizes, its patterns find weights, a small one takes steps."""
 
+import json
 import re
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from staged_run import on_one_device
 from tiny_run import CONFIGS, load_module
 
 from mllm_jax.config import ConfigError, dump, load
 from mllm_jax.model import abstract_params
 from mllm_jax.train.chain import train_run
+from mllm_jax.train.command import read_config
+from mllm_jax.train.files import MixtureData
+from mllm_jax.train.inputs import loader_of
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.optim import make_optimizer, split
+from mllm_jax.train.processors import make_processor
 from mllm_jax.train.run import read_run
 from mllm_jax.train.stages import ended, names_in_order, stage_config
 
@@ -63,6 +71,49 @@ def test_a_recipe_is_read_at_every_size_and_its_patterns_find_weights(name):
                 assert grid**2 + run.model.lead <= run.data.patches and run.optim.steps > 500
     with pytest.raises(ConfigError, match=f"configs/recipes/{name}.py has no size '1m'"):
         module.get_config("1m")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Files of a user: conversations with pictures of several sizes, and texts."""
+    folder = tmp_path_factory.mktemp("own")
+    for number, size in enumerate([(640, 480), (1920, 1080), (2000, 100), (30, 40)]):
+        Image.new("RGB", size, (60 * number, 80, 90)).save(folder / f"{number}.jpg")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Ein Bild – 图."}]
+    records = [{"id": str(number), "image": f"{number % 4}.jpg", "conversations": turns} for number in range(64)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "texts.jsonl").write_text('{"text": "A text of one\'s own. It has two sentences."}\n' * 8)
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_small_recipe_reads_the_files_that_its_command_names(name, own):
+    """As its docstring calls it, but for the size, the model's folder and the files."""
+    module = recipe(name)
+    words = shlex.split(re.search(r"(?<=mllm_jax.train ).*?(?=\n\n)", module.__doc__, re.DOTALL)[0])
+    paths = [re.sub("=.*", f"={own / ('texts' if '.text.' in word else 'own')}.jsonl", word) for word in words[4:]]
+    paths = [word for word in paths if ".path=" in word]
+    assert words[:3:2] == ["--config", "--workdir"] and len(paths) >= 1
+    config = read_config(["--config", str(CONFIGS / "recipes" / f"{name}.py:tiny"), *paths])
+    for stage in STAGES[name]:
+        run = read_run(stage_config(config, stage))
+        data = replace(run.data, workers=0, prefetch=0, batch=2)
+        loader = loader_of(data, make_processor(run.processor, run.model, data))
+        batch, info = next(loader)
+        assert info.conversations >= 2 and not info.dropped and not info.skipped and batch.weight.any()
+        files = data.sources.values() if isinstance(data, MixtureData) else [data]
+        assert all(file.path.startswith(str(own)) for file in files)
+
+
+def test_a_small_recipe_has_embedded_questions_where_no_file_is_named(own):
+    run = read_run(stage_config(recipe("llava_1_5").get_config("tiny"), "align"))
+    train, heldout = run.data.source("train"), run.data.source("heldout")
+    assert {train[0]["kind"], heldout[0]["kind"]} == {"colour"} and train[0] != heldout[0]
+    with pytest.raises(ConfigError, match="scenes:color: there is no 'color'; did you mean 'colour'?"):
+        replace(run.data, path="scenes:color").source()
+    with pytest.raises(ConfigError, match="scenes:colour has no fields to choose by"):
+        replace(run.data, where={"split": "train"}).source()
+    assert replace(run.data, path=str(own / "own.jsonl")).source("heldout") is None
 
 
 def test_every_recipe_is_listed():

@@ -6,16 +6,20 @@ from typing import Any
 
 from mllm_jax.config import ConfigError, suggestion, told
 from mllm_jax.data.mixture import Mixture, tempered
+from mllm_jax.data.scenes import KINDS, Scenes
 from mllm_jax.data.sources import Conversations, open_source
 from mllm_jax.settings import Config, NonNegative, NonNegativeInt, Positive
 from mllm_jax.train.data_config import DataConfig, WithoutPictures
+
+EMBEDDED = "scenes:"  # begins the path of an embedded set
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Config):
     """Conversations and documents in files: JSON, ArrayRecord, WebDataset, Parquet or TFDS.
 
-    path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`.
+    path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`. Or
+      scenes:KIND, the embedded questions of a kind, with held-out ones (see `mllm_jax.data.scenes`).
     root: the folder that pictures beside the files lie in, by default the files' own.
     where: fields that a record must have to be trained on, as in {"split": "train"}.
     heldout: another path to evaluate on; None = the same. heldout_where: the fields of held-out records.
@@ -27,17 +31,28 @@ class Files(Config):
     heldout: str | None = None
     heldout_where: Mapping[str, Any] = field(default_factory=dict)
 
-    def open(self, split: str, name: str) -> Conversations | None:
+    def open(self, split: str, name: str) -> Conversations | Scenes | None:
         """The conversations of "train" or "heldout"; None where no held-out ones are named. `name` is the config's."""
         if not self.path:
             raise ConfigError(f"{name}.path must name the conversations: a file, a pattern, a folder or tfds:NAME")
+        path, where = (self.path, self.where) if split == "train" else (self.heldout or self.path, self.heldout_where)
+        if path.startswith(EMBEDDED):
+            return _scenes(path, where, split, name)
         if split == "heldout" and not (self.heldout or self.heldout_where):
             return None
-        path, where = (self.path, self.where) if split == "train" else (self.heldout or self.path, self.heldout_where)
         try:
             return open_source(path, self.root, where)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{name}: {told(error)}") from error
+
+
+def _scenes(path: str, where: Mapping[str, Any], split: str, name: str) -> Scenes:
+    kind = path.removeprefix(EMBEDDED)
+    if kind not in KINDS:
+        raise ConfigError(f"{name}: {path}: there is no {kind!r}; {suggestion(kind, KINDS)}")
+    if where:
+        raise ConfigError(f"{name}: {path} has no fields to choose by {dict(where)}. Remove it")
+    return Scenes(split, kinds={kind: 1.0})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,9 @@
-"""A recipe made so small that it can be watched: its stages, frozen parts, factors, schedules and losses on toys."""
+"""A recipe made so small that it can be watched: its stages, frozen parts, factors, schedules and losses.
+
+    python -m mllm_jax.train --config configs/recipes/llava_1_5.py:tiny --workdir DIR
+
+It trains on the embedded scenes, or on the files that the same words name as for the recipe's own sizes.
+"""
 
 from dataclasses import replace
 
@@ -9,19 +14,21 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.train.data_config import ScenesData
+from mllm_jax.train.files import EMBEDDED, FilesData, MixtureData
 from mllm_jax.train.processors import SCENES
 from mllm_jax.train.run import PARTS_OF_STAGES, Run, Stage
 
 STEPS = 8  # of a stage, at most
 RANK = 4  # of adapters, at most
+QUESTIONS = f"{EMBEDDED}colour"
 
 
 def miniature(run: Run) -> Run:
-    """The run with a model of 0.1 million random weights, on the embedded scenes, for 8 steps a stage.
+    """The run with a model of 0.1 million random weights, for 8 steps a stage.
 
-    The model has an encoder, a connector and a decoder, with experts where that of `run` has some. What a recipe says
-    of optimizers, of what is trained and of losses stays as it is.
+    The model has an encoder, a connector and a decoder, with experts where that of `run` has some. Its tokenizer spells
+    any text in bytes. Each set of the recipe's data is the embedded scenes until its path names another. What a recipe
+    says of optimizers, of what is trained and of losses stays as it is.
     """
     stages = {name: _stage(stage) for name, stage in run.stages.items()}
     small = replace(run, model=_model(run.model.decoder.moe is not None), init="", processor=SCENES, stages=stages)
@@ -38,9 +45,15 @@ def _stage(run: Run | Stage) -> Stage:
     train = run.train and replace(
         run.train, loss_chunk=64, log_every=1, evaluate_every=0, save_every=0, heldout=8, accumulate=1
     )
-    data = run.data and ScenesData(batch=8, tokens=64, rows=1, patches=112, min_pixels=256, kinds={"colour": 1.0})
     mesh = run.mesh and {"fsdp": -1}
-    return Stage(getattr(run, "after", None), data, optim, lora, train, mesh)
+    return Stage(getattr(run, "after", None), run.data and _data(run.data), optim, lora, train, mesh)
+
+
+def _data(data: FilesData | MixtureData) -> FilesData | MixtureData:
+    data = replace(data, batch=8, tokens=512, rows=2, patches=256, min_pixels=256)
+    if isinstance(data, FilesData):
+        return replace(data, path=QUESTIONS)
+    return replace(data, sources={name: replace(part, path=QUESTIONS) for name, part in data.sources.items()})
 
 
 def _model(experts: bool) -> ModelConfig:
