@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mllm_jax.cli import INTERRUPTED, OVERRIDE, Parser, run_command
+from mllm_jax.cli import OVERRIDE, Parser, run_command
 from mllm_jax.data.scenes import chance
 from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
+from mllm_jax.interrupts import INTERRUPTED
 from mllm_jax.settings import PositiveInt, Range, argument
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,6 +5,10 @@ Names are imported when they are first used, so that data workers, which import 
 
 import importlib
 
+from mllm_jax.interrupts import end_imports
+
+end_imports(__name__)
+
 __version__ = "0.1.0"
 
 _HOME = {

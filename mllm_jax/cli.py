@@ -4,8 +4,8 @@ Programs that read the config of a run have absl's flags (`mllm_jax.train.comman
 """
 
 import argparse
+import multiprocessing.util
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -14,9 +14,9 @@ from rich.text import Text
 
 from mllm_jax.config import suggestion, told
 from mllm_jax.files import says_full
+from mllm_jax.interrupts import INTERRUPTED, raise_interrupts
 from mllm_jax.printable import printable, printable_lines
 
-INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
 OVERRIDE = "--config."  # words that begin with it replace a value of a config
 REPLACES = f"{OVERRIDE}PATH=VALUE replaces a value of the config, as in {OVERRIDE}optim.steps=100."
 
@@ -99,15 +99,20 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with the exit code of a command. Ctrl-C is one line and 130, a full disk one line and 1."""
+    """Ends the process with the exit code of a command. Ctrl-C is one line and 130, a full disk one line and 1.
+
+    Args:
+      main: may raise a KeyboardInterrupt of its own, with what the line says.
+    """
+    raise_interrupts()
     try:
         sys.exit(main())
     except (OSError, RuntimeError) as error:
         if not says_full(error):
             raise
         fail(told(error), 1)
-    except KeyboardInterrupt:
-        end_at_once("\ninterrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        end_at_once(f"\n{str(interrupt) or 'interrupted'}", INTERRUPTED)
 
 
 def end_at_once(message: str, exit_code: int) -> NoReturn:
@@ -115,6 +120,9 @@ def end_at_once(message: str, exit_code: int) -> NoReturn:
     print(printable_lines(message), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    multiprocessing.util._run_finalizers(0)  # or its resource tracker reports their semaphores as leaked
     os._exit(exit_code)
 
 

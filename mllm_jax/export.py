@@ -19,7 +19,7 @@ import jax
 from mllm_jax.adapters import files as peft
 from mllm_jax.adapters import load_adapters, merge_adapters, save_adapters
 from mllm_jax.api import CONFIG, Pretrained, is_run, load_pretrained, save_pretrained
-from mllm_jax.cli import INTERRUPTED, Parser, run_command
+from mllm_jax.cli import Parser, run_command
 from mllm_jax.config import told
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.settings import NonNegativeInt, argument
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         say(f"error: {told(error)}")
         return 1
-    except KeyboardInterrupt:
-        say(f"interrupted; {args.folder} is as it was before, or whole, or refused by readers until the next export")
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        state = "as it was before, or whole, or refused by readers until the next export"
+        raise KeyboardInterrupt(f"interrupted; {args.folder} is {state}") from interrupt
     size = sum(file.stat().st_size for file in Path(args.folder).glob("*.safetensors"))
     reader = "PEFT and mllm_jax.load_adapters read" if args.adapters_only else "transformers and load_pretrained read"
     print(f"wrote {args.folder}, {size / 1e6:,.1f} MB of weights, which {reader}")

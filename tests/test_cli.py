@@ -161,7 +161,12 @@ def test_overrides_are_words_of_a_config():
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "said"), [("raise KeyboardInterrupt", 130, "\ninterrupted\n"), ("return 3", 3, "")]
+    ("body", "code", "said"),
+    [
+        ("raise KeyboardInterrupt", 130, "\ninterrupted\n"),
+        ("raise KeyboardInterrupt('half is done')", 130, "\nhalf is done\n"),
+        ("return 3", 3, ""),
+    ],
 )
 def test_a_command_ends_with_its_code_or_one_line_after_ctrl_c(body, code, said):
     script = f"from mllm_jax.cli import run_command\ndef main(): {body}\nrun_command(main)"

@@ -15,9 +15,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom, beside itself. A part that is not listed fails, so that a new one finds its room.
 MAY_IMPORT = {
     "types": set(),
-    "cli": {"config", "files", "printable", "settings"},
+    "cli": {"config", "files", "interrupts", "printable", "settings"},
     "files": set(),
     "fields": set(),
+    "interrupts": set(),
     "settings": set(),
     "config": {"files", "settings"},
     "sharding": {"settings", "types"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "decoder": {"settings", "fusion", "nn", "sharding", "types"},
     "model": {"settings", "encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
     "weights": {"files", "types"},
-    "data": {"cli", "fields", "files", "printable", "settings", "page", "types"},
+    "data": {"cli", "fields", "files", "interrupts", "printable", "settings", "page", "types"},
 }
 MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
 MAY_IMPORT["families"] = {"weights", "data", "dual", "fields"} | MAY_IMPORT["dual"]
@@ -41,7 +42,7 @@ MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["attention"] = MAY_IMPORT["model"] | {"model"}
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["generate"] = {"adapters", "api", "config", "printable", "status"} | MAY_IMPORT["api"]
-MAY_IMPORT["train"] = {"adapters", "cli", "config", "generate", "page", "paths"} | MAY_IMPORT["generate"]
+MAY_IMPORT["train"] = {"adapters", "cli", "config", "generate", "interrupts", "page", "paths"} | MAY_IMPORT["generate"]
 MAY_IMPORT["export"] = {"train"} | MAY_IMPORT["train"]
 MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
 MAY_IMPORT["models"] = {"cli", "config"} | MAY_IMPORT["api"]

@@ -1,12 +1,20 @@
 """What happens around a run: it is asked to stop, its reader goes, its workers are killed, its launcher is killed."""
 
+import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
+import pytest
+
+from mllm_jax.data.readers import Workers
+from mllm_jax.interrupts import held_back
 from mllm_jax.train.checkpoint import Checkpoints
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.processes import AGAIN
@@ -79,6 +87,74 @@ command.run(main)
     command = [sys.executable, "-c", script, "--config=configs/scenes.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=TESTS.parent)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+
+
+@pytest.mark.parametrize("command", ["mllm_jax.models", "mllm_jax.train", "mllm_jax.data", "launch.slurm"])
+def test_an_interrupt_while_a_command_is_imported_is_one_line(command, tmp_path):
+    """Wherever it comes: here from a module that all of them import, instead of from the keyboard."""
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("import signal, time; signal.raise_signal(signal.SIGINT)")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}"}
+    run = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, "-m", command])
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+
+
+def test_an_import_by_another_program_leaves_interrupts_alone():
+    script = "import mllm_jax, launch, signal; assert signal.getsignal(2) is signal.default_int_handler"
+    for command in (["-c", script], ["-m", "timeit", "-n1", "-r1", script]):
+        subprocess.run([sys.executable, *command], cwd=TESTS.parent, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_an_interrupt_is_held_back():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with held_back():
+            signal.raise_signal(signal.SIGINT)
+            done.append("in the block")
+        done.append("after it")
+    assert done == ["in the block"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_data_workers_do_not_hear_interrupts():
+    with ProcessPoolExecutor(1, Workers()) as pool:
+        assert signal.SIGINT in pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_an_interrupted_command_leaves_neither_workers_nor_their_warnings():
+    script = """
+import time
+from mllm_jax.cli import run_command
+from mllm_jax.data.readers import Workers
+
+def main():
+    context = Workers()
+    held = context.Event(), context.Process(target=time.sleep, args=(600,))
+    held[1].start()
+    print(held[1].pid, flush=True)
+    raise KeyboardInterrupt
+
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=TESTS.parent)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+    until(lambda: not pathlib.Path(f"/proc/{int(done.stdout)}").exists(), seconds=30)
+
+
+def test_an_interrupted_conversion_tells_what_is_done_in_one_line(tmp_path):
+    messages = [{"role": "user", "content": "hm " * 500}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "set.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 20_000)
+    command = [sys.executable, "-m", "mllm_jax.data", "convert", "set.jsonl", "made", "--processes=1", "--records=1000"]
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until(lambda: process.poll() is not None or list((tmp_path / "made").glob("*.array_record")))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of its processes
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors.count("\n") == 2, errors
+    assert re.fullmatch(r"\ninterrupted: \d+ shards are whole; the same command goes on\n", errors)
 
 
 def test_processes_end_with_their_launcher(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mllm_jax.cli import INTERRUPTED, REPLACES, Parser, run_command
+from mllm_jax.cli import REPLACES, Parser, run_command
 from mllm_jax.config import told
 from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
@@ -128,10 +128,9 @@ def _convert(args: argparse.Namespace) -> int:
     try:
         with _progress(len(source)) as progress:
             held = convert(source, folder, about, args.records, args.processes, progress)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         done = len(list(folder.glob("*.array_record")))
-        print(f"interrupted: {done} shards are whole; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        raise KeyboardInterrupt(f"interrupted: {done} shards are whole; the same command goes on") from interrupt
     print(f"{folder}: {held.records:,} records in {held.shards} shards; {ABOUT} says of what")
     if held.broken:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in held.broken.items())

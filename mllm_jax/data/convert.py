@@ -9,9 +9,7 @@ import collections
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mllm_jax.data.embed import embedded
-from mllm_jax.data.readers import end_with_parent
+from mllm_jax.data.readers import Workers, end_with_parent
 from mllm_jax.data.records import BadRecord
 from mllm_jax.data.sources import Conversations
 from mllm_jax.data.sources.array_record import pack
@@ -100,7 +98,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _write_all(missing: Sequence[Part], source: Conversations, processes: int, progress: Callable[[int], None]) -> None:
     before = len(source) - sum(part.last - part.first for part in missing)
     progress(before)
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
+    context = Workers()
     done, stop = context.Value("q", before), context.Event()
     if not processes:
         for part in missing:
@@ -111,13 +109,16 @@ def _write_all(missing: Sequence[Part], source: Conversations, processes: int, p
         try:
             for _ in _ended({pool.submit(_write_here, part) for part in missing}):
                 progress(done.value)
+        except KeyboardInterrupt:
+            context.kill()
+            raise
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "a process was ended, by lack of memory perhaps; the same command goes on"
             ) from error
         finally:
             stop.set()  # a shard takes minutes, and is not kept by halves
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _ended(waiting: set[Future]) -> Iterator[None]:
@@ -220,7 +221,6 @@ _shared: tuple[Any, ...]  # by the processes that write: what `_write` takes bes
 def _start(*shared: Any) -> None:
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which decides
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

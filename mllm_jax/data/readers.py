@@ -4,6 +4,7 @@ import collections
 import itertools
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from mllm_jax.data.judging import Judged, Prompts
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import BadRecord
+from mllm_jax.interrupts import held_back
 from mllm_jax.types import Example
 
 OVER_BUDGET = "over the budget"
@@ -114,7 +116,7 @@ class Readers:
 
     def __init__(self, streams: Streams, workers: int, processes: int = 0):
         self._streams, self._in_processes = streams, processes > 0
-        self._workers = _Workers()
+        self._workers = Workers()
         self._pool = _pool(streams, workers, processes, self._workers)
         self._together = TOGETHER if processes else 1
         parts = max(2, 2 * (processes or workers) // max(len(streams), 1)) if self._pool else 1
@@ -175,19 +177,38 @@ class Readers:
         return done
 
 
-class _Workers(multiprocessing.context.SpawnContext):
+class DeafProcess(multiprocessing.context.SpawnProcess):
+    """A process that does not hear Ctrl-C, from its first import on: its parent hears it, too, and decides."""
+
+    def start(self) -> None:
+        multiprocessing.resource_tracker.ensure_running()  # which unblocks what is blocked next
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with held_back():
+                super().start()  # and inherits what is blocked
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Workers(multiprocessing.context.SpawnContext):
     """Starts processes and keeps them; a fork would copy the locks of jax's threads."""
 
     def __init__(self):
         super().__init__()
-        self._made: list[multiprocessing.context.SpawnProcess] = []
+        self._made: list[DeafProcess] = []
 
-    def Process(self, *args: Any, **kwargs: Any) -> multiprocessing.context.SpawnProcess:
-        self._made.append(super().Process(*args, **kwargs))
+    def Process(self, *args: Any, **kwargs: Any) -> DeafProcess:
+        self._made.append(DeafProcess(*args, **kwargs))
         return self._made[-1]
 
     def lost(self) -> bool:
         return any(process.exitcode is not None for process in self._made)
+
+    def kill(self) -> None:
+        """Ends the processes that were started, before what they read from is gone."""
+        for process in self._made:
+            if process.pid is not None:
+                process.kill()
 
 
 def _lost() -> WorkerLost:
@@ -201,7 +222,7 @@ def _read(streams: Streams, wanted: list[tuple[int, int]]) -> list[Any]:
     return [streams[stream][key] for stream, key in wanted]
 
 
-def _pool(streams: Streams, workers: int, processes: int, context: _Workers) -> Executor | None:
+def _pool(streams: Streams, workers: int, processes: int, context: Workers) -> Executor | None:
     if processes:
         return ProcessPoolExecutor(processes, context, initializer=_start, initargs=(streams,))
     return ThreadPoolExecutor(workers) if workers else None
@@ -213,7 +234,6 @@ _streams: Streams  # of a worker process
 def _start(streams: Streams) -> None:
     global _streams
     _streams = streams
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which decides
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
