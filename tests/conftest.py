@@ -18,6 +18,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Refuses names of tests that differ between the workers of pytest-xdist, which would run none of them."""
+    if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"the name of a test holds an address in memory: {changing[0]}")
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """Real data beside the checkout; tests that need it are skipped where it is absent."""

@@ -31,7 +31,6 @@ SCENES = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.p
         (models, ["--image"], "argument --image: needs WIDTHxHEIGHT; where that begins with a hyphen, write --image="),
         (models, ["--image", "-3x4"], "argument --image: needs WIDTHxHEIGHT; "),
     ],
-    ids=str,
 )
 def test_a_value_of_another_form_is_one_line(main, words, said, capsys):
     with pytest.raises(SystemExit) as ended:
