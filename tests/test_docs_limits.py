@@ -30,7 +30,12 @@ def test_data():
     assert grounding.OUTSIDE == 0.01 and images.DISTORTED == 1.25
     says("data.md", f"of at least {loader.ENOUGH} records", "ran for 10 s, or made 2^28 characters")
     says("data.md", f"one side over {images.MAX_ASPECT} times the other", "JPEG of more than 2^25 pixels")
-    says("data.md", "Clips over 256 MB are not embedded", "A box over 1 % outside its image", "up to a factor of 1.25")
+    says(
+        "data.md",
+        "Clips over 256 MB are not embedded",
+        "A box over 1 % outside its image",
+        "by a factor of at most 1.25",
+    )
 
 
 def test_reliability():

@@ -249,7 +249,8 @@ def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tupl
         ratio = size[1] / size[0] / aspect
         return max(ratio, 1 / ratio)
 
-    if most <= (least := max(1, int(aspect / DISTORTED))):
+    least = math.ceil(aspect / DISTORTED) if aspect >= 2 else 1  # below 2:1 one square shows the picture
+    if most <= least:
         short, long = 1, least
     elif math.prod(shrunk) <= most and distortion(shrunk) <= DISTORTED:
         short, long = shrunk
