@@ -75,6 +75,8 @@ class Parser(argparse.ArgumentParser):
                 yield max(action.option_strings, key=len)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if value == "" and action.metavar in ("FILE", "FOLDER"):  # else it would count as left out
+            raise argparse.ArgumentError(action, f"needs {action.metavar}, not an empty name")
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"there is no {value!r}; {suggestion(value, action.choices)}")
 

@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+from absl import flags
 
 from launch import gke, slurm, xpk
 from mllm_jax.config import ConfigError
@@ -28,6 +29,7 @@ SCENES = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.p
         (slurm.main, ["--time="], "argument --time: '' is no time; write [DAYS-]HOURS:MINUTES:SECONDS"),
         (xpk.main, ["--mount=runs"], "argument --mount: 'runs' is not a folder of the hosts: begin with /"),
         (gke.main, ["--gpu=h200:²"], "argument --gpu: 'h200:²': hosts have 8 GPUs; write h200:N"),
+        (data, ["inspect", "--config", "a", "--html="], "argument --html: needs FILE, not an empty name"),
         (models, ["--image"], "argument --image: needs WIDTHxHEIGHT; where that begins with a hyphen, write --image="),
         (models, ["--image", "-3x4"], "argument --image: needs WIDTHxHEIGHT; "),
     ],
@@ -60,6 +62,13 @@ def test_a_value_of_a_config_of_another_form_is_one_line(override, said):
     with pytest.raises(ConfigError) as error:
         read_config(["--config", SCENES, f"--config.{override}"])
     assert str(error.value) == f"flag --config.{override}: {said}"
+
+
+def test_an_empty_value_is_not_taken_for_none():
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "A folder.", flag_values=values)
+    with pytest.raises(ConfigError, match="^--workdir is empty; give it a value, or leave it out$"):
+        read_config(["--config", SCENES, "--workdir=", "--config.init="], values)
 
 
 @pytest.mark.parametrize("text", ["nohost", "localhost:", "localhost:port", ":1234", "localhost:99999", "a:0", "a:1:2"])

@@ -118,6 +118,9 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
         config = values.config
         if path and not isinstance(config, ConfigDict) and not hasattr(config, "fields"):  # OSError if it was not read
             raise ConfigError(f"get_config of {path} must return what run_config does, not a {type(config).__name__}")
+        for flag in map(values.__getitem__, values):  # else it would count as left out
+            if flag.present and flag.value == "" and not f"--{flag.name}".startswith(OVERRIDE):
+                raise ConfigError(f"--{flag.name} is empty; give it a value, or leave it out")
         if rest[1:]:
             raise ConfigError(f"{' '.join(rest[1:])!r} belongs to no flag; run with --help")
         return rest
