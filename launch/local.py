@@ -40,11 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.command:
         parser.error("needs, after --, the arguments of mllm_jax.train")
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: asked.append(number))
-    run = (options.processes, options.devices, free_port(), options.command)
-    processes = [Process(number, *run) for number in range(options.processes)]
-    return watch(processes, options.grace, asked)
+    note = lambda number, _: asked.append(number)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run = (options.processes, options.devices, free_port(), options.command)
+        processes = [Process(number, *run) for number in range(options.processes)]
+        return watch(processes, options.grace, asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Process:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import time
 from types import SimpleNamespace
@@ -253,7 +254,9 @@ def test_the_launches_of_the_pages_are_understood(module, words, capsys, monkeyp
     started = []
     monkeypatch.setattr(local, "Process", lambda number, *run: started.append(run))
     monkeypatch.setattr(local, "watch", lambda processes, grace, asked: len(processes))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     processes = main(arguments)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     [(_, devices, _, training)] = {(count, devices, 0, tuple(command)) for count, devices, _, command in started}
     assert processes == len(started) > 1
     check_training(read_training(training), Hosts(processes, processes * devices, Files()))

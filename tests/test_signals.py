@@ -106,7 +106,15 @@ def test_an_import_by_another_program_leaves_interrupts_alone():
         subprocess.run([sys.executable, *command], cwd=TESTS.parent, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
-def test_an_interrupt_is_held_back():
+@pytest.fixture
+def raised():
+    """Ctrl-C raises KeyboardInterrupt, whatever tests before left behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_held_back(raised):
     done = []
     with pytest.raises(KeyboardInterrupt):
         with held_back():
