@@ -165,6 +165,10 @@ def test_every_field_of_peft_is_known():
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern='\\(': is no regular expression"),
         ({"alpha_pattern": {"(" * 9999 + ")" * 9999: 3}}, "is no regular expression: maximum recursion depth"),
         ({"alpha_pattern": {"q_proj{99999999999}": 3}}, "is no regular expression: the repetition number is too large"),
+        (
+            {"alpha_pattern": {"(?i)q_proj": 3}},
+            "alpha_pattern: PEFT cannot read its patterns: .*global flags",
+        ),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj=None: needs a number"),
         ([], "needs an object with the fields of PEFT's LoraConfig"),
         ("{", "adapter_config.json is no JSON"),

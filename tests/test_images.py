@@ -91,7 +91,7 @@ def test_fitted_size(size, tokens, expected):
 
 
 def test_a_small_budget_does_not_distort():
-    """Of any shape that is read, in any budget; what a row of tokens cannot show is over it."""
+    """In any shape and budget; an image that a row of tokens cannot show at its shape is over the budget."""
     random = np.random.default_rng(0)
     for _ in range(2000):
         aspect, tokens, short = np.exp(random.uniform(0, np.log(200))), int(random.integers(1, 400)), 997

@@ -273,7 +273,7 @@ def test_shrinking_uses_the_room(processor):
     "size", [(100, 600), (600, 100), (40, 800), (800, 40), (16, 1600), (1600, 16), (12, 2388), (200, 300)]
 )
 def test_a_small_budget_keeps_the_aspect_ratio(processor, size):
-    """Of pictures and clips, whatever the budget; one that cannot show a long picture leaves it out."""
+    """For images and clips in any budget; an image too long for it is left out."""
     spec, left_out, aspect = processor.spec, 0, max(size) / min(size)
     most = 1.26 if aspect > 2 else 1.51  # 1.5:1 is 1 x 1 or 1 x 2
     for make in (lambda: image(*size), lambda: clip(2, *size, fps=1.0)):

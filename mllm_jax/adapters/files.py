@@ -112,7 +112,7 @@ def scales_of(stated: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, 
     Args:
       ranks: {name in PEFT: rank} of the sites.
     Raises:
-      ValueError: the patterns of `alpha_pattern` take too long to match.
+      ValueError: the patterns of `alpha_pattern` take too long to match, or are none inside the one that PEFT builds.
     """
     own = _first_matches(list(stated.get("alpha_pattern", ())), list(ranks))
     alphas = {key: stated["alpha_pattern"][own[key]] if key in own else stated["lora_alpha"] for key in ranks}
@@ -133,6 +133,9 @@ def _first_matches(patterns: list[str], keys: list[str]) -> dict[str, str]:
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{CONFIG}: alpha_pattern: its patterns take over {SECONDS} s to match.") from error
+    except subprocess.CalledProcessError as error:  # such as (?i), which may stand at the beginning alone
+        why = error.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"{CONFIG}: alpha_pattern: PEFT cannot read its patterns: {why}") from error
     return {key: patterns[index] for key, index in json.loads(done.stdout).items()}
 
 

@@ -143,7 +143,7 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
 
 
 def _plain(text: str) -> str:
-    """What Python, absl and ml_collections say of a value that they cannot read, as the form that is needed."""
+    """Rewords an error of Python, absl or ml_collections about a value: names the form that is needed."""
     for pattern, needed in UNREADABLE.items():
         text = re.sub(pattern, needed, text, flags=re.DOTALL)
     return text

@@ -89,7 +89,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
 
 
 class _Read(NamedTuple):
-    """What all streams of a loader have read."""
+    """Totals over all streams of a loader."""
 
     drawn: np.ndarray  # i64[sources] records
     left_out: collections.Counter[str]  # by reason

@@ -83,7 +83,7 @@ class LocalCheckpoints:
         return read_sealed(about, place)
 
     def unreadable(self) -> dict[int, Damaged]:
-        """What is wrong with those of which not even the config and the position in the data can be read, by step."""
+        """Returns {step: fault} of the checkpoints whose config or position in the data cannot be read."""
         faults = {}
         for step in self._manager.all_steps():
             try:

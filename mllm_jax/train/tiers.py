@@ -117,7 +117,7 @@ class Tiers:
         return self.local.folder.parent / DAMAGED
 
     def _damaged_folders(self) -> list[str]:
-        """Where checkpoints lie that were set aside: of the shared tier, and on the disks of all processes."""
+        """Folders that hold damaged checkpoints: of the shared tier, and on the disks of all processes."""
         own = [self._workdir / DAMAGED] + ([self._local_damaged] if self.local else [])
         own = [str(folder) for folder in own if folder.is_dir() and any(folder.iterdir())]
         every = [folder for found in from_all_processes({"folders": own}) for folder in found["folders"]]
