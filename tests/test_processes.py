@@ -158,7 +158,7 @@ def test_a_step_that_one_process_has_begun_is_ended_by_all_before_they_stop(star
     workdir = tmp_path / "run"
     launcher = start(2, 2, workdir, variant=":late", watched=tmp_path)
     wait_for_files(launcher, tmp_path / "waits-1")
-    time.sleep(5)  # for the other process to begin the step
+    time.sleep(20)  # for the other process to begin the step
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=240) == AGAIN
     assert STALLED <= Checkpoints(workdir).latest() <= STALLED + 1  # the host is at most two steps ahead

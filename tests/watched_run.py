@@ -57,7 +57,7 @@ def poison(self, batch):
 def get_config(variant: str = ""):
     """`short`: a set of 61 conversations. `hangs`: a conversation that never comes. `spikes`: two poisoned batches.
 
-    `stalls`: a batch that never comes, in all processes. `late`: a batch that comes 15 s late in the second one.
+    `stalls`: a batch that never comes, in all processes. `late`: a batch that comes 40 s late in the second one.
     """
     if variant == "short":
         Scenes.__len__ = lambda self: 61
@@ -68,7 +68,7 @@ def get_config(variant: str = ""):
     if variant == "stalls":
         Placer.__call__ = stall(1e6, range(8))
     if variant == "late":
-        Placer.__call__ = stall(15, [1])
+        Placer.__call__ = stall(40, [1])
     if "WATCHED" in os.environ:
         Scenes.__getitem__ = read_and_note
     config = tiny_run.get_config()
