@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from tiny_run import get_config
 
 from mllm_jax.config import ConfigError
@@ -139,6 +140,17 @@ def two_tiers(state, tmp_path):
         checkpoints.save_local(step, state, CONFIG, position(step), NOTES | {"step": step})
     checkpoints.close()
     return tmp_path
+
+
+def test_saves_do_not_ask_whether_the_run_shall_stop(state, tmp_path, monkeypatch):
+    """jax's preemption service takes each question for a step that was begun: the run alone may ask."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    checkpoints = tiers(tmp_path)
+    checkpoints.save(1, state, CONFIG, position(1), NOTES)
+    checkpoints.save_local(2, state, CONFIG, position(2), NOTES)
+    checkpoints.close()
+    assert asked == [] and tiers(tmp_path).latest() == 2
 
 
 def test_the_newest_of_two_tiers_wins(two_tiers, state):

@@ -131,7 +131,7 @@ def test_four_processes_read_shares_save_together_and_go_on_as_two(start, alone,
 def test_asked_to_stop_processes_save_and_go_on_bit_equal(start, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert start(2, 2, whole).wait(timeout=600) == 0
-    launcher = start(2, 2, stopped)
+    launcher = start(2, 2, stopped, variant=":slow")
     wait_for_steps(launcher, stopped, 6)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=600) == AGAIN

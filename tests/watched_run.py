@@ -47,6 +47,12 @@ def stall(seconds, processes):
     return placed
 
 
+def placed_slowly(self, batch):
+    """A run of sixteen steps takes eight seconds, so that a request to stop meets it before its end."""
+    time.sleep(0.5)
+    return place(self, batch)
+
+
 def poison(self, batch):
     """The n-th batch of the data, however often it is read, has targets that nobody can know."""
     number = batches.setdefault(batch.tokens.tobytes(), len(batches) + 1)
@@ -58,6 +64,7 @@ def get_config(variant: str = ""):
     """`short`: a set of 61 conversations. `hangs`: a conversation that never comes. `spikes`: two poisoned batches.
 
     `stalls`: a batch that never comes, in all processes. `late`: a batch that comes 40 s late in the second one.
+    `slow`: batches that come half a second apart.
     """
     if variant == "short":
         Scenes.__len__ = lambda self: 61
@@ -69,6 +76,8 @@ def get_config(variant: str = ""):
         Placer.__call__ = stall(1e6, range(8))
     if variant == "late":
         Placer.__call__ = stall(40, [1])
+    if variant == "slow":
+        Placer.__call__ = placed_slowly
     if "WATCHED" in os.environ:
         Scenes.__getitem__ = read_and_note
     config = tiny_run.get_config()

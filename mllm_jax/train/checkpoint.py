@@ -26,6 +26,7 @@ from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params, without
 from mllm_jax.nn.value import NAME as VALUE_HEAD
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.base import completed, saved
+from mllm_jax.train.checkpoint_manager import CheckpointManager
 from mllm_jax.train.damage import check_arrays, read_sealed, reading, saving, sealed, verify
 from mllm_jax.train.fingerprint import fingerprints, names
 from mllm_jax.train.run import Run, read_run
@@ -56,7 +57,7 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int = 3, verify: bool = True):
         self.folder, self._verify = Path(workdir).resolve() / CHECKPOINTS, verify
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint; None where there is none."""

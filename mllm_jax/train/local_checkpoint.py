@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.config import ConfigError, dump
 from mllm_jax.train.checkpoint import arrays_of, set_aside
+from mllm_jax.train.checkpoint_manager import CheckpointManager
 from mllm_jax.train.damage import Damaged, read_sealed, reading, saving, sealed, verify
 from mllm_jax.train.state import TrainState
 
@@ -34,7 +35,7 @@ class LocalCheckpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._abstract, self._layout, self._verify = abstract, layout, verify
         self._needed = _digest(abstract, layout)
-        self._manager = ocp.CheckpointManager(
+        self._manager = CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=KEEP,
