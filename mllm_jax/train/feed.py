@@ -1,23 +1,28 @@
 """The batches of a run: made by the host, put on the devices, with what only the host knows of them."""
 
+import itertools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
-import numpy as np
-from jax.experimental import multihost_utils
+import jax
 from jax.sharding import Mesh
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.record_messages import TRIMMED
+from mllm_jax.train.board import Board
 from mllm_jax.train.cost import explain, flops_of_counts
 from mllm_jax.train.flops import useful
 from mllm_jax.train.inputs import Placer, open_data, shares_of
 from mllm_jax.train.paired_run import reading_of
 from mllm_jax.train.run import Run
 from mllm_jax.types import Batch
+
+POLL = 0.02  # seconds between two looks at whether the data of the other processes have ended
+_ends = itertools.count()  # of the Ends of a process; all processes make theirs in the same order
 
 
 class Fetched(NamedTuple):
@@ -27,7 +32,34 @@ class Fetched(NamedTuple):
     position: dict[str, Any]  # in the data, after this batch
     about: dict[str, float]  # FLOPs that its step needs; conversations that were left out or trimmed so far
     explained: tuple[str, ...]  # of the first batch, what a step costs
-    ended: bool  # this process has no more data: the batch is padding, until the data of all processes have ended
+    number: int  # of the batch among those that were fetched from one position on
+
+
+class Ends:
+    """Agrees with the other processes on the batch at which the data of all of them have ended.
+
+    No device waits for that: each posts the batches that it has made, and only one whose data have ended reads.
+    """
+
+    def __init__(self):
+        self._board, self._since = Board(f"ends-{next(_ends)}"), None
+
+    def post(self, number: int, ended: bool) -> None:
+        """Tells the others that this process has made batch `number`, and whether it is padding alone."""
+        if ended and self._since is None:
+            self._since = number
+        self._board.post({"made": number, "since": self._since})
+
+    def all_by(self, number: int) -> bool:
+        """Returns the same for all processes; waits, if this one's data have ended, for the batch of all others."""
+        if self._since is None or self._since > number:
+            return False
+        while True:
+            notes = self._board.read().values()
+            known = [note for note in notes if note["since"] is not None or note["made"] >= number]
+            if len(known) == jax.process_count():
+                return all(note["since"] is not None and note["since"] <= number for note in known)
+            time.sleep(POLL)
 
 
 class Feed:
@@ -42,7 +74,11 @@ class Feed:
         self._loader = open_data(run.data, processor, mesh, rules, reading_of(run))
         self._place = Placer(run.data.batch, mesh, rules)
         self._shared = run.data.epochs is not None and shares_of(run.data.batch, mesh, rules)[1] > 1
+        self._count_anew()
         self._coming: Future | None = None
+
+    def _count_anew(self) -> None:
+        self._ends, self._made = Ends() if self._shared else None, 0
 
     def begin(self) -> None:
         """Starts to make the next batch."""
@@ -58,13 +94,8 @@ class Feed:
         return self._coming.result()
 
     def all_ended(self, fetched: Fetched) -> bool:
-        """Returns whether the data of all processes have ended; each of them calls it once it has this batch.
-
-        Where each has a share of its own and an end, they ask each other, and wait for the last one.
-        """
-        if not self._shared:
-            return False
-        return bool(multihost_utils.process_allgather(np.array(fetched.ended)).all())
+        """Returns whether the data of all processes have ended; each of them calls it once it has this batch."""
+        return self._ends is not None and self._ends.all_by(fetched.number)
 
     def next(self) -> Fetched | None:
         """The next batch, on its way to the devices; None at the end of the data."""
@@ -80,8 +111,10 @@ class Feed:
             about["flops"] = sum(processes * float(costs @ counts) for costs in self._flops.values())
             explained = () if self._explained else tuple(explain(self._run, batch, processes))
         self._explained = True
-        ended = not info.conversations
-        return Fetched(self._place(batch), self._loader.get_state(), about, explained, ended)
+        self._made += 1
+        if self._ends is not None:
+            self._ends.post(self._made, ended=not info.conversations)
+        return Fetched(self._place(batch), self._loader.get_state(), about, explained, self._made)
 
     def get_state(self) -> dict[str, Any]:
         """The position in the data, for `set_state`."""
@@ -93,6 +126,7 @@ class Feed:
             self._loader.set_state(position)
         except ValueError as error:
             raise ConfigError(f"config.data: {error}") from error
+        self._count_anew()
 
     def close(self) -> None:
         """Ends reading; what is still being read for a batch that nobody waits for does not hold it up."""
