@@ -10,7 +10,7 @@ patches at their price, that a kernel works on. A step waits for its costliest d
 import numpy as np
 from packing import mixed_set
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 from mllm_jax.data import pack
 from mllm_jax.data.pack import Budget, Packer, place
 from mllm_jax.types import Example, Picture

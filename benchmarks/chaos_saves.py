@@ -30,7 +30,7 @@ import mllm_jax  # noqa: E402
 from mllm_jax import ModelConfig  # noqa: E402
 from mllm_jax.adapters import load_adapters, save_adapters  # noqa: E402
 from mllm_jax.api import Pretrained  # noqa: E402
-from mllm_jax.cli import Parser  # noqa: E402
+from mllm_jax.common.cli import Parser  # noqa: E402
 from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.encoders.vit import VitConfig  # noqa: E402

@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 from mllm_jax.data.loader import make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor

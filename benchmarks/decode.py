@@ -7,7 +7,7 @@ import os
 import statistics
 from functools import partial
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

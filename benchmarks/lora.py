@@ -17,7 +17,7 @@ import jax  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 
 from mllm_jax import ModelConfig, Runtime, make_mesh  # noqa: E402
-from mllm_jax.cli import Parser  # noqa: E402
+from mllm_jax.common.cli import Parser  # noqa: E402
 from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.encoders.vit import VitConfig  # noqa: E402

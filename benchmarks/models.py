@@ -10,7 +10,7 @@ absolute difference of logits, features or embeddings, in fp32 on random tiny we
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import count_params
 from mllm_jax.models import generates, picture_tokens, published
@@ -29,7 +29,8 @@ Which files and layouts are read says `docs/weights.md`.
 
 FOOT = """
 ## What is read of config.json
-Each family lists the fields that it reads, with transformers' defaults (`mllm_jax/fields.py`). A field that is missing,
+Each family lists the fields that it reads, with transformers' defaults (`mllm_jax/common/fields.py`). A field that is
+missing,
 has another type or is out of range is one error: `config.json: text_config.hidden_size=null: must be an integer of at
 least 1 ...`. Absent and null differ where they do in transformers: Mistral without `sliding_window` has windows of
 4,096 tokens, with null it has none. At most 1,024 layers and 1,024 experts are read. Other fields are ignored.

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 
 
 def blocks(experts: int, top_k: int, width: int, mlp: int, dtype: str, ways: dict):

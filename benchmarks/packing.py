@@ -7,7 +7,7 @@ import io
 import os
 import statistics
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

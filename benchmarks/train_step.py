@@ -7,7 +7,7 @@ python benchmarks/train_step.py --size 2b --rows 8     on an accelerator, bf16: 
 import os
 import statistics
 
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -11,7 +11,7 @@ in the folder.
 
 from dataclasses import replace
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.scenes import scenes_tokenizer
 from mllm_jax.decoder import DecoderConfig

@@ -4,7 +4,7 @@ python -m mllm_jax.plan certify --config configs/certify.py
 python -m mllm_jax.plan certify --config configs/certify.py:experts     that one alone
 """
 
-from mllm_jax.config import ConfigError, to_config_dict
+from mllm_jax.common.config import ConfigError, to_config_dict
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.scenes import scenes_tokenizer
 from mllm_jax.decoder import DecoderConfig

@@ -10,7 +10,7 @@ visual tokens and the question are seen by all tokens, as in PaliGemma.
 
 from dataclasses import replace
 
-from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.connectors.average_pool import AveragePoolConfig
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig

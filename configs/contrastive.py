@@ -12,7 +12,7 @@ SigLIP 2 packs pictures in their own aspect ratio, several to a row.
 
 from dataclasses import replace
 
-from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, clip, siglip, siglip2, towers
 from mllm_jax.nn.runtime import Runtime

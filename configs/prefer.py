@@ -14,7 +14,7 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.train.data_config import CaptionsData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.preference import PreferenceConfig

@@ -8,7 +8,7 @@ A Qwen3-VL of a million parameters: a visual token is 16 x 16 pixels, pictures h
 four conversations, a batch 32. See `mllm_jax.data.scenes` for what the questions are, and are not.
 """
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.scenes import scenes_tokenizer
 from mllm_jax.decoder import DecoderConfig

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_jax.api import is_run, published_config
-from mllm_jax.config import ConfigError, suggestion, told
+from mllm_jax.common.config import ConfigError, suggestion, told
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig, without_values

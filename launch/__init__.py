@@ -1,5 +1,5 @@
 """Ways to start runs: the demo, and launchers for clusters."""
 
-from mllm_jax.interrupts import end_imports
+from mllm_jax.common.interrupts import end_imports
 
 end_imports(__name__)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
 from launch.hosts import ROOT, Files, Hosts
-from mllm_jax.config import ConfigError, told
+from mllm_jax.common.config import ConfigError, told
 from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import mesh_without_devices, partition_spec, shardings, ways

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from launch.checks import AFTER, Training, check_training, read_training
 from launch.hosts import Hosts
-from mllm_jax.cli import Parser, fail
-from mllm_jax.config import ConfigError
-from mllm_jax.settings import PositiveInt, argument
+from mllm_jax.common.cli import Parser, fail
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.settings import PositiveInt, argument
 
 MODULE = "mllm_jax.train"
 NAME = "lower-case letters, digits and hyphens, a letter first, at most 40"

@@ -17,7 +17,7 @@ from launch.accelerators import Gpu, Tpu, gpu, tpu
 from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import Hosts, gpu_hosts, in_image, tpu_hosts
-from mllm_jax.cli import run_command
+from mllm_jax.common.cli import run_command
 
 MOUNT = "/runs"
 PORT = 8476  # of process 0, where those of GPUs meet

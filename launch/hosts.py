@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from launch.accelerators import Gpu, Tpu
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 3  # files that a message names

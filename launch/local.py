@@ -20,8 +20,8 @@ import time
 from collections.abc import Sequence
 
 from launch.exit_codes import FAILED_FOR_GOOD
-from mllm_jax.cli import Parser, run_command
-from mllm_jax.settings import NonNegative, PositiveInt, argument
+from mllm_jax.common.cli import Parser, run_command
+from mllm_jax.common.settings import NonNegative, PositiveInt, argument
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 

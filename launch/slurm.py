@@ -18,8 +18,8 @@ from pathlib import Path
 from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
 from launch.hosts import ROOT, Files, Hosts
-from mllm_jax.cli import run_command
-from mllm_jax.settings import NonNegativeInt, argument
+from mllm_jax.common.cli import run_command
+from mllm_jax.common.settings import NonNegativeInt, argument
 
 CPUS_ONLY = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 CPU_PROCESSES = 2  # of a node without GPUs

@@ -23,8 +23,8 @@ from launch.accelerators import Tpu, tpu
 from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import ROOT, committed, shown, tpu_hosts, uncommitted
-from mllm_jax.cli import run_command
-from mllm_jax.interrupts import INTERRUPTED
+from mllm_jax.common.cli import run_command
+from mllm_jax.common.interrupts import INTERRUPTED
 
 MOUNT = "/runs"
 ARCHIVE = "/tmp/mllm_jax.tar.gz"

@@ -14,7 +14,7 @@ from launch.accelerators import tpu
 from launch.command import absolute, checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import AGAIN
 from launch.hosts import in_image, tpu_hosts
-from mllm_jax.cli import run_command
+from mllm_jax.common.cli import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

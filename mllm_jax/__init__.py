@@ -5,7 +5,7 @@ Names are imported when they are first used, so that data workers, which import 
 
 import importlib
 
-from mllm_jax.interrupts import end_imports
+from mllm_jax.common.interrupts import end_imports
 
 end_imports(__name__)
 

@@ -6,8 +6,8 @@ python -m mllm_jax
 import importlib.util
 import sys
 
-from mllm_jax.cli import Parser, fail, run_command
-from mllm_jax.config import suggestion
+from mllm_jax.common.cli import Parser, fail, run_command
+from mllm_jax.common.config import suggestion
 
 COMMANDS = {
     "mllm_jax.train": "trains a model, or goes on where a run stopped",

@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 
+from mllm_jax.common.settings import Config, OneOf, Positive, PositiveInt, TokenId
 from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.model import example_picture
 from mllm_jax.nn.attention import attend
@@ -21,7 +22,6 @@ from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.mlp import ACTIVATIONS, Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.settings import Config, OneOf, Positive, PositiveInt, TokenId
 from mllm_jax.sharding import named, shard
 from mllm_jax.types import DualBatch, Output
 

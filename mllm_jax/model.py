@@ -11,12 +11,12 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import meta
 
+from mllm_jax.common.settings import Config, Int, NonNegative, NonNegativeInt, PositiveInt, TokenId
 from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.fusion import splice
 from mllm_jax.nn.lora import LoraConfig, join, keep_base, make_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.value import ValueHead
-from mllm_jax.settings import Config, Int, NonNegative, NonNegativeInt, PositiveInt, TokenId
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
 
 TEXT, PICTURE, VIDEO = range(len(MODALITIES))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from mllm_jax.cli import Parser, run_command
-from mllm_jax.config import suggestion
+from mllm_jax.common.cli import Parser, run_command
+from mllm_jax.common.config import suggestion
 from mllm_jax.data.images import check_size
 from mllm_jax.data.visuals import Cut, Still
 from mllm_jax.families import FAMILIES, spec_for

@@ -18,7 +18,7 @@ from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.settings import Constraint, check
+from mllm_jax.common.settings import Constraint, check
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RESERVED = ("stage",)

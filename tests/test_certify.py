@@ -11,7 +11,7 @@ import pytest
 from examples import random_params
 from tiny_run import load_config, load_module
 
-from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.plan.certificate import (
     MESHES,

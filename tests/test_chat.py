@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from test_generate import chat as model  # noqa: F401 (a fixture)
 
-from mllm_jax import status
+from mllm_jax.common import status
 from mllm_jax.generate import decode
 from mllm_jax.generate.__main__ import main
 from mllm_jax.generate.chat import Chat, ended_by_interrupt

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from mllm_jax import __main__ as package
-from mllm_jax.cli import Parser
+from mllm_jax.common.cli import Parser
 from mllm_jax.data.__main__ import main as data
 from mllm_jax.plan import __main__ as plan
 
@@ -169,7 +169,7 @@ def test_overrides_are_words_of_a_config():
     ],
 )
 def test_a_command_ends_with_its_code_or_one_line_after_ctrl_c(body, code, said):
-    script = f"from mllm_jax.cli import run_command\ndef main(): {body}\nrun_command(main)"
+    script = f"from mllm_jax.common.cli import run_command\ndef main(): {body}\nrun_command(main)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, said)
 

@@ -10,7 +10,7 @@ import pytest
 from examples import random_params
 from tiny_run import load_config, load_module
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.model import abstract_params
 from mllm_jax.train.objective import loss_sum

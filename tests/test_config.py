@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mllm_jax.config import ConfigError, check_path, dump, from_config_dict, load, to_config_dict
+from mllm_jax.common.config import ConfigError, check_path, dump, from_config_dict, load, to_config_dict
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import tiny_chat
 import transformers
 
 import mllm_jax.api
+from mllm_jax.common.fields import FieldError
 from mllm_jax.data.json_files import read_json, read_object
 from mllm_jax.data.tokenizer import Tokenizer
 from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, internlm2, internvl_chat, llava_llama
-from mllm_jax.fields import FieldError
 from mllm_jax.model import ModelConfig
 
 SIZES = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)

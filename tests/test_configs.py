@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import CONFIGS, load_config
 
-from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.pack import place
 from mllm_jax.model import ModelConfig, count_params
 from mllm_jax.train.loop import StopSignal, Training

@@ -17,7 +17,7 @@ from documents import COMMANDS, CONFIGS, PAGES, ROOT, blocks_of
 from test_readme import FEW_STEPS, run
 
 from launch.checks import read_training
-from mllm_jax.config import ConfigError, to_config_dict
+from mllm_jax.common.config import ConfigError, to_config_dict
 from mllm_jax.model import abstract_params
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.command import read_config

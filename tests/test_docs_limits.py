@@ -2,8 +2,8 @@
 
 import pathlib
 
+from mllm_jax.common.fields import MOST_EXPERTS, MOST_LAYERS
 from mllm_jax.data import bounded_jinja, embed, grounding, images, loader
-from mllm_jax.fields import MOST_EXPERTS, MOST_LAYERS
 from mllm_jax.train import lock, processes
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.run import TrainConfig

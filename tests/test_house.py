@@ -15,37 +15,28 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom, beside itself. A part that is not listed fails, so that a new one finds its room.
 MAY_IMPORT = {
     "types": set(),
-    "cli": {"config", "files", "interrupts", "printable", "settings"},
-    "files": set(),
-    "fields": set(),
-    "interrupts": set(),
-    "settings": set(),
-    "config": {"files", "settings"},
-    "sharding": {"settings", "types"},
-    "paths": set(),
-    "page": {"files"},
-    "printable": set(),
-    "status": {"printable"},
-    "nn": {"settings", "paths", "sharding", "types"},
+    "common": set(),
+    "sharding": {"common", "types"},
+    "nn": {"common", "sharding", "types"},
     "fusion": {"types"},
-    "encoders": {"settings", "nn", "sharding", "types"},
-    "connectors": {"settings", "nn", "sharding", "types"},
-    "decoder": {"settings", "fusion", "nn", "sharding", "types"},
-    "model": {"settings", "encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
-    "weights": {"files", "types"},
-    "data": {"cli", "fields", "files", "interrupts", "printable", "settings", "page", "types"},
+    "encoders": {"common", "nn", "sharding", "types"},
+    "connectors": {"common", "nn", "sharding", "types"},
+    "decoder": {"common", "fusion", "nn", "sharding", "types"},
+    "model": {"common", "encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
+    "weights": {"common", "types"},
+    "data": {"common", "types"},
 }
 MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
-MAY_IMPORT["families"] = {"weights", "data", "dual", "fields"} | MAY_IMPORT["dual"]
-MAY_IMPORT["api"] = {"families", "files"} | MAY_IMPORT["families"]
-MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
+MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]
 MAY_IMPORT["attention"] = MAY_IMPORT["model"] | {"model"}
+MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
+MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
-MAY_IMPORT["generate"] = {"adapters", "api", "config", "printable", "status"} | MAY_IMPORT["api"]
-MAY_IMPORT["train"] = {"adapters", "cli", "config", "generate", "interrupts", "page", "paths"} | MAY_IMPORT["generate"]
+MAY_IMPORT["generate"] = {"adapters", "api"} | MAY_IMPORT["api"]
+MAY_IMPORT["train"] = {"adapters", "generate"} | MAY_IMPORT["generate"]
 MAY_IMPORT["export"] = {"train"} | MAY_IMPORT["train"]
-MAY_IMPORT["evaluate"] = {"generate", "train"} | MAY_IMPORT["train"]
-MAY_IMPORT["models"] = {"cli", "config"} | MAY_IMPORT["api"]
+MAY_IMPORT["evaluate"] = {"train"} | MAY_IMPORT["train"]
+MAY_IMPORT["models"] = MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
 BESIDE_WORKERS = {"loader", "inspection", "inspection_page", "__main__"}  # of data/, run where jax may be
 DATA_WORKERS = [

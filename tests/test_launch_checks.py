@@ -9,7 +9,7 @@ from launch import gke, slurm, tpu_pod, xpk
 from launch.accelerators import gpu, tpu
 from launch.checks import check_training, read_training
 from launch.hosts import ROOT, Files, Hosts, committed, gpu_hosts, in_image, tpu_hosts
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 
 SCENES = ["--config=configs/scenes.py", "--workdir=/runs/a"]
 SPREAD = [*SCENES, "--config.data.batch=64", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]

@@ -10,7 +10,7 @@ from staged_run import get_config as staged_config
 from staged_run import on_one_device
 from tiny_run import get_config
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.loader import make_loader
 from mllm_jax.data.pack import Budget
 from mllm_jax.data.processor import Processor, ProcessorSpec

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.train import lock
 from mllm_jax.train.lock import FILE, Lock, locked
 

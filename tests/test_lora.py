@@ -11,7 +11,7 @@ from examples import VALUES, random_example, random_params, tiny_config
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_flops import dot_flops
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import VLM, abstract_boxed, abstract_params, init_adapters
 from mllm_jax.nn.einsum import Einsum

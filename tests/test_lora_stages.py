@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from staged_run import on_one_device
 from test_lora import merged
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.base import note_base, saved

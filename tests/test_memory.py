@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.model import abstract_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train import memory

@@ -12,7 +12,7 @@ from PIL import Image
 from test_loader import Numbers, numbers, seen
 from tiny_run import get_config, load_config
 
-from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.data.mixture import Mixture, start_of, tempered
 from mllm_jax.data.spec import SEEING

@@ -11,7 +11,7 @@ import watched_run
 from examples import VALUES, random_example, random_params, tiny_config
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.nn import mlp
 from mllm_jax.sharding import make_mesh

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tiny_run
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.answers import Reference
 from mllm_jax.data.captions import Captions, count_named, false_share, recall
 from mllm_jax.data.loader import BadData

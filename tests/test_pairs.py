@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_run import load_config
 
 import mllm_jax
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.loader import make_loader
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.sources import open_source

@@ -15,7 +15,7 @@ from test_llava import CLIP, TEXT, llava_config
 from test_sft import conversations, tokenizer
 
 import mllm_jax
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.families import llava
 from mllm_jax.model import init_params
 from mllm_jax.nn.lora import LoraConfig

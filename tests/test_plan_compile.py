@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_run import get_config
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pack import collate
 from mllm_jax.model import abstract_params
 from mllm_jax.nn.attention import attend

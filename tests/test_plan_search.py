@@ -15,7 +15,7 @@ import pytest
 from examples import tiny_config
 from flax.traverse_util import flatten_dict
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.families import qwen3_vl
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.nn.lora import LoraConfig

@@ -10,7 +10,7 @@ import tiny_run
 from staged_run import on_one_device
 
 from mllm_jax import load_workdir
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.value import NAME
 from mllm_jax.train.checkpoint import restore_params
 from mllm_jax.train.loop import train

@@ -16,7 +16,7 @@ import pytest
 from watched_run import STALLED, get_config
 
 from mllm_jax import load_adapters, load_workdir, save_adapters
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.train.checkpoint import Checkpoints, restore_params
 from mllm_jax.train.loop import train
 from mllm_jax.train.metrics import read_metrics

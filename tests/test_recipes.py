@@ -11,7 +11,7 @@ from PIL import Image
 from staged_run import on_one_device
 from tiny_run import CONFIGS, load_module
 
-from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.model import abstract_params
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.command import read_config

@@ -11,7 +11,7 @@ import tiny_run
 from examples import random_example, random_params, tiny_config
 from PIL import Image
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.answers import together
 from mllm_jax.data.judging import Judged, Prompts
 from mllm_jax.data.loader import BadData, make_loader

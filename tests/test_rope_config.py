@@ -10,8 +10,8 @@ import transformers
 from reference import END, IMAGE, START, VIDEO, batch_of, perturb, prompt, to_torch
 
 import mllm_jax
+from mllm_jax.common.fields import FieldError
 from mllm_jax.families import FAMILIES, qwen2, qwen3
-from mllm_jax.fields import FieldError
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, max_position_embeddings=64)

@@ -16,21 +16,8 @@ import numpy as np
 import pytest
 
 import mllm_jax
-from mllm_jax.config import ConfigError, from_config_dict, to_config_dict
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
-from mllm_jax.data.resize import Crop, EndedSquare, Halved, Keep, Square, Stretch
-from mllm_jax.data.tiles import AnyRes, Tiles
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.dual import AttentionPool, ClassPool, DualConfig, TokenPool
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, VisionTokenIds
-from mllm_jax.nn.mla import MlaConfig
-from mllm_jax.nn.moe import MoeConfig
-from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
-from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.plan.certificate import Certificate
-from mllm_jax.plan.chips import CHIPS, Chip
-from mllm_jax.settings import (
+from mllm_jax.common.config import ConfigError, from_config_dict, to_config_dict
+from mllm_jax.common.settings import (
     Config,
     Constraint,
     Finite,
@@ -45,6 +32,19 @@ from mllm_jax.settings import (
     check,
     type_name,
 )
+from mllm_jax.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.data.resize import Crop, EndedSquare, Halved, Keep, Square, Stretch
+from mllm_jax.data.tiles import AnyRes, Tiles
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.dual import AttentionPool, ClassPool, DualConfig, TokenPool
+from mllm_jax.encoders.vit import VitConfig
+from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.nn.mla import MlaConfig
+from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
+from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.plan.certificate import Certificate
+from mllm_jax.plan.chips import CHIPS, Chip
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import PARTS, Run, read_run, run_config
@@ -174,7 +174,9 @@ def settings(cls):
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
 def test_every_number_has_a_range_and_is_refused_outside(cls):
     stated = list(settings(cls))
-    assert [name for name, hint, _ in stated if hint in NUMBERS] == [], "state their ranges, see mllm_jax/settings.py"
+    assert [name for name, hint, _ in stated if hint in NUMBERS] == [], (
+        "state their ranges, see mllm_jax/common/settings.py"
+    )
     if cls.__name__ in WITHOUT_SAMPLE:
         return
     sample = NEEDED.get(cls) or cls()

@@ -8,7 +8,7 @@ import tiny_chat
 from PIL import Image
 from tiny_run import load_config
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.processor import Processor
 from mllm_jax.families import paligemma, spec_for
 from mllm_jax.train.loop import StopSignal, Training

@@ -13,7 +13,7 @@ from tiny_run import load_config
 
 import mllm_jax
 from mllm_jax.api import published_config
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.export import main as export
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.initial import first_params

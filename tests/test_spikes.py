@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import watched_run
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.train.checkpoint import Checkpoints, restore_params
 from mllm_jax.train.feed import Feed
 from mllm_jax.train.inputs import Placer

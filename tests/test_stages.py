@@ -20,7 +20,7 @@ from rich.console import Console
 from staged_run import get_config, on_one_device
 
 from mllm_jax.api import is_run
-from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.evaluate.report import short
 from mllm_jax.evaluate.stages import branches, table, write_page
 from mllm_jax.train import chain

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_run import get_config
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import scores
 from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params

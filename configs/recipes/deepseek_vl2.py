@@ -12,7 +12,7 @@ exist: pictures go in in their own size. The argument is "small", or "tiny" (see
 
 from dataclasses import replace
 
-from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.families import deepseek, qwen3_vl
 from mllm_jax.families.towers import SIGLIP

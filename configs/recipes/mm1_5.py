@@ -11,7 +11,7 @@ Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the num
 
 from dataclasses import replace
 
-from mllm_jax.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.connectors.average_pool import AveragePoolConfig
 from mllm_jax.families import qwen2, qwen3_vl
 from mllm_jax.families.towers import CLIP

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.adapters.sites import EXPERTS, Site
-from mllm_jax.settings import Finite, Pattern, check
+from mllm_jax.common.settings import Finite, Pattern, check
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

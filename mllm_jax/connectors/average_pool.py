@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mllm_jax.common.settings import Config, PositiveInt
 from mllm_jax.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.settings import Config, PositiveInt
 from mllm_jax.types import Vision, VisionTokens
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.common.settings import Config, OneOf, PositiveInt
 from mllm_jax.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.settings import Config, OneOf, PositiveInt
 from mllm_jax.sharding import named
 from mllm_jax.types import Vision, VisionTokens
 

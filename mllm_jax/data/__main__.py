@@ -18,12 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mllm_jax.cli import REPLACES, Parser, run_command
-from mllm_jax.config import told
+from mllm_jax.common.cli import REPLACES, Parser, run_command
+from mllm_jax.common.config import told
+from mllm_jax.common.printable import printable_lines
+from mllm_jax.common.settings import NonNegativeInt, PositiveInt, argument
 from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
-from mllm_jax.printable import printable_lines
-from mllm_jax.settings import NonNegativeInt, PositiveInt, argument
 
 CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
 

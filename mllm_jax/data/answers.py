@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from mllm_jax.common.settings import Config, Positive
 from mllm_jax.data.records import BadData, BadRecord
-from mllm_jax.settings import Config, Positive
 from mllm_jax.types import Example, Mix
 
 

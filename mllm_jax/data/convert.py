@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mllm_jax.common.files import write_whole, writing
 from mllm_jax.data.embed import embedded
 from mllm_jax.data.readers import Workers, end_with_parent
 from mllm_jax.data.records import BadRecord
 from mllm_jax.data.sources import Conversations
 from mllm_jax.data.sources.array_record import pack
-from mllm_jax.files import write_whole, writing
 
 ABOUT, BROKEN = "conversion.json", "broken.txt"
 PARTIAL = ".partial"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.common.settings import Config, Finite, Fraction, NonNegativeInt, Positive, PositiveInt
 from mllm_jax.data.dual_batches import one_each, pairs_in_rows
 from mllm_jax.data.images import load_image, notes, patchify
 from mllm_jax.data.json_files import write_json
@@ -16,7 +17,6 @@ from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.resize import Keep, Rule, rule_from_hf
 from mllm_jax.data.spec import read_processor
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.settings import Config, Finite, Fraction, NonNegativeInt, Positive, PositiveInt
 from mllm_jax.types import DualBatch, Example, Picture
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

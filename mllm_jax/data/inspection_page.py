@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mllm_jax.common.html import log_ticks, png, short, ticks, write_page
 from mllm_jax.data.inspection import KINDS, Inspection, Row, Stretch
-from mllm_jax.page import log_ticks, png, short, ticks, write_page
 
 BINS = 30  # of a histogram at most
 WIDE = 30  # times the smallest value is the largest in a histogram whose bins grow with their values

@@ -13,13 +13,13 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
+from mllm_jax.common.interrupts import held_back
 from mllm_jax.data.answers import Pairs
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.judging import Judged, Prompts
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import BadRecord
-from mllm_jax.interrupts import held_back
 from mllm_jax.types import Example
 
 OVER_BUDGET = "over the budget"

@@ -35,6 +35,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mllm_jax.common.printable import printable
 from mllm_jax.data import record_fields
 from mllm_jax.data.grounding import PLACEHOLDER, with_objects
 from mllm_jax.data.record_fields import ABOUT, CLIPS, FIELDS, FILES, NOT_READ, Bad, present, unread
@@ -50,7 +51,6 @@ from mllm_jax.data.record_parts import (
     with_asked,
     with_files,
 )
-from mllm_jax.printable import printable
 
 DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
 LIKED = ("label", "kto_tag")  # false of an answer that people disliked

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
+from mllm_jax.common.settings import Config, PositiveInt, Range
 from mllm_jax.data.images import MAX_ASPECT, check_bytes
 from mllm_jax.data.mix import Tokens, joined, resampled
-from mllm_jax.settings import Config, PositiveInt, Range
 from mllm_jax.types import NEWLINE, Mix
 
 Filter = Annotated[int, Range(least=0, most=5)]  # of PIL

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mllm_jax.cli import Parser, run_command
+from mllm_jax.common.cli import Parser, run_command
 from mllm_jax.data.embed import embedded
 from mllm_jax.data.scenes import Scenes as Drawn
 

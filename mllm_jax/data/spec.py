@@ -5,13 +5,36 @@ import math
 import pathlib
 from typing import Annotated, Any
 
+from mllm_jax.common.fields import (
+    Field,
+    FieldError,
+    count,
+    flag,
+    inside,
+    listed,
+    number,
+    only,
+    positive,
+    read,
+    section,
+    word,
+)
+from mllm_jax.common.settings import (
+    Config,
+    Finite,
+    Fraction,
+    Int,
+    NonNegative,
+    NonNegativeInt,
+    OneOf,
+    Positive,
+    PositiveInt,
+)
 from mllm_jax.data.grounding import QWEN3_VL, Grounding
 from mllm_jax.data.json_files import read_json, write_json
 from mllm_jax.data.resize import Rule, Whole, rule_from_hf
 from mllm_jax.data.tiles import AnyRes, Tiles
 from mllm_jax.data.video import EVEN, SAMPLINGS
-from mllm_jax.fields import Field, FieldError, count, flag, inside, listed, number, only, positive, read, section, word
-from mllm_jax.settings import Config, Finite, Fraction, Int, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
+from mllm_jax.common.settings import NonNegativeInt, PositiveInt
 from mllm_jax.data.images import resized
 from mllm_jax.data.mix import Tokens, alone, end_rows, joined, resampled
 from mllm_jax.data.resize import Colour, EndedSquare, Rule
-from mllm_jax.settings import NonNegativeInt, PositiveInt
 from mllm_jax.types import Mix
 
 Size = tuple[int, int]  # (height, width)

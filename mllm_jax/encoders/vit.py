@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.common.settings import Config, Finite, Int, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.encoders.positions import RESAMPLING, patch_rope, resample
 from mllm_jax.encoders.windows import window_segments
 from mllm_jax.nn.attention import attend
@@ -22,7 +23,6 @@ from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.rope import rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
-from mllm_jax.settings import Config, Finite, Int, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.sharding import join_rows, named, shard, split_rows
 from mllm_jax.types import Array, Vision
 

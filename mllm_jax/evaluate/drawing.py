@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mllm_jax.common.html import png, short, ticks
 from mllm_jax.evaluate.report import frames_of
-from mllm_jax.page import png, short, ticks
 
 TONES = ("#2368c4", "#d2691e", "#11906f", "#9a52c8", "#b8932a", "#c0396b")
 WARM = (230, 40, 30)  # of what is attended to

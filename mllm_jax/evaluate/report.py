@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mllm_jax.page import log_ticks, percent, short, ticks, write_page
+from mllm_jax.common.html import log_ticks, percent, short, ticks, write_page
 from mllm_jax.train.goodput import PARTS, hours
 from mllm_jax.types import MODALITIES
 

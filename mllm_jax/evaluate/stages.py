@@ -9,8 +9,8 @@ import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from mllm_jax.cli import cell
-from mllm_jax.config import load
+from mllm_jax.common.cli import cell
+from mllm_jax.common.config import load
 from mllm_jax.evaluate.report import Kind, Run, percent, short, write_report
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.train.damage import read_note

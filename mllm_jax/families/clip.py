@@ -1,5 +1,6 @@
 """CLIP (arXiv 2103.00020), OpenAI's and OpenCLIP's (arXiv 2212.07143): published sizes, config.json, weight names."""
 
+from mllm_jax.common.fields import Json, count, inside, nullable, read, section
 from mllm_jax.data.dual_batches import one_each
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.resize import Crop
@@ -8,7 +9,6 @@ from mllm_jax.families import duals
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP
 from mllm_jax.families.vision import SQUARE, square_pictures
-from mllm_jax.fields import Json, count, inside, nullable, read, section
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 

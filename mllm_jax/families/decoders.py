@@ -4,10 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.families.nearest import unsupported
-from mllm_jax.families.rope import rope_fields, rope_from_hf, rope_to_hf
-from mllm_jax.fields import (
+from mllm_jax.common.fields import (
     Field,
     FieldError,
     count,
@@ -19,6 +16,9 @@ from mllm_jax.fields import (
     positive,
     word,
 )
+from mllm_jax.decoder import DecoderConfig
+from mllm_jax.families.nearest import unsupported
+from mllm_jax.families.rope import rope_fields, rope_from_hf, rope_to_hf
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.rope import ListedStretch, NtkStretch
 from mllm_jax.nn.self_attention import AttentionConfig

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mllm_jax.common.fields import check_heads, count, positive, read, word
+from mllm_jax.common.fields import layers as count_layers
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.dual import DualConfig
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import layer_norm, layers, linear
 from mllm_jax.families.towers import Tower
-from mllm_jax.fields import check_heads, count, positive, read, word
-from mllm_jax.fields import layers as count_layers
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mllm_jax.common.fields import count, nullable, only, read, word
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import (
@@ -12,7 +13,6 @@ from mllm_jax.families.decoders import (
     read_decoder,
     write_decoder,
 )
-from mllm_jax.fields import count, nullable, only, read, word
 from mllm_jax.nn.self_attention import AttentionConfig
 
 _2B = DecoderConfig(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mllm_jax.common.fields import count, nullable, positive, read, word
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, rows
 from mllm_jax.families.decoders import (
@@ -12,7 +13,6 @@ from mllm_jax.families.decoders import (
     windows_from_hf,
     windows_to_hf,
 )
-from mllm_jax.fields import count, nullable, positive, read, word
 
 _2B = replace(
     gemma.SIZES["2b"],

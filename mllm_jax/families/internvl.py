@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mllm_jax.common.fields import FieldError, count, inside, number, read, section, word
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.grounding import Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
@@ -20,7 +21,6 @@ from mllm_jax.families.decoders import activation_from_hf, activation_to_hf, tie
 from mllm_jax.families.llava import feature_layers, features_from_hf, features_to_hf, whole
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN
-from mllm_jax.fields import FieldError, count, inside, number, read, section, word
 from mllm_jax.model import ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 

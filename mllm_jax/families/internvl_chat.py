@@ -8,6 +8,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from mllm_jax.common.fields import FieldError, count, flag, inside, nullable, number, only, read, section, word
 from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.tiles import Tiles
 from mllm_jax.decoder import DecoderConfig
@@ -18,7 +19,6 @@ from mllm_jax.families.llava import feature_layers, features_to_hf
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN, Tower, block, patches, plain_mlp
-from mllm_jax.fields import FieldError, count, flag, inside, nullable, number, only, read, section, word
 from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 

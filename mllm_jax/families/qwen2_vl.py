@@ -9,6 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.common.fields import (
+    FieldError,
+    check_heads,
+    count,
+    inside,
+    layers,
+    listed,
+    nullable,
+    number,
+    positive,
+    read,
+    section,
+    word,
+)
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.grounding import QWEN3_VL, Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
@@ -23,20 +37,6 @@ from mllm_jax.families.qwen3_vl import TOKEN_FIELDS, TOKENS, tokens_of
 from mllm_jax.families.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.rows import gated_mlp, layer_norm, linear
 from mllm_jax.families.towers import ACTIVATIONS, CLIP_PIXELS
-from mllm_jax.fields import (
-    FieldError,
-    check_heads,
-    count,
-    inside,
-    layers,
-    listed,
-    nullable,
-    number,
-    positive,
-    read,
-    section,
-    word,
-)
 from mllm_jax.model import InputRules, ModelConfig
 from mllm_jax.weights.table import Row
 

@@ -5,10 +5,10 @@ Tensor names as in the published safetensors files.
 
 from dataclasses import replace
 
+from mllm_jax.common.fields import MOST_EXPERTS, FieldError, count, flag, listed, nullable, only, read
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import decoder_fields, read_decoder, write_decoder
-from mllm_jax.fields import MOST_EXPERTS, FieldError, count, flag, listed, nullable, only, read
 from mllm_jax.model import ModelConfig
 from mllm_jax.nn.moe import MoeConfig
 from mllm_jax.nn.self_attention import AttentionConfig

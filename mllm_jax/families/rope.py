@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_jax.fields import (
+from mllm_jax.common.fields import (
     Field,
     FieldError,
     count,

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mllm_jax.common.fields import FieldError, count, flag, inside, nullable, section
+from mllm_jax.common.fields import read as read_fields
 from mllm_jax.data.dual_batches import one_each
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.resize import Stretch
@@ -13,8 +15,6 @@ from mllm_jax.families import duals
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import SIGLIP, Tower
 from mllm_jax.families.vision import SQUARE, attention_pool, pool_of, square_pictures
-from mllm_jax.fields import FieldError, count, flag, inside, nullable, section
-from mllm_jax.fields import read as read_fields
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mllm_jax.config import suggestion, told
+from mllm_jax.common.config import suggestion, told
+from mllm_jax.common.printable import printable_lines
+from mllm_jax.common.status import announced, say
 from mllm_jax.data.record_parts import MEDIA
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import answering_processor, read_prompts, stream_text
-from mllm_jax.printable import printable_lines
-from mllm_jax.status import announced, say
 
 with contextlib.suppress(ImportError):  # Windows has none
     import readline  # noqa: F401 (gives input() lines that can be edited, and a history)

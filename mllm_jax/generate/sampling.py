@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.settings import Range, check
+from mllm_jax.common.settings import Range, check
 from mllm_jax.types import Array
 
 Temperature = Annotated[float, Range(least=0, hint="Set 0 for the likeliest token.")]

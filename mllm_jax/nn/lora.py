@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mllm_jax.common.patterns import check_patterns, first_found
+from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
 from mllm_jax.nn.quantized import KINDS, dequantise, kept
-from mllm_jax.paths import check_patterns, first_found
-from mllm_jax.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
 from mllm_jax.sharding import Named
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")

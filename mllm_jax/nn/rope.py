@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.settings import Config, NonNegative, Positive, PositiveInt
+from mllm_jax.common.settings import Config, NonNegative, Positive, PositiveInt
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import jax
 from flax import linen as nn
 
-from mllm_jax.settings import Config, NonNegative, OneOf
+from mllm_jax.common.settings import Config, NonNegative, OneOf
 from mllm_jax.sharding import RULES, Rules, freeze_rules, rules_of
 
 TAPS = "taps"  # what somebody who listens to modules notes of every layer; nobody does in training

@@ -8,12 +8,12 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.nn.attention import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.norm import RMSNorm
 from mllm_jax.nn.rope import LAYOUTS, frequencies, longest, rope_table, rotate
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.settings import Config, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ python -m mllm_jax.plan certify --config configs/certify.py
 import importlib
 import sys
 
-from mllm_jax.cli import fail, run_command
-from mllm_jax.config import suggestion
+from mllm_jax.common.cli import fail, run_command
+from mllm_jax.common.config import suggestion
 
 COMMANDS = ("certify",)
 

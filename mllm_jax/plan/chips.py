@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mllm_jax.settings import Config, NonNegative, NonNegativeInt, Positive, PositiveInt
+from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive, PositiveInt
 from mllm_jax.train.flops import peak_flops
 
 GIB = 2**30

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pack import collate
 from mllm_jax.model import abstract_params
 from mllm_jax.plan import hlo

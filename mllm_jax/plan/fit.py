@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.api import is_run
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.families import FAMILIES
 from mllm_jax.model import ModelConfig
 from mllm_jax.train.run import Run

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mllm_jax import page
-from mllm_jax.page import log_ticks, ticks
+from mllm_jax.common import html
+from mllm_jax.common.html import log_ticks, ticks
 from mllm_jax.plan.chips import GIB, Chip
 from mllm_jax.plan.cost import Network, seconds
 from mllm_jax.plan.layout import STACKED, VOCABULARY, Laid
@@ -41,7 +41,7 @@ def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, f
       found: all candidates, best first.
     """
     best = chosen.candidate
-    return page.write_page(
+    return html.write_page(
         path,
         "plan/page.html",
         {"gib": gib, "duration": duration, "percent": percent, "mesh": mesh_text, "size": size_text},

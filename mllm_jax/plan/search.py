@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.runtime import REMAT
 from mllm_jax.plan.chips import CHIPS, Chip
 from mllm_jax.plan.compile import Planned, TooLarge, plan_step

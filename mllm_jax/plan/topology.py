@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 from jax.experimental import topologies
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.nn import kernels
 from mllm_jax.plan.chips import CHIPS
 

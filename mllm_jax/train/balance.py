@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mllm_jax.common.settings import Config, NonNegative, OneOf
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.nn.stack import segments
-from mllm_jax.settings import Config, NonNegative, OneOf
 from mllm_jax.types import Array, Batch, Routing
 
 LOSSES = ("none", "micro", "sequence", "global")

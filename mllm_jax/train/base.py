@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mllm_jax.config import ConfigError
-from mllm_jax.files import write_whole
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import write_whole
 from mllm_jax.nn.lora import join
 from mllm_jax.train.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.fingerprint import fingerprint

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mllm_jax.config import ConfigError, dump, told
-from mllm_jax.files import write_whole
+from mllm_jax.common.config import ConfigError, dump, told
+from mllm_jax.common.files import write_whole
 from mllm_jax.model import abstract_params
 from mllm_jax.train.initial import check_adapters
 from mllm_jax.train.length import DataEnded

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mllm_jax.api import CHECKPOINTS, Pretrained, load_processor
-from mllm_jax.config import ConfigError, dump, load
+from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.dual import DualConfig
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params, without_values

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from mllm_jax.config import ConfigError
-from mllm_jax.files import FULL, says_full
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import FULL, says_full
 from mllm_jax.train.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"

@@ -4,13 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from mllm_jax.config import suggestion
-from mllm_jax.data.captions import Captions
-from mllm_jax.data.pack import Budget
-from mllm_jax.data.record_parts import MEDIA
-from mllm_jax.data.scenes import DEFAULT_KINDS, KINDS, Scenes
-from mllm_jax.data.video import SAMPLINGS
-from mllm_jax.settings import (
+from mllm_jax.common.config import suggestion
+from mllm_jax.common.settings import (
     LARGEST,
     Config,
     Fraction,
@@ -22,6 +17,11 @@ from mllm_jax.settings import (
     Range,
     Seed,
 )
+from mllm_jax.data.captions import Captions
+from mllm_jax.data.pack import Budget
+from mllm_jax.data.record_parts import MEDIA
+from mllm_jax.data.scenes import DEFAULT_KINDS, KINDS, Scenes
+from mllm_jax.data.video import SAMPLINGS
 
 Readers = Annotated[int, Range(least=0, most=1024)]
 

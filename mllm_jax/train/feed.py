@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.record_messages import TRIMMED
 from mllm_jax.train.board import Board

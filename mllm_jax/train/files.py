@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm_jax.config import ConfigError, suggestion, told
+from mllm_jax.common.config import ConfigError, suggestion, told
+from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive
 from mllm_jax.data.mixture import Mixture, tempered
 from mllm_jax.data.scenes import KINDS, Scenes
 from mllm_jax.data.sources import Conversations, open_source
-from mllm_jax.settings import Config, NonNegative, NonNegativeInt, Positive
 from mllm_jax.train.data_config import DataConfig, WithoutPictures
 
 EMBEDDED = "scenes:"  # begins the path of an embedded set

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from mllm_jax.api import is_run, load_params
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params, without_values
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
 from mllm_jax.nn.value import NAME as VALUE_HEAD

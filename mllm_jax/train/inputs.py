@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.loader import make_loader
 from mllm_jax.data.processor import Processor

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data import loader as loaders
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.processor import Processor

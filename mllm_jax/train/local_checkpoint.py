@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from mllm_jax.config import ConfigError, dump
+from mllm_jax.common.config import ConfigError, dump
 from mllm_jax.train.checkpoint import arrays_of, set_aside
 from mllm_jax.train.checkpoint_manager import CheckpointManager
 from mllm_jax.train.damage import Damaged, read_sealed, reading, saving, sealed, verify

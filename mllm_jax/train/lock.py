@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
-from mllm_jax.config import ConfigError, told
-from mllm_jax.files import writing
+from mllm_jax.common.config import ConfigError, told
+from mllm_jax.common.files import writing
 from mllm_jax.train.checkpoint import from_all_processes
 from mllm_jax.train.processes import COMPILING, meet
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.model import abstract_params, in_full
 from mllm_jax.train.metrics import short
 from mllm_jax.train.optim import split

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mllm_jax.files import writing
+from mllm_jax.common.files import writing
 from mllm_jax.train.board import Board
 from mllm_jax.train.goodput import Clock, share
 

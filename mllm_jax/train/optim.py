@@ -10,8 +10,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers
 
-from mllm_jax.paths import check_patterns, first_found
-from mllm_jax.settings import (
+from mllm_jax.common.patterns import check_patterns, first_found
+from mllm_jax.common.settings import (
     Config,
     Fraction,
     NonNegative,

@@ -10,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.api import load_params, published_config
-from mllm_jax.config import ConfigError, told
+from mllm_jax.common.config import ConfigError, told
 from mllm_jax.dual import DualConfig
 from mllm_jax.model import ModelConfig, abstract_boxed, init_params
 from mllm_jax.nn.lora import LoraConfig, flatten

@@ -9,7 +9,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.settings import Config, Finite, Fraction, NonNegative, OneOf, Positive, PositiveInt, Range
+from mllm_jax.common.settings import Config, Finite, Fraction, NonNegative, OneOf, Positive, PositiveInt, Range
 from mllm_jax.train.preference import BASE, FIRST
 from mllm_jax.types import Array
 

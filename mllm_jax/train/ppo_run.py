@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import write_whole
 from mllm_jax.data.judging import Prompts
 from mllm_jax.data.processor import Processor
-from mllm_jax.files import write_whole
 from mllm_jax.train.checkpoint import read_config, restore_params
 from mllm_jax.train.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.fingerprint import fingerprint

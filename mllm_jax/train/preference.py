@@ -11,7 +11,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.settings import Config, Finite, NonNegative, Positive, Range
+from mllm_jax.common.settings import Config, Finite, NonNegative, Positive, Range
 from mllm_jax.types import Array
 
 BASE, FIRST, NONE = REFERENCES = ("base", "first", "none")

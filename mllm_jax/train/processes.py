@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.train.board import stop_is_agreed
 
 HEARTBEAT = 30  # seconds of silence after which jax counts a process as dead, and ends the others

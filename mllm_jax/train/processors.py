@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer

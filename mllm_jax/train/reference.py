@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import track
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 from mllm_jax.data.answers import Pairs, Reference, mark
 from mllm_jax.data.mixture import Mixture
 from mllm_jax.data.pack import Packer, collate

@@ -13,7 +13,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.config import ConfigError, following, from_config_dict, suggestion, to_config_dict
+from mllm_jax.common.config import ConfigError, following, from_config_dict, suggestion, to_config_dict
+from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
 from mllm_jax.connectors.average_pool import AveragePoolConfig
 from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.connectors.patch_merger import PatchMergerConfig
@@ -28,7 +29,6 @@ from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.nn.value import NAME as VALUE_HEAD
-from mllm_jax.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
 from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, MeshAxes, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.data_config import CaptionsData, DataConfig, ScenesData

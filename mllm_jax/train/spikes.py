@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from mllm_jax.settings import Config, NonNegativeInt, PositiveInt, Range
+from mllm_jax.common.settings import Config, NonNegativeInt, PositiveInt, Range
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mllm_jax.config import ConfigError
-from mllm_jax.files import write_whole
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import write_whole
 from mllm_jax.train.checkpoint import Checkpoints, Restored, check_same_run, from_all_processes, set_aside
 from mllm_jax.train.damage import Damaged
 from mllm_jax.train.local_checkpoint import LocalCheckpoints

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mllm_jax.config import ConfigError
+from mllm_jax.common.config import ConfigError
 
 
 def steps_of(text: str | None) -> range:

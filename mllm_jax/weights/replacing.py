@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mllm_jax.files import writing
+from mllm_jax.common.files import writing
 
 _PLAN = ".files.json"
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from mllm_jax.files import FULL, says_full
-from mllm_jax.settings import as_float, checker, type_name
+from mllm_jax.common.files import FULL, says_full
+from mllm_jax.common.settings import as_float, checker, type_name
 
 TYPE = "type"  # the key that names the dataclass of a section whose field is `Any`
 
@@ -54,7 +54,7 @@ def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[
 
     Raises:
       ConfigError: a name is unknown (with a suggestion) or missing, a type is wrong, a value breaks the constraint
-        of its annotation (see `mllm_jax.settings`), or the dataclass refuses it.
+        of its annotation (see `mllm_jax.common.settings`), or the dataclass refuses it.
     """
     if isinstance(config, ConfigDict):
         config = config.to_dict()

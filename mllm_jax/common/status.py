@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mllm_jax.printable import printable_lines
+from mllm_jax.common.printable import printable_lines
 
 PATIENCE = 2.0  # seconds
 

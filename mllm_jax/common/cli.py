@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 from rich.text import Text
 
-from mllm_jax.config import suggestion, told
-from mllm_jax.files import says_full
-from mllm_jax.interrupts import INTERRUPTED, raise_interrupts
-from mllm_jax.printable import printable, printable_lines
+from mllm_jax.common.config import suggestion, told
+from mllm_jax.common.files import says_full
+from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
+from mllm_jax.common.printable import printable, printable_lines
 
 OVERRIDE = "--config."  # words that begin with it replace a value of a config
 REPLACES = f"{OVERRIDE}PATH=VALUE replaces a value of the config, as in {OVERRIDE}optim.steps=100."

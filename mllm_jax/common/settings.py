@@ -7,7 +7,8 @@
 
     OptimConfig(clip=-1)  # ValueError: OptimConfig.clip=-1: must be at least 0. Set 0 for no clipping.
 
-`mllm_jax.config` checks the same annotations with the path of a setting, and command lines with the name of a flag.
+`mllm_jax.common.config` checks the same annotations with the path of a setting, and command lines with the name of a
+flag.
 """
 
 import argparse

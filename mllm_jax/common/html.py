@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from mllm_jax.files import write_whole
+from mllm_jax.common.files import write_whole
 
 
 def write_page(
