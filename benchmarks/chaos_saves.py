@@ -36,8 +36,8 @@ from mllm_jax.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.encoders.vit import VitConfig  # noqa: E402
 from mllm_jax.families import qwen3_vl  # noqa: E402
 from mllm_jax.model import VLM, abstract_params  # noqa: E402
+from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
-from mllm_jax.nn.self_attention import AttentionConfig  # noqa: E402
 
 MODEL = ModelConfig(
     VitConfig(width=64, layers=2, heads=2, mlp=128, taps=(0,)),

@@ -22,8 +22,8 @@ from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.encoders.vit import VitConfig  # noqa: E402
 from mllm_jax.families import qwen3_vl  # noqa: E402
+from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
-from mllm_jax.nn.self_attention import AttentionConfig  # noqa: E402
 from mllm_jax.plan.compile import abstract_step  # noqa: E402
 from mllm_jax.train.data_config import ScenesData  # noqa: E402
 from mllm_jax.train.flops import count_flops, padded  # noqa: E402

@@ -19,7 +19,7 @@ def blocks(experts: int, top_k: int, width: int, mlp: int, dtype: str, ways: dic
     import jax
     import jax.numpy as jnp
 
-    from mllm_jax.nn.moe import Moe, MoeConfig
+    from mllm_jax.nn.moe.layer import Moe, MoeConfig
     from mllm_jax.nn.runtime import Runtime
 
     config = MoeConfig(experts, top_k, mlp)

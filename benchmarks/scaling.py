@@ -22,9 +22,9 @@ from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.encoders.vit import VitConfig  # noqa: E402
 from mllm_jax.model import ModelConfig, VisionTokenIds, abstract_params  # noqa: E402
-from mllm_jax.nn.moe import MoeConfig  # noqa: E402
+from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
+from mllm_jax.nn.moe.layer import MoeConfig  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402
-from mllm_jax.nn.self_attention import AttentionConfig  # noqa: E402
 from mllm_jax.train.optim import OptimConfig, make_optimizer  # noqa: E402
 from mllm_jax.train.state import state_from_params  # noqa: E402
 from mllm_jax.train.step import make_train_step  # noqa: E402

@@ -17,7 +17,7 @@ from mllm_jax.data.scenes import scenes_tokenizer
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.processors import SCENES

@@ -13,8 +13,8 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen3_vl
 from mllm_jax.model import ModelConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import Run, TrainConfig, run_config

@@ -14,8 +14,8 @@ from mllm_jax.data.scenes import scenes_tokenizer
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
-from mllm_jax.nn.moe import MoeConfig
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig

@@ -11,9 +11,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from mllm_jax.model import VLM, ModelConfig
-from mllm_jax.nn.attention import probabilities
+from mllm_jax.nn.attention.attend import probabilities
+from mllm_jax.nn.attention.layer import Attention, AttentionConfig
 from mllm_jax.nn.runtime import TAPS
-from mllm_jax.nn.self_attention import Attention, AttentionConfig
 from mllm_jax.nn.stack import segments
 from mllm_jax.types import Array, Batch
 

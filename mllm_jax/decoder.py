@@ -10,12 +10,12 @@ from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
 from mllm_jax.fusion import deepstack
+from mllm_jax.nn.attention.masks import cap
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
-from mllm_jax.nn.moe import Moe, MoeConfig
+from mllm_jax.nn.moe.layer import Moe, MoeConfig
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.runtime import Runtime, rematted
-from mllm_jax.nn.sight import cap
 from mllm_jax.nn.stack import scan_segment, segments
 from mllm_jax.sharding import named, shard
 from mllm_jax.types import Cache

@@ -16,7 +16,7 @@ from mllm_jax.decoder import Decoder, DecoderConfig
 from mllm_jax.fusion import splice
 from mllm_jax.nn.lora import LoraConfig, join, keep_base, make_adapters
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.value import ValueHead
+from mllm_jax.nn.value_head import ValueHead
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
 
 TEXT, PICTURE, VIDEO = range(len(MODALITIES))

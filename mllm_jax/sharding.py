@@ -72,7 +72,7 @@ PRESETS: dict[str, Preset] = {
     "fsdp_tensor": {"mesh": {"fsdp": -1, "tensor": 4}, "rules": RULES | {"residual": ("context", "tensor")}},
     # Experts lie apart, and tokens travel (GShard, arXiv 2006.16668). A vision tower's width rarely divides as far.
     "expert": {"mesh": {"fsdp": -1, "expert": 4}, "rules": RULES | {"encoder_embed": "fsdp"}},
-    # The tokens of a row lie on several devices, which exchange keys or heads (nn/context.py).
+    # The tokens of a row lie on several devices, which exchange keys or heads (nn/attention/context_parallel.py).
     "long_context": {"mesh": {"fsdp": -1, "context": 4}, "rules": RULES},
     # Each device has all weights, and rows of its own: for models that are small.
     "replicated": {

@@ -15,7 +15,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 
-from mllm_jax.nn.attention import attend  # noqa: E402
+from mllm_jax.nn.attention.attend import attend  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402
 from mllm_jax.sharding import make_mesh, partition_spec  # noqa: E402
 

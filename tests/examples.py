@@ -7,8 +7,8 @@ from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds, abstract_params
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.types import Example, Picture
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_jax.nn import attention, flash
-from mllm_jax.nn.attention import attend
-from mllm_jax.nn.kernels import kernel_for
+from mllm_jax.nn.attention import attend as attend_module
+from mllm_jax.nn.attention import flash
+from mllm_jax.nn.attention.attend import attend
+from mllm_jax.nn.attention.kernels import kernel_for
+from mllm_jax.nn.attention.masks import Rule, sight
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.sight import Rule, sight
 
 PLAIN = Rule(causal=True, scale=1.0)
 
@@ -38,7 +39,7 @@ def torch_attention(q, k, v, mask):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
 def test_segments_and_groups(monkeypatch, causal, scores):
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attend_module, "SCORES", scores)
     monkeypatch.setattr(flash, "BLOCK", 4)
     rng = np.random.default_rng(0)
     q, k, v = random_inputs(rng)
@@ -66,7 +67,7 @@ def test_segments_and_groups(monkeypatch, causal, scores):
 
 @pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
 def test_reading_a_cache(monkeypatch, scores):
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attend_module, "SCORES", scores)
     q, k, v = random_inputs(np.random.default_rng(1), queries=2, keys=12)
     filled = np.array([[0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0]])
     out = attend(q, k, v, q_segment=np.ones((2, 2)), kv_segment=filled, causal=True, runtime=Runtime(), offset=5)
@@ -104,7 +105,7 @@ KINDS = [dict(window=5), dict(window=3, prefix=True), dict(prefix=True), dict(so
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
 def test_windows_prefixes_and_caps(monkeypatch, kind, scores):
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attend_module, "SCORES", scores)
     monkeypatch.setattr(flash, "BLOCK", 4)
     q, k, v = random_inputs(np.random.default_rng(5), queries=21, keys=21)
     real, seen = PACKED > 0, kind.get("prefix", False)
@@ -138,7 +139,7 @@ def test_blocks_outside_a_window_are_left_out(monkeypatch):
 @pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
 def test_a_window_counts_tokens_not_the_padding_between_them(monkeypatch, scores):
     """In a cache new tokens stand behind the padding of a prompt; those before it are as near as without padding."""
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attend_module, "SCORES", scores)
     monkeypatch.setattr(flash, "BLOCK", 4)
     q, k, v = random_inputs(np.random.default_rng(1), queries=2, keys=12)
     filled = np.array([[0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0]])
@@ -167,7 +168,7 @@ def test_what_a_kernel_cannot_see(name, kind, message):
 
 @pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
 def test_nothing_but_padding_is_finite(monkeypatch, scores):
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attend_module, "SCORES", scores)
     q, k, v = random_inputs(np.random.default_rng(2))
     zeros = np.zeros((2, 9), np.int32)
 

@@ -12,8 +12,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import VLM, ModelConfig
-from mllm_jax.nn.moe import MoeConfig
-from mllm_jax.nn.router import route, summarise
+from mllm_jax.nn.moe.layer import MoeConfig
+from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.balance import BalanceConfig, Load, balance_loss, imbalance, totals, z_loss

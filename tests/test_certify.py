@@ -12,7 +12,7 @@ from examples import random_params
 from tiny_run import load_config, load_module
 
 from mllm_jax.common.config import ConfigError, dump, load
-from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.plan.certificate import (
     MESHES,
     Comparison,

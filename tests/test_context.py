@@ -12,11 +12,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import VLM, abstract_boxed, init_params
-from mllm_jax.nn import flash
-from mllm_jax.nn.attention import attend
-from mllm_jax.nn.context import exchange_for
+from mllm_jax.nn.attention import flash
+from mllm_jax.nn.attention.attend import attend
+from mllm_jax.nn.attention.context_parallel import exchange_for
+from mllm_jax.nn.attention.masks import Key, Query
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.sight import Key, Query
 from mllm_jax.sharding import RULES, freeze_rules, make_mesh, shard, shardings
 from mllm_jax.train.loss import token_loss
 from mllm_jax.train.objective import loss_sum

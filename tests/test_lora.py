@@ -16,7 +16,7 @@ from mllm_jax.data.pack import Budget, collate
 from mllm_jax.model import VLM, abstract_boxed, abstract_params, init_adapters
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters
-from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, padded

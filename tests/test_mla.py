@@ -14,10 +14,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import deepseek, qwen3
 from mllm_jax.model import VLM, ModelConfig, abstract_boxed, cache_bytes_per_token, init_cache, init_params
-from mllm_jax.nn.mla import Mla, MlaConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.attention.mla import Mla, MlaConfig
 from mllm_jax.nn.rope import YarnConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.flops import Counts, count_flops

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.nn.dispatch import Experts, dispatch
-from mllm_jax.nn.exchange import exchange_for
-from mllm_jax.nn.grouped import grouped_matmul
-from mllm_jax.nn.moe import MoeConfig
-from mllm_jax.nn.router import route, summarise
+from mllm_jax.nn.moe.all_to_all import exchange_for
+from mllm_jax.nn.moe.dispatch import Experts, dispatch
+from mllm_jax.nn.moe.grouped_matmul import grouped_matmul
+from mllm_jax.nn.moe.layer import MoeConfig
+from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import REMAT, Runtime
 from mllm_jax.plan.jaxpr import operations, used_share
 from mllm_jax.sharding import make_mesh

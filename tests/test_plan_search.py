@@ -19,7 +19,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.families import qwen3_vl
 from mllm_jax.model import abstract_params, count_params
 from mllm_jax.nn.lora import LoraConfig
-from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.plan import search as search_module
 from mllm_jax.plan.chips import CHIPS, GIB

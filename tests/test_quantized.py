@@ -17,7 +17,7 @@ import mllm_jax
 from mllm_jax.model import VLM, abstract_boxed, abstract_params
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters, with_weights
-from mllm_jax.nn.quantized import KINDS, NF4, dequantise, group_of, quantise
+from mllm_jax.nn.quantization import KINDS, NF4, dequantise, group_of, quantise
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.objective import loss_sum

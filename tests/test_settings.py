@@ -39,10 +39,10 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.dual import AttentionPool, ClassPool, DualConfig, TokenPool
 from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.model import ModelConfig, VisionTokenIds
-from mllm_jax.nn.mla import MlaConfig
-from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.attention.mla import MlaConfig
+from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
-from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.plan.certificate import Certificate
 from mllm_jax.plan.chips import CHIPS, Chip
 from mllm_jax.train.data_config import ScenesData

@@ -20,8 +20,8 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rope import rope_fields, rope_from_hf, rope_to_hf
 from mllm_jax.model import ModelConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import ListedStretch, NtkStretch
-from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 
 ACTIVATIONS = {  # theirs -> ours

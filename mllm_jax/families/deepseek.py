@@ -10,8 +10,8 @@ from mllm_jax.families import rows as common
 from mllm_jax.families.decoders import decoder_fields
 from mllm_jax.families.rope import rope_of, stretch_from_hf, stretch_to_hf
 from mllm_jax.model import ModelConfig
-from mllm_jax.nn.mla import MlaConfig
-from mllm_jax.nn.moe import MoeConfig
+from mllm_jax.nn.attention.mla import MlaConfig
+from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.rope import YarnConfig
 from mllm_jax.weights.table import Row
 

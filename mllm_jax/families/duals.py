@@ -10,7 +10,7 @@ from mllm_jax.dual import DualConfig
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import layer_norm, layers, linear
 from mllm_jax.families.towers import Tower
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 
 IGNORE = ()

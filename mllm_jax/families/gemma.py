@@ -13,7 +13,7 @@ from mllm_jax.families.decoders import (
     read_decoder,
     write_decoder,
 )
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 
 _2B = DecoderConfig(
     vocab=256000,

@@ -9,8 +9,8 @@ from mllm_jax.common.fields import only, read
 from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
 from mllm_jax.families.rows import BARE, layers, linear
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import NtkStretch
-from mllm_jax.nn.self_attention import AttentionConfig
 from mllm_jax.weights.table import Row
 
 _7B = DecoderConfig(

@@ -13,8 +13,8 @@ from mllm_jax.families.decoders import (
     read_decoder,
     write_decoder,
 )
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import BlendedStretch
-from mllm_jax.nn.self_attention import AttentionConfig
 
 _HEAD = dict(head_dim=128, rope_sections=(64, 0, 0), qk_norm=False)
 _STRETCH = BlendedStretch(factor=8.0, length=8192)

@@ -6,7 +6,7 @@ from mllm_jax.common.fields import count, nullable, read
 from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 
 _ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False)
 _7B = DecoderConfig(32000, 4096, 32, _ATTENTION, 14336, norm_eps=1e-5, family="mistral")

@@ -7,7 +7,7 @@ from mllm_jax.common.fields import layers as count_layers
 from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families.decoders import TextFamily, activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import layer_norm, layers, linear
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 
 _ATTENTION = AttentionConfig(12, 12, 64, rope_theta=None, qk_norm=False, qkv_bias=True, out_bias=True)

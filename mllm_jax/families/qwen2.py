@@ -15,7 +15,7 @@ from mllm_jax.families.decoders import (
     write_decoder,
 )
 from mllm_jax.families.rope import AS_NAMED
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 
 _TEXT = AttentionConfig(28, 4, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False, qkv_bias=True)
 

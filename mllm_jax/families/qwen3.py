@@ -10,8 +10,8 @@ from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import decoder_fields, read_decoder, write_decoder
 from mllm_jax.model import ModelConfig
-from mllm_jax.nn.moe import MoeConfig
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.weights.table import Row
 
 _TEXT = AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, rope_sections=(64, 0, 0))

@@ -16,7 +16,7 @@ from mllm_jax.families.pictures import one_by_one, read_clips
 from mllm_jax.families.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
 from mllm_jax.model import ModelConfig, VisionTokenIds
-from mllm_jax.nn.self_attention import AttentionConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 
 TOKENS = VisionTokenIds(image=151655, video=151656, start=151652, end=151653)

@@ -18,8 +18,8 @@ from mllm_jax.common.fields import (
     section,
     word,
 )
+from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
-from mllm_jax.nn.self_attention import AttentionConfig
 
 Json = Mapping[str, Any]
 LENGTH = "original_max_position_embeddings"

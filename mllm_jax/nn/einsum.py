@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
-from mllm_jax.nn.quantized import SCALE as QUANTISED
-from mllm_jax.nn.quantized import dequantise
+from mllm_jax.nn.quantization import SCALE as QUANTISED
+from mllm_jax.nn.quantization import dequantise
 from mllm_jax.sharding import named
 from mllm_jax.types import Array
 
@@ -20,7 +20,7 @@ class Einsum(nn.Module):
     The equation has capital letters of the legend and one ellipsis on the activation, e.g. "...D,DNH->...NH".
     Letters of the weight that reach the output are its output axes; the bias has exactly those.
     Initialised normal with variance 1 / fan-in. Where an adapter lies beside `w`, its product is added (nn/lora.py);
-    `w` may be there in few bits (nn/quantized.py).
+    `w` may be there in few bits (nn/quantization.py).
     """
 
     equation: str

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.common.patterns import check_patterns, first_found
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
-from mllm_jax.nn.quantized import KINDS, dequantise, kept
+from mllm_jax.nn.quantization import KINDS, dequantise, kept
 from mllm_jax.sharding import Named
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
@@ -39,7 +39,7 @@ class LoraConfig(Config):
       adapter) or alpha.
     train: patterns of other weights, which are trained whole; all the rest is frozen.
     base: how frozen weights are kept: "float32"; "bfloat16"; or the matrices of layers in "int8", "int4" or "nf4", and
-      other weights of two axes or more in bfloat16 (see nn/quantized.py).
+      other weights of two axes or more in bfloat16 (see nn/quantization.py).
     group: values along an input axis that share a scale in four bits.
 
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".

@@ -29,13 +29,14 @@ class Runtime(Config):
     """
     dtype: compute dtype, "float32" or "bfloat16"; parameters have their own.
     attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
-    context: how tokens meet that a mesh axis "context" spreads: "auto", "ring" or "ulysses", see nn/context.py.
+    context: how tokens meet that a mesh axis "context" spreads: "auto", "ring" or "ulysses", see
+      nn/attention/context_parallel.py.
     experts: how tokens reach their experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or "dense"
       (every expert reads every token: for tests).
     expert_room: room for the tokens of an expert ("capacity"), or of a device's experts ("dropless" on several
       devices), as a multiple of the fair share. What finds no room is dropped and counted; 0 = room for any routing.
     exchange: what devices send each other of it: "auto" (by platform), "even" (all room) or "ragged" (the tokens that
-      there are; TPU), see nn/exchange.py.
+      there are; TPU), see nn/moe/all_to_all.py.
     grouped: products with sorted tokens: "auto" (by platform), "loop", "megablox" (TPU) or "tokamax" (GPU).
     remat: what backward recomputes: "none", "full" (every layer), "experts" (every layer, but not the exchange of
       tokens between devices) or "dots" (all but matrix products).

@@ -3,7 +3,7 @@
 It follows what the step does (`mllm_jax.train.step`) and what XLA makes of it.
 """
 
-from mllm_jax.nn.kernels import SPLASH_BLOCK
+from mllm_jax.nn.attention.kernels import SPLASH_BLOCK
 from mllm_jax.plan.compile import Planned
 from mllm_jax.plan.moves import collectives
 from mllm_jax.plan.portion import Portion

@@ -3,12 +3,13 @@
 Weights that are split over axes which also split the rows are gathered before they are used, their gradients reduced
 and split again (ZeRO, arXiv 1910.02054); other splits stay, and activations are added up over them (Megatron, arXiv
 1909.08053); tokens go to the devices of their experts and back (GShard, arXiv 2006.16668); the tokens of a row meet for
-attention as `mllm_jax.nn.context` says.
+attention as `mllm_jax.nn.attention.context_parallel` says.
 """
 
 from collections.abc import Callable, Iterable
 
-from mllm_jax.nn import context, exchange
+from mllm_jax.nn.attention import context_parallel
+from mllm_jax.nn.moe import all_to_all
 from mllm_jax.plan.compile import Collective
 from mllm_jax.plan.layout import VOCABULARY, Laid
 from mllm_jax.plan.portion import Portion
@@ -87,7 +88,7 @@ def _move_tokens(portion: Portion, layers: int, remat: str, platform: str, add: 
     trains, rows = portion.trains("decoder"), portion.exchanged()
     passes = 2 + 2 * trains + 2 * (trains and remat in ("full", "dots"))
     kind = "all-to-all"
-    if exchange.exchange_for(portion.run.model.runtime.exchange, platform) == "ragged":
+    if all_to_all.exchange_for(portion.run.model.runtime.exchange, platform) == "ragged":
         kind, rows = "ragged-all-to-all", min(rows, portion.rows["decoder"].count * portion.moe.top_k)
     add(kind, portion.text["expert"], layers * passes, rows * portion.width("decoder"))
 
@@ -102,7 +103,7 @@ def _move_context(portion: Portion, remat: str, add: Add) -> None:
     trains, layers = portion.trains("decoder"), portion.layers("decoder")
     passes = layers * (1 + trains + (trains and remat != "none"))
     wanted = getattr(portion.run.model.runtime, "context", "auto")
-    if context.exchange_for(heads, kv_heads, devices, wanted) == "ulysses":
+    if context_parallel.exchange_for(heads, kv_heads, devices, wanted) == "ulysses":
         add("all-to-all", axes, 2 * passes, heads * values)
         add("all-to-all", axes, 2 * passes, max(kv_heads, devices) * values)
     else:

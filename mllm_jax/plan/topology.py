@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.nn import kernels
+from mllm_jax.nn.attention import kernels
 from mllm_jax.plan.chips import CHIPS
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of their torus

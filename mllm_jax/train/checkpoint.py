@@ -23,7 +23,7 @@ from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.dual import DualConfig
 from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params, without_values
-from mllm_jax.nn.value import NAME as VALUE_HEAD
+from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.base import completed, saved
 from mllm_jax.train.checkpoint_manager import CheckpointManager

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.nn.flash import around
+from mllm_jax.nn.attention.flash import around
 from mllm_jax.sharding import Rules, fitting_axes, place
 from mllm_jax.types import Array
 

@@ -13,7 +13,7 @@ from mllm_jax.api import is_run, load_params
 from mllm_jax.common.config import ConfigError
 from mllm_jax.model import abstract_boxed, abstract_params, init_adapters, init_params, without_values
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
-from mllm_jax.nn.value import NAME as VALUE_HEAD
+from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
 from mllm_jax.train.parts import load_parts

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mllm_jax.nn.attention.masks import cap
 from mllm_jax.nn.runtime import expect_runs
-from mllm_jax.nn.sight import cap
 from mllm_jax.sharding import Rules, join_rows, shard, split_rows, ways
 from mllm_jax.types import Array, Batch
 

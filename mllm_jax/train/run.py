@@ -24,11 +24,11 @@ from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.text import TEXT
 from mllm_jax.model import ModelConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.lora import LoraConfig
-from mllm_jax.nn.mla import MlaConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
-from mllm_jax.nn.self_attention import AttentionConfig
-from mllm_jax.nn.value import NAME as VALUE_HEAD
+from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, MeshAxes, freeze_rules
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.data_config import CaptionsData, DataConfig, ScenesData

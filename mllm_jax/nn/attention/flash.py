@@ -1,8 +1,8 @@
 """Flash attention in plain XLA (arXiv 2205.14135): exact, never all scores at once, no work where nobody sees.
 
 Tokens are taken in blocks. A block of queries meets only the blocks of keys between the first and the last that any of
-its queries may see, which is told at run time (nn/sight.py): in packed rows, and outside windows, most of the square is
-left out.
+its queries may see, which is told at run time (nn/attention/masks.py): in packed rows, and outside windows, most of the
+square is left out.
 The sum over keys may go around a ring of devices that hold a part of the keys each (Ring Attention, arXiv 2310.01889).
 """
 
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
+from mllm_jax.nn.attention.masks import Key, Query, Rule, cap, sees
 from mllm_jax.nn.runtime import expect_runs
-from mllm_jax.nn.sight import Key, Query, Rule, cap, sees
 from mllm_jax.types import Array
 
 BLOCK = 256  # tokens

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
-from mllm_jax.nn.attention import attend
+from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.norm import RMSNorm
 from mllm_jax.nn.rope import LAYOUTS, frequencies, longest, rope_table, rotate

@@ -6,10 +6,10 @@ from typing import Annotated
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Positive, PositiveInt
-from mllm_jax.nn.dispatch import AXES, Experts, dispatch
 from mllm_jax.nn.einsum import Einsum, Weight
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp
-from mllm_jax.nn.router import route, summarise
+from mllm_jax.nn.moe.dispatch import AXES, Experts, dispatch
+from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import named
 

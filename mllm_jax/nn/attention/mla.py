@@ -14,12 +14,12 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegativeInt, Positive, PositiveInt
-from mllm_jax.nn.attention import attend
+from mllm_jax.nn.attention.attend import attend
+from mllm_jax.nn.attention.layer import write_cache
 from mllm_jax.nn.einsum import Einsum, Weight
 from mllm_jax.nn.norm import RMSNorm
 from mllm_jax.nn.rope import YarnConfig, frequencies, rope_table, rotate
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.self_attention import write_cache
 
 
 @dataclass(frozen=True)

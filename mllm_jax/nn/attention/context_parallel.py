@@ -17,9 +17,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.nn.flash import flash
-from mllm_jax.nn.kernels import repeat_heads
-from mllm_jax.nn.sight import Key, Query, Rule
+from mllm_jax.nn.attention.flash import flash
+from mllm_jax.nn.attention.kernels import repeat_heads
+from mllm_jax.nn.attention.masks import Key, Query, Rule
 
 
 def exchange_for(heads: int, kv_heads: int, devices: int, wanted: str) -> str:

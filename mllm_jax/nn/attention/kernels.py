@@ -1,7 +1,7 @@
 """Attention kernels of the platforms, behind `attend`: splash on TPU, cuDNN on GPU.
 
-Each takes q [B T N H], k and v [B S K H], what queries see of keys, and a Rule (nn/sight.py). A kernel is opaque to
-XLA's partitioner: `over_mesh` gives each device its part.
+Each takes q [B T N H], k and v [B S K H], what queries see of keys, and a Rule (nn/attention/masks.py). A kernel is
+opaque to XLA's partitioner: `over_mesh` gives each device its part.
 """
 
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.nn.sight import Key, Query, Rule, sees
+from mllm_jax.nn.attention.masks import Key, Query, Rule, sees
 from mllm_jax.sharding import fitting_axes, place
 
 SPLASH_BLOCK = 512

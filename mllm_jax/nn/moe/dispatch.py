@@ -15,8 +15,8 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from mllm_jax.nn.exchange import exchange
-from mllm_jax.nn.grouped import grouped_for, grouped_matmul, row_multiple
+from mllm_jax.nn.moe.all_to_all import exchange
+from mllm_jax.nn.moe.grouped_matmul import grouped_for, grouped_matmul, row_multiple
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
 from mllm_jax.sharding import partition_spec, shard, ways
 from mllm_jax.types import Array

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.nn.context import exchange_for, ring, ulysses
-from mllm_jax.nn.flash import flash
-from mllm_jax.nn.kernels import KERNELS, kernel_for, over_mesh
+from mllm_jax.nn.attention.context_parallel import exchange_for, ring, ulysses
+from mllm_jax.nn.attention.flash import flash
+from mllm_jax.nn.attention.kernels import KERNELS, kernel_for, over_mesh
+from mllm_jax.nn.attention.masks import Key, Query, Rule, cap, sees, sight
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.nn.sight import Key, Query, Rule, cap, sees, sight
 from mllm_jax.sharding import fitting_axes
 
 SCORES = 2**18  # of one head and batch row: up to so many are computed at once, more in blocks
