@@ -31,11 +31,11 @@ from mllm_jax import ModelConfig  # noqa: E402
 from mllm_jax.adapters import load_adapters, save_adapters  # noqa: E402
 from mllm_jax.api import Pretrained  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
-from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
-from mllm_jax.decoder import DecoderConfig  # noqa: E402
-from mllm_jax.encoders.vit import VitConfig  # noqa: E402
 from mllm_jax.families import qwen3_vl  # noqa: E402
-from mllm_jax.model import VLM, abstract_params  # noqa: E402
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig  # noqa: E402
+from mllm_jax.model.decoder import DecoderConfig  # noqa: E402
+from mllm_jax.model.encoders.vit import VitConfig  # noqa: E402
+from mllm_jax.model.vlm import VLM, abstract_params  # noqa: E402
 from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
 

@@ -23,7 +23,7 @@ from lora import run_of  # noqa: E402
 
 from mllm_jax import make_mesh  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
-from mllm_jax.model import abstract_params  # noqa: E402
+from mllm_jax.model.vlm import abstract_params  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
 from mllm_jax.train.checkpoint import Checkpoints  # noqa: E402
 from mllm_jax.train.fingerprint import fingerprints  # noqa: E402

@@ -12,7 +12,7 @@ from collections import defaultdict
 
 from mllm_jax.common.cli import Parser
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import count_params
+from mllm_jax.model.vlm import count_params
 from mllm_jax.models import generates, picture_tokens, published
 
 HEIGHT, WIDTH = 768, 1024

@@ -18,10 +18,10 @@ import numpy as np  # noqa: E402
 
 import mllm_jax  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
-from mllm_jax.connectors.patch_merger import PatchMergerConfig  # noqa: E402
-from mllm_jax.decoder import DecoderConfig  # noqa: E402
-from mllm_jax.encoders.vit import VitConfig  # noqa: E402
-from mllm_jax.model import ModelConfig, VisionTokenIds, abstract_params  # noqa: E402
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig  # noqa: E402
+from mllm_jax.model.decoder import DecoderConfig  # noqa: E402
+from mllm_jax.model.encoders.vit import VitConfig  # noqa: E402
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds, abstract_params  # noqa: E402
 from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.moe.layer import MoeConfig  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402

@@ -75,7 +75,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
 
     import mllm_jax
     from mllm_jax.families import qwen3_vl
-    from mllm_jax.model import abstract_params
+    from mllm_jax.model.vlm import abstract_params
     from mllm_jax.train.flops import count_flops, mfu, useful
     from mllm_jax.train.optim import OptimConfig, make_optimizer
     from mllm_jax.train.state import init_state

@@ -12,11 +12,11 @@ in the folder.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.scenes import scenes_tokenizer
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig

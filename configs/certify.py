@@ -5,11 +5,11 @@ python -m mllm_jax.plan certify --config configs/certify.py:experts     that one
 """
 
 from mllm_jax.common.config import ConfigError, to_config_dict
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.scenes import scenes_tokenizer
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.plan.certificate import Certificate

@@ -11,15 +11,15 @@ visual tokens and the question are seen by all tokens, as in PaliGemma.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.connectors.average_pool import AveragePoolConfig
-from mllm_jax.connectors.mlp import MlpConnectorConfig
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
-from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.scenes import scenes_tokenizer
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import dinov2, gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen2_vl, qwen3, qwen3_vl, towers
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.average_pool import AveragePoolConfig
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.processors import SCENES

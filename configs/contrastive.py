@@ -13,8 +13,8 @@ SigLIP 2 packs pictures in their own aspect ratio, several to a row.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, clip, siglip, siglip2, towers
+from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.files import FilesData

@@ -9,11 +9,11 @@ four conversations, a batch 32. See `mllm_jax.data.scenes` for what the question
 """
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.scenes import scenes_tokenizer
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.train.balance import BalanceConfig

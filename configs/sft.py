@@ -24,9 +24,9 @@ from pathlib import Path
 
 from mllm_jax.api import is_run, published_config
 from mllm_jax.common.config import ConfigError, suggestion, told
-from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import ModelConfig, without_values
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig, without_values
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.checkpoint import read_config

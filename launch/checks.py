@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.common.config import ConfigError, told
 from mllm_jax.data.sources import TFDS, find_files
-from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import mesh_without_devices, partition_spec, shardings, ways
 from mllm_jax.train.command import read_config
 from mllm_jax.train.files import EMBEDDED, MixtureData

@@ -273,7 +273,7 @@ def report(
 ) -> Path:
     """Writes the page; `facts` are shown beside scores, size and speed."""
     from mllm_jax.evaluate.metrics import exact_match
-    from mllm_jax.model import count_params
+    from mllm_jax.model.vlm import count_params
     from mllm_jax.train.checkpoint import read_config
     from mllm_jax.train.metrics import read_metrics
 

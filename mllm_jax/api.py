@@ -19,11 +19,11 @@ from mllm_jax.data.dual_processor import DualProcessor
 from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
 from mllm_jax.data.json_files import read_object
 from mllm_jax.data.processor import Processor
-from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, kind_of, spec_for
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import BUFFERS, TIES
-from mllm_jax.model import ModelConfig, abstract_boxed, abstract_params
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import shardings

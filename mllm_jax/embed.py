@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.api import Pretrained
-from mllm_jax.dual import DualConfig, probabilities
+from mllm_jax.model.dual_encoder import DualConfig, probabilities
 from mllm_jax.types import DualBatch
 
 BATCH = 32  # pictures, or texts, at once

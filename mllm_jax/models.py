@@ -16,7 +16,7 @@ from mllm_jax.common.config import suggestion
 from mllm_jax.data.images import check_size
 from mllm_jax.data.visuals import Cut, Still
 from mllm_jax.families import FAMILIES, spec_for
-from mllm_jax.model import ModelConfig, cache_bytes_per_token, count_params
+from mllm_jax.model.vlm import ModelConfig, cache_bytes_per_token, count_params
 from mllm_jax.types import NEWLINE
 
 

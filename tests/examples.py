@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, VisionTokenIds, abstract_params
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds, abstract_params
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.types import Example, Picture

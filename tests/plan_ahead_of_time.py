@@ -8,7 +8,7 @@ import sys
 from flax.traverse_util import flatten_dict
 from tiny_run import get_config
 
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan.compile import plan_step
 from mllm_jax.plan.topology import get_topology
 from mllm_jax.train.run import read_run

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import mllm_jax
 from mllm_jax.adapters import WEIGHTS
-from mllm_jax.model import init_adapters
+from mllm_jax.model.vlm import init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
 
 TEXTS = {"qwen3_moe": test_text_families, "phi3": test_decoders}

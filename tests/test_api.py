@@ -22,7 +22,7 @@ import mllm_jax
 from mllm_jax import api
 from mllm_jax.data.processor import Processor
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import VLM, init_adapters
+from mllm_jax.model.vlm import VLM, init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
 from mllm_jax.weights.table import flatten
 

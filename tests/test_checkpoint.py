@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.checkpoint import Checkpoints, read_config, restore_params
 from mllm_jax.train.damage import Damaged

@@ -13,9 +13,9 @@ import mllm_jax.api
 from mllm_jax.common.fields import FieldError
 from mllm_jax.data.json_files import read_json, read_object
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, internlm2, internvl_chat, llava_llama
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig
 
 SIZES = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 TEXT = SIZES | dict(num_key_value_heads=2, max_position_embeddings=512)

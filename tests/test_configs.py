@@ -10,7 +10,7 @@ from tiny_run import CONFIGS, load_config
 
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.pack import place
-from mllm_jax.model import ModelConfig, count_params
+from mllm_jax.model.vlm import ModelConfig, count_params
 from mllm_jax.train.loop import StopSignal, Training
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.processors import make_processor

@@ -11,7 +11,7 @@ from examples import VALUES, random_example, tiny_config
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.model import VLM, abstract_boxed, init_params
+from mllm_jax.model.vlm import VLM, abstract_boxed, init_params
 from mllm_jax.nn.attention import flash
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.attention.context_parallel import exchange_for

@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 
 import mllm_jax
 from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3, text
-from mllm_jax.model import ModelConfig, abstract_params, count_params
+from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.run import Run, read_run, run_config
 from mllm_jax.weights.table import expand

@@ -18,7 +18,7 @@ from test_readme import FEW_STEPS, run
 
 from launch.checks import read_training
 from mllm_jax.common.config import ConfigError, to_config_dict
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.command import read_config
 from mllm_jax.train.optim import make_optimizer

@@ -15,7 +15,7 @@ import mllm_jax
 from mllm_jax.data.dual_batches import packed
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.families import FAMILIES, clip, siglip, siglip2, vision
-from mllm_jax.model import abstract_params, count_params
+from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.train.contrastive import contrastive_loss
 from mllm_jax.weights.table import expand, flatten, to_ours
 

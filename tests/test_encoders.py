@@ -19,13 +19,13 @@ from transformers.models.internvl import InternVLVisionConfig, InternVLVisionMod
 import mllm_jax
 from mllm_jax.data.hf_inputs import without_text
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.encoders.positions import resample
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.encoders.windows import window_segments
 from mllm_jax.families import dinov2
 from mllm_jax.families.pictures import cut
 from mllm_jax.families.towers import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of
-from mllm_jax.model import ModelConfig, abstract_params, count_params, example_picture
+from mllm_jax.model.encoders.positions import resample
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.encoders.windows import window_segments
+from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params, example_picture
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.types import Picture

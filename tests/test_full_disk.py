@@ -18,7 +18,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import DiskFull, write_whole, writing
 from mllm_jax.common.html import write_page
 from mllm_jax.data.__main__ import main as data
-from mllm_jax.model import VLM, init_adapters
+from mllm_jax.model.vlm import VLM, init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
 from mllm_jax.train.lock import locked
 from mllm_jax.train.metrics import MetricsFile, read_metrics

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.fusion import deepstack, splice
+from mllm_jax.model.fusion import deepstack, splice
 from mllm_jax.types import Mix
 
 B, T, M, D, TAPS, LAYERS = 2, 7, 5, 4, 2, 3

@@ -23,7 +23,7 @@ from mllm_jax.generate.__main__ import main
 from mllm_jax.generate.buckets import bucket, pad_prompts
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import generate, stream_text
-from mllm_jax.model import VLM, abstract_boxed, init_cache
+from mllm_jax.model.vlm import VLM, abstract_boxed, init_cache
 from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch
 

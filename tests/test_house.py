@@ -18,17 +18,11 @@ MAY_IMPORT = {
     "common": set(),
     "sharding": {"common", "types"},
     "nn": {"common", "sharding", "types"},
-    "fusion": {"types"},
-    "encoders": {"common", "nn", "sharding", "types"},
-    "connectors": {"common", "nn", "sharding", "types"},
-    "decoder": {"common", "fusion", "nn", "sharding", "types"},
-    "model": {"common", "encoders", "connectors", "decoder", "fusion", "nn", "sharding", "types"},
+    "model": {"common", "nn", "sharding", "types"},
     "weights": {"common", "types"},
     "data": {"common", "types"},
 }
-MAY_IMPORT["dual"] = {"model"} | MAY_IMPORT["model"]
-MAY_IMPORT["families"] = {"weights", "data", "dual"} | MAY_IMPORT["dual"]
-MAY_IMPORT["attention"] = MAY_IMPORT["model"] | {"model"}
+MAY_IMPORT["families"] = {"weights", "data", "model"} | MAY_IMPORT["model"]
 MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
 MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
 MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]

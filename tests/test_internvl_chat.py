@@ -19,7 +19,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tiles import Tiles
 from mllm_jax.families import internvl_chat, spec_for
-from mllm_jax.model import abstract_params, count_params
+from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.weights.table import expand
 
 SMALL = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, patch_size=4)

@@ -14,7 +14,7 @@ import mllm_jax
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.tiles import best_canvas
 from mllm_jax.families import internvl, llava, spec_for
-from mllm_jax.model import InputRules, count_params
+from mllm_jax.model.vlm import InputRules, count_params
 
 IMAGE, NEW = 150, 6
 TEXT = dict(

@@ -14,7 +14,7 @@ from test_llava import CLIP, IMAGE, TEXT, inputs_of, llava_config, random_model
 
 import mllm_jax
 from mllm_jax.families import kind_of, llava, llava_llama, towers
-from mllm_jax.model import count_params
+from mllm_jax.model.vlm import count_params
 
 ROPE = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False)
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48], [48, 16]]  # (width, height)

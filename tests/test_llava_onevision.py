@@ -22,7 +22,7 @@ from mllm_jax.data.tiles import best_canvas
 from mllm_jax.data.visuals import frame_by_frame
 from mllm_jax.families import llava_onevision, spec_for
 from mllm_jax.generate.buckets import pad_prompts
-from mllm_jax.model import abstract_boxed, count_params
+from mllm_jax.model.vlm import abstract_boxed, count_params
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.step import batch_shardings
 from mllm_jax.types import NEWLINE

@@ -13,7 +13,7 @@ from test_flops import dot_flops
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.model import VLM, abstract_boxed, abstract_params, init_adapters
+from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params, init_adapters
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters
 from mllm_jax.nn.moe.layer import MoeConfig

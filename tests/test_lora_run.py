@@ -19,7 +19,7 @@ from PIL import Image
 from mllm_jax import load_adapters, load_pretrained, load_workdir, merge_adapters, save_adapters, save_pretrained
 from mllm_jax.common.config import ConfigError
 from mllm_jax.generate import __main__ as generate
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.train.fingerprint import fingerprint
 from mllm_jax.train.loop import train

@@ -6,7 +6,7 @@ import pytest
 import tiny_run
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train import memory
 from mllm_jax.train.loop import Training

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from examples import VALUES, random_example, random_params, tiny_config
 
-from mllm_jax.connectors.mlp import MlpConnectorConfig
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.model import VLM, InputRules, abstract_params
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.vlm import VLM, InputRules, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
 from mllm_jax.types import Vision

@@ -14,10 +14,10 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.data.loader import make_loader
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.sources import open_source
-from mllm_jax.dual import DualConfig
 from mllm_jax.evaluate.nearest import nearest
 from mllm_jax.families import clip, siglip, siglip2
-from mllm_jax.model import init_params
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import init_params
 from mllm_jax.train.checkpoint import load_workdir, read_config
 from mllm_jax.train.flops import Counts, count_flops
 from mllm_jax.train.loop import train

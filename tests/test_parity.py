@@ -9,7 +9,7 @@ from reference import assert_parity, batch_of, prompt, published, tiny_qwen3_vl,
 
 from mllm_jax.api import from_hf_inputs
 from mllm_jax.families import qwen3_vl
-from mllm_jax.model import VLM, abstract_params
+from mllm_jax.model.vlm import VLM, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.weights.table import expand, flatten, to_ours, unflatten
 
@@ -97,7 +97,7 @@ def test_gradients_of_every_tensor(pair, runtime):
     ],
 )
 def test_published_sizes_have_published_counts(size, total):
-    from mllm_jax.model import count_params
+    from mllm_jax.model.vlm import count_params
 
     assert sum(count_params(qwen3_vl.sizes(size)).values()) == total
 

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_plan_compile import compiled_text, tiny
 
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.runtime import Runtime, expect_runs
 from mllm_jax.plan import checks, hlo

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.families import qwen3_vl
-from mllm_jax.model import abstract_params, count_params
+from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime

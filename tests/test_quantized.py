@@ -14,7 +14,7 @@ from test_lora import base as base  # the fixture
 from test_lora import batch as batch
 
 import mllm_jax
-from mllm_jax.model import VLM, abstract_boxed, abstract_params
+from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters, with_weights
 from mllm_jax.nn.quantization import KINDS, NF4, dequantise, group_of, quantise

@@ -17,7 +17,7 @@ import mllm_jax
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.spec import read_spec, write_spec
 from mllm_jax.families import qwen2_vl, spec_for
-from mllm_jax.model import count_params
+from mllm_jax.model.vlm import count_params
 
 NEW = 8
 TEXT = dict(

@@ -12,7 +12,7 @@ from staged_run import on_one_device
 from tiny_run import CONFIGS, load_module
 
 from mllm_jax.common.config import ConfigError, dump, load
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.command import read_config
 from mllm_jax.train.files import MixtureData

@@ -18,7 +18,7 @@ from mllm_jax.data.loader import BadData, make_loader
 from mllm_jax.data.pack import Budget, TooLarge, collate
 from mllm_jax.data.processor import Processor, ProcessorSpec
 from mllm_jax.data.records import BadRecord, read_record
-from mllm_jax.model import VLM, ModelConfig
+from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train import ppo_run

@@ -13,7 +13,7 @@ from examples import VALUES, random_example, random_params, tiny_config
 from mllm_jax.data.answers import together
 from mllm_jax.data.pack import Budget, collate
 from mllm_jax.generate.decode import generate_ids, sample_ids
-from mllm_jax.model import VLM, ModelConfig
+from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.optim import OptimConfig, make_optimizer
 from mllm_jax.train.ppo import PpoConfig

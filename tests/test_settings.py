@@ -32,13 +32,13 @@ from mllm_jax.common.settings import (
     check,
     type_name,
 )
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.resize import Crop, EndedSquare, Halved, Keep, Square, Stretch
 from mllm_jax.data.tiles import AnyRes, Tiles
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.dual import AttentionPool, ClassPool, DualConfig, TokenPool
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.dual_encoder import AttentionPool, ClassPool, DualConfig, TokenPool
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.moe.layer import MoeConfig

@@ -10,7 +10,7 @@ from examples import VALUES, random_example, tiny_config
 from jax.sharding import PartitionSpec
 
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.model import VLM, init_params
+from mllm_jax.model.vlm import VLM, init_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.objective import CrossEntropy, loss_sum
 from mllm_jax.train.optim import OptimConfig, make_optimizer, split

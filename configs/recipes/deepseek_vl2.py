@@ -13,10 +13,10 @@ exist: pictures go in in their own size. The argument is "small", or "tiny" (see
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.families import deepseek, qwen3_vl
 from mllm_jax.families.towers import SIGLIP
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.files import FilesData, MixtureData, Part

@@ -34,7 +34,7 @@ from mllm_jax.adapters.files import (
 from mllm_jax.adapters.sites import Layer, in_memory, sites_of
 from mllm_jax.api import Pretrained
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import ModelConfig, abstract_boxed
+from mllm_jax.model.vlm import ModelConfig, abstract_boxed
 from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of, flatten, join, split_adapters
 from mllm_jax.sharding import Named, shardings
 from mllm_jax.weights import table

@@ -12,7 +12,7 @@ from rich.table import Table
 from mllm_jax.common.cli import cell
 from mllm_jax.common.config import load
 from mllm_jax.evaluate.report import Kind, Run, percent, short, write_report
-from mllm_jax.model import abstract_params, count_params
+from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.train.damage import read_note
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.optim import split

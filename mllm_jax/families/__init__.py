@@ -40,7 +40,7 @@ from mllm_jax.families import (
     siglip2,
     vision,
 )
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.vlm import ModelConfig
 
 FAMILIES = {
     "clip": clip,

@@ -4,11 +4,11 @@ from mllm_jax.common.fields import Json, count, inside, nullable, read, section
 from mllm_jax.data.dual_batches import one_each
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.resize import Crop
-from mllm_jax.dual import ClassPool, DualConfig, TokenPool
 from mllm_jax.families import duals
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP
 from mllm_jax.families.vision import SQUARE, square_pictures
+from mllm_jax.model.dual_encoder import ClassPool, DualConfig, TokenPool
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 

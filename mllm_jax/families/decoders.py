@@ -16,10 +16,10 @@ from mllm_jax.common.fields import (
     positive,
     word,
 )
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rope import rope_fields, rope_from_hf, rope_to_hf
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import ListedStretch, NtkStretch
 from mllm_jax.weights.table import Row

@@ -5,11 +5,11 @@ layers. Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import MOST_EXPERTS, FieldError, Json, count, flag, nullable, only, positive, read, word
-from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families import rows as common
 from mllm_jax.families.decoders import decoder_fields
 from mllm_jax.families.rope import rope_of, stretch_from_hf, stretch_to_hf
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.decoder import DecoderConfig, LayerKind
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.rope import YarnConfig

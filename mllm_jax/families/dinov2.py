@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from mllm_jax.common.fields import count, flag, read
 from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import joint_gate_up, layer_norm, linear
 from mllm_jax.families.towers import IMAGENET_PIXELS, Tower, attention, block, patches, plain_mlp
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.weights.table import Row
 
 _LAYER = "encoder.layer.{n}"

@@ -5,11 +5,11 @@ from typing import Any
 
 from mllm_jax.common.fields import check_heads, count, positive, read, word
 from mllm_jax.common.fields import layers as count_layers
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.dual import DualConfig
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import layer_norm, layers, linear
 from mllm_jax.families.towers import Tower
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, only, read, word
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import (
     TextFamily,
@@ -13,6 +12,7 @@ from mllm_jax.families.decoders import (
     read_decoder,
     write_decoder,
 )
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 
 _2B = DecoderConfig(

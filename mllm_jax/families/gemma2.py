@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, positive, read, word
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, rows
 from mllm_jax.families.decoders import (
     WINDOWS,
@@ -13,6 +12,7 @@ from mllm_jax.families.decoders import (
     windows_from_hf,
     windows_to_hf,
 )
+from mllm_jax.model.decoder import DecoderConfig
 
 _2B = replace(
     gemma.SIZES["2b"],

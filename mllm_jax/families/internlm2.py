@@ -6,9 +6,9 @@ Transformers has no class for it; its config.json is in the words of the publish
 from dataclasses import replace
 
 from mllm_jax.common.fields import only, read
-from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
 from mllm_jax.families.rows import BARE, layers, linear
+from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import NtkStretch
 from mllm_jax.weights.table import Row

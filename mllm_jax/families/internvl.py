@@ -8,20 +8,20 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.common.fields import FieldError, count, inside, number, read, section, word
-from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.grounding import Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.resize import Stretch
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import Tiles
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import llava, qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf, tied_at_the_top
 from mllm_jax.families.llava import feature_layers, features_from_hf, features_to_hf, whole
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 

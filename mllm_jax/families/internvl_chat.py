@@ -9,17 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_jax.common.fields import FieldError, count, flag, inside, nullable, number, only, read, section, word
-from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.data.tiles import Tiles
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import internlm2, internvl, llama, qwen2, text
 from mllm_jax.families.internvl import features_of, merge_of
 from mllm_jax.families.llava import feature_layers, features_to_hf
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import INTERN, Tower, block, patches, plain_mlp
-from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 ARCHITECTURES = {  # of the decoders that OpenGVLab's code knows

@@ -22,18 +22,18 @@ from mllm_jax.common.fields import (
     section,
     word,
 )
-from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.resize import Crop, Square, mean_colour
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import AnyRes
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, mistral, qwen2, text
 from mllm_jax.families.decoders import activation_from_hf, activation_to_hf, tied_at_either, tied_at_the_top
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP, part_to_hf, tower_for, tower_of
-from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.types import Visual
 from mllm_jax.weights.table import Row
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_jax.common.fields import FieldError, nullable, only, read, word
-from mllm_jax.connectors.mlp import MlpConnectorConfig
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llama, llava, mistral, text
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import CLIP
-from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 IMAGE = -200  # llava/constants.py

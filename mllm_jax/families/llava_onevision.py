@@ -10,18 +10,18 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.common.fields import FieldError, count, inside, read, section, word
-from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.resize import Halved, mean_colour
 from mllm_jax.data.spec import ProcessorSpec
 from mllm_jax.data.tiles import AnyRes
 from mllm_jax.data.visuals import frame_by_frame
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import llava, qwen2, text
 from mllm_jax.families.decoders import tied_at_either
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.towers import SIGLIP
-from mllm_jax.model import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.types import Visual
 
 PINPOINTS = tuple(itertools.product(range(384, 2305, 384), repeat=2))

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, read
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 
 _ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from mllm_jax.common.fields import FieldError, check_heads, count, flag, nullable, only, read, word
 from mllm_jax.common.fields import layers as count_layers
-from mllm_jax.decoder import DecoderConfig, LayerKind
 from mllm_jax.families.decoders import TextFamily, activation_from_hf, activation_to_hf
 from mllm_jax.families.rows import layer_norm, layers, linear
+from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 

@@ -9,17 +9,17 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.common.fields import count, inside, read, section, word
-from mllm_jax.connectors.mlp import MlpConnectorConfig
 from mllm_jax.data.grounding import Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.resize import Stretch
 from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, gemma2, llava, text
 from mllm_jax.families.decoders import tied_at_the_top
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import SIGLIP, part_to_hf
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 _DECODERS = {

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, only, read
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import TextFamily, decoder_fields, read_decoder, write_decoder
 from mllm_jax.families.rope import LENGTH
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, flag, nullable, read
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import (
     WINDOWS,
@@ -15,6 +14,7 @@ from mllm_jax.families.decoders import (
     write_decoder,
 )
 from mllm_jax.families.rope import AS_NAMED
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 
 _TEXT = AttentionConfig(28, 4, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False, qkv_bias=True)

@@ -23,13 +23,10 @@ from mllm_jax.common.fields import (
     section,
     word,
 )
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.grounding import QWEN3_VL, Grounding
 from mllm_jax.data.hf_inputs import Arrays, Supply
 from mllm_jax.data.positions import patch_positions
 from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen2
 from mllm_jax.families.decoders import tied_at_either
 from mllm_jax.families.pictures import one_by_one, read_clips
@@ -37,7 +34,10 @@ from mllm_jax.families.qwen3_vl import TOKEN_FIELDS, TOKENS, tokens_of
 from mllm_jax.families.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.rows import gated_mlp, layer_norm, linear
 from mllm_jax.families.towers import ACTIVATIONS, CLIP_PIXELS
-from mllm_jax.model import InputRules, ModelConfig
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig
 from mllm_jax.weights.table import Row
 
 # Rotary positions alone say where a patch stands.

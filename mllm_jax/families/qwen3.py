@@ -6,10 +6,10 @@ Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import MOST_EXPERTS, FieldError, count, flag, listed, nullable, only, read
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import rows
 from mllm_jax.families.decoders import decoder_fields, read_decoder, write_decoder
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.weights.table import Row

@@ -6,16 +6,16 @@ Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import FieldError, check_heads, count, inside, layers, listed, read, section, word
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.decoder import DecoderConfig
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import qwen3
 from mllm_jax.families.decoders import tied_at_the_top
 from mllm_jax.families.pictures import one_by_one, read_clips
 from mllm_jax.families.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
-from mllm_jax.model import ModelConfig, VisionTokenIds
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 

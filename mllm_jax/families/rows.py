@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from mllm_jax.decoder import DecoderConfig, LayerKind
+from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.stack import segments
 from mllm_jax.weights.table import Row
 

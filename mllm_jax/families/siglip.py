@@ -9,12 +9,12 @@ from mllm_jax.common.fields import read as read_fields
 from mllm_jax.data.dual_batches import one_each
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.resize import Stretch
-from mllm_jax.dual import DualConfig, TokenPool
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import duals
 from mllm_jax.families.rows import linear
 from mllm_jax.families.towers import SIGLIP, Tower
 from mllm_jax.families.vision import SQUARE, attention_pool, pool_of, square_pictures
+from mllm_jax.model.dual_encoder import DualConfig, TokenPool
+from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 

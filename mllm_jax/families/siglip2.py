@@ -7,10 +7,10 @@ from typing import Any
 from mllm_jax.data.dual_batches import one_each
 from mllm_jax.data.hf_inputs import Arrays
 from mllm_jax.data.resize import Keep
-from mllm_jax.dual import DualConfig
 from mllm_jax.families import duals, siglip
 from mllm_jax.families.towers import NAFLEX
 from mllm_jax.families.vision import ANY_SIZE, pictures_of_any_size
+from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from types import ModuleType
 
-from mllm_jax.decoder import DecoderConfig
 from mllm_jax.families import gemma, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
 from mllm_jax.families.nearest import unsupported
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.weights.table import Row
 
 TEXT: dict[str, ModuleType] = {

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from mllm_jax.common.fields import Field, FieldError, check_heads, count, flag, layers, listed, positive, read
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.nearest import unsupported
 from mllm_jax.families.rows import layer_norm, linear
+from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.weights.table import Row
 
 CLIP_PIXELS = dict(pixel_mean=(0.48145466, 0.4578275, 0.40821073), pixel_std=(0.26862954, 0.26130258, 0.27577711))

@@ -11,12 +11,12 @@ from einops import rearrange
 
 from mllm_jax.common.fields import flag, read
 from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.dual import AttentionPool
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families.pictures import counted_like_text, cut
 from mllm_jax.families.rows import layer_norm, linear
 from mllm_jax.families.towers import CLIP, NAFLEX, SIGLIP, Tower
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.dual_encoder import AttentionPool
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.types import Picture
 from mllm_jax.weights.table import Row
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.model import VLM, head_table
+from mllm_jax.model.vlm import VLM, head_table
 from mllm_jax.nn.stack import segments
 from mllm_jax.types import Array
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mllm_jax.model import abstract_params, head_table
+from mllm_jax.model.vlm import abstract_params, head_table
 from mllm_jax.plan import hlo
 from mllm_jax.plan.jaxpr import Operation, part_of, place, unknown_loops
 from mllm_jax.sharding import ways

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pack import collate
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan import hlo
 from mllm_jax.plan.checks import warnings_of
 from mllm_jax.plan.groups import axes_of

@@ -8,7 +8,7 @@ from typing import Any
 from mllm_jax.api import is_run
 from mllm_jax.common.config import ConfigError
 from mllm_jax.families import FAMILIES
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.run import Run
 
 PARTS = ("encoder", "connector", "decoder")

@@ -8,7 +8,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 
-from mllm_jax.model import abstract_boxed, abstract_params, in_full
+from mllm_jax.model.vlm import abstract_boxed, abstract_params, in_full
 from mllm_jax.sharding import MESH_AXES, Named, Rules, partition_spec
 from mllm_jax.train.optim import make_optimizer, split
 from mllm_jax.train.run import Run

@@ -84,7 +84,7 @@ class Portion:
         self._matrices = {part: [laid for laid in self.laid if inside(laid.weight, part)] for part in self.towers}
 
     def _patch_rows(self, part: str, batch: int, length: int) -> Rows:
-        """Rows of patches, or of visual tokens, of `length`: all of them in one line (see `mllm_jax.encoders.vit`)."""
+        """Rows of patches, or of visual tokens, of `length`: all of them in one line (see `mllm_jax.model.encoders.vit`)."""
         names, sizes = ("batch", "length"), (batch * self.budget.rows, length)
         axes = [axis for n, x in zip(names, sizes) for axis in fitting_axes(n, x, self.rules[part], self.mesh)]
         return Rows(math.prod(sizes) / self.size(axes), tuple(axes))

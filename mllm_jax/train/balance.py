@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.common.settings import Config, NonNegative, OneOf
-from mllm_jax.decoder import DecoderConfig
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.stack import segments
 from mllm_jax.types import Array, Batch, Routing
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, dump, told
 from mllm_jax.common.files import write_whole
-from mllm_jax.model import abstract_params
+from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.initial import check_adapters
 from mllm_jax.train.length import DataEnded
 from mllm_jax.train.lock import locked

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.dual import DualConfig
+from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.sharding import Rules, partition_spec
 from mllm_jax.train.contrastive import contrastive_loss
 from mllm_jax.train.optim import OptimConfig, merge, split

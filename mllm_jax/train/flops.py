@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mllm_jax.dual import DualConfig
-from mllm_jax.encoders.vit import VitConfig
-from mllm_jax.model import ModelConfig, abstract_params, in_full
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, abstract_params, in_full
 from mllm_jax.train.optim import split
 from mllm_jax.types import Batch, DualBatch
 

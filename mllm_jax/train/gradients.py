@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.model import VLM, ModelConfig
+from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.train.balance import BalanceConfig, Load, Totals, balance_loss, totals, z_loss
 from mllm_jax.train.objective import dropout
 from mllm_jax.train.optim import merge, split

@@ -20,7 +20,7 @@ from mllm_jax.data import loader
 from mllm_jax.data.inspection import Inspection
 from mllm_jax.data.inspection_page import write_inspection
 from mllm_jax.data.mixture import Mixture
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.data_config import DataConfig
 from mllm_jax.train.files import MixtureData
 from mllm_jax.train.initial import processor_of

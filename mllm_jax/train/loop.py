@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mllm_jax.common.config import ConfigError, dump, told
 from mllm_jax.common.files import write_whole, writing
 from mllm_jax.common.status import announced, say
-from mllm_jax.model import ModelConfig, abstract_params, count_params
+from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.base import completed, note_base, saved
 from mllm_jax.train.checkpoint import PROCESSOR, Restored

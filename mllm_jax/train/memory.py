@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.model import abstract_params, in_full
+from mllm_jax.model.vlm import abstract_params, in_full
 from mllm_jax.train.metrics import short
 from mllm_jax.train.optim import split
 from mllm_jax.train.run import Run

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import TAPS
 from mllm_jax.nn.stack import segments
 from mllm_jax.train.optim import merge, split

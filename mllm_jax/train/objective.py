@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mllm_jax.model import VLM, ModelConfig, head_table
+from mllm_jax.model.vlm import VLM, ModelConfig, head_table
 from mllm_jax.train.loss import sample_weights, token_loss
 from mllm_jax.types import Array, Batch, Routing
 

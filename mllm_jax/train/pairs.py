@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.model import VLM, ModelConfig, head_table
+from mllm_jax.model.vlm import VLM, ModelConfig, head_table
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.train.loss import sum_segments, token_log_probs
 from mllm_jax.train.objective import CHUNK, dropout

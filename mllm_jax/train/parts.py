@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.api import load_params, published_config
 from mllm_jax.common.config import ConfigError, told
-from mllm_jax.dual import DualConfig
-from mllm_jax.model import ModelConfig, abstract_boxed, init_params
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params
 from mllm_jax.nn.lora import LoraConfig, flatten
 from mllm_jax.sharding import Named, shardings
 from mllm_jax.train.run import Run

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.sharding import shard
 from mllm_jax.train.objective import CHUNK
 from mllm_jax.train.optim import OptimConfig

@@ -10,9 +10,9 @@ from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.dual import DualConfig
 from mllm_jax.families import FAMILIES, spec_for
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.data_config import DataConfig
 from mllm_jax.weights.hf import local_folder
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.data.dual_processor import DualProcessor
-from mllm_jax.dual import DualConfig
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.contrastive import contrastive_loss
 from mllm_jax.train.dual_step import pair_shardings, real_pairs
 from mllm_jax.train.heldout import HeldOut, Spread, batches, placed

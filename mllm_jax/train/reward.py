@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.common.settings import Config, NonNegative
-from mllm_jax.model import VLM, ModelConfig
+from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.train.loss import sum_segments
 from mllm_jax.train.objective import dropout
 from mllm_jax.train.pairs import in_pairs

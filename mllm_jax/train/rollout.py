@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mllm_jax.generate.decode import sample_ids
-from mllm_jax.model import VLM, ModelConfig, head_table
+from mllm_jax.model.vlm import VLM, ModelConfig, head_table
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.train.loss import token_log_probs
 from mllm_jax.train.ppo import PpoConfig, advantages, token_rewards, whitened

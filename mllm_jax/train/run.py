@@ -15,15 +15,15 @@ from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, following, from_config_dict, suggestion, to_config_dict
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
-from mllm_jax.connectors.average_pool import AveragePoolConfig
-from mllm_jax.connectors.mlp import MlpConnectorConfig
-from mllm_jax.connectors.patch_merger import PatchMergerConfig
-from mllm_jax.connectors.pixel_shuffle import PixelShuffleConfig
-from mllm_jax.dual import AttentionPool, ClassPool, DualConfig
-from mllm_jax.encoders.vit import VitConfig
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.text import TEXT
-from mllm_jax.model import ModelConfig
+from mllm_jax.model.connectors.average_pool import AveragePoolConfig
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.dual_encoder import AttentionPool, ClassPool, DualConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.lora import LoraConfig

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.model import VLM, ModelConfig, head_table
+from mllm_jax.model.vlm import VLM, ModelConfig, head_table
 from mllm_jax.sharding import Rules, partition_spec, ways
 from mllm_jax.train.balance import BalanceConfig, imbalance, move_biases
 from mllm_jax.train.compiler import compiler_options

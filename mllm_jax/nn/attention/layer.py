@@ -146,5 +146,5 @@ class Attention(nn.Module):
         return Einsum("...NH,NHD->...D", shape, axes, dtype, bias=config.out_bias, name="out")(out), kept
 
     def attend(self, q, k, v, **about):
-        """`nn.attention.attend`, as a method: a listener can stand before it (mllm_jax/attention.py does)."""
+        """`nn.attention.attend`, as a method: a listener can stand before it (model/attention_maps.py does)."""
         return attend(q, k, v, runtime=self.runtime, **about)

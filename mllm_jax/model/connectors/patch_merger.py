@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, OneOf, Positive, PositiveInt
-from mllm_jax.connectors.tokens import to_tokens
+from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.runtime import Runtime

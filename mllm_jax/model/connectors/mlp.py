@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, OneOf, PositiveInt
-from mllm_jax.connectors.tokens import to_tokens
+from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS
 from mllm_jax.nn.runtime import Runtime

@@ -15,8 +15,8 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, Finite, Int, NonNegativeInt, OneOf, Positive, PositiveInt
-from mllm_jax.encoders.positions import RESAMPLING, patch_rope, resample
-from mllm_jax.encoders.windows import window_segments
+from mllm_jax.model.encoders.positions import RESAMPLING, patch_rope, resample
+from mllm_jax.model.encoders.windows import window_segments
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from mllm_jax.model import VLM, ModelConfig
+from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.nn.attention.attend import probabilities
 from mllm_jax.nn.attention.layer import Attention, AttentionConfig
 from mllm_jax.nn.runtime import TAPS

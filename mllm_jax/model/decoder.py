@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, OneOf, Positive, PositiveInt
-from mllm_jax.fusion import deepstack
+from mllm_jax.model.fusion import deepstack
 from mllm_jax.nn.attention.masks import cap
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp

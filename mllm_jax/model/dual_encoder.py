@@ -14,8 +14,8 @@ from einops import rearrange, repeat
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, OneOf, Positive, PositiveInt, TokenId
-from mllm_jax.decoder import Decoder, DecoderConfig
-from mllm_jax.model import example_picture
+from mllm_jax.model.decoder import Decoder, DecoderConfig
+from mllm_jax.model.vlm import example_picture
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig

@@ -7,7 +7,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, OneOf, Positive, PositiveInt
-from mllm_jax.connectors.tokens import to_tokens
+from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.mlp import ACTIVATIONS, Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
