@@ -29,10 +29,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mllm_jax.api import CHECKPOINTS  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
 from mllm_jax.common.config import load  # noqa: E402
 from mllm_jax.model.vlm import abstract_params  # noqa: E402
+from mllm_jax.pretrained.api import CHECKPOINTS  # noqa: E402
 from mllm_jax.sharding import make_mesh  # noqa: E402
 from mllm_jax.train.checkpoint import Checkpoints, Restored  # noqa: E402
 from mllm_jax.train.metrics import read_metrics  # noqa: E402

@@ -28,16 +28,16 @@ import numpy as np  # noqa: E402
 
 import mllm_jax  # noqa: E402
 from mllm_jax import ModelConfig  # noqa: E402
-from mllm_jax.adapters import load_adapters, save_adapters  # noqa: E402
-from mllm_jax.api import Pretrained  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
-from mllm_jax.families import qwen3_vl  # noqa: E402
+from mllm_jax.families.vlms import qwen3_vl  # noqa: E402
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.model.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.model.encoders.vit import VitConfig  # noqa: E402
 from mllm_jax.model.vlm import VLM, abstract_params  # noqa: E402
 from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
+from mllm_jax.pretrained.api import Pretrained  # noqa: E402
+from mllm_jax.pretrained.peft import load_adapters, save_adapters  # noqa: E402
 
 MODEL = ModelConfig(
     VitConfig(width=64, layers=2, heads=2, mlp=128, taps=(0,)),

@@ -18,7 +18,7 @@ from jax import numpy as jnp  # noqa: E402
 
 from mllm_jax import ModelConfig, Runtime, make_mesh  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
-from mllm_jax.families import qwen3_vl  # noqa: E402
+from mllm_jax.families.vlms import qwen3_vl  # noqa: E402
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig  # noqa: E402
 from mllm_jax.model.decoder import DecoderConfig  # noqa: E402
 from mllm_jax.model.encoders.vit import VitConfig  # noqa: E402

@@ -12,8 +12,8 @@ from collections import defaultdict
 
 from mllm_jax.common.cli import Parser
 from mllm_jax.families import FAMILIES
+from mllm_jax.families.__main__ import generates, picture_tokens, published
 from mllm_jax.model.vlm import count_params
-from mllm_jax.models import generates, picture_tokens, published
 
 HEIGHT, WIDTH = 768, 1024
 HEAD = f"""# Models
@@ -21,7 +21,7 @@ HEAD = f"""# Models
 Every family reads and writes its published weights, tensor by tensor, bit for bit. `benchmarks/models.py` made this
 from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
 tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of a picture of
-{WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.models` lists all sizes.
+{WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.families` lists all sizes.
 Which files and layouts are read says `docs/weights.md`.
 
 | family | sizes | parameters | visual tokens | error | trained in a test | generates |

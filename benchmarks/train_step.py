@@ -74,7 +74,7 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     import numpy as np
 
     import mllm_jax
-    from mllm_jax.families import qwen3_vl
+    from mllm_jax.families.vlms import qwen3_vl
     from mllm_jax.model.vlm import abstract_params
     from mllm_jax.train.flops import count_flops, mfu, useful
     from mllm_jax.train.optim import OptimConfig, make_optimizer

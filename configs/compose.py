@@ -12,7 +12,9 @@ from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.data.scenes import scenes_tokenizer
-from mllm_jax.families import dinov2, gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen2_vl, qwen3, qwen3_vl, towers
+from mllm_jax.families.decoders import gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen3
+from mllm_jax.families.towers import dinov2, in_vlms
+from mllm_jax.families.vlms import qwen2_vl, qwen3_vl
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
@@ -28,12 +30,12 @@ from mllm_jax.train.run import Run, TrainConfig, run_config
 WIDTH, HEADS, VOCAB, PIXELS = 96, 4, 384, 16
 
 ENCODERS = {
-    "clip": towers.CLIP.sizes["b16"],
-    "siglip": towers.SIGLIP.sizes["base-16-224"],
-    "naflex": towers.NAFLEX.sizes["base-16"],
+    "clip": in_vlms.CLIP.sizes["b16"],
+    "siglip": in_vlms.SIGLIP.sizes["base-16-224"],
+    "naflex": in_vlms.NAFLEX.sizes["base-16"],
     "dinov2": dinov2.SIZES["base-registers"],
-    "eva": towers.EVA.sizes["g14"],
-    "internvit": towers.INTERN.sizes["300m"],
+    "eva": in_vlms.EVA.sizes["g14"],
+    "internvit": in_vlms.INTERN.sizes["300m"],
     "qwen2_vl": qwen2_vl.SIZES["2b"][0],
     "qwen2_5_vl": qwen2_vl.SIZES["2.5-3b"][0],
     "qwen3_vl": qwen3_vl.SIZES["2b"][0],

@@ -5,7 +5,7 @@
         --config.init=google/siglip2-base-patch16-naflex --config.data.path=pairs.jsonl --config.data.root=PICTURES
 
 Without an argument, a small SigLIP 2 learns captions of the embedded scenes from random weights, in minutes on two
-cores. FAMILY/SIZE is a published dual encoder (clip, siglip or siglip2, see `python -m mllm_jax.models`) for your own
+cores. FAMILY/SIZE is a published dual encoder (clip, siglip or siglip2, see `python -m mllm_jax.families`) for your own
 pairs: a line of JSON is {"image": "a.png", "text": "A cat."}; conversations serve too, with their last answer as text.
 SigLIP 2 packs pictures in their own aspect ratio, several to a row.
 """
@@ -13,7 +13,8 @@ SigLIP 2 packs pictures in their own aspect ratio, several to a row.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import FAMILIES, clip, siglip, siglip2, towers
+from mllm_jax.families import FAMILIES
+from mllm_jax.families.towers import clip, in_vlms, siglip, siglip2
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.data_config import ScenesData
@@ -30,7 +31,7 @@ PACKED = 4  # pictures of a row, where they differ in size
 def small() -> DualConfig:
     """A SigLIP 2 of 0.4 million parameters: pictures of at most 64 patches of 8 x 8 pixels."""
     sizes = {"width": WIDTH, "heads": HEADS, "mlp": 2 * WIDTH}
-    tower = replace(towers.NAFLEX.sizes["base-16"], layers=2, patch_size=8, position_grid=SIDE, **sizes)
+    tower = replace(in_vlms.NAFLEX.sizes["base-16"], layers=2, patch_size=8, position_grid=SIDE, **sizes)
     text = siglip.TEXTS["base"]
     attention = replace(text.attention, heads=HEADS, kv_heads=HEADS, head_dim=WIDTH // HEADS)
     text = replace(text, vocab=384, width=WIDTH, layers=2, mlp=2 * WIDTH, positions=LENGTH, attention=attention)

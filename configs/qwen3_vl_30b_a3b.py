@@ -6,7 +6,7 @@ python -m mllm_jax.train --config configs/qwen3_vl_30b_a3b.py --workdir DIR --co
 
 from dataclasses import replace
 
-from mllm_jax.families import qwen3_vl
+from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.balance import BalanceConfig
 from mllm_jax.train.files import FilesData

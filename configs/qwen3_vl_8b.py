@@ -6,7 +6,7 @@ python -m mllm_jax.train --config configs/qwen3_vl_8b.py --workdir DIR --config.
 
 from dataclasses import replace
 
-from mllm_jax.families import qwen3_vl
+from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.optim import OptimConfig

@@ -8,7 +8,7 @@ The argument is a size: "2b", "4b", "8b" or "32b" begins with published weights 
 `--config.data.heldout_where="{'split': 'test'}"` (with `where` for the others) keeps records for evaluation.
 """
 
-from mllm_jax.families import qwen3_vl
+from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig

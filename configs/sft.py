@@ -9,7 +9,7 @@ training run. Its architecture, weights, tokenizer and chat template are used.
 
     --config configs/sft.py:llava_next/next-mistral-7b --config.init=llava-hf/llava-v1.6-mistral-7b-hf
 
-FAMILY/SIZE, as `python -m mllm_jax.models` lists them, is the architecture alone: `--config.init` names the weights.
+FAMILY/SIZE, as `python -m mllm_jax.families` lists them, is the architecture alone: `--config.init` names the weights.
 
     --config configs/sft.py:FOLDER,charts,texts
         --config.data.sources.charts.path='charts/*.parquet' --config.data.sources.texts.path=texts.jsonl
@@ -22,13 +22,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.api import is_run, published_config
 from mllm_jax.common.config import ConfigError, suggestion, told
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, without_values
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.pretrained.api import is_run, published_config
 from mllm_jax.train.checkpoint import read_config
 from mllm_jax.train.files import FilesData, MixtureData, Part
 from mllm_jax.train.optim import OptimConfig

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from mllm_jax.data.chat_format import ChatFormat
 from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.families import internvl_chat, llava_llama, paligemma
+from mllm_jax.families.vlms import internvl_chat, llava_llama, paligemma
 
 BOS, EOS = "<s>", "</s>"
 _TOKEN = re.compile(r"<\|?[^<>\s'\"{}|]+\|?>|<｜[^｜<>\s']+｜>|\[/?[A-Z_]+\]|<\|?turn\|?>")

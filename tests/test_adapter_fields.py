@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import mllm_jax
-from mllm_jax.adapters import files
+from mllm_jax.pretrained.peft import files
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 7))

@@ -9,11 +9,13 @@ import pytest
 import tiny_chat
 import transformers
 
-import mllm_jax.api
+import mllm_jax.pretrained.api
 from mllm_jax.common.fields import FieldError
 from mllm_jax.data.json_files import read_json, read_object
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.families import FAMILIES, internlm2, internvl_chat, llava_llama
+from mllm_jax.families import FAMILIES
+from mllm_jax.families.decoders import internlm2
+from mllm_jax.families.vlms import internvl_chat, llava_llama
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig
 
@@ -209,7 +211,7 @@ def test_files_that_transformers_does_not_know():
 def test_errors_name_file_and_field(tmp_path, change, said):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TEXT, **change}))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json") + ": " + said)):
-        mllm_jax.api.published_config(tmp_path)
+        mllm_jax.pretrained.api.published_config(tmp_path)
 
 
 def test_null_is_absent_in_files_of_tokenizers(tmp_path):

@@ -17,7 +17,20 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import mllm_jax
-from mllm_jax.families import FAMILIES, deepseek, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3, text
+from mllm_jax.families import FAMILIES
+from mllm_jax.families.decoders import (
+    by_model_type,
+    deepseek,
+    gemma2,
+    gpt2,
+    internlm2,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
 from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.run import Run, read_run, run_config
@@ -270,7 +283,7 @@ def test_published_sizes(name):
     config = family.sizes(size)
     assert sum(count_params(config).values()) == PUBLISHED[name]
     assert family.from_hf(family.to_hf(config)) == config
-    assert text.decoder_from_hf(text.decoder_to_hf(config.decoder)) == config.decoder
+    assert by_model_type.decoder_from_hf(by_model_type.decoder_to_hf(config.decoder)) == config.decoder
     expand(family.weights(config), abstract_params(config))
 
 
@@ -314,7 +327,7 @@ def test_a_decoder_that_config_json_cannot_say():
     with pytest.raises(ValueError, match="gpt2's config.json cannot say all of this decoder"):
         gpt2.to_hf(replace(config, decoder=replace(config.decoder, embed_scale=2.0)))
     with pytest.raises(ValueError, match="no text config of .* can say all of this decoder"):
-        text.decoder_to_hf(replace(config.decoder, embed_scale=2.0))
+        by_model_type.decoder_to_hf(replace(config.decoder, embed_scale=2.0))
     with pytest.raises(ValueError, match="one size of windows"):
         qwen2.decoder_to_hf(replace(qwen2.SIZES["7b"], windows=(4, 8)))
     with pytest.raises(ValueError, match="DecoderConfig.norm='.*': must be one of rms"):
@@ -329,16 +342,16 @@ def test_a_decoder_that_config_json_cannot_say():
 
 def test_the_model_type_of_a_decoder():
     kinds = {"30b-a3b": "qwen3_moe", "8b": "qwen3"}
-    assert {size: text.decoder_to_hf(qwen3.SIZES[size])["model_type"] for size in kinds} == kinds
-    assert text.decoder_to_hf(mistral.SIZES["7b-v0.1"])["model_type"] == "mistral"
+    assert {size: by_model_type.decoder_to_hf(qwen3.SIZES[size])["model_type"] for size in kinds} == kinds
+    assert by_model_type.decoder_to_hf(mistral.SIZES["7b-v0.1"])["model_type"] == "mistral"
     for kind, decoder in {"phi3": phi3.SIZES["3-mini-4k"], "internlm2": internlm2.SIZES["7b"]}.items():
-        alike = text.decoder_to_hf(replace(decoder, family=""))["model_type"]
-        assert text.decoder_to_hf(decoder)["model_type"] == kind != alike  # others have the same layers
-        assert text.decoder_from_hf(text.decoder_to_hf(decoder)).family == kind
+        alike = by_model_type.decoder_to_hf(replace(decoder, family=""))["model_type"]
+        assert by_model_type.decoder_to_hf(decoder)["model_type"] == kind != alike  # others have the same layers
+        assert by_model_type.decoder_from_hf(by_model_type.decoder_to_hf(decoder)).family == kind
     with pytest.raises(ValueError, match="decoder.family 'lama' is not supported; the nearest that is: 'llama'"):
-        text.decoder_to_hf(replace(llama.SIZES["7b"], family="lama"))
+        by_model_type.decoder_to_hf(replace(llama.SIZES["7b"], family="lama"))
     with pytest.raises(ValueError, match="model_type 'bloom' is not supported; .*, all: gemma, .*qwen3"):
-        text.decoder_from_hf({"model_type": "bloom"})
+        by_model_type.decoder_from_hf({"model_type": "bloom"})
 
 
 def test_more_tokens_than_learned_positions(tmp_path):

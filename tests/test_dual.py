@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 import mllm_jax
 from mllm_jax.data.dual_batches import packed
 from mllm_jax.data.pack import Budget, TooLarge
-from mllm_jax.families import FAMILIES, clip, siglip, siglip2, vision
+from mllm_jax.families import FAMILIES
+from mllm_jax.families.towers import clip, siglip, siglip2, vision_only
 from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.train.contrastive import contrastive_loss
 from mllm_jax.weights.table import expand, flatten, to_ours
@@ -127,7 +128,7 @@ def test_packed_pictures(pair):
     ours, _, apply = pair
     inputs = inputs_of(ours.config.family)
     expected = apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs)).image_embeddings
-    pictures = {"siglip2": vision.pictures_of_any_size}.get(ours.config.family, vision.square_pictures)
+    pictures = {"siglip2": vision_only.pictures_of_any_size}.get(ours.config.family, vision_only.square_pictures)
     pictures = pictures(ours.config, inputs)
     batch = packed(pictures[::-1], Budget(0, rows=2, patches=36), count=2)
     assert (batch.first < 0).any() and (batch.vision.image[:, 0].max(axis=1) == [2, 1]).all()
@@ -230,7 +231,7 @@ def test_a_tower_alone(kind, tmp_path, record_property):
     np.testing.assert_allclose(again[real], expected[real], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [vision.siglip, vision.siglip2], ids=["siglip", "siglip2"])
+@pytest.mark.parametrize("family", [vision_only.siglip, vision_only.siglip2], ids=["siglip", "siglip2"])
 def test_a_tower_with_or_without_its_head(family):
     """With one it has all tensors of transformers' model."""
     for name in family.SIZES[::7]:

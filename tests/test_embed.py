@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 import mllm_jax
-from mllm_jax import embed
 from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.pretrained import embeddings
 
 TEXTS = ["A photo of a cat.", "two dogs!", "red  square"]
 SIZES = [(20, 30), (16, 16), (50, 9)]
@@ -98,7 +98,7 @@ def test_the_whole_way(pair, tmp_path):
 def test_batches_of_one_size(pair, monkeypatch):
     ours = pair[0]
     expected = mllm_jax.encode_image(ours, pictures())
-    monkeypatch.setattr(embed, "BATCH", 2)
+    monkeypatch.setattr(embeddings, "BATCH", 2)
     np.testing.assert_allclose(mllm_jax.encode_image(ours, pictures()), expected, atol=1e-5)
 
 
@@ -148,7 +148,7 @@ def test_odd_pictures(pair):
 
 
 def test_other_models_are_refused():
-    from mllm_jax.families import qwen3
+    from mllm_jax.families.decoders import qwen3
 
     model = mllm_jax.Pretrained(qwen3.sizes("0.6b"), None, None)
     with pytest.raises(ValueError, match="needs a dual encoder, such as CLIP or SigLIP, not a model of family qwen3"):

@@ -19,9 +19,9 @@ from transformers.models.internvl import InternVLVisionConfig, InternVLVisionMod
 import mllm_jax
 from mllm_jax.data.hf_inputs import without_text
 from mllm_jax.data.pack import Budget, collate
-from mllm_jax.families import dinov2
-from mllm_jax.families.pictures import cut
-from mllm_jax.families.towers import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of
+from mllm_jax.families.shared.hf_images import cut
+from mllm_jax.families.towers import dinov2
+from mllm_jax.families.towers.in_vlms import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of
 from mllm_jax.model.encoders.positions import resample
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.encoders.windows import window_segments

@@ -14,7 +14,6 @@ from PIL import Image
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
-from mllm_jax.api import from_hf_inputs
 from mllm_jax.data.generation import GenerationDefaults
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.processor import Processor, ProcessorSpec
@@ -24,6 +23,7 @@ from mllm_jax.generate.buckets import bucket, pad_prompts
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import generate, stream_text
 from mllm_jax.model.vlm import VLM, abstract_boxed, init_cache
+from mllm_jax.pretrained.api import from_hf_inputs
 from mllm_jax.sharding import shardings
 from mllm_jax.types import Batch
 

@@ -12,8 +12,9 @@ from mllm_jax.data.grounding import Grounding, written
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.records import BadRecord, read_record
 from mllm_jax.data.spec import SEEING, TEXT
-from mllm_jax.families import internvl, llava, paligemma, qwen2_vl, spec_for
-from mllm_jax.families.qwen3_vl import sizes
+from mllm_jax.families import spec_for
+from mllm_jax.families.vlms import internvl, llava, paligemma, qwen2_vl
+from mllm_jax.families.vlms.qwen3_vl import sizes
 
 BOX, POINT = [15.9, 20, 160.2, 50], [80, 25]  # pixels of an image of 200 x 50
 SHARES = [0.0795, 0.4, 0.801, 1.0]

@@ -23,14 +23,11 @@ MAY_IMPORT = {
     "data": {"common", "types"},
 }
 MAY_IMPORT["families"] = {"weights", "data", "model"} | MAY_IMPORT["model"]
-MAY_IMPORT["api"] = {"families"} | MAY_IMPORT["families"]
-MAY_IMPORT["adapters"] = {"api"} | MAY_IMPORT["api"]
-MAY_IMPORT["embed"] = {"api"} | MAY_IMPORT["api"]
-MAY_IMPORT["generate"] = {"adapters", "api"} | MAY_IMPORT["api"]
-MAY_IMPORT["train"] = {"adapters", "generate"} | MAY_IMPORT["generate"]
+MAY_IMPORT["pretrained"] = {"families"} | MAY_IMPORT["families"]
+MAY_IMPORT["generate"] = {"pretrained"} | MAY_IMPORT["pretrained"]
+MAY_IMPORT["train"] = {"generate"} | MAY_IMPORT["generate"]
 MAY_IMPORT["export"] = {"train"} | MAY_IMPORT["train"]
 MAY_IMPORT["evaluate"] = {"train"} | MAY_IMPORT["train"]
-MAY_IMPORT["models"] = MAY_IMPORT["api"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
 BESIDE_WORKERS = {"loader", "inspection", "inspection_page", "__main__"}  # of data/, run where jax may be
 DATA_WORKERS = [

@@ -14,12 +14,13 @@ from reference import as_internlm2, assert_parity, to_torch
 from test_llava import INTERN, TEXT, inputs_of, random_model
 
 import mllm_jax
-from mllm_jax.api import published_config
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tiles import Tiles
-from mllm_jax.families import internvl_chat, spec_for
+from mllm_jax.families import spec_for
+from mllm_jax.families.vlms import internvl_chat
 from mllm_jax.model.vlm import abstract_params, count_params
+from mllm_jax.pretrained.api import published_config
 from mllm_jax.weights.table import expand
 
 SMALL = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, patch_size=4)

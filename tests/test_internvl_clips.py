@@ -12,12 +12,13 @@ from transformers import AutoTokenizer
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 import mllm_jax
-from mllm_jax.api import Pretrained
 from mllm_jax.data.pack import Budget, TooLarge, collate, tightest
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.video import Clip
 from mllm_jax.data.visuals import Framed
-from mllm_jax.families import internvl, internvl_chat, spec_for
+from mllm_jax.families import spec_for
+from mllm_jax.families.vlms import internvl, internvl_chat
+from mllm_jax.pretrained.api import Pretrained
 
 NAMES = {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"}
 NAMES["<|video_pad|>"] = "<video>"

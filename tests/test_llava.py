@@ -13,7 +13,8 @@ from reference import assert_export, assert_parity, assert_step, perturb, to_tor
 import mllm_jax
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.tiles import best_canvas
-from mllm_jax.families import internvl, llava, spec_for
+from mllm_jax.families import spec_for
+from mllm_jax.families.vlms import internvl, llava
 from mllm_jax.model.vlm import InputRules, count_params
 
 IMAGE, NEW = 150, 6

@@ -13,7 +13,9 @@ from reference import assert_parity, perturb, to_torch
 from test_llava import CLIP, IMAGE, TEXT, inputs_of, llava_config, random_model
 
 import mllm_jax
-from mllm_jax.families import kind_of, llava, llava_llama, towers
+from mllm_jax.families import kind_of
+from mllm_jax.families.towers import in_vlms
+from mllm_jax.families.vlms import llava, llava_llama
 from mllm_jax.model.vlm import count_params
 
 ROPE = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False)
@@ -35,7 +37,7 @@ SAID = {
 @pytest.fixture
 def tower(monkeypatch, tmp_path):
     """A tiny tower in a folder, as CLIP's files have it, whose name is known."""
-    monkeypatch.setitem(llava_llama.TOWERS, "clip-tiny", towers.CLIP.from_hf(CLIP))
+    monkeypatch.setitem(llava_llama.TOWERS, "clip-tiny", in_vlms.CLIP.from_hf(CLIP))
     torch.manual_seed(1)
     text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
     model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=CLIP, text_config=text))

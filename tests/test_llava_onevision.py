@@ -20,7 +20,8 @@ import mllm_jax
 from mllm_jax.data.pack import collate, tightest
 from mllm_jax.data.tiles import best_canvas
 from mllm_jax.data.visuals import frame_by_frame
-from mllm_jax.families import llava_onevision, spec_for
+from mllm_jax.families import spec_for
+from mllm_jax.families.vlms import llava_onevision
 from mllm_jax.generate.buckets import pad_prompts
 from mllm_jax.model.vlm import abstract_boxed, count_params
 from mllm_jax.sharding import make_mesh, shardings

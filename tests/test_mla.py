@@ -11,7 +11,7 @@ import transformers
 from test_flops import dot_flops
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mllm_jax.families import deepseek, qwen3
+from mllm_jax.families.decoders import deepseek, qwen3
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.vlm import VLM, ModelConfig, abstract_boxed, cache_bytes_per_token, init_cache, init_params
 from mllm_jax.nn.attention.layer import AttentionConfig

@@ -3,20 +3,23 @@
 import pytest
 from rich.console import Console
 
-from mllm_jax import models
-from mllm_jax.families import FAMILIES, llava, llava_onevision, qwen3_vl
+from mllm_jax.families import FAMILIES, __main__
+from mllm_jax.families.vlms import llava, llava_onevision, qwen3_vl
 
 
 def test_what_a_picture_costs():
-    assert models.picture_tokens(llava.sizes("next-mistral-7b"), 672, 672) == (2880, 48)  # 5 x 576, and 48 rows
-    assert models.picture_tokens(llava.sizes("1.5-7b"), 100, 3000) == (576, 0)
+    assert __main__.picture_tokens(llava.sizes("next-mistral-7b"), 672, 672) == (2880, 48)  # 5 x 576, and 48 rows
+    assert __main__.picture_tokens(llava.sizes("1.5-7b"), 100, 3000) == (576, 0)
     one = llava_onevision.sizes("7b")
-    assert models.picture_tokens(one, 2304, 2304) == (729 + 81 * 81, 81)  # 36 tiles and the whole, pooled to nine tiles
-    assert models.picture_tokens(qwen3_vl.sizes("2b"), 1080, 1920) == (34 * 60, 0)
+    assert __main__.picture_tokens(one, 2304, 2304) == (
+        729 + 81 * 81,
+        81,
+    )  # 36 tiles and the whole, pooled to nine tiles
+    assert __main__.picture_tokens(qwen3_vl.sizes("2b"), 1080, 1920) == (34 * 60, 0)
 
 
 def test_every_family_lists_its_sizes():
-    found = {config.family for _, config in models.published()}
+    found = {config.family for _, config in __main__.published()}
     assert found == set(FAMILIES) or found < set(FAMILIES)
     assert {
         "llava",
@@ -29,11 +32,11 @@ def test_every_family_lists_its_sizes():
         "paligemma",
         "internvl",
     } <= found
-    assert {name for name, _ in models.published("qwen3_vl_moe")} == {"30b-a3b", "235b-a22b"}
+    assert {name for name, _ in __main__.published("qwen3_vl_moe")} == {"30b-a3b", "235b-a22b"}
 
 
 def test_command(capsys):
-    assert models.main(["--family", "llava_next", "--image", "672x672"]) == 0
+    assert __main__.main(["--family", "llava_next", "--image", "672x672"]) == 0
     said = capsys.readouterr().out
     assert "2,880 + 48" in said and "7,566,747,648" in said and "qwen" not in said
 
@@ -51,7 +54,7 @@ def test_command(capsys):
 )
 def test_mistakes_are_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        models.main(arguments)
+        __main__.main(arguments)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -60,16 +63,16 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (11585, 11585)])
 def test_every_family_reads_odd_sizes(size):
     """Those at the bounds of what is read; none has no visual token."""
-    reading = {config.family: config for _, config in models.published() if getattr(config, "connector", None)}
-    assert all(models.picture_tokens(config, *size).patches > 0 for config in reading.values()) and len(reading) > 9
+    reading = {config.family: config for _, config in __main__.published() if getattr(config, "connector", None)}
+    assert all(__main__.picture_tokens(config, *size).patches > 0 for config in reading.values()) and len(reading) > 9
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120, 160])
 def test_no_terminal_cuts_a_number(columns):
     console = Console(width=columns, force_terminal=True, color_system=None)
     with console.capture() as captured:
-        console.print(models.table((2304, 2304), "llava_onevision"))
-        console.print(models.table((768, 1024), "deepseek_v3"))
+        console.print(__main__.table((2304, 2304), "llava_onevision"))
+        console.print(__main__.table((768, 1024), "deepseek_v3"))
     said = captured.get()
     assert max(map(len, said.splitlines())) <= columns and "…" not in said
     for number in ("8,030,807,584", "7,290 + 81", "671,026,419,200"):

@@ -15,7 +15,7 @@ from mllm_jax.data.loader import make_loader
 from mllm_jax.data.pack import Budget, TooLarge
 from mllm_jax.data.sources import open_source
 from mllm_jax.evaluate.nearest import nearest
-from mllm_jax.families import clip, siglip, siglip2
+from mllm_jax.families.towers import clip, siglip, siglip2
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import init_params
 from mllm_jax.train.checkpoint import load_workdir, read_config

@@ -16,7 +16,7 @@ from test_sft import conversations, tokenizer
 
 import mllm_jax
 from mllm_jax.common.config import ConfigError
-from mllm_jax.families import llava
+from mllm_jax.families.vlms import llava
 from mllm_jax.model.vlm import init_params
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.sharding import make_mesh

@@ -16,7 +16,7 @@ from examples import tiny_config
 from flax.traverse_util import flatten_dict
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.families import qwen3_vl
+from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.moe.layer import MoeConfig

@@ -85,7 +85,7 @@ def test_command(command, folder, tmp_path):
         return
     if "mllm_jax.train" in command:
         command = " ".join([command, *FEW_STEPS])
-    if "mllm_jax.models" in command:
+    if "mllm_jax.families" in command:
         command += " --family=llava_next"  # the tests of families count all
     if "mllm_jax.evaluate" in command:
         command += " --count=4"

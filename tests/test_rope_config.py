@@ -11,7 +11,8 @@ from reference import END, IMAGE, START, VIDEO, batch_of, perturb, prompt, to_to
 
 import mllm_jax
 from mllm_jax.common.fields import FieldError
-from mllm_jax.families import FAMILIES, qwen2, qwen3
+from mllm_jax.families import FAMILIES
+from mllm_jax.families.decoders import qwen2, qwen3
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, max_position_embeddings=64)

@@ -14,12 +14,14 @@ from transformers import LlamaTokenizer
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import mllm_jax
-from mllm_jax.api import Pretrained
 from mllm_jax.data.processor import Processor
 from mllm_jax.data.resize import Square, rule_from_hf
 from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.families import internvl_chat, llava_llama, spec_for, towers
+from mllm_jax.families import spec_for
+from mllm_jax.families.towers import in_vlms
+from mllm_jax.families.vlms import internvl_chat, llava_llama
+from mllm_jax.pretrained.api import Pretrained
 
 TEXTS = [
     "A cat.",
@@ -106,7 +108,7 @@ def by_chunks(model, prompt: str, legacy: bool) -> list[int]:
 def config():
     """A tiny LLaVA 1.5, as its own config.json says it."""
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    tower = towers.CLIP.from_hf(dict(image_size=8, patch_size=4, **small))
+    tower = in_vlms.CLIP.from_hf(dict(image_size=8, patch_size=4, **small))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(llava_llama.TOWERS, "clip-tiny", tower)
         told = dict(model_type="llava_llama", vocab_size=400, rms_norm_eps=1e-6, rope_theta=1e4, **small)

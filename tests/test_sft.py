@@ -10,7 +10,8 @@ from tiny_run import load_config
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.processor import Processor
-from mllm_jax.families import paligemma, spec_for
+from mllm_jax.families import spec_for
+from mllm_jax.families.vlms import paligemma
 from mllm_jax.train.loop import StopSignal, Training
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.run import read_run

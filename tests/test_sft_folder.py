@@ -12,10 +12,10 @@ from tiny_models import MODELS, class_of, tiny
 from tiny_run import load_config
 
 import mllm_jax
-from mllm_jax.api import published_config
 from mllm_jax.common.config import ConfigError
 from mllm_jax.export import main as export
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.pretrained.api import published_config
 from mllm_jax.train.initial import first_params
 from mllm_jax.train.loop import StopSignal, Training
 from mllm_jax.train.metrics import read_metrics

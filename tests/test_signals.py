@@ -89,7 +89,7 @@ command.run(main)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
 
 
-@pytest.mark.parametrize("command", ["mllm_jax.models", "mllm_jax.train", "mllm_jax.data", "launch.slurm"])
+@pytest.mark.parametrize("command", ["mllm_jax.families", "mllm_jax.train", "mllm_jax.data", "launch.slurm"])
 def test_an_interrupt_while_a_command_is_imported_is_one_line(command, tmp_path):
     """Wherever it comes: here from a module that all of them import, instead of from the keyboard."""
     (tmp_path / "rich").mkdir()

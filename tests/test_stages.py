@@ -19,10 +19,10 @@ from flax.traverse_util import flatten_dict
 from rich.console import Console
 from staged_run import get_config, on_one_device
 
-from mllm_jax.api import is_run
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.evaluate.report import short
 from mllm_jax.evaluate.stages import branches, table, write_page
+from mllm_jax.pretrained.api import is_run
 from mllm_jax.train import chain
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params

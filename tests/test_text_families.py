@@ -12,7 +12,7 @@ import transformers
 from reference import assert_export, assert_step, perturb, to_torch
 
 import mllm_jax
-from mllm_jax.families import deepseek, qwen3
+from mllm_jax.families.decoders import deepseek, qwen3
 from mllm_jax.model.vlm import abstract_params, count_params, init_cache
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.flops import count_flops, useful

@@ -14,8 +14,8 @@ from test_weights import assert_same_bits
 from tiny_models import FILE, MODELS, TEXT, assert_equal_logits, change_file, class_of, tiny
 
 import mllm_jax
-from mllm_jax.api import load_params, published_config
 from mllm_jax.families import FAMILIES
+from mllm_jax.pretrained.api import load_params, published_config
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.table import flatten
 

@@ -15,7 +15,7 @@ from mllm_jax.data.resize import Halved, Stretch
 from mllm_jax.data.spec import SEEING
 from mllm_jax.data.template import ChatTemplate
 from mllm_jax.data.tokenizer import Tokenizer
-from mllm_jax.families import internvl, llava_onevision, qwen2_vl
+from mllm_jax.families.vlms import internvl, llava_onevision, qwen2_vl
 
 SIDE = (video_reference.FLAT["height"], video_reference.FLAT["width"])
 LOW, HIGH = video_reference.SIZES.values()

@@ -268,7 +268,7 @@ def test_stacked_axis_may_be_sharded_too(tmp_path):
 
 @pytest.mark.parametrize("nbytes", [1, 300])
 def test_large_tensors_come_in_parts(saved, monkeypatch, nbytes):
-    monkeypatch.setattr("mllm_jax.weights.stacked._PART", nbytes)
+    monkeypatch.setattr("mllm_jax.weights.streaming._PART", nbytes)
     folder, params = saved
     assert_same_bits(load_tensors(folder, ROWS, abstract()), params)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("fsdp", "tensor"))

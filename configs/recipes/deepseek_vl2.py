@@ -13,8 +13,9 @@ exist: pictures go in in their own size. The argument is "small", or "tiny" (see
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import deepseek, qwen3_vl
-from mllm_jax.families.towers import SIGLIP
+from mllm_jax.families.decoders import deepseek
+from mllm_jax.families.towers.in_vlms import SIGLIP
+from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import Runtime

@@ -11,7 +11,7 @@ transformers' Trainer, which they leave. The second skips a tenth of the tower's
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import internvl
+from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature

@@ -13,7 +13,7 @@ learning rate, batch and decay of joint training, which are not published. V2PE,
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import internvl
+from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData, MixtureData, Part
 from mllm_jax.train.miniature import miniature

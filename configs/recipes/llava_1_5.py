@@ -12,7 +12,7 @@ learned by adapters of the decoder, and by the connector. Sources: [T] the table
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import llava
+from mllm_jax.families.vlms import llava
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData

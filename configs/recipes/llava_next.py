@@ -13,7 +13,7 @@ results. What has no source is ours.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import llava
+from mllm_jax.families.vlms import llava
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature

@@ -12,8 +12,9 @@ Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the num
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import qwen2, qwen3_vl
-from mllm_jax.families.towers import CLIP
+from mllm_jax.families.decoders import qwen2
+from mllm_jax.families.towers.in_vlms import CLIP
+from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import Runtime

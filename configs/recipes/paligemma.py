@@ -12,7 +12,7 @@ questions to train on and 214,354 to validate, of which [V] keeps 10,240 aside.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import paligemma
+from mllm_jax.families.vlms import paligemma
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature

@@ -11,7 +11,7 @@ rates, batches, the length of rows and the size of the instruction set are not p
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import qwen2_vl
+from mllm_jax.families.vlms import qwen2_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature

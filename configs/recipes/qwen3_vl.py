@@ -10,7 +10,7 @@ The argument is a size of the family, or "tiny" (see `mllm_jax.train.miniature`)
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.families import qwen3_vl
+from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.miniature import miniature

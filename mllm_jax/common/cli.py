@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest right word for a wrong one. No option is shortened.
 
     Args:
-      prog: how the program is called, as in "python -m mllm_jax.models".
+      prog: how the program is called, as in "python -m mllm_jax.families".
       description: its docstring.
     """
 

@@ -16,7 +16,6 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import track
 
-from mllm_jax.api import load_pretrained
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
 from mllm_jax.evaluate.ask import ask
@@ -24,6 +23,7 @@ from mllm_jax.evaluate.metrics import exact_match, scores
 from mllm_jax.evaluate.nearest import nearest
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.pretrained.api import load_pretrained
 from mllm_jax.train import command
 from mllm_jax.train.checkpoint import load_workdir, read_config
 from mllm_jax.train.heldout import Spread

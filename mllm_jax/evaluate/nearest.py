@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from mllm_jax.api import Pretrained
+from mllm_jax.pretrained.api import Pretrained
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.retrieval import Retrieval
 from mllm_jax.train.run import Run

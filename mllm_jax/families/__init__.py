@@ -14,37 +14,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.data.spec import SEEING, TEXT, ProcessorSpec
-from mllm_jax.families import (
-    clip,
-    deepseek,
-    dinov2,
-    gemma,
-    gemma2,
-    gpt2,
-    internlm2,
+from mllm_jax.families.decoders import deepseek, gemma, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
+from mllm_jax.families.towers import clip, dinov2, siglip, siglip2, vision_only
+from mllm_jax.families.vlms import (
     internvl,
     internvl_chat,
-    llama,
     llava,
     llava_llama,
     llava_onevision,
-    mistral,
-    opt,
     paligemma,
-    phi3,
-    qwen2,
     qwen2_vl,
-    qwen3,
     qwen3_vl,
-    siglip,
-    siglip2,
-    vision,
 )
 from mllm_jax.model.vlm import ModelConfig
 
 FAMILIES = {
     "clip": clip,
-    "clip_vision_model": vision.clip,
+    "clip_vision_model": vision_only.clip,
     "deepseek_v2": deepseek,
     "deepseek_v3": deepseek,
     "dinov2": dinov2,
@@ -73,9 +59,9 @@ FAMILIES = {
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl,
     "siglip": siglip,
-    "siglip_vision_model": vision.siglip,
+    "siglip_vision_model": vision_only.siglip,
     "siglip2": siglip2,
-    "siglip2_vision_model": vision.siglip2,
+    "siglip2_vision_model": vision_only.siglip2,
 }
 
 

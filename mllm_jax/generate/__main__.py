@@ -16,8 +16,6 @@ from typing import Any
 
 import jax
 
-from mllm_jax.adapters import load_adapters
-from mllm_jax.api import Pretrained, is_run, load_pretrained
 from mllm_jax.common.cli import Parser, run_command
 from mllm_jax.common.config import told
 from mllm_jax.common.settings import PositiveInt, Seed, argument
@@ -28,6 +26,8 @@ from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_messa
 from mllm_jax.generate.prompts import answers, as_line
 from mllm_jax.generate.requests import answering_processor
 from mllm_jax.generate.sampling import Temperature, TopK, TopP
+from mllm_jax.pretrained.api import Pretrained, is_run, load_pretrained
+from mllm_jax.pretrained.peft import load_adapters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,8 +45,8 @@ class DecoderConfig(Config):
     positions: learned positions that are added to all tokens, by the first axis of their position; 0 = none.
     position_offset: rows of the table of learned positions that stand before the one of position 0.
     prefix: the first tokens of a conversation (`Batch.prefix`) are seen by all of it, as in PaliGemma.
-    family: whose names its tensors have in a model that takes any decoder (families/text.py), used for reading and
-      writing only; "" = the first that has such a decoder.
+    family: whose names its tensors have in a model that takes any decoder (families/decoders/by_model_type.py), used
+      for reading and writing only; "" = the first that has such a decoder.
     """
 
     vocab: PositiveInt

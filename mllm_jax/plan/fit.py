@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.api import is_run
 from mllm_jax.common.config import ConfigError
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.pretrained.api import is_run
 from mllm_jax.train.run import Run
 
 PARTS = ("encoder", "connector", "decoder")

@@ -18,12 +18,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.api import CHECKPOINTS, Pretrained, load_processor
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.loader import join_states
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, without_values
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
+from mllm_jax.pretrained.api import CHECKPOINTS, Pretrained, load_processor
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.base import completed, saved
 from mllm_jax.train.checkpoint_manager import CheckpointManager

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from mllm_jax.api import is_run, load_params
 from mllm_jax.common.config import ConfigError
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, init_adapters, init_params, without_values
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
+from mllm_jax.pretrained.api import is_run, load_params
 from mllm_jax.sharding import shardings
 from mllm_jax.train.checkpoint import PROCESSOR, read_config, restore_params
 from mllm_jax.train.parts import load_parts

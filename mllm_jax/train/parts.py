@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.api import load_params, published_config
 from mllm_jax.common.config import ConfigError, told
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params
 from mllm_jax.nn.lora import LoraConfig, flatten
+from mllm_jax.pretrained.api import load_params, published_config
 from mllm_jax.sharding import Named, shardings
 from mllm_jax.train.run import Run
 

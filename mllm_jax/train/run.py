@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mllm_jax.common.config import ConfigError, following, from_config_dict, suggestion, to_config_dict
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
 from mllm_jax.families import FAMILIES
-from mllm_jax.families.text import TEXT
+from mllm_jax.families.decoders.by_model_type import TEXT
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig

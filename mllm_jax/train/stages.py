@@ -17,9 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mllm_jax.api import CHECKPOINTS, PROGRESS
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.common.files import write_whole
+from mllm_jax.pretrained.api import CHECKPOINTS, PROGRESS
 from mllm_jax.train.damage import read_note
 from mllm_jax.train.run import PARTS_OF_STAGES, processor_source
 

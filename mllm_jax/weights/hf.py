@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mllm_jax.weights.matching import Ties, match, named, stored_rows
 from mllm_jax.weights.safetensors import FLOATS, all_finite, open_checkpoint, write_checkpoint
-from mllm_jax.weights.stacked import fill, gather
+from mllm_jax.weights.streaming import fill, gather
 from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, join, to_ours, to_theirs, unflatten
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]

@@ -1,0 +1,273 @@
+"""DeepSeek-V2, V2-Lite (arXiv 2405.04434) and V3 (arXiv 2412.19437): latent attention, and experts in all but the first
+layers. Tensor names as in the published safetensors files.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.common.fields import MOST_EXPERTS, FieldError, Json, count, flag, nullable, only, positive, read, word
+from mllm_jax.families.shared import rows as common
+from mllm_jax.families.shared.decoder_config import decoder_fields
+from mllm_jax.families.shared.rope import rope_of, stretch_from_hf, stretch_to_hf
+from mllm_jax.model.decoder import DecoderConfig, LayerKind
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.nn.attention.mla import MlaConfig
+from mllm_jax.nn.moe.layer import MoeConfig
+from mllm_jax.nn.rope import YarnConfig
+from mllm_jax.weights.table import Row
+
+V2, V3 = "deepseek_v2", "deepseek_v3"
+_YARN = YarnConfig(factor=40.0, length=4096, mscale=0.707, mscale_all_dim=0.707)
+_LITE = DecoderConfig(
+    vocab=102400,
+    width=2048,
+    layers=27,
+    attention=MlaConfig(heads=16, yarn=_YARN),
+    mlp=10944,
+    moe=MoeConfig(experts=64, top_k=6, mlp=1408, shared=2 * 1408, renormalise=False),
+    dense_first=1,
+)
+
+SIZES = {
+    "v2-lite": _LITE,
+    "v2": replace(
+        _LITE,
+        width=5120,
+        layers=60,
+        attention=MlaConfig(heads=128, q_rank=1536, yarn=_YARN),
+        mlp=12288,
+        moe=MoeConfig(
+            experts=160, top_k=6, mlp=1536, shared=2 * 1536, renormalise=False, scale=16.0, groups=8, top_groups=3
+        ),
+    ),
+    "v3": replace(
+        _LITE,
+        vocab=129280,
+        width=7168,
+        layers=61,
+        attention=MlaConfig(heads=128, q_rank=1536, yarn=replace(_YARN, mscale=1.0, mscale_all_dim=1.0)),
+        mlp=18432,
+        moe=MoeConfig(
+            experts=256,
+            top_k=8,
+            mlp=2048,
+            shared=2048,
+            score="sigmoid",
+            bias=True,
+            scale=2.5,
+            groups=8,
+            top_groups=4,
+            group_best=2,
+        ),
+        dense_first=3,
+    ),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size: "v2-lite", "v2" or "v3"."""
+    if name not in SIZES:
+        raise ValueError(f"DeepSeek has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return ModelConfig(None, None, SIZES[name], family=_kind(SIZES[name]))
+
+
+def _kind(decoder: DecoderConfig) -> str:
+    return V3 if decoder.moe.score == "sigmoid" else V2
+
+
+_EXPERTS = {
+    "attention_bias": only(False),
+    "moe_layer_freq": only(1),
+    "kv_lora_rank": count(512),
+    "q_lora_rank": nullable(count(1536)),
+    "qk_nope_head_dim": count(128),
+    "qk_rope_head_dim": count(64),
+    "v_head_dim": count(128),
+    "routed_scaling_factor": positive(1.0),
+}
+FIELDS = {  # by the model_type
+    V2: decoder_fields(102400, 4096, 11008, 32, 32, None, length=2048)
+    | _EXPERTS
+    | {
+        "mlp_bias": only(False),
+        "first_k_dense_replace": count(0, low=0),
+        "n_routed_experts": count(64, high=MOST_EXPERTS),
+        "n_shared_experts": count(2, low=0, high=MOST_EXPERTS),
+        "moe_intermediate_size": count(1407),
+        "num_experts_per_tok": count(),
+        "topk_method": word("greedy", ("greedy", "group_limited_greedy")),
+        "n_group": nullable(count(None)),
+        "topk_group": nullable(count(None)),
+        "norm_topk_prob": only(False),  # transformers ignores it, DeepSeek's own code does not
+    },
+    V3: decoder_fields(129280, 7168, 18432, 61, 128, 128, length=4096)
+    | _EXPERTS
+    | {
+        "rope_interleave": only(True),
+        "first_k_dense_replace": count(3, low=0),
+        "n_routed_experts": count(256, high=MOST_EXPERTS),
+        "n_shared_experts": count(1, low=0, high=MOST_EXPERTS),
+        "moe_intermediate_size": count(2048),
+        "num_experts_per_tok": count(8),
+        "routed_scaling_factor": positive(2.5),
+        "n_group": count(8),
+        "topk_group": count(4),
+        "norm_topk_prob": flag(True),
+    },
+}
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "deepseek_v2" or "deepseek_v3" describes.
+
+    Raises ValueError for what this model cannot do.
+    """
+    kind = config["model_type"]
+    config = read(config, FIELDS[kind])
+    if config["num_key_value_heads"] not in (None, config["num_attention_heads"]):
+        raise FieldError("num_key_value_heads", "must be num_attention_heads.", config["num_key_value_heads"])
+    rope = rope_of(config, {"default": "default", "yarn": "yarn"})
+    if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
+        raise FieldError("mscale", "has no agreed meaning without mscale_all_dim. State both or none.", rope["mscale"])
+    turns = config["qk_rope_head_dim"]
+    decoder = DecoderConfig(
+        vocab=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        attention=MlaConfig(
+            heads=config["num_attention_heads"],
+            kv_rank=config["kv_lora_rank"],
+            nope_dim=config["qk_nope_head_dim"],
+            rope_dim=turns,
+            v_dim=config["v_head_dim"],
+            q_rank=config["q_lora_rank"] or 0,
+            rope_theta=float(rope["rope_theta"]),
+            yarn=stretch_from_hf(rope, config["max_position_embeddings"], turns // 2),
+        ),
+        mlp=config["intermediate_size"],
+        moe=_moe_from_hf(config, bias=kind == V3),
+        dense_first=config["first_k_dense_replace"],
+        norm_eps=config["rms_norm_eps"],
+        tie_embeddings=config["tie_word_embeddings"],
+    )
+    return ModelConfig(None, None, decoder, family=kind)
+
+
+def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
+    grouped = bias or config["topk_method"] == "group_limited_greedy"
+    for name in ("n_group", "topk_group") if grouped else ():
+        if config[name] is None:
+            raise FieldError(name, "must be an integer where experts are chosen in groups.", None)
+    groups, experts, top_k = (
+        config["n_group"] if grouped else 1,
+        config["n_routed_experts"],
+        config["num_experts_per_tok"],
+    )
+    top_groups = config["topk_group"] if groups > 1 else 1
+    if experts % groups:
+        raise FieldError("n_group", f"must divide n_routed_experts={experts}.", groups)
+    if top_groups > groups:
+        raise FieldError("topk_group", f"must be at most n_group={groups}.", top_groups)
+    if top_k > (most := experts // groups * top_groups):
+        raise FieldError("num_experts_per_tok", f"must be at most {most}, the experts of topk_group groups.", top_k)
+    return MoeConfig(
+        experts=experts,
+        top_k=top_k,
+        mlp=config["moe_intermediate_size"],
+        shared=config["n_shared_experts"] * config["moe_intermediate_size"],
+        score="sigmoid" if bias else "softmax",
+        bias=bias,
+        renormalise=bias and config["norm_topk_prob"],
+        scale=float(config["routed_scaling_factor"]),
+        groups=groups,
+        top_groups=top_groups,
+        group_best=2 if bias and groups > 1 else 1,
+    )
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for what a config.json of DeepSeek cannot say."""
+    decoder, attention, moe = config.decoder, config.decoder.attention, config.decoder.moe
+    if not isinstance(attention, MlaConfig) or moe is None:
+        raise ValueError(f"DeepSeek's config.json describes latent attention and experts, not {decoder}")
+    kind, yarn = _kind(decoder), attention.yarn
+    rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(yarn)}
+    method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.groups > 1 else "greedy"}[kind]
+    written = {
+        "architectures": [{V2: "DeepseekV2ForCausalLM", V3: "DeepseekV3ForCausalLM"}[kind]],
+        "model_type": kind,
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.heads,
+        "kv_lora_rank": attention.kv_rank,
+        "q_lora_rank": attention.q_rank or None,
+        "qk_nope_head_dim": attention.nope_dim,
+        "qk_rope_head_dim": attention.rope_dim,
+        "v_head_dim": attention.v_dim,
+        "intermediate_size": decoder.mlp,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": decoder.norm_eps,
+        "max_position_embeddings": int(yarn.factor * yarn.length) if yarn else 163840,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "rope_parameters": rope,
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.mlp,
+        "n_shared_experts": moe.shared // moe.mlp,
+        "first_k_dense_replace": decoder.dense_first,
+        "scoring_func": moe.score,
+        "topk_method": method,
+        "n_group": moe.groups,
+        "topk_group": moe.top_groups,
+        "norm_topk_prob": moe.renormalise,
+        "routed_scaling_factor": moe.scale,
+    }
+    if kind == V3:
+        written["num_nextn_predict_layers"] = 0
+    if (reads := from_hf(written).decoder) != decoder:
+        raise ValueError(f"DeepSeek's config.json cannot say all of this decoder: {decoder} would be read as {reads}")
+    return written
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    layer = "model.layers.{n}"
+    theirs, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+
+    def rows(kind: LayerKind) -> list[Row]:
+        block = common.gated_mlp("mlp", mlp)
+        if kind.experts:
+            block = [
+                Row("mlp/router/w", f"{mlp}.gate.weight", "e d -> d e"),
+                # Beside scores below one it is large, and its steps are small: bf16 would change who is selected.
+                Row("mlp/bias", f"{mlp}.gate.e_score_correction_bias", dtype="float32"),
+                *common.experts_one_by_one("mlp", f"{mlp}.experts"),
+                *common.gated_mlp("mlp/shared", f"{mlp}.shared_experts"),
+            ]
+        return [
+            Row("norm1/scale", f"{layer}.input_layernorm.weight"),
+            Row("norm2/scale", f"{layer}.post_attention_layernorm.weight"),
+            *common.linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h"),
+            *common.linear("attention/q_down", f"{theirs}.q_a_proj", "z d -> d z"),
+            Row("attention/q_norm/scale", f"{theirs}.q_a_layernorm.weight"),
+            *common.linear("attention/q_up", f"{theirs}.q_b_proj", "(n h) z -> z n h"),
+            *common.linear("attention/kv_down", f"{theirs}.kv_a_proj_with_mqa", "z d -> d z"),
+            Row("attention/kv_norm/scale", f"{theirs}.kv_a_layernorm.weight"),
+            *common.linear("attention/kv_up", f"{theirs}.kv_b_proj", "(n h) z -> z n h"),
+            *common.linear("attention/out", f"{theirs}.o_proj", "d (n h) -> n h d"),
+            *block,
+        ]
+
+    return [
+        Row("decoder/embed", "model.embed_tokens.weight"),
+        *common.layers(config.decoder, rows),
+        Row("decoder/norm/scale", "model.norm.weight"),
+        Row("decoder/head/w", "lm_head.weight"),
+    ]
+
+
+# V3's extra layer that predicts a second token: published beside the model, and not part of it.
+IGNORE = (r"model\.layers\.61\..*",)
+RENAME = common.BARE

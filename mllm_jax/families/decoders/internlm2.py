@@ -1,0 +1,84 @@
+"""InternLM2 (arXiv 2403.17297): Llama's layers under other names, and with queries, keys and values in one tensor.
+
+Transformers has no class for it; its config.json is in the words of the published one.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.common.fields import only, read
+from mllm_jax.families.shared.decoder_config import TextFamily, decoder_fields, read_decoder, write_decoder
+from mllm_jax.families.shared.rows import BARE, layers, linear
+from mllm_jax.model.decoder import DecoderConfig, LayerKind
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.rope import NtkStretch
+from mllm_jax.weights.table import Row
+
+_7B = DecoderConfig(
+    vocab=92544,
+    width=4096,
+    layers=32,
+    attention=AttentionConfig(
+        32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), stretch=NtkStretch(2.0, 32768), qk_norm=False
+    ),
+    mlp=14336,
+    norm_eps=1e-5,
+    family="internlm2",
+)
+
+SIZES = {
+    "1.8b": replace(_7B, width=2048, layers=24, attention=replace(_7B.attention, heads=16), mlp=8192),
+    "7b": _7B,
+    "20b": replace(_7B, width=6144, layers=48, attention=replace(_7B.attention, heads=48), mlp=16384),
+}
+FIELDS = decoder_fields(103168, 4096, 11008, 32, 32, None, length=2048) | {"bias": only(False)}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "internlm2". ValueError for what this model cannot do."""
+    return read_decoder(read(text, FIELDS))
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`."""
+    written = write_decoder(decoder, length=32768) | {"hidden_act": "silu", "bias": False}
+    rope = written.pop("rope_parameters")
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    return written | {"rope_theta": theta, "rope_scaling": {"type": kind, **rope} if kind != "default" else None}
+
+
+def decoder_weights(config: DecoderConfig, prefix: str = "model", head: str = "output.weight") -> list[Row]:
+    """Rows of the decoder whose tensors begin with `prefix`; `head` is the name of the head.
+
+    For every key-value head, `wqkv` has the queries that read it, then its key, then its value.
+    """
+    layer = f"{prefix}.layers.{{n}}"
+    group = config.attention.heads // config.attention.kv_heads
+
+    def rows(kind: LayerKind) -> list[Row]:
+        wqkv, pattern = f"{layer}.attention.wqkv.weight", "(k g h) d -> d (k g) h"
+        parts = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
+        return [
+            Row("norm1/scale", f"{layer}.attention_norm.weight"),
+            Row("norm2/scale", f"{layer}.ffn_norm.weight"),
+            *(
+                Row(f"attention/{name}/w", wqkv, pattern, {"g": size}, part=("g", first, group + 2))
+                for name, (first, size) in parts.items()
+            ),
+            *linear("attention/out", f"{layer}.attention.wo", "d (n h) -> n h d"),
+            *linear("mlp/gate", f"{layer}.feed_forward.w1", "f d -> d f"),
+            *linear("mlp/up", f"{layer}.feed_forward.w3", "f d -> d f"),
+            *linear("mlp/down", f"{layer}.feed_forward.w2", "d f -> f d"),
+        ]
+
+    return [
+        Row("decoder/embed", f"{prefix}.tok_embeddings.weight"),
+        *layers(config, rows),
+        Row("decoder/norm/scale", f"{prefix}.norm.weight"),
+        Row("decoder/head/w", head),
+    ]
+
+
+FAMILY = TextFamily("internlm2", "InternLM2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
+sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
+IGNORE = ()
+RENAME = BARE

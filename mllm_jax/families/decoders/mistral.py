@@ -1,0 +1,42 @@
+"""Mistral 7B and Nemo (arXiv 2310.06825)."""
+
+from dataclasses import replace
+
+from mllm_jax.common.fields import count, nullable, read
+from mllm_jax.families.shared import rows
+from mllm_jax.families.shared.decoder_config import TextFamily, decoder_fields, read_decoder, write_decoder
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+
+_ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False)
+_7B = DecoderConfig(32000, 4096, 32, _ATTENTION, 14336, norm_eps=1e-5, family="mistral")
+
+SIZES = {
+    "7b-v0.1": replace(_7B, attention=replace(_ATTENTION, rope_theta=1e4), windows=(4096,)),
+    "7b-v0.2": _7B,
+    "7b-v0.3": replace(_7B, vocab=32768),
+    "nemo-12b": replace(_7B, vocab=131072, width=5120, layers=40),
+}
+FIELDS = decoder_fields(32000, 4096, 14336, 32, 32, 8, length=131072) | {
+    "num_key_value_heads": count(8),
+    "sliding_window": nullable(count(4096)),
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "mistral". ValueError for what this model cannot do."""
+    text = read(text, FIELDS)
+    return read_decoder(text, windows=(text["sliding_window"],) if text["sliding_window"] else ())
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`."""
+    window = decoder.windows[0] if decoder.windows else None
+    return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "sliding_window": window}
+
+
+decoder_weights = rows.decoder
+FAMILY = TextFamily("mistral", "MistralForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
+sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
+IGNORE = ()
+RENAME = rows.BARE

@@ -1,0 +1,169 @@
+"""Qwen3, dense and with experts (arXiv 2505.09388): text alone, and the decoder of Qwen3-VL.
+
+Tensor names as in the published safetensors files.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.common.fields import MOST_EXPERTS, FieldError, count, flag, listed, nullable, only, read
+from mllm_jax.families.shared import rows
+from mllm_jax.families.shared.decoder_config import decoder_fields, read_decoder, write_decoder
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.moe.layer import MoeConfig
+from mllm_jax.weights.table import Row
+
+_TEXT = AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, rope_sections=(64, 0, 0))
+_MOE = DecoderConfig(
+    vocab=151936,
+    width=2048,
+    layers=48,
+    attention=_TEXT,
+    mlp=6144,
+    moe=MoeConfig(experts=128, top_k=8, mlp=768),
+    family="qwen3_moe",
+)
+
+
+def _dense(width: int, layers: int, heads: int, mlp: int, tie: bool = False) -> DecoderConfig:
+    attention = replace(_TEXT, heads=heads, kv_heads=8)
+    return DecoderConfig(151936, width, layers, attention, mlp, tie_embeddings=tie, family="qwen3")
+
+
+SIZES = {
+    "0.6b": _dense(1024, 28, 16, 3072, tie=True),
+    "1.7b": _dense(2048, 28, 16, 6144, tie=True),
+    "4b": _dense(2560, 36, 32, 9728, tie=True),
+    "8b": _dense(4096, 36, 32, 12288),
+    "14b": _dense(5120, 40, 40, 17408),
+    "32b": _dense(5120, 64, 64, 25600),
+    "30b-a3b": _MOE,
+    "235b-a22b": replace(
+        _MOE,
+        width=4096,
+        layers=94,
+        attention=replace(_TEXT, heads=64),
+        mlp=12288,
+        moe=replace(_MOE.moe, mlp=1536),
+    ),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size: "0.6b", "1.7b", "4b", "8b", "14b", "32b"; with experts "30b-a3b", "235b-a22b"."""
+    if name not in SIZES:
+        raise ValueError(f"Qwen3 has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return ModelConfig(None, None, SIZES[name], family=_kind(SIZES[name]))
+
+
+def _kind(decoder: DecoderConfig) -> str:
+    return "qwen3_moe" if decoder.moe else "qwen3"
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "qwen3" or "qwen3_moe" describes."""
+    return ModelConfig(None, None, decoder_from_hf(config), family=config["model_type"])
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for what a config.json of Qwen3 cannot say."""
+    kind = _kind(config.decoder)
+    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[kind]
+    written = {"architectures": [architecture], "model_type": kind, **decoder_to_hf(config.decoder)}
+    if (reads := from_hf(written).decoder) != config.decoder:
+        raise ValueError(
+            f"Qwen3's config.json cannot say all of this decoder: {config.decoder} would be read as {reads}"
+        )
+    return written
+
+
+def _experts(experts: int, top_k: int, mlp: int) -> dict:
+    return {
+        "num_experts": count(experts, low=0, high=MOST_EXPERTS),
+        "num_local_experts": count(None, low=0, high=MOST_EXPERTS),  # the name that transformers 5 writes
+        "num_experts_per_tok": count(top_k),
+        "moe_intermediate_size": count(mlp),
+        "decoder_sparse_step": count(1),
+        "mlp_only_layers": nullable(listed(count(low=0), None)),
+    }
+
+
+_COMMON = {"attention_bias": only(False), "use_sliding_window": only(False)}
+FIELDS = {  # by the model_type of a model of text alone
+    "qwen3": decoder_fields(151936, 4096, 22016, 32, 32, 32, length=32768)
+    | _COMMON
+    | {"head_dim": count(128), "layer_types": nullable(listed(only("full_attention"), None))},
+    "qwen3_moe": decoder_fields(151936, 2048, 6144, 24, 32, 4, length=32768)
+    | _COMMON
+    | _experts(128, 8, 768)
+    | {"num_key_value_heads": count(4), "norm_topk_prob": flag(False)},
+}
+SEEING_FIELDS = {  # by the model_type of the whole model
+    "qwen3_vl": decoder_fields(151936, 4096, 22016, 32, 32, 32, length=128000, theta=5e5)
+    | _COMMON
+    | {"head_dim": count(128)},
+    "qwen3_vl_moe": decoder_fields(151936, 2048, 5632, 24, 16, 16, length=128000, theta=5e5, tie=True)
+    | _COMMON
+    | _experts(60, 4, 1408)
+    | {"num_key_value_heads": count(16), "norm_topk_prob": only(True)},
+}
+
+
+def decoder_from_hf(text: dict) -> DecoderConfig:
+    """The decoder of a text config of model_type "qwen3" or "qwen3_moe". ValueError for what this model cannot do."""
+    return _decoder(read(text, FIELDS[text["model_type"]]), {})
+
+
+def seeing_decoder_from_hf(text: dict, kind: str) -> DecoderConfig:
+    """The decoder of the `text_config` of a model of model_type "qwen3_vl" or "qwen3_vl_moe"; errors as above."""
+    return _decoder(read(text, SEEING_FIELDS[kind]), {"sections": (24, 20, 20)})
+
+
+def _decoder(text: dict, rope: dict) -> DecoderConfig:
+    if (kinds := text.get("layer_types")) is not None and len(kinds) != text["num_hidden_layers"]:
+        raise FieldError("layer_types", f"must name {text['num_hidden_layers']} layers.", kinds)
+    if "num_experts" not in text:
+        return read_decoder(text, rope=rope, qk_norm=True)
+    dense, experts = sorted(text["mlp_only_layers"] or ()), text["num_local_experts"]
+    if dense != list(range(len(dense))):
+        raise FieldError("mlp_only_layers", "must be the first layers.", dense)
+    experts = text["num_experts"] if experts is None else experts
+    if not experts:
+        return read_decoder(text, rope=rope, qk_norm=True)
+    if text["num_experts_per_tok"] > experts:
+        raise FieldError("num_experts_per_tok", f"must be at most num_experts={experts}.", text["num_experts_per_tok"])
+    moe = MoeConfig(
+        experts=experts,
+        top_k=text["num_experts_per_tok"],
+        mlp=text["moe_intermediate_size"],
+        renormalise=text["norm_topk_prob"],
+    )
+    every = text["decoder_sparse_step"]
+    return read_decoder(text, rope=rope, qk_norm=True, moe=moe, dense_first=len(dense), moe_every=every)
+
+
+def decoder_to_hf(decoder: DecoderConfig) -> dict:
+    """The inverse of `decoder_from_hf`; what transformers needs."""
+    moe = decoder.moe
+    written = write_decoder(decoder, length=262144) | {"hidden_act": "silu", "attention_bias": False}
+    if moe is None:
+        return written
+    return written | {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.mlp,
+        "norm_topk_prob": moe.renormalise,
+        "decoder_sparse_step": decoder.moe_every,
+        "mlp_only_layers": list(range(decoder.dense_first)),
+    }
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    return decoder_weights(config.decoder)
+
+
+decoder_weights = rows.decoder
+IGNORE = ()
+RENAME = rows.BARE

@@ -1,0 +1,212 @@
+"""What published decoders have in common: most of a config.json, most names of tensors, and a model of text alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mllm_jax.common.fields import (
+    Field,
+    FieldError,
+    count,
+    flag,
+    layers,
+    listed,
+    nullable,
+    only,
+    positive,
+    word,
+)
+from mllm_jax.families.shared.rope import rope_fields, rope_from_hf, rope_to_hf
+from mllm_jax.families.shared.suggestions import unsupported
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.rope import ListedStretch, NtkStretch
+from mllm_jax.weights.table import Row
+
+ACTIVATIONS = {  # theirs -> ours
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+
+
+def activation_from_hf(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise unsupported("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
+def activation_to_hf(name: str, spelling: str) -> str:
+    """`spelling`, if it means our `name`; else the first that does."""
+    return spelling if ACTIVATIONS[spelling] == name else next(t for t, ours in ACTIVATIONS.items() if ours == name)
+
+
+WINDOWS = {  # of families whose layers may differ in what they see
+    "sliding_window": nullable(count(4096)),
+    "layer_types": nullable(listed(word(choices=("sliding_attention", "full_attention")), None)),
+}
+
+
+def decoder_fields(
+    vocab: int,
+    width: int,
+    mlp: int,
+    depth: int,
+    heads: int,
+    kv_heads: int | None,
+    length: int,
+    theta: float = 1e4,
+    norm_eps: float = 1e-6,
+    tie: bool = False,
+) -> dict[str, Field]:
+    """The fields that `read_decoder` reads, with what they are in a file that does not say them.
+
+    kv_heads: None: as many as heads.
+    length: tokens of a text at most.
+    """
+    return {
+        "vocab_size": count(vocab),
+        "hidden_size": count(width),
+        "intermediate_size": count(mlp),
+        "num_hidden_layers": layers(depth),
+        "num_attention_heads": count(heads),
+        "num_key_value_heads": nullable(count(kv_heads)),
+        "head_dim": nullable(count(None)),
+        "max_position_embeddings": count(length),
+        "rms_norm_eps": positive(norm_eps),
+        "tie_word_embeddings": nullable(flag(tie), tie),
+        "hidden_act": only("silu"),
+        **rope_fields(theta),
+    }
+
+
+def windows_from_hf(text: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
+    """`DecoderConfig.windows`, as short as can be, of layers that are "sliding_attention" or "full_attention"."""
+    if len(kinds) != text["num_hidden_layers"]:
+        raise FieldError("layer_types", f"must name {text['num_hidden_layers']} layers, not {len(kinds)}.")
+    windows = tuple((text["sliding_window"] or 0) if kind == "sliding_attention" else 0 for kind in kinds)
+    periods = (windows[:n] for n in range(1, len(windows) + 1))
+    shortest = next(p for p in periods if all(w == p[i % len(p)] for i, w in enumerate(windows)))
+    return shortest if any(shortest) else ()
+
+
+def windows_to_hf(decoder: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `windows_from_hf`. ValueError for windows of several sizes."""
+    windows = [kind.window for kind in decoder.kinds]
+    if len(sizes := set(windows) - {0}) > 1:
+        raise ValueError(f"a config.json knows one size of windows, not {sorted(sizes)}")
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    return {"sliding_window": max(windows) or None, "layer_types": kinds}
+
+
+def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None, **fields: Any) -> DecoderConfig:
+    """The decoder of a text config that has the usual names.
+
+    Args:
+      text: the values of `decoder_fields`.
+      rope: what is given to `rope_from_hf` beside the config.
+      fields: of DecoderConfig, or of AttentionConfig, that the config says in another way or not at all.
+    """
+    heads = text["num_attention_heads"]
+    head_dim = text["head_dim"] or text["hidden_size"] // heads
+    if not head_dim or head_dim % 2:
+        raise FieldError("head_dim", "must be even and at least 2: rotary positions turn pairs.", head_dim)
+    kv_heads = text["num_key_value_heads"] or heads
+    if heads % kv_heads:
+        raise FieldError("num_key_value_heads", f"must divide num_attention_heads={heads}.", kv_heads)
+    attention = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "qk_norm": False,
+        **rope_from_hf(text, head_dim, **(rope or {})),
+    }
+    attention |= {name: fields.pop(name) for name in AttentionConfig.__dataclass_fields__ if name in fields}
+    decoder = {
+        "vocab": text["vocab_size"],
+        "width": text["hidden_size"],
+        "layers": text["num_hidden_layers"],
+        "attention": AttentionConfig(**attention),
+        "mlp": text["intermediate_size"],
+        "norm_eps": text["rms_norm_eps"],
+        "tie_embeddings": text["tie_word_embeddings"],
+    }
+    return DecoderConfig(**decoder | fields)
+
+
+def tied_at_the_top(decoder: DecoderConfig, config: Mapping[str, Any], default: bool = False) -> DecoderConfig:
+    """The decoder of a multimodal config.json, tied as its top level says, whatever the text config says."""
+    return replace(decoder, tie_embeddings=bool(config.get("tie_word_embeddings", default)))
+
+
+def tied_at_either(decoder: DecoderConfig, config: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of a multimodal config.json, tied if its top level or its text config says so."""
+    return replace(decoder, tie_embeddings=decoder.tie_embeddings or bool(config.get("tie_word_embeddings")))
+
+
+def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:
+    """The inverse of `read_decoder`: what transformers needs. `length`: tokens that texts are said to have at most."""
+    attention, stretch = decoder.attention, decoder.attention.stretch
+    written = {
+        "vocab_size": decoder.vocab,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "intermediate_size": decoder.mlp,
+        "rms_norm_eps": decoder.norm_eps,
+        "max_position_embeddings": stretch.length if isinstance(stretch, NtkStretch) else length,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "rope_parameters": rope_to_hf(attention),
+    }
+    if isinstance(stretch, ListedStretch):
+        written["original_max_position_embeddings"] = stretch.length
+    return written
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """A model of text alone, from what its file says of its decoder.
+
+    kind: the model_type.
+    architecture: transformers' class.
+    published: the decoders of published sizes.
+    read, write: `decoder_from_hf` and `decoder_to_hf`.
+    rows: its table of weights.
+    """
+
+    kind: str
+    architecture: str
+    published: Mapping[str, DecoderConfig]
+    read: Callable[[Mapping[str, Any]], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    rows: Callable[[DecoderConfig], list[Row]]
+
+    def sizes(self, name: str) -> ModelConfig:
+        """The config of a published size. ValueError where there is none of that name."""
+        if name not in self.published:
+            raise ValueError(f"{self.kind} has no size {name!r}; sizes: {', '.join(self.published)}")
+        return ModelConfig(None, None, self.published[name], family=self.kind)
+
+    def from_hf(self, config: Mapping[str, Any]) -> ModelConfig:
+        """The model that a config.json describes. Raises ValueError for what this model cannot do."""
+        return ModelConfig(None, None, self.read(config), family=self.kind)
+
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """The inverse of `from_hf`. Raises ValueError for what a config.json of the family cannot say."""
+        written = {"architectures": [self.architecture], "model_type": self.kind, **self.write(config.decoder)}
+        if (reads := self.read(written)) != config.decoder:
+            raise ValueError(
+                f"{self.kind}'s config.json cannot say all of this decoder: {config.decoder} would be read as {reads}"
+            )
+        return written
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        """Our names and theirs, for this config; see weights/table.py."""
+        return self.rows(config.decoder)

@@ -1,0 +1,99 @@
+"""What CLIP, SigLIP and SigLIP 2 have in common: the tower of texts, and the names of both towers' tensors."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mllm_jax.common.fields import check_heads, count, positive, read, word
+from mllm_jax.common.fields import layers as count_layers
+from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
+from mllm_jax.families.shared.rows import layer_norm, layers, linear
+from mllm_jax.families.towers.in_vlms import Tower
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.weights.table import Row
+
+IGNORE = ()
+RENAME = ()
+
+
+def text_tower(
+    width: int, layers: int, heads: int, mlp: int, vocab: int, positions: int, **fields: Any
+) -> DecoderConfig:
+    """Layers with biases, LayerNorm and learned positions, without a head."""
+    attention = AttentionConfig(
+        heads, heads, width // heads, rope_theta=None, qk_norm=False, qkv_bias=True, out_bias=True
+    )
+    return DecoderConfig(
+        vocab, width, layers, attention, mlp, mlp_gated=False, mlp_bias=True, norm="layer", tie_embeddings=True,
+        positions=positions, **fields,
+    )  # fmt: skip
+
+
+SAID = {"hidden_size": "width", "num_hidden_layers": "layers", "intermediate_size": "mlp", "vocab_size": "vocab",
+        "max_position_embeddings": "positions", "layer_norm_eps": "norm_eps"}  # fmt: skip
+
+
+def text_from_hf(text: Mapping[str, Any], base: DecoderConfig) -> DecoderConfig:
+    """The tower that a `text_config` describes; `base` is the one of a config that says nothing."""
+    kinds = {"layer_norm_eps": positive, "num_hidden_layers": count_layers}
+    stated = read(
+        text,
+        {theirs: kinds.get(theirs, count)(getattr(base, ours)) for theirs, ours in SAID.items()}
+        | {"num_attention_heads": count(base.attention.heads)}
+        | {"hidden_act": word(activation_to_hf(base.activation, "gelu_pytorch_tanh"))},
+    )
+    check_heads(stated, "hidden_size", "num_attention_heads")
+    return text_tower(
+        **{ours: stated[theirs] for theirs, ours in SAID.items()},
+        heads=stated["num_attention_heads"],
+        activation=activation_from_hf(stated["hidden_act"]),
+        prefix=base.prefix,
+    )
+
+
+def text_to_hf(text: DecoderConfig, kind: str) -> dict[str, Any]:
+    """The inverse: a `text_config` of model_type `kind`."""
+    said = {theirs: getattr(text, ours) for theirs, ours in SAID.items()}
+    activation = activation_to_hf(text.activation, "gelu_pytorch_tanh")
+    return {"model_type": kind, "num_attention_heads": text.attention.heads, "hidden_act": activation, **said}
+
+
+def checked(config: DualConfig, written: dict[str, Any], from_hf: Callable[[dict], DualConfig]) -> dict[str, Any]:
+    """`written`, if it is all of a config. Raises ValueError for what a config.json cannot say."""
+    reads = from_hf(written)
+    for part in ("encoder", "image_pool", "text", "text_pool", "loss"):
+        if (own := getattr(config, part)) != (read := getattr(reads, part)):
+            kind = written["model_type"]
+            raise ValueError(f"a config.json of {kind} cannot say all of this {part}: {own} would be read as {read}")
+    return written
+
+
+def weights(config: DualConfig, tower: Tower, theirs: str = "text_model") -> list[Row]:
+    """Rows of both towers and of the logits' scale; those of the pools are a family's own."""
+    layer = f"{theirs}.encoder.layers.{{n}}"
+
+    def rows(kind: str) -> list[Row]:
+        parts = {part: f"{layer}.self_attn.{part}_proj" for part in "qkv"}
+        return [
+            *layer_norm("norm1", f"{layer}.layer_norm1"),
+            *layer_norm("norm2", f"{layer}.layer_norm2"),
+            *(row for part, name in parts.items() for row in linear(f"attention/{part}", name, *_OF_HEADS)),
+            *linear("attention/out", f"{layer}.self_attn.out_proj", "d (n h) -> n h d", ""),
+            *linear("mlp/up", f"{layer}.mlp.fc1", "f d -> d f", ""),
+            *linear("mlp/down", f"{layer}.mlp.fc2", "d f -> f d", ""),
+        ]
+
+    text = [
+        Row("decoder/embed", f"{theirs}.embeddings.token_embedding.weight"),
+        Row("decoder/position_embed", f"{theirs}.embeddings.position_embedding.weight"),
+        *layers(config.text, rows),
+        *layer_norm("decoder/norm", f"{theirs}.final_layer_norm"),
+    ]
+    return [
+        *tower.rows(config.encoder, "vision_model."),
+        *(row._replace(ours=row.ours.replace("decoder/", "text/", 1)) for row in text),
+    ]
+
+
+_OF_HEADS = ("(n h) d -> d n h", "(n h) -> n h")

@@ -1,0 +1,132 @@
+"""Towers of pictures alone, out of CLIP, SigLIP and SigLIP 2: features are transformers' `last_hidden_state`, and what
+SigLIP's head makes of them is its `pooler_output`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from mllm_jax.common.fields import flag, read
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.families.shared.hf_images import counted_like_text, cut
+from mllm_jax.families.shared.rows import layer_norm, linear
+from mllm_jax.families.towers.in_vlms import CLIP, NAFLEX, SIGLIP, Tower
+from mllm_jax.model.dual_encoder import AttentionPool
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.types import Picture
+from mllm_jax.weights.table import Row
+
+PREFIX = "vision_model."
+SQUARE = ("pixel_values",)
+ANY_SIZE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
+def square_pictures(config: Any, arrays: Arrays) -> list[Picture]:
+    """`pixel_values` f[n c h w], pictures of one size; `config` has an encoder."""
+    pixels, encoder = arrays.get("pixel_values", np.zeros((0, 0, 0, 0))), config.encoder
+    if pixels.ndim != 4:
+        raise ValueError(f"pixel_values must be [pictures c h w], not {pixels.shape}")
+    return [cut(picture, encoder.patch_size, encoder.lead) for picture in pixels]
+
+
+def pictures_of_any_size(config: Any, arrays: Arrays) -> list[Picture]:
+    """NaFlex's: `pixel_values` f[n p C] patches with values in (y, x, c) order, `spatial_shapes` i[n 2] in patches.
+
+    `pixel_attention_mask` says the same as the shapes, that the rest of a row is padding, and is only compared.
+    """
+    given = [name for name in ANY_SIZE if name in arrays]
+    if not given:
+        return []
+    if missing := {"pixel_values", "spatial_shapes"} - set(given):
+        raise ValueError(f"pixel_values and spatial_shapes belong together; {missing.pop()} is missing")
+    pixels, shapes = arrays["pixel_values"], arrays["spatial_shapes"]
+    counts = shapes.prod(axis=1)
+    mask = arrays.get("pixel_attention_mask", np.arange(pixels.shape[1]) < counts[:, None])
+    if pixels.ndim != 3 or len(shapes) != len(pixels) or (mask.sum(axis=1) != counts).any():
+        raise ValueError(
+            f"pixel_values {pixels.shape} must be [pictures patches values], with as many of each picture's patches in "
+            f"pixel_attention_mask as in spatial_shapes: {mask.sum(axis=1).tolist()}, {counts.tolist()}"
+        )
+    side = config.encoder.patch_size
+    values = rearrange(pixels.astype(np.float32), "n p (y x c) -> n p (c y x)", y=side, x=side)
+    return [Picture(patches[:count], tuple(map(int, shape))) for patches, count, shape in zip(values, counts, shapes)]
+
+
+def pool_of(encoder: VitConfig) -> AttentionPool:
+    """SigLIP's head, which has the widths of its tower."""
+    return AttentionPool(encoder.heads, encoder.mlp, encoder.activation, encoder.norm_eps)
+
+
+def attention_pool(ours: str, theirs: str) -> list[Row]:
+    """Rows of an AttentionPool."""
+    return [
+        Row(f"{ours}/probe", f"{theirs}.probe", "1 1 d -> d"),
+        Row(f"{ours}/qkv/w", f"{theirs}.attention.in_proj_weight", "(c n h) d -> c d n h"),
+        Row(f"{ours}/qkv/b", f"{theirs}.attention.in_proj_bias", "(c n h) -> c n h"),
+        *linear(f"{ours}/out", f"{theirs}.attention.out_proj", "d (n h) -> n h d", ""),
+        *layer_norm(f"{ours}/norm", f"{theirs}.layernorm"),
+        *linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1", "f d -> d f", ""),
+        *linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2", "d f -> f d", ""),
+    ]
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """A kind of tower as a family of its own.
+
+    architecture: transformers' class.
+    features: of the encoder, see VitConfig.
+    INPUTS, pictures: arrays of its processor, and what they show.
+    """
+
+    tower: Tower
+    architecture: str
+    features: tuple[int, ...]
+    INPUTS: tuple[str, ...]
+    pictures: Callable[[ModelConfig, Arrays], list[Picture]]
+
+    IGNORE = (r"visual_projection\.weight",)  # it stands after CLIP's tower
+    RENAME = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
+
+    @property
+    def SIZES(self) -> tuple[str, ...]:
+        return tuple(self.tower.sizes)
+
+    def sizes(self, name: str) -> ModelConfig:
+        """The config of a published size. ValueError where there is none of that name."""
+        if name not in self.tower.sizes:
+            raise ValueError(f"{self.tower.kind} has no size {name!r}; sizes: {', '.join(self.tower.sizes)}")
+        return self._model(self.tower.sizes[name], True)
+
+    def _model(self, encoder: VitConfig, vision_use_head: bool) -> ModelConfig:
+        pool = pool_of(encoder) if vision_use_head and self.tower is not CLIP else None
+        return ModelConfig(replace(encoder, features=self.features), family=self.tower.kind, pool=pool)
+
+    def from_hf(self, config: dict) -> ModelConfig:
+        """The tower that a config.json of its model_type describes."""
+        return self._model(self.tower.from_hf(config), **read(config, {"vision_use_head": flag(True)}))
+
+    def to_hf(self, config: ModelConfig) -> dict:
+        """The inverse. Raises ValueError for a pool that is not that of the tower."""
+        if config.pool not in (None, pool_of(config.encoder)):
+            raise ValueError(f"the head of a {self.tower.kind} is {pool_of(config.encoder)}, not {config.pool}")
+        head = {"vision_use_head": config.pool is not None} if self.tower is not CLIP else {}
+        return {"architectures": [self.architecture], **self.tower.to_hf(config.encoder), **head}
+
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """Pictures, which stand for themselves: there is no text."""
+        pictures = self.pictures(config, arrays)
+        return {0: [counted_like_text((picture,), range(len(picture.patches) - picture.lead)) for picture in pictures]}
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        """Our names and theirs, for this config; see weights/table.py."""
+        return [*self.tower.rows(config.encoder, PREFIX), *attention_pool("pool", f"{PREFIX}head")]
+
+
+clip = TowerFamily(CLIP, "CLIPVisionModel", (-1,), SQUARE, square_pictures)
+siglip = TowerFamily(SIGLIP, "SiglipVisionModel", (), SQUARE, square_pictures)
+siglip2 = TowerFamily(NAFLEX, "Siglip2VisionModel", (), ANY_SIZE, pictures_of_any_size)

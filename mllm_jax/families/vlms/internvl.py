@@ -1,0 +1,168 @@
+"""InternVL 2.5 and 3 (arXiv 2412.05271, 2504.10479): InternViT, pixel shuffle with an MLP, Qwen2.5 or any decoder.
+
+Tensor names as in the published safetensors files of OpenGVLab's "-hf" models.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mllm_jax.common.fields import FieldError, count, inside, number, read, section, word
+from mllm_jax.data.grounding import Grounding
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.resize import Stretch
+from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.tiles import Tiles
+from mllm_jax.families.decoders import by_model_type, qwen2
+from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf, tied_at_the_top
+from mllm_jax.families.shared.rows import layer_norm, linear
+from mllm_jax.families.towers.in_vlms import INTERN
+from mllm_jax.families.vlms import llava
+from mllm_jax.families.vlms.llava import feature_layers, features_from_hf, features_to_hf, whole
+from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
+from mllm_jax.weights.table import Row
+
+
+def _size(tower: str, decoder: DecoderConfig) -> ModelConfig:
+    decoder = replace(decoder, vocab=151674, tie_embeddings=False)
+    return ModelConfig(INTERN.sizes[tower], PixelShuffleConfig(), decoder, VisionTokenIds(151667), family="internvl")
+
+
+SIZES = {
+    "3-1b": _size("300m", qwen2.SIZES["2.5-0.5b"]),
+    "3-2b": _size("300m", qwen2.SIZES["2.5-1.5b"]),
+    "3-8b": _size("300m", qwen2.SIZES["2.5-7b"]),
+    "3-14b": _size("300m", qwen2.SIZES["2.5-14b"]),
+    "3-38b": _size("6b", qwen2.SIZES["2.5-32b"]),
+    "3-78b": _size("6b", qwen2.SIZES["2.5-72b"]),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size, such as "3-8b"."""
+    if name not in SIZES:
+        raise ValueError(f"InternVL has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+FIELDS = {
+    "text_config": section(),
+    "vision_config": section(),
+    "image_token_id": count(151667, low=0),
+    "downsample_ratio": number(0.5, 0.01, 1),
+    "projector_hidden_act": word("gelu"),
+    "vision_feature_layer": feature_layers(-1),
+    "vision_feature_select_strategy": word("default", ("default",)),  # which drops the class token of the tower
+}
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "internvl" describes. ValueError for what this model cannot do."""
+    stated = read(config, FIELDS)
+    with inside("vision_config"):
+        read(stated["vision_config"], {"model_type": word(INTERN.kind, (INTERN.kind,))})
+        encoder = features_of(INTERN.from_hf(stated["vision_config"]), stated["vision_feature_layer"])
+    with inside("text_config"):
+        decoder = by_model_type.decoder_from_hf({"model_type": "qwen2", **stated["text_config"]})
+    return ModelConfig(
+        encoder,
+        PixelShuffleConfig(merge_of(stated), activation_from_hf(stated["projector_hidden_act"])),
+        tied_at_the_top(decoder, config, default=True),
+        VisionTokenIds(stated["image_token_id"]),
+        family="internvl",
+    )
+
+
+def features_of(encoder: VitConfig, layers: list[int]) -> VitConfig:
+    """The encoder that gives the features of these layers, as a file numbers them; the last one has its last norm."""
+    return encoder if layers == [-1] else replace(encoder, features=features_from_hf(layers, encoder.layers))
+
+
+def merge_of(stated: dict) -> int:
+    """Number of patches a side that become one visual token."""
+    merge = 1 / stated["downsample_ratio"]
+    if abs(merge - round(merge)) > 1e-9:
+        raise FieldError("downsample_ratio", "must be 1, 1/2, 1/3 and so on.", stated["downsample_ratio"])
+    return round(merge)
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for a model that InternVL's config.json cannot say."""
+    connector, encoder = config.connector, config.encoder
+    written = {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": config.tokens.image,
+        "image_seq_length": encoder.position_grid**2 // connector.merge**2,
+        "downsample_ratio": 1 / connector.merge,
+        "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
+        "vision_feature_layer": features_to_hf(encoder.features) if encoder.features else -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "text_config": by_model_type.decoder_to_hf(config.decoder),
+        "vision_config": INTERN.to_hf(encoder),
+    }
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(f"InternVL's config.json cannot say all of this model: {config} would be read as {understood}")
+    return written
+
+
+SPEC = ProcessorSpec(
+    grounding=Grounding(
+        "[{x1}, {y1}, {x2}, {y2}]", name="<ref>{name}</ref>", boxes="<box>[{boxes}]</box>", between=", "
+    ),
+    brackets=True,
+    image_token="<IMG_CONTEXT>",
+    video_token="<video>",
+    frame_token="<IMG_CONTEXT>",
+    label="Frame{number}: ",
+    between="\n",
+    fps=1.0,
+    min_frames=8,  # the bounds of internvl_chat/internvl/train/internvl_chat_finetune.py
+    max_frames=32,
+    vision_start="<img>",
+    vision_end="</img>",
+    end_of_turn="<|im_end|>",
+    processor_class="InternVLProcessor",
+    video_processor_type="InternVLVideoProcessor",
+)
+INPUTS = ("pixel_values",)
+
+
+def rule(config: ModelConfig) -> Tiles:
+    """How pictures are cut where no preprocessor_config.json says it."""
+    return Tiles(config.encoder.side)
+
+
+def clip_rule(config: ModelConfig) -> Stretch:
+    """How the frames of clips are read: each is one tile."""
+    return Stretch((config.encoder.side,) * 2)
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """Tiles f[tiles c h w] of all pictures, and frames: each stands for the placeholders of its own visual tokens."""
+    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+    return {config.tokens.image: [whole(config, tile) for tile in pixels]}
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    return [
+        *INTERN.rows(config.encoder, "vision_tower."),
+        *layer_norm("connector/norm", "multi_modal_projector.layer_norm"),
+        *linear("connector/mlp/up", "multi_modal_projector.linear_1", "o i -> i o", ""),
+        *linear("connector/mlp/down", "multi_modal_projector.linear_2", "o i -> i o", ""),
+        *by_model_type.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
+    ]
+
+
+IGNORE = ()
+# Names since transformers 4.52.
+RENAME = (
+    *llava.RENAME_TEXT,
+    (r"^model\.(?=vision_tower|multi_modal_projector)", ""),
+)
+MODULES = llava.MODULES

@@ -1,0 +1,265 @@
+"""LLaVA 1.5 (arXiv 2310.03744) and LLaVA-NeXT: a CLIP or SigLIP tower, an MLP, any decoder.
+
+Tensor names as in the published safetensors files of llava-hf.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mllm_jax.common.fields import (
+    MOST_LAYERS,
+    Field,
+    FieldError,
+    Json,
+    count,
+    inside,
+    listed,
+    nullable,
+    only,
+    read,
+    section,
+    word,
+)
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.resize import Crop, Square, mean_colour
+from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.tiles import AnyRes
+from mllm_jax.families.decoders import by_model_type, llama, mistral, qwen2
+from mllm_jax.families.shared.decoder_config import (
+    activation_from_hf,
+    activation_to_hf,
+    tied_at_either,
+    tied_at_the_top,
+)
+from mllm_jax.families.shared.hf_images import counted_like_text, cut
+from mllm_jax.families.shared.rows import linear
+from mllm_jax.families.towers.in_vlms import CLIP, part_to_hf, tower_for, tower_of
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.types import Visual
+from mllm_jax.weights.table import Row
+
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_TOWER = replace(CLIP.sizes["l14-336"], features=(-2,))
+
+
+def _second(decoder: DecoderConfig) -> ModelConfig:
+    decoder = replace(decoder, vocab=32064)
+    return ModelConfig(_TOWER, MlpConnectorConfig(), decoder, VisionTokenIds(32000), family="llava")
+
+
+def _next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
+    decoder = replace(decoder, vocab=vocab)
+    return ModelConfig(
+        _TOWER,
+        MlpConnectorConfig(newline=True),
+        decoder,
+        VisionTokenIds(image),
+        family="llava_next",
+        inputs=InputRules(pinpoints=PINPOINTS),
+    )
+
+
+SIZES = {
+    "1.5-7b": _second(llama.SIZES["vicuna-7b"]),
+    "1.5-13b": _second(llama.SIZES["vicuna-13b"]),
+    "next-vicuna-7b": _next(llama.SIZES["vicuna-7b"], 32064, 32000),
+    "next-vicuna-13b": _next(llama.SIZES["vicuna-13b"], 32064, 32000),
+    "next-mistral-7b": _next(mistral.SIZES["7b-v0.2"], 32064, 32000),
+    "next-34b": _next(llama.SIZES["yi-34b"], 64064, 64000),
+    "next-llama3-8b": _next(llama.SIZES["3-8b"], 128320, 128256),
+    "next-72b": _next(qwen2.SIZES["1.5-72b"], 152064, 151646),
+    "next-110b": _next(qwen2.SIZES["1.5-110b"], 152064, 151646),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size, such as "1.5-7b" or "next-mistral-7b"."""
+    if name not in SIZES:
+        raise ValueError(f"LLaVA has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def feature_layers(*usual: int) -> Field:
+    """A number of a layer, or several: what `features_from_hf` reads."""
+    return listed(count(low=-MOST_LAYERS, high=MOST_LAYERS), list(usual), lone=True)
+
+
+GRID = listed(listed(count()), None)  # sizes of pictures
+FIELDS = {
+    "text_config": section(),
+    "vision_config": section(),
+    "image_token_id": count(None, low=0),  # two names of one number
+    "image_token_index": count(32000, low=0),
+    "projector_hidden_act": word("gelu"),
+    "vision_feature_select_strategy": word("default", ("default", "full")),
+    "vision_feature_layer": feature_layers(-2),
+    "multimodal_projector_bias": only(True),
+    "image_grid_pinpoints": nullable(GRID),
+}
+
+
+def from_hf(config: Json) -> ModelConfig:
+    """The model that a `config.json` of model_type "llava" or "llava_next" describes.
+
+    Raises ValueError for what this model cannot do.
+    """
+    stated = read(config, FIELDS)
+    with inside("vision_config"):
+        vision = {"model_type": CLIP.kind, **stated["vision_config"]}
+        encoder = tower_for(vision).from_hf(vision)
+    encoder = replace(encoder, features=features_from_hf(stated["vision_feature_layer"], encoder.layers))
+    strategy = stated["vision_feature_select_strategy"]
+    if strategy == "default" and encoder.lead != 1:  # which drops the first feature, whatever it is
+        raise FieldError("vision_feature_select_strategy", "needs a class token and no registers.", strategy)
+    newline = config["model_type"] == "llava_next"
+    with inside("text_config"):
+        decoder = by_model_type.decoder_from_hf({"model_type": "llama", **stated["text_config"]})
+    tied = tied_at_the_top if newline else tied_at_either
+    return ModelConfig(
+        encoder,
+        MlpConnectorConfig(activation=activation_from_hf(stated["projector_hidden_act"]), newline=newline),
+        tied(decoder, config),
+        VisionTokenIds(image_token(stated)),
+        family=config["model_type"],
+        inputs=InputRules(
+            pinpoints=pinpoints_from_hf(stated["image_grid_pinpoints"] or PINPOINTS) if newline else (),
+            shows_lead=strategy == "full" and encoder.lead > 0,
+        ),
+    )
+
+
+def image_token(stated: Json) -> int:
+    """The number of the token that stands for a picture, which has two names."""
+    return stated["image_token_index"] if stated["image_token_id"] is None else stated["image_token_id"]
+
+
+def pinpoints_from_hf(sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    if odd := [size for size in sizes if len(size) != 2]:
+        raise FieldError("image_grid_pinpoints", "must be pairs of numbers.", odd[0])
+    return tuple((first, second) for first, second in sizes)
+
+
+def features_from_hf(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The features of a tower of `depth` layers: theirs count what goes into the first as 0, from the end as we do."""
+    if not layers or any(layer == 0 or abs(layer) > depth for layer in layers):
+        raise FieldError("vision_feature_layer", f"must be from 1 to {depth}, or from -{depth} to -1.", layers)
+    return tuple(layer - 1 if layer > 0 else layer for layer in layers)
+
+
+def features_to_hf(features: tuple[int, ...]) -> int | list[int]:
+    layers = [layer + 1 if layer >= 0 else layer for layer in features]
+    return layers[0] if len(layers) == 1 else layers
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for a model that LLaVA's config.json cannot say."""
+    connector, encoder = config.connector, config.encoder
+    kind = "llava_next" if connector.newline else "llava"
+    decoder = by_model_type.decoder_to_hf(config.decoder)
+    written = {
+        "architectures": [
+            {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}[kind]
+        ],
+        "model_type": kind,
+        "image_token_index": config.tokens.image,
+        "image_seq_length": config.shown + encoder.position_grid**2,
+        "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
+        "vision_feature_layer": features_to_hf(encoder.features),
+        "vision_feature_select_strategy": "default" if encoder.lead > config.shown else "full",
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "text_config": decoder,
+        "vision_config": part_to_hf(encoder),
+    }
+    if connector.newline:
+        written["image_grid_pinpoints"] = [list(size) for size in config.inputs.pinpoints]
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
+    return written
+
+
+SPEC = ProcessorSpec(
+    grounding=None,
+    image_token="<image>",
+    video_token=None,
+    vision_start=None,
+    vision_end=None,
+    end_of_turn=None,
+    processor_class="LlavaProcessor",
+    video_processor_type=None,
+)
+INPUTS = ("pixel_values", "image_sizes")
+
+
+def rule(config: ModelConfig) -> AnyRes | Square | Crop:
+    """How pictures are cut where no preprocessor_config.json says it."""
+    side, pinpoints = config.encoder.side, config.inputs.pinpoints
+    if config.inputs.square:
+        return Square(side, mean_colour(config.encoder.pixel_mean))
+    return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """Pictures f[pictures c h w], or with newlines their tiles f[pictures tiles c h w] and sizes i[pictures 2]."""
+    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+    if not config.connector.newline:
+        return {config.tokens.image: [whole(config, picture) for picture in pixels]}
+    if len(pixels) != len(arrays.get("image_sizes", ())):
+        raise ValueError(f"{len(pixels)} pictures need as many image_sizes, not {len(arrays.get('image_sizes', ()))}")
+    return {
+        config.tokens.image: [
+            tiled(config, tiles, (int(height), int(width)))
+            for tiles, (height, width) in zip(pixels, arrays.get("image_sizes", ()), strict=True)
+        ]
+    }
+
+
+def whole(config: ModelConfig, pixels: np.ndarray) -> Visual:
+    """A picture, or a tile, that is read as one: pixels [c h w]."""
+    picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
+    picture = picture._replace(shows_lead=config.inputs.shows_lead)
+    return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
+
+
+def tiled(config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> Visual:
+    """A picture of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
+    patch, own = config.encoder.patch_size, rule(config)
+    pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
+    return counted_like_text(pictures, own.order(size, patch))
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    return [
+        *tower_of(config.encoder).rows(config.encoder, "vision_tower.vision_model."),
+        *(
+            row
+            for i in range(config.connector.layers)
+            for row in linear(f"connector/linear{i}", f"multi_modal_projector.linear_{i + 1}", "o i -> i o", "")
+        ),
+        Row("connector/newline", "image_newline"),
+        *by_model_type.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
+    ]
+
+
+IGNORE = ()
+# Names since transformers 4.52, and how layers are called in its memory.
+RENAME_TEXT = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^language_model\.model\.model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+RENAME = (
+    *RENAME_TEXT,
+    (r"^model\.(?=vision_tower|multi_modal_projector|image_newline)", ""),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+MODULES = (
+    (r"^language_model\.lm_head", "lm_head"),
+    (r"^language_model\.(model\.)?", "model.language_model."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+    (r"^(?=vision_tower|multi_modal_projector|image_newline)", "model."),
+)

@@ -1,0 +1,230 @@
+"""LLaVA 1.0, 1.5 and NeXT (arXiv 2304.08485, 2310.03744) in their authors' own files (haotian-liu/LLaVA).
+
+Tensor names as in those files: the decoder has those of its own family. Their config.json names the vision tower, and
+only NeXT's files hold its weights; those of the others come from the tower's own, see `mllm_jax.load_pretrained`. No
+token of the vocabulary stands for a picture: it is IMAGE. What transformers makes of these models is
+  families/vlms/llava.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mllm_jax.common.fields import FieldError, nullable, only, read, word
+from mllm_jax.families.decoders import by_model_type, llama, mistral
+from mllm_jax.families.shared.rows import linear
+from mllm_jax.families.shared.suggestions import unsupported
+from mllm_jax.families.towers.in_vlms import CLIP
+from mllm_jax.families.vlms import llava
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.weights.table import Row
+
+IMAGE = -200  # llava/constants.py
+DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}  # by the model_type
+ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+TOWERS = {"clip-vit-large-patch14": CLIP.sizes["l14"], "clip-vit-large-patch14-336": CLIP.sizes["l14-336"]}
+
+
+def _size(tower: str, layers: int, decoder: DecoderConfig, inputs: InputRules) -> ModelConfig:
+    return ModelConfig(
+        replace(TOWERS[tower], features=(-2,)),
+        MlpConnectorConfig(layers, newline=bool(inputs.pinpoints)),
+        decoder,
+        VisionTokenIds(IMAGE),
+        family=f"llava_{decoder.family}",
+        inputs=inputs,
+    )
+
+
+_SMALL, _LARGE = TOWERS
+_MIDDLE, _SQUARE, _TILES = InputRules(), InputRules(square=True), InputRules(pinpoints=llava.PINPOINTS)
+SIZES = {
+    "1.0-7b": _size(_SMALL, 1, llama.SIZES["7b"], _MIDDLE),
+    "1.0-13b": _size(_SMALL, 1, llama.SIZES["13b"], _MIDDLE),
+    "1.5-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], _SQUARE),
+    "1.5-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], _SQUARE),
+    "next-vicuna-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], _TILES),
+    "next-vicuna-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], _TILES),
+    "next-mistral-7b": _size(_LARGE, 2, mistral.SIZES["7b-v0.2"], _TILES),
+    "next-34b": _size(_LARGE, 2, llama.SIZES["yi-34b"], _TILES),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size, such as "1.0-13b" or "1.5-7b"."""
+    if name not in SIZES:
+        raise ValueError(f"LLaVA has no size {name!r} in its authors' files; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+FIELDS = {
+    "mm_vision_tower": word(),
+    "mm_vision_select_feature": only("patch"),
+    "mm_vision_select_layer": llava.feature_layers(-2),
+    "mm_projector_type": word("linear"),
+    "mm_patch_merge_type": word("flat"),
+    "image_aspect_ratio": nullable(word(None)),
+    "image_grid_pinpoints": nullable(llava.GRID),
+}
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The model that a `config.json` of model_type "llava_llama", "llava_mistral" or, before, "llava" describes.
+
+    Raises ValueError for what this model cannot do.
+    """
+    stated = read(config, FIELDS)
+    tower, kind = stated["mm_vision_tower"].rstrip("/").rpartition("/")[2], stated["mm_projector_type"]
+    if tower not in TOWERS:
+        raise unsupported("mm_vision_tower", stated["mm_vision_tower"], TOWERS)
+    layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if layers is None and kind != "linear":
+        raise FieldError("mm_projector_type", 'must be "linear" or "mlp2x_gelu".', kind)
+    newline, aspect = "unpad" in stated["mm_patch_merge_type"], stated["image_aspect_ratio"]
+    if newline != (aspect == "anyres"):
+        raise ValueError(
+            "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
+        )
+    decoder = DECODERS[config["model_type"]]
+    if newline and not stated["image_grid_pinpoints"]:
+        raise FieldError("image_grid_pinpoints", "is missing. Add it to the file.")
+    # Theirs are (width, height).
+    pinpoints = llava.pinpoints_from_hf(stated["image_grid_pinpoints"]) if newline else ()
+    return ModelConfig(
+        replace(TOWERS[tower], features=llava.features_from_hf(stated["mm_vision_select_layer"], TOWERS[tower].layers)),
+        MlpConnectorConfig(1 if layers is None else int(layers[1]), newline=newline),
+        by_model_type.decoder_from_hf({**config, "model_type": decoder}),
+        VisionTokenIds(IMAGE),
+        family=f"llava_{decoder}",
+        inputs=InputRules(tuple((height, width) for width, height in pinpoints), square=aspect == "pad"),
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `from_hf`. Raises ValueError for a model that this config.json cannot say."""
+    encoder, connector, decoder = config.encoder, config.connector, by_model_type.decoder_to_hf(config.decoder)
+    tower = next((name for name, known in TOWERS.items() if replace(known, features=encoder.features) == encoder), None)
+    if tower is None or decoder["model_type"] not in ARCHITECTURES:
+        raise ValueError(
+            f"LLaVA's own config.json names one of the towers {', '.join(TOWERS)} and has a decoder of "
+            f"{' or '.join(ARCHITECTURES)}; this model has others: {config}"
+        )
+    tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    tiles |= {"image_grid_pinpoints": [[width, height] for height, width in config.inputs.pinpoints]}
+    written = {
+        **decoder,
+        "architectures": [ARCHITECTURES[decoder["model_type"]]],
+        "model_type": f"llava_{decoder['model_type']}",
+        "mm_hidden_size": encoder.width,
+        "mm_projector_type": "linear" if connector.layers == 1 else f"mlp{connector.layers}x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": llava.features_to_hf(encoder.features),
+        "mm_vision_tower": f"openai/{tower}",
+        "unfreeze_mm_vision_tower": True,  # says that the tower's weights are in the file
+        "use_mm_proj": True,
+        **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if config.inputs.square else {}),
+    }
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
+    return written
+
+
+def elsewhere(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The model that has the rest of the weights, where a file with these names of tensors lacks the tower's."""
+    return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
+
+
+SPEC = replace(llava.SPEC, image_id=IMAGE, framed=True)
+INPUTS, rule, visuals = llava.INPUTS, llava.rule, llava.visuals
+
+
+def _content(message: str) -> str:
+    """The content of a message, a text or parts, in jinja2."""
+    content, part = f"{message}.content", "{{ item.text if item.type == 'text' else '<image>\n' }}"
+    parts = f"{{% for item in {content} %}}{part}{{% endfor %}}"
+    return f"{{% if {content} is string %}}{{{{ {content} }}}}{{% else %}}{parts}{{% endif %}}"
+
+
+def _template(first: str, question: str, answer: str, prompt: str) -> str:
+    """Of chats, in jinja2: what they begin with, what stands around the CONTENT of a turn, what asks for an answer."""
+    content = _content("message")
+    return (
+        f"{first}{{% for message in messages %}}{{% if message.role == 'user' %}}{question.replace('CONTENT', content)}"
+        f"{{% elif message.role == 'assistant' %}}{answer.replace('CONTENT', content)}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    )
+
+
+def _system(usual: str) -> str:
+    """What a conversation begins with, unless it says something else."""
+    return f"{{% if messages[0].role == 'system' %}}{_content('messages[0]')}{{% else %}}{usual}{{% endif %}}"
+
+
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_SYS = f"<<SYS>>\n{_content('messages[0]')}{{{{ '\n<</SYS>>\n\n' }}}}"
+_START, _END = "<|im_start|>", "<|im_end|>"
+CHATS = {  # llava/conversation.py's names -> template, end of a turn where it is not that of a text
+    "vicuna_v1": (
+        _template(f"{_system(_VICUNA)} ", "USER: CONTENT ", "ASSISTANT: CONTENT{{ eos_token }}", "ASSISTANT:"),
+        None,
+    ),
+    "mistral_instruct": (
+        _template(
+            "",
+            f"[INST] {{% if loop.index0 == 1 and messages[0].role == 'system' %}}{_SYS}{{% endif %}}CONTENT [/INST]",
+            " CONTENT {{ eos_token }}",
+            "",
+        ),
+        None,
+    ),
+    "chatml_direct": (
+        _template(
+            f"{_START}system\n{_system('Answer the questions.')}{_END}",
+            f"{_START}user\nCONTENT{_END}",
+            f"{_START}assistant\nCONTENT{_END}",
+            f"{_START}assistant\n",
+        ),
+        _END,
+    ),
+}
+_YI = llama.SIZES["yi-34b"].vocab
+
+
+def chat(config: ModelConfig) -> dict[str, Any]:
+    """What a processor expects of chats: config.json does not say it, it follows from the decoder.
+
+    Another format, as that of LLaVA on Llama 2 Chat, is said by a chat_template.jinja in the folder.
+    """
+    if config.decoder.family == "mistral":
+        template, end = CHATS["mistral_instruct"]
+    else:
+        template, end = CHATS["chatml_direct" if config.decoder.vocab == _YI else "vicuna_v1"]
+    return {"template": template, "end_of_turn": end}
+
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    layers, theirs = config.connector.layers, "model.mm_projector"
+    names = [theirs] if layers == 1 else [f"{theirs}.{2 * i}" for i in range(layers)]  # between two stands a GELU
+    return [
+        *CLIP.rows(config.encoder, TOWER),
+        *(row for i, name in enumerate(names) for row in linear(f"connector/linear{i}", name, "o i -> i o", "")),
+        Row("connector/newline", "model.image_newline"),
+        *by_model_type.whole_weights(config.decoder, ""),
+    ]
+
+
+# Of the tower's own files there is the tower of texts too.
+IGNORE = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale")
+RENAME = ((r"^vision_model\.", TOWER),)

@@ -1,0 +1,177 @@
+"""LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with up to 36 tiles, whose grid is resampled, several pictures, clips.
+
+Tensor names as in the published safetensors files of llava-hf.
+"""
+
+import itertools
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from mllm_jax.common.fields import FieldError, count, inside, read, section, word
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.resize import Halved, mean_colour
+from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.tiles import AnyRes
+from mllm_jax.data.visuals import frame_by_frame
+from mllm_jax.families.decoders import by_model_type, qwen2
+from mllm_jax.families.shared.decoder_config import tied_at_either
+from mllm_jax.families.shared.hf_images import counted_like_text, cut
+from mllm_jax.families.towers.in_vlms import SIGLIP
+from mllm_jax.families.vlms import llava
+from mllm_jax.model.connectors.mlp import MlpConnectorConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
+from mllm_jax.types import Visual
+
+PINPOINTS = tuple(itertools.product(range(384, 2305, 384), repeat=2))
+_TOWER = replace(SIGLIP.sizes["so400m-14-384"], layers=26, features=(-1,))
+
+
+def _size(decoder: DecoderConfig, vocab: int) -> ModelConfig:
+    return ModelConfig(
+        _TOWER,
+        MlpConnectorConfig(newline=True),
+        replace(decoder, vocab=vocab),
+        VisionTokenIds(151646, 151647),
+        family="llava_onevision",
+        inputs=InputRules(pinpoints=PINPOINTS, most_tiles=9),
+    )
+
+
+SIZES = {
+    "0.5b": _size(qwen2.SIZES["0.5b"], 152000),
+    "7b": _size(qwen2.SIZES["7b"], 152128),
+    "72b": _size(qwen2.SIZES["72b"], 152128),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size, such as "7b"."""
+    if name not in SIZES:
+        raise ValueError(f"LLaVA-OneVision has no size {name!r}; sizes: {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+FIELDS = {
+    "text_config": section(),
+    "vision_config": section(),
+    "video_token_id": count(None, low=0),
+    "video_token_index": count(151647, low=0),
+    "vision_aspect_ratio": word("anyres_max_9"),
+}
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "llava_onevision" describes. ValueError for what it cannot do."""
+    stated = read(config, FIELDS)
+    aspect = stated["vision_aspect_ratio"]
+    if not (most := re.fullmatch(r"anyres_max_([1-9]\d{0,3})", aspect)):
+        raise FieldError("vision_aspect_ratio", 'must be "anyres_max_9" or with another number.', aspect)
+    said = {"model_type": "qwen2", **stated["text_config"]}
+    with inside("text_config"):
+        decoder = tied_at_either(by_model_type.decoder_from_hf(said), config)
+    model = llava.from_hf(
+        {
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "image_token_index": 151646,
+            **config,
+            "image_grid_pinpoints": config.get("image_grid_pinpoints") or PINPOINTS,
+            "vision_config": {"model_type": SIGLIP.kind, **stated["vision_config"]},
+            "model_type": "llava_next",
+            "text_config": said,
+            "tie_word_embeddings": decoder.tie_embeddings,
+        }
+    )
+    video = stated["video_token_index"] if stated["video_token_id"] is None else stated["video_token_id"]
+    tokens = replace(model.tokens, video=video)
+    inputs = replace(model.inputs, most_tiles=int(most[1]))
+    return replace(model, tokens=tokens, family="llava_onevision", inputs=inputs)
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`. Raises ValueError for a model that LLaVA-OneVision's config.json cannot say."""
+    tokens, inputs = VisionTokenIds(config.tokens.image), replace(config.inputs, most_tiles=0)
+    alike = replace(config, tokens=tokens, family="llava_next", inputs=inputs)
+    written = llava.to_hf(alike) | {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "video_token_index": config.tokens.video,
+        "vision_aspect_ratio": f"anyres_max_{config.inputs.most_tiles}",
+    }
+    del written["image_seq_length"]
+    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
+        raise ValueError(
+            f"LLaVA-OneVision's config.json cannot say all of this model: {config} would be read as {understood}"
+        )
+    return written
+
+
+SPEC = ProcessorSpec(
+    grounding=None,
+    image_token="<image>",
+    video_token="<video>",
+    vision_start=None,
+    vision_end=None,
+    end_of_turn="<|im_end|>",
+    fps=1.0,  # LLaVA-NeXT's llava/train/train.py: one frame a second, of longer clips 32
+    min_frames=1,
+    max_frames=32,
+    label=None,
+    processor_class="LlavaOnevisionProcessor",
+    video_processor_type="LlavaOnevisionVideoProcessor",
+)
+INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
+
+
+def rule(config: ModelConfig) -> AnyRes:
+    """How pictures are cut where no preprocessor_config.json says it."""
+    colour = mean_colour(config.encoder.pixel_mean)
+    return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, colour)
+
+
+def clip_rule(config: ModelConfig) -> Halved:
+    """How the frames of clips are read."""
+    return Halved((config.encoder.side,) * 2)
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """What its processor's arrays show.
+
+    `pixel_values` f[pictures tiles c h w] are tiles with `image_sizes` i[pictures 2]; `batch_num_images` i[n] says how
+    many pictures each conversation has that has any (absent: one), and of several each is its first tile alone.
+    `pixel_values_videos` f[clips frames c h w].
+    """
+    pixels, sizes = arrays.get("pixel_values", np.zeros((0, 1, 1, 1, 1))), arrays.get("image_sizes", ())
+    counts = arrays.get("batch_num_images", np.ones(len(pixels), int))
+    if pixels.ndim != 5 or not len(pixels) == len(sizes) == sum(counts):
+        raise ValueError(
+            f"pixel_values {pixels.shape} must be [pictures tiles c h w], with as many image_sizes ({len(sizes)}) and "
+            f"as many pictures in batch_num_images ({sum(counts)})"
+        )
+    among = np.repeat(counts, counts)
+    pictures = [
+        _picture(config, tiles, (int(height), int(width)), int(count))
+        for tiles, (height, width), count in zip(pixels, sizes, among, strict=True)
+    ]
+    clips = [_clip(config, frames) for frames in arrays.get("pixel_values_videos", ())]
+    return {config.tokens.image: pictures, config.tokens.video: clips}
+
+
+def _picture(config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> Visual:
+    """One of `count` pictures of a conversation, of `size` (height, width): tiles [tiles c h w], or more of them."""
+    own, patch = rule(config).among(count), config.encoder.patch_size
+    pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
+    return counted_like_text(pictures, own.order(size, patch), own.mix(size, patch))
+
+
+def _clip(config: ModelConfig, frames: np.ndarray) -> Visual:
+    """A clip of frames [t c h w]."""
+    patch, size = config.encoder.patch_size, frames.shape[-2:]
+    pictures = (cut(pixels, patch, config.lead)._replace(time=time) for time, pixels in enumerate(frames))
+    return counted_like_text(tuple(pictures), *frame_by_frame(clip_rule(config), size, patch, len(frames)))
+
+
+weights, IGNORE, RENAME = llava.weights, llava.IGNORE, llava.RENAME

@@ -1,0 +1,239 @@
+"""Qwen3-VL, dense and with experts (arXiv 2511.21631): published sizes, config.json both ways, weight names.
+
+Tensor names as in the published safetensors files.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.common.fields import FieldError, check_heads, count, inside, layers, listed, read, section, word
+from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.families.decoders import qwen3
+from mllm_jax.families.shared.decoder_config import tied_at_the_top
+from mllm_jax.families.shared.hf_images import one_by_one, read_clips
+from mllm_jax.families.shared.rope import axial_theta, axial_to_hf, rope_fields
+from mllm_jax.families.shared.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.weights.table import Row
+
+TOKENS = VisionTokenIds(image=151655, video=151656, start=151652, end=151653)
+# SigLIP-2 towers: large (300M) for the small decoders, SO400M for the others.
+LARGE = VitConfig(width=1024, layers=24, heads=16, mlp=4096, taps=(5, 11, 17))
+SO400M = VitConfig(width=1152, layers=27, heads=16, mlp=4304, taps=(8, 16, 24))
+
+
+def _dense(width: int, layers: int, heads: int, mlp: int, tie: bool = False) -> DecoderConfig:
+    attention = AttentionConfig(heads=heads, kv_heads=8, head_dim=128)
+    return DecoderConfig(151936, width, layers, attention, mlp, tie_embeddings=tie)
+
+
+def _experts(name: str) -> DecoderConfig:
+    """Qwen3's decoder with the rotary positions of pictures."""
+    text = qwen3.SIZES[name]
+    return replace(text, attention=AttentionConfig(text.attention.heads, text.attention.kv_heads, 128))
+
+
+SIZES = {
+    "2b": (LARGE, _dense(2048, 28, 16, 6144, tie=True)),
+    "4b": (LARGE, _dense(2560, 36, 32, 9728, tie=True)),
+    "8b": (SO400M, _dense(4096, 36, 32, 12288)),
+    "32b": (SO400M, _dense(5120, 64, 64, 25600)),
+    "30b-a3b": (SO400M, _experts("30b-a3b")),
+    "235b-a22b": (SO400M, _experts("235b-a22b")),
+}
+
+
+def sizes(name: str) -> ModelConfig:
+    """The config of a published size: "2b", "4b", "8b", "32b", or with experts "30b-a3b", "235b-a22b"."""
+    if name not in SIZES:
+        raise ValueError(f"Qwen3-VL has no size {name!r}; sizes: {', '.join(SIZES)}")
+    encoder, decoder = SIZES[name]
+    return ModelConfig(encoder, PatchMergerConfig(), decoder, TOKENS, family=_family(decoder))
+
+
+def _family(decoder: DecoderConfig) -> str:
+    return "qwen3_vl_moe" if decoder.moe else "qwen3_vl"
+
+
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+SECTIONS = {"text_config": section(), "vision_config": section()}
+TOKEN_FIELDS = {
+    "image_token_id": count(TOKENS.image, low=0),
+    "video_token_id": count(TOKENS.video, low=0),
+    "vision_start_token_id": count(TOKENS.start, low=0),
+    "vision_end_token_id": count(TOKENS.end, low=0),
+}
+VISION = {
+    "hidden_size": count(1152),
+    "depth": layers(27),
+    "num_heads": count(16),
+    "intermediate_size": count(4304),
+    "patch_size": count(16),
+    "temporal_patch_size": count(2),
+    "in_channels": count(3),
+    "spatial_merge_size": count(2),
+    "out_hidden_size": count(3584),
+    "num_position_embeddings": count(2304),
+    "deepstack_visual_indexes": listed(count(low=0), (8, 16, 24)),
+    "hidden_act": word("gelu_pytorch_tanh", ACTIVATIONS),
+    **rope_fields(1e4),
+}
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """The model that a `config.json` of model_type "qwen3_vl" or "qwen3_vl_moe" describes.
+
+    Raises ValueError for what this model cannot do.
+    """
+    stated = read(config, SECTIONS | TOKEN_FIELDS)
+    with inside("vision_config"):
+        vision = read(stated["vision_config"], VISION)
+        if (grid := round(vision["num_position_embeddings"] ** 0.5)) ** 2 != vision["num_position_embeddings"]:
+            raise FieldError("num_position_embeddings", "must be a square.", vision["num_position_embeddings"])
+        check_heads(vision, "hidden_size", "num_heads", multiple=4)  # rotary positions turn pairs by row and by column
+        if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
+            raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
+        theta = axial_theta(vision)
+    encoder = VitConfig(
+        width=vision["hidden_size"],
+        layers=vision["depth"],
+        heads=vision["num_heads"],
+        mlp=vision["intermediate_size"],
+        patch_size=vision["patch_size"],
+        temporal_patch_size=vision["temporal_patch_size"],
+        channels=vision["in_channels"],
+        position_grid=grid,
+        rope_theta=theta,
+        taps=tuple(vision["deepstack_visual_indexes"]),
+        activation=ACTIVATIONS[vision["hidden_act"]],
+    )
+    text = stated["text_config"]
+    with inside("text_config"):
+        decoder = tied_at_the_top(qwen3.seeing_decoder_from_hf(text, config["model_type"]), config)
+    if vision["out_hidden_size"] != decoder.width:
+        raise FieldError(
+            "vision_config.out_hidden_size",
+            f"must be text_config.hidden_size={decoder.width}.",
+            vision["out_hidden_size"],
+        )
+    merger = PatchMergerConfig(merge=vision["spatial_merge_size"])
+    return ModelConfig(encoder, merger, decoder, tokens_of(stated), family=_family(decoder))
+
+
+def tokens_of(stated: dict) -> VisionTokenIds:
+    """From the values of TOKEN_FIELDS."""
+    return VisionTokenIds(
+        image=stated["image_token_id"],
+        video=stated["video_token_id"],
+        start=stated["vision_start_token_id"],
+        end=stated["vision_end_token_id"],
+    )
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The inverse of `from_hf`: what transformers needs to build the same model.
+
+    Raises ValueError for a model that differs from Qwen3-VL in what its config.json does not say.
+    """
+    encoder, decoder, kind = config.encoder, config.decoder, _family(config.decoder)
+    architecture = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}[kind]
+    written = {
+        "architectures": [f"{architecture}ForConditionalGeneration"],
+        "model_type": kind,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "image_token_id": config.tokens.image,
+        "video_token_id": config.tokens.video,
+        "vision_start_token_id": config.tokens.start,
+        "vision_end_token_id": config.tokens.end,
+        "text_config": {"model_type": f"{kind}_text", **qwen3.decoder_to_hf(decoder)},
+        "vision_config": {
+            "model_type": f"{kind}_vision",
+            "hidden_size": encoder.width,
+            "depth": encoder.layers,
+            "num_heads": encoder.heads,
+            "intermediate_size": encoder.mlp,
+            "patch_size": encoder.patch_size,
+            "temporal_patch_size": encoder.temporal_patch_size,
+            "in_channels": encoder.channels,
+            "num_position_embeddings": encoder.position_grid**2,
+            "deepstack_visual_indexes": list(encoder.taps),
+            "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
+            "spatial_merge_size": config.connector.merge,
+            "out_hidden_size": decoder.width,
+            **axial_to_hf(encoder.rope_theta),
+        },
+    }
+    understood = from_hf(written)
+    for part in ("encoder", "connector", "decoder"):
+        if (reads := getattr(understood, part)) != (own := getattr(config, part)):
+            raise ValueError(f"Qwen3-VL's config.json cannot say all of this {part}: {own} would be read as {reads}")
+    return written
+
+
+def _merger(ours: str, theirs: str) -> list[Row]:
+    return [
+        *layer_norm(f"{ours}/norm", f"{theirs}.norm"),
+        *linear(f"{ours}/mlp/up", f"{theirs}.linear_fc1", "f d -> d f", ""),
+        *linear(f"{ours}/mlp/down", f"{theirs}.linear_fc2", "d f -> f d", ""),
+    ]
+
+
+INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
+    """Pictures, and every temporal patch of clips: each has a run of placeholders of its own."""
+    names = {config.tokens.image: INPUTS[:2], config.tokens.video: INPUTS[2:]}
+    return {
+        token: [one_by_one((patch,), config.merge) for clip in read_clips(arrays, *pair) for patch in clip]
+        for token, pair in names.items()
+    }
+
+
+_BLOCK, _EXPERTS = "model.visual.blocks.{n}", "model.language_model.layers.{n}.mlp.experts"
+
+
+def _experts_rows(decoder: DecoderConfig) -> list[Row]:
+    """Rows of the experts of a layer, which lie in one tensor: transposed in published files, not as transformers 5
+    saves them. A tensor of equal sides is not transposed: so transformers 5 reads it."""
+    if (moe := decoder.moe) is None:
+        return []
+    gate_up = Row("mlp/experts_gate_up/w", f"{_EXPERTS}.gate_up_proj", **FUSED_GATE_UP)
+    down = Row("mlp/experts_down/w", f"{_EXPERTS}.down_proj", **FUSED_DOWN)
+    published_gate_up = gate_up._replace(pattern="e d (two f) -> e two d f", others=[FUSED_GATE_UP])
+    published_down = down._replace(pattern="", others=[FUSED_DOWN])
+    return [
+        gate_up if 2 * moe.mlp == decoder.width else published_gate_up,
+        down if moe.mlp == decoder.width else published_down,
+    ]
+
+
+def weights(config: ModelConfig) -> list[Row]:
+    """Our names and theirs, for this config; see weights/table.py."""
+    pixels = {"c": config.encoder.channels, "t": config.encoder.temporal_patch_size, "y": config.encoder.patch_size}
+    return [
+        Row("encoder/patch_embed/w", "model.visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
+        Row("encoder/patch_embed/b", "model.visual.patch_embed.proj.bias"),
+        Row("encoder/position_embed", "model.visual.pos_embed.weight"),
+        *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
+        *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
+        *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
+        *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
+        *linear("encoder/layers/mlp/up", f"{_BLOCK}.mlp.linear_fc1", "f d -> d f", ""),
+        *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.linear_fc2", "d f -> f d", ""),
+        *_merger("connector/main", "model.visual.merger"),
+        *_merger("connector/deepstack", "model.visual.deepstack_merger_list.{k}"),
+        *qwen3.decoder_weights(config.decoder, "model.language_model", experts=_experts_rows(config.decoder)),
+    ]
+
+
+IGNORE = qwen3.IGNORE
+# Names before transformers 4.57 moved both towers under `model.`.
+RENAME = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."),
+    (r"^model\.language_model\.model\.", "model.language_model."),
+)
