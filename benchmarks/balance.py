@@ -11,8 +11,8 @@ import numpy as np
 from packing import mixed_set
 
 from mllm_jax.common.cli import Parser
-from mllm_jax.data import pack
-from mllm_jax.data.pack import Budget, Packer, place
+from mllm_jax.data.pipeline import packing
+from mllm_jax.data.pipeline.packing import Budget, Packer, place
 from mllm_jax.types import Example, Picture
 
 BLOCK = 512
@@ -49,7 +49,7 @@ def work(row, budget: Budget) -> float:
     total = 2 * blocks(tokens, np.cumsum([0, *tokens[:-1]]), causal=True)
     for number in range(budget.rows):
         own = places[:, 0] == number
-        total += pack.PAIR_OF_PATCHES * blocks(np.array(patches)[own], places[own, 1], causal=False)
+        total += packing.PAIR_OF_PATCHES * blocks(np.array(patches)[own], places[own, 1], causal=False)
     return total
 
 
@@ -58,13 +58,13 @@ def main():
     parser.add_argument("--conversations", type=int, default=6000, help="of each set (default 6000)")
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 32], help="of the data axis, a row each")
     args = parser.parse_args()
-    usual = pack.BALANCE
+    usual = packing.BALANCE
     for name, make in (("mixed", mixed_set), ("skewed", skewed_set)):
         examples = [example for example in make(args.conversations) if len(example.tokens) <= TOKENS]
         tokens = sum(len(example.tokens) for example in examples)
         patches = sum(len(picture.patches) for example in examples for picture in example.pictures)
         budget = Budget(TOKENS, max(1, round(1.07 * patches / tokens * TOKENS / PATCHES)), PATCHES)
-        for pack.BALANCE in (0.0, usual):
+        for packing.BALANCE in (0.0, usual):
             packer, rows = Packer(budget), []
             for key, example in enumerate(examples):
                 packer.add(key, example)
@@ -78,7 +78,7 @@ def main():
             for devices in args.devices:
                 steps = costs[: len(costs) // devices * devices].reshape(-1, devices)
                 waits.append(f"{(steps.max(1) / steps.mean(1)).mean():.2f} of {devices}")
-            how = "by fill and cost" if pack.BALANCE else "by fill alone"
+            how = "by fill and cost" if packing.BALANCE else "by fill alone"
             print(f"{name:7} {how:17} {len(rows)} rows: {shares}; max / mean {', '.join(waits)} devices")
 
 

@@ -29,14 +29,14 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mllm_jax.common.cli import Parser
-from mllm_jax.data.loader import make_loader
-from mllm_jax.data.pack import Budget
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_tokenizer
+from mllm_jax.data.pipeline.loader import make_loader
+from mllm_jax.data.pipeline.packing import Budget
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import SEEING
 from mllm_jax.data.sources import open_source
-from mllm_jax.data.spec import SEEING
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, scenes_tokenizer
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
 
 WORDS = "the a red blue cat dog house stands left right above of and near small large what where count is".split()
 KINDS = {"JSON Lines": "jsonl", "ArrayRecord": "array_record", "WebDataset": "tar", "Parquet": "parquet"}

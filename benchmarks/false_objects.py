@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mllm_jax.common.cli import Parser
-from mllm_jax.data.captions import Share, count_named, false_share, recall
+from mllm_jax.data.synthetic.captions import Share, count_named, false_share, recall
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.train.checkpoint import load_workdir, read_config

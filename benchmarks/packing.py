@@ -17,7 +17,7 @@ def mixed_set(count: int, seed: int = 0):
     """Conversations of very different kinds, without pixels: a third text only, one to six pictures, some clips."""
     import numpy as np
 
-    from mllm_jax.data.images import smart_resize
+    from mllm_jax.data.vision.images import smart_resize
     from mllm_jax.types import Example, Picture
 
     rng = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def mixed_set(count: int, seed: int = 0):
 
 
 def fill_of_batches(count: int):
-    from mllm_jax.data.pack import Budget, Packer
+    from mllm_jax.data.pipeline.packing import Budget, Packer
 
     examples = list(mixed_set(count))
     tokens = sum(len(e.tokens) for e in examples)
@@ -63,7 +63,7 @@ def speed_of_pictures(count: int):
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from mllm_jax.data.images import load_image, patchify, resized, smart_resize
+    from mllm_jax.data.vision.images import load_image, patchify, resized, smart_resize
 
     rng, files = np.random.default_rng(0), []
     for _ in range(count):

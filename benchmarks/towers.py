@@ -162,8 +162,8 @@ def packing(layers: int = 2, count: int = 12) -> None:
     from moe import temporaries
 
     import mllm_jax
-    from mllm_jax.data.hf_inputs import without_text
-    from mllm_jax.data.pack import tightest
+    from mllm_jax.data.pipeline.hf_inputs import without_text
+    from mllm_jax.data.pipeline.packing import tightest
     from mllm_jax.families import FAMILIES
 
     whole = FAMILIES["siglip2_vision_model"].sizes("base-16")

@@ -12,7 +12,7 @@ in the folder.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_tokenizer
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig

@@ -5,7 +5,7 @@ python -m mllm_jax.plan certify --config configs/certify.py:experts     that one
 """
 
 from mllm_jax.common.config import ConfigError, to_config_dict
-from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_tokenizer
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig

@@ -11,7 +11,7 @@ visual tokens and the question are seen by all tokens, as in PaliGemma.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_tokenizer
 from mllm_jax.families.decoders import gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen3
 from mllm_jax.families.towers import dinov2, in_vlms
 from mllm_jax.families.vlms import qwen2_vl, qwen3_vl

@@ -7,7 +7,7 @@
 The model is that of `configs/scenes.py` with fewer layers, the pictures are its smallest. In the first stage three of
 four captions end with a thing that is not in the picture: the model learns to see, and to go on after that. The others
 begin with its weights and see pairs: a truthful caption, and one with a false thing more or in place of a true one. See
-`mllm_jax.data.captions` and docs/preference.md.
+`mllm_jax.data.synthetic.captions` and docs/preference.md.
 """
 
 import importlib.util

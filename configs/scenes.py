@@ -5,11 +5,11 @@
     python -m mllm_jax.train --config configs/scenes.py:experts --workdir /tmp/experts with experts in place of MLPs
 
 A Qwen3-VL of a million parameters: a visual token is 16 x 16 pixels, pictures have 3-5 x 3-5 of them. A row holds about
-four conversations, a batch 32. See `mllm_jax.data.scenes` for what the questions are, and are not.
+four conversations, a batch 32. See `mllm_jax.data.synthetic.scenes` for what the questions are, and are not.
 """
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_tokenizer
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig

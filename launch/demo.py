@@ -28,7 +28,7 @@ from rich.table import Table
 from mllm_jax.common.cli import OVERRIDE, Parser, run_command
 from mllm_jax.common.interrupts import INTERRUPTED
 from mllm_jax.common.settings import PositiveInt, Range, argument
-from mllm_jax.data.scenes import chance
+from mllm_jax.data.synthetic.scenes import chance
 from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -40,9 +40,9 @@ _HOME = {
     "init_params": "model.vlm",
     "count_params": "model.vlm",
     "Runtime": "nn.runtime",
-    "Budget": "data.pack",
-    "collate": "data.pack",
-    "Processor": "data.processor",
+    "Budget": "data.pipeline.packing",
+    "collate": "data.pipeline.packing",
+    "Processor": "data.pipeline.processor",
     "make_mesh": "sharding",
     "PRESETS": "sharding",
 }

@@ -17,7 +17,7 @@ COMMANDS = {
     "mllm_jax.export": "writes what a run trained for transformers or PEFT, and merges adapters",
     "mllm_jax.data convert": "turns any data into ArrayRecord shards with the media inside",
     "mllm_jax.data inspect": "shows what the batches of a run hold",
-    "mllm_jax.data.scenes_builder": "makes the embedded set of scenes a dataset of TFDS",
+    "mllm_jax.data.synthetic.tfds_builder": "makes the embedded set of scenes a dataset of TFDS",
     "mllm_jax.families": "lists published models, and the tokens that an image costs them",
     "mllm_jax.plan": "finds the mesh for a run, and what it takes, without the accelerators",
     "mllm_jax.plan certify": "proves that meshes change nothing in a training step",

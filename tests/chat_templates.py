@@ -5,9 +5,9 @@ import re
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from mllm_jax.data.chat_format import ChatFormat
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.text.chat_format import ChatFormat
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.families.vlms import internvl_chat, llava_llama, paligemma
 
 BOS, EOS = "<s>", "</s>"

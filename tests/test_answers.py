@@ -9,12 +9,12 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from mllm_jax.data.answers import Pairs, Reference, last_run, mark, same_tokens
-from mllm_jax.data.embed import embedded
-from mllm_jax.data.loader import BadData, make_loader
-from mllm_jax.data.pack import Budget, TooLarge, collate
-from mllm_jax.data.processor import Processor, ProcessorSpec
-from mllm_jax.data.records import BadRecord, read_record
+from mllm_jax.data.pipeline.loader import BadData, make_loader
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate
+from mllm_jax.data.pipeline.preference import Pairs, Reference, last_run, mark, same_tokens
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.records.records import BadRecord, read_record
+from mllm_jax.data.tools.inline_media import embedded
 
 SPEC = ProcessorSpec(min_pixels=32 * 32, max_pixels=128 * 128)
 ASKED, CHOSEN, REJECTED = "What is it?", "A cat on a mat.", "A dog on the mat."

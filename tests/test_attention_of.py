@@ -12,7 +12,7 @@ from reference import batch_of, perturb, prompt, tiny_qwen3_vl, to_torch
 from test_llava import inputs_of, reference_of
 
 import mllm_jax
-from mllm_jax.data.pack import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, tightest
 
 
 def assert_equal(model, inputs, folder):

@@ -10,7 +10,7 @@ import torch
 from examples import MERGE, VALUES, random_example, random_params, tiny_config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.moe.router import route, summarise

@@ -6,8 +6,8 @@ import jinja2.sandbox
 import pytest
 from chat_templates import STYLES, chat_format
 
-from mllm_jax.data import bounded_jinja
-from mllm_jax.data.template import ChatTemplate
+from mllm_jax.data.text import bounded_jinja
+from mllm_jax.data.text.chat_template import ChatTemplate
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = BODY %}{% endfor %}"

@@ -10,9 +10,9 @@ import tokenizers
 import transformers
 from chat_templates import BOS, CHATML, EOS, LLAVA, STYLES, THINKING, chat_format, learned
 
-from mllm_jax.data.chat_format import ChatFormat
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.text.chat_format import ChatFormat
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"place": "<|im_end|> here"}}}

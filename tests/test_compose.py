@@ -11,7 +11,7 @@ from examples import random_params
 from tiny_run import load_config, load_module
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pack import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, tightest
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.objective import loss_sum
 from mllm_jax.train.processors import make_processor

@@ -11,8 +11,8 @@ import transformers
 
 import mllm_jax.pretrained.api
 from mllm_jax.common.fields import FieldError
-from mllm_jax.data.json_files import read_json, read_object
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.text.json_files import read_json, read_object
+from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.decoders import internlm2
 from mllm_jax.families.vlms import internvl_chat, llava_llama

@@ -9,7 +9,7 @@ import pytest
 from tiny_run import CONFIGS, load_config
 
 from mllm_jax.common.config import ConfigError, dump, load
-from mllm_jax.data.pack import place
+from mllm_jax.data.pipeline.packing import place
 from mllm_jax.model.vlm import ModelConfig, count_params
 from mllm_jax.train.loop import StopSignal, Training
 from mllm_jax.train.metrics import read_metrics

@@ -10,7 +10,7 @@ import pytest
 from examples import VALUES, random_example, tiny_config
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, abstract_boxed, init_params
 from mllm_jax.nn.attention import flash
 from mllm_jax.nn.attention.attend import attend

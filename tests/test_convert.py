@@ -14,16 +14,16 @@ import pytest
 import source_files
 
 from mllm_jax.data.__main__ import main
-from mllm_jax.data.convert import convert
-from mllm_jax.data.embed import embedded
-from mllm_jax.data.loader import make_loader
-from mllm_jax.data.pack import Budget
-from mllm_jax.data.processor import Processor, ProcessorSpec
-from mllm_jax.data.records import BadRecord
-from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_tokenizer
+from mllm_jax.data.pipeline.loader import make_loader
+from mllm_jax.data.pipeline.packing import Budget
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources import open_source
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, scenes_tokenizer
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
+from mllm_jax.data.tools.convert import convert
+from mllm_jax.data.tools.inline_media import embedded
 from mllm_jax.train.metrics import read_metrics
 
 

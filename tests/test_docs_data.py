@@ -11,11 +11,11 @@ import source_files
 from absl import flags
 from ml_collections import config_flags
 
-from mllm_jax.data import scenes_builder
 from mllm_jax.data.__main__ import main
-from mllm_jax.data.readers import OVER_BUDGET
-from mllm_jax.data.records import read_record
+from mllm_jax.data.pipeline.workers import OVER_BUDGET
+from mllm_jax.data.records.records import read_record
 from mllm_jax.data.sources import open_source
+from mllm_jax.data.synthetic import tfds_builder
 from mllm_jax.train.run import read_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -50,11 +50,11 @@ def folder(tmp_path_factory):
 def test_the_commands_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for split, size in (("train", 3), ("heldout", 4)):
-        monkeypatch.setattr(scenes_builder.Scenes.BUILDER_CONFIGS[0], split, size)
+        monkeypatch.setattr(tfds_builder.Scenes.BUILDER_CONFIGS[0], split, size)
     trained = []
     for program, *words in COMMANDS:
-        if program == "mllm_jax.data.scenes_builder":
-            scenes_builder.main(words)
+        if program == "mllm_jax.data.synthetic.tfds_builder":
+            tfds_builder.main(words)
         elif program == "mllm_jax.data":
             alone = "--config.data.workers=0" if words[0] == "inspect" else "--processes=0"
             assert main([*words, alone]) == 0, capsys.readouterr().err

@@ -3,7 +3,11 @@
 import pathlib
 
 from mllm_jax.common.fields import MOST_EXPERTS, MOST_LAYERS
-from mllm_jax.data import bounded_jinja, embed, grounding, images, loader
+from mllm_jax.data.pipeline import loader
+from mllm_jax.data.records import grounding
+from mllm_jax.data.text import bounded_jinja
+from mllm_jax.data.tools import inline_media
+from mllm_jax.data.vision import images
 from mllm_jax.train import lock, processes
 from mllm_jax.train.files import FilesData
 from mllm_jax.train.run import TrainConfig
@@ -26,7 +30,7 @@ def test_security():
 
 
 def test_data():
-    assert FilesData().max_bad == 0.05 and images.LARGE == 2**25 and embed.LARGEST == 256 * 2**20
+    assert FilesData().max_bad == 0.05 and images.LARGE == 2**25 and inline_media.LARGEST == 256 * 2**20
     assert grounding.OUTSIDE == 0.01 and images.DISTORTED == 1.25
     says("data.md", f"of at least {loader.ENOUGH} records", "ran for 10 s, or made 2^28 characters")
     says("data.md", f"one side over {images.MAX_ASPECT} times the other", "JPEG of more than 2^25 pixels")

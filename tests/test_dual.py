@@ -12,8 +12,8 @@ from reference import assert_parity, perturb, to_torch
 from safetensors.numpy import load_file
 
 import mllm_jax
-from mllm_jax.data.dual_batches import packed
-from mllm_jax.data.pack import Budget, TooLarge
+from mllm_jax.data.pipeline.dual_batches import packed
+from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.towers import clip, siglip, siglip2, vision_only
 from mllm_jax.model.vlm import abstract_params, count_params

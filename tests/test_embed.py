@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 import mllm_jax
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.pretrained import embeddings
 
 TEXTS = ["A photo of a cat.", "two dogs!", "red  square"]

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from transformers.models.internvl import InternVLVisionConfig, InternVLVisionModel
 
 import mllm_jax
-from mllm_jax.data.hf_inputs import without_text
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.hf_inputs import without_text
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.families.shared.hf_images import cut
 from mllm_jax.families.towers import dinov2
 from mllm_jax.families.towers.in_vlms import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from examples import VALUES, random_example, tiny_config
 
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.train.balance import BalanceConfig

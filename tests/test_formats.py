@@ -14,11 +14,11 @@ import source_files
 from PIL import Image
 from pyarrow import parquet
 
-from mllm_jax.data.embed import embedded
-from mllm_jax.data.records import BadRecord
-from mllm_jax.data.scenes import Scenes
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources import find_files, open_source
 from mllm_jax.data.sources.tar import INDEX
+from mllm_jax.data.synthetic.scenes import Scenes
+from mllm_jax.data.tools.inline_media import embedded
 
 
 def items(source):
@@ -68,10 +68,10 @@ def test_every_kind_of_file_gives_the_same_records(kind, paths):
 
 
 def test_the_embedded_set_is_built_for_tfds_and_read_without_tensorflow(tmp_path):
-    from mllm_jax.data import scenes_builder
+    from mllm_jax.data.synthetic import tfds_builder
 
-    config = scenes_builder.ScenesConfig(name="tiny", train=24, heldout=3)
-    builder = scenes_builder.Scenes(config=config, data_dir=tmp_path, file_format="array_record")
+    config = tfds_builder.ScenesConfig(name="tiny", train=24, heldout=3)
+    builder = tfds_builder.Scenes(config=config, data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     for split, size in (("train", 24), ("heldout", 3)):
         drawn = Scenes(split, size=size)

@@ -5,7 +5,7 @@ import fractions
 import numpy as np
 import pytest
 
-from mllm_jax.data.frame_times import even_times, measured_times
+from mllm_jax.data.video.frame_times import even_times, measured_times
 
 MS = fractions.Fraction(1, 1000)
 NTSC = fractions.Fraction(30000, 1001)

@@ -14,9 +14,9 @@ from PIL import Image
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
-from mllm_jax.data.generation import GenerationDefaults
-from mllm_jax.data.pack import collate, tightest
-from mllm_jax.data.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.text.generation_config import GenerationDefaults
 from mllm_jax.generate import decode, layout
 from mllm_jax.generate.__main__ import main
 from mllm_jax.generate.buckets import bucket, pad_prompts

@@ -6,8 +6,8 @@ import pytest
 import tiny_chat
 import transformers
 
-from mllm_jax.data.generation import GenerationDefaults
-from mllm_jax.data.processor import Processor
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.text.generation_config import GenerationDefaults
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from mllm_jax.data.grounding import Grounding, written
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.records import BadRecord, read_record
-from mllm_jax.data.spec import SEEING, TEXT
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import SEEING, TEXT
+from mllm_jax.data.records.grounding import Grounding, written
+from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import internvl, llava, paligemma, qwen2_vl
 from mllm_jax.families.vlms.qwen3_vl import sizes

@@ -8,12 +8,12 @@ import time
 import pytest
 import tiny_chat
 
-from mllm_jax.data.convert import convert
-from mllm_jax.data.loader import make_loader
-from mllm_jax.data.pack import Budget
-from mllm_jax.data.processor import Processor, ProcessorSpec
-from mllm_jax.data.records import BadRecord, read_record
+from mllm_jax.data.pipeline.loader import make_loader
+from mllm_jax.data.pipeline.packing import Budget
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.data.sources import open_source
+from mllm_jax.data.tools.convert import convert
 
 TURNS = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
 CALL = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}

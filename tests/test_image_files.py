@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
-from mllm_jax.data import image_files, images
+from mllm_jax.data.vision import image_files, images
 
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes of EXIF's types
 ORIENTATION, SHORT = ExifTags.Base.Orientation, 3

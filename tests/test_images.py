@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mllm_jax.data import images
-from mllm_jax.data.resize import Square
+from mllm_jax.data.vision import images
+from mllm_jax.data.vision.resize import Square
 
 
 def noise(height, width, channels=3, seed=0):

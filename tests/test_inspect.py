@@ -10,12 +10,12 @@ import source_files
 from test_pack import MERGE, VALUES, conversation
 from test_report import Page
 
-from mllm_jax.data import inspection_page
 from mllm_jax.data.__main__ import main
-from mllm_jax.data.images import patchify, unpatchify
-from mllm_jax.data.inspection import Inspection
-from mllm_jax.data.loader import Info
-from mllm_jax.data.pack import Budget, collate, fill
+from mllm_jax.data.pipeline.loader import Info
+from mllm_jax.data.pipeline.packing import Budget, collate, fill
+from mllm_jax.data.tools import inspection_page
+from mllm_jax.data.tools.inspection import Inspection
+from mllm_jax.data.vision.images import patchify, unpatchify
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCENES = str(ROOT / "configs" / "scenes.py")

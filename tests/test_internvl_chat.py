@@ -14,9 +14,9 @@ from reference import as_internlm2, assert_parity, to_torch
 from test_llava import INTERN, TEXT, inputs_of, random_model
 
 import mllm_jax
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tiles import Tiles
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.vision.tiles import Tiles
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import internvl_chat
 from mllm_jax.model.vlm import abstract_params, count_params

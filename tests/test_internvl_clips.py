@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 import mllm_jax
-from mllm_jax.data.pack import Budget, TooLarge, collate, tightest
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.video import Clip
-from mllm_jax.data.visuals import Framed
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, tightest
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spans import Framed
+from mllm_jax.data.video.videos import Clip
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import internvl, internvl_chat
 from mllm_jax.pretrained.api import Pretrained

@@ -11,10 +11,10 @@ from staged_run import on_one_device
 from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.loader import make_loader
-from mllm_jax.data.pack import Budget
-from mllm_jax.data.processor import Processor, ProcessorSpec
-from mllm_jax.data.scenes import Scenes
+from mllm_jax.data.pipeline.loader import make_loader
+from mllm_jax.data.pipeline.packing import Budget
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.synthetic.scenes import Scenes
 from mllm_jax.train import length
 from mllm_jax.train.chain import train_run
 from mllm_jax.train.checkpoint import Checkpoints, restore_params

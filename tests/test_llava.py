@@ -11,8 +11,8 @@ from PIL import Image
 from reference import assert_export, assert_parity, assert_step, perturb, to_torch
 
 import mllm_jax
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.tiles import best_canvas
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.vision.tiles import best_canvas
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import internvl, llava
 from mllm_jax.model.vlm import InputRules, count_params

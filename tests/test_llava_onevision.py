@@ -17,9 +17,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 import mllm_jax
-from mllm_jax.data.pack import collate, tightest
-from mllm_jax.data.tiles import best_canvas
-from mllm_jax.data.visuals import frame_by_frame
+from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.spans import frame_by_frame
+from mllm_jax.data.vision.tiles import best_canvas
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import llava_onevision
 from mllm_jax.generate.buckets import pad_prompts

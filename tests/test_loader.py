@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.images import TRUNCATED
-from mllm_jax.data.loader import BadData, join_states, make_loader
-from mllm_jax.data.mixture import Mixture
-from mllm_jax.data.pack import Budget
-from mllm_jax.data.processor import Processor, ProcessorSpec, TooLarge
-from mllm_jax.data.records import BadRecord
-from mllm_jax.data.scenes import SCENES_TEMPLATE, Scenes, scenes_tokenizer
+from mllm_jax.data.pipeline.loader import BadData, join_states, make_loader
+from mllm_jax.data.pipeline.packing import Budget
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec, TooLarge
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources import open_source
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.sources.mixture import Mixture
+from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, Scenes, scenes_tokenizer
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
+from mllm_jax.data.vision.images import TRUNCATED
 from mllm_jax.types import Example, Picture
 
 BUDGET = Budget(64, 1, 64)

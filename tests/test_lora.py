@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from test_flops import dot_flops
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params, init_adapters
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters

@@ -10,7 +10,7 @@ import pytest
 from examples import VALUES, random_example
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.sharding import RULES, freeze_rules, make_mesh
 from mllm_jax.train.loss import sample_weights, token_errors, token_loss
 

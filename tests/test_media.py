@@ -13,10 +13,10 @@ import pytest
 import source_files
 from PIL import Image
 
-from mllm_jax.data import images
 from mllm_jax.data.media import LONGEST_NAME, BadName, locate, resolve, source_name
-from mllm_jax.data.records import BadRecord
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources import open_source
+from mllm_jax.data.vision import images
 
 
 def picture(form="PNG"):

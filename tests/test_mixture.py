@@ -13,9 +13,9 @@ from test_loader import Numbers, numbers, seen
 from tiny_run import get_config, load_config
 
 from mllm_jax.common.config import ConfigError, dump, load
-from mllm_jax.data.loader import join_states
-from mllm_jax.data.mixture import Mixture, start_of, tempered
-from mllm_jax.data.spec import SEEING
+from mllm_jax.data.pipeline.loader import join_states
+from mllm_jax.data.pipeline.spec import SEEING
+from mllm_jax.data.sources.mixture import Mixture, start_of, tempered
 from mllm_jax.evaluate import ask
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.sharding import make_mesh

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from examples import VALUES, random_example, random_params, tiny_config
 
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.vlm import VLM, InputRules, abstract_params

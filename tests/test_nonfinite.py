@@ -12,7 +12,7 @@ from examples import VALUES, random_example, random_params, tiny_config
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.nn import mlp
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.data_config import ScenesData

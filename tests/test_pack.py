@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_jax.data import pack as pack_module
-from mllm_jax.data.pack import Budget, Packer, TooLarge, collate, fill, place
+from mllm_jax.data.pipeline import packing as pack_module
+from mllm_jax.data.pipeline.packing import Budget, Packer, TooLarge, collate, fill, place
 from mllm_jax.types import Example, Picture
 
 MERGE, VALUES = 2, 12

@@ -8,9 +8,9 @@ import pytest
 import tiny_run
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.answers import Reference
-from mllm_jax.data.captions import Captions, count_named, false_share, recall
-from mllm_jax.data.loader import BadData
+from mllm_jax.data.pipeline.loader import BadData
+from mllm_jax.data.pipeline.preference import Reference
+from mllm_jax.data.synthetic.captions import Captions, count_named, false_share, recall
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.loop import train

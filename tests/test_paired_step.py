@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from examples import VALUES, random_example, random_params, tiny_config
 
-from mllm_jax.data.answers import together
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
+from mllm_jax.data.pipeline.preference import together
 from mllm_jax.model.vlm import VLM
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.loss import token_log_probs

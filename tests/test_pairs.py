@@ -11,8 +11,8 @@ from tiny_run import load_config
 
 import mllm_jax
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.loader import make_loader
-from mllm_jax.data.pack import Budget, TooLarge
+from mllm_jax.data.pipeline.loader import make_loader
+from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.data.sources import open_source
 from mllm_jax.evaluate.nearest import nearest
 from mllm_jax.families.towers import clip, siglip, siglip2

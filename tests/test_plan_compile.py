@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pack import collate
+from mllm_jax.data.pipeline.packing import collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.moe.layer import MoeConfig

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mllm_jax.common.cli import cell, fail
 from mllm_jax.common.printable import printable, printable_lines
-from mllm_jax.data.records import BadRecord, read_record
+from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.generate.chat import write_answer
 
 HOSTILE = "\x1b]0;title\x07[bold red]a\x9b2J\u202egnp.a\ud800\r\n"

@@ -14,9 +14,10 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from mllm_jax.data import images, video
-from mllm_jax.data.processor import Budget, Processor, ProcessorSpec, TooLarge
-from mllm_jax.data.visuals import BROKEN_FRAMES
+from mllm_jax.data.pipeline.processor import Budget, Processor, ProcessorSpec, TooLarge
+from mllm_jax.data.pipeline.spans import BROKEN_FRAMES
+from mllm_jax.data.video import videos
+from mllm_jax.data.vision import images
 
 SPEC = ProcessorSpec(min_pixels=64 * 64, max_pixels=256 * 256, clip_max_pixels=8 * 128 * 128)
 
@@ -203,9 +204,9 @@ def test_a_truncated_jpeg_that_is_tolerated_is_noted(processor):
 
 
 def test_a_clip_whose_broken_frames_are_replaced_is_noted(processor, monkeypatch):
-    whole, opened = asking(clip(4, 64, 64, fps=2.0)), video.open_clip
+    whole, opened = asking(clip(4, 64, 64, fps=2.0)), videos.open_clip
     assert processor(whole).notes == ()
-    monkeypatch.setattr(video, "open_clip", lambda *said: dataclasses.replace(opened(*said), broken={1}))
+    monkeypatch.setattr(videos, "open_clip", lambda *said: dataclasses.replace(opened(*said), broken={1}))
     assert processor(whole).notes == (BROKEN_FRAMES,)
 
 
@@ -367,7 +368,7 @@ def test_real_pictures_and_clips(shared, processor):
 
 def test_data_needs_neither_jax_nor_torch():
     code = (
-        "import sys, mllm_jax.data.processor; "
+        "import sys, mllm_jax.data.pipeline.processor; "
         "print([name for name in ('jax', 'torch', 'transformers', 'av') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
@@ -444,7 +445,7 @@ def test_null_is_absent(tmp_path, stated):
     """Sizes are those of transformers' processor that reads the same file."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from mllm_jax.data.spec import read_spec
+    from mllm_jax.data.pipeline.spec import read_spec
 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN | stated))
     theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
@@ -475,7 +476,7 @@ def test_null_is_absent(tmp_path, stated):
     ids=str,
 )
 def test_fields_of_processors_that_cannot_be(tmp_path, stated, said):
-    from mllm_jax.data.spec import read_spec
+    from mllm_jax.data.pipeline.spec import read_spec
 
     content = QWEN | stated if isinstance(stated, dict) else stated
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import mllm_jax
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.spec import read_spec, write_spec
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import read_spec, write_spec
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import qwen2_vl
 from mllm_jax.model.vlm import count_params

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     from PIL import Image
 
     import mllm_jax
-    from mllm_jax.data.scenes import Scenes
+    from mllm_jax.data.synthetic.scenes import Scenes
     from mllm_jax.train.processors import make_processor
     from mllm_jax.train.run import read_run
 

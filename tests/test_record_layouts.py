@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from mllm_jax.data import record_fields, record_layouts, record_messages, record_parts
-from mllm_jax.data.records import BadRecord, read_record
+from mllm_jax.data.records import fields, layouts, messages, parts
+from mllm_jax.data.records.records import BadRecord, read_record
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
 ASKED, ANSWER = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}
@@ -257,8 +257,8 @@ def test_what_comes_before_the_first_question_and_after_the_last_answer():
     first, last = ANSWER | {"content": "<image>Hello."}, ASKED | {"content": "<image>Bye."}
     found = read(images | {"messages": [SYSTEM, first, ASKED | {"content": "<image>Q?"}, ANSWER, last]})
     assert found["messages"] == [SYSTEM, SHOWN, ANSWER]
-    assert found["notes"] == (record_messages.STARTS, record_messages.ENDS)
-    assert read({"messages": [ASKED, CALLING, RESULT]})["notes"] == (record_messages.ENDS,)
+    assert found["notes"] == (messages.STARTS, messages.ENDS)
+    assert read({"messages": [ASKED, CALLING, RESULT]})["notes"] == (messages.ENDS,)
 
 
 @pytest.mark.parametrize(
@@ -406,43 +406,43 @@ def table(head):
 
 def test_the_page_lists_roles_and_fields():
     roles = {name: row[0] for row in table("| role | also") for name in listed(row[1])}
-    calls = dict.fromkeys(("function_call", "tool_call"), record_messages.CALL)
-    assert record_messages.ROLES == roles | calls
+    calls = dict.fromkeys(("function_call", "tool_call"), messages.CALL)
+    assert messages.ROLES == roles | calls
     text = PAGE.split("### Fields beside the texts", 1)[1].split("### Documents", 1)[0]
     left_out = text.split("These are left out", 1)[1].split("\n\nThese")[0]
     ignored, refused_names = (
         [listed(item) for item in re.split(r"\n- of a \w+: ", block)[1:4]]
         for block in (left_out, text.split("These change what", 1)[1].split("\n\nAn answer")[0])
     )
-    kinds = record_fields.RECORD, record_fields.MESSAGE, record_fields.PART
+    kinds = fields.RECORD, fields.MESSAGE, fields.PART
     assert [kind.ignored for kind in kinds] == ignored
-    beside = {*record_layouts.COMPLETING, *record_fields.ABOUT}
-    assert refused_names[0] == set(record_fields.RECORD.refused) | beside
+    beside = {*layouts.COMPLETING, *fields.ABOUT}
+    assert refused_names[0] == set(fields.RECORD.refused) | beside
     assert [set(kind.refused) for kind in kinds[1:]] == refused_names[1:]
-    fields = {kind: set() for kind in ("record", "turn", "part")}
+    stated = {kind: set() for kind in ("record", "turn", "part")}
     for kind, names, _ in table("| of | fields"):
-        fields[kind] |= listed(names)
-    read_beside = {*record_fields.FILES, *record_fields.CLIPS, *record_fields.ABOUT, "facts", "id", "task", "kind"}
-    assert fields["record"] == read_beside
-    assert fields["turn"] == set().union(*record_messages.READ.values()) - {"role", "from", "content", "value"}
-    assert fields["part"] == {"type", *record_parts.ASKED}
-    layouts = set().union(*(listed(row[0]) for row in table("| fields | what they hold")))
-    assert layouts | read_beside | {"history"} == record_fields.FIELDS | {"id", "task", "kind"}
+        stated[kind] |= listed(names)
+    read_beside = {*fields.FILES, *fields.CLIPS, *fields.ABOUT, "facts", "id", "task", "kind"}
+    assert stated["record"] == read_beside
+    assert stated["turn"] == set().union(*messages.READ.values()) - {"role", "from", "content", "value"}
+    assert stated["part"] == {"type", *parts.ASKED}
+    known = set().union(*(listed(row[0]) for row in table("| fields | what they hold")))
+    assert known | read_beside | {"history"} == fields.FIELDS | {"id", "task", "kind"}
 
 
 @pytest.mark.parametrize("kind", ("RECORD", "MESSAGE", "PART"))
 def test_refused_fields_are_refused_by_name(kind):
-    for name in getattr(record_fields, kind).refused:
+    for name in getattr(fields, kind).refused:
         value = ["a.wav"] if kind == "RECORD" else "a"
-        fields = {where: {name: value} if where == kind else {} for where in ("RECORD", "MESSAGE", "PART")}
-        messages = [ASKED | {"content": [TEXT | fields["PART"]]} | fields["MESSAGE"], ANSWER]
-        error = refused({"messages": messages} | fields["RECORD"])
+        more = {where: {name: value} if where == kind else {} for where in ("RECORD", "MESSAGE", "PART")}
+        messages = [ASKED | {"content": [TEXT | more["PART"]]} | more["MESSAGE"], ANSWER]
+        error = refused({"messages": messages} | more["RECORD"])
         assert error.reason == "unsupported field" and f'"{name}"' in error.detail
         message = ASKED | {"content": [TEXT | {name: []}], name: []}
         assert "notes" not in read({"messages": [message, ANSWER], name: []})  # of no kind
-    for name in record_layouts.COMPLETING:
+    for name in layouts.COMPLETING:
         assert refused({"question": "Q?", "answer": "A.", name: "x"}).detail.startswith(f'"{name}"')
-    for name in record_fields.ABOUT:
+    for name in fields.ABOUT:
         assert refused({"text": "T", name: "x"}).detail.startswith(f'"{name}"')
 
 

@@ -7,11 +7,11 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from mllm_jax.data.embed import embedded
-from mllm_jax.data.pack import Budget, collate
-from mllm_jax.data.processor import Processor, ProcessorSpec
-from mllm_jax.data.readers import Process
-from mllm_jax.data.records import Bad, BadRecord, read_record
+from mllm_jax.data.pipeline.packing import Budget, collate
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.workers import Process
+from mllm_jax.data.records.records import Bad, BadRecord, read_record
+from mllm_jax.data.tools.inline_media import embedded
 
 A = {"role": "assistant", "content": "B."}
 

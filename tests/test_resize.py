@@ -6,7 +6,7 @@ import transformers
 from PIL import Image
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
-from mllm_jax.data.resize import Crop, Keep, Stretch, centre_crop, naflex_size, rule_from_hf, short_edge_size
+from mllm_jax.data.vision.resize import Crop, Keep, Stretch, centre_crop, naflex_size, rule_from_hf, short_edge_size
 
 SIZES = [(480, 640), (640, 480), (224, 224), (37, 1000), (1000, 37), (3, 2), (1, 1), (333, 334)]
 CLIP = dict(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})

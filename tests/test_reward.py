@@ -12,12 +12,12 @@ from examples import random_example, random_params, tiny_config
 from PIL import Image
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.answers import together
-from mllm_jax.data.judging import Judged, Prompts
-from mllm_jax.data.loader import BadData, make_loader
-from mllm_jax.data.pack import Budget, TooLarge, collate
-from mllm_jax.data.processor import Processor, ProcessorSpec
-from mllm_jax.data.records import BadRecord, read_record
+from mllm_jax.data.pipeline.loader import BadData, make_loader
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate
+from mllm_jax.data.pipeline.preference import together
+from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.reward import Judged, Prompts
+from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding import make_mesh

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 import pytest
 
-from mllm_jax.data.scenes import (
+from mllm_jax.data.synthetic.scenes import (
     COLOURS,
     KINDS,
     SCENES_TEMPLATE,
@@ -49,7 +49,7 @@ def test_items_depend_on_nothing_but_seed_split_and_index():
 def test_splits_are_disjoint(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "mllm_jax.data.scenes._render", lambda scene, *_: drawn.append(scene) or np.zeros((8, 8, 3), "u1")
+        "mllm_jax.data.synthetic.scenes._render", lambda scene, *_: drawn.append(scene) or np.zeros((8, 8, 3), "u1")
     )
     shown = {}
     for split in ("train", "heldout"):

@@ -14,10 +14,10 @@ from transformers import LlamaTokenizer
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import mllm_jax
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.resize import Square, rule_from_hf
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
+from mllm_jax.data.vision.resize import Square, rule_from_hf
 from mllm_jax.families import spec_for
 from mllm_jax.families.towers import in_vlms
 from mllm_jax.families.vlms import internvl_chat, llava_llama

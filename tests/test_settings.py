@@ -32,8 +32,8 @@ from mllm_jax.common.settings import (
     check,
     type_name,
 )
-from mllm_jax.data.resize import Crop, EndedSquare, Halved, Keep, Square, Stretch
-from mllm_jax.data.tiles import AnyRes, Tiles
+from mllm_jax.data.vision.resize import Crop, EndedSquare, Halved, Keep, Square, Stretch
+from mllm_jax.data.vision.tiles import AnyRes, Tiles
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.dual_encoder import AttentionPool, ClassPool, DualConfig, TokenPool
@@ -49,7 +49,7 @@ from mllm_jax.train.data_config import ScenesData
 from mllm_jax.train.optim import OptimConfig
 from mllm_jax.train.run import PARTS, Run, read_run, run_config
 
-COMMANDS = ("__main__", "plan.command", "plan.certify", "scenes_builder")  # define flags, or need a package
+COMMANDS = ("__main__", "plan.command", "plan.certify", "tfds_builder")  # define flags, or need a package
 for module in pkgutil.walk_packages(mllm_jax.__path__, "mllm_jax."):
     if not module.name.endswith(COMMANDS):
         importlib.import_module(module.name)

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_run import load_config
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.processor import Processor
+from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import paligemma
 from mllm_jax.train.loop import StopSignal, Training

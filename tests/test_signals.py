@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from mllm_jax.common.interrupts import held_back
-from mllm_jax.data.readers import Workers
+from mllm_jax.data.pipeline.workers import Workers
 from mllm_jax.train.checkpoint import Checkpoints
 from mllm_jax.train.metrics import read_metrics
 from mllm_jax.train.processes import AGAIN
@@ -134,7 +134,7 @@ def test_an_interrupted_command_leaves_neither_workers_nor_their_warnings():
     script = """
 import time
 from mllm_jax.common.cli import run_command
-from mllm_jax.data.readers import Workers
+from mllm_jax.data.pipeline.workers import Workers
 
 def main():
     context = Workers()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_jax.data.records import BadRecord
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources import Conversations, open_source
 
 QUESTION, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}

@@ -9,7 +9,7 @@ import pytest
 from examples import VALUES, random_example, tiny_config
 from jax.sharding import PartitionSpec
 
-from mllm_jax.data.pack import Budget, collate
+from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, init_params
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.objective import CrossEntropy, loss_sum

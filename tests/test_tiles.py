@@ -15,13 +15,13 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from mllm_jax.data.pack import Budget, TooLarge, collate, tightest
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.resize import Crop
-from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tiles import AnyRes, Tiles, best_canvas, dynamic_grid
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, tightest
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
+from mllm_jax.data.vision.resize import Crop
+from mllm_jax.data.vision.tiles import AnyRes, Tiles, best_canvas, dynamic_grid
 from mllm_jax.types import NEWLINE
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))

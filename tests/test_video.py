@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data import video, video_decoder
-from mllm_jax.data.positions import on_a_grid, patch_positions, rotary_positions
-from mllm_jax.data.records import BadRecord, read_record
-from mllm_jax.data.spec import SEEING
-from mllm_jax.data.visuals import Film, WholeFilm
+from mllm_jax.data.pipeline.spans import Film, WholeFilm
+from mllm_jax.data.pipeline.spec import SEEING
+from mllm_jax.data.records.records import BadRecord, read_record
+from mllm_jax.data.video import decoder, videos
+from mllm_jax.data.vision.positions import on_a_grid, patch_positions, rotary_positions
 
 
 def write_clip(path, frames, fps=10, height=48, width=64, codec="mpeg4"):
@@ -46,7 +46,7 @@ def write_clip(path, frames, fps=10, height=48, width=64, codec="mpeg4"):
     ],
 )
 def test_frame_count(frames, fps, expected):
-    assert video.frame_count(frames, fps, target_fps=2, min_frames=4, max_frames=768) == expected
+    assert videos.frame_count(frames, fps, target_fps=2, min_frames=4, max_frames=768) == expected
 
 
 def test_frame_count_equals_the_official_results(shared):
@@ -58,7 +58,7 @@ def test_frame_count_equals_the_official_results(shared):
             assert options["nframes"] > frames
             continue
         fixed = options.get("nframes")
-        count = video.frame_count(
+        count = videos.frame_count(
             frames,
             case["video_fps"],
             target_fps=options.get("fps", 2.0),
@@ -70,12 +70,12 @@ def test_frame_count_equals_the_official_results(shared):
 
 
 def test_sampled_frames_and_times():
-    assert video.sample_frames(10, 4) == [0, 3, 6, 9]
-    assert video.sample_frames(6, 3) == [0, 2, 5]  # 2.5 rounds to the even side
-    assert video.sample_frames(5, 1) == [0]
-    assert video.patch_times([0, 5, 10, 15], 10.0, temporal_patch=2) == [0.25, 1.25]
-    assert video.patch_times([0, 3, 9], 3.0, temporal_patch=2) == [0.5, 3.0]
-    assert video.patch_times([4], 2.0, temporal_patch=2) == [2.0]
+    assert videos.sample_frames(10, 4) == [0, 3, 6, 9]
+    assert videos.sample_frames(6, 3) == [0, 2, 5]  # 2.5 rounds to the even side
+    assert videos.sample_frames(5, 1) == [0]
+    assert videos.patch_times([0, 5, 10, 15], 10.0, temporal_patch=2) == [0.25, 1.25]
+    assert videos.patch_times([0, 3, 9], 3.0, temporal_patch=2) == [0.5, 3.0]
+    assert videos.patch_times([4], 2.0, temporal_patch=2) == [2.0]
 
 
 def test_times_equal_transformers():
@@ -83,8 +83,8 @@ def test_times_equal_transformers():
 
     processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
     for count in range(1, 9):
-        indices = video.sample_frames(50, count)
-        assert video.patch_times(indices, 29.97, 2) == processor._calculate_timestamps(list(indices), 29.97, 2)
+        indices = videos.sample_frames(50, count)
+        assert videos.patch_times(indices, 29.97, 2) == processor._calculate_timestamps(list(indices), 29.97, 2)
 
 
 @pytest.mark.parametrize(
@@ -98,19 +98,19 @@ def test_times_equal_transformers():
 )
 def test_clip_size(clip, expected):
     bounds = {"min_pixels": 131072, "max_pixels": 25165824}
-    assert video.clip_size(*clip, factor=32, temporal_patch=2, **bounds) == expected
+    assert videos.clip_size(*clip, factor=32, temporal_patch=2, **bounds) == expected
 
 
 def test_clip_of_one_frame_counts_as_a_temporal_patch():
-    one, two = (video.clip_size(n, 90, 70, 32, 2, min_pixels=131072, max_pixels=25165824) for n in (1, 2))
+    one, two = (videos.clip_size(n, 90, 70, 32, 2, min_pixels=131072, max_pixels=25165824) for n in (1, 2))
     assert one == two
 
 
 def test_file(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", frames=11)
-    clip = video.open_clip(path, fps=2)
+    clip = videos.open_clip(path, fps=2)
     assert (clip.frames, clip.fps, clip.height, clip.width) == (11, 10.0, 48, 64)
-    blocks = list(video.read_clip(clip, [0, 5, 10], size=(32, 64), temporal_patch=2))
+    blocks = list(videos.read_clip(clip, [0, 5, 10], size=(32, 64), temporal_patch=2))
     assert [block.shape for block in blocks] == [(2, 32, 64, 3), (1, 32, 64, 3)]
     levels = [frame.mean() for block in blocks for frame in block]
     np.testing.assert_allclose(levels, [10, 60, 110], atol=4)
@@ -118,7 +118,7 @@ def test_file(tmp_path):
 
 def test_file_that_states_no_number_of_frames(tmp_path):
     path = write_clip(tmp_path / "clip.mkv", frames=7)
-    clip = video.open_clip(path, fps=2)
+    clip = videos.open_clip(path, fps=2)
     assert clip.frames == 7
     assert len(list(clip.read(range(7)))) == 7
 
@@ -137,13 +137,13 @@ def test_file_that_ends_early(tmp_path):
     with av.open(str(path)) as container:
         starts = [packet.pos for packet in container.demux(container.streams.video[0]) if packet.size]
     path.write_bytes(whole[: starts[4]])
-    clip = video.open_clip(path, fps=2)
+    clip = videos.open_clip(path, fps=2)
     levels = [np.asarray(frame).mean() for frame in clip.read([0, 4])]
     np.testing.assert_allclose(levels, [10, 40], atol=4)
     assert clip.broken == {4}
     path.write_bytes(whole[: starts[3]])
     with pytest.raises(ValueError, match="clip.mp4.*ends before frame 4"):
-        list(video.open_clip(path, fps=2).read([0, 3, 4]))
+        list(videos.open_clip(path, fps=2).read([0, 3, 4]))
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -153,9 +153,9 @@ def test_damaged_files_are_named(tmp_path):
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.mp4"):
-            video.open_clip(path, fps=2)
+            videos.open_clip(path, fps=2)
     with pytest.raises(FileNotFoundError, match="missing"):
-        video.open_clip(tmp_path / "missing.mp4", fps=2)
+        videos.open_clip(tmp_path / "missing.mp4", fps=2)
 
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -169,23 +169,23 @@ def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[video\]'"):
-        video.open_clip(path, fps=2)
-    assert video.open_clip(np.zeros((2, 4, 4, 3), np.uint8), fps=2).frames == 2
+        videos.open_clip(path, fps=2)
+    assert videos.open_clip(np.zeros((2, 4, 4, 3), np.uint8), fps=2).frames == 2
 
 
 def test_clips_in_memory():
     array = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
     for source in (array, list(array), [Image.fromarray(frame) for frame in array]):
-        clip = video.open_clip(source, fps=4)
+        clip = videos.open_clip(source, fps=4)
         assert (clip.frames, clip.fps, clip.height, clip.width) == (3, 4.0, 20, 30)
         np.testing.assert_array_equal(np.stack([np.asarray(frame) for frame in clip.read([0, 2])]), array[[0, 2]])
     for bad in ([], 3, None, np.zeros((0, 4, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="clip"):
-            video.open_clip(bad, fps=2)
+            videos.open_clip(bad, fps=2)
     with pytest.raises(ValueError, match="fps"):
-        video.open_clip(array, fps=0)
+        videos.open_clip(array, fps=0)
     with pytest.raises(ValueError, match="first frame"):
-        list(video.open_clip([array[0], array[1, :10]], fps=2).read([0, 1]))
+        list(videos.open_clip([array[0], array[1, :10]], fps=2).read([0, 1]))
 
 
 def test_real_clips(shared):
@@ -193,12 +193,12 @@ def test_real_clips(shared):
     records = [json.loads(line) for line in (folder / "video/video.jsonl").read_text().splitlines()]
     records = sorted(records, key=lambda record: record["duration_s"])[:4]
     for record in records:
-        clip = video.open_clip(folder / record["video"], fps=2)
+        clip = videos.open_clip(folder / record["video"], fps=2)
         assert (clip.height, clip.width) == (record["height"], record["width"])
         assert abs(clip.frames - record["frames"]) <= 1
         assert clip.fps == pytest.approx(record["fps"], rel=0.02)
-        indices = video.sample_frames(clip.frames, video.frame_count(clip.frames, clip.fps, 2, 4, 768))
-        blocks = list(video.read_clip(clip, indices, (64, 96), temporal_patch=2))
+        indices = videos.sample_frames(clip.frames, videos.frame_count(clip.frames, clip.fps, 2, 4, 768))
+        blocks = list(videos.read_clip(clip, indices, (64, 96), temporal_patch=2))
         assert sum(map(len, blocks)) == len(indices)
         assert all(block.std() > 1 for block in blocks)
 
@@ -262,7 +262,7 @@ def test_frames_are_read_one_temporal_patch_at_a_time():
             read.append(index)
             yield Image.new("RGB", (64, 64))
 
-    blocks = video.read_clip(video.Clip(8, 2.0, 64, 64, "", frames), range(8), (32, 32), temporal_patch=2)
+    blocks = videos.read_clip(videos.Clip(8, 2.0, 64, 64, "", frames), range(8), (32, 32), temporal_patch=2)
     assert next(blocks).shape == (2, 32, 32, 3)
     assert read == [0, 1]
 
@@ -285,16 +285,16 @@ def hours(tmp_path_factory):
 
 
 def test_what_lies_between_distant_frames_is_not_decoded(hours, monkeypatch):
-    decoded, plain = [], video_decoder.decode
+    decoded, plain = [], decoder.decode
 
     def counted(packet):
         decoded.append(packet.pts)
         return plain(packet)
 
-    monkeypatch.setattr(video_decoder, "decode", counted)
-    clip = video.open_clip(hours, fps=2)
+    monkeypatch.setattr(decoder, "decode", counted)
+    clip = videos.open_clip(hours, fps=2)
     assert (clip.frames, clip.fps) == (21600, 2.0)
-    indices = video.sample_frames(clip.frames, 32)
+    indices = videos.sample_frames(clip.frames, 32)
     found = [np.asarray(frame) for frame in clip.read(indices)]
     assert len(decoded) < 32 * 15
     wanted = dict.fromkeys(indices)
@@ -312,7 +312,7 @@ def test_hours_are_read_in_constant_memory(hours):
 
     if not pathlib.Path("/proc/self/statm").exists():
         pytest.skip("needs Linux")
-    clip = video.open_clip(hours, fps=2)
+    clip = videos.open_clip(hours, fps=2)
     found = {}
     for number, _ in enumerate(clip.read(range(clip.frames))):
         if number % 500 == 0:
@@ -323,9 +323,9 @@ def test_hours_are_read_in_constant_memory(hours):
 
 
 def test_frames_are_denser_where_something_moves(hours):
-    clip = video.open_clip(hours, fps=2)
-    indices = video.moving_frames(clip, 40)
-    assert indices == video.moving_frames(video.open_clip(hours, fps=2), 40)
+    clip = videos.open_clip(hours, fps=2)
+    indices = videos.moving_frames(clip, 40)
+    assert indices == videos.moving_frames(videos.open_clip(hours, fps=2), 40)
     assert indices[0] == 0 and indices[-1] == clip.frames - 1 and np.diff(indices).min() > 0
     moving = sum(index >= clip.frames // 2 for index in indices)
     assert 28 <= moving <= 32  # half of the frames by time, and the other half where it moves
@@ -337,14 +337,14 @@ def test_motion_of_short_and_still_clips():
     burst = still.copy()
     burst[12] = 255
     for frames in (still, noise, burst):
-        clip = video.open_clip(frames, fps=2)
-        assert video.moving_frames(clip, 20) == list(range(20))
-        assert video.moving_frames(clip, 1) == [0]
+        clip = videos.open_clip(frames, fps=2)
+        assert videos.moving_frames(clip, 20) == list(range(20))
+        assert videos.moving_frames(clip, 1) == [0]
         for count in (2, 7, 19):
-            indices = video.moving_frames(clip, count)
+            indices = videos.moving_frames(clip, count)
             assert len(indices) == count and indices[0] == 0 and indices[-1] == 19 and np.diff(indices).min() > 0
-    assert video.moving_frames(video.open_clip(still, fps=2), 7) == video.sample_frames(20, 7)
-    assert {11, 12, 13} & set(video.moving_frames(video.open_clip(burst, fps=2), 6)) >= {12}
+    assert videos.moving_frames(videos.open_clip(still, fps=2), 7) == videos.sample_frames(20, 7)
+    assert {11, 12, 13} & set(videos.moving_frames(videos.open_clip(burst, fps=2), 6)) >= {12}
 
 
 @pytest.mark.parametrize("suffix, codec, options", [("mp4", "h264", {"bf": "2", "g": "30"}), ("mkv", "mpeg4", {})])
@@ -361,7 +361,7 @@ def test_seeking_finds_the_frames_that_counting_finds(tmp_path, suffix, codec, o
         container.mux(stream.encode())
     with av.open(str(path)) as container:
         every = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
-    clip = video.open_clip(path, fps=2)
+    clip = videos.open_clip(path, fps=2)
     for indices in ([0, 399], [57, 58, 200, 331], list(range(0, 400, 33)), [399]):
         for index, frame in zip(indices, clip.read(indices), strict=True):
             np.testing.assert_array_equal(np.asarray(frame), every[index], err_msg=str(index))
@@ -378,7 +378,7 @@ def test_a_rate_that_varies_is_read_by_time(tmp_path):
             frame.pts, frame.time_base = time, fractions.Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    clip = video.open_clip(path, fps=2)
+    clip = videos.open_clip(path, fps=2)
     levels = [np.asarray(frame).mean() for frame in clip.read(range(clip.frames))]
     assert clip.frames == 12 and 12 / 10.6 < clip.fps < 12 / 10
     expected = [10 + 20 * min(int(index / clip.fps * 10), 10) for index in range(clip.frames)]
@@ -389,14 +389,14 @@ def test_a_rate_that_varies_is_read_by_time(tmp_path):
 def test_positions_are_exact_past_six_hours(most):
     """Six hours and a minute at 30 frames a second, in closed form: every time and every rotary position."""
     frames, texts = 30 * (6 * 3600 + 60), []
-    clip = video.Clip(frames, 30.0, 32, 32, "long", lambda indices: iter(()))
+    clip = videos.Clip(frames, 30.0, 32, 32, "long", lambda indices: iter(()))
     spec = dataclasses.replace(SEEING, max_frames=most, clip_min_pixels=1024)
     film = Film.sampled(clip, 2.0, spec)
     count = min(most, 2 * (6 * 3600 + 60))
     assert len(film.indices) == count
     exact = [fractions.Fraction((frames - 1) * i, count - 1) for i in range(count)]
     assert all(abs(index - wanted) <= fractions.Fraction(1, 2) for index, wanted in zip(film.indices, exact))
-    times = video.patch_times(film.indices, clip.fps, 2)
+    times = videos.patch_times(film.indices, clip.fps, 2)
     for i, time in enumerate(times):
         assert time == pytest.approx(float(fractions.Fraction(sum(film.indices[2 * i : 2 * i + 2]), 60)), abs=1e-9)
         texts.append(f"<{time:.1f} seconds>")
@@ -417,7 +417,9 @@ def test_positions_by_time_are_exact_past_six_hours():
     times = patch_positions(6 * 3600 + 60, rate=2, seconds=1.0)
     assert times == list(range(0, 2 * (6 * 3600 + 60), 2))
     spec = dataclasses.replace(SEEING, max_frames=768, label=None, position_rate=2.0, sampling="motion")
-    clip = video.Clip(768 * 60, 2.0, 32, 32, "long", lambda indices: (Image.new("L", (8, 8), i % 251) for i in indices))
+    clip = videos.Clip(
+        768 * 60, 2.0, 32, 32, "long", lambda indices: (Image.new("L", (8, 8), i % 251) for i in indices)
+    )
     film = WholeFilm.sampled(clip, 2.0, spec)
     (run,) = film.plan(spec, math.inf, math.inf).runs
     assert len(film.indices) == 768 and film.indices[-1] / clip.fps > 6 * 3600
@@ -429,8 +431,8 @@ def test_a_clip_in_a_message_asks_for_its_frames():
     spec = SEEING.asked({"nframes": 6, "sampling": "motion"})
     assert (spec.min_frames, spec.max_frames, spec.sampling) == (6, 6, "motion")
     assert SEEING.asked({"fps": 1.0}) == SEEING
-    film = Film.sampled(video.open_clip(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
-    assert film.indices == video.sample_frames(50, 6)
+    film = Film.sampled(videos.open_clip(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
+    assert film.indices == videos.sample_frames(50, 6)
     for wrong in ({"sampling": "fast"}, {"nframes": 0}):
         with pytest.raises(ValueError, match="sampling='fast': must be one of even|min_frames=0: must be at least 1"):
             SEEING.asked(wrong)

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from mllm_jax.data import video, video_files, video_pixels
+from mllm_jax.data.video import pixels, reader, videos
 
 HEIGHT, WIDTH, FRAMES = 48, 64, 100
 MS = fractions.Fraction(1, 1000)
@@ -94,7 +94,7 @@ def test_frames_and_rates(name, files):
     _, times, tick, _, rate, _ = KINDS[name]
     every = decoded(files / name)
     assert len(every) == FRAMES
-    clip = video.open_clip(files / name, fps=2)
+    clip = videos.open_clip(files / name, fps=2)
     assert (clip.frames, clip.height, clip.width) == (FRAMES, HEIGHT, WIDTH)
     if rate is None:  # what is on the screen at i / fps
         seconds = [(time - times[0]) * tick for time in times]
@@ -134,7 +134,7 @@ def test_a_browser_recording(tmp_path):
     path.write_bytes(content[:at] + b"\xec\x86" + bytes(6) + content[at + 8 :])  # Void
     with av.open(str(path)) as file:
         assert file.streams.video[0].average_rate in (None, 1000) and file.duration is None  # its clock
-    clip, every = video.open_clip(path, fps=2), decoded(path)
+    clip, every = videos.open_clip(path, fps=2), decoded(path)
     assert clip.frames == FRAMES and 1000 * FRAMES / (times[-1] + 50) < clip.fps < 1000 * FRAMES / times[-1]
     for indices in ([0, 99], [28, 61], range(0, FRAMES, 31)):
         for index, frame in zip(indices, clip.read(indices), strict=True):
@@ -144,7 +144,7 @@ def test_a_browser_recording(tmp_path):
 
 def test_bytes_are_read_like_files(files):
     for name in ("even.mp4", "varied.webm", "unordered.avi"):
-        one, two = (video.open_clip(source, fps=2) for source in (files / name, (files / name).read_bytes()))
+        one, two = (videos.open_clip(source, fps=2) for source in (files / name, (files / name).read_bytes()))
         assert (one.frames, one.fps) == (two.frames, two.fps)
         for frame, other in zip(one.read([3, 80]), two.read([3, 80]), strict=True):
             np.testing.assert_array_equal(np.asarray(frame), np.asarray(other))
@@ -152,15 +152,13 @@ def test_bytes_are_read_like_files(files):
 
 def test_packets_are_read_only_where_the_index_does_not_say_it(files, monkeypatch):
     demuxed = []
-    plain = video_files.measured_times
-    monkeypatch.setattr(
-        video_files, "measured_times", lambda packets, *rest: demuxed.append(1) or plain(packets, *rest)
-    )
+    plain = reader.measured_times
+    monkeypatch.setattr(reader, "measured_times", lambda packets, *rest: demuxed.append(1) or plain(packets, *rest))
     for name in ("even.mp4", "open.mp4"):
-        video.open_clip(files / name, fps=2)
+        videos.open_clip(files / name, fps=2)
     assert not demuxed
     for name in ("varied.mp4", "fragments.mp4", "clock.webm", "unordered.avi"):
-        video.open_clip(files / name, fps=2)
+        videos.open_clip(files / name, fps=2)
     assert len(demuxed) == 4
 
 
@@ -181,7 +179,7 @@ def test_frames_that_an_edit_list_hides_do_not_count(first, last, files, tmp_pat
     content = edited(content, start + first * 1024, (last - first) * 100)
     with av.open(io.BytesIO(content)) as file:
         assert file.streams.video[0].time_base == fractions.Fraction(1, 10240)
-    clip, every = video.open_clip(content, fps=2), decoded(path)
+    clip, every = videos.open_clip(content, fps=2), decoded(path)
     assert (clip.frames, clip.fps) == (last - first, 10.0)
     for indices in (range(clip.frames), [0, clip.frames - 1], [clip.frames // 2]):
         for index, frame in zip(indices, clip.read(indices), strict=True):
@@ -191,7 +189,7 @@ def test_frames_that_an_edit_list_hides_do_not_count(first, last, files, tmp_pat
 def test_what_is_put_together_from_two_files_is_counted(files):
     """Times begin anew in the middle."""
     content = (files / "even.ts").read_bytes()
-    clip = video.open_clip(content + content, fps=2)
+    clip = videos.open_clip(content + content, fps=2)
     assert (clip.frames, clip.fps) == (2 * FRAMES, pytest.approx(float(NTSC)))
     every = decoded(content + content)
     for index, frame in zip([5, 150], clip.read([5, 150]), strict=True):
@@ -200,7 +198,7 @@ def test_what_is_put_together_from_two_files_is_counted(files):
 
 def test_one_frame(tmp_path):
     for name, codec in (("one.mp4", "libx264"), ("one.webm", "libvpx"), ("one.avi", "mjpeg")):
-        clip = video.open_clip(write(tmp_path / name, codec, [0], fractions.Fraction(1, 10), 10), fps=2)
+        clip = videos.open_clip(write(tmp_path / name, codec, [0], fractions.Fraction(1, 10), 10), fps=2)
         assert (clip.frames, len(list(clip.read([0])))) == (1, 1)
         assert clip.fps == 10
 
@@ -215,7 +213,7 @@ def test_tags_in_any_encoding(tmp_path):
         file.mux(stream.encode())
     content = path.read_bytes().replace("é".encode(), "é ".encode("latin-1"))
     assert content != path.read_bytes()
-    assert video.open_clip(content, fps=2).frames == 1
+    assert videos.open_clip(content, fps=2).frames == 1
 
 
 def write_tracks(path, tracks, sound=False):
@@ -256,7 +254,7 @@ DEFAULT, COVER = av.stream.Disposition.default, av.stream.Disposition.attached_p
 def test_a_cover_is_not_the_film(name, cover, tmp_path):
     film = ("libx264", 12, 60, NO)
     for tracks in ([("mjpeg", 1, 200, cover), film], [film, ("mjpeg", 1, 200, cover)]):
-        clip = video.open_clip(write_tracks(tmp_path / name, tracks), fps=2)
+        clip = videos.open_clip(write_tracks(tmp_path / name, tracks), fps=2)
         assert (clip.frames, clip.fps) == (12, 10.0)
         np.testing.assert_allclose([np.asarray(frame).mean() for frame in clip.read([0, 11])], 60, atol=4)
 
@@ -264,7 +262,7 @@ def test_a_cover_is_not_the_film(name, cover, tmp_path):
 def test_sound_is_no_clip(tmp_path):
     for name, tracks in (("a.mp4", [("mjpeg", 1, 200, COVER)]), ("b.m4a", []), ("c.mkv", [])):
         with pytest.raises(ValueError, match=f"{name}: holds no video track"):
-            video.open_clip(write_tracks(tmp_path / name, tracks, sound=True), fps=2)
+            videos.open_clip(write_tracks(tmp_path / name, tracks, sound=True), fps=2)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -275,14 +273,14 @@ def test_the_track_of_a_file_with_several(suffix, tmp_path):
         path = write_tracks(tmp_path / f"{first.value}.{suffix}", tracks)
         with av.open(str(path)) as file:
             best = file.streams.best("video")
-            assert video.open_clip(path, fps=2).width == best.width
+            assert videos.open_clip(path, fps=2).width == best.width
         for track, frames, level in ((None, (6, 8)[chosen], (60, 160)[chosen]), (0, 6, 60), (1, 8, 160)):
-            clip = video.open_clip(path, fps=2, track=track)
+            clip = videos.open_clip(path, fps=2, track=track)
             assert clip.frames == frames
             np.testing.assert_allclose([np.asarray(frame).mean() for frame in clip.read([0, 5])], level, atol=4)
         for track in (2, -1):
             with pytest.raises(ValueError, match=f"track={track} is not one of its 2 video tracks"):
-                video.open_clip(path, fps=2, track=track)
+                videos.open_clip(path, fps=2, track=track)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +298,7 @@ def test_turned_and_mirrored_tracks(matrix, tmp_path):
     column, row = a * x + c * y, b * x + d * y
     expected = np.zeros((np.ptp(row) + 1, np.ptp(column) + 1, 3), np.uint8)
     expected[row - row.min(), column - column.min()] = stored
-    clip = video.open_clip(content, fps=2)
+    clip = videos.open_clip(content, fps=2)
     assert (clip.height, clip.width) == expected.shape[:2]
     np.testing.assert_array_equal(np.asarray(next(clip.read([1]))), expected)
 
@@ -318,7 +316,7 @@ def test_orientation_beside_data_that_pyav_does_not_know(tmp_path):
         packet = av.Packet(jpeg.getvalue())
         packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, fractions.Fraction(1, 10)
         file.mux(packet)
-    clip, stored = video.open_clip(tmp_path / "a.avi", fps=2), decoded(tmp_path / "a.avi")[0]
+    clip, stored = videos.open_clip(tmp_path / "a.avi", fps=2), decoded(tmp_path / "a.avi")[0]
     (frame,) = clip.read([0])
     if clip.height == WIDTH:  # FFmpeg from 8.1 on reads it
         stored = np.rot90(stored, -1)
@@ -329,7 +327,7 @@ def test_a_broken_packet_repeats_the_frame_before(files, caplog):
     """A key packet, one amid others, the last; in a decoder that waits for more, and in one that does not."""
     for name, number in (("late.mkv", 41), ("late.mkv", FRAMES - 1), ("even.mp4", 41), ("even.mp4", FRAMES - 1)):
         content, every = damaged(files / name, [number]), decoded(files / name)
-        clip = video.open_clip(content, fps=2)
+        clip = videos.open_clip(content, fps=2)
         assert (clip.frames, clip.broken) == (FRAMES, set())
         frames = [np.asarray(frame) for frame in clip.read(range(FRAMES))]
         (lost,) = clip.broken
@@ -338,14 +336,14 @@ def test_a_broken_packet_repeats_the_frame_before(files, caplog):
         for index in range(lost):
             np.testing.assert_array_equal(frames[index], every[index], err_msg=f"{name} {index}")
         assert caplog.messages[-1] == "<bytes>: 1 broken frames, shown as the frames before them"
-        again = video.open_clip(content, fps=2)
+        again = videos.open_clip(content, fps=2)
         assert len(list(again.read([0, FRAMES // 2, FRAMES - 1]))) == 3
         assert again.broken == clip.broken & {FRAMES - 1}
 
 
 def test_a_broken_key_packet_loses_all_up_to_the_next(files):
     content, every = damaged(files / "rounded.webm", [0]), decoded(files / "rounded.webm")  # the next is 30
-    clip, indices = video.open_clip(content, fps=2), [29, *range(30, 60)]
+    clip, indices = videos.open_clip(content, fps=2), [29, *range(30, 60)]
     frames = [np.asarray(frame) for frame in clip.read(indices)]
     for index, frame in zip(indices, frames):
         np.testing.assert_array_equal(frame, every[max(index, 30)])
@@ -358,17 +356,17 @@ def test_a_broken_key_packet_loses_all_up_to_the_next(files):
 def test_a_clip_that_is_broken_beyond_that_is_refused(name, files):
     content = damaged(files / name, range(3, FRAMES, 7))
     with pytest.raises(ValueError, match="<bytes>: (broken at|ends before)"):
-        list(video.open_clip(content, fps=2).read(range(FRAMES)))
+        list(videos.open_clip(content, fps=2).read(range(FRAMES)))
     content = damaged(files / name, range(FRAMES))
     with pytest.raises(ValueError, match="<bytes>: (no frame|not a readable video)"):
-        video.open_clip(content, fps=2)
+        videos.open_clip(content, fps=2)
 
 
 def test_files_that_were_cut_are_as_long_as_they_are(files):
     """A recording that was interrupted. Where an index promises more than there is, the file is refused."""
     for name in ("clock.webm", "slow.mkv", "even.ts", "fragments.mp4"):
         content = (files / name).read_bytes()
-        clip = video.open_clip(content[: len(content) * 3 // 4], fps=2)
+        clip = videos.open_clip(content[: len(content) * 3 // 4], fps=2)
         assert FRAMES // 2 < clip.frames < FRAMES
         assert clip.fps == pytest.approx(float(KINDS[name][4]), rel=0.05)
         assert len(list(clip.read(range(clip.frames)))) == clip.frames
@@ -396,7 +394,7 @@ def test_colors_are_those_of_the_matrix_and_range(stored, stated, full, tmp_path
     frame = av.VideoFrame.from_ndarray(bars(stored, full), format="yuv420p")
     frame.colorspace, frame.color_range = stated, 2 if full else 1
     frame.color_trc, frame.color_primaries = 3, 3  # reserved
-    found = np.asarray(video_pixels.upright(frame, (1, 1, False))).astype(int)[HEIGHT // 2, [8, 24, 40, 56]]
+    found = np.asarray(pixels.upright(frame, (1, 1, False))).astype(int)[HEIGHT // 2, [8, 24, 40, 56]]
     assert np.abs(found - BARS).max() <= 3
     with av.open(str(tmp_path / "a.mp4"), "w") as file:
         stream = file.add_stream("libx264", rate=10, options={"qp": "1"})
@@ -404,7 +402,7 @@ def test_colors_are_those_of_the_matrix_and_range(stored, stated, full, tmp_path
         stream.codec_context.colorspace, stream.codec_context.color_range = stated, 2 if full else 1
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    (image,) = video.open_clip(tmp_path / "a.mp4", fps=2).read([0])
+    (image,) = videos.open_clip(tmp_path / "a.mp4", fps=2).read([0])
     assert np.abs(np.asarray(image).astype(int)[HEIGHT // 2, [8, 24, 40, 56]] - BARS).max() <= 4
 
 
@@ -416,4 +414,4 @@ def test_colors_that_cannot_be_converted_are_refused(tmp_path):
         file.mux(stream.encode(av.VideoFrame.from_ndarray(bars(5, False), format="yuv420p")))
         file.mux(stream.encode())
     with pytest.raises(ValueError, match="a.mp4: its color matrix 8 cannot be read. Convert it to BT.709."):
-        video.open_clip(tmp_path / "a.mp4", fps=2)
+        videos.open_clip(tmp_path / "a.mp4", fps=2)

@@ -10,11 +10,11 @@ import pytest
 import tiny_chat
 import video_reference
 
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.resize import Halved, Stretch
-from mllm_jax.data.spec import SEEING
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import SEEING
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
+from mllm_jax.data.vision.resize import Halved, Stretch
 from mllm_jax.families.vlms import internvl, llava_onevision, qwen2_vl
 
 SIDE = (video_reference.FLAT["height"], video_reference.FLAT["width"])

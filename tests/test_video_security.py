@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from mllm_jax.data import video
+from mllm_jax.data.video import videos
 
 SDP = (
     "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n"
@@ -63,7 +63,7 @@ def refused(source, match="not a readable video"):
 
     def work():
         try:
-            found.append(video.open_clip(source, fps=2))
+            found.append(videos.open_clip(source, fps=2))
         except ValueError as error:
             found.append(error)
 
@@ -91,7 +91,7 @@ def test_playlists_and_scripts_are_refused(name, film, server, tmp_path):
 def test_names_that_are_protocols_or_patterns_are_those_of_files(film, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "concat:a|b.ts").write_bytes(film.read_bytes())
-    assert video.open_clip("concat:a|b.ts", fps=2).frames == 10
+    assert videos.open_clip("concat:a|b.ts", fps=2).frames == 10
     for name in (
         "http://127.0.0.1:9/a.ts",
         "pipe:0",
@@ -100,11 +100,11 @@ def test_names_that_are_protocols_or_patterns_are_those_of_files(film, tmp_path,
         f"subfile,,:{film}",
     ):
         with pytest.raises(FileNotFoundError, match="no such video"):
-            video.open_clip(name, fps=2)
+            videos.open_clip(name, fps=2)
     for number in range(3):
         (tmp_path / f"frame{number}.png").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="no such video"):
-        video.open_clip("frame%d.png", fps=2)
+        videos.open_clip("frame%d.png", fps=2)
     (tmp_path / "frame%d.png").write_bytes(film.read_bytes())
     refused("frame%d.png")
 

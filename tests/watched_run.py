@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import tiny_run  # noqa: E402
 
-from mllm_jax.data.scenes import Scenes  # noqa: E402
+from mllm_jax.data.synthetic.scenes import Scenes  # noqa: E402
 from mllm_jax.train.inputs import Placer  # noqa: E402
 
 read, reads, place, batches = Scenes.__getitem__, itertools.count(), Placer.__call__, {}

@@ -7,7 +7,8 @@ does not list is ignored. `read` gives all of them, so that code behind it needs
     read({"sliding_window": None}, FIELDS) == {"hidden_size": 4096, "sliding_window": None, "hidden_act": "silu"}
 
 Absent and null differ: Mistral without `sliding_window` has windows of 4096 tokens, with null it has none. Null is
-refused unless the field is `nullable`. In files of processors null is absent, and is left out before (data/spec.py).
+refused unless the field is `nullable`. In files of processors null is absent, and is left out before
+(data/pipeline/spec.py).
 """
 
 import json

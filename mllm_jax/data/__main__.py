@@ -22,8 +22,8 @@ from mllm_jax.common.cli import REPLACES, Parser, run_command
 from mllm_jax.common.config import told
 from mllm_jax.common.printable import printable_lines
 from mllm_jax.common.settings import NonNegativeInt, PositiveInt, argument
-from mllm_jax.data.convert import ABOUT, BROKEN, convert
 from mllm_jax.data.sources import open_source
+from mllm_jax.data.tools.convert import ABOUT, BROKEN, convert
 
 CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
 
@@ -141,7 +141,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mllm_jax.data.loader import BadData
+    from mllm_jax.data.pipeline.loader import BadData
     from mllm_jax.train import inspection  # which needs jax, as `convert` does not
     from mllm_jax.train.command import read_config
     from mllm_jax.train.run import read_run

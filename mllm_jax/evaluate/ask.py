@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mllm_jax.data import grounding
+from mllm_jax.data.records import grounding
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.generate.requests import generate
 
@@ -13,7 +13,7 @@ def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new
 
     Args:
       vlm: with a processor, see `mllm_jax.load_pretrained`.
-      records: {"messages", "kind", "id"}, see `mllm_jax.data.records`. Documents, which ask nothing, are left out.
+      records: {"messages", "kind", "id"}, see data/records/records.py. Documents, which ask nothing, are left out.
       together: conversations that are answered at once.
       max_new_tokens: of an answer.
     """

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_jax.data.spec import SEEING, TEXT, ProcessorSpec
+from mllm_jax.data.pipeline.spec import SEEING, TEXT, ProcessorSpec
 from mllm_jax.families.decoders import deepseek, gemma, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
 from mllm_jax.families.towers import clip, dinov2, siglip, siglip2, vision_only
 from mllm_jax.families.vlms import (

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from mllm_jax.common.cli import Parser, run_command
 from mllm_jax.common.config import suggestion
-from mllm_jax.data.images import check_size
-from mllm_jax.data.visuals import Cut, Still
+from mllm_jax.data.pipeline.spans import Cut, Still
+from mllm_jax.data.vision.images import check_size
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model.vlm import ModelConfig, cache_bytes_per_token, count_params
 from mllm_jax.types import NEWLINE

@@ -20,8 +20,8 @@ from mllm_jax.common.cli import Parser, run_command
 from mllm_jax.common.config import told
 from mllm_jax.common.settings import PositiveInt, Seed, argument
 from mllm_jax.common.status import announced, say
-from mllm_jax.data.generation import FILE, GenerationDefaults
 from mllm_jax.data.media import resolve
+from mllm_jax.data.text.generation_config import FILE, GenerationDefaults
 from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk, write_answer
 from mllm_jax.generate.prompts import answers, as_line
 from mllm_jax.generate.requests import answering_processor

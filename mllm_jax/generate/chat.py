@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.common.config import suggestion, told
 from mllm_jax.common.printable import printable_lines
 from mllm_jax.common.status import announced, say
-from mllm_jax.data.record_parts import MEDIA
+from mllm_jax.data.records.parts import MEDIA
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import answering_processor, read_prompts, stream_text
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.common.config import told
-from mllm_jax.data.record_messages import CALL, ROLES
-from mllm_jax.data.records import DOCUMENT, BadRecord, read_record
+from mllm_jax.data.records.messages import CALL, ROLES
+from mllm_jax.data.records.records import DOCUMENT, BadRecord, read_record
 from mllm_jax.data.sources import kind_of, open_source
 from mllm_jax.generate.requests import generate
 

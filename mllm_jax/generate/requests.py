@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.pack import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, tightest
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.types import Array, Batch

@@ -39,7 +39,8 @@ class VisionTokenIds(Config):
 class InputRules(Config):
     """What a config.json says of how conversations become input, where batches are made: no part of the model reads it.
 
-    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see data/tiles.py.
+    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see
+      data/vision/tiles.py.
     square: pictures are put in the middle of a square of the encoder's mean colour.
     tiles: the fewest and the most tiles of a picture; () = the processor's files say them.
     most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and clips are pooled; 0 =

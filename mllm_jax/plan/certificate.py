@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, from_config_dict
 from mllm_jax.common.settings import Config, Positive
-from mllm_jax.data.loader import make_loader
+from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.model.vlm import VLM, ModelConfig, init_params
 from mllm_jax.sharding import MESH_AXES, make_mesh
 from mllm_jax.train.balance import BalanceConfig

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pack import collate
+from mllm_jax.data.pipeline.packing import collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan import hlo
 from mllm_jax.plan.checks import warnings_of

@@ -14,11 +14,11 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mllm_jax.data.dual_batches import with_texts
-from mllm_jax.data.dual_processor import DualProcessor
-from mllm_jax.data.hf_inputs import alone, as_arrays, assemble
-from mllm_jax.data.json_files import read_object
-from mllm_jax.data.processor import Processor
+from mllm_jax.data.pipeline.dual_batches import with_texts
+from mllm_jax.data.pipeline.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.hf_inputs import alone, as_arrays, assemble
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.text.json_files import read_object
 from mllm_jax.families import FAMILIES, kind_of, spec_for
 from mllm_jax.families.shared.rows import BUFFERS, TIES
 from mllm_jax.families.shared.suggestions import unsupported

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, dump, load
-from mllm_jax.data.loader import join_states
+from mllm_jax.data.pipeline.loader import join_states
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, without_values
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD

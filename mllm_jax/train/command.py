@@ -16,8 +16,8 @@ from ml_collections import ConfigDict, config_flags
 from mllm_jax.common.cli import OVERRIDE, REPLACES, Parser, end_at_once, fail
 from mllm_jax.common.config import ConfigError, check_path, suggestion, told
 from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
-from mllm_jax.data.loader import BadData
-from mllm_jax.data.readers import WorkerLost
+from mllm_jax.data.pipeline.loader import BadData
+from mllm_jax.data.pipeline.workers import WorkerLost
 
 WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
 HELP = ("-h", "--help", "-help")

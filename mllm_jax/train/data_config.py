@@ -17,11 +17,11 @@ from mllm_jax.common.settings import (
     Range,
     Seed,
 )
-from mllm_jax.data.captions import Captions
-from mllm_jax.data.pack import Budget
-from mllm_jax.data.record_parts import MEDIA
-from mllm_jax.data.scenes import DEFAULT_KINDS, KINDS, Scenes
-from mllm_jax.data.video import SAMPLINGS
+from mllm_jax.data.pipeline.packing import Budget
+from mllm_jax.data.records.parts import MEDIA
+from mllm_jax.data.synthetic.captions import Captions
+from mllm_jax.data.synthetic.scenes import DEFAULT_KINDS, KINDS, Scenes
+from mllm_jax.data.video.videos import SAMPLINGS
 
 Readers = Annotated[int, Range(least=0, most=1024)]
 
@@ -44,7 +44,7 @@ class DataConfig(Config):
     blind: leave all pictures and clips out, for a text-only baseline.
     streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
       number of processes that divides it; None = the largest divisor of `batch` up to 64.
-    window, workers, processes, prefetch, strict, max_bad: see `mllm_jax.data.loader.make_loader`.
+    window, workers, processes, prefetch, strict, max_bad: see `mllm_jax.data.pipeline.loader.make_loader`.
     """
 
     batch: PositiveInt = 8
@@ -93,7 +93,7 @@ def _check_cells(least: int, most: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesData(DataConfig):
-    """Pictures and clips that are drawn on the fly (see `mllm_jax.data.scenes`)."""
+    """Pictures and clips that are drawn on the fly (see `mllm_jax.data.synthetic.scenes`)."""
 
     kinds: Mapping[str, NonNegative] = field(default_factory=lambda: dict(DEFAULT_KINDS))
     cell: PositiveInt = 16
@@ -116,7 +116,7 @@ class ScenesData(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsData(DataConfig):
-    """Captions of such pictures, truthful and false (see `mllm_jax.data.captions`).
+    """Captions of such pictures, truthful and false (see `mllm_jax.data.synthetic.captions`).
 
     false: share of the captions to train on that name an absent thing; held-out ones are true.
     """

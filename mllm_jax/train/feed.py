@@ -11,8 +11,8 @@ import jax
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.record_messages import TRIMMED
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.records.messages import TRIMMED
 from mllm_jax.train.board import Board
 from mllm_jax.train.cost import explain, flops_of_counts
 from mllm_jax.train.flops import useful

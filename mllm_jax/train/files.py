@@ -6,9 +6,9 @@ from typing import Any
 
 from mllm_jax.common.config import ConfigError, suggestion, told
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive
-from mllm_jax.data.mixture import Mixture, tempered
-from mllm_jax.data.scenes import KINDS, Scenes
 from mllm_jax.data.sources import Conversations, open_source
+from mllm_jax.data.sources.mixture import Mixture, tempered
+from mllm_jax.data.synthetic.scenes import KINDS, Scenes
 from mllm_jax.train.data_config import DataConfig, WithoutPictures
 
 EMBEDDED = "scenes:"  # begins the path of an embedded set
@@ -19,7 +19,7 @@ class Files(Config):
     """Conversations and documents in files: JSON, ArrayRecord, WebDataset, Parquet or TFDS.
 
     path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`. Or
-      scenes:KIND, the embedded questions of a kind, with held-out ones (see `mllm_jax.data.scenes`).
+      scenes:KIND, the embedded questions of a kind, with held-out ones (see `mllm_jax.data.synthetic.scenes`).
     root: the folder that pictures beside the files lie in, by default the files' own.
     where: fields that a record must have to be trained on, as in {"split": "train"}.
     heldout: another path to evaluate on; None = the same. heldout_where: the fields of held-out records.
@@ -74,7 +74,8 @@ class Part(Files):
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureData(DataConfig):
-    """Several sets, drawn from by weight, forever (see `mllm_jax.data.mixture`). Conversations are counted, not tokens.
+    """Several sets, drawn from by weight, forever (see `mllm_jax.data.sources.mixture`). Conversations are counted, not
+    tokens.
 
     sources: the sets by name.
     temperature: None = weights say all. Otherwise they are multiplied with size^(1 / temperature): 1 = by size, 2 = by

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm_jax.data.loader import Info, make_loader
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.readers import Reading
+from mllm_jax.data.pipeline.loader import Info, make_loader
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.workers import Reading
 from mllm_jax.train.data_config import DataConfig
 from mllm_jax.train.processes import compiled_together
 from mllm_jax.train.run import Run

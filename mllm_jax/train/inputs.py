@@ -6,10 +6,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.dual_processor import DualProcessor
-from mllm_jax.data.loader import make_loader
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.readers import Reading
+from mllm_jax.data.pipeline.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.loader import make_loader
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.workers import Reading
 from mllm_jax.sharding import Rules, partition_spec
 from mllm_jax.train.data_config import DataConfig
 from mllm_jax.train.dual_step import pair_shardings

@@ -16,10 +16,10 @@ from rich.table import Table
 from mllm_jax.common.cli import cell
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.html import percent, short
-from mllm_jax.data import loader
-from mllm_jax.data.inspection import Inspection
-from mllm_jax.data.inspection_page import write_inspection
-from mllm_jax.data.mixture import Mixture
+from mllm_jax.data.pipeline import loader
+from mllm_jax.data.sources.mixture import Mixture
+from mllm_jax.data.tools.inspection import Inspection
+from mllm_jax.data.tools.inspection_page import write_inspection
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.data_config import DataConfig
 from mllm_jax.train.files import MixtureData

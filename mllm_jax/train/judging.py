@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.data.judging import Judged
-from mllm_jax.data.processor import Processor
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.reward import Judged
 from mllm_jax.train.heldout import Spread, batches, placed, shares
 from mllm_jax.train.processes import compiled_together
 from mllm_jax.train.reward import pairwise_loss, scores

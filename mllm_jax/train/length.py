@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data import loader as loaders
-from mllm_jax.data.dual_processor import DualProcessor
-from mllm_jax.data.processor import Processor
+from mllm_jax.data.pipeline import loader as loaders
+from mllm_jax.data.pipeline.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.train.checkpoint import from_all_processes
 from mllm_jax.train.inputs import loader_of
 from mllm_jax.train.optim import make_schedule

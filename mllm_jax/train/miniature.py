@@ -7,7 +7,7 @@ It trains on the embedded scenes, or on the files that the same words name as fo
 
 from dataclasses import replace
 
-from mllm_jax.data.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_tokenizer
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import whole_file, write_whole
-from mllm_jax.data.answers import Pairs, Reference
-from mllm_jax.data.judging import Judged
-from mllm_jax.data.readers import Reading
+from mllm_jax.data.pipeline.preference import Pairs, Reference
+from mllm_jax.data.pipeline.reward import Judged
+from mllm_jax.data.pipeline.workers import Reading
 from mllm_jax.train.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.fingerprint import fingerprint
 from mllm_jax.train.initial import first_params

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
-from mllm_jax.data.judging import Prompts
-from mllm_jax.data.processor import Processor
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.reward import Prompts
 from mllm_jax.train.checkpoint import read_config, restore_params
 from mllm_jax.train.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.fingerprint import fingerprint

@@ -4,12 +4,12 @@ import dataclasses
 from typing import Any
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.dual_processor import DualProcessor
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer
-from mllm_jax.data.spec import SEEING
-from mllm_jax.data.template import ChatTemplate
-from mllm_jax.data.tokenizer import Tokenizer
+from mllm_jax.data.pipeline.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import SEEING
+from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import track
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.answers import Pairs, Reference, mark
-from mllm_jax.data.mixture import Mixture
-from mllm_jax.data.pack import Packer, collate
-from mllm_jax.data.readers import Guarded, Process, Skipped
+from mllm_jax.data.pipeline.packing import Packer, collate
+from mllm_jax.data.pipeline.preference import Pairs, Reference, mark
+from mllm_jax.data.pipeline.workers import Guarded, Process, Skipped
+from mllm_jax.data.sources.mixture import Mixture
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train import command
 from mllm_jax.train.initial import first_params, processor_of

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.data.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.dual_processor import DualProcessor
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.contrastive import contrastive_loss

@@ -1,7 +1,7 @@
 """Reward models: a number for an answer, the larger the better (arXiv 2203.02155; with facts arXiv 2309.14525).
 
 It is the value head's of the last token of a conversation that ends with the answer, or with the turn that asks for a
-verdict and says the facts (see `mllm_jax.data.judging`).
+verdict and says the facts (see `mllm_jax.data.pipeline.reward`).
 """
 
 from dataclasses import dataclass

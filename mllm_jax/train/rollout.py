@@ -1,7 +1,8 @@
 """Answers that a model gives, written into rows and judged: from prompts to what PPO learns from. Pure functions.
 
 A row of prompts has two segments: the prompt, and what a reward model reads after the answer (see
-`mllm_jax.data.judging.Prompts`). With an answer it has the prompt, the answer and then the rest, as one conversation.
+`mllm_jax.data.pipeline.reward.Prompts`). With an answer it has the prompt, the answer and then the rest, as one
+conversation.
 """
 
 from typing import Any, NamedTuple

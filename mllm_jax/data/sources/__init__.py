@@ -9,7 +9,7 @@
 
 A path may be a file, a pattern or a folder of files of one kind. Of a numbered set all files must be there, unless one
 file is named, or a part of them by a pattern with brackets: `data/train-0000[0-3]-*.tar`. All sources are read at
-random, can be sent to other processes, need no jax, and give the same items: see `mllm_jax.data.records`.
+random, can be sent to other processes, need no jax, and give the same items: see `mllm_jax.data.records.records`.
 """
 
 import glob
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.data.records import BadRecord
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Conversations, Shard, open_shards
 
 __all__ = ["BadRecord", "Conversations", "open_source"]

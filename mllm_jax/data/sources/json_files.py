@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mllm_jax.data.records import BadRecord, Find
+from mllm_jax.data.records.records import BadRecord, Find
 from mllm_jax.data.sources.lines import Lines
 from mllm_jax.data.sources.shards import Shard
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mllm_jax.data.records import BadRecord, Find
+from mllm_jax.data.records.records import BadRecord, Find
 from mllm_jax.data.sources.shards import Shard
 
 GZIP = ".gz"

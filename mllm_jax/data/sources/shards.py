@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.media import BadName, locate
-from mllm_jax.data.records import Bad, BadRecord, Find, labels, read_record
+from mllm_jax.data.records.records import Bad, BadRecord, Find, labels, read_record
 
 OPENED_AT_ONCE = 16
 
@@ -79,7 +79,7 @@ class Shard(abc.ABC):
 class Conversations:
     """Conversations and documents of several shards, one after the other.
 
-    An item is {"messages", "kind", "id"}, see `mllm_jax.data.records.read_record`, which also says what it raises.
+    An item is {"messages", "kind", "id"}; see `read_record` of data/records/records.py, which also says what it raises.
 
     Args:
         where: keeps the records whose fields have these values, as in {"split": "train", "task": ("vqa", "ocr")}. It

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from mllm_jax.data.records import BadRecord
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.lines import GZIP, Lines
 
 # A cell may hold a picture as base64. The limit belongs to the whole process, and nothing else here reads CSV.

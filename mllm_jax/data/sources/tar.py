@@ -3,7 +3,8 @@
 Members of a key need not be neighbours; where an ending comes again, a new record of the same key begins. Endings count
 in small letters. Folders, links, members without an ending and hidden ones (`._KEY.jpg` of macOS) belong to no record.
 
-`KEY.json` is a record in any layout of `mllm_jax.data.records`; without it `KEY.txt` is a text with what it is about.
+`KEY.json` is a record in any layout of `mllm_jax.data.records.records`; without it `KEY.txt` is a text with what it is
+about.
 Files that the record names are members of the same key: `KEY.0.jpg`, or what follows the key, `0.jpg`. Where it names
 none, all pictures and clips of its key belong to it, in the order in which they lie in the tar.
 """
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mllm_jax.data.media import embedded_file, source_name
-from mllm_jax.data.records import Bad, BadRecord, Find
+from mllm_jax.data.records.records import Bad, BadRecord, Find
 from mllm_jax.data.sources.shards import Shard, finding
 
 log = logging.getLogger(__name__)

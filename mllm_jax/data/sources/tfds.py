@@ -1,6 +1,7 @@
 """Datasets of TFDS, prepared as ArrayRecord: read at random, without TensorFlow.
 
-Their features must be fields of a layout of `mllm_jax.data.records`. Pictures and frames stay as they were encoded.
+Their features must be fields of a layout of `mllm_jax.data.records.records`. Pictures and frames stay as they were
+encoded.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mllm_jax.data.records import BadRecord, Find
+from mllm_jax.data.records.records import BadRecord, Find
 from mllm_jax.data.sources.shards import Shard
 
 SPLIT = "train"  # unless `where` says another

@@ -3,8 +3,8 @@
 import numpy as np
 from einops import rearrange
 
-from mllm_jax.data.hf_inputs import Arrays
-from mllm_jax.data.positions import in_a_line, on_a_grid
+from mllm_jax.data.pipeline.hf_inputs import Arrays
+from mllm_jax.data.vision.positions import in_a_line, on_a_grid
 from mllm_jax.types import Mix, Picture, Visual
 
 

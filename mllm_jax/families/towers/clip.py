@@ -1,9 +1,9 @@
 """CLIP (arXiv 2103.00020), OpenAI's and OpenCLIP's (arXiv 2212.07143): published sizes, config.json, weight names."""
 
 from mllm_jax.common.fields import Json, count, inside, nullable, read, section
-from mllm_jax.data.dual_batches import one_each
-from mllm_jax.data.hf_inputs import Arrays
-from mllm_jax.data.resize import Crop
+from mllm_jax.data.pipeline.dual_batches import one_each
+from mllm_jax.data.pipeline.hf_inputs import Arrays
+from mllm_jax.data.vision.resize import Crop
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers import dual_encoders
 from mllm_jax.families.towers.in_vlms import CLIP

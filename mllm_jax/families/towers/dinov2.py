@@ -6,7 +6,7 @@ Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, flag, read
-from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.families.shared.hf_images import counted_like_text, cut
 from mllm_jax.families.shared.rows import joint_gate_up, layer_norm, linear
 from mllm_jax.families.towers.in_vlms import IMAGENET_PIXELS, Tower, attention, block, patches, plain_mlp

@@ -6,9 +6,9 @@ from typing import Any
 
 from mllm_jax.common.fields import FieldError, count, flag, inside, nullable, section
 from mllm_jax.common.fields import read as read_fields
-from mllm_jax.data.dual_batches import one_each
-from mllm_jax.data.hf_inputs import Arrays
-from mllm_jax.data.resize import Stretch
+from mllm_jax.data.pipeline.dual_batches import one_each
+from mllm_jax.data.pipeline.hf_inputs import Arrays
+from mllm_jax.data.vision.resize import Stretch
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers import dual_encoders
 from mllm_jax.families.towers.in_vlms import SIGLIP, Tower

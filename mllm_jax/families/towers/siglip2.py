@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mllm_jax.data.dual_batches import one_each
-from mllm_jax.data.hf_inputs import Arrays
-from mllm_jax.data.resize import Keep
+from mllm_jax.data.pipeline.dual_batches import one_each
+from mllm_jax.data.pipeline.hf_inputs import Arrays
+from mllm_jax.data.vision.resize import Keep
 from mllm_jax.families.towers import dual_encoders, siglip
 from mllm_jax.families.towers.in_vlms import NAFLEX
 from mllm_jax.families.towers.vision_only import ANY_SIZE, pictures_of_any_size

@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from mllm_jax.common.fields import flag, read
-from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.families.shared.hf_images import counted_like_text, cut
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.towers.in_vlms import CLIP, NAFLEX, SIGLIP, Tower

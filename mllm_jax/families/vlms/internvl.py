@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.common.fields import FieldError, count, inside, number, read, section, word
-from mllm_jax.data.grounding import Grounding
-from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.data.resize import Stretch
-from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.data.tiles import Tiles
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.records.grounding import Grounding
+from mllm_jax.data.vision.resize import Stretch
+from mllm_jax.data.vision.tiles import Tiles
 from mllm_jax.families.decoders import by_model_type, qwen2
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf, tied_at_the_top
 from mllm_jax.families.shared.rows import layer_norm, linear

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_jax.common.fields import FieldError, count, flag, inside, nullable, number, only, read, section, word
-from mllm_jax.data.tiles import Tiles
+from mllm_jax.data.vision.tiles import Tiles
 from mllm_jax.families.decoders import by_model_type, internlm2, llama, qwen2
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.shared.suggestions import unsupported

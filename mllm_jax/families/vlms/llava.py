@@ -22,10 +22,10 @@ from mllm_jax.common.fields import (
     section,
     word,
 )
-from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.data.resize import Crop, Square, mean_colour
-from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.data.tiles import AnyRes
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.vision.resize import Crop, Square, mean_colour
+from mllm_jax.data.vision.tiles import AnyRes
 from mllm_jax.families.decoders import by_model_type, llama, mistral, qwen2
 from mllm_jax.families.shared.decoder_config import (
     activation_from_hf,

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.common.fields import FieldError, count, inside, read, section, word
-from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.data.resize import Halved, mean_colour
-from mllm_jax.data.spec import ProcessorSpec
-from mllm_jax.data.tiles import AnyRes
-from mllm_jax.data.visuals import frame_by_frame
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.spans import frame_by_frame
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.vision.resize import Halved, mean_colour
+from mllm_jax.data.vision.tiles import AnyRes
 from mllm_jax.families.decoders import by_model_type, qwen2
 from mllm_jax.families.shared.decoder_config import tied_at_either
 from mllm_jax.families.shared.hf_images import counted_like_text, cut

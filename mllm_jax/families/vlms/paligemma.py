@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.common.fields import count, inside, read, section, word
-from mllm_jax.data.grounding import Grounding
-from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.data.resize import Stretch
-from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.records.grounding import Grounding
+from mllm_jax.data.vision.resize import Stretch
 from mllm_jax.families.decoders import by_model_type, gemma, gemma2
 from mllm_jax.families.shared.decoder_config import tied_at_the_top
 from mllm_jax.families.shared.rows import linear

@@ -23,10 +23,10 @@ from mllm_jax.common.fields import (
     section,
     word,
 )
-from mllm_jax.data.grounding import QWEN3_VL, Grounding
-from mllm_jax.data.hf_inputs import Arrays, Supply
-from mllm_jax.data.positions import patch_positions
-from mllm_jax.data.spec import ProcessorSpec
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.records.grounding import QWEN3_VL, Grounding
+from mllm_jax.data.vision.positions import patch_positions
 from mllm_jax.families.decoders import qwen2
 from mllm_jax.families.shared.decoder_config import tied_at_either
 from mllm_jax.families.shared.hf_images import one_by_one, read_clips

@@ -6,7 +6,7 @@ Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import FieldError, check_heads, count, inside, layers, listed, read, section, word
-from mllm_jax.data.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.families.decoders import qwen3
 from mllm_jax.families.shared.decoder_config import tied_at_the_top
 from mllm_jax.families.shared.hf_images import one_by_one, read_clips

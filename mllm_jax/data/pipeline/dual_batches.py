@@ -1,0 +1,94 @@
+"""Pictures and texts for a dual encoder as a `DualBatch`. No jax: data workers run this."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mllm_jax.data.pipeline.hf_inputs import Arrays, text_ids, without_text
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, place
+from mllm_jax.types import DualBatch, Example, Picture
+
+
+def in_rows(rows: Sequence[Sequence[Picture]], budget: Budget, count: int, values: int) -> DualBatch:
+    """Pictures in rows with room for `budget.rows` x `budget.patches`, at most `count` in each; embeddings come row by
+    row.
+
+    values: of a patch. Raises TooLarge where a row has more patches or pictures.
+    """
+    if (most := max(map(len, rows))) > count:
+        raise TooLarge(f"a row has {most} pictures, there is room for {count}")
+    batch = collate([[without_text(tuple(row))] for row in rows], budget._replace(tokens=0), merge=1, values=values)
+    first = np.full((len(rows), count), -1, np.int32)
+    for row, image in enumerate(batch.vision.image.reshape(len(rows), -1)):
+        numbers, places = np.unique(image, return_index=True)
+        first[row, numbers[numbers > 0] - 1] = places[numbers > 0]
+    return DualBatch(vision=batch.vision, first=first)
+
+
+def one_each(pictures: Sequence[Picture], patches: int = 0) -> DualBatch:
+    """A picture per row, in rows of at least `patches` places; of no pictures, an empty batch."""
+    if not pictures:
+        return DualBatch()
+    patches = max([patches, *(len(picture.patches) for picture in pictures)])
+    return in_rows([[picture] for picture in pictures], Budget(0, 1, patches), 1, pictures[0].patches.shape[1])
+
+
+def packed(pictures: Sequence[Picture], budget: Budget, count: int) -> DualBatch:
+    """Pictures of any sizes in few rows, `budget.rows` of `budget.patches`, with at most `count` in each.
+
+    Embeddings come in the order of the pictures. Raises TooLarge where they do not fit.
+    """
+    places = place([len(picture.patches) for picture in pictures], budget)
+    if places is None:
+        raise TooLarge(f"{len(pictures)} pictures do not fit {budget.rows} rows of {budget.patches} patches")
+    rows = [[i for i, (row, _) in enumerate(places) if row == own] for own in range(budget.rows)]
+    values = pictures[0].patches.shape[1]
+    batch = in_rows([[pictures[i] for i in row] for row in rows], budget._replace(rows=1), count, values)
+    order = np.zeros(len(pictures), np.int32)
+    for number, row in enumerate(rows):
+        order[row] = number * count + np.arange(len(row))
+    return batch._replace(order=order)
+
+
+def pairs_in_rows(rows: Sequence[Sequence[Example]], budget: Budget, length: int, values: int) -> DualBatch:
+    """Pictures and their texts, in the same order: picture i belongs to text i, and where there is none, nothing.
+
+    Args:
+      rows: B lists of pairs: an example has one picture, and as tokens its text with `length` tokens, padding included;
+        its weight says what of it is read.
+      budget: of a row. It has room for budget.tokens // length pairs.
+      values: of a patch.
+    """
+    count = budget.tokens // length
+    batch = in_rows([[picture for pair in row for picture in pair.pictures] for row in rows], budget, count, values)
+    tokens, segment = np.zeros((2, len(rows), count, length), np.int32)
+    for row, pairs in enumerate(rows):
+        for number, pair in enumerate(pairs):
+            tokens[row, number], segment[row, number] = pair.tokens, pair.weight
+    return batch._replace(tokens=tokens.reshape(-1, length), segment=segment.reshape(-1, length))
+
+
+def with_texts(batch: DualBatch, arrays: Arrays, vocab: int, positions: int, reads_padding: bool) -> DualBatch:
+    """The batch with a text per row, as Hugging Face's arrays have them.
+
+    Args:
+      vocab, positions: tokens that the model knows, and how many a text may have, padding included.
+      arrays: `input_ids` i[texts T] and optional `attention_mask`; without the first the batch stays as it is.
+      reads_padding: the last token stands for a text, so that a mask must not end it.
+    Raises:
+      ValueError: neither pictures nor texts, a mask that does not fit, or see `text_ids`.
+    """
+    if "input_ids" not in arrays:
+        if batch.vision is None:
+            raise ValueError("a dual encoder needs pixel_values, input_ids or both")
+        return batch
+    ids = text_ids({"input_ids": arrays["input_ids"]}, vocab, positions)
+    mask = arrays.get("attention_mask", np.ones_like(ids))
+    if not ids.shape[1] or mask.shape != ids.shape:
+        raise ValueError(f"input_ids and attention_mask must be [texts T], not {ids.shape} and {mask.shape}")
+    if reads_padding and not mask[:, -1].all():
+        raise ValueError(
+            "attention_mask leaves out the last token of a text, which stands for it: this model was trained to read "
+            "its padding. Pad texts to their full length and pass no attention_mask"
+        )
+    return batch._replace(tokens=ids, segment=mask.astype(np.int32))

@@ -1,0 +1,326 @@
+"""From sources to packed batches with Grain: shuffle, process in workers, pack, batch, prefetch, and resume exactly.
+
+The rows of a batch come from a fixed number of *streams*. Stream s of S reads every S-th record from s on and packs its
+own rows; a process runs the streams whose rows it feeds. So a batch depends on the seed and on its number alone, not on
+the number of processes or of workers.
+
+Everything before packing is a pure function of an index (a `grain.MapDataset`). So the position of a stream is one
+number for each source, the conversations that wait to be packed are a few, and restoring a state reads those few again.
+"""
+
+import collections
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
+
+from mllm_jax.data.pipeline.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.packing import Budget, Packer, fill
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.workers import OVER_BUDGET, Guarded, InTurn, Process, Readers, Reading, Skipped
+from mllm_jax.data.records.records import BadData
+from mllm_jax.data.sources.mixture import Mixture, start_of
+from mllm_jax.types import Batch, DualBatch, Example
+
+log = logging.getLogger(__name__)
+ENOUGH = 100  # records read before a share of bad ones says anything
+NOTES = 64  # different notes that a stream counts apart
+OTHER = "more fields are not read"
+
+
+class Info(NamedTuple):
+    """What a batch holds, and what was left out since the beginning of the data."""
+
+    conversations: int
+    tokens: int  # that are not padding
+    patches: int  # that are not padding
+    fill: dict[str, float]  # tokens and patches as shares of the batch
+    kinds: list[list[str]]  # of each row's conversations, in the order of their segments
+    dropped: int  # conversations over the budget
+    skipped: dict[str, int]  # broken records by reason
+    noted: dict[str, int] = {}  # records that were used in part, by what was left out of them
+    waiting: float = 0.0  # budgets of rows that conversations take which wait to be packed, mean over the streams
+
+
+def make_loader(
+    source: Any,
+    processor: Processor | DualProcessor,
+    budget: Budget,
+    batch_rows: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    window: float = 4.0,
+    streams: int = 1,
+    workers: int = 1,
+    processes: int = 0,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+    strict: bool = False,
+    max_bad: float = 0.05,
+    reading: Reading | None = None,
+) -> grain.DatasetIterator:
+    """An iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is JSON.
+
+    Batches depend on the source and on the options down to `streams`, never on who makes them. The states of all
+    processes, joined by `join_states`, are a state for any number of processes. At the end of the data the `value` of
+    StopIteration is the last state, which counts the records behind those of the last batch, too.
+
+    Args:
+        source: `len(source)` and `source[i] -> {"messages", "kind", "id"}`; a list of them, which are one set; or a
+            `Mixture`, which is drawn from by weight.
+        processor: makes an `Example` of a record, and a batch of rows of them; its kind is that of the model.
+        budget: the shape of a batch row.
+        batch_rows: B, over all processes.
+        epochs: None repeats forever. A number reads everything so often, and fills the last batches with padding rows.
+        window: rows' worth of conversations that wait to be packed in every stream (see `Packer`).
+        streams: S, which divides B; stream s feeds rows s B/S to (s + 1) B/S.
+        workers: threads that read and process; 0 does it in the thread that packs.
+        processes: processes that do so instead, where Python code takes the time. Sources must then be picklable, and
+            the program's main module importable.
+        prefetch: batches made ahead in the background; 0 makes them when asked.
+        process_index, process_count: which share of the rows, and so of the streams, this process makes. A process of
+            several goes on with rows of padding after the end of its data, since that of others may come later.
+        strict: a broken or too large conversation is an error, instead of being skipped and counted.
+        max_bad: share of broken records, after the first 100, at which to stop.
+        reading: how records are read, where not as conversations to learn from: as `answers.Pairs`, `judging.Judged` or
+            `judging.Prompts`.
+
+    Raises:
+        ValueError: options contradict each other.
+        BadData: while iterating, where more than `max_bad` of the records are broken or none is usable.
+    """
+    mixed = isinstance(source, Mixture)
+    sources = source.sources if mixed else list(source) if isinstance(source, (list, tuple)) else [source]
+    if mixed and epochs is not None:
+        raise ValueError("a mixture has no epochs: its sources have no common end")
+    if batch_rows % streams or streams % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process {process_index} of {process_count} has no whole share of {streams} streams for {batch_rows} rows"
+        )
+
+    parts = [grain.MapDataset.source(Guarded(source, strict)) for source in sources]
+    parts = parts if mixed else [grain.MapDataset.concatenate(parts)]
+    orders = [(part.seed(seed).shuffle() if shuffle else part).repeat(epochs) for part in parts]
+    process = Process(processor, budget, strict, reading)
+
+    mixture, share = source if mixed else Mixture(orders, [1.0]), streams // process_count
+    own = {
+        # Every stream has the whole mixture: how fast it reads must not change the weights.
+        stream: _Share([order[stream::streams].map(process) for order in orders], mixture, start_of(seed, stream))
+        for stream in range(process_index * share, (process_index + 1) * share)
+    }
+    identity = {  # a state belongs to these, and is refused by others
+        "seed": seed,
+        "shuffle": shuffle,
+        "weights": {str(batch): list(given) for batch, given in mixture.weights.items()},
+        "records": [len(source) for source in sources],
+        "budget": list(budget),
+        "window": window,
+        "streams": streams,
+        "rows": batch_rows,
+    }
+    several, collate = process_count > 1, processor.collate
+    if reading and reading.references is not None:
+        collate = partial(collate, references=True)
+    lonely = bool(reading and reading.lonely)
+    settings = _Settings(budget, batch_rows // streams, window, lonely, workers, processes, collate, max_bad, several)
+    return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
+
+
+def join_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What every process's loader said of its streams, as the state of all streams."""
+    states = list(states)
+    streams = {name: stream for state in states for name, stream in state["streams"].items()}
+    return {"streams": {name: streams[name] for name in sorted(streams, key=int)}, "data": states[0]["data"]}
+
+
+class _Settings(NamedTuple):
+    budget: Budget
+    rows: int  # of a stream in a batch
+    window: float
+    lonely: bool  # a row holds one example
+    workers: int
+    processes: int
+    collate: Callable[[list[list[Example]], Budget], Batch | DualBatch]
+    max_bad: float
+    endless: bool  # batches of padding after the end of the data
+
+
+class _Share(NamedTuple):
+    """What a stream reads."""
+
+    examples: list[grain.MapDataset]  # of each source
+    mixture: Mixture
+    start: int  # of the points that choose the sources
+
+
+class _Packed(grain.IterDataset):
+    def __init__(self, streams: Mapping[int, _Share], settings: _Settings, identity: dict[str, Any]):
+        super().__init__()
+        self.streams, self.settings, self.identity = streams, settings, identity
+
+    def __iter__(self) -> "_PackedIterator":
+        return _PackedIterator(self.streams, self.settings, self.identity)
+
+
+class _Stream:
+    """One stream.
+
+    State: how many records of each source were drawn, the batches made, the keys (see `InTurn`) of what waits to be
+    packed, and the counts of what was left out.
+    """
+
+    def __init__(self, number: int, share: _Share, settings: _Settings):
+        self.number, self._share = number, share
+        self._length = sys.maxsize if len(share.examples) > 1 else len(share.examples[0])
+        self.drawn, self.batches = [0] * len(share.examples), 0
+        self.used, self.left_out, self.noted = 0, collections.Counter(), collections.Counter()
+        self.packer = Packer(settings.budget, settings.window, settings.lonely)
+
+    @property
+    def hungry(self) -> bool:
+        return not self.packer.ready and sum(self.drawn) < self._length
+
+    def get_state(self) -> dict[str, Any]:
+        counts = {"used": self.used, "left_out": dict(self.left_out), "noted": dict(self.noted)}
+        return {"drawn": list(self.drawn), "batches": self.batches, "waiting": self.packer.waiting, **counts}
+
+    def set_state(self, state: Mapping[str, Any], waiting: Iterable[Example | Skipped]) -> None:
+        self.drawn, self.batches = list(state["drawn"]), state["batches"]
+        self.used, self.left_out = state["used"], collections.Counter(state["left_out"])
+        self.noted = collections.Counter(state["noted"])
+        for key, example in zip(state["waiting"], waiting):
+            if isinstance(example, Skipped):
+                raise BadData(f"a conversation that waited to be packed can no longer be read: {example.message}")
+            self.packer.add(key, example)
+
+    def keys(self, count: int) -> list[int]:
+        """Keys of the records that come next, under the weights of now; fewer at the end of the data."""
+        drawn, first, found = list(self.drawn), sum(self.drawn), []
+        for number in range(first, min(first + count, self._length)):
+            source = self._share.mixture.source(self._share.start, number, self.batches)
+            found.append(drawn[source] * len(drawn) + source)
+            drawn[source] += 1
+        return found
+
+    def admit(self, key: int, example: Example | Skipped) -> None:
+        """Takes the example at the next key."""
+        if isinstance(example, Skipped):
+            log.warning("left out: %s", example.message, extra={"reason": example.reason})
+            self.left_out[example.reason] += 1
+        else:
+            self.used += 1
+            for note in example.notes:
+                self.noted[note if note in self.noted or len(self.noted) < NOTES else OTHER] += 1
+            self.packer.add(key, example)
+        self.drawn[key % len(self.drawn)] += 1
+
+
+class _PackedIterator(grain.DatasetIterator):
+    """Batches of packed rows."""
+
+    def __init__(self, streams: Mapping[int, _Share], settings: _Settings, identity: dict[str, Any]):
+        super().__init__()
+        self._shares, self._settings, self._identity = streams, settings, identity
+        self._told: collections.Counter[str] = collections.Counter()
+        self._open()
+
+    def _open(self) -> None:
+        self._streams = [_Stream(number, share, self._settings) for number, share in self._shares.items()]
+        examples = {number: InTurn(share.examples) for number, share in self._shares.items()}
+        self._readers = Readers(examples, self._settings.workers, self._settings.processes)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"streams": {str(stream.number): stream.get_state() for stream in self._streams}, "data": self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["data"] != self._identity:
+            changed = {k: (v, self._identity.get(k)) for k, v in state["data"].items() if v != self._identity.get(k)}
+            raise ValueError(f"cannot resume on other data: (before, now) differ in {changed}")
+        self._readers.close()
+        self._open()
+        states = {stream: state["streams"][str(stream.number)] for stream in self._streams}
+        wanted = [(stream.number, key) for stream, part in states.items() for key in part["waiting"]]
+        found = self._readers.read(wanted)
+        for stream, part in states.items():
+            stream.set_state(part, itertools.islice(found, len(part["waiting"])))
+
+    def __next__(self) -> tuple[Batch | DualBatch, Info]:
+        rows = {stream: [] for stream in self._streams}
+        for _ in range(self._settings.rows):
+            self._read()
+            for stream in self._streams:
+                rows[stream].append([example for _, example in stream.packer.take()])
+        for stream in self._streams:
+            stream.batches += 1
+        rows = [row for of_stream in rows.values() for row in of_stream]
+        if not any(rows) and not self._settings.endless:
+            raise StopIteration(self.get_state())  # the last records may be broken ones, which no batch counts
+        return self._batch(rows)
+
+    def close(self) -> None:
+        self._readers.close()
+        super().close()
+
+    def _read(self) -> None:
+        """Reads until every stream can fill a row, or is at the end of its data."""
+        while hungry := [stream for stream in self._streams if stream.hungry]:
+            for stream in hungry:  # in turn, so that the workers have something to do for all of them
+                keys = stream.keys(self._readers.ahead)
+                stream.admit(keys[0], self._readers.next(stream.number, keys))
+            self._judge()
+
+    def _judge(self) -> None:
+        used, left_out = self._counts()
+        read, bad = used + left_out.total(), left_out.total() - left_out[OVER_BUDGET]
+        ended = not any(stream.hungry for stream in self._streams)
+        if (read >= ENOUGH and bad > self._settings.max_bad * read) or (not used and (read >= ENOUGH or ended)):
+            raise BadData(f"of {read} records only {used} can be used: {dict(left_out)}")
+
+    def _noted(self) -> dict[str, int]:
+        """Records that were used in part, by what was left out of them."""
+        noted = sum((stream.noted for stream in self._streams), collections.Counter())
+        for note, count in noted.items():
+            self._tell(note, count)
+        return dict(noted)
+
+    def _tell(self, what: str, count: int) -> None:
+        """Logs how many records something is true of, whenever their number has grown tenfold."""
+        if count >= 10 * self._told[what]:
+            self._told[what] = 10 ** (len(str(count)) - 1)
+            log.warning("%s (records so far: %s)", what, f"{count:,}")
+
+    def _counts(self) -> tuple[int, collections.Counter]:
+        """Conversations that were used, and those that were left out by reason."""
+        left_out = sum((stream.left_out for stream in self._streams), collections.Counter())
+        return sum(stream.used for stream in self._streams), left_out
+
+    def _batch(self, rows: list[list[Example]]) -> tuple[Batch | DualBatch, Info]:
+        settings = self._settings
+        batch = settings.collate(rows, settings.budget)
+        skipped = dict(self._counts()[1])
+        for reason, count in skipped.items():
+            if count >= 10:  # each of them has been logged
+                self._tell(f"left out as {reason}", count)
+        kinds = [[example.kind for example in row for _ in example.lengths or (0,)] for row in rows]
+        info = Info(
+            conversations=sum(map(len, kinds)),
+            tokens=int(np.count_nonzero(batch.segment)),
+            patches=0 if batch.vision is None else int(np.count_nonzero(batch.vision.image)),
+            fill=fill(batch),
+            kinds=kinds,
+            dropped=skipped.pop(OVER_BUDGET, 0),
+            skipped=skipped,
+            noted=self._noted(),
+            waiting=float(np.mean([stream.packer.load for stream in self._streams])),
+        )
+        return batch, info

@@ -1,0 +1,299 @@
+"""Packs several conversations into rows of a static shape: T tokens and R x P patches.
+
+`Packer` chooses which conversations share a row, `collate` lays rows out as a `Batch`. No jax: data workers run this.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+from mllm_jax.data.vision.token_blend import alone
+from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, Picture, Vision
+
+
+class Budget(NamedTuple):
+    """The static shape of a batch row. `rows == 0` means a batch without pictures."""
+
+    tokens: int  # T
+    rows: int = 0  # R patch rows
+    patches: int = 0  # P patches in a patch row: no picture is larger
+
+
+# A pair of patches that see each other, in pairs of tokens: heads x their width x layers of the encoder over the
+# decoder's, twice since text is causal, are 0.38 in LLaVA-1.5-7B, 0.42 in Qwen3-VL-8B, 0.86 in Qwen3-VL-2B.
+PAIR_OF_PATCHES = 0.5
+BALANCE = 10.0  # what a row's cost counts beside its fill: more fills rows no better, less leaves them less alike
+
+
+class TooLarge(ValueError):
+    """A conversation that does not fit an empty batch row."""
+
+
+def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
+    """Finds a patch row and an offset for every picture, first-fit decreasing.
+
+    Args:
+        sizes: patches of each picture.
+        budget: R rows of P patches.
+
+    Returns:
+        (patch row, offset) per picture in the order of `sizes`; None where they do not fit. Pictures are never cut.
+    """
+    used = [0] * budget.rows
+    places = [(0, 0)] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((r for r, u in enumerate(used) if u + sizes[i] <= budget.patches), None)
+        if row is None:
+            return None
+        places[i] = (row, used[row])
+        used[row] += sizes[i]
+    return places
+
+
+def cost(example: Example) -> float:
+    """What a conversation adds to the work of its row, in pairs of tokens that see each other.
+
+    The rest of the work depends on the shape of a row alone; of attention, kernels leave out what nobody sees.
+    """
+    seen = sum(size**2 for size in example.lengths or (len(example.tokens),))
+    return seen + PAIR_OF_PATCHES * sum(len(picture.patches) ** 2 for picture in example.pictures)
+
+
+def tightest(examples: Sequence[Example], tokens: int | None = None) -> Budget:
+    """The smallest budget that gives each conversation its own row; patch rows are as long as the largest picture.
+
+    Args:
+        tokens: T, where it is given.
+    """
+    sizes = [[len(picture.patches) for picture in example.pictures] for example in examples]
+    tokens = max((len(example.tokens) for example in examples), default=0) if tokens is None else tokens
+    budget = Budget(tokens, patches=max((size for row in sizes for size in row), default=0))
+    while any(place(row, budget) is None for row in sizes):
+        budget = budget._replace(rows=budget.rows + 1)
+    return budget
+
+
+@lru_cache(maxsize=4096)
+def patch_coords(grid: tuple[int, int], merge: int) -> np.ndarray:
+    """i32[h*w 2]: (y, x) of each patch of a picture in merge-block-major order."""
+    yx = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).astype(np.int32)
+    coords = rearrange(yx, "(y m) (x n) c -> (y x m n) c", m=merge, n=merge)
+    coords.flags.writeable = False  # shared by all callers
+    return coords
+
+
+def collate(
+    rows: Sequence[Sequence[Example]],
+    budget: Budget,
+    *,
+    merge: int,
+    values: int,
+    prefix: bool = False,
+    mixes: bool = False,
+    references: bool = False,
+) -> Batch:
+    """Lays out conversations as one batch.
+
+    Args:
+        rows: B lists of conversations; an empty list makes a row of padding. Those of one Example lie side by side.
+        budget: the shape of a row. Its P is a multiple of merge^2.
+        merge: side of the square of patches that becomes one visual token.
+        values: C, values in a patch, known even where no conversation has a picture.
+        prefix: whether the model has tokens that all tokens of their conversation see.
+        mixes: whether the model resamples grids of visual tokens.
+        references: whether examples bring log-probabilities of a reference model.
+
+    Returns:
+        A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the pictures, uint8 where there are
+        none; `vision is None` where `budget.rows == 0`.
+
+    Raises:
+        TooLarge: a row is over the budget.
+        ValueError: visual tokens and pictures of a conversation disagree, or uint8 and float pictures are mixed.
+    """
+    if budget.patches % merge**2:
+        raise ValueError(f"budget.patches={budget.patches} must be a multiple of merge^2={merge**2}")
+    text = (len(rows), budget.tokens)
+    batch = Batch(
+        tokens=np.zeros(text, np.int32),
+        targets=np.zeros(text, np.int32),
+        weight=np.zeros(text, np.float32),
+        segment=np.zeros(text, np.int32),
+        position=np.zeros((*text, 3), np.int32),
+        vision_index=np.full(text, -1, np.int32),
+        vision=_empty_vision(rows, budget, values) if budget.rows else None,
+        prefix=np.zeros(text, bool) if prefix else None,
+        mix=alone(np.full(text, -1)).mix if mixes else None,
+        reference=np.zeros(text, np.float32) if references else None,
+    )
+    for b, examples in enumerate(rows):
+        _fill_text(batch, b, examples)
+        _fill_pictures(batch, b, examples, budget, merge)
+    return batch
+
+
+def fill(batch: Batch | DualBatch) -> dict[str, float]:
+    """Share of a batch that is not padding: {"tokens": 0..1, "patches": 0..1}; patches is 1.0 without patch rows."""
+    patches = 1.0 if batch.vision is None else float((batch.vision.image > 0).mean())
+    return {"tokens": float((batch.segment > 0).mean()), "patches": patches}
+
+
+def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int) -> Vision:
+    dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.pictures}
+    if len(dtypes) > 1:
+        raise ValueError(f"pictures of one batch must share a dtype (raw uint8 or normalised float32), got {dtypes}")
+    shape = (len(rows), budget.rows, budget.patches)
+    return Vision(
+        patches=np.zeros((*shape, values), dtypes.pop() if dtypes else np.uint8),
+        image=np.zeros(shape, np.int32),
+        coords=np.zeros((*shape, 3), np.int32),
+        grid=np.ones((*shape, 2), np.int32),
+    )
+
+
+def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
+    total, room = sum(len(e.tokens) for e in examples), batch.tokens.shape[1]
+    if total > room:
+        raise TooLarge(f"row {b} has {total} tokens, the budget is {room}")
+    start, number = 0, 0
+    for example in examples:
+        sizes = example.lengths or (len(example.tokens),)
+        if batch.reference is not None:
+            batch.reference[b, number : number + len(sizes)] = example.reference
+        for end, size in zip(np.cumsum(sizes), sizes):
+            here, own = slice(start, start + size), slice(end - size, end)
+            number += 1
+            batch.tokens[b, here] = example.tokens[own]
+            batch.targets[b, here][:-1] = example.tokens[own][1:]
+            batch.weight[b, here][:-1] = example.weight[own][1:]
+            batch.segment[b, here] = number
+            batch.position[b, here] = example.position[own]
+            if batch.prefix is not None:
+                batch.prefix[b, start : start + example.prefix] = True
+            start = here.stop
+
+
+def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int) -> None:
+    pictures = [p for e in examples for p in e.pictures]
+    places = place([len(p.patches) for p in pictures], budget)
+    if places is None:
+        sizes = [len(p.patches) for p in pictures]
+        raise TooLarge(f"row {b}: pictures of {sizes} patches do not fit {budget.rows} rows of {budget.patches}")
+    firsts = []  # visual tokens of every picture
+    for number, (picture, (row, offset)) in enumerate(zip(pictures, places), 1):
+        lead, here = picture.lead, (b, row, slice(offset, offset + len(picture.patches)))
+        batch.vision.patches[here] = picture.patches
+        batch.vision.image[here] = number
+        batch.vision.coords[here][:, 0] = picture.time
+        batch.vision.coords[here][:lead, 0] = -1 - np.arange(lead)
+        batch.vision.coords[here][lead:, 1:] = patch_coords(tuple(picture.grid), merge)
+        batch.vision.grid[here] = picture.grid
+        firsts.append((row * budget.patches + offset + picture.hidden) // merge**2)
+    tokens, start = _visual_tokens(pictures, firsts, merge), 0
+    newline = budget.rows * budget.patches // merge**2
+    for number, example in enumerate(examples, 1):
+        index = np.asarray(example.vision_index)
+        count = sum(picture.shown for picture in example.pictures) // merge**2
+        if index.max(initial=-1) >= count:
+            raise ValueError(f"row {b}, segment {number}: visual token {index.max()}, but the pictures have {count}")
+        own, tokens = tokens[:count], tokens[count:]
+        here = (b, slice(start, start + len(index)))
+        batch.vision_index[here] = _places(index, own, newline)
+        if example.mix is not None:
+            batch.mix.index[here] = _places(example.mix.index, own, newline)
+            batch.mix.share[here] = example.mix.share
+        start += len(index)
+
+
+def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
+    """Where in a row the visual tokens lie that a conversation's index names; `own` are the places of all it has."""
+    return np.append(own, (newline, -1))[np.where(index >= 0, index, len(own) + (index != NEWLINE))]
+
+
+def _visual_tokens(pictures: Sequence[Picture], firsts: Sequence[int], merge: int) -> np.ndarray:
+    """Where in a row every visual token of its pictures lies, the pictures end to end."""
+    counts = [picture.shown // merge**2 for picture in pictures]
+    tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]
+    return np.concatenate([np.zeros(0, np.int32), *tokens])
+
+
+class Packer:
+    """Fills rows from a look-ahead window of conversations, under both budgets at once.
+
+    Conversations wait in the order in which they were added. A row takes the one that waited longest (nobody starves),
+    then again and again the one that leaves the smallest remainder, both budgets counted as shares: the L2 greedy of
+    vector bin packing (Panigrahy et al., "Heuristics for Vector Bin Packing", 2011). What is left of the mean cost of a
+    row (see `cost`) is a third remainder, which counts less the fuller the row is: rows cost about the same, so that no
+    device waits for the one with the large pictures, and are as full as they would be. The choice depends on nothing
+    but the waiting conversations and their order, so the keys in `waiting` are the whole state.
+
+    Args:
+        budget: the shape of a row.
+        window: how many rows' worth of conversations wait before a row is filled; more fills rows better.
+        lonely: every row holds one.
+    """
+
+    def __init__(self, budget: Budget, window: float = 4.0, lonely: bool = False):
+        self.budget, self.window, self.lonely = budget, window, lonely
+        self._room = np.array([budget.tokens, max(budget.rows * budget.patches, 1)])
+        self._waiting: list[tuple[int, Example]] = []
+        self._sizes: list[tuple[int, int]] = []  # (tokens, patches) of each that waits
+        self._costs: list[float] = []
+        self._total = np.zeros(2, np.int64)  # of all that wait
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Keys of the conversations that wait, in order: adding them again in this order restores the packer."""
+        return [key for key, _ in self._waiting]
+
+    @property
+    def load(self) -> float:
+        """The budgets of rows that the conversations that wait take, of that budget of which they take more."""
+        return float((self._total / self._room).max())
+
+    @property
+    def ready(self) -> bool:
+        """Whether the window is full."""
+        return self.load >= self.window
+
+    def add(self, key: int, example: Example) -> None:
+        """Lets a conversation wait. Raises TooLarge where it fits no row."""
+        sizes = [len(p.patches) for p in example.pictures]
+        if len(example.tokens) > self.budget.tokens or place(sizes, self.budget) is None:
+            raise TooLarge(f"{len(example.tokens)} tokens and pictures of {sizes} patches do not fit {self.budget}")
+        self._waiting.append((key, example))
+        self._sizes.append((len(example.tokens), sum(sizes)))
+        self._costs.append(cost(example))
+        self._total += self._sizes[-1]
+
+    def take(self) -> list[tuple[int, Example]]:
+        """Removes and returns the (key, conversation) pairs of one row; an empty list where nobody waits."""
+        if not self._waiting:
+            return []
+        share, costs = np.array(self._sizes) / self._room, np.array(self._costs)
+        costs = costs * max(1, (self._total / self._room).max()) / max(1, costs.sum())  # as shares of a row's mean
+        room, left = np.ones(2), 1.0
+        candidate = np.ones(len(share), bool)
+        chosen, sizes, best = [], [], 0
+        while True:
+            candidate[best] = False
+            more = sizes + [len(p.patches) for p in self._waiting[best][1].pictures]
+            if place(more, self.budget) is not None:
+                chosen.append(best)
+                sizes, room, left = more, room - share[best], left - costs[best]
+            candidate &= (share <= room + 1e-9).all(1)
+            if self.lonely or not candidate.any():
+                break
+            remainder = ((room - share) ** 2).sum(1) + BALANCE * (room**2).sum() * (left - costs) ** 2
+            best = int(np.where(candidate, remainder, np.inf).argmin())
+        row = [self._waiting[i] for i in chosen]
+        for i in sorted(chosen, reverse=True):
+            self._total -= self._sizes[i]
+            del self._waiting[i], self._sizes[i], self._costs[i]
+        return row

@@ -1,0 +1,378 @@
+"""From a conversation with pictures and clips to an `Example`: the numbers that a model reads."""
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.media import resolve
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, place
+from mllm_jax.data.pipeline.preference import together
+from mllm_jax.data.pipeline.spans import Cut, Film, Framed, Plan, Still, WholeFilm, WholeFramed
+from mllm_jax.data.pipeline.spec import SEEING, ProcessorSpec, read_spec, write_spec
+from mllm_jax.data.records import grounding
+from mllm_jax.data.records.records import DOCUMENT
+from mllm_jax.data.text.chat_format import ChatFormat
+from mllm_jax.data.text.chat_template import ChatTemplate, Messages
+from mllm_jax.data.text.generation_config import NO_DEFAULTS, GenerationDefaults
+from mllm_jax.data.text.tokenizer import Tokenizer
+from mllm_jax.data.video import videos
+from mllm_jax.data.vision import images
+from mllm_jax.data.vision.positions import rotary_positions
+from mllm_jax.data.vision.token_blend import spread
+from mllm_jax.types import Batch, Example, Picture
+
+COMPOSED = 4  # characters that a normalizer may join to one, and more than it does
+USER_CONTENT = "user_content_tokens"  # in tokenizer_config.json, whose other readers pass over it
+
+
+class Processor:
+    """`processor(messages) -> Example`. Needs no jax and no torch, and can be sent to another process."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        spec: ProcessorSpec,
+        generation: GenerationDefaults = NO_DEFAULTS,
+    ):
+        self.tokenizer = tokenizer
+        self.template = template
+        self.spec = spec
+        self.generation = generation
+        tokens = (spec.image_token, spec.vision_start, spec.vision_end)
+        ids = (None if token is None else tokenizer.id(token) for token in tokens)
+        self.image_id, self.vision_start_id, self.vision_end_id = ids
+        # where frames are pictures, the token of a clip is its template's alone, and a tokenizer may lack it
+        no_id = spec.video_token is None or spec.frame_token is not None
+        self.video_id = None if no_id else tokenizer.id(spec.video_token)
+        self._placeholders = [token for token in (self.image_id, self.video_id) if token is not None]
+        eos = tokenizer.special_tokens().get("eos_token")
+        ends = [tokenizer.id(token) for token in (spec.end_of_turn, eos) if token is not None]
+        own = (*tokens, spec.video_token, spec.frame_token)
+        self.chat = ChatFormat(tokenizer, template, own, {*ends, *generation.eos_token_id})
+        ends = [tokenizer.id(token) for token in (spec.end_of_turn, self.chat.end, eos) if token is not None]
+        if not ends:
+            raise ValueError("tokenizer_config.json names no eos_token, so that nothing says where an answer ends")
+        self.end_of_turn_id = ends[0]
+
+    def __call__(
+        self,
+        messages: Messages,
+        generate: bool = False,
+        budget: Budget | None = None,
+        kind: str = "",
+        others: Sequence[Messages] = (),
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Example:
+        """Reads one conversation in Hugging Face's layout: [{"role", "content": text, an item or a list of items}].
+
+        A single message of the role "document" goes through no chat template: every token of its texts is learned.
+
+        Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and
+        {"type": "video", "video": ...} (see `video.open_clip`), with "fps", "nframes" and "sampling" where wanted.
+        `fps` is the rate at which a file is to be sampled, or the rate at which the frames of an array or a list were
+        taken; without it they are all used. `nframes` is how many frames are read, whatever the rate, and `sampling`
+        how they are spread: "even" or "motion".
+        `generate`: a prompt that ends where the answer begins, without loss.
+        `budget`: pictures are made smaller, all by one limit of pixels, until the conversation fits; they are never
+        cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
+        `others`: more conversations about the same pictures, in the same Example: the pictures lie there once, and of
+        all the conversations the last answer alone is learned.
+        `tools`: descriptions of functions that the model may call, as JSON schemas. Messages may have "tool_calls" and
+        "reasoning_content", which are learned like the answer, and "weight", by which the loss of a turn is multiplied.
+        """
+        conversations = [_listed(conversation) for conversation in (messages, *others)]
+        messages, *others = [grounding.written(each, self.spec.grounding) for each in conversations]
+        if budget is not None:
+            self._check_length([messages, *others], budget)
+        items = [item for item in _items(messages) if item["type"] != "text"]
+        stills = sum(item["type"] == "image" for item in items)
+        opened = [self._open(item, stills) for item in items]
+        written = [self._tokens(conversation, opened, generate, tools) for conversation in [messages, *others]]
+        visuals = written[0][2]
+        text = sum(token not in self._placeholders for tokens, *_ in written for token in tokens)
+        plans = self._plans(visuals, text, len(written), budget)
+        conversations = [self._laid_out(tokens, weight, plans) for tokens, weight, _ in written]
+        example = together(conversations) if others else conversations[0]
+        pictures = tuple(self._pictures(visuals, plans))
+        notes = tuple(note for visual in visuals for note in visual.notes)
+        return example._replace(pictures=pictures, kind=kind, notes=notes)
+
+    def _check_length(self, conversations: Sequence[Messages], budget: Budget) -> None:
+        """Raises TooLarge for texts that cannot fit whatever their tokens are: tokenizers take a minute for 60 MB."""
+        characters = sum(len(text.strip()) for one in conversations for text in _texts(one))
+        least = characters // (COMPOSED * self.tokenizer.longest)
+        if least > budget.tokens:
+            raise TooLarge(
+                f"a conversation of {characters:,} characters needs at least {least:,} tokens; there is room for "
+                f"{budget.tokens}"
+            )
+
+    def _laid_out(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:
+        """A conversation with all its visual tokens, and without its pictures."""
+        tokens, weight = np.array(tokens, np.int32), np.array(weight, np.float32)
+        visual = np.isin(tokens, self._placeholders)
+        runs = [run for plan in plans for run in plan.runs]
+        counts = np.ones(len(tokens), np.int64)
+        counts[visual] = [len(run.order) for run in runs]
+        weight[visual] = 0
+        tokens, weight, visual = (np.repeat(values, counts) for values in (tokens, weight, visual))
+        index, mix = spread(visual, [(run.order, run.mix) for run in runs], self._firsts(plans))
+        return Example(
+            tokens=tokens,
+            weight=weight,
+            position=rotary_positions(visual, [(run.position, run.advance) for run in runs]),
+            vision_index=index,
+            pictures=(),
+            prefix=int(np.argmax(np.append(weight, 1) > 0)) if self.spec.prefix else 0,
+            mix=mix,
+        )
+
+    def example(self, record: dict[str, Any], budget: Budget) -> Example:
+        """A conversation to learn from, see data/records/records.py."""
+        return self(record["messages"], budget=budget, tools=record.get("tools"))
+
+    def collate(self, rows: Sequence[Sequence[Example]], budget: Budget, references: bool = False) -> Batch:
+        """Rows of conversations as a batch; `references`: see `mllm_jax.data.pipeline.packing.collate`."""
+        return collate(rows, budget, **self.spec.layout, references=references)
+
+    def decode(self, tokens, content_tokens: bool = True) -> str:
+        """The text of tokens, without those control tokens that the tokenizer calls special, see `ChatFormat`.
+
+        content_tokens: special content tokens, as `<|box_start|>`, are a part of the text; False leaves out all special
+          tokens, as transformers does with skip_special_tokens.
+        """
+        if not content_tokens:
+            return self.tokenizer.decode(tokens)
+        return self.tokenizer.decode([token for token in tokens if token not in self._control_ids], special=True)
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.id(token) for token in self.chat.control if self.tokenizer.added[token])
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer.
+
+        These are the end of a turn, those of generation_config.json, and the tokenizer's end of text and padding.
+        """
+        special = self.tokenizer.special_tokens()
+        named = {self.spec.end_of_turn, self.chat.end, special.get("eos_token"), special.get("pad_token")} - {None}
+        return tuple(sorted({*map(self.tokenizer.id, named), *self.generation.eos_token_id}))
+
+    def _open(self, item: dict, stills: int) -> Still | Film:
+        """`stills`: pictures in the conversation."""
+        spec, source, fps = self.spec, resolve(item[item["type"]]), item.get("fps", self.spec.fps)
+        if item["type"] == "image":
+            size = images.upright_size(images.open_image(source))
+            return Still(source, *size) if spec.rule is None else Cut(source, *size, spec.rule.among(stills))
+        if spec.video_token not in self.tokenizer:
+            lacks = f"; its tokenizer has no token {spec.video_token!r}" if spec.video_token else ""
+            raise ValueError(f"this model reads no clips{lacks}, but the conversation has one: {source!r:.80}")
+        clip = videos.open_clip(source, fps)
+        target = fps if isinstance(source, (str, os.PathLike, bytes)) else spec.fps
+        spec = spec.asked(item)
+        apart, whole = (Framed, WholeFramed) if spec.clip_rule else (Film, WholeFilm)
+        kind = whole if spec.label is None else apart
+        return kind.sampled(clip, target, spec)
+
+    def _tokens(
+        self, messages: Messages, visuals: list, generate: bool, tools: list[dict[str, Any]] | None
+    ) -> tuple[list[int], list[float], list]:
+        """Tokens and weights with one placeholder for every run of visual tokens, and the visuals in their order."""
+        if messages[0]["role"] == DOCUMENT:
+            return *self._document(messages[0]["content"], visuals, generate), visuals
+        ordered = []
+
+        def fill(placeholders: list[str]) -> list[str]:
+            """What stands for pictures and clips is text in part: it is written before there are tokens."""
+            ordered.extend(self._ordered(placeholders, visuals))
+            return [self._markup(visual) for visual in ordered]
+
+        shows = {self.spec.image_token, self.spec.video_token} - {None}
+        written, weights = self.tokenize(messages, generate, tools, placeholders=shows, fill=fill)
+        return written, weights, ordered
+
+    def tokenize(
+        self, messages: Messages, generate: bool = False, tools: list[dict[str, Any]] | None = None, **options
+    ) -> tuple[list[int], list[float]]:
+        """The tokens and weights of a conversation before its pictures are read, see `ChatFormat.tokenize`."""
+        written, weights = self.chat.tokenize(
+            messages, generate, tools or None, user_content_tokens=self.spec.user_content_tokens, **options
+        )
+        first = self.tokenizer.frame[0] if self.spec.framed else []
+        if first != written[: len(first)]:  # else the template wrote them
+            written, weights = [*first, *written], [0.0] * len(first) + weights
+        return written, weights
+
+    def _ordered(self, placeholders: list[str], visuals: list) -> list[Still | Film]:
+        """The visuals in the order of their placeholders: a template may write all pictures before the clips."""
+        waiting = {self.spec.image_token: [], self.spec.video_token: []}
+        for visual in visuals:
+            waiting[self.spec.video_token if visual.video else self.spec.image_token].append(visual)
+        wrong = any(placeholders.count(token) != len(shown) for token, shown in waiting.items())
+        if wrong or len(placeholders) != len(visuals):
+            raise ValueError(
+                f"the chat template wrote {len(placeholders)} placeholders for {len(visuals)} pictures and clips; "
+                "it may not show pictures in messages of this role"
+            )
+        return [waiting[token].pop(0) for token in placeholders]
+
+    def _document(
+        self, content: str | list[dict[str, Any]], visuals: list, generate: bool
+    ) -> tuple[list[int], list[float]]:
+        """A text with pictures in any place, between what the tokenizer puts before a text and what ends one."""
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        tokens, end = list(self.tokenizer.frame[0]), self.tokenizer.special_tokens().get("eos_token")
+        weights, queue = [0.0] * len(tokens), iter(visuals)
+        written = self.spec.vision_start is not None and not self.spec.brackets  # else `_markup` adds them
+        start, stop = (self.spec.vision_start, self.spec.vision_end) if written else ("", "")
+        for item in items:
+            text = item["type"] == "text"
+            shown = "" if text else start + self._markup(next(queue)) + stop
+            more = self.tokenizer.encode(item["text"]) if text else self.tokenizer.encode_markup(shown)
+            tokens += more
+            weights += [float(text and not generate)] * len(more)
+        if not generate:
+            tokens.append(self.end_of_turn_id if end is None else self.tokenizer.id(end))
+            weights.append(1.0)
+        return tokens, weights
+
+    def _markup(self, visual: Still | Film) -> str:
+        """What stands for a picture or a clip: a placeholder for every run, and what belongs around it."""
+        spec, token = self.spec, self.spec.video_token if visual.video else self.spec.image_token
+        if not visual.video or spec.label is None:
+            return f"{spec.vision_start}{token}{spec.vision_end}" if spec.brackets else token
+        times = videos.patch_times(visual.indices, visual.clip.fps, spec.temporal_patch)
+        block = f"{spec.vision_start}{spec.frame_token or token}{spec.vision_end}"
+        labels = (spec.label.format(number=number, seconds=time) for number, time in enumerate(times, 1))
+        return spec.between.join(label + block for label in labels)
+
+    def _plans(self, visuals: list, text_tokens: int, times: int, budget: Budget | None) -> list[Plan]:
+        """How every picture and clip is read: at its own size, or under the largest common limit that fits the budget.
+
+        The limit is one of pixels. The visual tokens stand in the text so many `times`.
+        """
+        spec = self.spec
+        if budget is None:
+            return [self._plan(visual, math.inf, math.inf) for visual in visuals]
+
+        def plans_at(limit: float) -> list[Plan]:
+            return [self._plan(visual, limit, budget.patches * spec.patch**2) for visual in visuals]
+
+        def fits(plans: list[Plan]) -> bool:
+            tokens, patches = self._needed(plans, text_tokens, times)
+            return tokens <= budget.tokens and place(patches, budget) is not None
+
+        plans = plans_at(math.inf)
+        if fits(plans):
+            return plans
+        low, high = spec.factor**2, max((math.prod(size) for plan in plans for size in plan.sizes), default=0)
+        high = max([high, *(sum(map(math.prod, plan.sizes)) for plan in plans)]) if spec.rule else high
+        best = plans_at(low)
+        if not fits(best):
+            tokens, patches = self._needed(best, text_tokens, times)
+            sizes = [size for plan in best for size in plan.sizes]
+            raise TooLarge(
+                f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} pictures of {sum(patches)} "
+                f"patches (the largest {max(patches, default=0)}) at the smallest sizes, {sizes}; there is room for "
+                f"{budget.tokens} tokens and {budget.rows} rows of {budget.patches} patches"
+            )
+        while high - low > spec.factor**2:
+            middle = (low + high) // 2
+            plans = plans_at(middle)
+            low, high, best = (middle, high, plans) if fits(plans) else (low, middle, best)
+        return best
+
+    def _plan(self, visual: Still | Film, limit: float, row: float) -> Plan:
+        try:
+            return visual.plan(self.spec, limit, row)
+        except ValueError as error:
+            raise ValueError(f"{visual.name}: {error}") from error
+
+    def _needed(self, plans: Sequence[Plan], text_tokens: int, times: int) -> tuple[int, list[int]]:
+        """Tokens of the conversation, and patches of every picture."""
+        spec = self.spec
+        before = spec.lead - spec.shown
+        patches = [before + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
+        return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
+
+    def _firsts(self, plans: Sequence[Plan]) -> list[int]:
+        """For every run, the first visual token of its picture or clip, all of the conversation laid end to end."""
+        counts = [sum(map(self.spec.tokens, plan.sizes)) for plan in plans]
+        firsts = np.cumsum([0, *counts])
+        return [int(first) for plan, first in zip(plans, firsts) for _ in plan.runs]
+
+    def _pictures(self, visuals: list, plans: Sequence[Plan]) -> Iterator[Picture]:
+        spec = self.spec
+        for visual, plan in zip(visuals, plans, strict=True):
+            for index, (frames, (height, width)) in enumerate(zip(visual.frames(spec, plan), plan.sizes, strict=True)):
+                patches = images.patchify(frames, spec.patch, spec.temporal_patch, spec.merge)
+                patches = np.concatenate([np.zeros((spec.lead, patches.shape[1]), patches.dtype), patches])
+                grid = (height // spec.patch, width // spec.patch)
+                yield Picture(patches, grid, index if visual.video else 0, spec.shown > 0)
+
+    @classmethod
+    def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":
+        """Reads a published model's tokenizer, chat template and preprocessor configs; `spec` is what they leave open.
+
+        Raises FileNotFoundError if the tokenizer or the template is missing.
+        """
+        folder = pathlib.Path(folder)
+        template = ChatTemplate.from_folder(folder, spec.template)
+        outside = {} if spec.image_id is None else {spec.image_token: spec.image_id}
+        generation = GenerationDefaults.from_folder(folder)
+        tokenizer, spec = Tokenizer.from_folder(folder, outside), read_spec(folder, spec)
+        asked = tokenizer.config.get(USER_CONTENT, spec.user_content_tokens)
+        return cls(tokenizer, template, dataclasses.replace(spec, user_content_tokens=asked), generation)
+
+    def with_spec(self, **changes: Any) -> "Processor":
+        """A processor with other values of its spec."""
+        return Processor(self.tokenizer, self.template, dataclasses.replace(self.spec, **changes), self.generation)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the files that `from_folder` and transformers read."""
+        spec, folder = self.spec, pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(folder, {USER_CONTENT: spec.user_content_tokens})
+        self.template.save(folder)
+        pad = self.tokenizer.special_tokens().get("pad_token")
+        self.generation.save(folder, self.stop_ids, self.stop_ids[0] if pad is None else self.tokenizer.id(pad))
+        if spec.image_token is not None:
+            write_spec(spec, folder)
+
+
+def _listed(messages: Messages) -> Messages:
+    """Messages whose contents are texts or lists: one item is a list of one."""
+    single = lambda message: isinstance(message, dict) and isinstance(message.get("content"), dict)
+    return [message | {"content": [message["content"]]} if single(message) else message for message in messages]
+
+
+def _texts(messages: Messages) -> Iterator[str]:
+    """The texts of all contents."""
+    for message in messages:
+        if isinstance(content := message.get("content"), str):
+            yield content
+    yield from (item["text"] for item in _items(messages) if item["type"] == "text")
+
+
+def _items(messages: Messages) -> Iterator[dict[str, Any]]:
+    """All content items in order, checked: a type that is known, and the value that the type needs."""
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    for message in messages:
+        if "role" not in message or not message.keys() & {"content", "tool_calls"}:
+            raise ValueError(f"a message needs a role and a content, got the keys {sorted(message)}")
+        content = message.get("content")
+        for item in content if isinstance(content, (list, tuple)) else []:
+            kind = item.get("type") if isinstance(item, dict) else None
+            text = kind != "text" or isinstance(item.get("text"), str)
+            if kind not in ("text", "image", "video") or item.get(kind) is None or not text:
+                raise ValueError(f"a content item needs a type (text, image or video) and its value, got {item!r:.80}")
+            yield item

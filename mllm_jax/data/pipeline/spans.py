@@ -1,0 +1,238 @@
+"""Pictures and clips of a conversation: how large they will be, before a pixel is read, and then their pixels."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.video import videos
+from mllm_jax.data.video.videos import Clip
+from mllm_jax.data.vision import images
+from mllm_jax.data.vision.positions import in_a_line, on_a_grid, patch_positions
+from mllm_jax.data.vision.resize import Rule, Whole
+from mllm_jax.data.vision.tiles import Size
+from mllm_jax.data.vision.token_blend import shifted, spread
+from mllm_jax.types import NEWLINE, Mix
+
+BROKEN_FRAMES = "frames of a clip cannot be decoded, and show the frame before"
+
+
+class Run(NamedTuple):
+    """The visual tokens that stand for one placeholder."""
+
+    order: np.ndarray  # i32[m] which of the visual tokens of the pictures, laid end to end; NEWLINE
+    position: np.ndarray  # i32[m 3] rotary positions, counted from the first
+    advance: int  # rotary position of what follows
+    mix: Mix | None = None  # of `order`; None = every token stands alone
+
+
+class Plan(NamedTuple):
+    """How a picture or a clip will be read."""
+
+    sizes: tuple[Size, ...]  # of each of its pictures, in pixels: itself, its tiles, or its temporal patches
+    runs: tuple[Run, ...]
+    rule: Any = None  # that made the sizes, where there is one
+
+
+def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...] = (0,)) -> Run:
+    """All visual tokens of pictures of one size, from the `first` on."""
+    height, width = (side // spec.factor for side in size)
+    count = height * width * len(times)
+    place = on_a_grid(height, width, times) if spec.on_a_grid else in_a_line(count)
+    return Run(np.arange(first, first + count), *place)
+
+
+def _later(run: Run, tokens: int) -> Run:
+    """The same of a picture that so many visual tokens stand before."""
+    mix = run.mix and run.mix._replace(index=shifted(run.mix.index, tokens))
+    return run._replace(order=shifted(run.order, tokens), mix=mix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Still:
+    """A picture at nearly its own size."""
+
+    source: Any  # opened again when it is read: neither open files nor pixels wait in between
+    height: int
+    width: int
+    # what it lacks, in words that are counted; filled when it is read
+    notes: list[str] = dataclasses.field(default_factory=list, kw_only=True, compare=False)
+
+    video = False
+
+    @property
+    def name(self) -> str:
+        return images.source_name(self.source)
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        """
+        limit: pixels that a picture may have, as far as its minimum allows.
+        row: pixels that a patch row can hold.
+        """
+        size = _native(self, (spec.min_pixels, spec.max_pixels), spec.factor, limit, row)
+        return Plan((size,), (_run(spec, size),))
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        """u8[t h w 3] of each of the plan's pictures."""
+        yield images.resized(self._load(spec, plan.sizes[0]), plan.sizes[0])[None]
+
+    def _load(self, spec: ProcessorSpec, size: Size | None = None) -> Image.Image:
+        image = images.load_image(self.source, spec.missing_rows, size)
+        self.notes.extend(images.notes(image))
+        return image
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut(Still):
+    """A picture that is cropped, stretched or cut into tiles by a rule."""
+
+    rule: Rule
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        images.check_aspect(self.height, self.width)
+        rule, size = self.rule.within(limit), (self.height, self.width)
+        order = rule.order(size, spec.factor)
+        order = np.concatenate([np.arange(spec.shown, dtype=order.dtype), order + spec.shown]) if spec.shown else order
+        return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor)),), rule)
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        for pixels in plan.rule.pictures(self._load(spec)):
+            yield pixels[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """A clip; all its frames have one size."""
+
+    clip: Clip
+    indices: list[int]
+    even: bool = True  # whether the frames are spread evenly
+
+    video = True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Defects of the frames that were read, in words that are counted."""
+        return (BROKEN_FRAMES,) if self.clip.broken else ()
+
+    @classmethod
+    def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "Film":
+        """Reads as many frames as `fps` a second come to, as far as the spec's bounds allow."""
+        count = cls.count(clip, fps, spec)
+        if spec.sampling == videos.MOTION:
+            return cls(clip, videos.moving_frames(clip, count), even=False)
+        return cls(clip, cls.spread(clip, count))
+
+    @staticmethod
+    def count(clip: Clip, fps: float, spec: ProcessorSpec) -> int:
+        return videos.frame_count(clip.frames, clip.fps, fps, spec.min_frames, spec.max_frames)
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        """`count` frame numbers, evenly."""
+        return videos.sample_frames(clip.frames, count)
+
+    @property
+    def name(self) -> str:
+        return self.clip.name
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        clip, frames = self.clip, len(self.indices)
+        limit = max(limit, min(max(spec.factor**2, spec.clip_min_pixels / frames), row))
+        bounds = spec.clip_min_pixels, spec.clip_max_pixels
+        size = videos.clip_size(frames, clip.height, clip.width, spec.factor, spec.temporal_patch, *bounds)
+        size = _within(limit, size, clip.height, clip.width, spec.factor)
+        count = math.ceil(frames / spec.temporal_patch)
+        tokens = spec.tokens(size)
+        return Plan((size,) * count, tuple(_run(spec, size, first * tokens) for first in range(count)))
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        return videos.read_clip(self.clip, self.indices, plan.sizes[0], spec.temporal_patch)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeFilm(Film):
+    """A clip that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191): bounds of pixels hold for every frame."""
+
+    @staticmethod
+    def count(clip: Clip, fps: float, spec: ProcessorSpec) -> int:
+        bounds = spec.min_frames, spec.max_frames, spec.temporal_patch
+        return videos.frame_count(clip.frames, clip.fps, fps, *bounds)
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        return [index * clip.frames // count for index in range(count)]
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        clip, frames = self.clip, len(self.indices)
+        size = _native(clip, (spec.clip_min_pixels, spec.clip_max_pixels), spec.factor, limit, row)
+        count, seconds = math.ceil(frames / spec.temporal_patch), clip.frames / (frames * clip.fps)
+        times = patch_positions(count, spec.position_rate, spec.temporal_patch * seconds)
+        if spec.position_rate and not self.even:
+            times = [int(spec.position_rate * index / clip.fps) for index in self.indices[:: spec.temporal_patch]]
+        return Plan((size,) * count, (_run(spec, size, 0, tuple(times)),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Framed(Film):
+    """A clip whose frames are pictures, each read by the spec's rule: those in the middle of as many equal parts."""
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        return [(2 * part + 1) * clip.frames // (2 * count) for part in range(count)]
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        rule, size = self._rule(spec, limit)
+        order, tokens, count = rule.order(size, spec.factor), spec.tokens(rule.sized(size)), len(self.indices)
+        frame = Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor))
+        return Plan(rule.sizes(size) * count, tuple(_later(frame, number * tokens) for number in range(count)), rule)
+
+    def _rule(self, spec: ProcessorSpec, limit: float) -> tuple[Whole, Size]:
+        """The rule for pictures of at most `limit` pixels, and the frames' own size."""
+        clip = self.clip
+        images.check_aspect(clip.height, clip.width)
+        return spec.clip_rule.within(limit), (clip.height, clip.width)
+
+    def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
+        for frame in self.clip.read(self.indices):
+            yield plan.rule.read(frame)[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeFramed(Framed):
+    """A clip whose frames are read by the spec's rule and are together one run of visual tokens; a NEWLINE ends it."""
+
+    @staticmethod
+    def spread(clip: Clip, count: int) -> list[int]:
+        return videos.sample_frames(clip.frames, count)
+
+    def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
+        (rule, size), count = self._rule(spec, limit), len(self.indices)
+        order, mix = frame_by_frame(rule, size, spec.factor, count)
+        return Plan(rule.sizes(size) * count, (Run(order, *in_a_line(len(order)), mix),), rule)
+
+
+def frame_by_frame(rule: Whole, size: Size, factor: int, count: int) -> tuple[np.ndarray, Mix | None]:
+    """The order and the mix of `count` frames of a clip, and of the NEWLINE that ends it."""
+    frame, step = (rule.order(size, factor), rule.mix(size, factor)), math.prod(s // factor for s in rule.sized(size))
+    runs, firsts = [frame] * count + [(np.array([NEWLINE]), None)], [*range(0, count * step, step), 0]
+    return spread(np.ones(count * len(frame[0]) + 1, bool), runs, firsts)
+
+
+def _native(source: Any, bounds: tuple[int, int], factor: int, limit: float, row: float) -> Size:
+    """Nearly the size that something has: within bounds of pixels, and within a limit as far as they allow."""
+    least, most = bounds
+    limit = max(limit, min(least, row))
+    size = images.smart_resize(source.height, source.width, factor, least, most)
+    return _within(limit, size, source.height, source.width, factor)
+
+
+def _within(limit: float, size: Size, height: int, width: int, factor: int) -> Size:
+    """`size`, unless it is over the limit and a smaller one is less."""
+    if math.prod(size) <= limit:
+        return size
+    return min(images.fitted_size(height, width, factor, limit), size, key=math.prod)

@@ -1,0 +1,184 @@
+"""What a record says: the layouts in which conversations and documents are published, all read into one.
+
+The table of layouts, roles and fields is in docs/data.md. A record is a mapping; a field that is None counts as absent.
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": ...}]}, ...]}
+    {"image": A, "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": ...}]}
+    {"images": [A], "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ...}]}
+    {"images": [A], "texts": [{"user": "What is it?", "assistant": ...}]}
+    {"images": [A], "query": "What is it?", "response": ...}, or the columns of Alpaca, TRL and others
+    {"texts": ["A cat.", None, "A dog."], "images": [None, A, None]}
+    {"text_list": ["A cat.", ...], "image_info": [{"image_name": A, "matched_text_index": 0}]}
+    {"images": [A], "text": "A cat."}, or "caption"
+
+The first is that of Qwen and OpenAI; parts of its content that name no file take those of "images" in turn. The second
+is LLaVA's: `<image>` and `<video>` stand for the files in "image" or "images", "video" or "videos", in turn. In the
+next three, files go before the first question, unless `<image>` or `<video>` say where. The others are documents, where
+nobody asks: interleaved as in OBELICS, as in MMC4, and a text with what it is about.
+
+Of a pair of answers one is chosen and one rejected. To a conversation that ends with the chosen one "rejected" is
+added; or the answers stand beside the question, as TRL, RLHF-V, MMPR and ms-swift write them:
+
+    {"images": [A], "messages": [..., {"role": "assistant", "content": "A cat."}], "rejected": "A dog."}
+    {"images": [A], "prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
+    {"image": A, "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+    {"image": A, "text": '{"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}'}
+
+Any of them may have "facts", a text or a list of texts that are true of its pictures, such as a caption by people: a
+reward model reads them beside an answer.
+
+A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datasets have it. A clip may also be a list
+of pictures: as a part's "video", or beside the messages as "frames", each with "fps".
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_jax.common.printable import printable
+from mllm_jax.data.records import fields
+from mllm_jax.data.records.fields import ABOUT, CLIPS, FIELDS, FILES, NOT_READ, Bad, present, unread
+from mllm_jax.data.records.grounding import PLACEHOLDER, with_objects
+from mllm_jax.data.records.layouts import Layout, read_layout
+from mllm_jax.data.records.messages import in_order, normal_messages, parsed, tools_beside, with_system
+from mllm_jax.data.records.pairs import unpacked, with_chosen
+from mllm_jax.data.records.parts import (
+    Find,
+    files_beside,
+    found_parts,
+    normal_parts,
+    unread_of_parts,
+    with_asked,
+    with_files,
+)
+
+DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
+LIKED = ("label", "kto_tag")  # false of an answer that people disliked
+ALWAYS = frozenset((*FILES, *CLIPS, "facts"))  # fields that every layout may have
+KEPT = FIELDS - {*FILES, *ABOUT, "input", "history", "facts"}  # fields whose empty text or list is no absence
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used. `reason` is one of a few short phrases, to be counted; `id` names the record."""
+
+    def __init__(self, reason: str, id: str, detail: str = ""):
+        id, detail = printable(id), printable(detail)
+        super().__init__(f"{id}: {reason}" + (f" ({detail})" if detail else ""))
+        self.reason, self.id, self.detail = reason, id, detail
+
+    def __reduce__(self):
+        return BadRecord, (self.reason, self.id, self.detail)  # it is raised in worker processes, too
+
+
+class BadData(RuntimeError):
+    """Too many records are broken, none can be used, or they are not those that the run counts on."""
+
+
+def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
+    """{"messages": [{"role", "content"}], "kind": str, "id": str} in Hugging Face's layout, of any layout above.
+
+    Messages are those of `mllm_jax.data.records.messages`; a document is one message of the role DOCUMENT. Pictures and
+    clips are what `find` says, or bytes. A pair of answers is a conversation that ends with the chosen one, and also
+    has {"rejected": str}. With facts it has {"facts": str}, with tools {"tools": [dict]}. {"notes": (str, ...)} says
+    what was left out of the record, in words that can be counted.
+
+    Args:
+        name: what the record is called where it has no id of its own.
+        find: of the name of a file, its path or its bytes; raises Bad.
+
+    Raises:
+        BadRecord: it has no known layout, wrong roles or placeholders, fields that cannot be honored, or lacks a file.
+    """
+    try:
+        if not isinstance(record, Mapping):
+            raise Bad("not a conversation", f"a {type(record).__name__}, not an object")
+        record = unpacked(present(record, KEPT))
+        name = str(record.get("id", name))
+        found = _read(record, find)
+        check_texts(found)
+    except Bad as error:
+        raise BadRecord(error.args[0], name, *error.args[1:]) from error.__cause__
+    kind = printable(str(record.get("task") or record.get("kind") or ""))
+    return {"messages": found.pop("messages"), "kind": kind, "id": printable(name)} | found
+
+
+def check_texts(value: Any) -> None:
+    """Raises Bad where a text of a record is no Unicode, as JSON's "\\ud800" is none: tokenizers take no such text."""
+    if isinstance(value, str):
+        if not value.isascii() and _SURROGATE.search(value):
+            raise Bad("not a text", f"a lone surrogate in {printable(value)!r:.80}")
+    elif isinstance(value, Mapping):
+        for inner in value.items():
+            check_texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_texts(inner)
+
+
+def labels(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts, numbers and truths of a record that belong to no layout: what tells records apart, as "split" does."""
+    return {key: x for key, x in record.items() if key not in FIELDS and isinstance(x, str | int | float)}
+
+
+def _read(record: dict[str, Any], find: Find) -> dict[str, Any]:
+    layout = _layout(record)
+    found, notes = (_conversation if layout.parts is None else _document)(record, layout)
+    messages = found["messages"]
+    notes += [NOT_READ.format(f"content.{name}") for name in unread_of_parts(messages)]
+    messages = with_asked(messages, record)
+    messages = [message | {"content": found_parts(message["content"], find)} for message in messages]
+    found |= {"messages": messages, "facts": _facts(record.get("facts")), "notes": tuple(dict.fromkeys(notes)) or None}
+    return {field: value for field, value in found.items() if value is not None}
+
+
+def _layout(record: Mapping[str, Any]) -> Layout:
+    try:
+        return read_layout(record)
+    except Bad:
+        unread(fields.RECORD, frozenset(record), FIELDS)  # a misspelled field may be the cause
+        raise
+
+
+def _document(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
+    """A document as one message, and what is left out of its record."""
+    if asked := [name for name in ABOUT if name in record]:
+        raise Bad("unsupported field", f'"{asked[0]}": a document has none, only a conversation')
+    notes = _unread(record, layout.read)
+    return {"messages": [{"role": DOCUMENT, "content": normal_parts(layout.parts)}]}, notes
+
+
+def _conversation(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
+    """A conversation, and what is left out of its record."""
+    turns, rejected, pair = with_chosen(layout.turns, record)
+    notes = _unread(record, layout.read | pair | {*ABOUT})
+    if any(record.get(name) is False for name in LIKED):
+        raise Bad("answer not to be given", '"label" is false; such records are no pairs, and cannot be learned from')
+    messages, left = normal_messages(turns)
+    messages = with_files(messages, files_beside(record), layout.in_text)
+    if boxes := "objects" in record:
+        messages = with_objects(messages, parsed(record["objects"], "objects"))
+    messages, trimmed = in_order(with_system(messages, record.get("system")))
+    if boxes and rejected is not None and PLACEHOLDER.search(rejected):
+        raise Bad("not a pair", "boxes of a rejected answer must be written in its text")
+    if boxes and trimmed:
+        raise Bad("boxes in a trimmed conversation", f"{trimmed[0]}, so that images may be counted otherwise")
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise Bad("nothing to learn", "every answer has the weight 0")
+    notes += [*(NOT_READ.format(f"messages.{name}") for name in left), *trimmed]
+    return {"messages": messages, "rejected": rejected, "tools": tools_beside(record)}, notes
+
+
+def _unread(record: Mapping[str, Any], read: frozenset[str]) -> list[str]:
+    return [*map(NOT_READ.format, unread(fields.RECORD, frozenset(record), read | ALWAYS))]
+
+
+def _facts(facts: Any) -> str | None:
+    """Facts as one text, a line each."""
+    if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
+        return "\n".join(facts)
+    if not isinstance(facts, str | None):
+        raise Bad("not a fact", '"facts" must be a text or a list of texts')
+    return facts

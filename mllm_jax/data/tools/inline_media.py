@@ -1,0 +1,67 @@
+"""Records that need no other file: pictures and clips as the bytes of their files."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mllm_jax.data.media import resolve
+from mllm_jax.data.records.records import BadRecord
+from mllm_jax.data.vision.images import load_image, open_image
+
+LARGEST = 2**28  # bytes of a clip: a longer one would be read whole to show a few of its frames
+
+
+def embedded(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with bytes in place of paths, pictures in memory and arrays, which become PNG.
+
+    A clip in memory becomes the list of its frames. Raises BadRecord where a picture has no readable header, a file is
+    gone or a clip is too large.
+    """
+
+    def content(value: Any) -> Any:
+        return value if isinstance(value, str) else [_part(part, record["id"]) for part in value]
+
+    return record | {"messages": [m | {"content": content(m["content"])} for m in record["messages"]]}
+
+
+def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
+    try:
+        if part["type"] == "image":
+            return part | {"image": _picture(part["image"])}
+        return part | {"video": _clip(part["video"], name)} if part["type"] == "video" else part
+    except FileNotFoundError as error:
+        raise BadRecord("missing file", name, str(error)) from error
+    except BadRecord:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadRecord("not readable", name, str(error)) from error
+
+
+def _picture(source: Any) -> bytes:
+    source = resolve(source)
+    open_image(source)  # raises ValueError where it is no picture
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return Path(source).read_bytes()
+    return _png(load_image(source))
+
+
+def _clip(source: Any, name: str) -> bytes | list[bytes]:
+    if isinstance(source, np.ndarray | list | tuple):
+        return [_picture(frame) for frame in source]
+    source = resolve(source)
+    size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+    if size > LARGEST:
+        raise BadRecord("clip too large to embed", name, f"{size} bytes, over {LARGEST}")
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()

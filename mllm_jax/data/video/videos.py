@@ -1,0 +1,147 @@
+"""Clips: a video file, an array or a list of pictures to a few resized frames and their times.
+
+Frames are read one by one and resized at once, so a clip is never held in full size.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mllm_jax.data.media import source_name
+from mllm_jax.data.video.reader import open_file
+from mllm_jax.data.vision.images import load_image, resized, shrunk_size, smart_resize
+
+EVEN, MOTION = SAMPLINGS = ("even", "motion")  # how frames are chosen: evenly spread, or denser where they differ
+CANDIDATES, MOST = 8, 2048  # frames that are compared for each that is chosen, and in all
+SMALL = (32, 32)  # pixels at which they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip whose pixels are not read yet.
+
+    frames, fps: number of frames, and frames per second. Frame i of a file is what it shows i / fps seconds after its
+        first frame (up to the rounding of its times), also where its rate varies.
+    height, width: pixels of an upright frame.
+    name: path, or what the clip is.
+    read: yields the frames of these rising numbers, upright RGB.
+    broken: frames that could not be decoded and were replaced by those before them, by number. Filled by `read`.
+    """
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    name: str
+    read: Callable[[Sequence[int]], Iterator[Image.Image]]
+    broken: set[int] = dataclasses.field(default_factory=set)
+
+
+def open_clip(source: Any, fps: float, track: int | None = None) -> Clip:
+    """Opens a clip without reading its frames.
+
+    `source`: the path of a video file, the bytes of one, an array u8[t h w 3], or a list of pictures (all of one size).
+    `fps`: frames per second of an array or a list; a file says its own.
+    `track`: number of the video track of a file that holds several. None: FFmpeg's choice.
+    Raises ValueError, naming the file, if it is no video, is empty or is damaged; FileNotFoundError if it is missing.
+    """
+    if isinstance(source, (str, os.PathLike, bytes)):
+        file = open_file(source if isinstance(source, bytes) else os.fspath(source), track)
+        times = file.times
+        return Clip(times.frames, times.fps, file.height, file.width, file.name, file.read, file.broken)
+    if not isinstance(source, (np.ndarray, list, tuple)) or len(source) == 0:
+        raise ValueError(f"a clip must be a path, bytes, u8[t h w 3] or a list of pictures, got {source_name(source)}")
+    if fps <= 0:
+        raise ValueError(f"a clip needs a positive fps, got {fps}")
+    first = load_image(source[0])
+
+    def read(indices):
+        for index in indices:
+            frame = load_image(source[index])
+            if frame.size != first.size:
+                raise ValueError(f"frame {index} of a clip is {frame.size}, its first frame is {first.size}")
+            yield frame
+
+    return Clip(len(source), float(fps), first.height, first.width, source_name(source), read)
+
+
+def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max_frames: int, multiple: int = 1) -> int:
+    """How many of a clip's `frames` are read: `target_fps` a second, within the bounds and what there is.
+
+    `multiple` rounds the bounds inwards and the count down; it is 1 for Qwen3-VL, whose odd tail is padded instead.
+    """
+    low = math.ceil(min_frames / multiple) * multiple
+    high = math.floor(min(max_frames, frames) / multiple) * multiple
+    return max(1, int(min(max(frames / fps * target_fps, low), high)) // multiple * multiple)
+
+
+def sample_frames(frames: int, count: int) -> list[int]:
+    """`count` frame numbers spread evenly from the first to the last of `frames` (halves round to even)."""
+    return np.linspace(0, frames - 1, count).round().astype(int).tolist()
+
+
+def moving_frames(clip: Clip, count: int) -> list[int]:
+    """`count` rising frame numbers from the first to the last, denser where frames differ.
+
+    Half of them are spread by time and half by motion, which is the mean absolute difference between frames that follow
+    one another among candidates: `CANDIDATES` times as many, evenly spread, read once and made small at once.
+    """
+    candidates = sample_frames(clip.frames, min(clip.frames, max(count, min(CANDIDATES * count, MOST))))
+    motion, before = np.zeros(len(candidates)), None
+    for place, frame in enumerate(clip.read(candidates)):
+        small = np.asarray(frame.convert("L").resize(SMALL, Image.Resampling.BOX), np.float64)
+        motion[place] = 0 if before is None else np.abs(small - before).mean()
+        before = small
+    if not motion.any():
+        return sample_frames(clip.frames, count)
+    time = np.arange(len(candidates)) / max(1, len(candidates) - 1)
+    passed = (time + np.cumsum(motion) / motion.sum()) / 2  # 0 at the first, 1 at the last
+    places, order = np.searchsorted(passed, np.linspace(0, 1, count) - 1e-9), np.arange(count)
+    places = np.maximum.accumulate(places - order) + order  # no candidate twice
+    return [candidates[place] for place in np.minimum(places, len(candidates) - count + order)]
+
+
+def patch_times(indices: Sequence[int], fps: float, temporal_patch: int) -> list[float]:
+    """Seconds at the middle of every temporal patch: the mean of its first and last frame, the tail's last repeated."""
+    last = len(indices) - 1
+    starts = range(0, len(indices), temporal_patch)
+    return [(indices[start] / fps + indices[min(start + temporal_patch - 1, last)] / fps) / 2 for start in starts]
+
+
+def clip_size(
+    frames: int, height: int, width: int, factor: int, temporal_patch: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """(height, width) at which the frames of a clip are read; the bounds count the pixels of all `frames` together.
+
+    `smart_resize` for clips, as in Qwen3-VL (arXiv 2511.21631): sides under `factor` are first scaled up to it.
+    Raises ValueError for an aspect ratio over 200.
+    """
+    frames = max(frames, temporal_patch)
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    rows, columns = smart_resize(height, width, factor, 0, 2**62)
+    pixels = round(frames / temporal_patch) * temporal_patch * rows * columns
+    if pixels > max_pixels:
+        return shrunk_size(height, width, factor, max_pixels, frames)
+    if pixels < min_pixels:
+        scale = math.sqrt(min_pixels / (frames * height * width))
+        return tuple(math.ceil(side * scale / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def read_clip(clip: Clip, indices: Sequence[int], size: tuple[int, int], temporal_patch: int) -> Iterator[np.ndarray]:
+    """Yields the temporal patches of a clip, u8[t h w 3] at `size`; t is `temporal_patch`, or less in the tail."""
+    frames = []
+    for frame in clip.read(indices):
+        frames.append(resized(frame, size))
+        if len(frames) == temporal_patch:
+            yield np.stack(frames)
+            frames = []
+    if frames:
+        yield np.stack(frames)

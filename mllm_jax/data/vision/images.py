@@ -1,0 +1,291 @@
+"""Still pictures: any file, array or PIL image to upright RGB, then to patches. PIL and numpy only."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from mllm_jax.data.media import resolve, source_name
+from mllm_jax.data.vision.image_files import open_file, orientation, truncated_image
+
+MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake
+MAX_BYTES = 2**29  # that the pixels of a picture and their copies may take: a file of 16 kB may ask for any number
+LARGE = 2**25  # pixels above which a JPEG may be decoded at a half, a quarter or an eighth of its sides
+BAND = 2**20  # pixels that are converted at once
+BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # of a pixel by mode; 4 in all others
+DECODERS = {"AVIF": 4, "HEIF": 4, "JPEG2000": 16, "WEBP": 4}  # bytes of a pixel that a decoder holds beside PIL's image
+MAX_ASPECT = 200
+DISTORTED = 1.25  # times, from which another aspect ratio counts as distorted
+TRUNCATED = "rows of a truncated JPEG are missing"
+TURNED = {  # by the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextlib.contextmanager
+def _reading(source: Any) -> Iterator[None]:
+    """Names the file in the error. PIL's readers raise anything from SyntaxError to struct.error on a damaged one."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{source_name(source)}: not a readable picture ({error})") from error
+
+
+def open_image(source: Any) -> Image.Image:
+    """Opens a picture without decoding its pixels (a file's header is enough for `upright_size`).
+
+    `source`: a path, the bytes of a file, a PIL image, or an array u8[h w], u8[h w 1], u8[h w 3] or u8[h w 4].
+    Raises ValueError, naming the file, if it is no picture or is too large; FileNotFoundError if it is missing.
+    """
+    source = resolve(source)
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ValueError(f"a picture array must be u8[h w], or u8[h w 1|3|4], got {source.dtype}{source.shape}")
+        return Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise ValueError(f"a picture must be a path, bytes, an array or a PIL image, got {type(source).__name__}")
+    if not isinstance(source, bytes) and not os.path.exists(source):
+        raise FileNotFoundError(f"{source_name(source)}: no such picture")
+    with _reading(source):
+        image = open_file(source)
+    try:
+        check_pixels(image.height, image.width)
+    except ValueError as error:
+        raise ValueError(f"{source_name(source)}: {error}") from error
+    if not isinstance(image, JpegImageFile):  # which may be decoded at a smaller size
+        with _reading(source):
+            _check_memory(image)
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after the EXIF rotation, without decoding the pixels."""
+    if isinstance(image, TiffImageFile):  # PIL turns these itself, and states their size upright
+        return image.height, image.width
+    return (image.width, image.height) if orientation(image) >= 5 else (image.height, image.width)
+
+
+def upright_rgb(image: Image.Image, missing_rows: float = 0.0, size: tuple[int, int] | None = None) -> Image.Image:
+    """Decodes to 8-bit RGB: EXIF rotation applied, transparency laid on white, deep grey scaled to 8 bits.
+
+    `missing_rows`: largest share of the rows that a JPEG may lack, from 0 to 1. They are gray or lack detail, and
+    `info["missing_rows"]` of the result is their share. A file without its end mark lacks none.
+    `size`: (height, width) that the picture is resized to next. A JPEG of more than LARGE pixels that has over twice as
+    many on each side may be decoded at a reduced size. None: it is decoded as it is.
+    Raises ValueError, naming the file, if the pixels cannot be decoded (a truncated or damaged file) or take more than
+    MAX_BYTES.
+    """
+    with _reading(image):
+        image = _decoded(image, missing_rows, size)
+        if image.mode != "RGB" or image.has_transparency_data:
+            image = _to_rgb(image)
+        turned = TURNED.get(orientation(image))
+        return image if turned is None else image.transpose(turned)
+
+
+def _decoded(image: Image.Image, missing_rows: float, size: tuple[int, int] | None) -> Image.Image:
+    stored = image.width * image.height
+    if isinstance(image, JpegImageFile) and size is not None and stored > LARGE:
+        height, width = size if orientation(image) < 5 else size[::-1]
+        image.draft(None, (2 * width, 2 * height))
+    _check_memory(image, stored)
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if stored > LARGE or (found := truncated_image(image)) is None:
+            raise
+        whole, missing = found
+        if missing > missing_rows:
+            raise ValueError(
+                f"it is cut off: {missing:.1%} of its rows are missing, over missing_rows={missing_rows}"
+            ) from error
+        if missing:
+            whole.info["missing_rows"] = missing
+        return whole
+
+
+def _check_memory(image: Image.Image, stored: int = 0) -> None:
+    """Raises ValueError if the pixels of an image and their copies as upright RGB take more than MAX_BYTES.
+
+    `stored`: pixels of the file, where it is decoded at another size. Of a progressive JPEG all of them are held.
+    """
+    copies = (image.mode != "RGB" or image.has_transparency_data) + (orientation(image) != 1)
+    pixel = BYTES.get(image.mode, 4) + 4 * copies + DECODERS.get(image.format, 0)
+    needed = image.width * image.height * pixel
+    if image.info.get("progressive") and isinstance(image, JpegImageFile):
+        sampling = [across * down for _, across, down, _ in image.layer]
+        needed += 2 * stored * sum(sampling) // max(sampling)
+    check_bytes(needed, f"{image.width}x{image.height} pixels of mode {image.mode}")
+
+
+def check_bytes(needed: int, what: str) -> None:
+    """Raises ValueError if something takes more than MAX_BYTES."""
+    if needed > MAX_BYTES:
+        raise ValueError(f"{what} take {needed / 2**20:.0f} MB of memory, over {MAX_BYTES / 2**20:.0f}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, in bands of rows: the steps in between take many times the memory of the image."""
+    rows = max(1, BAND // image.width)
+    edges = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    convert = _on_white if image.has_transparency_data else lambda band: band.convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        peak = max((_values(image.crop(edge)).max(initial=0) for edge in edges), default=0)
+        convert = lambda band: _to_8_bits(band, peak).convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    rgb.info = dict(image.info)
+    for edge in edges:
+        rgb.paste(convert(image.crop(edge)), edge)
+    return rgb
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image, np.float64))
+
+
+def _to_8_bits(image: Image.Image, peak: float) -> Image.Image:
+    """PIL's own conversion of 16-bit, 32-bit and float grey clips at 255 instead of scaling."""
+    if image.mode == "F":
+        full = 1.0 if peak <= 1 else 255.0
+    elif image.mode == "I":  # 32-bit files hold 8-bit or 16-bit grey far more often than 32-bit
+        full = 255.0 if peak <= 255 else 65535.0
+    else:
+        full = 65535.0
+    return Image.fromarray(np.clip(np.rint(_values(image) * (255 / full)), 0, 255).astype(np.uint8))
+
+
+def load_image(source: Any, missing_rows: float = 0.0, size: tuple[int, int] | None = None) -> Image.Image:
+    """`open_image`, then `upright_rgb`: any supported source as an upright RGB picture."""
+    return upright_rgb(open_image(source), missing_rows, size)
+
+
+def notes(image: Image.Image) -> list[str]:
+    """Defects of a loaded picture, in words that are counted."""
+    return [TRUNCATED] if image.info.get("missing_rows") else []
+
+
+def shrunk_size(height: int, width: int, factor: int, max_pixels: int, frames: int = 1) -> tuple[int, int]:
+    """Multiples of `factor`, nearly of this aspect ratio: `frames` of them hold `max_pixels`; a side is >= `factor`."""
+    scale = math.sqrt((frames * height * width) / max_pixels)
+    return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError for a size that no picture is read at: too many pixels, or too long for its width."""
+    check_pixels(height, width)
+    check_aspect(height, width)
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raises ValueError if a picture has more than MAX_PIXELS pixels."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"a picture of {width}x{height} has over {MAX_PIXELS} pixels")
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Raises ValueError if one side is more than 200 times the other: such a picture would grow beyond all bounds."""
+    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT:
+        raise ValueError(f"a picture of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size at which a picture is read: multiples of `factor`, close to its own size and aspect ratio.
+
+    `factor`: pixels of a visual token's side (patch x merge). `min_pixels`, `max_pixels`: bounds of height x width.
+    The rule of Qwen2-VL (arXiv 2409.12191) in all its rounding: halves go to the even side. A side under half of
+    `factor` counts as one `factor`, as in the official code (transformers' copy rounds it to nothing and enlarges).
+    Raises ValueError if one side is more than 200 times the other.
+    """
+    check_aspect(height, width)
+    rounded = tuple(max(factor, round(side / factor) * factor) for side in (height, width))
+    if math.prod(rounded) > max_pixels:
+        return shrunk_size(height, width, factor, max_pixels)
+    if math.prod(rounded) < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        return tuple(math.ceil(side * scale / factor) * factor for side in (height, width))
+    return rounded
+
+
+def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tuple[int, int]:
+    """The size at which a picture is read that must be smaller than the processor of its model asks for.
+
+    That is `shrunk_size`, unless it changes the aspect ratio by more than DISTORTED: it rounds both sides down, which
+    turns a long picture that should be 1.5 `factor` high into one that is 1 high and too long. Then it is the largest
+    size beside it with a better aspect ratio. Where even one row of a better one is more than `max_pixels`, it is that
+    row, which does not fit.
+
+    Example: in units of `factor`, 20:1 is 1 x 20 instead of 1 x 30 within 45, and 1 x 16 instead of 1 x 4 within 1.
+    """
+    aspect, most = max(height, width) / min(height, width), max(1, int(max_pixels / factor**2))
+    shorts = {max(1, math.floor(math.sqrt(most / aspect)) + more) for more in (0, 1)}
+    sizes = {(short, long) for short in shorts for long in (math.floor(short * aspect), math.ceil(short * aspect))}
+    sizes = {(short, min(long, most // short)) for short, long in sizes if short <= most}
+    shrunk = sorted(side // factor for side in shrunk_size(height, width, factor, max_pixels))
+
+    def distortion(size: tuple[int, int]) -> float:
+        ratio = size[1] / size[0] / aspect
+        return max(ratio, 1 / ratio)
+
+    least = math.ceil(aspect / DISTORTED) if aspect >= 2 else 1  # below 2:1 one square shows the picture
+    if most <= least:
+        short, long = 1, least
+    elif math.prod(shrunk) <= most and distortion(shrunk) <= DISTORTED:
+        short, long = shrunk
+    else:
+        good = [size for size in sizes if distortion(size) <= DISTORTED]
+        short, long = max(good, key=math.prod) if good else min(sizes, key=distortion)
+    return (short * factor, long * factor) if height <= width else (long * factor, short * factor)
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """An RGB picture at `size` (height, width), bicubic: u8[h w 3]."""
+    height, width = size
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) -> np.ndarray:
+    """One temporal patch of pixels to patches: u8[t h w 3], 1 <= t <= temporal_patch, to u8[p C].
+
+    Rows are in merge-block-major order (the merge x merge patches of a visual token lie together, blocks row by row),
+    values in (channel, time, y, x) order. Missing frames repeat the last one: a still picture is one frame. What is
+    left over of the sides is not read.
+    """
+    height, width = (side // (patch * merge) * patch * merge for side in frames.shape[1:3])
+    frames = frames[np.minimum(np.arange(temporal_patch), len(frames) - 1)]
+    return rearrange(
+        frames[:, :height, :width],
+        "t (row m1 y) (column m2 x) c -> (row column m1 m2) (c t y x)",
+        m1=merge, m2=merge, y=patch, x=patch,
+    )  # fmt: skip
+
+
+def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int, merge: int) -> np.ndarray:
+    """The inverse of `patchify`: the pixels u8[t h w 3] of a picture of `grid` = (h, w) patches, u8[p C]."""
+    return rearrange(
+        patches,
+        "(row column m1 m2) (c t y x) -> t (row m1 y) (column m2 x) c",
+        row=grid[0] // merge, m1=merge, m2=merge, c=3, y=patch, x=patch,
+    )  # fmt: skip
