@@ -34,11 +34,11 @@ from mllm_jax.common.config import load  # noqa: E402
 from mllm_jax.model.vlm import abstract_params  # noqa: E402
 from mllm_jax.pretrained.api import CHECKPOINTS  # noqa: E402
 from mllm_jax.sharding import make_mesh  # noqa: E402
-from mllm_jax.train.checkpoint import Checkpoints, Restored  # noqa: E402
-from mllm_jax.train.metrics import read_metrics  # noqa: E402
-from mllm_jax.train.optim import make_optimizer  # noqa: E402
-from mllm_jax.train.run import read_run  # noqa: E402
-from mllm_jax.train.state import abstract_state, state_shardings  # noqa: E402
+from mllm_jax.train.checkpoint.manager import Checkpoints, Restored  # noqa: E402
+from mllm_jax.train.monitor.metrics import read_metrics  # noqa: E402
+from mllm_jax.train.runs.config import read_run  # noqa: E402
+from mllm_jax.train.step.optimizer import make_optimizer  # noqa: E402
+from mllm_jax.train.step.state import abstract_state, state_shardings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_OF_A_LIFE = 10

@@ -25,11 +25,11 @@ from mllm_jax import make_mesh  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
 from mllm_jax.model.vlm import abstract_params  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
-from mllm_jax.train.checkpoint import Checkpoints  # noqa: E402
-from mllm_jax.train.fingerprint import fingerprints  # noqa: E402
-from mllm_jax.train.optim import make_optimizer  # noqa: E402
-from mllm_jax.train.run import read_run, run_config  # noqa: E402
-from mllm_jax.train.state import abstract_state, init_state, state_shardings  # noqa: E402
+from mllm_jax.train.checkpoint.fingerprint import fingerprints  # noqa: E402
+from mllm_jax.train.checkpoint.manager import Checkpoints  # noqa: E402
+from mllm_jax.train.runs.config import read_run, run_config  # noqa: E402
+from mllm_jax.train.step.optimizer import make_optimizer  # noqa: E402
+from mllm_jax.train.step.state import abstract_state, init_state, state_shardings  # noqa: E402
 
 VOCABULARY = 8000  # instead of the 32,000 of benchmarks/lora.py
 POSITION = {"streams": {}, "data": {}}

@@ -25,11 +25,11 @@ from mllm_jax.model.encoders.vit import VitConfig  # noqa: E402
 from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
 from mllm_jax.plan.compile import abstract_step  # noqa: E402
-from mllm_jax.train.data_config import ScenesData  # noqa: E402
-from mllm_jax.train.flops import count_flops, padded  # noqa: E402
-from mllm_jax.train.optim import OptimConfig, make_optimizer  # noqa: E402
-from mllm_jax.train.run import Run, read_run, run_config  # noqa: E402
-from mllm_jax.train.state import init_state  # noqa: E402
+from mllm_jax.train.monitor.flops import count_flops, padded  # noqa: E402
+from mllm_jax.train.runs.config import Run, read_run, run_config  # noqa: E402
+from mllm_jax.train.runs.data import ScenesData  # noqa: E402
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer  # noqa: E402
+from mllm_jax.train.step.state import init_state  # noqa: E402
 
 KINDS = {"all weights": LoraConfig()} | {
     f"adapters, base {base}": LoraConfig(rank=16, base=base) for base in ("float32", "bfloat16", "int8", "int4", "nf4")

@@ -25,9 +25,9 @@ from mllm_jax.model.vlm import ModelConfig, VisionTokenIds, abstract_params  # n
 from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.moe.layer import MoeConfig  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402
-from mllm_jax.train.optim import OptimConfig, make_optimizer  # noqa: E402
-from mllm_jax.train.state import state_from_params  # noqa: E402
-from mllm_jax.train.step import make_train_step  # noqa: E402
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer  # noqa: E402
+from mllm_jax.train.step.state import state_from_params  # noqa: E402
+from mllm_jax.train.step.train_step import make_train_step  # noqa: E402
 
 BASE = {"rows": 4, "patch_rows": 1, "experts": 8, "layers": 4}
 SERIES = {"rows": (2, 4, 8), "patch_rows": (1, 2, 4), "experts": (8, 16, 32), "layers": (4, 8, 16)}

@@ -123,7 +123,7 @@ def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None)
 
     import mllm_jax
     from mllm_jax.families import FAMILIES
-    from mllm_jax.train.flops import count_flops, mfu, useful
+    from mllm_jax.train.monitor.flops import count_flops, mfu, useful
 
     case = CASES[name]
     whole = FAMILIES[case.family].sizes(case.size).encoder

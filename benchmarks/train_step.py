@@ -18,9 +18,9 @@ def against_transformers(rounds: int, rows: int):
     import torch
 
     import mllm_jax
-    from mllm_jax.train.optim import OptimConfig, make_optimizer
-    from mllm_jax.train.state import state_from_params
-    from mllm_jax.train.step import make_train_step
+    from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
+    from mllm_jax.train.step.state import state_from_params
+    from mllm_jax.train.step.train_step import make_train_step
 
     torch.set_num_threads(2)
     reference = pair.reference_model()
@@ -76,10 +76,10 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     import mllm_jax
     from mllm_jax.families.vlms import qwen3_vl
     from mllm_jax.model.vlm import abstract_params
-    from mllm_jax.train.flops import count_flops, mfu, useful
-    from mllm_jax.train.optim import OptimConfig, make_optimizer
-    from mllm_jax.train.state import init_state
-    from mllm_jax.train.step import make_train_step
+    from mllm_jax.train.monitor.flops import count_flops, mfu, useful
+    from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
+    from mllm_jax.train.step.state import init_state
+    from mllm_jax.train.step.train_step import make_train_step
 
     config = qwen3_vl.sizes(size)
     runtime = dataclasses.replace(config.runtime, dtype="bfloat16", remat="full")

@@ -22,10 +22,10 @@ from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
-from mllm_jax.train.data_config import ScenesData
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.processors import SCENES
-from mllm_jax.train.run import Run, TrainConfig, run_config
+from mllm_jax.train.input.processors import SCENES
+from mllm_jax.train.runs.config import Run, TrainConfig, run_config
+from mllm_jax.train.runs.data import ScenesData
+from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS, VOCAB, PIXELS = 96, 4, 384, 16
 

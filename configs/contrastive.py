@@ -17,11 +17,11 @@ from mllm_jax.families import FAMILIES
 from mllm_jax.families.towers import clip, in_vlms, siglip, siglip2
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.data_config import ScenesData
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.processors import SCENES
-from mllm_jax.train.run import Run, TrainConfig, run_config
+from mllm_jax.train.input.processors import SCENES
+from mllm_jax.train.runs.config import Run, TrainConfig, run_config
+from mllm_jax.train.runs.data import ScenesData
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS, LENGTH, SIDE = 96, 4, 16, 8
 DUALS = {name: family for name, family in FAMILIES.items() if family in (clip, siglip, siglip2)}

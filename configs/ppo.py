@@ -14,10 +14,10 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.ppo import PpoConfig
-from mllm_jax.train.reward import RewardConfig
-from mllm_jax.train.run import Stage, read_run, run_config
+from mllm_jax.train.algorithms.reward import RewardConfig
+from mllm_jax.train.losses.ppo import PpoConfig
+from mllm_jax.train.runs.config import Stage, read_run, run_config
+from mllm_jax.train.step.optimizer import OptimConfig
 
 FACTS = RewardConfig(learn=True, prompt="{facts}")  # the embedded tokenizer spells every word that scenes do not need
 

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.train.data_config import CaptionsData
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.preference import PreferenceConfig
-from mllm_jax.train.processors import SCENES
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.input.processors import SCENES
+from mllm_jax.train.losses.preference import PreferenceConfig
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data import CaptionsData
+from mllm_jax.train.step.optimizer import OptimConfig
 
 LOSSES = {
     # Captions change where ratios do by a factor of three. With beta=0.1 DPO goes on, and some are no texts any more.

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, TrainConfig, run_config
+from mllm_jax.train.losses.load_balance import BalanceConfig
+from mllm_jax.train.runs.config import Run, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.step.optimizer import OptimConfig
 
 
 def get_config():

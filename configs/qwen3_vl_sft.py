@@ -15,9 +15,9 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SMALL = ModelConfig(
     encoder=VitConfig(width=256, layers=6, heads=4, mlp=1024, taps=(1, 3, 5)),

@@ -16,11 +16,11 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.data_config import ScenesData
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.processors import SCENES
-from mllm_jax.train.run import Run, TrainConfig, run_config
+from mllm_jax.train.input.processors import SCENES
+from mllm_jax.train.losses.load_balance import BalanceConfig
+from mllm_jax.train.runs.config import Run, TrainConfig, run_config
+from mllm_jax.train.runs.data import ScenesData
+from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS = 96, 4
 HEAD_DIM = WIDTH // HEADS

@@ -18,14 +18,14 @@ from mllm_jax.common.config import ConfigError, told
 from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding import mesh_without_devices, partition_spec, shardings, ways
-from mllm_jax.train.command import read_config
-from mllm_jax.train.files import EMBEDDED, MixtureData
-from mllm_jax.train.files import Files as DataFiles
-from mllm_jax.train.inputs import check_streams
-from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.run import Run, read_run
-from mllm_jax.train.stages import names_in_order, one_run
-from mllm_jax.train.tracing import steps_of
+from mllm_jax.train.input.pipeline import check_streams
+from mllm_jax.train.monitor.profiler import steps_of
+from mllm_jax.train.runs.command import read_config
+from mllm_jax.train.runs.config import Run, read_run
+from mllm_jax.train.runs.data_files import EMBEDDED, MixtureData
+from mllm_jax.train.runs.data_files import Files as DataFiles
+from mllm_jax.train.runs.stages import names_in_order, one_run
+from mllm_jax.train.step.optimizer import make_optimizer
 
 CLUSTER = ("distributed", "coordinator", "processes", "process")  # flags of training that launchers give
 AFTER = "-- --config FILE --workdir DIR ..."  # the arguments of the training

@@ -194,7 +194,7 @@ def train_until_killed(workdir: Path, settings: Sequence[str], step: int) -> Kil
 
 
 def last_step(workdir: Path) -> int:
-    from mllm_jax.train.metrics import read_metrics
+    from mllm_jax.train.monitor.metrics import read_metrics
 
     return max((record["step"] for record in read_metrics(workdir)), default=0)
 
@@ -216,7 +216,7 @@ def answered(folder: Path, questions: int) -> Trained:
 
 def held_out(folder: Path, count: int) -> list[dict]:
     """Held-out conversations, as the run in `folder` sees them: others than those that training was evaluated on."""
-    from mllm_jax.train.checkpoint import read_config
+    from mllm_jax.train.checkpoint.manager import read_config
 
     source = read_config(folder).data.source("heldout")
     return [source[i] for i in range(1, count + 1)]
@@ -274,8 +274,8 @@ def report(
     """Writes the page; `facts` are shown beside scores, size and speed."""
     from mllm_jax.evaluate.metrics import exact_match
     from mllm_jax.model.vlm import count_params
-    from mllm_jax.train.checkpoint import read_config
-    from mllm_jax.train.metrics import read_metrics
+    from mllm_jax.train.checkpoint.manager import read_config
+    from mllm_jax.train.monitor.metrics import read_metrics
 
     parts, records = count_params(read_config(seeing.folder).model), read_metrics(seeing.folder)
     last = [record for record in records if "tokens_per_second" in record][-1]

@@ -11,7 +11,7 @@ from mllm_jax.common.config import suggestion
 
 COMMANDS = {
     "mllm_jax.train": "trains a model, or goes on where a run stopped",
-    "mllm_jax.train.reference": "stores the log-probabilities that preference training compares with",
+    "mllm_jax.train.algorithms.reference": "stores the log-probabilities that preference training compares with",
     "mllm_jax.evaluate": "asks a model held-out questions, and counts the right answers",
     "mllm_jax.generate": "answers questions about images and videos, and chats",
     "mllm_jax.export": "writes what a run trained for transformers or PEFT, and merges adapters",

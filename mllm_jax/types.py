@@ -92,7 +92,7 @@ class Vision(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What PPO knows of answers that a model has given, for every target f32[B T]; see train/ppo.py."""
+    """What PPO knows of answers that a model has given, for every target f32[B T]; see train/losses/ppo.py."""
 
     log_probs: Array  # that the model gave it
     values: Array  # what the critic expected before it

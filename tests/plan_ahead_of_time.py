@@ -11,7 +11,7 @@ from tiny_run import get_config
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan.compile import plan_step
 from mllm_jax.plan.topology import get_topology
-from mllm_jax.train.run import read_run
+from mllm_jax.train.runs.config import read_run
 
 topology, mesh, experts, adapters = (
     sys.argv[1],

@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import tiny_run  # noqa: E402
 
 from mllm_jax.sharding import make_mesh  # noqa: E402
-from mllm_jax.train.run import Run, Stage, read_run, run_config  # noqa: E402
+from mllm_jax.train.runs.config import Run, Stage, read_run, run_config  # noqa: E402
 
 
 def on_one_device(patch) -> None:

@@ -206,7 +206,9 @@ def test_references_come_with_their_records_and_are_refused_with_others(processo
     with pytest.raises(BadData, match="r3 has no log-probabilities"):
         list(loader(processor, records, reading=Pairs(references={k: v for k, v in known.items() if k != "r3"})))
     other = [record(i, rejected="Nothing at all.") for i in range(4)]
-    with pytest.raises(BadData, match="r0 is not what it was .* run python -m mllm_jax.train.reference again"):
+    with pytest.raises(
+        BadData, match="r0 is not what it was .* run python -m mllm_jax.train.algorithms.reference again"
+    ):
         list(loader(processor, other, reading=Pairs(references=known)))
     with pytest.raises(BadData, match="r0 is not what it was"):
         list(loader(processor, records, reading=Pairs(5.0, known)))

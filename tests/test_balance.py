@@ -16,10 +16,10 @@ from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.balance import BalanceConfig, Load, balance_loss, imbalance, totals, z_loss
-from mllm_jax.train.optim import OptimConfig, make_optimizer
-from mllm_jax.train.state import state_from_params
-from mllm_jax.train.step import make_train_step
+from mllm_jax.train.losses.load_balance import BalanceConfig, Load, balance_loss, imbalance, totals, z_loss
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
+from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.train_step import make_train_step
 
 E, TOP = 8, 2
 SOFTMAX = MoeConfig(experts=E, top_k=TOP, mlp=16)

@@ -25,7 +25,7 @@ from mllm_jax.plan.certificate import (
     read_certificate,
 )
 from mllm_jax.sharding import PRESETS, RULES, make_mesh
-from mllm_jax.train.run import with_rules
+from mllm_jax.train.runs.config import with_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ISSUED = {"fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2"}

@@ -11,12 +11,12 @@ from tiny_run import get_config
 from mllm_jax.common.config import ConfigError
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.checkpoint import Checkpoints, read_config, restore_params
-from mllm_jax.train.damage import Damaged
-from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.run import read_run
-from mllm_jax.train.state import abstract_state, init_state, state_shardings
-from mllm_jax.train.tiers import Tiers
+from mllm_jax.train.checkpoint.damage import Damaged
+from mllm_jax.train.checkpoint.manager import Checkpoints, read_config, restore_params
+from mllm_jax.train.checkpoint.tiers import Tiers
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.step.optimizer import make_optimizer
+from mllm_jax.train.step.state import abstract_state, init_state, state_shardings
 
 CONFIG = get_config()
 RUN = read_run(CONFIG)

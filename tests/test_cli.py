@@ -175,7 +175,7 @@ def test_a_command_ends_with_its_code_or_one_line_after_ctrl_c(body, code, said)
 
 
 def test_every_command_ends_that_way():
-    """Those with absl's flags do by `mllm_jax.train.command.run`."""
+    """Those with absl's flags do by `mllm_jax.train.runs.command.run`."""
     root = pathlib.Path(__file__).parents[1]
     ends = {
         path: path.read_text().rpartition('if __name__ == "__main__":')[2]

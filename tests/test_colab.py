@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 from compiler import QUICKLY
 
-from mllm_jax.train.metrics import Display
+from mllm_jax.train.monitor.metrics import Display
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))

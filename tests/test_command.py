@@ -55,7 +55,7 @@ MISTAKES = [("train", *mistake) for mistake in TRAIN.values()] + [
 # Flags live as long as a process: each command has its own.
 SCRIPT = """
 import json, os, runpy, sys
-import mllm_jax.train.command, mllm_jax.train.loop
+import mllm_jax.train.runs.command, mllm_jax.train.loop
 for module, *arguments in json.loads(sys.argv[1]):
     child = os.fork()
     if not child:

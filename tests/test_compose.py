@@ -13,9 +13,9 @@ from tiny_run import load_config, load_module
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import collate, tightest
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.objective import loss_sum
-from mllm_jax.train.processors import make_processor
-from mllm_jax.train.run import read_run
+from mllm_jax.train.algorithms.supervised import loss_sum
+from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.runs.config import read_run
 
 compose = load_module("compose")
 ENCODERS, CONNECTORS, DECODERS = (list(parts) for parts in (compose.ENCODERS, compose.CONNECTORS, compose.DECODERS))

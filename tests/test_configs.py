@@ -11,10 +11,10 @@ from tiny_run import CONFIGS, load_config
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.pipeline.packing import place
 from mllm_jax.model.vlm import ModelConfig, count_params
+from mllm_jax.train.input.processors import make_processor
 from mllm_jax.train.loop import StopSignal, Training
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.processors import make_processor
-from mllm_jax.train.run import read_run
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.runs.config import read_run
 
 ARGUMENTS = {
     "compose": ("siglip,mlp,llama", "dinov2,pixel_shuffle,gemma2,prefix", "qwen2_5_vl,patch_merger,qwen3_vl"),

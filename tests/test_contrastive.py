@@ -11,11 +11,11 @@ from test_dual import inputs_of, tiny
 import mllm_jax
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train import contrastive
-from mllm_jax.train.contrastive import contrastive_loss
-from mllm_jax.train.dual_step import make_contrastive_step, pair_shardings
-from mllm_jax.train.optim import OptimConfig, make_optimizer
-from mllm_jax.train.state import state_from_params
+from mllm_jax.train.algorithms.contrastive import make_contrastive_step, pair_shardings
+from mllm_jax.train.losses import contrastive
+from mllm_jax.train.losses.contrastive import contrastive_loss
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
+from mllm_jax.train.step.state import state_from_params
 from mllm_jax.weights.table import flatten
 
 RULES = Runtime().within("encoder").rules

@@ -24,7 +24,7 @@ from mllm_jax.data.text.chat_template import ChatTemplate
 from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.data.tools.convert import convert
 from mllm_jax.data.tools.inline_media import embedded
-from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.monitor.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

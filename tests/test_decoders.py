@@ -32,8 +32,8 @@ from mllm_jax.families.decoders import (
     qwen3,
 )
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
-from mllm_jax.train.data_config import ScenesData
-from mllm_jax.train.run import Run, read_run, run_config
+from mllm_jax.train.runs.config import Run, read_run, run_config
+from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.weights.table import expand
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)

@@ -7,7 +7,7 @@ import pytest
 from launch import demo
 from launch.demo import Failed, Trained, asked_kinds, fresh_folder, gallery, main, results
 from mllm_jax.evaluate.report import Answer
-from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.monitor.metrics import read_metrics
 
 TINY = [
     "--config.data.batch=1",

@@ -19,11 +19,11 @@ from test_readme import FEW_STEPS, run
 from launch.checks import read_training
 from mllm_jax.common.config import ConfigError, to_config_dict
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.chain import train_run
-from mllm_jax.train.command import read_config
-from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.run import read_run
-from mllm_jax.train.stages import names_in_order, one_run
+from mllm_jax.train.run_stages import train_run
+from mllm_jax.train.runs.command import read_config
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.runs.stages import names_in_order, one_run
+from mllm_jax.train.step.optimizer import make_optimizer
 
 OURS = [
     (page, command)

@@ -16,7 +16,7 @@ from mllm_jax.data.pipeline.workers import OVER_BUDGET
 from mllm_jax.data.records.records import read_record
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.synthetic import tfds_builder
-from mllm_jax.train.run import read_run
+from mllm_jax.train.runs.config import read_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text()

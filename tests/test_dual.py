@@ -17,7 +17,7 @@ from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.towers import clip, siglip, siglip2, vision_only
 from mllm_jax.model.vlm import abstract_params, count_params
-from mllm_jax.train.contrastive import contrastive_loss
+from mllm_jax.train.losses.contrastive import contrastive_loss
 from mllm_jax.weights.table import expand, flatten, to_ours
 
 SMALL = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)

@@ -12,9 +12,9 @@ from mllm_jax.families.__main__ import main as models
 from mllm_jax.plan.certificate import read_mesh as certified_mesh
 from mllm_jax.plan.search import read_mesh
 from mllm_jax.plan.topology import get_topology
-from mllm_jax.train import processes
-from mllm_jax.train.command import read_config
-from mllm_jax.train.tracing import steps_of
+from mllm_jax.train.monitor import processes
+from mllm_jax.train.monitor.profiler import steps_of
+from mllm_jax.train.runs.command import read_config
 
 SCENES = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.py")
 

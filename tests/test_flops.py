@@ -12,14 +12,14 @@ from examples import VALUES, random_example, tiny_config
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.cost import explain
-from mllm_jax.train.data_config import ScenesData
-from mllm_jax.train.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
-from mllm_jax.train.metrics import short
-from mllm_jax.train.objective import loss_sum
-from mllm_jax.train.optim import merge, split
-from mllm_jax.train.run import Run, TrainConfig
+from mllm_jax.train.algorithms.supervised import loss_sum
+from mllm_jax.train.losses.load_balance import BalanceConfig
+from mllm_jax.train.monitor.cost import explain
+from mllm_jax.train.monitor.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
+from mllm_jax.train.monitor.metrics import short
+from mllm_jax.train.runs.config import Run, TrainConfig
+from mllm_jax.train.runs.data import ScenesData
+from mllm_jax.train.step.optimizer import merge, split
 
 
 def dot_flops(jaxpr, times=1):

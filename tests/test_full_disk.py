@@ -20,8 +20,8 @@ from mllm_jax.common.html import write_page
 from mllm_jax.data.__main__ import main as data
 from mllm_jax.model.vlm import VLM, init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
-from mllm_jax.train.lock import locked
-from mllm_jax.train.metrics import MetricsFile, read_metrics
+from mllm_jax.train.checkpoint.lock import locked
+from mllm_jax.train.monitor.metrics import MetricsFile, read_metrics
 
 SAID = "the disk is full; free some space"
 

@@ -22,8 +22,8 @@ SCENES = str(ROOT / "configs" / "scenes.py")
 HERE = ["--config.data.workers=0", "--config.data.prefetch=0"]
 CONFIG = f"""
 import runpy
-from mllm_jax.train.files import FilesData, MixtureData, Part
-from mllm_jax.train.run import Run, Stage, run_config
+from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
+from mllm_jax.train.runs.config import Run, Stage, run_config
 
 model = runpy.run_path({SCENES!r})["model"]
 shape = dict(batch=2, tokens=256, rows=2, patches=64, min_pixels=256, window=0.01)

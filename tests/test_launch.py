@@ -19,7 +19,7 @@ from launch.checks import check_training, read_training
 from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
 from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.plan.chips import CHIPS
-from mllm_jax.train import processes
+from mllm_jax.train.monitor import processes
 
 TRAIN = ["--", "--config", "configs/scenes.py", "--workdir", "/runs/scenes"]
 TRAIN += ["--config.data.batch=128", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]  # on any number of these devices

@@ -10,10 +10,11 @@ import time
 import pytest
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.train import lock
-from mllm_jax.train.lock import FILE, Lock, locked
+from mllm_jax.train.checkpoint import lock
+from mllm_jax.train.checkpoint.lock import FILE, Lock, locked
 
-HOLD = "import sys, pathlib, time; from mllm_jax.train.lock import Lock; Lock(pathlib.Path(sys.argv[1])).take()\n"
+HOLD = "import sys, pathlib, time; from mllm_jax.train.checkpoint.lock import Lock\n"
+HOLD += "Lock(pathlib.Path(sys.argv[1])).take()\n"
 HOLD += "print('held', flush=True); time.sleep(600)"
 
 

@@ -19,12 +19,12 @@ from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.flops import count_flops, padded
-from mllm_jax.train.objective import CrossEntropy, loss_sum
-from mllm_jax.train.optim import OptimConfig, make_optimizer, merge, split
-from mllm_jax.train.run import read_run
-from mllm_jax.train.state import state_from_params
-from mllm_jax.train.step import batch_shardings, make_eval_step, make_train_step
+from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
+from mllm_jax.train.monitor.flops import count_flops, padded
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, merge, split
+from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.train_step import batch_shardings, make_eval_step, make_train_step
 
 EVERYWHERE = LoraConfig(
     rank=4,

@@ -21,11 +21,11 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.generate import __main__ as generate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.lora import split_adapters
-from mllm_jax.train.fingerprint import fingerprint
+from mllm_jax.train.checkpoint.fingerprint import fingerprint
 from mllm_jax.train.loop import train
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.optim import split
-from mllm_jax.train.run import read_run
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.step.optimizer import split
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "lora.md").read_text()
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.sharding import RULES, freeze_rules, make_mesh
-from mllm_jax.train.loss import sample_weights, token_errors, token_loss
+from mllm_jax.train.losses.cross_entropy import sample_weights, token_errors, token_loss
 
 
 def reference(hidden, table, targets, weight):

@@ -8,12 +8,12 @@ import tiny_run
 from mllm_jax.common.config import ConfigError
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train import memory
 from mllm_jax.train.loop import Training
-from mllm_jax.train.memory import Memory, check_memory, host_limit, memory_of, trained_share
-from mllm_jax.train.optim import make_optimizer, split
-from mllm_jax.train.run import read_run, updates_of
-from mllm_jax.train.state import abstract_state, state_shardings
+from mllm_jax.train.monitor import memory
+from mllm_jax.train.monitor.memory import Memory, check_memory, host_limit, memory_of, trained_share
+from mllm_jax.train.runs.config import read_run, updates_of
+from mllm_jax.train.step.optimizer import make_optimizer, split
+from mllm_jax.train.step.state import abstract_state, state_shardings
 
 
 def states(run, mesh):

@@ -19,9 +19,9 @@ from mllm_jax.data.sources.mixture import Mixture, start_of, tempered
 from mllm_jax.evaluate import ask
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.inputs import open_data
-from mllm_jax.train.processors import make_processor
-from mllm_jax.train.run import read_run
+from mllm_jax.train.input.pipeline import open_data
+from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.runs.config import read_run
 
 READER = SimpleNamespace(processor=SimpleNamespace(spec=SEEING))  # as much of a model as evaluation asks for
 WITHIN = 5  # records that the count of a source is off by, in any run of up to 20,000

@@ -15,15 +15,15 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.nn import mlp
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.data_config import ScenesData
-from mllm_jax.train.inputs import Placer
+from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.loop import Diverged, StopSignal, Training
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.nonfinite import find_nonfinite, layer_name
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, TrainConfig, read_run
-from mllm_jax.train.state import new_state
-from mllm_jax.train.tracing import steps_of
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.monitor.nonfinite import find_nonfinite, layer_name
+from mllm_jax.train.monitor.profiler import steps_of
+from mllm_jax.train.runs.config import Run, TrainConfig, read_run
+from mllm_jax.train.runs.data import ScenesData
+from mllm_jax.train.step.optimizer import OptimConfig
+from mllm_jax.train.step.state import new_state
 
 MODEL = tiny_config()
 RUN = Run(MODEL, ScenesData(), OptimConfig(freeze=("encoder/patch_embed/.*",)))

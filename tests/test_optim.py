@@ -9,7 +9,7 @@ from examples import tiny_config
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.optim import OptimConfig, make_optimizer, make_schedule, merge, split
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, make_schedule, merge, split
 
 PATHS = """encoder/patch_embed/w encoder/position_embed encoder/layers/norm1/scale encoder/layers/attention/qkv/w
 encoder/layers/attention/qkv/b encoder/layers/attention/out/w encoder/layers/mlp/up/w connector/main/norm/bias

@@ -13,12 +13,12 @@ from mllm_jax.data.pipeline.preference import Reference
 from mllm_jax.data.synthetic.captions import Captions, count_named, false_share, recall
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding import make_mesh
+from mllm_jax.train.algorithms.preference_records import read_references, write_references
+from mllm_jax.train.algorithms.reference import log_probs
 from mllm_jax.train.loop import train
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.paired_run import read_references, write_references
-from mllm_jax.train.reference import log_probs
-from mllm_jax.train.run import read_run
-from mllm_jax.train.stages import stage_config
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.runs.stages import stage_config
 
 
 def a_config(reference, **preference):
@@ -122,7 +122,7 @@ def test_files_of_references(tmp_path):
         write_references(path, [*written, ("a", Reference(5, (0.0, 0.0)))])
     assert read_references(str(path)) == dict(written)  # what was there is still there
     path.write_text(json.dumps({"id": "a"}))
-    with pytest.raises(ConfigError, match="is not a file of python -m mllm_jax.train.reference"):
+    with pytest.raises(ConfigError, match="is not a file of python -m mllm_jax.train.algorithms.reference"):
         read_references(str(path))
 
 

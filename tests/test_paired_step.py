@@ -13,12 +13,12 @@ from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.data.pipeline.preference import together
 from mllm_jax.model.vlm import VLM
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.loss import token_log_probs
-from mllm_jax.train.optim import OptimConfig, make_optimizer
-from mllm_jax.train.pairs import PairObjective
-from mllm_jax.train.preference import PreferenceConfig
-from mllm_jax.train.state import state_from_params
-from mllm_jax.train.step import batch_shardings, make_train_step
+from mllm_jax.train.algorithms.preference import PairObjective
+from mllm_jax.train.losses.cross_entropy import token_log_probs
+from mllm_jax.train.losses.preference import PreferenceConfig
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
+from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.train_step import batch_shardings, make_train_step
 
 CONFIG = tiny_config()
 BUDGET = Budget(tokens=149, rows=2, patches=128)

@@ -18,13 +18,13 @@ from mllm_jax.evaluate.nearest import nearest
 from mllm_jax.families.towers import clip, siglip, siglip2
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import init_params
-from mllm_jax.train.checkpoint import load_workdir, read_config
-from mllm_jax.train.flops import Counts, count_flops
+from mllm_jax.train.checkpoint.manager import load_workdir, read_config
+from mllm_jax.train.evaluators.retrieval import recall_at_1
+from mllm_jax.train.input.processors import make_processor
 from mllm_jax.train.loop import train
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.processors import make_processor
-from mllm_jax.train.retrieval import recall_at_1
-from mllm_jax.train.run import read_run
+from mllm_jax.train.monitor.flops import Counts, count_flops
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.runs.config import read_run
 
 SIZES = [(20, 45), (64, 64), (100, 30), (8, 9), (33, 70)]
 

@@ -20,12 +20,12 @@ from mllm_jax.families.vlms import llava
 from mllm_jax.model.vlm import init_params
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.chain import train_run
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.initial import first_params, processor_of
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, read_run, run_config
-from mllm_jax.train.stages import ended, stage_config
+from mllm_jax.train.checkpoint.restore import first_params, processor_of
+from mllm_jax.train.run_stages import train_run
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, read_run, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.stages import ended, stage_config
+from mllm_jax.train.step.optimizer import OptimConfig
 
 HERE, THERE = 304, 301  # tokens of the model, and of Llama's folder, on which no mesh divides
 MESH = make_mesh({"fsdp": 4, "tensor": 2})

@@ -28,11 +28,11 @@ from mllm_jax.plan.groups import axes_of
 from mllm_jax.plan.jaxpr import operations, place, products, unknown_loops
 from mllm_jax.plan.topology import Topology, get_topology, targeting
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.compiler import ASYNC_GATHERS, compiler_options
-from mllm_jax.train.inputs import Placer
-from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.run import read_run
-from mllm_jax.train.state import abstract_state, state_shardings
+from mllm_jax.train.input.pipeline import Placer
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.step.compiler import ASYNC_GATHERS, compiler_options
+from mllm_jax.train.step.optimizer import make_optimizer
+from mllm_jax.train.step.state import abstract_state, state_shardings
 
 MESH = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
 
@@ -494,7 +494,7 @@ def test_only_a_tpu_that_is_asked_to_gathers_by_options():
 def test_what_the_step_tells_its_compiler_is_planned_too(monkeypatch):
     """One that there is not: the planner hears of it from the compiler."""
     told = lambda platform, wanted: {f"{platform}_option": "true"} if wanted else {}
-    monkeypatch.setattr("mllm_jax.train.step.compiler_options", told)
+    monkeypatch.setattr("mllm_jax.train.step.train_step.compiler_options", told)
     run = tiny()
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, async_gathers=True))
     with pytest.raises(ConfigError, match="the compiler for cpu:8 refuses the step: .*cpu_option"):

@@ -34,10 +34,10 @@ from mllm_jax.plan.portion import Portion, read_shapes
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.plan.text import duration
 from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.optim import OptimConfig, make_optimizer, split
-from mllm_jax.train.run import Run, TrainConfig, read_run, run_config
-from mllm_jax.train.state import abstract_state, state_shardings
+from mllm_jax.train.runs.config import Run, TrainConfig, read_run, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split
+from mllm_jax.train.step.state import abstract_state, state_shardings
 
 MOE = MoeConfig(experts=8, top_k=2, mlp=64)
 

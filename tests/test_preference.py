@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.train.preference import PreferenceConfig, bco, dpo, ipo, preference_loss, running_mean, sft
+from mllm_jax.train.losses.preference import PreferenceConfig, bco, dpo, ipo, preference_loss, running_mean, sft
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = RNG.uniform(-40, -2, (2, 13, 2))

@@ -17,10 +17,10 @@ from watched_run import STALLED, get_config
 
 from mllm_jax import load_adapters, load_workdir, save_adapters
 from mllm_jax.common.config import ConfigError
-from mllm_jax.train.checkpoint import Checkpoints, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
 from mllm_jax.train.loop import train
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.processes import AGAIN, join
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.monitor.processes import AGAIN, join
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 16

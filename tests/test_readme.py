@@ -35,8 +35,8 @@ def folder(tmp_path_factory):
 
     import mllm_jax
     from mllm_jax.data.synthetic.scenes import Scenes
-    from mllm_jax.train.processors import make_processor
-    from mllm_jax.train.run import read_run
+    from mllm_jax.train.input.processors import make_processor
+    from mllm_jax.train.runs.config import read_run
 
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")

@@ -13,15 +13,15 @@ from tiny_run import CONFIGS, load_module
 
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.chain import train_run
-from mllm_jax.train.command import read_config
-from mllm_jax.train.files import MixtureData
-from mllm_jax.train.inputs import loader_of
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.optim import make_optimizer, split
-from mllm_jax.train.processors import make_processor
-from mllm_jax.train.run import read_run
-from mllm_jax.train.stages import ended, names_in_order, stage_config
+from mllm_jax.train.input.pipeline import loader_of
+from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.run_stages import train_run
+from mllm_jax.train.runs.command import read_config
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.runs.data_files import MixtureData
+from mllm_jax.train.runs.stages import ended, names_in_order, stage_config
+from mllm_jax.train.step.optimizer import make_optimizer, split
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.py"))
 STAGES = {

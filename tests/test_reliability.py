@@ -10,8 +10,8 @@ import sys
 import pytest
 from compiler import QUICKLY
 
-from mllm_jax.train.goodput import PARTS
-from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.monitor.goodput import PARTS
+from mllm_jax.train.monitor.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "reliability.md").read_text()

@@ -21,11 +21,11 @@ from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train import ppo_run
-from mllm_jax.train.optim import split
-from mllm_jax.train.reward import RewardConfig, RewardObjective, scores
-from mllm_jax.train.run import read_run
-from mllm_jax.train.stages import names_in_order, stage_config
+from mllm_jax.train.algorithms import ppo_records
+from mllm_jax.train.algorithms.reward import RewardConfig, RewardObjective, scores
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.runs.stages import names_in_order, stage_config
+from mllm_jax.train.step.optimizer import split
 
 ASKED, CHOSEN, REJECTED, FACTS = "What is it?", "A cat on a mat.", "A dog.", "There is a cat."
 PROMPT = "Is it true? {facts}"
@@ -186,21 +186,21 @@ def test_what_a_run_refuses(monkeypatch, tmp_path):
     with pytest.raises(
         ConfigError, match="ppo.reward='reward' must be the folder of a run that trained a reward model"
     ):
-        ppo_run.judge_run(run)
+        ppo_records.judge_run(run)
     with pytest.raises(ConfigError, match="steps of PPO are not planned"):
         abstract_step(run, make_mesh())
-    monkeypatch.setattr(ppo_run, "read_config", lambda folder: read_run(a_config("learn")))
+    monkeypatch.setattr(ppo_records, "read_config", lambda folder: read_run(a_config("learn")))
     with pytest.raises(ConfigError, match="did not train a reward model; train one with config.train.reward.learn"):
-        ppo_run.judge_run(run)
+        ppo_records.judge_run(run)
     other = a_config("reward")
     other.data.min_pixels = 1024
-    monkeypatch.setattr(ppo_run, "read_config", lambda folder: read_run(other))
+    monkeypatch.setattr(ppo_records, "read_config", lambda folder: read_run(other))
     with pytest.raises(ConfigError, match="reads otherwise than the model: how pictures are read differ"):
-        ppo_run.make_judge(run, make_mesh(), tmp_path, False)
+        ppo_records.make_judge(run, make_mesh(), tmp_path, False)
 
 
 def test_another_tokenizer_is_another_reader(processor):
     run = read_run(a_config())
-    own = ppo_run.make_processor(run.processor, run.model, run.data)
-    found = ppo_run.differences(run, run, own, processor)
+    own = ppo_records.make_processor(run.processor, run.model, run.data)
+    found = ppo_records.differences(run, run, own, processor)
     assert found == ["the tokenizers differ", "the chat templates differ", "how pictures are read differ"]

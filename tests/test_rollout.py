@@ -15,12 +15,12 @@ from mllm_jax.data.pipeline.preference import together
 from mllm_jax.generate.decode import generate_ids, sample_ids
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.optim import OptimConfig, make_optimizer
-from mllm_jax.train.ppo import PpoConfig
-from mllm_jax.train.ppo_step import PpoObjective, make_ppo_step
-from mllm_jax.train.rollout import Judge, experience, written
-from mllm_jax.train.state import state_from_params
-from mllm_jax.train.step import batch_shardings
+from mllm_jax.train.algorithms.ppo import PpoObjective, make_ppo_step
+from mllm_jax.train.algorithms.rollout import Judge, experience, written
+from mllm_jax.train.losses.ppo import PpoConfig
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
+from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.train_step import batch_shardings
 from mllm_jax.types import Example
 
 SEEING = replace(tiny_config(), value=True)

@@ -13,8 +13,8 @@ from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import paligemma
 from mllm_jax.train.loop import StopSignal, Training
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.run import read_run
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.runs.config import read_run
 
 # Family and size; how the tiny tokenizer writes the family's tokens of pictures.
 FAMILIES = {

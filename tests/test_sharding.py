@@ -28,9 +28,9 @@ from mllm_jax.sharding import (
     shardings,
     ways,
 )
-from mllm_jax.train.run import read_run
-from mllm_jax.train.state import state_shardings
-from mllm_jax.train.step import batch_shardings
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.step.state import state_shardings
+from mllm_jax.train.step.train_step import batch_shardings
 
 FSDP = freeze_rules(RULES)
 

@@ -15,9 +15,9 @@ import pytest
 
 from mllm_jax.common.interrupts import held_back
 from mllm_jax.data.pipeline.workers import Workers
-from mllm_jax.train.checkpoint import Checkpoints
-from mllm_jax.train.metrics import read_metrics
-from mllm_jax.train.processes import AGAIN
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.monitor.processes import AGAIN
 
 TESTS = pathlib.Path(__file__).parent
 

@@ -10,7 +10,7 @@ from slurm_cluster import cluster, install, slurm, wait_for
 
 from launch.hosts import ROOT
 from launch.slurm import main
-from mllm_jax.train.metrics import read_metrics
+from mllm_jax.train.monitor.metrics import read_metrics
 
 STEPS = 120
 WAIT = 600  # seconds: every start compiles

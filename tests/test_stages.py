@@ -23,14 +23,14 @@ from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.evaluate.report import short
 from mllm_jax.evaluate.stages import branches, table, write_page
 from mllm_jax.pretrained.api import is_run
-from mllm_jax.train import chain
-from mllm_jax.train.chain import train_run
-from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train import run_stages
+from mllm_jax.train.checkpoint.manager import Checkpoints, load_workdir, read_config, restore_params
 from mllm_jax.train.loop import Training, train
-from mllm_jax.train.metrics import Reporter, read_metrics
-from mllm_jax.train.processes import AGAIN
-from mllm_jax.train.run import read_run
-from mllm_jax.train.stages import ended, names_in_order, one_run, run_folder
+from mllm_jax.train.monitor.metrics import Reporter, read_metrics
+from mllm_jax.train.monitor.processes import AGAIN
+from mllm_jax.train.run_stages import train_run
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.runs.stages import ended, names_in_order, one_run, run_folder
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
 CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}
@@ -190,7 +190,7 @@ def test_processes_are_stopped_in_the_second_stage_and_go_on_there_bit_equal(tmp
 
 def test_a_stage_alone_begins_where_the_one_before_ended_or_anew(uninterrupted, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(chain, "train", lambda config, folder, stop: asked.append((config, folder)) or 16)
+    monkeypatch.setattr(run_stages, "train", lambda config, folder, stop: asked.append((config, folder)) or 16)
     train_run(get_config(), tmp_path, "instruct")
     shutil.copytree(uninterrupted / "align", tmp_path / "align")
     train_run(get_config(), tmp_path, "instruct")
@@ -254,7 +254,7 @@ def test_mistakes_are_told_before_the_first_stage_begins(tmp_path):
         one_run(get_config(), None)
     with pytest.raises(ConfigError, match="--stage=align: the config has no stages"):
         one_run(tiny_run.get_config(), "align")
-    with pytest.raises(ConfigError, match="mllm_jax.train.chain trains them"):
+    with pytest.raises(ConfigError, match="mllm_jax.train.run_stages trains them"):
         train(get_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, init_params
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.objective import CrossEntropy, loss_sum
-from mllm_jax.train.optim import OptimConfig, make_optimizer, split
-from mllm_jax.train.state import init_state, state_from_params, state_shardings
-from mllm_jax.train.step import batch_shardings, make_eval_step, make_train_step
+from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split
+from mllm_jax.train.step.state import init_state, state_from_params, state_shardings
+from mllm_jax.train.step.train_step import batch_shardings, make_eval_step, make_train_step
 
 CONFIG = tiny_config()
 BUDGET = Budget(tokens=149, rows=2, patches=256)

@@ -15,11 +15,11 @@ import mllm_jax
 from mllm_jax.families.decoders import deepseek, qwen3
 from mllm_jax.model.vlm import abstract_params, count_params, init_cache
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.flops import count_flops, useful
-from mllm_jax.train.objective import CrossEntropy
-from mllm_jax.train.optim import OptimConfig, make_optimizer
-from mllm_jax.train.state import state_from_params
-from mllm_jax.train.step import make_train_step
+from mllm_jax.train.algorithms.supervised import CrossEntropy
+from mllm_jax.train.monitor.flops import count_flops, useful
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
+from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.train_step import make_train_step
 from mllm_jax.weights.table import expand, flatten
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)

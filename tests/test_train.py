@@ -17,15 +17,15 @@ from tiny_run import get_config
 from mllm_jax.common.config import ConfigError
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import scores
-from mllm_jax.train.checkpoint import Checkpoints, load_workdir, read_config, restore_params
-from mllm_jax.train.data_config import without_pictures
-from mllm_jax.train.goodput import PARTS, Clock
-from mllm_jax.train.heldout import Spread
-from mllm_jax.train.inputs import Placer
+from mllm_jax.train.checkpoint.manager import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train.evaluators.generation import Spread
+from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.loop import Diverged, StopSignal, Training, train
-from mllm_jax.train.metrics import Meter, MetricsFile, read_metrics
-from mllm_jax.train.processes import AGAIN
-from mllm_jax.train.run import read_run
+from mllm_jax.train.monitor.goodput import PARTS, Clock
+from mllm_jax.train.monitor.metrics import Meter, MetricsFile, read_metrics
+from mllm_jax.train.monitor.processes import AGAIN
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.runs.data import without_pictures
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
 CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}  # of an interval, which begins anew where a run goes on
@@ -121,7 +121,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
 
 
 def test_asked_to_stop_before_the_first_batch_a_run_claims_no_save(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mllm_jax.train.feed.Feed.wait", lambda self, seconds: False)
+    monkeypatch.setattr("mllm_jax.train.input.feed.Feed.wait", lambda self, seconds: False)
     config = get_config()
     training, stop = Training(config, read_run(config), tmp_path), StopSignal()
     stop._asked = True
@@ -219,7 +219,7 @@ def test_damaged_metrics_lose_the_damaged_lines_alone_and_a_copy_stays(tmp_path,
 
 def test_rates_leave_out_pauses_and_the_step_that_compiled(monkeypatch):
     now = 0.0
-    monkeypatch.setattr("mllm_jax.train.goodput.time.perf_counter", lambda: now)
+    monkeypatch.setattr("mllm_jax.train.monitor.goodput.time.perf_counter", lambda: now)
     clock = Clock()
     clock.enter("compile")
     now = 10.0

@@ -5,9 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-from mllm_jax.train.checkpoint import Checkpoints
-from mllm_jax.train.goodput import PARTS, Clock, share, summary
-from mllm_jax.train.watchdog import blame
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.monitor.goodput import PARTS, Clock, share, summary
+from mllm_jax.train.monitor.watchdog import blame
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -45,7 +45,7 @@ def test_the_process_that_the_others_wait_for_is_named():
 def test_goodput_is_kept_over_restarts(monkeypatch):
     now = 1000.0
     for name in ("time", "perf_counter", "monotonic"):
-        monkeypatch.setattr(f"mllm_jax.train.goodput.time.{name}", lambda: now)
+        monkeypatch.setattr(f"mllm_jax.train.monitor.goodput.time.{name}", lambda: now)
     first = Clock()
     now += 10
     first.enter("steps")

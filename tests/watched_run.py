@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import tiny_run  # noqa: E402
 
 from mllm_jax.data.synthetic.scenes import Scenes  # noqa: E402
-from mllm_jax.train.inputs import Placer  # noqa: E402
+from mllm_jax.train.input.pipeline import Placer  # noqa: E402
 
 read, reads, place, batches = Scenes.__getitem__, itertools.count(), Placer.__call__, {}
 POISONED = (10, 11)  # batches

@@ -6,8 +6,9 @@
 
 The published numbers on the parts that exist here, from random weights: DeepSeek-V2-Lite's decoder, which is that of
 the Small, with Qwen's vocabulary, SigLIP-SO400M, and pixel shuffle for the paper's 2 x 2 unfolding. Its tiles do not
-exist: pictures go in in their own size. The argument is "small", or "tiny" (see `mllm_jax.train.miniature`). Source:
-[2] Table 2 of the paper. Warm-up is not published, nor over which tokens experts are balanced: here over a sequence.
+exist: pictures go in in their own size. The argument is "small", or "tiny" (see `mllm_jax.train.runs.miniature`).
+Source: [2] Table 2 of the paper. Warm-up is not published, nor over which tokens experts are balanced: here over a
+  sequence.
 """
 
 from dataclasses import replace
@@ -19,11 +20,11 @@ from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.files import FilesData, MixtureData, Part
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.losses.load_balance import BalanceConfig
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("small",)
 

@@ -3,7 +3,7 @@
     python -m mllm_jax.train --config configs/recipes/internvl_2_5.py --workdir DIR --config.init=FOLDER \
         --config.stages.mlp.data.path=pretrain.jsonl --config.stages.full.data.path=finetune.jsonl
 
-The argument is "1b", or "tiny" (see `mllm_jax.train.miniature`). Sources: [1], [2] of OpenGVLab/InternVL,
+The argument is "1b", or "tiny" (see `mllm_jax.train.runs.miniature`). Sources: [1], [2] of OpenGVLab/InternVL,
 internvl_chat/shell/internvl2.5/stage{1,2}/internvl2_5_1b_qwen2_5_0_5b_dynamic_res_stage{1,2}.sh; [D] defaults of
 transformers' Trainer, which they leave. The second skips a tenth of the tower's layers at random; this one skips none.
 """
@@ -13,10 +13,10 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("1b",)
 

@@ -4,8 +4,8 @@
         --config.data.sources.text.path=texts.jsonl --config.data.sources.pictures.path='pictures/*.parquet' \
         --config.stages.finetune.data.path=conversations.jsonl
 
-The argument is a size of the family without "3-", or "tiny" (see `mllm_jax.train.miniature`). Sources: [P] the paper,
-section 2.2; [F] internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_1b_dynamic_res_2nd_finetune_full.sh of
+The argument is a size of the family without "3-", or "tiny" (see `mllm_jax.train.runs.miniature`). Sources: [P] the
+paper, section 2.2; [F] internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_1b_dynamic_res_2nd_finetune_full.sh of
 OpenGVLab/InternVL, for data of one's own; [2.5] configs/recipes/internvl_2_5.py, whose second stage stands in for the
 learning rate, batch and decay of joint training, which are not published. V2PE, its positions, does not exist here.
 """
@@ -15,10 +15,10 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData, MixtureData, Part
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = tuple(name.removeprefix("3-") for name in internvl.SIZES)
 TOKENS = 200e9  # [P] about 200B

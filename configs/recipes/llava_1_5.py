@@ -3,7 +3,7 @@
     python -m mllm_jax.train --config configs/recipes/llava_1_5.py:7b --workdir DIR --config.init=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
 
-The argument is "7b", "13b", or "tiny" (see `mllm_jax.train.miniature`), each also with "-lora": instructions are
+The argument is "7b", "13b", or "tiny" (see `mllm_jax.train.runs.miniature`), each also with "-lora": instructions are
 learned by adapters of the decoder, and by the connector. Sources: [T] the tables in README.md of haotian-liu/LLaVA;
 [P], [F], [L] its scripts/v1_5/pretrain.sh, finetune.sh and finetune_lora.sh; [A] defaults of llava/train/train.py and
 [D] of transformers' Trainer, which the scripts leave. What has no source is ours.
@@ -15,10 +15,10 @@ from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import llava
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("7b", "13b", "7b-lora", "13b-lora")
 ALIGN = 558_000 // 256  # [T] 558K captions, once, 256 at a time

@@ -3,7 +3,8 @@
     python -m mllm_jax.train --config configs/recipes/llava_next.py:mistral-7b --workdir DIR --config.init=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
 
-The argument is "vicuna-7b", "vicuna-13b", "mistral-7b", "34b", or "tiny" (see `mllm_jax.train.miniature`). Sources:
+The argument is "vicuna-7b", "vicuna-13b", "mistral-7b", "34b", or "tiny" (see `mllm_jax.train.runs.miniature`).
+Sources:
 [P], [F] scripts/train/pretrain_clip.sh and finetune_clip.sh of LLaVA-VL/LLaVA-NeXT, which are for CLIP-L/14-336 and
 Qwen2-7B; [D] defaults of transformers' Trainer, which they leave; [1.5] configs/recipes/llava_1_5.py: they leave the
 global batch to the number of GPUs; [B] llava-vl.github.io/blog/2024-01-30-llava-next, the column "Data (IT)" of its
@@ -15,10 +16,10 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import llava
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("vicuna-7b", "vicuna-13b", "mistral-7b", "34b")
 ALIGN = 558_000 // 256  # [P] blip_558k, 1 epoch; [1.5] 256

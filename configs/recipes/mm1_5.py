@@ -5,7 +5,8 @@
 
 No weights or code of MM1.5 are public. This is its shape with the parts that exist here, from random weights: a CLIP
 ViT-H/14, pooling of 2 x 2 patches for its C-Abstractor, Qwen2.5-3B for its decoder of 3B. Pictures are not cut: one has
-as many pixels as four sub-images and the overview. The argument is "3b", or "tiny" (see `mllm_jax.train.miniature`).
+as many pixels as four sub-images and the overview. The argument is "3b", or "tiny" (see
+`mllm_jax.train.runs.miniature`).
 Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the number of steps are ours.
 """
 
@@ -18,10 +19,10 @@ from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("3b",)
 PIXELS = (1 + 4) * 378**2  # [P] an overview and four sub-images of 378 x 378

@@ -3,10 +3,10 @@
     python -m mllm_jax.train --config configs/recipes/paligemma.py:3b-224 --workdir DIR --config.init=FOLDER \
         --config.data.path=vqav2.jsonl
 
-The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mllm_jax.train.miniature`). Sources: [V]
-big_vision/configs/proj/paligemma/transfers/vqav2.py of google-research/big_vision, `sweep_best` and `get_config`; [O]
-its optax.py, where decay is not multiplied by the learning rate, as it is here; [S] visualqa.org/download.html: 443,757
-questions to train on and 214,354 to validate, of which [V] keeps 10,240 aside.
+The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mllm_jax.train.runs.miniature`). Sources:
+[V] big_vision/configs/proj/paligemma/transfers/vqav2.py of google-research/big_vision, `sweep_best` and `get_config`;
+[O] its optax.py, where decay is not multiplied by the learning rate, as it is here; [S] visualqa.org/download.html:
+443,757 questions to train on and 214,354 to validate, of which [V] keeps 10,240 aside.
 """
 
 from dataclasses import replace
@@ -14,10 +14,10 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import paligemma
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = tuple(name for name in paligemma.SIZES if name.endswith(("-224", "-448")))
 QUESTIONS = 443_757 + 214_354 - 10_240  # [S, V]

@@ -4,7 +4,7 @@
         --config.stages.vision.data.path=pairs.jsonl --config.stages.joint.data.path=all.jsonl \
         --config.stages.instruct.data.path=instructions.jsonl
 
-The argument is "2b", "7b", "72b", or "tiny" (see `mllm_jax.train.miniature`). Source: [Q] the report. Learning
+The argument is "2b", "7b", "72b", or "tiny" (see `mllm_jax.train.runs.miniature`). Source: [Q] the report. Learning
 rates, batches, the length of rows and the size of the instruction set are not published: those here are ours.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import qwen2_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("2b", "7b", "72b")
 VISION = 600e9  # [Q] tokens of the first stage

@@ -3,8 +3,8 @@
     python -m mllm_jax.train --config configs/recipes/qwen3_vl.py:8b --workdir DIR --config.init=FOLDER \
         --config.data.path=conversations.jsonl --config.stages.s3.data.path=long.jsonl
 
-The argument is a size of the family, or "tiny" (see `mllm_jax.train.miniature`). Sources: [T] Table 1 of the report;
-[A] its abstract. Learning rates, batches and warm-up are not published: those here, and the meshes, are ours.
+The argument is a size of the family, or "tiny" (see `mllm_jax.train.runs.miniature`). Sources: [T] Table 1 of the
+report; [A] its abstract. Learning rates, batches and warm-up are not published: those here, and the meshes, are ours.
 """
 
 from dataclasses import replace
@@ -12,10 +12,10 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.files import FilesData
-from mllm_jax.train.miniature import miniature
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.run import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.data_files import FilesData
+from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = tuple(qwen3_vl.SIZES)
 STEP = 2**23  # tokens of a step

@@ -1,6 +1,6 @@
 """Command lines of all programs: the form of their help, and errors of one line.
 
-Programs that read the config of a run have absl's flags (`mllm_jax.train.command`), all others a `Parser`.
+Programs that read the config of a run have absl's flags (`mllm_jax.train.runs.command`), all others a `Parser`.
 """
 
 import argparse

@@ -7,8 +7,8 @@ import jax
 
 from mllm_jax.pretrained.api import Pretrained
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.retrieval import Retrieval
-from mllm_jax.train.run import Run
+from mllm_jax.train.evaluators.retrieval import Retrieval
+from mllm_jax.train.runs.config import Run
 
 
 def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.common.html import log_ticks, percent, short, ticks, write_page
-from mllm_jax.train.goodput import PARTS, hours
+from mllm_jax.train.monitor.goodput import PARTS, hours
 from mllm_jax.types import MODALITIES
 
 LABEL_HEIGHT = 15  # pixels that the label of a line needs
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     """What one training run left behind. The first run of a report is the one that it is about."""
 
     name: str
-    records: Sequence[Mapping[str, Any]] = ()  # of `mllm_jax.train.metrics.read_metrics`
+    records: Sequence[Mapping[str, Any]] = ()  # of `mllm_jax.train.monitor.metrics.read_metrics`
     exact_match: Mapping[str, float] = {}  # kind -> share of right answers in the end
     marks: Sequence[tuple[int, str]] = ()  # (step, what happened then)
 

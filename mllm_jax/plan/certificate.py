@@ -18,12 +18,12 @@ from mllm_jax.common.settings import Config, Positive
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.model.vlm import VLM, ModelConfig, init_params
 from mllm_jax.sharding import MESH_AXES, make_mesh
-from mllm_jax.train.balance import BalanceConfig
-from mllm_jax.train.optim import OptimConfig
-from mllm_jax.train.processors import SCENES, make_processor
-from mllm_jax.train.run import PARTS, processor_source, read_run
-from mllm_jax.train.state import state_from_params, state_shardings
-from mllm_jax.train.step import batch_shardings, make_train_step
+from mllm_jax.train.input.processors import SCENES, make_processor
+from mllm_jax.train.losses.load_balance import BalanceConfig
+from mllm_jax.train.runs.config import PARTS, processor_source, read_run
+from mllm_jax.train.step.optimizer import OptimConfig
+from mllm_jax.train.step.state import state_from_params, state_shardings
+from mllm_jax.train.step.train_step import batch_shardings, make_train_step
 from mllm_jax.types import Batch
 
 MESHES = ("fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2")

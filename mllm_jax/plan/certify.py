@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mllm_jax.plan.certificate import Comparison, compare, devices, read_certificate
-from mllm_jax.train import command
+from mllm_jax.train.runs import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to certify: a Python file with get_config(argument).")
 WIDE = 140  # characters of a line in a file

@@ -21,7 +21,7 @@ from mllm_jax.model.vlm import abstract_params, head_table
 from mllm_jax.plan import hlo
 from mllm_jax.plan.jaxpr import Operation, part_of, place, unknown_loops
 from mllm_jax.sharding import ways
-from mllm_jax.train.run import Run
+from mllm_jax.train.runs.config import Run
 
 MASK = 2**20  # pairs of a query and a key from which on a mask is worth a warning
 MIB = 2**20

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive, PositiveInt
-from mllm_jax.train.flops import peak_flops
+from mllm_jax.train.monitor.flops import peak_flops
 
 GIB = 2**30
 CLOUD = "https://docs.cloud.google.com/tpu/docs"
@@ -13,7 +13,7 @@ CLOUD = "https://docs.cloud.google.com/tpu/docs"
 class Chip(Config):
     """Of one jax device, which is a chip except on TPU7x, where it is half of one.
 
-    kind: `device_kind` as jax says it; `mllm_jax.train.flops` has its bf16 peak.
+    kind: `device_kind` as jax says it; `mllm_jax.train.monitor.flops` has its bf16 peak.
     memory: bytes that a program may use.
     memory_bandwidth: bytes/s.
     link: bytes/s, one way, of a link to a neighbour in the torus; 0 where devices meet in a switch instead.

@@ -30,9 +30,9 @@ from mllm_jax.plan.fit import check_run
 from mllm_jax.plan.search import Candidate, Found, Search, mesh_text, read_mesh, summary
 from mllm_jax.plan.text import duration, gib, percent, size_text
 from mllm_jax.plan.topology import get_topology
-from mllm_jax.train import command
-from mllm_jax.train.run import read_run
-from mllm_jax.train.stages import one_run
+from mllm_jax.train.runs import command
+from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.runs.stages import one_run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, as in v5p:4x8x8, v6e:16x16*2 or h200:64.")

@@ -25,12 +25,12 @@ from mllm_jax.plan.groups import axes_of
 from mllm_jax.plan.jaxpr import operations, place, products
 from mllm_jax.plan.topology import LOWERED, Topology, targeting
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.flops import count_flops, padded
-from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.preference import FIRST
-from mllm_jax.train.run import Run, train_step
-from mllm_jax.train.state import TrainState, abstract_state, state_shardings
-from mllm_jax.train.step import batch_shardings
+from mllm_jax.train.losses.preference import FIRST
+from mllm_jax.train.monitor.flops import count_flops, padded
+from mllm_jax.train.runs.config import Run, train_step
+from mllm_jax.train.step.optimizer import make_optimizer
+from mllm_jax.train.step.state import TrainState, abstract_state, state_shardings
+from mllm_jax.train.step.train_step import batch_shardings
 from mllm_jax.types import Batch
 
 LARGEST = 12  # arrays that are listed

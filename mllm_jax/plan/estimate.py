@@ -1,6 +1,6 @@
 """What a step needs, from shapes, names of axes and rules alone: milliseconds for a mesh, so that many can be ranked.
 
-It follows what the step does (`mllm_jax.train.step`) and what XLA makes of it.
+It follows what the step does (`mllm_jax.train.step.train_step`) and what XLA makes of it.
 """
 
 from mllm_jax.nn.attention.kernels import SPLASH_BLOCK

@@ -9,7 +9,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.pretrained.api import is_run
-from mllm_jax.train.run import Run
+from mllm_jax.train.runs.config import Run
 
 PARTS = ("encoder", "connector", "decoder")
 

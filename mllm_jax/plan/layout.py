@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh
 
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, in_full
 from mllm_jax.sharding import MESH_AXES, Named, Rules, partition_spec
-from mllm_jax.train.optim import make_optimizer, split
-from mllm_jax.train.run import Run
-from mllm_jax.train.state import new_state
+from mllm_jax.train.runs.config import Run
+from mllm_jax.train.step.optimizer import make_optimizer, split
+from mllm_jax.train.step.state import new_state
 
 STACKED = ("layers", "taps")  # axes over weights that are used one after the other
 VOCABULARY = ("decoder/head/w", "decoder/embed")

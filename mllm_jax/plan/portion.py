@@ -9,8 +9,8 @@ import numpy as np
 
 from mllm_jax.plan.layout import Laid, Weight, abstract_mesh, lay, read_weights, split_axes
 from mllm_jax.sharding import fitting_axes, partition_spec, rules_of
-from mllm_jax.train.flops import Counts, Flops, count_flops, near_pairs
-from mllm_jax.train.run import Run
+from mllm_jax.train.monitor.flops import Counts, Flops, count_flops, near_pairs
+from mllm_jax.train.runs.config import Run
 
 TOWERS = ("encoder", "decoder")
 

@@ -17,7 +17,7 @@ from mllm_jax.plan.portion import Portion, read_shapes
 from mllm_jax.plan.text import duration, gib, percent
 from mllm_jax.plan.topology import Topology
 from mllm_jax.sharding import MESH_AXES, make_mesh
-from mllm_jax.train.run import Run, with_rules
+from mllm_jax.train.runs.config import Run, with_rules
 
 # What may be changed in the rules of a run for its vision tower, whose width often does not divide among all devices.
 VISION: dict[str, dict[str, Any]] = {

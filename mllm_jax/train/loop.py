@@ -20,29 +20,29 @@ from mllm_jax.common.files import write_whole, writing
 from mllm_jax.common.status import announced, say
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.base import completed, note_base, saved
-from mllm_jax.train.checkpoint import PROCESSOR, Restored
-from mllm_jax.train.feed import Feed, Fetched
-from mllm_jax.train.flops import peak_flops
-from mllm_jax.train.goodput import Clock, summary
-from mllm_jax.train.initial import first_params, processor_of
-from mllm_jax.train.length import DataEnded, StoppedEarly, check_end, find_length, with_length
-from mllm_jax.train.lock import locked
-from mllm_jax.train.memory import check_memory, describe, memory_of, trained_share
-from mllm_jax.train.metrics import Meter, Reporter, last_written
-from mllm_jax.train.nonfinite import find_nonfinite
-from mllm_jax.train.optim import make_optimizer
-from mllm_jax.train.paired_run import reference_of
-from mllm_jax.train.processes import Lost, StopSignal, compiled_together, is_loss, noticing_others
-from mllm_jax.train.processors import make_processor
-from mllm_jax.train.results import Diverged, Results, Started
-from mllm_jax.train.retrieval import held_out
-from mllm_jax.train.run import Run, read_run, train_step, updates_of
-from mllm_jax.train.spikes import Spike, SpikeRule
-from mllm_jax.train.state import TrainState, abstract_state, state_from_params, state_shardings
-from mllm_jax.train.tiers import Tiers
-from mllm_jax.train.tracing import Tracer
-from mllm_jax.train.watchdog import Watchdog
+from mllm_jax.train.algorithms.preference_records import reference_of
+from mllm_jax.train.checkpoint.frozen_base import completed, note_base, saved
+from mllm_jax.train.checkpoint.lock import locked
+from mllm_jax.train.checkpoint.manager import PROCESSOR, Restored
+from mllm_jax.train.checkpoint.restore import first_params, processor_of
+from mllm_jax.train.checkpoint.tiers import Tiers
+from mllm_jax.train.evaluators.retrieval import held_out
+from mllm_jax.train.input.feed import Feed, Fetched
+from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.monitor.flops import peak_flops
+from mllm_jax.train.monitor.goodput import Clock, summary
+from mllm_jax.train.monitor.memory import check_memory, describe, memory_of, trained_share
+from mllm_jax.train.monitor.metrics import Meter, Reporter, last_written
+from mllm_jax.train.monitor.nonfinite import find_nonfinite
+from mllm_jax.train.monitor.processes import Lost, StopSignal, compiled_together, is_loss, noticing_others
+from mllm_jax.train.monitor.profiler import Tracer
+from mllm_jax.train.monitor.results import Diverged, Results, Started
+from mllm_jax.train.monitor.spikes import Spike, SpikeRule
+from mllm_jax.train.monitor.watchdog import Watchdog
+from mllm_jax.train.runs.config import Run, read_run, train_step, updates_of
+from mllm_jax.train.runs.length import DataEnded, StoppedEarly, check_end, find_length, with_length
+from mllm_jax.train.step.optimizer import make_optimizer
+from mllm_jax.train.step.state import TrainState, abstract_state, state_from_params, state_shardings
 from mllm_jax.types import Batch
 
 LISTEN = 0.5  # seconds between two looks at whether the run was asked to stop, while it waits for a batch
@@ -59,11 +59,11 @@ def train(
 ) -> int:
     """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
 
-    Where `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.length`).
+    Where `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.runs.length`).
 
     The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
-    the same mesh that nothing interrupted. A config with stages is trained by `mllm_jax.train.chain`, which calls this
-    for each and passes its own `stop`. Where no step ends for `config.train.watchdog` seconds, the process ends.
+    the same mesh that nothing interrupted. A config with stages is trained by `mllm_jax.train.run_stages`, which calls
+    this for each and passes its own `stop`. Where no step ends for `config.train.watchdog` seconds, the process ends.
 
     Args:
       stop: of a caller that goes on afterwards; it tells whether the run was stopped.
@@ -78,7 +78,7 @@ def train(
         try:
             run = read_run(config)
             if run.stages:
-                raise ConfigError("the config has stages; mllm_jax.train.chain trains them")
+                raise ConfigError("the config has stages; mllm_jax.train.run_stages trains them")
             folder = made(workdir)
         except (ValueError, OSError) as error:
             raise ConfigError(told(error)) from error

@@ -46,7 +46,7 @@ class Pairs(Config):
         return example if self.references is None else self._with_reference(example, record["id"])
 
     def _with_reference(self, example: Example, name: str) -> Example:
-        found, again = self.references.get(name), "run python -m mllm_jax.train.reference again"
+        found, again = self.references.get(name), "run python -m mllm_jax.train.algorithms.reference again"
         if found is None:
             raise BadData(f"{name} has no log-probabilities in the file of config.train.preference; {again}")
         if found.mark != mark(example):

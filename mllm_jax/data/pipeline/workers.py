@@ -39,7 +39,7 @@ class Skipped(NamedTuple):
 class WorkerLost(RuntimeError):
     """A worker process has ended from outside."""
 
-    exit_code = 75  # of a run that goes on with the same command, see `mllm_jax.train.processes.AGAIN`
+    exit_code = 75  # of a run that goes on with the same command, see `mllm_jax.train.monitor.processes.AGAIN`
 
 
 class Guarded:

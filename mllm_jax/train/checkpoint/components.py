@@ -1,0 +1,111 @@
+"""A model put together of published ones: a tower from one folder, a decoder from another, the rest random."""
+
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mllm_jax.common.config import ConfigError, told
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params
+from mllm_jax.nn.lora import LoraConfig, flatten
+from mllm_jax.pretrained.api import load_params, published_config
+from mllm_jax.sharding import Named, shardings
+from mllm_jax.train.runs.config import Run
+
+# What a model chooses of a part, whatever the part was published for; the rest of its config is compared.
+CHOSEN = ("features", "taps", "vocab", "prefix", "family")
+
+
+def load_parts(run: Run, mesh: Mesh, dtypes: dict[str, str]) -> dict[str, Any]:
+    """The parameters of the base model, laid out for the mesh: of the parts `run.taken` those of their folders.
+
+    All else is random, as without them. Of a vocabulary that is larger than the folder's, the rows beyond are the mean
+    of the others: what `resize_token_embeddings` of transformers gives, but for its noise.
+
+    Args:
+      dtypes: of single parameters that shall not be fp32, by path.
+    Raises:
+      ConfigError: a folder is of no known model, lacks the part, or its weights have other names or shapes; each is
+        told. FileNotFoundError: there is no such folder or model.
+    """
+    model, sources = replace(run.model, lora=LoraConfig()), run.taken
+    boxed, rules = abstract_boxed(model), model.runtime.rules
+    layout = shardings(boxed, mesh, rules)
+    theirs = {part: _matching(part, source, model, boxed) for part, source in sources.items()}
+    others = lambda tree: {name: leaf for name, leaf in tree.items() if name not in sources}
+    seeded = jax.jit(lambda key: others(init_params(model, key)), out_shardings=others(layout))
+    params = seeded(jax.random.key(run.train.seed))
+    for part, source in sources.items():
+        params[part] = _load(part, source, theirs[part], boxed[part], layout[part], dtypes)
+    return params
+
+
+def _matching(part: str, source: str, model: ModelConfig | DualConfig, boxed: Any) -> ModelConfig | DualConfig:
+    """The published model of a folder. Raises ConfigError unless this part of it fits ours."""
+    try:
+        theirs = replace(published_config(source), runtime=model.runtime)
+    except ValueError as error:
+        raise ConfigError(f"config.parts.{part}: {told(error)}") from error
+    if part not in (there := abstract_boxed(theirs)):
+        raise ConfigError(f"config.parts.{part}={source} is a model without that part; it has {', '.join(there)}")
+    ours, found = flatten({part: boxed[part]}), flatten({part: there[part]})
+    faults = [f"{path} is not there, {_shape(ours[path])} here" for path in ours.keys() - found.keys()]
+    faults += [f"{path} is {_shape(found[path])} there, not here" for path in found.keys() - ours.keys()]
+    faults += [
+        f"{path} is {_shape(found[path])} there, {_shape(ours[path])} here"
+        for path in ours.keys() & found.keys()
+        if not _fits(found[path], ours[path])
+    ]
+    if faults:
+        lines = "\n  ".join(sorted(faults))
+        raise ConfigError(f"config.parts.{part}={source} does not fit config.model.{part}:\n  {lines}")
+    if jax.process_index() == 0:
+        for line in _otherwise(getattr(theirs, part), getattr(model, part)):
+            print(f"config.parts.{part}={source} was published with {line} in config.model.{part}", flush=True)
+    return theirs
+
+
+def _shape(box: Named) -> list[int]:
+    return list(box.value.shape)
+
+
+def _fits(theirs: Named, ours: Named) -> bool:
+    """Whether the shapes are the same, but for rows of a vocabulary, of which ours may have more."""
+    if theirs.value.ndim != ours.value.ndim:
+        return False
+    sizes = zip(ours.names, theirs.value.shape, ours.value.shape)
+    return all(a == b or (name == "vocab" and a < b) for name, a, b in sizes)
+
+
+def _otherwise(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    """In what two configs of one part differ that gives other results of the same weights."""
+    if theirs == ours:
+        return []
+    if type(theirs) is not type(ours) or not is_dataclass(ours):
+        return [f"{path.removeprefix('.')}={theirs!r}, which is {ours!r}"]
+    names = [field.name for field in fields(ours) if field.name not in CHOSEN]
+    return [line for x in names for line in _otherwise(getattr(theirs, x), getattr(ours, x), f"{path}.{x}")]
+
+
+def _load(part: str, source: str, theirs: Any, boxed: Any, layout: Any, dtypes: dict[str, str]) -> Any:
+    """The weights of one part, of the shapes and places of ours."""
+    boxes, places, found = flatten(boxed), flatten(layout), flatten(abstract_boxed(theirs)[part])
+    fewer = [path for path in boxes if boxes[path].value.shape != found[path].value.shape]
+    whole = {path: NamedSharding(places[path].mesh, PartitionSpec()) for path in fewer}  # any number may not divide
+    first = unflatten_dict(places | whole, sep="/")
+    params = flatten(load_params(source, theirs, {part: first}, dtypes=dtypes, part=part)[part])
+    for path in fewer:
+        axis = boxes[path].names.index("vocab")
+        grow = partial(_with_means, axis=axis, size=boxes[path].value.shape[axis])
+        params[path] = jax.jit(grow, out_shardings=places[path])(params[path])
+    return unflatten_dict(params, sep="/")
+
+
+def _with_means(x: jax.Array, axis: int, size: int) -> jax.Array:
+    mean = jnp.mean(x.astype(jnp.float32), axis, keepdims=True).astype(x.dtype)
+    return jnp.concatenate([x, jnp.repeat(mean, size - x.shape[axis], axis)], axis)

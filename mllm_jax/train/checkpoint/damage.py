@@ -1,0 +1,146 @@
+"""Damaged files of a run: found when they are read, named, and never taken for whole.
+
+A checkpoint holds a fingerprint of every array, and a checksum of everything else. Storage that flips a bit, or a copy
+that stopped half way, is found when the checkpoint is restored.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import FULL, says_full
+from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
+
+CHECKSUM = "sha256"
+BEGIN_ANEW = "Put a copy of it back, or begin anew in another --workdir"
+# What tensorstore says of storage that may answer another time: the files are not to blame.
+OF_STORAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|ABORTED")
+
+
+class Damaged(ConfigError):
+    """A checkpoint that cannot be read or does not hold what was saved.
+
+    everywhere: every process of the run has found it.
+    """
+
+    def __init__(self, folder: Path, why: str, everywhere: bool):
+        super().__init__(f"{folder} is damaged: {why}")
+        self.everywhere = everywhere
+
+
+def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own checksum."""
+    return {**about, CHECKSUM: _checksum(about)}
+
+
+def read_sealed(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The inverse of `sealed`. Raises Damaged where the checksum is another one, ConfigError where there is none."""
+    about = dict(about)
+    if CHECKSUM not in about:
+        raise ConfigError(
+            f"{folder} was written by another version of mllm_jax. Read it with that version, or use another --workdir"
+        )
+    if about.pop(CHECKSUM) != _checksum(about):
+        raise Damaged(folder, "its config or its position in the data is not what was saved", everywhere=True)
+    return about
+
+
+def check_arrays(tree: Any, saved: Mapping[str, int | None], folder: Path) -> None:
+    """Raises ConfigError unless a tree, or its shapes, has leaves of the names that were `saved`."""
+    wanted = set(names(tree))
+    if lacking := sorted(wanted - saved.keys()):
+        raise ConfigError(
+            f"{folder} has no {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}: another version of "
+            "mllm_jax, jax or optax wrote it. Read it with that version, or use another --workdir"
+        )
+
+
+def verify(tree: Any, saved: Mapping[str, int | None], folder: Path) -> None:
+    """Raises Damaged unless the arrays of a tree have the fingerprints that were saved; None = none was."""
+    if None in saved.values():
+        return
+    if wrong := [name for name, found in fingerprints(tree).items() if found != saved[name]]:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise Damaged(folder, f"{', '.join(wrong[:3])}{more} do not hold the values that were saved", everywhere=True)
+
+
+@contextmanager
+def reading(folder: Path, everywhere: bool = False) -> Iterator[None]:
+    """Raises Damaged for whatever a reader of damaged files raises, but not where storage or memory fail.
+
+    everywhere: all processes read the same files, so that all of them fail.
+    """
+    _hide_late_errors()
+    try:
+        yield
+    except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if OF_STORAGE.search(str(error)) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
+            raise OSError(f"{folder} cannot be read now: {_short(error)}") from error
+        raise Damaged(folder, f"it cannot be read ({_short(error)})", everywhere) from error
+
+
+class SaveFailed(OSError):
+    """A checkpoint that could not be written."""
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Raises SaveFailed, in one line, for what a writer of checkpoints raises where a disk is full or fails."""
+    _hide_late_errors()
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        why = FULL if says_full(error) else f"{_short(error)}; see to the disk"
+        raise SaveFailed(
+            f"{folder}: a checkpoint could not be saved: {why}, and the same command goes on from the last whole one"
+        ) from error
+
+
+def read_note(path: Path, fix: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """The content of a small JSON file of a run, an object with these fields of these types.
+
+    Raises:
+      ConfigError: it is not; the message ends with the `fix`.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({_short(error)}). {fix}") from error
+    wrong = [
+        name for name, kind in fields.items() if not isinstance(found, dict) or not isinstance(found.get(name), kind)
+    ]
+    if wrong or not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged ({', '.join(wrong) or 'no object'}). {fix}")
+    return found
+
+
+def _checksum(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _hide_late_errors() -> None:
+    """Keeps quiet what pending reads and writes print from threads of their own after one of them has failed."""
+    before = sys.unraisablehook
+
+    def hook_of_reading(found):
+        if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    if getattr(before, "__name__", "") != hook_of_reading.__name__:
+        sys.unraisablehook = hook_of_reading

@@ -1,0 +1,113 @@
+"""What a run begins with: published weights, those of another run (maybe the stage before it), or random ones."""
+
+import os
+from dataclasses import fields, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from mllm_jax.common.config import ConfigError
+from mllm_jax.model.vlm import abstract_boxed, abstract_params, init_adapters, init_params, without_values
+from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
+from mllm_jax.nn.value_head import NAME as VALUE_HEAD
+from mllm_jax.pretrained.api import is_run, load_params
+from mllm_jax.sharding import shardings
+from mllm_jax.train.checkpoint.components import load_parts
+from mllm_jax.train.checkpoint.manager import PROCESSOR, read_config, restore_params
+from mllm_jax.train.runs.config import Run, processor_source
+from mllm_jax.train.runs.stages import run_folder
+
+
+def first_params(run: Run, mesh: Mesh) -> dict:
+    """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names, or
+    the `run.parts`.
+
+    To these new adapters are added where the run has some and they none; their base is as `run.lora.base` says, and
+    what is not fp32 there is read in bf16. Adapters of a run before go on where this run has the same, and are merged
+    into their weights where it has none. A value head is 0 where there was none, and left out where the run has none.
+
+    Raises:
+      ConfigError: they are of a run with another model, or with other adapters. FileNotFoundError: that run has no
+        checkpoint.
+    """
+    if run.taken:
+        return _adapted(run, _valued(run, load_parts(run, mesh, _half(run)), mesh), mesh)
+    if not run.init:
+        layout = shardings(abstract_boxed(run.model), mesh, run.model.runtime.rules)
+        return jax.jit(partial(init_params, run.model), out_shardings=layout)(jax.random.key(run.train.seed))
+    base = without_values(replace(run.model, lora=LoraConfig()))
+    if not is_run(run.init):
+        layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)
+        return _adapted(run, _valued(run, load_params(run.init, base, layout, dtypes=_half(run)), mesh), mesh)
+    before = read_config(run.init)
+    shapes = lambda model: {path: x.shape for path, x in flatten_dict(abstract_params(model), sep="/").items()}
+    ours, theirs = shapes(base), shapes(without_values(replace(before.model, lora=LoraConfig())))
+    if other := [path for path in sorted({*ours, *theirs}) if ours.get(path) != theirs.get(path)]:
+        path = other[0]
+        raise ConfigError(
+            f"config.init={run.init} is a run of another model: {path} has the shape {theirs.get(path)} there, "
+            f"{ours.get(path)} here" + (f", and {len(other) - 1} more weights differ" if len(other) > 1 else "")
+        )
+    check_adapters(before.lora, run.lora, f"of config.init={run.init}")
+    params = _valued(run, restore_params(run.init, mesh=mesh)[1], mesh)
+    if not before.lora.rank:
+        return _adapted(run, params, mesh)
+    return params if run.lora.rank else _merged(run, params, mesh)
+
+
+def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
+    """Raises ConfigError where a run can neither go on with the adapters of the one before nor merge them."""
+    if before.rank and now.rank and before != now:
+        odd = [field.name for field in fields(now) if getattr(before, field.name) != getattr(now, field.name)]
+        told = ", ".join(f"{name} was {getattr(before, name)!r}, is {getattr(now, name)!r}" for name in odd)
+        raise ConfigError(
+            f"config.lora: the adapters {whose} go on only as they are, and {told}: give the same, or rank=0 to merge "
+            "them and train the weights"
+        )
+
+
+def _half(run: Run) -> dict[str, str]:
+    """The weights that are read in bfloat16, by path: those that the run does not keep in fp32."""
+    if run.lora.base == "float32" or not run.lora.rank:
+        return {}
+    kept, base = (
+        flatten_dict(abstract_params(replace(run.model, lora=lora)), sep="/") for lora in (run.lora, LoraConfig())
+    )
+    return {path: "bfloat16" for path in base if path not in kept or kept[path].dtype != "float32"}
+
+
+def _adapted(run: Run, params: dict, mesh: Mesh) -> dict:
+    """The base model's parameters, kept as the run keeps them, and new adapters."""
+    rules, boxed = run.model.runtime.rules, abstract_boxed(replace(run.model, lora=LoraConfig()))
+    base, adapters = split_adapters(shardings(abstract_boxed(run.model), mesh, rules))
+    fresh = jax.jit(partial(init_adapters, run.model), out_shardings=adapters)(jax.random.key(run.train.seed))
+    return join(keep_arrays(params, boxed, run.lora, base), fresh)
+
+
+def _merged(run: Run, params: dict, mesh: Mesh) -> dict:
+    """The weights of a run before, fp32, with its adapters in them."""
+    boxed = abstract_boxed(run.model)
+    whole = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    merge = lambda params: split_adapters(add_products(jax.tree.map(whole, params), boxed))[0]
+    return jax.jit(merge, out_shardings=shardings(boxed, mesh, run.model.runtime.rules))(params)
+
+
+def _valued(run: Run, params: dict, mesh: Mesh) -> dict:
+    """The parameters with a value head, theirs or a new one, where the run has one, and without where it has none."""
+    if run.model == without_values(run.model):
+        return {part: x for part, x in params.items() if part != VALUE_HEAD}
+    if VALUE_HEAD in params:
+        return params
+    boxed = abstract_boxed(run.model)
+    layout, shapes = shardings(boxed, mesh, run.model.runtime.rules)[VALUE_HEAD], abstract_params(run.model)[VALUE_HEAD]
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return params | {VALUE_HEAD: jax.jit(zeros, out_shardings=layout)()}
+
+
+def processor_of(run: Run) -> str:
+    """Where the run's processor is: where it says, or beside the weights that it begins with."""
+    source = processor_source(run.processor, run.init, run.parts)
+    return os.fspath(run_folder(source) / PROCESSOR) if source and is_run(source) else source

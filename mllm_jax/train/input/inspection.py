@@ -1,0 +1,224 @@
+"""What the batches of a run hold, read as the run reads them, as tables and as a page."""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+
+from mllm_jax.common.cli import cell
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.html import percent, short
+from mllm_jax.data.pipeline import loader
+from mllm_jax.data.sources.mixture import Mixture
+from mllm_jax.data.tools.inspection import Inspection
+from mllm_jax.data.tools.inspection_page import write_inspection
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.train.algorithms.preference_records import reading_of
+from mllm_jax.train.checkpoint.restore import processor_of
+from mllm_jax.train.input.pipeline import loader_of
+from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.runs.config import Run
+from mllm_jax.train.runs.data import DataConfig
+from mllm_jax.train.runs.data_files import MixtureData
+
+COUNTS = ("left_out", "noted")  # in the state of a stream
+NAMED = 50  # records that are left out for a reason and named
+
+
+class Found(NamedTuple):
+    """What was read."""
+
+    data: DataConfig
+    inspection: Inspection
+    records: int  # that were read, those included that are broken or wait to be packed
+    total: int | None  # records that the run has; None: a mixture, whose records have no end
+    left_out: dict[str, int]  # records by reason
+    named: dict[str, list[str]]  # what is wrong with the first of them, by reason
+    noted: dict[str, int]  # records that were read in part, by what was left out of them
+    sources: list[dict[str, Any]]  # of a mixture: name, records, and shares `weight` and `drawn`
+
+
+def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done: None) -> Found:
+    """Packs at least `count` records, or all, as the run would from its beginning; each is read once.
+
+    Args:
+      progress: is told how many were packed or left out.
+
+    Raises:
+      ConfigError: the data or the processor cannot be opened, or the model does not answer. BadData: nothing is usable.
+    """
+    if not isinstance(run.model, ModelConfig):
+        raise ConfigError("only the conversations of a model that answers can be inspected")
+    processor = make_processor(processor_of(run), run.model, run.data)
+    mixed = isinstance(run.data, MixtureData)
+    source = run.data.source()
+    total = sum(map(len, source.sources)) if mixed else len(source)
+    data = dataclasses.replace(run.data, epochs=None if mixed else 1, strict=False, max_bad=1.0)
+    inspection = Inspection(processor)
+    with _heard(loader.log) as named:
+        batches = loader_of(data, processor, reading_of(run))
+        try:
+            while True:
+                batch, info = next(batches)
+                read = _read(batches.get_state())
+                ended = not mixed and sum(read.drawn) >= total
+                inspection.add(batch, info, whole=not ended)
+                done = len(inspection.tokens) + read.left_out.total()
+                progress(done)
+                if done >= count and not ended:
+                    break
+        except StopIteration as end:
+            read = _read(end.value)
+        except loader.BadData as error:
+            raise loader.BadData("; ".join([str(error), *itertools.chain(*named.values())][:4])) from error
+        finally:
+            batches.close()
+    left_out, noted = dict(read.left_out.most_common()), dict(read.noted.most_common())
+    named = {reason: named[reason][:number] for reason, number in left_out.items()}  # without those read ahead
+    sources = _sources(run.data, source, read.drawn) if mixed else []
+    known = None if mixed else total
+    return Found(data, inspection, int(sum(read.drawn)), known, left_out, named, noted, sources)
+
+
+class _Read(NamedTuple):
+    """Totals over all streams of a loader."""
+
+    drawn: np.ndarray  # i64[sources] records
+    left_out: collections.Counter[str]  # by reason
+    noted: collections.Counter[str]  # by what was left out of them
+
+
+def _read(state: Mapping[str, Any]) -> _Read:
+    streams = state["streams"].values()
+    counts = (sum((collections.Counter(stream[name]) for stream in streams), collections.Counter()) for name in COUNTS)
+    return _Read(np.sum([stream["drawn"] for stream in streams], axis=0), *counts)
+
+
+class _heard(logging.Handler):
+    """Collects a log's lines about records that are left out, by reason, instead of printing them."""
+
+    def __init__(self, log: logging.Logger):
+        super().__init__()
+        self.log, self.messages = log, collections.defaultdict(list)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        reason = getattr(record, "reason", None)
+        if reason is not None and len(self.messages[reason]) < NAMED:
+            self.messages[reason].append(str(record.args[0]))
+
+    def __enter__(self) -> dict[str, list[str]]:
+        self.log.addHandler(self)
+        self.log.propagate = False
+        return self.messages
+
+    def __exit__(self, *_) -> None:
+        self.log.removeHandler(self)
+        self.log.propagate = True
+
+
+def _sources(data: MixtureData, mixture: Mixture, drawn: np.ndarray) -> list[dict[str, Any]]:
+    weights, sizes = np.array(mixture.weights[0]), map(len, mixture.sources)
+    shares = zip(data.sources, sizes, weights / weights.sum(), drawn / max(drawn.sum(), 1))
+    return [{"name": name, "records": size, "weight": weight, "drawn": own} for name, size, weight, own in shares]
+
+
+def facts(found: Found) -> dict[str, str]:
+    """The summary, name -> text."""
+    seen, data = found.inspection, found.data
+    tokens, visual, learned = (sum(values) for values in (seen.tokens, seen.visual, seen.learned))
+    fill = np.mean(seen.fill, axis=0) if seen.fill else [None, None]
+    return {
+        "records read": f"{found.records:,}{_of_all(found)}",
+        "left out": f"{sum(found.left_out.values()):,}",
+        "conversations packed": f"{len(seen.tokens):,}",
+        "pictures": f"{seen.sizes.total():,}",
+        "tokens of a row": f"{data.budget.tokens:,}",
+        "patches of a row": f"{data.budget.rows} × {data.patches:,}" if data.budget.rows else "–",
+        "fill of tokens": percent(fill[0]),
+        "fill of patches": percent(fill[1]) if data.budget.rows else "–",
+        "visual tokens": percent(visual / max(tokens, 1)),
+        "learned tokens": percent(learned / max(tokens, 1)),
+    }
+
+
+def _of_all(found: Found) -> str:
+    if found.total is None:
+        return ""
+    return ", all of them" if found.records >= found.total else f" of {found.total:,}"
+
+
+def tables(found: Found) -> Group:
+    """Everything but the pictures, for the terminal."""
+    seen = found.inspection
+    about = _table("", "")
+    for name, text in facts(found).items():
+        about.add_row(name, cell(text))
+    lengths = _table("of a conversation", "least", "median", "mean", "95 %", "most")
+    columns = {"tokens": seen.tokens, "visual": seen.visual, "learned": seen.learned, "pictures": seen.pictures}
+    for name, values in columns.items():
+        if values:
+            known = (np.min(values), np.median(values), np.mean(values), np.percentile(values, 95), np.max(values))
+            lengths.add_row(name, *(short(float(value)) for value in known))
+    shown = [about, lengths]
+    if found.sources:
+        sources = _table("source", "records", "weight", "drawn")
+        for source in found.sources:
+            shares = percent(source["weight"]), percent(source["drawn"])
+            sources.add_row(cell(source["name"]), f"{source['records']:,}", *shares)
+        shown.append(sources)
+    if len(seen.kinds) > 1:
+        kinds = _table("kind", "conversations")
+        for kind, number in seen.kinds.most_common():
+            kinds.add_row(cell(kind or "other"), f"{number:,}")
+        shown.append(kinds)
+    if found.left_out:
+        shown.append(_left_out(found.left_out, found.named))
+    if found.noted:
+        noted = _table("read in part", "records")
+        for note, number in found.noted.items():
+            noted.add_row(cell(note), f"{number:,}")
+        shown.append(noted)
+    return Group(*(part for table in shown for part in (table, "")))
+
+
+def _left_out(left_out: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Table:
+    table = _table("left out", "records", "as")
+    table.columns[2].justify = "left"
+    for reason, number in left_out.items():
+        table.add_row(reason, f"{number:,}", cell(next(iter(named.get(reason, ())), "")))
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", show_header=any(names))
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left")
+    return table
+
+
+def write_page(path: str | os.PathLike, title: str, found: Found) -> Path:
+    """Writes the page, and returns its path."""
+    which = (
+        "All records"
+        if found.records == found.total
+        else f"The first {found.records:,} records in the order of training"
+    )
+    return write_inspection(
+        path,
+        found.inspection,
+        title=title,
+        lead=f"{which}, packed as training packs them.",
+        facts=facts(found),
+        sources=found.sources,
+        left_out=found.left_out,
+        named=[line for reason in found.left_out for line in found.named.get(reason, ())],
+        noted=found.noted,
+    )

@@ -1,0 +1,116 @@
+"""The processor of a run, of the kind of its model; it must fit it."""
+
+import dataclasses
+from typing import Any
+
+from mllm_jax.common.config import ConfigError
+from mllm_jax.data.pipeline.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import SEEING
+from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer
+from mllm_jax.data.text.chat_template import ChatTemplate
+from mllm_jax.data.text.tokenizer import Tokenizer
+from mllm_jax.families import FAMILIES, spec_for
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.train.runs.data import DataConfig
+from mllm_jax.weights.hf import local_folder
+
+SCENES = "scenes"  # the processor of the embedded set
+# settings of data that belong to a processor
+SETTINGS = ("min_pixels", "max_pixels", "missing_rows", "fps", "max_frames", "sampling", "user_content_tokens")
+
+
+def make_processor(source: str, model: ModelConfig | DualConfig, data: DataConfig) -> Processor | DualProcessor:
+    """The processor in a folder, of the hub, or of `scenes`, of the model's kind; ConfigError unless it fits it."""
+    return PROCESSORS[type(model)](source, model, data)
+
+
+def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProcessor:
+    encoder = model.encoder
+    if source == SCENES:
+        processor = DualProcessor(
+            Tokenizer(scenes_pair_tokenizer(), {"eos_token": SEEING.end_of_turn, "pad_token": "<|endoftext|>"}),
+            FAMILIES[model.family].rule(model),
+            encoder.pixel_mean,
+            encoder.pixel_std,
+            encoder.patch_size,
+            encoder.lead,
+            model.text.positions,
+            model.text_pool.token == "last",
+        )
+    elif not source:
+        raise ConfigError("config.processor must name a folder with a tokenizer and a preprocessor_config.json")
+    else:
+        try:
+            processor = DualProcessor.from_folder(local_folder(source), model)
+        except FileNotFoundError as error:
+            raise ConfigError(f"config.processor: {error}") from error
+    if (processor.mean, processor.std) != (encoder.pixel_mean, encoder.pixel_std):
+        raise ConfigError(
+            f"config.processor has pixels of mean {processor.mean} and deviation {processor.std}, "
+            f"config.model.encoder of {encoder.pixel_mean} and {encoder.pixel_std}"
+        )
+    if data.tokens % processor.length:
+        raise ConfigError(
+            f"config.data.tokens={data.tokens} must be a multiple of the {processor.length} tokens of a text: so many "
+            "pairs of them lie in a row"
+        )
+    if not data.rows or data.patches <= encoder.lead:
+        raise ConfigError(f"config.data: rows={data.rows} of patches={data.patches} have no room for a picture")
+    _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
+    return dataclasses.replace(processor, missing_rows=data.missing_rows)
+
+
+def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
+    limits = {name: getattr(data, name) for name in SETTINGS}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    spec = spec_for(model)
+    if source == SCENES:
+        tokenizer = Tokenizer(scenes_tokenizer(), {"eos_token": SEEING.end_of_turn})
+        return _checked(_limited(Processor(tokenizer, ChatTemplate(SCENES_TEMPLATE), spec), limits), model)
+    if not source:
+        raise ConfigError("config.processor must name a folder with a tokenizer and a chat template")
+    try:
+        published = Processor.from_folder(local_folder(source), spec)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config.processor: {error}") from error
+    return _checked(_limited(published, limits), model)
+
+
+def _limited(processor: Processor, limits: dict[str, Any]) -> Processor:
+    """The processor with what `config.data` sets of its spec."""
+    try:
+        return processor.with_spec(**limits)
+    except ValueError as error:
+        raise ConfigError(f"config.data: {error}") from error
+
+
+def _id(token: int | None) -> int:
+    return -1 if token is None else token
+
+
+def _checked(processor: Processor, model: ModelConfig) -> Processor:
+    words, pairs = len(processor.tokenizer), {}
+    if model.encoder is not None:
+        wanted, spec = spec_for(model), processor.spec
+        pairs = {
+            "patch_size": (spec.patch, wanted.patch),
+            "temporal_patch_size": (spec.temporal_patch, wanted.temporal_patch),
+            "merge": (spec.merge, wanted.merge),
+            "the number of values in a patch": (spec.layout["values"], model.patch_values),
+            "the id of image tokens": (_id(processor.image_id), model.tokens.image),
+            "the id of video tokens": (_id(processor.video_id), model.tokens.video),
+        }
+    if wrong := [f"{name} is {ours}, the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
+        raise ConfigError(f"config.processor does not fit config.model: {'; '.join(wrong)}")
+    _check_words(words, model.decoder.vocab, "config.model.decoder")
+    return processor
+
+
+def _check_words(words: int, vocab: int, where: str) -> None:
+    if words > vocab:
+        raise ConfigError(f"{where}.vocab={vocab} is less than the processor's {words} tokens")
+
+
+PROCESSORS = {ModelConfig: _chat_processor, DualConfig: _pair_processor}

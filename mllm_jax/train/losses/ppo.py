@@ -1,0 +1,96 @@
+"""The formulas of PPO (arXiv 1707.06347) on answers that a reward model judges (arXiv 2203.02155, 2309.14525).
+
+Arrays are f32[B T], of the tokens of answers; `real` bool[B T] says which these are, side by side in a row.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.common.settings import Config, Finite, Fraction, NonNegative, OneOf, Positive, PositiveInt, Range
+from mllm_jax.train.losses.preference import BASE, FIRST
+from mllm_jax.types import Array
+
+
+@dataclass(frozen=True)
+class PpoConfig(Config):
+    """Numbers are those of LLaVA-RLHF, unless said otherwise.
+
+    reward: folder of a run that trained a reward model (`train.reward.learn`), or name of such a stage; "" = no PPO.
+    new_tokens: of the longest answer.
+    epochs, minibatches: the answers to a batch are learned so often, in so many parts, each of them an update.
+    kl: what is taken from the reward for every unit of log p(token) - log p_reference(token).
+    reference: "first", a frozen copy of the weights that the run begins with, or "base", the model without adapters.
+    clip: how far a token's probability may move, as a share, before its gradient ends; clip_value: the same of values.
+    value: weight of the critic's loss.
+    gamma, lam: discount, and lambda of generalised advantage estimation.
+    unfinished: what is added to the reward of an answer that does not end within `new_tokens`.
+    length: what is added to that of an answer of `new_tokens`, and in proportion to that of a shorter one (0 is ours;
+      LLaVA-RLHF has -10, for rewards of its size).
+    """
+
+    reward: str = ""
+    new_tokens: PositiveInt = 64
+    epochs: PositiveInt = 2
+    minibatches: PositiveInt = 2
+    kl: NonNegative = 0.1
+    reference: Annotated[str, OneOf((FIRST, BASE))] = FIRST
+    clip: Annotated[float, Range(above=0, below=1)] = 0.2
+    clip_value: Positive = 0.2
+    value: NonNegative = 0.1
+    gamma: Fraction = 1.0
+    lam: Fraction = 1.0
+    unfinished: Finite = -8.0
+    length: Finite = 0.0
+
+    @property
+    def updates(self) -> int:
+        """Of the weights, in a step."""
+        return self.epochs * self.minibatches
+
+
+def token_rewards(score, log_probs, reference, real, kl: float) -> Array:
+    """-kl (log p - log p_reference) for every token, and at the last one of an answer its score f32[B] besides."""
+    last = real & ~jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where(real, -kl * (log_probs - reference), 0) + jnp.where(last, score[:, None], 0)
+
+
+def advantages(rewards, values, real, gamma: float, lam: float) -> Array:
+    """Generalised advantage estimation, arXiv 1506.02438, equation 16: sum_k (gamma lam)^k delta_(t+k).
+
+    delta_t = r_t + gamma v_(t+1) - v_t; behind an answer's last token nothing is expected any more.
+    """
+    values = jnp.where(real, values, 0)
+    delta = jnp.where(real, rewards + gamma * jnp.pad(values[:, 1:], ((0, 0), (0, 1))) - values, 0)
+
+    def earlier(later, now):
+        return (now + gamma * lam * later,) * 2
+
+    return jnp.where(real, jax.lax.scan(earlier, jnp.zeros(len(delta)), delta.T, reverse=True)[1].T, 0)
+
+
+def whitened(x, real, eps: float = 1e-8) -> Array:
+    """(x - mean) / deviation over all that is real; 0 elsewhere."""
+    count = jnp.maximum(jnp.sum(real), 1)
+    mean = jnp.sum(jnp.where(real, x, 0)) / count
+    variance = jnp.sum(jnp.where(real, jnp.square(x - mean), 0)) / count
+    return jnp.where(real, (x - mean) * jax.lax.rsqrt(variance + eps), 0)
+
+
+def policy_loss(log_probs, before, advantage, clip: float) -> tuple[Array, Array]:
+    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A), f32[...], and whether it is clipped, bool[...].
+
+    arXiv 1707.06347, equation 7. ratio: p / p_before of a token. Where it has gone further than the clip, the way A
+    wants it, there is no gradient.
+    """
+    ratio = jnp.exp(log_probs - before)
+    free, bounded = -ratio * advantage, -jnp.clip(ratio, 1 - clip, 1 + clip) * advantage
+    return jnp.maximum(free, bounded), bounded > free
+
+
+def value_loss(values, before, returns, clip: float) -> Array:
+    """Half the larger square error of the value and of the value within `clip` of what it was before, f32[...]."""
+    bounded = jnp.clip(values, before - clip, before + clip)
+    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(bounded - returns))

@@ -1,0 +1,121 @@
+"""Losses of pairs of answers of which one is preferred: pure functions of their log-probabilities.
+
+Arrays end in an axis of two: the chosen answer, the rejected one. An answer's log-probability is sum_i w_i log p_i over
+its tokens; w is 1, or more where the two answers differ (dense DPO of RLHF-V, arXiv 2312.00849). Its ratio
+is that log-probability less the reference's. All losses are elementwise over what stands before the last axis.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.common.settings import Config, Finite, NonNegative, Positive, Range
+from mllm_jax.types import Array
+
+BASE, FIRST, NONE = REFERENCES = ("base", "first", "none")
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(Config):
+    """
+    dpo, ipo, bco, sft: weights of the losses, of which a run minimises the sum; all 0 = it has no pairs. DPO is dpo=1,
+      MPO of InternVL dpo=0.8, bco=0.2, sft=1 (arXiv 2411.10442).
+    beta: how far answers may go from the reference: less is further.
+    smoothing: share of pairs whose preference is taken to be wrong (cDPO).
+    margin: by which a chosen answer's reward shall be the larger one, of `dpo` (SimPO's gamma).
+    average: log-probabilities are divided by the sum of their weights, |y| where these are 1.
+    changed: weight of the tokens in which a pair's answers differ (RLHF-V's gamma); with `average`, as in its paper.
+    reference: "base", the model without its adapters; "first", a frozen copy of the weights that the run begins with;
+      "none", nothing (SimPO has none, an average and a margin); or a file of `python -m
+      mllm_jax.train.algorithms.reference`.
+    """
+
+    dpo: NonNegative = 0.0
+    ipo: NonNegative = 0.0
+    bco: NonNegative = 0.0
+    sft: NonNegative = 0.0
+    beta: Positive = 0.1
+    smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0
+    margin: Finite = 0.0
+    average: bool = False
+    changed: Positive = 1.0
+    reference: str = FIRST
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.reference:
+            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, or a file")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a run learns from pairs."""
+        return any((self.dpo, self.ipo, self.bco, self.sft))
+
+    @property
+    def stored(self) -> bool:
+        """Whether the reference's log-probabilities come with the data."""
+        return self.has_pairs and self.reference not in REFERENCES
+
+
+def dpo(ratio, beta: float, smoothing: float = 0.0, margin: float = 0.0) -> Array:
+    """-(1 - s) log sigmoid(x) - s log sigmoid(-x) where x = beta (ratio_w - ratio_l) - margin, f32[...].
+
+    arXiv 2305.18290, equation 7. s = smoothing: conservative DPO (ericmitchell.ai/cdpo.pdf). margin: gamma
+    of SimPO (arXiv 2405.14734, equation 6), whose ratio is a mean log-probability without a reference.
+    """
+    x = beta * (ratio[..., 0] - ratio[..., 1]) - margin
+    return -(1 - smoothing) * jax.nn.log_sigmoid(x) - smoothing * jax.nn.log_sigmoid(-x)
+
+
+def ipo(ratio, beta: float) -> Array:
+    """(ratio_w - ratio_l - 1 / (2 beta))^2, f32[...]: arXiv 2310.12036, equation 17, whose tau is beta.
+
+    With sums of log-probabilities it grows with the answers' lengths; means are what its authors used.
+    """
+    return jnp.square(ratio[..., 0] - ratio[..., 1] - 1 / (2 * beta))
+
+
+def bco(ratio, beta: float, shift) -> Array:
+    """-log sigmoid(beta ratio_w - shift) - log sigmoid(-(beta ratio_l - shift)), f32[...].
+
+    Binary classifier optimisation, arXiv 2404.04656, and the quality loss of MPO (arXiv 2411.10442).
+
+    shift: f32[], the mean of rewards so far, delta; no gradient flows through it.
+    """
+    reward = beta * ratio - jax.lax.stop_gradient(shift)
+    return -jax.nn.log_sigmoid(reward[..., 0]) - jax.nn.log_sigmoid(-reward[..., 1])
+
+
+def sft(policy, size) -> Array:
+    """-log p(chosen) / |chosen|, f32[...]: the generation loss of MPO (arXiv 2411.10442)."""
+    return -policy[..., 0] / size[..., 0]
+
+
+def preference_loss(config: PreferenceConfig, policy, reference, size, shift) -> tuple[Array, Array]:
+    """The weighted sum of a run's losses, f32[...], and the rewards beta * ratio without gradient, f32[... 2].
+
+    Args:
+      policy, reference: f32[... 2] log-probabilities, the reference's 0 where there is none.
+      size: f32[... 2] sums of the weights of the tokens, more than 0.
+      shift: f32[], see `bco`.
+    """
+    ratio = policy - jax.lax.stop_gradient(reference)
+    if config.average:
+        ratio = ratio / size
+    losses = (
+        (config.dpo, lambda: dpo(ratio, config.beta, config.smoothing, config.margin)),
+        (config.ipo, lambda: ipo(ratio, config.beta)),
+        (config.bco, lambda: bco(ratio, config.beta, shift)),
+        (config.sft, lambda: sft(policy, size)),
+    )
+    loss = sum(weight * of() for weight, of in losses if weight)
+    return loss, config.beta * jax.lax.stop_gradient(ratio)
+
+
+def running_mean(mean_and_count, mean, count) -> Array:
+    """f32[2], the mean of numbers and how many they are, when more of them with a mean of their own have come."""
+    before, number = mean_and_count
+    whole = number + count
+    return jnp.stack([before + (mean - before) * count / jnp.maximum(whole, 1), whole])

@@ -1,0 +1,186 @@
+"""FLOPs of a training step by part of the model, from its shapes: compilers count a loop's body once and kernels not.
+
+A multiplication with an addition is two. Only matrix products count: weights, the head, and both of attention.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, abstract_params, in_full
+from mllm_jax.train.step.optimizer import split
+from mllm_jax.types import Batch, DualBatch
+
+MATRICES = ("/w", "/lora_down", "/lora_up")
+PIXELS = "encoder/patch_embed/w"  # the weight whose input needs no gradient
+
+
+class Counts(NamedTuple):
+    """What a step works on. Pairs of a query and a key are those that attention needs: half where it is causal."""
+
+    tokens: float
+    token_pairs: float
+    patches: float
+    patch_pairs: float
+    targets: float
+    near_pairs: float = 0.0  # of token_pairs, those inside a window, for layers that have one
+
+
+class Flops(NamedTuple):
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
+    """What is in a batch of numpy arrays: conversations or texts, pictures, and targets with a weight.
+
+    window: tokens that layers with a window see (`DecoderConfig.window`).
+    """
+    conversations = _sizes(batch.segment)
+    pictures = np.zeros(0) if batch.vision is None else _sizes(batch.vision.image)
+    return Counts(
+        tokens=float(conversations.sum()),
+        token_pairs=float((conversations**2).sum() / 2),
+        patches=float(pictures.sum()),
+        patch_pairs=float((pictures**2).sum()),
+        targets=float(np.count_nonzero(getattr(batch, "weight", 0))),
+        near_pairs=near_pairs(conversations, window),
+    )
+
+
+def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
+    """What a batch has room for: every row one conversation, every row of patches one picture, a target everywhere."""
+    rows, length = batch.tokens.shape
+    row, patch_row, patches = (0, 0, 0) if batch.vision is None else batch.vision.image.shape
+    return Counts(
+        tokens=float(rows * length),
+        token_pairs=float(rows * length**2 / 2),
+        patches=float(row * patch_row * patches),
+        patch_pairs=float(row * patch_row * patches**2),
+        targets=float(rows * length),
+        near_pairs=near_pairs(np.full(rows, float(length)), window),
+    )
+
+
+def near_pairs(sizes: np.ndarray, window: int) -> float:
+    """Pairs of tokens within a window, in conversations of so many tokens f64[n]: a corner less than all of them."""
+    return float((sizes**2 - np.maximum(sizes - window, 0) ** 2).sum() / 2) if window else 0.0
+
+
+def _sizes(numbers) -> np.ndarray:
+    """f64[n] how often each number but 0 stands in each row [B ...]."""
+    return np.concatenate([np.bincount(np.ravel(row))[1:] for row in np.asarray(numbers)]).astype(np.float64)
+
+
+def count_flops(config: ModelConfig | DualConfig, counts: Counts, freeze: tuple[str, ...] = ()) -> dict[str, Flops]:
+    """Forward and backward FLOPs of "encoder", "connector", "decoder" and "head", or of a dual encoder's "encoder" and
+    "text", without its pools and the cosines of pairs.
+
+    Backward, a product costs as much as forward once for its weight's gradient if that weight is trained, and once for
+    its input's gradient if anything in its part or before it is trained. What remat repeats is not counted.
+
+    Args:
+      counts: of `useful`, for the FLOPs that serve, or of `padded`, for those that run.
+      freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
+    """
+    encoder, decoder = config.encoder, config.decoder
+    whole = abstract_params(in_full(config))
+    params, trained = flatten_dict(whole, sep="/"), set(flatten_dict(split(whole, freeze)[0], sep="/"))
+    head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
+    kinds = () if decoder is None else decoder.kinds
+    rows = ROWS[type(config)](config, counts)
+    of_tokens = sum(
+        (counts.near_pairs if kind.window else counts.token_pairs) * decoder.attention.pair_flops for kind in kinds
+    )
+    attention = dict(
+        encoder=0 if encoder is None else 4 * encoder.width * _pairs(encoder, counts),
+        decoder=of_tokens,
+        text=of_tokens,
+    )
+    result, reached = {}, False
+    for part in rows:
+        inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
+        matrices = [path for path in params if path.endswith(MATRICES) and inside(path)]
+        if part == "head":
+            matrices = [path for path in params if path == head]
+        # whether backward gets as far as this part's input; before texts there is nothing
+        reached = (reached and part != "text") or any(map(inside, trained))
+        product = {path: 2 * rows[part] * params[path].size * _share(path, config) for path in matrices}
+        to_weights = sum(product[path] for path in matrices if path in trained)
+        to_inputs = sum(product[path] for path in matrices if path != PIXELS)
+        own = attention.get(part, 0)
+        result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
+    return result
+
+
+def _rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
+    """Rows that the weights of every part multiply, the parts in their order."""
+    per_token = 1 if config.connector is None else config.connector.patches_per_token
+    return dict(
+        encoder=counts.patches,
+        connector=counts.patches / per_token,
+        decoder=counts.tokens,
+        head=counts.targets,
+    )
+
+
+def _rows_of_towers(config: DualConfig, counts: Counts) -> dict[str, float]:
+    return dict(encoder=counts.patches, text=counts.tokens)
+
+
+ROWS = {ModelConfig: _rows_of_language, DualConfig: _rows_of_towers}
+
+
+def _pairs(encoder: VitConfig, counts: Counts) -> float:
+    """Pairs of patches that meet in all layers. Windows count as full ones: those at the edges of pictures are less."""
+    windowed = len(set(range(encoder.depth)) - set(encoder.whole)) if encoder.window else 0
+    within = min(counts.patches * encoder.window**2, counts.patch_pairs)
+    return (encoder.depth - windowed) * counts.patch_pairs + windowed * within
+
+
+def _share(path: str, config: ModelConfig) -> float:
+    """The share of a weight that rows meet: of a tower the layers that run, of experts those that a token chooses."""
+    if path.startswith("encoder/layers/"):
+        return config.encoder.depth / config.encoder.layers
+    return config.decoder.moe.top_k / config.decoder.moe.experts if "/experts_" in path else 1
+
+
+# bf16, dense, of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip are one device
+# together (megacore, docs.jax.dev: jax.experimental.pallas.tpu.ChipVersion), those of a TPU7x chip are two.
+PEAK_FLOPS = {
+    "tpu v4": 275e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v5p": 459e12,
+    "tpu v6 lite": 918e12,
+    "tpu v6e": 918e12,
+    "tpu7x": 1153.5e12,
+    "tesla t4": 8.1e12,  # in fp32: it has no bf16
+    "nvidia l4": 121e12,
+    "nvidia a100": 312e12,
+    "nvidia h100 pcie": 756e12,
+    "nvidia h100": 989e12,
+    "nvidia h200": 989e12,
+    "nvidia b200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 FLOP/s of a device by its `device_kind`; None where it is not known, as for CPUs."""
+    kind = device_kind.lower()
+    named = lambda name: kind.startswith(name) and not kind[len(name) :][:1].isalnum()  # an L40 is no L4
+    return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if named(name)), None)
+
+
+def mfu(flops: dict[str, Flops], seconds: float, devices: int, device_kind: str) -> float | None:
+    """Model FLOPs utilisation of a step (arXiv 2204.02311): the share of the devices' peak; None where unknown."""
+    peak = peak_flops(device_kind)
+    return peak and sum(part.total for part in flops.values()) / (seconds * devices * peak)

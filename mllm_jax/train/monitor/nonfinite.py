@@ -1,0 +1,133 @@
+"""Which layer first gave something that is not finite, and whose gradient: a forward and a backward pass with taps.
+
+Flax lets a function stand between every method of every module and its caller. This one asks of each output whether it
+is finite; of layers in a scan the answers come stacked, one for each layer.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.nn.runtime import TAPS
+from mllm_jax.nn.stack import segments
+from mllm_jax.train.runs.config import Run, objective_of
+from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.state import TrainState
+from mllm_jax.types import Batch
+
+STACK = re.compile(r"^(?P<stack>(?P<part>.*?)/?layers\d*(?:/slots_\d+)?)(?=/|$)(?P<rest>.*)$")
+
+
+def find_nonfinite(run: Run, state: TrainState, batch: Batch, mesh: Mesh, reference: Any = None) -> list[str]:
+    """What is not finite in a step from this state with this batch, in lines for people; `reference` as steps have it.
+
+    First weights, then the first output forward, then the first gradient backward: what comes later follows from it.
+    """
+    parts = run.train.accumulate
+    look = jax.jit(_look(run, mesh, orders := {}), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for part in range(parts):
+        rows = batch if parts == 1 else jax.tree.map(lambda x, part=part: x[part::parts], batch)  # every A-th
+        loss, *found = jax.device_get(look(state.params, rows, reference, state.rewards))
+        weights, outputs, gradients = (_bad(finite) for finite in found)
+        if weights or outputs or gradients or not np.isfinite(loss):
+            break
+    else:
+        return ["weights, outputs, loss and gradients are all finite in this batch, computed once more"]
+    place = lambda where: _place(where, orders)
+    lines = [f"in part {part + 1} of {parts} of the batch:"] if parts > 1 else []
+    name = lambda where: layer_name(*where, run.model)
+    if weights:
+        lines.append(f"weights: {_some(sorted(map(name, weights)))} hold values that are not finite")
+    if outputs:
+        lines.append(f"forward: the first output that is not finite is that of {name(min(outputs, key=place))}")
+    elif not np.isfinite(loss):
+        lines.append("forward: every layer is finite, the loss is not: the head, or the weights of the targets")
+    if gradients:
+        first, of = name(max(gradients, key=place)), len(flatten_dict(found[2]))
+        lines.append(f"backward: the first gradient that is not finite is that of {first}, of {of}")
+    return lines
+
+
+def _look(run: Run, mesh: Mesh, orders: dict[str, int]) -> Callable:
+    """(params, batch, reference, rewards) -> loss, and of weights, outputs and gradients whether each is finite."""
+    objective = objective_of(run)
+
+    def tap(method, arguments, options, context):
+        """Modules are numbered as they end: one that calls others comes after them."""
+        out, module, name = method(*arguments, **options), context.module, context.method_name
+        values = [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)]
+        if values and name != "setup":
+            path = "/".join(module.path) if name == "__call__" else "/".join((*module.path, name))
+            orders.setdefault(path, len(orders))
+            finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in values]))
+            module.sow(TAPS, f"{TAPS}_{name}", finite, reduce_fn=jnp.logical_and, init_fn=lambda: jnp.array(True))
+        return out
+
+    def look(params, batch, reference, rewards):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            with nn.intercept_methods(tap):
+                _, taps = run.model.build().apply({"params": params}, batch, hidden=True, mutable=[TAPS])
+            trainable, frozen = split(params, run.optim.freeze)
+            sums = lambda trainable: objective.sums(merge(trainable, frozen), batch, None, reference, rewards)[0]
+            loss = lambda trainable: sums(trainable)["loss"]
+            value, gradients = jax.value_and_grad(loss)(trainable)
+            flat = flatten_dict(taps[TAPS], sep="/")
+            return value, _finite(params), {_module(path): x for path, x in flat.items()}, _finite(gradients)
+
+    return look
+
+
+def _module(path: str) -> str:
+    """ "decoder/layers/mlp/taps___call__" -> "decoder/layers/mlp"."""
+    *module, tapped = path.split("/")
+    method = tapped.removeprefix(f"{TAPS}_")
+    return "/".join(module if method == "__call__" else [*module, method])
+
+
+def _finite(tree: Any) -> dict[str, Any]:
+    """Of every leaf; of one of stacked layers, of every layer."""
+    flat = flatten_dict(tree, sep="/")
+    within = lambda path, x: tuple(range(1 if STACK.match(path) else 0, x.ndim))
+    return {path: jnp.all(jnp.isfinite(x), axis=within(path, x)) for path, x in flat.items()}
+
+
+def _bad(finite: Mapping[str, np.ndarray]) -> list[tuple[str, int]]:
+    """(path, layer in its stack) of what is not finite; 0 where there is no stack."""
+    return [(path, int(i)) for path, of in finite.items() for i in np.flatnonzero(~np.atleast_1d(of))]
+
+
+def _place(where: tuple[str, int], orders: Mapping[str, int]) -> tuple[int, int, int]:
+    """The time at which a module, or that of a weight, ends: layers of a stack one after another."""
+    path, index = where
+    while path not in orders and "/" in path:
+        path = path.rsplit("/", 1)[0]
+    own, found = orders.get(path, -1), STACK.match(path)
+    if not found:
+        return own, 0, own
+    stack = re.sub(r"/slots_\d+$", "", found["stack"])
+    return min(order for other, order in orders.items() if f"{other}/".startswith(f"{stack}/")), index, own
+
+
+def layer_name(path: str, index: int, model: ModelConfig) -> str:
+    """("decoder/layers0/slots_1/mlp", 2) -> "decoder/layers/5/mlp", as people count layers."""
+    found = STACK.match(path)
+    if not found:
+        return path or "the model"
+    part, numbers = found["part"], range(index + 1)
+    if part == "decoder":
+        own = found["stack"].removeprefix("decoder/")
+        numbers = {name: layers for one in segments(model.decoder.kinds) for name, layers, _ in one.slots()}.get(own)
+    number = "*" if numbers is None else numbers[index]
+    return f"{part}/layers/{number}{found['rest']}"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,69 @@
+"""A recipe made so small that it can be watched: its stages, frozen parts, factors, schedules and losses.
+
+    python -m mllm_jax.train --config configs/recipes/llava_1_5.py:tiny --workdir DIR
+
+It trains on the embedded scenes, or on the files that the same words name as for the recipe's own sizes.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.data.synthetic.scenes import scenes_tokenizer
+from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.encoders.vit import VitConfig
+from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
+from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.nn.moe.layer import MoeConfig
+from mllm_jax.train.input.processors import SCENES
+from mllm_jax.train.runs.config import PARTS_OF_STAGES, Run, Stage
+from mllm_jax.train.runs.data_files import EMBEDDED, FilesData, MixtureData
+
+STEPS = 8  # of a stage, at most
+RANK = 4  # of adapters, at most
+QUESTIONS = f"{EMBEDDED}colour"
+
+
+def miniature(run: Run) -> Run:
+    """The run with a model of 0.1 million random weights, for 8 steps a stage.
+
+    The model has an encoder, a connector and a decoder, with experts where that of `run` has some. Its tokenizer spells
+    any text in bytes. Each set of the recipe's data is the embedded scenes until its path names another. What a recipe
+    says of optimizers, of what is trained and of losses stays as it is.
+    """
+    stages = {name: _stage(stage) for name, stage in run.stages.items()}
+    small = replace(run, model=_model(run.model.decoder.moe is not None), init="", processor=SCENES, stages=stages)
+    return replace(small, **{part: getattr(_stage(small), part) for part in PARTS_OF_STAGES})
+
+
+def _stage(run: Run | Stage) -> Stage:
+    optim = run.optim and replace(
+        run.optim, steps=min(STEPS, run.optim.steps or STEPS), warmup=min(STEPS // 4, run.optim.warmup)
+    )
+    lora = run.lora
+    if lora and lora.rank > RANK:
+        lora = replace(lora, rank=RANK, alpha=lora.alpha * RANK / lora.rank)
+    train = run.train and replace(
+        run.train, loss_chunk=64, log_every=1, evaluate_every=0, save_every=0, heldout=8, accumulate=1
+    )
+    mesh = run.mesh and {"fsdp": -1}
+    return Stage(getattr(run, "after", None), run.data and _data(run.data), optim, lora, train, mesh)
+
+
+def _data(data: FilesData | MixtureData) -> FilesData | MixtureData:
+    data = replace(data, batch=8, tokens=512, rows=2, patches=256, min_pixels=256)
+    if isinstance(data, FilesData):
+        return replace(data, path=QUESTIONS)
+    return replace(data, sources={name: replace(part, path=QUESTIONS) for name, part in data.sources.items()})
+
+
+def _model(experts: bool) -> ModelConfig:
+    tokenizer = scenes_tokenizer()
+    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    attention = AttentionConfig(heads=2, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
+    moe = MoeConfig(experts=4, top_k=2, mlp=16) if experts else None
+    return ModelConfig(
+        encoder=VitConfig(width=32, layers=1, heads=2, mlp=32, patch_size=8, position_grid=8, taps=(0,)),
+        connector=PatchMergerConfig(merge=2),
+        decoder=DecoderConfig(vocab=384, width=32, layers=2, attention=attention, mlp=32, moe=moe),
+        tokens=VisionTokenIds(*tokens),
+    )

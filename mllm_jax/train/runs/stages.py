@@ -1,0 +1,154 @@
+"""Stages of a run: align, instruct, long context ... each an ordinary run in a folder of its own.
+
+A config names them, `config.stages.NAME`, and says in which data, optimizer, trained parts, adapters, budgets, loss or
+mesh each differs from the run. Stage NAME of the run in DIR lies in DIR/NAME: with its own checkpoints, metrics, events
+and config, so that all that reads a run reads a stage.
+
+A stage begins with the weights of the one `after` which it comes, with **a fresh optimizer** and a schedule of its own:
+moments of weights that were frozen do not exist, those of the others belong to another loss, and every published recipe
+restarts its schedule. Nothing else is carried over. Adapters of the stage before go on where this one has the same, and
+are merged into their weights where it has none; where it alone has some, they are new.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.files import write_whole
+from mllm_jax.pretrained.api import CHECKPOINTS, PROGRESS
+from mllm_jax.train.checkpoint.damage import read_note
+from mllm_jax.train.runs.config import PARTS_OF_STAGES, processor_source
+
+EXAMPLE = '{"stages": ["align", "instruct"], "ended": {"align": 500}}'  # what it looks like
+
+
+def names_in_order(config: ConfigDict) -> list[str]:
+    """The stages, each behind the one that it comes after and the one that trains its reward model, branches by name.
+
+    Raises:
+      ConfigError: a stage comes after none, or in a circle, or its name cannot be that of a folder and of a setting.
+    """
+    after = {name: stage.after or "" for name, stage in config.stages.items()}
+    judges = {name: stage.train.get("ppo", {}).get("reward", "") for name, stage in config.stages.items()}
+    for name, before in after.items():
+        if not name.isidentifier() or name == CHECKPOINTS:
+            raise ConfigError(f"config.stages: {name!r} cannot be the name of a stage; take a word without dashes")
+        if before and before not in after:
+            raise ConfigError(f"config.stages.{name}.after: no stage is called {before!r}; {suggestion(before, after)}")
+    order: list[str] = []
+
+    def add(name: str, waiting: tuple[str, ...] = ()) -> None:
+        """Puts a stage behind the one that it comes after, and the one that trains its reward model."""
+        if name in waiting:
+            raise ConfigError(f"config.stages need each other in a circle: {', '.join([*waiting, name])}")
+        for before in (after[name], judges[name]):
+            if before in after:
+                add(before, (*waiting, name))
+        if name not in order:
+            order.append(name)
+
+    for name in sorted(after, key=lambda name: branch(name, after)):
+        add(name)
+    return order
+
+
+def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = None) -> ConfigDict:
+    """The ordinary run that stage `name` is.
+
+    Args:
+      workdir: folder of the staged run. If it holds the stage that this one comes after, this one begins with its
+        weights, and with those of `config.init` or `config.parts` otherwise. The stage that trains its reward model
+        lies there, too.
+    """
+    if name not in config.stages:
+        raise ConfigError(f"config.stages has no {name!r}; {suggestion(name, config.stages)}")
+    whole = config.to_dict()
+    stage = whole["stages"][name]
+    alone = whole | {part: stage[part] for part in PARTS_OF_STAGES if stage[part] is not None} | {"stages": {}}
+    alone["processor"] = processor_source(alone["processor"], alone["init"], alone.get("parts", {}))
+    if workdir is not None and stage["after"] and has_checkpoint(folder := Path(workdir).resolve() / stage["after"]):
+        alone |= {"init": str(folder), "parts": {}}
+    if workdir is not None and (judge := alone["train"].get("ppo", {}).get("reward")) in whole["stages"]:
+        train = alone["train"]
+        alone["train"] = train | {"ppo": train["ppo"] | {"reward": str(Path(workdir).resolve() / judge)}}
+    return ConfigDict(alone)
+
+
+def one_run(config: ConfigDict, stage: str | None) -> ConfigDict:
+    """The one run that a command is about: the config itself, or the stage of it that is named.
+
+    Raises:
+      ConfigError: it has stages and none is named, or it has no such stage.
+    """
+    if stage is not None and not config.get("stages"):
+        raise ConfigError(f"--stage={stage}: the config has no stages")
+    if stage is None and config.get("stages"):
+        raise ConfigError(f"the config has stages; name one with --stage: {', '.join(names_in_order(config))}")
+    return config if stage is None else stage_config(config, stage)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run or a stage in this folder has saved. Only whole checkpoints have a number as their name."""
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+
+
+def ended(workdir: str | Path) -> dict[str, int]:
+    """The stages in `workdir` that came to their end, in order, with the step that each reached."""
+    return _progress(Path(workdir))["ended"]
+
+
+def all_ended(workdir: str | Path) -> bool:
+    """Whether this is the folder of a run with stages that all came to their end."""
+    found = _progress(Path(workdir))
+    return bool(found["stages"]) and set(found["ended"]) == set(found["stages"])
+
+
+def _progress(workdir: Path) -> dict[str, Any]:
+    """Reads what `note_ended` wrote; no stages if it wrote nothing. Raises ConfigError where the file is damaged."""
+    path = workdir / PROGRESS
+    if not path.is_file():
+        return {"stages": [], "ended": {}}
+    fix = f"Write into it the stages that have ended, such as {EXAMPLE}, or remove it to train all of them anew"
+    return read_note(path, fix, stages=list, ended=dict)
+
+
+def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> None:
+    """Writes what `ended` reads, whole or not at all."""
+    steps = {name: steps[name] for name in order if name in steps}
+    write_whole(workdir / PROGRESS, json.dumps({"stages": order, "ended": steps}, indent=2) + "\n")
+
+
+def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
+    """Where the checkpoints of a run are: in its folder, or in that of a stage, by default the last that has ended.
+
+    Raises:
+      ConfigError: there is no such stage. FileNotFoundError: there are stages, and none has ended.
+    """
+    workdir = Path(workdir)
+    known = _progress(workdir)["stages"]
+    if stage is not None:
+        if stage not in known:
+            raise ConfigError(f"{workdir} has no stage {stage!r}; {suggestion(stage, known)}")
+        return workdir / stage
+    if not known or (workdir / CHECKPOINTS).is_dir():
+        return workdir
+    if not (steps := ended(workdir)):
+        begun = [str(workdir / name) for name in known if has_checkpoint(workdir / name)]
+        raise FileNotFoundError(
+            f"no stage of {workdir} has ended yet; those that have saved: {', '.join(begun) or 'none'}"
+        )
+    return workdir / list(steps)[-1]
+
+
+def branch(name: str, after: Mapping[str, str]) -> list[str]:
+    """The stages that lead to one, itself at the end; `after` says which comes after which, "" = none."""
+    line = [name]
+    while before := after[line[0]]:
+        if before in line:
+            raise ConfigError(f"config.stages come after each other in a circle: {', '.join([before, *line])}")
+        line.insert(0, before)
+    return line

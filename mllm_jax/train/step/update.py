@@ -1,0 +1,48 @@
+"""How gradients change the state of a run: clipped, by the optimizer's rule, and not at all if they are not finite."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mllm_jax.train.step.optimizer import OptimConfig, make_schedule, merge, split
+from mllm_jax.train.step.state import TrainState
+
+
+def update(
+    state: TrainState,
+    grads: Any,
+    found: Mapping[str, jax.Array],
+    tx: optax.GradientTransformation,
+    optim: OptimConfig,
+    adjust: Callable[[Any], Any] = lambda params: params,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after a step, and grad_norm (before clipping), learning_rate, finite.
+
+    Args:
+      grads: of what is trained, see `optim.split`.
+      found: losses; if one of them is not finite, nothing changes but the counters.
+      tx: of `make_optimizer(optim, ...)`.
+      adjust: what changes parameters beside gradients.
+    """
+    trainable, frozen = split(state.params, optim.freeze)
+    norm = optax.global_norm(grads)
+    finite = jnp.all(jnp.isfinite(jnp.array([norm, *found.values()])))
+    if optim.clip:
+        scale = jnp.minimum(1, optim.clip / norm)
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, trainable)
+    params = adjust(merge(optax.apply_updates(trainable, updates), frozen))
+    keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
+    state = state._replace(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        bad=jnp.where(finite, 0, state.bad + 1),
+        skipped=jnp.where(finite, state.skipped, state.skipped + 1),
+    )
+    updates_done = state.step - 1 - state.skipped  # as the optimizer counts
+    return state, dict(grad_norm=norm, learning_rate=make_schedule(optim)(updates_done), finite=finite)
