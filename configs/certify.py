@@ -12,7 +12,7 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.plan.certificate import Certificate
+from mllm_jax.plan.verify.certificate import Certificate
 from mllm_jax.train.runs.data import ScenesData
 
 EXPERTS = {"dense": None, "experts": MoeConfig(experts=8, top_k=2, mlp=24)}

@@ -10,7 +10,7 @@ from tiny_run import get_config
 
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan.compile import plan_step
-from mllm_jax.plan.topology import get_topology
+from mllm_jax.plan.hardware.topology import get_topology
 from mllm_jax.train.runs.config import read_run
 
 topology, mesh, experts, adapters = (

@@ -13,7 +13,7 @@ from tiny_run import load_config, load_module
 
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.plan.certificate import (
+from mllm_jax.plan.verify.certificate import (
     MESHES,
     Comparison,
     Measured,
@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ISSUED = {"fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2"}
 
 
-def certify(*arguments, code="from mllm_jax.plan.certify import main"):
+def certify(*arguments, code="from mllm_jax.plan.verify.certify import main"):
     script = f"import sys\n{code}\nmain()"
     command = [sys.executable, "-c", script, "--config=configs/certify.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -111,7 +111,7 @@ def test_other_decisions_are_drift():
 def test_drift_ends_with_one_and_a_mistake_with_two():
     drifting = """
 from mllm_jax.plan import certify
-from mllm_jax.plan.certificate import Comparison
+from mllm_jax.plan.verify.certificate import Comparison
 found = {"logits": 1e-7, "gradient decoder/embed": 3e-4, "loss": 0.0}
 certify.compare = lambda certificate, name: iter([Comparison("fsdp=8", found, None)])
 main = certify.main

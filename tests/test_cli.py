@@ -18,8 +18,8 @@ from mllm_jax.plan import __main__ as plan
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SUBCOMMANDS = {"mllm_jax.plan": ["", "certify"], "mllm_jax.data": ["", "convert", "inspect"]}
 SOURCES = {  # of options, where they are not in the module that is run
-    "mllm_jax.plan": ["mllm_jax/plan/command.py"],
-    "mllm_jax.plan certify": ["mllm_jax/plan/certify.py"],
+    "mllm_jax.plan": ["mllm_jax/plan/cli.py"],
+    "mllm_jax.plan certify": ["mllm_jax/plan/verify/certify.py"],
     "mllm_jax.data": [],
 }
 
@@ -35,7 +35,7 @@ COMMANDS = [f"{module} {word}".strip() for module in modules() for word in SUBCO
 # Flags live as long as a process: each command has its own.
 SCRIPT = """
 import json, os, runpy, sys
-import mllm_jax.evaluate.ask, mllm_jax.plan.certificate, mllm_jax.plan.search, mllm_jax.train.loop
+import mllm_jax.evaluate.ask, mllm_jax.plan.verify.certificate, mllm_jax.plan.search, mllm_jax.train.loop
 for command in json.loads(sys.argv[1]):
     module, *words = command.split()
     print("=== of", command, flush=True)

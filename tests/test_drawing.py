@@ -5,7 +5,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from mllm_jax.evaluate.drawing import curves, overlay, pictures, table
+from mllm_jax.evaluate.plots import curves, overlay, pictures, table
 
 
 def test_overlay_is_reddest_where_most_is_attended_to():

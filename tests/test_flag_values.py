@@ -9,9 +9,9 @@ from launch import gke, slurm, xpk
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.__main__ import main as data
 from mllm_jax.families.__main__ import main as models
-from mllm_jax.plan.certificate import read_mesh as certified_mesh
+from mllm_jax.plan.hardware.topology import get_topology
 from mllm_jax.plan.search import read_mesh
-from mllm_jax.plan.topology import get_topology
+from mllm_jax.plan.verify.certificate import read_mesh as certified_mesh
 from mllm_jax.train.monitor import processes
 from mllm_jax.train.monitor.profiler import steps_of
 from mllm_jax.train.runs.command import read_config

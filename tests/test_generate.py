@@ -17,7 +17,7 @@ import mllm_jax
 from mllm_jax.data.pipeline.packing import collate, tightest
 from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
 from mllm_jax.data.text.generation_config import GenerationDefaults
-from mllm_jax.generate import decode, layout
+from mllm_jax.generate import cpu_weights, decode
 from mllm_jax.generate.__main__ import main
 from mllm_jax.generate.buckets import bucket, pad_prompts
 from mllm_jax.generate.decode import generate_ids
@@ -125,7 +125,7 @@ def test_layouts_and_meshes_agree(pair, on_cpu, monkeypatch):
     batch = from_hf_inputs(vlm.config, inputs_of("batch"))
     expected = generate_ids(vlm, batch, NEW)
     if not on_cpu:
-        as_they_are = lambda model, params, rows: (model, layout.Weights({"decoder": params["decoder"]}))
+        as_they_are = lambda model, params, rows: (model, cpu_weights.Weights({"decoder": params["decoder"]}))
         monkeypatch.setattr(decode, "lay_out", as_they_are)
     mesh = mllm_jax.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     boxed = abstract_boxed(vlm.config)

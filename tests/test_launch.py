@@ -18,7 +18,7 @@ from launch.accelerators import Tpu, gpu, tpu
 from launch.checks import check_training, read_training
 from launch.exit_codes import AGAIN, FAILED_FOR_GOOD
 from launch.hosts import ROOT, Files, Hosts
-from mllm_jax.plan.chips import CHIPS
+from mllm_jax.plan.hardware.chips import CHIPS
 from mllm_jax.train.monitor import processes
 
 TRAIN = ["--", "--config", "configs/scenes.py", "--workdir", "/runs/scenes"]

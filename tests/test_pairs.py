@@ -14,7 +14,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.data.sources import open_source
-from mllm_jax.evaluate.nearest import nearest
+from mllm_jax.evaluate.retrieval import nearest
 from mllm_jax.families.towers import clip, siglip, siglip2
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import init_params

@@ -9,9 +9,9 @@ from test_plan_compile import compiled_text, tiny
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.runtime import Runtime, expect_runs
-from mllm_jax.plan import checks, hlo
-from mllm_jax.plan.jaxpr import operations, products, unknown_loops
-from mllm_jax.plan.topology import Topology, targeting
+from mllm_jax.plan.hardware.topology import Topology, targeting
+from mllm_jax.plan.hlo import checks, hlo_text
+from mllm_jax.plan.hlo.jaxpr import operations, products, unknown_loops
 from mllm_jax.sharding import make_mesh
 
 
@@ -34,9 +34,9 @@ ENTRY %main (own: f32[256,1024]) -> f32[1024,1024] {
   ROOT %all-reduce = f32[1024,1024]{0,1} all-reduce(%moved), channel_id=1, replica_groups={}, to_apply=%add
 }
 """
-    (warning,) = checks.replaced_gathers(hlo.parse(text))
+    (warning,) = checks.replaced_gathers(hlo_text.parse(text))
     assert warning.startswith("all-reduce for all-gather: 4 MiB")
-    assert not list(checks.replaced_gathers(hlo.parse(text.replace("copy(%placed)", "copy(%zeros)"))))
+    assert not list(checks.replaced_gathers(hlo_text.parse(text.replace("copy(%placed)", "copy(%zeros)"))))
 
 
 def test_warns_of_gradients_that_are_summed_whole():
@@ -86,11 +86,11 @@ ENTRY %main (a: bf16[4096,1024], b: bf16[64,1024]) -> bf16[64,1024] {
   ROOT %out = bf16[64,1024]{1,0} get-tuple-element(%loop), index=2
 }
 """
-    (warning,) = checks.replaced_scatters("tpu", hlo.parse(text))
+    (warning,) = checks.replaced_scatters("tpu", hlo_text.parse(text))
     assert warning.startswith("all-reduce for reduce-scatter: 24 MiB")  # three times 4096 x 1024 x 2 bytes
-    assert not list(checks.replaced_scatters("cpu", hlo.parse(text)))
+    assert not list(checks.replaced_scatters("cpu", hlo_text.parse(text)))
     whole = text.replace("tuple(%i, %g, %small)", "tuple(%i, %large, %small)")
-    assert not list(checks.replaced_scatters("tpu", hlo.parse(whole)))
+    assert not list(checks.replaced_scatters("tpu", hlo_text.parse(whole)))
 
 
 def test_warns_of_a_head_in_every_chunk():
@@ -109,7 +109,7 @@ def test_warns_of_a_head_in_every_chunk():
 
     step = lambda hidden, table: jax.value_and_grad(lambda x: x * chunks(hidden, table))(1.0)
     arguments = ((table.shape[1],), P()), (table.shape, P("fsdp"))
-    found = list(checks.head_exchanges(run, hlo.parse(compiled_text(step, mesh, *arguments)), mesh))
+    found = list(checks.head_exchanges(run, hlo_text.parse(compiled_text(step, mesh, *arguments)), mesh))
     assert len(found) == 1 and found[0].startswith("head in every chunk: all-gather")
 
 

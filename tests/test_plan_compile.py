@@ -22,11 +22,11 @@ from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime, expect_runs
-from mllm_jax.plan import hlo
 from mllm_jax.plan.compile import Collective, abstract_step, argument_groups, collectives, plan_step
-from mllm_jax.plan.groups import axes_of
-from mllm_jax.plan.jaxpr import operations, place, products, unknown_loops
-from mllm_jax.plan.topology import Topology, get_topology, targeting
+from mllm_jax.plan.hardware.topology import Topology, get_topology, targeting
+from mllm_jax.plan.hlo import hlo_text
+from mllm_jax.plan.hlo.jaxpr import operations, place, products, unknown_loops
+from mllm_jax.plan.hlo.replica_groups import axes_of
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.runs.config import read_run
@@ -133,8 +133,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_text():
-    program = hlo.parse(TEXT)
-    found = [(x.kind, x.runs, x.bytes, axes_of(x.instruction, MESH, ("data",))) for x in hlo.transfers(program)]
+    program = hlo_text.parse(TEXT)
+    found = [(x.kind, x.runs, x.bytes, axes_of(x.instruction, MESH, ("data",))) for x in hlo_text.transfers(program)]
     assert sorted(found) == [
         ("all-gather", 1, 256, ("fsdp", "tensor")),
         ("all-gather", 3, 32, ("fsdp",)),  # once, of its two parts
@@ -150,8 +150,8 @@ def test_collectives_of_a_text():
 
 def test_arrays_of_a_text():
     """Not what lies in another memory, nor what is inside a fusion."""
-    program = hlo.parse(TEXT)
-    (shape, scope, size), (second, where, _) = hlo.largest_arrays(program, 2)
+    program = hlo_text.parse(TEXT)
+    (shape, scope, size), (second, where, _) = hlo_text.largest_arrays(program, 2)
     assert (shape, scope, size) == ("bf16[4,8,16]", "jit(step)/jvp()/while", 1024)
     assert second == "f32[8]" and place(where) == "decoder/layers/mlp/up/dot_general"
 
@@ -176,13 +176,13 @@ def test_arrays_of_a_text():
     ids=str,
 )
 def test_axes_that_a_collective_joins(attributes, axes):
-    instruction = hlo.Instruction("x", "all-reduce", "f32[8]", (), f", {attributes}", False)
+    instruction = hlo_text.Instruction("x", "all-reduce", "f32[8]", (), f", {attributes}", False)
     assert axes_of(instruction, MESH) == axes
 
 
 def test_a_text_that_is_none():
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.parse("nothing")
+        hlo_text.parse("nothing")
 
 
 def compiled_text(step, mesh, *arguments):
@@ -207,7 +207,7 @@ def test_collectives_of_a_compiled_program():
 
     step = jax.shard_map(local, mesh=mesh, in_specs=(P("fsdp"), P(None, "fsdp")), out_specs=P("fsdp"), check_vma=False)
     text = compiled_text(step, mesh, ((64, 64), P("fsdp")), ((5, 32, 64), P(None, "fsdp")))
-    assert set(collectives(hlo.parse(text), mesh)) == {
+    assert set(collectives(hlo_text.parse(text), mesh)) == {
         Collective("all-gather", ("fsdp",), 5, 5 * 32 * 64 * 4),
         Collective("all-reduce", ("tensor",), 5, 5 * 16 * 64 * 4),
         Collective("all-to-all", ("fsdp",), 1, 16 * 64 * 4),
@@ -224,7 +224,7 @@ def test_a_loop_whose_length_is_data_says_how_long_it_is():
             return jax.lax.fori_loop(0, jnp.sum(count).astype(int), lambda i, x: jax.lax.psum(jnp.sin(x), "fsdp"), x)
 
     step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
-    found = collectives(hlo.parse(compiled_text(step, mesh, ((32,), P()), ((3,), P()))), mesh)
+    found = collectives(hlo_text.parse(compiled_text(step, mesh, ((32,), P()), ((3,), P()))), mesh)
     assert found == (Collective("all-reduce", ("fsdp",), 6, 6 * 32 * 4),)
 
 

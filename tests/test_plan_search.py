@@ -22,17 +22,17 @@ from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.plan import search as search_module
-from mllm_jax.plan.chips import CHIPS, GIB
+from mllm_jax.plan.comms import traffic
 from mllm_jax.plan.compile import Collective, TooLarge, abstract_step
-from mllm_jax.plan.cost import Network, roofline, seconds
+from mllm_jax.plan.device_workload import Portion, read_shapes
 from mllm_jax.plan.estimate import estimate
-from mllm_jax.plan.fit import check_run
-from mllm_jax.plan.jaxpr import operations, products
-from mllm_jax.plan.moves import traffic
+from mllm_jax.plan.hardware.chips import CHIPS, GIB
+from mllm_jax.plan.hlo.jaxpr import operations, products
 from mllm_jax.plan.page import Chosen, write_page
-from mllm_jax.plan.portion import Portion, read_shapes
+from mllm_jax.plan.roofline import Network, roofline, seconds
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.plan.text import duration
+from mllm_jax.plan.validate import check_run
 from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
 from mllm_jax.train.runs.config import Run, TrainConfig, read_run, run_config
 from mllm_jax.train.runs.data_files import FilesData

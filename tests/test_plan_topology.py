@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from mllm_jax.plan.chips import CHIPS
-from mllm_jax.plan.topology import GPUS, KNOWN, TPUS, get_topology
+from mllm_jax.plan.hardware.chips import CHIPS
+from mllm_jax.plan.hardware.topology import GPUS, KNOWN, TPUS, get_topology
 from mllm_jax.sharding import make_mesh
 
 
@@ -38,7 +38,7 @@ def test_devices_of_the_compiler_are_in_the_same_places():
     """A mesh has them in the same order, and libtpu has nothing to complain about."""
     code = """
 import os
-from mllm_jax.plan.topology import get_topology
+from mllm_jax.plan.hardware.topology import get_topology
 from mllm_jax.sharding import make_mesh
 place = lambda device: (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
 for name, shape in (("v4:2x2x2", {"fsdp": 4, "tensor": 2}), ("v6e:1x1", {"fsdp": 1}), ("v6e:4x4*2", {"fsdp": -1}),

@@ -43,13 +43,13 @@ from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
-from mllm_jax.plan.certificate import Certificate
-from mllm_jax.plan.chips import CHIPS, Chip
+from mllm_jax.plan.hardware.chips import CHIPS, Chip
+from mllm_jax.plan.verify.certificate import Certificate
 from mllm_jax.train.runs.config import PARTS, Run, read_run, run_config
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import OptimConfig
 
-COMMANDS = ("__main__", "plan.command", "plan.certify", "tfds_builder")  # define flags, or need a package
+COMMANDS = ("__main__", "plan.cli", "verify.certify", "tfds_builder")  # define flags, or need a package
 for module in pkgutil.walk_packages(mllm_jax.__path__, "mllm_jax."):
     if not module.name.endswith(COMMANDS):
         importlib.import_module(module.name)

@@ -12,8 +12,8 @@ from tiny_run import load_config
 
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.plan.groups import axes_of
-from mllm_jax.plan.hlo import array_sizes, parse, transfers
+from mllm_jax.plan.hlo.hlo_text import array_sizes, parse, transfers
+from mllm_jax.plan.hlo.replica_groups import axes_of
 from mllm_jax.sharding import (
     MESH_AXES,
     PRESETS,

@@ -20,8 +20,8 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import exact_match, scores
-from mllm_jax.evaluate.nearest import nearest
 from mllm_jax.evaluate.report import Answer
+from mllm_jax.evaluate.retrieval import nearest
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.pretrained.api import load_pretrained
 from mllm_jax.train.checkpoint.manager import load_workdir, read_config

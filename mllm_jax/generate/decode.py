@@ -14,7 +14,7 @@ import numpy as np
 
 from mllm_jax.common.settings import PositiveInt, check
 from mllm_jax.generate.buckets import TOKENS, bucket, pad_prompts
-from mllm_jax.generate.layout import Weights, for_hidden, for_logits, lay_out
+from mllm_jax.generate.cpu_weights import Weights, for_hidden, for_logits, lay_out
 from mllm_jax.generate.sampling import Sampling, choose, make_sampling
 from mllm_jax.model.vlm import VLM, init_cache
 from mllm_jax.types import Array, Batch, Cache

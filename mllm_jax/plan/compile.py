@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import collate
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.plan import hlo
-from mllm_jax.plan.checks import warnings_of
-from mllm_jax.plan.groups import axes_of
-from mllm_jax.plan.jaxpr import operations, place, products
-from mllm_jax.plan.topology import LOWERED, Topology, targeting
+from mllm_jax.plan.hardware.topology import LOWERED, Topology, targeting
+from mllm_jax.plan.hlo import hlo_text
+from mllm_jax.plan.hlo.checks import warnings_of
+from mllm_jax.plan.hlo.jaxpr import operations, place, products
+from mllm_jax.plan.hlo.replica_groups import axes_of
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.losses.preference import FIRST
 from mllm_jax.train.monitor.flops import count_flops, padded
@@ -67,7 +67,7 @@ class Planned(NamedTuple):
     useful: FLOPs of them that a step needs whose batch is full: forward and backward, nothing twice.
     recomputed: FLOPs of them that repeat others to save memory.
     collectives: by kind and axes.
-    warnings: each begins with its name (see `mllm_jax.plan.checks`).
+    warnings: each begins with its name (see `mllm_jax.plan.hlo.checks`).
     compile_seconds: of tracing, lowering and compiling. host_bytes: most memory that this process has had.
     """
 
@@ -113,7 +113,7 @@ def plan_step(run: Run, topology: Topology, mesh: Mapping[str, int] | None = Non
             raise ConfigError(f"{topology.name}: {error}") from error
         compiled = _compile(traced, topology, QUICK.get(topology.platform, {}) if quick else {})
     seconds = time.perf_counter() - began
-    steps, program = list(operations(traced.jaxpr)), hlo.parse(compiled.as_text())
+    steps, program = list(operations(traced.jaxpr)), hlo_text.parse(compiled.as_text())
     arguments, peak = _memory(compiled, topology.platform)
     flops, recomputed = _flops(steps, devices.size)
     counts = padded(batch, run.model.decoder.window)
@@ -194,12 +194,12 @@ def _flops(steps: list, devices: int) -> tuple[dict[str, float], float]:
     return dict(parts), recomputed
 
 
-def collectives(program: hlo.Program, mesh: Mesh) -> tuple[Collective, ...]:
+def collectives(program: hlo_text.Program, mesh: Mesh) -> tuple[Collective, ...]:
     """Those of a compiled program by kind and axes of the mesh, most bytes first."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
     across = tuple(name for axis, name in enumerate(mesh.axis_names) if np.ptp(slices, axis=axis).any())
-    for transfer in hlo.transfers(program):
+    for transfer in hlo_text.transfers(program):
         total = sums[transfer.kind, axes_of(transfer.instruction, mesh.shape, across)]
         total[0] += transfer.runs
         total[1] += transfer.runs * transfer.bytes
@@ -225,8 +225,8 @@ def _group(names: list[str]) -> str:
     return f"{kind} of {part}" if part else kind
 
 
-def _largest(groups: dict[str, int], program: hlo.Program) -> tuple[tuple[str, int], ...]:
-    arrays = {f"{shape} {place(scope)}": size for shape, scope, size in hlo.largest_arrays(program, 4 * LARGEST)}
+def _largest(groups: dict[str, int], program: hlo_text.Program) -> tuple[tuple[str, int], ...]:
+    arrays = {f"{shape} {place(scope)}": size for shape, scope, size in hlo_text.largest_arrays(program, 4 * LARGEST)}
     found = [*groups.items(), *arrays.items()]
     return tuple(sorted(found, key=lambda item: -item[1])[:LARGEST])
 

@@ -4,9 +4,9 @@ It follows what the step does (`mllm_jax.train.step.train_step`) and what XLA ma
 """
 
 from mllm_jax.nn.attention.kernels import SPLASH_BLOCK
+from mllm_jax.plan.comms import collectives
 from mllm_jax.plan.compile import Planned
-from mllm_jax.plan.moves import collectives
-from mllm_jax.plan.portion import Portion
+from mllm_jax.plan.device_workload import Portion
 
 # What the backward kernels of attention do a second time, by platform, in FLOPs of forward: cuDNN's one product of
 # five, splash's two kernels three of seven.

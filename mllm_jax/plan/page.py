@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from mllm_jax.common import html
 from mllm_jax.common.html import log_ticks, ticks
-from mllm_jax.plan.chips import GIB, Chip
-from mllm_jax.plan.cost import Network, seconds
-from mllm_jax.plan.layout import STACKED, VOCABULARY, Laid
+from mllm_jax.plan.hardware.chips import GIB, Chip
+from mllm_jax.plan.roofline import Network, seconds
 from mllm_jax.plan.search import Candidate, Found, mesh_text
+from mllm_jax.plan.sharded_weight import STACKED, VOCABULARY, Laid
 from mllm_jax.plan.text import duration, gib, percent, size_text
 from mllm_jax.sharding import MESH_AXES
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.runtime import REMAT
-from mllm_jax.plan.chips import CHIPS, Chip
+from mllm_jax.plan.comms import traffic
 from mllm_jax.plan.compile import Planned, TooLarge, plan_step
-from mllm_jax.plan.cost import Network, Roofline, roofline
+from mllm_jax.plan.device_workload import Portion, read_shapes
 from mllm_jax.plan.estimate import estimate
-from mllm_jax.plan.moves import traffic
-from mllm_jax.plan.portion import Portion, read_shapes
+from mllm_jax.plan.hardware.chips import CHIPS, Chip
+from mllm_jax.plan.hardware.topology import Topology
+from mllm_jax.plan.roofline import Network, Roofline, roofline
 from mllm_jax.plan.text import duration, gib, percent
-from mllm_jax.plan.topology import Topology
 from mllm_jax.sharding import MESH_AXES, make_mesh
 from mllm_jax.train.runs.config import Run, with_rules
 

@@ -1,6 +1,6 @@
 """Quantities as people read them."""
 
-from mllm_jax.plan.chips import GIB
+from mllm_jax.plan.hardware.chips import GIB
 
 
 def gib(size: float) -> str:

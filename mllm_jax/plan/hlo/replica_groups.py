@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mllm_jax.plan.hlo import Instruction
+from mllm_jax.plan.hlo.hlo_text import Instruction
 
 
 def axes_of(instruction: Instruction, mesh: Mapping[str, int], across: tuple[str, ...] = ()) -> tuple[str, ...]:

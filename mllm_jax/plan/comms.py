@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from mllm_jax.nn.attention import context_parallel
 from mllm_jax.nn.moe import all_to_all
 from mllm_jax.plan.compile import Collective
-from mllm_jax.plan.layout import VOCABULARY, Laid
-from mllm_jax.plan.portion import Portion
+from mllm_jax.plan.device_workload import Portion
+from mllm_jax.plan.sharded_weight import VOCABULARY, Laid
 
 Add = Callable[[str, Iterable[str], float, float, int], None]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm_jax.plan.chips import Chip
 from mllm_jax.plan.compile import Collective, Planned
+from mllm_jax.plan.hardware.chips import Chip
 
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
 

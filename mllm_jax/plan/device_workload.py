@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.plan.layout import Laid, Weight, abstract_mesh, lay, read_weights, split_axes
+from mllm_jax.plan.sharded_weight import Laid, Weight, abstract_mesh, lay, read_weights, split_axes
 from mllm_jax.sharding import fitting_axes, partition_spec, rules_of
 from mllm_jax.train.monitor.flops import Counts, Flops, count_flops, near_pairs
 from mllm_jax.train.runs.config import Run
@@ -84,7 +84,7 @@ class Portion:
         self._matrices = {part: [laid for laid in self.laid if inside(laid.weight, part)] for part in self.towers}
 
     def _patch_rows(self, part: str, batch: int, length: int) -> Rows:
-        """Rows of patches, or of visual tokens, of `length`: all of them in one line (see `mllm_jax.model.encoders.vit`)."""
+        """Rows of patches, or of visual tokens, of `length`: all of them in one line (see model/encoders/vit.py)."""
         names, sizes = ("batch", "length"), (batch * self.budget.rows, length)
         axes = [axis for n, x in zip(names, sizes) for axis in fitting_axes(n, x, self.rules[part], self.mesh)]
         return Rows(math.prod(sizes) / self.size(axes), tuple(axes))

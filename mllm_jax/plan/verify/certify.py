@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from mllm_jax.plan.certificate import Comparison, compare, devices, read_certificate
+from mllm_jax.plan.verify.certificate import Comparison, compare, devices, read_certificate
 from mllm_jax.train.runs import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to certify: a Python file with get_config(argument).")

@@ -18,8 +18,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mllm_jax.model.vlm import abstract_params, head_table
-from mllm_jax.plan import hlo
-from mllm_jax.plan.jaxpr import Operation, part_of, place, unknown_loops
+from mllm_jax.plan.hlo import hlo_text
+from mllm_jax.plan.hlo.jaxpr import Operation, part_of, place, unknown_loops
 from mllm_jax.sharding import ways
 from mllm_jax.train.runs.config import Run
 
@@ -30,7 +30,9 @@ SAME = ("copy", "copy-start", "copy-done", "bitcast", "convert", "transpose", "r
 PARTS = ("get-tuple-element", "all-reduce-done", "optimization-barrier")
 
 
-def warnings_of(run: Run, platform: str, steps: list[Operation], program: hlo.Program, mesh: Mesh) -> tuple[str, ...]:
+def warnings_of(
+    run: Run, platform: str, steps: list[Operation], program: hlo_text.Program, mesh: Mesh
+) -> tuple[str, ...]:
     """The findings of all checks.
 
     Args:
@@ -48,13 +50,13 @@ def warnings_of(run: Run, platform: str, steps: list[Operation], program: hlo.Pr
     return tuple(dict.fromkeys(found))
 
 
-def replaced_gathers(program: hlo.Program) -> Iterator[str]:
+def replaced_gathers(program: hlo_text.Program) -> Iterator[str]:
     """All-reduces of arrays in which a device's own part stands among zeros."""
     size = 0.0
-    for transfer in hlo.transfers(program):
+    for transfer in hlo_text.transfers(program):
         if transfer.kind == "all-reduce":
             parts = (_origin(program, transfer.computation, name) for name in transfer.instruction.operands)
-            zeros = sum(hlo.shape_bytes(part.shape) for part in parts if part.opcode == "dynamic-update-slice")
+            zeros = sum(hlo_text.shape_bytes(part.shape) for part in parts if part.opcode == "dynamic-update-slice")
             size += transfer.runs * zeros
     if size > MIB:
         yield (
@@ -63,7 +65,7 @@ def replaced_gathers(program: hlo.Program) -> Iterator[str]:
         )
 
 
-def _origin(program: hlo.Program, computation: hlo.Computation, name: str) -> hlo.Instruction:
+def _origin(program: hlo_text.Program, computation: hlo_text.Computation, name: str) -> hlo_text.Instruction:
     """What makes an operand, seen through copies and changes of layout; of a fusion its last instruction."""
     instruction = computation.instructions[name]
     while instruction.opcode in SAME:
@@ -73,10 +75,10 @@ def _origin(program: hlo.Program, computation: hlo.Computation, name: str) -> hl
     return instruction
 
 
-def replaced_scatters(platform: str, program: hlo.Program) -> Iterator[str]:
+def replaced_scatters(platform: str, program: hlo_text.Program) -> Iterator[str]:
     """All-reduces of arrays of which every device then takes a part, and nothing else. (CPUs' compiler always does.)"""
     size = 0.0
-    for transfer in hlo.transfers(program) if platform != "cpu" else ():
+    for transfer in hlo_text.transfers(program) if platform != "cpu" else ():
         if transfer.kind != "all-reduce":
             continue
         whole = [transfer.instruction]
@@ -84,7 +86,7 @@ def replaced_scatters(platform: str, program: hlo.Program) -> Iterator[str]:
             whole = _readers(transfer.computation, transfer.instruction.name)
         for array in whole:
             uses = set(_uses(program, transfer.computation, array.name))
-            size += transfer.runs * hlo.shape_bytes(array.shape) * (uses == {"dynamic-slice"})
+            size += transfer.runs * hlo_text.shape_bytes(array.shape) * (uses == {"dynamic-slice"})
     if size > MIB:
         yield (
             f"all-reduce for reduce-scatter: {size / MIB:.0f} MiB of a step are summed whole on every device, which "
@@ -92,11 +94,11 @@ def replaced_scatters(platform: str, program: hlo.Program) -> Iterator[str]:
         )
 
 
-def _readers(computation: hlo.Computation, name: str) -> list[hlo.Instruction]:
+def _readers(computation: hlo_text.Computation, name: str) -> list[hlo_text.Instruction]:
     return [reader for reader in computation.instructions.values() if name in reader.operands]
 
 
-def _uses(program: hlo.Program, computation: hlo.Computation, name: str) -> Iterator[str]:
+def _uses(program: hlo_text.Program, computation: hlo_text.Computation, name: str) -> Iterator[str]:
     """The opcodes of what reads an array, seen through copies, changes of layout and fusions."""
     for reader in _readers(computation, name):
         if reader.opcode in (*SAME, *PARTS):
@@ -111,14 +113,14 @@ def _uses(program: hlo.Program, computation: hlo.Computation, name: str) -> Iter
             yield reader.opcode
 
 
-def head_exchanges(run: Run, program: hlo.Program, mesh: Mesh) -> Iterator[str]:
+def head_exchanges(run: Run, program: hlo_text.Program, mesh: Mesh) -> Iterator[str]:
     """Exchanges of the head's table, or of its gradient, within the loop over chunks."""
     table = head_table(abstract_params(run.model))
     part = table.size // ways("vocab", run.model.runtime.rules, mesh)
-    for transfer in hlo.transfers(program):
+    for transfer in hlo_text.transfers(program):
         scope, shape = transfer.instruction.scope, transfer.instruction.shape
         inside = "/while/body/" in scope and part_of(scope) == "head"
-        if inside and {part, table.size} & set(hlo.array_sizes(shape)) and transfer.kind != "collective-permute":
+        if inside and {part, table.size} & set(hlo_text.array_sizes(shape)) and transfer.kind != "collective-permute":
             yield (
                 f"head in every chunk: {transfer.kind} of {transfer.bytes / MIB:.1f} MiB, "
                 f"{transfer.runs * transfer.bytes / MIB:.0f} MiB in a step"

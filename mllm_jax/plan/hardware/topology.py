@@ -14,7 +14,7 @@ from jax.experimental import topologies
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.attention import kernels
-from mllm_jax.plan.chips import CHIPS
+from mllm_jax.plan.hardware.chips import CHIPS
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of their torus
 CORES = {"tpu7x": 2}  # of a chip, each a device; the two of a v4 or v5p chip are one device together
