@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mllm_jax.nn.moe.all_to_all import exchange
 from mllm_jax.nn.moe.grouped_matmul import grouped_for, grouped_matmul, row_multiple
+from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
 from mllm_jax.sharding import partition_spec, shard, ways
 from mllm_jax.types import Array
@@ -63,7 +64,7 @@ def _dense(x, experts, weights, params, activation, runtime):
     """Every expert reads every token."""
     count = params.down.shape[0]
     share = jnp.sum(jax.nn.one_hot(experts, count, dtype=x.dtype) * weights[..., None], axis=-2)
-    product = lambda x, w: _einsum("BTI,EIO->BTEO" if x.ndim == 3 else "BTEI,EIO->BTEO", x, w)
+    product = lambda x, w: _product("BTI,EIO->BTEO" if x.ndim == 3 else "BTEI,EIO->BTEO", x, w)
     y = _mlps(product, x, params, activation)
     return jnp.einsum("BTE,BTED->BTD", share, y), jnp.zeros(len(x), jnp.int32)
 
@@ -78,7 +79,7 @@ def _capacity(x, experts, weights, params, activation, runtime):
     names = ("expert_batch", "expert", None, None)
     buffer = rearrange(jax.vmap(_move)(copies, *plan), "B (E room) D -> B E room D", E=count)
     buffer = shard(buffer, names, runtime.rules)
-    y = shard(_mlps(partial(_einsum, "BERI,EIO->BERO"), buffer, params, activation), names, runtime.rules)
+    y = shard(_mlps(partial(_product, "BERI,EIO->BERO"), buffer, params, activation), names, runtime.rules)
     y = jax.vmap(_move)(rearrange(y, "B E room D -> B (E room) D"), plan.slot, plan.choice)
     y = jnp.einsum("BkTD,BTk->BTD", rearrange(y, "B (k T) D -> B k T D", k=top_k), weights)
     return y, jnp.sum((plan.slot < 0) & (choices < count), axis=1)
@@ -249,6 +250,5 @@ def _size(axes) -> int:
     return int(np.prod([jax.lax.axis_size(axis) for axis in axes], dtype=int))
 
 
-def _einsum(equation, x, w):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision)
+def _product(equation, x, w):
+    return einsum(equation, x, w.astype(x.dtype))
