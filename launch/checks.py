@@ -17,7 +17,7 @@ from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.common.config import ConfigError, told
 from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
-from mllm_jax.sharding import mesh_without_devices, partition_spec, shardings, ways
+from mllm_jax.sharding.logical_axes import mesh_without_devices, partition_spec, shardings, ways
 from mllm_jax.train.input.pipeline import check_streams
 from mllm_jax.train.monitor.profiler import steps_of
 from mllm_jax.train.runs.command import read_config

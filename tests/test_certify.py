@@ -24,7 +24,7 @@ from mllm_jax.plan.verify.certificate import (
     packed_batch,
     read_certificate,
 )
-from mllm_jax.sharding import PRESETS, RULES, make_mesh
+from mllm_jax.sharding.logical_axes import PRESETS, RULES, make_mesh
 from mllm_jax.train.runs.config import with_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan.hlo.hlo_text import array_sizes, parse, transfers
 from mllm_jax.plan.hlo.replica_groups import axes_of
-from mllm_jax.sharding import (
+from mllm_jax.sharding.logical_axes import (
     MESH_AXES,
     PRESETS,
     RULES,

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, in_full
-from mllm_jax.sharding import MESH_AXES, Named, Rules, partition_spec
+from mllm_jax.sharding.logical_axes import MESH_AXES, Named, Rules, partition_spec
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import make_optimizer, split
 from mllm_jax.train.step.state import new_state

@@ -12,7 +12,7 @@ from mllm_jax.nn.attention.kernels import KERNELS, kernel_for, over_mesh
 from mllm_jax.nn.attention.masks import Key, Query, Rule, cap, sees, sight
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import fitting_axes
+from mllm_jax.sharding.logical_axes import fitting_axes
 
 SCORES = 2**18  # of one head and batch row: up to so many are computed at once, more in blocks
 

@@ -19,7 +19,7 @@ from mllm_jax.nn.moe.all_to_all import exchange
 from mllm_jax.nn.moe.grouped_matmul import grouped_for, grouped_matmul, row_multiple
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
-from mllm_jax.sharding import partition_spec, shard, ways
+from mllm_jax.sharding.logical_axes import partition_spec, shard, ways
 from mllm_jax.types import Array
 
 

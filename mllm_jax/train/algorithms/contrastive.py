@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.model.dual_encoder import DualConfig
-from mllm_jax.sharding import Rules, partition_spec
+from mllm_jax.sharding.logical_axes import Rules, partition_spec
 from mllm_jax.train.losses.contrastive import contrastive_loss
 from mllm_jax.train.step.optimizer import OptimConfig, merge, split
 from mllm_jax.train.step.state import TrainState, state_shardings

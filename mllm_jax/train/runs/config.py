@@ -29,7 +29,7 @@ from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
-from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, MeshAxes, freeze_rules
+from mllm_jax.sharding.logical_axes import MESH_AXES, PRESETS, RULES, MeshAxes, freeze_rules
 from mllm_jax.train.algorithms.contrastive import make_contrastive_step
 from mllm_jax.train.algorithms.ppo import make_ppo_step
 from mllm_jax.train.algorithms.preference import PairObjective
