@@ -24,7 +24,8 @@ from mllm_jax.plan.verify.certificate import (
     packed_batch,
     read_certificate,
 )
-from mllm_jax.sharding.logical_axes import PRESETS, RULES, make_mesh
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.presets import PRESETS, RULES
 from mllm_jax.train.runs.config import with_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

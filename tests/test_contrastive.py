@@ -10,7 +10,7 @@ from test_dual import inputs_of, tiny
 
 import mllm_jax
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.contrastive import make_contrastive_step, pair_shardings
 from mllm_jax.train.losses import contrastive
 from mllm_jax.train.losses.contrastive import contrastive_loss

@@ -27,7 +27,7 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.encoders.windows import window_segments
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params, example_picture
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.types import Picture
 from mllm_jax.weights.table import expand, flatten, to_ours, unflatten
 

@@ -24,7 +24,7 @@ from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import generate, stream_text
 from mllm_jax.model.vlm import VLM, abstract_boxed, init_cache
 from mllm_jax.pretrained.api import from_hf_inputs
-from mllm_jax.sharding.logical_axes import shardings
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.types import Batch
 
 CASES = {

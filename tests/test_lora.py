@@ -18,7 +18,7 @@ from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
 from mllm_jax.train.monitor.flops import count_flops, padded
 from mllm_jax.train.runs.config import read_run

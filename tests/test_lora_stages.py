@@ -15,7 +15,7 @@ from test_lora import merged
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.lora import LoraConfig, split_adapters
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.checkpoint.frozen_base import note_base, saved
 from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
 from mllm_jax.train.checkpoint.restore import first_params

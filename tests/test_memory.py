@@ -7,7 +7,7 @@ import tiny_run
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor import memory
 from mllm_jax.train.monitor.memory import Memory, check_memory, host_limit, memory_of, trained_share

@@ -13,7 +13,7 @@ from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.vlm import VLM, InputRules, abstract_params
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.types import Vision
 from mllm_jax.weights.table import flatten
 

@@ -19,7 +19,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.families.vlms import llava
 from mllm_jax.model.vlm import init_params
 from mllm_jax.nn.lora import LoraConfig
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.checkpoint.restore import first_params, processor_of
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, read_run, run_config

@@ -33,7 +33,8 @@ from mllm_jax.plan.roofline import Network, roofline, seconds
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.plan.text import duration
 from mllm_jax.plan.validate import check_run
-from mllm_jax.sharding.logical_axes import MESH_AXES, RULES, make_mesh
+from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
+from mllm_jax.sharding.presets import RULES
 from mllm_jax.train.runs.config import Run, TrainConfig, read_run, run_config
 from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split

@@ -19,7 +19,8 @@ from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters, with_weights
 from mllm_jax.nn.quantization import KINDS, NF4, dequantise, group_of, quantise
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.logical_axes import make_mesh, shardings
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.step.optimizer import merge, split
 

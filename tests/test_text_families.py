@@ -14,7 +14,7 @@ from reference import assert_export, assert_step, perturb, to_torch
 import mllm_jax
 from mllm_jax.families.decoders import deepseek, qwen3
 from mllm_jax.model.vlm import abstract_params, count_params, init_cache
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy
 from mllm_jax.train.monitor.flops import count_flops, useful
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer

@@ -18,7 +18,8 @@ from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime, rematted
 from mllm_jax.nn.stack import scan_segment, segments
-from mllm_jax.sharding.logical_axes import named, shard
+from mllm_jax.sharding.activations import shard
+from mllm_jax.sharding.weights import named
 from mllm_jax.types import Cache
 
 

@@ -11,7 +11,7 @@ from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
 from mllm_jax.nn.precision import precision_of
 from mllm_jax.nn.quantization import SCALE as QUANTISED
 from mllm_jax.nn.quantization import dequantise
-from mllm_jax.sharding.logical_axes import named
+from mllm_jax.sharding.weights import named
 from mllm_jax.types import Array
 
 

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mllm_jax.common.patterns import check_patterns, first_found
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
 from mllm_jax.nn.quantization import KINDS, dequantise, kept
-from mllm_jax.sharding.logical_axes import Named
+from mllm_jax.sharding.weights import Named
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
 TRAINED = "/lora_(down|up)$"

@@ -7,7 +7,8 @@ import jax
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegative, OneOf
-from mllm_jax.sharding.logical_axes import RULES, Rules, freeze_rules, rules_of
+from mllm_jax.sharding.logical_axes import Rules, freeze_rules, rules_of
+from mllm_jax.sharding.presets import RULES
 
 TAPS = "taps"  # what somebody who listens to modules notes of every layer; nobody does in training
 EXCHANGED = ("expert_input", "expert_output")  # what experts on other devices were sent, and sent back

@@ -17,7 +17,7 @@ from mllm_jax.plan.roofline import Network, seconds
 from mllm_jax.plan.search import Candidate, Found, mesh_text
 from mllm_jax.plan.sharded_weight import STACKED, VOCABULARY, Laid
 from mllm_jax.plan.text import duration, gib, percent, size_text
-from mllm_jax.sharding.logical_axes import MESH_AXES
+from mllm_jax.sharding.mesh import MESH_AXES
 
 TALL, SLOW = 1.35, 4.0  # how much of what does not fit, and of what is slow, the plot shows
 COLUMNS, ROWS = 16, 8  # of a grid at most

@@ -16,7 +16,7 @@ from mllm_jax.plan.hardware.chips import CHIPS, Chip
 from mllm_jax.plan.hardware.topology import Topology
 from mllm_jax.plan.roofline import Network, Roofline, roofline
 from mllm_jax.plan.text import duration, gib, percent
-from mllm_jax.sharding.logical_axes import MESH_AXES, make_mesh
+from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
 from mllm_jax.train.runs.config import Run, with_rules
 
 # What may be changed in the rules of a run for its vision tower, whose width often does not divide among all devices.

@@ -26,7 +26,7 @@ from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.logical_axes import shardings
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
 from mllm_jax.weights.matching import named, untied

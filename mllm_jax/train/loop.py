@@ -19,7 +19,7 @@ from mllm_jax.common.config import ConfigError, dump, told
 from mllm_jax.common.files import write_whole, writing
 from mllm_jax.common.status import announced, say
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
-from mllm_jax.sharding.logical_axes import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.preference_records import reference_of
 from mllm_jax.train.checkpoint.frozen_base import completed, note_base, saved
 from mllm_jax.train.checkpoint.lock import locked

@@ -19,7 +19,8 @@ from mllm_jax.nn.moe.all_to_all import exchange
 from mllm_jax.nn.moe.grouped_matmul import grouped_for, grouped_matmul, row_multiple
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
-from mllm_jax.sharding.logical_axes import partition_spec, shard, ways
+from mllm_jax.sharding.activations import shard
+from mllm_jax.sharding.logical_axes import as_axes, partition_spec, ways
 from mllm_jax.types import Array
 
 
@@ -94,8 +95,8 @@ def _dropless(x, experts, weights, params, activation, runtime):
     whole = [name if size % ways(name, runtime.rules, mesh) == 0 else None for name, size in zip(names, x.shape)]
     held = Experts(*(axes if len(given) else () for axes, given in zip(AXES, params)))
     tokens, places = spec(*whole), jax.tree.map(lambda axes: spec(*axes), held)
-    across, gathered, split = (_axes(places.gate_up[axis]) for axis in (0, 2, 3))
-    exchanged = set(across) & {axis for part in tokens for axis in _axes(part)}
+    across, gathered, split = (as_axes(places.gate_up[axis]) for axis in (0, 2, 3))
+    exchanged = set(across) & {axis for part in tokens for axis in as_axes(part)}
     if exchanged and exchanged != set(across):
         raise ValueError(f"rules: of the axes {across} of 'expert' only {sorted(exchanged)} hold tokens: all or none")
 
@@ -239,11 +240,6 @@ _move.defvjp(_move_forward, _move_backward)
 def _room(factor: float, fair: float, most: int) -> int:
     """Rows of a buffer whose fair share is `fair` and that never needs more than `most`; a multiple of 8 below that."""
     return min(most, 8 * math.ceil(fair * factor / 8)) if factor else most
-
-
-def _axes(entry) -> tuple[str, ...]:
-    """The mesh axes of an entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _size(axes) -> int:

@@ -17,7 +17,7 @@ from mllm_jax.common.config import ConfigError, from_config_dict
 from mllm_jax.common.settings import Config, Positive
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.model.vlm import VLM, ModelConfig, init_params
-from mllm_jax.sharding.logical_axes import MESH_AXES, make_mesh
+from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
 from mllm_jax.train.input.processors import SCENES, make_processor
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.runs.config import PARTS, processor_source, read_run

@@ -36,7 +36,7 @@ from mllm_jax.pretrained.peft.files import (
     scales_of,
 )
 from mllm_jax.pretrained.peft.sites import Layer, in_memory, sites_of
-from mllm_jax.sharding.logical_axes import Named, shardings
+from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.weights import table
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.replacing import interrupted, new_files, replace_files

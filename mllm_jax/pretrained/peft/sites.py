@@ -13,7 +13,7 @@ from einops import EinopsError, rearrange
 
 from mllm_jax.families import FAMILIES
 from mllm_jax.nn.lora import HEAD, axes_of
-from mllm_jax.sharding.logical_axes import Named
+from mllm_jax.sharding.weights import Named
 from mllm_jax.weights.table import Entry, expand, unflatten
 
 EXPERTS = {  # our weight -> transformers' parameter, and the weight of one expert from there

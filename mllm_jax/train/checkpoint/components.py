@@ -14,7 +14,7 @@ from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params
 from mllm_jax.nn.lora import LoraConfig, flatten
 from mllm_jax.pretrained.api import load_params, published_config
-from mllm_jax.sharding.logical_axes import Named, shardings
+from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.train.runs.config import Run
 
 # What a model chooses of a part, whatever the part was published for; the rest of its config is compared.

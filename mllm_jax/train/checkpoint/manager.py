@@ -24,7 +24,8 @@ from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, without_values
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.pretrained.api import CHECKPOINTS, Pretrained, load_processor
-from mllm_jax.sharding.logical_axes import make_mesh, shardings
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.checkpoint.damage import check_arrays, read_sealed, reading, saving, sealed, verify
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 from mllm_jax.train.checkpoint.frozen_base import completed, saved

@@ -14,7 +14,7 @@ from mllm_jax.model.vlm import abstract_boxed, abstract_params, init_adapters, i
 from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.pretrained.api import is_run, load_params
-from mllm_jax.sharding.logical_axes import shardings
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.checkpoint.components import load_parts
 from mllm_jax.train.checkpoint.manager import PROCESSOR, read_config, restore_params
 from mllm_jax.train.runs.config import Run, processor_source

@@ -11,7 +11,8 @@ from einops import rearrange
 from mllm_jax.nn.attention.masks import cap
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import expect_runs
-from mllm_jax.sharding.logical_axes import Rules, join_rows, shard, split_rows, ways
+from mllm_jax.sharding.activations import join_rows, shard, split_rows
+from mllm_jax.sharding.logical_axes import Rules, ways
 from mllm_jax.types import Array, Batch
 
 WEIGHTINGS = ("token", "sqrt")

@@ -9,7 +9,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, init_params
-from mllm_jax.sharding.logical_axes import Rules, shardings
+from mllm_jax.sharding.logical_axes import Rules
+from mllm_jax.sharding.weights import shardings
 
 
 class TrainState(NamedTuple):
