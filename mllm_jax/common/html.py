@@ -21,11 +21,11 @@ def write_page(
 
     Args:
       path: of the HTML file; its folder must exist.
-      template: as "evaluate/report.html", below this folder; it extends page.html.
+      template: as "evaluate/report.html", below the package; it extends common/page.html.
       filters: that the template uses beside `percent`, `short` and `png`.
       values: what the template shows: `title`, and `lead` (one sentence, or empty), beside its own.
     """
-    loader = FileSystemLoader(Path(__file__).parent)
+    loader = FileSystemLoader(Path(__file__).parents[1])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "short": short, "png": png} | dict(filters or {})
     page, path = environment.get_template(template).render(**values), Path(path)
