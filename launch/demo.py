@@ -26,10 +26,11 @@ from rich.progress import track
 from rich.table import Table
 
 from mllm_jax.common.cli import OVERRIDE, Parser, run_command
+from mllm_jax.common.format import percent, short
 from mllm_jax.common.interrupts import INTERRUPTED
 from mllm_jax.common.settings import PositiveInt, Range, argument
 from mllm_jax.data.synthetic.scenes import chance
-from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
+from mllm_jax.evaluate.report import Answer, Kind, Run, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS = {"colour": 0.9, "shape": 0.9, "count": 0.9, "movement": 0.9, "place": 0.85, "presence": 0.85}

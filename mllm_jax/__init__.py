@@ -43,8 +43,8 @@ _HOME = {
     "Budget": "data.pipeline.packing",
     "collate": "data.pipeline.packing",
     "Processor": "data.pipeline.processor",
-    "make_mesh": "sharding",
-    "PRESETS": "sharding",
+    "make_mesh": "sharding.mesh",
+    "PRESETS": "sharding.presets",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from examples import VALUES, random_example, tiny_config
 
+from mllm_jax.common.format import with_prefix
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.moe.layer import MoeConfig
@@ -16,7 +17,6 @@ from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.monitor.cost import explain
 from mllm_jax.train.monitor.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
-from mllm_jax.train.monitor.metrics import short
 from mllm_jax.train.runs.config import Run, TrainConfig
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import merge, split
@@ -142,7 +142,7 @@ def test_a_run_says_what_exact_balance_costs():
     *_, said = explain(run, batch, processes=4)
     flops = count_flops(run.model, useful(batch))
     counting = 4 * sum(part.forward for part in flops.values()) - 4 * flops["head"].forward
-    assert said.startswith("train.balance.exact: a forward pass") and f"{short(counting)}FLOP" in said
+    assert said.startswith("train.balance.exact: a forward pass") and f"{with_prefix(counting)}FLOP" in said
     share = int(re.search(r"or (\d+)% besides", said)[1])
     assert 27 < share < 34 and share == round(25 * counting / sum(part.total for part in flops.values()))
     for other in (TrainConfig(balance=BalanceConfig("global")), replace(balanced, balance=BalanceConfig("micro"))):

@@ -20,7 +20,7 @@ from rich.console import Console
 from staged_run import get_config, on_one_device
 
 from mllm_jax.common.config import ConfigError, dump, load
-from mllm_jax.evaluate.report import short
+from mllm_jax.common.format import short
 from mllm_jax.evaluate.stages import branches, table, write_page
 from mllm_jax.pretrained.api import is_run
 from mllm_jax.train import run_stages

@@ -17,6 +17,7 @@ import jax
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import FULL, says_full
+from mllm_jax.common.format import some
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"
@@ -68,8 +69,7 @@ def verify(tree: Any, saved: Mapping[str, int | None], folder: Path) -> None:
     if None in saved.values():
         return
     if wrong := [name for name, found in fingerprints(tree).items() if found != saved[name]]:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Damaged(folder, f"{', '.join(wrong[:3])}{more} do not hold the values that were saved", everywhere=True)
+        raise Damaged(folder, f"{some(wrong)} do not hold the values that were saved", everywhere=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.common.format import some
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import TAPS
 from mllm_jax.nn.stack import segments
@@ -45,7 +46,7 @@ def find_nonfinite(run: Run, state: TrainState, batch: Batch, mesh: Mesh, refere
     lines = [f"in part {part + 1} of {parts} of the batch:"] if parts > 1 else []
     name = lambda where: layer_name(*where, run.model)
     if weights:
-        lines.append(f"weights: {_some(sorted(map(name, weights)))} hold values that are not finite")
+        lines.append(f"weights: {some(sorted(map(name, weights)))} hold values that are not finite")
     if outputs:
         lines.append(f"forward: the first output that is not finite is that of {name(min(outputs, key=place))}")
     elif not np.isfinite(loss):
@@ -127,7 +128,3 @@ def layer_name(path: str, index: int, model: ModelConfig) -> str:
         numbers = {name: layers for one in segments(model.decoder.kinds) for name, layers, _ in one.slots()}.get(own)
     number = "*" if numbers is None else numbers[index]
     return f"{part}/layers/{number}{found['rest']}"
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
