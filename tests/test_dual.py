@@ -12,13 +12,14 @@ from reference import assert_parity, perturb, to_torch
 from safetensors.numpy import load_file
 
 import mllm_jax
+from mllm_jax.common.trees import flatten
 from mllm_jax.data.pipeline.dual_batches import packed
 from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.towers import clip, siglip, siglip2, vision_only
 from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.train.losses.contrastive import contrastive_loss
-from mllm_jax.weights.table import expand, flatten, to_ours
+from mllm_jax.weights.table import expand, to_ours
 
 SMALL = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 TEXT = SMALL | dict(vocab_size=200, max_position_embeddings=12)

@@ -10,6 +10,7 @@ import pytest
 from examples import VALUES, random_example, tiny_config
 
 from mllm_jax.common.format import with_prefix
+from mllm_jax.common.trees import join
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.moe.layer import MoeConfig
@@ -19,7 +20,7 @@ from mllm_jax.train.monitor.cost import explain
 from mllm_jax.train.monitor.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
 from mllm_jax.train.runs.config import Run, TrainConfig
 from mllm_jax.train.runs.data import ScenesData
-from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.optimizer import split
 
 
 def dot_flops(jaxpr, times=1):
@@ -91,7 +92,7 @@ def test_count_equals_the_traced_program(tie, freeze):
     batch = batch._replace(weight=np.ones_like(batch.weight))
     trainable, frozen = split(abstract_params(config), freeze)
     forward = jax.make_jaxpr(lambda params: loss_sum(config, params, batch)[0])(abstract_params(config))
-    both = jax.make_jaxpr(jax.grad(lambda part, frozen: loss_sum(config, merge(part, frozen), batch)[0]))
+    both = jax.make_jaxpr(jax.grad(lambda part, frozen: loss_sum(config, join(part, frozen), batch)[0]))
     counts = padded(batch)
     counts = counts._replace(token_pairs=2 * counts.token_pairs)
     flops = count_flops(config, counts, freeze)

@@ -12,17 +12,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from test_flops import dot_flops
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.trees import join
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params, init_adapters
 from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters
+from mllm_jax.nn.lora import LoraConfig, add_products, split_adapters
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
 from mllm_jax.train.monitor.flops import count_flops, padded
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, merge, split
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split
 from mllm_jax.train.step.state import state_from_params
 from mllm_jax.train.step.train_step import batch_shardings, make_eval_step, make_train_step
 
@@ -125,7 +126,7 @@ def test_what_is_frozen_costs_nothing(lora, batch):
     ones = batch._replace(weight=np.ones_like(batch.weight))
     trained, frozen = split(abstract_params(config), freeze)
     assert all(path[-1] in ("lora_down", "lora_up") for path in flatten_dict(trained))
-    traced = jax.make_jaxpr(jax.grad(lambda part, rest: loss_sum(config, merge(part, rest), ones)[0]))(trained, frozen)
+    traced = jax.make_jaxpr(jax.grad(lambda part, rest: loss_sum(config, join(part, rest), ones)[0]))(trained, frozen)
     counts = padded(batch)._replace(token_pairs=2 * padded(batch).token_pairs)
     flops = count_flops(config, counts, freeze)
     assert dot_flops(traced.jaxpr) == sum(part.total for part in flops.values())

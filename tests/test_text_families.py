@@ -12,6 +12,7 @@ import transformers
 from reference import assert_export, assert_step, perturb, to_torch
 
 import mllm_jax
+from mllm_jax.common.trees import flatten
 from mllm_jax.families.decoders import deepseek, qwen3
 from mllm_jax.model.vlm import abstract_params, count_params, init_cache
 from mllm_jax.sharding.mesh import make_mesh
@@ -20,7 +21,7 @@ from mllm_jax.train.monitor.flops import count_flops, useful
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
 from mllm_jax.train.step.state import state_from_params
 from mllm_jax.train.step.train_step import make_train_step
-from mllm_jax.weights.table import expand, flatten
+from mllm_jax.weights.table import expand
 
 SMALL = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=512)
 GROUPED = SMALL | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)

@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.common.trees import flatten, unflatten
 from mllm_jax.weights.hf import load_tensors, save_tensors
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint
-from mllm_jax.weights.table import Row, expand, flatten, to_ours, to_theirs, unflatten
+from mllm_jax.weights.table import Row, expand, to_ours, to_theirs
 
 ROWS = [
     ("patch/w", "visual.patch.weight", "d c t y x -> (c t y x) d", {"c": 3, "t": 2, "y": 2}),
@@ -437,7 +438,7 @@ MEMORY = """
     import re, sys
     import jax
     from mllm_jax.weights.hf import load_tensors, save_tensors
-    from mllm_jax.weights.table import unflatten
+    from mllm_jax.common.trees import unflatten
 
     def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
     def now(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 
+from mllm_jax.common.trees import flatten
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, in_full
 from mllm_jax.sharding.logical_axes import Rules, partition_spec
 from mllm_jax.sharding.mesh import MESH_AXES
@@ -97,11 +97,11 @@ class Laid(NamedTuple):
 
 def read_weights(run: Run) -> tuple[Weight, ...]:
     """All weights of a run's model. Raises ValueError where the optimizer's patterns fit none."""
-    tree, held = abstract_boxed(in_full(run.model)), flatten_dict(abstract_params(run.model), sep="/")
-    boxed = flatten_dict(tree, sep="/", is_leaf=lambda _, leaf: isinstance(leaf, Named))
+    tree, held = abstract_boxed(in_full(run.model)), flatten(abstract_params(run.model))
+    boxed = flatten(tree)
     params = jax.tree.map(lambda box: box.value, tree, is_leaf=lambda leaf: isinstance(leaf, Named))
     tx, _ = make_optimizer(run.optim, params)
-    trained = set(flatten_dict(split(params, run.optim.freeze)[0], sep="/"))
+    trained = set(flatten(split(params, run.optim.freeze)[0]))
     moments = dict.fromkeys(boxed, 0.0)
     state = jax.eval_shape(lambda params: new_state(tx, params), params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):

@@ -18,10 +18,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from mllm_jax.common.format import some
+from mllm_jax.common.trees import Tree, flatten, unflatten
 from mllm_jax.weights.matching import Ties, match, named, stored_rows
 from mllm_jax.weights.safetensors import FLOATS, all_finite, open_checkpoint, write_checkpoint
 from mllm_jax.weights.streaming import fill, gather
-from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, join, to_ours, to_theirs, unflatten
+from mllm_jax.weights.table import Entry, Row, expand, join, to_ours, to_theirs
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Folders (`original/`, `onnx/`, ...), the same weights in another layout or precision, adapters, logs.

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, dump, load
+from mllm_jax.common.trees import flatten
 from mllm_jax.data.pipeline.loader import join_states
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, without_values
@@ -261,15 +262,7 @@ def check_same_run(before: dict, config: ConfigDict, workdir: Path) -> None:
 
 def _changes(before: dict, now: dict) -> list[str]:
     """How two configs differ in what a resumed run cannot change, as "path was x, is y"."""
-    before, now = dict(_flat("", before)), dict(_flat("", now))
+    before, now = flatten(before, "."), flatten(now, ".")
     paths = [path for path in sorted({*before, *now}) if path.startswith(FIXED) and not path.startswith(FREE)]
     different = [path for path in paths if before.get(path) != now.get(path)]
     return [f"config.{path} was {before.get(path)}, is {now.get(path)}" for path in different]
-
-
-def _flat(path: str, value: Any):
-    if not isinstance(value, dict):
-        yield path.removeprefix("."), value
-        return
-    for name, item in value.items():
-        yield from _flat(f"{path}.{name}", item)

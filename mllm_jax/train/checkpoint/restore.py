@@ -1,17 +1,17 @@
 """What a run begins with: published weights, those of another run (maybe the stage before it), or random ones."""
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.trees import differences, flatten, join
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, init_adapters, init_params, without_values
-from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
+from mllm_jax.nn.lora import LoraConfig, add_products, keep_arrays, split_adapters
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.pretrained.api import is_run, load_params
 from mllm_jax.sharding.weights import shardings
@@ -43,7 +43,7 @@ def first_params(run: Run, mesh: Mesh) -> dict:
         layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)
         return _adapted(run, _valued(run, load_params(run.init, base, layout, dtypes=_half(run)), mesh), mesh)
     before = read_config(run.init)
-    shapes = lambda model: {path: x.shape for path, x in flatten_dict(abstract_params(model), sep="/").items()}
+    shapes = lambda model: {path: x.shape for path, x in flatten(abstract_params(model)).items()}
     ours, theirs = shapes(base), shapes(without_values(replace(before.model, lora=LoraConfig())))
     if other := [path for path in sorted({*ours, *theirs}) if ours.get(path) != theirs.get(path)]:
         path = other[0]
@@ -61,8 +61,7 @@ def first_params(run: Run, mesh: Mesh) -> dict:
 def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
     """Raises ConfigError where a run can neither go on with the adapters of the one before nor merge them."""
     if before.rank and now.rank and before != now:
-        odd = [field.name for field in fields(now) if getattr(before, field.name) != getattr(now, field.name)]
-        told = ", ".join(f"{name} was {getattr(before, name)!r}, is {getattr(now, name)!r}" for name in odd)
+        told = ", ".join(f"{name} was {was!r}, is {is_now!r}" for name, was, is_now in differences(before, now))
         raise ConfigError(
             f"config.lora: the adapters {whose} go on only as they are, and {told}: give the same, or rank=0 to merge "
             "them and train the weights"
@@ -73,9 +72,7 @@ def _half(run: Run) -> dict[str, str]:
     """The weights that are read in bfloat16, by path: those that the run does not keep in fp32."""
     if run.lora.base == "float32" or not run.lora.rank:
         return {}
-    kept, base = (
-        flatten_dict(abstract_params(replace(run.model, lora=lora)), sep="/") for lora in (run.lora, LoraConfig())
-    )
+    kept, base = (flatten(abstract_params(replace(run.model, lora=lora))) for lora in (run.lora, LoraConfig()))
     return {path: "bfloat16" for path in base if path not in kept or kept[path].dtype != "float32"}
 
 
