@@ -31,8 +31,8 @@ import numpy as np  # noqa: E402
 
 from mllm_jax.common.cli import Parser  # noqa: E402
 from mllm_jax.common.config import load  # noqa: E402
+from mllm_jax.common.workdir import CHECKPOINTS  # noqa: E402
 from mllm_jax.model.vlm import abstract_params  # noqa: E402
-from mllm_jax.pretrained.api import CHECKPOINTS  # noqa: E402
 from mllm_jax.sharding.mesh import make_mesh  # noqa: E402
 from mllm_jax.train.checkpoint.manager import Checkpoints, Restored  # noqa: E402
 from mllm_jax.train.monitor.metrics import read_metrics  # noqa: E402

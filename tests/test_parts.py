@@ -16,6 +16,7 @@ from test_sft import conversations, tokenizer
 
 import mllm_jax
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.workdir import ended
 from mllm_jax.families.vlms import llava
 from mllm_jax.model.vlm import init_params
 from mllm_jax.nn.lora import LoraConfig
@@ -24,7 +25,7 @@ from mllm_jax.train.checkpoint.restore import first_params, processor_of
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, read_run, run_config
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.stages import ended, stage_config
+from mllm_jax.train.runs.stages import stage_config
 from mllm_jax.train.step.optimizer import OptimConfig
 
 HERE, THERE = 304, 301  # tokens of the model, and of Llama's folder, on which no mesh divides

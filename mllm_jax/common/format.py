@@ -57,3 +57,8 @@ def some(names: Iterable[str], most: int = 3) -> str:
     """The first names of a list, and how many more there are: "a, b, c and 4 more"."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def error_text(error: Exception) -> str:
+    """The kind of an error and the beginning of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -20,13 +20,14 @@ from mllm_jax.common.cli import Parser, run_command
 from mllm_jax.common.config import told
 from mllm_jax.common.settings import PositiveInt, Seed, argument
 from mllm_jax.common.status import announced, say
+from mllm_jax.common.workdir import is_run
 from mllm_jax.data.media import resolve
 from mllm_jax.data.text.generation_config import FILE, GenerationDefaults
 from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk, write_answer
 from mllm_jax.generate.prompts import answers, as_line
 from mllm_jax.generate.requests import answering_processor
 from mllm_jax.generate.sampling import Temperature, TopK, TopP
-from mllm_jax.pretrained.api import Pretrained, is_run, load_pretrained
+from mllm_jax.pretrained.api import Pretrained, load_pretrained
 from mllm_jax.pretrained.peft import load_adapters
 
 

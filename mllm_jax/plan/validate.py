@@ -7,9 +7,9 @@ from typing import Any
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.trees import differences
+from mllm_jax.common.workdir import is_run
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import ModelConfig
-from mllm_jax.pretrained.api import is_run
 from mllm_jax.train.runs.config import Run
 
 PARTS = ("encoder", "connector", "decoder")

@@ -14,7 +14,7 @@ import jax
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
 from mllm_jax.common.trees import flatten, join, partition
-from mllm_jax.train.checkpoint.damage import BEGIN_ANEW, read_note
+from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 from mllm_jax.train.checkpoint.fingerprint import fingerprint
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import BIAS, split

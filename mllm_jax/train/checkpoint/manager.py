@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.common.trees import flatten
+from mllm_jax.common.workdir import CHECKPOINTS, PROCESSOR, run_folder
 from mllm_jax.data.pipeline.loader import join_states
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, without_values
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
-from mllm_jax.pretrained.api import CHECKPOINTS, Pretrained, load_processor
+from mllm_jax.pretrained.api import Pretrained, load_processor
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.checkpoint.damage import check_arrays, read_sealed, reading, saving, sealed, verify
@@ -32,10 +33,8 @@ from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 from mllm_jax.train.checkpoint.frozen_base import completed, saved
 from mllm_jax.train.checkpoint.orbax_manager import CheckpointManager
 from mllm_jax.train.runs.config import Run, read_run
-from mllm_jax.train.runs.stages import run_folder
 from mllm_jax.train.step.state import TrainState
 
-PROCESSOR = "processor"  # the folder beside it, with the tokenizer and the chat template
 # What a resumed run cannot change: the shapes of its state, and which conversations come next.
 FIXED = ("model.", "lora.", "optim.name", "optim.freeze", "processor", "data.")
 ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "strict", "max_bad")

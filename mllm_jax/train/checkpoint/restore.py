@@ -10,15 +10,15 @@ from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.trees import differences, flatten, join
+from mllm_jax.common.workdir import PROCESSOR, is_run, run_folder
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, init_adapters, init_params, without_values
 from mllm_jax.nn.lora import LoraConfig, add_products, keep_arrays, split_adapters
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
-from mllm_jax.pretrained.api import is_run, load_params
+from mllm_jax.pretrained.api import load_params
 from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.checkpoint.components import load_parts
-from mllm_jax.train.checkpoint.manager import PROCESSOR, read_config, restore_params
+from mllm_jax.train.checkpoint.manager import read_config, restore_params
 from mllm_jax.train.runs.config import Run, processor_source
-from mllm_jax.train.runs.stages import run_folder
 
 
 def first_params(run: Run, mesh: Mesh) -> dict:
