@@ -30,7 +30,7 @@ from mllm_jax.model.vlm import ModelConfig, without_values
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.pretrained.api import published_config
-from mllm_jax.train.checkpoint.manager import read_config
+from mllm_jax.train.checkpoint.restore import read_config
 from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
 from mllm_jax.train.step.optimizer import OptimConfig

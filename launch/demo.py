@@ -217,7 +217,7 @@ def answered(folder: Path, questions: int) -> Trained:
 
 def held_out(folder: Path, count: int) -> list[dict]:
     """Held-out conversations, as the run in `folder` sees them: others than those that training was evaluated on."""
-    from mllm_jax.train.checkpoint.manager import read_config
+    from mllm_jax.train.checkpoint.restore import read_config
 
     source = read_config(folder).data.source("heldout")
     return [source[i] for i in range(1, count + 1)]
@@ -275,7 +275,7 @@ def report(
     """Writes the page; `facts` are shown beside scores, size and speed."""
     from mllm_jax.evaluate.metrics import exact_match
     from mllm_jax.model.vlm import count_params
-    from mllm_jax.train.checkpoint.manager import read_config
+    from mllm_jax.train.checkpoint.restore import read_config
     from mllm_jax.train.monitor.metrics import read_metrics
 
     parts, records = count_params(read_config(seeing.folder).model), read_metrics(seeing.folder)

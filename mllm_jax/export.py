@@ -25,7 +25,7 @@ from mllm_jax.nn.lora import split_adapters
 from mllm_jax.pretrained.api import CONFIG, Pretrained, load_pretrained, save_pretrained
 from mllm_jax.pretrained.peft import files as peft
 from mllm_jax.pretrained.peft import load_adapters, merge_adapters, save_adapters
-from mllm_jax.train.checkpoint.manager import load_workdir, read_config
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config
 from mllm_jax.weights.hf import local_folder
 from mllm_jax.weights.replacing import interrupted
 

@@ -18,8 +18,8 @@ from mllm_jax.common.workdir import ended
 from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.checkpoint.frozen_base import note_base, saved
-from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
-from mllm_jax.train.checkpoint.restore import first_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import first_params, restore_params
 from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import Reporter, read_metrics
 from mllm_jax.train.run_stages import train_run

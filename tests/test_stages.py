@@ -24,7 +24,8 @@ from mllm_jax.common.format import short
 from mllm_jax.common.workdir import ended, is_run, run_folder
 from mllm_jax.evaluate.stages import branches, table, write_page
 from mllm_jax.train import run_stages
-from mllm_jax.train.checkpoint.manager import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config, restore_params
 from mllm_jax.train.loop import Training, train
 from mllm_jax.train.monitor.metrics import Reporter, read_metrics
 from mllm_jax.train.monitor.processes import AGAIN

@@ -62,3 +62,9 @@ def some(names: Iterable[str], most: int = 3) -> str:
 def error_text(error: Exception) -> str:
     """The kind of an error and the beginning of its text, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def hours(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -102,7 +102,7 @@ def _load(checkpoint: str, dtype: str) -> Pretrained:
     """A training run's folder, or a model in Hugging Face's format."""
     if not is_run(checkpoint):
         return load_pretrained(checkpoint, dtype)
-    from mllm_jax.train.checkpoint.manager import load_workdir  # slow to import, and a published model needs none of it
+    from mllm_jax.train.checkpoint.restore import load_workdir  # slow to import, and a published model needs none of it
 
     return load_workdir(checkpoint)
 
