@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+import mllm_jax
 from mllm_jax.common.cli import Parser, run_command
 from mllm_jax.common.config import told
 from mllm_jax.common.settings import PositiveInt, Seed, argument
@@ -100,11 +101,8 @@ def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[st
 
 def _load(checkpoint: str, dtype: str) -> Pretrained:
     """A training run's folder, or a model in Hugging Face's format."""
-    if not is_run(checkpoint):
-        return load_pretrained(checkpoint, dtype)
-    from mllm_jax.train.checkpoint.restore import load_workdir  # slow to import, and a published model needs none of it
-
-    return load_workdir(checkpoint)
+    # Training is slow to import, and a published model needs none of it: `mllm_jax` imports it where it is asked for.
+    return mllm_jax.load_workdir(checkpoint) if is_run(checkpoint) else load_pretrained(checkpoint, dtype)
 
 
 def _parser() -> Parser:
