@@ -10,7 +10,8 @@ visual tokens and the question are seen by all tokens, as in PaliGemma.
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.data.synthetic.scenes import scenes_tokenizer
 from mllm_jax.families.decoders import gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen3
 from mllm_jax.families.towers import dinov2, in_vlms

@@ -22,7 +22,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.common.config import ConfigError, suggestion, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion, told
 from mllm_jax.common.workdir import is_run
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.dual_encoder import DualConfig

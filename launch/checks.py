@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
 from launch.hosts import ROOT, Files, Hosts
-from mllm_jax.common.config import ConfigError, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import told
 from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding.logical_axes import partition_spec, ways

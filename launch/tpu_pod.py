@@ -24,7 +24,7 @@ from launch.command import checked, launcher, name, parse, positive, run, traini
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import ROOT, committed, tpu_hosts, uncommitted
 from mllm_jax.common.cli import run_command
-from mllm_jax.common.format import some
+from mllm_jax.common.errors import some
 from mllm_jax.common.interrupts import INTERRUPTED
 
 MOUNT = "/runs"

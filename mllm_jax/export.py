@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from mllm_jax.common.cli import Parser, run_command
-from mllm_jax.common.config import told
+from mllm_jax.common.errors import told
 from mllm_jax.common.settings import NonNegativeInt, argument
 from mllm_jax.common.status import say
 from mllm_jax.common.workdir import is_run

@@ -13,7 +13,8 @@ Source: [2] Table 2 of the paper. Warm-up is not published, nor over which token
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.decoders import deepseek
 from mllm_jax.families.towers.in_vlms import SIGLIP
 from mllm_jax.families.vlms import qwen3_vl

@@ -10,7 +10,8 @@ transformers' Trainer, which they leave. The second skips a tenth of the tower's
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config

@@ -12,7 +12,8 @@ learning rate, batch and decay of joint training, which are not published. V2PE,
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config

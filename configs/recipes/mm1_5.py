@@ -12,7 +12,8 @@ Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the num
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.decoders import qwen2
 from mllm_jax.families.towers.in_vlms import CLIP
 from mllm_jax.families.vlms import qwen3_vl

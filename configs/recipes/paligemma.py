@@ -11,7 +11,8 @@ The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mll
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.vlms import paligemma
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config

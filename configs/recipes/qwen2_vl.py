@@ -10,7 +10,8 @@ rates, batches, the length of rows and the size of the instruction set are not p
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.vlms import qwen2_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config

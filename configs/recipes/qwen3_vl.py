@@ -9,7 +9,8 @@ report; [A] its abstract. Learning rates, batches and warm-up are not published:
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config

@@ -1,11 +1,8 @@
-"""Numbers, sizes, values and lists of names as messages, tables and charts show them."""
+"""Numbers as messages, tables and charts show them: shares, counts, bytes, seconds."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 GIB = 2**30
-MOST = 80  # characters of a value in an error
 
 
 def percent(share: float | None) -> str:
@@ -45,23 +42,6 @@ def size_text(size: float) -> str:
 def duration(value: float) -> str:
     """Seconds: "1.24 s", "85 ms"."""
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def value_text(value: Any) -> str:
-    """A value in an error, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= MOST else f"{text[:MOST]}..."
-
-
-def some(names: Iterable[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are: "a, b, c and 4 more"."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def error_text(error: Exception) -> str:
-    """The kind of an error and the beginning of its text, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def hours(seconds: float) -> str:

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from mllm_jax.common.format import value_text
+from mllm_jax.common.errors import value_text
 
 LARGEST = 2**31 - 1  # of a whole number whose range has no other end: arrays are counted in int32
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # sizes of numbers in fp32

@@ -1,8 +1,14 @@
-"""Nested dicts (of parameters, gradients, shapes, boxes) by the paths of their leaves, as "decoder/norm/scale"."""
+"""Nested dicts (of parameters, gradients, shapes, boxes) by the paths of their leaves, as "decoder/norm/scale".
 
+Patterns of weights are regular expressions that are searched for in such paths.
+"""
+
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+from mllm_jax.common.errors import nearest
 
 Tree = Mapping[str, Any]
 
@@ -59,3 +65,18 @@ def differences(theirs: Any, ours: Any, skip: Iterable[str] = (), path: str = ""
         return
     for name in (field.name for field in fields(ours) if field.name not in skip):
         yield from differences(getattr(theirs, name), getattr(ours, name), skip, f"{path}.{name}" if path else name)
+
+
+def check_patterns(patterns: Iterable[str], paths: Iterable[str], what: str) -> None:
+    """Raises ValueError, with the nearest names of parts and weights, for a pattern that is found in no path."""
+    paths = list(paths)
+    names = sorted({"/".join(path.split("/")[:n]) for path in paths for n in range(1, path.count("/") + 2)})
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            close = nearest(pattern, names, count=3)
+            raise ValueError(f"{what}: {pattern!r} matches no weight; the nearest names are {', '.join(close)}")
+
+
+def first_found(pairs: Iterable[tuple[str, Any]], path: str, default: Any) -> Any:
+    """The value of the first of (pattern, value) pairs whose pattern is found in a path."""
+    return next((value for pattern, value in pairs if re.search(pattern, path)), default)

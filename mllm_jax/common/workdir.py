@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import error_text, suggestion
 from mllm_jax.common.files import write_whole
-from mllm_jax.common.format import error_text
 
 CHECKPOINTS = "checkpoints"  # in the folder of a training run or of a stage
 CONFIG = "config.json"  # beside them, the config that the run began with

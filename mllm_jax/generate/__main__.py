@@ -18,7 +18,7 @@ import jax
 
 import mllm_jax
 from mllm_jax.common.cli import Parser, run_command
-from mllm_jax.common.config import told
+from mllm_jax.common.errors import told
 from mllm_jax.common.settings import PositiveInt, Seed, argument
 from mllm_jax.common.status import announced, say
 from mllm_jax.common.workdir import is_run

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.common.config import told
+from mllm_jax.common.errors import told
 from mllm_jax.data.records.messages import CALL, ROLES
 from mllm_jax.data.records.records import DOCUMENT, BadRecord, read_record
 from mllm_jax.data.sources import kind_of, open_source

@@ -16,9 +16,8 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.common.patterns import check_patterns, first_found
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
-from mllm_jax.common.trees import flatten, partition, unflatten
+from mllm_jax.common.trees import check_patterns, first_found, flatten, partition, unflatten
 from mllm_jax.nn.quantization import KINDS, dequantise, kept
 from mllm_jax.sharding.weights import Named
 

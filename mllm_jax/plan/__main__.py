@@ -8,7 +8,7 @@ import importlib
 import sys
 
 from mllm_jax.common.cli import fail, run_command
-from mllm_jax.common.config import suggestion
+from mllm_jax.common.errors import suggestion
 
 PLAN = "mllm_jax.plan.cli"
 COMMANDS = {"certify": "mllm_jax.plan.verify.certify"}

@@ -15,7 +15,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, dump, told
+from mllm_jax.common.config import ConfigError, dump
+from mllm_jax.common.errors import told
 from mllm_jax.common.files import write_whole, writing
 from mllm_jax.common.status import announced, say
 from mllm_jax.common.workdir import CONFIG, PROCESSOR

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, dump, told
+from mllm_jax.common.config import ConfigError, dump
+from mllm_jax.common.errors import told
 from mllm_jax.common.files import write_whole
 from mllm_jax.common.workdir import CONFIG, ended, note_ended
 from mllm_jax.model.vlm import abstract_params

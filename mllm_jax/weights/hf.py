@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from mllm_jax.common.format import some
+from mllm_jax.common.errors import some
 from mllm_jax.common.trees import Tree, flatten, unflatten
 from mllm_jax.weights.matching import Ties, match, named, stored_rows
 from mllm_jax.weights.safetensors import FLOATS, all_finite, open_checkpoint, write_checkpoint

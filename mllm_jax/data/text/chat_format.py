@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mllm_jax.common.format import value_text
+from mllm_jax.common.errors import value_text
 from mllm_jax.data.text.bounded_jinja import TooMuch
 from mllm_jax.data.text.chat_template import CONTENT_TOKENS, ChatTemplate, Messages
 from mllm_jax.data.text.marks import Marked, render_marked

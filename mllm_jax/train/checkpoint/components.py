@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.common.config import ConfigError, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import told
 from mllm_jax.common.trees import differences, flatten, unflatten
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import error_text, some
 from mllm_jax.common.files import FULL, says_full
-from mllm_jax.common.format import error_text, some
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.common.format import some
+from mllm_jax.common.errors import some
 from mllm_jax.common.trees import flatten, join
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import TAPS

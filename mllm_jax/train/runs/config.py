@@ -13,7 +13,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, following, from_config_dict, suggestion, to_config_dict
+from mllm_jax.common.config import ConfigError, following, from_config_dict, to_config_dict
+from mllm_jax.common.errors import suggestion
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.decoders.by_model_type import TEXT

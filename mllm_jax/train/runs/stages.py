@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.common.workdir import CHECKPOINTS, has_checkpoint
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, processor_source
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from mllm_jax.common.patterns import check_patterns, first_found
 from mllm_jax.common.settings import (
     Config,
     Fraction,
@@ -20,7 +19,7 @@ from mllm_jax.common.settings import (
     Positive,
     Range,
 )
-from mllm_jax.common.trees import flatten, map_with_paths, partition
+from mllm_jax.common.trees import check_patterns, first_found, flatten, map_with_paths, partition
 
 SCHEDULES = {
     "constant": lambda t: jnp.ones_like(t),
