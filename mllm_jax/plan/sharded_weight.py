@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+from flax.core import meta
 from jax.sharding import AbstractMesh
 
 from mllm_jax.common.trees import flatten
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, in_full
 from mllm_jax.sharding.logical_axes import Rules, partition_spec
 from mllm_jax.sharding.mesh import MESH_AXES
-from mllm_jax.sharding.weights import Named
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import make_optimizer, split
 from mllm_jax.train.step.state import new_state
@@ -99,7 +99,7 @@ def read_weights(run: Run) -> tuple[Weight, ...]:
     """All weights of a run's model. Raises ValueError where the optimizer's patterns fit none."""
     tree, held = abstract_boxed(in_full(run.model)), flatten(abstract_params(run.model))
     boxed = flatten(tree)
-    params = jax.tree.map(lambda box: box.value, tree, is_leaf=lambda leaf: isinstance(leaf, Named))
+    params = meta.unbox(tree)
     tx, _ = make_optimizer(run.optim, params)
     trained = set(flatten(split(params, run.optim.freeze)[0]))
     moments = dict.fromkeys(boxed, 0.0)

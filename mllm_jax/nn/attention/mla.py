@@ -110,10 +110,7 @@ class Mla(nn.Module):
         q_rope, k_rope = rotate(_halves(q_rope), rope), rotate(_halves(k_rope), rope)
         shape = (config.kv_rank, config.heads, config.nope_dim + config.v_dim)
         up = Weight(shape, ("latent", "heads", "head_dim"), config.kv_rank, name="kv_up")().astype(dtype)
-        kv_segment, offset, kept = segment, None, None
-        if cache is not None:
-            kept, (latent, k_rope) = write_cache(cache, (latent, k_rope))
-            _, _, kv_segment, offset = cache
+        kept, (latent, k_rope), kv_segment, offset = write_cache(cache, (latent, k_rope), segment)
         form = expanded if cache is None or not config.absorbs(x.shape[1], latent.shape[1]) else absorbed
         out = form(config, self.runtime, (q_nope, q_rope), (latent, k_rope), up, segment, kv_segment, offset)
         shape, axes = (config.heads, config.v_dim, width), ("heads", "head_dim", "embed")

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
@@ -267,6 +268,5 @@ def _stacked(parts: Mapping[Layer, tuple]) -> dict[str, Named]:
 def _placed(boxed: Any, base: Any, rules: Any) -> Any:
     """The values of a boxed tree, laid out as the base model is."""
     where = getattr(jax.tree.leaves(base)[0], "sharding", None)
-    is_box = lambda leaf: isinstance(leaf, Named)
-    values = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
+    values = meta.unbox(boxed)
     return jax.device_put(values, shardings(boxed, where.mesh, rules) if isinstance(where, NamedSharding) else where)
