@@ -26,9 +26,9 @@ def is_run(folder: str | os.PathLike) -> bool:
     return (Path(folder) / CHECKPOINTS).is_dir() or (Path(folder) / PROGRESS).is_file()
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run or a stage in this folder has saved. Only whole checkpoints have a number as their name."""
-    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints of a run or a stage in this folder; others have no number as their name."""
+    return sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
 def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
@@ -46,7 +46,7 @@ def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
     if not known or (workdir / CHECKPOINTS).is_dir():
         return workdir
     if not (steps := ended(workdir)):
-        begun = [str(workdir / name) for name in known if has_checkpoint(workdir / name)]
+        begun = [str(workdir / name) for name in known if saved_steps(workdir / name)]
         raise FileNotFoundError(
             f"no stage of {workdir} has ended yet; those that have saved: {', '.join(begun) or 'none'}"
         )

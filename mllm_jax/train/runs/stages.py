@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion
-from mllm_jax.common.workdir import CHECKPOINTS, has_checkpoint
+from mllm_jax.common.workdir import CHECKPOINTS, saved_steps
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, processor_source
 
 
@@ -65,7 +65,7 @@ def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = Non
     stage = whole["stages"][name]
     alone = whole | {part: stage[part] for part in PARTS_OF_STAGES if stage[part] is not None} | {"stages": {}}
     alone["processor"] = processor_source(alone["processor"], alone["init"], alone.get("parts", {}))
-    if workdir is not None and stage["after"] and has_checkpoint(folder := Path(workdir).resolve() / stage["after"]):
+    if workdir is not None and stage["after"] and saved_steps(folder := Path(workdir).resolve() / stage["after"]):
         alone |= {"init": str(folder), "parts": {}}
     if workdir is not None and (judge := alone["train"].get("ppo", {}).get("reward")) in whole["stages"]:
         train = alone["train"]
