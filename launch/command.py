@@ -36,12 +36,6 @@ def launcher(module: str, doc: str, actions: str = "") -> Parser:
     return parser
 
 
-def add_restarts(parser: Parser) -> None:
-    """Adds the options of clusters that start a run again."""
-    parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
-    parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
-
-
 def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, and as `command` what follows the `--`."""
     words = list(sys.argv[1:] if arguments is None else arguments)

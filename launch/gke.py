@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import yaml
 
 from launch.accelerators import Gpu, Tpu, gpu, tpu
-from launch.command import add_restarts, checked, launcher, name, parse, run, training
+from launch.command import checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import Hosts, gpu_hosts, in_image, tpu_hosts
 from mllm_jax.common.cli import run_command
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--account", type=name, help="Kubernetes' service account that may write to the bucket")
     parser.add_argument("--queue", type=name, help="local queue of Kueue, where the cluster has one")
     parser.add_argument("--spot", action="store_true", help="on nodes that may be taken away")
-    add_restarts(parser)
+    parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
+    parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
     options = parse(parser, arguments)
     if options.bucket and "/" in options.bucket:
         parser.error(f"--bucket={options.bucket} must be the bare name of a bucket; folders go into --workdir")

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 
 from launch.accelerators import tpu
-from launch.command import absolute, add_restarts, checked, launcher, name, parse, run, training
+from launch.command import absolute, checked, launcher, name, parse, positive, run, training
 from launch.exit_codes import AGAIN
 from launch.hosts import in_image, tpu_hosts
 from mllm_jax.common.cli import run_command
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mount", type=absolute, default="/runs", help="(default /runs)")
     levels = ["very-low", "low", "medium", "high", "very-high"]
     parser.add_argument("--priority", default="medium", choices=levels, help="among the workloads of the cluster")
-    add_restarts(parser)
+    parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
+    parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
     options = parse(parser, arguments)
     files = in_image("tpu.Dockerfile", options.mount, options.host_folder)
     checked(options.command, lambda: tpu_hosts(options.tpu, files))
