@@ -87,6 +87,24 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"{meant}Known here: {', '.join(known) or 'nothing'}"
 
 
+class Difference(NamedTuple):
+    """A field that differs between two configs: its path, and both values as text."""
+
+    path: str
+    ours: str
+    theirs: str
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> list[Difference]:
+    """Returns the innermost fields in which two configs differ, without those that equality ignores."""
+    if type(ours) is type(theirs) and dataclasses.is_dataclass(ours):
+        names = [field.name for field in dataclasses.fields(ours) if field.compare]
+        pairs = [(getattr(ours, name), getattr(theirs, name), _join(path, name)) for name in names]
+        return [found for pair in pairs for found in differences(*pair)]
+    text = lambda value: type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
+    return [] if ours == theirs else [Difference(path, text(ours), text(theirs))]
+
+
 def check_path(config: ConfigDict, path: str) -> None:
     """Raises ConfigError unless the dotted `path` names a field of `config`."""
     here, section = [], config

@@ -1,12 +1,10 @@
 """What no mesh can mend: rows longer than a model knows positions, weights of another model."""
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-from mllm_jax.common.config import ConfigError
-from mllm_jax.families import FAMILIES
+from mllm_jax.common.config import ConfigError, differences
+from mllm_jax.families import FAMILIES, kind_of
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.pretrained.api import is_run
 from mllm_jax.train.runs.config import Run
@@ -34,14 +32,18 @@ def check_run(run: Run) -> None:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"config.init: {run.init} has no config.json; name a folder in Hugging Face's format")
     stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = FAMILIES.get(stated.get("model_type"))
+    family = FAMILIES.get(kind_of(stated))
     if family is None:
         raise ConfigError(f"config.init: {run.init} is of model_type {stated.get('model_type')!r}, not of this model")
     try:
         published = family.from_hf(stated)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"config.init: {run.init}/config.json cannot be read: {error}") from error
-    other = [line for part in PARTS for line in _differences(part, getattr(run.model, part), getattr(published, part))]
+    other = [
+        f"{found.path} is {found.theirs} there and {found.ours} here"
+        for part in PARTS
+        for found in differences(getattr(run.model, part), getattr(published, part), part)
+    ]
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise ConfigError(
@@ -57,16 +59,3 @@ def _positions(run: Run) -> float:
     except (KeyError, ValueError):
         return float("inf")
     return stated.get("text_config", stated).get("max_position_embeddings", float("inf"))
-
-
-def _differences(path: str, ours: Any, theirs: Any) -> list[str]:
-    """Fields of two configs that differ, by their path."""
-    if type(ours) is type(theirs) and dataclasses.is_dataclass(ours):
-        names = [field.name for field in dataclasses.fields(ours)]
-        pairs = [(f"{path}.{name}", getattr(ours, name), getattr(theirs, name)) for name in names]
-        return [line for pair in pairs for line in _differences(*pair)]
-    return [] if ours == theirs else [f"{path} is {_text(theirs)} there and {_text(ours)} here"]
-
-
-def _text(value: Any) -> str:
-    return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)

@@ -4,11 +4,12 @@ Tensor names as in the published safetensors files, after a family's own prefix.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from mllm_jax.common.fields import Field, FieldError, check_heads, count, flag, layers, listed, positive, read
+from mllm_jax.families.base import check_read_back
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.shared.suggestions import unsupported
 from mllm_jax.model.encoders.vit import VitConfig
@@ -91,7 +92,7 @@ class Tower:
         return {name: _field(getattr(base, ours), values) for name, (ours, values) in said.items()} | exact
 
     def to_hf(self, encoder: VitConfig) -> dict[str, Any]:
-        """The inverse of `from_hf`. Raises ValueError for what a config.json of this kind cannot say."""
+        """The inverse of `from_hf`. Raises ValueError for what a config.json of this kind cannot represent."""
         written: dict[str, Any] = {"model_type": self.kind}
         for name, (ours, values) in {**SAID, **self.said}.items():
             own = getattr(encoder, ours)
@@ -101,13 +102,11 @@ class Tower:
         else:
             written["image_size"] = encoder.side
         plain = replace(encoder, **{name: getattr(self.base, name) for name in CHOSEN})
-        if (reads := self.from_hf(written)) != plain:
-            odd = [f.name for f in fields(plain) if getattr(plain, f.name) != getattr(reads, f.name)]
-            raise ValueError(f"a config.json of {self.kind} cannot say an encoder's {', '.join(odd)}: {encoder}")
+        check_read_back(self.kind, plain, self.from_hf(written), "encoder")
         return written
 
     def says(self, encoder: VitConfig) -> bool:
-        """Whether a config.json of this kind can say all of an encoder."""
+        """Whether a config.json of this kind can represent an encoder."""
         try:
             return bool(self.to_hf(encoder))
         except ValueError:
@@ -325,7 +324,7 @@ def part_to_hf(encoder: VitConfig) -> dict[str, Any]:
 
 
 def tower_of(encoder: VitConfig) -> Tower:
-    """The kind of tower whose config.json can say all of an encoder."""
+    """The kind of tower whose config.json can represent an encoder."""
     for tower in TOWERS.values():
         if tower.says(encoder):
             return tower
