@@ -6,8 +6,8 @@ from mllm_jax.common.fields import FieldError, check_heads, count, flag, nullabl
 from mllm_jax.common.fields import layers as count_layers
 from mllm_jax.families.base import DecoderFamily
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
-from mllm_jax.families.shared.rows import layer_norm, layers, linear
-from mllm_jax.model.decoder import DecoderConfig, LayerKind
+from mllm_jax.families.shared.rows import layer_norm, layers, plain_layer
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 
@@ -104,27 +104,11 @@ class Opt(DecoderFamily):
         self, decoder: DecoderConfig, prefix: str = "model.decoder", head: str = "lm_head.weight"
     ) -> list[Row]:
         layer = f"{prefix}.layers.{{n}}"
-
-        def rows(kind: LayerKind) -> list[Row]:
-            return [
-                *layer_norm("norm1", f"{layer}.self_attn_layer_norm"),
-                *layer_norm("norm2", f"{layer}.final_layer_norm"),
-                *(
-                    row
-                    for name in "qkv"
-                    for row in linear(
-                        f"attention/{name}", f"{layer}.self_attn.{name}_proj", "(n h) d -> d n h", "(n h) -> n h"
-                    )
-                ),
-                *linear("attention/out", f"{layer}.self_attn.out_proj", "d (n h) -> n h d", ""),
-                *linear("mlp/up", f"{layer}.fc1", "f d -> d f", ""),
-                *linear("mlp/down", f"{layer}.fc2", "d f -> f d", ""),
-            ]
-
+        block = plain_layer(layer, ("self_attn_layer_norm", "final_layer_norm"), f"{layer}.fc")
         return [
             Row("decoder/embed", f"{prefix}.embed_tokens.weight"),
             Row("decoder/position_embed", f"{prefix}.embed_positions.weight"),
-            *layers(decoder, rows),
+            *layers(decoder, lambda kind: block),
             *layer_norm("decoder/norm", f"{prefix}.final_layer_norm"),
             Row("decoder/head/w", head),
         ]

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from mllm_jax.common.fields import count, flag, read
 from mllm_jax.families.shared.rows import joint_gate_up, layer_norm, linear
-from mllm_jax.families.towers.in_vlms import IMAGENET_PIXELS, Tower, attention, block, patches, plain_mlp
+from mllm_jax.families.towers.in_vlms import IMAGENET_PIXELS
+from mllm_jax.families.towers.tower import Tower, attention, block, patches, plain_mlp
 from mllm_jax.families.towers.vision_only import TowerFamily
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig

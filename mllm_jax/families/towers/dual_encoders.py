@@ -9,8 +9,8 @@ from mllm_jax.data.pipeline.dual_batches import one_each
 from mllm_jax.data.pipeline.hf_inputs import Arrays
 from mllm_jax.families.base import Family
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
-from mllm_jax.families.shared.rows import layer_norm, layers, linear
-from mllm_jax.families.towers.in_vlms import Tower
+from mllm_jax.families.shared.rows import layer_norm, layers, plain_layer
+from mllm_jax.families.towers.tower import Tower
 from mllm_jax.families.towers.vision_only import SQUARE, square_pictures
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.dual_encoder import DualConfig
@@ -78,28 +78,14 @@ def text_to_hf(text: DecoderConfig, kind: str) -> dict[str, Any]:
 def weights(config: DualConfig, tower: Tower, theirs: str = "text_model") -> list[Row]:
     """Rows of both towers and of the logits' scale; those of the pools are a family's own."""
     layer = f"{theirs}.encoder.layers.{{n}}"
-
-    def rows(kind: str) -> list[Row]:
-        parts = {part: f"{layer}.self_attn.{part}_proj" for part in "qkv"}
-        return [
-            *layer_norm("norm1", f"{layer}.layer_norm1"),
-            *layer_norm("norm2", f"{layer}.layer_norm2"),
-            *(row for part, name in parts.items() for row in linear(f"attention/{part}", name, *_OF_HEADS)),
-            *linear("attention/out", f"{layer}.self_attn.out_proj", "d (n h) -> n h d", ""),
-            *linear("mlp/up", f"{layer}.mlp.fc1", "f d -> d f", ""),
-            *linear("mlp/down", f"{layer}.mlp.fc2", "d f -> f d", ""),
-        ]
-
+    block = plain_layer(layer, ("layer_norm1", "layer_norm2"), f"{layer}.mlp.fc")
     text = [
         Row("decoder/embed", f"{theirs}.embeddings.token_embedding.weight"),
         Row("decoder/position_embed", f"{theirs}.embeddings.position_embedding.weight"),
-        *layers(config.text, rows),
+        *layers(config.text, lambda kind: block),
         *layer_norm("decoder/norm", f"{theirs}.final_layer_norm"),
     ]
     return [
         *tower.rows(config.encoder, "vision_model."),
         *(row._replace(ours=row.ours.replace("decoder/", "text/", 1)) for row in text),
     ]
-
-
-_OF_HEADS = ("(n h) d -> d n h", "(n h) -> n h")

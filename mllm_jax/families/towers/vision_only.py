@@ -14,7 +14,8 @@ from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.families.base import Family
 from mllm_jax.families.shared.hf_images import counted_like_text, cut
 from mllm_jax.families.shared.rows import layer_norm, linear
-from mllm_jax.families.towers.in_vlms import CLIP, NAFLEX, SIGLIP, Tower
+from mllm_jax.families.towers.in_vlms import CLIP, NAFLEX, SIGLIP
+from mllm_jax.families.towers.tower import Tower
 from mllm_jax.model.dual_encoder import AttentionPool
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig

@@ -16,10 +16,11 @@ from mllm_jax.data.vision.tiles import Tiles
 from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, qwen2
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf, tied_at_the_top
+from mllm_jax.families.shared.hf_images import whole
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.towers.in_vlms import INTERN
 from mllm_jax.families.vlms import llava
-from mllm_jax.families.vlms.llava import feature_layers, features_from_hf, features_to_hf, whole
+from mllm_jax.families.vlms.llava import feature_layers, features_from_hf, features_to_hf
 from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig

@@ -14,7 +14,8 @@ from mllm_jax.data.vision.tiles import Tiles
 from mllm_jax.families.decoders import by_model_type, internlm2, llama, qwen2
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.shared.suggestions import unsupported
-from mllm_jax.families.towers.in_vlms import INTERN, Tower, block, patches, plain_mlp
+from mllm_jax.families.towers.in_vlms import INTERN
+from mllm_jax.families.towers.tower import Tower, block, joint_attention, patches, plain_mlp
 from mllm_jax.families.vlms import internvl
 from mllm_jax.families.vlms.internvl import features_of, merge_of
 from mllm_jax.families.vlms.llava import feature_layers, features_to_hf
@@ -24,12 +25,8 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
-ARCHITECTURES = {  # of the decoders that OpenGVLab's code knows
-    "llama": "LlamaForCausalLM",
-    "internlm2": "InternLM2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
+DECODERS = ("llama", "internlm2", "phi3", "qwen2")  # those that OpenGVLab's code knows
+ARCHITECTURES = {kind: by_model_type.TEXT[kind].architectures[kind] for kind in DECODERS}
 AFTER_IMAGE = 7  # a vocabulary ends in nine tokens that training adds, of which <IMG_CONTEXT> is the third
 
 
@@ -39,7 +36,7 @@ def _rows(encoder: VitConfig, prefix: str) -> list[Row]:
         Row("encoder/class_token", f"{prefix}embeddings.class_embedding", "1 1 d -> d"),
         *patches(encoder, f"{prefix}embeddings.patch_embedding"),
         Row("encoder/position_embed", f"{prefix}embeddings.position_embedding", "1 p d -> p d"),
-        *linear("encoder/layers/attention/qkv", f"{layer}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
+        *joint_attention(f"{layer}.attn.qkv"),
         Row("encoder/layers/attention/q_norm/scale", f"{layer}.attn.q_norm.weight"),
         Row("encoder/layers/attention/k_norm/scale", f"{layer}.attn.k_norm.weight"),
         *block(layer, "attn.proj", ("norm1", "norm2")),

@@ -34,7 +34,7 @@ from mllm_jax.families.shared.decoder_config import (
     tied_at_either,
     tied_at_the_top,
 )
-from mllm_jax.families.shared.hf_images import counted_like_text, cut
+from mllm_jax.families.shared.hf_images import counted_like_text, cut, whole
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers.in_vlms import CLIP, part_to_hf, tower_for, tower_of
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
@@ -129,13 +129,6 @@ SPEC = ProcessorSpec(
     processor_class="LlavaProcessor",
     video_processor_type=None,
 )
-
-
-def whole(config: ModelConfig, pixels: np.ndarray) -> Visual:
-    """A picture, or a tile, that is read as one: pixels [c h w]."""
-    picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
-    picture = picture._replace(shows_lead=config.inputs.shows_lead)
-    return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
 
 
 # Names since transformers 4.52, and how layers are called in its memory.

@@ -16,6 +16,7 @@ from mllm_jax.data.vision.resize import Stretch
 from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, gemma, gemma2
 from mllm_jax.families.shared.decoder_config import tied_at_the_top
+from mllm_jax.families.shared.hf_images import whole
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers.in_vlms import SIGLIP, part_to_hf
 from mllm_jax.families.vlms import llava
@@ -135,4 +136,4 @@ class Paligemma(Family):
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """Pictures f[pictures c h w], in the order of their placeholders."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-        return {config.tokens.image: [llava.whole(config, picture) for picture in pixels]}
+        return {config.tokens.image: [whole(config, picture) for picture in pixels]}

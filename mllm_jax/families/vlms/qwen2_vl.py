@@ -10,7 +10,6 @@ import numpy as np
 
 from mllm_jax.common.fields import (
     FieldError,
-    check_heads,
     count,
     inside,
     layers,
@@ -32,10 +31,18 @@ from mllm_jax.families.decoders.by_model_type import TEXT
 from mllm_jax.families.shared import rows
 from mllm_jax.families.shared.decoder_config import tied_at_either
 from mllm_jax.families.shared.hf_images import one_by_one, read_clips
-from mllm_jax.families.shared.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.shared.rows import gated_mlp, layer_norm, linear
-from mllm_jax.families.towers.in_vlms import ACTIVATIONS, CLIP_PIXELS
-from mllm_jax.families.vlms.qwen3_vl import TOKEN_FIELDS, TOKENS, tokens_of, tokens_to_hf
+from mllm_jax.families.towers.in_vlms import CLIP_PIXELS
+from mllm_jax.families.towers.tower import ACTIVATIONS, joint_attention, plain_mlp
+from mllm_jax.families.vlms.qwen3_vl import (
+    TOKEN_FIELDS,
+    TOKENS,
+    VISION_FIELDS,
+    encoder_fields,
+    tokens_of,
+    tokens_to_hf,
+    vision_to_hf,
+)
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -83,16 +90,7 @@ SIZES = {
 }
 
 
-_ALIKE = {
-    "depth": layers(32),
-    "num_heads": count(16),
-    "in_channels": count(3),
-    "patch_size": count(14),
-    "temporal_patch_size": count(2),
-    "spatial_merge_size": count(2),
-    "hidden_size": count(3584),
-    **rope_fields(1e4),
-}
+_ALIKE = VISION_FIELDS | {"depth": layers(32), "patch_size": count(14), "hidden_size": count(3584)}
 FIRST_FIELDS = _ALIKE | {
     "embed_dim": count(1280),
     "mlp_ratio": positive(4),
@@ -108,23 +106,8 @@ SECOND_FIELDS = _ALIKE | {
 }
 
 
-def _alike(vision: dict, width: str) -> dict:
-    """The fields of an encoder that both kinds say in the same way."""
-    check_heads(vision, width, "num_heads", multiple=4)  # rotary positions turn pairs by row and by column
-    return {
-        "width": vision[width],
-        "layers": vision["depth"],
-        "heads": vision["num_heads"],
-        "patch_size": vision["patch_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-        "channels": vision["in_channels"],
-        "activation": ACTIVATIONS[vision["hidden_act"]],
-        "rope_theta": axial_theta(vision),
-    }
-
-
 def _first(vision: dict) -> VitConfig:
-    return replace(_FIRST, mlp=int(vision["embed_dim"] * vision["mlp_ratio"]), **_alike(vision, "embed_dim"))
+    return replace(_FIRST, mlp=int(vision["embed_dim"] * vision["mlp_ratio"]), **encoder_fields(vision, "embed_dim"))
 
 
 def _second(vision: dict) -> VitConfig:
@@ -141,7 +124,7 @@ def _second(vision: dict) -> VitConfig:
         mlp=vision["intermediate_size"],
         window=window,
         whole=tuple(whole),
-        **_alike(vision, "hidden_size"),
+        **encoder_fields(vision, "hidden_size"),
     )
 
 
@@ -198,14 +181,7 @@ class Qwen2Vl(Family):
         encoder, decoder, kind = config.encoder, config.decoder, _kind(config.encoder)
         vision = {
             "model_type": f"{kind}_vision",
-            "depth": encoder.layers,
-            "num_heads": encoder.heads,
-            "patch_size": encoder.patch_size,
-            "temporal_patch_size": encoder.temporal_patch_size,
-            "in_channels": encoder.channels,
-            "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
-            "spatial_merge_size": config.merge,
-            **axial_to_hf(encoder.rope_theta),
+            **vision_to_hf(encoder, config.merge),
         }
         if encoder.gated:
             vision |= {
@@ -230,15 +206,12 @@ class Qwen2Vl(Family):
     def weights(self, config: ModelConfig) -> list[Row]:
         encoder = config.encoder
         pixels = {"c": encoder.channels, "t": encoder.temporal_patch_size, "y": encoder.patch_size}
-        plain = [
-            *linear("encoder/layers/mlp/up", f"{_BLOCK}.mlp.fc1", "f d -> d f", ""),
-            *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.fc2", "d f -> f d", ""),
-        ]
+        plain = plain_mlp(f"{_BLOCK}.mlp.fc1", f"{_BLOCK}.mlp.fc2")
         return [
             Row("encoder/patch_embed/w", "visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
             *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
             *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
-            *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
+            *joint_attention(f"{_BLOCK}.attn.qkv"),
             *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
             *(gated_mlp("encoder/layers/mlp", f"{_BLOCK}.mlp") if encoder.gated else plain),
             *layer_norm("connector/main/norm", "visual.merger.ln_q"),

@@ -15,6 +15,7 @@ from mllm_jax.families.shared.decoder_config import tied_at_the_top
 from mllm_jax.families.shared.hf_images import one_by_one, read_clips
 from mllm_jax.families.shared.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.shared.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
+from mllm_jax.families.towers.tower import ACTIVATIONS, joint_attention, plain_mlp
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -57,7 +58,6 @@ SIZES = {
 }
 
 
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 SECTIONS = {"text_config": section(), "vision_config": section()}
 TOKEN_FIELDS = {
     "image_token_id": count(TOKENS.image, low=0),
@@ -65,21 +65,52 @@ TOKEN_FIELDS = {
     "vision_start_token_id": count(TOKENS.start, low=0),
     "vision_end_token_id": count(TOKENS.end, low=0),
 }
-VISION = {
-    "hidden_size": count(1152),
+VISION_FIELDS = {  # which Qwen2-VL's have too
     "depth": layers(27),
     "num_heads": count(16),
-    "intermediate_size": count(4304),
     "patch_size": count(16),
     "temporal_patch_size": count(2),
     "in_channels": count(3),
     "spatial_merge_size": count(2),
+    **rope_fields(1e4),
+}
+VISION = VISION_FIELDS | {
+    "hidden_size": count(1152),
+    "intermediate_size": count(4304),
     "out_hidden_size": count(3584),
     "num_position_embeddings": count(2304),
     "deepstack_visual_indexes": listed(count(low=0), (8, 16, 24)),
-    "hidden_act": word("gelu_pytorch_tanh", ACTIVATIONS),
-    **rope_fields(1e4),
+    "hidden_act": word("gelu_pytorch_tanh", ("gelu_pytorch_tanh", "gelu")),
 }
+
+
+def encoder_fields(vision: dict, width: str = "hidden_size") -> dict:
+    """Fields of the encoder, from the values of VISION_FIELDS, `width` and `hidden_act`."""
+    check_heads(vision, width, "num_heads", multiple=4)  # rotary positions turn pairs by row and column
+    return {
+        "width": vision[width],
+        "layers": vision["depth"],
+        "heads": vision["num_heads"],
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "channels": vision["in_channels"],
+        "activation": ACTIVATIONS[vision["hidden_act"]],
+        "rope_theta": axial_theta(vision),
+    }
+
+
+def vision_to_hf(encoder: VitConfig, merge: int) -> dict:
+    """The inverse, without the width."""
+    return {
+        "depth": encoder.layers,
+        "num_heads": encoder.heads,
+        "patch_size": encoder.patch_size,
+        "temporal_patch_size": encoder.temporal_patch_size,
+        "in_channels": encoder.channels,
+        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
+        "spatial_merge_size": merge,
+        **axial_to_hf(encoder.rope_theta),
+    }
 
 
 def tokens_of(stated: dict) -> VisionTokenIds:
@@ -149,25 +180,11 @@ class Qwen3Vl(Family):
             vision = read(stated["vision_config"], VISION)
             if (grid := round(vision["num_position_embeddings"] ** 0.5)) ** 2 != vision["num_position_embeddings"]:
                 raise FieldError("num_position_embeddings", "must be a square.", vision["num_position_embeddings"])
-            check_heads(
-                vision, "hidden_size", "num_heads", multiple=4
-            )  # rotary positions turn pairs by row and by column
+            fields = encoder_fields(vision)
             if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
                 raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
-            theta = axial_theta(vision)
-        encoder = VitConfig(
-            width=vision["hidden_size"],
-            layers=vision["depth"],
-            heads=vision["num_heads"],
-            mlp=vision["intermediate_size"],
-            patch_size=vision["patch_size"],
-            temporal_patch_size=vision["temporal_patch_size"],
-            channels=vision["in_channels"],
-            position_grid=grid,
-            rope_theta=theta,
-            taps=tuple(vision["deepstack_visual_indexes"]),
-            activation=ACTIVATIONS[vision["hidden_act"]],
-        )
+        taps = tuple(vision["deepstack_visual_indexes"])
+        encoder = VitConfig(mlp=vision["intermediate_size"], position_grid=grid, taps=taps, **fields)
         text = stated["text_config"]
         with inside("text_config"):
             decoder = tied_at_the_top(qwen3.seeing_decoder_from_hf(text, config["model_type"]), config)
@@ -189,19 +206,12 @@ class Qwen3Vl(Family):
             "text_config": {"model_type": f"{kind}_text", **TEXT["qwen3"].decoder_to_hf(decoder)},
             "vision_config": {
                 "model_type": f"{kind}_vision",
+                **vision_to_hf(encoder, config.merge),
                 "hidden_size": encoder.width,
-                "depth": encoder.layers,
-                "num_heads": encoder.heads,
                 "intermediate_size": encoder.mlp,
-                "patch_size": encoder.patch_size,
-                "temporal_patch_size": encoder.temporal_patch_size,
-                "in_channels": encoder.channels,
                 "num_position_embeddings": encoder.position_grid**2,
                 "deepstack_visual_indexes": list(encoder.taps),
-                "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
-                "spatial_merge_size": config.connector.merge,
                 "out_hidden_size": decoder.width,
-                **axial_to_hf(encoder.rope_theta),
             },
         }
 
@@ -213,10 +223,9 @@ class Qwen3Vl(Family):
             Row("encoder/position_embed", "model.visual.pos_embed.weight"),
             *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
             *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
-            *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
+            *joint_attention(f"{_BLOCK}.attn.qkv"),
             *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
-            *linear("encoder/layers/mlp/up", f"{_BLOCK}.mlp.linear_fc1", "f d -> d f", ""),
-            *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.linear_fc2", "d f -> f d", ""),
+            *plain_mlp(f"{_BLOCK}.mlp.linear_fc1", f"{_BLOCK}.mlp.linear_fc2"),
             *_merger("connector/main", "model.visual.merger"),
             *_merger("connector/deepstack", "model.visual.deepstack_merger_list.{k}"),
             *rows.decoder(config.decoder, "model.language_model", experts=_experts_rows(config.decoder)),
