@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from tiny_models import MODELS, class_of, tiny
 
 import mllm_jax
 from mllm_jax.common.config import differences
@@ -12,9 +13,11 @@ from mllm_jax.common.fields import count, layers, read
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.base import DecoderFamily, Family
 from mllm_jax.model.decoder import DecoderConfig
-from mllm_jax.model.vlm import init_params
+from mllm_jax.model.vlm import abstract_params, init_params
 from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.weights.table import expand
 
+EXPERTS = {"qwen3_moe", "deepseek_v2", "deepseek_v3"}  # theirs lie in one tensor in memory; test_adapters.py has them
 
 
 class Toy(DecoderFamily):
@@ -77,3 +80,16 @@ def test_differences_between_configs():
     found = differences(config, other)
     assert [tuple(difference) for difference in found] == [("decoder.layers", "18", "3"), ("pool", "None", "1")]
     assert differences(config, config) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in EXPERTS])
+def test_names_of_modules_are_those_in_memory(kind):
+    """Adapters carry the names of transformers' modules."""
+    model = tiny(kind)
+    assert isinstance(model, class_of(kind))
+    family, known = FAMILIES[kind], {name for name, _ in model.named_modules()}
+    config = family.from_hf(model.config.to_dict())
+    names = [name for name in expand(family.weights(config), abstract_params(config)) if name.endswith(".weight")]
+    unknown = {family.module_name(name.removesuffix(".weight")) for name in names} - known
+    assert unknown <= {name for name in unknown if name.endswith("mlp.weights_in")}  # in memory two layers
+    assert names

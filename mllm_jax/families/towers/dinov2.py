@@ -89,6 +89,13 @@ class Dinov2(TowerFamily):
         (r"\.attention\.o_proj\.", ".attention.output.dense."),
         (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
     )
+    modules = (
+        (r"\.attention\.attention\.query", ".attention.q_proj"),
+        (r"\.attention\.attention\.key", ".attention.k_proj"),
+        (r"\.attention\.attention\.value", ".attention.v_proj"),
+        (r"\.attention\.output\.dense", ".attention.o_proj"),
+        (r"\.mlp\.weights_out", ".mlp.down_proj"),
+    )
 
     def from_hf(self, config: dict) -> ModelConfig:
         stated = read(config, {"use_swiglu_ffn": flag(False), "hidden_size": count(_BASE.width), "mlp_ratio": count(4)})

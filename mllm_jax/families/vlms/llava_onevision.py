@@ -76,7 +76,6 @@ class LlavaOnevision(llava.Llava):
     name = "LLaVA-OneVision"
     architectures = {"llava_onevision": "LlavaOnevisionForConditionalGeneration"}
     sizes = SIZES
-    modules = ()
     input_names = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
     spec = SPEC
 
