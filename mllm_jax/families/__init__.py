@@ -1,4 +1,4 @@
-"""Published models, by the model_type of their config.json; `base.py` says what a family is."""
+"""Published models by the model_type of their config.json; `base.py` defines what a family provides."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -37,7 +37,7 @@ class Family(ABC):
     rename: (regular expression, replacement) pairs that turn former names of tensors into those of `weights`.
     modules: the same from the names of `weights` to the names of modules in transformers' memory, where they differ.
     input_names: names of the vision arrays of its Hugging Face processor.
-    spec: what its processor expects, beside what follows from a config.
+    spec: settings of its processor that no config.json holds.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Family(ABC):
 
     @abstractmethod
     def fields_to_hf(self, config: Any) -> dict[str, Any]:
-        """Returns config.json of a model, model_type too but for "architectures"."""
+        """Returns config.json of a model, with its model_type and without "architectures"."""
 
     def to_hf(self, config: Any) -> dict[str, Any]:
         """Returns config.json of a model. Raises ValueError if `from_hf` would not read the same model from it."""
@@ -94,15 +94,15 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} reads no images")
 
     def rule(self, config: Any) -> Rule | None:
-        """How images are resized or cut where no preprocessor_config.json says it. None: nearly at their own size."""
+        """Returns the resizing or cutting of images without a preprocessor_config.json. None: nearly their own size."""
         return None
 
     def clip_rule(self, config: Any) -> Whole | None:
-        """How frames of clips are resized where the processor's files do not say it. None: nearly at their own size."""
+        """Returns the resizing of frames where the processor's files set none. None: nearly their own size."""
         return None
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
-        """What a processor must know of a model that reads images."""
+        """Returns the spec of the processor of a model that reads images."""
         encoder, attention = config.encoder, config.decoder and config.decoder.attention
         sections = getattr(attention, "rope_theta", None) and getattr(attention, "rope_sections", (0,))[1:]
         return replace(
@@ -141,7 +141,7 @@ class DecoderFamily(Family):
         return ModelConfig(None, None, decoder, family=model_type)
 
     def model_type(self, decoder: DecoderConfig) -> str:
-        """The model_type of a decoder's config.json; to be overridden by a family that has several."""
+        """Returns the model_type of a decoder's config.json. A family that has several overrides this."""
         (model_type,) = self.architectures
         return model_type
 
