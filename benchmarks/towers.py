@@ -46,7 +46,7 @@ def towers(case: Case, layers: int, **runtime):
     from mllm_jax.families import FAMILIES
 
     family = FAMILIES[case.family]
-    config = family.sizes(case.size)
+    config = family.config(case.size)
     stated = family.to_hf(replace(config, encoder=replace(config.encoder, layers=layers)))
     theirs = transformers.AutoConfig.for_model(**stated)
     theirs._attn_implementation = "sdpa"
@@ -127,7 +127,7 @@ def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None)
     from mllm_jax.train.monitor.flops import count_flops, mfu, useful
 
     case = CASES[name]
-    whole = FAMILIES[case.family].sizes(case.size).encoder
+    whole = FAMILIES[case.family].config(case.size).encoder
     layers = whole.layers if real else case.layers
     # Short towers are compiled layer by layer: a loop would copy every layer's weights, which CPUs feel.
     runtime = {"dtype": "bfloat16"} if real else {"dtype": "float32", "scan": False}
@@ -166,7 +166,7 @@ def packing(layers: int = 2, count: int = 12) -> None:
     from mllm_jax.data.pipeline.packing import tightest
     from mllm_jax.families import FAMILIES
 
-    whole = FAMILIES["siglip2_vision_model"].sizes("base-16")
+    whole = FAMILIES["siglip2_vision_model"].config("base-16")
     config = replace(whole, encoder=replace(whole.encoder, layers=layers))
     rng = np.random.default_rng(0)
     grids = [tuple(map(int, grid)) for grid in np.exp2(rng.uniform(2, 5, (count, 2))).round()]

@@ -74,14 +74,14 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     import numpy as np
 
     import mllm_jax
-    from mllm_jax.families.vlms import qwen3_vl
+    from mllm_jax.families import FAMILIES
     from mllm_jax.model.vlm import abstract_params
     from mllm_jax.train.monitor.flops import count_flops, mfu, useful
     from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
     from mllm_jax.train.step.state import init_state
     from mllm_jax.train.step.train_step import make_train_step
 
-    config = qwen3_vl.sizes(size)
+    config = FAMILIES["qwen3_vl"].config(size)
     runtime = dataclasses.replace(config.runtime, dtype="bfloat16", remat="full")
     config = dataclasses.replace(config, runtime=runtime)
     side = 32  # a 512 x 512 picture: 1024 patches, 256 tokens; one for every 512 tokens of a row

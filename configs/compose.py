@@ -37,9 +37,9 @@ ENCODERS = {
     "dinov2": dinov2.SIZES["base-registers"],
     "eva": in_vlms.EVA.sizes["g14"],
     "internvit": in_vlms.INTERN.sizes["300m"],
-    "qwen2_vl": qwen2_vl.SIZES["2b"][0],
-    "qwen2_5_vl": qwen2_vl.SIZES["2.5-3b"][0],
-    "qwen3_vl": qwen3_vl.SIZES["2b"][0],
+    "qwen2_vl": qwen2_vl.SIZES["2b"].encoder,
+    "qwen2_5_vl": qwen2_vl.SIZES["2.5-3b"].encoder,
+    "qwen3_vl": qwen3_vl.SIZES["2b"].encoder,
 }
 CONNECTORS = {
     "linear": MlpConnectorConfig(layers=1),
@@ -53,7 +53,7 @@ DECODERS = {
     "mistral": mistral.SIZES["7b-v0.2"],
     "qwen2": qwen2.SIZES["7b"],
     "qwen3": qwen3.SIZES["8b"],
-    "qwen3_vl": qwen3_vl.SIZES["8b"][1],
+    "qwen3_vl": qwen3_vl.SIZES["8b"].decoder,
     "gemma": gemma.SIZES["2b"],
     "gemma2": gemma2.SIZES["2b"],
     "gpt2": gpt2.SIZES["124m"],

@@ -15,7 +15,8 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion
 from mllm_jax.families import FAMILIES
-from mllm_jax.families.towers import clip, in_vlms, siglip, siglip2
+from mllm_jax.families.towers import in_vlms, siglip
+from mllm_jax.families.towers.dual_encoders import DualFamily
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.input.processors import SCENES
@@ -25,7 +26,7 @@ from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS, LENGTH, SIDE = 96, 4, 16, 8
-DUALS = {name: family for name, family in FAMILIES.items() if family in (clip, siglip, siglip2)}
+DUALS = {name: family for name, family in FAMILIES.items() if isinstance(family, DualFamily)}
 PACKED = 4  # pictures of a row, where they differ in size
 
 
@@ -61,8 +62,8 @@ def published(arg: str) -> Run:
         raise ConfigError(
             f"configs/contrastive.py takes FAMILY/SIZE; {family!r} is no dual encoder; {suggestion(family, DUALS)}"
         )
-    model = DUALS[family].sizes(size)
-    count = PACKED if DUALS[family] is siglip2 else 1
+    model = DUALS[family].config(size)
+    count = PACKED if DUALS[family].tower.any_size else 1
     picture = model.encoder.lead + model.encoder.position_grid**2
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),

@@ -6,7 +6,7 @@ python -m mllm_jax.train --config configs/qwen3_vl_30b_a3b.py --workdir DIR --co
 
 from dataclasses import replace
 
-from mllm_jax.families.vlms import qwen3_vl
+from mllm_jax.families import FAMILIES
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.runs.config import Run, TrainConfig, run_config
@@ -19,7 +19,7 @@ def get_config():
     runtime = Runtime(dtype="bfloat16", remat="full", expert_room=1.25)
     return run_config(
         Run(
-            model=replace(qwen3_vl.sizes("30b-a3b"), runtime=runtime),
+            model=replace(FAMILIES["qwen3_vl"].config("30b-a3b"), runtime=runtime),
             init="Qwen/Qwen3-VL-30B-A3B-Instruct",
             # 2,048 of a row's 4,096 tokens are visual: two pictures of 4,096 patches, or more and smaller ones.
             data=FilesData(batch=256, tokens=4096, rows=2, patches=4096),

@@ -6,7 +6,7 @@ python -m mllm_jax.train --config configs/qwen3_vl_8b.py --workdir DIR --config.
 
 from dataclasses import replace
 
-from mllm_jax.families.vlms import qwen3_vl
+from mllm_jax.families import FAMILIES
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data_files import FilesData
@@ -14,7 +14,7 @@ from mllm_jax.train.step.optimizer import OptimConfig
 
 
 def get_config():
-    model = replace(qwen3_vl.sizes("8b"), runtime=Runtime(dtype="bfloat16", remat="full"))
+    model = replace(FAMILIES["qwen3_vl"].config("8b"), runtime=Runtime(dtype="bfloat16", remat="full"))
     return run_config(
         Run(
             model=model,

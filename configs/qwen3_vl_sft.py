@@ -8,6 +8,7 @@ The argument is a size: "2b", "4b", "8b" or "32b" begins with published weights 
 `--config.data.heldout_where="{'split': 'test'}"` (with `where` for the others) keeps records for evaluation.
 """
 
+from mllm_jax.families import FAMILIES
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
@@ -37,7 +38,7 @@ SMALL = ModelConfig(
 def get_config(arg: str = "115m"):
     size = arg or "115m"
     random = size == "115m"
-    published = SMALL if random else qwen3_vl.sizes(size)
+    published = SMALL if random else FAMILIES["qwen3_vl"].config(size)
     runtime = Runtime(dtype="bfloat16", remat="none" if random else "full")
     return run_config(
         Run(

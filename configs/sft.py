@@ -43,7 +43,7 @@ def get_config(arg: str = "llava/1.5-7b"):
     named, *sources = (arg or "llava/1.5-7b").split(",")
     family, _, size = named.partition("/")
     is_size = family in FAMILIES
-    model = FAMILIES[family].sizes(size) if is_size else model_in(named)
+    model = FAMILIES[family].config(size) if is_size else model_in(named)
     if not isinstance(model, ModelConfig) or model.decoder is None:
         raise ConfigError(f"configs/sft.py:{named}: the model does not answer questions. Name one with a decoder")
     tokens = min(TOKENS, model.decoder.positions or TOKENS)  # a conversation has no more than positions are learned

@@ -326,11 +326,11 @@ def test_tokens_that_a_model_has_not_are_refused(kind, size, change, message):
     """Looking them up gives NaN, or the embedding of another token."""
     given = {"input_ids": [[5, 6]]} | change
     with pytest.raises(ValueError, match=message):
-        mllm_jax.from_hf_inputs(FAMILIES[kind].sizes(size), given)
+        mllm_jax.from_hf_inputs(FAMILIES[kind].config(size), given)
 
 
 def test_padding_may_hold_any_id():
-    config = FAMILIES["gpt2"].sizes("124m")
+    config = FAMILIES["gpt2"].config("124m")
     ids, mask = np.full((1, 1030), -1), np.zeros((1, 1030), int)
     ids[0, 10:], mask[0, 10:] = 50256, 1
     mask[0, 500:] = 0

@@ -14,8 +14,6 @@ from mllm_jax.common.fields import FieldError
 from mllm_jax.data.text.json_files import read_json, read_object
 from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.families import FAMILIES
-from mllm_jax.families.decoders import internlm2
-from mllm_jax.families.vlms import internvl_chat, llava_llama
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig
 
@@ -181,8 +179,9 @@ def test_wrong_values_are_refused_by_name(whole):
 
 def test_files_that_transformers_does_not_know():
     """The authors' own layouts: wrong values have one error."""
-    for family, size in ((internvl_chat, "2.5-2b"), (llava_llama, "1.5-7b"), (internlm2, "7b")):
-        whole = json.loads(json.dumps(family.to_hf(family.sizes(size))))
+    for kind, size in (("internvl_chat", "2.5-2b"), ("llava_llama", "1.5-7b"), ("internlm2", "7b")):
+        family = FAMILIES[kind]
+        whole = json.loads(json.dumps(family.to_hf(family.config(size))))
         for path in fields_of(whole):
             for value in [(), *((value,) for value in WRONG)]:
                 try:

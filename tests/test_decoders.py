@@ -26,7 +26,6 @@ from mllm_jax.families.decoders import (
     internlm2,
     llama,
     mistral,
-    opt,
     phi3,
     qwen2,
     qwen3,
@@ -232,22 +231,24 @@ def test_kinds_of_rotary_positions(kind, length):
     fields = SMALL | dict(head_dim=32, max_position_embeddings=64, rope_parameters=rope)
     config = transformers.LlamaConfig(**fields)
     expected, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
-    attention = llama.decoder_from_hf(fields).attention
+    attention = FAMILIES["llama"].decoder_from_hf(fields).attention
     stretch = attention.stretch
     asked = (jnp.full((1,), length),) if stretch.by_length else ()
     got = np.asarray(stretch.frequencies(5e5, 32, *asked))
     np.testing.assert_allclose(got.reshape(-1), expected.numpy(), rtol=3e-6)
     assert stretch.table_scale == pytest.approx(scale)
-    said = llama.decoder_to_hf(llama.decoder_from_hf(fields))
-    assert llama.decoder_from_hf(said).attention == attention
+    said = FAMILIES["llama"].decoder_to_hf(FAMILIES["llama"].decoder_from_hf(fields))
+    assert FAMILIES["llama"].decoder_from_hf(said).attention == attention
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_conversations_of_a_row_turn_as_if_alone(kind):
     rope = dict(rope_type=kind, rope_theta=5e5) | KINDS[kind]
-    attention = llama.decoder_from_hf(
-        SMALL | dict(head_dim=32, max_position_embeddings=64, rope_parameters=rope)
-    ).attention
+    attention = (
+        FAMILIES["llama"]
+        .decoder_from_hf(SMALL | dict(head_dim=32, max_position_embeddings=64, rope_parameters=rope))
+        .attention
+    )
     lengths = (40, 100)
     alone = [
         attention.rope(np.repeat(np.arange(n)[None, :, None], 3, axis=2), np.ones((1, n), np.int32)) for n in lengths
@@ -280,7 +281,7 @@ def test_chunked_and_interleaved_sections_equal_transformers():
 def test_published_sizes(name):
     kind, size = name.split()
     family = FAMILIES[kind]
-    config = family.sizes(size)
+    config = family.config(size)
     assert sum(count_params(config).values()) == PUBLISHED[name]
     assert family.from_hf(family.to_hf(config)) == config
     assert by_model_type.decoder_from_hf(by_model_type.decoder_to_hf(config.decoder)) == config.decoder
@@ -300,36 +301,37 @@ def test_a_run_states_every_field(decoder):
 @pytest.mark.parametrize(
     "family, change, message",
     [
-        (llama, {"hidden_act": "xielu"}, "activation 'xielu' is not supported; the nearest that is: 'silu'"),
+        ("llama", {"hidden_act": "xielu"}, "activation 'xielu' is not supported; the nearest that is: 'silu'"),
         (
-            llama,
+            "llama",
             {"rope_parameters": {"rope_type": "proportional"}},
             r'rope_parameters.rope_type="proportional": must be "default" or "linear" or "dynamic"',
         ),
-        (llama, {"pretraining_tp": 2}, "pretraining_tp=2: must be 1"),
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2: must be 1"),
         (
-            gemma2,
+            "gemma2",
             {"layer_types": ["chunked_attention"]},
             r'layer_types.0.="chunked_attention": must be "sliding_attention"',
         ),
-        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true: must be false"),
-        (opt, {"do_layer_norm_before": False}, "do_layer_norm_before=false: must be true"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true: must be false"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=false: must be true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_config_json_may_not_say(family, change, message):
+    family = FAMILIES[family]
     with pytest.raises(ValueError, match=message):
-        family.decoder_from_hf(family.decoder_to_hf(next(iter(family.SIZES.values()))) | change)
+        family.from_hf(family.to_hf(next(iter(family.sizes.values()))) | change)
 
 
 def test_a_decoder_that_config_json_cannot_say():
-    config = gpt2.sizes("124m")
-    with pytest.raises(ValueError, match="gpt2's config.json cannot say all of this decoder"):
-        gpt2.to_hf(replace(config, decoder=replace(config.decoder, embed_scale=2.0)))
-    with pytest.raises(ValueError, match="no text config of .* can say all of this decoder"):
+    config = FAMILIES["gpt2"].config("124m")
+    with pytest.raises(ValueError, match="GPT-2's config.json cannot .* saving decoder.embed_scale=2.0 would load as"):
+        FAMILIES["gpt2"].to_hf(replace(config, decoder=replace(config.decoder, embed_scale=2.0)))
+    with pytest.raises(ValueError, match="no text config of .* can represent all of this decoder"):
         by_model_type.decoder_to_hf(replace(config.decoder, embed_scale=2.0))
     with pytest.raises(ValueError, match="one size of windows"):
-        qwen2.decoder_to_hf(replace(qwen2.SIZES["7b"], windows=(4, 8)))
+        FAMILIES["qwen2"].decoder_to_hf(replace(qwen2.SIZES["7b"], windows=(4, 8)))
     with pytest.raises(ValueError, match="DecoderConfig.norm='.*': must be one of rms"):
         replace(config.decoder, norm="batch")
     with pytest.raises(ValueError, match="rope_layout='.*': must be one of"):

@@ -148,9 +148,9 @@ def test_odd_pictures(pair):
 
 
 def test_other_models_are_refused():
-    from mllm_jax.families.decoders import qwen3
+    from mllm_jax.families import FAMILIES
 
-    model = mllm_jax.Pretrained(qwen3.sizes("0.6b"), None, None)
+    model = mllm_jax.Pretrained(FAMILIES["qwen3"].config("0.6b"), None, None)
     with pytest.raises(ValueError, match="needs a dual encoder, such as CLIP or SigLIP, not a model of family qwen3"):
         mllm_jax.encode_text(model, ["a cat"])
 

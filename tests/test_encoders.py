@@ -20,6 +20,7 @@ import mllm_jax
 from mllm_jax.common.trees import flatten, unflatten
 from mllm_jax.data.pipeline.hf_inputs import without_text
 from mllm_jax.data.pipeline.packing import Budget, collate
+from mllm_jax.families import FAMILIES
 from mllm_jax.families.shared.hf_images import cut
 from mllm_jax.families.towers import dinov2
 from mllm_jax.families.towers.in_vlms import CLIP, EVA, INTERN, NAFLEX, SIGLIP, TOWERS, tower_for, tower_of
@@ -329,8 +330,9 @@ def test_a_config_says_which_tower_it_is():
             assert tower_of(replace(encoder, features=(-2,))) is tower is tower_for(tower.to_hf(encoder))
             assert tower.from_hf(tower.to_hf(encoder)) == encoder
     for name in dinov2.SIZES:
-        assert dinov2.from_hf(dinov2.to_hf(dinov2.sizes(name))) == dinov2.sizes(name)
-    with pytest.raises(ValueError, match="cannot say an encoder's window"):
+        config = FAMILIES["dinov2"].config(name)
+        assert FAMILIES["dinov2"].from_hf(FAMILIES["dinov2"].to_hf(config)) == config
+    with pytest.raises(ValueError, match="saving encoder.window=8 would load as encoder.window=0"):
         CLIP.to_hf(replace(CLIP.base, window=8))
     with pytest.raises(ValueError, match="no kind of vision tower"):
         tower_of(replace(CLIP.base, window=8))

@@ -12,9 +12,8 @@ from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spec import SEEING, TEXT
 from mllm_jax.data.records.grounding import Grounding, written
 from mllm_jax.data.records.records import BadRecord, read_record
-from mllm_jax.families import spec_for
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.families.vlms import internvl, llava, paligemma, qwen2_vl
-from mllm_jax.families.vlms.qwen3_vl import sizes
 
 BOX, POINT = [15.9, 20, 160.2, 50], [80, 25]  # pixels of an image of 200 x 50
 SHARES = [0.0795, 0.4, 0.801, 1.0]
@@ -104,8 +103,8 @@ def test_models_without_a_way_refuse():
 
 
 def test_the_kind_of_qwen_follows_from_its_config():
-    second, third = spec_for(qwen2_vl.sizes("2.5-3b")), spec_for(sizes("2b"))
-    assert spec_for(qwen2_vl.sizes("2b")).grounding == qwen2_vl.SPEC.grounding
+    second, third = spec_for(FAMILIES["qwen2_vl"].config("2.5-3b")), spec_for(FAMILIES["qwen3_vl"].config("2b"))
+    assert spec_for(FAMILIES["qwen2_vl"].config("2b")).grounding == qwen2_vl.SPEC.grounding
     assert texts(read("<bbox>", {"bbox": [BOX]}), third)[1] == "[80, 400, 801, 1000]"
     with pytest.raises(ValueError, match="in pixels of the image as it reads it"):
         texts(read("<bbox>", {"bbox": [BOX]}), second)

@@ -17,7 +17,7 @@ import mllm_jax
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.text.chat_template import ChatTemplate
 from mllm_jax.data.vision.tiles import Tiles
-from mllm_jax.families import spec_for
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.families.vlms import internvl_chat
 from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.pretrained.api import published_config
@@ -180,14 +180,14 @@ def test_published_sizes():
         total = sum(count_params(config).values())
         assert round(total / 1e6) == CARDS.get(name, round(total / 1e6)), name
         assert f"{total / 1e9:.1f} B" == ROUNDED.get(name, f"{total / 1e9:.1f} B"), name
-        assert internvl_chat.from_hf(internvl_chat.to_hf(config)) == config
-        names = expand(internvl_chat.weights(config), abstract_params(config))
+        assert FAMILIES["internvl_chat"].from_hf(FAMILIES["internvl_chat"].to_hf(config)) == config
+        names = expand(FAMILIES["internvl_chat"].weights(config), abstract_params(config))
         assert config.inputs.chat in internvl_chat.CHATS
         head = "output" if config.decoder.family == "internlm2" else "lm_head"
         assert {f"language_model.{head}.weight", "mlp1.3.bias", "vision_model.encoder.layers.0.ls1"} <= names.keys()
-    assert internvl_chat.sizes("2-8b").tokens.image == 92546  # <IMG_CONTEXT>
-    assert internvl_chat.sizes("2.5-4b").tokens.image == 151667
-    assert internvl_chat.sizes("2-40b").tokens.image == 64000
+    assert FAMILIES["internvl_chat"].config("2-8b").tokens.image == 92546  # <IMG_CONTEXT>
+    assert FAMILIES["internvl_chat"].config("2.5-4b").tokens.image == 151667
+    assert FAMILIES["internvl_chat"].config("2-40b").tokens.image == 64000
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_published_sizes():
 )
 def test_what_config_json_may_not_say(change, message):
     with pytest.raises(ValueError, match=message):
-        internvl_chat.from_hf(config_json("qwen2", **change))
+        FAMILIES["internvl_chat"].from_hf(config_json("qwen2", **change))
 
 
 # What the conversations of OpenGVLab's code come to, for one question with a picture and its answer.
@@ -250,7 +250,7 @@ def test_a_folder_becomes_a_processor(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
     clip = dict(crop_size=16, do_center_crop=True, do_resize=True, size=16, image_mean=[0.485, 0.456, 0.406])
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip))
-    config = internvl_chat.from_hf(config_json("qwen2"))
+    config = FAMILIES["internvl_chat"].from_hf(config_json("qwen2"))
     processor = Processor.from_folder(tmp_path, spec_for(config))
     assert processor.spec.rule == Tiles(16, 1, 6)
     question = [{"type": "image", "image": Image.new("RGB", (64, 32))}, {"type": "text", "text": "What?"}]

@@ -16,8 +16,7 @@ from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, tightest
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spans import Framed
 from mllm_jax.data.video.videos import Clip
-from mllm_jax.families import spec_for
-from mllm_jax.families.vlms import internvl, internvl_chat
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.pretrained.api import Pretrained
 
 NAMES = {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"}
@@ -40,19 +39,19 @@ def write_processor(folder, video="<video>"):
     return {token["content"]: int(number) for number, token in json.loads(text)["added_tokens_decoder"].items()}
 
 
-def config_of(module, image):
+def config_of(family, image):
     """A tiny model, of transformers' files or of OpenGVLab's."""
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     vision = dict(image_size=16, patch_size=4, **small)
     text = dict(model_type="qwen2", vocab_size=300, num_key_value_heads=1, rms_norm_eps=1e-6, rope_theta=1e4, **small)
     text |= dict(tie_word_embeddings=False)
-    if module is internvl:
-        return module.from_hf(
+    if family == "internvl":
+        return FAMILIES[family].from_hf(
             dict(vision_config=vision | {"model_type": "internvl_vision"}, text_config=text, image_token_id=image)
         )
     told = dict(ps_version="v2", dynamic_image_size=True, use_thumbnail=True, force_image_size=16)
     tower = dict(model_type="intern_vit_6b", norm_type="layer_norm", qk_normalization=False, **vision)
-    return module.from_hf(
+    return FAMILIES[family].from_hf(
         told
         | dict(vision_config=tower, llm_config=text, max_dynamic_patch=4, template="internvl2_5")
         | dict(img_context_token_id=image)
@@ -66,7 +65,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vlm(folder):
-    config = config_of(internvl, write_processor(folder)["<IMG_CONTEXT>"])
+    config = config_of("internvl", write_processor(folder)["<IMG_CONTEXT>"])
     return Pretrained(config, config.build(), random_params(config), Processor.from_folder(folder, spec_for(config)))
 
 
@@ -125,7 +124,7 @@ def test_frames_are_pictures_of_one_tile(vlm):
 
 def test_which_frames():
     """Eight to thirty-two, one a second; those in the middle of as many equal parts; others where a clip asks."""
-    config = config_of(internvl, 150)
+    config = config_of("internvl", 150)
     spec = spec_for(config)
     assert (spec.fps, spec.min_frames, spec.max_frames) == (1.0, 8, 32)
     clip = Clip(300, 30.0, 24, 40, "clip", lambda indices: iter(()))
@@ -151,7 +150,7 @@ def test_opengvlabs_files_have_no_token_for_clips(tmp_path):
     """Their template writes that of pictures, in the order of the message."""
     ids = write_processor(tmp_path, video="<quad>")
     (tmp_path / "chat_template.jinja").unlink()
-    processor = Processor.from_folder(tmp_path, spec_for(config_of(internvl_chat, ids["<IMG_CONTEXT>"])))
+    processor = Processor.from_folder(tmp_path, spec_for(config_of("internvl_chat", ids["<IMG_CONTEXT>"])))
     still, clip = frame(9, 16, 40), [frame(n) for n in range(2)]
     example = processor(asked(clip, still, "moves?"), generate=True)
     tiles = len(processor.spec.rule.sizes((16, 40)))
@@ -163,7 +162,7 @@ def test_opengvlabs_files_have_no_token_for_clips(tmp_path):
 
 def test_a_tokenizer_without_the_token_reads_pictures_alone(tmp_path):
     ids = write_processor(tmp_path, video="<quad>")
-    processor = Processor.from_folder(tmp_path, spec_for(config_of(internvl, ids["<IMG_CONTEXT>"])))
+    processor = Processor.from_folder(tmp_path, spec_for(config_of("internvl", ids["<IMG_CONTEXT>"])))
     assert len(processor(asked(frame(1), "what?")).pictures) > 0
     with pytest.raises(ValueError, match="reads no clips; its tokenizer has no token '<video>'"):
         processor(asked([frame(1)], "what?"))

@@ -13,8 +13,8 @@ from reference import assert_export, assert_parity, assert_step, perturb, to_tor
 import mllm_jax
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.vision.tiles import best_canvas
-from mllm_jax.families import spec_for
-from mllm_jax.families.vlms import internvl, llava
+from mllm_jax.families import FAMILIES, spec_for
+from mllm_jax.families.vlms import llava
 from mllm_jax.model.vlm import InputRules, count_params
 
 IMAGE, NEW = 150, 6
@@ -163,7 +163,7 @@ def test_the_class_token_may_be_a_visual_token(tmp_path, record_property):
     mllm_jax.save_pretrained(vlm, tmp_path / "ours")
     assert mllm_jax.load_pretrained(tmp_path / "ours").config == vlm.config
     with pytest.raises(ValueError, match="nor pictures in tiles"):
-        replace(llava.sizes("next-vicuna-7b"), inputs=InputRules(llava.PINPOINTS, shows_lead=True))
+        replace(FAMILIES["llava"].config("next-vicuna-7b"), inputs=InputRules(llava.PINPOINTS, shows_lead=True))
 
 
 def test_a_text_part_keeps_its_names(tmp_path):
@@ -183,7 +183,7 @@ def test_a_text_part_keeps_its_names(tmp_path):
 @pytest.mark.parametrize(("size", "shows_lead"), [("1.5-7b", False), ("1.5-7b", True), ("next-mistral-7b", False)])
 def test_transformers_reads_the_processor(size, shows_lead, tmp_path):
     """From the files that are saved, and makes the same tokens of a prompt and a picture."""
-    config = llava.sizes(size)
+    config = FAMILIES["llava"].config(size)
     expected = spec_for(replace(config, inputs=replace(config.inputs, shows_lead=shows_lead)))
     tiny_chat.write_tokenizer(tmp_path)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
@@ -200,15 +200,16 @@ def test_transformers_reads_the_processor(size, shows_lead, tmp_path):
     assert Processor.from_folder(tmp_path / "saved", expected).spec.rule == processor.spec.rule
 
 
-@pytest.mark.parametrize("family", [llava, internvl])
+@pytest.mark.parametrize("family", ["llava", "internvl"])
 def test_published_sizes(family):
-    totals = {name: sum(count_params(family.sizes(name)).values()) for name in family.SIZES}
-    assert totals == {name: PARAMETERS[name] for name in family.SIZES}
+    family = FAMILIES[family]
+    totals = {name: sum(count_params(family.config(name)).values()) for name in family.sizes}
+    assert totals == {name: PARAMETERS[name] for name in family.sizes}
 
 
 def test_published_configs_are_read_back():
-    for family in (llava, internvl):
-        for config in family.SIZES.values():
+    for family in (FAMILIES["llava"], FAMILIES["internvl"]):
+        for config in family.sizes.values():
             assert family.from_hf(family.to_hf(config)) == config
 
 

@@ -13,7 +13,7 @@ from reference import assert_parity, perturb, to_torch
 from test_llava import CLIP, IMAGE, TEXT, inputs_of, llava_config, random_model
 
 import mllm_jax
-from mllm_jax.families import kind_of
+from mllm_jax.families import FAMILIES, kind_of
 from mllm_jax.families.towers import in_vlms
 from mllm_jax.families.vlms import llava, llava_llama
 from mllm_jax.model.vlm import count_params
@@ -132,7 +132,7 @@ def test_where_the_tower_is(tower, tmp_path):
 def test_published_sizes():
     for name, config in llava_llama.SIZES.items():
         total, same = sum(count_params(config).values()), llava.SIZES.get(name)
-        assert llava_llama.from_hf(llava_llama.to_hf(config)) == config
+        assert FAMILIES["llava_llama"].from_hf(FAMILIES["llava_llama"].to_hf(config)) == config
         if same is None:
             assert total == {"1.0-7b": 7045793792, "1.0-13b": 13324292096}[name]
         else:  # transformers' files have tokens more, of which one stands for a picture
@@ -154,11 +154,11 @@ def test_published_sizes():
     ids=str,
 )
 def test_what_config_json_may_not_say(change, message):
-    told = llava_llama.to_hf(llava_llama.sizes("1.5-7b")) | change
+    told = FAMILIES["llava_llama"].to_hf(FAMILIES["llava_llama"].config("1.5-7b")) | change
     with pytest.raises(ValueError, match=message):
-        llava_llama.from_hf(told)
+        FAMILIES["llava_llama"].from_hf(told)
 
 
 def test_two_formats_of_one_name():
     assert kind_of({"model_type": "llava", "mm_vision_tower": "x"}) == "llava_llama"
-    assert kind_of(llava.to_hf(llava.sizes("1.5-7b"))) == "llava"
+    assert kind_of(FAMILIES["llava"].to_hf(FAMILIES["llava"].config("1.5-7b"))) == "llava"

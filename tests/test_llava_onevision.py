@@ -20,7 +20,7 @@ import mllm_jax
 from mllm_jax.data.pipeline.packing import collate, tightest
 from mllm_jax.data.pipeline.spans import frame_by_frame
 from mllm_jax.data.vision.tiles import best_canvas
-from mllm_jax.families import spec_for
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.families.vlms import llava_onevision
 from mllm_jax.generate.buckets import pad_prompts
 from mllm_jax.model.vlm import abstract_boxed, count_params
@@ -183,7 +183,7 @@ SIZES = [(480, 640), (384, 384), (3000, 300), (300, 3000), (2304, 2304), (1080, 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_tokens_of_published_sizes(size):
     """What stands where, and mixed with what: numbers in place of features, packed by transformers' own code."""
-    config, side = llava_onevision.sizes("7b"), 27
+    config, side = FAMILIES["llava_onevision"].config("7b"), 27
     rule = spec_for(config).rule
     tiles = len(rule.sizes(size))
     numbers = torch.arange(tiles * side**2, dtype=torch.float64).view(tiles, side**2, 1)
@@ -298,16 +298,16 @@ def test_bad_inputs(pair):
         mllm_jax.from_hf_inputs(config, inputs | {"batch_num_images": np.array([1, 1])})
     with pytest.raises(ValueError, match="placeholders more than the pictures"):
         mllm_jax.from_hf_inputs(config, {k: v for k, v in inputs.items() if k != "pixel_values_videos"})
-    stated = llava_onevision.to_hf(config)
+    stated = FAMILIES["llava_onevision"].to_hf(config)
     with pytest.raises(ValueError, match='vision_aspect_ratio=.* must be "anyres_max_9"'):
-        llava_onevision.from_hf(stated | {"vision_aspect_ratio": "square"})
+        FAMILIES["llava_onevision"].from_hf(stated | {"vision_aspect_ratio": "square"})
     with pytest.raises(ValueError, match="no size '8b'; sizes: 0.5b, 7b, 72b"):
-        llava_onevision.sizes("8b")
+        FAMILIES["llava_onevision"].config("8b")
 
 
 def test_published_sizes():
     """Parameters of transformers' models of these configs."""
     expected = {"0.5b": 893_675_552, "7b": 8_030_807_584, "72b": 73_181_570_592}
-    assert {name: sum(count_params(llava_onevision.sizes(name)).values()) for name in expected} == expected
+    assert {name: sum(count_params(FAMILIES["llava_onevision"].config(name)).values()) for name in expected} == expected
     for config in llava_onevision.SIZES.values():
-        assert llava_onevision.from_hf(llava_onevision.to_hf(config)) == config
+        assert FAMILIES["llava_onevision"].from_hf(FAMILIES["llava_onevision"].to_hf(config)) == config

@@ -11,7 +11,8 @@ import transformers
 from test_flops import dot_flops
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mllm_jax.families.decoders import deepseek, qwen3
+from mllm_jax.families import FAMILIES
+from mllm_jax.families.decoders import deepseek
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.vlm import VLM, ModelConfig, abstract_boxed, cache_bytes_per_token, init_cache, init_params
 from mllm_jax.nn.attention.layer import AttentionConfig
@@ -169,12 +170,12 @@ def test_flops_are_those_of_the_traced_program():
 def test_bytes_of_cache():
     """576 values per token and layer, whatever the heads: as many as 2.25 key-value heads have (arXiv 2405.04434)."""
     for size, layers in (("v2", 60), ("v3", 61), ("v2-lite", 27)):
-        config = deepseek.sizes(size)
+        config = FAMILIES["deepseek_v3"].config(size)
         assert cache_bytes_per_token(config, "bfloat16") == layers * 576 * 2
         cache = jax.eval_shape(lambda config=config: init_cache(config, 3, 5, "bfloat16"))
         assert (cache.k.size + cache.v.size) * 2 == 3 * 5 * cache_bytes_per_token(config, "bfloat16")
-    assert cache_bytes_per_token(qwen3.sizes("235b-a22b")) == 94 * 2 * 4 * 128 * 4
-    config = deepseek.sizes("v3")
+    assert cache_bytes_per_token(FAMILIES["qwen3"].config("235b-a22b")) == 94 * 2 * 4 * 128 * 4
+    config = FAMILIES["deepseek_v3"].config("v3")
     for kv_heads in (128, 8):
         heads = AttentionConfig(heads=128, kv_heads=kv_heads, head_dim=128, rope_sections=(64, 0, 0))
         other = replace(config, decoder=replace(config.decoder, attention=heads))
@@ -204,15 +205,15 @@ def test_a_run_states_latent_attention():
 )
 def test_what_config_json_may_not_say(change, message):
     with pytest.raises(ValueError, match=message):
-        deepseek.from_hf(deepseek.to_hf(deepseek.sizes("v2")) | change)
+        FAMILIES["deepseek_v3"].from_hf(FAMILIES["deepseek_v3"].to_hf(FAMILIES["deepseek_v3"].config("v2")) | change)
 
 
 def test_a_model_that_config_json_cannot_say():
-    config = deepseek.sizes("v2")
+    config = FAMILIES["deepseek_v3"].config("v2")
     odd = replace(config.decoder, moe=replace(config.decoder.moe, bias=True))
-    with pytest.raises(ValueError, match="cannot say all of this decoder"):
-        deepseek.to_hf(replace(config, decoder=odd))
+    with pytest.raises(ValueError, match="cannot represent this model: saving decoder.moe.bias=True would load"):
+        FAMILIES["deepseek_v3"].to_hf(replace(config, decoder=odd))
     with pytest.raises(ValueError, match="describes latent attention and experts"):
-        deepseek.to_hf(qwen3.sizes("30b-a3b"))
+        FAMILIES["deepseek_v3"].to_hf(FAMILIES["qwen3"].config("30b-a3b"))
     with pytest.raises(ValueError, match="must be even"):
         MlaConfig(heads=2, rope_dim=7)

@@ -4,18 +4,18 @@ import pytest
 from rich.console import Console
 
 from mllm_jax.families import FAMILIES, __main__
-from mllm_jax.families.vlms import llava, llava_onevision, qwen3_vl
 
 
 def test_what_a_picture_costs():
-    assert __main__.picture_tokens(llava.sizes("next-mistral-7b"), 672, 672) == (2880, 48)  # 5 x 576, and 48 rows
-    assert __main__.picture_tokens(llava.sizes("1.5-7b"), 100, 3000) == (576, 0)
-    one = llava_onevision.sizes("7b")
+    one = FAMILIES["llava"].config("next-mistral-7b")
+    assert __main__.picture_tokens(one, 672, 672) == (2880, 48)  # 5 x 576, and 48 rows
+    assert __main__.picture_tokens(FAMILIES["llava"].config("1.5-7b"), 100, 3000) == (576, 0)
+    one = FAMILIES["llava_onevision"].config("7b")
     assert __main__.picture_tokens(one, 2304, 2304) == (
         729 + 81 * 81,
         81,
     )  # 36 tiles and the whole, pooled to nine tiles
-    assert __main__.picture_tokens(qwen3_vl.sizes("2b"), 1080, 1920) == (34 * 60, 0)
+    assert __main__.picture_tokens(FAMILIES["qwen3_vl"].config("2b"), 1080, 1920) == (34 * 60, 0)
 
 
 def test_every_family_lists_its_sizes():

@@ -15,7 +15,7 @@ from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.data.sources import open_source
 from mllm_jax.evaluate.retrieval import nearest
-from mllm_jax.families.towers import clip, siglip, siglip2
+from mllm_jax.families import FAMILIES
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import init_params
 from mllm_jax.train.checkpoint.restore import load_workdir, read_config
@@ -120,7 +120,7 @@ def test_what_is_no_pair(processor):
             processor.example({"messages": [{"role": "user", "content": content}]}, Budget(16, 1, 64))
     document = processor.example({"messages": [{"role": "document", "content": [image, text]}]}, Budget(16, 1, 64))
     assert document.weight.sum() == processor.length  # padding is read too
-    fixed = replace(processor, rule=siglip.rule(siglip.sizes("base-16-224")))
+    fixed = replace(processor, rule=FAMILIES["siglip"].rule(FAMILIES["siglip"].config("base-16-224")))
     with pytest.raises(TooLarge, match="a picture has 784 patches, a patch row 64"):
         fixed.example({"messages": [{"role": "user", "content": [image, text]}]}, Budget(16, 1, 64))
 
@@ -187,7 +187,7 @@ def test_bad_configs(change, message):
 @pytest.mark.parametrize("arg", ["clip/b16", "siglip/2-base-16-224", "siglip2/so400m-16"])
 def test_published_dual_encoders(arg):
     run = read_run(load_config("contrastive", arg))
-    family = {"clip": clip, "siglip": siglip, "siglip2": siglip2}[arg.partition("/")[0]]
+    family = FAMILIES[arg.partition("/")[0]]
     assert isinstance(run.model, DualConfig) and run.model.family == arg.partition("/")[0]
     pictures = run.data.tokens // run.model.text.positions
     assert run.data.batch * pictures == 256
@@ -200,7 +200,7 @@ def test_published_dual_encoders(arg):
 
 def test_flops_of_the_towers():
     """Layers by hand: 12 D^2 a token with an MLP of 4 D, and attention; backward is twice that."""
-    model = siglip.sizes("base-16-224")
+    model = FAMILIES["siglip"].config("base-16-224")
     counts = Counts(tokens=64.0, token_pairs=64**2 / 2, patches=196.0, patch_pairs=196.0**2, targets=0.0)
     flops = count_flops(model, counts)
     width = 768

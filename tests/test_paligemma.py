@@ -10,7 +10,7 @@ import transformers
 from reference import assert_export, assert_step, loss_of, perturb, to_torch
 
 import mllm_jax
-from mllm_jax.families.vlms import paligemma
+from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, count_params
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.weights import shardings
@@ -131,10 +131,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
-    config = paligemma.sizes(name)
+    config = FAMILIES["paligemma"].config(name)
     assert sum(count_params(config).values()) == PUBLISHED[name]
-    assert paligemma.from_hf(paligemma.to_hf(config)) == config
-    expand(paligemma.weights(config), abstract_params(config))
+    assert FAMILIES["paligemma"].from_hf(FAMILIES["paligemma"].to_hf(config)) == config
+    expand(FAMILIES["paligemma"].weights(config), abstract_params(config))
 
 
 def test_a_config_json_that_says_little():
@@ -144,11 +144,11 @@ def test_a_config_json_that_says_little():
     text |= dict(model_type="gemma", num_key_value_heads=1, vocab_size=257216)
     vision = tower | dict(model_type="siglip_vision_model", projection_dim=2048, vision_use_head=False)
     published = dict(model_type="paligemma", image_token_index=257152, text_config=text, vision_config=vision)
-    assert paligemma.from_hf(published) == paligemma.sizes("3b-224")
+    assert FAMILIES["paligemma"].from_hf(published) == FAMILIES["paligemma"].config("3b-224")
     with pytest.raises(ValueError, match='vision_config.model_type="clip_vision_model": must be "siglip_vision_model"'):
-        paligemma.from_hf(published | {"vision_config": {"model_type": "clip_vision_model"}})
+        FAMILIES["paligemma"].from_hf(published | {"vision_config": {"model_type": "clip_vision_model"}})
     with pytest.raises(ValueError, match="PaliGemma has no size '7b'; sizes: 3b-224"):
-        paligemma.sizes("7b")
+        FAMILIES["paligemma"].config("7b")
 
 
 def test_a_mesh_changes_nothing(pair):

@@ -8,12 +8,13 @@ import torch
 from reference import assert_parity, batch_of, prompt, published, tiny_qwen3_vl, to_torch
 
 from mllm_jax.common.trees import flatten, unflatten
-from mllm_jax.families.vlms import qwen3_vl
+from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import VLM, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.pretrained.api import from_hf_inputs
 from mllm_jax.weights.table import expand, to_ours
 
+FAMILY = FAMILIES["qwen3_vl"]
 CASES = {
     "text": [(12,)],
     "one_image": [(3, ("image", 4, 6), 4)],
@@ -28,7 +29,7 @@ def convert(config, tensors):
     """Tensors of transformers' model -> our parameters, in memory."""
     abstract = abstract_params(config)
     stacked = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten(abstract).items()}
-    for name, entry in expand(qwen3_vl.weights(config), abstract).items():
+    for name, entry in expand(FAMILY.weights(config), abstract).items():
         array = to_ours(tensors[name].numpy(), entry)
         stacked[entry.path][entry.index if entry.index else ...] = array
     return unflatten(stacked)
@@ -37,7 +38,7 @@ def convert(config, tensors):
 @pytest.fixture(scope="module", params=["untied", "tied", "experts"])
 def pair(request):
     config, reference = tiny_qwen3_vl(tie=request.param == "tied", experts=request.param == "experts")
-    ours = qwen3_vl.from_hf(config.to_dict())
+    ours = FAMILY.from_hf(config.to_dict())
     return ours, convert(ours, published(reference.state_dict())), reference
 
 
@@ -100,7 +101,7 @@ def test_gradients_of_every_tensor(pair, runtime):
 def test_published_sizes_have_published_counts(size, total):
     from mllm_jax.model.vlm import count_params
 
-    assert sum(count_params(qwen3_vl.sizes(size)).values()) == total
+    assert sum(count_params(FAMILY.config(size)).values()) == total
 
 
 NAMES = {
@@ -123,8 +124,8 @@ def test_published_tensors(shared, size):
         for tensor in shapes[f"Qwen3-VL-{name}"]["tensors"]
         for n in range(tensor["count"])
     }
-    config = qwen3_vl.sizes(size)
-    ours = {name: entry.shape for name, entry in expand(qwen3_vl.weights(config), abstract_params(config)).items()}
+    config = FAMILY.config(size)
+    ours = {name: entry.shape for name, entry in expand(FAMILY.weights(config), abstract_params(config)).items()}
     assert ours == published
 
 
@@ -134,8 +135,8 @@ def test_config_round_trip(shared):
     for size, name in NAMES.items():
         file = "30B-A3B.config" if size == "30b-a3b" else name
         published = json.loads((shared / f"data/configs/Qwen3-VL-{file}.json").read_text())
-        assert qwen3_vl.from_hf(published) == qwen3_vl.sizes(size)
-        assert qwen3_vl.from_hf(qwen3_vl.to_hf(qwen3_vl.sizes(size))) == qwen3_vl.sizes(size)
+        assert FAMILY.from_hf(published) == FAMILY.config(size)
+        assert FAMILY.from_hf(FAMILY.to_hf(FAMILY.config(size))) == FAMILY.config(size)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,8 @@ def test_bad_hf_inputs(pair, change, message):
 def test_a_model_that_config_json_cannot_say():
     from dataclasses import replace
 
-    config = qwen3_vl.sizes("2b")
-    with pytest.raises(ValueError, match="cannot say all of this encoder"):
-        qwen3_vl.to_hf(replace(config, encoder=replace(config.encoder, norm_eps=1e-3)))
+    config = FAMILY.config("2b")
+    with pytest.raises(
+        ValueError, match="Qwen3-VL's config.json cannot represent this model: saving encoder.norm_eps=0.001"
+    ):
+        FAMILY.to_hf(replace(config, encoder=replace(config.encoder, norm_eps=1e-3)))

@@ -17,7 +17,7 @@ from test_sft import conversations, tokenizer
 import mllm_jax
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.workdir import ended
-from mllm_jax.families.vlms import llava
+from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import init_params
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.sharding.mesh import make_mesh
@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
 def a_run(folders, **changes) -> Run:
     root, _, image = folders
     text = dict(model_type="llama", **TEXT | {"vocab_size": HERE})
-    model = llava.from_hf(llava_config(text_config=text, image_token_index=image).to_dict())
+    model = FAMILIES["llava"].from_hf(llava_config(text_config=text, image_token_index=image).to_dict())
     parts = {"encoder": str(root / "clip"), "decoder": str(root / "llama")}
     run = Run(model, FilesData(batch=8, tokens=96, rows=1, patches=17), parts=parts, train=TrainConfig(seed=3))
     return replace(run, **changes)

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.format import GIB, duration
-from mllm_jax.families.vlms import qwen3_vl
+from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.moe.layer import MoeConfig
@@ -56,7 +56,7 @@ def a_run(model=None, remat="full", moe=None, **changes) -> Run:
 
 def published(name: str, **data) -> Run:
     rules = RULES | {"encoder_embed": "fsdp"}
-    return a_run(qwen3_vl.sizes(name), data={"tokens": 4096, "patches": 4096} | data, rules=rules)
+    return a_run(FAMILIES["qwen3_vl"].config(name), data={"tokens": 4096, "patches": 4096} | data, rules=rules)
 
 
 KNOWN = {}
@@ -299,7 +299,7 @@ def test_tensor_parallelism_adds_up_activations():
 def test_tokens_between_layers_apart_are_scattered_and_gathered():
     """As many bytes as whole sums, and half of the saved activations on two devices."""
     data = {"tokens": 4096, "patches": 4096, "batch": 256, "rows": 0}
-    run = a_run(qwen3_vl.sizes("8b"), data=data, preset="fsdp_tensor")
+    run = a_run(FAMILIES["qwen3_vl"].config("8b"), data=data, preset="fsdp_tensor")
     planned, plain = plan(run, fsdp=64, tensor=2), plan(published("8b", batch=256, rows=0), fsdp=64, tensor=2)
     activations = 4 * 4096 * 4096 * 2  # bytes of the 4 rows of a device
     assert bytes_of(planned, "all-reduce", "tensor") == 0
@@ -506,7 +506,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     }.items():
         folder = tmp_path / size
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(qwen3_vl.to_hf(qwen3_vl.sizes(size))))
+        (folder / "config.json").write_text(json.dumps(FAMILIES["qwen3_vl"].to_hf(FAMILIES["qwen3_vl"].config(size))))
         with pytest.raises(ConfigError, match=problem) if problem else contextlib.nullcontext():
             check_run(named(folder))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')

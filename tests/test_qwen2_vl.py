@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import mllm_jax
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spec import read_spec, write_spec
-from mllm_jax.families import spec_for
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.families.vlms import qwen2_vl
 from mllm_jax.model.vlm import count_params
 
@@ -123,7 +123,7 @@ def test_bad_inputs(pair):
     with pytest.raises(ValueError, match="second_per_grid_ts has 1 values for 2 clips"):
         mllm_jax.from_hf_inputs(vlm.config, inputs | {"second_per_grid_ts": np.ones(1)})
     with pytest.raises(ValueError, match="no size '3b'"):
-        qwen2_vl.sizes("3b")
+        FAMILIES["qwen2_vl"].config("3b")
 
 
 def test_conversations_equal_transformers(pair, tmp_path):
@@ -187,11 +187,11 @@ def test_published_files_of_processors(tmp_path):
     said = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
     said |= dict(processor_class="Qwen2_5_VLProcessor", image_mean=[0.4, 0.5, 0.6])
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    spec = Processor.from_folder(tmp_path, spec_for(qwen2_vl.sizes("2.5-7b"))).spec
+    spec = Processor.from_folder(tmp_path, spec_for(FAMILIES["qwen2_vl"].config("2.5-7b"))).spec
     assert (spec.min_pixels, spec.max_pixels) == (spec.clip_min_pixels, spec.clip_max_pixels) == (3136, 12845056)
     assert spec.processor_class == "Qwen2_5_VLProcessor" and spec.position_rate == 2 and spec.factor == 28
     write_spec(spec, tmp_path)
-    assert read_spec(tmp_path, spec_for(qwen2_vl.sizes("2.5-7b"))) == spec
+    assert read_spec(tmp_path, spec_for(FAMILIES["qwen2_vl"].config("2.5-7b"))) == spec
 
 
 # Counted in transformers' models on torch's meta device.
@@ -208,14 +208,14 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("size", qwen2_vl.SIZES)
 def test_published_sizes(size):
-    config = qwen2_vl.sizes(size)
+    config = FAMILIES["qwen2_vl"].config(size)
     assert sum(count_params(config).values()) == PUBLISHED[size]
-    assert qwen2_vl.from_hf(qwen2_vl.to_hf(config)) == config
+    assert FAMILIES["qwen2_vl"].from_hf(FAMILIES["qwen2_vl"].to_hf(config)) == config
 
 
 def test_published_config(shared):
     published = json.loads((shared / "data/configs/Qwen2.5-VL-7B-Instruct.json").read_text())
-    assert qwen2_vl.from_hf(published) == qwen2_vl.sizes("2.5-7b")
+    assert FAMILIES["qwen2_vl"].from_hf(published) == FAMILIES["qwen2_vl"].config("2.5-7b")
     flat = published | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
     del flat["text_config"]  # as files were before
-    assert qwen2_vl.from_hf(flat) == qwen2_vl.sizes("2.5-7b")
+    assert FAMILIES["qwen2_vl"].from_hf(flat) == FAMILIES["qwen2_vl"].config("2.5-7b")

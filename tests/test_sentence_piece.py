@@ -18,9 +18,9 @@ from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.text.chat_template import ChatTemplate
 from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.data.vision.resize import Square, rule_from_hf
-from mllm_jax.families import spec_for
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.families.towers import in_vlms
-from mllm_jax.families.vlms import internvl_chat, llava_llama
+from mllm_jax.families.vlms import llava_llama
 from mllm_jax.pretrained.api import Pretrained
 
 TEXTS = [
@@ -113,7 +113,7 @@ def config():
         patch.setitem(llava_llama.TOWERS, "clip-tiny", tower)
         told = dict(model_type="llava_llama", vocab_size=400, rms_norm_eps=1e-6, rope_theta=1e4, **small)
         told |= dict(mm_vision_tower="openai/clip-tiny", mm_projector_type="mlp2x_gelu", image_aspect_ratio="pad")
-        yield llava_llama.from_hf(told | dict(tie_word_embeddings=False))
+        yield FAMILIES["llava_llama"].from_hf(told | dict(tie_word_embeddings=False))
 
 
 def picture(height=9, width=5):
@@ -158,7 +158,7 @@ def test_published_ids_of_llava(shared, tmp_path):
     shutil.copy(shared / "data/tokenizers/phi3_mini/tokenizer.json", tmp_path)  # Llama's, with tokens after the last
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     content = [TURNS[0]["content"][0], {"type": "text", "text": "What's the content of the image?"}]
-    processor = Processor.from_folder(tmp_path, spec_for(llava_llama.sizes("1.5-7b")))
+    processor = Processor.from_folder(tmp_path, spec_for(FAMILIES["llava_llama"].config("1.5-7b")))
     tokens = processor([{"role": "user", "content": content}], generate=True).tokens.tolist()
     expected = [319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892]
     expected += [13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901]
@@ -181,7 +181,7 @@ def test_other_prompts_of_llava():
         assert end is None or end in text
     sizes = {"1.0-7b": "vicuna_v1", "next-mistral-7b": "mistral_instruct", "next-34b": "chatml_direct"}
     for size, name in sizes.items():
-        assert llava_llama.chat(llava_llama.sizes(size))["template"] == llava_llama.CHATS[name][0]
+        assert spec_for(FAMILIES["llava_llama"].config(size)).template == llava_llama.CHATS[name][0]
 
 
 def test_llava_reads_its_own_folder(model, config, tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_prompts_of_internlm2(model, tmp_path):
     tower |= dict(image_size=16, patch_size=4, **small)
     text = dict(model_type="internlm2", vocab_size=405, num_key_value_heads=1, rms_norm_eps=1e-5, bias=False)
     told |= dict(vision_config=tower, llm_config=text | small | dict(rope_theta=1e6, hidden_act="silu"))
-    spec = spec_for(internvl_chat.from_hf(told | dict(img_context_token_id=404)))
+    spec = spec_for(FAMILIES["internvl_chat"].from_hf(told | dict(img_context_token_id=404)))
     folder = write_folder(tmp_path, model, added)
     example = Processor.from_folder(folder, spec)(TURNS[:2])
     config = json.loads((folder / "tokenizer_config.json").read_text())

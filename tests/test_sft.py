@@ -10,14 +10,13 @@ from tiny_run import load_config
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.processor import Processor
-from mllm_jax.families import spec_for
-from mllm_jax.families.vlms import paligemma
+from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.train.loop import StopSignal, Training
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.runs.config import read_run
 
 # Family and size; how the tiny tokenizer writes the family's tokens of pictures.
-FAMILIES = {
+NAMES = {
     "llava_next/next-mistral-7b": {"<|image_pad|>": "<image>"},
     "llava_onevision/0.5b": {"<|image_pad|>": "<image>", "<|video_pad|>": "<video>"},
     "internvl/3-1b": {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"},
@@ -25,13 +24,13 @@ FAMILIES = {
     "qwen2_5_vl/2.5-3b": {},
 }
 SLOW = {
-    "llava/1.5-7b": FAMILIES["llava_next/next-mistral-7b"],
-    "llava_llama/1.5-7b": FAMILIES["llava_next/next-mistral-7b"],  # whose token of pictures is in no vocabulary
-    "internvl_chat/2.5-1b": FAMILIES["internvl/3-1b"],
+    "llava/1.5-7b": NAMES["llava_next/next-mistral-7b"],
+    "llava_llama/1.5-7b": NAMES["llava_next/next-mistral-7b"],  # whose token of pictures is in no vocabulary
+    "internvl_chat/2.5-1b": NAMES["internvl/3-1b"],
     "qwen2_vl/2b": {},
 }
-FAMILIES |= SLOW
-CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES]
+NAMES |= SLOW
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES]
 SIZES = [(20, 45), (64, 64), (100, 30)]
 
 
@@ -63,7 +62,7 @@ def conversations(folder):
 
 @pytest.mark.parametrize("argument", CASES)
 def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
-    ids = tokenizer(tmp_path / "processor", FAMILIES[argument])
+    ids = tokenizer(tmp_path / "processor", NAMES[argument])
     config = load_config("sft", argument)
     model = config.model
     grid = 4 if model.encoder.position_grid else 0
@@ -76,10 +75,10 @@ def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     if model.inputs.pinpoints:
         model.inputs.pinpoints = ((16, 32), (32, 16), (32, 32))
         model.inputs.most_tiles = min(1, model.inputs.most_tiles)
-    placeholder = FAMILIES[argument].get("<|image_pad|>", "<|image_pad|>")
+    placeholder = NAMES[argument].get("<|image_pad|>", "<|image_pad|>")
     model.tokens.image = ids[placeholder] if model.tokens.image >= 0 else model.tokens.image
     if model.tokens.video >= 0:
-        model.tokens.video = ids[FAMILIES[argument].get("<|video_pad|>", "<|video_pad|>")]
+        model.tokens.video = ids[NAMES[argument].get("<|video_pad|>", "<|video_pad|>")]
     model.runtime.update(dtype="float32", remat="none")
     config.processor = str(tmp_path / "processor")
     config.data.path, config.data.root = str(conversations(tmp_path)), str(tmp_path)
@@ -109,11 +108,11 @@ def test_what_cannot_be_fine_tuned_is_refused():
 
 def test_paligemma_needs_no_chat_template(tmp_path):
     """Its folders have none: pictures, <bos>, the question and a newline are seen by all; the answer is learned."""
-    ids = tokenizer(tmp_path, FAMILIES["paligemma/2-3b-224"])
+    ids = tokenizer(tmp_path, NAMES["paligemma/2-3b-224"])
     (tmp_path / "chat_template.jinja").unlink()
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|im_start|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    model = paligemma.sizes("3b-224")
+    model = FAMILIES["paligemma"].config("3b-224")
     processor = Processor.from_folder(tmp_path, spec_for(model))
     asked = [{"type": "image", "image": Image.new("RGB", (50, 30))}, {"type": "text", "text": "see <image>?"}]
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]

@@ -13,7 +13,7 @@ from reference import assert_export, assert_step, perturb, to_torch
 
 import mllm_jax
 from mllm_jax.common.trees import flatten
-from mllm_jax.families.decoders import deepseek, qwen3
+from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import abstract_params, count_params, init_cache
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy
@@ -139,7 +139,7 @@ def test_biases_that_select_keep_fp32(tmp_path):
     kinds = {path: leaf.dtype.name for path, leaf in flatten(vlm.params).items()}
     assert {kinds.pop(path) for path in [*kinds] if path.endswith("mlp/bias")} == {"float32"}
     assert set(kinds.values()) == {"bfloat16"}
-    entries = expand(deepseek.weights(vlm.config), vlm.params)
+    entries = expand(FAMILIES["deepseek_v3"].weights(vlm.config), vlm.params)
     for name, bias in model.named_buffers():
         if name in entries:
             np.testing.assert_array_equal(flatten(vlm.params)[entries[name].path][entries[name].index], bias)
@@ -236,8 +236,8 @@ def on_disk(tensors) -> dict[str, np.ndarray]:
 def test_published_sizes(name):
     """Names and shapes of all tensors are transformers', as files have them."""
     kind, size = name.split()
-    family, (total, stated) = {"deepseek": deepseek, "qwen3": qwen3}[kind], PUBLISHED[name]
-    config = family.sizes(size)
+    family, (total, stated) = FAMILIES[{"deepseek": "deepseek_v3"}.get(kind, kind)], PUBLISHED[name]
+    config = family.config(size)
     assert sum(count_params(config).values()) == total
     assert f"{total / 1e9:.{len(stated.partition('.')[2]) - 1 if '.' in stated else 0}f}B" == stated
     assert family.from_hf(family.to_hf(config)) == config
@@ -293,4 +293,4 @@ def test_published_configs(size, kind, mscale, stated):
     scaling |= dict(mscale=mscale, mscale_all_dim=mscale)
     published = LATENT_AS_PUBLISHED | fields | {"model_type": kind, "rope_scaling": scaling}
     published["q_lora_rank"] = None if size == "v2-lite" else 1536
-    assert deepseek.from_hf(published) == deepseek.sizes(size)
+    assert FAMILIES["deepseek_v3"].from_hf(published) == FAMILIES["deepseek_v3"].config(size)

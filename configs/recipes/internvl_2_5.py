@@ -10,7 +10,7 @@ transformers' Trainer, which they leave. The second skips a tenth of the tower's
 
 from dataclasses import replace
 
-from mllm_jax.families.vlms import internvl
+from mllm_jax.families import FAMILIES
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
@@ -43,7 +43,10 @@ def recipe() -> Run:
     )
     return Run(
         # The 1B of InternVL 3 is made of the same parts: InternViT-300M and Qwen2.5-0.5B.
-        model=replace(internvl.sizes("3-1b"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [1, 2] bf16
+        model=replace(
+            FAMILIES["internvl"].config("3-1b"),
+            runtime=Runtime(dtype="bfloat16", remat="full"),  # [1, 2] bf16
+        ),
         init="OpenGVLab/InternVL3-1B-hf",
         data=data,
         train=TrainConfig(weighting="sqrt", save_every=1000),  # [1, 2] loss_reduction "square"

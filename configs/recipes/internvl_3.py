@@ -12,6 +12,7 @@ learning rate, batch and decay of joint training, which are not published. V2PE,
 
 from dataclasses import replace
 
+from mllm_jax.families import FAMILIES
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
@@ -40,7 +41,10 @@ def recipe(size: str) -> Run:
         freeze=("encoder",),  # [F] freeze_backbone
     )
     return Run(
-        model=replace(internvl.sizes(f"3-{size}"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [F] bf16
+        model=replace(
+            FAMILIES["internvl"].config(f"3-{size}"),
+            runtime=Runtime(dtype="bfloat16", remat="full"),  # [F] bf16
+        ),
         init=f"OpenGVLab/InternVL3-{size.upper()}-hf",
         data=data,
         train=TrainConfig(weighting="sqrt", save_every=1000),  # [2.5]

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion
-from mllm_jax.families.vlms import llava
+from mllm_jax.families import FAMILIES
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
@@ -60,7 +60,10 @@ def recipe(size: str, adapts: bool) -> Run:
     )
     learned = Stage(data=instructions, **({"optim": adapted, "lora": lora} if adapts else {"optim": instruct}))
     return Run(
-        model=replace(llava.sizes(f"1.5-{size}"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [P, F] bf16
+        model=replace(
+            FAMILIES["llava"].config(f"1.5-{size}"),
+            runtime=Runtime(dtype="bfloat16", remat="full"),  # [P, F] bf16
+        ),
         init=f"llava-hf/llava-1.5-{size}-hf",
         data=captions,
         train=TrainConfig(save_every=500),

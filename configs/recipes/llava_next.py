@@ -13,7 +13,7 @@ results. What has no source is ours.
 
 from dataclasses import replace
 
-from mllm_jax.families.vlms import llava
+from mllm_jax.families import FAMILIES
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
@@ -45,7 +45,10 @@ def recipe(size: str) -> Run:
         warmup=round(0.03 * INSTRUCT),  # [F] 0.03
     )
     return Run(
-        model=replace(llava.sizes(f"next-{size}"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [P, F] bf16
+        model=replace(
+            FAMILIES["llava"].config(f"next-{size}"),
+            runtime=Runtime(dtype="bfloat16", remat="full"),  # [P, F] bf16
+        ),
         init=f"llava-hf/llava-v1.6-{size}-hf",
         data=captions,
         train=TrainConfig(save_every=500),

@@ -11,6 +11,7 @@ The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mll
 
 from dataclasses import replace
 
+from mllm_jax.families import FAMILIES
 from mllm_jax.families.vlms import paligemma
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
@@ -24,7 +25,7 @@ STEPS = 10 * QUESTIONS // 256  # [V] 10 epochs of 256
 
 
 def recipe(size: str) -> Run:
-    model = paligemma.sizes(size)
+    model = FAMILIES["paligemma"].config(size)
     patches = model.encoder.position_grid**2
     name, _, pixels = size.removeprefix("2-").partition("-")
     version = "2" if size.startswith("2-") else ""

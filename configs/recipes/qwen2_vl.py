@@ -10,7 +10,7 @@ rates, batches, the length of rows and the size of the instruction set are not p
 
 from dataclasses import replace
 
-from mllm_jax.families.vlms import qwen2_vl
+from mllm_jax.families import FAMILIES
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
@@ -28,7 +28,7 @@ def recipe(size: str) -> Run:
     adam = OptimConfig(weight_decay=0.1, clip=1.0, schedule="cosine", final=0.1, warmup=500)
     each = data.batch * data.tokens
     return Run(
-        model=replace(qwen2_vl.sizes(size), runtime=Runtime(dtype="bfloat16", remat="full")),
+        model=replace(FAMILIES["qwen2_vl"].config(size), runtime=Runtime(dtype="bfloat16", remat="full")),
         init=f"Qwen/Qwen2-VL-{size.upper()}-Instruct",
         data=data,
         train=TrainConfig(save_every=1000),

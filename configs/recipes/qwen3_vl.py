@@ -9,6 +9,7 @@ report; [A] its abstract. Learning rates, batches and warm-up are not published:
 
 from dataclasses import replace
 
+from mllm_jax.families import FAMILIES
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
@@ -27,7 +28,7 @@ def recipe(size: str) -> Run:
     adam = OptimConfig(weight_decay=0.1, clip=1.0, schedule="cosine", final=0.1, warmup=500)
     every = lambda tokens, rate, **more: replace(adam, steps=int(tokens / STEP), learning_rate=rate, **more)
     return Run(
-        model=replace(qwen3_vl.sizes(size), runtime=Runtime(dtype="bfloat16", remat="full")),
+        model=replace(FAMILIES["qwen3_vl"].config(size), runtime=Runtime(dtype="bfloat16", remat="full")),
         init=f"Qwen/Qwen3-VL-{size.upper()}-Instruct",
         data=data,
         train=TrainConfig(weighting="sqrt", save_every=1000),  # [A] square-root reweighting

@@ -55,6 +55,8 @@ def map_with_paths(function: Callable[[str, Any], Any], tree: Tree) -> dict[str,
 def differences(theirs: Any, ours: Any, skip: Iterable[str] = (), path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields (path, theirs, ours) of the fields in which two configs, dataclasses inside each other, differ.
 
+    Fields that equality ignores are left out.
+
     Args:
       skip: names of fields that may differ.
     """
@@ -63,8 +65,13 @@ def differences(theirs: Any, ours: Any, skip: Iterable[str] = (), path: str = ""
     if type(theirs) is not type(ours) or not is_dataclass(ours):
         yield path, theirs, ours
         return
-    for name in (field.name for field in fields(ours) if field.name not in skip):
+    for name in (field.name for field in fields(ours) if field.compare and field.name not in skip):
         yield from differences(getattr(theirs, name), getattr(ours, name), skip, f"{path}.{name}" if path else name)
+
+
+def in_words(value: Any) -> str:
+    """A value of `differences` as text: a dataclass by the name of its type."""
+    return type(value).__name__ if is_dataclass(value) else repr(value)
 
 
 def check_patterns(patterns: Iterable[str], paths: Iterable[str], what: str) -> None:

@@ -1,68 +1,50 @@
-"""Published models: one file per family, looked up by the model_type of a config.json.
+"""Published models by the model_type of their config.json; `base.py` defines what a family provides."""
 
-Each file has sizes(name), from_hf(json), to_hf(config), weights(config), IGNORE (beside buffers and tied heads),
-RENAME, and MODULES where layers have other names in transformers' memory than in files, (regular expression,
-replacement) pairs; one that sees also INPUTS, the names of its Hugging Face processor's arrays of pictures, and
-visuals(config, arrays), what they show, or as a dual encoder pictures(config, arrays). SPEC is what its processor
-expects, beside what the config says, rule(config) how it cuts pictures, clip_rule(config) how it reads the frames of
-clips, and chat(config) what it expects of chats.
-elsewhere(json, names) is the model that has the rest of the weights, where files may hold a part of them.
-"""
-
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_jax.data.pipeline.spec import SEEING, TEXT, ProcessorSpec
-from mllm_jax.families.decoders import deepseek, gemma, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
-from mllm_jax.families.towers import clip, dinov2, siglip, siglip2, vision_only
-from mllm_jax.families.vlms import (
-    internvl,
-    internvl_chat,
-    llava,
-    llava_llama,
-    llava_onevision,
-    paligemma,
-    qwen2_vl,
-    qwen3_vl,
-)
+from mllm_jax.data.pipeline.spec import TEXT as TEXT_ONLY
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.families.base import Family
+from mllm_jax.families.decoders.by_model_type import TEXT
+from mllm_jax.families.decoders.deepseek import Deepseek
+from mllm_jax.families.towers.clip import Clip
+from mllm_jax.families.towers.dinov2 import Dinov2
+from mllm_jax.families.towers.siglip import Siglip
+from mllm_jax.families.towers.siglip2 import Siglip2
+from mllm_jax.families.towers.vision_only import ClipTower, Siglip2Tower, SiglipTower
+from mllm_jax.families.vlms.internvl import Internvl
+from mllm_jax.families.vlms.internvl_chat import InternvlChat
+from mllm_jax.families.vlms.llava import Llava
+from mllm_jax.families.vlms.llava_llama import LlavaLlama
+from mllm_jax.families.vlms.llava_onevision import LlavaOnevision
+from mllm_jax.families.vlms.paligemma import Paligemma
+from mllm_jax.families.vlms.qwen2_vl import Qwen2Vl
+from mllm_jax.families.vlms.qwen3_vl import Qwen3Vl
 from mllm_jax.model.vlm import ModelConfig
 
-FAMILIES = {
-    "clip": clip,
-    "clip_vision_model": vision_only.clip,
-    "deepseek_v2": deepseek,
-    "deepseek_v3": deepseek,
-    "dinov2": dinov2,
-    "dinov2_with_registers": dinov2,
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gpt2": gpt2,
-    "internlm2": internlm2,
-    "internvl": internvl,
-    "internvl_chat": internvl_chat,
-    "llama": llama,
-    "llava": llava,
-    "llava_llama": llava_llama,
-    "llava_mistral": llava_llama,
-    "llava_next": llava,
-    "llava_onevision": llava_onevision,
-    "mistral": mistral,
-    "opt": opt,
-    "paligemma": paligemma,
-    "phi3": phi3,
-    "qwen2": qwen2,
-    "qwen2_5_vl": qwen2_vl,
-    "qwen2_vl": qwen2_vl,
-    "qwen3": qwen3,
-    "qwen3_moe": qwen3,
-    "qwen3_vl": qwen3_vl,
-    "qwen3_vl_moe": qwen3_vl,
-    "siglip": siglip,
-    "siglip_vision_model": vision_only.siglip,
-    "siglip2": siglip2,
-    "siglip2_vision_model": vision_only.siglip2,
-}
+_ALL = (
+    *TEXT.values(),
+    Deepseek(),
+    Clip(),
+    ClipTower(),
+    Dinov2(),
+    Siglip(),
+    SiglipTower(),
+    Siglip2(),
+    Siglip2Tower(),
+    Internvl(),
+    InternvlChat(),
+    Llava(),
+    LlavaLlama(),
+    LlavaOnevision(),
+    Paligemma(),
+    Qwen2Vl(),
+    Qwen3Vl(),
+)
+FAMILIES: dict[str, Family] = dict(
+    sorted({model_type: family for family in _ALL for model_type in family.architectures}.items())
+)
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
@@ -76,26 +58,4 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
 
 def spec_for(config: ModelConfig) -> ProcessorSpec:
     """What a model expects of its input, as far as its family and its config say."""
-    encoder, decoder = config.encoder, config.decoder
-    if encoder is None:
-        return TEXT
-    attention = None if decoder is None else decoder.attention
-    rows = getattr(attention, "rope_theta", None) and getattr(attention, "rope_sections", (0,))[1:]
-    family = FAMILIES[config.family]
-    return dataclasses.replace(
-        getattr(family, "SPEC", SEEING),
-        rule=family.rule(config) if hasattr(family, "rule") else None,
-        clip_rule=family.clip_rule(config) if hasattr(family, "clip_rule") else None,
-        patch=encoder.patch_size,
-        temporal_patch=encoder.temporal_patch_size,
-        merge=config.merge,
-        lead=config.lead,
-        shown=config.shown,
-        mean=encoder.pixel_mean,
-        std=encoder.pixel_std,
-        position_rate=config.inputs.position_rate,
-        on_a_grid=any(rows or ()),
-        prefix=config.prefix,
-        **(family.chat(config) if hasattr(family, "chat") else {}),
-        mixes=config.inputs.most_tiles > 0,
-    )
+    return TEXT_ONLY if config.encoder is None else FAMILIES[config.family].processor_spec(config)

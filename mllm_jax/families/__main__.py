@@ -29,10 +29,8 @@ class Tokens(NamedTuple):
 
 def published(family: str | None = None) -> Iterator[tuple[str, Any]]:
     """(name of a size, config) of all published models, or of one family, by the model_type of its config.json."""
-    modules = {id(module): module for module in FAMILIES.values()}  # some serve several families
-    for module in modules.values():
-        for name in module.SIZES:
-            config = module.sizes(name)
+    for each in dict.fromkeys(FAMILIES.values()):  # some have several model_types
+        for name, config in each.sizes.items():
             if family in (None, config.family):
                 yield name, config
 

@@ -1,14 +1,12 @@
 """What no mesh can mend: rows longer than a model knows positions, weights of another model."""
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.trees import differences
+from mllm_jax.common.trees import differences, in_words
 from mllm_jax.common.workdir import is_run
-from mllm_jax.families import FAMILIES
+from mllm_jax.families import FAMILIES, kind_of
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.runs.config import Run
 
@@ -35,7 +33,7 @@ def check_run(run: Run) -> None:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"config.init: {run.init} has no config.json; name a folder in Hugging Face's format")
     stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = FAMILIES.get(stated.get("model_type"))
+    family = FAMILIES.get(kind_of(stated))
     if family is None:
         raise ConfigError(f"config.init: {run.init} is of model_type {stated.get('model_type')!r}, not of this model")
     try:
@@ -43,7 +41,7 @@ def check_run(run: Run) -> None:
     except (KeyError, ValueError) as error:
         raise ConfigError(f"config.init: {run.init}/config.json cannot be read: {error}") from error
     other = [
-        f"{path} is {_text(theirs)} there and {_text(ours)} here"
+        f"{path} is {in_words(theirs)} there and {in_words(ours)} here"
         for part in PARTS
         for path, theirs, ours in differences(getattr(published, part), getattr(run.model, part), path=part)
     ]
@@ -62,7 +60,3 @@ def _positions(run: Run) -> float:
     except (KeyError, ValueError):
         return float("inf")
     return stated.get("text_config", stated).get("max_position_embeddings", float("inf"))
-
-
-def _text(value: Any) -> str:
-    return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)

@@ -105,7 +105,7 @@ def _with_own_head(folder: Path, config: ModelConfig | DualConfig) -> ModelConfi
     if decoder is None or not decoder.tie_embeddings:
         return config
     try:
-        found = named(open_checkpoint(folder), family.RENAME)
+        found = named(open_checkpoint(folder), family.rename)
     except BrokenCheckpoint:
         return config  # loading the weights reports it
     if not (differing := untied(found, family.weights(config), TIES)):
@@ -131,8 +131,8 @@ def load_params(
     part: the one part of the model that is read, such as "encoder", and returned as {part: ...}; "" = all.
     """
     folder, family = local_folder(source), FAMILIES[config.family]
-    if tower is None and part in ("", "encoder") and hasattr(family, "elsewhere"):
-        tower = family.elsewhere(_read_config(folder), open_checkpoint(folder))
+    if tower is None and part in ("", "encoder"):
+        tower = family.tower_source(_read_config(folder), open_checkpoint(folder))
     try:
         folders = [folder] if tower is None else [folder, local_folder(tower)]
     except FileNotFoundError as error:
@@ -141,10 +141,10 @@ def load_params(
             f"{error}"
         ) from error
     rows = [row._replace(dtype=dtypes.get(row.ours, row.dtype)) for row in family.weights(config)]
-    shapes, ignore = abstract_params(config), (*BUFFERS, *family.IGNORE)
+    shapes, ignore = abstract_params(config), (*BUFFERS, *family.ignore)
     if part:
         rows, shapes, ignore = [row for row in rows if row.ours.startswith(f"{part}/")], {part: shapes[part]}, (".*",)
-    return load_tensors(folders, rows, shapes, layout, dtype, ignore=ignore, rename=family.RENAME, ties=TIES)
+    return load_tensors(folders, rows, shapes, layout, dtype, ignore=ignore, rename=family.rename, ties=TIES)
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
@@ -187,11 +187,11 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
     """
     family = FAMILIES[config.family]
     if isinstance(config, DualConfig):
-        arrays = as_arrays(inputs, family.INPUTS)
+        arrays = as_arrays(inputs, family.input_names)
         text, reads_padding = config.text, config.text_pool.token == "last"
         return with_texts(family.pictures(config, arrays), arrays, text.vocab, text.positions, reads_padding)
     sees = config.encoder is not None
-    arrays = as_arrays(inputs, family.INPUTS if sees else ())
+    arrays = as_arrays(inputs, family.input_names if sees else ())
     if config.decoder is None:
         return alone(config, family.visuals(config, arrays))
     return assemble(config, arrays, family.visuals(config, arrays) if sees else {})

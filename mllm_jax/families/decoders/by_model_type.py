@@ -1,25 +1,38 @@
 """The decoders of published models, by the model_type of a text config, for families that put any of them in."""
 
 from dataclasses import replace
-from types import ModuleType
 
-from mllm_jax.families.decoders import gemma, gemma2, gpt2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
+from mllm_jax.families.base import DecoderFamily
+from mllm_jax.families.decoders.gemma import Gemma
+from mllm_jax.families.decoders.gemma2 import Gemma2
+from mllm_jax.families.decoders.gpt2 import Gpt2
+from mllm_jax.families.decoders.internlm2 import Internlm2
+from mllm_jax.families.decoders.llama import Llama
+from mllm_jax.families.decoders.mistral import Mistral
+from mllm_jax.families.decoders.opt import Opt
+from mllm_jax.families.decoders.phi3 import Phi3
+from mllm_jax.families.decoders.qwen2 import Qwen2
+from mllm_jax.families.decoders.qwen3 import Qwen3
 from mllm_jax.families.shared.suggestions import unsupported
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.weights.table import Row
 
-TEXT: dict[str, ModuleType] = {
-    "llama": llama,
-    "mistral": mistral,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "qwen3_moe": qwen3,
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "phi3": phi3,
-    "gpt2": gpt2,
-    "opt": opt,
-    "internlm2": internlm2,
+# The first that can represent a decoder writes one that names no family.
+TEXT: dict[str, DecoderFamily] = {
+    model_type: family
+    for family in (
+        Llama(),
+        Mistral(),
+        Qwen2(),
+        Qwen3(),
+        Gemma(),
+        Gemma2(),
+        Phi3(),
+        Gpt2(),
+        Opt(),
+        Internlm2(),
+    )
+    for model_type in family.architectures
 }
 
 
@@ -31,22 +44,22 @@ def decoder_from_hf(text: dict) -> DecoderConfig:
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse: the text config, with its model_type. Raises ValueError for what that of its family cannot say."""
-    return _sayings(decoder)[1]
+    """The inverse: the text config, with its model_type. Raises ValueError where its family's cannot represent it."""
+    return _written(decoder)[1]
 
 
 def decoder_weights(decoder: DecoderConfig, prefix: str, head: str) -> list[Row]:
     """Rows of a decoder with the names of its family's tensors; they begin with `prefix`, `head` is the head's."""
-    return _sayings(decoder)[0].decoder_weights(decoder, prefix, head)
+    return _written(decoder)[0].decoder_weights(decoder, prefix, head)
 
 
 def whole_weights(decoder: DecoderConfig, before: str) -> list[Row]:
     """Rows of a decoder with all names that its family's own files have, the head's too, after `before`."""
-    return [row._replace(theirs=before + row.theirs) for row in _sayings(decoder)[0].decoder_weights(decoder)]
+    return [row._replace(theirs=before + row.theirs) for row in _written(decoder)[0].decoder_weights(decoder)]
 
 
-def _sayings(decoder: DecoderConfig) -> tuple[ModuleType, dict]:
-    """The decoder's family, or the first that can say all of it, and what it says."""
+def _written(decoder: DecoderConfig) -> tuple[DecoderFamily, dict]:
+    """The decoder's family, or the first that can represent all of it, and the text config."""
     kinds = [decoder.family] if decoder.family else list(TEXT)
     if unknown := set(kinds) - set(TEXT):
         raise unsupported("decoder.family", unknown.pop(), TEXT)
@@ -57,4 +70,4 @@ def _sayings(decoder: DecoderConfig) -> tuple[ModuleType, dict]:
                 return TEXT[kind], written
         except (ValueError, AttributeError):  # AttributeError: of a part that the family does not know
             continue
-    raise ValueError(f"no text config of {', '.join(kinds)} can say all of this decoder: {decoder}")
+    raise ValueError(f"no text config of {', '.join(kinds)} can represent all of this decoder: {decoder}")

@@ -5,11 +5,11 @@ layers. Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import MOST_EXPERTS, FieldError, Json, count, flag, nullable, only, positive, read, word
+from mllm_jax.families.base import DecoderFamily
 from mllm_jax.families.shared import rows as common
 from mllm_jax.families.shared.decoder_config import decoder_fields
 from mllm_jax.families.shared.rope import rope_of, stretch_from_hf, stretch_to_hf
 from mllm_jax.model.decoder import DecoderConfig, LayerKind
-from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.rope import YarnConfig
@@ -63,17 +63,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size: "v2-lite", "v2" or "v3"."""
-    if name not in SIZES:
-        raise ValueError(f"DeepSeek has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return ModelConfig(None, None, SIZES[name], family=_kind(SIZES[name]))
-
-
-def _kind(decoder: DecoderConfig) -> str:
-    return V3 if decoder.moe.score == "sigmoid" else V2
-
-
 _EXPERTS = {
     "attention_bias": only(False),
     "moe_layer_freq": only(1),
@@ -116,42 +105,6 @@ FIELDS = {  # by the model_type
 }
 
 
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "deepseek_v2" or "deepseek_v3" describes.
-
-    Raises ValueError for what this model cannot do.
-    """
-    kind = config["model_type"]
-    config = read(config, FIELDS[kind])
-    if config["num_key_value_heads"] not in (None, config["num_attention_heads"]):
-        raise FieldError("num_key_value_heads", "must be num_attention_heads.", config["num_key_value_heads"])
-    rope = rope_of(config, {"default": "default", "yarn": "yarn"})
-    if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
-        raise FieldError("mscale", "has no agreed meaning without mscale_all_dim. State both or none.", rope["mscale"])
-    turns = config["qk_rope_head_dim"]
-    decoder = DecoderConfig(
-        vocab=config["vocab_size"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        attention=MlaConfig(
-            heads=config["num_attention_heads"],
-            kv_rank=config["kv_lora_rank"],
-            nope_dim=config["qk_nope_head_dim"],
-            rope_dim=turns,
-            v_dim=config["v_head_dim"],
-            q_rank=config["q_lora_rank"] or 0,
-            rope_theta=float(rope["rope_theta"]),
-            yarn=stretch_from_hf(rope, config["max_position_embeddings"], turns // 2),
-        ),
-        mlp=config["intermediate_size"],
-        moe=_moe_from_hf(config, bias=kind == V3),
-        dense_first=config["first_k_dense_replace"],
-        norm_eps=config["rms_norm_eps"],
-        tie_embeddings=config["tie_word_embeddings"],
-    )
-    return ModelConfig(None, None, decoder, family=kind)
-
-
 def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
     grouped = bias or config["topk_method"] == "group_limited_greedy"
     for name in ("n_group", "topk_group") if grouped else ():
@@ -184,90 +137,118 @@ def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
     )
 
 
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for what a config.json of DeepSeek cannot say."""
-    decoder, attention, moe = config.decoder, config.decoder.attention, config.decoder.moe
-    if not isinstance(attention, MlaConfig) or moe is None:
-        raise ValueError(f"DeepSeek's config.json describes latent attention and experts, not {decoder}")
-    kind, yarn = _kind(decoder), attention.yarn
-    rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(yarn)}
-    method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.groups > 1 else "greedy"}[kind]
-    written = {
-        "architectures": [{V2: "DeepseekV2ForCausalLM", V3: "DeepseekV3ForCausalLM"}[kind]],
-        "model_type": kind,
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.heads,
-        "kv_lora_rank": attention.kv_rank,
-        "q_lora_rank": attention.q_rank or None,
-        "qk_nope_head_dim": attention.nope_dim,
-        "qk_rope_head_dim": attention.rope_dim,
-        "v_head_dim": attention.v_dim,
-        "intermediate_size": decoder.mlp,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": int(yarn.factor * yarn.length) if yarn else 163840,
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "rope_parameters": rope,
-        "n_routed_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.mlp,
-        "n_shared_experts": moe.shared // moe.mlp,
-        "first_k_dense_replace": decoder.dense_first,
-        "scoring_func": moe.score,
-        "topk_method": method,
-        "n_group": moe.groups,
-        "topk_group": moe.top_groups,
-        "norm_topk_prob": moe.renormalise,
-        "routed_scaling_factor": moe.scale,
-    }
-    if kind == V3:
-        written["num_nextn_predict_layers"] = 0
-    if (reads := from_hf(written).decoder) != decoder:
-        raise ValueError(f"DeepSeek's config.json cannot say all of this decoder: {decoder} would be read as {reads}")
-    return written
+class Deepseek(DecoderFamily):
+    name = "DeepSeek"
+    architectures = {V2: "DeepseekV2ForCausalLM", V3: "DeepseekV3ForCausalLM"}
+    decoders = SIZES
+    # V3's extra layer that predicts a second token: published beside the model, and not part of it.
+    ignore = (r"model\.layers\.61\..*",)
 
+    def model_type(self, decoder: DecoderConfig) -> str:
+        return V3 if decoder.moe.score == "sigmoid" else V2
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    layer = "model.layers.{n}"
-    theirs, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    def decoder_from_hf(self, config: dict) -> DecoderConfig:
+        kind = config["model_type"]
+        config = read(config, FIELDS[kind])
+        if config["num_key_value_heads"] not in (None, config["num_attention_heads"]):
+            raise FieldError("num_key_value_heads", "must be num_attention_heads.", config["num_key_value_heads"])
+        rope = rope_of(config, {"default": "default", "yarn": "yarn"})
+        if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
+            raise FieldError(
+                "mscale", "has no agreed meaning without mscale_all_dim. State both or none.", rope["mscale"]
+            )
+        turns = config["qk_rope_head_dim"]
+        return DecoderConfig(
+            vocab=config["vocab_size"],
+            width=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            attention=MlaConfig(
+                heads=config["num_attention_heads"],
+                kv_rank=config["kv_lora_rank"],
+                nope_dim=config["qk_nope_head_dim"],
+                rope_dim=turns,
+                v_dim=config["v_head_dim"],
+                q_rank=config["q_lora_rank"] or 0,
+                rope_theta=float(rope["rope_theta"]),
+                yarn=stretch_from_hf(rope, config["max_position_embeddings"], turns // 2),
+            ),
+            mlp=config["intermediate_size"],
+            moe=_moe_from_hf(config, bias=kind == V3),
+            dense_first=config["first_k_dense_replace"],
+            norm_eps=config["rms_norm_eps"],
+            tie_embeddings=config["tie_word_embeddings"],
+        )
 
-    def rows(kind: LayerKind) -> list[Row]:
-        block = common.gated_mlp("mlp", mlp)
-        if kind.experts:
-            block = [
-                Row("mlp/router/w", f"{mlp}.gate.weight", "e d -> d e"),
-                # Beside scores below one it is large, and its steps are small: bf16 would change who is selected.
-                Row("mlp/bias", f"{mlp}.gate.e_score_correction_bias", dtype="float32"),
-                *common.experts_one_by_one("mlp", f"{mlp}.experts"),
-                *common.gated_mlp("mlp/shared", f"{mlp}.shared_experts"),
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        attention, moe = decoder.attention, decoder.moe
+        if not isinstance(attention, MlaConfig) or moe is None:
+            raise ValueError(f"DeepSeek's config.json describes latent attention and experts, not {decoder}")
+        kind, yarn = self.model_type(decoder), attention.yarn
+        rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(yarn)}
+        method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.groups > 1 else "greedy"}[kind]
+        written = {
+            "vocab_size": decoder.vocab,
+            "hidden_size": decoder.width,
+            "num_hidden_layers": decoder.layers,
+            "num_attention_heads": attention.heads,
+            "num_key_value_heads": attention.heads,
+            "kv_lora_rank": attention.kv_rank,
+            "q_lora_rank": attention.q_rank or None,
+            "qk_nope_head_dim": attention.nope_dim,
+            "qk_rope_head_dim": attention.rope_dim,
+            "v_head_dim": attention.v_dim,
+            "intermediate_size": decoder.mlp,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rms_norm_eps": decoder.norm_eps,
+            "max_position_embeddings": int(yarn.factor * yarn.length) if yarn else 163840,
+            "tie_word_embeddings": decoder.tie_embeddings,
+            "rope_parameters": rope,
+            "n_routed_experts": moe.experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.mlp,
+            "n_shared_experts": moe.shared // moe.mlp,
+            "first_k_dense_replace": decoder.dense_first,
+            "scoring_func": moe.score,
+            "topk_method": method,
+            "n_group": moe.groups,
+            "topk_group": moe.top_groups,
+            "norm_topk_prob": moe.renormalise,
+            "routed_scaling_factor": moe.scale,
+        }
+        return written | ({"num_nextn_predict_layers": 0} if kind == V3 else {})
+
+    def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
+        layer = f"{prefix}.layers.{{n}}"
+        theirs, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+
+        def rows(kind: LayerKind) -> list[Row]:
+            block = common.gated_mlp("mlp", mlp)
+            if kind.experts:
+                block = [
+                    Row("mlp/router/w", f"{mlp}.gate.weight", "e d -> d e"),
+                    # Beside scores below one it is large, and its steps are small: bf16 would change who is selected.
+                    Row("mlp/bias", f"{mlp}.gate.e_score_correction_bias", dtype="float32"),
+                    *common.experts_one_by_one("mlp", f"{mlp}.experts"),
+                    *common.gated_mlp("mlp/shared", f"{mlp}.shared_experts"),
+                ]
+            return [
+                Row("norm1/scale", f"{layer}.input_layernorm.weight"),
+                Row("norm2/scale", f"{layer}.post_attention_layernorm.weight"),
+                *common.linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h"),
+                *common.linear("attention/q_down", f"{theirs}.q_a_proj", "z d -> d z"),
+                Row("attention/q_norm/scale", f"{theirs}.q_a_layernorm.weight"),
+                *common.linear("attention/q_up", f"{theirs}.q_b_proj", "(n h) z -> z n h"),
+                *common.linear("attention/kv_down", f"{theirs}.kv_a_proj_with_mqa", "z d -> d z"),
+                Row("attention/kv_norm/scale", f"{theirs}.kv_a_layernorm.weight"),
+                *common.linear("attention/kv_up", f"{theirs}.kv_b_proj", "(n h) z -> z n h"),
+                *common.linear("attention/out", f"{theirs}.o_proj", "d (n h) -> n h d"),
+                *block,
             ]
+
         return [
-            Row("norm1/scale", f"{layer}.input_layernorm.weight"),
-            Row("norm2/scale", f"{layer}.post_attention_layernorm.weight"),
-            *common.linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h"),
-            *common.linear("attention/q_down", f"{theirs}.q_a_proj", "z d -> d z"),
-            Row("attention/q_norm/scale", f"{theirs}.q_a_layernorm.weight"),
-            *common.linear("attention/q_up", f"{theirs}.q_b_proj", "(n h) z -> z n h"),
-            *common.linear("attention/kv_down", f"{theirs}.kv_a_proj_with_mqa", "z d -> d z"),
-            Row("attention/kv_norm/scale", f"{theirs}.kv_a_layernorm.weight"),
-            *common.linear("attention/kv_up", f"{theirs}.kv_b_proj", "(n h) z -> z n h"),
-            *common.linear("attention/out", f"{theirs}.o_proj", "d (n h) -> n h d"),
-            *block,
+            Row("decoder/embed", f"{prefix}.embed_tokens.weight"),
+            *common.layers(decoder, rows),
+            Row("decoder/norm/scale", f"{prefix}.norm.weight"),
+            Row("decoder/head/w", head),
         ]
-
-    return [
-        Row("decoder/embed", "model.embed_tokens.weight"),
-        *common.layers(config.decoder, rows),
-        Row("decoder/norm/scale", "model.norm.weight"),
-        Row("decoder/head/w", "lm_head.weight"),
-    ]
-
-
-# V3's extra layer that predicts a second token: published beside the model, and not part of it.
-IGNORE = (r"model\.layers\.61\..*",)
-RENAME = common.BARE

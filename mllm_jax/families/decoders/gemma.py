@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, only, read, word
-from mllm_jax.families.shared import rows
+from mllm_jax.families.base import DecoderFamily
 from mllm_jax.families.shared.decoder_config import (
-    TextFamily,
     activation_from_hf,
     activation_to_hf,
     decoder_fields,
@@ -54,14 +53,6 @@ FIELDS = (
 )
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "gemma". ValueError for what this model cannot do."""
-    text = read(text, FIELDS)
-    # Files of before transformers 4.39 say "gelu" and mean its approximation.
-    activation = "gelu_tanh" if text["hidden_act"] == "gelu" else activation_from_hf(text["hidden_act"])
-    return decoder_of(text, activation)
-
-
 def decoder_of(text: dict, activation: str, **fields) -> DecoderConfig:
     """The decoder of the fields that a text config states, with what all of Gemma's have."""
     return read_decoder(
@@ -69,14 +60,17 @@ def decoder_of(text: dict, activation: str, **fields) -> DecoderConfig:
     )
 
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    activation = activation_to_hf(decoder.activation, "gelu_pytorch_tanh")
-    return write_decoder(decoder, length=8192) | {"hidden_act": activation, "attention_bias": False}
+class Gemma(DecoderFamily):
+    name = "Gemma"
+    architectures = {"gemma": "GemmaForCausalLM"}
+    decoders = SIZES
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        text = read(text, FIELDS)
+        # Files of before transformers 4.39 say "gelu" and mean its approximation.
+        activation = "gelu_tanh" if text["hidden_act"] == "gelu" else activation_from_hf(text["hidden_act"])
+        return decoder_of(text, activation)
 
-decoder_weights = rows.decoder
-FAMILY = TextFamily("gemma", "GemmaForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = rows.BARE
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        activation = activation_to_hf(decoder.activation, "gelu_pytorch_tanh")
+        return write_decoder(decoder, length=8192) | {"hidden_act": activation, "attention_bias": False}

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, positive, read, word
 from mllm_jax.families.decoders import gemma
-from mllm_jax.families.shared import rows
 from mllm_jax.families.shared.decoder_config import (
     WINDOWS,
-    TextFamily,
     activation_from_hf,
     decoder_fields,
     windows_from_hf,
@@ -63,38 +61,33 @@ FIELDS = (
 )
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "gemma2". ValueError for what this model cannot do."""
-    text = read(text, FIELDS)
-    depth, divisor = text["num_hidden_layers"], text["query_pre_attn_scalar"]
-    kinds = text["layer_types"]
-    if kinds is None:
-        kinds = ["full_attention" if number % 2 else "sliding_attention" for number in range(depth)]
-    return gemma.decoder_of(
-        text,
-        activation_from_hf(text["hidden_activation"]),
-        scale=None if divisor == text["head_dim"] else divisor**-0.5,
-        softcap=text["attn_logit_softcapping"] or 0.0,
-        windows=windows_from_hf(text, kinds),
-        post_norms=True,
-        logit_softcap=text["final_logit_softcapping"] or 0.0,
-    )
+class Gemma2(gemma.Gemma):
+    name = "Gemma 2"
+    architectures = {"gemma2": "Gemma2ForCausalLM"}
+    decoders = SIZES
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        text = read(text, FIELDS)
+        depth, divisor = text["num_hidden_layers"], text["query_pre_attn_scalar"]
+        kinds = text["layer_types"]
+        if kinds is None:
+            kinds = ["full_attention" if number % 2 else "sliding_attention" for number in range(depth)]
+        return gemma.decoder_of(
+            text,
+            activation_from_hf(text["hidden_activation"]),
+            scale=None if divisor == text["head_dim"] else divisor**-0.5,
+            softcap=text["attn_logit_softcapping"] or 0.0,
+            windows=windows_from_hf(text, kinds),
+            post_norms=True,
+            logit_softcap=text["final_logit_softcapping"] or 0.0,
+        )
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    written, attention = gemma.decoder_to_hf(decoder), decoder.attention
-    return written | {
-        "hidden_activation": written["hidden_act"],
-        "query_pre_attn_scalar": round(attention.scale**-2) if attention.scale else attention.head_dim,
-        "attn_logit_softcapping": attention.softcap or None,
-        "final_logit_softcapping": decoder.logit_softcap or None,
-        **windows_to_hf(decoder),
-    }
-
-
-decoder_weights = rows.decoder
-FAMILY = TextFamily("gemma2", "Gemma2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = rows.BARE
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        written, attention = super().decoder_to_hf(decoder), decoder.attention
+        return written | {
+            "hidden_activation": written["hidden_act"],
+            "query_pre_attn_scalar": round(attention.scale**-2) if attention.scale else attention.head_dim,
+            "attn_logit_softcapping": attention.softcap or None,
+            "final_logit_softcapping": decoder.logit_softcap or None,
+            **windows_to_hf(decoder),
+        }

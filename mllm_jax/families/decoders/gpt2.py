@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from mllm_jax.common.fields import check_heads, count, flag, nullable, only, positive, read, word
 from mllm_jax.common.fields import layers as count_layers
-from mllm_jax.families.shared.decoder_config import TextFamily, activation_from_hf, activation_to_hf
+from mllm_jax.families.base import DecoderFamily
+from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
 from mllm_jax.families.shared.rows import joint_qkv, layer_norm, layers, linear
 from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.attention.layer import AttentionConfig
@@ -57,64 +58,63 @@ FIELDS = {
 }
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "gpt2". ValueError for what this model cannot do."""
-    text = read(text, FIELDS)
-    check_heads(text, "n_embd", "n_head")
-    width, heads = text["n_embd"], text["n_head"]
-    return replace(
-        _SMALL,
-        vocab=text["vocab_size"],
-        width=width,
-        layers=text["n_layer"],
-        attention=replace(_ATTENTION, heads=heads, kv_heads=heads, head_dim=width // heads),
-        mlp=text["n_inner"] or 4 * width,
-        activation=activation_from_hf(text["activation_function"]),
-        norm_eps=text["layer_norm_epsilon"],
-        tie_embeddings=text["tie_word_embeddings"],
-        positions=text["n_positions"],
-    )
+class Gpt2(DecoderFamily):
+    name = "GPT-2"
+    architectures = {"gpt2": "GPT2LMHeadModel"}
+    decoders = SIZES
+    ignore = (r".*\.attn\.(masked_)?bias",)  # masks, in old files
+    rename = ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)  # published files have the names without their head's
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        text = read(text, FIELDS)
+        check_heads(text, "n_embd", "n_head")
+        width, heads = text["n_embd"], text["n_head"]
+        return replace(
+            _SMALL,
+            vocab=text["vocab_size"],
+            width=width,
+            layers=text["n_layer"],
+            attention=replace(_ATTENTION, heads=heads, kv_heads=heads, head_dim=width // heads),
+            mlp=text["n_inner"] or 4 * width,
+            activation=activation_from_hf(text["activation_function"]),
+            norm_eps=text["layer_norm_epsilon"],
+            tie_embeddings=text["tie_word_embeddings"],
+            positions=text["n_positions"],
+        )
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    return {
-        "vocab_size": decoder.vocab,
-        "n_embd": decoder.width,
-        "n_layer": decoder.layers,
-        "n_head": decoder.attention.heads,
-        "n_inner": decoder.mlp,
-        "n_positions": decoder.positions,
-        "activation_function": activation_to_hf(decoder.activation, "gelu_new"),
-        "layer_norm_epsilon": decoder.norm_eps,
-        "tie_word_embeddings": decoder.tie_embeddings,
-    }
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        return {
+            "vocab_size": decoder.vocab,
+            "n_embd": decoder.width,
+            "n_layer": decoder.layers,
+            "n_head": decoder.attention.heads,
+            "n_inner": decoder.mlp,
+            "n_positions": decoder.positions,
+            "activation_function": activation_to_hf(decoder.activation, "gelu_new"),
+            "layer_norm_epsilon": decoder.norm_eps,
+            "tie_word_embeddings": decoder.tie_embeddings,
+        }
 
+    def decoder_weights(
+        self, decoder: DecoderConfig, prefix: str = "transformer", head: str = "lm_head.weight"
+    ) -> list[Row]:
+        # Weights are [in, out].
+        layer = f"{prefix}.h.{{n}}"
 
-def decoder_weights(config: DecoderConfig, prefix: str = "transformer", head: str = "lm_head.weight") -> list[Row]:
-    """Rows of the decoder whose tensors begin with `prefix`; `head` is the name of the head. Weights are [in, out]."""
-    layer = f"{prefix}.h.{{n}}"
+        def rows(kind: LayerKind) -> list[Row]:
+            return [
+                *layer_norm("norm1", f"{layer}.ln_1"),
+                *layer_norm("norm2", f"{layer}.ln_2"),
+                *joint_qkv(decoder, f"{layer}.attn.c_attn", "d (n h) -> d n h", "(n h) -> n h"),
+                *linear("attention/out", f"{layer}.attn.c_proj", "(n h) d -> n h d", ""),
+                *linear("mlp/up", f"{layer}.mlp.c_fc", "", ""),
+                *linear("mlp/down", f"{layer}.mlp.c_proj", "", ""),
+            ]
 
-    def rows(kind: LayerKind) -> list[Row]:
         return [
-            *layer_norm("norm1", f"{layer}.ln_1"),
-            *layer_norm("norm2", f"{layer}.ln_2"),
-            *joint_qkv(config, f"{layer}.attn.c_attn", "d (n h) -> d n h", "(n h) -> n h"),
-            *linear("attention/out", f"{layer}.attn.c_proj", "(n h) d -> n h d", ""),
-            *linear("mlp/up", f"{layer}.mlp.c_fc", "", ""),
-            *linear("mlp/down", f"{layer}.mlp.c_proj", "", ""),
+            Row("decoder/embed", f"{prefix}.wte.weight"),
+            Row("decoder/position_embed", f"{prefix}.wpe.weight"),
+            *layers(decoder, rows),
+            *layer_norm("decoder/norm", f"{prefix}.ln_f"),
+            Row("decoder/head/w", head),
         ]
-
-    return [
-        Row("decoder/embed", f"{prefix}.wte.weight"),
-        Row("decoder/position_embed", f"{prefix}.wpe.weight"),
-        *layers(config, rows),
-        *layer_norm("decoder/norm", f"{prefix}.ln_f"),
-        Row("decoder/head/w", head),
-    ]
-
-
-FAMILY = TextFamily("gpt2", "GPT2LMHeadModel", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = (r".*\.attn\.(masked_)?bias",)  # masks, in old files
-RENAME = ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)  # published files have the names without their head's

@@ -6,8 +6,9 @@ Transformers has no class for it; its config.json is in the words of the publish
 from dataclasses import replace
 
 from mllm_jax.common.fields import only, read
-from mllm_jax.families.shared.decoder_config import TextFamily, decoder_fields, read_decoder, write_decoder
-from mllm_jax.families.shared.rows import BARE, layers, linear
+from mllm_jax.families.base import DecoderFamily
+from mllm_jax.families.shared.decoder_config import decoder_fields, read_decoder, write_decoder
+from mllm_jax.families.shared.rows import layers, linear
 from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import NtkStretch
@@ -33,52 +34,44 @@ SIZES = {
 FIELDS = decoder_fields(103168, 4096, 11008, 32, 32, None, length=2048) | {"bias": only(False)}
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "internlm2". ValueError for what this model cannot do."""
-    return read_decoder(read(text, FIELDS))
+class Internlm2(DecoderFamily):
+    name = "InternLM2"
+    architectures = {"internlm2": "InternLM2ForCausalLM"}
+    decoders = SIZES
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        return read_decoder(read(text, FIELDS))
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    written = write_decoder(decoder, length=32768) | {"hidden_act": "silu", "bias": False}
-    rope = written.pop("rope_parameters")
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    return written | {"rope_theta": theta, "rope_scaling": {"type": kind, **rope} if kind != "default" else None}
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        written = write_decoder(decoder, length=32768) | {"hidden_act": "silu", "bias": False}
+        rope = written.pop("rope_parameters")
+        theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+        return written | {"rope_theta": theta, "rope_scaling": {"type": kind, **rope} if kind != "default" else None}
 
+    def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "output.weight") -> list[Row]:
+        # For every key-value head, `wqkv` has the queries that read it, then its key, then its value.
+        layer = f"{prefix}.layers.{{n}}"
+        group = decoder.attention.heads // decoder.attention.kv_heads
 
-def decoder_weights(config: DecoderConfig, prefix: str = "model", head: str = "output.weight") -> list[Row]:
-    """Rows of the decoder whose tensors begin with `prefix`; `head` is the name of the head.
+        def rows(kind: LayerKind) -> list[Row]:
+            wqkv, pattern = f"{layer}.attention.wqkv.weight", "(k g h) d -> d (k g) h"
+            parts = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
+            return [
+                Row("norm1/scale", f"{layer}.attention_norm.weight"),
+                Row("norm2/scale", f"{layer}.ffn_norm.weight"),
+                *(
+                    Row(f"attention/{name}/w", wqkv, pattern, {"g": size}, part=("g", first, group + 2))
+                    for name, (first, size) in parts.items()
+                ),
+                *linear("attention/out", f"{layer}.attention.wo", "d (n h) -> n h d"),
+                *linear("mlp/gate", f"{layer}.feed_forward.w1", "f d -> d f"),
+                *linear("mlp/up", f"{layer}.feed_forward.w3", "f d -> d f"),
+                *linear("mlp/down", f"{layer}.feed_forward.w2", "d f -> f d"),
+            ]
 
-    For every key-value head, `wqkv` has the queries that read it, then its key, then its value.
-    """
-    layer = f"{prefix}.layers.{{n}}"
-    group = config.attention.heads // config.attention.kv_heads
-
-    def rows(kind: LayerKind) -> list[Row]:
-        wqkv, pattern = f"{layer}.attention.wqkv.weight", "(k g h) d -> d (k g) h"
-        parts = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
         return [
-            Row("norm1/scale", f"{layer}.attention_norm.weight"),
-            Row("norm2/scale", f"{layer}.ffn_norm.weight"),
-            *(
-                Row(f"attention/{name}/w", wqkv, pattern, {"g": size}, part=("g", first, group + 2))
-                for name, (first, size) in parts.items()
-            ),
-            *linear("attention/out", f"{layer}.attention.wo", "d (n h) -> n h d"),
-            *linear("mlp/gate", f"{layer}.feed_forward.w1", "f d -> d f"),
-            *linear("mlp/up", f"{layer}.feed_forward.w3", "f d -> d f"),
-            *linear("mlp/down", f"{layer}.feed_forward.w2", "d f -> f d"),
+            Row("decoder/embed", f"{prefix}.tok_embeddings.weight"),
+            *layers(decoder, rows),
+            Row("decoder/norm/scale", f"{prefix}.norm.weight"),
+            Row("decoder/head/w", head),
         ]
-
-    return [
-        Row("decoder/embed", f"{prefix}.tok_embeddings.weight"),
-        *layers(config, rows),
-        Row("decoder/norm/scale", f"{prefix}.norm.weight"),
-        Row("decoder/head/w", head),
-    ]
-
-
-FAMILY = TextFamily("internlm2", "InternLM2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = BARE

@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import flag, nullable, only, read, word
-from mllm_jax.families.shared import rows
+from mllm_jax.families.base import DecoderFamily
 from mllm_jax.families.shared.decoder_config import (
-    TextFamily,
     activation_from_hf,
     activation_to_hf,
     decoder_fields,
@@ -71,29 +70,24 @@ FIELDS = decoder_fields(32000, 4096, 11008, 32, 32, None, length=2048) | {
 }
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "llama". ValueError for what this model cannot do."""
-    text = read(text, FIELDS)
-    return read_decoder(
-        text,
-        activation=activation_from_hf(text["hidden_act"]),
-        qkv_bias=text["attention_bias"],
-        out_bias=text["attention_bias"],
-        mlp_bias=text["mlp_bias"],
-    )
+class Llama(DecoderFamily):
+    name = "Llama"
+    architectures = {"llama": "LlamaForCausalLM"}
+    decoders = SIZES
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        text = read(text, FIELDS)
+        return read_decoder(
+            text,
+            activation=activation_from_hf(text["hidden_act"]),
+            qkv_bias=text["attention_bias"],
+            out_bias=text["attention_bias"],
+            mlp_bias=text["mlp_bias"],
+        )
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    return write_decoder(decoder, length=131072 if decoder.attention.stretch else 8192) | {
-        "hidden_act": activation_to_hf(decoder.activation, "silu"),
-        "attention_bias": decoder.attention.qkv_bias,
-        "mlp_bias": decoder.mlp_bias,
-    }
-
-
-decoder_weights = rows.decoder
-FAMILY = TextFamily("llama", "LlamaForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = rows.BARE
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        return write_decoder(decoder, length=131072 if decoder.attention.stretch else 8192) | {
+            "hidden_act": activation_to_hf(decoder.activation, "silu"),
+            "attention_bias": decoder.attention.qkv_bias,
+            "mlp_bias": decoder.mlp_bias,
+        }

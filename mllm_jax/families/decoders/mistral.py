@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, read
-from mllm_jax.families.shared import rows
-from mllm_jax.families.shared.decoder_config import TextFamily, decoder_fields, read_decoder, write_decoder
+from mllm_jax.families.base import DecoderFamily
+from mllm_jax.families.shared.decoder_config import decoder_fields, read_decoder, write_decoder
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 
@@ -23,20 +23,15 @@ FIELDS = decoder_fields(32000, 4096, 14336, 32, 32, 8, length=131072) | {
 }
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "mistral". ValueError for what this model cannot do."""
-    text = read(text, FIELDS)
-    return read_decoder(text, windows=(text["sliding_window"],) if text["sliding_window"] else ())
+class Mistral(DecoderFamily):
+    name = "Mistral"
+    architectures = {"mistral": "MistralForCausalLM"}
+    decoders = SIZES
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        text = read(text, FIELDS)
+        return read_decoder(text, windows=(text["sliding_window"],) if text["sliding_window"] else ())
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    window = decoder.windows[0] if decoder.windows else None
-    return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "sliding_window": window}
-
-
-decoder_weights = rows.decoder
-FAMILY = TextFamily("mistral", "MistralForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = rows.BARE
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        window = decoder.windows[0] if decoder.windows else None
+        return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "sliding_window": window}

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from mllm_jax.common.fields import FieldError, check_heads, count, flag, nullable, only, read, word
 from mllm_jax.common.fields import layers as count_layers
-from mllm_jax.families.shared.decoder_config import TextFamily, activation_from_hf, activation_to_hf
-from mllm_jax.families.shared.rows import layer_norm, layers, linear
-from mllm_jax.model.decoder import DecoderConfig, LayerKind
+from mllm_jax.families.base import DecoderFamily
+from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
+from mllm_jax.families.shared.rows import layer_norm, layers, plain_layer
+from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.weights.table import Row
 
@@ -62,71 +63,52 @@ FIELDS = {
 }
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "opt". ValueError for what this model cannot do."""
-    text = read(text, FIELDS)
-    check_heads(text, "hidden_size", "num_attention_heads")
-    width, heads = text["hidden_size"], text["num_attention_heads"]
-    if text["word_embed_proj_dim"] not in (None, width):
-        raise FieldError("word_embed_proj_dim", f"must be hidden_size={width}.", text["word_embed_proj_dim"])
-    return replace(
-        _SMALL,
-        vocab=text["vocab_size"],
-        width=width,
-        layers=text["num_hidden_layers"],
-        attention=replace(_ATTENTION, heads=heads, kv_heads=heads, head_dim=width // heads),
-        mlp=text["ffn_dim"],
-        activation=activation_from_hf(text["activation_function"]),
-        tie_embeddings=text["tie_word_embeddings"],
-        positions=text["max_position_embeddings"],
-    )
+class Opt(DecoderFamily):
+    name = "OPT"
+    architectures = {"opt": "OPTForCausalLM"}
+    decoders = SIZES
+    rename = ((r"^decoder\.", "model.decoder."),)  # of files of before 2023
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        text = read(text, FIELDS)
+        check_heads(text, "hidden_size", "num_attention_heads")
+        width, heads = text["hidden_size"], text["num_attention_heads"]
+        if text["word_embed_proj_dim"] not in (None, width):
+            raise FieldError("word_embed_proj_dim", f"must be hidden_size={width}.", text["word_embed_proj_dim"])
+        return replace(
+            _SMALL,
+            vocab=text["vocab_size"],
+            width=width,
+            layers=text["num_hidden_layers"],
+            attention=replace(_ATTENTION, heads=heads, kv_heads=heads, head_dim=width // heads),
+            mlp=text["ffn_dim"],
+            activation=activation_from_hf(text["activation_function"]),
+            tie_embeddings=text["tie_word_embeddings"],
+            positions=text["max_position_embeddings"],
+        )
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    return {
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "word_embed_proj_dim": decoder.width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.attention.heads,
-        "ffn_dim": decoder.mlp,
-        "max_position_embeddings": decoder.positions,
-        "activation_function": activation_to_hf(decoder.activation, "relu"),
-        "tie_word_embeddings": decoder.tie_embeddings,
-    }
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        return {
+            "vocab_size": decoder.vocab,
+            "hidden_size": decoder.width,
+            "word_embed_proj_dim": decoder.width,
+            "num_hidden_layers": decoder.layers,
+            "num_attention_heads": decoder.attention.heads,
+            "ffn_dim": decoder.mlp,
+            "max_position_embeddings": decoder.positions,
+            "activation_function": activation_to_hf(decoder.activation, "relu"),
+            "tie_word_embeddings": decoder.tie_embeddings,
+        }
 
-
-def decoder_weights(config: DecoderConfig, prefix: str = "model.decoder", head: str = "lm_head.weight") -> list[Row]:
-    """Rows of the decoder whose tensors begin with `prefix`; `head` is the name of the head."""
-    layer = f"{prefix}.layers.{{n}}"
-
-    def rows(kind: LayerKind) -> list[Row]:
+    def decoder_weights(
+        self, decoder: DecoderConfig, prefix: str = "model.decoder", head: str = "lm_head.weight"
+    ) -> list[Row]:
+        layer = f"{prefix}.layers.{{n}}"
+        block = plain_layer(layer, ("self_attn_layer_norm", "final_layer_norm"), f"{layer}.fc")
         return [
-            *layer_norm("norm1", f"{layer}.self_attn_layer_norm"),
-            *layer_norm("norm2", f"{layer}.final_layer_norm"),
-            *(
-                row
-                for name in "qkv"
-                for row in linear(
-                    f"attention/{name}", f"{layer}.self_attn.{name}_proj", "(n h) d -> d n h", "(n h) -> n h"
-                )
-            ),
-            *linear("attention/out", f"{layer}.self_attn.out_proj", "d (n h) -> n h d", ""),
-            *linear("mlp/up", f"{layer}.fc1", "f d -> d f", ""),
-            *linear("mlp/down", f"{layer}.fc2", "d f -> f d", ""),
+            Row("decoder/embed", f"{prefix}.embed_tokens.weight"),
+            Row("decoder/position_embed", f"{prefix}.embed_positions.weight"),
+            *layers(decoder, lambda kind: block),
+            *layer_norm("decoder/norm", f"{prefix}.final_layer_norm"),
+            Row("decoder/head/w", head),
         ]
-
-    return [
-        Row("decoder/embed", f"{prefix}.embed_tokens.weight"),
-        Row("decoder/position_embed", f"{prefix}.embed_positions.weight"),
-        *layers(config, rows),
-        *layer_norm("decoder/norm", f"{prefix}.final_layer_norm"),
-        Row("decoder/head/w", head),
-    ]
-
-
-FAMILY = TextFamily("opt", "OPTForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = ((r"^decoder\.", "model.decoder."),)  # of files of before 2023

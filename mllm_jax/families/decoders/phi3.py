@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, nullable, only, read
+from mllm_jax.families.base import DecoderFamily
 from mllm_jax.families.shared import rows
-from mllm_jax.families.shared.decoder_config import TextFamily, decoder_fields, read_decoder, write_decoder
+from mllm_jax.families.shared.decoder_config import decoder_fields, read_decoder, write_decoder
 from mllm_jax.families.shared.rope import LENGTH
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
@@ -37,36 +38,30 @@ FIELDS = decoder_fields(32064, 3072, 8192, 32, 32, None, length=4096, norm_eps=1
 ROPE = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # the last two: old names
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "phi3". ValueError for what this model cannot do."""
-    text = read(text, FIELDS)
-    windows = (text["sliding_window"],) if text["sliding_window"] else ()
-    return read_decoder(text, rope={"kinds": ROPE, "partial": True}, windows=windows)
+class Phi3(DecoderFamily):
+    name = "Phi-3"
+    architectures = {"phi3": "Phi3ForCausalLM"}
+    decoders = SIZES
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        text = read(text, FIELDS)
+        windows = (text["sliding_window"],) if text["sliding_window"] else ()
+        return read_decoder(text, rope={"kinds": ROPE, "partial": True}, windows=windows)
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    window = decoder.windows[0] if decoder.windows else None
-    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or those of a larger vocabulary
-    length = 131072 if decoder.attention.stretch else 16384
-    return write_decoder(decoder, length) | {"hidden_act": "silu", "sliding_window": window, **tokens}
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        window = decoder.windows[0] if decoder.windows else None
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or those of a larger vocabulary
+        length = 131072 if decoder.attention.stretch else 16384
+        return write_decoder(decoder, length) | {"hidden_act": "silu", "sliding_window": window, **tokens}
 
-
-def decoder_weights(config: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
-    """Rows of the decoder whose tensors begin with `prefix`; `head` is the name of the head."""
-    layer = f"{prefix}.layers.{{n}}"
-    return rows.decoder(
-        config,
-        prefix,
-        head,
-        others=[
-            *rows.joint_qkv(config, f"{layer}.self_attn.qkv_proj", "(n h) d -> d n h"),
-            *rows.joint_gate_up("mlp", f"{layer}.mlp.gate_up_proj", config.mlp),
-        ],
-    )
-
-
-FAMILY = TextFamily("phi3", "Phi3ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = rows.BARE
+    def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
+        layer = f"{prefix}.layers.{{n}}"
+        return rows.decoder(
+            decoder,
+            prefix,
+            head,
+            others=[
+                *rows.joint_qkv(decoder, f"{layer}.self_attn.qkv_proj", "(n h) d -> d n h"),
+                *rows.joint_gate_up("mlp", f"{layer}.mlp.gate_up_proj", decoder.mlp),
+            ],
+        )

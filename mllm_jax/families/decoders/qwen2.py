@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, flag, nullable, read
-from mllm_jax.families.shared import rows
+from mllm_jax.families.base import DecoderFamily
 from mllm_jax.families.shared.decoder_config import (
     WINDOWS,
-    TextFamily,
     decoder_fields,
     read_decoder,
     windows_from_hf,
@@ -67,11 +66,6 @@ SEEING_FIELDS = (
 SEEING_ROPE = {"sections": (16, 24, 24), "layout": "chunked", "kinds": AS_NAMED | {"mrope": "default"}}
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "qwen2". ValueError for what this model cannot do."""
-    return _decoder(read(text, FIELDS), {})
-
-
 def seeing_decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder of a text config of model_type "qwen2_vl_text" or "qwen2_5_vl_text"; errors as above."""
     return _decoder(read(text, SEEING_FIELDS), SEEING_ROPE)
@@ -87,15 +81,15 @@ def _decoder(text: dict, rope: dict) -> DecoderConfig:
     return read_decoder(text, rope=rope, qkv_bias=True, windows=windows_from_hf(text, kinds))
 
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`."""
-    windows = windows_to_hf(decoder)
-    sliding = {"use_sliding_window": windows["sliding_window"] is not None, **windows}
-    return write_decoder(decoder, length=32768) | {"hidden_act": "silu"} | sliding
+class Qwen2(DecoderFamily):
+    name = "Qwen2"
+    architectures = {"qwen2": "Qwen2ForCausalLM"}
+    decoders = SIZES
 
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        return _decoder(read(text, FIELDS), {})
 
-decoder_weights = rows.decoder
-FAMILY = TextFamily("qwen2", "Qwen2ForCausalLM", SIZES, decoder_from_hf, decoder_to_hf, decoder_weights)
-sizes, from_hf, to_hf, weights = FAMILY.sizes, FAMILY.from_hf, FAMILY.to_hf, FAMILY.weights
-IGNORE = ()
-RENAME = rows.BARE
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        windows = windows_to_hf(decoder)
+        sliding = {"use_sliding_window": windows["sliding_window"] is not None, **windows}
+        return write_decoder(decoder, length=32768) | {"hidden_act": "silu"} | sliding

@@ -6,13 +6,11 @@ Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import MOST_EXPERTS, FieldError, count, flag, listed, nullable, only, read
-from mllm_jax.families.shared import rows
+from mllm_jax.families.base import DecoderFamily
 from mllm_jax.families.shared.decoder_config import decoder_fields, read_decoder, write_decoder
 from mllm_jax.model.decoder import DecoderConfig
-from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.weights.table import Row
 
 _TEXT = AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, rope_sections=(64, 0, 0))
 _MOE = DecoderConfig(
@@ -50,34 +48,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size: "0.6b", "1.7b", "4b", "8b", "14b", "32b"; with experts "30b-a3b", "235b-a22b"."""
-    if name not in SIZES:
-        raise ValueError(f"Qwen3 has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return ModelConfig(None, None, SIZES[name], family=_kind(SIZES[name]))
-
-
-def _kind(decoder: DecoderConfig) -> str:
-    return "qwen3_moe" if decoder.moe else "qwen3"
-
-
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "qwen3" or "qwen3_moe" describes."""
-    return ModelConfig(None, None, decoder_from_hf(config), family=config["model_type"])
-
-
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for what a config.json of Qwen3 cannot say."""
-    kind = _kind(config.decoder)
-    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[kind]
-    written = {"architectures": [architecture], "model_type": kind, **decoder_to_hf(config.decoder)}
-    if (reads := from_hf(written).decoder) != config.decoder:
-        raise ValueError(
-            f"Qwen3's config.json cannot say all of this decoder: {config.decoder} would be read as {reads}"
-        )
-    return written
-
-
 def _experts(experts: int, top_k: int, mlp: int) -> dict:
     return {
         "num_experts": count(experts, low=0, high=MOST_EXPERTS),
@@ -110,11 +80,6 @@ SEEING_FIELDS = {  # by the model_type of the whole model
 }
 
 
-def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "qwen3" or "qwen3_moe". ValueError for what this model cannot do."""
-    return _decoder(read(text, FIELDS[text["model_type"]]), {})
-
-
 def seeing_decoder_from_hf(text: dict, kind: str) -> DecoderConfig:
     """The decoder of the `text_config` of a model of model_type "qwen3_vl" or "qwen3_vl_moe"; errors as above."""
     return _decoder(read(text, SEEING_FIELDS[kind]), {"sections": (24, 20, 20)})
@@ -143,27 +108,27 @@ def _decoder(text: dict, rope: dict) -> DecoderConfig:
     return read_decoder(text, rope=rope, qk_norm=True, moe=moe, dense_first=len(dense), moe_every=every)
 
 
-def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse of `decoder_from_hf`; what transformers needs."""
-    moe = decoder.moe
-    written = write_decoder(decoder, length=262144) | {"hidden_act": "silu", "attention_bias": False}
-    if moe is None:
-        return written
-    return written | {
-        "num_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.mlp,
-        "norm_topk_prob": moe.renormalise,
-        "decoder_sparse_step": decoder.moe_every,
-        "mlp_only_layers": list(range(decoder.dense_first)),
-    }
+class Qwen3(DecoderFamily):
+    name = "Qwen3"
+    architectures = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+    decoders = SIZES
 
+    def model_type(self, decoder: DecoderConfig) -> str:
+        return "qwen3_moe" if decoder.moe else "qwen3"
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    return decoder_weights(config.decoder)
+    def decoder_from_hf(self, text: dict) -> DecoderConfig:
+        return _decoder(read(text, FIELDS[text["model_type"]]), {})
 
-
-decoder_weights = rows.decoder
-IGNORE = ()
-RENAME = rows.BARE
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
+        moe = decoder.moe
+        written = write_decoder(decoder, length=262144) | {"hidden_act": "silu", "attention_bias": False}
+        if moe is None:
+            return written
+        return written | {
+            "num_experts": moe.experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.mlp,
+            "norm_topk_prob": moe.renormalise,
+            "decoder_sparse_step": decoder.moe_every,
+            "mlp_only_layers": list(range(decoder.dense_first)),
+        }

@@ -1,7 +1,7 @@
-"""What published decoders have in common: most of a config.json, most names of tensors, and a model of text alone."""
+"""Most of a published decoder's config.json, which many families have in common."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mllm_jax.common.fields import (
@@ -19,10 +19,8 @@ from mllm_jax.common.fields import (
 from mllm_jax.families.shared.rope import rope_fields, rope_from_hf, rope_to_hf
 from mllm_jax.families.shared.suggestions import unsupported
 from mllm_jax.model.decoder import DecoderConfig
-from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import ListedStretch, NtkStretch
-from mllm_jax.weights.table import Row
 
 ACTIVATIONS = {  # theirs -> ours
     "silu": "silu",
@@ -168,45 +166,3 @@ def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:
     if isinstance(stretch, ListedStretch):
         written["original_max_position_embeddings"] = stretch.length
     return written
-
-
-@dataclass(frozen=True)
-class TextFamily:
-    """A model of text alone, from what its file says of its decoder.
-
-    kind: the model_type.
-    architecture: transformers' class.
-    published: the decoders of published sizes.
-    read, write: `decoder_from_hf` and `decoder_to_hf`.
-    rows: its table of weights.
-    """
-
-    kind: str
-    architecture: str
-    published: Mapping[str, DecoderConfig]
-    read: Callable[[Mapping[str, Any]], DecoderConfig]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    rows: Callable[[DecoderConfig], list[Row]]
-
-    def sizes(self, name: str) -> ModelConfig:
-        """The config of a published size. ValueError where there is none of that name."""
-        if name not in self.published:
-            raise ValueError(f"{self.kind} has no size {name!r}; sizes: {', '.join(self.published)}")
-        return ModelConfig(None, None, self.published[name], family=self.kind)
-
-    def from_hf(self, config: Mapping[str, Any]) -> ModelConfig:
-        """The model that a config.json describes. Raises ValueError for what this model cannot do."""
-        return ModelConfig(None, None, self.read(config), family=self.kind)
-
-    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
-        """The inverse of `from_hf`. Raises ValueError for what a config.json of the family cannot say."""
-        written = {"architectures": [self.architecture], "model_type": self.kind, **self.write(config.decoder)}
-        if (reads := self.read(written)) != config.decoder:
-            raise ValueError(
-                f"{self.kind}'s config.json cannot say all of this decoder: {config.decoder} would be read as {reads}"
-            )
-        return written
-
-    def weights(self, config: ModelConfig) -> list[Row]:
-        """Our names and theirs, for this config; see weights/table.py."""
-        return self.rows(config.decoder)

@@ -1,5 +1,7 @@
 """What arrays of Hugging Face's processors show, for families that share a layout of them."""
 
+from typing import Any
+
 import numpy as np
 from einops import rearrange
 
@@ -37,6 +39,13 @@ def one_by_one(pictures: tuple[Picture, ...], merge: int, times: tuple[int, ...]
 def counted_like_text(pictures: tuple[Picture, ...], order: np.ndarray, mix: Mix | None = None) -> Visual:
     """Visual tokens in a given order, with the rotary positions that text in their place would have."""
     return Visual(pictures, np.asarray(order, np.int32), *in_a_line(len(order)), mix)
+
+
+def whole(config: Any, pixels: np.ndarray) -> Visual:
+    """A picture, or a tile, that is read as one: pixels [c h w]; `config` is a ModelConfig."""
+    picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
+    picture = picture._replace(shows_lead=config.inputs.shows_lead)
+    return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
 
 
 def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> Picture:

@@ -27,6 +27,33 @@ def layer_norm(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
 
 
+def separate_qkv(theirs: str) -> list[Row]:
+    """Rows of queries, keys and values in tensors of their own, with biases where they have them."""
+    return [
+        row
+        for name in "qkv"
+        for row in linear(f"attention/{name}", f"{theirs}.{name}_proj", "(n h) d -> d n h", "(n h) -> n h")
+    ]
+
+
+def plain_layer(theirs: str, norms: tuple[str, str], mlp: str) -> list[Row]:
+    """Rows of a layer with biases, LayerNorms and an MLP without a gate.
+
+    Args:
+      theirs: name of the layer.
+      norms: names of its norms.
+      mlp: beginning of the names of the MLP's two layers.
+    """
+    return [
+        *layer_norm("norm1", f"{theirs}.{norms[0]}"),
+        *layer_norm("norm2", f"{theirs}.{norms[1]}"),
+        *separate_qkv(f"{theirs}.self_attn"),
+        *linear("attention/out", f"{theirs}.self_attn.out_proj", "d (n h) -> n h d", ""),
+        *linear("mlp/up", f"{mlp}1", "f d -> d f", ""),
+        *linear("mlp/down", f"{mlp}2", "d f -> f d", ""),
+    ]
+
+
 def gated_mlp(ours: str, theirs: str) -> list[Row]:
     """Rows of a gated MLP, with biases where it has them."""
     return [
@@ -103,9 +130,7 @@ def decoder(
         theirs = f"{layer}.self_attn"
         usual = [
             *(row for ours, name in norms.items() for row in layer_norm(ours, f"{layer}.{name}")),
-            *linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h", "(n h) -> n h"),
-            *linear("attention/k", f"{theirs}.k_proj", "(n h) d -> d n h", "(n h) -> n h"),
-            *linear("attention/v", f"{theirs}.v_proj", "(n h) d -> d n h", "(n h) -> n h"),
+            *separate_qkv(theirs),
             *linear("attention/out", f"{theirs}.o_proj", "d (n h) -> n h d", ""),
             Row("attention/q_norm/scale", f"{theirs}.q_norm.weight"),
             Row("attention/k_norm/scale", f"{theirs}.k_norm.weight"),

@@ -6,10 +6,10 @@ Tensor names as in the published safetensors files.
 from dataclasses import replace
 
 from mllm_jax.common.fields import count, flag, read
-from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
-from mllm_jax.families.shared.hf_images import counted_like_text, cut
 from mllm_jax.families.shared.rows import joint_gate_up, layer_norm, linear
-from mllm_jax.families.towers.in_vlms import IMAGENET_PIXELS, Tower, attention, block, patches, plain_mlp
+from mllm_jax.families.towers.in_vlms import IMAGENET_PIXELS
+from mllm_jax.families.towers.tower import Tower, attention, block, patches, plain_mlp
+from mllm_jax.families.towers.vision_only import TowerFamily
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.weights.table import Row
@@ -67,13 +67,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size: "small", "base", "large", "giant", or one of these with "-registers"."""
-    if name not in SIZES:
-        raise ValueError(f"DINOv2 has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return ModelConfig(SIZES[name], family=_kind(SIZES[name]))
-
-
 def _kind(encoder: VitConfig) -> str:
     return REGISTERS.kind if encoder.registers else PLAIN.kind
 
@@ -84,48 +77,45 @@ def _mlp(width: int, ratio: int, gated: bool) -> int:
     return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 
 
-def from_hf(config: dict) -> ModelConfig:
-    """The tower that a `config.json` of model_type "dinov2" or "dinov2_with_registers" describes."""
-    stated = read(config, {"use_swiglu_ffn": flag(False), "hidden_size": count(_BASE.width), "mlp_ratio": count(4)})
-    gated = stated["use_swiglu_ffn"]
-    said = config | {"intermediate_size": _mlp(stated["hidden_size"], stated["mlp_ratio"], gated)}
-    if gated:
-        said["hidden_act"] = "silu"  # whatever it says
-    return ModelConfig(TOWERS[config["model_type"]].from_hf(said), family=config["model_type"])
+class Dinov2(TowerFamily):
+    name = "DINOv2"
+    architectures = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+    sizes = {name: ModelConfig(encoder, family=_kind(encoder)) for name, encoder in SIZES.items()}
+    ignore = ()
+    rename = (  # names that transformers 5 has in memory
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
+    )
+    modules = (
+        (r"\.attention\.attention\.query", ".attention.q_proj"),
+        (r"\.attention\.attention\.key", ".attention.k_proj"),
+        (r"\.attention\.attention\.value", ".attention.v_proj"),
+        (r"\.attention\.output\.dense", ".attention.o_proj"),
+        (r"\.mlp\.weights_out", ".mlp.down_proj"),
+    )
 
+    def from_hf(self, config: dict) -> ModelConfig:
+        stated = read(config, {"use_swiglu_ffn": flag(False), "hidden_size": count(_BASE.width), "mlp_ratio": count(4)})
+        gated = stated["use_swiglu_ffn"]
+        said = config | {"intermediate_size": _mlp(stated["hidden_size"], stated["mlp_ratio"], gated)}
+        if gated:
+            said["hidden_act"] = "silu"  # whatever it says
+        return ModelConfig(TOWERS[config["model_type"]].from_hf(said), family=config["model_type"])
 
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for a tower that DINOv2's config.json cannot say."""
-    encoder, kind = config.encoder, _kind(config.encoder)
-    written = TOWERS[kind].to_hf(encoder)
-    width = written.pop("intermediate_size")
-    ratio = next((ratio for ratio in range(1, 17) if _mlp(encoder.width, ratio, encoder.gated) == width), None)
-    if ratio is None:
-        raise ValueError(f"DINOv2's config.json cannot say an MLP of {width} in a tower of width {encoder.width}")
-    architecture = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}[kind]
-    return written | {"architectures": [architecture], "mlp_ratio": ratio}
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        encoder = config.encoder
+        written = TOWERS[_kind(encoder)].to_hf(encoder)
+        width = written.pop("intermediate_size")
+        ratio = next((ratio for ratio in range(1, 17) if _mlp(encoder.width, ratio, encoder.gated) == width), None)
+        if ratio is None:
+            raise ValueError(
+                f"encoder.mlp={width}: DINOv2's config.json cannot represent it. Choose a multiple of "
+                f"encoder.width={encoder.width}, or two thirds of one for a gated MLP."
+            )
+        return written | {"mlp_ratio": ratio}
 
-
-INPUTS = ("pixel_values",)
-
-
-def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """Pictures f[n c h w], which stand for themselves: there is no text."""
-    encoder = config.encoder
-    pictures = [cut(pixels, encoder.patch_size, encoder.lead) for pixels in arrays["pixel_values"]]
-    return {0: [counted_like_text((picture,), range(len(picture.patches) - picture.lead)) for picture in pictures]}
-
-
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    return _rows(config.encoder, "")
-
-
-IGNORE = ()
-RENAME = (  # names that transformers 5 has in memory
-    (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."),
-    (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."),
-    (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
-)
+    def weights(self, config: ModelConfig) -> list[Row]:
+        return _rows(config.encoder, "")

@@ -1,20 +1,36 @@
 """What CLIP, SigLIP and SigLIP 2 have in common: the tower of texts, and the names of both towers' tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.common.fields import check_heads, count, positive, read, word
 from mllm_jax.common.fields import layers as count_layers
+from mllm_jax.data.pipeline.dual_batches import one_each
+from mllm_jax.data.pipeline.hf_inputs import Arrays
+from mllm_jax.families.base import Family
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
-from mllm_jax.families.shared.rows import layer_norm, layers, linear
-from mllm_jax.families.towers.in_vlms import Tower
+from mllm_jax.families.shared.rows import layer_norm, layers, plain_layer
+from mllm_jax.families.towers.tower import Tower
+from mllm_jax.families.towers.vision_only import SQUARE, square_pictures
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
+from mllm_jax.types import DualBatch
 from mllm_jax.weights.table import Row
 
-IGNORE = ()
-RENAME = ()
+
+class DualFamily(Family):
+    """Models with a tower for images and one for texts.
+
+    tower: kind of the vision tower.
+    """
+
+    tower: Tower
+    input_names = SQUARE
+
+    def pictures(self, config: DualConfig, arrays: Arrays) -> DualBatch:
+        """Returns the images in arrays of `input_names`, each in a row of its own."""
+        return one_each(square_pictures(config, arrays))
 
 
 def text_tower(
@@ -59,41 +75,17 @@ def text_to_hf(text: DecoderConfig, kind: str) -> dict[str, Any]:
     return {"model_type": kind, "num_attention_heads": text.attention.heads, "hidden_act": activation, **said}
 
 
-def checked(config: DualConfig, written: dict[str, Any], from_hf: Callable[[dict], DualConfig]) -> dict[str, Any]:
-    """`written`, if it is all of a config. Raises ValueError for what a config.json cannot say."""
-    reads = from_hf(written)
-    for part in ("encoder", "image_pool", "text", "text_pool", "loss"):
-        if (own := getattr(config, part)) != (read := getattr(reads, part)):
-            kind = written["model_type"]
-            raise ValueError(f"a config.json of {kind} cannot say all of this {part}: {own} would be read as {read}")
-    return written
-
-
 def weights(config: DualConfig, tower: Tower, theirs: str = "text_model") -> list[Row]:
     """Rows of both towers and of the logits' scale; those of the pools are a family's own."""
     layer = f"{theirs}.encoder.layers.{{n}}"
-
-    def rows(kind: str) -> list[Row]:
-        parts = {part: f"{layer}.self_attn.{part}_proj" for part in "qkv"}
-        return [
-            *layer_norm("norm1", f"{layer}.layer_norm1"),
-            *layer_norm("norm2", f"{layer}.layer_norm2"),
-            *(row for part, name in parts.items() for row in linear(f"attention/{part}", name, *_OF_HEADS)),
-            *linear("attention/out", f"{layer}.self_attn.out_proj", "d (n h) -> n h d", ""),
-            *linear("mlp/up", f"{layer}.mlp.fc1", "f d -> d f", ""),
-            *linear("mlp/down", f"{layer}.mlp.fc2", "d f -> f d", ""),
-        ]
-
+    block = plain_layer(layer, ("layer_norm1", "layer_norm2"), f"{layer}.mlp.fc")
     text = [
         Row("decoder/embed", f"{theirs}.embeddings.token_embedding.weight"),
         Row("decoder/position_embed", f"{theirs}.embeddings.position_embedding.weight"),
-        *layers(config.text, rows),
+        *layers(config.text, lambda kind: block),
         *layer_norm("decoder/norm", f"{theirs}.final_layer_norm"),
     ]
     return [
         *tower.rows(config.encoder, "vision_model."),
         *(row._replace(ours=row.ours.replace("decoder/", "text/", 1)) for row in text),
     ]
-
-
-_OF_HEADS = ("(n h) d -> d n h", "(n h) -> n h")

@@ -3,166 +3,19 @@
 Tensor names as in the published safetensors files, after a family's own prefix.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mllm_jax.common.fields import Field, FieldError, check_heads, count, flag, layers, listed, positive, read
-from mllm_jax.families.shared.rows import layer_norm, linear
+from mllm_jax.families.shared.rows import layer_norm
 from mllm_jax.families.shared.suggestions import unsupported
+from mllm_jax.families.towers.tower import Tower, attention, block, joint_attention, patches, plain_mlp
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.weights.table import Row
 
 CLIP_PIXELS = dict(pixel_mean=(0.48145466, 0.4578275, 0.40821073), pixel_std=(0.26862954, 0.26130258, 0.27577711))
 IMAGENET_PIXELS = dict(pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225))
-ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu", "relu")} | {"gelu_pytorch_tanh": "gelu_tanh"}
-SAID = {  # what a config.json calls a field of ours, and its values where they differ
-    "hidden_size": ("width", None),
-    "num_hidden_layers": ("layers", None),
-    "num_attention_heads": ("heads", None),
-    "intermediate_size": ("mlp", None),
-    "patch_size": ("patch_size", None),
-    "num_channels": ("channels", None),
-    "hidden_act": ("activation", ACTIVATIONS),
-    "layer_norm_eps": ("norm_eps", None),
-}
-# What is a model's choice, or a processor's, and not the tower's.
-CHOSEN = ("features", "taps", "pixel_mean", "pixel_std")
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A kind of vision tower.
-
-    kind: the model_type of its config.json.
-    base: the tower of a config.json that says nothing, with what none can say.
-    rows: of the weights of an encoder, theirs after a prefix.
-    said: what a config.json says beside SAID, in the same form.
-    sizes: published ones.
-    head: by itself it ends in a head that makes one vector of a picture; its config.json says where it does not.
-    """
-
-    kind: str
-    base: VitConfig
-    rows: Callable[[VitConfig, str], list[Row]]
-    said: Mapping[str, tuple[str, Mapping[Any, Any] | None]] = field(default_factory=dict)
-    sizes: Mapping[str, VitConfig] = field(default_factory=dict)
-    head: bool = False
-
-    def from_hf(self, vision: Mapping[str, Any]) -> VitConfig:
-        """The tower that a `vision_config` describes. Raises ValueError for what the encoder cannot do."""
-        stated, changes = read(vision, self.fields), {}
-        check_heads(stated, "hidden_size", "num_attention_heads")
-        for name in stated.keys() & {"image_size", "patch_size"}:
-            stated[name] = _side(name, stated[name])
-        for name, (ours, values) in {**SAID, **self.said}.items():
-            changes[ours] = stated[name] if values is None else values[stated[name]]
-        encoder = replace(self.base, **changes)
-        if self.any_size:
-            grid = round(stated["num_patches"] ** 0.5)
-            if grid**2 != stated["num_patches"]:
-                raise FieldError("num_patches", "must be a square.", stated["num_patches"])
-            return replace(encoder, position_grid=grid)
-        grid, rest = divmod(stated["image_size"], encoder.patch_size)
-        if not grid:
-            raise FieldError("image_size", f"must be at least patch_size={encoder.patch_size}.", stated["image_size"])
-        return replace(encoder, position_grid=grid, image_size=stated["image_size"] if rest else 0)
-
-    @property
-    def any_size(self) -> bool:
-        """Pictures are read at nearly their own size, and its config.json counts positions, not pixels."""
-        return self.base.resampling == "bilinear_antialias"
-
-    @property
-    def fields(self) -> dict[str, Field]:
-        """Fields of its config.json."""
-        base, said = self.base, {**SAID, **self.said}
-        exact = {
-            "num_hidden_layers": layers(base.layers),
-            "patch_size": listed(count(), [base.patch_size], lone=True),
-            "image_size": listed(count(), [base.side], lone=True),
-        }
-        if self.any_size:
-            del exact["image_size"]
-            exact["num_patches"] = count(base.position_grid**2)
-        if self.head:
-            exact["vision_use_head"] = flag(True)
-        return {name: _field(getattr(base, ours), values) for name, (ours, values) in said.items()} | exact
-
-    def to_hf(self, encoder: VitConfig) -> dict[str, Any]:
-        """The inverse of `from_hf`. Raises ValueError for what a config.json of this kind cannot say."""
-        written: dict[str, Any] = {"model_type": self.kind}
-        for name, (ours, values) in {**SAID, **self.said}.items():
-            own = getattr(encoder, ours)
-            written[name] = own if values is None else next((key for key, value in values.items() if value == own), own)
-        if self.any_size:
-            written["num_patches"] = encoder.position_grid**2
-        else:
-            written["image_size"] = encoder.side
-        plain = replace(encoder, **{name: getattr(self.base, name) for name in CHOSEN})
-        if (reads := self.from_hf(written)) != plain:
-            odd = [f.name for f in fields(plain) if getattr(plain, f.name) != getattr(reads, f.name)]
-            raise ValueError(f"a config.json of {self.kind} cannot say an encoder's {', '.join(odd)}: {encoder}")
-        return written
-
-    def says(self, encoder: VitConfig) -> bool:
-        """Whether a config.json of this kind can say all of an encoder."""
-        try:
-            return bool(self.to_hf(encoder))
-        except ValueError:
-            return False
-
-
-def _side(name: str, value: list[int]) -> int:
-    """The one side that a size, side or [side, side], has."""
-    if len(set(value)) != 1:
-        raise FieldError(name, "must be one number, or the same number twice.", value)
-    return value[0]
-
-
-def _field(usual: Any, values: Mapping[Any, Any] | None) -> Field:
-    """The field of config.json for one of VitConfig that is usually `usual`; `values` are theirs and ours."""
-    if values is not None:
-        default = next(theirs for theirs, ours in values.items() if ours == usual)
-        return Field(type(default), default, choices=tuple(values))
-    if isinstance(usual, bool):
-        return flag(usual)
-    return positive(usual) if isinstance(usual, float) else count(usual, low=min(usual, 1))
-
-
-def patches(encoder: VitConfig, theirs: str) -> list[Row]:
-    """Rows of the patch embedding, a convolution in torch."""
-    sizes = {"c": encoder.channels, "y": encoder.patch_size}
-    return [
-        Row("encoder/patch_embed/w", f"{theirs}.weight", "d c y x -> (c y x) d", sizes),
-        Row("encoder/patch_embed/b", f"{theirs}.bias"),
-    ]
-
-
-def attention(theirs: str, names: Iterable[str]) -> list[Row]:
-    """Rows of queries, keys and values that lie one by one: `theirs` with `{part}` for their names."""
-    values = {"part": tuple(names)}
-    return [
-        Row("encoder/layers/attention/qkv/w", f"{theirs}.weight", "(n h) d -> d n h", values=values),
-        Row("encoder/layers/attention/qkv/b", f"{theirs}.bias", "(n h) -> n h", values=values),
-    ]
-
-
-def block(theirs: str, out: str, norms: tuple[str, str]) -> list[Row]:
-    """Rows of a layer beside queries, keys, values and the MLP: `out` of attention, and the names of its `norms`."""
-    return [
-        *linear("encoder/layers/attention/out", f"{theirs}.{out}", "d (n h) -> n h d", ""),
-        *layer_norm("encoder/layers/norm1", f"{theirs}.{norms[0]}"),
-        *layer_norm("encoder/layers/norm2", f"{theirs}.{norms[1]}"),
-    ]
-
-
-def plain_mlp(up: str, down: str) -> list[Row]:
-    return [
-        *linear("encoder/layers/mlp/up", up, "f d -> d f", ""),
-        *linear("encoder/layers/mlp/down", down, "d f -> f d", ""),
-    ]
 
 
 def _clip_rows(encoder: VitConfig, prefix: str) -> list[Row]:
@@ -211,7 +64,7 @@ def _eva_rows(encoder: VitConfig, prefix: str) -> list[Row]:
         Row("encoder/class_token", f"{prefix}embeddings.class_embedding", "1 1 d -> d"),
         *patches(encoder, f"{prefix}embeddings.patch_embedding"),
         Row("encoder/position_embed", f"{prefix}embeddings.position_embedding", "1 p d -> p d"),
-        *linear("encoder/layers/attention/qkv", f"{layer}.self_attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
+        *joint_attention(f"{layer}.self_attn.qkv"),
         *block(layer, "self_attn.projection", ("layer_norm1", "layer_norm2")),
         *plain_mlp(f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"),
         *layer_norm("encoder/last_norm", f"{prefix}post_layernorm"),
@@ -325,7 +178,7 @@ def part_to_hf(encoder: VitConfig) -> dict[str, Any]:
 
 
 def tower_of(encoder: VitConfig) -> Tower:
-    """The kind of tower whose config.json can say all of an encoder."""
+    """The kind of tower whose config.json can represent an encoder."""
     for tower in TOWERS.values():
         if tower.says(encoder):
             return tower

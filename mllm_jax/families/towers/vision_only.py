@@ -2,18 +2,20 @@
 SigLIP's head makes of them is its `pooler_output`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from einops import rearrange
 
-from mllm_jax.common.fields import flag, read
+from mllm_jax.common.fields import Json, flag, read
 from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.families.base import Family
 from mllm_jax.families.shared.hf_images import counted_like_text, cut
 from mllm_jax.families.shared.rows import layer_norm, linear
-from mllm_jax.families.towers.in_vlms import CLIP, NAFLEX, SIGLIP, Tower
+from mllm_jax.families.towers.in_vlms import CLIP, NAFLEX, SIGLIP
+from mllm_jax.families.towers.tower import Tower
 from mllm_jax.model.dual_encoder import AttentionPool
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig
@@ -74,48 +76,39 @@ def attention_pool(ours: str, theirs: str) -> list[Row]:
     ]
 
 
-@dataclass(frozen=True)
-class TowerFamily:
-    """A kind of tower as a family of its own.
+class TowerFamily(Family):
+    """A vision tower as a model of its own.
 
-    architecture: transformers' class.
+    tower: its kind.
     features: of the encoder, see VitConfig.
-    INPUTS, pictures: arrays of its processor, and what they show.
     """
 
     tower: Tower
-    architecture: str
-    features: tuple[int, ...]
-    INPUTS: tuple[str, ...]
-    pictures: Callable[[ModelConfig, Arrays], list[Picture]]
+    features: tuple[int, ...] = ()
+    ignore = (r"visual_projection\.weight",)  # it stands after CLIP's tower
+    rename = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
+    modules = ((r"^vision_model\.", ""),)
+    input_names = SQUARE
 
-    IGNORE = (r"visual_projection\.weight",)  # it stands after CLIP's tower
-    RENAME = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
+    @cached_property
+    def sizes(self) -> dict[str, ModelConfig]:
+        return {name: self._model(encoder, self.tower.head) for name, encoder in self.tower.sizes.items()}
 
-    @property
-    def SIZES(self) -> tuple[str, ...]:
-        return tuple(self.tower.sizes)
-
-    def sizes(self, name: str) -> ModelConfig:
-        """The config of a published size. ValueError where there is none of that name."""
-        if name not in self.tower.sizes:
-            raise ValueError(f"{self.tower.kind} has no size {name!r}; sizes: {', '.join(self.tower.sizes)}")
-        return self._model(self.tower.sizes[name], True)
-
-    def _model(self, encoder: VitConfig, vision_use_head: bool) -> ModelConfig:
-        pool = pool_of(encoder) if vision_use_head and self.tower is not CLIP else None
+    def _model(self, encoder: VitConfig, head: bool) -> ModelConfig:
+        pool = pool_of(encoder) if head else None
         return ModelConfig(replace(encoder, features=self.features), family=self.tower.kind, pool=pool)
 
-    def from_hf(self, config: dict) -> ModelConfig:
-        """The tower that a config.json of its model_type describes."""
-        return self._model(self.tower.from_hf(config), **read(config, {"vision_use_head": flag(True)}))
+    def from_hf(self, config: Json) -> ModelConfig:
+        stated = read(config, {"vision_use_head": flag(True)})
+        return self._model(self.tower.from_hf(config), self.tower.head and stated["vision_use_head"])
 
-    def to_hf(self, config: ModelConfig) -> dict:
-        """The inverse. Raises ValueError for a pool that is not that of the tower."""
-        if config.pool not in (None, pool_of(config.encoder)):
-            raise ValueError(f"the head of a {self.tower.kind} is {pool_of(config.encoder)}, not {config.pool}")
-        head = {"vision_use_head": config.pool is not None} if self.tower is not CLIP else {}
-        return {"architectures": [self.architecture], **self.tower.to_hf(config.encoder), **head}
+    def fields_to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        head = {"vision_use_head": config.pool is not None} if self.tower.head else {}
+        return self.tower.to_hf(config.encoder) | head
+
+    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[Picture]:
+        """Returns the images in arrays of `input_names`."""
+        return square_pictures(config, arrays)
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """Pictures, which stand for themselves: there is no text."""
@@ -123,10 +116,27 @@ class TowerFamily:
         return {0: [counted_like_text((picture,), range(len(picture.patches) - picture.lead)) for picture in pictures]}
 
     def weights(self, config: ModelConfig) -> list[Row]:
-        """Our names and theirs, for this config; see weights/table.py."""
         return [*self.tower.rows(config.encoder, PREFIX), *attention_pool("pool", f"{PREFIX}head")]
 
 
-clip = TowerFamily(CLIP, "CLIPVisionModel", (-1,), SQUARE, square_pictures)
-siglip = TowerFamily(SIGLIP, "SiglipVisionModel", (), SQUARE, square_pictures)
-siglip2 = TowerFamily(NAFLEX, "Siglip2VisionModel", (), ANY_SIZE, pictures_of_any_size)
+class ClipTower(TowerFamily):
+    name = "CLIP vision tower"
+    architectures = {"clip_vision_model": "CLIPVisionModel"}
+    tower = CLIP
+    features = (-1,)
+
+
+class SiglipTower(TowerFamily):
+    name = "SigLIP vision tower"
+    architectures = {"siglip_vision_model": "SiglipVisionModel"}
+    tower = SIGLIP
+
+
+class Siglip2Tower(TowerFamily):
+    name = "SigLIP 2 (NaFlex) vision tower"
+    architectures = {"siglip2_vision_model": "Siglip2VisionModel"}
+    tower = NAFLEX
+    input_names = ANY_SIZE
+
+    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[Picture]:
+        return pictures_of_any_size(config, arrays)

@@ -13,12 +13,14 @@ from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.grounding import Grounding
 from mllm_jax.data.vision.resize import Stretch
 from mllm_jax.data.vision.tiles import Tiles
+from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, qwen2
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf, tied_at_the_top
+from mllm_jax.families.shared.hf_images import whole
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.towers.in_vlms import INTERN
 from mllm_jax.families.vlms import llava
-from mllm_jax.families.vlms.llava import feature_layers, features_from_hf, features_to_hf, whole
+from mllm_jax.families.vlms.llava import feature_layers, features_from_hf, features_to_hf
 from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -41,13 +43,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size, such as "3-8b"."""
-    if name not in SIZES:
-        raise ValueError(f"InternVL has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 FIELDS = {
     "text_config": section(),
     "vision_config": section(),
@@ -57,23 +52,6 @@ FIELDS = {
     "vision_feature_layer": feature_layers(-1),
     "vision_feature_select_strategy": word("default", ("default",)),  # which drops the class token of the tower
 }
-
-
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "internvl" describes. ValueError for what this model cannot do."""
-    stated = read(config, FIELDS)
-    with inside("vision_config"):
-        read(stated["vision_config"], {"model_type": word(INTERN.kind, (INTERN.kind,))})
-        encoder = features_of(INTERN.from_hf(stated["vision_config"]), stated["vision_feature_layer"])
-    with inside("text_config"):
-        decoder = by_model_type.decoder_from_hf({"model_type": "qwen2", **stated["text_config"]})
-    return ModelConfig(
-        encoder,
-        PixelShuffleConfig(merge_of(stated), activation_from_hf(stated["projector_hidden_act"])),
-        tied_at_the_top(decoder, config, default=True),
-        VisionTokenIds(stated["image_token_id"]),
-        family="internvl",
-    )
 
 
 def features_of(encoder: VitConfig, layers: list[int]) -> VitConfig:
@@ -87,27 +65,6 @@ def merge_of(stated: dict) -> int:
     if abs(merge - round(merge)) > 1e-9:
         raise FieldError("downsample_ratio", "must be 1, 1/2, 1/3 and so on.", stated["downsample_ratio"])
     return round(merge)
-
-
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for a model that InternVL's config.json cannot say."""
-    connector, encoder = config.connector, config.encoder
-    written = {
-        "architectures": ["InternVLForConditionalGeneration"],
-        "model_type": "internvl",
-        "image_token_id": config.tokens.image,
-        "image_seq_length": encoder.position_grid**2 // connector.merge**2,
-        "downsample_ratio": 1 / connector.merge,
-        "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
-        "vision_feature_layer": features_to_hf(encoder.features) if encoder.features else -1,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": config.decoder.tie_embeddings,
-        "text_config": by_model_type.decoder_to_hf(config.decoder),
-        "vision_config": INTERN.to_hf(encoder),
-    }
-    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
-        raise ValueError(f"InternVL's config.json cannot say all of this model: {config} would be read as {understood}")
-    return written
 
 
 SPEC = ProcessorSpec(
@@ -129,40 +86,64 @@ SPEC = ProcessorSpec(
     processor_class="InternVLProcessor",
     video_processor_type="InternVLVideoProcessor",
 )
-INPUTS = ("pixel_values",)
 
 
-def rule(config: ModelConfig) -> Tiles:
-    """How pictures are cut where no preprocessor_config.json says it."""
-    return Tiles(config.encoder.side)
+class Internvl(Family):
+    name = "InternVL"
+    architectures = {"internvl": "InternVLForConditionalGeneration"}
+    sizes = SIZES
+    # Names since transformers 4.52.
+    rename = (*llava.RENAME_TEXT, (r"^model\.(?=vision_tower|multi_modal_projector)", ""))
+    modules = llava.MODULES
+    input_names = ("pixel_values",)
+    spec = SPEC
 
+    def from_hf(self, config: dict) -> ModelConfig:
+        stated = read(config, FIELDS)
+        with inside("vision_config"):
+            read(stated["vision_config"], {"model_type": word(INTERN.kind, (INTERN.kind,))})
+            encoder = features_of(INTERN.from_hf(stated["vision_config"]), stated["vision_feature_layer"])
+        with inside("text_config"):
+            decoder = by_model_type.decoder_from_hf({"model_type": "qwen2", **stated["text_config"]})
+        return ModelConfig(
+            encoder,
+            PixelShuffleConfig(merge_of(stated), activation_from_hf(stated["projector_hidden_act"])),
+            tied_at_the_top(decoder, config, default=True),
+            VisionTokenIds(stated["image_token_id"]),
+            family="internvl",
+        )
 
-def clip_rule(config: ModelConfig) -> Stretch:
-    """How the frames of clips are read: each is one tile."""
-    return Stretch((config.encoder.side,) * 2)
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        connector, encoder = config.connector, config.encoder
+        return {
+            "model_type": "internvl",
+            "image_token_id": config.tokens.image,
+            "image_seq_length": encoder.position_grid**2 // connector.merge**2,
+            "downsample_ratio": 1 / connector.merge,
+            "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
+            "vision_feature_layer": features_to_hf(encoder.features) if encoder.features else -1,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": config.decoder.tie_embeddings,
+            "text_config": by_model_type.decoder_to_hf(config.decoder),
+            "vision_config": INTERN.to_hf(encoder),
+        }
 
+    def weights(self, config: ModelConfig) -> list[Row]:
+        return [
+            *INTERN.rows(config.encoder, "vision_tower."),
+            *layer_norm("connector/norm", "multi_modal_projector.layer_norm"),
+            *linear("connector/mlp/up", "multi_modal_projector.linear_1", "o i -> i o", ""),
+            *linear("connector/mlp/down", "multi_modal_projector.linear_2", "o i -> i o", ""),
+            *by_model_type.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
+        ]
 
-def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """Tiles f[tiles c h w] of all pictures, and frames: each stands for the placeholders of its own visual tokens."""
-    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-    return {config.tokens.image: [whole(config, tile) for tile in pixels]}
+    def rule(self, config: ModelConfig) -> Tiles:
+        return Tiles(config.encoder.side)
 
+    def clip_rule(self, config: ModelConfig) -> Stretch:
+        return Stretch((config.encoder.side,) * 2)  # each frame is one tile
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    return [
-        *INTERN.rows(config.encoder, "vision_tower."),
-        *layer_norm("connector/norm", "multi_modal_projector.layer_norm"),
-        *linear("connector/mlp/up", "multi_modal_projector.linear_1", "o i -> i o", ""),
-        *linear("connector/mlp/down", "multi_modal_projector.linear_2", "o i -> i o", ""),
-        *by_model_type.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
-    ]
-
-
-IGNORE = ()
-# Names since transformers 4.52.
-RENAME = (
-    *llava.RENAME_TEXT,
-    (r"^model\.(?=vision_tower|multi_modal_projector)", ""),
-)
-MODULES = llava.MODULES
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """Tiles f[tiles c h w] of all pictures, and frames: each stands for placeholders of its own."""
+        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+        return {config.tokens.image: [whole(config, tile) for tile in pixels]}

@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_jax.common.fields import FieldError, count, flag, inside, nullable, number, only, read, section, word
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.vision.tiles import Tiles
 from mllm_jax.families.decoders import by_model_type, internlm2, llama, qwen2
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.shared.suggestions import unsupported
-from mllm_jax.families.towers.in_vlms import INTERN, Tower, block, patches, plain_mlp
+from mllm_jax.families.towers.in_vlms import INTERN
+from mllm_jax.families.towers.tower import Tower, block, joint_attention, patches, plain_mlp
 from mllm_jax.families.vlms import internvl
 from mllm_jax.families.vlms.internvl import features_of, merge_of
 from mllm_jax.families.vlms.llava import feature_layers, features_to_hf
@@ -23,12 +25,8 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
-ARCHITECTURES = {  # of the decoders that OpenGVLab's code knows
-    "llama": "LlamaForCausalLM",
-    "internlm2": "InternLM2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
+DECODERS = ("llama", "internlm2", "phi3", "qwen2")  # those that OpenGVLab's code knows
+ARCHITECTURES = {kind: by_model_type.TEXT[kind].architectures[kind] for kind in DECODERS}
 AFTER_IMAGE = 7  # a vocabulary ends in nine tokens that training adds, of which <IMG_CONTEXT> is the third
 
 
@@ -38,7 +36,7 @@ def _rows(encoder: VitConfig, prefix: str) -> list[Row]:
         Row("encoder/class_token", f"{prefix}embeddings.class_embedding", "1 1 d -> d"),
         *patches(encoder, f"{prefix}embeddings.patch_embedding"),
         Row("encoder/position_embed", f"{prefix}embeddings.position_embedding", "1 p d -> p d"),
-        *linear("encoder/layers/attention/qkv", f"{layer}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
+        *joint_attention(f"{layer}.attn.qkv"),
         Row("encoder/layers/attention/q_norm/scale", f"{layer}.attn.q_norm.weight"),
         Row("encoder/layers/attention/k_norm/scale", f"{layer}.attn.k_norm.weight"),
         *block(layer, "attn.proj", ("norm1", "norm2")),
@@ -96,13 +94,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size, such as "1.5-26b", "2-8b" or "2.5-4b"."""
-    if name not in SIZES:
-        raise ValueError(f"InternVL has no size {name!r} in OpenGVLab's files; sizes: {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 FIELDS = {
     "llm_config": section(),
     "vision_config": section(),
@@ -122,67 +113,6 @@ FIELDS = {
 }
 
 
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "internvl_chat" describes. ValueError for what it cannot do.
-
-    The file does not say which token stands for a picture: it is AFTER_IMAGE before the end of the vocabulary, unless
-    `img_context_token_id`, which we write, says another.
-    """
-    stated = read(config, FIELDS)
-    for name, needed in (("ps_version", "v2"), ("dynamic_image_size", True), ("use_thumbnail", True)):
-        if stated[name] != needed:
-            raise FieldError(name, f"must be {json.dumps(needed)}, as in InternVL from 1.5 on.", stated[name])
-    with inside("vision_config"):
-        encoder = features_of(TOWER.from_hf(stated["vision_config"]), stated["select_layer"])
-    with inside("llm_config"):
-        decoder = by_model_type.decoder_from_hf(stated["llm_config"])
-    side = encoder.position_grid * encoder.patch_size
-    if stated["force_image_size"] not in (None, side):
-        raise FieldError("force_image_size", f"must be the tower's {side}.", stated["force_image_size"])
-    image, tiles = stated["img_context_token_id"], (stated["min_dynamic_patch"], stated["max_dynamic_patch"])
-    return ModelConfig(
-        encoder,
-        PixelShuffleConfig(merge_of(stated)),
-        decoder,
-        VisionTokenIds(decoder.vocab - AFTER_IMAGE if image is None else image),
-        family="internvl_chat",
-        inputs=InputRules(tiles=tiles, chat=stated["template"]),
-    )
-
-
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for a model that this config.json cannot say."""
-    encoder, decoder = config.encoder, by_model_type.decoder_to_hf(config.decoder)
-    if decoder["model_type"] not in ARCHITECTURES:
-        raise ValueError(f"OpenGVLab's files know no {decoder['model_type']}, only {', '.join(ARCHITECTURES)}")
-    inputs = replace(config.inputs, tiles=config.inputs.tiles or (1, 12))
-    low, high = inputs.tiles
-    written = {
-        "architectures": ["InternVLChatModel"],
-        "model_type": "internvl_chat",
-        "downsample_ratio": 1 / config.connector.merge,
-        "dynamic_image_size": True,
-        "force_image_size": encoder.position_grid * encoder.patch_size,
-        "img_context_token_id": config.tokens.image,
-        "llm_config": {"architectures": [ARCHITECTURES[decoder["model_type"]]], **decoder},
-        "max_dynamic_patch": high,
-        "min_dynamic_patch": low,
-        "pad2square": False,
-        "ps_version": "v2",
-        "select_layer": features_to_hf(encoder.features) if encoder.features else -1,
-        "template": inputs.chat,
-        "tie_word_embeddings": config.decoder.tie_embeddings,
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "use_thumbnail": True,
-        "vision_config": {"architectures": ["InternVisionModel"], **TOWER.to_hf(encoder)},
-    }
-    if (understood := replace(from_hf(written), runtime=config.runtime)) != replace(config, inputs=inputs):
-        raise ValueError(f"InternVL's config.json cannot say all of this model: {config} would be read as {understood}")
-    return written
-
-
-SPEC = replace(internvl.SPEC, video_token=internvl.SPEC.image_token)  # their tokenizers have no other
 _FIRST = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SECOND = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
@@ -210,32 +140,85 @@ CHATS = {  # the names that config.json has for them -> template, end of a turn
 }
 
 
-def chat(config: ModelConfig) -> dict[str, Any]:
-    """What a processor expects of chats. ValueError for a format that is not known here."""
-    if config.inputs.chat not in CHATS:
-        raise unsupported("the chat format of config.json", config.inputs.chat, CHATS)
-    template, end = CHATS[config.inputs.chat]
-    return {"template": template, "end_of_turn": end}
+class InternvlChat(internvl.Internvl):
+    name = "InternVL"
+    architectures = {"internvl_chat": "InternVLChatModel"}
+    sizes = SIZES
+    rename = ()
+    modules = ()
+    spec = replace(internvl.SPEC, video_token=internvl.SPEC.image_token)  # their tokenizers have no other
 
+    def from_hf(self, config: dict) -> ModelConfig:
+        """Reads a config.json. Raises ValueError for an unsupported value.
 
-def rule(config: ModelConfig) -> Tiles:
-    """How pictures are cut: config.json says it."""
-    return Tiles(config.encoder.side, *config.inputs.tiles)
+        The file does not name the token that stands for a picture: it is AFTER_IMAGE before the end of the vocabulary,
+        unless `img_context_token_id`, which we write, says another.
+        """
+        stated = read(config, FIELDS)
+        for name, needed in (("ps_version", "v2"), ("dynamic_image_size", True), ("use_thumbnail", True)):
+            if stated[name] != needed:
+                raise FieldError(name, f"must be {json.dumps(needed)}, as in InternVL from 1.5 on.", stated[name])
+        with inside("vision_config"):
+            encoder = features_of(TOWER.from_hf(stated["vision_config"]), stated["select_layer"])
+        with inside("llm_config"):
+            decoder = by_model_type.decoder_from_hf(stated["llm_config"])
+        side = encoder.position_grid * encoder.patch_size
+        if stated["force_image_size"] not in (None, side):
+            raise FieldError("force_image_size", f"must be the tower's {side}.", stated["force_image_size"])
+        image, tiles = stated["img_context_token_id"], (stated["min_dynamic_patch"], stated["max_dynamic_patch"])
+        return ModelConfig(
+            encoder,
+            PixelShuffleConfig(merge_of(stated)),
+            decoder,
+            VisionTokenIds(decoder.vocab - AFTER_IMAGE if image is None else image),
+            family="internvl_chat",
+            inputs=InputRules(tiles=tiles, chat=stated["template"]),
+        )
 
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        encoder, decoder = config.encoder, by_model_type.decoder_to_hf(config.decoder)
+        if decoder["model_type"] not in ARCHITECTURES:
+            raise ValueError(f"OpenGVLab's files know no {decoder['model_type']}, only {', '.join(ARCHITECTURES)}")
+        low, high = config.inputs.tiles
+        return {
+            "model_type": "internvl_chat",
+            "downsample_ratio": 1 / config.connector.merge,
+            "dynamic_image_size": True,
+            "force_image_size": encoder.position_grid * encoder.patch_size,
+            "img_context_token_id": config.tokens.image,
+            "llm_config": {"architectures": [ARCHITECTURES[decoder["model_type"]]], **decoder},
+            "max_dynamic_patch": high,
+            "min_dynamic_patch": low,
+            "pad2square": False,
+            "ps_version": "v2",
+            "select_layer": features_to_hf(encoder.features) if encoder.features else -1,
+            "template": config.inputs.chat,
+            "tie_word_embeddings": config.decoder.tie_embeddings,
+            "use_backbone_lora": 0,
+            "use_llm_lora": 0,
+            "use_thumbnail": True,
+            "vision_config": {"architectures": ["InternVisionModel"], **TOWER.to_hf(encoder)},
+        }
 
-INPUTS, visuals, clip_rule = internvl.INPUTS, internvl.visuals, internvl.clip_rule
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        tiles = config.inputs.tiles or (1, 12)
+        return super().to_hf(replace(config, inputs=replace(config.inputs, tiles=tiles)))
 
+    def weights(self, config: ModelConfig) -> list[Row]:
+        return [
+            *TOWER.rows(config.encoder, "vision_model."),
+            *layer_norm("connector/norm", "mlp1.0"),
+            *linear("connector/mlp/up", "mlp1.1", "o i -> i o", ""),
+            *linear("connector/mlp/down", "mlp1.3", "o i -> i o", ""),
+            *by_model_type.whole_weights(config.decoder, "language_model."),
+        ]
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    return [
-        *TOWER.rows(config.encoder, "vision_model."),
-        *layer_norm("connector/norm", "mlp1.0"),
-        *linear("connector/mlp/up", "mlp1.1", "o i -> i o", ""),
-        *linear("connector/mlp/down", "mlp1.3", "o i -> i o", ""),
-        *by_model_type.whole_weights(config.decoder, "language_model."),
-    ]
+    def rule(self, config: ModelConfig) -> Tiles:
+        return Tiles(config.encoder.side, *config.inputs.tiles)  # config.json says it
 
-
-IGNORE = ()
-RENAME = ()
+    def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
+        """As of other families, with the format of chats. Raises ValueError for a format that is not known here."""
+        if config.inputs.chat not in CHATS:
+            raise unsupported("the chat format of config.json", config.inputs.chat, CHATS)
+        template, end = CHATS[config.inputs.chat]
+        return replace(super().processor_spec(config), template=template, end_of_turn=end)

@@ -26,6 +26,7 @@ from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.vision.resize import Crop, Square, mean_colour
 from mllm_jax.data.vision.tiles import AnyRes
+from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, llama, mistral, qwen2
 from mllm_jax.families.shared.decoder_config import (
     activation_from_hf,
@@ -33,7 +34,7 @@ from mllm_jax.families.shared.decoder_config import (
     tied_at_either,
     tied_at_the_top,
 )
-from mllm_jax.families.shared.hf_images import counted_like_text, cut
+from mllm_jax.families.shared.hf_images import counted_like_text, cut, whole
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers.in_vlms import CLIP, part_to_hf, tower_for, tower_of
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
@@ -76,13 +77,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size, such as "1.5-7b" or "next-mistral-7b"."""
-    if name not in SIZES:
-        raise ValueError(f"LLaVA has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 def feature_layers(*usual: int) -> Field:
     """A number of a layer, or several: what `features_from_hf` reads."""
     return listed(count(low=-MOST_LAYERS, high=MOST_LAYERS), list(usual), lone=True)
@@ -100,36 +94,6 @@ FIELDS = {
     "multimodal_projector_bias": only(True),
     "image_grid_pinpoints": nullable(GRID),
 }
-
-
-def from_hf(config: Json) -> ModelConfig:
-    """The model that a `config.json` of model_type "llava" or "llava_next" describes.
-
-    Raises ValueError for what this model cannot do.
-    """
-    stated = read(config, FIELDS)
-    with inside("vision_config"):
-        vision = {"model_type": CLIP.kind, **stated["vision_config"]}
-        encoder = tower_for(vision).from_hf(vision)
-    encoder = replace(encoder, features=features_from_hf(stated["vision_feature_layer"], encoder.layers))
-    strategy = stated["vision_feature_select_strategy"]
-    if strategy == "default" and encoder.lead != 1:  # which drops the first feature, whatever it is
-        raise FieldError("vision_feature_select_strategy", "needs a class token and no registers.", strategy)
-    newline = config["model_type"] == "llava_next"
-    with inside("text_config"):
-        decoder = by_model_type.decoder_from_hf({"model_type": "llama", **stated["text_config"]})
-    tied = tied_at_the_top if newline else tied_at_either
-    return ModelConfig(
-        encoder,
-        MlpConnectorConfig(activation=activation_from_hf(stated["projector_hidden_act"]), newline=newline),
-        tied(decoder, config),
-        VisionTokenIds(image_token(stated)),
-        family=config["model_type"],
-        inputs=InputRules(
-            pinpoints=pinpoints_from_hf(stated["image_grid_pinpoints"] or PINPOINTS) if newline else (),
-            shows_lead=strategy == "full" and encoder.lead > 0,
-        ),
-    )
 
 
 def image_token(stated: Json) -> int:
@@ -155,32 +119,6 @@ def features_to_hf(features: tuple[int, ...]) -> int | list[int]:
     return layers[0] if len(layers) == 1 else layers
 
 
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for a model that LLaVA's config.json cannot say."""
-    connector, encoder = config.connector, config.encoder
-    kind = "llava_next" if connector.newline else "llava"
-    decoder = by_model_type.decoder_to_hf(config.decoder)
-    written = {
-        "architectures": [
-            {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}[kind]
-        ],
-        "model_type": kind,
-        "image_token_index": config.tokens.image,
-        "image_seq_length": config.shown + encoder.position_grid**2,
-        "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
-        "vision_feature_layer": features_to_hf(encoder.features),
-        "vision_feature_select_strategy": "default" if encoder.lead > config.shown else "full",
-        "tie_word_embeddings": config.decoder.tie_embeddings,
-        "text_config": decoder,
-        "vision_config": part_to_hf(encoder),
-    }
-    if connector.newline:
-        written["image_grid_pinpoints"] = [list(size) for size in config.inputs.pinpoints]
-    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
-        raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
-    return written
-
-
 SPEC = ProcessorSpec(
     grounding=None,
     image_token="<image>",
@@ -191,61 +129,8 @@ SPEC = ProcessorSpec(
     processor_class="LlavaProcessor",
     video_processor_type=None,
 )
-INPUTS = ("pixel_values", "image_sizes")
 
 
-def rule(config: ModelConfig) -> AnyRes | Square | Crop:
-    """How pictures are cut where no preprocessor_config.json says it."""
-    side, pinpoints = config.encoder.side, config.inputs.pinpoints
-    if config.inputs.square:
-        return Square(side, mean_colour(config.encoder.pixel_mean))
-    return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
-
-
-def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """Pictures f[pictures c h w], or with newlines their tiles f[pictures tiles c h w] and sizes i[pictures 2]."""
-    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-    if not config.connector.newline:
-        return {config.tokens.image: [whole(config, picture) for picture in pixels]}
-    if len(pixels) != len(arrays.get("image_sizes", ())):
-        raise ValueError(f"{len(pixels)} pictures need as many image_sizes, not {len(arrays.get('image_sizes', ()))}")
-    return {
-        config.tokens.image: [
-            tiled(config, tiles, (int(height), int(width)))
-            for tiles, (height, width) in zip(pixels, arrays.get("image_sizes", ()), strict=True)
-        ]
-    }
-
-
-def whole(config: ModelConfig, pixels: np.ndarray) -> Visual:
-    """A picture, or a tile, that is read as one: pixels [c h w]."""
-    picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
-    picture = picture._replace(shows_lead=config.inputs.shows_lead)
-    return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
-
-
-def tiled(config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> Visual:
-    """A picture of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
-    patch, own = config.encoder.patch_size, rule(config)
-    pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
-    return counted_like_text(pictures, own.order(size, patch))
-
-
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    return [
-        *tower_of(config.encoder).rows(config.encoder, "vision_tower.vision_model."),
-        *(
-            row
-            for i in range(config.connector.layers)
-            for row in linear(f"connector/linear{i}", f"multi_modal_projector.linear_{i + 1}", "o i -> i o", "")
-        ),
-        Row("connector/newline", "image_newline"),
-        *by_model_type.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
-    ]
-
-
-IGNORE = ()
 # Names since transformers 4.52, and how layers are called in its memory.
 RENAME_TEXT = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -263,3 +148,92 @@ MODULES = (
     (r"^vision_tower\.vision_model\.", "vision_tower."),
     (r"^(?=vision_tower|multi_modal_projector|image_newline)", "model."),
 )
+
+
+class Llava(Family):
+    name = "LLaVA"
+    architectures = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+    sizes = SIZES
+    rename = RENAME
+    modules = MODULES
+    input_names = ("pixel_values", "image_sizes")
+    spec = SPEC
+
+    def from_hf(self, config: Json) -> ModelConfig:
+        stated = read(config, FIELDS)
+        with inside("vision_config"):
+            vision = {"model_type": CLIP.kind, **stated["vision_config"]}
+            encoder = tower_for(vision).from_hf(vision)
+        encoder = replace(encoder, features=features_from_hf(stated["vision_feature_layer"], encoder.layers))
+        strategy = stated["vision_feature_select_strategy"]
+        if strategy == "default" and encoder.lead != 1:  # which drops the first feature, whatever it is
+            raise FieldError("vision_feature_select_strategy", "needs a class token and no registers.", strategy)
+        newline = config["model_type"] == "llava_next"
+        with inside("text_config"):
+            decoder = by_model_type.decoder_from_hf({"model_type": "llama", **stated["text_config"]})
+        tied = tied_at_the_top if newline else tied_at_either
+        return ModelConfig(
+            encoder,
+            MlpConnectorConfig(activation=activation_from_hf(stated["projector_hidden_act"]), newline=newline),
+            tied(decoder, config),
+            VisionTokenIds(image_token(stated)),
+            family=config["model_type"],
+            inputs=InputRules(
+                pinpoints=pinpoints_from_hf(stated["image_grid_pinpoints"] or PINPOINTS) if newline else (),
+                shows_lead=strategy == "full" and encoder.lead > 0,
+            ),
+        )
+
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        connector, encoder = config.connector, config.encoder
+        return {
+            "model_type": "llava_next" if connector.newline else "llava",
+            "image_token_index": config.tokens.image,
+            "image_seq_length": config.shown + encoder.position_grid**2,
+            "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
+            "vision_feature_layer": features_to_hf(encoder.features),
+            "vision_feature_select_strategy": "default" if encoder.lead > config.shown else "full",
+            "tie_word_embeddings": config.decoder.tie_embeddings,
+            "text_config": by_model_type.decoder_to_hf(config.decoder),
+            "vision_config": part_to_hf(encoder),
+            **({"image_grid_pinpoints": [list(size) for size in config.inputs.pinpoints]} if connector.newline else {}),
+        }
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        return [
+            *tower_of(config.encoder).rows(config.encoder, "vision_tower.vision_model."),
+            *(
+                row
+                for i in range(config.connector.layers)
+                for row in linear(f"connector/linear{i}", f"multi_modal_projector.linear_{i + 1}", "o i -> i o", "")
+            ),
+            Row("connector/newline", "image_newline"),
+            *by_model_type.decoder_weights(config.decoder, "language_model.model", "language_model.lm_head.weight"),
+        ]
+
+    def rule(self, config: ModelConfig) -> AnyRes | Square | Crop:
+        side, pinpoints = config.encoder.side, config.inputs.pinpoints
+        if config.inputs.square:
+            return Square(side, mean_colour(config.encoder.pixel_mean))
+        return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
+
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """Pictures f[pictures c h w], or with newlines their tiles f[pictures tiles c h w] and sizes i[pictures 2]."""
+        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+        if not config.connector.newline:
+            return {config.tokens.image: [whole(config, picture) for picture in pixels]}
+        sizes = arrays.get("image_sizes", ())
+        if len(pixels) != len(sizes):
+            raise ValueError(f"{len(pixels)} pictures need as many image_sizes, not {len(sizes)}")
+        return {
+            config.tokens.image: [
+                self._tiled(config, tiles, (int(height), int(width)))
+                for tiles, (height, width) in zip(pixels, sizes, strict=True)
+            ]
+        }
+
+    def _tiled(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> Visual:
+        """A picture of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
+        patch, own = config.encoder.patch_size, self.rule(config)
+        pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
+        return counted_like_text(pictures, own.order(size, patch))

@@ -7,11 +7,12 @@ token of the vocabulary stands for a picture: it is IMAGE. What transformers mak
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from mllm_jax.common.fields import FieldError, nullable, only, read, word
+from mllm_jax.common.fields import FieldError, Json, nullable, only, read, word
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.families.decoders import by_model_type, llama, mistral
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.shared.suggestions import unsupported
@@ -53,13 +54,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size, such as "1.0-13b" or "1.5-7b"."""
-    if name not in SIZES:
-        raise ValueError(f"LLaVA has no size {name!r} in its authors' files; sizes: {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 FIELDS = {
     "mm_vision_tower": word(),
     "mm_vision_select_feature": only("patch"),
@@ -69,78 +63,6 @@ FIELDS = {
     "image_aspect_ratio": nullable(word(None)),
     "image_grid_pinpoints": nullable(llava.GRID),
 }
-
-
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The model that a `config.json` of model_type "llava_llama", "llava_mistral" or, before, "llava" describes.
-
-    Raises ValueError for what this model cannot do.
-    """
-    stated = read(config, FIELDS)
-    tower, kind = stated["mm_vision_tower"].rstrip("/").rpartition("/")[2], stated["mm_projector_type"]
-    if tower not in TOWERS:
-        raise unsupported("mm_vision_tower", stated["mm_vision_tower"], TOWERS)
-    layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
-    if layers is None and kind != "linear":
-        raise FieldError("mm_projector_type", 'must be "linear" or "mlp2x_gelu".', kind)
-    newline, aspect = "unpad" in stated["mm_patch_merge_type"], stated["image_aspect_ratio"]
-    if newline != (aspect == "anyres"):
-        raise ValueError(
-            "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
-        )
-    decoder = DECODERS[config["model_type"]]
-    if newline and not stated["image_grid_pinpoints"]:
-        raise FieldError("image_grid_pinpoints", "is missing. Add it to the file.")
-    # Theirs are (width, height).
-    pinpoints = llava.pinpoints_from_hf(stated["image_grid_pinpoints"]) if newline else ()
-    return ModelConfig(
-        replace(TOWERS[tower], features=llava.features_from_hf(stated["mm_vision_select_layer"], TOWERS[tower].layers)),
-        MlpConnectorConfig(1 if layers is None else int(layers[1]), newline=newline),
-        by_model_type.decoder_from_hf({**config, "model_type": decoder}),
-        VisionTokenIds(IMAGE),
-        family=f"llava_{decoder}",
-        inputs=InputRules(tuple((height, width) for width, height in pinpoints), square=aspect == "pad"),
-    )
-
-
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `from_hf`. Raises ValueError for a model that this config.json cannot say."""
-    encoder, connector, decoder = config.encoder, config.connector, by_model_type.decoder_to_hf(config.decoder)
-    tower = next((name for name, known in TOWERS.items() if replace(known, features=encoder.features) == encoder), None)
-    if tower is None or decoder["model_type"] not in ARCHITECTURES:
-        raise ValueError(
-            f"LLaVA's own config.json names one of the towers {', '.join(TOWERS)} and has a decoder of "
-            f"{' or '.join(ARCHITECTURES)}; this model has others: {config}"
-        )
-    tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
-    tiles |= {"image_grid_pinpoints": [[width, height] for height, width in config.inputs.pinpoints]}
-    written = {
-        **decoder,
-        "architectures": [ARCHITECTURES[decoder["model_type"]]],
-        "model_type": f"llava_{decoder['model_type']}",
-        "mm_hidden_size": encoder.width,
-        "mm_projector_type": "linear" if connector.layers == 1 else f"mlp{connector.layers}x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": llava.features_to_hf(encoder.features),
-        "mm_vision_tower": f"openai/{tower}",
-        "unfreeze_mm_vision_tower": True,  # says that the tower's weights are in the file
-        "use_mm_proj": True,
-        **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if config.inputs.square else {}),
-    }
-    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
-        raise ValueError(f"LLaVA's config.json cannot say all of this model: {config} would be read as {understood}")
-    return written
-
-
-def elsewhere(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The model that has the rest of the weights, where a file with these names of tensors lacks the tower's."""
-    return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
-
-
-SPEC = replace(llava.SPEC, image_id=IMAGE, framed=True)
-INPUTS, rule, visuals = llava.INPUTS, llava.rule, llava.visuals
 
 
 def _content(message: str) -> str:
@@ -198,33 +120,93 @@ CHATS = {  # llava/conversation.py's names -> template, end of a turn where it i
 _YI = llama.SIZES["yi-34b"].vocab
 
 
-def chat(config: ModelConfig) -> dict[str, Any]:
-    """What a processor expects of chats: config.json does not say it, it follows from the decoder.
-
-    Another format, as that of LLaVA on Llama 2 Chat, is said by a chat_template.jinja in the folder.
-    """
-    if config.decoder.family == "mistral":
-        template, end = CHATS["mistral_instruct"]
-    else:
-        template, end = CHATS["chatml_direct" if config.decoder.vocab == _YI else "vicuna_v1"]
-    return {"template": template, "end_of_turn": end}
-
-
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    layers, theirs = config.connector.layers, "model.mm_projector"
-    names = [theirs] if layers == 1 else [f"{theirs}.{2 * i}" for i in range(layers)]  # between two stands a GELU
-    return [
-        *CLIP.rows(config.encoder, TOWER),
-        *(row for i, name in enumerate(names) for row in linear(f"connector/linear{i}", name, "o i -> i o", "")),
-        Row("connector/newline", "model.image_newline"),
-        *by_model_type.whole_weights(config.decoder, ""),
-    ]
+class LlavaLlama(llava.Llava):
+    name = "LLaVA"
+    architectures = {f"llava_{decoder}": architecture for decoder, architecture in ARCHITECTURES.items()}
+    sizes = SIZES
+    # Of the tower's own files there is the tower of texts too.
+    ignore = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale")
+    rename = ((r"^vision_model\.", TOWER),)
+    modules = ()
+    spec = replace(llava.SPEC, image_id=IMAGE, framed=True)
 
+    def from_hf(self, config: Json) -> ModelConfig:
+        """Reads a config.json of model_type "llava_llama", "llava_mistral" or, before, "llava"."""
+        stated = read(config, FIELDS)
+        tower, kind = stated["mm_vision_tower"].rstrip("/").rpartition("/")[2], stated["mm_projector_type"]
+        if tower not in TOWERS:
+            raise unsupported("mm_vision_tower", stated["mm_vision_tower"], TOWERS)
+        layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+        if layers is None and kind != "linear":
+            raise FieldError("mm_projector_type", 'must be "linear" or "mlp2x_gelu".', kind)
+        newline, aspect = "unpad" in stated["mm_patch_merge_type"], stated["image_aspect_ratio"]
+        if newline != (aspect == "anyres"):
+            raise ValueError(
+                "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
+            )
+        encoder, decoder = TOWERS[tower], DECODERS[config["model_type"]]
+        if newline and not stated["image_grid_pinpoints"]:
+            raise FieldError("image_grid_pinpoints", "is missing. Add it to the file.")
+        # Theirs are (width, height).
+        pinpoints = llava.pinpoints_from_hf(stated["image_grid_pinpoints"]) if newline else ()
+        return ModelConfig(
+            replace(encoder, features=llava.features_from_hf(stated["mm_vision_select_layer"], encoder.layers)),
+            MlpConnectorConfig(1 if layers is None else int(layers[1]), newline=newline),
+            by_model_type.decoder_from_hf({**config, "model_type": decoder}),
+            VisionTokenIds(IMAGE),
+            family=f"llava_{decoder}",
+            inputs=InputRules(tuple((height, width) for width, height in pinpoints), square=aspect == "pad"),
+        )
 
-# Of the tower's own files there is the tower of texts too.
-IGNORE = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale")
-RENAME = ((r"^vision_model\.", TOWER),)
+    def fields_to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        encoder, connector, decoder = config.encoder, config.connector, by_model_type.decoder_to_hf(config.decoder)
+        alike = (name for name, known in TOWERS.items() if replace(known, features=encoder.features) == encoder)
+        tower = next(alike, None)
+        if tower is None or decoder["model_type"] not in ARCHITECTURES:
+            raise ValueError(
+                f"LLaVA's own config.json names one of the towers {', '.join(TOWERS)} and has a decoder of "
+                f"{' or '.join(ARCHITECTURES)}; this model has others: {config}"
+            )
+        tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+        tiles |= {"image_grid_pinpoints": [[width, height] for height, width in config.inputs.pinpoints]}
+        return {
+            **decoder,
+            "model_type": f"llava_{decoder['model_type']}",
+            "mm_hidden_size": encoder.width,
+            "mm_projector_type": "linear" if connector.layers == 1 else f"mlp{connector.layers}x_gelu",
+            "mm_use_im_patch_token": False,
+            "mm_use_im_start_end": False,
+            "mm_vision_select_feature": "patch",
+            "mm_vision_select_layer": llava.features_to_hf(encoder.features),
+            "mm_vision_tower": f"openai/{tower}",
+            "unfreeze_mm_vision_tower": True,  # says that the tower's weights are in the file
+            "use_mm_proj": True,
+            **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if config.inputs.square else {}),
+        }
+
+    def tower_source(self, config: Json, names: Iterable[str]) -> str | None:
+        return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
+
+    def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
+        """As of other families, with the format of chats: config.json does not say it, it follows from the decoder.
+
+        Another format, as that of LLaVA on Llama 2 Chat, is said by a chat_template.jinja in the folder.
+        """
+        if config.decoder.family == "mistral":
+            template, end = CHATS["mistral_instruct"]
+        else:
+            template, end = CHATS["chatml_direct" if config.decoder.vocab == _YI else "vicuna_v1"]
+        return replace(super().processor_spec(config), template=template, end_of_turn=end)
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        layers, theirs = config.connector.layers, "model.mm_projector"
+        names = [theirs] if layers == 1 else [f"{theirs}.{2 * i}" for i in range(layers)]  # between two stands a GELU
+        return [
+            *CLIP.rows(config.encoder, TOWER),
+            *(row for i, name in enumerate(names) for row in linear(f"connector/linear{i}", name, "o i -> i o", "")),
+            Row("connector/newline", "model.image_newline"),
+            *by_model_type.whole_weights(config.decoder, ""),
+        ]

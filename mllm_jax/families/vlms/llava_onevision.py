@@ -47,13 +47,6 @@ SIZES = {
 }
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size, such as "7b"."""
-    if name not in SIZES:
-        raise ValueError(f"LLaVA-OneVision has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 FIELDS = {
     "text_config": section(),
     "vision_config": section(),
@@ -61,52 +54,6 @@ FIELDS = {
     "video_token_index": count(151647, low=0),
     "vision_aspect_ratio": word("anyres_max_9"),
 }
-
-
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "llava_onevision" describes. ValueError for what it cannot do."""
-    stated = read(config, FIELDS)
-    aspect = stated["vision_aspect_ratio"]
-    if not (most := re.fullmatch(r"anyres_max_([1-9]\d{0,3})", aspect)):
-        raise FieldError("vision_aspect_ratio", 'must be "anyres_max_9" or with another number.', aspect)
-    said = {"model_type": "qwen2", **stated["text_config"]}
-    with inside("text_config"):
-        decoder = tied_at_either(by_model_type.decoder_from_hf(said), config)
-    model = llava.from_hf(
-        {
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-            "image_token_index": 151646,
-            **config,
-            "image_grid_pinpoints": config.get("image_grid_pinpoints") or PINPOINTS,
-            "vision_config": {"model_type": SIGLIP.kind, **stated["vision_config"]},
-            "model_type": "llava_next",
-            "text_config": said,
-            "tie_word_embeddings": decoder.tie_embeddings,
-        }
-    )
-    video = stated["video_token_index"] if stated["video_token_id"] is None else stated["video_token_id"]
-    tokens = replace(model.tokens, video=video)
-    inputs = replace(model.inputs, most_tiles=int(most[1]))
-    return replace(model, tokens=tokens, family="llava_onevision", inputs=inputs)
-
-
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for a model that LLaVA-OneVision's config.json cannot say."""
-    tokens, inputs = VisionTokenIds(config.tokens.image), replace(config.inputs, most_tiles=0)
-    alike = replace(config, tokens=tokens, family="llava_next", inputs=inputs)
-    written = llava.to_hf(alike) | {
-        "architectures": ["LlavaOnevisionForConditionalGeneration"],
-        "model_type": "llava_onevision",
-        "video_token_index": config.tokens.video,
-        "vision_aspect_ratio": f"anyres_max_{config.inputs.most_tiles}",
-    }
-    del written["image_seq_length"]
-    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
-        raise ValueError(
-            f"LLaVA-OneVision's config.json cannot say all of this model: {config} would be read as {understood}"
-        )
-    return written
 
 
 SPEC = ProcessorSpec(
@@ -123,55 +70,89 @@ SPEC = ProcessorSpec(
     processor_class="LlavaOnevisionProcessor",
     video_processor_type="LlavaOnevisionVideoProcessor",
 )
-INPUTS = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
 
 
-def rule(config: ModelConfig) -> AnyRes:
-    """How pictures are cut where no preprocessor_config.json says it."""
-    colour = mean_colour(config.encoder.pixel_mean)
-    return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, colour)
+class LlavaOnevision(llava.Llava):
+    name = "LLaVA-OneVision"
+    architectures = {"llava_onevision": "LlavaOnevisionForConditionalGeneration"}
+    sizes = SIZES
+    input_names = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
+    spec = SPEC
 
-
-def clip_rule(config: ModelConfig) -> Halved:
-    """How the frames of clips are read."""
-    return Halved((config.encoder.side,) * 2)
-
-
-def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """What its processor's arrays show.
-
-    `pixel_values` f[pictures tiles c h w] are tiles with `image_sizes` i[pictures 2]; `batch_num_images` i[n] says how
-    many pictures each conversation has that has any (absent: one), and of several each is its first tile alone.
-    `pixel_values_videos` f[clips frames c h w].
-    """
-    pixels, sizes = arrays.get("pixel_values", np.zeros((0, 1, 1, 1, 1))), arrays.get("image_sizes", ())
-    counts = arrays.get("batch_num_images", np.ones(len(pixels), int))
-    if pixels.ndim != 5 or not len(pixels) == len(sizes) == sum(counts):
-        raise ValueError(
-            f"pixel_values {pixels.shape} must be [pictures tiles c h w], with as many image_sizes ({len(sizes)}) and "
-            f"as many pictures in batch_num_images ({sum(counts)})"
+    def from_hf(self, config: dict) -> ModelConfig:
+        stated = read(config, FIELDS)
+        aspect = stated["vision_aspect_ratio"]
+        if not (most := re.fullmatch(r"anyres_max_([1-9]\d{0,3})", aspect)):
+            raise FieldError("vision_aspect_ratio", 'must be "anyres_max_9" or with another number.', aspect)
+        said = {"model_type": "qwen2", **stated["text_config"]}
+        with inside("text_config"):
+            decoder = tied_at_either(by_model_type.decoder_from_hf(said), config)
+        model = super().from_hf(
+            {
+                "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "full",
+                "image_token_index": 151646,
+                **config,
+                "image_grid_pinpoints": config.get("image_grid_pinpoints") or PINPOINTS,
+                "vision_config": {"model_type": SIGLIP.kind, **stated["vision_config"]},
+                "model_type": "llava_next",
+                "text_config": said,
+                "tie_word_embeddings": decoder.tie_embeddings,
+            }
         )
-    among = np.repeat(counts, counts)
-    pictures = [
-        _picture(config, tiles, (int(height), int(width)), int(count))
-        for tiles, (height, width), count in zip(pixels, sizes, among, strict=True)
-    ]
-    clips = [_clip(config, frames) for frames in arrays.get("pixel_values_videos", ())]
-    return {config.tokens.image: pictures, config.tokens.video: clips}
+        video = stated["video_token_index"] if stated["video_token_id"] is None else stated["video_token_id"]
+        tokens = replace(model.tokens, video=video)
+        inputs = replace(model.inputs, most_tiles=int(most[1]))
+        return replace(model, tokens=tokens, family="llava_onevision", inputs=inputs)
 
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        tokens, inputs = VisionTokenIds(config.tokens.image), replace(config.inputs, most_tiles=0)
+        alike = replace(config, tokens=tokens, family="llava_next", inputs=inputs)
+        written = super().fields_to_hf(alike) | {
+            "model_type": "llava_onevision",
+            "video_token_index": config.tokens.video,
+            "vision_aspect_ratio": f"anyres_max_{config.inputs.most_tiles}",
+        }
+        del written["image_seq_length"]
+        return written
 
-def _picture(config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> Visual:
-    """One of `count` pictures of a conversation, of `size` (height, width): tiles [tiles c h w], or more of them."""
-    own, patch = rule(config).among(count), config.encoder.patch_size
-    pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
-    return counted_like_text(pictures, own.order(size, patch), own.mix(size, patch))
+    def rule(self, config: ModelConfig) -> AnyRes:
+        colour = mean_colour(config.encoder.pixel_mean)
+        return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, colour)
 
+    def clip_rule(self, config: ModelConfig) -> Halved:
+        return Halved((config.encoder.side,) * 2)
 
-def _clip(config: ModelConfig, frames: np.ndarray) -> Visual:
-    """A clip of frames [t c h w]."""
-    patch, size = config.encoder.patch_size, frames.shape[-2:]
-    pictures = (cut(pixels, patch, config.lead)._replace(time=time) for time, pixels in enumerate(frames))
-    return counted_like_text(tuple(pictures), *frame_by_frame(clip_rule(config), size, patch, len(frames)))
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """What its processor's arrays show.
 
+        `pixel_values` f[pictures tiles c h w] are tiles with `image_sizes` i[pictures 2]; `batch_num_images` i[n] says
+        how many pictures each conversation has that has any (absent: one), and of several each is its first tile
+        alone. `pixel_values_videos` f[clips frames c h w].
+        """
+        pixels, sizes = arrays.get("pixel_values", np.zeros((0, 1, 1, 1, 1))), arrays.get("image_sizes", ())
+        counts = arrays.get("batch_num_images", np.ones(len(pixels), int))
+        if pixels.ndim != 5 or not len(pixels) == len(sizes) == sum(counts):
+            raise ValueError(
+                f"pixel_values {pixels.shape} must be [pictures tiles c h w], with as many image_sizes ({len(sizes)}) "
+                f"and as many pictures in batch_num_images ({sum(counts)})"
+            )
+        among = np.repeat(counts, counts)
+        pictures = [
+            self._picture(config, tiles, (int(height), int(width)), int(count))
+            for tiles, (height, width), count in zip(pixels, sizes, among, strict=True)
+        ]
+        clips = [self._clip(config, frames) for frames in arrays.get("pixel_values_videos", ())]
+        return {config.tokens.image: pictures, config.tokens.video: clips}
 
-weights, IGNORE, RENAME = llava.weights, llava.IGNORE, llava.RENAME
+    def _picture(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> Visual:
+        """One of `count` pictures of a conversation, of `size` (height, width): its tiles [tiles c h w], or more."""
+        own, patch = self.rule(config).among(count), config.encoder.patch_size
+        pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
+        return counted_like_text(pictures, own.order(size, patch), own.mix(size, patch))
+
+    def _clip(self, config: ModelConfig, frames: np.ndarray) -> Visual:
+        """A clip of frames [t c h w]."""
+        patch, size = config.encoder.patch_size, frames.shape[-2:]
+        pictures = (cut(pixels, patch, config.lead)._replace(time=time) for time, pixels in enumerate(frames))
+        return counted_like_text(tuple(pictures), *frame_by_frame(self.clip_rule(config), size, patch, len(frames)))

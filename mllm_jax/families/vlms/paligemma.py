@@ -13,8 +13,10 @@ from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.grounding import Grounding
 from mllm_jax.data.vision.resize import Stretch
+from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, gemma, gemma2
 from mllm_jax.families.shared.decoder_config import tied_at_the_top
+from mllm_jax.families.shared.hf_images import whole
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers.in_vlms import SIGLIP, part_to_hf
 from mllm_jax.families.vlms import llava
@@ -40,60 +42,12 @@ def _size(decoder: DecoderConfig, pixels: int) -> ModelConfig:
 SIZES = {f"{name}-{pixels}": _size(_DECODERS[name], pixels) for name in _DECODERS for pixels in (224, 448, 896)}
 
 
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size: "3b-224", and of PaliGemma 2 "2-3b-448", "2-10b-896", "2-28b-224" and so on."""
-    if name not in SIZES:
-        raise ValueError(f"PaliGemma has no size {name!r}; sizes: {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 FIELDS = {
     "text_config": section(),
     "vision_config": section(),
     "image_token_id": count(None, low=0),  # two names of one number
     "image_token_index": count(256000, low=0),
 }
-
-
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "paligemma" describes. ValueError for what this model cannot do."""
-    stated = read(config, FIELDS)
-    with inside("vision_config"):
-        read(stated["vision_config"], {"model_type": word(SIGLIP.kind, (SIGLIP.kind,))})
-        encoder = SIGLIP.from_hf(stated["vision_config"])
-    with inside("text_config"):
-        # Its own masks decide who sees whom, whatever the decoder's config says of it.
-        decoder = by_model_type.decoder_from_hf(
-            {"model_type": "gemma", **stated["text_config"], "use_bidirectional_attention": None}
-        )
-    return ModelConfig(
-        encoder,
-        MlpConnectorConfig(layers=1),
-        replace(tied_at_the_top(decoder, config, default=True), prefix=True),
-        VisionTokenIds(llava.image_token(stated)),
-        family="paligemma",
-    )
-
-
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`. Raises ValueError for a model that PaliGemma's config.json cannot say."""
-    decoder, encoder = config.decoder, config.encoder
-    tokens = {"num_image_tokens": encoder.position_grid**2}
-    written = {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "model_type": "paligemma",
-        "image_token_index": config.tokens.image,
-        "hidden_size": decoder.width,
-        "projection_dim": decoder.width,
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "text_config": by_model_type.decoder_to_hf(replace(decoder, prefix=False)) | tokens,
-        "vision_config": part_to_hf(encoder) | {"projection_dim": decoder.width},
-    }
-    if (understood := replace(from_hf(written), runtime=config.runtime)) != config:
-        raise ValueError(
-            f"PaliGemma's config.json cannot say all of this model: {config} would be read as {understood}"
-        )
-    return written
 
 
 SPEC = ProcessorSpec(
@@ -125,30 +79,61 @@ SPEC = ProcessorSpec(
     processor_class="PaliGemmaProcessor",
     video_processor_type=None,
 )
-INPUTS = ("pixel_values",)
 
 
-def rule(config: ModelConfig) -> Stretch:
-    """How pictures are resized where no preprocessor_config.json says it."""
-    side = config.encoder.side
-    return Stretch((side, side))
+class Paligemma(Family):
+    name = "PaliGemma"
+    architectures = {"paligemma": "PaliGemmaForConditionalGeneration"}
+    sizes = SIZES
+    rename = llava.RENAME
+    modules = llava.MODULES
+    input_names = ("pixel_values",)
+    spec = SPEC
 
+    def from_hf(self, config: dict) -> ModelConfig:
+        stated = read(config, FIELDS)
+        with inside("vision_config"):
+            read(stated["vision_config"], {"model_type": word(SIGLIP.kind, (SIGLIP.kind,))})
+            encoder = SIGLIP.from_hf(stated["vision_config"])
+        with inside("text_config"):
+            # Its own masks decide who sees whom, whatever the decoder's config says of it.
+            decoder = by_model_type.decoder_from_hf(
+                {"model_type": "gemma", **stated["text_config"], "use_bidirectional_attention": None}
+            )
+        return ModelConfig(
+            encoder,
+            MlpConnectorConfig(layers=1),
+            replace(tied_at_the_top(decoder, config, default=True), prefix=True),
+            VisionTokenIds(llava.image_token(stated)),
+            family="paligemma",
+        )
 
-def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """Pictures f[pictures c h w], in the order of their placeholders."""
-    pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-    return {config.tokens.image: [llava.whole(config, picture) for picture in pixels]}
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        decoder, encoder = config.decoder, config.encoder
+        tokens = {"num_image_tokens": encoder.position_grid**2}
+        return {
+            "model_type": "paligemma",
+            "image_token_index": config.tokens.image,
+            "hidden_size": decoder.width,
+            "projection_dim": decoder.width,
+            "tie_word_embeddings": decoder.tie_embeddings,
+            "text_config": by_model_type.decoder_to_hf(replace(decoder, prefix=False)) | tokens,
+            "vision_config": part_to_hf(encoder) | {"projection_dim": decoder.width},
+        }
 
+    def weights(self, config: ModelConfig) -> list[Row]:
+        decoder = replace(config.decoder, prefix=False)
+        return [
+            *SIGLIP.rows(config.encoder, "vision_tower.vision_model."),
+            *linear("connector/linear0", "multi_modal_projector.linear", "o i -> i o", ""),
+            *by_model_type.decoder_weights(decoder, "language_model.model", "language_model.lm_head.weight"),
+        ]
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    decoder = replace(config.decoder, prefix=False)
-    return [
-        *SIGLIP.rows(config.encoder, "vision_tower.vision_model."),
-        *linear("connector/linear0", "multi_modal_projector.linear", "o i -> i o", ""),
-        *by_model_type.decoder_weights(decoder, "language_model.model", "language_model.lm_head.weight"),
-    ]
+    def rule(self, config: ModelConfig) -> Stretch:
+        side = config.encoder.side
+        return Stretch((side, side))
 
-
-IGNORE, RENAME = llava.IGNORE, llava.RENAME
-MODULES = llava.MODULES
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """Pictures f[pictures c h w], in the order of their placeholders."""
+        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
+        return {config.tokens.image: [whole(config, picture) for picture in pixels]}

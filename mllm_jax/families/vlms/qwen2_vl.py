@@ -5,13 +5,11 @@ Tensor names as in the published safetensors files.
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from mllm_jax.common.fields import (
     FieldError,
-    check_heads,
     count,
     inside,
     layers,
@@ -27,13 +25,24 @@ from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.grounding import QWEN3_VL, Grounding
 from mllm_jax.data.vision.positions import patch_positions
+from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import qwen2
+from mllm_jax.families.decoders.by_model_type import TEXT
+from mllm_jax.families.shared import rows
 from mllm_jax.families.shared.decoder_config import tied_at_either
 from mllm_jax.families.shared.hf_images import one_by_one, read_clips
-from mllm_jax.families.shared.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.shared.rows import gated_mlp, layer_norm, linear
-from mllm_jax.families.towers.in_vlms import ACTIVATIONS, CLIP_PIXELS
-from mllm_jax.families.vlms.qwen3_vl import TOKEN_FIELDS, TOKENS, tokens_of
+from mllm_jax.families.towers.in_vlms import CLIP_PIXELS
+from mllm_jax.families.towers.tower import ACTIVATIONS, joint_attention, plain_mlp
+from mllm_jax.families.vlms.qwen3_vl import (
+    TOKEN_FIELDS,
+    TOKENS,
+    VISION_FIELDS,
+    encoder_fields,
+    tokens_of,
+    tokens_to_hf,
+    vision_to_hf,
+)
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -48,32 +57,15 @@ _SECOND = replace(_FIRST, mlp=3420, norm="rms", gated=True, activation="silu", w
 _WIDER = replace(_SECOND, mlp=3456)
 
 
-def _decoder(name: str, **more) -> DecoderConfig:
+def _decoder(name: str) -> DecoderConfig:
     """Qwen2's decoder with the rotary positions of pictures."""
     text = qwen2.SIZES[name]
     attention = replace(text.attention, rope_sections=(16, 24, 24), rope_layout="chunked")
-    return replace(text, attention=attention, norm_eps=1e-6, **more)
+    return replace(text, attention=attention, norm_eps=1e-6)
 
 
-SIZES = {
-    "2b": (_FIRST, _decoder("1.5b")),
-    "7b": (_FIRST, _decoder("7b")),
-    "72b": (_FIRST, _decoder("72b")),
-    "2.5-3b": (_SECOND, _decoder("2.5-3b")),
-    "2.5-7b": (_SECOND, _decoder("2.5-7b")),
-    "2.5-32b": (_WIDER, _decoder("2.5-32b")),
-    "2.5-72b": (_WIDER, _decoder("2.5-72b")),
-}
-ARCHITECTURES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
-
-
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size: Qwen2-VL's "2b", "7b", "72b"; Qwen2.5-VL's "2.5-3b", "2.5-7b", "2.5-32b",
-    "2.5-72b"."""
-    if name not in SIZES:
-        raise ValueError(f"Qwen2-VL has no size {name!r}; sizes: {', '.join(SIZES)}")
-    encoder, decoder = SIZES[name]
-    return _model(encoder, 2, decoder, TOKENS, position_rate=2.0 if encoder.gated else 0.0)
+def _size(encoder: VitConfig, name: str) -> ModelConfig:
+    return _model(encoder, 2, _decoder(name), TOKENS, position_rate=2.0 if encoder.gated else 0.0)
 
 
 def _model(encoder: VitConfig, merge: int, decoder: DecoderConfig, tokens, position_rate: float) -> ModelConfig:
@@ -87,16 +79,18 @@ def _kind(encoder: VitConfig) -> str:
     return "qwen2_5_vl" if encoder.gated else "qwen2_vl"
 
 
-_ALIKE = {
-    "depth": layers(32),
-    "num_heads": count(16),
-    "in_channels": count(3),
-    "patch_size": count(14),
-    "temporal_patch_size": count(2),
-    "spatial_merge_size": count(2),
-    "hidden_size": count(3584),
-    **rope_fields(1e4),
+SIZES = {
+    "2b": _size(_FIRST, "1.5b"),
+    "7b": _size(_FIRST, "7b"),
+    "72b": _size(_FIRST, "72b"),
+    "2.5-3b": _size(_SECOND, "2.5-3b"),
+    "2.5-7b": _size(_SECOND, "2.5-7b"),
+    "2.5-32b": _size(_WIDER, "2.5-32b"),
+    "2.5-72b": _size(_WIDER, "2.5-72b"),
 }
+
+
+_ALIKE = VISION_FIELDS | {"depth": layers(32), "patch_size": count(14), "hidden_size": count(3584)}
 FIRST_FIELDS = _ALIKE | {
     "embed_dim": count(1280),
     "mlp_ratio": positive(4),
@@ -112,43 +106,8 @@ SECOND_FIELDS = _ALIKE | {
 }
 
 
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "qwen2_vl" or "qwen2_5_vl" describes.
-
-    Raises ValueError for what this model cannot do.
-    """
-    second = config["model_type"] == "qwen2_5_vl"
-    stated = read(config, {"vision_config": section(), "text_config": nullable(section(None))} | TOKEN_FIELDS)
-    with inside("vision_config"):
-        vision = read(stated["vision_config"], SECOND_FIELDS if second else FIRST_FIELDS)
-        encoder = _second(vision) if second else _first(vision)
-    text = config if stated["text_config"] is None else stated["text_config"]  # old files have one level
-    with nullcontext() if stated["text_config"] is None else inside("text_config"):
-        decoder = tied_at_either(qwen2.seeing_decoder_from_hf(text), config)
-    out = "out_hidden_size" if second else "hidden_size"
-    if vision[out] != decoder.width:
-        raise FieldError(f"vision_config.{out}", f"must be the decoder's hidden_size={decoder.width}.", vision[out])
-    rate = float(vision["tokens_per_second"]) if second else 0.0
-    return _model(encoder, vision["spatial_merge_size"], decoder, tokens_of(stated), rate)
-
-
-def _alike(vision: dict, width: str) -> dict:
-    """The fields of an encoder that both kinds say in the same way."""
-    check_heads(vision, width, "num_heads", multiple=4)  # rotary positions turn pairs by row and by column
-    return {
-        "width": vision[width],
-        "layers": vision["depth"],
-        "heads": vision["num_heads"],
-        "patch_size": vision["patch_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-        "channels": vision["in_channels"],
-        "activation": ACTIVATIONS[vision["hidden_act"]],
-        "rope_theta": axial_theta(vision),
-    }
-
-
 def _first(vision: dict) -> VitConfig:
-    return replace(_FIRST, mlp=int(vision["embed_dim"] * vision["mlp_ratio"]), **_alike(vision, "embed_dim"))
+    return replace(_FIRST, mlp=int(vision["embed_dim"] * vision["mlp_ratio"]), **encoder_fields(vision, "embed_dim"))
 
 
 def _second(vision: dict) -> VitConfig:
@@ -165,55 +124,8 @@ def _second(vision: dict) -> VitConfig:
         mlp=vision["intermediate_size"],
         window=window,
         whole=tuple(whole),
-        **_alike(vision, "hidden_size"),
+        **encoder_fields(vision, "hidden_size"),
     )
-
-
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`: what transformers needs to build the same model.
-
-    Raises ValueError for a model that differs from Qwen2-VL and Qwen2.5-VL in what a config.json does not say.
-    """
-    encoder, decoder, kind = config.encoder, config.decoder, _kind(config.encoder)
-    vision = {
-        "model_type": f"{kind}_vision",
-        "depth": encoder.layers,
-        "num_heads": encoder.heads,
-        "patch_size": encoder.patch_size,
-        "temporal_patch_size": encoder.temporal_patch_size,
-        "in_channels": encoder.channels,
-        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
-        "spatial_merge_size": config.merge,
-        **axial_to_hf(encoder.rope_theta),
-    }
-    if encoder.gated:
-        vision |= {
-            "hidden_size": encoder.width,
-            "out_hidden_size": decoder.width,
-            "intermediate_size": encoder.mlp,
-            "window_size": encoder.window * encoder.patch_size,
-            "fullatt_block_indexes": list(encoder.whole),
-            "tokens_per_second": int(config.inputs.position_rate),
-        }
-    else:
-        ratio = encoder.mlp // encoder.width
-        vision |= {"embed_dim": encoder.width, "hidden_size": decoder.width, "mlp_ratio": ratio}
-    written = {
-        "architectures": [f"{ARCHITECTURES[kind]}ForConditionalGeneration"],
-        "model_type": kind,
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "image_token_id": config.tokens.image,
-        "video_token_id": config.tokens.video,
-        "vision_start_token_id": config.tokens.start,
-        "vision_end_token_id": config.tokens.end,
-        "text_config": {"model_type": f"{kind}_text", **qwen2.decoder_to_hf(decoder)},
-        "vision_config": vision,
-    }
-    understood = from_hf(written)
-    for part in ("encoder", "connector", "decoder", "inputs"):
-        if (reads := getattr(understood, part)) != (own := getattr(config, part)):
-            raise ValueError(f"Qwen2-VL's config.json cannot say all of this {part}: {own} would be read as {reads}")
-    return written
 
 
 PIXELS = replace(QWEN3_VL, scale=None)  # Qwen2.5-VL's numbers are pixels of the image as it is read
@@ -232,53 +144,94 @@ SPEC = ProcessorSpec(
     processor_class="Qwen2VLProcessor",
     video_processor_type="Qwen2VLVideoProcessor",
 )
-INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-
-
-def chat(config: ModelConfig) -> dict[str, Any]:
-    """What a processor expects of chats."""
-    return {"grounding": PIXELS} if config.encoder.gated else {}
-
-
-def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """Pictures and clips; a clip is one run of placeholders, whatever its number of temporal patches."""
-    pictures, clips = read_clips(arrays, *INPUTS[:2]), read_clips(arrays, *INPUTS[2:4])
-    seconds = arrays.get("second_per_grid_ts", np.ones(len(clips)))
-    if len(seconds) != len(clips):
-        raise ValueError(f"second_per_grid_ts has {len(seconds)} values for {len(clips)} clips")
-    times = [patch_positions(len(clip), config.inputs.position_rate, step) for clip, step in zip(clips, seconds)]
-    return {
-        config.tokens.image: [one_by_one(patches, config.merge) for patches in pictures],
-        config.tokens.video: [one_by_one(clip, config.merge, steps) for clip, steps in zip(clips, times)],
-    }
 
 
 _BLOCK = "visual.blocks.{n}"
 
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    encoder = config.encoder
-    pixels = {"c": encoder.channels, "t": encoder.temporal_patch_size, "y": encoder.patch_size}
-    plain = [
-        *linear("encoder/layers/mlp/up", f"{_BLOCK}.mlp.fc1", "f d -> d f", ""),
-        *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.fc2", "d f -> f d", ""),
-    ]
-    return [
-        Row("encoder/patch_embed/w", "visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
-        *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
-        *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
-        *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
-        *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
-        *(gated_mlp("encoder/layers/mlp", f"{_BLOCK}.mlp") if encoder.gated else plain),
-        *layer_norm("connector/main/norm", "visual.merger.ln_q"),
-        *linear("connector/main/mlp/up", "visual.merger.mlp.0", "f d -> d f", ""),
-        *linear("connector/main/mlp/down", "visual.merger.mlp.2", "d f -> f d", ""),
-        *qwen2.decoder_weights(config.decoder),
-    ]
+class Qwen2Vl(Family):
+    name = "Qwen2-VL"
+    architectures = {
+        "qwen2_vl": "Qwen2VLForConditionalGeneration",
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    }
+    sizes = SIZES
+    # Names since transformers 4.52 moved both towers under `model.`.
+    rename = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."), (r"^model\.model\.", "model."))
+    modules = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."))
+    input_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    spec = SPEC
 
+    def from_hf(self, config: dict) -> ModelConfig:
+        second = config["model_type"] == "qwen2_5_vl"
+        stated = read(config, {"vision_config": section(), "text_config": nullable(section(None))} | TOKEN_FIELDS)
+        with inside("vision_config"):
+            vision = read(stated["vision_config"], SECOND_FIELDS if second else FIRST_FIELDS)
+            encoder = _second(vision) if second else _first(vision)
+        text = config if stated["text_config"] is None else stated["text_config"]  # old files have one level
+        with nullcontext() if stated["text_config"] is None else inside("text_config"):
+            decoder = tied_at_either(qwen2.seeing_decoder_from_hf(text), config)
+        out = "out_hidden_size" if second else "hidden_size"
+        if vision[out] != decoder.width:
+            raise FieldError(f"vision_config.{out}", f"must be the decoder's hidden_size={decoder.width}.", vision[out])
+        rate = float(vision["tokens_per_second"]) if second else 0.0
+        return _model(encoder, vision["spatial_merge_size"], decoder, tokens_of(stated), rate)
 
-IGNORE = qwen2.IGNORE
-# Names since transformers 4.52 moved both towers under `model.`.
-RENAME = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."), (r"^model\.model\.", "model."))
-MODULES = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."))
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        encoder, decoder, kind = config.encoder, config.decoder, _kind(config.encoder)
+        vision = {
+            "model_type": f"{kind}_vision",
+            **vision_to_hf(encoder, config.merge),
+        }
+        if encoder.gated:
+            vision |= {
+                "hidden_size": encoder.width,
+                "out_hidden_size": decoder.width,
+                "intermediate_size": encoder.mlp,
+                "window_size": encoder.window * encoder.patch_size,
+                "fullatt_block_indexes": list(encoder.whole),
+                "tokens_per_second": int(config.inputs.position_rate),
+            }
+        else:
+            ratio = encoder.mlp // encoder.width
+            vision |= {"embed_dim": encoder.width, "hidden_size": decoder.width, "mlp_ratio": ratio}
+        return {
+            "model_type": kind,
+            "tie_word_embeddings": decoder.tie_embeddings,
+            **tokens_to_hf(config.tokens),
+            "text_config": {"model_type": f"{kind}_text", **TEXT["qwen2"].decoder_to_hf(decoder)},
+            "vision_config": vision,
+        }
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        encoder = config.encoder
+        pixels = {"c": encoder.channels, "t": encoder.temporal_patch_size, "y": encoder.patch_size}
+        plain = plain_mlp(f"{_BLOCK}.mlp.fc1", f"{_BLOCK}.mlp.fc2")
+        return [
+            Row("encoder/patch_embed/w", "visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
+            *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
+            *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
+            *joint_attention(f"{_BLOCK}.attn.qkv"),
+            *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
+            *(gated_mlp("encoder/layers/mlp", f"{_BLOCK}.mlp") if encoder.gated else plain),
+            *layer_norm("connector/main/norm", "visual.merger.ln_q"),
+            *linear("connector/main/mlp/up", "visual.merger.mlp.0", "f d -> d f", ""),
+            *linear("connector/main/mlp/down", "visual.merger.mlp.2", "d f -> f d", ""),
+            *rows.decoder(config.decoder),
+        ]
+
+    def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
+        spec = super().processor_spec(config)
+        return replace(spec, grounding=PIXELS) if config.encoder.gated else spec
+
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """Pictures and clips; a clip is one run of placeholders, whatever its number of temporal patches."""
+        pictures, clips = (read_clips(arrays, *self.input_names[i : i + 2]) for i in (0, 2))
+        seconds = arrays.get("second_per_grid_ts", np.ones(len(clips)))
+        if len(seconds) != len(clips):
+            raise ValueError(f"second_per_grid_ts has {len(seconds)} values for {len(clips)} clips")
+        times = [patch_positions(len(clip), config.inputs.position_rate, step) for clip, step in zip(clips, seconds)]
+        return {
+            config.tokens.image: [one_by_one(patches, config.merge) for patches in pictures],
+            config.tokens.video: [one_by_one(clip, config.merge, steps) for clip, steps in zip(clips, times)],
+        }

@@ -7,11 +7,15 @@ from dataclasses import replace
 
 from mllm_jax.common.fields import FieldError, check_heads, count, inside, layers, listed, read, section, word
 from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import qwen3
+from mllm_jax.families.decoders.by_model_type import TEXT
+from mllm_jax.families.shared import rows
 from mllm_jax.families.shared.decoder_config import tied_at_the_top
 from mllm_jax.families.shared.hf_images import one_by_one, read_clips
 from mllm_jax.families.shared.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.shared.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
+from mllm_jax.families.towers.tower import ACTIVATIONS, joint_attention, plain_mlp
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -36,29 +40,24 @@ def _experts(name: str) -> DecoderConfig:
     return replace(text, attention=AttentionConfig(text.attention.heads, text.attention.kv_heads, 128))
 
 
-SIZES = {
-    "2b": (LARGE, _dense(2048, 28, 16, 6144, tie=True)),
-    "4b": (LARGE, _dense(2560, 36, 32, 9728, tie=True)),
-    "8b": (SO400M, _dense(4096, 36, 32, 12288)),
-    "32b": (SO400M, _dense(5120, 64, 64, 25600)),
-    "30b-a3b": (SO400M, _experts("30b-a3b")),
-    "235b-a22b": (SO400M, _experts("235b-a22b")),
-}
-
-
-def sizes(name: str) -> ModelConfig:
-    """The config of a published size: "2b", "4b", "8b", "32b", or with experts "30b-a3b", "235b-a22b"."""
-    if name not in SIZES:
-        raise ValueError(f"Qwen3-VL has no size {name!r}; sizes: {', '.join(SIZES)}")
-    encoder, decoder = SIZES[name]
-    return ModelConfig(encoder, PatchMergerConfig(), decoder, TOKENS, family=_family(decoder))
-
-
 def _family(decoder: DecoderConfig) -> str:
     return "qwen3_vl_moe" if decoder.moe else "qwen3_vl"
 
 
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+def _size(encoder: VitConfig, decoder: DecoderConfig) -> ModelConfig:
+    return ModelConfig(encoder, PatchMergerConfig(), decoder, TOKENS, family=_family(decoder))
+
+
+SIZES = {
+    "2b": _size(LARGE, _dense(2048, 28, 16, 6144, tie=True)),
+    "4b": _size(LARGE, _dense(2560, 36, 32, 9728, tie=True)),
+    "8b": _size(SO400M, _dense(4096, 36, 32, 12288)),
+    "32b": _size(SO400M, _dense(5120, 64, 64, 25600)),
+    "30b-a3b": _size(SO400M, _experts("30b-a3b")),
+    "235b-a22b": _size(SO400M, _experts("235b-a22b")),
+}
+
+
 SECTIONS = {"text_config": section(), "vision_config": section()}
 TOKEN_FIELDS = {
     "image_token_id": count(TOKENS.image, low=0),
@@ -66,61 +65,52 @@ TOKEN_FIELDS = {
     "vision_start_token_id": count(TOKENS.start, low=0),
     "vision_end_token_id": count(TOKENS.end, low=0),
 }
-VISION = {
-    "hidden_size": count(1152),
+VISION_FIELDS = {  # which Qwen2-VL's have too
     "depth": layers(27),
     "num_heads": count(16),
-    "intermediate_size": count(4304),
     "patch_size": count(16),
     "temporal_patch_size": count(2),
     "in_channels": count(3),
     "spatial_merge_size": count(2),
+    **rope_fields(1e4),
+}
+VISION = VISION_FIELDS | {
+    "hidden_size": count(1152),
+    "intermediate_size": count(4304),
     "out_hidden_size": count(3584),
     "num_position_embeddings": count(2304),
     "deepstack_visual_indexes": listed(count(low=0), (8, 16, 24)),
-    "hidden_act": word("gelu_pytorch_tanh", ACTIVATIONS),
-    **rope_fields(1e4),
+    "hidden_act": word("gelu_pytorch_tanh", ("gelu_pytorch_tanh", "gelu")),
 }
 
 
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a `config.json` of model_type "qwen3_vl" or "qwen3_vl_moe" describes.
+def encoder_fields(vision: dict, width: str = "hidden_size") -> dict:
+    """Fields of the encoder, from the values of VISION_FIELDS, `width` and `hidden_act`."""
+    check_heads(vision, width, "num_heads", multiple=4)  # rotary positions turn pairs by row and column
+    return {
+        "width": vision[width],
+        "layers": vision["depth"],
+        "heads": vision["num_heads"],
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "channels": vision["in_channels"],
+        "activation": ACTIVATIONS[vision["hidden_act"]],
+        "rope_theta": axial_theta(vision),
+    }
 
-    Raises ValueError for what this model cannot do.
-    """
-    stated = read(config, SECTIONS | TOKEN_FIELDS)
-    with inside("vision_config"):
-        vision = read(stated["vision_config"], VISION)
-        if (grid := round(vision["num_position_embeddings"] ** 0.5)) ** 2 != vision["num_position_embeddings"]:
-            raise FieldError("num_position_embeddings", "must be a square.", vision["num_position_embeddings"])
-        check_heads(vision, "hidden_size", "num_heads", multiple=4)  # rotary positions turn pairs by row and by column
-        if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
-            raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
-        theta = axial_theta(vision)
-    encoder = VitConfig(
-        width=vision["hidden_size"],
-        layers=vision["depth"],
-        heads=vision["num_heads"],
-        mlp=vision["intermediate_size"],
-        patch_size=vision["patch_size"],
-        temporal_patch_size=vision["temporal_patch_size"],
-        channels=vision["in_channels"],
-        position_grid=grid,
-        rope_theta=theta,
-        taps=tuple(vision["deepstack_visual_indexes"]),
-        activation=ACTIVATIONS[vision["hidden_act"]],
-    )
-    text = stated["text_config"]
-    with inside("text_config"):
-        decoder = tied_at_the_top(qwen3.seeing_decoder_from_hf(text, config["model_type"]), config)
-    if vision["out_hidden_size"] != decoder.width:
-        raise FieldError(
-            "vision_config.out_hidden_size",
-            f"must be text_config.hidden_size={decoder.width}.",
-            vision["out_hidden_size"],
-        )
-    merger = PatchMergerConfig(merge=vision["spatial_merge_size"])
-    return ModelConfig(encoder, merger, decoder, tokens_of(stated), family=_family(decoder))
+
+def vision_to_hf(encoder: VitConfig, merge: int) -> dict:
+    """The inverse, without the width."""
+    return {
+        "depth": encoder.layers,
+        "num_heads": encoder.heads,
+        "patch_size": encoder.patch_size,
+        "temporal_patch_size": encoder.temporal_patch_size,
+        "in_channels": encoder.channels,
+        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
+        "spatial_merge_size": merge,
+        **axial_to_hf(encoder.rope_theta),
+    }
 
 
 def tokens_of(stated: dict) -> VisionTokenIds:
@@ -133,44 +123,14 @@ def tokens_of(stated: dict) -> VisionTokenIds:
     )
 
 
-def to_hf(config: ModelConfig) -> dict:
-    """The inverse of `from_hf`: what transformers needs to build the same model.
-
-    Raises ValueError for a model that differs from Qwen3-VL in what its config.json does not say.
-    """
-    encoder, decoder, kind = config.encoder, config.decoder, _family(config.decoder)
-    architecture = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}[kind]
-    written = {
-        "architectures": [f"{architecture}ForConditionalGeneration"],
-        "model_type": kind,
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "image_token_id": config.tokens.image,
-        "video_token_id": config.tokens.video,
-        "vision_start_token_id": config.tokens.start,
-        "vision_end_token_id": config.tokens.end,
-        "text_config": {"model_type": f"{kind}_text", **qwen3.decoder_to_hf(decoder)},
-        "vision_config": {
-            "model_type": f"{kind}_vision",
-            "hidden_size": encoder.width,
-            "depth": encoder.layers,
-            "num_heads": encoder.heads,
-            "intermediate_size": encoder.mlp,
-            "patch_size": encoder.patch_size,
-            "temporal_patch_size": encoder.temporal_patch_size,
-            "in_channels": encoder.channels,
-            "num_position_embeddings": encoder.position_grid**2,
-            "deepstack_visual_indexes": list(encoder.taps),
-            "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == encoder.activation),
-            "spatial_merge_size": config.connector.merge,
-            "out_hidden_size": decoder.width,
-            **axial_to_hf(encoder.rope_theta),
-        },
+def tokens_to_hf(tokens: VisionTokenIds) -> dict:
+    """The inverse of `tokens_of`."""
+    return {
+        "image_token_id": tokens.image,
+        "video_token_id": tokens.video,
+        "vision_start_token_id": tokens.start,
+        "vision_end_token_id": tokens.end,
     }
-    understood = from_hf(written)
-    for part in ("encoder", "connector", "decoder"):
-        if (reads := getattr(understood, part)) != (own := getattr(config, part)):
-            raise ValueError(f"Qwen3-VL's config.json cannot say all of this {part}: {own} would be read as {reads}")
-    return written
 
 
 def _merger(ours: str, theirs: str) -> list[Row]:
@@ -179,18 +139,6 @@ def _merger(ours: str, theirs: str) -> list[Row]:
         *linear(f"{ours}/mlp/up", f"{theirs}.linear_fc1", "f d -> d f", ""),
         *linear(f"{ours}/mlp/down", f"{theirs}.linear_fc2", "d f -> f d", ""),
     ]
-
-
-INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-
-
-def visuals(config: ModelConfig, arrays: Arrays) -> Supply:
-    """Pictures, and every temporal patch of clips: each has a run of placeholders of its own."""
-    names = {config.tokens.image: INPUTS[:2], config.tokens.video: INPUTS[2:]}
-    return {
-        token: [one_by_one((patch,), config.merge) for clip in read_clips(arrays, *pair) for patch in clip]
-        for token, pair in names.items()
-    }
 
 
 _BLOCK, _EXPERTS = "model.visual.blocks.{n}", "model.language_model.layers.{n}.mlp.experts"
@@ -211,29 +159,82 @@ def _experts_rows(decoder: DecoderConfig) -> list[Row]:
     ]
 
 
-def weights(config: ModelConfig) -> list[Row]:
-    """Our names and theirs, for this config; see weights/table.py."""
-    pixels = {"c": config.encoder.channels, "t": config.encoder.temporal_patch_size, "y": config.encoder.patch_size}
-    return [
-        Row("encoder/patch_embed/w", "model.visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
-        Row("encoder/patch_embed/b", "model.visual.patch_embed.proj.bias"),
-        Row("encoder/position_embed", "model.visual.pos_embed.weight"),
-        *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
-        *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
-        *linear("encoder/layers/attention/qkv", f"{_BLOCK}.attn.qkv", "(c n h) d -> c d n h", "(c n h) -> c n h"),
-        *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
-        *linear("encoder/layers/mlp/up", f"{_BLOCK}.mlp.linear_fc1", "f d -> d f", ""),
-        *linear("encoder/layers/mlp/down", f"{_BLOCK}.mlp.linear_fc2", "d f -> f d", ""),
-        *_merger("connector/main", "model.visual.merger"),
-        *_merger("connector/deepstack", "model.visual.deepstack_merger_list.{k}"),
-        *qwen3.decoder_weights(config.decoder, "model.language_model", experts=_experts_rows(config.decoder)),
-    ]
+class Qwen3Vl(Family):
+    name = "Qwen3-VL"
+    architectures = {
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    }
+    sizes = SIZES
+    # Names before transformers 4.57 moved both towers under `model.`.
+    rename = (
+        (r"^visual\.", "model.visual."),
+        (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."),
+        (r"^model\.language_model\.model\.", "model.language_model."),
+    )
+    input_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
+    def from_hf(self, config: dict) -> ModelConfig:
+        stated = read(config, SECTIONS | TOKEN_FIELDS)
+        with inside("vision_config"):
+            vision = read(stated["vision_config"], VISION)
+            if (grid := round(vision["num_position_embeddings"] ** 0.5)) ** 2 != vision["num_position_embeddings"]:
+                raise FieldError("num_position_embeddings", "must be a square.", vision["num_position_embeddings"])
+            fields = encoder_fields(vision)
+            if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
+                raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
+        taps = tuple(vision["deepstack_visual_indexes"])
+        encoder = VitConfig(mlp=vision["intermediate_size"], position_grid=grid, taps=taps, **fields)
+        text = stated["text_config"]
+        with inside("text_config"):
+            decoder = tied_at_the_top(qwen3.seeing_decoder_from_hf(text, config["model_type"]), config)
+        if vision["out_hidden_size"] != decoder.width:
+            raise FieldError(
+                "vision_config.out_hidden_size",
+                f"must be text_config.hidden_size={decoder.width}.",
+                vision["out_hidden_size"],
+            )
+        merger = PatchMergerConfig(merge=vision["spatial_merge_size"])
+        return ModelConfig(encoder, merger, decoder, tokens_of(stated), family=_family(decoder))
 
-IGNORE = qwen3.IGNORE
-# Names before transformers 4.57 moved both towers under `model.`.
-RENAME = (
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."),
-    (r"^model\.language_model\.model\.", "model.language_model."),
-)
+    def fields_to_hf(self, config: ModelConfig) -> dict:
+        encoder, decoder, kind = config.encoder, config.decoder, _family(config.decoder)
+        return {
+            "model_type": kind,
+            "tie_word_embeddings": decoder.tie_embeddings,
+            **tokens_to_hf(config.tokens),
+            "text_config": {"model_type": f"{kind}_text", **TEXT["qwen3"].decoder_to_hf(decoder)},
+            "vision_config": {
+                "model_type": f"{kind}_vision",
+                **vision_to_hf(encoder, config.merge),
+                "hidden_size": encoder.width,
+                "intermediate_size": encoder.mlp,
+                "num_position_embeddings": encoder.position_grid**2,
+                "deepstack_visual_indexes": list(encoder.taps),
+                "out_hidden_size": decoder.width,
+            },
+        }
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        pixels = {"c": config.encoder.channels, "t": config.encoder.temporal_patch_size, "y": config.encoder.patch_size}
+        return [
+            Row("encoder/patch_embed/w", "model.visual.patch_embed.proj.weight", "d c t y x -> (c t y x) d", pixels),
+            Row("encoder/patch_embed/b", "model.visual.patch_embed.proj.bias"),
+            Row("encoder/position_embed", "model.visual.pos_embed.weight"),
+            *layer_norm("encoder/layers/norm1", f"{_BLOCK}.norm1"),
+            *layer_norm("encoder/layers/norm2", f"{_BLOCK}.norm2"),
+            *joint_attention(f"{_BLOCK}.attn.qkv"),
+            *linear("encoder/layers/attention/out", f"{_BLOCK}.attn.proj", "d (n h) -> n h d", ""),
+            *plain_mlp(f"{_BLOCK}.mlp.linear_fc1", f"{_BLOCK}.mlp.linear_fc2"),
+            *_merger("connector/main", "model.visual.merger"),
+            *_merger("connector/deepstack", "model.visual.deepstack_merger_list.{k}"),
+            *rows.decoder(config.decoder, "model.language_model", experts=_experts_rows(config.decoder)),
+        ]
+
+    def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
+        """Pictures, and every temporal patch of clips: each has a run of placeholders of its own."""
+        names = {config.tokens.image: self.input_names[:2], config.tokens.video: self.input_names[2:]}
+        return {
+            token: [one_by_one((patch,), config.merge) for clip in read_clips(arrays, *pair) for patch in clip]
+            for token, pair in names.items()
+        }

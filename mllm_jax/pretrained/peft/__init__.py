@@ -37,7 +37,7 @@ from mllm_jax.pretrained.peft.files import (
     read_config,
     scales_of,
 )
-from mllm_jax.pretrained.peft.sites import Layer, in_memory, sites_of
+from mllm_jax.pretrained.peft.sites import Layer, sites_of
 from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.weights import table
 from mllm_jax.weights.matching import WeightsMismatch
@@ -65,7 +65,7 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
     for name, tensor in read_header(folder / WEIGHTS).items():
         if not (match := FACTOR.fullmatch(name)):
             whole[name] = tensor
-        elif (module := in_memory(family, match[1])) in names:
+        elif (module := family.module_name(match[1])) in names:
             pairs.setdefault(names[module], {})[match[2]] = tensor.map().astype(np.float32)
         else:
             faults.append(f"unexpected: {name} {list(tensor.shape)}")
@@ -171,7 +171,7 @@ def _factors(flat: Mapping[str, np.ndarray], layer: Layer) -> tuple[np.ndarray, 
 def _entries(config: Any, boxes: Mapping[str, Named]) -> dict[str, table.Entry]:
     """The family's table by the names in transformers' memory."""
     family, shapes = FAMILIES[config.family], unflatten({path: box.value for path, box in boxes.items()})
-    return {in_memory(family, name): entry for name, entry in table.expand(family.weights(config), shapes).items()}
+    return {family.module_name(name): entry for name, entry in table.expand(family.weights(config), shapes).items()}
 
 
 def _tied_embedding(config: Any, entries: Mapping[str, table.Entry]) -> str:
@@ -218,7 +218,7 @@ def _read_whole(
                 "adapter. Train it with ensure_weight_tying=True, or load a model that PEFT has merged it into"
             )
     for name, tensor in tensors.items():
-        entry = entries.get(in_memory(FAMILIES[config.family], name.removeprefix(PREFIX)))
+        entry = entries.get(FAMILIES[config.family].module_name(name.removeprefix(PREFIX)))
         if entry is None or tensor.shape != entry.shape:
             needed = f", where the model has {list(entry.shape)}" if entry else ""
             faults.append(f"unexpected: {name} {list(tensor.shape)}{needed}")

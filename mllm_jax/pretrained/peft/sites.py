@@ -147,11 +147,11 @@ def sites_of(config: Any, boxes: dict[str, Named]) -> dict[str, Site]:
     for name, entry in entries.items():
         path, box = entry.path, boxes[entry.path]
         if "expert" in box.names and box.matrix:
-            module, weight = in_memory(family, name[: name.index(".experts") + len(".experts")]), path.split("/")[-2]
+            module, weight = family.module_name(name[: name.index(".experts") + len(".experts")]), path.split("/")[-2]
             before = entry.index[: box.names.index("expert")]
             experts[f"{module}.{EXPERTS[weight][0]}"] = (module, path, before)
         elif name.endswith(".weight") and box.matrix and path != HEAD:
-            module = in_memory(family, name.removesuffix(".weight"))
+            module = family.module_name(name.removesuffix(".weight"))
             layers = [Layer(part.path.removesuffix("w"), boxes[part.path], part) for part in entry.parts]
             sites[module] = Site(module, tuple(layers))
     for key, (module, path, before) in experts.items():
@@ -167,13 +167,6 @@ def _experts(module: str, path: str, box: Named, before: tuple[int, ...]) -> Sit
     sizes = tuple(zip(axes, shape))
     entries = [Entry(path, (*before, expert), pattern, sizes, tuple(shape)) for expert in range(count)]
     return Site(module, tuple(Layer(path.removesuffix("w"), box, entry) for entry in entries), parameter)
-
-
-def in_memory(family: Any, name: str) -> str:
-    """The name that a module has in transformers' memory, of one that it has in files, or had in former versions."""
-    for old, new in (*family.RENAME, *getattr(family, "MODULES", ())):
-        name = re.sub(old, new, name)
-    return name
 
 
 def _apart(group: str) -> str:

@@ -1,0 +1,192 @@
+"""The interface of a family of published models; `FAMILIES` in `mllm_jax/families/__init__.py` lists all of them."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from mllm_jax.common.fields import Json
+from mllm_jax.common.trees import differences, in_words
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.spec import SEEING, ProcessorSpec
+from mllm_jax.data.vision.resize import Rule, Whole
+from mllm_jax.families.shared import rows
+from mllm_jax.model.decoder import DecoderConfig
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.weights.table import Row
+
+# Fields of a model that no config.json holds: how it is computed, what training adds, and the name of its family.
+NOT_WRITTEN = ("runtime", "family", "value", "lora")
+Renames = tuple[tuple[str, str], ...]
+
+
+class Family(ABC):
+    """Published models that share a form of config.json and names of tensors.
+
+    A subclass is all that loading, saving, adapters, processors and the list of models know of a family. It sets the
+    attributes, implements `from_hf`, `fields_to_hf` and `weights`, and overrides the other methods where its models
+    differ from the defaults. A model that reads images also sets `input_names` and implements `visuals`.
+
+    name: the models' name in error messages.
+    architectures: model_type of config.json -> class of transformers, or of the authors where transformers has none.
+    sizes: published sizes by name.
+    ignore: regular expressions of tensors in files that are no part of the model, beside buffers and tied heads.
+    rename: (regular expression, replacement) pairs that turn former names of tensors into those of `weights`.
+    modules: the same from the names of `weights` to the names of modules in transformers' memory, where they differ.
+    input_names: names of the vision arrays of its Hugging Face processor.
+    spec: settings of its processor that no config.json holds.
+    """
+
+    name: str
+    architectures: Mapping[str, str]
+    sizes: Mapping[str, ModelConfig | DualConfig]
+    ignore: tuple[str, ...] = ()
+    rename: Renames = ()
+    modules: Renames = ()
+    input_names: tuple[str, ...] = ()
+    spec: ProcessorSpec = SEEING
+
+    def config(self, size: str) -> Any:
+        """The config of a published size. Raises ValueError for a size that is not in `sizes`."""
+        if size not in self.sizes:
+            raise ValueError(f"{self.name} has no size {size!r}; sizes: {', '.join(self.sizes)}")
+        return self.sizes[size]
+
+    @abstractmethod
+    def from_hf(self, config: Json) -> Any:
+        """Reads a config.json whose model_type is in `architectures`. Raises ValueError for an unsupported value."""
+
+    @abstractmethod
+    def fields_to_hf(self, config: Any) -> dict[str, Any]:
+        """Returns config.json of a model, with its model_type and without "architectures"."""
+
+    def to_hf(self, config: Any) -> dict[str, Any]:
+        """Returns config.json of a model. Raises ValueError if `from_hf` would not read the same model from it."""
+        written = self.fields_to_hf(config)
+        written = {"architectures": [self.architectures[written["model_type"]]], **written}
+        check_read_back(self.name, config, self.from_hf(written))
+        return written
+
+    @abstractmethod
+    def weights(self, config: Any) -> list[Row]:
+        """Returns the table of weights of a model; see `mllm_jax/weights/table.py`."""
+
+    def tower_source(self, config: Json, names: Iterable[str]) -> str | None:
+        """Returns the published model that has the vision tower's weights. None: the files have them.
+
+        Args:
+          config: config.json.
+          names: names of the tensors in the files.
+        """
+        return None
+
+    def module_name(self, name: str) -> str:
+        """Returns the name of a module in transformers' memory, from its present or former name in files."""
+        for old, new in (*self.rename, *self.modules):
+            name = re.sub(old, new, name)
+        return name
+
+    def visuals(self, config: Any, arrays: Arrays) -> Supply:
+        """Returns the images and clips in arrays of `input_names`, by the token that stands for them in the text."""
+        raise NotImplementedError(f"{self.name} reads no images")
+
+    def rule(self, config: Any) -> Rule | None:
+        """Returns the resizing or cutting of images without a preprocessor_config.json. None: nearly their own size."""
+        return None
+
+    def clip_rule(self, config: Any) -> Whole | None:
+        """Returns the resizing of frames where the processor's files set none. None: nearly their own size."""
+        return None
+
+    def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
+        """Returns the spec of the processor of a model that reads images."""
+        encoder, attention = config.encoder, config.decoder and config.decoder.attention
+        sections = getattr(attention, "rope_theta", None) and getattr(attention, "rope_sections", (0,))[1:]
+        return replace(
+            self.spec,
+            rule=self.rule(config),
+            clip_rule=self.clip_rule(config),
+            patch=encoder.patch_size,
+            temporal_patch=encoder.temporal_patch_size,
+            merge=config.merge,
+            lead=config.lead,
+            shown=config.shown,
+            mean=encoder.pixel_mean,
+            std=encoder.pixel_std,
+            position_rate=config.inputs.position_rate,
+            on_a_grid=any(sections or ()),
+            prefix=config.prefix,
+            mixes=config.inputs.most_tiles > 0,
+        )
+
+
+class DecoderFamily(Family):
+    """Models of text alone, whose decoders may also stand in multimodal models (`decoders/by_model_type.py`).
+
+    decoders: decoders of the published sizes.
+    """
+
+    decoders: Mapping[str, DecoderConfig]
+    rename = rows.BARE
+
+    @cached_property
+    def sizes(self) -> dict[str, ModelConfig]:
+        return {name: self._model(decoder, self.model_type(decoder)) for name, decoder in self.decoders.items()}
+
+    @staticmethod
+    def _model(decoder: DecoderConfig, model_type: str) -> ModelConfig:
+        return ModelConfig(None, None, decoder, family=model_type)
+
+    def model_type(self, decoder: DecoderConfig) -> str:
+        """Returns the model_type of a decoder's config.json. A family that has several overrides this."""
+        (model_type,) = self.architectures
+        return model_type
+
+    @abstractmethod
+    def decoder_from_hf(self, text: Json) -> DecoderConfig:
+        """Reads a config.json, or a text config, with its model_type. Raises ValueError for an unsupported value."""
+
+    @abstractmethod
+    def decoder_to_hf(self, decoder: DecoderConfig) -> dict[str, Any]:
+        """Returns the text config of a decoder, without its model_type; the inverse of `decoder_from_hf`."""
+
+    def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
+        """Returns the table of a decoder's weights.
+
+        Args:
+          prefix: beginning of the names of all tensors but the head's.
+          head: name of the head.
+        """
+        return rows.decoder(decoder, prefix, head)
+
+    def from_hf(self, config: Json) -> ModelConfig:
+        return self._model(self.decoder_from_hf(config), config["model_type"])
+
+    def fields_to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        fields = self.decoder_to_hf(config.decoder)
+        return {"model_type": self.model_type(config.decoder), **fields}
+
+    def weights(self, config: ModelConfig) -> list[Row]:
+        return self.decoder_weights(config.decoder)
+
+
+def check_read_back(name: str, written: Any, read: Any, path: str = "") -> None:
+    """Raises ValueError, with the fields that differ, unless what was read is what was written.
+
+    Args:
+      name: whose config.json it is.
+      written, read: dataclasses of one type; their fields NOT_WRITTEN are not compared.
+      path: where they stand in the model.
+    """
+    found = [(where, ours, theirs) for where, theirs, ours in differences(read, written, path=path)]
+    odd = [(where, *map(in_words, values)) for where, *values in found if where.split(".")[0] not in NOT_WRITTEN]
+    if odd:
+        raise ValueError(
+            f"{name}'s config.json cannot represent this model: saving "
+            f"{', '.join(f'{where}={ours}' for where, ours, _ in odd)} would load as "
+            f"{', '.join(f'{where}={theirs}' for where, _, theirs in odd)}. "
+            f"Change these fields: {', '.join(where for where, *_ in odd)}."
+        )
