@@ -16,7 +16,7 @@ from mllm_jax.data.synthetic.captions import Share, count_named, false_share, re
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.train.checkpoint.manager import load_workdir, read_config
-from mllm_jax.train.evaluators.generation import Spread
+from mllm_jax.train.evaluators.base import Spread
 from mllm_jax.train.runs.stages import ended
 
 

@@ -18,9 +18,9 @@ from mllm_jax.nn.attention.context_parallel import exchange_for
 from mllm_jax.nn.attention.masks import Key, Query
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import RULES, freeze_rules, make_mesh, shard, shardings
-from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.losses.cross_entropy import token_loss
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.forward import loss_sum
 
 HEADS, HEAD_DIM, LENGTH = 4, 8, 40
 ALONE = Runtime()

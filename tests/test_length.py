@@ -15,13 +15,13 @@ from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget
 from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
 from mllm_jax.data.synthetic.scenes import Scenes
+from mllm_jax.train import length
 from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
+from mllm_jax.train.length import DataEnded, count_updates
 from mllm_jax.train.loop import StopSignal, train
 from mllm_jax.train.monitor.metrics import Reporter, read_metrics
 from mllm_jax.train.run_stages import train_run
-from mllm_jax.train.runs import length
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.runs.length import DataEnded, count_updates
 from mllm_jax.types import Example
 
 # Tokens of conversations: a long tail, and two sizes of which the large ones fit badly.

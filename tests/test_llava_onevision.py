@@ -25,7 +25,7 @@ from mllm_jax.families.vlms import llava_onevision
 from mllm_jax.generate.buckets import pad_prompts
 from mllm_jax.model.vlm import abstract_boxed, count_params
 from mllm_jax.sharding import make_mesh, shardings
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.step.batches import batch_shardings
 from mllm_jax.types import NEWLINE
 
 IMAGE, VIDEO, NEW, TILE, SIDE = 150, 151, 6, 20, 5

@@ -20,7 +20,7 @@ from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_
 from mllm_jax.nn.quantization import KINDS, NF4, dequantise, group_of, quantise
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh, shardings
-from mllm_jax.train.algorithms.supervised import loss_sum
+from mllm_jax.train.step.forward import loss_sum
 from mllm_jax.train.step.optimizer import merge, split
 
 

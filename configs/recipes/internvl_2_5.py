@@ -13,6 +13,7 @@ from dataclasses import replace
 from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.losses.cross_entropy import SupervisedConfig
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
 from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.runs.miniature import miniature
@@ -47,7 +48,8 @@ def recipe() -> Run:
         model=replace(internvl.sizes("3-1b"), runtime=Runtime(dtype="bfloat16", remat="full")),  # [1, 2] bf16
         init="OpenGVLab/InternVL3-1B-hf",
         data=data,
-        train=TrainConfig(weighting="sqrt", save_every=1000),  # [1, 2] loss_reduction "square"
+        algorithm=SupervisedConfig(weighting="sqrt"),  # [1, 2] loss_reduction "square"
+        train=TrainConfig(save_every=1000),
         stages={"mlp": Stage(optim=mlp), "full": Stage(optim=full)},
     )
 

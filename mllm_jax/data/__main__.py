@@ -142,7 +142,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from mllm_jax.data.pipeline.loader import BadData
-    from mllm_jax.train.input import inspection  # which needs jax, as `convert` does not
+    from mllm_jax.train import inspection  # which needs jax, as `convert` does not
     from mllm_jax.train.runs.command import read_config
     from mllm_jax.train.runs.config import read_run
     from mllm_jax.train.runs.stages import one_run

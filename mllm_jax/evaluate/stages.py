@@ -11,9 +11,9 @@ from rich.table import Table
 
 from mllm_jax.common.cli import cell
 from mllm_jax.common.config import load
+from mllm_jax.common.notes import read_note
 from mllm_jax.evaluate.report import Kind, Run, percent, short, write_report
 from mllm_jax.model.vlm import abstract_params, count_params
-from mllm_jax.train.checkpoint.damage import read_note
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import branch, ended, stage_config

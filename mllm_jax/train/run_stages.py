@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from mllm_jax.common.config import ConfigError, dump, told
 from mllm_jax.common.files import write_whole
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.algorithms.ppo_records import judge_run
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.checkpoint.lock import locked
 from mllm_jax.train.checkpoint.restore import check_adapters
+from mllm_jax.train.length import DataEnded
 from mllm_jax.train.loop import StopSignal, made, train
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, read_run
-from mllm_jax.train.runs.length import DataEnded
 from mllm_jax.train.runs.stages import ended, names_in_order, note_ended, one_run, stage_config
 from mllm_jax.train.step.optimizer import make_optimizer
 
@@ -87,8 +87,8 @@ def _check(config: ConfigDict, name: str) -> None:
             check_adapters(alone(after).lora, run.lora, f"of stage {after}")
         make_optimizer(run.optim, abstract_params(run.model))
         run.data.source("train")
-        if run.train.ppo.reward and run.train.ppo.reward not in config.stages:
-            judge_run(run)
+        if not any(getattr(run.algorithm, field) in config.stages for field in run.algorithm.runs):
+            algorithm_of(run).check_sources()
     except ConfigError as error:
         raise ConfigError(_of_stage(error, name)) from error
     except (ValueError, OSError) as error:

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
+from mllm_jax.common.notes import BEGIN_ANEW, read_note
 from mllm_jax.nn.lora import join
-from mllm_jax.train.checkpoint.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.checkpoint.fingerprint import fingerprint
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import BIAS, split

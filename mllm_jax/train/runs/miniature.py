@@ -7,14 +7,13 @@ It trains on the embedded scenes, or on the files that the same words name as fo
 
 from dataclasses import replace
 
-from mllm_jax.data.synthetic.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import SCENES, scenes_tokenizer
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.train.input.processors import SCENES
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, Run, Stage
 from mllm_jax.train.runs.data_files import EMBEDDED, FilesData, MixtureData
 
