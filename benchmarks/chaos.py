@@ -32,13 +32,10 @@ import numpy as np  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
 from mllm_jax.common.config import load  # noqa: E402
 from mllm_jax.common.workdir import CHECKPOINTS, saved_steps  # noqa: E402
-from mllm_jax.model.vlm import abstract_params  # noqa: E402
 from mllm_jax.sharding.mesh import make_mesh  # noqa: E402
 from mllm_jax.train.checkpoint.manager import Checkpoints, Restored  # noqa: E402
 from mllm_jax.train.monitor.metrics import read_metrics  # noqa: E402
-from mllm_jax.train.runs.config import read_run  # noqa: E402
-from mllm_jax.train.step.optimizer import make_optimizer  # noqa: E402
-from mllm_jax.train.step.state import abstract_state, state_shardings  # noqa: E402
+from mllm_jax.train.runs.config import read_run, train_context  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_OF_A_LIFE = 10
@@ -216,12 +213,11 @@ def restored(workdir: Path, step: int) -> Restored:
     """A checkpoint, on one device. It is copied first: to open a folder would remove what was left half-written."""
     config = load((workdir / "config.json").read_text())
     run, mesh = read_run(config), make_mesh(devices=jax.devices()[:1])
-    tx, _ = make_optimizer(run.optim, abstract_params(run.model))
-    layout = state_shardings(run.model, tx, mesh, run.model.runtime.rules)
+    context = train_context(run, mesh)
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(workdir / CHECKPOINTS / str(step), Path(copy) / CHECKPOINTS / str(step))
         checkpoints = Checkpoints(copy)
-        found = checkpoints.restore(config, abstract_state(run.model, tx), layout, step)
+        found = checkpoints.restore(config, context.state, context.state_shardings, step)
         checkpoints.close()
         return found
 

@@ -24,13 +24,11 @@ from ratios import ratio_text  # noqa: E402
 
 from mllm_jax import make_mesh  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
-from mllm_jax.model.vlm import abstract_params  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
 from mllm_jax.train.checkpoint.fingerprint import fingerprints  # noqa: E402
 from mllm_jax.train.checkpoint.manager import Checkpoints  # noqa: E402
-from mllm_jax.train.runs.config import read_run, run_config  # noqa: E402
-from mllm_jax.train.step.optimizer import make_optimizer  # noqa: E402
-from mllm_jax.train.step.state import abstract_state, init_state, state_shardings  # noqa: E402
+from mllm_jax.train.runs.config import read_run, run_config, train_context  # noqa: E402
+from mllm_jax.train.step.context import init_state  # noqa: E402
 
 VOCABULARY = 8000  # instead of the 32,000 of benchmarks/lora.py
 POSITION = {"streams": {}, "data": {}}
@@ -45,10 +43,9 @@ def main():
     tokens = replace(run.model.tokens, image=7000, video=7001, start=7002, end=7003)
     decoder = replace(run.model.decoder, vocab=VOCABULARY)
     config = run_config(replace(run, model=replace(run.model, decoder=decoder, tokens=tokens)))
-    model, optim = read_run(config).model, run.optim
-    tx, _ = make_optimizer(optim, abstract_params(model))
-    state = jax.block_until_ready(init_state(model, tx, mesh, jax.random.key(0)))
-    shapes, layout = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
+    context = train_context(read_run(config), mesh)
+    state = jax.block_until_ready(init_state(context, jax.random.key(0)))
+    shapes, layout = context.state, context.state_shardings
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     print(f"{len(jax.tree.leaves(state))} arrays, {size / 1e6:.0f} MB")
     seconds = defaultdict(list)

@@ -17,7 +17,7 @@ from mllm_jax.data.synthetic.captions import Share, count_named, false_share, re
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.train.checkpoint.restore import load_workdir, read_config
-from mllm_jax.train.evaluators.generation import Spread
+from mllm_jax.train.evaluators.base import Spread
 
 
 def captions(folder: Path, count: int) -> list[Answer]:

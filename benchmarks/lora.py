@@ -26,10 +26,10 @@ from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.lora import LoraConfig  # noqa: E402
 from mllm_jax.plan.compile import abstract_step  # noqa: E402
 from mllm_jax.train.monitor.flops import count_flops, padded  # noqa: E402
-from mllm_jax.train.runs.config import Run, read_run, run_config  # noqa: E402
+from mllm_jax.train.runs.config import Run, read_run, run_config, train_context  # noqa: E402
 from mllm_jax.train.runs.data import ScenesData  # noqa: E402
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer  # noqa: E402
-from mllm_jax.train.step.state import init_state  # noqa: E402
+from mllm_jax.train.step.context import init_state  # noqa: E402
+from mllm_jax.train.step.optimizer import OptimConfig  # noqa: E402
 
 KINDS = {"all weights": LoraConfig()} | {
     f"adapters, base {base}": LoraConfig(rank=16, base=base) for base in ("float32", "bfloat16", "int8", "int4", "nf4")
@@ -46,7 +46,7 @@ def run_of(lora: LoraConfig) -> Run:
         Runtime(remat="full"),
     )
     data = ScenesData(batch=4, tokens=512, rows=1, patches=1024)
-    return read_run(run_config(Run(model, data, OptimConfig(learning_rate=1e-4), lora, processor="scenes")))
+    return read_run(run_config(Run(model, data, optim=OptimConfig(learning_rate=1e-4), lora=lora, processor="scenes")))
 
 
 def main():
@@ -65,8 +65,7 @@ def main():
         sizes = (size(state.params), size(state.opt_state), held, stats.temp_size_in_bytes / 2**20)
         print(f"{name:24}{sizes[0]:13.1f}{sizes[1]:9.1f}{sizes[2]:11.1f}{sizes[3]:13.1f}{total:8.0f}", flush=True)
         if rounds:
-            tx, _ = make_optimizer(run.optim, state.params)
-            steps[name] = [compiled, init_state(run.model, tx, mesh, jax.random.key(0)), batch_of_zeros(batch)]
+            steps[name] = [compiled, init_state(train_context(run, mesh), jax.random.key(0)), batch_of_zeros(batch)]
     seconds = {name: [] for name in steps}
     for _ in range(rounds + 1):  # the first is not counted
         for name, (compiled, state, batch) in steps.items():

@@ -25,8 +25,9 @@ from mllm_jax.model.vlm import ModelConfig, VisionTokenIds, abstract_params  # n
 from mllm_jax.nn.attention.layer import AttentionConfig  # noqa: E402
 from mllm_jax.nn.moe.layer import MoeConfig  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer  # noqa: E402
-from mllm_jax.train.step.state import state_from_params  # noqa: E402
+from mllm_jax.train.algorithms.supervised import CrossEntropy  # noqa: E402
+from mllm_jax.train.step.context import TrainContext, state_from_params  # noqa: E402
+from mllm_jax.train.step.optimizer import OptimConfig  # noqa: E402
 from mllm_jax.train.step.train_step import make_train_step  # noqa: E402
 
 BASE = {"rows": 4, "patch_rows": 1, "experts": 8, "layers": 4}
@@ -77,11 +78,11 @@ def measure(rounds: int, rows: int, patch_rows: int, experts: int, layers: int) 
     """(median seconds of a step, seconds of its tracing and compilation)."""
     config, optim, rng = model(layers, experts), OptimConfig(), np.random.default_rng(0)
     mesh, shapes = mllm_jax.make_mesh(devices=jax.devices()[:1]), abstract_params(config)
-    tx, _ = make_optimizer(optim, shapes)
+    context = TrainContext(config, optim, mesh)
     params = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
-    state, batch = state_from_params(config, tx, mesh, params), jax.device_put(batch_of(config, rows, patch_rows))
+    state, batch = state_from_params(context, params), jax.device_put(batch_of(config, rows, patch_rows))
     start = time.perf_counter()
-    step = make_train_step(config, tx, optim, mesh).lower(state, batch).compile()
+    step = make_train_step(context, CrossEntropy(config)).lower(state, batch).compile()
     compiled, seconds = time.perf_counter() - start, []
     for _ in range(rounds + 1):
         start = time.perf_counter()

@@ -19,8 +19,9 @@ def against_transformers(rounds: int, rows: int):
     from ratios import ratio_text
 
     import mllm_jax
-    from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
-    from mllm_jax.train.step.state import state_from_params
+    from mllm_jax.train.algorithms.supervised import CrossEntropy
+    from mllm_jax.train.step.context import TrainContext, state_from_params
+    from mllm_jax.train.step.optimizer import OptimConfig
     from mllm_jax.train.step.train_step import make_train_step
 
     torch.set_num_threads(2)
@@ -42,9 +43,9 @@ def against_transformers(rounds: int, rows: int):
         return loss.item()
 
     mesh = mllm_jax.make_mesh({"fsdp": 1}, jax.devices()[:1])
-    tx, _ = make_optimizer(optim, vlm.params)
-    state = state_from_params(vlm.config, tx, mesh, vlm.params)
-    step = make_train_step(vlm.config, tx, optim, mesh)
+    context = TrainContext(vlm.config, optim, mesh)
+    state = state_from_params(context, vlm.params)
+    step = make_train_step(context, CrossEntropy(vlm.config))
     batch = jax.tree.map(jax.numpy.asarray, arrays)
 
     def our_step():
@@ -75,10 +76,10 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
 
     import mllm_jax
     from mllm_jax.families import FAMILIES
-    from mllm_jax.model.vlm import abstract_params
+    from mllm_jax.train.algorithms.supervised import CrossEntropy
     from mllm_jax.train.monitor.flops import count_flops, mfu, useful
-    from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
-    from mllm_jax.train.step.state import init_state
+    from mllm_jax.train.step.context import TrainContext, init_state
+    from mllm_jax.train.step.optimizer import OptimConfig
     from mllm_jax.train.step.train_step import make_train_step
 
     config = FAMILIES["qwen3_vl"].config(size)
@@ -104,9 +105,8 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     batch = mllm_jax.collate(examples, budget, merge=2, values=config.encoder.patch_values)
     optim = OptimConfig(learning_rate=1e-5, schedule="constant", warmup=0, steps=1000)
     mesh = mllm_jax.make_mesh()
-    tx, _ = make_optimizer(optim, abstract_params(config))
-    state = init_state(config, tx, mesh, jax.random.key(0))
-    step = make_train_step(config, tx, optim, mesh)
+    context = TrainContext(config, optim, mesh)
+    state, step = init_state(context, jax.random.key(0)), make_train_step(context, CrossEntropy(config))
     flops = count_flops(config, useful(batch, config.decoder.window))
     batch, seconds = jax.device_put(batch), []
     for _ in range(rounds + 2):

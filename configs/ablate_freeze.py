@@ -12,13 +12,12 @@ in the folder.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.synthetic.scenes import scenes_vision_ids
+from mllm_jax.data.synthetic.scenes import SCENES, scenes_vision_ids
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
-from mllm_jax.train.input.processors import SCENES
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import OptimConfig

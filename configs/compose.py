@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion
-from mllm_jax.data.synthetic.scenes import scenes_vision_ids
+from mllm_jax.data.synthetic.scenes import SCENES, scenes_vision_ids
 from mllm_jax.families.decoders import gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen3
 from mllm_jax.families.towers import dinov2, in_vlms
 from mllm_jax.families.vlms import qwen2_vl, qwen3_vl
@@ -23,7 +23,6 @@ from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
-from mllm_jax.train.input.processors import SCENES
 from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import OptimConfig

@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion
+from mllm_jax.data.synthetic.scenes import SCENES
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.towers import in_vlms, siglip
 from mllm_jax.families.towers.dual_encoders import DualFamily
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.input.processors import SCENES
+from mllm_jax.train.losses.contrastive import ContrastiveConfig
 from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.runs.data_files import FilesData
@@ -51,6 +52,7 @@ def get_config(arg: str = ""):
                 batch=16, tokens=4 * LENGTH, rows=1, patches=4 * SIDE**2, kinds={"caption": 1.0}, window=2.0
             ),
             optim=OptimConfig(name="muon", learning_rate=2e-3, steps=600, warmup=50, final=0.03, b2=0.98),
+            algorithm=ContrastiveConfig(),
             train=TrainConfig(log_every=50, evaluate_every=200, heldout=256, save_every=200),
         )
     )
@@ -71,5 +73,6 @@ def published(arg: str) -> Run:
             batch=256 // count, tokens=count * model.text.positions, rows=1, patches=count * picture, window=2.0
         ),
         optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50, b2=0.98, weight_decay=1e-4),
+        algorithm=ContrastiveConfig(),
         train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
     )

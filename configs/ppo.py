@@ -10,23 +10,19 @@ one begins with the weights of the first, too: it captions pictures, is told wha
 learns from it. See docs/preference.md.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
-from mllm_jax.train.algorithms.reward import RewardConfig
+from mllm_jax.common.config import beside
 from mllm_jax.train.losses.ppo import PpoConfig
+from mllm_jax.train.losses.reward import RewardConfig
 from mllm_jax.train.runs.config import Stage, read_run, run_config
 from mllm_jax.train.step.optimizer import OptimConfig
 
-FACTS = RewardConfig(learn=True, prompt="{facts}")  # the embedded tokenizer spells every word that scenes do not need
+FACTS = RewardConfig(prompt="{facts}")  # the embedded tokenizer spells every word that scenes do not need
 
 
 def get_config():
-    spec = importlib.util.spec_from_file_location("prefer", Path(__file__).parent / "prefer.py")
-    prefer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prefer)
-    run = read_run(prefer.get_config())
+    run = read_run(beside(__file__, "prefer.py").get_config())
     pairs = replace(run.data, batch=8, tokens=256)
     prompts = replace(run.data, batch=64, tokens=64, patches=160)
     judge = OptimConfig(name="muon", learning_rate=1e-3, steps=300, warmup=30, final=0.03, b2=0.98)
@@ -35,7 +31,7 @@ def get_config():
     ppo = PpoConfig(reward="reward", new_tokens=24, kl=0.5, clip_value=1.0, unfinished=-4.0)
     stages = {
         "learn": run.stages["learn"],
-        "reward": Stage(after="learn", data=pairs, optim=judge, train=replace(run.train, reward=FACTS)),
-        "ppo": Stage(after="learn", data=prompts, optim=improve, train=replace(run.train, ppo=ppo)),
+        "reward": Stage(after="learn", algorithm=FACTS, data=pairs, optim=judge),
+        "ppo": Stage(after="learn", algorithm=ppo, data=prompts, optim=improve),
     }
     return run_config(replace(run, stages=stages))

@@ -10,12 +10,10 @@ begin with its weights and see pairs: a truthful caption, and one with a false t
 `mllm_jax.data.synthetic.captions` and docs/preference.md.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
-from mllm_jax.common.config import ConfigError
-from mllm_jax.train.input.processors import SCENES
+from mllm_jax.common.config import ConfigError, beside
+from mllm_jax.data.synthetic.scenes import SCENES
 from mllm_jax.train.losses.preference import PreferenceConfig
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
 from mllm_jax.train.runs.data import CaptionsData
@@ -33,12 +31,9 @@ def get_config(arg: str = "0"):
     if not (arg or "0").isdigit():
         raise ConfigError(f"configs/prefer.py takes a seed, a whole number, not {arg!r}")
     seed = int(arg or "0")
-    spec = importlib.util.spec_from_file_location("scenes", Path(__file__).parent / "scenes.py")
-    scenes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scenes)
     pairs = CaptionsData(batch=4, tokens=224, rows=1, patches=208, window=8.0, min_pixels=256, max_cells=3, seed=seed)
     false = replace(pairs, rows=2, patches=160, false=0.75)
-    model = scenes.model()
+    model = beside(__file__, "scenes.py").model()
     model = replace(model, encoder=replace(model.encoder, layers=1), decoder=replace(model.decoder, layers=2))
     learn = OptimConfig(name="muon", learning_rate=4e-3, steps=600, warmup=60, final=0.03, b2=0.98, weight_decay=0.02)
     prefer = OptimConfig(learning_rate=1e-4, steps=100, warmup=10, b2=0.98)
@@ -52,7 +47,7 @@ def get_config(arg: str = "0"):
             train=train,
             stages={
                 "learn": Stage(data=false, optim=learn),
-                **{name: Stage(after="learn", train=replace(train, preference=loss)) for name, loss in LOSSES.items()},
+                **{name: Stage(after="learn", algorithm=loss) for name, loss in LOSSES.items()},
             },
         )
     )

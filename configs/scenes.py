@@ -9,14 +9,13 @@ four conversations, a batch 32. See `mllm_jax.data.synthetic.scenes` for what th
 """
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.synthetic.scenes import scenes_vision_ids
+from mllm_jax.data.synthetic.scenes import SCENES, scenes_vision_ids
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.train.input.processors import SCENES
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data import ScenesData

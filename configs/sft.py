@@ -40,6 +40,11 @@ TOKENS, PATCHES = 4096, 4096  # of a row, about
 
 
 def get_config(arg: str = "llava/1.5-7b"):
+    return run_config(run(arg))
+
+
+def run(arg: str = "") -> Run:
+    """The run of an argument; configs/dpo.py, reward.py and rlhf.py change its algorithm."""
     named, *sources = (arg or "llava/1.5-7b").split(",")
     family, _, size = named.partition("/")
     is_size = family in FAMILIES
@@ -52,15 +57,13 @@ def get_config(arg: str = "llava/1.5-7b"):
         picture = model.lead + max(1, model.encoder.position_grid**2)  # as its table of positions, if there is one
         shape |= {"rows": 2, "patches": picture * max(1, PATCHES // picture)}
     source = "" if is_size else named
-    return run_config(
-        Run(
-            model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
-            init=source,
-            processor=source,
-            data=MixtureData(**shape, sources=dict.fromkeys(sources, Part())) if sources else FilesData(**shape),
-            optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50),
-            train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
-        )
+    return Run(
+        model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
+        init=source,
+        processor=source,
+        data=MixtureData(**shape, sources=dict.fromkeys(sources, Part())) if sources else FilesData(**shape),
+        optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50),
+        train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
     )
 
 

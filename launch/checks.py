@@ -155,10 +155,10 @@ def _check_paths(run: Run, files: Files, stages: Collection[str]) -> None:
     for name, source in models.items():
         if _is_folder(source):
             _check_path(name, source, files)
-    if (reward := run.train.ppo.reward) and reward not in stages:
-        _check_path("config.train.ppo.reward", reward, files)
-    if run.train.preference.stored:
-        _check_path("config.train.preference.reference", run.train.preference.reference, files)
+    read = run.algorithm.files | {field: getattr(run.algorithm, field) for field in run.algorithm.runs}
+    for field, source in read.items():
+        if source not in stages:
+            _check_path(f"config.algorithm.{field}", source, files)
 
 
 def _is_folder(source: str) -> bool:

@@ -21,7 +21,7 @@ import mllm_jax
 from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import init_adapters
 from mllm_jax.nn.lora import LoraConfig
-from mllm_jax.pretrained.peft import WEIGHTS
+from mllm_jax.pretrained.peft.files import WEIGHTS
 
 TEXTS = {"qwen3_moe": test_text_families, "phi3": test_decoders}
 ROWS = [(3, ("image", 4, 6), 5), (9,)]

@@ -9,11 +9,12 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from mllm_jax.data.pipeline.loader import BadData, make_loader
+from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate
 from mllm_jax.data.pipeline.preference import Pairs, Reference, last_run, mark, same_tokens
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
-from mllm_jax.data.records.records import BadRecord, read_record
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.records.records import BadData, BadRecord, read_record
 from mllm_jax.data.tools.inline_media import embedded
 
 SPEC = ProcessorSpec(min_pixels=32 * 32, max_pixels=128 * 128)

@@ -16,9 +16,10 @@ from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.train.algorithms.supervised import CrossEntropy
 from mllm_jax.train.losses.load_balance import BalanceConfig, Load, balance_loss, imbalance, totals, z_loss
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
-from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.context import TrainContext, state_from_params
+from mllm_jax.train.step.optimizer import OptimConfig
 from mllm_jax.train.step.train_step import make_train_step
 
 E, TOP = 8, 2
@@ -115,9 +116,9 @@ def take_step(params, rows, mesh=None, accumulate=1, balance=BALANCE, config=CON
     """(gradients before clipping, metrics, parameters after the step)."""
     mesh = make_mesh(mesh, jax.devices()[: 8 if mesh else 1])
     optim = OptimConfig(b1=0.0, clip=0.0, learning_rate=1e-3)
-    tx, _ = make_optimizer(optim, params)
-    state = state_from_params(config, tx, mesh, params)
-    step = make_train_step(config, tx, optim, mesh, accumulate=accumulate, balance=balance)
+    context = TrainContext(config, optim, mesh, accumulate=accumulate, balance=balance)
+    state = state_from_params(context, params)
+    step = make_train_step(context, CrossEntropy(config))
     state, metrics = step(state, rows)
     moments = next(part.mu for part in state.opt_state if hasattr(part, "mu"))
     return jax.device_get((moments, metrics, state.params))

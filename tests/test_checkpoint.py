@@ -9,15 +9,14 @@ from jax.experimental import multihost_utils
 from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.model.vlm import abstract_params
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.checkpoint.damage import Damaged
 from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.checkpoint.restore import read_config, restore_params
 from mllm_jax.train.checkpoint.tiers import Tiers
-from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.step.optimizer import make_optimizer
-from mllm_jax.train.step.state import abstract_state, init_state, state_shardings
+from mllm_jax.train.runs.config import read_run, train_context
+from mllm_jax.train.step.context import init_state
+from mllm_jax.train.step.state import abstract_state, state_shardings
 
 CONFIG = get_config()
 RUN = read_run(CONFIG)
@@ -28,7 +27,8 @@ CHANGES = {"optim.name": "adafactor", "processor": "elsewhere", "model.decoder.m
         max_pixels=4096, cell=32, min_cells=4, max_cells=6,
     ).items()
 } | {"data.kinds.colour": 0.5}  # fmt: skip
-TX, _ = make_optimizer(RUN.optim, abstract_params(RUN.model))
+TX = train_context(RUN, make_mesh()).tx
+ABSTRACT = abstract_state(RUN.model, TX)
 
 NOTES = {"at": 1e9, "seconds": {"steps": 5.0}}
 
@@ -45,7 +45,7 @@ def position(step):
 @pytest.fixture(scope="module")
 def state():
     """A state that is not all zeros, on eight devices."""
-    fresh = init_state(RUN.model, TX, make_mesh({"fsdp": 8}), jax.random.key(1))
+    fresh = init_state(train_context(RUN, make_mesh({"fsdp": 8})), jax.random.key(1))
     busy = jax.tree.map(lambda x: x + 0.5 if x.dtype == np.float32 else x + 3, fresh.opt_state)
     return fresh._replace(opt_state=busy, step=fresh.step + 7, bad=fresh.bad + 1)
 
@@ -62,7 +62,7 @@ def saved(state, tmp_path):
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2, "data": 4}])
 def test_a_state_is_restored_on_any_mesh(saved, state, shape):
     wanted = layout(make_mesh(shape))
-    found, found_position, notes = Checkpoints(saved).restore(CONFIG, abstract_state(RUN.model, TX), wanted)
+    found, found_position, notes = Checkpoints(saved).restore(CONFIG, ABSTRACT, wanted)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, found, state)
     assert all(x.sharding.is_equivalent_to(y, x.ndim) for x, y in zip(*map(jax.tree.leaves, (found, wanted))))
@@ -112,7 +112,7 @@ def test_harmless_settings_may_change(saved):
     config = CONFIG.copy_and_resolve_references()
     config.train.log_every, config.optim.learning_rate, config.model.runtime.remat = 1, 1e-5, "full"
     config.data.update(workers=7, processes=1, prefetch=0, strict=True, max_bad=0.5, epochs=3)
-    Checkpoints(saved).restore(config, abstract_state(RUN.model, TX), layout(make_mesh()))
+    Checkpoints(saved).restore(config, ABSTRACT, layout(make_mesh()))
 
 
 def test_what_gives_the_checkpoint_another_meaning_is_refused(saved):
@@ -122,13 +122,11 @@ def test_what_gives_the_checkpoint_another_meaning_is_refused(saved):
         config = CONFIG.copy_and_resolve_references()
         config.update_from_flattened_dict({path: value})
         with pytest.raises(ConfigError, match=rf"config.{path} was .*, is {value}\. Use another --workdir"):
-            checkpoints.restore(config, abstract_state(RUN.model, TX), wanted)
+            checkpoints.restore(config, ABSTRACT, wanted)
 
 
 def tiers(workdir, shape=None):
-    return Tiers(
-        workdir, 2, str(workdir / "disk"), True, abstract_state(RUN.model, TX), layout(make_mesh(shape or {"fsdp": 8}))
-    )
+    return Tiers(workdir, 2, str(workdir / "disk"), True, ABSTRACT, layout(make_mesh(shape or {"fsdp": 8})))
 
 
 @pytest.fixture
@@ -213,7 +211,7 @@ def test_no_flipped_bit_is_restored_silently(saved, state, tmp_path_factory):
     """One bit in each of the largest files: what is restored is what was saved, or it is refused."""
     files = [path for path in (saved / "checkpoints" / "7").rglob("*") if path.is_file()]
     files = sorted(files, key=lambda path: (-path.stat().st_size, path.name))[:16]
-    wanted, refused = (abstract_state(RUN.model, TX), layout(make_mesh())), 0
+    wanted, refused = (ABSTRACT, layout(make_mesh())), 0
     for path, bit in zip(files, np.random.default_rng(0).integers(2**40, size=len(files))):
         copy = tmp_path_factory.mktemp("flipped")
         shutil.copytree(saved, copy, dirs_exist_ok=True)
@@ -288,5 +286,5 @@ def test_without_fingerprints_a_checkpoint_is_read_as_it_is(state, tmp_path):
     checkpoints = Checkpoints(tmp_path, verify=False)
     checkpoints.save(3, state, CONFIG, position(3), NOTES)
     checkpoints.close()
-    found = Checkpoints(tmp_path).restore(CONFIG, abstract_state(RUN.model, TX), layout(make_mesh()))
+    found = Checkpoints(tmp_path).restore(CONFIG, ABSTRACT, layout(make_mesh()))
     jax.tree.map(np.testing.assert_array_equal, found.state, state)

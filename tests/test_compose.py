@@ -13,9 +13,9 @@ from tiny_run import load_config, load_module
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import collate, tightest
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.algorithms.supervised import loss_sum
-from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.input.processors import chat_processor
 from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.step.forward import loss_sum
 
 compose = load_module("compose")
 ENCODERS, CONNECTORS, DECODERS = (list(parts) for parts in (compose.ENCODERS, compose.CONNECTORS, compose.DECODERS))
@@ -40,7 +40,7 @@ def small(*names):
 def batch_of(model, count=3):
     """Two rows of questions about pictures and clips."""
     run = read_run(load_config("compose"))
-    processor = make_processor(run.processor, model, run.data)
+    processor = chat_processor(run.processor, model, run.data)
     source = run.data.source("train")
     examples = [processor(source[i]["messages"]) for i in range(count)]
     return collate([[example] for example in examples], tightest(examples), **model.layout)

@@ -11,9 +11,10 @@ from tiny_run import CONFIGS, load_config
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.data.pipeline.packing import place
 from mllm_jax.model.vlm import ModelConfig, count_params
-from mllm_jax.train.input.processors import make_processor
-from mllm_jax.train.loop import StopSignal, Training
+from mllm_jax.train.input.processors import chat_processor
+from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.monitor.processes import StopSignal
 from mllm_jax.train.runs.config import read_run
 
 ARGUMENTS = {
@@ -32,6 +33,8 @@ RUNS = [
 @pytest.mark.parametrize(("name", "argument"), RUNS)
 def test_a_config_is_read_and_survives_json(name, argument):
     config = load_config(name, argument)
+    if name == "rlhf":
+        config.algorithm.reward = "runs/reward"
     run = read_run(config)
     assert read_run(load(dump(config))) == run
     if isinstance(run.model, ModelConfig):
@@ -47,7 +50,7 @@ def test_the_small_model_has_seventy_million_parameters_beside_its_vocabulary():
 
 def test_scenes_fit_their_budget():
     run = read_run(load_config("scenes"))
-    processor = make_processor(run.processor, run.model, run.data)
+    processor = chat_processor(run.processor, run.model, run.data)
     source = run.data.source("heldout")
     for index in range(200):
         record = source[index]
@@ -64,9 +67,9 @@ def test_an_unknown_size_is_refused():
 def test_a_processor_of_another_model_is_refused():
     run = read_run(load_config("qwen3_vl_sft"))
     with pytest.raises(ConfigError, match="the id of image tokens is"):
-        make_processor("scenes", run.model, run.data)
+        chat_processor("scenes", run.model, run.data)
     with pytest.raises(ConfigError, match="config.processor must name a folder"):
-        make_processor("", run.model, run.data)
+        chat_processor("", run.model, run.data)
 
 
 @pytest.mark.slow

@@ -22,9 +22,9 @@ from mllm_jax.sharding.logical_axes import freeze_rules
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.presets import RULES
 from mllm_jax.sharding.weights import shardings
-from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.losses.cross_entropy import token_loss
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.forward import loss_sum
 
 HEADS, HEAD_DIM, LENGTH = 4, 8, 40
 ALONE = Runtime()

@@ -12,11 +12,12 @@ import mllm_jax
 from mllm_jax.common.trees import flatten
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms.contrastive import make_contrastive_step, pair_shardings
+from mllm_jax.train.algorithms.contrastive import make_contrastive_step
 from mllm_jax.train.losses import contrastive
 from mllm_jax.train.losses.contrastive import contrastive_loss
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
-from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.batches import pair_shardings
+from mllm_jax.train.step.context import TrainContext, state_from_params
+from mllm_jax.train.step.optimizer import OptimConfig
 
 RULES = Runtime().within("encoder").rules
 MESHES = {"one device": None, "fsdp": {"fsdp": 8}, "mixed": {"data": 2, "context": 2, "tensor": 2}}
@@ -129,10 +130,11 @@ def pairs(kind, folder):
     return ours, mllm_jax.from_hf_inputs(ours.config, inputs), model(**to_torch(inputs), return_loss=True).loss.item()
 
 
-def run(ours, batch, tx, optim, mesh, steps):
+def run(ours, batch, optim, mesh, steps):
     """The state after so many steps, and the losses of all."""
-    state = state_from_params(ours.config, tx, mesh, jax.tree.map(jnp.copy, ours.params))
-    step, losses = make_contrastive_step(ours.config, tx, optim, mesh), []
+    context = TrainContext(ours.config, optim, mesh)
+    state = state_from_params(context, jax.tree.map(jnp.copy, ours.params))
+    step, losses = make_contrastive_step(context), []
     batch = jax.device_put(batch, pair_shardings(batch, mesh, ours.config.runtime.rules))
     for _ in range(steps):
         state, metrics = step(state, batch)
@@ -146,9 +148,8 @@ def test_steps_on_any_mesh(tmp_path, record_property):
     devices equal those of one."""
     ours, batch, expected = pairs("siglip2", tmp_path)
     optim = OptimConfig(learning_rate=1e-3, schedule="constant", freeze=("^encoder/patch_embed",))
-    tx, _ = make_optimizer(optim, ours.params)
-    _, alone = run(ours, batch, tx, optim, make_mesh({"fsdp": 1}, jax.devices()[:1]), 3)
-    state, losses = run(ours, batch, tx, optim, make_mesh({"data": 2, "fsdp": 4}), 3)
+    _, alone = run(ours, batch, optim, make_mesh({"fsdp": 1}, jax.devices()[:1]), 3)
+    state, losses = run(ours, batch, optim, make_mesh({"data": 2, "fsdp": 4}), 3)
     np.testing.assert_allclose(alone[0], expected, rtol=1e-5)
     record_property("trains", "siglip2")
     np.testing.assert_allclose(losses, alone, rtol=1e-4)

@@ -16,7 +16,8 @@ import source_files
 from mllm_jax.data.__main__ import main
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, scenes_tokenizer

@@ -10,8 +10,7 @@ from mllm_jax.data.tools import inline_media
 from mllm_jax.data.vision import images
 from mllm_jax.train.checkpoint import lock
 from mllm_jax.train.monitor import processes
-from mllm_jax.train.monitor.spikes import SpikeConfig
-from mllm_jax.train.runs.config import TrainConfig
+from mllm_jax.train.runs.config import SpikeConfig, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"

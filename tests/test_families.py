@@ -8,8 +8,8 @@ import pytest
 from tiny_models import MODELS, class_of, tiny
 
 import mllm_jax
-from mllm_jax.common.config import differences
 from mllm_jax.common.fields import count, layers, read
+from mllm_jax.common.trees import differences
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.base import DecoderFamily, Family
 from mllm_jax.model.decoder import DecoderConfig

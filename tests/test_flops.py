@@ -14,12 +14,21 @@ from mllm_jax.common.trees import join
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.losses.load_balance import BalanceConfig
-from mllm_jax.train.monitor.cost import explain
-from mllm_jax.train.monitor.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
+from mllm_jax.train.monitor.cost import BatchCost
+from mllm_jax.train.monitor.flops import (
+    Counts,
+    count_flops,
+    mfu,
+    near_pairs,
+    padded,
+    peak_flops,
+    rows_of_language,
+    useful,
+)
 from mllm_jax.train.runs.config import Run, TrainConfig
 from mllm_jax.train.runs.data import ScenesData
+from mllm_jax.train.step.forward import loss_sum
 from mllm_jax.train.step.optimizer import split
 
 
@@ -140,14 +149,14 @@ def test_a_run_says_what_exact_balance_costs():
     balanced = TrainConfig(accumulate=2, balance=BalanceConfig("global"))
     run = Run(replace(tiny_config(), decoder=decoder), ScenesData(), train=balanced)
     batch = a_batch(np.random.default_rng(0))
-    *_, said = explain(run, batch, processes=4)
+    *_, said = BatchCost(run, rows_of_language).explain(batch, processes=4)
     flops = count_flops(run.model, useful(batch))
     counting = 4 * sum(part.forward for part in flops.values()) - 4 * flops["head"].forward
     assert said.startswith("train.balance.exact: a forward pass") and f"{with_prefix(counting)}FLOP" in said
     share = int(re.search(r"or (\d+)% besides", said)[1])
     assert 27 < share < 34 and share == round(25 * counting / sum(part.total for part in flops.values()))
     for other in (TrainConfig(balance=BalanceConfig("global")), replace(balanced, balance=BalanceConfig("micro"))):
-        assert len(list(explain(replace(run, train=other), batch))) == 1
+        assert len(list(BatchCost(replace(run, train=other), rows_of_language).explain(batch))) == 1
 
 
 def test_utilisation():

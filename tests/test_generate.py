@@ -15,7 +15,8 @@ from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
 from mllm_jax.data.pipeline.packing import collate, tightest
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.text.generation_config import GenerationDefaults
 from mllm_jax.generate import cpu_weights, decode
 from mllm_jax.generate.__main__ import main

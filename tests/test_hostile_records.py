@@ -10,7 +10,8 @@ import tiny_chat
 
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.tools.convert import convert

@@ -15,7 +15,7 @@ SCENES = ["--config=configs/scenes.py", "--workdir=/runs/a"]
 SPREAD = [*SCENES, "--config.data.batch=64", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
 FINE_TUNE = ["--config=configs/qwen3_vl_8b.py", "--workdir=/runs/a"]
 ON_MOUNT = [*FINE_TUNE, "--config.data.path=/runs/a.jsonl"]
-PREFER = [*ON_MOUNT, "--config.train.preference.dpo=1.0"]
+PREFER, PPO = ([f"--config=configs/{name}.py", *ON_MOUNT[1:]] for name in ("dpo", "rlhf"))
 CLOUD = ["--name=scenes", "--zone=us-east5-b", "--tpu=v6e:8x8"]
 LAUNCHERS = {
     slurm.main: ["--nodes=8"],
@@ -77,8 +77,8 @@ def refused(words, hosts) -> str:
         ("config.data.heldout=/data/b: ", [*ON_MOUNT, "--config.data.heldout=/data/b"]),
         ("config.init=/data/a: ", [*ON_MOUNT, "--config.init=/data/a"]),
         ("config.processor=../a: ", [*ON_MOUNT, "--config.processor=../a"]),
-        ("config.train.ppo.reward=runs/a: ", [*ON_MOUNT, "--config.train.ppo.reward=runs/a"]),
-        ("config.train.preference.reference=a.jsonl: ", [*PREFER, "--config.train.preference.reference=a.jsonl"]),
+        ("config.algorithm.reward=runs/a: ", [*PPO, "--config.algorithm.reward=runs/a"]),
+        ("config.algorithm.reference=a.jsonl: ", [*PREFER, "--config.algorithm.reference=a.jsonl"]),
         ("config.parts.encoder=/data/a: ", [*ON_MOUNT, "--config.init=", "--config.parts.encoder=/data/a"]),
     ],
 )  # fmt: skip
@@ -117,7 +117,7 @@ def test_stages_are_checked_one_by_one(checkout):
 def test_a_reward_model_may_be_that_of_a_stage(checkout):
     words = ["--config=configs/ppo.py", "--workdir=/runs/a", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
     training = read_training(words)
-    assert training.config.stages.ppo.train.ppo.reward == "reward"
+    assert training.config.stages.ppo.algorithm.reward == "reward"
     check_training(training, tpu_hosts(tpu("v6e:2x2"), committed("/runs")))
 
 

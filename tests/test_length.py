@@ -13,16 +13,18 @@ from tiny_run import get_config
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.synthetic.scenes import Scenes
+from mllm_jax.train import length
 from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.checkpoint.restore import restore_params
-from mllm_jax.train.loop import StopSignal, train
+from mllm_jax.train.length import DataEnded, count_updates
+from mllm_jax.train.loop import train
 from mllm_jax.train.monitor.metrics import Reporter, read_metrics
+from mllm_jax.train.monitor.processes import StopSignal
 from mllm_jax.train.run_stages import train_run
-from mllm_jax.train.runs import length
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.runs.length import DataEnded, count_updates
 from mllm_jax.types import Example
 
 # Tokens of conversations: a long tail, and two sizes of which the large ones fit badly.

@@ -26,7 +26,7 @@ from mllm_jax.generate.buckets import pad_prompts
 from mllm_jax.model.vlm import abstract_boxed, count_params
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.weights import shardings
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.step.batches import batch_shardings
 from mllm_jax.types import NEWLINE
 
 IMAGE, VIDEO, NEW, TILE, SIDE = 150, 151, 6, 20, 5

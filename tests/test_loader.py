@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.pipeline.loader import BadData, join_states, make_loader
-from mllm_jax.data.pipeline.packing import Budget
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec, TooLarge
-from mllm_jax.data.records.records import BadRecord
+from mllm_jax.data.pipeline.loader import join_states, make_loader
+from mllm_jax.data.pipeline.packing import Budget, TooLarge
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.records.records import BadData, BadRecord
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.sources.mixture import Mixture
 from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, Scenes, scenes_tokenizer

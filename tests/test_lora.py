@@ -20,12 +20,14 @@ from mllm_jax.nn.lora import LoraConfig, add_products, split_adapters
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
+from mllm_jax.train.algorithms.supervised import CrossEntropy
 from mllm_jax.train.monitor.flops import count_flops, padded
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split
-from mllm_jax.train.step.state import state_from_params
-from mllm_jax.train.step.train_step import batch_shardings, make_eval_step, make_train_step
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.context import TrainContext, state_from_params
+from mllm_jax.train.step.forward import loss_sum
+from mllm_jax.train.step.optimizer import OptimConfig, split
+from mllm_jax.train.step.train_step import make_eval_step, make_train_step
 
 EVERYWHERE = LoraConfig(
     rank=4,
@@ -137,10 +139,10 @@ def start(lora, params, shape, **options):
     """(state, step, a function that puts batches on the mesh)."""
     config, mesh = replace(BASE, lora=lora), make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
     optim = replace(OPTIM, freeze=lora.freezes(()))
-    tx, _ = make_optimizer(optim, params)
-    step = make_train_step(config, tx, optim, mesh, objective=CrossEntropy(config, chunk=48), **options)
+    context = TrainContext(config, optim, mesh, **options)
+    step = make_train_step(context, CrossEntropy(config, chunk=48))
     put = lambda batch: jax.device_put(batch, batch_shardings(batch, mesh, BASE.runtime.rules))
-    return state_from_params(config, tx, mesh, jax.tree.map(jnp.array, params)), step, put
+    return state_from_params(context, jax.tree.map(jnp.array, params)), step, put
 
 
 def test_steps_train_adapters_alone_on_any_mesh(base, batch):

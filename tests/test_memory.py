@@ -12,14 +12,13 @@ from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor import memory
 from mllm_jax.train.monitor.memory import Memory, check_memory, host_limit, memory_of, trained_share
-from mllm_jax.train.runs.config import read_run, updates_of
-from mllm_jax.train.step.optimizer import make_optimizer, split
-from mllm_jax.train.step.state import abstract_state, state_shardings
+from mllm_jax.train.runs.config import read_run, train_context
+from mllm_jax.train.step.optimizer import split
 
 
 def states(run, mesh):
-    tx, _ = make_optimizer(updates_of(run), abstract_params(run.model))
-    return abstract_state(run.model, tx), state_shardings(run.model, tx, mesh, run.model.runtime.rules)
+    context = train_context(run, mesh)
+    return context.state, context.state_shardings
 
 
 @pytest.mark.parametrize("freeze", [(), ("encoder", "embed")], ids=["all", "frozen"])

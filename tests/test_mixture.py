@@ -20,7 +20,7 @@ from mllm_jax.evaluate import ask
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.input.pipeline import open_data
-from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.input.processors import chat_processor
 from mllm_jax.train.runs.config import read_run
 
 READER = SimpleNamespace(processor=SimpleNamespace(spec=SEEING))  # as much of a model as evaluation asks for
@@ -175,7 +175,7 @@ def test_a_run_reads_a_mixture_of_files_and_resumes(tmp_path):
     config.data.sources.pages.heldout_where = {"split": "test"}
     config.data.curriculum = ((4, {"pages": 4.0}),)
     run, mesh = read_run(config), make_mesh({"fsdp": -1})
-    processor = make_processor(run.processor, run.model, run.data)
+    processor = chat_processor(run.processor, run.model, run.data)
     whole, parts = ([], [])
     for batches, stops in ((whole, [7]), (parts, [3, 4])):
         state = None

@@ -21,10 +21,10 @@ from mllm_jax.nn.rope import YarnConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.weights import shardings
-from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.monitor.flops import Counts, count_flops
 from mllm_jax.train.runs.config import Run, read_run, run_config
 from mllm_jax.train.runs.data import ScenesData
+from mllm_jax.train.step.forward import loss_sum
 from mllm_jax.types import Batch
 
 SMALL = MlaConfig(heads=4, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=12, q_rank=24)

@@ -16,10 +16,12 @@ from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.nn import mlp
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.input.pipeline import Placer
-from mllm_jax.train.loop import Diverged, StopSignal, Training
+from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.monitor.nonfinite import find_nonfinite, layer_name
+from mllm_jax.train.monitor.processes import StopSignal
 from mllm_jax.train.monitor.profiler import steps_of
+from mllm_jax.train.monitor.results import Diverged
 from mllm_jax.train.runs.config import Run, TrainConfig, read_run
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import OptimConfig

@@ -8,13 +8,13 @@ import pytest
 import tiny_run
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pipeline.loader import BadData
 from mllm_jax.data.pipeline.preference import Reference
+from mllm_jax.data.records.records import BadData
 from mllm_jax.data.synthetic.captions import Captions, count_named, false_share, recall
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms.preference_records import read_references, write_references
 from mllm_jax.train.algorithms.reference import log_probs
+from mllm_jax.train.algorithms.stored_references import read_references, write_references
 from mllm_jax.train.loop import train
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.runs.config import read_run
@@ -29,7 +29,7 @@ def a_config(reference, **preference):
     config.data.update(batch=8, tokens=160, rows=1, patches=112)
     config.optim.update(steps=4, warmup=0, learning_rate=1e-2)
     config.train.update(log_every=1, save_every=2, evaluate_every=0, heldout=8, loss_chunk=32)
-    config.train.preference.update(reference=reference, **preference)
+    config.algorithm.update(reference=reference, **preference)
     return config
 
 
@@ -104,10 +104,6 @@ def test_a_run_against_its_base(tmp_path, few_captions):
 def test_what_a_run_refuses():
     with pytest.raises(ConfigError, match="reference='base' is the model without its adapters, which needs"):
         read_run(a_config("base"))
-    config = a_config("first")
-    config.train.weighting = "sqrt"
-    with pytest.raises(ConfigError, match="config.train.weighting='sqrt' has no meaning for pairs"):
-        read_run(config)
     with pytest.raises(ConfigError, match="a step against a frozen copy of the first weights is not planned"):
         abstract_step(read_run(a_config("first")), make_mesh())
     with pytest.raises(ConfigError, match="reference='nowhere.jsonl' is neither .* nor a file that can be read"):

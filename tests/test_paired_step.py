@@ -16,9 +16,11 @@ from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.preference import PairObjective
 from mllm_jax.train.losses.cross_entropy import token_log_probs
 from mllm_jax.train.losses.preference import PreferenceConfig
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
-from mllm_jax.train.step.state import state_from_params
-from mllm_jax.train.step.train_step import batch_shardings, make_train_step
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.context import TrainContext, state_from_params
+from mllm_jax.train.step.forward import answer_log_probs
+from mllm_jax.train.step.optimizer import OptimConfig
+from mllm_jax.train.step.train_step import make_train_step
 
 CONFIG = tiny_config()
 BUDGET = Budget(tokens=149, rows=2, patches=128)
@@ -114,12 +116,10 @@ def test_a_pair_equals_its_conversations_alone(params):
 def start(params, shape, preference, config=CONFIG, **options):
     """(state, step) on a mesh of that shape."""
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
-    tx, _ = make_optimizer(OPTIM, params)
-    objective = PairObjective(config, preference, chunk=40)
-    state = state_from_params(config, tx, mesh, params)
-    return state._replace(rewards=state.rewards + jnp.array([0.25, 6])), make_train_step(
-        config, tx, OPTIM, mesh, objective=objective, **options
-    )
+    context = TrainContext(config, OPTIM, mesh, **options)
+    step = make_train_step(context, PairObjective(config, preference, chunk=40))
+    state = state_from_params(context, params)
+    return state._replace(rewards=state.rewards + jnp.array([0.25, 6])), step
 
 
 def gradients(state):
@@ -176,7 +176,7 @@ def test_meshes_parts_and_remat_change_nothing(params, other, rows, single):
 
 def test_numbers_of_a_file_equal_a_frozen_copy(params, other, rows, single):
     objective = PairObjective(CONFIG, replace(MPO, reference="file.jsonl"), chunk=40)
-    stored = np.asarray(jax.jit(lambda params: objective.log_probs(params, rows)[0])(other))
+    stored = np.asarray(jax.jit(lambda params: answer_log_probs(CONFIG, params, rows, 40)[0])(other))
     sums = jax.jit(lambda batch: objective.sums(params, batch, None, None, jnp.array([0.25, 6]))[0])
     for name, found in sums(rows._replace(reference=stored)).items():
         assert float(found / 8) == pytest.approx(float(single[1][name]), rel=1e-5), name

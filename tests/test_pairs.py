@@ -20,9 +20,9 @@ from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import init_params
 from mllm_jax.train.checkpoint.restore import load_workdir, read_config
 from mllm_jax.train.evaluators.retrieval import recall_at_1
-from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.input.processors import pair_processor
 from mllm_jax.train.loop import train
-from mllm_jax.train.monitor.flops import Counts, count_flops
+from mllm_jax.train.monitor.flops import Counts, count_flops, rows_of_towers
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.runs.config import read_run
 
@@ -47,7 +47,7 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def processor():
     run = read_run(tiny())
-    return make_processor(run.processor, run.model, run.data)
+    return pair_processor(run.processor, run.model, run.data)
 
 
 def pairs_of(folder, count=11):
@@ -181,7 +181,7 @@ def test_bad_configs(change, message):
         config.update(change)
     with pytest.raises(ConfigError, match=message):
         run = read_run(config)
-        make_processor(run.processor, run.model, run.data)
+        pair_processor(run.processor, run.model, run.data)
 
 
 @pytest.mark.parametrize("arg", ["clip/b16", "siglip/2-base-16-224", "siglip2/so400m-16"])
@@ -202,13 +202,13 @@ def test_flops_of_the_towers():
     """Layers by hand: 12 D^2 a token with an MLP of 4 D, and attention; backward is twice that."""
     model = FAMILIES["siglip"].config("base-16-224")
     counts = Counts(tokens=64.0, token_pairs=64**2 / 2, patches=196.0, patch_pairs=196.0**2, targets=0.0)
-    flops = count_flops(model, counts)
+    flops = count_flops(model, counts, rows=rows_of_towers)
     width = 768
     layers = lambda rows, pairs: 12 * (2 * 12 * width**2 * rows + 4 * width * pairs)
     assert flops["encoder"].forward == pytest.approx(layers(196, 196**2) + 2 * 196 * width**2)
     assert flops["text"].forward == pytest.approx(layers(64, 64**2 / 2))
     assert flops["text"].backward == 2 * flops["text"].forward
-    frozen = count_flops(model, counts, ("^encoder",))
+    frozen = count_flops(model, counts, ("^encoder",), rows_of_towers)
     assert frozen["encoder"].backward == 0 and frozen["text"] == flops["text"]
 
 

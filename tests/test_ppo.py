@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.train.algorithms.ppo import minibatches
-from mllm_jax.train.algorithms.reward import pairwise_loss
+from mllm_jax.train.algorithms.ppo_step import minibatches
 from mllm_jax.train.losses.ppo import PpoConfig, advantages, policy_loss, token_rewards, value_loss, whitened
+from mllm_jax.train.losses.reward import pairwise_loss
 
 RNG = np.random.default_rng(0)
 B, T = 5, 11

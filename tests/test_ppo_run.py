@@ -41,7 +41,7 @@ def a_config(stage, steps, **settings):
 
 def ppo_config(reward, steps=4, **ppo):
     config = a_config("ppo", steps)
-    config.train.ppo.update(reward=str(reward), new_tokens=8, **ppo)
+    config.algorithm.update(reward=str(reward), new_tokens=8, **ppo)
     return config
 
 

@@ -94,10 +94,10 @@ def test_running_mean():
     assert running_mean(jnp.zeros(2), 0.0, 0).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("wrong", ({"dpo": -1.0}, {"beta": 0.0}, {"smoothing": 0.5}, {"reference": ""}))
+@pytest.mark.parametrize("wrong", ({"dpo": -1.0}, {"beta": 0.0}, {"smoothing": 0.5}, {"reference": ""}, {"dpo": 0.0}))
 def test_what_a_config_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        PreferenceConfig(**wrong)
+        PreferenceConfig(**{"dpo": 1.0} | wrong)
 
 
 @pytest.mark.parametrize(

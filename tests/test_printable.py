@@ -49,7 +49,7 @@ def test_answers_are_escaped_on_a_terminal_alone(capsys, monkeypatch):
 
 
 def test_an_inspection_shows_hostile_names_as_text(tmp_path, capsys):
-    from mllm_jax.train.input.inspection import _left_out, _table
+    from mllm_jax.train.inspection import _left_out, _table
 
     kinds = _table("kind", "conversations")
     kinds.add_row(cell(HOSTILE), "1")

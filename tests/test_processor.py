@@ -14,8 +14,10 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from mllm_jax.data.pipeline.processor import Budget, Processor, ProcessorSpec, TooLarge
+from mllm_jax.data.pipeline.packing import Budget, TooLarge
+from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spans import BROKEN_FRAMES
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.video import videos
 from mllm_jax.data.vision import images
 

@@ -22,7 +22,7 @@ from mllm_jax.nn.quantization import KINDS, NF4, dequantise, group_of, quantise
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.weights import shardings
-from mllm_jax.train.algorithms.supervised import loss_sum
+from mllm_jax.train.step.forward import loss_sum
 from mllm_jax.train.step.optimizer import split
 
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
     import mllm_jax
     from mllm_jax.data.synthetic.scenes import Scenes
-    from mllm_jax.train.input.processors import make_processor
+    from mllm_jax.train.input.processors import chat_processor
     from mllm_jax.train.runs.config import read_run
 
     folder = tmp_path_factory.mktemp("readme")
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
         settings.model,
         mllm_jax.VLM(settings.model),
         mllm_jax.init_params(settings.model, jax.random.key(0)),
-        make_processor("scenes", settings.model, settings.data),
+        chat_processor("scenes", settings.model, settings.data),
     )
     mllm_jax.save_pretrained(vlm, folder / "demo" / "export")
     return folder

@@ -14,8 +14,8 @@ from tiny_run import CONFIGS, load_module
 from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.common.workdir import ended
 from mllm_jax.model.vlm import abstract_params
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.input.pipeline import loader_of
-from mllm_jax.train.input.processors import make_processor
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs.command import read_config
@@ -99,7 +99,7 @@ def test_a_small_recipe_reads_the_files_that_its_command_names(name, own):
     for stage in STAGES[name]:
         run = read_run(stage_config(config, stage))
         data = replace(run.data, workers=0, prefetch=0, batch=2)
-        loader = loader_of(data, make_processor(run.processor, run.model, data))
+        loader = loader_of(data, algorithm_of(replace(run, data=data)).processor())
         batch, info = next(loader)
         assert info.conversations >= 2 and not info.dropped and not info.skipped and batch.weight.any()
         files = data.sources.values() if isinstance(data, MixtureData) else [data]

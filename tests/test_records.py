@@ -8,9 +8,11 @@ import tiny_chat
 from PIL import Image
 
 from mllm_jax.data.pipeline.packing import Budget, collate
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.pipeline.workers import Process
-from mllm_jax.data.records.records import Bad, BadRecord, read_record
+from mllm_jax.data.records.fields import Bad
+from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.data.tools.inline_media import embedded
 
 A = {"role": "assistant", "content": "B."}

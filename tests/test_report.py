@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mllm_jax.common.format import percent, short
-from mllm_jax.evaluate.report import (
-    Answer,
-    Kind,
-    Line,
-    Run,
-    chart,
-    log_ticks,
-    ticks,
-    write_report,
-)
+from mllm_jax.common.html import log_ticks, ticks
+from mllm_jax.evaluate.report import Answer, Kind, Line, Run, chart, write_report
 
 VOID = {"meta", "img", "br"}
 

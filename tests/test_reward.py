@@ -12,19 +12,22 @@ from examples import random_example, random_params, tiny_config
 from PIL import Image
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pipeline.loader import BadData, make_loader
+from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate
 from mllm_jax.data.pipeline.preference import together
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.reward import Judged, Prompts
-from mllm_jax.data.records.records import BadRecord, read_record
+from mllm_jax.data.pipeline.spec import ProcessorSpec
+from mllm_jax.data.records.records import BadData, BadRecord, read_record
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.plan.compile import abstract_step
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms import ppo_records
-from mllm_jax.train.algorithms.reward import RewardConfig, RewardObjective, scores
+from mllm_jax.train.algorithms import algorithm_of, ppo
+from mllm_jax.train.algorithms.reward import RewardObjective
+from mllm_jax.train.losses.reward import RewardConfig
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import names_in_order, stage_config
+from mllm_jax.train.step.forward import scores
 from mllm_jax.train.step.optimizer import split
 
 ASKED, CHOSEN, REJECTED, FACTS = "What is it?", "A cat on a mat.", "A dog.", "There is a cat."
@@ -60,7 +63,7 @@ def test_a_pair_goes_on_with_the_facts(processor):
     assert len(pair.pictures) == 1 and pair.kind == "scene"
     plain = Judged("")(processor, record(facts=None))
     assert said(processor, plain.tokens).endswith(f"{REJECTED}<|im_end|>\n")
-    with pytest.raises(BadRecord, match="no facts .*config.train.reward.prompt names {facts}"):
+    with pytest.raises(BadRecord, match="no facts .*config.algorithm.prompt names {facts}"):
         Judged(PROMPT)(processor, record(facts=None))
     with pytest.raises(BadRecord, match="no pair"):
         Judged(PROMPT)(processor, record(rejected=None))
@@ -119,7 +122,7 @@ def test_a_pair_in_packed_rows_has_the_rewards_of_its_answers_alone():
     answers = [random_example(rng, 5 + i) for i in range(6)]
     pairs = [together(answers[i : i + 2]) for i in (0, 2, 4)]
     rows = lambda made: collate(made, Budget(40), merge=1, values=0)
-    objective = RewardObjective(CONFIG, RewardConfig(learn=True, centre=0.1))
+    objective = RewardObjective(CONFIG, RewardConfig(centre=0.1))
 
     @jax.jit
     def packed(params, batch):
@@ -146,7 +149,7 @@ def a_config(stage="ppo", **train):
 def test_the_stages_of_the_config_follow_what_they_need(tmp_path):
     config = tiny_run.load_config("ppo")
     assert names_in_order(config) == ["learn", "reward", "ppo"]
-    assert stage_config(config, "ppo", tmp_path).train.ppo.reward == str(tmp_path / "reward")
+    assert stage_config(config, "ppo", tmp_path).algorithm.reward == str(tmp_path / "reward")
     config.stages.reward.after = "ppo"
     with pytest.raises(ConfigError, match="need each other in a circle"):
         names_in_order(config)
@@ -164,15 +167,17 @@ def test_only_runs_that_need_values_have_them_and_adapters_leave_them_trained():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preference.dpo": 1.0}, "preference and ppo cannot be learned at once"),
-        ({"ppo.reward": ""}, "ppo.reward must name the folder of a run that trained a reward model"),
-        ({"ppo.minibatches": 5}, "minibatches=5 times accumulate=1 must divide config.data.batch=64"),
-        ({"ppo.reference": "base"}, "the model without its adapters, which needs config.lora.rank"),
+        ({"algorithm.reward": ""}, "config.algorithm.reward is empty. Set it to the folder of a run that trained"),
+        (
+            {"algorithm.minibatches": 5},
+            "minibatches=5 times config.train.accumulate=1 must divide config.data.batch=64",
+        ),
+        ({"algorithm.reference": "base"}, "the model without its adapters, which needs config.lora.rank"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):
     config = a_config()
-    config.train.update_from_flattened_dict(settings)
+    config.update_from_flattened_dict(settings)
     with pytest.raises(ConfigError, match=message):
         read_run(config)
 
@@ -184,23 +189,22 @@ def test_what_a_run_refuses(monkeypatch, tmp_path):
         read_run(config)
     run = read_run(a_config())
     with pytest.raises(
-        ConfigError, match="ppo.reward='reward' must be the folder of a run that trained a reward model"
+        ConfigError, match="algorithm.reward='reward' must be the folder of a run that trained a reward model"
     ):
-        ppo_records.judge_run(run)
+        algorithm_of(run).check_sources()
     with pytest.raises(ConfigError, match="steps of PPO are not planned"):
         abstract_step(run, make_mesh())
-    monkeypatch.setattr(ppo_records, "read_config", lambda folder: read_run(a_config("learn")))
-    with pytest.raises(ConfigError, match="did not train a reward model; train one with config.train.reward.learn"):
-        ppo_records.judge_run(run)
+    monkeypatch.setattr(ppo, "read_config", lambda folder: read_run(a_config("learn")))
+    with pytest.raises(ConfigError, match="did not train a reward model; train one with algorithm=RewardConfig"):
+        algorithm_of(run).check_sources()
     other = a_config("reward")
     other.data.min_pixels = 1024
-    monkeypatch.setattr(ppo_records, "read_config", lambda folder: read_run(other))
+    monkeypatch.setattr(ppo, "read_config", lambda folder: read_run(other))
     with pytest.raises(ConfigError, match="reads otherwise than the model: how pictures are read differ"):
-        ppo_records.make_judge(run, make_mesh(), tmp_path, False)
+        algorithm_of(run).frozen(make_mesh(), tmp_path, False)
 
 
 def test_another_tokenizer_is_another_reader(processor):
     run = read_run(a_config())
-    own = ppo_records.make_processor(run.processor, run.model, run.data)
-    found = ppo_records.differences(run, run, own, processor)
+    found = ppo.differences(run, run, algorithm_of(run).processor(), processor)
     assert found == ["the tokenizers differ", "the chat templates differ", "how pictures are read differ"]

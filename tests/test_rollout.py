@@ -15,12 +15,12 @@ from mllm_jax.data.pipeline.preference import together
 from mllm_jax.generate.decode import generate_ids, sample_ids
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms.ppo import PpoObjective, make_ppo_step
+from mllm_jax.train.algorithms.ppo_step import PpoObjective, make_ppo_step
 from mllm_jax.train.algorithms.rollout import Judge, experience, written
 from mllm_jax.train.losses.ppo import PpoConfig
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
-from mllm_jax.train.step.state import state_from_params
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.context import TrainContext, state_from_params
+from mllm_jax.train.step.optimizer import OptimConfig
 from mllm_jax.types import Example
 
 SEEING = replace(tiny_config(), value=True)
@@ -203,13 +203,13 @@ def test_a_step_on_a_mesh():
     params, judge, batch, found = random_params(SEEING), judge_of(SEEING), prompts_of(seeing=True), []
     for shape in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
         mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
-        tx, _ = make_optimizer(OPTIM, params)
-        state = state_from_params(SEEING, tx, mesh, params)
+        context = TrainContext(SEEING, OPTIM, mesh)
+        state = state_from_params(context, params)
         place = lambda tree, state=state: jax.device_put(tree, jax.tree.map(lambda x: x.sharding, state.params))
         spread = judge.replace(reward=place(judge.reward), first=place(judge.first))
         rows = jax.device_put(batch, batch_shardings(batch, mesh, SEEING.runtime.rules))
-        state, metrics = make_ppo_step(SEEING, PPO, tx, OPTIM, mesh, chunk=40)(state, rows, spread)
-        assert int(state.step) == 1 and int(state.opt_state[0].count) == PPO.updates and metrics["finite"] == 1
+        state, metrics = make_ppo_step(context, PPO, chunk=40)(state, rows, spread)
+        assert int(state.step) == 1 and int(state.opt_state[0].count) == PPO.updates_per_step and metrics["finite"] == 1
         assert metrics["weight"] == metrics["targets"] and metrics["images"] == ROWS - 1
         found.append({name: float(value) for name, value in metrics.items()})
     assert {"policy_loss", "value_loss", "clipped", "moved", "reward", "kl", "length", "ended"} <= set(found[0])
@@ -222,8 +222,8 @@ def test_rewards_rise(params, judge):
     """In two hundred steps from random weights, of what another model of random weights thinks of answers."""
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     ppo = replace(PPO, kl=0.01, unfinished=0.0, length=0.0, epochs=4, clip_value=5.0)
-    tx, _ = make_optimizer(OPTIM, params)
-    state, step = state_from_params(CONFIG, tx, mesh, params), make_ppo_step(CONFIG, ppo, tx, OPTIM, mesh, chunk=40)
+    context = TrainContext(CONFIG, OPTIM, mesh)
+    state, step = state_from_params(context, params), make_ppo_step(context, ppo, chunk=40)
     prompts, rewards = prompts_of(seeing=False), []
     for _ in range(200):
         state, metrics = step(state, prompts, judge)

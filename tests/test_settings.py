@@ -45,6 +45,7 @@ from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.plan.hardware.chips import CHIPS, Chip
 from mllm_jax.plan.verify.certificate import Certificate
+from mllm_jax.train.losses.preference import PreferenceConfig
 from mllm_jax.train.runs.config import PARTS, Run, read_run, run_config
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import OptimConfig
@@ -67,6 +68,7 @@ NEEDED = {  # what configs need that have no default for all of their fields
     ClassPool: ClassPool(4),
     Crop: Crop(8, (8, 8)),
     DecoderConfig: DECODER,
+    PreferenceConfig: PreferenceConfig(dpo=1.0),
     DualConfig: DualConfig(ENCODER, ClassPool(4), DECODER, TokenPool(4, "end")),
     EndedSquare: EndedSquare(8, (0, 0, 0)),
     Halved: Halved((8, 8)),

@@ -11,8 +11,9 @@ from tiny_run import load_config
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.families import FAMILIES, spec_for
-from mllm_jax.train.loop import StopSignal, Training
+from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.monitor.processes import StopSignal
 from mllm_jax.train.runs.config import read_run
 
 # Family and size; how the tiny tokenizer writes the family's tokens of pictures.

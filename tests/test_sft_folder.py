@@ -17,8 +17,9 @@ from mllm_jax.export import main as export
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.pretrained.api import published_config
 from mllm_jax.train.checkpoint.restore import first_params
-from mllm_jax.train.loop import StopSignal, Training
+from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import read_metrics
+from mllm_jax.train.monitor.processes import StopSignal
 from mllm_jax.train.runs.config import read_run
 
 

@@ -20,8 +20,8 @@ from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
 from mllm_jax.sharding.presets import PRESETS, RULES
 from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.train.runs.config import read_run
+from mllm_jax.train.step.batches import batch_shardings
 from mllm_jax.train.step.state import state_shardings
-from mllm_jax.train.step.train_step import batch_shardings
 
 FSDP = freeze_rules(RULES)
 

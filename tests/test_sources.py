@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mllm_jax.data.records.records import BadRecord
-from mllm_jax.data.sources import Conversations, open_source
+from mllm_jax.data.sources import open_source
+from mllm_jax.data.sources.shards import Conversations
 
 QUESTION, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}
 

@@ -6,14 +6,16 @@ import pytest
 import watched_run
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.train.algorithms.supervised import Supervised
 from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.checkpoint.restore import restore_params
 from mllm_jax.train.input.feed import Feed
 from mllm_jax.train.input.pipeline import Placer
-from mllm_jax.train.loop import StopSignal, Training
+from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import read_metrics
-from mllm_jax.train.monitor.spikes import SpikeConfig, SpikeRule
-from mllm_jax.train.runs.config import read_run, train_step
+from mllm_jax.train.monitor.processes import StopSignal
+from mllm_jax.train.monitor.spikes import SpikeRule
+from mllm_jax.train.runs.config import SpikeConfig, read_run
 
 LAST = 16
 
@@ -48,9 +50,10 @@ def losses(workdir):
 
 def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(tmp_path, monkeypatch):
     following, compiled = Feed.next, {}
-    monkeypatch.setattr("mllm_jax.train.loop.train_step", lambda *run: compiled.setdefault("step", train_step(*run)))
+    make_step = Supervised.step
+    monkeypatch.setattr(Supervised, "step", lambda self, context: compiled.setdefault("step", make_step(self, context)))
     nothing = {"loss": 0.0, "conversations": 0, "exact_match": {}}
-    monkeypatch.setattr("mllm_jax.train.evaluators.generation.HeldOut.__call__", lambda *_: nothing)
+    monkeypatch.setattr("mllm_jax.train.evaluators.base.Evaluator.__call__", lambda *_: nothing)
 
     def without(self):
         """The run that shall come out: it sees the first 8 batches, and none of those from there to the spike."""

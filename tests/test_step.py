@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, init_params
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split
-from mllm_jax.train.step.state import init_state, state_from_params, state_shardings
-from mllm_jax.train.step.train_step import batch_shardings, make_eval_step, make_train_step
+from mllm_jax.train.algorithms.supervised import CrossEntropy
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.context import TrainContext, init_state, state_from_params
+from mllm_jax.train.step.forward import loss_sum
+from mllm_jax.train.step.optimizer import OptimConfig, split
+from mllm_jax.train.step.train_step import make_eval_step, make_train_step
 
 CONFIG = tiny_config()
 BUDGET = Budget(tokens=149, rows=2, patches=256)
@@ -31,9 +33,9 @@ def params():
 def start(params, shape, optim=OPTIM, config=CONFIG, weighting="token", **options):
     """(state, step) on a mesh of that shape."""
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
-    tx, _ = make_optimizer(optim, params)
-    step = make_train_step(config, tx, optim, mesh, objective=CrossEntropy(config, weighting, chunk=40), **options)
-    return state_from_params(config, tx, mesh, params), step
+    context = TrainContext(config, optim, mesh, **options)
+    step = make_train_step(context, CrossEntropy(config, weighting, chunk=40))
+    return state_from_params(context, params), step
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +149,10 @@ def test_eight_devices_equal_one(params, single, eight_rows, shape):
 
 def test_moments_live_with_their_parameters(params):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    tx, _ = make_optimizer(OPTIM, params)
-    state = init_state(CONFIG, tx, mesh, jax.random.key(0))
+    context = TrainContext(CONFIG, OPTIM, mesh)
+    state = init_state(context, jax.random.key(0))
     assert_close(state.params, params, 1e-6)  # on any mesh the same
-    layout = state_shardings(CONFIG, tx, mesh, CONFIG.runtime.rules)
+    layout = context.state_shardings
     assert jax.tree.map(lambda x: x.sharding, state) == layout
     assert layout.opt_state[0].mu == layout.opt_state[0].nu == layout.params
     assert layout.params["decoder"]["layers"]["mlp"]["up"]["w"].spec == PartitionSpec(None, "fsdp", "tensor")

@@ -18,8 +18,8 @@ from mllm_jax.model.vlm import abstract_params, count_params, init_cache
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy
 from mllm_jax.train.monitor.flops import count_flops, useful
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
-from mllm_jax.train.step.state import state_from_params
+from mllm_jax.train.step.context import TrainContext, state_from_params
+from mllm_jax.train.step.optimizer import OptimConfig
 from mllm_jax.train.step.train_step import make_train_step
 from mllm_jax.weights.table import expand
 
@@ -179,9 +179,9 @@ def test_a_step_of_training(small):
     vlm, model = small
     inputs, optim = inputs_of(), OptimConfig(learning_rate=1e-3, schedule="constant")
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
-    tx, _ = make_optimizer(optim, vlm.params)
-    step = make_train_step(vlm.config, tx, optim, mesh, objective=CrossEntropy(vlm.config, chunk=8))
-    state = state_from_params(vlm.config, tx, mesh, jax.tree.map(jnp.copy, vlm.params))
+    context = TrainContext(vlm.config, optim, mesh)
+    step = make_train_step(context, CrossEntropy(vlm.config, chunk=8))
+    state = state_from_params(context, jax.tree.map(jnp.copy, vlm.params))
     batch = mllm_jax.from_hf_inputs(vlm.config, inputs)
     losses = []
     for _ in range(2):

@@ -19,12 +19,13 @@ from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import scores
 from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.checkpoint.restore import load_workdir, read_config, restore_params
-from mllm_jax.train.evaluators.generation import Spread
+from mllm_jax.train.evaluators.base import Spread
 from mllm_jax.train.input.pipeline import Placer
-from mllm_jax.train.loop import Diverged, StopSignal, Training, train
+from mllm_jax.train.loop import Training, train
 from mllm_jax.train.monitor.goodput import PARTS, Clock
 from mllm_jax.train.monitor.metrics import Meter, MetricsFile, read_metrics
-from mllm_jax.train.monitor.processes import AGAIN
+from mllm_jax.train.monitor.processes import AGAIN, StopSignal
+from mllm_jax.train.monitor.results import Diverged
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.data import without_pictures
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from mllm_jax.families import FAMILIES
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.losses.cross_entropy import SupervisedConfig
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.runs.miniature import sized
@@ -49,7 +50,8 @@ def recipe() -> Run:
         ),
         init="OpenGVLab/InternVL3-1B-hf",
         data=data,
-        train=TrainConfig(weighting="sqrt", save_every=1000),  # [1, 2] loss_reduction "square"
+        algorithm=SupervisedConfig(weighting="sqrt"),  # [1, 2] loss_reduction "square"
+        train=TrainConfig(save_every=1000),
         stages={"mlp": Stage(optim=mlp), "full": Stage(optim=full)},
     )
 

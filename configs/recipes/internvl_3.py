@@ -15,6 +15,7 @@ from dataclasses import replace
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.losses.cross_entropy import SupervisedConfig
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
 from mllm_jax.train.runs.miniature import sized
@@ -47,10 +48,13 @@ def recipe(size: str) -> Run:
         ),
         init=f"OpenGVLab/InternVL3-{size.upper()}-hf",
         data=data,
-        train=TrainConfig(weighting="sqrt", save_every=1000),  # [2.5]
+        algorithm=SupervisedConfig(weighting="sqrt"),  # [2.5]
+        train=TrainConfig(save_every=1000),
         stages={
             "joint": Stage(optim=joint),  # [P] nothing is frozen
-            "finetune": Stage(data=own, optim=finetune, train=TrainConfig(save_every=200)),  # [F] 200
+            "finetune": Stage(
+                algorithm=SupervisedConfig(), data=own, optim=finetune, train=TrainConfig(save_every=200)
+            ),  # [F] 200
         },
     )
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
+from mllm_jax.train.losses.cross_entropy import SupervisedConfig
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.runs.miniature import sized
@@ -31,7 +32,8 @@ def recipe(size: str) -> Run:
         model=replace(FAMILIES["qwen3_vl"].config(size), runtime=Runtime(dtype="bfloat16", remat="full")),
         init=f"Qwen/Qwen3-VL-{size.upper()}-Instruct",
         data=data,
-        train=TrainConfig(weighting="sqrt", save_every=1000),  # [A] square-root reweighting
+        algorithm=SupervisedConfig(weighting="sqrt"),  # [A] square-root reweighting
+        train=TrainConfig(save_every=1000),
         stages={
             "s0": Stage(optim=every(67e9, 1e-3, freeze=("encoder", "decoder"))),  # [T] 67B tokens, the merger alone
             "s1": Stage(optim=every(1e12, 5e-5)),  # [T] about 1T tokens, all weights

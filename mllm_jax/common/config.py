@@ -6,10 +6,12 @@ of the dataclass, which the reader resolves through a registry.
 """
 
 import dataclasses
+import importlib.util
 import json
 import types
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
@@ -68,6 +70,15 @@ def dump(config: ConfigDict) -> str:
 def load(text: str) -> ConfigDict:
     """The inverse of `dump`: tuples, which JSON writes as lists, come back as tuples."""
     return ConfigDict(_tuples(json.loads(text)))
+
+
+def beside(file: str, name: str) -> types.ModuleType:
+    """Returns the module of the config file `name` in the folder of another, as in `beside(__file__, "sft.py")`."""
+    path = Path(file).with_name(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_path(config: ConfigDict, path: str) -> None:

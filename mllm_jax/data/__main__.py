@@ -26,7 +26,7 @@ from mllm_jax.common.settings import NonNegativeInt, PositiveInt, argument
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.tools.convert import ABOUT, BROKEN, convert
 
-INSPECT_COMMAND = "mllm_jax.train.input.inspect_command"  # imports jax, which the workers of `convert` never do
+INSPECT_COMMAND = "mllm_jax.train.inspect_command"  # imports jax, which the workers of `convert` never do
 
 CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
 

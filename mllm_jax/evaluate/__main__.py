@@ -26,7 +26,7 @@ from mllm_jax.evaluate.retrieval import nearest
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.pretrained.api import load_pretrained
 from mllm_jax.train.checkpoint.restore import load_workdir, read_config
-from mllm_jax.train.evaluators.generation import Spread
+from mllm_jax.train.evaluators.base import Spread
 from mllm_jax.train.runs import command
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import one_run

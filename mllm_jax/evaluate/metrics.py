@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mllm_jax.evaluate.report import Answer
-from mllm_jax.train.evaluators.generation import shares
+from mllm_jax.train.evaluators.base import shares
 
 
 def normalise(text: str) -> str:

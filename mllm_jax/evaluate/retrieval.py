@@ -7,14 +7,14 @@ import jax
 
 from mllm_jax.pretrained.api import Pretrained
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.evaluators.retrieval import Retrieval
+from mllm_jax.train.evaluators.retrieval import RetrievalEvaluator
 from mllm_jax.train.runs.config import Run
 
 
 def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, Any]:
     """{"pairs": number, "recall_at_1": {kind: share}} of `count` pairs, or all, spread evenly over a source.
 
-    The more pairs there are, the harder is it to find the right one. See `train.retrieval.recall_at_1`.
+    The more pairs there are, the harder is it to find the right one. See `recall_at_1`.
 
     Args:
       dual: a dual encoder with its processor, on the first device.
@@ -24,4 +24,4 @@ def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, An
         raise ValueError("the folder of this model has no tokenizer.json or no preprocessor_config.json; add them")
     run = replace(run, model=dual.config, train=replace(run.train, heldout=count))
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    return Retrieval(run, dual.processor, mesh, source)(dual.params)
+    return RetrievalEvaluator(run, dual.processor, mesh, source)(dual.params)

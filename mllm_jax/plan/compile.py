@@ -17,20 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pipeline.packing import collate
-from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan.hardware.topology import LOWERED, Topology, targeting
 from mllm_jax.plan.hlo import hlo_text
 from mllm_jax.plan.hlo.checks import warnings_of
 from mllm_jax.plan.hlo.jaxpr import operations, place, products
 from mllm_jax.plan.hlo.replica_groups import axes_of
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.losses.preference import FIRST
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.monitor.flops import count_flops, padded
-from mllm_jax.train.runs.config import Run, train_step
-from mllm_jax.train.step.optimizer import make_optimizer
-from mllm_jax.train.step.state import TrainState, abstract_state, state_shardings
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.runs.config import Run, train_context
+from mllm_jax.train.step.state import TrainState
 from mllm_jax.types import Batch
 
 LARGEST = 12  # arrays that are listed
@@ -142,22 +138,12 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
 
     Raises ValueError where something does not divide over the mesh.
     """
-    model, data = run.model, run.data
-    if run.train.preference.has_pairs and run.train.preference.reference == FIRST:
-        raise ConfigError(
-            "a step against a frozen copy of the first weights is not planned; plan it with "
-            "train.preference.reference='none', and add the bytes of the weights and a forward pass"
-        )
-    if run.train.ppo.reward:
-        raise ConfigError("steps of PPO are not planned; plan one without config.train.ppo.reward, and add generation")
-    tx, _ = make_optimizer(run.optim, abstract_params(model))
-    step = train_step(run, tx, mesh)
+    algorithm, context = algorithm_of(run), train_context(run, mesh)
+    algorithm.check_plannable()
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    layout = state_shardings(model, tx, mesh, model.runtime.rules)
-    state = jax.tree.map(place, abstract_state(model, tx), layout)
-    row = collate([[]], data.budget, **model.layout, references=run.train.preference.stored)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((data.batch, *x.shape[1:]), x.dtype), row)
-    return step, state, jax.tree.map(place, batch, batch_shardings(batch, mesh, model.runtime.rules))
+    state = jax.tree.map(place, context.state, context.state_shardings)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((run.data.batch, *x.shape[1:]), x.dtype), algorithm.padding())
+    return algorithm.step(context), state, jax.tree.map(place, batch, algorithm.batch_shardings(batch, mesh))
 
 
 def _compile(traced: Any, topology: Topology, options: dict[str, Any]) -> Any:

@@ -31,13 +31,13 @@ from rich.console import Console
 
 from mllm_jax.common.workdir import all_ended
 from mllm_jax.evaluate import stages
-from mllm_jax.train.loop import Diverged
+from mllm_jax.train.length import DataEnded
 from mllm_jax.train.monitor import processes
 from mllm_jax.train.monitor.profiler import steps_of
+from mllm_jax.train.monitor.results import Diverged
 from mllm_jax.train.monitor.streams import survive_closed_streams
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs import command
-from mllm_jax.train.runs.length import DataEnded
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")

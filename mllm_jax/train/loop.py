@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
-import optax
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, dump
@@ -20,17 +20,17 @@ from mllm_jax.common.errors import told
 from mllm_jax.common.files import write_whole, writing
 from mllm_jax.common.status import announced, say
 from mllm_jax.common.workdir import CONFIG, PROCESSOR
-from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
+from mllm_jax.model.vlm import count_params
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms.preference_records import reference_of
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.checkpoint.frozen_base import completed, note_base, saved
 from mllm_jax.train.checkpoint.lock import locked
 from mllm_jax.train.checkpoint.manager import Restored
-from mllm_jax.train.checkpoint.restore import first_params, processor_of
+from mllm_jax.train.checkpoint.restore import first_params
 from mllm_jax.train.checkpoint.tiers import Tiers
-from mllm_jax.train.evaluators.retrieval import held_out
 from mllm_jax.train.input.feed import Feed, Fetched
-from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.input.pipeline import Placer, open_data, shares_of
+from mllm_jax.train.length import DataEnded, StoppedEarly, check_end, find_length, with_length
 from mllm_jax.train.monitor.flops import peak_flops
 from mllm_jax.train.monitor.goodput import Clock, summary
 from mllm_jax.train.monitor.memory import check_memory, describe, memory_of, trained_share
@@ -41,10 +41,9 @@ from mllm_jax.train.monitor.profiler import Tracer
 from mllm_jax.train.monitor.results import Diverged, Results, Started
 from mllm_jax.train.monitor.spikes import Spike, SpikeRule
 from mllm_jax.train.monitor.watchdog import Watchdog
-from mllm_jax.train.runs.config import Run, read_run, train_step, updates_of
-from mllm_jax.train.runs.length import DataEnded, StoppedEarly, check_end, find_length, with_length
-from mllm_jax.train.step.optimizer import make_optimizer
-from mllm_jax.train.step.state import TrainState, abstract_state, state_from_params, state_shardings
+from mllm_jax.train.runs.config import Run, read_run, train_context
+from mllm_jax.train.step.context import TrainContext, state_from_params
+from mllm_jax.train.step.state import TrainState
 from mllm_jax.types import Batch
 
 LISTEN = 0.5  # seconds between two looks at whether the run was asked to stop, while it waits for a batch
@@ -61,7 +60,7 @@ def train(
 ) -> int:
     """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
 
-    Where `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.runs.length`).
+    Where `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.length`).
 
     The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
     the same mesh that nothing interrupted. A config with stages is trained by `mllm_jax.train.run_stages`, which calls
@@ -127,27 +126,24 @@ class Training:
     ):
         self.config, self.settings, self.workdir = config, run, workdir
         self.clock, self.debug_nans = Clock(), debug_nans
-        model, data = run.model, run.data
-        if debug_nans and not isinstance(model, ModelConfig):
-            raise ConfigError("--debug_nans looks into language models alone, not into dual encoders")
-        if debug_nans and run.train.ppo.reward:
-            raise ConfigError("--debug_nans looks into steps of one update, not into those of PPO")
-        processor, heldout = make_processor(processor_of(run), model, data), data.source("heldout")
+        self.algorithm = algorithm = algorithm_of(run)
+        if debug_nans and algorithm.objective() is None:
+            raise ConfigError("--debug_nans looks into steps that are one update of a language model, as PPO's are not")
+        processor, heldout = algorithm.processor(), run.data.source("heldout")
         self.mesh = mesh = make_mesh(run.mesh)
-        tx, _ = make_optimizer(updates_of(run), abstract_params(model))  # its state does not depend on the length
-        self.feed = Feed(run, processor, mesh)
-        self.evaluate = held_out(run, processor, mesh, heldout) if heldout is not None else None
-        states = abstract_state(model, tx), state_shardings(model, tx, mesh, model.runtime.rules)
+        context = train_context(run, mesh)  # the state does not depend on the length, which is found below
+        self.feed = self._open_feed(processor)
+        self.evaluate = None if heldout is None else algorithm.evaluator(mesh, processor, heldout)
+        states = context.state, context.state_shardings
         self._check_memory(*states)
         parts = (state._replace(params=saved(run, state.params)) for state in states)
         self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, run.train.verify, *parts)
         self.resumed = self.checkpoints.latest() is not None
-        found = self._resume() if self.resumed else self._begin(tx)
+        found = self._resume() if self.resumed else self._begin(context)
         self.length = find_length(run, processor, found.notes.get("length"), stopped)
         self.settings = run = with_length(run, self.length)
-        tx, _ = make_optimizer(updates_of(run), abstract_params(model))
-        self.train_step = compiled_together(train_step(run, tx, mesh))
-        self.reference = reference_of(run, mesh, workdir, self.resumed)
+        self.train_step = compiled_together(algorithm.step(train_context(run, mesh)))
+        self.frozen = algorithm.frozen(mesh, workdir, self.resumed)
         self.state, self.position, self.step = found.state, found.position, int(found.state.step)
         self.compiled, self.lost = False, False
         self.report = self._reporter()
@@ -211,6 +207,13 @@ class Training:
             for part in (self.report, self.feed, self.tracer, self.watchdog):
                 parts.callback(part.close)
 
+    def _open_feed(self, processor: Any) -> Feed:
+        run, mesh, rules = self.settings, self.mesh, self.settings.model.runtime.rules
+        loader = open_data(run.data, processor, mesh, rules, self.algorithm.reading())
+        place = Placer(run.data.batch, partial(self.algorithm.batch_shardings, mesh=mesh))
+        ends = run.data.epochs is not None and shares_of(run.data.batch, mesh, rules)[1] > 1
+        return Feed(loader, place, self.algorithm.cost(), ends)
+
     def _check_memory(self, state: TrainState, layout: TrainState) -> None:
         """Tells what a device needs for certain, before it is allocated. Raises ConfigError where that is not there."""
         memory = memory_of(self.settings, state, layout)
@@ -222,14 +225,14 @@ class Training:
         """Tells that something takes long, if it does; of several processes the first one."""
         return announced(f"{self.workdir}: {text}") if jax.process_index() == 0 else nullcontext()
 
-    def _begin(self, tx: optax.GradientTransformation) -> Restored:
+    def _begin(self, context: TrainContext) -> Restored:
         self.checkpoints.check_new()
         run = self.settings
         source = run.init or run.taken
         with self._announced(f"reading the weights of {source}" if source else "drawing random weights"):
             params = first_params(run, self.mesh)
         note_base(run, self.workdir, params)
-        state = state_from_params(run.model, tx, self.mesh, params)
+        state = state_from_params(context, params)
         return Restored(state, self.feed.get_state(), {"spikes": SpikeRule(run.train.spikes).get_state()})
 
     def _resume(self) -> Restored:
@@ -320,7 +323,7 @@ class Training:
             began = time.perf_counter()
             with nullcontext() if self.compiled else self._announced("compiling the step, which may take minutes"):
                 self.state, metrics = self.tracer.run(
-                    self.step, self.train_step, self.state, fetched.batch, *self.reference
+                    self.step, self.train_step, self.state, fetched.batch, *self.frozen
                 )
                 if not self.compiled:
                     jax.block_until_ready(metrics)
@@ -336,7 +339,9 @@ class Training:
         """Raises Diverged where the step that was just taken, of this batch, is not finite. It changed no weight."""
         if not self.results.last_is_finite():
             with self.clock.within("compile"):
-                found = find_nonfinite(self.settings, self.state, batch, self.mesh, *self.reference)
+                found = find_nonfinite(
+                    self.settings, self.algorithm.objective(), self.state, batch, self.mesh, *self.frozen
+                )
             self.results.read(self.step - 1)
             raise Diverged("\n  ".join([f"step {self.step} is not finite:", *found]))
 

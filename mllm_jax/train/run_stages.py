@@ -12,12 +12,13 @@ from mllm_jax.common.errors import told
 from mllm_jax.common.files import write_whole
 from mllm_jax.common.workdir import CONFIG, ended, note_ended
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.algorithms.ppo_records import judge_run
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.checkpoint.lock import locked
 from mllm_jax.train.checkpoint.restore import check_adapters
-from mllm_jax.train.loop import StopSignal, made, train
+from mllm_jax.train.length import DataEnded
+from mllm_jax.train.loop import made, train
+from mllm_jax.train.monitor.processes import StopSignal
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, read_run
-from mllm_jax.train.runs.length import DataEnded
 from mllm_jax.train.runs.stages import names_in_order, one_run, stage_config
 from mllm_jax.train.step.optimizer import make_optimizer
 
@@ -89,8 +90,8 @@ def _check(config: ConfigDict, name: str) -> None:
             check_adapters(alone(after).lora, run.lora, f"of stage {after}")
         make_optimizer(run.optim, abstract_params(run.model))
         run.data.source("train")
-        if run.train.ppo.reward and run.train.ppo.reward not in config.stages:
-            judge_run(run)
+        if not any(getattr(run.algorithm, field) in config.stages for field in run.algorithm.runs):
+            algorithm_of(run).check_sources()
     except ConfigError as error:
         raise ConfigError(_of_stage(error, name)) from error
     except (ValueError, OSError) as error:

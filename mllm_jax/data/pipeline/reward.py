@@ -27,7 +27,7 @@ def verdict(prompt: str, record: Mapping[str, Any]) -> list[dict[str, Any]]:
       BadRecord: the prompt asks for facts, and the record has none.
     """
     if FACTS in prompt and not record.get("facts"):
-        raise BadRecord("no facts", record["id"], f'config.train.reward.prompt names {FACTS}, and there is no "facts"')
+        raise BadRecord("no facts", record["id"], f'config.algorithm.prompt names {FACTS}, and there is no "facts"')
     return [{"role": "user", "content": prompt.replace(FACTS, record.get("facts", ""))}] if prompt else []
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import msgpack
 from array_record.python.array_record_data_source import ArrayRecordDataSource  # that of Grain, which imports jax
 
-from mllm_jax.data.records.records import BadRecord, Find
+from mllm_jax.data.records.parts import Find
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
 

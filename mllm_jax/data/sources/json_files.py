@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mllm_jax.data.records.records import BadRecord, Find
+from mllm_jax.data.records.parts import Find
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.lines import Lines
 from mllm_jax.data.sources.shards import Shard
 

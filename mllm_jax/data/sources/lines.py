@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mllm_jax.data.records.records import BadRecord, Find
+from mllm_jax.data.records.parts import Find
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
 GZIP = ".gz"

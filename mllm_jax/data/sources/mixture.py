@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.sources import Conversations
+from mllm_jax.data.sources.shards import Conversations
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, odd
 

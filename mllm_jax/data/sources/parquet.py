@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from mllm_jax.data.records.records import BadRecord, Find
+from mllm_jax.data.records.parts import Find
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
 ROW_GROUPS = 4  # of all files that a process holds: they may have hundreds of megabytes of pictures each

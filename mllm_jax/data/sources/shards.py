@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.media import BadName, locate
-from mllm_jax.data.records.records import Bad, BadRecord, Find, labels, read_record
+from mllm_jax.data.records.fields import Bad
+from mllm_jax.data.records.parts import Find
+from mllm_jax.data.records.records import BadRecord, labels, read_record
 
 OPENED_AT_ONCE = 16
 

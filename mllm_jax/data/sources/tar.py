@@ -21,7 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mllm_jax.data.media import embedded_file, source_name
-from mllm_jax.data.records.records import Bad, BadRecord, Find
+from mllm_jax.data.records.fields import Bad
+from mllm_jax.data.records.parts import Find
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard, finding
 
 log = logging.getLogger(__name__)

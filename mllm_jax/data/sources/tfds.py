@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mllm_jax.data.records.records import BadRecord, Find
+from mllm_jax.data.records.parts import Find
+from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
 SPLIT = "train"  # unless `where` says another

@@ -36,6 +36,7 @@ LARGE, SMALL = (16 / 16, 26 / 16), (9 / 16, 13 / 16)  # [low, high) sides of thi
 NOISE = 4.0  # standard deviation, in levels of 255
 HELD_OUT = 8  # one in so many pictures belongs to the held-out split
 DEFAULT_KINDS = {"colour": 0.06, "shape": 0.22, "place": 0.12, "count": 0.2, "presence": 0.28, "movement": 0.12}
+SCENES = "scenes"  # names the processor of the embedded set in `config.processor`
 SCENES_TEMPLATE = (Path(__file__).parent / "scenes.jinja").read_text(encoding="utf-8")
 
 

@@ -22,8 +22,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mllm_jax.common.files import write_whole, writing
 from mllm_jax.data.pipeline.workers import Workers, end_with_parent
 from mllm_jax.data.records.records import BadRecord
-from mllm_jax.data.sources import Conversations
 from mllm_jax.data.sources.array_record import pack
+from mllm_jax.data.sources.shards import Conversations
 from mllm_jax.data.tools.inline_media import embedded
 
 ABOUT, BROKEN = "conversion.json", "broken.txt"

@@ -16,14 +16,18 @@ from mllm_jax.common.config import ConfigError, from_config_dict
 from mllm_jax.common.settings import Config, Positive
 from mllm_jax.common.trees import flatten
 from mllm_jax.data.pipeline.loader import make_loader
+from mllm_jax.data.synthetic.scenes import SCENES
 from mllm_jax.model.vlm import VLM, ModelConfig, init_params
 from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
-from mllm_jax.train.input.processors import SCENES, make_processor
+from mllm_jax.train.algorithms.supervised import CrossEntropy
+from mllm_jax.train.input.processors import chat_processor
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.runs.config import PARTS, processor_source, read_run
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.context import TrainContext, state_from_params
 from mllm_jax.train.step.optimizer import OptimConfig
-from mllm_jax.train.step.state import state_from_params, state_shardings
-from mllm_jax.train.step.train_step import batch_shardings, make_train_step
+from mllm_jax.train.step.state import state_shardings
+from mllm_jax.train.step.train_step import make_train_step
 from mllm_jax.types import Batch
 
 MESHES = ("fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2")
@@ -103,8 +107,11 @@ def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, me
     """The forward pass and one training step on a mesh, in fp32."""
     model = replace(model, runtime=replace(model.runtime, dtype="float32"))
     rules, experts = model.runtime.rules, model.decoder.moe is not None
-    optim, tx = OptimConfig(schedule="constant", clip=0.0), gradient_as_state()
-    step = make_train_step(model, tx, optim, mesh, balance=balance if experts else BalanceConfig())
+    optim = OptimConfig(schedule="constant", clip=0.0)
+    context = TrainContext(
+        model, optim, mesh, balance=balance if experts else BalanceConfig(), optimizer=gradient_as_state()
+    )
+    step = make_train_step(context, CrossEntropy(model))
 
     @jax.jit
     def both(state, batch):
@@ -112,7 +119,7 @@ def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, me
             out = VLM(model).apply({"params": state.params}, batch)
         return out.logits, None if out.routing is None else out.routing.choices, *step(state, batch)
 
-    arguments = state_from_params(model, tx, mesh, params), jax.device_put(batch, batch_shardings(batch, mesh, rules))
+    arguments = state_from_params(context, params), jax.device_put(batch, batch_shardings(batch, mesh, rules))
     compiled = both.lower(*arguments).compile(compiler_options=QUICKLY)
     logits, choices, state, metrics = jax.device_get(compiled(*arguments))
     gradients = {f"gradient {path}": value for path, value in flatten(state.opt_state).items()}
@@ -132,7 +139,7 @@ def packed_batch(certificate: Certificate, model: ModelConfig) -> Batch:
     data = certificate.data
     loader = make_loader(
         data.source(),
-        make_processor(certificate.processor, model, data),
+        chat_processor(certificate.processor, model, data),
         data.budget,
         data.batch,
         seed=data.seed,

@@ -1,111 +1,105 @@
-"""A step of PPO: answers to a batch of prompts, then updates on parts of them, as one program.
+"""PPO: learning from answers of the model's own, which a reward model judges that reads as the model does."""
 
-The critic is a head on the model that is trained, and not a second model as in LLaVA-RLHF: both read the same pictures
-and tokens, so that one pass serves both, and a run has one state, which is saved, spread and resumed like any other.
-Its loss has a small weight, since it moves the layers that they share.
-"""
-
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from mllm_jax.model.vlm import ModelConfig
-from mllm_jax.sharding.activations import shard
-from mllm_jax.train.algorithms.rollout import Judge, experience, log_probs_and_values
-from mllm_jax.train.algorithms.supervised import CHUNK
-from mllm_jax.train.losses.ppo import PpoConfig, policy_loss, value_loss
-from mllm_jax.train.step.optimizer import OptimConfig
-from mllm_jax.train.step.train_step import UNBALANCED, compiled_step, count, make_pure_step
-from mllm_jax.types import Array, Batch, Routing
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import write_whole
+from mllm_jax.common.workdir import BEGIN_ANEW, read_note
+from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.reward import Prompts
+from mllm_jax.train.algorithms.base import Algorithm
+from mllm_jax.train.algorithms.ppo_step import make_ppo_step
+from mllm_jax.train.algorithms.rollout import Judge
+from mllm_jax.train.checkpoint.fingerprint import fingerprint
+from mllm_jax.train.checkpoint.restore import first_params, processor_of, read_config, restore_params
+from mllm_jax.train.input.processors import chat_processor
+from mllm_jax.train.losses.algorithm_config import FIRST
+from mllm_jax.train.losses.reward import RewardConfig
+from mllm_jax.train.runs.config import Run
+from mllm_jax.train.step.context import TrainContext
+
+FILE = "judge.json"  # in the folder of a run of PPO: fingerprints of the weights that it began with, and of its judge
 
 
-@dataclass(frozen=True)
-class PpoObjective:
-    """What an update minimises, see `mllm_jax.train.algorithms.supervised`, of answers with their `Batch.experience`.
+class Ppo(Algorithm):
+    """Learns from answers of the model's own, see `PpoConfig`."""
 
-    Summed over the tokens of answers are loss, policy_loss, value_loss, clipped (the policy's is), and moved: half the
-    square of log p - log p_before, which is about the KL divergence from the model that gave the answers.
-    """
+    def check_sources(self) -> None:
+        self.judge_run()
 
-    config: ModelConfig
-    ppo: PpoConfig
-    chunk: int = CHUNK
+    def judge_run(self) -> Run:
+        """The run that trained the reward model. Raises ConfigError where it did not."""
+        folder = self.config.reward
+        what = f"config.algorithm.reward={folder!r}"
+        try:
+            found = read_config(folder)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{what} must be the folder of a run that trained a reward model: {error}") from error
+        if not isinstance(found.algorithm, RewardConfig):
+            raise ConfigError(f"{what} did not train a reward model; train one with algorithm=RewardConfig()")
+        return found
 
-    def weights(self, batch: Batch) -> Array:
-        return batch.weight
+    def reading(self) -> Prompts:
+        """How records are read: the verdict is asked for as the reward model was trained to give it."""
+        return Prompts(self.judge_run().algorithm.prompt)
 
-    def sums(self, params, batch: Batch, key=None, reference=None, rewards=None) -> tuple[dict, Routing | None]:
-        before, ppo = batch.experience, self.ppo
-        log_probs, values, routing = log_probs_and_values(self.config, params, batch, self.chunk)
-        policy, clipped = policy_loss(log_probs, before.log_probs, before.advantages, ppo.clip)
-        value = value_loss(values, before.values, before.returns, ppo.clip_value)
-        total = lambda x: jnp.sum(jnp.where(batch.weight > 0, x, 0))
-        sums = dict(
-            loss=total(policy + ppo.value * value),
-            policy_loss=total(policy),
-            value_loss=total(value),
-            clipped=total(clipped),
-            moved=total(0.5 * jnp.square(log_probs - before.log_probs)),
-        )
-        return sums, routing
+    def cost(self) -> None:
+        return None  # a batch says nothing of the answers that it will get
 
-    def remembered(self, rewards, means: dict[str, Array], weight) -> Array:
-        return rewards
+    def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple[Judge]:
+        """What judges answers.
 
-
-def make_ppo_step(
-    config: ModelConfig,
-    ppo: PpoConfig,
-    tx: optax.GradientTransformation,
-    optim: OptimConfig,
-    mesh: Mesh,
-    *,
-    chunk: int = CHUNK,
-    accumulate: int = 1,
-    balance=UNBALANCED,
-    async_gathers: bool = False,
-    seed: int = 0,
-) -> Callable:
-    """Jitted `step(state, prompts, judge) -> (state, metrics)`; the state is donated, and counts one step.
-
-    Args:
-      config: of the model, which has a value head. tx: of `make_optimizer(optim, ...)`, which counts updates.
-      accumulate: parts that an update is worked off in.
-      seed: of what is drawn: with the number of the step it gives the answers, and the parts that they are learned in.
-      The rest as in `mllm_jax.train.step.train_step.make_train_step`.
-    Returns:
-      metrics, f32 scalars: means over updates of what `PpoObjective` sums and of grad_norm, the last learning_rate,
-      finite (1 or 0: all updates were), what `experience` says of the answers, and counts of the rows with answers.
-    """
-    objective = PpoObjective(config, ppo, chunk)
-    update = make_pure_step(config, tx, optim, mesh, objective, accumulate, balance, seed)
-
-    def step(state, prompts: Batch, judge: Judge):
-        draw, order = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        answers, about = experience(config, ppo, state.params, judge, prompts, draw, chunk)
-        began = state.step
-
-        def learn(state, rows):
-            part = jax.tree.map(
-                lambda x: shard(x[rows], ("batch",) + (None,) * (x.ndim - 1), config.runtime.rules), answers
+        Raises:
+          ConfigError: there is no reward model, it reads otherwise than the model, or a resumed run had another judge.
+        """
+        if jax.process_count() > 1:
+            raise ConfigError("config.algorithm: PPO runs as one process, on any number of its devices")
+        run, judged, ppo = self.run, self.judge_run(), self.config
+        own, other = (chat_processor(processor_of(one), one.model, one.data) for one in (run, judged))
+        if differ := differences(run, judged, own, other):
+            listed = "; ".join(differ)
+            raise ConfigError(f"config.algorithm.reward={ppo.reward!r} reads otherwise than the model: {listed}")
+        room, positions = run.data.tokens + ppo.new_tokens, run.model.decoder.positions
+        if 0 < positions < room:
+            raise ConfigError(
+                f"config.data.tokens and config.algorithm.new_tokens are {room} tokens, and the model has learned "
+                f"{positions} positions: lower the one or the other"
             )
-            return update(state, part)
+        first = first_params(run, mesh) if ppo.reference == FIRST else None
+        model, reward = restore_params(ppo.reward, mesh=mesh)
+        found = {"first": None if first is None else int(fingerprint(first)), "reward": int(fingerprint(reward))}
+        file = Path(workdir) / FILE
+        if not resumed:
+            write_whole(file, json.dumps(found) + "\n")
+        elif read_note(file, BEGIN_ANEW, reward=int) != found:
+            raise ConfigError(
+                f"{workdir} had other weights to begin with, or another reward model, than config.init={run.init!r}, "
+                f"config.train.seed={run.train.seed} and config.algorithm.reward={ppo.reward!r} give now: "
+                "give it those again, or use another --workdir"
+            )
+        return (Judge(reward, jnp.asarray(own.stop_ids, jnp.int32), first, model),)
 
-        parts = minibatches(len(prompts.tokens), ppo, order)
-        state, found = jax.lax.scan(learn, state._replace(step=began * ppo.updates), parts)
-        metrics = {name: jnp.mean(values) for name, values in found.items()}
-        metrics |= {"learning_rate": found["learning_rate"][-1], "finite": jnp.min(found["finite"])} | about
-        metrics |= count(answers) | {"weight": jnp.sum(objective.weights(answers))}
-        return state._replace(step=began + 1), {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+    def check_plannable(self) -> None:
+        raise ConfigError(
+            "steps of PPO are not planned; plan one with algorithm=SupervisedConfig(), and add generation"
+        )
 
-    return compiled_step(step, config, tx, mesh, async_gathers)
+    def step(self, context: TrainContext) -> Callable:
+        return make_ppo_step(context, self.config, self.run.train.loss_chunk)
 
 
-def minibatches(rows: int, ppo: PpoConfig, key) -> Array:
-    """i32[updates rows/minibatches] numbers of rows: in every epoch each once, in an order of its own."""
-    orders = [jax.random.permutation(each, rows) for each in jax.random.split(key, ppo.epochs)]
-    return jnp.reshape(jnp.stack(orders), (ppo.updates, rows // ppo.minibatches))
+def differences(run: Run, judged: Run, own: Processor, other: Processor) -> list[str]:
+    """In what a reward model and a model read the same conversation otherwise, as texts."""
+    pairs = {
+        "the tokenizers": (own.tokenizer.vocabulary, other.tokenizer.vocabulary),
+        "the chat templates": (own.template, other.template),
+        "how pictures are read": (own.spec, other.spec),
+        "the patches of pictures": (run.model.layout, judged.model.layout),
+    }
+    return [f"{name} differ" for name, (ours, theirs) in pairs.items() if ours != theirs]

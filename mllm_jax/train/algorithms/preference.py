@@ -1,23 +1,38 @@
-"""Training on pairs of answers: from packed rows to the losses of train/losses/preference.py, and back."""
+"""Learning from pairs of answers: from packed rows to the losses of train/losses/preference.py, and back."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from jax.sharding import Mesh
 
-from mllm_jax.model.vlm import VLM, ModelConfig, head_table
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import write_whole
+from mllm_jax.common.workdir import BEGIN_ANEW, read_note
+from mllm_jax.data.pipeline.packing import collate
+from mllm_jax.data.pipeline.preference import Pairs
+from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.lora import split_adapters
-from mllm_jax.train.algorithms.supervised import CHUNK, dropout
-from mllm_jax.train.losses.cross_entropy import sum_segments, token_log_probs
-from mllm_jax.train.losses.preference import BASE, FIRST, NONE, PreferenceConfig, preference_loss, running_mean
-from mllm_jax.types import Array, Batch, Routing
+from mllm_jax.train.algorithms.base import Algorithm
+from mllm_jax.train.algorithms.stored_references import read_references
+from mllm_jax.train.checkpoint.fingerprint import fingerprint
+from mllm_jax.train.checkpoint.restore import first_params
+from mllm_jax.train.losses.algorithm_config import BASE, FIRST, NONE
+from mllm_jax.train.losses.cross_entropy import CHUNK, sum_segments
+from mllm_jax.train.losses.preference import PreferenceConfig, in_pairs, preference_loss, running_mean
+from mllm_jax.train.step.forward import answer_log_probs
+from mllm_jax.train.step.objective import Objective, Sums
+from mllm_jax.types import Array, Batch
+
+FILE = "reference.json"  # in the folder of a run with a frozen copy: the fingerprint of its weights
 
 
 @dataclass(frozen=True)
-class PairObjective:
-    """What a step minimises, see `mllm_jax.train.algorithms.supervised`: pairs in segments 2k - 1 (chosen) and 2k of
-    rows.
+class PairObjective(Objective):
+    """The loss of pairs in segments 2k - 1 (chosen) and 2k of rows.
 
     Summed over pairs are loss, reward_chosen, reward_rejected, and accuracy: the chosen one has the larger reward. The
     shift of BCO is the mean reward of the batches before, so that the parts of a batch need not wait for each other.
@@ -31,11 +46,11 @@ class PairObjective:
         answered = sum_segments(batch.weight != 0, batch.segment) > 0
         return jnp.all(in_pairs(answered), axis=-1).astype(jnp.float32)
 
-    def sums(self, params, batch: Batch, key, reference, rewards) -> tuple[dict[str, Array], Routing | None]:
-        policy, routing = self.log_probs(params, batch, key)
+    def sums(self, params, batch: Batch, key=None, frozen=None, rewards=None) -> Sums:
+        policy, routing = answer_log_probs(self.config, params, batch, self.chunk, key)
         real, size = self.weights(batch) > 0, in_pairs(sum_segments(batch.weight, batch.segment))
         size = jnp.where(real[..., None], size, 1)
-        given = jax.lax.stop_gradient(in_pairs(self.reference_of(params, batch, reference)))
+        given = jax.lax.stop_gradient(in_pairs(self.reference_of(params, batch, frozen)))
         loss, reward = preference_loss(self.preference, in_pairs(policy), given, size, rewards[0])
         total = lambda x: jnp.sum(jnp.where(real, x, 0))
         sums = dict(
@@ -49,24 +64,49 @@ class PairObjective:
     def remembered(self, rewards, means: dict[str, Array], weight) -> Array:
         return running_mean(rewards, (means["reward_chosen"] + means["reward_rejected"]) / 2, 2 * weight)
 
-    def reference_of(self, params, batch: Batch, reference) -> Array:
-        """f32[B T] like `log_probs`."""
+    def reference_of(self, params, batch: Batch, frozen: Any) -> Array:
+        """f32[B T] of the reference, like `answer_log_probs`; `frozen` are the parameters of a frozen copy."""
         kind = self.preference.reference
         if kind == NONE:
             return jnp.zeros(batch.tokens.shape)
-        if kind == BASE:
-            return self.log_probs(split_adapters(params)[0], batch)[0]
-        return self.log_probs(reference, batch)[0] if kind == FIRST else batch.reference
-
-    def log_probs(self, params, batch: Batch, key=None) -> tuple[Array, Routing | None]:
-        """f32[B T], in column s - 1 the log-probability of segment s, and what the routers did."""
-        config, runtime = self.config, self.config.runtime
-        out = VLM(config).apply({"params": params}, batch, hidden=True, rngs=dropout(key))
-        about = (self.chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
-        found = token_log_probs(out.hidden, head_table(params), batch.targets, batch.weight, *about)
-        return sum_segments(batch.weight * found, batch.segment), out.routing
+        if kind not in (BASE, FIRST):
+            return batch.reference
+        known = split_adapters(params)[0] if kind == BASE else frozen
+        return answer_log_probs(self.config, known, batch, self.chunk)[0]
 
 
-def in_pairs(x):
-    """[B T] of segments -> [B T/2 2] of pairs."""
-    return rearrange(x[:, : x.shape[1] // 2 * 2], "B (k two) -> B k two", two=2)
+class Preference(Algorithm):
+    """Learns from pairs of answers, see `PreferenceConfig`."""
+
+    def reading(self) -> Pairs:
+        stored = read_references(self.config.reference) if self.config.stored else None
+        return Pairs(self.config.changed, stored)
+
+    def padding(self) -> Batch:
+        return collate([[]], self.run.data.budget, **self.run.model.layout, references=self.config.stored)
+
+    def objective(self) -> PairObjective:
+        return PairObjective(self.run.model, self.config, self.run.train.loss_chunk)
+
+    def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple:
+        if self.config.reference != FIRST:
+            return ()
+        run = self.run
+        params, file = first_params(run, mesh), Path(workdir) / FILE
+        found = int(fingerprint(params))
+        if not resumed:
+            if jax.process_index() == 0:
+                write_whole(file, json.dumps({"init": run.init, "fingerprint": found}) + "\n")
+        elif read_note(file, BEGIN_ANEW, fingerprint=int)["fingerprint"] != found:
+            raise ConfigError(
+                f"{workdir} compared its answers with other weights than config.init={run.init!r} and "
+                f"config.train.seed={run.train.seed} give now: give it those again, or use another --workdir"
+            )
+        return (params,)
+
+    def check_plannable(self) -> None:
+        if self.config.reference == FIRST:
+            raise ConfigError(
+                "a step against a frozen copy of the first weights is not planned; plan it with "
+                "algorithm.reference='none', and add the bytes of the weights and a forward pass"
+            )

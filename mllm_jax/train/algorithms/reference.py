@@ -1,7 +1,7 @@
 """Computes once what a reference model thinks of pairs of answers, so that a preference run need not hold that model.
 
     python -m mllm_jax.train.algorithms.reference --config CONFIG --output reference.jsonl
-    python -m mllm_jax.train --config CONFIG --workdir DIR --config.train.preference.reference=reference.jsonl
+    python -m mllm_jax.train --config CONFIG --workdir DIR --config.algorithm.reference=reference.jsonl
 
 The model is that with which the run begins, config.init. The file has a line for each record with a chosen and a
 rejected answer: its id, the two log-probabilities, and a number by which the run notices that the record, its
@@ -28,14 +28,15 @@ from mllm_jax.data.pipeline.preference import Pairs, Reference, mark
 from mllm_jax.data.pipeline.workers import Guarded, Process, Skipped
 from mllm_jax.data.sources.mixture import Mixture
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.algorithms.preference import PairObjective
-from mllm_jax.train.algorithms.preference_records import write_references
-from mllm_jax.train.checkpoint.restore import first_params, processor_of
-from mllm_jax.train.input.processors import make_processor
+from mllm_jax.train.algorithms import algorithm_of
+from mllm_jax.train.algorithms.stored_references import write_references
+from mllm_jax.train.checkpoint.restore import first_params
+from mllm_jax.train.losses.preference import PreferenceConfig
 from mllm_jax.train.runs import command
 from mllm_jax.train.runs.config import Run, read_run
 from mllm_jax.train.runs.stages import one_run
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.step.batches import batch_shardings
+from mllm_jax.train.step.forward import answer_log_probs
 from mllm_jax.types import Batch, Example
 
 TOGETHER = 64  # records that are read at once
@@ -55,12 +56,11 @@ def log_probs(
       watch: passes on the numbers of records as they are begun.
     """
     params, rules = first_params(run, mesh), run.model.runtime.rules
-    objective = PairObjective(run.model, run.train.preference, run.train.loss_chunk)
 
     @jax.jit
     def answers(params, batch: Batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return objective.log_probs(params, batch)[0]
+            return answer_log_probs(run.model, params, batch, run.train.loss_chunk)[0]
 
     size = run.data.batch // run.train.accumulate
     for rows in _batches(_examples(run, leave_out, watch), run, size):
@@ -76,8 +76,8 @@ def _examples(run: Run, leave_out: Callable, watch: Callable) -> Iterator[Named]
     data = run.data
     source = data.source("train")
     sources = source.sources if isinstance(source, Mixture) else [source]
-    processor = make_processor(processor_of(run), run.model, data)
-    read = Process(processor, data.budget, data.strict, Pairs(run.train.preference.changed))
+    processor = algorithm_of(run).processor()
+    read = Process(processor, data.budget, data.strict, Pairs(run.algorithm.changed))
     places = [(one, index) for one in sources for index in range(len(one))]
 
     def example(place: tuple[Any, int]) -> tuple[str, Example | Skipped]:
@@ -119,6 +119,8 @@ def _batches(examples: Iterator[Named], run: Run, size: int) -> Iterator[list[li
 
 def main() -> None:
     run, output, left_out = read_run(one_run(CONFIG.value, STAGE.value)), Path(OUTPUT.value), []
+    if not isinstance(run.algorithm, PreferenceConfig):
+        raise ConfigError(f"config.algorithm.type={type(run.algorithm).__name__}: must be PreferenceConfig")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"--output={output} is in a folder that does not exist")
     console = Console(stderr=True)

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from mllm_jax.generate.decode import sample_ids
-from mllm_jax.model.vlm import VLM, ModelConfig, head_table
+from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.nn.lora import split_adapters
-from mllm_jax.train.algorithms.reward import scores
-from mllm_jax.train.losses.cross_entropy import token_log_probs
 from mllm_jax.train.losses.ppo import PpoConfig, advantages, token_rewards, whitened
+from mllm_jax.train.step.forward import log_probs_and_values, scores
 from mllm_jax.types import Array, Batch, Experience, Mix
 
 
@@ -84,16 +83,6 @@ def written(prompts: Batch, tokens, own, ended) -> Answered:
         mix=prompts.mix and Mix(wide(prompts.mix.index, -1), wide(prompts.mix.share)),
     )
     return Answered(judged, judged._replace(segment=jnp.where(column < end, segment, 0)), ended)
-
-
-def log_probs_and_values(config: ModelConfig, params, batch: Batch, chunk: int):
-    """f32[B T] of every target of weight, 0 elsewhere; f32[B T] of the value head, None without one; routing."""
-    model, runtime = VLM(config), config.runtime
-    out = model.apply({"params": params}, batch, hidden=True)
-    about = (chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
-    found = token_log_probs(out.hidden, head_table(params), batch.targets, batch.weight, *about)
-    values = model.apply({"params": params}, out.hidden, method="values") if config.value else None
-    return found, values, out.routing
 
 
 def experience(

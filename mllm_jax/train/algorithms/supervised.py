@@ -1,33 +1,17 @@
-"""What a step minimises: sums over a batch, so that the parts of one add up. Pairs of answers: preference.py."""
+"""Supervised training: the loss of every target of conversations and documents."""
 
 from dataclasses import dataclass
 
-from mllm_jax.model.vlm import VLM, ModelConfig, head_table
-from mllm_jax.train.losses.cross_entropy import sample_weights, token_loss
-from mllm_jax.types import Array, Batch, Routing
-
-CHUNK = 512  # targets of a row whose logits are held at once
-
-
-def loss_sum(config: ModelConfig, params, batch: Batch, weighting: str = "token", chunk: int = CHUNK, key=None):
-    """(sum of weight * cross-entropy f32[], Routing or None): sums, so that batches add up.
-
-    key: of the dropout of adapters; None = none.
-    """
-    out, runtime = VLM(config).apply({"params": params}, batch, hidden=True, rngs=dropout(key)), config.runtime
-    weight = sample_weights(batch, weighting)
-    about = (chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
-    loss = token_loss(out.hidden, head_table(params), batch.targets, weight, *about)
-    return loss, out.routing
-
-
-def dropout(key) -> dict[str, Array]:
-    """`rngs` of `apply` for a key, or for None where nothing is dropped."""
-    return {} if key is None else {"dropout": key}
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.train.algorithms.base import Algorithm
+from mllm_jax.train.losses.cross_entropy import CHUNK, sample_weights
+from mllm_jax.train.step.forward import loss_sum
+from mllm_jax.train.step.objective import Objective, Sums
+from mllm_jax.types import Array, Batch
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Objective):
     """The loss of every target.
 
     weighting: see `sample_weights`. chunk: see `token_loss`.
@@ -38,19 +22,15 @@ class CrossEntropy:
     chunk: int = CHUNK
 
     def weights(self, batch: Batch) -> Array:
-        """f32[...] whose sum is what the sums of a whole batch are divided by."""
         return sample_weights(batch, self.weighting)
 
-    def sums(self, params, batch: Batch, key, reference=None, rewards=None) -> tuple[dict[str, Array], Routing | None]:
-        """{"loss": f32[], which is differentiated, and others to be reported}, and what the routers did.
-
-        Args:
-          key: of the dropout of adapters; None = none.
-          reference: the parameters that a step was given beside its state. rewards: f32[2] of that state.
-        """
+    def sums(self, params, batch: Batch, key=None, frozen=None, rewards=None) -> Sums:
         loss, routing = loss_sum(self.config, params, batch, self.weighting, self.chunk, key)
         return {"loss": loss}, routing
 
-    def remembered(self, rewards, means: dict[str, Array], weight) -> Array:
-        """The rewards of the next state, given the means of a batch and the f32[] that its sums were divided by."""
-        return rewards
+
+class Supervised(Algorithm):
+    """Learns answers, see `SupervisedConfig`."""
+
+    def objective(self) -> CrossEntropy:
+        return CrossEntropy(self.run.model, self.config.weighting, self.run.train.loss_chunk)

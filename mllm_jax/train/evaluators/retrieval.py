@@ -8,54 +8,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.data.pipeline.dual_processor import DualProcessor
+from mllm_jax.data.pipeline.loader import Info
 from mllm_jax.model.dual_encoder import DualConfig
-from mllm_jax.model.vlm import ModelConfig
-from mllm_jax.train.algorithms.contrastive import pair_shardings, real_pairs
-from mllm_jax.train.evaluators.generation import HeldOut, Spread, batches, placed
-from mllm_jax.train.evaluators.reward import Judging
+from mllm_jax.train.evaluators.base import Evaluator
 from mllm_jax.train.losses.contrastive import contrastive_loss
-from mllm_jax.train.monitor.processes import compiled_together
-from mllm_jax.train.runs.config import Run
+from mllm_jax.train.step.batches import pair_shardings, real_pairs
 from mllm_jax.types import DualBatch
 
 
-def held_out(run: Run, processor: Any, mesh: Mesh, source: Any) -> Any:
-    """What evaluates a run, `evaluate(params) -> dict`, by the kind of its model and of what it learns."""
-    kind = Judging if run.train.reward.learn else EVALUATIONS[type(run.model)]
-    return kind(run, processor, mesh, source)
+class RetrievalEvaluator(Evaluator):
+    """Finds {"loss": mean of a pair among those of its batch, "pairs": number, "recall_at_1": see `recall_at_1`}.
 
+    Pairs with one text are not told apart.
+    """
 
-class Retrieval:
-    """`retrieval(params)` looks among the same held-out pairs every time."""
+    def shardings(self, batch: DualBatch) -> DualBatch:
+        return pair_shardings(batch, self.mesh, self.run.model.runtime.rules)
 
-    def __init__(self, run: Run, processor: DualProcessor, mesh: Mesh, source: Any):
-        self.source = Spread(source, run.train.heldout)
-        self.data, self.processor = run.data, processor
-        self.mesh, self.rules = mesh, run.model.runtime.rules
-        self._step = compiled_together(make_embedding_step(run.model, mesh))
+    def make_step(self) -> Callable:
+        return make_embedding_step(self.run.model, self.mesh)
 
-    def __call__(self, params: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """{"loss": mean of a pair among those of its batch, "pairs": number, "recall_at_1": see `recall_at_1`}.
+    def no_records(self) -> dict[str, Any]:
+        return {"loss": 0.0, "pictures": [], "texts": [], "tokens": []}
 
-        Pairs with one text are not told apart.
-        """
-        loss, pictures, texts, tokens = 0.0, [], [], []
-        for batch, _ in batches(self.source, self.processor, self.data, self.data.batch):
-            layout = pair_shardings(batch, self.mesh, self.rules)
-            found = jax.device_get(self._step(params, placed(batch, layout)))
-            real = np.ravel(batch.first >= 0)
-            loss += float(found["loss"]) * real.sum()
-            pictures.append(found["pictures"][real])
-            texts.append(found["texts"][real])
-            tokens.append(batch.tokens[real])
-            after_batch()
-        tokens = np.concatenate(tokens)
-        shares = recall_at_1(np.concatenate(pictures), np.concatenate(texts), list(map(bytes, tokens)))
-        return {"loss": loss / max(len(tokens), 1), "pairs": len(tokens), "recall_at_1": shares}
+    def add(self, totals: dict[str, Any], found: dict[str, Any], batch: DualBatch, info: Info) -> None:
+        real = np.ravel(batch.first >= 0)
+        totals["loss"] += float(found["loss"]) * real.sum()
+        totals["pictures"].append(found["pictures"][real])
+        totals["texts"].append(found["texts"][real])
+        totals["tokens"].append(batch.tokens[real])
 
-
-EVALUATIONS = {ModelConfig: HeldOut, DualConfig: Retrieval}
+    def results(self, totals: dict[str, Any]) -> dict[str, Any]:
+        pictures, texts, tokens = (np.concatenate(totals[name]) for name in ("pictures", "texts", "tokens"))
+        recall = recall_at_1(pictures, texts, list(map(bytes, tokens)))
+        return {"loss": totals["loss"] / max(len(tokens), 1), "pairs": len(tokens), "recall_at_1": recall}
 
 
 def recall_at_1(pictures: np.ndarray, texts: np.ndarray, names: list[Any]) -> dict[str, float]:

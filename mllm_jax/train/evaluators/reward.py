@@ -6,46 +6,49 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.loader import Info
 from mllm_jax.data.pipeline.reward import Judged
-from mllm_jax.train.algorithms.reward import pairwise_loss, scores
-from mllm_jax.train.evaluators.generation import Spread, batches, placed, shares
-from mllm_jax.train.monitor.processes import compiled_together
-from mllm_jax.train.runs.config import Run
-from mllm_jax.train.step.train_step import batch_shardings
+from mllm_jax.train.evaluators.base import Evaluator, shares
+from mllm_jax.train.losses.reward import pairwise_loss
+from mllm_jax.train.step.forward import scores
 from mllm_jax.types import Batch
 
 
-class Judging:
-    """`judging(params)` looks at the same held-out pairs every time, in batches of the shape of training."""
+class RewardEvaluator(Evaluator):
+    """Finds {"loss": mean of a pair, "pairs": number, "preferred": {kind: share of pairs, "all": of all}}.
 
-    def __init__(self, run: Run, processor: Processor, mesh: Mesh, source: Any):
-        self.source, self.reading = Spread(source, run.train.heldout), Judged(run.train.reward.prompt)
-        self.data, self.processor, self.centre = run.data, processor, run.train.reward.centre
-        self.rows = run.data.batch // run.train.accumulate
-        self.mesh, self.rules = mesh, run.model.runtime.rules
+    Of these the chosen answer has the larger reward.
+    """
 
+    @property
+    def reading(self) -> Judged:
+        return Judged(self.run.algorithm.prompt)
+
+    def make_step(self) -> Callable:
         def step(params, batch: Batch):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return scores(run.model, params, batch)[0]
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return scores(self.run.model, params, batch)[0]
 
-        self._step = compiled_together(jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec())))
+        return jax.jit(step, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
-    def __call__(self, params: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """{"loss": mean of a pair, "pairs": number, "preferred": {kind: share of pairs, "all": of all}}.
+    def no_records(self) -> dict[str, Any]:
+        return {
+            "right": collections.Counter(),
+            "asked": collections.Counter(),
+            "rewards": [np.zeros((0, 2), np.float32)],
+        }
 
-        Of these the chosen answer has the larger reward.
-        """
-        right, asked, rewards = collections.Counter(), collections.Counter(), [np.zeros((0, 2), np.float32)]
-        for batch, info in batches(self.source, self.processor, self.data, self.rows, self.reading):
-            found = np.asarray(self._step(params, placed(batch, batch_shardings(batch, self.mesh, self.rules))))
-            for row, kinds in zip(found, info.kinds):
-                rewards.append(row[: len(kinds)].reshape(-1, 2))
-                for kind, (chosen, rejected) in zip(kinds[::2], rewards[-1]):
-                    asked[kind] += 1
-                    right[kind] += int(chosen > rejected)
-            after_batch()
-        loss = np.sum(pairwise_loss(np.concatenate(rewards), self.centre)) / max(asked.total(), 1)
-        return {"loss": float(loss), "pairs": asked.total(), "preferred": shares(right, asked)}
+    def add(self, totals: dict[str, Any], found: np.ndarray, batch: Batch, info: Info) -> None:
+        for row, kinds in zip(found, info.kinds):
+            rewards = row[: len(kinds)].reshape(-1, 2)
+            totals["rewards"].append(rewards)
+            for kind, (chosen, rejected) in zip(kinds[::2], rewards):
+                totals["asked"][kind] += 1
+                totals["right"][kind] += int(chosen > rejected)
+
+    def results(self, totals: dict[str, Any]) -> dict[str, Any]:
+        pairs = totals["asked"].total()
+        loss = np.sum(pairwise_loss(np.concatenate(totals["rewards"]), self.run.algorithm.centre)) / max(pairs, 1)
+        return {"loss": float(loss), "pairs": pairs, "preferred": shares(totals["right"], totals["asked"])}

@@ -8,17 +8,12 @@ from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.records.messages import TRIMMED
-from mllm_jax.train.algorithms.preference_records import reading_of
-from mllm_jax.train.input.pipeline import Placer, open_data, shares_of
+from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.monitor.board import Board
-from mllm_jax.train.monitor.cost import explain, flops_of_counts
-from mllm_jax.train.monitor.flops import useful
-from mllm_jax.train.runs.config import Run
+from mllm_jax.train.monitor.cost import BatchCost
 from mllm_jax.types import Batch
 
 POLL = 0.02  # seconds between two looks at whether the data of the other processes have ended
@@ -66,19 +61,20 @@ class Feed:
     """This process's share of the batches of a run, from where `set_state` says.
 
     A thread makes the next batch, so that whoever waits for it can be asked to stop.
+
+    Args:
+      loader: of `open_data`. cost: of its batches, None where they do not tell it.
+      ends: whether the data end, for each process at another batch.
     """
 
-    def __init__(self, run: Run, processor: Processor, mesh: Mesh):
-        rules = run.model.runtime.rules
-        self._run, self._flops, self._explained = run, flops_of_counts(run), False
-        self._loader = open_data(run.data, processor, mesh, rules, reading_of(run))
-        self._place = Placer(run.data.batch, mesh, rules)
-        self._shared = run.data.epochs is not None and shares_of(run.data.batch, mesh, rules)[1] > 1
+    def __init__(self, loader: Any, place: Placer, cost: BatchCost | None, ends: bool):
+        self._loader, self._place, self._cost, self._ends_apart = loader, place, cost, ends
+        self._explained = False
         self._count_anew()
         self._coming: Future | None = None
 
     def _count_anew(self) -> None:
-        self._ends, self._made = Ends() if self._shared else None, 0
+        self._ends, self._made = Ends() if self._ends_apart else None, 0
 
     def begin(self) -> None:
         """Starts to make the next batch."""
@@ -105,11 +101,10 @@ class Feed:
         left_out = {"dropped": info.dropped, "skipped": sum(info.skipped.values())}
         left_out |= {name: info.noted.get(note, 0) for note, name in TRIMMED.items()}
         about, explained = {name: number for name, number in left_out.items() if number}, ()
-        if not self._run.train.ppo.reward:  # whose batches say nothing of the answers that they will get
-            processes = self._run.data.batch / batch.rows  # this one's share stands for all
-            counts = useful(batch, self._run.model.decoder.window)
-            about["flops"] = sum(processes * float(costs @ counts) for costs in self._flops.values())
-            explained = () if self._explained else tuple(explain(self._run, batch, processes))
+        if self._cost is not None:
+            processes = self._place.rows / batch.rows  # this one's share stands for all
+            about["flops"] = self._cost.flops(batch, processes)
+            explained = () if self._explained else tuple(self._cost.explain(batch, processes))
         self._explained = True
         self._made += 1
         if self._ends is not None:

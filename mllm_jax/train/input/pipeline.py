@@ -1,5 +1,6 @@
 """How conversations, or pairs of a picture and a text, reach the devices: every process makes its share of a batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,13 +12,10 @@ from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.workers import Reading
 from mllm_jax.sharding.logical_axes import Rules, partition_spec
-from mllm_jax.train.algorithms.contrastive import pair_shardings
 from mllm_jax.train.runs.data import DataConfig
-from mllm_jax.train.step.train_step import batch_shardings
 from mllm_jax.types import Batch, DualBatch
 
 STREAMS = 64  # at most, unless a config says more: each has its own conversations waiting to be packed
-LAYOUTS = {Batch: batch_shardings, DualBatch: pair_shardings}
 
 
 def open_data(
@@ -99,10 +97,13 @@ def row_share(sharding: jax.sharding.Sharding, rows: int) -> tuple[int, int]:
 
 
 class Placer:
-    """Puts this process's rows of every batch on the devices of the mesh, as parts of one global batch."""
+    """Puts this process's rows of every batch on the devices of the mesh, as parts of one global batch.
 
-    def __init__(self, rows: int, mesh: Mesh, rules: Rules):
-        self.rows, self.mesh, self.rules = rows, mesh, rules
+    rows: of the global batch. shardings: gives the NamedSharding of every array of a global batch.
+    """
+
+    def __init__(self, rows: int, shardings: Callable[[Any], Any]):
+        self.rows, self._shardings = rows, shardings
         self._layout = None  # that of the first batch: all have one shape
 
     def __call__(self, batch: Batch | DualBatch) -> Batch | DualBatch:
@@ -110,6 +111,6 @@ class Placer:
         whole = lambda x: (shares * x.shape[0], *x.shape[1:])
         if self._layout is None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
-            self._layout = LAYOUTS[type(batch)](shapes, self.mesh, self.rules)
+            self._layout = self._shardings(shapes)
         place = lambda x, sharding: jax.make_array_from_process_local_data(sharding, x, whole(x))
         return jax.tree.map(place, batch, self._layout)

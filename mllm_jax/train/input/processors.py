@@ -1,4 +1,4 @@
-"""The processor of a run, of the kind of its model; it must fit it."""
+"""Processors of runs, which must fit their models."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.dual_processor import DualProcessor
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spec import SEEING
-from mllm_jax.data.synthetic.scenes import SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import SCENES, SCENES_TEMPLATE, scenes_pair_tokenizer, scenes_tokenizer
 from mllm_jax.data.text.chat_template import ChatTemplate
 from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.families import FAMILIES, spec_for
@@ -16,17 +16,12 @@ from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.runs.data import DataConfig
 from mllm_jax.weights.hf import local_folder
 
-SCENES = "scenes"  # the processor of the embedded set
 # settings of data that belong to a processor
 SETTINGS = ("min_pixels", "max_pixels", "missing_rows", "fps", "max_frames", "sampling", "user_content_tokens")
 
 
-def make_processor(source: str, model: ModelConfig | DualConfig, data: DataConfig) -> Processor | DualProcessor:
-    """The processor in a folder, of the hub, or of `scenes`, of the model's kind; ConfigError unless it fits it."""
-    return PROCESSORS[type(model)](source, model, data)
-
-
-def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProcessor:
+def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProcessor:
+    """Returns the processor of a dual encoder, from a folder, the hub or `scenes`. ConfigError unless it fits."""
     encoder = model.encoder
     if source == SCENES:
         processor = DualProcessor(
@@ -62,7 +57,8 @@ def _pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualPro
     return dataclasses.replace(processor, missing_rows=data.missing_rows)
 
 
-def _chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
+def chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
+    """Returns the processor of a language model, from a folder, the hub or `scenes`. ConfigError unless it fits."""
     limits = {name: getattr(data, name) for name in SETTINGS}
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
@@ -111,6 +107,3 @@ def _checked(processor: Processor, model: ModelConfig) -> Processor:
 def _check_words(words: int, vocab: int, where: str) -> None:
     if words > vocab:
         raise ConfigError(f"{where}.vocab={vocab} is less than the processor's {words} tokens")
-
-
-PROCESSORS = {ModelConfig: _chat_processor, DualConfig: _pair_processor}

@@ -7,19 +7,36 @@ forward nor backward, where they are computed again.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mllm_jax.common.config import ConfigError
+from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.attention.flash import around
 from mllm_jax.sharding.activations import place
 from mllm_jax.sharding.logical_axes import Rules, fitting_axes
+from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
 from mllm_jax.types import Array
 
 BLOCK = 1024  # texts
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig(AlgorithmConfig):
+    """Trains a dual encoder on pairs of a picture and a text, by the loss that `DualConfig.loss` names."""
+
+    model: ClassVar[type] = DualConfig
+
+    def check(self, run: Any, path: str) -> None:
+        if run.train.accumulate > 1:
+            raise ConfigError(f"{path}.train.accumulate must be 1: every pair of a batch is compared with all others")
+        if run.lora.drops:
+            raise ConfigError(f"{path}.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
 
 
 class _Kind(NamedTuple):

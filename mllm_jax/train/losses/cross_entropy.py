@@ -1,21 +1,35 @@
 """Token-weighted cross-entropy in chunks: full logits never exist, and positions without a target cost nothing."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mllm_jax.common.settings import OneOf
 from mllm_jax.nn.attention.masks import cap
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import expect_runs
 from mllm_jax.sharding.activations import join_rows, shard, split_rows
 from mllm_jax.sharding.logical_axes import Rules, ways
+from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
 from mllm_jax.types import Array, Batch
 
+CHUNK = 512  # targets of a row whose logits are held at once
 WEIGHTINGS = ("token", "sqrt")
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(AlgorithmConfig):
+    """Learns the answers of conversations, and documents, token by token.
+
+    weighting: "token", or "sqrt" (a conversation of n targets counts as sqrt(n)).
+    """
+
+    weighting: Annotated[str, OneOf(WEIGHTINGS)] = "token"
 
 
 def sample_weights(batch: Batch, weighting: str) -> Array:

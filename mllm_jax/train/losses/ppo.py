@@ -4,21 +4,24 @@ Arrays are f32[B T], of the tokens of answers; `real` bool[B T] says which these
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.common.settings import Config, Finite, Fraction, NonNegative, OneOf, Positive, PositiveInt, Range
-from mllm_jax.train.losses.preference import BASE, FIRST
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.settings import Finite, Fraction, NonNegative, OneOf, Positive, PositiveInt, Range
+from mllm_jax.train.losses.algorithm_config import BASE, FIRST, AlgorithmConfig, check_reference
 from mllm_jax.types import Array
 
 
 @dataclass(frozen=True)
-class PpoConfig(Config):
-    """Numbers are those of LLaVA-RLHF, unless said otherwise.
+class PpoConfig(AlgorithmConfig):
+    """Learns from answers of the model's own, which a reward model judges.
 
-    reward: folder of a run that trained a reward model (`train.reward.learn`), or name of such a stage; "" = no PPO.
+    Numbers are those of LLaVA-RLHF, unless said otherwise.
+
+    reward: folder of a run that trained a reward model (`RewardConfig`), or name of such a stage.
     new_tokens: of the longest answer.
     epochs, minibatches: the answers to a batch are learned so often, in so many parts, each of them an update.
     kl: what is taken from the reward for every unit of log p(token) - log p_reference(token).
@@ -45,10 +48,27 @@ class PpoConfig(Config):
     unfinished: Finite = -8.0
     length: Finite = 0.0
 
+    value_head: ClassVar[bool] = True
+    runs: ClassVar[tuple[str, ...]] = ("reward",)
+
     @property
-    def updates(self) -> int:
-        """Of the weights, in a step."""
+    def updates_per_step(self) -> int:
         return self.epochs * self.minibatches
+
+    def check(self, run: Any, path: str) -> None:
+        if not self.reward:
+            raise ConfigError(
+                f"{path}.algorithm.reward is empty. Set it to the folder of a run that trained a reward model, or to "
+                "the name of such a stage"
+            )
+        if run.data.batch % (self.minibatches * run.train.accumulate):
+            raise ConfigError(
+                f"{path}.algorithm.minibatches={self.minibatches} times {path}.train.accumulate={run.train.accumulate} "
+                f"must divide {path}.data.batch={run.data.batch}"
+            )
+        if run.lora.drops:
+            raise ConfigError(f"{path}.lora.dropout must be 0 for PPO, which compares a model with what it was before")
+        check_reference(self.reference, run.lora, path)
 
 
 def token_rewards(score, log_probs, reference, real, kl: float) -> Array:

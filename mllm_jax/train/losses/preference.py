@@ -6,22 +6,28 @@ is that log-probability less the reference's. All losses are elementwise over wh
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from mllm_jax.common.settings import Config, Finite, NonNegative, Positive, Range
+from mllm_jax.common.settings import Finite, NonNegative, Positive, Range
+from mllm_jax.train.losses.algorithm_config import (
+    FIRST,
+    REFERENCES,
+    AlgorithmConfig,
+    check_reference,
+)
 from mllm_jax.types import Array
-
-BASE, FIRST, NONE = REFERENCES = ("base", "first", "none")
 
 
 @dataclass(frozen=True)
-class PreferenceConfig(Config):
-    """
-    dpo, ipo, bco, sft: weights of the losses, of which a run minimises the sum; all 0 = it has no pairs. DPO is dpo=1,
-      MPO of InternVL dpo=0.8, bco=0.2, sft=1 (arXiv 2411.10442).
+class PreferenceConfig(AlgorithmConfig):
+    """Learns from pairs of a chosen and a rejected answer.
+
+    dpo, ipo, bco, sft: weights of the losses, of which a run minimises the sum. DPO is dpo=1, MPO of InternVL dpo=0.8,
+      bco=0.2, sft=1 (arXiv 2411.10442).
     beta: how far answers may go from the reference: less is further.
     smoothing: share of pairs whose preference is taken to be wrong (cDPO).
     margin: by which a chosen answer's reward shall be the larger one, of `dpo` (SimPO's gamma).
@@ -47,16 +53,20 @@ class PreferenceConfig(Config):
         super().__post_init__()
         if not self.reference:
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, or a file")
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether a run learns from pairs."""
-        return any((self.dpo, self.ipo, self.bco, self.sft))
+        if not any((self.dpo, self.ipo, self.bco, self.sft)):
+            raise ValueError("no loss has a weight. Set one of dpo, ipo, bco and sft, such as dpo=1")
 
     @property
     def stored(self) -> bool:
         """Whether the reference's log-probabilities come with the data."""
-        return self.has_pairs and self.reference not in REFERENCES
+        return self.reference not in REFERENCES
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {"reference": self.reference} if self.stored else {}
+
+    def check(self, run: Any, path: str) -> None:
+        check_reference(self.reference, run.lora, path)
 
 
 def dpo(ratio, beta: float, smoothing: float = 0.0, margin: float = 0.0) -> Array:
@@ -119,3 +129,8 @@ def running_mean(mean_and_count, mean, count) -> Array:
     before, number = mean_and_count
     whole = number + count
     return jnp.stack([before + (mean - before) * count / jnp.maximum(whole, 1), whole])
+
+
+def in_pairs(x):
+    """[B T] of segments -> [B T/2 2] of pairs."""
+    return rearrange(x[:, : x.shape[1] // 2 * 2], "B (k two) -> B k two", two=2)

@@ -3,7 +3,8 @@
 A multiplication with an addition is two. Only matrix products count: weights, the head, and both of attention.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,49 +80,8 @@ def _sizes(numbers) -> np.ndarray:
     return np.concatenate([np.bincount(np.ravel(row))[1:] for row in np.asarray(numbers)]).astype(np.float64)
 
 
-def count_flops(config: ModelConfig | DualConfig, counts: Counts, freeze: tuple[str, ...] = ()) -> dict[str, Flops]:
-    """Forward and backward FLOPs of "encoder", "connector", "decoder" and "head", or of a dual encoder's "encoder" and
-    "text", without its pools and the cosines of pairs.
-
-    Backward, a product costs as much as forward once for its weight's gradient if that weight is trained, and once for
-    its input's gradient if anything in its part or before it is trained. What remat repeats is not counted.
-
-    Args:
-      counts: of `useful`, for the FLOPs that serve, or of `padded`, for those that run.
-      freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
-    """
-    encoder, decoder = config.encoder, config.decoder
-    whole = abstract_params(in_full(config))
-    params, trained = flatten(whole), set(flatten(split(whole, freeze)[0]))
-    head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
-    kinds = () if decoder is None else decoder.kinds
-    rows = ROWS[type(config)](config, counts)
-    of_tokens = sum(
-        (counts.near_pairs if kind.window else counts.token_pairs) * decoder.attention.pair_flops for kind in kinds
-    )
-    attention = dict(
-        encoder=0 if encoder is None else 4 * encoder.width * _pairs(encoder, counts),
-        decoder=of_tokens,
-        text=of_tokens,
-    )
-    result, reached = {}, False
-    for part in rows:
-        inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
-        matrices = [path for path in params if path.endswith(MATRICES) and inside(path)]
-        if part == "head":
-            matrices = [path for path in params if path == head]
-        # whether backward gets as far as this part's input; before texts there is nothing
-        reached = (reached and part != "text") or any(map(inside, trained))
-        product = {path: 2 * rows[part] * params[path].size * _share(path, config) for path in matrices}
-        to_weights = sum(product[path] for path in matrices if path in trained)
-        to_inputs = sum(product[path] for path in matrices if path != PIXELS)
-        own = attention.get(part, 0)
-        result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
-    return result
-
-
-def _rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
-    """Rows that the weights of every part multiply, the parts in their order."""
+def rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
+    """Rows that the weights of every part of a language model multiply, the parts in their order."""
     per_token = 1 if config.connector is None else config.connector.patches_per_token
     return dict(
         encoder=counts.patches,
@@ -131,11 +91,56 @@ def _rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
     )
 
 
-def _rows_of_towers(config: DualConfig, counts: Counts) -> dict[str, float]:
+def rows_of_towers(config: DualConfig, counts: Counts) -> dict[str, float]:
+    """The same of a dual encoder."""
     return dict(encoder=counts.patches, text=counts.tokens)
 
 
-ROWS = {ModelConfig: _rows_of_language, DualConfig: _rows_of_towers}
+Rows = Callable[[Any, Counts], dict[str, float]]
+
+
+def count_flops(
+    config: ModelConfig | DualConfig, counts: Counts, freeze: tuple[str, ...] = (), rows: Rows = rows_of_language
+) -> dict[str, Flops]:
+    """Forward and backward FLOPs of "encoder", "connector", "decoder" and "head", or of a dual encoder's "encoder" and
+    "text", without its pools and the cosines of pairs.
+
+    Backward, a product costs as much as forward once for its weight's gradient if that weight is trained, and once for
+    its input's gradient if anything in its part or before it is trained. What remat repeats is not counted.
+
+    Args:
+      counts: of `useful`, for the FLOPs that serve, or of `padded`, for those that run.
+      freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
+      rows: `rows_of_language`, or of a dual encoder `rows_of_towers`.
+    """
+    encoder, decoder = config.encoder, config.decoder
+    whole = abstract_params(in_full(config))
+    params, trained = flatten(whole), set(flatten(split(whole, freeze)[0]))
+    head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
+    kinds = () if decoder is None else decoder.kinds
+    multiplied = rows(config, counts)
+    of_tokens = sum(
+        (counts.near_pairs if kind.window else counts.token_pairs) * decoder.attention.pair_flops for kind in kinds
+    )
+    attention = dict(
+        encoder=0 if encoder is None else 4 * encoder.width * _pairs(encoder, counts),
+        decoder=of_tokens,
+        text=of_tokens,
+    )
+    result, reached = {}, False
+    for part in multiplied:
+        inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
+        matrices = [path for path in params if path.endswith(MATRICES) and inside(path)]
+        if part == "head":
+            matrices = [path for path in params if path == head]
+        # whether backward gets as far as this part's input; before texts there is nothing
+        reached = (reached and part != "text") or any(map(inside, trained))
+        product = {path: 2 * multiplied[part] * params[path].size * _share(path, config) for path in matrices}
+        to_weights = sum(product[path] for path in matrices if path in trained)
+        to_inputs = sum(product[path] for path in matrices if path != PIXELS)
+        own = attention.get(part, 0)
+        result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
+    return result
 
 
 def _pairs(encoder: VitConfig, counts: Counts) -> float:

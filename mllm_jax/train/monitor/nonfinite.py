@@ -19,7 +19,8 @@ from mllm_jax.common.trees import flatten, join
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import TAPS
 from mllm_jax.nn.stack import segments
-from mllm_jax.train.runs.config import Run, objective_of
+from mllm_jax.train.runs.config import Run
+from mllm_jax.train.step.objective import Objective
 from mllm_jax.train.step.optimizer import split
 from mllm_jax.train.step.state import TrainState
 from mllm_jax.types import Batch
@@ -27,16 +28,18 @@ from mllm_jax.types import Batch
 STACK = re.compile(r"^(?P<stack>(?P<part>.*?)/?layers\d*(?:/slots_\d+)?)(?=/|$)(?P<rest>.*)$")
 
 
-def find_nonfinite(run: Run, state: TrainState, batch: Batch, mesh: Mesh, reference: Any = None) -> list[str]:
-    """What is not finite in a step from this state with this batch, in lines for people; `reference` as steps have it.
+def find_nonfinite(
+    run: Run, objective: Objective, state: TrainState, batch: Batch, mesh: Mesh, frozen: Any = None
+) -> list[str]:
+    """What is not finite in a step from this state with this batch, in lines for people; `frozen` as steps have it.
 
     First weights, then the first output forward, then the first gradient backward: what comes later follows from it.
     """
     parts = run.train.accumulate
-    look = jax.jit(_look(run, mesh, orders := {}), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    look = jax.jit(_look(run, objective, mesh, orders := {}), out_shardings=NamedSharding(mesh, PartitionSpec()))
     for part in range(parts):
         rows = batch if parts == 1 else jax.tree.map(lambda x, part=part: x[part::parts], batch)  # every A-th
-        loss, *found = jax.device_get(look(state.params, rows, reference, state.rewards))
+        loss, *found = jax.device_get(look(state.params, rows, frozen, state.rewards))
         weights, outputs, gradients = (_bad(finite) for finite in found)
         if weights or outputs or gradients or not np.isfinite(loss):
             break
@@ -57,9 +60,8 @@ def find_nonfinite(run: Run, state: TrainState, batch: Batch, mesh: Mesh, refere
     return lines
 
 
-def _look(run: Run, mesh: Mesh, orders: dict[str, int]) -> Callable:
-    """(params, batch, reference, rewards) -> loss, and of weights, outputs and gradients whether each is finite."""
-    objective = objective_of(run)
+def _look(run: Run, objective: Objective, mesh: Mesh, orders: dict[str, int]) -> Callable:
+    """(params, batch, frozen, rewards) -> loss, and of weights, outputs and gradients whether each is finite."""
 
     def tap(method, arguments, options, context):
         """Modules are numbered as they end: one that calls others comes after them."""
@@ -72,12 +74,12 @@ def _look(run: Run, mesh: Mesh, orders: dict[str, int]) -> Callable:
             module.sow(TAPS, f"{TAPS}_{name}", finite, reduce_fn=jnp.logical_and, init_fn=lambda: jnp.array(True))
         return out
 
-    def look(params, batch, reference, rewards):
+    def look(params, batch, frozen, rewards):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             with nn.intercept_methods(tap):
                 _, taps = run.model.build().apply({"params": params}, batch, hidden=True, mutable=[TAPS])
-            trainable, frozen = split(params, run.optim.freeze)
-            sums = lambda trainable: objective.sums(join(trainable, frozen), batch, None, reference, rewards)[0]
+            trainable, fixed = split(params, run.optim.freeze)
+            sums = lambda trainable: objective.sums(join(trainable, fixed), batch, None, frozen, rewards)[0]
             loss = lambda trainable: sums(trainable)["loss"]
             value, gradients = jax.value_and_grad(loss)(trainable)
             flat = flatten(taps[TAPS])

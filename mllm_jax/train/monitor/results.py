@@ -1,15 +1,22 @@
 """What came of the steps: read when they are done, all at once, reported, and judged."""
 
 import collections
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.monitor.goodput import Clock
 from mllm_jax.train.monitor.metrics import Reporter
 from mllm_jax.train.monitor.spikes import Spike, SpikeRule
 from mllm_jax.train.runs.config import TrainConfig
+
+
+class SavedSteps(Protocol):
+    """Checkpoints, as far as they matter here."""
+
+    def latest(self) -> int | None: ...
+
+    def steps(self) -> list[int]: ...
 
 
 class Diverged(RuntimeError):
@@ -32,7 +39,7 @@ class Results:
       bad: steps in a row that were not finite, up to the last one that was read.
     """
 
-    def __init__(self, settings: TrainConfig, report: Reporter, checkpoints: Checkpoints, clock: Clock, bad: int):
+    def __init__(self, settings: TrainConfig, report: Reporter, checkpoints: SavedSteps, clock: Clock, bad: int):
         self._settings, self._report, self._checkpoints, self._clock = settings, report, checkpoints, clock
         self._started: collections.deque[Started] = collections.deque()
         self.spikes, self.bad = SpikeRule(settings.spikes), bad

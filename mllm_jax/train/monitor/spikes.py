@@ -6,23 +6,9 @@ stopped and goes on decides as one that was not.
 
 import collections
 import statistics
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from mllm_jax.common.settings import Config, NonNegativeInt, PositiveInt, Range
-
-
-@dataclass(frozen=True)
-class SpikeConfig(Config):
-    """
-    factor: a loss of more than so many times the median of the last ones is a spike; 0 = nothing is.
-    window: how many losses before a step the median is of; until there are so many nothing is a spike.
-    rewinds: at most so many in a run; later spikes are only reported.
-    """
-
-    factor: Annotated[float, Range(above=1, also=(0,), hint="Set 3.0, say, or 0 for no rule.")] = 0.0
-    window: PositiveInt = 50
-    rewinds: NonNegativeInt = 10
+from mllm_jax.train.runs.config import SpikeConfig
 
 
 class Spike(Exception):

@@ -16,8 +16,8 @@ from mllm_jax.common.cli import OVERRIDE, REPLACES, Parser, end_at_once, fail
 from mllm_jax.common.config import ConfigError, check_path
 from mllm_jax.common.errors import nearest, suggestion, told
 from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
-from mllm_jax.data.pipeline.loader import BadData
 from mllm_jax.data.pipeline.workers import WorkerLost
+from mllm_jax.data.records.records import BadData
 
 WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
 HELP = ("-h", "--help", "-help")

@@ -4,18 +4,17 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, following, from_config_dict, to_config_dict
 from mllm_jax.common.errors import suggestion
-from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
+from mllm_jax.common.settings import Config, NonNegativeInt, PositiveInt, Range, Seed
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.decoders.by_model_type import TEXT
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
@@ -33,20 +32,17 @@ from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.sharding.logical_axes import MeshAxes, freeze_rules
 from mllm_jax.sharding.mesh import MESH_AXES
 from mllm_jax.sharding.presets import PRESETS, RULES
-from mllm_jax.train.algorithms.contrastive import make_contrastive_step
-from mllm_jax.train.algorithms.ppo import make_ppo_step
-from mllm_jax.train.algorithms.preference import PairObjective
-from mllm_jax.train.algorithms.reward import RewardConfig, RewardObjective
-from mllm_jax.train.algorithms.supervised import CrossEntropy
-from mllm_jax.train.losses.cross_entropy import WEIGHTINGS
+from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
+from mllm_jax.train.losses.contrastive import ContrastiveConfig
+from mllm_jax.train.losses.cross_entropy import CHUNK, SupervisedConfig
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.losses.ppo import PpoConfig
-from mllm_jax.train.losses.preference import BASE, FIRST, PreferenceConfig
-from mllm_jax.train.monitor.spikes import SpikeConfig
+from mllm_jax.train.losses.preference import PreferenceConfig
+from mllm_jax.train.losses.reward import RewardConfig
 from mllm_jax.train.runs.data import CaptionsData, DataConfig, ScenesData
 from mllm_jax.train.runs.data_files import FilesData, MixtureData
+from mllm_jax.train.step.context import TrainContext
 from mllm_jax.train.step.optimizer import OptimConfig
-from mllm_jax.train.step.train_step import make_train_step
 
 PARTS = {
     part.__name__: part
@@ -56,10 +52,25 @@ PARTS = {
         *(AttentionConfig, MlaConfig),
         *(LinearStretch, NtkStretch, BlendedStretch, ListedStretch, YarnConfig),
         *(FilesData, MixtureData, ScenesData, CaptionsData),
+        *(SupervisedConfig, PreferenceConfig, RewardConfig, PpoConfig, ContrastiveConfig),
     )
 }
 AxisSize = Annotated[int, Range(least=1, also=(-1,))]  # of a mesh
-PARTS_OF_STAGES = ("data", "optim", "lora", "train", "mesh")
+PARTS_OF_STAGES = ("algorithm", "data", "optim", "lora", "train", "mesh")
+
+
+@dataclass(frozen=True)
+class SpikeConfig(Config):
+    """A rule for spikes of the loss, see `mllm_jax.train.monitor.spikes`.
+
+    factor: a loss of more than so many times the median of the last ones is a spike; 0 = nothing is.
+    window: how many losses before a step the median is of; until there are so many nothing is a spike.
+    rewinds: at most so many in a run; later spikes are only reported.
+    """
+
+    factor: Annotated[float, Range(above=1, also=(0,), hint="Set 3.0, say, or 0 for no rule.")] = 0.0
+    window: PositiveInt = 50
+    rewinds: NonNegativeInt = 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,6 @@ class TrainConfig(Config):
     """
     seed: of random parameters, and of what dropout leaves out.
     accumulate: parts that a batch is worked off in, to save memory; the result is that of the whole batch.
-    weighting: "token", or "sqrt" (a conversation of n targets counts as sqrt(n)).
     loss_chunk: targets of a row whose logits are held at once.
     log_every, evaluate_every, save_every: in steps; 0 = at the end only.
     heldout: number of held-out conversations to evaluate on.
@@ -80,19 +90,13 @@ class TrainConfig(Config):
     patience: non-finite steps in a row that stop the run.
     watchdog: seconds without a finished step after which a run counts as hanging, and is ended; 0 = never.
     balance: how experts are kept evenly loaded, in models that have them.
-    preference: what is learned from pairs of a chosen and a rejected answer, in place of every answer (see
-      `mllm_jax.train.losses.preference`).
-    reward: whether such pairs train a reward model (see `mllm_jax.train.algorithms.reward`).
-    ppo: whether the model learns from answers of its own, which a reward model judges (see
-      `mllm_jax.train.losses.ppo`).
     async_gathers: TPUs gather weights with options that only some accept: at your risk, see
       mllm_jax/train/step/compiler.py.
     """
 
     seed: Seed = 0
     accumulate: PositiveInt = 1
-    weighting: Annotated[str, OneOf(WEIGHTINGS)] = "token"
-    loss_chunk: PositiveInt = 512
+    loss_chunk: PositiveInt = CHUNK
     log_every: NonNegativeInt = 10
     evaluate_every: NonNegativeInt = 0
     heldout: PositiveInt = 256
@@ -105,27 +109,12 @@ class TrainConfig(Config):
     patience: PositiveInt = 10
     watchdog: Annotated[float, Range(least=0, hint="Set 0 for no watchdog.")] = 600.0
     balance: BalanceConfig = BalanceConfig()
-    preference: PreferenceConfig = PreferenceConfig()
-    reward: RewardConfig = RewardConfig()
-    ppo: PpoConfig = PpoConfig()
     async_gathers: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.save_local_every and not self.local:
             raise ValueError("save_local_every needs local=FOLDER, on a disk of each process's own")
-        others = {"preference": self.preference.has_pairs, "reward": self.reward.learn, "ppo": bool(self.ppo.reward)}
-        if len(wanted := [name for name, is_on in others.items() if is_on]) > 1:
-            raise ValueError(f"{' and '.join(wanted)} cannot be learned at once: give each a stage of its own")
-        if not self.ppo.reward and self.ppo != PpoConfig():
-            raise ValueError(
-                "ppo.reward must name the folder of a run that trained a reward model: without it is no PPO"
-            )
-
-    @property
-    def has_values(self) -> bool:
-        """Whether the model needs a value head."""
-        return self.reward.learn or bool(self.ppo.reward)
 
 
 @dataclass(frozen=True)
@@ -134,10 +123,11 @@ class Stage(Config):
     `mllm_jax.train.runs.stages`).
 
     after: the stage whose weights it begins with, "" = those of `init`; None = the one that is named before it.
-    data, optim, lora, train, mesh: as in a `Run`. `optim.steps`, or `data.epochs`, is the length of the stage.
+    algorithm, data, optim, lora, train, mesh: as in a `Run`. `optim.steps`, or `data.epochs`, is the stage's length.
     """
 
     after: str | None = None
+    algorithm: Any = None
     data: Any = None
     optim: OptimConfig | None = None
     lora: LoraConfig | None = None
@@ -150,6 +140,8 @@ class Run(Config):
     """
     model: ModelConfig, or DualConfig, which is trained on pairs of a picture and a text; its runtime's sharding rules
       are those of `rules`.
+    algorithm: what is learned: SupervisedConfig, PreferenceConfig, RewardConfig or PpoConfig, or of a DualConfig
+      ContrastiveConfig (see `mllm_jax.train.algorithms`).
     data: FilesData, MixtureData, ScenesData or CaptionsData.
     init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
     parts: in place of `init`, folders or hub names of the published models that single parts are taken from: "encoder",
@@ -170,6 +162,7 @@ class Run(Config):
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+    algorithm: Any = SupervisedConfig()
     init: str = ""
     parts: Mapping[str, str] = field(default_factory=dict)
     processor: str = ""
@@ -259,7 +252,7 @@ def follow(section: ConfigDict, leader: ConfigDict) -> None:
 def read_run(config: ConfigDict) -> Run:
     """The inverse of `run_config`. Raises ConfigError, which names the path of what is wrong."""
     run = _with_all_of_preset(from_config_dict(Run, config, PARTS, "config"))
-    if type(run.model) not in STEPS:
+    if not isinstance(run.model, ModelConfig | DualConfig):
         raise ConfigError("config.model.type must be ModelConfig or DualConfig")
     for path, family, known in _families(run.model):
         if family not in known:
@@ -273,7 +266,7 @@ def read_run(config: ConfigDict) -> Run:
         _check(run, stage, f"config.stages.{name}")
     if not run.stages:
         _check(run, run, "config")
-    values = {"value": True} if run.train.has_values else {}
+    values = {"value": True} if run.algorithm.value_head else {}
     model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora, **values)
     trained = dataclasses.replace(run.lora, train=(*run.lora.train, f"^{VALUE_HEAD}/"))  # beside adapters, too
     optim = dataclasses.replace(run.optim, freeze=(trained if values else run.lora).freezes(run.optim.freeze))
@@ -288,6 +281,13 @@ def _families(model: ModelConfig | DualConfig) -> Iterator[tuple[str, str, Itera
 
 
 def _check(whole: Run, run: Run | Stage, path: str) -> None:
+    if not isinstance(run.algorithm, AlgorithmConfig):
+        raise ConfigError(f"{path}.algorithm.type must be one of {', '.join(_algorithms(AlgorithmConfig))}")
+    if not isinstance(whole.model, run.algorithm.model):
+        raise ConfigError(
+            f"{path}.algorithm.type={type(run.algorithm).__name__}: trains a {run.algorithm.model.__name__}, and "
+            f"config.model is a {type(whole.model).__name__}. Set {' or '.join(_algorithms(type(whole.model)))}"
+        )
     if not isinstance(run.data, DataConfig):
         raise ConfigError(f"{path}.data.type must be FilesData, MixtureData, ScenesData or CaptionsData")
     if not run.optim.steps and run.data.epochs is None:
@@ -297,10 +297,6 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
         raise ConfigError(
             f"{path}.train.accumulate={run.train.accumulate} must divide {path}.data.batch={run.data.batch}"
         )
-    if isinstance(whole.model, DualConfig) and run.train.accumulate > 1:
-        raise ConfigError(f"{path}.train.accumulate must be 1: every pair of a batch is compared with all others")
-    if isinstance(whole.model, DualConfig) and run.lora.drops:
-        raise ConfigError(f"{path}.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
     if whole.model.encoder is None and run.data.budget.rows:
         raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
     if isinstance(whole.model, ModelConfig) and run.data.budget.rows and run.data.patches % whole.model.merge**2:
@@ -313,41 +309,13 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
             f"{path}.data.tokens={run.data.tokens}: must be at most config.model.decoder.positions="
             f"{whole.model.decoder.positions}, which are learned: a conversation may fill a row"
         )
-    preference = run.train.preference
-    if preference.has_pairs and preference.reference == BASE and (not run.lora.rank or run.lora.train):
-        raise ConfigError(
-            f"{path}.train.preference.reference={BASE!r} is the model without its adapters, which needs "
-            f"{path}.lora.rank and no {path}.lora.train; {FIRST!r} keeps a copy of the first weights"
-        )
-    if preference.has_pairs and isinstance(whole.model, DualConfig):
-        raise ConfigError(f"{path}.train.preference is for models that answer; a dual encoder does not")
-    if preference.has_pairs and run.train.weighting != "token":
-        raise ConfigError(f"{path}.train.weighting={run.train.weighting!r} has no meaning for pairs of answers")
-    if run.train.has_values:
-        _check_values(whole, run, path)
+    run.algorithm.check(run, path)
 
 
-def _check_values(whole: Run, run: Run | Stage, path: str) -> None:
-    """Of a run that trains a reward model, or with one."""
-    ppo, what = run.train.ppo, "reward" if run.train.reward.learn else "ppo"
-    if isinstance(whole.model, DualConfig):
-        raise ConfigError(f"{path}.train.{what} is for models that answer; a dual encoder does not")
-    if run.train.weighting != "token":
-        raise ConfigError(f"{path}.train.weighting={run.train.weighting!r} has no meaning for {path}.train.{what}")
-    if what == "reward":
-        return
-    if run.data.batch % (ppo.minibatches * run.train.accumulate):
-        raise ConfigError(
-            f"{path}.train.ppo.minibatches={ppo.minibatches} times accumulate={run.train.accumulate} must divide "
-            f"{path}.data.batch={run.data.batch}"
-        )
-    if run.lora.drops:
-        raise ConfigError(f"{path}.lora.dropout must be 0 for PPO, which compares a model with what it was before")
-    if ppo.reference == BASE and (not run.lora.rank or run.lora.train):
-        raise ConfigError(
-            f"{path}.train.ppo.reference={BASE!r} is the model without its adapters, which needs {path}.lora.rank and "
-            f"no {path}.lora.train; {FIRST!r} keeps a copy of the first weights"
-        )
+def _algorithms(model: type) -> list[str]:
+    """Types of `config.algorithm` that train models of a type; all of them for AlgorithmConfig."""
+    known = [(name, part) for name, part in PARTS.items() if issubclass(part, AlgorithmConfig)]
+    return [name for name, part in known if model is AlgorithmConfig or part.model is model]
 
 
 def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> ModelConfig | DualConfig:
@@ -355,36 +323,13 @@ def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> Mod
     return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, rules=freeze_rules(rules)))
 
 
-def train_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
-    """The step that a run takes, by the kind of its model, see STEPS; `tx` of `make_optimizer`."""
-    return STEPS[type(run.model)](run, tx, mesh)
-
-
 def updates_of(run: Run) -> OptimConfig:
     """The run's `optim`, whose steps and warm-up are updates of the weights: of PPO a step has several."""
-    optim, count = run.optim, run.train.ppo.updates if run.train.ppo.reward else 1
+    optim, count = run.optim, run.algorithm.updates_per_step
     return dataclasses.replace(optim, steps=optim.steps * count, warmup=optim.warmup * count)
 
 
-def objective_of(run: Run) -> CrossEntropy | PairObjective | RewardObjective:
-    """What a run of a language model minimises, if it is not PPO."""
-    train = run.train
-    if train.reward.learn:
-        return RewardObjective(run.model, train.reward)
-    if train.preference.has_pairs:
-        return PairObjective(run.model, train.preference, train.loss_chunk)
-    return CrossEntropy(run.model, train.weighting, train.loss_chunk)
-
-
-def _language_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
+def train_context(run: Run, mesh: Mesh) -> TrainContext:
+    """What the run's step and state are made from."""
     options = {name: getattr(run.train, name) for name in ("accumulate", "balance", "async_gathers", "seed")}
-    if run.train.ppo.reward:
-        return make_ppo_step(run.model, run.train.ppo, tx, updates_of(run), mesh, chunk=run.train.loss_chunk, **options)
-    return make_train_step(run.model, tx, run.optim, mesh, objective=objective_of(run), **options)
-
-
-def _contrastive_step(run: Run, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
-    return make_contrastive_step(run.model, tx, run.optim, mesh)
-
-
-STEPS = {ModelConfig: _language_step, DualConfig: _contrastive_step}
+    return TrainContext(run.model, updates_of(run), mesh, **options)

@@ -7,8 +7,9 @@ from typing import Any
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion, told
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive
-from mllm_jax.data.sources import Conversations, open_source
+from mllm_jax.data.sources import open_source
 from mllm_jax.data.sources.mixture import Mixture, tempered
+from mllm_jax.data.sources.shards import Conversations
 from mllm_jax.data.synthetic.scenes import KINDS, Scenes
 from mllm_jax.train.runs.data import DataConfig, WithoutPictures
 

@@ -13,14 +13,13 @@ from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion
-from mllm_jax.data.synthetic.scenes import scenes_vision_ids
+from mllm_jax.data.synthetic.scenes import SCENES, scenes_vision_ids
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.train.input.processors import SCENES
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, Run, Stage, run_config
 from mllm_jax.train.runs.data_files import EMBEDDED, FilesData, MixtureData
 

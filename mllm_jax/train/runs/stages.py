@@ -12,23 +12,26 @@ are merged into their weights where it has none; where it alone has some, they a
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import suggestion
 from mllm_jax.common.workdir import CHECKPOINTS, saved_steps
-from mllm_jax.train.runs.config import PARTS_OF_STAGES, processor_source
+from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
+from mllm_jax.train.runs.config import PARTS, PARTS_OF_STAGES, processor_source
 
 
 def names_in_order(config: ConfigDict) -> list[str]:
-    """The stages, each behind the one that it comes after and the one that trains its reward model, branches by name.
+    """The stages, each behind the one that it comes after and those that its algorithm needs, branches by name.
 
     Raises:
       ConfigError: a stage comes after none, or in a circle, or its name cannot be that of a folder and of a setting.
     """
     after = {name: stage.after or "" for name, stage in config.stages.items()}
-    judges = {name: stage.train.get("ppo", {}).get("reward", "") for name, stage in config.stages.items()}
+    stages = {name: stage.algorithm for name, stage in config.stages.items()}
+    needed = {name: [stage[field] for field in runs_of(stage)] for name, stage in stages.items()}
     for name, before in after.items():
         if not name.isidentifier() or name == CHECKPOINTS:
             raise ConfigError(f"config.stages: {name!r} cannot be the name of a stage; take a word without dashes")
@@ -37,10 +40,10 @@ def names_in_order(config: ConfigDict) -> list[str]:
     order: list[str] = []
 
     def add(name: str, waiting: tuple[str, ...] = ()) -> None:
-        """Puts a stage behind the one that it comes after, and the one that trains its reward model."""
+        """Puts a stage behind the one that it comes after, and those whose runs its algorithm needs."""
         if name in waiting:
             raise ConfigError(f"config.stages need each other in a circle: {', '.join([*waiting, name])}")
-        for before in (after[name], judges[name]):
+        for before in (after[name], *needed[name]):
             if before in after:
                 add(before, (*waiting, name))
         if name not in order:
@@ -67,10 +70,18 @@ def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = Non
     alone["processor"] = processor_source(alone["processor"], alone["init"], alone.get("parts", {}))
     if workdir is not None and stage["after"] and saved_steps(folder := Path(workdir).resolve() / stage["after"]):
         alone |= {"init": str(folder), "parts": {}}
-    if workdir is not None and (judge := alone["train"].get("ppo", {}).get("reward")) in whole["stages"]:
-        train = alone["train"]
-        alone["train"] = train | {"ppo": train["ppo"] | {"reward": str(Path(workdir).resolve() / judge)}}
+    if workdir is not None:
+        stages = {name: str(Path(workdir).resolve() / name) for name in whole["stages"]}
+        algorithm = alone["algorithm"]
+        found = {field: stages.get(algorithm[field], algorithm[field]) for field in runs_of(algorithm)}
+        alone["algorithm"] = algorithm | found
     return ConfigDict(alone)
+
+
+def runs_of(algorithm: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields of a `config.algorithm` that name the folder of another run, or a stage."""
+    part = PARTS.get(algorithm.get("type"))
+    return part.runs if part is not None and issubclass(part, AlgorithmConfig) else ()
 
 
 def one_run(config: ConfigDict, stage: str | None) -> ConfigDict:

@@ -10,20 +10,25 @@ from einops import rearrange
 
 from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import VLM, ModelConfig
-from mllm_jax.train.algorithms.supervised import dropout
 from mllm_jax.train.losses.load_balance import BalanceConfig, Load, Totals, balance_loss, totals, z_loss
+from mllm_jax.train.step.forward import dropout
+from mllm_jax.train.step.objective import Objective
 from mllm_jax.train.step.optimizer import split
 from mllm_jax.types import Batch
 
 
 def make_gradients(
-    config: ModelConfig, objective: Any, freeze: tuple[str, ...], pinned: Any, accumulate: int, balance: BalanceConfig
+    config: ModelConfig,
+    objective: Objective,
+    freeze: tuple[str, ...],
+    pinned: Any,
+    accumulate: int,
+    balance: BalanceConfig,
 ) -> Callable:
-    """`gradients(state, reference, batch, key)` -> (gradients of what is trained, means by name, Load or None).
+    """`gradients(state, frozen, batch, key)` -> (gradients of what is trained, means by name, Load or None).
 
     Args:
-      objective: see `mllm_jax.train.algorithms.supervised`. accumulate, balance: see
-        `mllm_jax.train.step.train_step.make_train_step`.
+      accumulate, balance: see `TrainContext`.
       freeze: patterns of what is not trained. pinned: shardings of the gradients, which would else be left whole.
     """
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
@@ -31,15 +36,15 @@ def make_gradients(
     choices_of_token = 0 if moe is None else moe.top_k * len(config.decoder.expert_layers)
     ahead = moe is not None and balance.counts_first(accumulate)
 
-    def add_part(state, reference, whole: Totals, total, part: Batch, key, known: Load | None):
+    def add_part(state, frozen, whole: Totals, total, part: Batch, key, known: Load | None):
         """total + (gradients, what a part adds to the means of the whole batch, its load).
 
         known: the load of the whole batch, if that is known beforehand.
         """
-        trainable, frozen = split(state.params, freeze)
+        trainable, fixed = split(state.params, freeze)
 
         def loss(trainable):
-            sums, routing = objective.sums(join(trainable, frozen), part, key, reference, state.rewards)
+            sums, routing = objective.sums(join(trainable, fixed), part, key, frozen, state.rewards)
             found = {name: value / whole.weight for name, value in sums.items()}
             if routing is None:
                 return found["loss"], (found, None)
@@ -67,10 +72,10 @@ def make_gradients(
 
         return jax.lax.scan(add, Load.zeros(config.decoder), (parts, keys))[0]
 
-    def gradients(state, reference, batch: Batch, key):
+    def gradients(state, frozen, batch: Batch, key):
         """(gradients, means, load) of a batch."""
         whole = totals(batch, objective.weights(batch))
-        add = partial(add_part, state, reference, whole)
+        add = partial(add_part, state, frozen, whole)
         if accumulate == 1:
             return add(None, batch, key, None)
         parts, keys = _parts(batch, accumulate), None if key is None else jax.random.split(key, accumulate)

@@ -38,7 +38,7 @@ class OptimConfig(Config):
     name: "adamw", "muon" (matrices of layers; AdamW for the rest) or "adafactor".
     schedule: "cosine", "linear", "constant", or "step" (divided by the square root of 10 after one half and again after
       three quarters, DeepSeek-VL2, arXiv 2412.10302), after a linear rise over `warmup` of the `steps` updates.
-    steps: updates of the weights; of PPO, batches. 0: as many as `data.epochs` make, see `mllm_jax.train.runs.length`.
+    steps: updates of the weights; of PPO, batches. 0: as many as `data.epochs` make, see `mllm_jax.train.length`.
     final: share of `learning_rate` that is left at the end of the schedule.
     weight_decay: decoupled, times the learning rate; on matrices and adapters, not on norms, biases and embeddings.
     clip: largest global norm of the gradients; 0 = any.

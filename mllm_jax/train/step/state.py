@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.common.trees import flatten
-from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, init_params
+from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding.logical_axes import Rules
 from mllm_jax.sharding.weights import shardings
 
@@ -51,16 +51,3 @@ def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh:
 
     opt_state = jax.tree_util.tree_map_with_path(of, abstract_state(config, tx).opt_state)
     return TrainState(replicated, params, opt_state, replicated, replicated, replicated)
-
-
-def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, key) -> TrainState:
-    """Random parameters and fresh moments, made where they will live. A key gives the same values on any mesh."""
-    layout = state_shardings(config, tx, mesh, config.runtime.rules)
-    return jax.jit(lambda key: new_state(tx, init_params(config, key)), out_shardings=layout)(key)
-
-
-def state_from_params(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, params) -> TrainState:
-    """Given parameters (pretrained, say) and fresh moments. `params` is donated where it already lies as it should."""
-    layout = state_shardings(config, tx, mesh, config.runtime.rules)
-    params = jax.device_put(params, layout.params)
-    return jax.jit(lambda params: new_state(tx, params), donate_argnums=0, out_shardings=layout)(params)

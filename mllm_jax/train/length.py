@@ -21,7 +21,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline import loader as loaders
 from mllm_jax.data.pipeline.dual_processor import DualProcessor
 from mllm_jax.data.pipeline.processor import Processor
-from mllm_jax.train.algorithms.preference_records import reading_of
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.checkpoint.manager import from_all_processes
 from mllm_jax.train.input.pipeline import loader_of
 from mllm_jax.train.monitor.processes import meet
@@ -142,7 +142,7 @@ def _counted(run: Run, processor: Processor | DualProcessor, stopped: Callable[[
             _say(f"packed {done:,} of {min(of, SAMPLE):,} records to find the length of the run, {told - began:.0f} s")
 
     _say(f"packing {SAMPLE:,} records, or all, to find the length of config.data.epochs={run.data.epochs}")
-    loader = loader_of(run.data, processor, reading_of(run))
+    loader = loader_of(run.data, processor, algorithm_of(run).reading())
     try:
         with _quiet(loaders.log):  # training will say which records are left out
             found = count_updates(loader, run.data.epochs, progress=progress)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mllm_jax.data.pipeline.loader import BadData
-from mllm_jax.train.input.inspection import inspect, tables, write_page
+from mllm_jax.data.records.records import BadData
+from mllm_jax.train.inspection import inspect, tables, write_page
 from mllm_jax.train.runs.command import read_config
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import one_run

@@ -21,10 +21,8 @@ from mllm_jax.data.sources.mixture import Mixture
 from mllm_jax.data.tools.inspection import Inspection
 from mllm_jax.data.tools.inspection_page import write_inspection
 from mllm_jax.model.vlm import ModelConfig
-from mllm_jax.train.algorithms.preference_records import reading_of
-from mllm_jax.train.checkpoint.restore import processor_of
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.input.pipeline import loader_of
-from mllm_jax.train.input.processors import make_processor
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.runs.data import DataConfig
 from mllm_jax.train.runs.data_files import MixtureData
@@ -57,14 +55,15 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
     """
     if not isinstance(run.model, ModelConfig):
         raise ConfigError("only the conversations of a model that answers can be inspected")
-    processor = make_processor(processor_of(run), run.model, run.data)
+    algorithm = algorithm_of(run)
+    processor = algorithm.processor()
     mixed = isinstance(run.data, MixtureData)
     source = run.data.source()
     total = sum(map(len, source.sources)) if mixed else len(source)
     data = dataclasses.replace(run.data, epochs=None if mixed else 1, strict=False, max_bad=1.0)
     inspection = Inspection(processor)
     with _heard(loader.log) as named:
-        batches = loader_of(data, processor, reading_of(run))
+        batches = loader_of(data, processor, algorithm.reading())
         try:
             while True:
                 batch, info = next(batches)

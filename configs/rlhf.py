@@ -1,0 +1,18 @@
+"""Improves the answers that a model gives itself by PPO, with a reward model of configs/reward.py.
+
+    python -m mllm_jax.train --config configs/rlhf.py:FOLDER --workdir DIR \
+        --config.data.path=questions.jsonl --config.data.root=PICTURES --config.algorithm.reward=REWARD_DIR
+
+The argument is that of configs/sft.py. See docs/preference.md.
+"""
+
+from dataclasses import replace
+
+from mllm_jax.common.config import beside
+from mllm_jax.train.losses.ppo import PpoConfig
+from mllm_jax.train.runs.config import run_config
+
+
+def get_config(arg: str = ""):
+    run = beside(__file__, "sft.py").run(arg)
+    return run_config(replace(run, algorithm=PpoConfig(), optim=replace(run.optim, learning_rate=3e-5)))

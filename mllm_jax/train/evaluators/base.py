@@ -1,0 +1,107 @@
+"""Evaluation of a run on held-out records, while it is trained: the loop that all evaluators share."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mllm_jax.data.pipeline.loader import Info, make_loader
+from mllm_jax.data.pipeline.workers import Reading
+from mllm_jax.train.monitor.processes import compiled_together
+from mllm_jax.train.runs.config import Run
+from mllm_jax.train.runs.data import DataConfig
+from mllm_jax.train.step.batches import batch_shardings
+
+
+class Evaluator:
+    """`evaluator(params)` evaluates on the same records every time, in batches of the shape of training.
+
+    A subclass gives the step, the totals of no records, how a batch adds to them, and what they come to.
+    """
+
+    reading: Reading | None = None  # how records are read, as in `make_loader`
+
+    def __init__(self, run: Run, processor: Any, mesh: Mesh, source: Any):
+        self.run, self.processor, self.mesh = run, processor, mesh
+        self.source = Spread(source, run.train.heldout)
+        self._step = compiled_together(self.make_step())
+
+    def __call__(self, params: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """The results by name, such as {"loss": 1.5}; `after_batch` is called after each batch."""
+        totals = self.no_records()
+        rows = self.run.data.batch // self.run.train.accumulate
+        for batch, info in batches(self.source, self.processor, self.run.data, rows, self.reading):
+            self.add(totals, jax.device_get(self._step(params, placed(batch, self.shardings(batch)))), batch, info)
+            after_batch()
+        return self.results(totals)
+
+    def shardings(self, batch: Any) -> Any:
+        """NamedSharding of every array of a batch."""
+        return batch_shardings(batch, self.mesh, self.run.model.runtime.rules)
+
+    def make_step(self) -> Callable[[Any, Any], Any]:
+        """Jitted `step(params, batch)` -> what `add` takes, the same on all devices."""
+        raise NotImplementedError
+
+    def no_records(self) -> Any:
+        """Totals that `add` changes."""
+        raise NotImplementedError
+
+    def add(self, totals: Any, found: Any, batch: Any, info: Info) -> None:
+        """Adds a batch to the totals; `found` are the results of its step, on the host."""
+        raise NotImplementedError
+
+    def results(self, totals: Any) -> dict[str, Any]:
+        """What the totals come to, by name."""
+        raise NotImplementedError
+
+
+class Spread:
+    """`count` records of a source, evenly spread over it; all where it has fewer."""
+
+    def __init__(self, source: Any, count: int):
+        self.source, self.count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self.source[index * len(self.source) // self.count]
+
+
+def placed(batch: Any, layout: Any) -> Any:
+    """A batch on the devices: every process has made the whole of it, and puts its devices' part there."""
+    place = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(place, batch, layout)
+
+
+def shares(right: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, float]:
+    """Share of right answers of every kind and, as "all", of all."""
+    by_kind = {kind or "other": right[kind] / asked[kind] for kind in sorted(asked)}
+    return {"all": sum(right.values()) / max(sum(asked.values()), 1), **by_kind}
+
+
+def batches(
+    source: Any, processor: Any, data: DataConfig, rows: int, reading: Reading | None = None
+) -> Iterator[tuple[Any, Info]]:
+    """All records of a source once, in batches of the shape of training; `reading`: see `make_loader`."""
+    loader = make_loader(
+        source,
+        processor,
+        data.budget,
+        rows,
+        shuffle=False,
+        epochs=1,
+        window=data.window,
+        workers=data.workers,
+        prefetch=1,
+        max_bad=1.0,
+        reading=reading,
+    )
+    try:
+        yield from loader
+    finally:
+        loader.close()

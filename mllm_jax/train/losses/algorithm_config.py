@@ -1,0 +1,47 @@
+"""The base of the configs whose type selects what a run learns: `config.algorithm`."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.settings import Config
+from mllm_jax.model.vlm import ModelConfig
+from mllm_jax.nn.lora import LoraConfig
+
+BASE, FIRST, NONE = REFERENCES = ("base", "first", "none")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig(Config):
+    """Settings of an algorithm, which stand beside its loss; its code is in `mllm_jax.train.algorithms`."""
+
+    model: ClassVar[type] = ModelConfig  # type of the model that it trains
+    value_head: ClassVar[bool] = False  # whether the model needs a value head
+    runs: ClassVar[tuple[str, ...]] = ()  # fields that name the folder of another run, or a stage
+
+    @property
+    def updates_per_step(self) -> int:
+        """Number of updates of the weights in a step."""
+        return 1
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Paths of the files that the algorithm reads, by field."""
+        return {}
+
+    def check(self, run: Any, path: str) -> None:
+        """Raises ConfigError where the settings do not fit the others.
+
+        Args:
+          run: a Run, or a stage of one, whose settings are all given.
+          path: where it stands, "config" or "config.stages.NAME".
+        """
+
+
+def check_reference(reference: str, lora: LoraConfig, path: str) -> None:
+    """Raises ConfigError where the reference is the model without its adapters, and there are none to leave out."""
+    if reference == BASE and (not lora.rank or lora.train):
+        raise ConfigError(
+            f"{path}.algorithm.reference={BASE!r} is the model without its adapters, which needs {path}.lora.rank and "
+            f"no {path}.lora.train; {FIRST!r} keeps a copy of the first weights"
+        )

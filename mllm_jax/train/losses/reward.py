@@ -1,0 +1,37 @@
+"""The loss of reward models: a number for an answer, the larger the better (arXiv 2203.02155)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.common.settings import NonNegative
+from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
+from mllm_jax.types import Array
+
+PROMPT = "Is this answer true of what is shown? Is it helpful, and short? These facts are known:\n{facts}"
+
+
+@dataclass(frozen=True)
+class RewardConfig(AlgorithmConfig):
+    """Trains a reward model from pairs of a chosen and a rejected answer.
+
+    centre: weight of the square of the sum of a pair's rewards, which holds them around zero (arXiv 2312.09244).
+    prompt: what the user says after an answer; {facts} stands for the "facts" of a record. Empty = nothing is said, and
+      the answer's own end is judged.
+    """
+
+    centre: NonNegative = 0.001
+    prompt: str = PROMPT
+
+    value_head: ClassVar[bool] = True
+
+
+def pairwise_loss(reward, centre: float = 0.0) -> Array:
+    """-log sigmoid(r_w - r_l) + centre * (r_w + r_l)^2, f32[...], of rewards f32[... 2].
+
+    The chosen answer's comes first. The first term is equation 1 of arXiv 2203.02155, for two answers.
+    """
+    chosen, rejected = reward[..., 0], reward[..., 1]
+    return -jax.nn.log_sigmoid(chosen - rejected) + centre * jnp.square(chosen + rejected)
