@@ -1,12 +1,12 @@
 """Pairs of answers: every layout read, pictures that lie once, weights where answers differ, references that fit."""
 
 import json
-import pathlib
 import re
 
 import numpy as np
 import pytest
 import tiny_chat
+from paths import ROOT
 from PIL import Image
 
 from mllm_jax.data.pipeline.loader import BadData, make_loader
@@ -96,7 +96,7 @@ def test_what_is_no_pair_stays_what_it_was():
 
 
 def test_the_records_of_the_page_are_pairs():
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "preference.md").read_text()
+    text = (ROOT / "docs" / "preference.md").read_text()
     block, facts = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     told = [read(json.loads(line)) for line in facts.splitlines()]
     assert [item["facts"] for item in told] == ["A cat is sleeping.\nThere is a mat.", "A cat is sleeping."]

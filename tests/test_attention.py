@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 import types
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from paths import HELPERS
 
 from mllm_jax.nn.attention import attend as attend_module
 from mllm_jax.nn.attention import flash
@@ -205,7 +205,7 @@ def test_gpus_that_cudnn_knows(monkeypatch, capability, head_dim, name):
 
 
 def ahead_of_time(platform, mesh=None, **arguments):
-    script = pathlib.Path(__file__).with_name("ahead_of_time.py")
+    script = HELPERS / "ahead_of_time.py"
     arguments = json.dumps({"mesh": mesh or {"fsdp": 2, "tensor": 2}, "rows": 4} | arguments)
     run = subprocess.run([sys.executable, script, platform, arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,6 +1,5 @@
 """Certifying meshes: that they pass, and that what drifts is found, named and ends with exit code 1."""
 
-import pathlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from examples import random_params
+from paths import ROOT
 from tiny_run import load_config, load_module
 
 from mllm_jax.common.config import ConfigError, dump, load
@@ -27,7 +27,6 @@ from mllm_jax.plan.verify.certificate import (
 from mllm_jax.sharding import PRESETS, RULES, make_mesh
 from mllm_jax.train.runs.config import with_rules
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 ISSUED = {"fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2"}
 
 

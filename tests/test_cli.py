@@ -9,13 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from paths import ROOT
 
 from mllm_jax import __main__ as package
 from mllm_jax.common.cli import Parser
 from mllm_jax.data.__main__ import main as data
 from mllm_jax.plan import __main__ as plan
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SUBCOMMANDS = {"mllm_jax.plan": ["", "certify"], "mllm_jax.data": ["", "convert", "inspect"]}
 SOURCES = {  # of options, where they are not in the module that is run
     "mllm_jax.plan": ["mllm_jax/plan/cli.py"],
@@ -176,11 +176,10 @@ def test_a_command_ends_with_its_code_or_one_line_after_ctrl_c(body, code, said)
 
 def test_every_command_ends_that_way():
     """Those with absl's flags do by `mllm_jax.train.runs.command.run`."""
-    root = pathlib.Path(__file__).parents[1]
     ends = {
         path: path.read_text().rpartition('if __name__ == "__main__":')[2]
         for folder in ("mllm_jax", "launch")
-        for path in (root / folder).rglob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if 'if __name__ == "__main__":' in path.read_text()
     }
     assert len(ends) > 10 and not [

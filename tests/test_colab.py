@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -15,10 +14,10 @@ from functools import partial
 
 import pytest
 from compiler import QUICKLY
+from paths import HELPERS, ROOT
 
 from mllm_jax.train.monitor.metrics import Display
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 QUICKSTART, LORA, CONNECTORS, SHARDING = (
     ROOT / "colab" / f"{name}.ipynb" for name in ("quickstart", "lora", "connectors", "sharding")
@@ -40,7 +39,7 @@ def cells(path, kind="code"):
 
 def run(path, folder, **replaced):
     """The finished process that ran a notebook, in a folder of its own, on one device as people have it."""
-    command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), json.dumps(replaced)]
+    command = [sys.executable, str(HELPERS / "run_notebook.py"), str(path), json.dumps(replaced)]
     environment = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -110,7 +109,7 @@ def test_on_a_fresh_machine_the_installation_works(path, fresh, repository, tmp_
     site = next(fresh.parents[1].glob("lib/python*/site-packages"))
     before = set(site.iterdir())
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [fresh, ROOT / "tests" / "run_notebook.py", path, json.dumps({"REPOSITORY": str(repository)}), "install"]
+    command = [fresh, HELPERS / "run_notebook.py", path, json.dumps({"REPOSITORY": str(repository)}), "install"]
     run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     done = run(command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -124,7 +123,7 @@ def test_on_a_fresh_machine_the_installation_works(path, fresh, repository, tmp_
 
 
 def test_a_notebook_without_an_address_says_so(fresh, tmp_path):
-    command = [fresh, ROOT / "tests" / "run_notebook.py", QUICKSTART, "{}", "install"]
+    command = [fresh, HELPERS / "run_notebook.py", QUICKSTART, "{}", "install"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode and "set REPOSITORY above to the address of the git repository" in done.stderr

@@ -2,14 +2,13 @@
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from paths import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCENES = ["--config", "configs/scenes.py"]
 RUN = ["--workdir", "run"]
 TRAIN = {

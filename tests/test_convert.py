@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import source_files
+from paths import HELPERS, ROOT
 
 from mllm_jax.data.__main__ import main
 from mllm_jax.data.pipeline.loader import make_loader
@@ -219,7 +219,7 @@ def test_a_run_trains_the_same_on_what_was_converted(paths, tmp_path):
     for number, path in enumerate((paths["tar"], tmp_path / "converted")):
         command = [sys.executable, "-m", "mllm_jax.train", f"--config={tmp_path}/run.py", f"--config.data.path={path}"]
         command += [f"--workdir={tmp_path}/{number}", "--config.optim.steps=6", "--config.train.log_every=1"]
-        places = os.pathsep.join([str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])])
+        places = os.pathsep.join([str(HELPERS), str(ROOT)])
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": places})
         losses.append([line["loss"] for line in read_metrics(tmp_path / str(number)) if "loss" in line])
     assert losses[0] == losses[1] and len(losses[0]) == 6

@@ -10,6 +10,7 @@ import pytest
 import source_files
 from absl import flags
 from ml_collections import config_flags
+from paths import ROOT
 
 from mllm_jax.data.__main__ import main
 from mllm_jax.data.pipeline.workers import OVER_BUDGET
@@ -18,7 +19,6 @@ from mllm_jax.data.sources import open_source
 from mllm_jax.data.synthetic import tfds_builder
 from mllm_jax.train.runs.config import read_run
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [

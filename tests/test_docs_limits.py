@@ -1,6 +1,6 @@
 """Limits that the documents name are those of the code."""
 
-import pathlib
+from paths import ROOT
 
 from mllm_jax.common.fields import MOST_EXPERTS, MOST_LAYERS
 from mllm_jax.data.pipeline import loader
@@ -14,7 +14,7 @@ from mllm_jax.train.monitor.spikes import SpikeConfig
 from mllm_jax.train.runs.config import TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
 
-DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 def says(page, *texts):

@@ -1,7 +1,6 @@
 """From files and strings to embeddings and labels: the whole way equals transformers', and the README's code runs."""
 
 import json
-import pathlib
 import re
 import unicodedata
 from dataclasses import replace
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from paths import ROOT
 from PIL import Image
 from test_dual import tiny
 from tokenizers import Tokenizer as RawTokenizer
@@ -181,7 +181,7 @@ def test_real_tokens(shared, pair):
 
 
 def test_the_code_of_the_readme(pair, monkeypatch, tmp_path, capsys):
-    readme = (pathlib.Path(__file__).resolve().parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     code = next(text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "classify" in text)
     pictures()[0].save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)

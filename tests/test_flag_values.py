@@ -1,9 +1,8 @@
 """Values of flags that cannot be read: one line that names the flag and the form that it has."""
 
-import pathlib
-
 import pytest
 from absl import flags
+from paths import ROOT
 
 from launch import gke, slurm, xpk
 from mllm_jax.common.config import ConfigError
@@ -16,7 +15,7 @@ from mllm_jax.train.monitor import processes
 from mllm_jax.train.monitor.profiler import steps_of
 from mllm_jax.train.runs.command import read_config
 
-SCENES = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "scenes.py")
+SCENES = str(ROOT / "configs" / "scenes.py")
 
 
 @pytest.mark.parametrize(

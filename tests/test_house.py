@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from paths import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mllm_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import source_files
+from paths import ROOT
 from test_pack import MERGE, VALUES, conversation
 from test_report import Page
 
@@ -17,7 +18,6 @@ from mllm_jax.data.tools import inspection_page
 from mllm_jax.data.tools.inspection import Inspection
 from mllm_jax.data.vision.images import patchify, unpatchify
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCENES = str(ROOT / "configs" / "scenes.py")
 HERE = ["--config.data.workers=0", "--config.data.prefetch=0"]
 CONFIG = f"""

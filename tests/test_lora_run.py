@@ -14,6 +14,7 @@ import tiny_run
 from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
+from paths import ROOT
 from PIL import Image
 
 from mllm_jax import load_adapters, load_pretrained, load_workdir, merge_adapters, save_adapters, save_pretrained
@@ -27,7 +28,7 @@ from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.step.optimizer import split
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "lora.md").read_text()
+PAGE = (ROOT / "docs" / "lora.md").read_text()
 
 
 def a_config():

@@ -1,13 +1,11 @@
 """`python -m mllm_jax.plan`: its exit code, and one line for wrong input."""
 
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from paths import ROOT
 
 
 def plan_command(*arguments):

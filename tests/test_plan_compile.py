@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from paths import HELPERS
 from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
@@ -372,7 +372,7 @@ def test_the_plan_of_a_step(planned):
 
 
 def ahead_of_time(topology, mesh, *kind):
-    script = pathlib.Path(__file__).with_name("plan_ahead_of_time.py")
+    script = HELPERS / "plan_ahead_of_time.py"
     run = subprocess.run([sys.executable, script, topology, json.dumps(mesh), *kind], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])

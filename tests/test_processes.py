@@ -4,7 +4,6 @@ Sums over devices are taken in another order: losses are compared in fp32, 1e-5 
 """
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from paths import HELPERS, ROOT
 from watched_run import STALLED, get_config
 
 from mllm_jax import load_adapters, load_workdir, save_adapters
@@ -22,7 +22,6 @@ from mllm_jax.train.loop import train
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.monitor.processes import AGAIN, join
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 16
 
 
@@ -32,7 +31,7 @@ def start():
     launchers = []
 
     def start(processes, devices, workdir, *overrides, variant="", watched=None, **options):
-        config = ["--config", f"{ROOT}/tests/watched_run.py{variant}", "--workdir", str(workdir), *overrides]
+        config = ["--config", f"{HELPERS}/watched_run.py{variant}", "--workdir", str(workdir), *overrides]
         command = [sys.executable, "-m", "launch.local", f"--processes={processes}", f"--devices={devices}"]
         settings = {} if watched is None else {"WATCHED": str(watched)}
         launchers.append(subprocess.Popen([*command, "--", *config], cwd=ROOT, env=os.environ | settings, **options))

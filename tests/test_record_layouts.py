@@ -1,15 +1,15 @@
 """Published layouts, roles and fields: what each becomes, what is refused by name, and that docs/data.md says so."""
 
 import json
-import pathlib
 import re
 
 import pytest
+from paths import ROOT
 
 from mllm_jax.data.records import fields, layouts, messages, parts
 from mllm_jax.data.records.records import BadRecord, read_record
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
+PAGE = (ROOT / "docs" / "data.md").read_text()
 ASKED, ANSWER = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}
 MORE = [{"role": "user", "content": "R?"}, {"role": "assistant", "content": "B."}]
 OTHERS = [ASKED, ANSWER | {"content": "C."}]

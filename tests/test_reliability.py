@@ -1,7 +1,6 @@
 """docs/reliability.md: its commands run, and a run that is killed again and again is the one that nothing stopped."""
 
 import os
-import pathlib
 import re
 import shlex
 import subprocess
@@ -9,11 +8,11 @@ import sys
 
 import pytest
 from compiler import QUICKLY
+from paths import ROOT
 
 from mllm_jax.train.monitor.goodput import PARTS
 from mllm_jax.train.monitor.metrics import read_metrics
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "reliability.md").read_text()
 COMMANDS = [shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)]
 FEW_STEPS = (

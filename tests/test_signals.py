@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
+from paths import HELPERS, ROOT
 
 from mllm_jax.common.interrupts import held_back
 from mllm_jax.data.pipeline.workers import Workers
@@ -19,11 +20,9 @@ from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.monitor.processes import AGAIN
 
-TESTS = pathlib.Path(__file__).parent
-
 
 def start(workdir, variant, *settings):
-    command = ["-m", "mllm_jax.train", "--config", f"{TESTS}/watched_run.py{variant}", "--workdir", str(workdir)]
+    command = ["-m", "mllm_jax.train", "--config", f"{HELPERS}/watched_run.py{variant}", "--workdir", str(workdir)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *command, *settings], **pipes)
 
@@ -85,7 +84,7 @@ config_flags.DEFINE_config_file("config")
 command.run(main)
 """
     command = [sys.executable, "-c", script, "--config=configs/scenes.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=TESTS.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
 
 
@@ -94,7 +93,7 @@ def test_an_interrupt_while_a_command_is_imported_is_one_line(command, tmp_path)
     """Wherever it comes: here from a module that all of them import, instead of from the keyboard."""
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich" / "__init__.py").write_text("import signal, time; signal.raise_signal(signal.SIGINT)")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     run = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     done = run([sys.executable, "-m", command])
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
@@ -103,7 +102,7 @@ def test_an_interrupt_while_a_command_is_imported_is_one_line(command, tmp_path)
 def test_an_import_by_another_program_leaves_interrupts_alone():
     script = "import mllm_jax, launch, signal; assert signal.getsignal(2) is signal.default_int_handler"
     for command in (["-c", script], ["-m", "timeit", "-n1", "-r1", script]):
-        subprocess.run([sys.executable, *command], cwd=TESTS.parent, check=True, timeout=60, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture
@@ -145,7 +144,7 @@ def main():
 
 run_command(main)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=TESTS.parent)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
     until(lambda: not pathlib.Path(f"/proc/{int(done.stdout)}").exists(), seconds=30)
 
@@ -154,7 +153,7 @@ def test_an_interrupted_conversion_tells_what_is_done_in_one_line(tmp_path):
     messages = [{"role": "user", "content": "hm " * 500}, {"role": "assistant", "content": "yes"}]
     (tmp_path / "set.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 20_000)
     command = [sys.executable, "-m", "mllm_jax.data", "convert", "set.jsonl", "made", "--processes=1", "--records=1000"]
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -167,7 +166,7 @@ def test_an_interrupted_conversion_tells_what_is_done_in_one_line(tmp_path):
 
 def test_processes_end_with_their_launcher(tmp_path):
     command = [sys.executable, "-m", "launch.local", "--processes=2", "--", "--config", "configs/scenes.py"]
-    launcher = subprocess.Popen([*command, "--workdir", str(tmp_path)], cwd=TESTS.parent, stdout=subprocess.DEVNULL)
+    launcher = subprocess.Popen([*command, "--workdir", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
     until(lambda: launcher.poll() is not None or len(children(launcher.pid)) == 2)
     started = children(launcher.pid)
     time.sleep(0.5)  # until they have called prctl

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_run
 from flax.traverse_util import flatten_dict
+from paths import HELPERS, ROOT
 from rich.console import Console
 from staged_run import get_config, on_one_device
 
@@ -172,18 +172,18 @@ def test_stopped_and_killed_a_chain_goes_on_in_the_same_stage_bit_equal(uninterr
 @pytest.mark.slow
 def test_processes_are_stopped_in_the_second_stage_and_go_on_there_bit_equal(tmp_path):
     """The second stage counts its steps from 0 again, while jax's notice of preemption counts on."""
-    root, config = pathlib.Path(__file__).resolve().parents[1], str(pathlib.Path(__file__).with_name("staged_run.py"))
+    config = str(HELPERS / "staged_run.py")
     command = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", "--", "--config", config]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert subprocess.run([*command, "--workdir", whole], cwd=root).returncode == 0
-    launcher = subprocess.Popen([*command, "--workdir", stopped, "--config.train.log_every=1"], cwd=root)
+    assert subprocess.run([*command, "--workdir", whole], cwd=ROOT).returncode == 0
+    launcher = subprocess.Popen([*command, "--workdir", stopped, "--config.train.log_every=1"], cwd=ROOT)
     while len(read_metrics(stopped / "instruct")) < 4:
         assert launcher.poll() is None
         time.sleep(0.01)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=600) == AGAIN and ended(stopped) == {"align": 8}
     assert 4 <= Checkpoints(stopped / "instruct").latest() < 16
-    assert subprocess.run([*command, "--workdir", stopped], cwd=root).returncode == 0
+    assert subprocess.run([*command, "--workdir", stopped], cwd=ROOT).returncode == 0
     assert ended(stopped) == ended(whole) == {"align": 8, "instruct": 16}
     assert_same(weights(stopped), weights(whole))
 

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from paths import HELPERS
 from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
@@ -33,7 +34,7 @@ CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}  # of an interval
 
 def start(workdir, *overrides):
     """The command line of the tiny run, with the devices that these tests have."""
-    config = pathlib.Path(__file__).with_name("tiny_run.py")
+    config = HELPERS / "tiny_run.py"
     command = [sys.executable, "-m", "mllm_jax.train", "--config", str(config), "--workdir", str(workdir), *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
 

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import setuptools
-from lowest import ROOT, TESTS
+from lowest import TESTS, files_of
+from paths import ROOT
 
 NAME = r"[\w-]+"
 
@@ -50,7 +51,7 @@ def test_each_dependency_is_tested_with_its_lowest_version(declared):
 
 def test_the_tests_of_dependencies_exist():
     names = {test for tests in TESTS.values() for test in " ".join(tests.values()).split()}
-    assert {name for name in names if not (pathlib.Path(__file__).parent / f"test_{name}.py").is_file()} == set()
+    assert {name for name in names if len(files_of(name)) != 1} == set()
 
 
 def test_extras_are_installed_from_the_checkout():
@@ -59,7 +60,7 @@ def test_extras_are_installed_from_the_checkout():
     texts = {
         path: path.read_text()
         for path in files
-        if path.suffix in (".py", ".md", ".sh") and path.name != __name__ + ".py"
+        if path.suffix in (".py", ".md", ".sh") and path != pathlib.Path(__file__)
     }
     named = re.compile(r"pip install [^\n]*mllm[_-]jax\\?\[")
     assert [path for path, text in texts.items() if named.search(text)] == []

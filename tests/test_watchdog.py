@@ -1,19 +1,18 @@
 """A run that hangs is ended, with the stacks of its threads and the name of the process that hangs."""
 
 import os
-import pathlib
 import subprocess
 import sys
+
+from paths import HELPERS
 
 from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.monitor.goodput import PARTS, Clock, share, summary
 from mllm_jax.train.monitor.watchdog import blame
 
-TESTS = pathlib.Path(__file__).parent
-
 
 def test_a_source_that_blocks_ends_the_run_and_its_stack_is_shown(tmp_path):
-    command = ["-m", "mllm_jax.train", "--config", f"{TESTS}/watched_run.py:hangs", "--workdir", str(tmp_path)]
+    command = ["-m", "mllm_jax.train", "--config", f"{HELPERS}/watched_run.py:hangs", "--workdir", str(tmp_path)]
     settings = ["--config.train.watchdog=4", "--config.data.prefetch=1"]
     done = subprocess.run([sys.executable, *command, *settings], capture_output=True, text=True, timeout=240)
     assert done.returncode == os.EX_TEMPFAIL, done.stderr

@@ -1,6 +1,6 @@
 """Tests each dependency with the lowest version that setup.py allows. `make lowest` runs it.
 
-    python tests/lowest.py FOLDER
+    python tests/helpers/lowest.py FOLDER
 
 uv resolves the direct dependencies to their lowest versions, in two virtual environments below FOLDER: "package" has
 what the package itself requires, "test" also what tests compare with, which asks for newer versions of a few. torch is
@@ -13,7 +13,8 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
+
 TESTS = {  # dependency: the tests that would notice
     "package": {
         "jax, flax, optax, einops, numpy, tensorboardX": "train step optim model sharding",
@@ -42,6 +43,11 @@ TESTS = {  # dependency: the tests that would notice
 RUNNERS = ("pytest", "pytest-xdist", "hypothesis", "kubeflow-trainer-api")  # of the test extra, what "package" needs
 
 
+def files_of(test: str) -> list[Path]:
+    """The test file of this name, in whichever folder it is."""
+    return list((ROOT / "tests").rglob(f"test_{test}.py"))
+
+
 def environment(folder: Path, extras: str, requirements: list[str]) -> Path:
     """Makes a virtual environment with the lowest versions and returns its Python."""
     venv.create(folder, with_pip=True, clear=True)
@@ -65,7 +71,7 @@ def main(folder: Path) -> int:
     failed = 0
     for name, extras, more in (("package", "video,sentencepiece", runners), ("test", "test,sentencepiece", [])):
         python = environment(folder / name, extras, more)
-        files = sorted({f"tests/test_{test}.py" for tests in TESTS[name].values() for test in tests.split()})
+        files = sorted({file for tests in TESTS[name].values() for test in tests.split() for file in files_of(test)})
         settings = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache" / name)}
         commands = [["pytest", *files], *([["ruff", "check", "."]] if name == "test" else [])]
         for command in commands:

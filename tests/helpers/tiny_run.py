@@ -3,7 +3,7 @@
 import importlib.util
 import pathlib
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
 def load_module(name: str):

@@ -3,7 +3,7 @@
 They need torchvision, which nothing else here does. To make the file anew:
 
     python -m venv vision && vision/bin/pip install torch torchvision transformers
-    vision/bin/python tests/video_reference.py
+    vision/bin/python tests/helpers/video_reference.py
 """
 
 import pathlib
@@ -16,7 +16,7 @@ RATE = 4.0  # frames a second
 SIZES = {"min_pixels": 8 * 8, "max_pixels": 18 * 28}
 PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
 FLAT = {"height": 20, "width": 20}
-NAMES = {  # of the tokens that stand for vision, in the place of those of tests/tiny_chat.py
+NAMES = {  # of the tokens that stand for vision, in the place of those of tests/helpers/tiny_chat.py
     "qwen": {},
     "llava_onevision": {"<|image_pad|>": "<image>", "<|video_pad|>": "<video>"},
     "internvl": {
