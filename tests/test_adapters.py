@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import peft
 import pytest
-import test_decoders
-import test_llava
-import test_text_families
+import tiny_decoders
+import tiny_llava
+import tiny_text_families
 import torch
 import transformers
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
@@ -22,7 +22,7 @@ from mllm_jax.model.vlm import init_adapters
 from mllm_jax.nn.lora import LoraConfig, join
 from mllm_jax.pretrained.peft import WEIGHTS
 
-TEXTS = {"qwen3_moe": test_text_families, "phi3": test_decoders}
+TEXTS = {"qwen3_moe": tiny_text_families, "phi3": tiny_decoders}
 ROWS = [(3, ("image", 4, 6), 5), (9,)]
 
 
@@ -34,8 +34,8 @@ def a_model(name):
     if name in TEXTS:
         tokens = np.random.default_rng(0).integers(0, 128, (2, 9))
         return TEXTS[name].tiny(name), {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-    model = test_llava.reference_of(name)
-    return model, test_llava.inputs_of(model)
+    model = tiny_llava.reference_of(name)
+    return model, tiny_llava.inputs_of(model)
 
 
 VISUAL = "visual.*(qkv|attn.proj|linear_fc1)"

@@ -9,7 +9,7 @@ import torch
 import transformers
 from examples import random_example, random_params, tiny_config
 from reference import batch_of, perturb, prompt, tiny_qwen3_vl, to_torch
-from test_llava import inputs_of, reference_of
+from tiny_llava import inputs_of, reference_of
 
 import mllm_jax
 from mllm_jax.data.pipeline.packing import collate, tightest

@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
+from chat_model import saved_chat
 from PIL import Image
-from test_generate import chat as model  # noqa: F401 (a fixture)
 
 from mllm_jax.common import status
 from mllm_jax.generate import decode
@@ -33,13 +33,18 @@ def user(text, *media):
 
 
 @pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved_chat(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
 def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "a b.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)).save(path)
     return str(path)
 
 
-def test_a_chat_keeps_what_was_said_and_shown(model, image):  # noqa: F811
+def test_a_chat_keeps_what_was_said_and_shown(model, image):
     vlm, _ = model
     chat = Chat(vlm, "Be brief.", {"max_new_tokens": NEW})
     tokens = chat.attach("image", image)
@@ -58,7 +63,7 @@ def test_a_chat_keeps_what_was_said_and_shown(model, image):  # noqa: F811
     assert chat.ask("Who?", nothing) == said(vlm, [system, user("Who?")])
 
 
-def test_a_turn_in_the_same_bucket_compiles_nothing(model):  # noqa: F811
+def test_a_turn_in_the_same_bucket_compiles_nothing(model):
     chat = Chat(model[0], settings={"max_new_tokens": 4})
     chat.ask("Hi", nothing)
     before = decode._prefill._cache_size(), decode._step._cache_size()
@@ -69,7 +74,7 @@ def test_a_turn_in_the_same_bucket_compiles_nothing(model):  # noqa: F811
     assert (decode._prefill._cache_size(), decode._step._cache_size()) == before
 
 
-def test_an_interrupt_ends_an_answer_and_not_the_chat(model):  # noqa: F811
+def test_an_interrupt_ends_an_answer_and_not_the_chat(model):
     vlm, _ = model
     chat, before = Chat(vlm, settings={"max_new_tokens": 60}), signal.getsignal(signal.SIGINT)
     whole = Chat(vlm, settings={"max_new_tokens": 60}).ask("Hello there.", nothing)
@@ -87,7 +92,7 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(model):  # noqa: F811
             time.sleep(1)
 
 
-def test_an_error_withdraws_the_question(model, image, tmp_path):  # noqa: F811
+def test_an_error_withdraws_the_question(model, image, tmp_path):
     vlm, _ = model
     chat = Chat(vlm, settings={"max_new_tokens": 4})
     with pytest.raises((OSError, ValueError), match="absent.png"):
@@ -102,7 +107,7 @@ def test_an_error_withdraws_the_question(model, image, tmp_path):  # noqa: F811
     assert chat.ask("Hello", nothing)
 
 
-def test_the_command_chats(model, image, monkeypatch, capsys):  # noqa: F811
+def test_the_command_chats(model, image, monkeypatch, capsys):
     vlm, folder = model
     lines = ["/image", f"/image '{image}'", "What is it?", "", "/imag x", " /reset is a word", "/reset", "/exit", "no"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
@@ -121,7 +126,7 @@ def test_the_command_chats(model, image, monkeypatch, capsys):  # noqa: F811
     assert capsys.readouterr().out == said(vlm, [user("Hello there.", {"type": "image", "image": image})]) + "\n"
 
 
-def test_the_command_answers_a_file(model, image, tmp_path, capsys):  # noqa: F811
+def test_the_command_answers_a_file(model, image, tmp_path, capsys):
     vlm, folder = model
     (tmp_path / "a.png").write_bytes(open(image, "rb").read())
     records = [
@@ -169,7 +174,7 @@ def test_what_cannot_be_meant_is_refused(words, monkeypatch, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_life_signs_come_where_an_answer_does_not(model, monkeypatch, capsys):  # noqa: F811
+def test_life_signs_come_where_an_answer_does_not(model, monkeypatch, capsys):
     _, folder = model
     command = ["--checkpoint", str(folder), "--prompt", "Hello", "--max-new-tokens", "2"]
     assert status.PATIENCE <= 3

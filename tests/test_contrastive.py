@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from reference import to_torch
-from test_dual import inputs_of, tiny
+from tiny_dual_encoders import inputs_of, tiny
 
 import mllm_jax
 from mllm_jax.nn.runtime import Runtime

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_weights import ROWS, abstract, assert_same_bits, random_params
+from same_bits import assert_same_bits
+from small_table import ROWS, abstract, random_params
 
 from mllm_jax.weights.hf import load_tensors, save_tensors
 from mllm_jax.weights.matching import WeightsMismatch

@@ -13,8 +13,8 @@ import shlex
 
 import pytest
 import source_files
+from document_runs import FEW_STEPS, run
 from documents import COMMANDS, CONFIGS, PAGES, ROOT, blocks_of
-from test_readme import FEW_STEPS, run
 
 from launch.checks import read_training
 from mllm_jax.common.config import ConfigError, to_config_dict

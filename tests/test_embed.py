@@ -11,7 +11,7 @@ import torch
 import transformers
 from paths import ROOT
 from PIL import Image
-from test_dual import tiny
+from tiny_dual_encoders import tiny
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 

@@ -1,6 +1,5 @@
 """FLOPs counted by hand equal those of the traced program; what is frozen costs no backward."""
 
-import math
 import re
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from examples import VALUES, random_example, tiny_config
+from traced_flops import dot_flops
 
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import abstract_params
@@ -20,26 +20,6 @@ from mllm_jax.train.monitor.metrics import short
 from mllm_jax.train.runs.config import Run, TrainConfig
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import merge, split
-
-
-def dot_flops(jaxpr, times=1):
-    """FLOPs of all matrix products of a jaxpr, loops of known length included."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            output = equation.outvars[0].aval.shape
-            total += 2 * times * math.prod(output) * math.prod(left[axis] for axis in contracted)
-            continue
-        inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                total += dot_flops(value, inner)
-    return total
 
 
 def a_batch(rng):

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_chat
 import torch
+from chat_model import saved_chat
 from examples import MERGE, VALUES, random_example, random_params, tiny_config
 from PIL import Image
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
 from mllm_jax.data.pipeline.packing import collate, tightest
-from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
+from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.text.generation_config import GenerationDefaults
 from mllm_jax.generate import cpu_weights, decode
 from mllm_jax.generate.__main__ import main
@@ -248,22 +248,7 @@ def test_the_decode_loop_copies_no_weight(vlm):
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    """A random model with a tokenizer, and the folder that it was saved to."""
-    spec = ProcessorSpec(patch=4, min_pixels=64, max_pixels=1024, clip_max_pixels=4096)
-    folder = tmp_path_factory.mktemp("chat")
-    processor = Processor.from_folder(tiny_chat.write_tokenizer(folder / "tokenizer"), spec)
-    config = tiny_config()
-    tokens = replace(
-        config.tokens,
-        image=processor.image_id,
-        video=processor.video_id,
-        start=processor.vision_start_id,
-        end=processor.vision_end_id,
-    )
-    config = replace(config, tokens=tokens, decoder=replace(config.decoder, vocab=len(processor.tokenizer)))
-    vlm = mllm_jax.Pretrained(config, VLM(config), random_params(config), processor)
-    mllm_jax.save_pretrained(vlm, folder / "model")
-    return vlm, folder / "model"
+    return saved_chat(tmp_path_factory.mktemp("chat"))
 
 
 def picture(height=20, width=24):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from paths import ROOT
+from paths import HELPERS, ROOT
 
 PACKAGE = ROOT / "mllm_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -91,3 +91,12 @@ def test_metadata_names_what_is_imported():
             top = module.split(".")[0]
             if top not in sys.stdlib_module_names and top not in ("mllm_jax", "ml_dtypes"):
                 assert names.get(top, top) in declared, f"{path}: {top} is not in setup.py"
+
+
+def test_tests_import_helpers_and_no_other_tests():
+    """What tests share is in tests/helpers/, which has none; a file there is imported by its name alone."""
+    helpers = {path.stem for path in HELPERS.glob("*.py")}
+    assert not {name for name in helpers if name.startswith("test_") or name in sys.stdlib_module_names}
+    tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not {module.split(".")[0] for module in imported_modules(path)} & (tests | {"tests"}), path

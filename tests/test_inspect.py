@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 import source_files
+from html_page import Page
+from packing_examples import MERGE, VALUES, conversation
 from paths import ROOT
-from test_pack import MERGE, VALUES, conversation
-from test_report import Page
 
 from mllm_jax.data.__main__ import main
 from mllm_jax.data.pipeline.loader import Info

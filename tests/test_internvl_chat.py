@@ -11,7 +11,7 @@ import torch
 import transformers
 from PIL import Image
 from reference import as_internlm2, assert_parity, to_torch
-from test_llava import INTERN, TEXT, inputs_of, random_model
+from tiny_llava import INTERN, TEXT, inputs_of, random_model
 
 import mllm_jax
 from mllm_jax.data.pipeline.processor import Processor

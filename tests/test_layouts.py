@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from reference import published
-from test_weights import assert_same_bits
+from same_bits import assert_same_bits
 from tiny_models import FILE, MODELS, assert_equal_logits, change_file, class_of, tiny
 
 import mllm_jax

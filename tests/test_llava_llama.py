@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 from reference import assert_parity, perturb, to_torch
-from test_llava import CLIP, IMAGE, TEXT, inputs_of, llava_config, random_model
+from tiny_llava import CLIP, IMAGE, TEXT, inputs_of, llava_config, random_model
 
 import mllm_jax
 from mllm_jax.families import kind_of

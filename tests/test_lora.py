@@ -7,24 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from examples import VALUES, random_example, random_params, tiny_config
-from flax.traverse_util import flatten_dict, unflatten_dict
-from test_flops import dot_flops
+from examples import random_params
+from flax.traverse_util import flatten_dict
+from tiny_lora import BASE, OPTIM, merged, random_adapters, random_batch, start
+from traced_flops import dot_flops
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params, init_adapters
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh
-from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
+from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.monitor.flops import count_flops, padded
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, merge, split
-from mllm_jax.train.step.state import state_from_params
-from mllm_jax.train.step.train_step import batch_shardings, make_eval_step, make_train_step
+from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.train_step import make_eval_step
 
 EVERYWHERE = LoraConfig(
     rank=4,
@@ -34,17 +33,6 @@ EVERYWHERE = LoraConfig(
     alphas=(("/mlp/down", 9.0),),
 )
 DROPPING = LoraConfig(rank=4, dropout=0.25)
-BASE = replace(tiny_config(), encoder=replace(tiny_config().encoder, layers=2, taps=(0,)))
-BASE = replace(BASE, decoder=replace(BASE.decoder, layers=2))
-OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant")
-
-
-def random_adapters(lora, **constants):
-    """Random adapters with other scales in every layer; given constants replace theirs."""
-    drawn = split_adapters(random_params(replace(BASE, lora=lora), 1))[1]
-    constant = lambda name, x: np.full_like(x, constants[name]) if name in constants else 1 + x
-    value = lambda path, x: constant(path[-1].key, x) if x.ndim < 2 else 2 * x
-    return jax.tree_util.tree_map_with_path(value, drawn)
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +47,10 @@ def adapters():
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(0)
-    rows = [[random_example(rng, 20, (4, 6))], [random_example(rng, 7, (3, 4, 4)), random_example(rng, 9)], []]
-    rows += [[random_example(rng, 9 + i, (2 * i + 2, 4))] for i in range(5)]
-    return collate(rows, Budget(48, 2, 64), merge=2, values=VALUES)
+    return random_batch()
 
 
 logits = jax.jit(lambda params, batch: VLM(BASE).apply({"params": params}, batch).logits)
-
-
-def merged(base, adapters):
-    """w + scale * A B, matrix by matrix."""
-    flat, weights = flatten_dict(adapters, sep="/"), flatten_dict(base, sep="/")
-    for path in [path.removesuffix("/lora_down") for path in flat if path.endswith("lora_down")]:
-        down, up, scale = (flat[f"{path}/lora_{name}"] for name in ("down", "up", "scale"))
-        w, rank = weights[f"{path}/w"].copy(), down.shape[-1]
-        for layer in np.ndindex(scale.shape):
-            product = scale[layer] * down[layer].reshape(-1, rank) @ up[layer].reshape(rank, -1)
-            if "qkv" in path:  # one A for queries, keys and values
-                product = product.reshape(len(product), 3, -1).swapaxes(0, 1)
-            w[layer] += product.reshape(w[layer].shape)
-        weights[f"{path}/w"] = w
-    return unflatten_dict(weights, sep="/")
 
 
 def test_an_adapter_adds_its_product(base, adapters, batch):
@@ -130,16 +100,6 @@ def test_what_is_frozen_costs_nothing(lora, batch):
     flops = count_flops(config, counts, freeze)
     assert dot_flops(traced.jaxpr) == sum(part.total for part in flops.values())
     assert sum(part.total for part in flops.values()) < sum(part.total for part in count_flops(BASE, counts).values())
-
-
-def start(lora, params, shape, **options):
-    """(state, step, a function that puts batches on the mesh)."""
-    config, mesh = replace(BASE, lora=lora), make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
-    optim = replace(OPTIM, freeze=lora.freezes(()))
-    tx, _ = make_optimizer(optim, params)
-    step = make_train_step(config, tx, optim, mesh, objective=CrossEntropy(config, chunk=48), **options)
-    put = lambda batch: jax.device_put(batch, batch_shardings(batch, mesh, BASE.runtime.rules))
-    return state_from_params(config, tx, mesh, jax.tree.map(jnp.array, params)), step, put
 
 
 def test_steps_train_adapters_alone_on_any_mesh(base, batch):

@@ -11,7 +11,7 @@ import tiny_run
 from examples import random_params
 from flax.traverse_util import flatten_dict, unflatten_dict
 from staged_run import on_one_device
-from test_lora import merged
+from tiny_lora import merged
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.lora import LoraConfig, split_adapters

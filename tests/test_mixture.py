@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import source_files
+from numbered_records import Numbers, numbers, seen
 from PIL import Image
-from test_loader import Numbers, numbers, seen
 from tiny_run import get_config, load_config
 
 from mllm_jax.common.config import ConfigError, dump, load

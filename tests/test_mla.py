@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from test_flops import dot_flops
+from traced_flops import dot_flops
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mllm_jax.families.decoders import deepseek, qwen3

@@ -11,8 +11,8 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 from reference import perturb
-from test_llava import CLIP, TEXT, llava_config
-from test_sft import conversations, tokenizer
+from sft_files import conversations, tokenizer
+from tiny_llava import CLIP, TEXT, llava_config
 
 import mllm_jax
 from mllm_jax.common.config import ConfigError

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_plan_compile import compiled_text, tiny
+from planned_run import compiled_text, tiny
 
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.attention.attend import attend

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from paths import HELPERS
-from tiny_run import get_config
+from planned_run import compiled_text, tiny
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import collate
@@ -29,7 +28,6 @@ from mllm_jax.plan.hlo.jaxpr import operations, place, products, unknown_loops
 from mllm_jax.plan.hlo.replica_groups import axes_of
 from mllm_jax.sharding import make_mesh
 from mllm_jax.train.input.pipeline import Placer
-from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.step.compiler import ASYNC_GATHERS, compiler_options
 from mllm_jax.train.step.optimizer import make_optimizer
 from mllm_jax.train.step.state import abstract_state, state_shardings
@@ -185,11 +183,6 @@ def test_a_text_that_is_none():
         hlo_text.parse("nothing")
 
 
-def compiled_text(step, mesh, *arguments):
-    place = lambda x, spec: jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(mesh, spec))
-    return jax.jit(step).trace(*(place(*x) for x in arguments)).lower().compile().as_text()
-
-
 def test_collectives_of_a_compiled_program():
     """Each is written by hand, in and out of loops, so that its bytes are known: a float is four."""
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
@@ -229,15 +222,6 @@ def test_a_loop_whose_length_is_data_says_how_long_it_is():
 
 
 # FLOPs
-
-
-def tiny(**runtime):
-    """A run of every part, with AdamW: Muon has products of its own."""
-    config = get_config()
-    config.optim.name = "adamw"
-    run = read_run(config)
-    changed = dataclasses.replace(run.model.runtime, **runtime)
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, runtime=changed))
 
 
 def counted(run, platform, shape):

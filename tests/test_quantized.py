@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from examples import random_params
 from flax.traverse_util import flatten_dict
-from test_lora import BASE, random_adapters, start
-from test_lora import base as base  # the fixture
-from test_lora import batch as batch
+from tiny_lora import BASE, random_adapters, random_batch, start
 
 import mllm_jax
 from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params
@@ -22,6 +21,16 @@ from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.step.optimizer import merge, split
+
+
+@pytest.fixture(scope="module")
+def base():
+    return random_params(BASE)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch()
 
 
 @pytest.mark.parametrize("kind", KINDS)

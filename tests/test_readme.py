@@ -1,31 +1,16 @@
 """The commands of the README run: with few steps, on the tiny model, in a copy of the folder that they name."""
 
 import importlib.util
-import os
-import shlex
-import subprocess
 import sys
 
 import pytest
-from compiler import QUICKLY
+from document_runs import FEW_STEPS, run
 from documents import PAGES, ROOT, blocks_of, commands_of
 
 README = PAGES["README.md"]
 BLOCKS = blocks_of(README)
 COMMANDS = commands_of(README)
 OURS = [command for command in COMMANDS if command.startswith("python -m mllm_jax")]
-FEW_STEPS = (
-    "--config.optim.steps=2 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 --config.data.rows=1 "
-    "--config.data.patches=112 --config.train.heldout=4 --config.train.log_every=1"
-).split()
-
-
-def run(command, folder, expect=0):
-    words = [sys.executable, *shlex.split(command)[1:]]
-    environment = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == expect, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """The report renders whatever a run left behind, shows people's text as text, and its charts have round ticks."""
 
 import math
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,34 +21,6 @@ from mllm_jax.evaluate.report import (
     ticks,
     write_report,
 )
-
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; asserts that every tag is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.open, self.words = [], [], [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 def render(folder, *runs, **options) -> Page:

@@ -7,7 +7,7 @@ import numpy as np
 import peft
 import pytest
 import tiny_chat
-from test_sft import conversations, tokenizer
+from sft_files import conversations, tokenizer
 from tiny_models import MODELS, class_of, tiny
 from tiny_run import load_config
 

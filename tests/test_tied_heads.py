@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 from reference import as_internlm2
-from test_weights import assert_same_bits
+from same_bits import assert_same_bits
 from tiny_models import FILE, MODELS, TEXT, assert_equal_logits, change_file, class_of, tiny
 
 import mllm_jax

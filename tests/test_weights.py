@@ -15,59 +15,15 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from same_bits import assert_same_bits, bits
+from small_table import ROWS, SHAPES, abstract, random_params
 
 from mllm_jax.weights.hf import load_tensors, save_tensors
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint
 from mllm_jax.weights.table import Row, expand, flatten, to_ours, to_theirs, unflatten
 
-ROWS = [
-    ("patch/w", "visual.patch.weight", "d c t y x -> (c t y x) d", {"c": 3, "t": 2, "y": 2}),
-    ("position", "visual.pos_embed.weight", "(y x) d -> y x d", {}),
-    Row("layers/qkv/w", "model.layers.{n}.qkv.weight", "(c n h) d -> d c n h"),
-    Row("layers/out/w", "model.layers.{n}.out.weight", "d (n h) -> n h d"),
-    Row("layers/norm/scale", "model.layers.{n}.norm.weight"),
-    Row("layers/gate", "model.layers.{n}.gate"),
-    Row("experts/up/w", "model.experts.{n}.{e}.up.weight", "f d -> d f"),
-    Row("embed", "model.embed.weight", "..."),
-    Row("temperature", "temperature"),
-    Row("head/w", "lm_head.weight", "v d -> d v"),
-]
-SHAPES = {
-    "patch/w": (24, 16),
-    "position": (3, 5, 16),
-    "layers/qkv/w": (5, 16, 3, 4, 2),
-    "layers/out/w": (5, 4, 2, 16),
-    "layers/norm/scale": (5, 16),
-    "layers/gate": (5,),
-    "experts/up/w": (2, 3, 16, 8),
-    "embed": (7, 16),
-    "temperature": (),
-    "head/w": (16, 8),
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def abstract(shapes=SHAPES):
-    return unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
-
-
-def random_params(dtype="float32", shapes=SHAPES):
-    rng = np.random.default_rng(0)
-    return unflatten({path: rng.normal(size=shape).astype(np.dtype(dtype)) for path, shape in shapes.items()})
-
-
-def bits(array):
-    array = np.asarray(array)
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(*array.shape, array.itemsize)
-
-
-def assert_same_bits(left, right):
-    left, right = flatten(left), flatten(right)
-    assert left.keys() == right.keys()
-    for path in left:
-        assert left[path].shape == right[path].shape and left[path].dtype == right[path].dtype, path
-        np.testing.assert_array_equal(bits(left[path]), bits(right[path]), err_msg=path)
 
 
 @pytest.fixture
