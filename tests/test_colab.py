@@ -202,7 +202,7 @@ def test_connectors_runs(tmp_path):
 
 
 def test_sharding_runs(tmp_path):
-    """On two of the meshes; tests/test_sharding.py and `plan certify` compare many."""
+    """On two of the meshes; tests/sharding/test_sharding.py and `plan certify` compare many."""
     meshes = {"one device": ["fsdp", {}], "both": ["fsdp_tensor", {"fsdp": 4, "tensor": 2}]}
     about = dict(MESHES=meshes, SETTINGS={name: 1 for name in TINY if name.endswith("layers")})
     compiler = importlib.util.find_spec("libtpu")
