@@ -92,7 +92,7 @@ def test_imbalance(layers):
 
 MOE = MoeConfig(experts=E, top_k=TOP, mlp=16, score="sigmoid", bias=True)
 DECODER = replace(tiny_config().decoder, layers=3, dense_first=1, moe=MOE)
-# Of the ways to the experts "dense" has the least to compile; tests/test_moe.py shows that they are equal.
+# Of the ways to the experts "dense" has the least to compile; tests/nn/moe/test_moe.py shows that they are equal.
 CONFIG = ModelConfig(None, None, DECODER, runtime=Runtime(experts="dense"))
 BALANCE = BalanceConfig("global", weight=0.5, z=0.1, rate=0.01)
 BUDGET = Budget(60, 0, 0)
