@@ -26,7 +26,7 @@ TESTS = {  # dependency: the tests that would notice
         "tokenizers": "records scenes pack",
         "pillow, jinja2": "report drawing",
         "huggingface_hub": "hub",
-        "rich": "inspect models evaluate",
+        "rich": "inspect families_command evaluate",
         "pyyaml, kubeflow-trainer-api": "launch",
     },
     "test": {
