@@ -30,7 +30,7 @@ TESTS = {  # dependency: the tests that would notice
         "pyyaml, kubeflow-trainer-api": "launch",
     },
     "test": {
-        "transformers, torch, safetensors": "weights decoders qwen2_vl template",
+        "transformers, torch, safetensors": "weights decoders qwen2_vl chat_template",
         "av": "video",
         "pillow, pillow-heif": "images image_files resize",
         "peft, accelerate": "adapters",
