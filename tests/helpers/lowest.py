@@ -31,7 +31,7 @@ TESTS = {  # dependency: the tests that would notice
     },
     "test": {
         "transformers, torch, safetensors": "weights decoders qwen2_vl chat_template",
-        "av": "video",
+        "av": "videos",
         "pillow, pillow-heif": "images image_files resize",
         "peft, accelerate": "adapters",
         "trl": "preference ppo",

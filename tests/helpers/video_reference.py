@@ -1,4 +1,4 @@
-"""What transformers' video processors make of a small clip, in a file that tests/test_video_pixels.py reads.
+"""What transformers' video processors make of a small clip, in a file that tests/data/video/test_video_pixels.py reads.
 
 They need torchvision, which nothing else here does. To make the file anew:
 
