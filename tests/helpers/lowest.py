@@ -23,7 +23,7 @@ TESTS = {  # dependency: the tests that would notice
         "array_record, msgpack, pyarrow": "formats convert sources",
         "tensorflow-datasets": "formats docs_data",
         "absl-py, ml-collections": "config command",
-        "tokenizers": "records scenes pack",
+        "tokenizers": "records scenes packing",
         "pillow, jinja2": "report drawing",
         "huggingface_hub": "hub",
         "rich": "inspect families_command evaluate",
@@ -36,7 +36,7 @@ TESTS = {  # dependency: the tests that would notice
         "peft, accelerate": "adapters",
         "trl": "preference ppo",
         "sentencepiece, protobuf": "sentence_piece",
-        "hypothesis": "pack",
+        "hypothesis": "packing",
         "pytest, pytest-xdist, ruff": "",
     },
 }
