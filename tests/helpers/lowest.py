@@ -17,7 +17,7 @@ from paths import ROOT
 
 TESTS = {  # dependency: the tests that would notice
     "package": {
-        "jax, flax, optax, einops, numpy, tensorboardX": "train step optim vlm sharding",
+        "jax, flax, optax, einops, numpy, tensorboardX": "train train_step optimizer vlm sharding",
         "orbax-checkpoint": "checkpoint",
         "grain": "loader",
         "array_record, msgpack, pyarrow": "formats convert sources",
