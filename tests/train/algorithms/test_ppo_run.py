@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Eight are for tests/test_rollout.py: on two cores they may wait for each other for ever."""
+    """Eight are for tests/train/algorithms/test_rollout.py: on two cores they may wait for each other for ever."""
     with pytest.MonkeyPatch.context() as patch:
         on_one_device(patch)
         yield
