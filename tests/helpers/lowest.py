@@ -24,7 +24,7 @@ TESTS = {  # dependency: the tests that would notice
         "tensorflow-datasets": "formats docs_data",
         "absl-py, ml-collections": "config command",
         "tokenizers": "records scenes packing",
-        "pillow, jinja2": "report drawing",
+        "pillow, jinja2": "report plots",
         "huggingface_hub": "hub",
         "rich": "inspect families_command evaluate",
         "pyyaml, kubeflow-trainer-api": "launch",
