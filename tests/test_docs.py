@@ -168,7 +168,7 @@ def test_a_command_is_understood(page, command, monkeypatch):
         return
     config, stage = config_of(words), flags_of(command).get("stage")
     if "model" not in config:
-        return  # what `plan certify` compares, see tests/test_certify.py
+        return  # what `plan certify` compares, see tests/plan/test_certify.py
     if command.startswith(TRAIN):
         assert read_training(words).workdir
     if stage is not None or not config.stages:

@@ -60,7 +60,7 @@ def test_command(command, folder, tmp_path):
         assert "Qwen/Qwen3-VL-2B-Instruct is not a folder here" in refused.stderr
         return
     if "mllm_jax.plan certify" in command:
-        run(command + " --help", folder)  # tests/test_certify.py runs it
+        run(command + " --help", folder)  # tests/plan/test_certify.py runs it
         return
     if "mllm_jax.plan" in command:
         if importlib.util.find_spec("libtpu") is None:

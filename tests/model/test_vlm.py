@@ -88,7 +88,7 @@ def test_padding_of_patches_changes_nothing(params):
 
 
 def test_an_ambient_mesh_changes_nothing(params):
-    """Others are in tests/train/step/test_train_step.py and tests/test_certify.py, with gradients."""
+    """Others are in tests/train/step/test_train_step.py and tests/plan/test_certify.py, with gradients."""
     rng = np.random.default_rng(5)
     rows = [[random_example(rng, 9, (4, 6), (2, 2)), random_example(rng, 5)] for _ in range(8)]
     batch = collate(rows, ROW, merge=2, values=VALUES)
