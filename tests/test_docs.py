@@ -110,7 +110,7 @@ def check_kubectl(command, launches):
 
 
 def check_slurm(command, launches):
-    """The log lies in the folder of the run. tests/test_slurm.py cancels and requeues jobs."""
+    """The log lies in the folder of the run. tests/launch/test_slurm.py cancels and requeues jobs."""
     if command.startswith("tail"):
         assert command == "tail -f runs/scenes/slurm-*.log" and "--workdir runs/scenes" in launches
     else:
@@ -156,7 +156,7 @@ def test_a_command_of_another_program_fits_ours(command):
 def test_a_command_is_understood(page, command, monkeypatch):
     """Its flags exist, its config can be read with what it replaces, and has the stage that it names."""
     if "-m launch." in command:
-        return  # tests/test_launch.py gives them to the launchers
+        return  # tests/launch/test_launch.py gives them to the launchers
     monkeypatch.chdir(ROOT)
     for name, value in NAMED.items():
         command = command.replace(name, value)
