@@ -60,7 +60,7 @@ def program_of(command):
     return FRAGMENT if command.startswith(FRAGMENT) else command.split()[0]
 
 
-# tests/test_sft_folder.py begins with a model in a folder, which the pages have none of.
+# tests/configs/test_sft_folder.py begins with a model in a folder, which the pages have none of.
 NAMED = {"configs/sft.py:FOLDER": "configs/sft.py:qwen3_vl/2b --config.init=FOLDER"}
 
 
