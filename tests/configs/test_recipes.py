@@ -125,7 +125,7 @@ def test_every_recipe_is_listed():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_steps(name, tmp_path, monkeypatch):
-    """By default tests/test_docs.py takes those of one, with adapters."""
+    """By default tests/docs/test_docs.py takes those of one, with adapters."""
     on_one_device(monkeypatch)
     train_run(recipe(name).get_config("tiny"), tmp_path)
     assert list(ended(tmp_path)) == STAGES[name]

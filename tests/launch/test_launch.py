@@ -250,7 +250,7 @@ def test_the_launches_of_the_pages_are_understood(module, words, capsys, monkeyp
     if module != "local":
         assert shown(main, arguments, capsys)
         return
-    # tests/train/runs/test_processes.py and, slowly, tests/test_docs.py run it
+    # tests/train/runs/test_processes.py and, slowly, tests/docs/test_docs.py run it
     started = []
     monkeypatch.setattr(local, "Process", lambda number, *run: started.append(run))
     monkeypatch.setattr(local, "watch", lambda processes, grace, asked: len(processes))

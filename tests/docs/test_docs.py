@@ -122,7 +122,7 @@ def check_make(command, launches):
 
 
 def check_pip(command, launches):
-    """tests/test_colab.py does it in an environment without the package."""
+    """tests/docs/test_colab.py does it in an environment without the package."""
     assert command == "pip install -e ." and (ROOT / "setup.py").is_file()
 
 
@@ -249,7 +249,7 @@ ON_SCENES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("command", dict.fromkeys(ON_SCENES), ids=lambda text: text[27:90])
 def test_training_on_the_embedded_scenes_runs(command, tmp_path):
-    """With few steps. README's run in tests/test_readme.py."""
+    """With few steps. README's run in tests/docs/test_readme.py."""
     config = config_of(words_of(command))
     few = [*FEW_STEPS, "--config.model.decoder.layers=1"]
     if config.stages:
