@@ -109,7 +109,7 @@ def test_other_decisions_are_drift():
 
 def test_drift_ends_with_one_and_a_mistake_with_two():
     drifting = """
-from mllm_jax.plan import certify
+from mllm_jax.plan.verify import certify
 from mllm_jax.plan.verify.certificate import Comparison
 found = {"logits": 1e-7, "gradient decoder/embed": 3e-4, "loss": 0.0}
 certify.compare = lambda certificate, name: iter([Comparison("fsdp=8", found, None)])

@@ -75,7 +75,7 @@ def test_a_killed_data_worker_is_one_line_and_the_exit_code_of_starting_again(tm
 def test_a_second_interrupt_is_no_traceback():
     script = """
 from ml_collections import config_flags
-from mllm_jax.train import command
+from mllm_jax.train.runs import command
 
 def main():
     raise KeyboardInterrupt
