@@ -31,9 +31,9 @@ import numpy as np  # noqa: E402
 
 from mllm_jax.common.cli import Parser  # noqa: E402
 from mllm_jax.common.config import load  # noqa: E402
+from mllm_jax.common.workdir import CHECKPOINTS, saved_steps  # noqa: E402
 from mllm_jax.model.vlm import abstract_params  # noqa: E402
-from mllm_jax.pretrained.api import CHECKPOINTS  # noqa: E402
-from mllm_jax.sharding import make_mesh  # noqa: E402
+from mllm_jax.sharding.mesh import make_mesh  # noqa: E402
 from mllm_jax.train.checkpoint.manager import Checkpoints, Restored  # noqa: E402
 from mllm_jax.train.monitor.metrics import read_metrics  # noqa: E402
 from mllm_jax.train.runs.config import read_run  # noqa: E402
@@ -196,9 +196,7 @@ class Runs:
         return {record["step"]: record["loss"] for record in read_metrics(self.workdirs[name]) if "loss" in record}
 
     def _shared(self) -> list[int]:
-        """Whole checkpoints alone have a number as their name."""
-        folder = self.workdirs["killed"] / CHECKPOINTS
-        return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+        return saved_steps(self.workdirs["killed"])
 
     def _unfinished(self) -> str:
         tiers = {

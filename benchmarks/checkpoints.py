@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from lora import run_of  # noqa: E402
+from ratios import ratio_text  # noqa: E402
 
 from mllm_jax import make_mesh  # noqa: E402
 from mllm_jax.common.cli import Parser  # noqa: E402
@@ -69,10 +70,9 @@ def main():
         seconds["fingerprints alone", True].append(time.perf_counter() - began)
     for what in ("save, steps wait", "save, on disk", "restore"):
         with_, without = (np.array(seconds[what, verify][1:]) for verify in (True, False))
-        low, *_, high = sorted(with_ / without)
         print(
             f"{what:20}{statistics.median(with_):7.3f} s verified, {statistics.median(without):7.3f} s not, "
-            f"ratio {statistics.median(with_ / without):.2f} ({low:.2f} to {high:.2f})"
+            f"ratio {ratio_text(with_, without)}"
         )
     alone = statistics.median(seconds["fingerprints alone", True][1:])
     print(f"{'fingerprints alone':20}{alone:7.3f} s, {size / alone / 1e9:.1f} GB/s")

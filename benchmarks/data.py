@@ -25,6 +25,7 @@ import pair
 import tensorflow_datasets as tfds
 import torch
 from PIL import Image
+from ratios import ratio_text
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -50,10 +51,7 @@ def conversations(count: int) -> list[dict]:
         pictures = []
         for _ in range(rng.integers(1, 4)):
             height, width = rng.integers(300, 900, 2).tolist()
-            coarse = Image.fromarray(rng.integers(0, 255, (height // 8, width // 8, 3), np.uint8))
-            file = io.BytesIO()
-            coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-            pictures.append(file.getvalue())
+            pictures.append(pair.jpeg(rng, height, width))
         turns = [{"role": ("user", "assistant")[i % 2], "content": text()} for i in range(4)]
         made.append({"id": f"c{index}", "kind": "", "images": pictures, "messages": turns})
     return made
@@ -165,11 +163,10 @@ def measure(folder: pathlib.Path, records: list[dict], rounds: int):
     seconds = pair.in_turn(runs, rounds, core_seconds)
     usual = seconds["DataLoader, transformers"]
     for name, taken in seconds.items():
-        ratios = sorted(a / b for a, b in zip(usual, taken))
         middle = statistics.median(taken)
         print(
             f"{name:26}{len(records) / middle:8.1f} conversations/s {pictures / middle:8.1f} pictures/s   "
-            f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"ratio {ratio_text(usual, taken)}"
         )
 
 

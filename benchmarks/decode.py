@@ -23,6 +23,7 @@ def main():
     import numpy as np
     import pair
     import torch
+    from ratios import ratio_text
 
     import mllm_jax
 
@@ -57,11 +58,8 @@ def main():
     for name, values in speed.items():
         first = statistics.median(seconds[f"{name} 1"])
         print(f"{name:14}{statistics.median(values):8.1f} tokens/s decoding, {first:.3f} s to the first token")
-    ratios = sorted(b / a for a, b in zip(speed["transformers"], speed["mllm_jax"]))
-    print(
-        f"batch {args.rows}: ratio, median of {args.rounds} pairs: {statistics.median(ratios):.2f} "
-        f"(from {ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    ratio = ratio_text(speed["mllm_jax"], speed["transformers"])
+    print(f"batch {args.rows}: ratio, median of {args.rounds} pairs: {ratio}")
 
 
 if __name__ == "__main__":

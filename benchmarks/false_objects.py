@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mllm_jax.common.cli import Parser
+from mllm_jax.common.workdir import ended
 from mllm_jax.data.synthetic.captions import Share, count_named, false_share, recall
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.report import Answer
-from mllm_jax.train.checkpoint.manager import load_workdir, read_config
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config
 from mllm_jax.train.evaluators.generation import Spread
-from mllm_jax.train.runs.stages import ended
 
 
 def captions(folder: Path, count: int) -> list[Answer]:

@@ -61,6 +61,7 @@ def speed_of_pictures(count: int):
     import numpy as np
     import pair
     from PIL import Image
+    from ratios import ratio_text
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from mllm_jax.data.vision.images import load_image, patchify, resized, smart_resize
@@ -68,10 +69,7 @@ def speed_of_pictures(count: int):
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         h, w = rng.integers(200, 1200, 2)
-        coarse = Image.fromarray(rng.integers(0, 255, (h // 8, w // 8, 3), np.uint8))
-        buffer = io.BytesIO()
-        coarse.resize((int(w), int(h)), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        files.append(buffer.getvalue())
+        files.append(pair.jpeg(rng, int(h), int(w)))
     theirs = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 65536, "longest_edge": 16777216}, patch_size=16, temporal_patch_size=2, merge_size=2,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
@@ -90,8 +88,7 @@ def speed_of_pictures(count: int):
     seconds = pair.in_turn({"transformers": run_theirs, "mllm_jax": run_ours}, 7)
     for name, values in seconds.items():
         print(f"{name:14}{count / statistics.median(values):8.1f} pictures/s from JPEG, one core")
-    ratios = sorted(a / b for a, b in zip(seconds["transformers"], seconds["mllm_jax"]))
-    print(f"ratio, median of 7 pairs: {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(f"ratio, median of 7 pairs: {ratio_text(seconds['transformers'], seconds['mllm_jax'])}")
 
 
 def main():

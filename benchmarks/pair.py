@@ -1,12 +1,14 @@
 """The same random Qwen3-VL in transformers (torch) and here, and a batch that both understand."""
 
 import dataclasses
+import io
 import tempfile
 import time
 
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 import mllm_jax
 
@@ -75,6 +77,13 @@ def inputs(rows: int) -> dict[str, np.ndarray]:
         "pixel_values": rng.standard_normal((rows * side * side, 3 * 2 * PATCH * PATCH)).astype(np.float32),
         "image_grid_thw": np.array([[1, side, side]] * rows),
     }
+
+
+def jpeg(rng: np.random.Generator, height: int, width: int) -> bytes:
+    """The file of a picture of smooth random colors."""
+    coarse, file = Image.fromarray(rng.integers(0, 255, (height // 8, width // 8, 3), np.uint8)), io.BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def to_torch(arrays):

@@ -120,6 +120,7 @@ def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None)
     """Two rows of the table. device: torch's; None = it has none of the kind that jax runs on."""
     import jax
     from pair import in_turn
+    from ratios import ratio_text
 
     import mllm_jax
     from mllm_jax.families import FAMILIES
@@ -145,8 +146,7 @@ def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None)
         seconds = in_turn({side: runs[kind] for side, runs in both.items()}, rounds)
         ours, theirs = seconds["mllm_jax"], seconds.get("transformers")
         rates = [f"{pictures / statistics.median(side):.2f}" if side else "-" for side in (theirs, ours)]
-        ratios = sorted(a / b for a, b in zip(theirs, ours)) if theirs else []
-        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else "-"
+        ratio = ratio_text(theirs, ours) if theirs else "-"
         share = mfu(needed[kind], statistics.median(ours), 1, jax.devices()[0].device_kind)
         used = f"{share:.1%}" if share else "-"
         print(

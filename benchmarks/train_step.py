@@ -16,6 +16,7 @@ def against_transformers(rounds: int, rows: int):
     import jax
     import pair
     import torch
+    from ratios import ratio_text
 
     import mllm_jax
     from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
@@ -62,8 +63,7 @@ def against_transformers(rounds: int, rows: int):
     print(f"{'':14}{'s/step':>9}{'steps/s':>9}{'tokens/s':>10}")
     for name, median in medians.items():
         print(f"{name:14}{median:9.3f}{1 / median:9.2f}{tokens / median:10.0f}")
-    ratios = sorted(a / b for a, b in zip(seconds["transformers"], seconds["mllm_jax"]))
-    print(f"ratio, median of {rounds} pairs: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(f"ratio, median of {rounds} pairs: {ratio_text(seconds['transformers'], seconds['mllm_jax'])}")
 
 
 def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):

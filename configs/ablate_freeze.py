@@ -12,7 +12,7 @@ in the folder.
 from dataclasses import replace
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.synthetic.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_vision_ids
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -28,14 +28,12 @@ STEPS = 100  # of a stage
 
 def model() -> ModelConfig:
     """That of configs/scenes.py, two thirds as wide."""
-    tokenizer = scenes_tokenizer()
-    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
     attention = AttentionConfig(heads=4, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
     return ModelConfig(
         encoder=VitConfig(width=64, layers=2, heads=4, mlp=128, patch_size=8, position_grid=8, taps=(0,)),
         connector=PatchMergerConfig(merge=2),
         decoder=DecoderConfig(vocab=384, width=64, layers=3, attention=attention, mlp=192),
-        tokens=VisionTokenIds(*tokens),
+        tokens=VisionTokenIds(*scenes_vision_ids()),
     )
 
 

@@ -5,7 +5,7 @@ python -m mllm_jax.plan certify --config configs/certify.py:experts     that one
 """
 
 from mllm_jax.common.config import ConfigError, to_config_dict
-from mllm_jax.data.synthetic.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_vision_ids
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -19,14 +19,12 @@ EXPERTS = {"dense": None, "experts": MoeConfig(experts=8, top_k=2, mlp=24)}
 
 
 def model(moe: MoeConfig | None) -> ModelConfig:
-    tokenizer = scenes_tokenizer()
-    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
     attention = AttentionConfig(heads=4, kv_heads=4, head_dim=8, rope_theta=10_000.0, rope_sections=(2, 1, 1))
     return ModelConfig(
         encoder=VitConfig(width=32, layers=2, heads=4, mlp=32, patch_size=8, position_grid=8, taps=(0,)),
         connector=PatchMergerConfig(merge=2),
         decoder=DecoderConfig(vocab=384, width=32, layers=2, attention=attention, mlp=32, moe=moe),
-        tokens=VisionTokenIds(*tokens),
+        tokens=VisionTokenIds(*scenes_vision_ids()),
     )
 
 

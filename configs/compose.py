@@ -10,8 +10,9 @@ visual tokens and the question are seen by all tokens, as in PaliGemma.
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.data.synthetic.scenes import scenes_tokenizer
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
+from mllm_jax.data.synthetic.scenes import scenes_vision_ids
 from mllm_jax.families.decoders import gemma, gemma2, gpt2, llama, mistral, opt, qwen2, qwen3
 from mllm_jax.families.towers import dinov2, in_vlms
 from mllm_jax.families.vlms import qwen2_vl, qwen3_vl
@@ -103,13 +104,11 @@ def model(encoder_name: str, connector_name: str, decoder_name: str, entry: str 
     if entry not in ENTRIES:
         raise ConfigError(f"configs/compose.py has no entry {entry!r}; {suggestion(entry, ENTRIES)}")
     connector = _named("connector", connector_name, CONNECTORS)
-    tokenizer = scenes_tokenizer()
-    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
     return ModelConfig(
         encoder(encoder_name, connector.merge, taps=isinstance(connector, PatchMergerConfig)),
         connector,
         decoder(decoder_name, prefix=entry == "prefix"),
-        VisionTokenIds(*tokens),
+        VisionTokenIds(*scenes_vision_ids()),
     )
 
 

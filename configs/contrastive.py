@@ -12,7 +12,8 @@ SigLIP 2 packs pictures in their own aspect ratio, several to a row.
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.towers import clip, in_vlms, siglip, siglip2
 from mllm_jax.model.dual_encoder import DualConfig

@@ -9,7 +9,7 @@ four conversations, a batch 32. See `mllm_jax.data.synthetic.scenes` for what th
 """
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.synthetic.scenes import scenes_tokenizer
+from mllm_jax.data.synthetic.scenes import scenes_vision_ids
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -28,8 +28,6 @@ VOCAB = 384  # those of the tokenizer, and some that make it divisible
 
 
 def model(experts: bool = False) -> ModelConfig:
-    tokenizer = scenes_tokenizer()
-    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
     return ModelConfig(
         encoder=VitConfig(
             width=WIDTH,
@@ -55,7 +53,7 @@ def model(experts: bool = False) -> ModelConfig:
             mlp=3 * WIDTH,
             moe=MoeConfig(experts=8, top_k=2, mlp=3 * WIDTH // 2) if experts else None,
         ),
-        tokens=VisionTokenIds(*tokens),
+        tokens=VisionTokenIds(*scenes_vision_ids()),
     )
 
 

@@ -22,14 +22,16 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from mllm_jax.common.config import ConfigError, suggestion, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion, told
+from mllm_jax.common.workdir import is_run
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, without_values
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.pretrained.api import is_run, published_config
-from mllm_jax.train.checkpoint.manager import read_config
+from mllm_jax.pretrained.api import published_config
+from mllm_jax.train.checkpoint.restore import read_config
 from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
 from mllm_jax.train.step.optimizer import OptimConfig

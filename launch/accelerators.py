@@ -8,7 +8,7 @@ import argparse
 import math
 from typing import NamedTuple
 
-from mllm_jax.common.config import suggestion
+from mllm_jax.common.errors import suggestion
 
 
 class Generation(NamedTuple):

@@ -14,10 +14,13 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
 from launch.hosts import ROOT, Files, Hosts
-from mllm_jax.common.config import ConfigError, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import told
 from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
-from mllm_jax.sharding import mesh_without_devices, partition_spec, shardings, ways
+from mllm_jax.sharding.logical_axes import partition_spec, ways
+from mllm_jax.sharding.mesh import mesh_without_devices
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.input.pipeline import check_streams
 from mllm_jax.train.monitor.profiler import steps_of
 from mllm_jax.train.runs.command import read_config

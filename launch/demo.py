@@ -26,10 +26,12 @@ from rich.progress import track
 from rich.table import Table
 
 from mllm_jax.common.cli import OVERRIDE, Parser, run_command
+from mllm_jax.common.format import percent, short
 from mllm_jax.common.interrupts import INTERRUPTED
 from mllm_jax.common.settings import PositiveInt, Range, argument
+from mllm_jax.common.workdir import saved_steps
 from mllm_jax.data.synthetic.scenes import chance
-from mllm_jax.evaluate.report import Answer, Kind, Run, percent, short, write_report
+from mllm_jax.evaluate.report import Answer, Kind, Run, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS = {"colour": 0.9, "shape": 0.9, "count": 0.9, "movement": 0.9, "place": 0.85, "presence": 0.85}
@@ -184,24 +186,19 @@ def train(workdir: Path, settings: Sequence[str], blind: bool = False) -> None:
 def train_until_killed(workdir: Path, settings: Sequence[str], step: int) -> Kill:
     """Trains, and sends SIGKILL, which no program can catch, as soon as a checkpoint of `step` or later is whole."""
     with training(workdir, settings) as process:
-        while (saved := last_checkpoint(workdir)) < step:
+        while (saved := max(saved_steps(workdir), default=0)) < step:
             if process.poll() is not None:
                 raise Failed(f"training ended with status {process.poll()} before it could be killed")
             time.sleep(0.2)
     console.show_cursor(True)  # a killed progress bar leaves it hidden
     console.print()
-    return Kill(max(last_step(workdir), saved), last_checkpoint(workdir))
+    return Kill(max(last_step(workdir), saved), max(saved_steps(workdir), default=0))
 
 
 def last_step(workdir: Path) -> int:
     from mllm_jax.train.monitor.metrics import read_metrics
 
     return max((record["step"] for record in read_metrics(workdir)), default=0)
-
-
-def last_checkpoint(workdir: Path) -> int:
-    """The step of the newest whole checkpoint, 0 where there is none. Only whole ones have a number as their name."""
-    return max((int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 
 def answered(folder: Path, questions: int) -> Trained:
@@ -216,7 +213,7 @@ def answered(folder: Path, questions: int) -> Trained:
 
 def held_out(folder: Path, count: int) -> list[dict]:
     """Held-out conversations, as the run in `folder` sees them: others than those that training was evaluated on."""
-    from mllm_jax.train.checkpoint.manager import read_config
+    from mllm_jax.train.checkpoint.restore import read_config
 
     source = read_config(folder).data.source("heldout")
     return [source[i] for i in range(1, count + 1)]
@@ -274,7 +271,7 @@ def report(
     """Writes the page; `facts` are shown beside scores, size and speed."""
     from mllm_jax.evaluate.metrics import exact_match
     from mllm_jax.model.vlm import count_params
-    from mllm_jax.train.checkpoint.manager import read_config
+    from mllm_jax.train.checkpoint.restore import read_config
     from mllm_jax.train.monitor.metrics import read_metrics
 
     parts, records = count_params(read_config(seeing.folder).model), read_metrics(seeing.folder)

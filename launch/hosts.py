@@ -12,7 +12,6 @@ from launch.accelerators import Gpu, Tpu
 from mllm_jax.common.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = 3  # files that a message names
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,6 @@ def in_image(dockerfile: str, mount: str, folders: Sequence[str] = ()) -> Files:
 def uncommitted() -> list[str]:
     """The files of this checkout that differ from what is committed, or are not committed at all."""
     return re.findall(r"(?:^|\0)..\s([^\0]+)", _git("status", "--porcelain", "-z", "--no-renames") or "")
-
-
-def shown(files: Sequence[str]) -> str:
-    """A few names of files."""
-    return ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")
 
 
 def _git(*words: str) -> str | None:

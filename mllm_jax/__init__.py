@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load_pretrained": "pretrained.api",
-    "load_workdir": "train.checkpoint.manager",
+    "load_workdir": "train.checkpoint.restore",
     "save_pretrained": "pretrained.api",
     "load_adapters": "pretrained.peft",
     "save_adapters": "pretrained.peft",
@@ -43,8 +43,8 @@ _HOME = {
     "Budget": "data.pipeline.packing",
     "collate": "data.pipeline.packing",
     "Processor": "data.pipeline.processor",
-    "make_mesh": "sharding",
-    "PRESETS": "sharding",
+    "make_mesh": "sharding.mesh",
+    "PRESETS": "sharding.presets",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 
 from mllm_jax.common.cli import Parser, fail, run_command
-from mllm_jax.common.config import suggestion
+from mllm_jax.common.errors import suggestion
 
 COMMANDS = {
     "mllm_jax.train": "trains a model, or goes on where a run stopped",

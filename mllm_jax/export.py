@@ -17,14 +17,15 @@ from pathlib import Path
 import jax
 
 from mllm_jax.common.cli import Parser, run_command
-from mllm_jax.common.config import told
+from mllm_jax.common.errors import told
 from mllm_jax.common.settings import NonNegativeInt, argument
 from mllm_jax.common.status import say
+from mllm_jax.common.workdir import is_run
 from mllm_jax.nn.lora import split_adapters
-from mllm_jax.pretrained.api import CONFIG, Pretrained, is_run, load_pretrained, save_pretrained
+from mllm_jax.pretrained.api import CONFIG, Pretrained, load_pretrained, save_pretrained
 from mllm_jax.pretrained.peft import files as peft
 from mllm_jax.pretrained.peft import load_adapters, merge_adapters, save_adapters
-from mllm_jax.train.checkpoint.manager import load_workdir, read_config
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config
 from mllm_jax.weights.hf import local_folder
 from mllm_jax.weights.replacing import interrupted
 

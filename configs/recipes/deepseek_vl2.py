@@ -13,7 +13,6 @@ Source: [2] Table 2 of the paper. Warm-up is not published, nor over which token
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.decoders import deepseek
 from mllm_jax.families.towers.in_vlms import SIGLIP
 from mllm_jax.families.vlms import qwen3_vl
@@ -21,9 +20,9 @@ from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.train.losses.load_balance import BalanceConfig
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("small",)
@@ -62,6 +61,4 @@ def recipe() -> Run:
 
 
 def get_config(arg: str = "small"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/deepseek_vl2.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe()) if arg == "tiny" else recipe())
+    return sized(__file__, arg, SIZES, lambda size: recipe(), "small")

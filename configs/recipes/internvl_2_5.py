@@ -10,12 +10,11 @@ transformers' Trainer, which they leave. The second skips a tenth of the tower's
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("1b",)
@@ -53,6 +52,4 @@ def recipe() -> Run:
 
 
 def get_config(arg: str = "1b"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/internvl_2_5.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe()) if arg == "tiny" else recipe())
+    return sized(__file__, arg, SIZES, lambda size: recipe(), "1b")

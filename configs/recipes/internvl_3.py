@@ -12,12 +12,11 @@ learning rate, batch and decay of joint training, which are not published. V2PE,
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import internvl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = tuple(name.removeprefix("3-") for name in internvl.SIZES)
@@ -53,6 +52,4 @@ def recipe(size: str) -> Run:
 
 
 def get_config(arg: str = "8b"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/internvl_3.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe("1b")) if arg == "tiny" else recipe(arg))
+    return sized(__file__, arg, SIZES, recipe, "1b")

@@ -11,7 +11,8 @@ learned by adapters of the decoder, and by the connector. Sources: [T] the table
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
 from mllm_jax.families.vlms import llava
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.runtime import Runtime

@@ -13,12 +13,11 @@ results. What has no source is ours.
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import llava
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("vicuna-7b", "vicuna-13b", "mistral-7b", "34b")
@@ -55,6 +54,4 @@ def recipe(size: str) -> Run:
 
 
 def get_config(arg: str = "mistral-7b"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/llava_next.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe("mistral-7b")) if arg == "tiny" else recipe(arg))
+    return sized(__file__, arg, SIZES, recipe, "mistral-7b")

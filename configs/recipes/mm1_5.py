@@ -12,16 +12,15 @@ Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the num
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.decoders import qwen2
 from mllm_jax.families.towers.in_vlms import CLIP
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("3b",)
@@ -50,6 +49,4 @@ def recipe() -> Run:
 
 
 def get_config(arg: str = "3b"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/mm1_5.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe()) if arg == "tiny" else recipe())
+    return sized(__file__, arg, SIZES, lambda size: recipe(), "3b")

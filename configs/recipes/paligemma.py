@@ -11,12 +11,11 @@ The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mll
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import paligemma
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = tuple(name for name in paligemma.SIZES if name.endswith(("-224", "-448")))
@@ -54,6 +53,4 @@ def recipe(size: str) -> Run:
 
 
 def get_config(arg: str = "3b-224"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/paligemma.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe("3b-224")) if arg == "tiny" else recipe(arg))
+    return sized(__file__, arg, SIZES, recipe, "3b-224")

@@ -10,12 +10,11 @@ rates, batches, the length of rows and the size of the instruction set are not p
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import qwen2_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = ("2b", "7b", "72b")
@@ -48,6 +47,4 @@ def recipe(size: str) -> Run:
 
 
 def get_config(arg: str = "2b"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/qwen2_vl.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe("2b")) if arg == "tiny" else recipe(arg))
+    return sized(__file__, arg, SIZES, recipe, "2b")

@@ -9,12 +9,11 @@ report; [A] its abstract. Learning rates, batches and warm-up are not published:
 
 from dataclasses import replace
 
-from mllm_jax.common.config import ConfigError, suggestion
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
+from mllm_jax.train.runs.config import Run, Stage, TrainConfig
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.miniature import miniature
+from mllm_jax.train.runs.miniature import sized
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SIZES = tuple(qwen3_vl.SIZES)
@@ -42,6 +41,4 @@ def recipe(size: str) -> Run:
 
 
 def get_config(arg: str = "8b"):
-    if arg not in (*SIZES, "tiny"):
-        raise ConfigError(f"configs/recipes/qwen3_vl.py has no size {arg!r}; {suggestion(arg, (*SIZES, 'tiny'))}")
-    return run_config(miniature(recipe("2b")) if arg == "tiny" else recipe(arg))
+    return sized(__file__, arg, SIZES, recipe, "2b")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from rich.text import Text
 
-from mllm_jax.common.config import suggestion, told
+from mllm_jax.common.errors import suggestion, told
 from mllm_jax.common.files import says_full
 from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
 from mllm_jax.common.printable import printable, printable_lines

@@ -6,16 +6,15 @@ of the dataclass, which the reader resolves through a registry.
 """
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from mllm_jax.common.files import FULL, says_full
+from mllm_jax.common.errors import suggestion
 from mllm_jax.common.settings import as_float, checker, type_name
 
 TYPE = "type"  # the key that names the dataclass of a section whose field is `Any`
@@ -69,22 +68,6 @@ def dump(config: ConfigDict) -> str:
 def load(text: str) -> ConfigDict:
     """The inverse of `dump`: tuples, which JSON writes as lists, come back as tuples."""
     return ConfigDict(_tuples(json.loads(text)))
-
-
-def told(error: Exception) -> str:
-    """What an error says to people: one of the system without its number, and the file first."""
-    if isinstance(error, OSError) and error.strerror:
-        why = FULL if says_full(error) else error.strerror
-        return f"{error.filename}: {why}" if error.filename else why
-    return str(error)
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """What to tell somebody who wrote an unknown name: the nearest one, and all of them."""
-    known = sorted(map(str, known))
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]!r}? " if close else ""
-    return f"{meant}Known here: {', '.join(known) or 'nothing'}"
 
 
 def check_path(config: ConfigDict, path: str) -> None:

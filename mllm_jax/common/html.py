@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from mllm_jax.common.files import write_whole
+from mllm_jax.common.format import percent, short
 
 
 def write_page(
@@ -21,29 +22,16 @@ def write_page(
 
     Args:
       path: of the HTML file; its folder must exist.
-      template: as "evaluate/report.html", below this folder; it extends page.html.
+      template: as "evaluate/report.html", below the package; it extends common/page.html.
       filters: that the template uses beside `percent`, `short` and `png`.
       values: what the template shows: `title`, and `lead` (one sentence, or empty), beside its own.
     """
-    loader = FileSystemLoader(Path(__file__).parent)
+    loader = FileSystemLoader(Path(__file__).parents[1])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "short": short, "png": png} | dict(filters or {})
     page, path = environment.get_template(template).render(**values), Path(path)
     write_whole(path, page)
     return path.resolve()
-
-
-def percent(share: float | None) -> str:
-    """0.975 -> "97.5 %"; nothing known -> a dash."""
-    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.1f}".removesuffix(".0") + " %"
-
-
-def short(value: float) -> str:
-    """A number in a few characters: 0.25, 1,200, 35k, 1.2M."""
-    for limit, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= limit * (1 - 5e-4):
-            return f"{float(f'{value / unit:.3g}'):g}{letter}"
-    return f"{float(f'{value:.4g}'):,g}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -24,7 +24,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
-SHOWN = 80  # characters of a value in an error
+from mllm_jax.common.errors import value_text
+
 LARGEST = 2**31 - 1  # of a whole number whose range has no other end: arrays are counted in int32
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # sizes of numbers in fp32
 KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), str: (str, "a text")}
@@ -169,11 +170,11 @@ def _check_value(kind: type, constraints: tuple[Constraint, ...], value: Any, pa
     if type(value) is not kind and kind in KINDS:
         wanted, name = KINDS[kind]
         if not isinstance(value, wanted) or isinstance(value, bool):
-            raise ValueError(f"{path}={_shown(value)}: needs {name}.")
+            raise ValueError(f"{path}={value_text(value)}: needs {name}.")
     given = as_float(value) if kind is float else value
     for constraint in constraints:
         if fault := constraint.fault(given):
-            raise ValueError(f"{path}={_shown(value)}: {fault}")
+            raise ValueError(f"{path}={value_text(value)}: {fault}")
 
 
 def _check_optional(check: Callable, value: Any, path: str) -> None:
@@ -183,7 +184,7 @@ def _check_optional(check: Callable, value: Any, path: str) -> None:
 
 def _check_tuple(checks: tuple[Callable | None, ...], any_length: bool, hint: str, value: Any, path: str) -> None:
     if not isinstance(value, (tuple, list)) or not (any_length or len(value) == len(checks)):
-        raise ValueError(f"{path}={_shown(value)}: needs {hint}.")
+        raise ValueError(f"{path}={value_text(value)}: needs {hint}.")
     for number, item in enumerate(value):
         if check := checks[0 if any_length else number]:
             check(item, f"{path}[{number}]")
@@ -191,7 +192,7 @@ def _check_tuple(checks: tuple[Callable | None, ...], any_length: bool, hint: st
 
 def _check_mapping(check: Callable, value: Any, path: str) -> None:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{path}={_shown(value)}: needs names with values.")
+        raise ValueError(f"{path}={value_text(value)}: needs names with values.")
     for name, item in value.items():
         check(item, f"{path}.{name}")
 
@@ -206,11 +207,6 @@ def type_name(hint: Any) -> str:
     if options:
         return f"{origin.__name__}[{', '.join(map(type_name, options))}]"
     return {Ellipsis: "...", types.NoneType: "None"}.get(hint) or getattr(hint, "__name__", str(hint))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def check(hint: Any, value: Any, name: str) -> None:

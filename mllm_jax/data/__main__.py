@@ -8,6 +8,7 @@ Each command says more under --help.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -19,11 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mllm_jax.common.cli import REPLACES, Parser, run_command
-from mllm_jax.common.config import told
+from mllm_jax.common.errors import told
 from mllm_jax.common.printable import printable_lines
 from mllm_jax.common.settings import NonNegativeInt, PositiveInt, argument
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.tools.convert import ABOUT, BROKEN, convert
+
+INSPECT_COMMAND = "mllm_jax.train.input.inspect_command"  # imports jax, which the workers of `convert` never do
 
 CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
 
@@ -141,25 +144,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mllm_jax.data.pipeline.loader import BadData
-    from mllm_jax.train.input import inspection  # which needs jax, as `convert` does not
-    from mllm_jax.train.runs.command import read_config
-    from mllm_jax.train.runs.config import read_run
-    from mllm_jax.train.runs.stages import one_run
-
-    if args.html and not Path(args.html).absolute().parent.is_dir():
-        raise ValueError(f"--html={args.html} is in a folder that does not exist")
-    run = read_run(one_run(read_config(["--config", args.config, *args.settings]), args.stage))
-    try:
-        with _progress(args.count) as progress:
-            found = inspection.inspect(run, args.count, progress)
-    except BadData as error:
-        raise ValueError(str(error)) from error
-    Console().print(inspection.tables(found))
-    if args.html:
-        named = args.config + (f", stage {args.stage}" if args.stage else "")
-        print(inspection.write_page(args.html, f"Data of {named}", found))
-    return 0
+    return importlib.import_module(INSPECT_COMMAND).main(args, _progress)
 
 
 if __name__ == "__main__":

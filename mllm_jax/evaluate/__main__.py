@@ -18,17 +18,18 @@ from rich.progress import track
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
+from mllm_jax.common.workdir import run_folder
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import exact_match, scores
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.evaluate.retrieval import nearest
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.pretrained.api import load_pretrained
-from mllm_jax.train.checkpoint.manager import load_workdir, read_config
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config
 from mllm_jax.train.evaluators.generation import Spread
 from mllm_jax.train.runs import command
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.runs.stages import one_run, run_folder
+from mllm_jax.train.runs.stages import one_run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Where the questions are; by default, that of the run.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run: its newest checkpoint is evaluated.")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mllm_jax.data.records import grounding
+from mllm_jax.data.records.content import parts_of, texts_of
 from mllm_jax.evaluate.report import Answer
 from mllm_jax.generate.requests import generate
 
@@ -25,14 +26,6 @@ def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new
         said = generate(vlm, asked, max_new_tokens=max_new_tokens)
         for record, text in zip(part, said):
             messages = grounding.written(record["messages"], vlm.processor.spec.grounding)
-            *_, question, truth = (_parts(message.get("content") or "") for message in messages)
+            *_, question, truth = (parts_of(message.get("content") or "") for message in messages)
             shown = next((item[item["type"]] for item in question if item["type"] != "text"), None)
-            yield Answer(record["kind"], _text(question), _text(truth), text.strip(), shown)
-
-
-def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _text(parts: list[dict[str, Any]]) -> str:
-    return " ".join(part["text"] for part in parts if part["type"] == "text")
+            yield Answer(record["kind"], " ".join(texts_of(question)), " ".join(texts_of(truth)), text.strip(), shown)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm_jax.common.html import png, short, ticks
+from mllm_jax.common.format import short
+from mllm_jax.common.html import png, ticks
 from mllm_jax.evaluate.report import frames_of
 
 TONES = ("#2368c4", "#d2691e", "#11906f", "#9a52c8", "#b8932a", "#c0396b")

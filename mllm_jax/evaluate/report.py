@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mllm_jax.common.html import log_ticks, percent, short, ticks, write_page
-from mllm_jax.train.monitor.goodput import PARTS, hours
+from mllm_jax.common.format import hours, percent, short
+from mllm_jax.common.html import log_ticks, ticks, write_page
+from mllm_jax.train.monitor.goodput import PARTS
 from mllm_jax.types import MODALITIES
 
 LABEL_HEIGHT = 15  # pixels that the label of a line needs

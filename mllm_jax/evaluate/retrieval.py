@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from mllm_jax.pretrained.api import Pretrained
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.evaluators.retrieval import Retrieval
 from mllm_jax.train.runs.config import Run
 

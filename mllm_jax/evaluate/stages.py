@@ -11,12 +11,13 @@ from rich.table import Table
 
 from mllm_jax.common.cli import cell
 from mllm_jax.common.config import load
-from mllm_jax.evaluate.report import Kind, Run, percent, short, write_report
+from mllm_jax.common.format import percent, short
+from mllm_jax.common.workdir import CONFIG, ended, read_note
+from mllm_jax.evaluate.report import Kind, Run, write_report
 from mllm_jax.model.vlm import abstract_params, count_params
-from mllm_jax.train.checkpoint.damage import read_note
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.runs.stages import branch, ended, stage_config
+from mllm_jax.train.runs.stages import branch, stage_config
 from mllm_jax.train.step.optimizer import split
 
 SHOWN = 4  # branches on a page
@@ -52,7 +53,7 @@ def write_page(workdir: str | Path) -> Path:
         kinds=[Kind(kind) for kind in kinds],
         parts=count_params(read_run(config).model),
         facts={"Stages": ", ".join(ended(workdir)), "Steps in all": f"{sum(ended(workdir).values()):,}"},
-        config=(Path(workdir) / "config.json").read_text(encoding="utf-8"),
+        config=(Path(workdir) / CONFIG).read_text(encoding="utf-8"),
     )
 
 
@@ -77,7 +78,7 @@ def _branch(workdir: Path, names: list[str], steps: Mapping[str, int]) -> Run:
 
 def _config(workdir: str | Path) -> ConfigDict:
     fix = "The training command of this run writes it again"
-    return load(json.dumps(read_note(Path(workdir) / "config.json", fix, stages=dict)))
+    return load(json.dumps(read_note(Path(workdir) / CONFIG, fix, stages=dict)))
 
 
 def _last(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mllm_jax.common.cli import Parser, run_command
-from mllm_jax.common.config import suggestion
+from mllm_jax.common.errors import suggestion
 from mllm_jax.data.pipeline.spans import Cut, Still
 from mllm_jax.data.vision.images import check_size
 from mllm_jax.families import FAMILIES, spec_for

@@ -16,17 +16,19 @@ from typing import Any
 
 import jax
 
+import mllm_jax
 from mllm_jax.common.cli import Parser, run_command
-from mllm_jax.common.config import told
+from mllm_jax.common.errors import told
 from mllm_jax.common.settings import PositiveInt, Seed, argument
 from mllm_jax.common.status import announced, say
+from mllm_jax.common.workdir import is_run
 from mllm_jax.data.media import resolve
 from mllm_jax.data.text.generation_config import FILE, GenerationDefaults
 from mllm_jax.generate.chat import Chat, first_line, stream_answer, system_message, talk, write_answer
 from mllm_jax.generate.prompts import answers, as_line
 from mllm_jax.generate.requests import answering_processor
 from mllm_jax.generate.sampling import Temperature, TopK, TopP
-from mllm_jax.pretrained.api import Pretrained, is_run, load_pretrained
+from mllm_jax.pretrained.api import Pretrained, load_pretrained
 from mllm_jax.pretrained.peft import load_adapters
 
 
@@ -99,11 +101,8 @@ def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[st
 
 def _load(checkpoint: str, dtype: str) -> Pretrained:
     """A training run's folder, or a model in Hugging Face's format."""
-    if not is_run(checkpoint):
-        return load_pretrained(checkpoint, dtype)
-    from mllm_jax.train.checkpoint.manager import load_workdir  # slow to import, and a published model needs none of it
-
-    return load_workdir(checkpoint)
+    # Training is slow to import, and a published model needs none of it: `mllm_jax` imports it where it is asked for.
+    return mllm_jax.load_workdir(checkpoint) if is_run(checkpoint) else load_pretrained(checkpoint, dtype)
 
 
 def _parser() -> Parser:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mllm_jax.common.config import suggestion, told
+from mllm_jax.common.errors import suggestion, told
 from mllm_jax.common.printable import printable_lines
 from mllm_jax.common.status import announced, say
 from mllm_jax.data.records.parts import MEDIA

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.common.config import told
+from mllm_jax.common.errors import told
+from mllm_jax.data.records.content import texts_of
 from mllm_jax.data.records.messages import CALL, ROLES
 from mllm_jax.data.records.records import DOCUMENT, BadRecord, read_record
 from mllm_jax.data.sources import kind_of, open_source
@@ -109,12 +110,8 @@ def _answered(vlm: Any, prompts: list[dict[str, Any]], settings: Mapping[str, An
             yield from _answered(vlm, [prompt], settings)
         return
     for prompt, answer in zip(prompts, said):
-        yield {"id": prompt["id"], "prompt": _text(prompt["messages"][-1]), "answer": answer}
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else " ".join(x["text"] for x in content if x["type"] == "text")
+        asked = texts_of(prompt["messages"][-1].get("content") or "")
+        yield {"id": prompt["id"], "prompt": " ".join(asked), "answer": answer}
 
 
 def as_line(answer: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 
+from mllm_jax.common.trees import flatten
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.nn.attention.attend import probabilities
 from mllm_jax.nn.attention.layer import Attention, AttentionConfig
@@ -62,7 +62,7 @@ def _listened(model: VLM, params, batch: Batch, at) -> jax.Array:
 
     with nn.intercept_methods(note):
         _, taps = model.apply({"params": params}, batch, hidden=True, mutable=[TAPS])
-    noted, layers = flatten_dict(taps[TAPS]["decoder"], sep="/"), {}
+    noted, layers = flatten(taps[TAPS]["decoder"]), {}
     for part in segments(model.config.decoder.kinds):
         for name, numbers, _ in part.slots():
             layers |= dict(zip(numbers, noted[f"{name}/attention/{NOTED}"]))

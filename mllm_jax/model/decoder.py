@@ -15,9 +15,11 @@ from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.moe.layer import Moe, MoeConfig
 from mllm_jax.nn.norm import NORMS
+from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime, rematted
 from mllm_jax.nn.stack import scan_segment, segments
-from mllm_jax.sharding import named, shard
+from mllm_jax.sharding.activations import shard
+from mllm_jax.sharding.weights import named
 from mllm_jax.types import Cache
 
 
@@ -215,8 +217,7 @@ class Decoder(nn.Module):
     def logits(self, x):
         """Hidden states [... D] -> f32[... V]."""
         if self.config.tie_embeddings:
-            precision = jax.lax.Precision.HIGHEST if self.runtime.dtype == "float32" else None
-            y = jnp.einsum("...D,VD->...V", x, self.table.astype(self.runtime.dtype), precision=precision)
+            y = einsum("...D,VD->...V", x, self.table.astype(self.runtime.dtype))
         else:
             y = self.head(x)
         return cap(y.astype(jnp.float32), self.config.logit_softcap)

@@ -22,7 +22,8 @@ from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.mlp import ACTIVATIONS, Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import named, shard
+from mllm_jax.sharding.activations import shard
+from mllm_jax.sharding.weights import named
 from mllm_jax.types import DualBatch, Output
 
 # Of every loss, the scale and the bias of the logits before training; None = there is no bias.

@@ -12,9 +12,10 @@ from flax import linen as nn
 from flax.core import meta
 
 from mllm_jax.common.settings import Config, Int, NonNegative, NonNegativeInt, PositiveInt, TokenId
+from mllm_jax.common.trees import join
 from mllm_jax.model.decoder import Decoder, DecoderConfig
 from mllm_jax.model.fusion import splice
-from mllm_jax.nn.lora import LoraConfig, join, keep_base, make_adapters
+from mllm_jax.nn.lora import LoraConfig, keep_base, make_adapters
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.value_head import ValueHead
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens

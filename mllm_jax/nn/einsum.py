@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
+from mllm_jax.nn.precision import precision_of
 from mllm_jax.nn.quantization import SCALE as QUANTISED
 from mllm_jax.nn.quantization import dequantise
-from mllm_jax.sharding import named
+from mllm_jax.sharding.weights import named
 from mllm_jax.types import Array
 
 
@@ -41,7 +42,7 @@ class Einsum(nn.Module):
 
         def product(x, w):
             """jnp.einsum would contract several axes in reverse order, for which XLA copies the weight."""
-            return jax.lax.dot_general(x, w.astype(self.dtype), (axes, ((), ())), precision=_precision(self.dtype))
+            return jax.lax.dot_general(x, w.astype(self.dtype), (axes, ((), ())), precision=precision_of(self.dtype))
 
         if self.has_variable("params", QUANTISED):
             # Made again in the backward pass, which else would keep a whole weight for every layer.
@@ -62,18 +63,13 @@ class Einsum(nn.Module):
     def _adapted(self, x, inputs: str, outputs: str):
         """scale * (x A) B, for letters of axes. First outputs may have their own: A [C D r], B [C r N H], scale [C]."""
         down, up, scale = (self.get_variable("params", name).astype(self.dtype) for name in (DOWN, UP, SCALE))
-        x, product = x.astype(self.dtype), partial(jnp.einsum, precision=_precision(self.dtype))
+        x, product = x.astype(self.dtype), partial(jnp.einsum, precision=precision_of(self.dtype))
         if self.has_rng("dropout") and self.has_variable("params", KEEP):
             keep = self.get_variable("params", KEEP)
             x = jnp.where(jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep.astype(x.dtype), 0)
         own, rest = outputs[: down.ndim - len(inputs) - 1], outputs[down.ndim - len(inputs) - 1 :]
         low = scale[..., None] * product(f"...{inputs},{own}{inputs}r->...{own}r", x, down)
         return product(f"...{own}r,{own}r{rest}->...{outputs}", low, up)
-
-
-def _precision(dtype: str):
-    """fp32 means fp32 on every platform: TPUs and GPUs would otherwise round the operands."""
-    return jax.lax.Precision.HIGHEST if dtype == "float32" else None
 
 
 class Weight(nn.Module):

@@ -15,12 +15,11 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mllm_jax.common.patterns import check_patterns, first_found
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
+from mllm_jax.common.trees import check_patterns, first_found, flatten, partition, unflatten
 from mllm_jax.nn.quantization import KINDS, dequantise, kept
-from mllm_jax.sharding import Named
+from mllm_jax.sharding.weights import Named
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
 TRAINED = "/lora_(down|up)$"
@@ -93,11 +92,6 @@ class LoraConfig(Config):
         return ranks
 
 
-def flatten(boxed: Any) -> dict[str, Named]:
-    """The boxes of a tree by their paths."""
-    return flatten_dict(boxed, sep="/", is_leaf=lambda _, leaf: isinstance(leaf, Named))
-
-
 def make_adapters(boxed: Any, config: LoraConfig, key: jax.Array) -> dict:
     """New adapters for the weights of a boxed tree (or its shapes), as a boxed nested dict of their leaves alone.
 
@@ -109,7 +103,7 @@ def make_adapters(boxed: Any, config: LoraConfig, key: jax.Array) -> dict:
         scale = first_found(config.alphas, path, config.alpha) / rank
         new = _new(boxes[path], rank, scale, 1 - config.dropout, own)
         made |= {f"{path.removesuffix('w')}{name}": box for name, box in new.items()}
-    return unflatten_dict(made, sep="/")
+    return unflatten(made)
 
 
 def keep_base(boxed: Any, config: LoraConfig) -> dict:
@@ -117,7 +111,7 @@ def keep_base(boxed: Any, config: LoraConfig) -> dict:
     leaves = {}
     for path, box in flatten(boxed).items():
         leaves |= _kept(path, box, config)
-    return unflatten_dict(leaves, sep="/")
+    return unflatten(leaves)
 
 
 def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) -> dict:
@@ -127,7 +121,7 @@ def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) ->
       params: of the base model, f32 or bf16; its arrays must not be used again.
       boxed: their shapes. layout: shardings of the result.
     """
-    leaves, boxes, wanted = flatten_dict(params, sep="/"), flatten(boxed), flatten_dict(layout, sep="/")
+    leaves, boxes, wanted = flatten(params), flatten(boxed), flatten(layout)
     if not config.rank or config.base == "float32":
         return dict(params)
     for path in list(leaves):
@@ -137,7 +131,7 @@ def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) ->
         shapes = jax.eval_shape(unboxed, leaves[path])
         places = {name: wanted[name] for name in shapes}
         leaves |= jax.jit(unboxed, out_shardings=places)(leaves.pop(path))
-    return unflatten_dict(leaves, sep="/")
+    return unflatten(leaves)
 
 
 def _kept(path: str, box: Named, config: LoraConfig) -> dict[str, Named]:
@@ -170,15 +164,8 @@ def axes_of(box: Named) -> tuple[list[int], list[int], list[int]]:
 
 def split_adapters(params: Mapping) -> tuple[dict, dict]:
     """A tree of parameters -> (the base model's, those of its adapters), each without the leaves of the other."""
-    flat = flatten_dict(params)
-    part = lambda ours: unflatten_dict({path: leaf for path, leaf in flat.items() if (path[-1] in LEAVES) == ours})
-    return part(False), part(True)
-
-
-def join(*trees: Mapping) -> dict:
-    """The tree that has the leaves of all."""
-    flat = {path: leaf for tree in trees for path, leaf in flatten(tree).items()}
-    return unflatten_dict(flat, sep="/")
+    adapters, base = partition(params, lambda path: path.rpartition("/")[2] in LEAVES)
+    return base, adapters
 
 
 def add_products(params: Mapping, boxed: Any, sign: int = 1) -> dict:
@@ -188,23 +175,23 @@ def add_products(params: Mapping, boxed: Any, sign: int = 1) -> dict:
       params: with adapters, which stay.
       boxed: shapes of the base model's parameters (`abstract_boxed`).
     """
-    flat, boxes = flatten_dict(with_weights(params, boxed), sep="/"), flatten(boxed)
+    flat, boxes = flatten(with_weights(params, boxed)), flatten(boxed)
     for path in [path for path in flat if path.endswith(f"/{DOWN}")]:
         weight, (down, up, scale) = path.removesuffix(DOWN), (path.replace(DOWN, name) for name in (DOWN, UP, SCALE))
         product = _product(boxes[f"{weight}w"], flat[down], flat[up], flat[scale])
         w = flat[f"{weight}w"]
         flat[f"{weight}w"] = (w.astype(jnp.float32) + sign * product).astype(w.dtype)
-    return unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def with_weights(params: Mapping, boxed: Any) -> dict:
     """The tree with weights f32 in place of those that are kept in few bits."""
-    flat, found = flatten_dict(params, sep="/"), {}
+    flat, found = flatten(params), {}
     for path, box in flatten(boxed).items():
         if path not in flat:
             few = [name for name in flat if name.startswith(f"{path}_")]
             found[path] = dequantise({name.rpartition("/")[2]: flat.pop(name) for name in few}, box.matrix[0])
-    return unflatten_dict(flat | found, sep="/")
+    return unflatten(flat | found)
 
 
 def _product(box: Named, down, up, scale):

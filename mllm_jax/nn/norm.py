@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mllm_jax.sharding import named
+from mllm_jax.sharding.weights import named
 
 
 class RMSNorm(nn.Module):

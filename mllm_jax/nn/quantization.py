@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.sharding import Named
+from mllm_jax.sharding.weights import Named
 from mllm_jax.types import Array
 
 SCALE = "w_scale"

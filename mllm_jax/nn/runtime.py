@@ -7,7 +7,8 @@ import jax
 from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegative, OneOf
-from mllm_jax.sharding import RULES, Rules, freeze_rules, rules_of
+from mllm_jax.sharding.logical_axes import Rules, freeze_rules, rules_of
+from mllm_jax.sharding.presets import RULES
 
 TAPS = "taps"  # what somebody who listens to modules notes of every layer; nobody does in training
 EXCHANGED = ("expert_input", "expert_output")  # what experts on other devices were sent, and sent back
@@ -41,7 +42,7 @@ class Runtime(Config):
     remat: what backward recomputes: "none", "full" (every layer), "experts" (every layer, but not the exchange of
       tokens between devices) or "dots" (all but matrix products).
     scan: one compiled layer for a whole tower (compile time independent of depth), or unrolled; same weights.
-    rules: axis name -> mesh axes, see sharding.py.
+    rules: axis name -> mesh axes, see sharding/presets.py.
     """
 
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"

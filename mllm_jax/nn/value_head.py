@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mllm_jax.sharding import named
+from mllm_jax.sharding.weights import named
 
 NAME = "value_head"  # of the part in a model's parameters
 

@@ -8,16 +8,17 @@ import importlib
 import sys
 
 from mllm_jax.common.cli import fail, run_command
-from mllm_jax.common.config import suggestion
+from mllm_jax.common.errors import suggestion
 
-COMMANDS = ("certify",)
+PLAN = "mllm_jax.plan.cli"
+COMMANDS = {"certify": "mllm_jax.plan.verify.certify"}
 
 
 def main() -> None:
     named = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     if named and named not in COMMANDS:
         fail(f"there is no command {named!r}; {suggestion(named, COMMANDS)}; run with --help", 2)
-    importlib.import_module(f"mllm_jax.plan.{named or 'command'}").main()
+    importlib.import_module(COMMANDS.get(named, PLAN)).main()
 
 
 if __name__ == "__main__":

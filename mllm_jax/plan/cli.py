@@ -24,11 +24,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.format import duration, gib, percent, size_text
 from mllm_jax.plan import page
 from mllm_jax.plan.hardware.topology import get_topology
 from mllm_jax.plan.roofline import seconds
 from mllm_jax.plan.search import Candidate, Found, Search, mesh_text, read_mesh, summary
-from mllm_jax.plan.text import duration, gib, percent, size_text
 from mllm_jax.plan.validate import check_run
 from mllm_jax.train.runs import command
 from mllm_jax.train.runs.config import read_run

@@ -24,7 +24,7 @@ from mllm_jax.plan.hlo import hlo_text
 from mllm_jax.plan.hlo.checks import warnings_of
 from mllm_jax.plan.hlo.jaxpr import operations, place, products
 from mllm_jax.plan.hlo.replica_groups import axes_of
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.losses.preference import FIRST
 from mllm_jax.train.monitor.flops import count_flops, padded
 from mllm_jax.train.runs.config import Run, train_step

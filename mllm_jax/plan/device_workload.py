@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.plan.sharded_weight import Laid, Weight, abstract_mesh, lay, read_weights, split_axes
-from mllm_jax.sharding import fitting_axes, partition_spec, rules_of
+from mllm_jax.plan.sharded_weight import Laid, Weight, abstract_mesh, lay, read_weights
+from mllm_jax.sharding.logical_axes import fitting_axes, partition_spec, rules_of, split_axes
 from mllm_jax.train.monitor.flops import Counts, Flops, count_flops, near_pairs
 from mllm_jax.train.runs.config import Run
 

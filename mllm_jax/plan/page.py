@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm_jax.common import html
+from mllm_jax.common.format import GIB, duration, gib, percent, size_text
 from mllm_jax.common.html import log_ticks, ticks
-from mllm_jax.plan.hardware.chips import GIB, Chip
+from mllm_jax.plan.hardware.chips import Chip
 from mllm_jax.plan.roofline import Network, seconds
 from mllm_jax.plan.search import Candidate, Found, mesh_text
 from mllm_jax.plan.sharded_weight import STACKED, VOCABULARY, Laid
-from mllm_jax.plan.text import duration, gib, percent, size_text
-from mllm_jax.sharding import MESH_AXES
+from mllm_jax.sharding.mesh import MESH_AXES
 
 TALL, SLOW = 1.35, 4.0  # how much of what does not fit, and of what is slow, the plot shows
 COLUMNS, ROWS = 16, 8  # of a grid at most

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.format import duration, gib, percent
 from mllm_jax.nn.runtime import REMAT
 from mllm_jax.plan.comms import traffic
 from mllm_jax.plan.compile import Planned, TooLarge, plan_step
@@ -15,8 +16,7 @@ from mllm_jax.plan.estimate import estimate
 from mllm_jax.plan.hardware.chips import CHIPS, Chip
 from mllm_jax.plan.hardware.topology import Topology
 from mllm_jax.plan.roofline import Network, Roofline, roofline
-from mllm_jax.plan.text import duration, gib, percent
-from mllm_jax.sharding import MESH_AXES, make_mesh
+from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
 from mllm_jax.train.runs.config import Run, with_rules
 
 # What may be changed in the rules of a run for its vision tower, whose width often does not divide among all devices.

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from flax.traverse_util import flatten_dict
+from flax.core import meta
 from jax.sharding import AbstractMesh
 
+from mllm_jax.common.trees import flatten
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, in_full
-from mllm_jax.sharding import MESH_AXES, Named, Rules, partition_spec
+from mllm_jax.sharding.logical_axes import Rules, partition_spec
+from mllm_jax.sharding.mesh import MESH_AXES
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import make_optimizer, split
 from mllm_jax.train.step.state import new_state
@@ -95,11 +97,11 @@ class Laid(NamedTuple):
 
 def read_weights(run: Run) -> tuple[Weight, ...]:
     """All weights of a run's model. Raises ValueError where the optimizer's patterns fit none."""
-    tree, held = abstract_boxed(in_full(run.model)), flatten_dict(abstract_params(run.model), sep="/")
-    boxed = flatten_dict(tree, sep="/", is_leaf=lambda _, leaf: isinstance(leaf, Named))
-    params = jax.tree.map(lambda box: box.value, tree, is_leaf=lambda leaf: isinstance(leaf, Named))
+    tree, held = abstract_boxed(in_full(run.model)), flatten(abstract_params(run.model))
+    boxed = flatten(tree)
+    params = meta.unbox(tree)
     tx, _ = make_optimizer(run.optim, params)
-    trained = set(flatten_dict(split(params, run.optim.freeze)[0], sep="/"))
+    trained = set(flatten(split(params, run.optim.freeze)[0]))
     moments = dict.fromkeys(boxed, 0.0)
     state = jax.eval_shape(lambda params: new_state(tx, params), params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
@@ -122,19 +124,13 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
-def split_axes(name: str | None, rules: Rules, mesh: AbstractMesh) -> tuple[str, ...]:
-    """The axes of the mesh, larger than 1, that split an axis of this name."""
-    axes = dict(rules).get(name) or ()
-    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if mesh.shape[axis] > 1)
-
-
 def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...], known: Mapping) -> Laid:
     """A weight under rules.
 
     Args:
       rows: axes that split what it is multiplied with. A weight cannot be used where it lies on one of these, but for
         experts, to which the rows come.
-      known: `split_axes` of all names.
+      known: axes that split each name.
     Raises:
       ValueError: the mesh does not divide it.
     """

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.trees import differences
+from mllm_jax.common.workdir import is_run
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import ModelConfig
-from mllm_jax.pretrained.api import is_run
 from mllm_jax.train.runs.config import Run
 
 PARTS = ("encoder", "connector", "decoder")
@@ -41,7 +42,11 @@ def check_run(run: Run) -> None:
         published = family.from_hf(stated)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"config.init: {run.init}/config.json cannot be read: {error}") from error
-    other = [line for part in PARTS for line in _differences(part, getattr(run.model, part), getattr(published, part))]
+    other = [
+        f"{path} is {_text(theirs)} there and {_text(ours)} here"
+        for part in PARTS
+        for path, theirs, ours in differences(getattr(published, part), getattr(run.model, part), path=part)
+    ]
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise ConfigError(
@@ -57,15 +62,6 @@ def _positions(run: Run) -> float:
     except (KeyError, ValueError):
         return float("inf")
     return stated.get("text_config", stated).get("max_position_embeddings", float("inf"))
-
-
-def _differences(path: str, ours: Any, theirs: Any) -> list[str]:
-    """Fields of two configs that differ, by their path."""
-    if type(ours) is type(theirs) and dataclasses.is_dataclass(ours):
-        names = [field.name for field in dataclasses.fields(ours)]
-        pairs = [(f"{path}.{name}", getattr(ours, name), getattr(theirs, name)) for name in names]
-        return [line for pair in pairs for line in _differences(*pair)]
-    return [] if ours == theirs else [f"{path} is {_text(theirs)} there and {_text(ours)} here"]
 
 
 def _text(value: Any) -> str:

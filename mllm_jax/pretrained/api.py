@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from mllm_jax.common.workdir import is_run
 from mllm_jax.data.pipeline.dual_batches import with_texts
 from mllm_jax.data.pipeline.dual_processor import DualProcessor
 from mllm_jax.data.pipeline.hf_inputs import alone, as_arrays, assemble
@@ -26,7 +27,7 @@ from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.nn.lora import LoraConfig, split_adapters
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import shardings
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.types import Batch, DualBatch
 from mllm_jax.weights.hf import load_tensors, local_folder, save_tensors
 from mllm_jax.weights.matching import named, untied
@@ -35,8 +36,6 @@ from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint, weig
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"  # in the folder of a training run or of a stage
-PROGRESS = "stages.json"  # in the folder of a run with stages: them in order, and the last step of those that ended
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,11 +195,6 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
     if config.decoder is None:
         return alone(config, family.visuals(config, arrays))
     return assemble(config, arrays, family.visuals(config, arrays) if sees else {})
-
-
-def is_run(folder: str | os.PathLike) -> bool:
-    """Returns whether a folder is that of a training run, of a stage, or of a run with stages."""
-    return (Path(folder) / CHECKPOINTS).is_dir() or (Path(folder) / PROGRESS).is_file()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
+from mllm_jax.common.workdir import all_ended
 from mllm_jax.evaluate import stages
 from mllm_jax.train.loop import Diverged
 from mllm_jax.train.monitor import processes
@@ -37,7 +38,6 @@ from mllm_jax.train.monitor.streams import survive_closed_streams
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs import command
 from mllm_jax.train.runs.length import DataEnded
-from mllm_jax.train.runs.stages import all_ended
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")

@@ -15,15 +15,17 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, dump, told
+from mllm_jax.common.config import ConfigError, dump
+from mllm_jax.common.errors import told
 from mllm_jax.common.files import write_whole, writing
 from mllm_jax.common.status import announced, say
+from mllm_jax.common.workdir import CONFIG, PROCESSOR
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.preference_records import reference_of
 from mllm_jax.train.checkpoint.frozen_base import completed, note_base, saved
 from mllm_jax.train.checkpoint.lock import locked
-from mllm_jax.train.checkpoint.manager import PROCESSOR, Restored
+from mllm_jax.train.checkpoint.manager import Restored
 from mllm_jax.train.checkpoint.restore import first_params, processor_of
 from mllm_jax.train.checkpoint.tiers import Tiers
 from mllm_jax.train.evaluators.retrieval import held_out
@@ -154,7 +156,7 @@ class Training:
         self.watchdog = Watchdog(self.clock, run.train.watchdog, workdir)
         self.tracer = Tracer(profile_steps, workdir / "profile")
         if jax.process_index() == 0:
-            write_whole(workdir / "config.json", dump(config))
+            write_whole(workdir / CONFIG, dump(config))
             with writing(workdir / PROCESSOR):
                 processor.save(workdir / PROCESSOR)
 

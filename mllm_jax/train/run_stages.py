@@ -7,8 +7,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, dump, told
+from mllm_jax.common.config import ConfigError, dump
+from mllm_jax.common.errors import told
 from mllm_jax.common.files import write_whole
+from mllm_jax.common.workdir import CONFIG, ended, note_ended
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.algorithms.ppo_records import judge_run
 from mllm_jax.train.checkpoint.lock import locked
@@ -16,7 +18,7 @@ from mllm_jax.train.checkpoint.restore import check_adapters
 from mllm_jax.train.loop import StopSignal, made, train
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, read_run
 from mllm_jax.train.runs.length import DataEnded
-from mllm_jax.train.runs.stages import ended, names_in_order, note_ended, one_run, stage_config
+from mllm_jax.train.runs.stages import names_in_order, one_run, stage_config
 from mllm_jax.train.step.optimizer import make_optimizer
 
 
@@ -54,7 +56,7 @@ def _train_stages(
     config: ConfigDict, folder: Path, order: list[str], chosen: list[str], done: dict[str, int], alone: bool, **options
 ) -> bool:
     if jax.process_index() == 0:
-        write_whole(folder / "config.json", dump(config))
+        write_whole(folder / CONFIG, dump(config))
         note_ended(folder, order, done)
     for name in () if alone else done:
         _say(f"stage {name} has ended at step {done[name]}")

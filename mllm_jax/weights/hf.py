@@ -17,10 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from mllm_jax.common.errors import some
+from mllm_jax.common.trees import Tree, flatten, unflatten
 from mllm_jax.weights.matching import Ties, match, named, stored_rows
 from mllm_jax.weights.safetensors import FLOATS, all_finite, open_checkpoint, write_checkpoint
 from mllm_jax.weights.streaming import fill, gather
-from mllm_jax.weights.table import Entry, Row, Tree, expand, flatten, join, to_ours, to_theirs, unflatten
+from mllm_jax.weights.table import Entry, Row, expand, join, to_ours, to_theirs
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Folders (`original/`, `onnx/`, ...), the same weights in another layout or precision, adapters, logs.
@@ -120,7 +122,9 @@ def load_tensors(
             look = functools.partial(inspect, path)
             leaves[path] = fill(tuple(leaf.shape), depths.get(path, 0), kind, places[path], read, advance, look)
     if broken:
-        log.warning("the weights in %s hold inf or NaN, in %d parameters: %s", where, len(broken), _some(broken))
+        log.warning(
+            "the weights in %s hold inf or NaN, in %d parameters: %s", where, len(broken), some(sorted(broken), 5)
+        )
     return unflatten(leaves)
 
 
@@ -175,11 +179,6 @@ class _Export(NamedTuple):
 
     def __call__(self, element: jax.Array) -> jax.Array:
         return to_theirs(element, self.entry).astype(self.dtype)
-
-
-def _some(paths: Iterable[str]) -> str:
-    first, rest = sorted(paths)[:5], len(set(paths)) - 5
-    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager

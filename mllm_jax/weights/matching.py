@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mllm_jax.common.trees import Tree, flatten
 from mllm_jax.weights.safetensors import READABLE, Tensor
-from mllm_jax.weights.table import Entry, Row, Tree, flatten, tensors_of
+from mllm_jax.weights.table import Entry, Row, tensors_of
 
 _PART = 16_000_000  # bytes of a tensor that are compared at once
 Ties = Mapping[str, str]  # {leaf that a tree may lack: leaf whose values its tensor then has}

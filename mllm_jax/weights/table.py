@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
+from mllm_jax.common.trees import Tree, flatten
 from mllm_jax.types import Array
-
-Tree = Mapping[str, Any]
 
 
 class Row(NamedTuple):
@@ -68,26 +67,6 @@ class Entry(NamedTuple):
     def parts(self) -> tuple["Entry", ...]:
         """All parts of the tensor in order, itself the first."""
         return (self._replace(rest=()), *self.rest)
-
-
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as `{"decoder/norm/scale": leaf}`, in the order of the tree."""
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
-    return leaves
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:

@@ -17,9 +17,10 @@ from mllm_jax.common import cli
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import DiskFull, write_whole, writing
 from mllm_jax.common.html import write_page
+from mllm_jax.common.trees import join
 from mllm_jax.data.__main__ import main as data
 from mllm_jax.model.vlm import VLM, init_adapters
-from mllm_jax.nn.lora import LoraConfig, join
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.train.checkpoint.lock import locked
 from mllm_jax.train.monitor.metrics import MetricsFile, read_metrics
 

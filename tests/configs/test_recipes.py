@@ -12,6 +12,7 @@ from staged_run import on_one_device
 from tiny_run import CONFIGS, load_module
 
 from mllm_jax.common.config import ConfigError, dump, load
+from mllm_jax.common.workdir import ended
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.input.pipeline import loader_of
 from mllm_jax.train.input.processors import make_processor
@@ -20,7 +21,7 @@ from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs.command import read_config
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.data_files import MixtureData
-from mllm_jax.train.runs.stages import ended, names_in_order, stage_config
+from mllm_jax.train.runs.stages import names_in_order, stage_config
 from mllm_jax.train.step.optimizer import make_optimizer, split
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.py"))

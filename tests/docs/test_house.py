@@ -1,6 +1,7 @@
 """The rules of the house that a machine can hold: imports run one way, files stay small, the package needs no torch."""
 
 import ast
+import collections
 import pathlib
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ MAY_IMPORT["train"] = {"generate"} | MAY_IMPORT["generate"]
 MAY_IMPORT["export"] = {"train"} | MAY_IMPORT["train"]
 MAY_IMPORT["evaluate"] = {"train"} | MAY_IMPORT["train"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 BESIDE_WORKERS = {"loader", "inspection", "inspection_page", "__main__"}  # of data/, run where jax may be
 DATA_WORKERS = [
     ".".join(path.relative_to(PACKAGE / "data").with_suffix("").parts).removesuffix(".__init__")
@@ -44,11 +46,15 @@ def part(path: pathlib.Path) -> str:
 
 
 def imported_modules(path: pathlib.Path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    yield from imported_in(ast.parse(path.read_text()))
+
+
+def imported_in(tree: ast.AST):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module if node.level == 0 else "mllm_jax"  # by a relative name: one of ours
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -60,6 +66,14 @@ def test_imports_run_one_way(path):
         if module.startswith("mllm_jax."):
             other = module.split(".")[1]
             assert other == own or other in MAY_IMPORT[own], f"{own} may not import {other}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_import_hides_in_a_function(path):
+    """An import inside a function hides a circle or a cost: of our own modules there is none."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, FUNCTIONS)]
+    hidden = {name for function in functions for name in imported_in(function)}
+    assert {name for name in hidden if name.split(".")[0] == "mllm_jax"} == set()
 
 
 def test_the_package_needs_neither_torch_nor_transformers():
@@ -74,10 +88,17 @@ def test_files_stay_small():
     assert statistics.median(lengths[path] for path in SOURCES) <= 200
 
 
-def test_data_workers_import_no_jax():
-    code = (
-        f"import sys; [__import__('mllm_jax.data.' + name) for name in {DATA_WORKERS}]; assert 'jax' not in sys.modules"
-    )
+def test_folders_stay_small():
+    """About a dozen files, templates included."""
+    files = (path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".html", ".jinja"))
+    counts = collections.Counter(path.parent for path in files if path.name != "__init__.py")
+    assert {folder: count for folder, count in counts.items() if count > 14} == {}
+
+
+def test_data_workers_and_common_import_no_jax():
+    common = [f"mllm_jax.common.{path.stem}" for path in (PACKAGE / "common").glob("*.py") if path.stem != "__init__"]
+    names = [*common, *(f"mllm_jax.data.{name}" for name in DATA_WORKERS)]
+    code = f"import sys; [__import__(name) for name in {names}]; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

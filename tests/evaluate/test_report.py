@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mllm_jax.common.format import percent, short
 from mllm_jax.evaluate.report import (
     Answer,
     Kind,
@@ -16,8 +17,6 @@ from mllm_jax.evaluate.report import (
     Run,
     chart,
     log_ticks,
-    percent,
-    short,
     ticks,
     write_report,
 )

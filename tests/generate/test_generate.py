@@ -24,7 +24,7 @@ from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import generate, stream_text
 from mllm_jax.model.vlm import VLM, abstract_boxed, init_cache
 from mllm_jax.pretrained.api import from_hf_inputs
-from mllm_jax.sharding import shardings
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.types import Batch
 
 CASES = {
@@ -308,7 +308,7 @@ def test_streamed_text_is_whole_characters(chat):
 def test_command_on_a_training_run(chat, tmp_path, capsys, monkeypatch):
     vlm, _ = chat
     (tmp_path / "checkpoints").mkdir()
-    monkeypatch.setattr("mllm_jax.train.checkpoint.manager.load_workdir", {str(tmp_path): vlm}.__getitem__)
+    monkeypatch.setattr(mllm_jax, "load_workdir", {str(tmp_path): vlm}.__getitem__)
     assert main(["--checkpoint", str(tmp_path), "--prompt", "Hello there.", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.strip("\n") == generate(vlm, ["Hello there."], 4)[0].rstrip("\ufffd").strip("\n")
 
@@ -318,9 +318,7 @@ def test_command_draws_as_the_model_asks(chat, tmp_path, capsys, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     asked = GenerationDefaults({"do_sample": True, "temperature": 5.0, "top_k": 7, "repetition_penalty": 1.1})
     processor = Processor(vlm.processor.tokenizer, vlm.processor.template, vlm.processor.spec, asked)
-    monkeypatch.setattr(
-        "mllm_jax.train.checkpoint.manager.load_workdir", {str(tmp_path): replace(vlm, processor=processor)}.__getitem__
-    )
+    monkeypatch.setattr(mllm_jax, "load_workdir", {str(tmp_path): replace(vlm, processor=processor)}.__getitem__)
     command = ["--checkpoint", str(tmp_path), "--prompt", "Hello there.", "--max-new-tokens", "4"]
 
     def said(*more):

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding  # noqa: E402
 
 from mllm_jax.nn.attention.attend import attend  # noqa: E402
 from mllm_jax.nn.runtime import Runtime  # noqa: E402
-from mllm_jax.sharding import make_mesh, partition_spec  # noqa: E402
+from mllm_jax.sharding.logical_axes import partition_spec  # noqa: E402
+from mllm_jax.sharding.mesh import make_mesh  # noqa: E402
 
 H200 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 import mllm_jax
+from mllm_jax.common.trees import flatten
 from mllm_jax.families import FAMILIES
-from mllm_jax.weights.table import expand, flatten
+from mllm_jax.weights.table import expand
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153
 NOTHING = "(?!)"  # a pattern that no name has

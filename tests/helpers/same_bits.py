@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mllm_jax.weights.table import flatten
+from mllm_jax.common.trees import flatten
 
 
 def bits(array):

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from mllm_jax.weights.table import Row, unflatten
+from mllm_jax.common.trees import unflatten
+from mllm_jax.weights.table import Row
 
 ROWS = [
     ("patch/w", "visual.patch.weight", "d c t y x -> (c t y x) d", {"c": 3, "t": 2, "y": 2}),

@@ -9,7 +9,7 @@ import jax
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import tiny_run  # noqa: E402
 
-from mllm_jax.sharding import make_mesh  # noqa: E402
+from mllm_jax.sharding.mesh import make_mesh  # noqa: E402
 from mllm_jax.train.runs.config import Run, Stage, read_run, run_config  # noqa: E402
 
 

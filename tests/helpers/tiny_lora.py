@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.nn.lora import split_adapters
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
 from mllm_jax.train.step.state import state_from_params

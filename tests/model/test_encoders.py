@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from transformers.models.internvl import InternVLVisionConfig, InternVLVisionModel
 
 import mllm_jax
+from mllm_jax.common.trees import flatten, unflatten
 from mllm_jax.data.pipeline.hf_inputs import without_text
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.families.shared.hf_images import cut
@@ -27,9 +28,9 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.encoders.windows import window_segments
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params, example_picture
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.types import Picture
-from mllm_jax.weights.table import expand, flatten, to_ours, unflatten
+from mllm_jax.weights.table import expand, to_ours
 
 SMALL = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from examples import VALUES, random_example, random_params, tiny_config
 
+from mllm_jax.common.trees import flatten
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.vlm import VLM, InputRules, abstract_params
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.types import Vision
-from mllm_jax.weights.table import flatten
 
 TINY = tiny_config()
 ROW = Budget(48, 2, 64)

@@ -13,16 +13,17 @@ from tiny_lora import BASE, OPTIM, merged, random_adapters, random_batch, start
 from traced_flops import dot_flops
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params, init_adapters
 from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.lora import LoraConfig, add_products, join, split_adapters
+from mllm_jax.nn.lora import LoraConfig, add_products, split_adapters
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.monitor.flops import count_flops, padded
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.optimizer import split
 from mllm_jax.train.step.train_step import make_eval_step
 
 EVERYWHERE = LoraConfig(
@@ -95,7 +96,7 @@ def test_what_is_frozen_costs_nothing(lora, batch):
     ones = batch._replace(weight=np.ones_like(batch.weight))
     trained, frozen = split(abstract_params(config), freeze)
     assert all(path[-1] in ("lora_down", "lora_up") for path in flatten_dict(trained))
-    traced = jax.make_jaxpr(jax.grad(lambda part, rest: loss_sum(config, merge(part, rest), ones)[0]))(trained, frozen)
+    traced = jax.make_jaxpr(jax.grad(lambda part, rest: loss_sum(config, join(part, rest), ones)[0]))(trained, frozen)
     counts = padded(batch)._replace(token_pairs=2 * padded(batch).token_pairs)
     flops = count_flops(config, counts, freeze)
     assert dot_flops(traced.jaxpr) == sum(part.total for part in flops.values())

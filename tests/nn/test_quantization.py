@@ -13,14 +13,16 @@ from flax.traverse_util import flatten_dict
 from tiny_lora import BASE, random_adapters, random_batch, start
 
 import mllm_jax
+from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params
 from mllm_jax.nn.einsum import Einsum
-from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters, with_weights
+from mllm_jax.nn.lora import LoraConfig, add_products, keep_arrays, split_adapters, with_weights
 from mllm_jax.nn.quantization import KINDS, NF4, dequantise, group_of, quantise
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.algorithms.supervised import loss_sum
-from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.optimizer import split
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch
 
     def grads(params):
         trained, frozen = split(join(params, adapters), lora.freezes(()))
-        run = jax.value_and_grad(lambda part, rest: loss_sum(config, merge(part, rest), batch)[0])
+        run = jax.value_and_grad(lambda part, rest: loss_sum(config, join(part, rest), batch)[0])
         return jax.jit(run)(trained, frozen)
 
     (loss, found), (expected_loss, expected) = map(grads, (few, whole))

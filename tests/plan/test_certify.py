@@ -24,7 +24,8 @@ from mllm_jax.plan.verify.certificate import (
     packed_batch,
     read_certificate,
 )
-from mllm_jax.sharding import PRESETS, RULES, make_mesh
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.presets import PRESETS, RULES
 from mllm_jax.train.runs.config import with_rules
 
 ISSUED = {"fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2"}

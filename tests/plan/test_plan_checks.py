@@ -12,7 +12,7 @@ from mllm_jax.nn.runtime import Runtime, expect_runs
 from mllm_jax.plan.hardware.topology import Topology, targeting
 from mllm_jax.plan.hlo import checks, hlo_text
 from mllm_jax.plan.hlo.jaxpr import operations, products, unknown_loops
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 
 
 def test_warns_of_gathers_that_add_zeros():

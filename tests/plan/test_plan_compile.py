@@ -26,7 +26,7 @@ from mllm_jax.plan.hardware.topology import Topology, get_topology, targeting
 from mllm_jax.plan.hlo import hlo_text
 from mllm_jax.plan.hlo.jaxpr import operations, place, products, unknown_loops
 from mllm_jax.plan.hlo.replica_groups import axes_of
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.step.compiler import ASYNC_GATHERS, compiler_options
 from mllm_jax.train.step.optimizer import make_optimizer

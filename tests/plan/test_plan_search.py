@@ -16,6 +16,7 @@ from examples import tiny_config
 from flax.traverse_util import flatten_dict
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.format import GIB, duration
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.nn.lora import LoraConfig
@@ -26,14 +27,14 @@ from mllm_jax.plan.comms import traffic
 from mllm_jax.plan.compile import Collective, TooLarge, abstract_step
 from mllm_jax.plan.device_workload import Portion, read_shapes
 from mllm_jax.plan.estimate import estimate
-from mllm_jax.plan.hardware.chips import CHIPS, GIB
+from mllm_jax.plan.hardware.chips import CHIPS
 from mllm_jax.plan.hlo.jaxpr import operations, products
 from mllm_jax.plan.page import Chosen, write_page
 from mllm_jax.plan.roofline import Network, roofline, seconds
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
-from mllm_jax.plan.text import duration
 from mllm_jax.plan.validate import check_run
-from mllm_jax.sharding import MESH_AXES, RULES, make_mesh
+from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
+from mllm_jax.sharding.presets import RULES
 from mllm_jax.train.runs.config import Run, TrainConfig, read_run, run_config
 from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split

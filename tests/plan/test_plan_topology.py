@@ -9,7 +9,7 @@ import pytest
 
 from mllm_jax.plan.hardware.chips import CHIPS
 from mllm_jax.plan.hardware.topology import GPUS, KNOWN, TPUS, get_topology
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 
 
 def test_devices_without_a_compiler_are_where_they_are():
@@ -39,7 +39,7 @@ def test_devices_of_the_compiler_are_in_the_same_places():
     code = """
 import os
 from mllm_jax.plan.hardware.topology import get_topology
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 place = lambda device: (getattr(device, "slice_index", 0), *device.coords, device.core_on_chip)
 for name, shape in (("v4:2x2x2", {"fsdp": 4, "tensor": 2}), ("v6e:1x1", {"fsdp": 1}), ("v6e:4x4*2", {"fsdp": -1}),
                     ("v5e:4x8", {"fsdp": 8, "tensor": 4}), ("tpu7x:2x2x4", {"fsdp": 8, "tensor": 4})):

@@ -18,8 +18,9 @@ from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 from safetensors.numpy import load_file, save_file
 
 import mllm_jax
+from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import init_adapters
-from mllm_jax.nn.lora import LoraConfig, join
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.pretrained.peft import WEIGHTS
 
 TEXTS = {"qwen3_moe": tiny_text_families, "phi3": tiny_decoders}

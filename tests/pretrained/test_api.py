@@ -19,12 +19,12 @@ from examples import random_params, tiny_config
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
+from mllm_jax.common.trees import flatten, join
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import VLM, init_adapters
-from mllm_jax.nn.lora import LoraConfig, join
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.pretrained import api
-from mllm_jax.weights.table import flatten
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

@@ -14,10 +14,10 @@ from same_bits import assert_same_bits
 from tiny_models import FILE, MODELS, TEXT, assert_equal_logits, change_file, class_of, tiny
 
 import mllm_jax
+from mllm_jax.common.trees import flatten
 from mllm_jax.families import FAMILIES
 from mllm_jax.pretrained.api import load_params, published_config
 from mllm_jax.weights.matching import WeightsMismatch
-from mllm_jax.weights.table import flatten
 
 KINDS = [kind for kind, (_, last, _) in MODELS.items() if last != "Model"]
 FLAGS = list(itertools.product((None, False, True), repeat=2))  # at the top level, in the text config

@@ -14,20 +14,11 @@ from mllm_jax.common.config import ConfigError, dump, load
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan.hlo.hlo_text import array_sizes, parse, transfers
 from mllm_jax.plan.hlo.replica_groups import axes_of
-from mllm_jax.sharding import (
-    MESH_AXES,
-    PRESETS,
-    RULES,
-    Named,
-    fitting_axes,
-    freeze_rules,
-    make_mesh,
-    partition_spec,
-    rules_of,
-    shard,
-    shardings,
-    ways,
-)
+from mllm_jax.sharding.activations import shard
+from mllm_jax.sharding.logical_axes import fitting_axes, freeze_rules, partition_spec, rules_of, ways
+from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
+from mllm_jax.sharding.presets import PRESETS, RULES
+from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.step.state import state_shardings
 from mllm_jax.train.step.train_step import batch_shardings

@@ -18,10 +18,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from same_bits import assert_same_bits, bits
 from small_table import ROWS, SHAPES, abstract, random_params
 
+from mllm_jax.common.trees import flatten, unflatten
 from mllm_jax.weights.hf import load_tensors, save_tensors
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.safetensors import BrokenCheckpoint, open_checkpoint
-from mllm_jax.weights.table import Row, expand, flatten, to_ours, to_theirs, unflatten
+from mllm_jax.weights.table import Row, expand, to_ours, to_theirs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -393,7 +394,7 @@ MEMORY = """
     import re, sys
     import jax
     from mllm_jax.weights.hf import load_tensors, save_tensors
-    from mllm_jax.weights.table import unflatten
+    from mllm_jax.common.trees import unflatten
 
     def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
     def now(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

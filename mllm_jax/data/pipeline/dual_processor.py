@@ -13,6 +13,7 @@ from mllm_jax.common.settings import Config, Finite, Fraction, NonNegativeInt, P
 from mllm_jax.data.pipeline.dual_batches import one_each, pairs_in_rows
 from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.data.pipeline.spec import read_processor
+from mllm_jax.data.records.content import parts_of
 from mllm_jax.data.text.json_files import write_json
 from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.data.vision.images import load_image, notes, patchify
@@ -70,7 +71,7 @@ class DualProcessor(Config):
         Raises:
           ValueError: not one picture, or no text. TooLarge: a picture of fixed size has more patches.
         """
-        parts = [_parts(message["content"]) for message in record["messages"]]
+        parts = [parts_of(message["content"]) for message in record["messages"]]
         shown = [part for message in parts for part in message if part["type"] != "text"]
         text = " ".join(part["text"] for part in parts[-1] if part["type"] == "text").strip()
         if [part["type"] for part in shown] != ["image"] or not text:
@@ -155,7 +156,3 @@ class DualProcessor(Config):
         self.tokenizer.save(folder)
         image = self.rule.to_hf() | {"image_mean": list(self.mean), "image_std": list(self.std)}
         write_json(folder / "preprocessor_config.json", image)
-
-
-def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content

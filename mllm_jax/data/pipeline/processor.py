@@ -16,6 +16,7 @@ from mllm_jax.data.pipeline.preference import together
 from mllm_jax.data.pipeline.spans import Cut, Film, Framed, Plan, Still, WholeFilm, WholeFramed
 from mllm_jax.data.pipeline.spec import SEEING, ProcessorSpec, read_spec, write_spec
 from mllm_jax.data.records import grounding
+from mllm_jax.data.records.content import parts_of
 from mllm_jax.data.records.records import DOCUMENT
 from mllm_jax.data.text.chat_format import ChatFormat
 from mllm_jax.data.text.chat_template import ChatTemplate, Messages
@@ -228,12 +229,11 @@ class Processor:
         self, content: str | list[dict[str, Any]], visuals: list, generate: bool
     ) -> tuple[list[int], list[float]]:
         """A text with pictures in any place, between what the tokenizer puts before a text and what ends one."""
-        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         tokens, end = list(self.tokenizer.frame[0]), self.tokenizer.special_tokens().get("eos_token")
         weights, queue = [0.0] * len(tokens), iter(visuals)
         written = self.spec.vision_start is not None and not self.spec.brackets  # else `_markup` adds them
         start, stop = (self.spec.vision_start, self.spec.vision_end) if written else ("", "")
-        for item in items:
+        for item in parts_of(content):
             text = item["type"] == "text"
             shown = "" if text else start + self._markup(next(queue)) + stop
             more = self.tokenizer.encode(item["text"]) if text else self.tokenizer.encode_markup(shown)

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_jax.data.records.content import texts_of
 from mllm_jax.data.records.fields import Bad
 from mllm_jax.data.text.chat_template import CONTENT_TOKENS
 from mllm_jax.data.vision.images import open_image, upright_size
@@ -113,7 +114,7 @@ def with_objects(messages: Sequence[dict[str, Any]], objects: Any) -> list[dict[
     count = sum(part["type"] == "image" for part in shown)
     if kind == "real" and (lost := [image for image in images if isinstance(image, int) and image >= count]):
         raise Bad("not boxes", f"a box of image {lost[0]}: there are {count} images, counted from 0")
-    texts = [text for message in messages for text in _texts(message["content"])]
+    texts = [text for message in messages for text in texts_of(message["content"])]
     asked = [name for text in texts for name in PLACEHOLDER.findall(text)]
     for name, found in parts.items():
         if asked.count(name) != len(found):
@@ -208,10 +209,6 @@ def _joined(parts: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
         group = list(group)
         found += [{"type": "text", "text": "".join(part["text"] for part in group)}] if is_text else group
     return found[0]["text"] if len(found) == 1 and found[0]["type"] == "text" else found
-
-
-def _texts(content: Any) -> list[str]:
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _placed(content: Any, queues: Mapping[str, Iterator[dict[str, Any]]]) -> Any:

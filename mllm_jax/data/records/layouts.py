@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mllm_jax.data.records.content import parts_of
 from mllm_jax.data.records.fields import ANSWERS, QUESTIONS, TURNS, Bad
 from mllm_jax.data.records.messages import parsed
 from mllm_jax.data.records.parts import file_parts, files_beside
@@ -43,9 +44,7 @@ def _turns(record: Mapping[str, Any]) -> Layout | None:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise Bad("not a conversation", f'"{name}" must be a list of messages, or the same as JSON text')
     if [turn.get("role") for turn in turns] == ["document"]:
-        content = turns[0].get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        return Layout(frozenset((name,)), parts=parts)
+        return Layout(frozenset((name,)), parts=parts_of(turns[0].get("content")))
     turns = [each for turn in turns for each in _by_role(turn)]
     return Layout(frozenset((name,)), turns, in_text=any("from" in turn for turn in turns))
 

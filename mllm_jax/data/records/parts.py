@@ -100,9 +100,7 @@ def with_asked(messages: Messages, record: Mapping[str, Any]) -> Messages:
             raise Bad("not a conversation", f'"{name}" has {len(value)} values for {count} videos')
     of = lambda value, video: value[video] if isinstance(value, list | tuple) else value
     each = iter([{name: of(value, video) for name, value in asked.items()} for video in range(count)])
-    timed = lambda part: next(each) | part if part["type"] == "video" else part
-    listed = lambda content: [timed(p) for p in content] if isinstance(content, list) else content
-    return [message | {"content": listed(message["content"])} for message in messages]
+    return _each_part(messages, lambda part: next(each) | part if part["type"] == "video" else part)
 
 
 def _normal(part: Any) -> dict[str, Any]:
@@ -137,9 +135,13 @@ def _filled(messages: Messages, files: Mapping[str, list]) -> Messages:
     lists = [message["content"] for message in messages if isinstance(message["content"], list)]
     is_open = lambda part: part["type"] in MEDIA and part["type"] not in part
     queues = _queues([part["type"] for parts in lists for part in parts if is_open(part)], files)
-    fill = lambda part: part | next(queues[part["type"]]) if is_open(part) else part
-    listed = lambda content: [fill(part) for part in content] if isinstance(content, list) else content
-    return [message | {"content": listed(message["content"])} for message in messages]
+    return _each_part(messages, lambda part: part | next(queues[part["type"]]) if is_open(part) else part)
+
+
+def _each_part(messages: Messages, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Messages:
+    """Messages with every part changed, in order; contents that are texts stay."""
+    changed = lambda content: [change(part) for part in content] if isinstance(content, list) else content
+    return [message | {"content": changed(message["content"])} for message in messages]
 
 
 def _queues(asked: Sequence[str], files: Mapping[str, list]) -> dict[str, Iterator[dict[str, Any]]]:

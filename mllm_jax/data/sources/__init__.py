@@ -17,6 +17,7 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mllm_jax.data.records.records import BadRecord
@@ -57,9 +58,7 @@ def open_source(path: str | Path, root: str | Path | None = None, where: Mapping
             numbered set or cannot be read, or no record.
     """
     if (folder := _tfds_folder(str(path))) is not None:
-        from mllm_jax.data.sources import tfds
-
-        where = dict(where or {})
+        tfds, where = _tfds(), dict(where or {})
         return Conversations([tfds.TfdsSplit(folder, where.pop("split", tfds.SPLIT))], where)
     paths = find_files(str(path))
     return Conversations(open_shards(_reader(paths[0]), paths, root), where)
@@ -114,9 +113,11 @@ def _reader(file: Path) -> type[Shard]:
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
+def _tfds() -> ModuleType:
+    return importlib.import_module(f"{__name__}.tfds")
+
+
 def _tfds_folder(path: str) -> Path | None:
     if path.startswith(TFDS):
-        from mllm_jax.data.sources import tfds
-
-        return tfds.prepared(path.removeprefix(TFDS))
+        return _tfds().prepared(path.removeprefix(TFDS))
     return Path(path) if (Path(path) / "features.json").is_file() else None

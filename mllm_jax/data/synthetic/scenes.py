@@ -297,3 +297,9 @@ def scenes_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([f"<|{name}|>" for name in specials])
     return tokenizer
+
+
+def scenes_vision_ids() -> list[int]:
+    """The ids of <|image_pad|>, <|video_pad|>, <|vision_start|> and <|vision_end|> in `scenes_tokenizer`."""
+    tokenizer = scenes_tokenizer()
+    return [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mllm_jax.common.cli import Parser, run_command
+from mllm_jax.data.records.content import texts_of
 from mllm_jax.data.synthetic.scenes import Scenes as Drawn
 from mllm_jax.data.tools.inline_media import embedded
 
@@ -65,7 +66,7 @@ def _examples(split: str, size: int) -> Iterator[tuple[int, dict[str, Any]]]:
         record = embedded(drawn[number])
         shown = [part for m in record["messages"] if not isinstance(m["content"], str) for part in m["content"]]
         clip = next((part for part in shown if part["type"] == "video"), {"video": [], "fps": 0})
-        texts = [_text(message["content"]) for message in record["messages"]]
+        texts = ["".join(texts_of(message["content"])) for message in record["messages"]]
         yield (
             number,
             {
@@ -77,10 +78,6 @@ def _examples(split: str, size: int) -> Iterator[tuple[int, dict[str, Any]]]:
                 "messages": [{"role": m["role"], "content": text} for m, text in zip(record["messages"], texts)],
             },
         )
-
-
-def _text(content: str | list[dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mllm_jax.common.errors import value_text
 from mllm_jax.data.text.bounded_jinja import TooMuch
 from mllm_jax.data.text.chat_template import CONTENT_TOKENS, ChatTemplate, Messages
 from mllm_jax.data.text.marks import Marked, render_marked
@@ -207,7 +208,7 @@ class ChatFormat:
         for number, (message, weight) in enumerate(zip(messages, weights)):
             if message.get("role") != "assistant" or not weight:
                 continue
-            name = f"messages[{number}]={_short(message.get('content'))}"
+            name = f"messages[{number}]={value_text(message.get('content'))}"
             if (place := places.get(number)) is None:
                 raise ValueError(f"{name}: the chat template does not show where this answer is. Give it a text.")
             start = place.start if place.starts_with_content else self._turns.body_start(text, place)
@@ -291,14 +292,8 @@ def _check_all_written(messages: Messages, marked: Marked, generate: bool) -> No
         twice = times[number] > 1 and text.field != "tool_calls"  # a result may have the name of its tool
         if twice or not (times[number] or past or text.empty):
             name = f"messages[{text.message}].{text.field} ({messages[text.message]['role']})"
-            about = f"{name}={_short(messages[text.message][text.field])}"
+            about = f"{name}={value_text(messages[text.message][text.field])}"
             raise ValueError(f"{about}: {_TWICE if twice else _LEFT_OUT}")
-
-
-def _short(value: Any) -> str:
-    """A value as errors show it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:

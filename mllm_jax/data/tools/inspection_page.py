@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mllm_jax.common.html import log_ticks, png, short, ticks, write_page
+from mllm_jax.common.format import short
+from mllm_jax.common.html import log_ticks, png, ticks, write_page
 from mllm_jax.data.tools.inspection import KINDS, Inspection, Row, Stretch
 
 BINS = 30  # of a histogram at most

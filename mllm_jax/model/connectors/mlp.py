@@ -12,7 +12,7 @@ from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import named
+from mllm_jax.sharding.weights import named
 from mllm_jax.types import Vision, VisionTokens
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from einops import rearrange
 
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import join_rows, shard, split_rows
+from mllm_jax.sharding.activations import join_rows, shard, split_rows
 
 
 def to_tokens(features, patches_per_token: int, layers: Callable, runtime: Runtime):

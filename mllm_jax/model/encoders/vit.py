@@ -23,7 +23,8 @@ from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.rope import rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
-from mllm_jax.sharding import join_rows, named, shard, split_rows
+from mllm_jax.sharding.activations import join_rows, shard, split_rows
+from mllm_jax.sharding.weights import named
 from mllm_jax.types import Array, Vision
 
 

@@ -10,8 +10,9 @@ from mllm_jax.nn.attention.context_parallel import exchange_for, ring, ulysses
 from mllm_jax.nn.attention.flash import flash
 from mllm_jax.nn.attention.kernels import KERNELS, kernel_for, over_mesh
 from mllm_jax.nn.attention.masks import Key, Query, Rule, cap, sees, sight
+from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import fitting_axes
+from mllm_jax.sharding.logical_axes import fitting_axes
 
 SCORES = 2**18  # of one head and batch row: up to so many are computed at once, more in blocks
 
@@ -125,19 +126,14 @@ def _attend_on_device(q, k, v, query: Query, key: Key, name: str, rule: Rule):
 
 def _attend_dense(q, k, v, query: Query, key: Key, rule: Rule):
     weights = _weights(q, k, query, key, rule).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, precision=_precision(q))
+    out = einsum("BKGTS,BSKH->BKGTH", weights, v)
     return rearrange(out, "B K G T H -> B T (K G) H")
 
 
 def _weights(q, k, query: Query, key: Key, rule: Rule):
     """f32[B K G T S]."""
     q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
-    about = dict(precision=_precision(q), preferred_element_type=jnp.float32)
-    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q * rule.scale, k, **about)
+    scores = einsum("BKGTH,BSKH->BKGTS", q * rule.scale, k, jnp.float32)
     seen = sees(query, key)[:, None, None]
     scores = jnp.where(seen, cap(scores, rule.softcap), jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
-
-
-def _precision(x):
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from mllm_jax.nn.attention.masks import Key, Query, Rule, cap, sees
+from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import expect_runs
 from mllm_jax.types import Array
 
 BLOCK = 256  # tokens
 UNSEEN = -1e30  # as a score: finite, so that a query that sees nothing yields no NaN
+_product = partial(einsum, out=jnp.float32)
 
 
 class _Queries(NamedTuple):
@@ -174,11 +176,6 @@ def _scores(query: _Queries, key: _Keys, rule: Rule):
     seen = sees(query.sight, key.sight) & (key.sight.segment > 0)
     seen = repeat(seen, "t s -> (G t) s", G=scores.shape[1] // len(seen))
     return jnp.where(seen, scores, UNSEEN), seen, slope
-
-
-def _product(equation, x, y):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _at(tree, i):

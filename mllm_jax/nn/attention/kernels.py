@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mllm_jax.nn.attention.masks import Key, Query, Rule, sees
-from mllm_jax.sharding import fitting_axes, place
+from mllm_jax.sharding.activations import place
+from mllm_jax.sharding.logical_axes import fitting_axes
 
 SPLASH_BLOCK = 512
 PLANNED = 9.0  # compute capability of the GPUs that a step can be planned for, which are not there to tell it

@@ -80,20 +80,24 @@ class AttentionConfig(Config):
         return Attention(self, norm_eps, window, runtime, name=name)
 
 
-def write_cache(cache, new):
+def write_cache(cache, new, segment):
     """Writes a layer's new tokens into a cache, and nothing else: a cache is large.
 
     Args:
-      cache: ((k, v) [L B K S H] of all layers, this layer, ...).
+      cache: ((k, v) [L B K S H] of all layers, this layer, segment of all slots, index of new ones), or None.
       new: what to keep of the new tokens, (k, v) [B T K H].
+      segment: i32[B T] theirs.
     Returns:
-      ((k, v) of all layers, this layer's (k, v) [B S K H]).
+      ((k, v) of all layers, this layer's (k, v) [B S K H], their segment i32[B S], index of the new ones); without a
+      cache (None, `new`, `segment`, None).
     """
-    kept, layer, _, offset = cache
+    if cache is None:
+        return None, new, segment, None
+    kept, layer, kv_segment, offset = cache
     new = (rearrange(part, "B T K H -> 1 B K T H").astype(old.dtype) for old, part in zip(kept, new))
     kept = tuple(jax.lax.dynamic_update_slice(old, part, (layer, 0, 0, offset, 0)) for old, part in zip(kept, new))
     own = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in kept)
-    return kept, tuple(rearrange(part, "B K S H -> B S K H") for part in own)
+    return kept, tuple(rearrange(part, "B K S H -> B S K H") for part in own), kv_segment, offset
 
 
 class Attention(nn.Module):
@@ -125,10 +129,7 @@ class Attention(nn.Module):
             q, k = (RMSNorm(self.norm_eps, name=f"{name}_norm")(part) for name, part in (("q", q), ("k", k)))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        kv_segment, offset, kept = segment, None, None
-        if cache is not None:
-            kept, (k, v) = write_cache(cache, (k, v))
-            _, _, kv_segment, offset = cache
+        kept, (k, v), kv_segment, offset = write_cache(cache, (k, v), segment)
         out = self.attend(
             q,
             k,

@@ -18,6 +18,7 @@ from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.attention.layer import write_cache
 from mllm_jax.nn.einsum import Einsum, Weight
 from mllm_jax.nn.norm import RMSNorm
+from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.rope import YarnConfig, frequencies, rope_table, rotate
 from mllm_jax.nn.runtime import Runtime
 
@@ -109,10 +110,7 @@ class Mla(nn.Module):
         q_rope, k_rope = rotate(_halves(q_rope), rope), rotate(_halves(k_rope), rope)
         shape = (config.kv_rank, config.heads, config.nope_dim + config.v_dim)
         up = Weight(shape, ("latent", "heads", "head_dim"), config.kv_rank, name="kv_up")().astype(dtype)
-        kv_segment, offset, kept = segment, None, None
-        if cache is not None:
-            kept, (latent, k_rope) = write_cache(cache, (latent, k_rope))
-            _, _, kv_segment, offset = cache
+        kept, (latent, k_rope), kv_segment, offset = write_cache(cache, (latent, k_rope), segment)
         form = expanded if cache is None or not config.absorbs(x.shape[1], latent.shape[1]) else absorbed
         out = form(config, self.runtime, (q_nope, q_rope), (latent, k_rope), up, segment, kv_segment, offset)
         shape, axes = (config.heads, config.v_dim, width), ("heads", "head_dim", "embed")
@@ -150,7 +148,7 @@ def expanded(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segme
       [B T N H].
     """
     latent, k_rope = kv
-    k, v = jnp.split(_einsum("BSZ,ZNH->BSNH", latent[:, :, 0], up), [config.nope_dim], axis=-1)
+    k, v = jnp.split(einsum("BSZ,ZNH->BSNH", latent[:, :, 0], up), [config.nope_dim], axis=-1)
     k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (*k.shape[:3], config.rope_dim))], axis=-1)
     q, segments = jnp.concatenate(q, axis=-1), dict(q_segment=q_segment, kv_segment=kv_segment)
     return attend(q, k, v, **segments, causal=True, runtime=runtime, offset=offset, scale=config.scale)
@@ -161,14 +159,9 @@ def absorbed(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segme
     del runtime  # there is but one implementation
     (latent, k_rope), (to_k, to_v) = (part[:, :, 0] for part in kv), jnp.split(up, [config.nope_dim], axis=-1)
     q_nope, q_rope = (part * config.scale for part in q)
-    scores = _einsum("BTNZ,BSZ->BNTS", _einsum("BTNH,ZNH->BTNZ", q_nope, to_k), latent, jnp.float32)
-    scores += _einsum("BTNH,BSH->BNTS", q_rope, k_rope, jnp.float32)
+    scores = einsum("BTNZ,BSZ->BNTS", einsum("BTNH,ZNH->BTNZ", q_nope, to_k), latent, jnp.float32)
+    scores += einsum("BTNH,BSH->BNTS", q_rope, k_rope, jnp.float32)
     slots = offset + jnp.arange(q_nope.shape[1])
     seen = (q_segment[:, :, None] == kv_segment[:, None]) & (slots[:, None] >= jnp.arange(latent.shape[1]))
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    return _einsum("BTNZ,ZNH->BTNH", _einsum("BNTS,BSZ->BTNZ", weights.astype(latent.dtype), latent), to_v)
-
-
-def _einsum(equation, x, y, out=None):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=out)
+    return einsum("BTNZ,ZNH->BTNH", einsum("BNTS,BSZ->BTNZ", weights.astype(latent.dtype), latent), to_v)

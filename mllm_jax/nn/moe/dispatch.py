@@ -17,8 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mllm_jax.nn.moe.all_to_all import exchange
 from mllm_jax.nn.moe.grouped_matmul import grouped_for, grouped_matmul, row_multiple
+from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
-from mllm_jax.sharding import partition_spec, shard, ways
+from mllm_jax.sharding.activations import shard
+from mllm_jax.sharding.logical_axes import as_axes, partition_spec, ways
 from mllm_jax.types import Array
 
 
@@ -63,7 +65,7 @@ def _dense(x, experts, weights, params, activation, runtime):
     """Every expert reads every token."""
     count = params.down.shape[0]
     share = jnp.sum(jax.nn.one_hot(experts, count, dtype=x.dtype) * weights[..., None], axis=-2)
-    product = lambda x, w: _einsum("BTI,EIO->BTEO" if x.ndim == 3 else "BTEI,EIO->BTEO", x, w)
+    product = lambda x, w: _product("BTI,EIO->BTEO" if x.ndim == 3 else "BTEI,EIO->BTEO", x, w)
     y = _mlps(product, x, params, activation)
     return jnp.einsum("BTE,BTED->BTD", share, y), jnp.zeros(len(x), jnp.int32)
 
@@ -78,7 +80,7 @@ def _capacity(x, experts, weights, params, activation, runtime):
     names = ("expert_batch", "expert", None, None)
     buffer = rearrange(jax.vmap(_move)(copies, *plan), "B (E room) D -> B E room D", E=count)
     buffer = shard(buffer, names, runtime.rules)
-    y = shard(_mlps(partial(_einsum, "BERI,EIO->BERO"), buffer, params, activation), names, runtime.rules)
+    y = shard(_mlps(partial(_product, "BERI,EIO->BERO"), buffer, params, activation), names, runtime.rules)
     y = jax.vmap(_move)(rearrange(y, "B E room D -> B (E room) D"), plan.slot, plan.choice)
     y = jnp.einsum("BkTD,BTk->BTD", rearrange(y, "B (k T) D -> B k T D", k=top_k), weights)
     return y, jnp.sum((plan.slot < 0) & (choices < count), axis=1)
@@ -93,8 +95,8 @@ def _dropless(x, experts, weights, params, activation, runtime):
     whole = [name if size % ways(name, runtime.rules, mesh) == 0 else None for name, size in zip(names, x.shape)]
     held = Experts(*(axes if len(given) else () for axes, given in zip(AXES, params)))
     tokens, places = spec(*whole), jax.tree.map(lambda axes: spec(*axes), held)
-    across, gathered, split = (_axes(places.gate_up[axis]) for axis in (0, 2, 3))
-    exchanged = set(across) & {axis for part in tokens for axis in _axes(part)}
+    across, gathered, split = (as_axes(places.gate_up[axis]) for axis in (0, 2, 3))
+    exchanged = set(across) & {axis for part in tokens for axis in as_axes(part)}
     if exchanged and exchanged != set(across):
         raise ValueError(f"rules: of the axes {across} of 'expert' only {sorted(exchanged)} hold tokens: all or none")
 
@@ -240,15 +242,9 @@ def _room(factor: float, fair: float, most: int) -> int:
     return min(most, 8 * math.ceil(fair * factor / 8)) if factor else most
 
 
-def _axes(entry) -> tuple[str, ...]:
-    """The mesh axes of an entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _size(axes) -> int:
     return int(np.prod([jax.lax.axis_size(axis) for axis in axes], dtype=int))
 
 
-def _einsum(equation, x, w):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision)
+def _product(equation, x, w):
+    return einsum(equation, x, w.astype(x.dtype))

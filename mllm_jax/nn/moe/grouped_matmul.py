@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.nn.precision import precision_of
 from mllm_jax.nn.runtime import expect_runs
 
 TILE = 256  # most rows of a tile of the loop
@@ -148,5 +149,4 @@ def _at(w, group):
 
 def _dot(x, w):
     """In fp32 from operands as they are."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.dot(x, w, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

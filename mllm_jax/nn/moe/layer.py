@@ -11,7 +11,7 @@ from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp
 from mllm_jax.nn.moe.dispatch import AXES, Experts, dispatch
 from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import named
+from mllm_jax.sharding.weights import named
 
 
 @dataclass(frozen=True)

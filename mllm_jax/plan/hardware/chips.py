@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from mllm_jax.common.format import GIB
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive, PositiveInt
 from mllm_jax.train.monitor.flops import peak_flops
 
-GIB = 2**30
 CLOUD = "https://docs.cloud.google.com/tpu/docs"
 
 

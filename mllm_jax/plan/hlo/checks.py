@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mllm_jax.model.vlm import abstract_params, head_table
 from mllm_jax.plan.hlo import hlo_text
 from mllm_jax.plan.hlo.jaxpr import Operation, part_of, place, unknown_loops
-from mllm_jax.sharding import ways
+from mllm_jax.sharding.logical_axes import ways
 from mllm_jax.train.runs.config import Run
 
 MASK = 2**20  # pairs of a query and a key from which on a mask is worth a warning

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, from_config_dict
 from mllm_jax.common.settings import Config, Positive
+from mllm_jax.common.trees import flatten
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.model.vlm import VLM, ModelConfig, init_params
-from mllm_jax.sharding import MESH_AXES, make_mesh
+from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
 from mllm_jax.train.input.processors import SCENES, make_processor
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.runs.config import PARTS, processor_source, read_run
@@ -115,7 +115,7 @@ def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, me
     arguments = state_from_params(model, tx, mesh, params), jax.device_put(batch, batch_shardings(batch, mesh, rules))
     compiled = both.lower(*arguments).compile(compiler_options=QUICKLY)
     logits, choices, state, metrics = jax.device_get(compiled(*arguments))
-    gradients = {f"gradient {path}": value for path, value in flatten_dict(state.opt_state, sep="/").items()}
+    gradients = {f"gradient {path}": value for path, value in flatten(state.opt_state).items()}
     losses = {name: float(metrics[name]) for name in ("loss", "balance", "z") if name in metrics}
     real = batch.segment > 0
     return Measured({"logits": logits[real], **gradients}, losses, choices[:, real] if experts else None)

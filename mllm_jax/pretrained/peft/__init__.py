@@ -17,12 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from mllm_jax.common.trees import flatten, join, unflatten
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed
-from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of, flatten, join, split_adapters
+from mllm_jax.nn.lora import DOWN, SCALE, UP, LoraConfig, add_products, axes_of, split_adapters
 from mllm_jax.pretrained.api import Pretrained
 from mllm_jax.pretrained.peft.files import (
     CONFIG,
@@ -36,7 +38,7 @@ from mllm_jax.pretrained.peft.files import (
     scales_of,
 )
 from mllm_jax.pretrained.peft.sites import Layer, in_memory, sites_of
-from mllm_jax.sharding import Named, shardings
+from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.weights import table
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.replacing import interrupted, new_files, replace_files
@@ -88,7 +90,7 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
     if faults or not leaves:
         text = "\n  ".join(sorted(faults)) or "it is empty"
         raise WeightsMismatch(f"the adapter in {folder} does not fit the model:\n  {text}")
-    adapters = _placed(table.unflatten(leaves), base, vlm.config.runtime.rules)
+    adapters = _placed(unflatten(leaves), base, vlm.config.runtime.rules)
     lora = replace(vlm.config.lora, train=tuple(f"^{re.escape(path)}$" for path in found))
     return replace(vlm, params=join(_replaced(base, found), adapters), config=replace(vlm.config, lora=lora))
 
@@ -168,7 +170,7 @@ def _factors(flat: Mapping[str, np.ndarray], layer: Layer) -> tuple[np.ndarray, 
 
 def _entries(config: Any, boxes: Mapping[str, Named]) -> dict[str, table.Entry]:
     """The family's table by the names in transformers' memory."""
-    family, shapes = FAMILIES[config.family], table.unflatten({path: box.value for path, box in boxes.items()})
+    family, shapes = FAMILIES[config.family], unflatten({path: box.value for path, box in boxes.items()})
     return {in_memory(family, name): entry for name, entry in table.expand(family.weights(config), shapes).items()}
 
 
@@ -228,13 +230,13 @@ def _read_whole(
 
 def _replaced(base: Mapping, found: Mapping[str, Mapping[tuple[int, ...], np.ndarray]]) -> dict:
     """Parameters with other elements at some places."""
-    flat = table.flatten(base)
+    flat = flatten(base)
     for path, elements in found.items():
         if path not in flat:
             raise ValueError(f"{path}, which the adapter brings whole, lies in few bits: read the model in full")
         for index, x in elements.items():
             flat[path] = jnp.asarray(flat[path]).at[index].set(jnp.asarray(x, flat[path].dtype))
-    return table.unflatten(flat)
+    return unflatten(flat)
 
 
 def _same(leaf: jax.Array) -> jax.Array:
@@ -266,6 +268,5 @@ def _stacked(parts: Mapping[Layer, tuple]) -> dict[str, Named]:
 def _placed(boxed: Any, base: Any, rules: Any) -> Any:
     """The values of a boxed tree, laid out as the base model is."""
     where = getattr(jax.tree.leaves(base)[0], "sharding", None)
-    is_box = lambda leaf: isinstance(leaf, Named)
-    values = jax.tree.map(lambda box: box.value, boxed, is_leaf=is_box)
+    values = meta.unbox(boxed)
     return jax.device_put(values, shardings(boxed, where.mesh, rules) if isinstance(where, NamedSharding) else where)

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import EinopsError, rearrange
 
+from mllm_jax.common.trees import unflatten
 from mllm_jax.families import FAMILIES
 from mllm_jax.nn.lora import HEAD, axes_of
-from mllm_jax.sharding import Named
-from mllm_jax.weights.table import Entry, expand, unflatten
+from mllm_jax.sharding.weights import Named
+from mllm_jax.weights.table import Entry, expand
 
 EXPERTS = {  # our weight -> transformers' parameter, and the weight of one expert from there
     "experts_gate_up": ("gate_up_proj", "(two f) d -> two d f"),

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.common.trees import join
 from mllm_jax.model.dual_encoder import DualConfig
-from mllm_jax.sharding import Rules, partition_spec
+from mllm_jax.sharding.logical_axes import Rules, partition_spec
 from mllm_jax.train.losses.contrastive import contrastive_loss
-from mllm_jax.train.step.optimizer import OptimConfig, merge, split
+from mllm_jax.train.step.optimizer import OptimConfig, split
 from mllm_jax.train.step.state import TrainState, state_shardings
 from mllm_jax.train.step.update import update
 from mllm_jax.types import DualBatch
@@ -37,7 +38,7 @@ def make_contrastive_step(
     pinned, _ = split(layout.params, optim.freeze)
 
     def loss(trainable, frozen, batch: DualBatch):
-        params = {"params": merge(trainable, frozen)}
+        params = {"params": join(trainable, frozen)}
         out = model.apply(params, batch)
         scale, bias = model.apply(params, method="temperature")
         everywhere = config.runtime.within("encoder").rules  # pairs lie on all axes, as pictures do

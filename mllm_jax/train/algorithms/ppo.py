@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from mllm_jax.model.vlm import ModelConfig
-from mllm_jax.sharding import shard
+from mllm_jax.sharding.activations import shard
 from mllm_jax.train.algorithms.rollout import Judge, experience, log_probs_and_values
 from mllm_jax.train.algorithms.supervised import CHUNK
 from mllm_jax.train.losses.ppo import PpoConfig, policy_loss, value_loss

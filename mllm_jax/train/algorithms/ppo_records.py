@@ -9,13 +9,12 @@ from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
+from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.reward import Prompts
 from mllm_jax.train.algorithms.rollout import Judge
-from mllm_jax.train.checkpoint.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.checkpoint.fingerprint import fingerprint
-from mllm_jax.train.checkpoint.manager import read_config, restore_params
-from mllm_jax.train.checkpoint.restore import first_params, processor_of
+from mllm_jax.train.checkpoint.restore import first_params, processor_of, read_config, restore_params
 from mllm_jax.train.input.processors import make_processor
 from mllm_jax.train.losses.preference import FIRST
 from mllm_jax.train.runs.config import Run

@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import whole_file, write_whole
+from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 from mllm_jax.data.pipeline.preference import Pairs, Reference
 from mllm_jax.data.pipeline.reward import Judged
 from mllm_jax.data.pipeline.workers import Reading
 from mllm_jax.train.algorithms.ppo_records import make_judge, prompts_of
-from mllm_jax.train.checkpoint.damage import BEGIN_ANEW, read_note
 from mllm_jax.train.checkpoint.fingerprint import fingerprint
 from mllm_jax.train.checkpoint.restore import first_params
 from mllm_jax.train.losses.preference import FIRST

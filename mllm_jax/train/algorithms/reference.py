@@ -27,7 +27,7 @@ from mllm_jax.data.pipeline.packing import Packer, collate
 from mllm_jax.data.pipeline.preference import Pairs, Reference, mark
 from mllm_jax.data.pipeline.workers import Guarded, Process, Skipped
 from mllm_jax.data.sources.mixture import Mixture
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.preference import PairObjective
 from mllm_jax.train.algorithms.preference_records import write_references
 from mllm_jax.train.checkpoint.restore import first_params, processor_of

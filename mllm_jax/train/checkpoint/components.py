@@ -1,20 +1,21 @@
 """A model put together of published ones: a tower from one folder, a decoder from another, the rest random."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.common.config import ConfigError, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import told
+from mllm_jax.common.trees import differences, flatten, unflatten
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params
-from mllm_jax.nn.lora import LoraConfig, flatten
+from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.pretrained.api import load_params, published_config
-from mllm_jax.sharding import Named, shardings
+from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.train.runs.config import Run
 
 # What a model chooses of a part, whatever the part was published for; the rest of its config is compared.
@@ -65,8 +66,9 @@ def _matching(part: str, source: str, model: ModelConfig | DualConfig, boxed: An
         lines = "\n  ".join(sorted(faults))
         raise ConfigError(f"config.parts.{part}={source} does not fit config.model.{part}:\n  {lines}")
     if jax.process_index() == 0:
-        for line in _otherwise(getattr(theirs, part), getattr(model, part)):
-            print(f"config.parts.{part}={source} was published with {line} in config.model.{part}", flush=True)
+        for path, published, own in differences(getattr(theirs, part), getattr(model, part), CHOSEN):
+            change = f"with {path}={published!r}, which is {own!r} in config.model.{part}"
+            print(f"config.parts.{part}={source} was published {change}", flush=True)
     return theirs
 
 
@@ -82,28 +84,18 @@ def _fits(theirs: Named, ours: Named) -> bool:
     return all(a == b or (name == "vocab" and a < b) for name, a, b in sizes)
 
 
-def _otherwise(theirs: Any, ours: Any, path: str = "") -> list[str]:
-    """In what two configs of one part differ that gives other results of the same weights."""
-    if theirs == ours:
-        return []
-    if type(theirs) is not type(ours) or not is_dataclass(ours):
-        return [f"{path.removeprefix('.')}={theirs!r}, which is {ours!r}"]
-    names = [field.name for field in fields(ours) if field.name not in CHOSEN]
-    return [line for x in names for line in _otherwise(getattr(theirs, x), getattr(ours, x), f"{path}.{x}")]
-
-
 def _load(part: str, source: str, theirs: Any, boxed: Any, layout: Any, dtypes: dict[str, str]) -> Any:
     """The weights of one part, of the shapes and places of ours."""
     boxes, places, found = flatten(boxed), flatten(layout), flatten(abstract_boxed(theirs)[part])
     fewer = [path for path in boxes if boxes[path].value.shape != found[path].value.shape]
     whole = {path: NamedSharding(places[path].mesh, PartitionSpec()) for path in fewer}  # any number may not divide
-    first = unflatten_dict(places | whole, sep="/")
+    first = unflatten(places | whole)
     params = flatten(load_params(source, theirs, {part: first}, dtypes=dtypes, part=part)[part])
     for path in fewer:
         axis = boxes[path].names.index("vocab")
         grow = partial(_with_means, axis=axis, size=boxes[path].value.shape[axis])
         params[path] = jax.jit(grow, out_shardings=places[path])(params[path])
-    return unflatten_dict(params, sep="/")
+    return unflatten(params)
 
 
 def _with_means(x: jax.Array, axis: int, size: int) -> jax.Array:

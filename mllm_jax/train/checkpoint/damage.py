@@ -16,11 +16,11 @@ from typing import Any
 import jax
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import error_text, some
 from mllm_jax.common.files import FULL, says_full
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"
-BEGIN_ANEW = "Put a copy of it back, or begin anew in another --workdir"
 # What tensorstore says of storage that may answer another time: the files are not to blame.
 OF_STORAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|ABORTED")
 
@@ -68,8 +68,7 @@ def verify(tree: Any, saved: Mapping[str, int | None], folder: Path) -> None:
     if None in saved.values():
         return
     if wrong := [name for name, found in fingerprints(tree).items() if found != saved[name]]:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Damaged(folder, f"{', '.join(wrong[:3])}{more} do not hold the values that were saved", everywhere=True)
+        raise Damaged(folder, f"{some(wrong)} do not hold the values that were saved", everywhere=True)
 
 
 @contextmanager
@@ -85,8 +84,8 @@ def reading(folder: Path, everywhere: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         if OF_STORAGE.search(str(error)) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
-            raise OSError(f"{folder} cannot be read now: {_short(error)}") from error
-        raise Damaged(folder, f"it cannot be read ({_short(error)})", everywhere) from error
+            raise OSError(f"{folder} cannot be read now: {error_text(error)}") from error
+        raise Damaged(folder, f"it cannot be read ({error_text(error)})", everywhere) from error
 
 
 class SaveFailed(OSError):
@@ -102,36 +101,14 @@ def saving(folder: Path) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        why = FULL if says_full(error) else f"{_short(error)}; see to the disk"
+        why = FULL if says_full(error) else f"{error_text(error)}; see to the disk"
         raise SaveFailed(
             f"{folder}: a checkpoint could not be saved: {why}, and the same command goes on from the last whole one"
         ) from error
 
 
-def read_note(path: Path, fix: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
-    """The content of a small JSON file of a run, an object with these fields of these types.
-
-    Raises:
-      ConfigError: it is not; the message ends with the `fix`.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({_short(error)}). {fix}") from error
-    wrong = [
-        name for name, kind in fields.items() if not isinstance(found, dict) or not isinstance(found.get(name), kind)
-    ]
-    if wrong or not isinstance(found, dict):
-        raise ConfigError(f"{path} is damaged ({', '.join(wrong) or 'no object'}). {fix}")
-    return found
-
-
 def _checksum(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _hide_late_errors() -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+
+from mllm_jax.common.trees import flatten
 
 
 def names(tree: Any) -> list[str]:
@@ -22,7 +23,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
 def fingerprint(params: dict[str, Any]) -> jax.Array:
     """u32[]: one fingerprint of all leaves of a nested dict, and of their paths."""
     total = jnp.zeros((), jnp.uint32)
-    for path, x in flatten_dict(params, sep="/").items():
+    for path, x in flatten(params).items():
         total += _of_array(x) * jnp.uint32(zlib.crc32(path.encode()) | 1)
     return total
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
-from mllm_jax.nn.lora import join
-from mllm_jax.train.checkpoint.damage import BEGIN_ANEW, read_note
+from mllm_jax.common.trees import flatten, join, partition
+from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 from mllm_jax.train.checkpoint.fingerprint import fingerprint
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import BIAS, split
@@ -27,8 +26,8 @@ def saved(run: Run, params: Any) -> dict:
     """Of a tree like the parameters, what checkpoints hold: of a run with adapters what it changes, else all."""
     if not run.lora.rank:
         return params
-    trained, frozen = (flatten_dict(part, sep="/") for part in split(params, run.optim.freeze))
-    return unflatten_dict(trained | {path: x for path, x in frozen.items() if re.search(BIAS, path)}, sep="/")
+    trained, frozen = split(params, run.optim.freeze)
+    return join(trained, partition(frozen, lambda path: re.search(BIAS, path))[0])
 
 
 def completed(run: Run, workdir: Path, params: Any, begin: Callable[[], dict]) -> dict:
@@ -47,9 +46,9 @@ def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None
     """Writes the fingerprint of the base into the run's folder, or compares it with that which is there."""
     if not run.lora.rank:
         return
-    kept, file = flatten_dict(saved(run, params)), Path(workdir) / FILE
-    base = {path: x for path, x in flatten_dict(params).items() if path not in kept}
-    found = {"init": run.init or run.taken, "fingerprint": int(fingerprint(unflatten_dict(base)))}
+    kept, file = flatten(saved(run, params)), Path(workdir) / FILE
+    base = partition(params, lambda path: path not in kept)[0]
+    found = {"init": run.init or run.taken, "fingerprint": int(fingerprint(base))}
     if not again:
         if jax.process_index() == 0:
             write_whole(file, json.dumps(found) + "\n")

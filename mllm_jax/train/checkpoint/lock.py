@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from mllm_jax.common.config import ConfigError, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import told
 from mllm_jax.common.files import writing
 from mllm_jax.train.checkpoint.manager import from_all_processes
 from mllm_jax.train.monitor.processes import COMPILING, meet

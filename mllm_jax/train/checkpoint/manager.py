@@ -7,7 +7,6 @@ damaged afterwards is found when it is read (see `mllm_jax.train.checkpoint.dama
 """
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,25 +14,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, dump, load
+from mllm_jax.common.config import ConfigError, dump
+from mllm_jax.common.trees import flatten
+from mllm_jax.common.workdir import CHECKPOINTS
 from mllm_jax.data.pipeline.loader import join_states
-from mllm_jax.model.dual_encoder import DualConfig
-from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, without_values
-from mllm_jax.nn.value_head import NAME as VALUE_HEAD
-from mllm_jax.pretrained.api import CHECKPOINTS, Pretrained, load_processor
-from mllm_jax.sharding import make_mesh, shardings
 from mllm_jax.train.checkpoint.damage import check_arrays, read_sealed, reading, saving, sealed, verify
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
-from mllm_jax.train.checkpoint.frozen_base import completed, saved
 from mllm_jax.train.checkpoint.orbax_manager import CheckpointManager
-from mllm_jax.train.runs.config import Run, read_run
-from mllm_jax.train.runs.stages import run_folder
 from mllm_jax.train.step.state import TrainState
 
-PROCESSOR = "processor"  # the folder beside it, with the tokenizer and the chat template
 # What a resumed run cannot change: the shapes of its state, and which conversations come next.
 FIXED = ("model.", "lora.", "optim.name", "optim.freeze", "processor", "data.")
 ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "strict", "max_bad")
@@ -117,7 +108,7 @@ class Checkpoints:
             about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         about = read_sealed(about, place)
         check_same_run(about["config"], config, self.folder.parent)
-        wanted = jax.tree.map(_placed, abstract, layout)
+        wanted = jax.tree.map(placed, abstract, layout)
         check_arrays(wanted._asdict(), about["arrays"], place)
         params, progress = _split(wanted)
         with reading(place):
@@ -142,80 +133,6 @@ class Checkpoints:
             self._manager.close()
 
 
-def read_config(workdir: str | Path, step: int | None = None) -> Run:
-    """The run that a checkpoint below `workdir` is of; the newest by default. FileNotFoundError where there is none.
-
-    Of a run with stages, here and below, it is that of the last stage that came to its end.
-    """
-    return read_run(_config(_about(workdir, step)[1]))
-
-
-def restore_params(
-    workdir: str | Path, step: int | None = None, mesh: Mesh | None = None
-) -> tuple[ModelConfig | DualConfig, dict]:
-    """A model and its fp32 parameters for generation and evaluation, without the optimizer's state.
-
-    Args:
-      workdir: of a training run. step: the newest by default.
-      mesh: where the parameters shall lie, by the run's rules; by default all on the first device.
-    Raises:
-      FileNotFoundError: there is no such checkpoint. Damaged: it is not whole.
-    """
-    from mllm_jax.train.checkpoint.restore import (
-        first_params,  # which restores parameters, too: of runs that others begin with
-    )
-
-    step, about = _about(workdir, step)
-    run = read_run(_config(about))
-    model = run.model
-    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
-    layout = shardings(abstract_boxed(model), mesh, model.runtime.rules)
-    wanted = saved(run, jax.tree.map(_placed, abstract_params(model), layout))
-    place = run_folder(workdir) / CHECKPOINTS / str(step)
-    check_arrays({"params": wanted}, about["arrays"], place)
-    with _reader(workdir) as manager, reading(place):
-        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
-    verify({"params": found.params}, about["arrays"], place)
-    return model, completed(run, run_folder(workdir), found.params, partial(first_params, run, mesh))
-
-
-def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
-    """A trained model with its processor, ready for generation, evaluation and `save_pretrained`.
-
-    A value head, which nothing of that needs, is left out; `restore_params` has it.
-
-    Args and errors are those of `restore_params`.
-    """
-    model, params = restore_params(workdir, step, mesh)
-    model, params = without_values(model), {part: x for part, x in params.items() if part != VALUE_HEAD}
-    return Pretrained(model, model.build(), params, load_processor(run_folder(workdir) / PROCESSOR, model))
-
-
-def _reader(workdir: str | Path) -> ocp.CheckpointManager:
-    folder = run_folder(workdir).resolve() / CHECKPOINTS
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no {CHECKPOINTS}/")
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
-
-
-def _about(workdir: str | Path, step: int | None) -> tuple[int, dict[str, Any]]:
-    with _reader(workdir) as manager:
-        steps = manager.all_steps()
-        step = manager.latest_step() if step is None else step
-        if not steps:
-            raise FileNotFoundError(f"{workdir} has no checkpoint yet: its run ended, or was ended, before it saved")
-        if step not in steps:
-            raise FileNotFoundError(f"{workdir} has no checkpoint {step}; there are {sorted(steps)}")
-        place = run_folder(workdir) / CHECKPOINTS / str(step)
-        with reading(place, everywhere=True):
-            about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-    return step, read_sealed(about, place)
-
-
-def _config(about: dict[str, Any]) -> ConfigDict:
-    return load(json.dumps(about["config"]))
-
-
 def arrays_of(state: TrainState, verify: bool) -> dict[str, int | None]:
     """The names of the arrays of a state, with their fingerprints where they are to be verified."""
     return fingerprints(state._asdict()) if verify else dict.fromkeys(names(state._asdict()))
@@ -227,10 +144,6 @@ def set_aside(folder: Path, into: Path) -> Path:
     taken = {path.name for path in into.iterdir()}
     name = next(name for name in (folder.name, *(f"{folder.name}.{n}" for n in range(1, 10**6))) if name not in taken)
     return folder.rename(into / name)
-
-
-def _placed(x, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
@@ -260,15 +173,12 @@ def check_same_run(before: dict, config: ConfigDict, workdir: Path) -> None:
 
 def _changes(before: dict, now: dict) -> list[str]:
     """How two configs differ in what a resumed run cannot change, as "path was x, is y"."""
-    before, now = dict(_flat("", before)), dict(_flat("", now))
+    before, now = flatten(before, "."), flatten(now, ".")
     paths = [path for path in sorted({*before, *now}) if path.startswith(FIXED) and not path.startswith(FREE)]
     different = [path for path in paths if before.get(path) != now.get(path)]
     return [f"config.{path} was {before.get(path)}, is {now.get(path)}" for path in different]
 
 
-def _flat(path: str, value: Any):
-    if not isinstance(value, dict):
-        yield path.removeprefix("."), value
-        return
-    for name, item in value.items():
-        yield from _flat(f"{path}.{name}", item)
+def placed(x, sharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array with the sharding that it is restored with."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,24 +1,33 @@
 """What a run begins with: published weights, those of another run (maybe the stage before it), or random ones."""
 
+import json
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError
-from mllm_jax.model.vlm import abstract_boxed, abstract_params, init_adapters, init_params, without_values
-from mllm_jax.nn.lora import LoraConfig, add_products, join, keep_arrays, split_adapters
+from mllm_jax.common.config import ConfigError, load
+from mllm_jax.common.trees import differences, flatten, join
+from mllm_jax.common.workdir import CHECKPOINTS, PROCESSOR, is_run, run_folder
+from mllm_jax.model.dual_encoder import DualConfig
+from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, init_adapters, init_params, without_values
+from mllm_jax.nn.lora import LoraConfig, add_products, keep_arrays, split_adapters
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
-from mllm_jax.pretrained.api import is_run, load_params
-from mllm_jax.sharding import shardings
+from mllm_jax.pretrained.api import Pretrained, load_params, load_processor
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.checkpoint.components import load_parts
-from mllm_jax.train.checkpoint.manager import PROCESSOR, read_config, restore_params
-from mllm_jax.train.runs.config import Run, processor_source
-from mllm_jax.train.runs.stages import run_folder
+from mllm_jax.train.checkpoint.damage import check_arrays, read_sealed, reading, verify
+from mllm_jax.train.checkpoint.frozen_base import completed, saved
+from mllm_jax.train.checkpoint.manager import placed
+from mllm_jax.train.runs.config import Run, processor_source, read_run
 
 
 def first_params(run: Run, mesh: Mesh) -> dict:
@@ -43,7 +52,7 @@ def first_params(run: Run, mesh: Mesh) -> dict:
         layout = shardings(abstract_boxed(base), mesh, base.runtime.rules)
         return _adapted(run, _valued(run, load_params(run.init, base, layout, dtypes=_half(run)), mesh), mesh)
     before = read_config(run.init)
-    shapes = lambda model: {path: x.shape for path, x in flatten_dict(abstract_params(model), sep="/").items()}
+    shapes = lambda model: {path: x.shape for path, x in flatten(abstract_params(model)).items()}
     ours, theirs = shapes(base), shapes(without_values(replace(before.model, lora=LoraConfig())))
     if other := [path for path in sorted({*ours, *theirs}) if ours.get(path) != theirs.get(path)]:
         path = other[0]
@@ -61,8 +70,7 @@ def first_params(run: Run, mesh: Mesh) -> dict:
 def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
     """Raises ConfigError where a run can neither go on with the adapters of the one before nor merge them."""
     if before.rank and now.rank and before != now:
-        odd = [field.name for field in fields(now) if getattr(before, field.name) != getattr(now, field.name)]
-        told = ", ".join(f"{name} was {getattr(before, name)!r}, is {getattr(now, name)!r}" for name in odd)
+        told = ", ".join(f"{name} was {was!r}, is {is_now!r}" for name, was, is_now in differences(before, now))
         raise ConfigError(
             f"config.lora: the adapters {whose} go on only as they are, and {told}: give the same, or rank=0 to merge "
             "them and train the weights"
@@ -73,9 +81,7 @@ def _half(run: Run) -> dict[str, str]:
     """The weights that are read in bfloat16, by path: those that the run does not keep in fp32."""
     if run.lora.base == "float32" or not run.lora.rank:
         return {}
-    kept, base = (
-        flatten_dict(abstract_params(replace(run.model, lora=lora)), sep="/") for lora in (run.lora, LoraConfig())
-    )
+    kept, base = (flatten(abstract_params(replace(run.model, lora=lora))) for lora in (run.lora, LoraConfig()))
     return {path: "bfloat16" for path in base if path not in kept or kept[path].dtype != "float32"}
 
 
@@ -111,3 +117,73 @@ def processor_of(run: Run) -> str:
     """Where the run's processor is: where it says, or beside the weights that it begins with."""
     source = processor_source(run.processor, run.init, run.parts)
     return os.fspath(run_folder(source) / PROCESSOR) if source and is_run(source) else source
+
+
+def read_config(workdir: str | Path, step: int | None = None) -> Run:
+    """The run that a checkpoint below `workdir` is of; the newest by default. FileNotFoundError where there is none.
+
+    Of a run with stages, here and below, it is that of the last stage that came to its end.
+    """
+    return read_run(_config(_about(workdir, step)[1]))
+
+
+def restore_params(
+    workdir: str | Path, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[ModelConfig | DualConfig, dict]:
+    """A model and its fp32 parameters for generation and evaluation, without the optimizer's state.
+
+    Args:
+      workdir: of a training run. step: the newest by default.
+      mesh: where the parameters shall lie, by the run's rules; by default all on the first device.
+    Raises:
+      FileNotFoundError: there is no such checkpoint. Damaged: it is not whole.
+    """
+    step, about = _about(workdir, step)
+    run = read_run(_config(about))
+    model = run.model
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+    layout = shardings(abstract_boxed(model), mesh, model.runtime.rules)
+    wanted = saved(run, jax.tree.map(placed, abstract_params(model), layout))
+    place = run_folder(workdir) / CHECKPOINTS / str(step)
+    check_arrays({"params": wanted}, about["arrays"], place)
+    with _reader(workdir) as manager, reading(place):
+        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
+    verify({"params": found.params}, about["arrays"], place)
+    return model, completed(run, run_folder(workdir), found.params, partial(first_params, run, mesh))
+
+
+def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
+    """A trained model with its processor, ready for generation, evaluation and `save_pretrained`.
+
+    A value head, which nothing of that needs, is left out; `restore_params` has it.
+
+    Args and errors are those of `restore_params`.
+    """
+    model, params = restore_params(workdir, step, mesh)
+    model, params = without_values(model), {part: x for part, x in params.items() if part != VALUE_HEAD}
+    return Pretrained(model, model.build(), params, load_processor(run_folder(workdir) / PROCESSOR, model))
+
+
+def _reader(workdir: str | Path) -> ocp.CheckpointManager:
+    folder = run_folder(workdir).resolve() / CHECKPOINTS
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no {CHECKPOINTS}/")
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
+
+
+def _about(workdir: str | Path, step: int | None) -> tuple[int, dict[str, Any]]:
+    with _reader(workdir) as manager:
+        steps = manager.all_steps()
+        step = manager.latest_step() if step is None else step
+        if not steps:
+            raise FileNotFoundError(f"{workdir} has no checkpoint yet: its run ended, or was ended, before it saved")
+        if step not in steps:
+            raise FileNotFoundError(f"{workdir} has no checkpoint {step}; there are {sorted(steps)}")
+        place = run_folder(workdir) / CHECKPOINTS / str(step)
+        with reading(place, everywhere=True):
+            about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    return step, read_sealed(about, place)
+
+
+def _config(about: dict[str, Any]) -> ConfigDict:
+    return load(json.dumps(about["config"]))

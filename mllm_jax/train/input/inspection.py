@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mllm_jax.common.cli import cell
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.html import percent, short
+from mllm_jax.common.format import percent, short
 from mllm_jax.data.pipeline import loader
 from mllm_jax.data.sources.mixture import Mixture
 from mllm_jax.data.tools.inspection import Inspection

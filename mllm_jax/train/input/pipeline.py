@@ -10,7 +10,7 @@ from mllm_jax.data.pipeline.dual_processor import DualProcessor
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.workers import Reading
-from mllm_jax.sharding import Rules, partition_spec
+from mllm_jax.sharding.logical_axes import Rules, partition_spec
 from mllm_jax.train.algorithms.contrastive import pair_shardings
 from mllm_jax.train.runs.data import DataConfig
 from mllm_jax.train.step.train_step import batch_shardings

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mllm_jax.nn.attention.flash import around
-from mllm_jax.sharding import Rules, fitting_axes, place
+from mllm_jax.sharding.activations import place
+from mllm_jax.sharding.logical_axes import Rules, fitting_axes
 from mllm_jax.types import Array
 
 BLOCK = 1024  # texts

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mllm_jax.nn.attention.masks import cap
+from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import expect_runs
-from mllm_jax.sharding import Rules, join_rows, shard, split_rows, ways
+from mllm_jax.sharding.activations import join_rows, shard, split_rows
+from mllm_jax.sharding.logical_axes import Rules, ways
 from mllm_jax.types import Array, Batch
 
 WEIGHTINGS = ("token", "sqrt")
@@ -269,13 +271,11 @@ class _Head:
         self.rules, self.dtype, self.shape, self.softcap = rules, dtype, table.shape, softcap
         spread = ways(ROWS, rules, jax.sharding.get_abstract_mesh())
         self.groups = spread if rows % spread == 0 else 1
-        self.precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
         # Cast where it lies: else the partitioner may cast what it has gathered, of twice the bytes.
         self.table = shard(shard(table.astype(dtype), ("vocab", "embed"), rules), ("vocab", None), rules)
 
     def _product(self, equation, x, y):
-        x, y = x.astype(self.dtype), y.astype(self.dtype)
-        return jnp.einsum(equation, x, y, precision=self.precision, preferred_element_type=jnp.float32)
+        return einsum(equation, x.astype(self.dtype), y.astype(self.dtype), jnp.float32)
 
     def logits(self, hidden):
         product = self._product("BTD,VD->BTV", hidden, self.table)

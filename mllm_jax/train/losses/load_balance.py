@@ -11,9 +11,9 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mllm_jax.common.settings import Config, NonNegative, OneOf
+from mllm_jax.common.trees import map_with_paths
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.stack import segments
 from mllm_jax.types import Array, Batch, Routing
@@ -120,9 +120,11 @@ def move_biases(params: dict, load: Load, config: DecoderConfig, rate: float) ->
     """Parameters whose routers' biases have moved by `rate` towards an even load."""
     numbers = config.expert_layers
     slots = {name: layers for part in segments(config.kinds) for name, layers, _ in part.slots()}
-    flat = flatten_dict(params, sep="/")
-    for path, bias in flat.items():
-        if found := BIAS.match(path):
-            own = load.choices[jnp.array([numbers.index(layer) for layer in slots[found.group(1)]])]
-            flat[path] = bias + rate * jnp.sign(jnp.mean(own, axis=-1, keepdims=True) - own)
-    return unflatten_dict(flat, sep="/")
+
+    def moved(path, leaf):
+        if not (found := BIAS.match(path)):
+            return leaf
+        own = load.choices[jnp.array([numbers.index(layer) for layer in slots[found.group(1)]])]
+        return leaf + rate * jnp.sign(jnp.mean(own, axis=-1, keepdims=True) - own)
+
+    return map_with_paths(moved, params)

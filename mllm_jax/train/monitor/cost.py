@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mllm_jax.common.format import with_prefix
 from mllm_jax.train.monitor.flops import Counts, count_flops, padded, useful
-from mllm_jax.train.monitor.metrics import short
 from mllm_jax.train.runs.config import Run
 from mllm_jax.types import Batch
 
@@ -20,11 +20,11 @@ def explain(run: Run, batch: Batch, processes: float = 1) -> Iterator[str]:
     needed, room = (count_flops(run.model, counts(batch, window), run.optim.freeze) for counts in (useful, padded))
     total, room = (processes * sum(part.total for part in flops.values()) for flops in (needed, room))
     parts = ", ".join(f"{part} {processes * flops.total / total:.0%}" for part, flops in needed.items())
-    yield f"a step needs {short(total)}FLOP ({parts}); with padding it has up to {short(room)}FLOP"
+    yield f"a step needs {with_prefix(total)}FLOP ({parts}); with padding it has up to {with_prefix(room)}FLOP"
     if run.model.decoder.moe is not None and run.train.balance.counts_first(run.train.accumulate):
         first = processes * sum(flops.forward for part, flops in needed.items() if part != "head")
         yield (
-            f"train.balance.exact: a forward pass counts the choices of a batch first, {short(first)}FLOP or "
+            f"train.balance.exact: a forward pass counts the choices of a batch first, {with_prefix(first)}FLOP or "
             f"{first / total:.0%} besides; without it they are counted up to each accumulated part"
         )
 

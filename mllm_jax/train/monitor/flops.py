@@ -6,8 +6,8 @@ A multiplication with an addition is two. Only matrix products count: weights, t
 from typing import NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
+from mllm_jax.common.trees import flatten
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_params, in_full
@@ -92,7 +92,7 @@ def count_flops(config: ModelConfig | DualConfig, counts: Counts, freeze: tuple[
     """
     encoder, decoder = config.encoder, config.decoder
     whole = abstract_params(in_full(config))
-    params, trained = flatten_dict(whole, sep="/"), set(flatten_dict(split(whole, freeze)[0], sep="/"))
+    params, trained = flatten(whole), set(flatten(split(whole, freeze)[0]))
     head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
     kinds = () if decoder is None else decoder.kinds
     rows = ROWS[type(config)](config, counts)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from mllm_jax.common.format import hours
+
 PARTS = {
     "steps": "steps that count",
     "compile": "compilation, with the first step",
@@ -116,9 +118,3 @@ def summary(seconds: Mapping[str, float]) -> str:
     total = max(sum(seconds.values()), 1e-9)
     parts = ", ".join(f"{name} {spent / total:.1%}" for name, spent in seconds.items() if spent / total >= 5e-4)
     return f"goodput {share(seconds):.1%} of {hours(total)}: {parts}"
-
-
-def hours(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

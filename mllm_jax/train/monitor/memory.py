@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.format import with_prefix
 from mllm_jax.model.vlm import abstract_params, in_full
-from mllm_jax.train.monitor.metrics import short
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import split
 from mllm_jax.train.step.state import TrainState
@@ -40,7 +40,7 @@ def memory_of(run: Run, state: TrainState, layout: TrainState) -> Memory:
 
 def describe(memory: Memory) -> str:
     """One line for people."""
-    parts = ", ".join(f"{name} {short(size)}B" for name, size in memory._asdict().items())
+    parts = ", ".join(f"{name} {with_prefix(size)}B" for name, size in memory._asdict().items())
     return f"a device needs {parts}; activations come on top, see python -m mllm_jax.plan"
 
 
@@ -56,8 +56,8 @@ def check_memory(memory: Memory, mesh: Mesh) -> None:
     if limit is None or count * memory.kept <= limit:
         return
     raise ConfigError(
-        f"config.model: {describe(memory)}. Weights and optimizer are {short(count * memory.kept)}B, and {where} has "
-        f"{short(limit)}B left. Train adapters (--config.lora.rank=16 --config.lora.base=nf4), freeze parts "
+        f"config.model: {describe(memory)}. Weights and optimizer are {with_prefix(count * memory.kept)}B, and {where} "
+        f"has {with_prefix(limit)}B left. Train adapters (--config.lora.rank=16 --config.lora.base=nf4), freeze parts "
         "(--config.optim.freeze), or spread the run over more devices (--config.mesh.fsdp=-1)"
     )
 
@@ -66,7 +66,7 @@ def trained_share(run: Run) -> str:
     """Returns how many parameters are trained, for people; "" where all are."""
     parts = split(abstract_params(in_full(run.model)), run.optim.freeze)
     trained, frozen = (sum(x.size for x in jax.tree.leaves(part)) for part in parts)
-    return f"{short(trained)} parameters are trained ({trained / (trained + frozen):.2%})" if frozen else ""
+    return f"{with_prefix(trained)} parameters are trained ({trained / (trained + frozen):.2%})" if frozen else ""
 
 
 def device_limit(device: jax.Device) -> int | None:

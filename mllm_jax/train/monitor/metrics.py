@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mllm_jax.common.files import writing
+from mllm_jax.common.format import with_prefix
 from mllm_jax.train.monitor.board import Board
 from mllm_jax.train.monitor.goodput import Clock, share
 
@@ -206,8 +207,8 @@ class Display:
             *(f"{name} {record[name]:.3f}" for name in JUDGED if name in record),
             f"lr {record['learning_rate']:.2e}",
             f"grad {record['grad_norm']:.2f}",
-            f"{short(record['tokens_per_second'])} tok/s",
-            f"{short(record['patches_per_second'])} patch/s",
+            f"{with_prefix(record['tokens_per_second'])} tok/s",
+            f"{with_prefix(record['patches_per_second'])} patch/s",
             f"fill {fill}",
             f"data wait {record['data_wait']:.0%}",
             *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
@@ -332,11 +333,3 @@ class Reporter:
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._events.add_scalar(f"{group}/{name}", value, record["step"])
-
-
-def short(number: float) -> str:
-    """A number with three digits and a unit: 1.23k."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if number < 1000 or unit == "P":
-            return f"{number:.3g}{unit}"
-        number /= 1000

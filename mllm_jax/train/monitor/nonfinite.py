@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.common.errors import some
+from mllm_jax.common.trees import flatten, join
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import TAPS
 from mllm_jax.nn.stack import segments
 from mllm_jax.train.runs.config import Run, objective_of
-from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.optimizer import split
 from mllm_jax.train.step.state import TrainState
 from mllm_jax.types import Batch
 
@@ -45,13 +46,13 @@ def find_nonfinite(run: Run, state: TrainState, batch: Batch, mesh: Mesh, refere
     lines = [f"in part {part + 1} of {parts} of the batch:"] if parts > 1 else []
     name = lambda where: layer_name(*where, run.model)
     if weights:
-        lines.append(f"weights: {_some(sorted(map(name, weights)))} hold values that are not finite")
+        lines.append(f"weights: {some(sorted(map(name, weights)))} hold values that are not finite")
     if outputs:
         lines.append(f"forward: the first output that is not finite is that of {name(min(outputs, key=place))}")
     elif not np.isfinite(loss):
         lines.append("forward: every layer is finite, the loss is not: the head, or the weights of the targets")
     if gradients:
-        first, of = name(max(gradients, key=place)), len(flatten_dict(found[2]))
+        first, of = name(max(gradients, key=place)), len(found[2])
         lines.append(f"backward: the first gradient that is not finite is that of {first}, of {of}")
     return lines
 
@@ -76,10 +77,10 @@ def _look(run: Run, mesh: Mesh, orders: dict[str, int]) -> Callable:
             with nn.intercept_methods(tap):
                 _, taps = run.model.build().apply({"params": params}, batch, hidden=True, mutable=[TAPS])
             trainable, frozen = split(params, run.optim.freeze)
-            sums = lambda trainable: objective.sums(merge(trainable, frozen), batch, None, reference, rewards)[0]
+            sums = lambda trainable: objective.sums(join(trainable, frozen), batch, None, reference, rewards)[0]
             loss = lambda trainable: sums(trainable)["loss"]
             value, gradients = jax.value_and_grad(loss)(trainable)
-            flat = flatten_dict(taps[TAPS], sep="/")
+            flat = flatten(taps[TAPS])
             return value, _finite(params), {_module(path): x for path, x in flat.items()}, _finite(gradients)
 
     return look
@@ -94,7 +95,7 @@ def _module(path: str) -> str:
 
 def _finite(tree: Any) -> dict[str, Any]:
     """Of every leaf; of one of stacked layers, of every layer."""
-    flat = flatten_dict(tree, sep="/")
+    flat = flatten(tree)
     within = lambda path, x: tuple(range(1 if STACK.match(path) else 0, x.ndim))
     return {path: jnp.all(jnp.isfinite(x), axis=within(path, x)) for path, x in flat.items()}
 
@@ -127,7 +128,3 @@ def layer_name(path: str, index: int, model: ModelConfig) -> str:
         numbers = {name: layers for one in segments(model.decoder.kinds) for name, layers, _ in one.slots()}.get(own)
     number = "*" if numbers is None else numbers[index]
     return f"{part}/layers/{number}{found['rest']}"
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -3,7 +3,6 @@
 What people get wrong ends in one line that says what and where, not in a traceback.
 """
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mllm_jax.common.cli import OVERRIDE, REPLACES, Parser, end_at_once, fail
-from mllm_jax.common.config import ConfigError, check_path, suggestion, told
+from mllm_jax.common.config import ConfigError, check_path
+from mllm_jax.common.errors import nearest, suggestion, told
 from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
 from mllm_jax.data.pipeline.loader import BadData
 from mllm_jax.data.pipeline.workers import WorkerLost
@@ -133,7 +133,7 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
             raise ConfigError(f"{path} has no function get_config, which returns the config") from error
         raise _unknown_name(argv) or ConfigError(told(error)) from error
     except flags.UnrecognizedFlagError as error:
-        meant = difflib.get_close_matches(f"--{error.flagname}", known, n=1, cutoff=0.75)
+        meant = nearest(f"--{error.flagname}", known, 0.75)
         hint = f"write {meant[0]}" if meant else f"settings of a run are {OVERRIDE}path.to=value"
         raise ConfigError(f"there is no flag --{error.flagname}; {hint}; run with --help") from error
     except (flags.Error, TypeError, ValueError) as error:

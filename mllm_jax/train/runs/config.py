@@ -13,7 +13,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, following, from_config_dict, suggestion, to_config_dict
+from mllm_jax.common.config import ConfigError, following, from_config_dict, to_config_dict
+from mllm_jax.common.errors import suggestion
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, PositiveInt, Range, Seed
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.decoders.by_model_type import TEXT
@@ -29,7 +30,9 @@ from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
-from mllm_jax.sharding import MESH_AXES, PRESETS, RULES, MeshAxes, freeze_rules
+from mllm_jax.sharding.logical_axes import MeshAxes, freeze_rules
+from mllm_jax.sharding.mesh import MESH_AXES
+from mllm_jax.sharding.presets import PRESETS, RULES
 from mllm_jax.train.algorithms.contrastive import make_contrastive_step
 from mllm_jax.train.algorithms.ppo import make_ppo_step
 from mllm_jax.train.algorithms.preference import PairObjective
@@ -155,10 +158,10 @@ class Run(Config):
       the decoder's folder.
     optim: `optim.steps` is the length of the run; 0 = as long as `data.epochs` last.
     lora: adapters that are trained in place of the weights (see `mllm_jax.nn.lora`); of rank 0 there are none.
-    preset: of `mllm_jax.sharding.PRESETS`: the mesh and the rules that the run begins with, and edits.
-    mesh: devices along each axis of the mesh (see `mllm_jax.sharding.make_mesh`); -1 = those that are left.
-    rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding`). Of both, a
-      config file states what differs from the preset; `read_run` gives all.
+    preset: of `mllm_jax.sharding.presets`: the mesh and the rules that the run begins with, and edits.
+    mesh: devices along each axis of the mesh (see `mllm_jax.sharding.mesh.make_mesh`); -1 = those that are left.
+    rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding.presets`). Of
+      both, a config file states what differs from the preset; `read_run` gives all.
     stages: parts of the run that are trained one after the other; empty = the run is trained as it stands.
     """
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from mllm_jax.common.config import suggestion
+from mllm_jax.common.errors import suggestion
 from mllm_jax.common.settings import (
     LARGEST,
     Config,

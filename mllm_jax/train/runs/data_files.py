@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm_jax.common.config import ConfigError, suggestion, told
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion, told
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive
 from mllm_jax.data.sources import Conversations, open_source
 from mllm_jax.data.sources.mixture import Mixture, tempered

@@ -5,9 +5,15 @@
 It trains on the embedded scenes, or on the files that the same words name as for the recipe's own sizes.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
-from mllm_jax.data.synthetic.scenes import scenes_tokenizer
+from ml_collections import ConfigDict
+
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
+from mllm_jax.data.synthetic.scenes import scenes_vision_ids
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
@@ -15,7 +21,7 @@ from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.train.input.processors import SCENES
-from mllm_jax.train.runs.config import PARTS_OF_STAGES, Run, Stage
+from mllm_jax.train.runs.config import PARTS_OF_STAGES, Run, Stage, run_config
 from mllm_jax.train.runs.data_files import EMBEDDED, FilesData, MixtureData
 
 STEPS = 8  # of a stage, at most
@@ -57,13 +63,25 @@ def _data(data: FilesData | MixtureData) -> FilesData | MixtureData:
 
 
 def _model(experts: bool) -> ModelConfig:
-    tokenizer = scenes_tokenizer()
-    tokens = [tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
     attention = AttentionConfig(heads=2, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
     moe = MoeConfig(experts=4, top_k=2, mlp=16) if experts else None
     return ModelConfig(
         encoder=VitConfig(width=32, layers=1, heads=2, mlp=32, patch_size=8, position_grid=8, taps=(0,)),
         connector=PatchMergerConfig(merge=2),
         decoder=DecoderConfig(vocab=384, width=32, layers=2, attention=attention, mlp=32, moe=moe),
-        tokens=VisionTokenIds(*tokens),
+        tokens=VisionTokenIds(*scenes_vision_ids()),
     )
+
+
+def sized(file: str, size: str, sizes: Iterable[str], recipe: Callable[[str], Run], smallest: str) -> ConfigDict:
+    """The config of a recipe in one of its sizes, or of a miniature of the smallest one where `size` is "tiny".
+
+    Args:
+      file: of the recipe, for errors. recipe: makes the run of a size.
+    Raises:
+      ConfigError: there is no such size.
+    """
+    known = (*sizes, "tiny")
+    if size not in known:
+        raise ConfigError(f"configs/recipes/{Path(file).name} has no size {size!r}; {suggestion(size, known)}")
+    return run_config(miniature(recipe(smallest)) if size == "tiny" else recipe(size))

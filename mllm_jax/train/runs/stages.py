@@ -10,20 +10,15 @@ restarts its schedule. Nothing else is carried over. Adapters of the stage befor
 are merged into their weights where it has none; where it alone has some, they are new.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from mllm_jax.common.config import ConfigError, suggestion
-from mllm_jax.common.files import write_whole
-from mllm_jax.pretrained.api import CHECKPOINTS, PROGRESS
-from mllm_jax.train.checkpoint.damage import read_note
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.errors import suggestion
+from mllm_jax.common.workdir import CHECKPOINTS, saved_steps
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, processor_source
-
-EXAMPLE = '{"stages": ["align", "instruct"], "ended": {"align": 500}}'  # what it looks like
 
 
 def names_in_order(config: ConfigDict) -> list[str]:
@@ -70,7 +65,7 @@ def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = Non
     stage = whole["stages"][name]
     alone = whole | {part: stage[part] for part in PARTS_OF_STAGES if stage[part] is not None} | {"stages": {}}
     alone["processor"] = processor_source(alone["processor"], alone["init"], alone.get("parts", {}))
-    if workdir is not None and stage["after"] and has_checkpoint(folder := Path(workdir).resolve() / stage["after"]):
+    if workdir is not None and stage["after"] and saved_steps(folder := Path(workdir).resolve() / stage["after"]):
         alone |= {"init": str(folder), "parts": {}}
     if workdir is not None and (judge := alone["train"].get("ppo", {}).get("reward")) in whole["stages"]:
         train = alone["train"]
@@ -89,59 +84,6 @@ def one_run(config: ConfigDict, stage: str | None) -> ConfigDict:
     if stage is None and config.get("stages"):
         raise ConfigError(f"the config has stages; name one with --stage: {', '.join(names_in_order(config))}")
     return config if stage is None else stage_config(config, stage)
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run or a stage in this folder has saved. Only whole checkpoints have a number as their name."""
-    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
-
-
-def ended(workdir: str | Path) -> dict[str, int]:
-    """The stages in `workdir` that came to their end, in order, with the step that each reached."""
-    return _progress(Path(workdir))["ended"]
-
-
-def all_ended(workdir: str | Path) -> bool:
-    """Whether this is the folder of a run with stages that all came to their end."""
-    found = _progress(Path(workdir))
-    return bool(found["stages"]) and set(found["ended"]) == set(found["stages"])
-
-
-def _progress(workdir: Path) -> dict[str, Any]:
-    """Reads what `note_ended` wrote; no stages if it wrote nothing. Raises ConfigError where the file is damaged."""
-    path = workdir / PROGRESS
-    if not path.is_file():
-        return {"stages": [], "ended": {}}
-    fix = f"Write into it the stages that have ended, such as {EXAMPLE}, or remove it to train all of them anew"
-    return read_note(path, fix, stages=list, ended=dict)
-
-
-def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> None:
-    """Writes what `ended` reads, whole or not at all."""
-    steps = {name: steps[name] for name in order if name in steps}
-    write_whole(workdir / PROGRESS, json.dumps({"stages": order, "ended": steps}, indent=2) + "\n")
-
-
-def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
-    """Where the checkpoints of a run are: in its folder, or in that of a stage, by default the last that has ended.
-
-    Raises:
-      ConfigError: there is no such stage. FileNotFoundError: there are stages, and none has ended.
-    """
-    workdir = Path(workdir)
-    known = _progress(workdir)["stages"]
-    if stage is not None:
-        if stage not in known:
-            raise ConfigError(f"{workdir} has no stage {stage!r}; {suggestion(stage, known)}")
-        return workdir / stage
-    if not known or (workdir / CHECKPOINTS).is_dir():
-        return workdir
-    if not (steps := ended(workdir)):
-        begun = [str(workdir / name) for name in known if has_checkpoint(workdir / name)]
-        raise FileNotFoundError(
-            f"no stage of {workdir} has ended yet; those that have saved: {', '.join(begun) or 'none'}"
-        )
-    return workdir / list(steps)[-1]
 
 
 def branch(name: str, after: Mapping[str, str]) -> list[str]:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.train.algorithms.supervised import dropout
 from mllm_jax.train.losses.load_balance import BalanceConfig, Load, Totals, balance_loss, totals, z_loss
-from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.optimizer import split
 from mllm_jax.types import Batch
 
 
@@ -38,7 +39,7 @@ def make_gradients(
         trainable, frozen = split(state.params, freeze)
 
         def loss(trainable):
-            sums, routing = objective.sums(merge(trainable, frozen), part, key, reference, state.rewards)
+            sums, routing = objective.sums(join(trainable, frozen), part, key, reference, state.rewards)
             found = {name: value / whole.weight for name, value in sums.items()}
             if routing is None:
                 return found["loss"], (found, None)

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from optax.contrib import MuonDimensionNumbers
 
-from mllm_jax.common.patterns import check_patterns, first_found
 from mllm_jax.common.settings import (
     Config,
     Fraction,
@@ -21,6 +19,7 @@ from mllm_jax.common.settings import (
     Positive,
     Range,
 )
+from mllm_jax.common.trees import check_patterns, first_found, flatten, map_with_paths, partition
 
 SCHEDULES = {
     "constant": lambda t: jnp.ones_like(t),
@@ -97,7 +96,7 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
     Raises:
       ValueError: a pattern matches no weight, or nothing is left to train.
     """
-    paths = list(flatten_dict(params, sep="/"))
+    paths = list(flatten(params))
     check_patterns(config.freeze, paths, "optim.freeze")
     check_patterns([pattern for pattern, _ in config.factors], paths, "optim.factors")
     if not split(params, config.freeze)[0]:
@@ -108,7 +107,7 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
     if config.factors:
         scaled = lambda path, x: x * first_found(config.factors, path, 1.0)
-        chain.append(optax.stateless(lambda updates, _: _map(scaled, updates)))
+        chain.append(optax.stateless(lambda updates, _: map_with_paths(scaled, updates)))
     chain.append(optax.scale_by_learning_rate(schedule))
     inner = optax.chain(*chain)
     init = lambda params: inner.init(split(params, config.freeze)[0])
@@ -124,24 +123,13 @@ def split(params, freeze: tuple[str, ...]) -> tuple[dict, dict]:
 
     What is not are the leaves that `freeze` finds, the biases of routers, and the constants of adapters.
     """
-    flat = flatten_dict(params, sep="/")
-    frozen = {path for path in flat if any(re.search(pattern, path) for pattern in (*freeze, NOT_BY_GRADIENT))}
-    part = lambda keep: unflatten_dict({path: x for path, x in flat.items() if (path in frozen) == keep}, sep="/")
-    return part(False), part(True)
-
-
-def merge(trainable, frozen) -> dict:
-    """The inverse of `split`."""
-    return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
-
-
-def _map(f, tree) -> dict:
-    """f(path, leaf) on a nested dict."""
-    return unflatten_dict({path: f("/".join(path), leaf) for path, leaf in flatten_dict(tree).items()})
+    patterns = (*freeze, NOT_BY_GRADIENT)
+    frozen, trained = partition(params, lambda path: any(re.search(pattern, path) for pattern in patterns))
+    return trained, frozen
 
 
 def _decays(params) -> dict:
-    return _map(lambda path, _: path.endswith(("/w", "/lora_down", "/lora_up")), params)
+    return map_with_paths(lambda path, _: path.endswith(("/w", "/lora_down", "/lora_up")), params)
 
 
 # Axes that a matrix reads and axes that it writes; axes not named (layers, q-k-v) hold matrices of their own.
@@ -155,7 +143,7 @@ MATRICES = (
 
 def _matrices(params) -> dict:
     dimensions = lambda path, _: next((axes for pattern, axes in MATRICES if re.search(pattern, path)), None)
-    return _map(dimensions, params)
+    return map_with_paths(dimensions, params)
 
 
 def _adamw(config: OptimConfig) -> optax.GradientTransformation:

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.common.trees import flatten
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params, init_params
-from mllm_jax.sharding import Rules, shardings
+from mllm_jax.sharding.logical_axes import Rules
+from mllm_jax.sharding.weights import shardings
 
 
 class TrainState(NamedTuple):
@@ -35,15 +36,15 @@ def abstract_state(config: ModelConfig, tx: optax.GradientTransformation) -> Tra
 def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules) -> TrainState:
     """NamedSharding of every leaf: moments lie as their parameters do, everything else is replicated."""
     params = shardings(abstract_boxed(config), mesh, rules)
-    shapes = flatten_dict(abstract_params(config))
-    known = {path: (shapes[path].shape, sharding) for path, sharding in flatten_dict(params).items()}
+    shapes = flatten(abstract_params(config))
+    known = {path: (shapes[path].shape, sharding) for path, sharding in flatten(params).items()}
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def of(path, leaf):
         """A moment ends in the path of its parameter; what is factored or counted has another shape."""
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         for start in range(len(names)):
-            shape, sharding = known.get(names[start:], (None, None))
+            shape, sharding = known.get("/".join(names[start:]), (None, None))
             if shape == leaf.shape:
                 return sharding
         return replicated

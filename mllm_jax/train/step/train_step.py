@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.model.vlm import VLM, ModelConfig, head_table
-from mllm_jax.sharding import Rules, partition_spec, ways
+from mllm_jax.sharding.logical_axes import Rules, partition_spec, ways
 from mllm_jax.train.algorithms.supervised import CHUNK, CrossEntropy
 from mllm_jax.train.losses.cross_entropy import sum_segments, token_errors
 from mllm_jax.train.losses.load_balance import BalanceConfig, imbalance, move_biases

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mllm_jax.train.step.optimizer import OptimConfig, make_schedule, merge, split
+from mllm_jax.common.trees import join
+from mllm_jax.train.step.optimizer import OptimConfig, make_schedule, split
 from mllm_jax.train.step.state import TrainState
 
 
@@ -35,7 +36,7 @@ def update(
         scale = jnp.minimum(1, optim.clip / norm)
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
-    params = adjust(merge(optax.apply_updates(trainable, updates), frozen))
+    params = adjust(join(optax.apply_updates(trainable, updates), frozen))
     keep = lambda new, old: jax.tree.map(partial(jnp.where, finite), new, old)
     state = state._replace(
         step=state.step + 1,

@@ -18,7 +18,7 @@ from mllm_jax.evaluate.retrieval import nearest
 from mllm_jax.families.towers import clip, siglip, siglip2
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import init_params
-from mllm_jax.train.checkpoint.manager import load_workdir, read_config
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config
 from mllm_jax.train.evaluators.retrieval import recall_at_1
 from mllm_jax.train.input.processors import make_processor
 from mllm_jax.train.loop import train

@@ -18,7 +18,7 @@ from mllm_jax.data.pipeline.spec import SEEING
 from mllm_jax.data.sources.mixture import Mixture, start_of, tempered
 from mllm_jax.evaluate import ask
 from mllm_jax.evaluate.report import Answer
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.input.pipeline import open_data
 from mllm_jax.train.input.processors import make_processor
 from mllm_jax.train.runs.config import read_run

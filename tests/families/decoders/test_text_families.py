@@ -13,15 +13,16 @@ from reference import assert_export, assert_step, to_torch
 from tiny_text_families import CASES, LENGTHS, inputs_of, tiny
 
 import mllm_jax
+from mllm_jax.common.trees import flatten
 from mllm_jax.families.decoders import deepseek, qwen3
 from mllm_jax.model.vlm import abstract_params, count_params, init_cache
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy
 from mllm_jax.train.monitor.flops import count_flops, useful
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
 from mllm_jax.train.step.state import state_from_params
 from mllm_jax.train.step.train_step import make_train_step
-from mllm_jax.weights.table import expand, flatten
+from mllm_jax.weights.table import expand
 
 NEW = 12
 

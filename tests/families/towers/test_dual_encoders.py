@@ -13,13 +13,14 @@ from safetensors.numpy import load_file
 from tiny_dual_encoders import NAFLEX, SQUARE, inputs_of, tiny
 
 import mllm_jax
+from mllm_jax.common.trees import flatten
 from mllm_jax.data.pipeline.dual_batches import packed
 from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.families import FAMILIES
 from mllm_jax.families.towers import clip, siglip, siglip2, vision_only
 from mllm_jax.model.vlm import abstract_params, count_params
 from mllm_jax.train.losses.contrastive import contrastive_loss
-from mllm_jax.weights.table import expand, flatten, to_ours
+from mllm_jax.weights.table import expand, to_ours
 
 TOWERS = {"clip": "CLIPVision", "siglip": "SiglipVision", "siglip2": "Siglip2Vision"}
 

@@ -24,7 +24,8 @@ from mllm_jax.families import spec_for
 from mllm_jax.families.vlms import llava_onevision
 from mllm_jax.generate.buckets import pad_prompts
 from mllm_jax.model.vlm import abstract_boxed, count_params
-from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.step.train_step import batch_shardings
 from mllm_jax.types import NEWLINE
 

@@ -12,7 +12,8 @@ from reference import assert_export, assert_step, loss_of, perturb, to_torch
 import mllm_jax
 from mllm_jax.families.vlms import paligemma
 from mllm_jax.model.vlm import abstract_boxed, abstract_params, count_params
-from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.weights.table import expand
 
 IMAGE, NEW = 150, 8

@@ -7,11 +7,12 @@ import pytest
 import torch
 from reference import assert_parity, batch_of, prompt, published, tiny_qwen3_vl, to_torch
 
+from mllm_jax.common.trees import flatten, unflatten
 from mllm_jax.families.vlms import qwen3_vl
 from mllm_jax.model.vlm import VLM, abstract_params
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.pretrained.api import from_hf_inputs
-from mllm_jax.weights.table import expand, flatten, to_ours, unflatten
+from mllm_jax.weights.table import expand, to_ours
 
 CASES = {
     "text": [(12,)],

@@ -17,7 +17,11 @@ from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.attention.context_parallel import exchange_for
 from mllm_jax.nn.attention.masks import Key, Query
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import RULES, freeze_rules, make_mesh, shard, shardings
+from mllm_jax.sharding.activations import shard
+from mllm_jax.sharding.logical_axes import freeze_rules
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.presets import RULES
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.losses.cross_entropy import token_loss
 from mllm_jax.train.step.train_step import batch_shardings

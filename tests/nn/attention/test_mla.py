@@ -18,7 +18,8 @@ from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.attention.mla import Mla, MlaConfig
 from mllm_jax.nn.rope import YarnConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh, shardings
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.monitor.flops import Counts, count_flops
 from mllm_jax.train.runs.config import Run, read_run, run_config

@@ -14,7 +14,7 @@ from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import REMAT, Runtime
 from mllm_jax.plan.hlo.jaxpr import operations, used_share
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 
 ROWS, LENGTH, WIDTH, COUNT, TOP, HIDDEN = 8, 8, 16, 8, 3, 12
 

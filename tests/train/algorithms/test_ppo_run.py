@@ -12,7 +12,7 @@ from staged_run import on_one_device
 from mllm_jax import load_workdir
 from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.value_head import NAME
-from mllm_jax.train.checkpoint.manager import restore_params
+from mllm_jax.train.checkpoint.restore import restore_params
 from mllm_jax.train.loop import train
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.runs.stages import stage_config

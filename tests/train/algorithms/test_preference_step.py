@@ -12,7 +12,7 @@ from examples import VALUES, random_example, random_params, tiny_config
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.data.pipeline.preference import together
 from mllm_jax.model.vlm import VLM
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.preference import PairObjective
 from mllm_jax.train.losses.cross_entropy import token_log_probs
 from mllm_jax.train.losses.preference import PreferenceConfig

@@ -12,7 +12,7 @@ from mllm_jax.data.pipeline.loader import BadData
 from mllm_jax.data.pipeline.preference import Reference
 from mllm_jax.data.synthetic.captions import Captions, count_named, false_share, recall
 from mllm_jax.plan.compile import abstract_step
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.preference_records import read_references, write_references
 from mllm_jax.train.algorithms.reference import log_probs
 from mllm_jax.train.loop import train

@@ -20,7 +20,7 @@ from mllm_jax.data.pipeline.reward import Judged, Prompts
 from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.plan.compile import abstract_step
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms import ppo_records
 from mllm_jax.train.algorithms.reward import RewardConfig, RewardObjective, scores
 from mllm_jax.train.runs.config import read_run

@@ -14,7 +14,7 @@ from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.data.pipeline.preference import together
 from mllm_jax.generate.decode import generate_ids, sample_ids
 from mllm_jax.model.vlm import VLM, ModelConfig
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.ppo import PpoObjective, make_ppo_step
 from mllm_jax.train.algorithms.rollout import Judge, experience, written
 from mllm_jax.train.losses.ppo import PpoConfig

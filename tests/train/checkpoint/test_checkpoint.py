@@ -10,9 +10,10 @@ from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.checkpoint.damage import Damaged
-from mllm_jax.train.checkpoint.manager import Checkpoints, read_config, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import read_config, restore_params
 from mllm_jax.train.checkpoint.tiers import Tiers
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.step.optimizer import make_optimizer

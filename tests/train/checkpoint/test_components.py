@@ -16,15 +16,16 @@ from tiny_llava import CLIP, TEXT, llava_config
 
 import mllm_jax
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.workdir import ended
 from mllm_jax.families.vlms import llava
 from mllm_jax.model.vlm import init_params
 from mllm_jax.nn.lora import LoraConfig
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.checkpoint.restore import first_params, processor_of
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs.config import Run, Stage, TrainConfig, read_run, run_config
 from mllm_jax.train.runs.data_files import FilesData
-from mllm_jax.train.runs.stages import ended, stage_config
+from mllm_jax.train.runs.stages import stage_config
 from mllm_jax.train.step.optimizer import OptimConfig
 
 HERE, THERE = 304, 301  # tokens of the model, and of Llama's folder, on which no mesh divides

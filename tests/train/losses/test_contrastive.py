@@ -9,14 +9,14 @@ from reference import to_torch
 from tiny_dual_encoders import inputs_of, tiny
 
 import mllm_jax
+from mllm_jax.common.trees import flatten
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.contrastive import make_contrastive_step, pair_shardings
 from mllm_jax.train.losses import contrastive
 from mllm_jax.train.losses.contrastive import contrastive_loss
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
 from mllm_jax.train.step.state import state_from_params
-from mllm_jax.weights.table import flatten
 
 RULES = Runtime().within("encoder").rules
 MESHES = {"one device": None, "fsdp": {"fsdp": 8}, "mixed": {"data": 2, "context": 2, "tensor": 2}}

@@ -11,7 +11,9 @@ from examples import VALUES, random_example
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mllm_jax.data.pipeline.packing import Budget, collate
-from mllm_jax.sharding import RULES, freeze_rules, make_mesh
+from mllm_jax.sharding.logical_axes import freeze_rules
+from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.sharding.presets import RULES
 from mllm_jax.train.losses.cross_entropy import sample_weights, token_errors, token_loss
 
 

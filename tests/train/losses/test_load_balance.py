@@ -15,7 +15,7 @@ from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.losses.load_balance import BalanceConfig, Load, balance_loss, imbalance, totals, z_loss
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer
 from mllm_jax.train.step.state import state_from_params

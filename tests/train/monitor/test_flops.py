@@ -9,6 +9,8 @@ import pytest
 from examples import VALUES, random_example, tiny_config
 from traced_flops import dot_flops
 
+from mllm_jax.common.format import with_prefix
+from mllm_jax.common.trees import join
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.moe.layer import MoeConfig
@@ -16,10 +18,9 @@ from mllm_jax.train.algorithms.supervised import loss_sum
 from mllm_jax.train.losses.load_balance import BalanceConfig
 from mllm_jax.train.monitor.cost import explain
 from mllm_jax.train.monitor.flops import Counts, count_flops, mfu, near_pairs, padded, peak_flops, useful
-from mllm_jax.train.monitor.metrics import short
 from mllm_jax.train.runs.config import Run, TrainConfig
 from mllm_jax.train.runs.data import ScenesData
-from mllm_jax.train.step.optimizer import merge, split
+from mllm_jax.train.step.optimizer import split
 
 
 def a_batch(rng):
@@ -71,7 +72,7 @@ def test_count_equals_the_traced_program(tie, freeze):
     batch = batch._replace(weight=np.ones_like(batch.weight))
     trainable, frozen = split(abstract_params(config), freeze)
     forward = jax.make_jaxpr(lambda params: loss_sum(config, params, batch)[0])(abstract_params(config))
-    both = jax.make_jaxpr(jax.grad(lambda part, frozen: loss_sum(config, merge(part, frozen), batch)[0]))
+    both = jax.make_jaxpr(jax.grad(lambda part, frozen: loss_sum(config, join(part, frozen), batch)[0]))
     counts = padded(batch)
     counts = counts._replace(token_pairs=2 * counts.token_pairs)
     flops = count_flops(config, counts, freeze)
@@ -122,7 +123,7 @@ def test_a_run_says_what_exact_balance_costs():
     *_, said = explain(run, batch, processes=4)
     flops = count_flops(run.model, useful(batch))
     counting = 4 * sum(part.forward for part in flops.values()) - 4 * flops["head"].forward
-    assert said.startswith("train.balance.exact: a forward pass") and f"{short(counting)}FLOP" in said
+    assert said.startswith("train.balance.exact: a forward pass") and f"{with_prefix(counting)}FLOP" in said
     share = int(re.search(r"or (\d+)% besides", said)[1])
     assert 27 < share < 34 and share == round(25 * counting / sum(part.total for part in flops.values()))
     for other in (TrainConfig(balance=BalanceConfig("global")), replace(balanced, balance=BalanceConfig("micro"))):

@@ -6,8 +6,9 @@ import pytest
 import tiny_run
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.format import with_prefix
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor import memory
 from mllm_jax.train.monitor.memory import Memory, check_memory, host_limit, memory_of, trained_share
@@ -83,7 +84,7 @@ def test_the_share_of_what_is_trained_is_told():
     flat = {jax.tree_util.keystr(path): x.size for path, x in jax.tree_util.tree_leaves_with_path(params)}
     adapters = sum(size for path, size in flat.items() if path.endswith(("lora_down']", "lora_up']")))
     share = adapters / sum(flat.values())
-    told = f"{memory.short(adapters)} parameters are trained ({share:.2%})"
+    told = f"{with_prefix(adapters)} parameters are trained ({share:.2%})"
     assert trained_share(read_run(config)) == told
     config.lora.base = "nf4"  # of which an array holds two weights in a byte
     assert trained_share(read_run(config)) == told

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.nn import mlp
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.loop import Diverged, StopSignal, Training
 from mllm_jax.train.monitor.metrics import read_metrics

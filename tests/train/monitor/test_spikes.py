@@ -6,7 +6,8 @@ import pytest
 import watched_run
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import restore_params
 from mllm_jax.train.input.feed import Feed
 from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.loop import StopSignal, Training

@@ -15,7 +15,8 @@ from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget
 from mllm_jax.data.pipeline.processor import Processor, ProcessorSpec
 from mllm_jax.data.synthetic.scenes import Scenes
-from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import restore_params
 from mllm_jax.train.loop import StopSignal, train
 from mllm_jax.train.monitor.metrics import Reporter, read_metrics
 from mllm_jax.train.run_stages import train_run

@@ -14,16 +14,17 @@ from staged_run import on_one_device
 from tiny_lora import merged
 
 from mllm_jax.common.config import ConfigError
+from mllm_jax.common.workdir import ended
 from mllm_jax.nn.lora import LoraConfig, split_adapters
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.checkpoint.frozen_base import note_base, saved
-from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
-from mllm_jax.train.checkpoint.restore import first_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import first_params, restore_params
 from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import Reporter, read_metrics
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs.config import Stage, read_run, run_config
-from mllm_jax.train.runs.stages import ended, stage_config
+from mllm_jax.train.runs.stages import stage_config
 from mllm_jax.train.step.optimizer import split
 from mllm_jax.train.step.state import TrainState
 

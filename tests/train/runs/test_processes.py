@@ -17,7 +17,8 @@ from watched_run import STALLED, get_config
 
 from mllm_jax import load_adapters, load_workdir, save_adapters
 from mllm_jax.common.config import ConfigError
-from mllm_jax.train.checkpoint.manager import Checkpoints, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import restore_params
 from mllm_jax.train.loop import train
 from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.monitor.processes import AGAIN, join

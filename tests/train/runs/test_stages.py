@@ -20,17 +20,18 @@ from rich.console import Console
 from staged_run import get_config, on_one_device
 
 from mllm_jax.common.config import ConfigError, dump, load
-from mllm_jax.evaluate.report import short
+from mllm_jax.common.format import short
+from mllm_jax.common.workdir import ended, is_run, run_folder
 from mllm_jax.evaluate.stages import branches, table, write_page
-from mllm_jax.pretrained.api import is_run
 from mllm_jax.train import run_stages
-from mllm_jax.train.checkpoint.manager import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config, restore_params
 from mllm_jax.train.loop import Training, train
 from mllm_jax.train.monitor.metrics import Reporter, read_metrics
 from mllm_jax.train.monitor.processes import AGAIN
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.runs.stages import ended, names_in_order, one_run, run_folder
+from mllm_jax.train.runs.stages import names_in_order, one_run
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
 CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}

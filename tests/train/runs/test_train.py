@@ -18,7 +18,8 @@ from tiny_run import get_config
 from mllm_jax.common.config import ConfigError
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import scores
-from mllm_jax.train.checkpoint.manager import Checkpoints, load_workdir, read_config, restore_params
+from mllm_jax.train.checkpoint.manager import Checkpoints
+from mllm_jax.train.checkpoint.restore import load_workdir, read_config, restore_params
 from mllm_jax.train.evaluators.generation import Spread
 from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.loop import Diverged, StopSignal, Training, train

@@ -8,8 +8,9 @@ import pytest
 from examples import tiny_config
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import abstract_params
-from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, make_schedule, merge, split
+from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, make_schedule, split
 
 PATHS = """encoder/patch_embed/w encoder/position_embed encoder/layers/norm1/scale encoder/layers/attention/qkv/w
 encoder/layers/attention/qkv/b encoder/layers/attention/out/w encoder/layers/mlp/up/w connector/main/norm/bias
@@ -85,7 +86,7 @@ def test_frozen_parts_hold_no_state(params, name):
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert paths and not any("encoder" in path or "'embed'" in path for path in paths)
     assert set(flatten_dict(frozen)) | set(flatten_dict(trainable)) == set(flatten_dict(params))
-    jax.tree.map(np.testing.assert_array_equal, merge(trainable, frozen), params)
+    jax.tree.map(np.testing.assert_array_equal, join(trainable, frozen), params)
 
 
 def test_muon_makes_every_matrix_of_a_layer_orthogonal(params):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, init_params
-from mllm_jax.sharding import make_mesh
+from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy, loss_sum
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split
 from mllm_jax.train.step.state import init_state, state_from_params, state_shardings
