@@ -33,7 +33,7 @@ check: test  ## the tests, and the style of the code
 	$(BIN)/ruff format --check .
 
 lowest: $(BIN)/python  ## the tests of each dependency with the lowest version that setup.py allows
-	$(BIN)/python tests/lowest.py .venv/lowest
+	$(BIN)/python tests/helpers/lowest.py .venv/lowest
 
 clean:  ## remove the environment, caches and the demo's output
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis demo build *.egg-info
