@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import graphlib
 import pathlib
 import statistics
 import subprocess
@@ -30,6 +31,8 @@ MAY_IMPORT["train"] = {"generate"} | MAY_IMPORT["generate"]
 MAY_IMPORT["export"] = {"train"} | MAY_IMPORT["train"]
 MAY_IMPORT["evaluate"] = {"train"} | MAY_IMPORT["train"]
 MAY_IMPORT["plan"] = {"evaluate"} | MAY_IMPORT["evaluate"]
+# The folders of train/, each of which may import those before it; its files stand above all of them.
+TRAIN_ORDER = ("losses", "step", "runs", "monitor", "checkpoint", "input", "evaluators", "algorithms")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 BESIDE_WORKERS = {"loader", "inspection", "inspection_page", "__main__"}  # of data/, run where jax may be
 DATA_WORKERS = [
@@ -66,6 +69,30 @@ def test_imports_run_one_way(path):
         if module.startswith("mllm_jax."):
             other = module.split(".")[1]
             assert other == own or other in MAY_IMPORT[own], f"{own} may not import {other}"
+
+
+def test_folders_of_train_import_one_way():
+    assert set(TRAIN_ORDER) == {path.name for path in (PACKAGE / "train").iterdir() if (path / "__init__.py").exists()}
+    for path in SOURCES:
+        own, *rest = path.relative_to(PACKAGE).parts[1:] or [""]
+        if part(path) == "train" and rest:
+            below = TRAIN_ORDER[: TRAIN_ORDER.index(own) + 1]
+            others = {module.split(".")[2] for module in imported_modules(path) if module.startswith("mllm_jax.train.")}
+            assert others <= set(below), f"train/{own} may not import train/{others - set(below)}"
+
+
+@pytest.mark.parametrize("folder", ("data", "model", "nn", "plan", "pretrained", "train"))
+def test_no_folders_import_each_other_in_a_circle(folder):
+    """The parts of a folder, files and folders, have an order in which each imports only what comes before it."""
+    graph = collections.defaultdict(set)
+    for path in (PACKAGE / folder).rglob("*.py"):
+        own = path.relative_to(PACKAGE / folder).with_suffix("").parts[0]
+        if path.name != "__main__.py" and own != "__init__":
+            for module in imported_modules(path):
+                if module.startswith(f"mllm_jax.{folder}."):
+                    graph[own].add(module.split(".")[2])
+            graph[own].discard(own)
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
