@@ -108,14 +108,14 @@ def test_a_conversion_is_one_line_and_goes_on(processes, disk, tmp_path, capsys)
 
 def test_pages_and_texts_are_replaced_whole_or_not(disk):
     page, text = disk / "report.html", disk / "answers.jsonl"
-    write_page(page, "page.html", title="t", lead="old")
+    write_page(page, "common/page.html", title="t", lead="old")
     write_whole(text, "old\n")
     leave(disk, 8192)
     before = content(disk)
     with pytest.raises(DiskFull, match=f"{text}"):
         write_whole(text, "new\n" * 10_000)
     with pytest.raises(DiskFull, match=f"{page}"):
-        write_page(page, "page.html", title="t", lead="new" * 10_000)
+        write_page(page, "common/page.html", title="t", lead="new" * 10_000)
     assert content(disk) == before
 
 

@@ -61,7 +61,10 @@ def program_of(command):
 
 
 # tests/configs/test_sft_folder.py begins with a model in a folder, which the pages have none of.
-NAMED = {"configs/sft.py:FOLDER": "configs/sft.py:qwen3_vl/2b --config.init=FOLDER"}
+NAMED = {
+    f"configs/{name}.py:FOLDER": f"configs/{name}.py:qwen3_vl/2b --config.init=FOLDER"
+    for name in ("sft", "dpo", "reward", "rlhf")
+}
 
 
 def config_of(words):

@@ -28,9 +28,9 @@ from mllm_jax.plan.hlo.jaxpr import operations, place, products, unknown_loops
 from mllm_jax.plan.hlo.replica_groups import axes_of
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.input.pipeline import Placer
+from mllm_jax.train.runs.config import train_context
+from mllm_jax.train.step.batches import batch_shardings
 from mllm_jax.train.step.compiler import ASYNC_GATHERS, compiler_options
-from mllm_jax.train.step.optimizer import make_optimizer
-from mllm_jax.train.step.state import abstract_state, state_shardings
 
 MESH = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
 
@@ -317,11 +317,11 @@ def planned():
 def real_bytes(run, shape):
     """Of the state and a batch, on the first device, as the loop would put them there."""
     mesh, model = make_mesh(shape), run.model
-    tx, _ = make_optimizer(run.optim, abstract_params(model))
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(model, tx))
-    state = jax.device_put(state, state_shardings(model, tx, mesh, model.runtime.rules))
+    context = train_context(run, mesh)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), context.state)
+    state = jax.device_put(state, context.state_shardings)
     rows = collate([[]] * run.data.batch, run.data.budget, merge=model.merge, values=model.patch_values)
-    batch = Placer(run.data.batch, mesh, model.runtime.rules)(rows)
+    batch = Placer(run.data.batch, partial(batch_shardings, mesh=mesh, rules=model.runtime.rules))(rows)
     first = [shard.data for x in jax.tree.leaves((state, batch)) for shard in x.addressable_shards]
     return sum(x.nbytes for x in first if x.devices() == {jax.devices()[0]})
 

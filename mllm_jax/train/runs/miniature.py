@@ -51,7 +51,15 @@ def _stage(run: Run | Stage) -> Stage:
         run.train, loss_chunk=64, log_every=1, evaluate_every=0, save_every=0, heldout=8, accumulate=1
     )
     mesh = run.mesh and {"fsdp": -1}
-    return Stage(getattr(run, "after", None), run.data and _data(run.data), optim, lora, train, mesh)
+    return Stage(
+        after=getattr(run, "after", None),
+        algorithm=run.algorithm,
+        data=run.data and _data(run.data),
+        optim=optim,
+        lora=lora,
+        train=train,
+        mesh=mesh,
+    )
 
 
 def _data(data: FilesData | MixtureData) -> FilesData | MixtureData:

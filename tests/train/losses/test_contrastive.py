@@ -130,9 +130,9 @@ def pairs(kind, folder):
     return ours, mllm_jax.from_hf_inputs(ours.config, inputs), model(**to_torch(inputs), return_loss=True).loss.item()
 
 
-def run(ours, batch, optim, mesh, steps):
+def run(ours, batch, optim, mesh, steps, tx=None):
     """The state after so many steps, and the losses of all."""
-    context = TrainContext(ours.config, optim, mesh)
+    context = TrainContext(ours.config, optim, mesh, optimizer=tx)
     state = state_from_params(context, jax.tree.map(jnp.copy, ours.params))
     step, losses = make_contrastive_step(context), []
     batch = jax.device_put(batch, pair_shardings(batch, mesh, ours.config.runtime.rules))
@@ -166,7 +166,7 @@ def test_a_scale_stays_below_100(tmp_path, record_property):
     """CLIP on eight devices, by a rule that adds 5 to every parameter."""
     ours, batch, expected = pairs("clip", tmp_path)
     tx = optax.stateless(lambda updates, _: jax.tree.map(lambda x: jnp.full_like(x, 5), updates))
-    state, losses = run(ours, batch, tx, OptimConfig(), make_mesh({"fsdp": 8}), 1)
+    state, losses = run(ours, batch, OptimConfig(), make_mesh({"fsdp": 8}), 1, tx)
     np.testing.assert_allclose(losses, [expected], rtol=1e-5)
     record_property("trains", "clip")
     np.testing.assert_allclose(jnp.exp(state.params["log_scale"]), 100, rtol=1e-5)

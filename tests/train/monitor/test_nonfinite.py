@@ -15,6 +15,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.nn import mlp
 from mllm_jax.sharding.mesh import make_mesh
+from mllm_jax.train.algorithms import algorithm_of
 from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import read_metrics
@@ -44,7 +45,7 @@ def find(run, *poisoned, nan_targets=()):
     batch.weight[list(nan_targets)] = np.nan
     mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
     state = new_state(optax.identity(), unflatten_dict(flat, sep="/"))
-    return find_nonfinite(run, state, jax.tree.map(jax.numpy.asarray, batch), mesh)
+    return find_nonfinite(run, algorithm_of(run).objective(), state, jax.tree.map(jax.numpy.asarray, batch), mesh)
 
 
 def test_a_poisoned_layer_is_named():
