@@ -13,7 +13,7 @@ from packing import mixed_set
 from mllm_jax.common.cli import Parser
 from mllm_jax.data.pipeline import packing
 from mllm_jax.data.pipeline.packing import Budget, Packer, place
-from mllm_jax.types import Example, Picture
+from mllm_jax.types import Example, ImagePatches
 
 BLOCK = 512
 TOKENS, PATCHES = 8192, 4096
@@ -28,7 +28,7 @@ def skewed_set(count: int, seed: int = 0):
         number = (rng.integers(0, 4), 1, rng.integers(0, 4))[kind]
         grids = 2 * rng.integers(*((4, 12), (10, 24), (20, 33))[kind], size=(number, 2))
         nothing = np.zeros(text + int(grids.prod(1).sum()) // 4, np.int32)
-        pictures = tuple(Picture(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in grids.tolist())
+        pictures = tuple(ImagePatches(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in grids.tolist())
         yield Example(nothing, nothing, nothing, nothing, pictures)
 
 

@@ -40,7 +40,7 @@ from mllm_jax.pretrained.api import Pretrained  # noqa: E402
 from mllm_jax.pretrained.peft import load_adapters, save_adapters  # noqa: E402
 
 MODEL = ModelConfig(
-    VitConfig(width=64, layers=2, heads=2, mlp=128, taps=(0,)),
+    VitConfig(width=64, layers=2, heads=2, mlp=128, deepstack_layers=(0,)),
     PatchMergerConfig(),
     DecoderConfig(512, 64, 2, AttentionConfig(heads=4, kv_heads=2, head_dim=32, rope_sections=(8, 4, 4)), 128),
     replace(qwen3_vl.TOKENS, image=500, video=501, start=502, end=503),

@@ -32,14 +32,15 @@ from mllm_jax.train.step.context import init_state  # noqa: E402
 from mllm_jax.train.step.optimizer import OptimConfig  # noqa: E402
 
 KINDS = {"all weights": LoraConfig()} | {
-    f"adapters, base {base}": LoraConfig(rank=16, base=base) for base in ("float32", "bfloat16", "int8", "int4", "nf4")
+    f"adapters, base {base}": LoraConfig(rank=16, base_dtype=base)
+    for base in ("float32", "bfloat16", "int8", "int4", "nf4")
 }
 
 
 def run_of(lora: LoraConfig) -> Run:
     attention = AttentionConfig(heads=8, kv_heads=4, head_dim=64, rope_sections=(12, 10, 10))
     model = ModelConfig(
-        VitConfig(width=256, layers=6, heads=4, mlp=1024, taps=(1, 3, 5)),
+        VitConfig(width=256, layers=6, heads=4, mlp=1024, deepstack_layers=(1, 3, 5)),
         PatchMergerConfig(),
         DecoderConfig(32000, 512, 8, attention, 1536),
         replace(qwen3_vl.TOKENS, image=31000, video=31001, start=31002, end=31003),

@@ -42,9 +42,9 @@ def blocks(experts: int, top_k: int, width: int, mlp: int, dtype: str, ways: dic
 
 
 WAYS = {
-    "dropless": {"experts": "dropless"},
-    "capacity, room 1.25": {"experts": "capacity", "expert_room": 1.25},
-    "dense": {"experts": "dense"},
+    "dropless": {"moe_dispatch": "dropless"},
+    "capacity, room 1.25": {"moe_dispatch": "capacity", "capacity_factor": 1.25},
+    "dense": {"moe_dispatch": "dense"},
 }
 
 

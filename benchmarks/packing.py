@@ -18,7 +18,7 @@ def mixed_set(count: int, seed: int = 0):
     import numpy as np
 
     from mllm_jax.data.vision.images import smart_resize
-    from mllm_jax.types import Example, Picture
+    from mllm_jax.types import Example, ImagePatches
 
     rng = np.random.default_rng(seed)
     sides = [(480, 640), (640, 480), (427, 640), (768, 1024), (224, 224), (1000, 300), (360, 540), (64, 96)]
@@ -33,7 +33,7 @@ def mixed_set(count: int, seed: int = 0):
         index = np.maximum(np.arange(-text, sum(h * w // 4 for h, w in pictures)), -1)
         tokens = np.zeros(len(index), np.int32)
         position = np.zeros((len(index), 3), np.int32)
-        made = tuple(Picture(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in pictures)
+        made = tuple(ImagePatches(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in pictures)
         yield Example(tokens, tokens.astype(np.float32), position, index, made)
 
 

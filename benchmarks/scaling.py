@@ -37,7 +37,9 @@ TOKENS, SIDE, WIDTH = 256, 16, 128
 
 def model(layers: int, experts: int) -> ModelConfig:
     return ModelConfig(
-        VitConfig(width=WIDTH, layers=layers, heads=4, mlp=4 * WIDTH, patch_size=8, position_grid=16, taps=(1,)),
+        VitConfig(
+            width=WIDTH, layers=layers, heads=4, mlp=4 * WIDTH, patch_size=8, position_grid=16, deepstack_layers=(1,)
+        ),
         PatchMergerConfig(),
         DecoderConfig(
             vocab=2048,

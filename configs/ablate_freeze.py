@@ -29,7 +29,7 @@ def model() -> ModelConfig:
     """That of configs/scenes.py, two thirds as wide."""
     attention = AttentionConfig(heads=4, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
     return ModelConfig(
-        encoder=VitConfig(width=64, layers=2, heads=4, mlp=128, patch_size=8, position_grid=8, taps=(0,)),
+        encoder=VitConfig(width=64, layers=2, heads=4, mlp=128, patch_size=8, position_grid=8, deepstack_layers=(0,)),
         connector=PatchMergerConfig(merge=2),
         decoder=DecoderConfig(vocab=384, width=64, layers=3, attention=attention, mlp=192),
         tokens=VisionTokenIds(*scenes_vision_ids()),

@@ -21,7 +21,7 @@ EXPERTS = {"dense": None, "experts": MoeConfig(experts=8, top_k=2, mlp=24)}
 def model(moe: MoeConfig | None) -> ModelConfig:
     attention = AttentionConfig(heads=4, kv_heads=4, head_dim=8, rope_theta=10_000.0, rope_sections=(2, 1, 1))
     return ModelConfig(
-        encoder=VitConfig(width=32, layers=2, heads=4, mlp=32, patch_size=8, position_grid=8, taps=(0,)),
+        encoder=VitConfig(width=32, layers=2, heads=4, mlp=32, patch_size=8, position_grid=8, deepstack_layers=(0,)),
         connector=PatchMergerConfig(merge=2),
         decoder=DecoderConfig(vocab=384, width=32, layers=2, attention=attention, mlp=32, moe=moe),
         tokens=VisionTokenIds(*scenes_vision_ids()),

@@ -72,7 +72,7 @@ def encoder(name: str, merge: int, taps: bool) -> VitConfig:
         temporal_patch_size=2,
         position_grid=whole.position_grid and 8,
         window=whole.window and 2 * merge,
-        taps=(0,) if whole.taps and taps else (),
+        deepstack_layers=(0,) if whole.deepstack_layers and taps else (),
     )
 
 
@@ -120,7 +120,9 @@ def get_config(arg: str = "siglip,mlp,llama"):
         Run(
             model=made,
             processor=SCENES,
-            data=ScenesData(batch=8, tokens=144, rows=2, patches=40 * made.merge**2 + 8 * made.lead, min_pixels=256),
+            data=ScenesData(
+                batch=8, tokens=144, rows=2, patches=40 * made.merge**2 + 8 * made.num_prefix_tokens, min_pixels=256
+            ),
             optim=OptimConfig(name="muon", learning_rate=2e-3, steps=1300, warmup=100, final=0.03, b2=0.98, clip=1.0),
             train=TrainConfig(log_every=50, evaluate_every=500, heldout=400, save_every=500),
         )

@@ -66,7 +66,7 @@ def published(arg: str) -> Run:
         )
     model = DUALS[family].config(size)
     count = PACKED if DUALS[family].tower.any_size else 1
-    picture = model.encoder.lead + model.encoder.position_grid**2
+    picture = model.encoder.num_prefix_tokens + model.encoder.position_grid**2
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
         data=FilesData(

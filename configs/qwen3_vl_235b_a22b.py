@@ -16,7 +16,7 @@ from mllm_jax.train.step.optimizer import OptimConfig
 
 def get_config():
     # Experts take a quarter more tokens than their fair share; what exceeds that is dropped, and counted.
-    runtime = Runtime(dtype="bfloat16", remat="full", expert_room=1.25)
+    runtime = Runtime(dtype="bfloat16", remat="full", capacity_factor=1.25)
     return run_config(
         Run(
             model=replace(FAMILIES["qwen3_vl"].config("235b-a22b"), runtime=runtime),

@@ -21,7 +21,7 @@ from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.step.optimizer import OptimConfig
 
 SMALL = ModelConfig(
-    encoder=VitConfig(width=256, layers=6, heads=4, mlp=1024, taps=(1, 3, 5)),
+    encoder=VitConfig(width=256, layers=6, heads=4, mlp=1024, deepstack_layers=(1, 3, 5)),
     connector=PatchMergerConfig(),
     decoder=DecoderConfig(
         vocab=151936,

@@ -35,7 +35,7 @@ def model(experts: bool = False) -> ModelConfig:
             mlp=2 * WIDTH,
             patch_size=8,
             position_grid=8,
-            taps=(0,),
+            deepstack_layers=(0,),
         ),
         connector=PatchMergerConfig(merge=2),
         decoder=DecoderConfig(
@@ -84,7 +84,7 @@ def get_config(arg: str = ""):
                 evaluate_every=500,
                 heldout=400,
                 save_every=500,
-                balance=BalanceConfig("global" if arg == "experts" else "none", weight=0.01),
+                balance=BalanceConfig("global" if arg == "experts" else "none", aux_loss_weight=0.01),
             ),
         )
     )

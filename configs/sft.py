@@ -54,7 +54,9 @@ def run(arg: str = "") -> Run:
     tokens = min(TOKENS, model.decoder.positions or TOKENS)  # a conversation has no more than positions are learned
     shape = {"batch": 8, "tokens": tokens, "rows": 0, "patches": 0}
     if model.encoder is not None:
-        picture = model.lead + max(1, model.encoder.position_grid**2)  # as its table of positions, if there is one
+        picture = model.num_prefix_tokens + max(
+            1, model.encoder.position_grid**2
+        )  # as its table of positions, if there is one
         shape |= {"rows": 2, "patches": picture * max(1, PATCHES // picture)}
     source = "" if is_size else named
     return Run(

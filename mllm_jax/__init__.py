@@ -31,7 +31,7 @@ _HOME = {
     "DualBatch": "types",
     "Vision": "types",
     "Example": "types",
-    "Picture": "types",
+    "ImagePatches": "types",
     "Cache": "types",
     "Output": "types",
     "ModelConfig": "model.vlm",

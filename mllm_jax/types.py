@@ -17,23 +17,23 @@ from typing import Any, NamedTuple
 Array = Any  # numpy.ndarray on the host, jax.Array inside jit
 
 
-class Picture(NamedTuple):
+class ImagePatches(NamedTuple):
     """One still picture, or one temporal patch (a few consecutive frames) of a clip: never cut, attended as a whole."""
 
     patches: Array  # u8[p C] raw pixels or f32[p C] normalised; merge-block-major, values in (c, t, y, x) order
     grid: tuple[int, int]  # (h, w) in patches; p = h * w, and before them `lead` empty ones
     time: int = 0  # index of the temporal patch within its clip
-    shows_lead: bool = False  # whether the tokens in those places are visual tokens too, the first ones
+    shows_prefix_tokens: bool = False  # whether the tokens in those places are visual tokens too, the first ones
 
     @property
-    def lead(self) -> int:
+    def num_prefix_tokens(self) -> int:
         """Empty patches before the first: places for the class token and the registers of an encoder."""
         return len(self.patches) - self.grid[0] * self.grid[1]
 
     @property
     def hidden(self) -> int:
         """Patches before the first one that visual tokens are made of."""
-        return 0 if self.shows_lead else self.lead
+        return 0 if self.shows_prefix_tokens else self.num_prefix_tokens
 
     @property
     def shown(self) -> int:
@@ -41,21 +41,21 @@ class Picture(NamedTuple):
         return len(self.patches) - self.hidden
 
 
-class Mix(NamedTuple):
+class TokenBlend(NamedTuple):
     """What stands beside the visual tokens that an index names, where a grid of them was resampled: means of four."""
 
     index: Array  # i32[... 3] three more of each, counted like the first
-    share: Array  # f32[... 4] of the first and of these; they sum to 1
+    weight: Array  # f32[... 4] of the first and of these; they sum to 1
 
 
-class Visual(NamedTuple):
+class VisionSpan(NamedTuple):
     """One picture or clip as a person gave it: a run of m visual tokens in the text."""
 
-    pictures: tuple[Picture, ...]  # itself, its tiles, or its temporal patches
+    pictures: tuple[ImagePatches, ...]  # itself, its tiles, or its temporal patches
     order: Array  # i32[m] which of the visual tokens of `pictures`, laid end to end, stands there; NEWLINE
     position: Array  # i32[m 3] rotary positions (t, y, x), counted from the first
     advance: int  # rotary position of what follows, counted from the first
-    mix: Mix | None = None  # of `order`; None = every token stands alone
+    mix: TokenBlend | None = None  # of `order`; None = every token stands alone
 
 
 NEWLINE = -2  # the connector's learned token that ends a row of patches
@@ -68,10 +68,10 @@ class Example(NamedTuple):
     weight: Array  # f32[n] loss weight of predicting tokens[i] (from what comes before it)
     position: Array  # i32[n 3] rotary position (t, y, x)
     vision_index: Array  # i32[n] which of the visual tokens of `pictures`, laid end to end; -1 = text; NEWLINE
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ImagePatches, ...]
     kind: str = ""  # the kind of question or the task, for reports
     prefix: int = 0  # first tokens that all tokens of the conversation see, where a model has such
-    mix: Mix | None = None  # of `vision_index`, [n ...]; None = every visual token stands alone
+    mix: TokenBlend | None = None  # of `vision_index`, [n ...]; None = every visual token stands alone
     lengths: tuple[int, ...] = ()  # tokens of each of several conversations, laid end to end; () = it is one
     reference: Array | None = None  # f32[conversations] log-probabilities that a reference model gives their answers
     notes: tuple[str, ...] = ()  # what was left out of the record, in words that are counted
@@ -111,7 +111,9 @@ class Batch(NamedTuple):
     vision_index: Array  # i32[B T] which of the row's M visual tokens stands here; M the connector's newline; -1 text
     vision: Vision | None = None
     prefix: Array | None = None  # bool[B T] tokens that all tokens of their conversation see; None = causal throughout
-    mix: Mix | None = None  # of `vision_index`, [B T ...], for models that resample grids; None = no token is a mean
+    mix: TokenBlend | None = (
+        None  # of `vision_index`, [B T ...], for models that resample grids; None = no token is a mean
+    )
     reference: Array | None = None  # f32[B T] in column s - 1 that of segment s, see `Example`; None = there is none
     experience: Experience | None = None  # of answers that the model gave itself, for PPO
 
@@ -138,8 +140,8 @@ class DualBatch(NamedTuple):
 class VisionTokens(NamedTuple):
     """What every connector returns."""
 
-    value: Array  # [B M D]; a connector with a newline appends it as token M
-    deep: Array | None = None  # [taps B M D] features to be added after the first decoder layers (DeepStack)
+    embeddings: Array  # [B M D]; a connector with a newline appends it as token M
+    deep: Array | None = None  # [deepstack B M D] features to be added after the first decoder layers (DeepStack)
 
 
 class Cache(NamedTuple):

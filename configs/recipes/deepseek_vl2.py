@@ -49,9 +49,9 @@ def recipe() -> Run:
     )
     parts = (SIGLIP.sizes["so400m-14-384"], PixelShuffleConfig(), replace(deepseek.SIZES["v2-lite"], vocab=151936))
     return Run(
-        model=ModelConfig(*parts, qwen3_vl.TOKENS, Runtime(dtype="bfloat16", remat="full", expert_room=1.25)),
+        model=ModelConfig(*parts, qwen3_vl.TOKENS, Runtime(dtype="bfloat16", remat="full", capacity_factor=1.25)),
         data=data,
-        train=TrainConfig(save_every=1000, balance=BalanceConfig("sequence", weight=0.001)),  # [2] 0.001
+        train=TrainConfig(save_every=1000, balance=BalanceConfig("sequence", aux_loss_weight=0.001)),  # [2] 0.001
         stages={
             "align": stage(few, 2.0e9, 4.2e-4, "cosine", freeze=("decoder",)),  # [2]
             "pretrain": stage(data, 808.9e9, 4.2e-4, "step"),  # [2]

@@ -49,8 +49,8 @@ def recipe(size: str, adapts: bool) -> Run:
         rank=128,  # [L] lora_r
         alpha=256.0,  # [L] lora_alpha
         dropout=0.05,  # [A]
-        train=("^connector/",),  # [L] which has a learning rate of its own
-        base="bfloat16",  # [L] bf16
+        modules_to_save=("^connector/",),  # [L] which has a learning rate of its own
+        base_dtype="bfloat16",  # [L] bf16
     )
     adapted = replace(
         instruct,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mllm_jax.common.cli import Parser, run_command
 from mllm_jax.common.errors import suggestion
-from mllm_jax.data.pipeline.spans import Cut, Still
+from mllm_jax.data.pipeline.spans import NativeImage, TiledImage
 from mllm_jax.data.vision.images import check_size
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.model.vlm import ModelConfig, cache_bytes_per_token, count_params
@@ -40,7 +40,7 @@ def picture_tokens(config: Any, height: int, width: int) -> Tokens | None:
     if getattr(config, "connector", None) is None:
         return None
     spec = spec_for(config)
-    picture = Still(None, height, width) if spec.rule is None else Cut(None, height, width, spec.rule)
+    picture = NativeImage(None, height, width) if spec.rule is None else TiledImage(None, height, width, spec.rule)
     runs = picture.plan(spec, float("inf"), float("inf")).runs
     newlines = sum(int((run.order == NEWLINE).sum()) for run in runs)
     return Tokens(sum(len(run.order) for run in runs) - newlines, newlines)

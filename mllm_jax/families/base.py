@@ -112,7 +112,7 @@ class Family(ABC):
             patch=encoder.patch_size,
             temporal_patch=encoder.temporal_patch_size,
             merge=config.merge,
-            lead=config.lead,
+            num_prefix_tokens=config.num_prefix_tokens,
             shown=config.shown,
             mean=encoder.pixel_mean,
             std=encoder.pixel_std,

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from mllm_jax.types import Batch, Mix, Vision
+from mllm_jax.types import Batch, TokenBlend, Vision
 
 TOKENS = 64  # lengths are multiples of these
 PATCHES = 128  # what splash attention asks for
@@ -51,7 +51,7 @@ def pad_prompts(batch: Batch, merge: int) -> Batch:
         vision_index=np.where(_pad(segment, length) > 0, _pad(index, length), -1).astype(np.int32),
         vision=vision,
         prefix=None if batch.prefix is None else _pad(batch.prefix, length),
-        mix=mix and Mix(*(_pad(x, length) for x in mix)),
+        mix=mix and TokenBlend(*(_pad(x, length) for x in mix)),
     )
 
 

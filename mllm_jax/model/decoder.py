@@ -35,13 +35,14 @@ class DecoderConfig(Config):
     """
     attention: AttentionConfig or MlaConfig.
     mlp: width of the feed-forward block of layers without experts; `activation`, `mlp_gated` and `mlp_bias` are its.
-    moe: experts in place of that block, in the layers that `dense_first` and `moe_every` leave them; None = nowhere.
-    dense_first: so many layers at the beginning have none.
-    moe_every: every n-th layer has them, counted so that with 2 the second is the first to have them.
-    windows: of the layers in turn, the first again after the last: a token sees so many last tokens of its
+    moe: experts in place of that block, in the layers that `num_dense_layers` and `moe_layer_freq` leave them; None =
+      nowhere.
+    num_dense_layers: so many layers at the beginning have none.
+    moe_layer_freq: every n-th layer has them, counted so that with 2 the second is the first to have them.
+    sliding_windows: of the layers in turn, the first again after the last: a token sees so many last tokens of its
       conversation, itself among them; 0 = all. () = all in every layer.
     norm: kind of the norms, of nn/norm.py: "rms", "rms_offset" or "layer"; `norm_eps` is its.
-    post_norms: what a block gives has a norm too, before it is added.
+    use_post_norm: what a block gives has a norm too, before it is added.
     embed_scale: factor of embedded tokens, not of visual ones.
     logit_softcap: c, where logits are c tanh(logit / c); 0 = they are not capped.
     positions: learned positions that are added to all tokens, by the first axis of their position; 0 = none.
@@ -57,15 +58,15 @@ class DecoderConfig(Config):
     attention: Any
     mlp: PositiveInt
     moe: MoeConfig | None = None
-    dense_first: NonNegativeInt = 0
-    moe_every: PositiveInt = 1
-    windows: tuple[NonNegativeInt, ...] = ()
+    num_dense_layers: NonNegativeInt = 0
+    moe_layer_freq: PositiveInt = 1
+    sliding_windows: tuple[NonNegativeInt, ...] = ()
     activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "silu"
     mlp_gated: bool = True
     mlp_bias: bool = False
     norm: Annotated[str, OneOf(tuple(NORMS))] = "rms"
     norm_eps: Positive = 1e-6
-    post_norms: bool = False
+    use_post_norm: bool = False
     tie_embeddings: bool = False
     embed_scale: Positive = 1.0
     logit_softcap: NonNegative = 0.0
@@ -77,14 +78,14 @@ class DecoderConfig(Config):
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Of every layer."""
-        has = lambda i: self.moe is not None and i >= self.dense_first and (i + 1) % self.moe_every == 0
-        windows = itertools.islice(itertools.cycle(self.windows or (0,)), self.layers)
+        has = lambda i: self.moe is not None and i >= self.num_dense_layers and (i + 1) % self.moe_layer_freq == 0
+        windows = itertools.islice(itertools.cycle(self.sliding_windows or (0,)), self.layers)
         return tuple(LayerKind(has(i), window) for i, window in enumerate(windows))
 
     @property
     def window(self) -> int:
         """The widest window; 0 where no layer has one."""
-        return max((0, *self.windows))
+        return max((0, *self.sliding_windows))
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
@@ -101,7 +102,7 @@ class DecoderLayer(nn.Module):
     def __call__(self, x, rope, segment, modality, cache, prefix):
         config, runtime = self.config, self.runtime
         norm = lambda name: NORMS[config.norm](config.norm_eps, name=name)
-        after = norm if config.post_norms else lambda name: lambda x: x
+        after = norm if config.use_post_norm else lambda name: lambda x: x
         # Said on both sides of a block, of results before they are parted and so of their gradients, too: else the
         # partitioner gathers the weights rather than the tokens.
         whole = lambda x: shard(x, ("batch", "length", None), runtime.rules)

@@ -5,10 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.types import Mix
+from mllm_jax.types import TokenBlend
 
 
-def _at_text_positions(visual, vision_index, mix: Mix | None):
+def _at_text_positions(visual, vision_index, mix: TokenBlend | None):
     """Row-wise gather [B M D] -> [B T D]; where the index is -1 the result is meaningless.
 
     A gather, not a scatter: its inverse runs only backward, and rows of text cost nothing.
@@ -20,22 +20,22 @@ def _at_text_positions(visual, vision_index, mix: Mix | None):
     if mix is None:
         return at(vision_index)
     indices = (vision_index, *jnp.unstack(mix.index, axis=-1))
-    return sum(share[..., None] * at(index) for share, index in zip(jnp.unstack(mix.share, axis=-1), indices))
+    return sum(share[..., None] * at(index) for share, index in zip(jnp.unstack(mix.weight, axis=-1), indices))
 
 
-def splice(x, visual, vision_index, mix: Mix | None = None):
+def splice(x, visual, vision_index, mix: TokenBlend | None = None):
     """Text embeddings [B T D] with visual tokens [B M D], or their mixes, where vision_index i32[B T] is not -1."""
     return jnp.where((vision_index >= 0)[..., None], _at_text_positions(visual, vision_index, mix).astype(x.dtype), x)
 
 
 # Backward looks up again what stands where: saved, it would be a mask [B T D] and the features of every scanned layer.
 @partial(jax.checkpoint, prevent_cse=False)
-def deepstack(x, deep, vision_index, layer, mix: Mix | None = None):
+def deepstack(x, deep, vision_index, layer, mix: TokenBlend | None = None):
     """Add the features of tap `layer` to the visual positions of the residual stream (DeepStack, arXiv 2406.04334).
 
     Args:
       x: [B T D] output of decoder layer `layer`.
-      deep: [taps B M D]; layers from `taps` on get nothing, and compute nothing.
+      deep: [deepstack B M D]; layers from `taps` on get nothing, and compute nothing.
       vision_index: i32[B T].
       layer: i32[] 0-based, may be traced.
       mix: of `vision_index`.

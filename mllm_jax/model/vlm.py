@@ -46,7 +46,8 @@ class InputRules(Config):
     tiles: the fewest and the most tiles of a picture; () = the processor's files say them.
     most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and clips are pooled; 0 =
       visual tokens stand as they are.
-    shows_lead: the class token and the registers of a picture are visual tokens too, before those of its patches.
+    shows_prefix_tokens: the class token and the registers of a picture are visual tokens too, before those of its
+      patches.
     position_rate: rotary positions per second of a clip; 0 = one per temporal patch.
     chat: the name of the format of chats; "" = the processor's files hold a template.
     """
@@ -55,7 +56,7 @@ class InputRules(Config):
     square: bool = False
     tiles: tuple[PositiveInt, ...] = ()
     most_tiles: NonNegativeInt = 0
-    shows_lead: bool = False
+    shows_prefix_tokens: bool = False
     position_rate: NonNegative = 0.0
     chat: str = ""
 
@@ -66,7 +67,7 @@ class ModelConfig(Config):
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
     pool: of a tower alone: what makes one vector of a picture (see dual.py), in addition to its features.
-    value: a head that gives every token a number, for reward models and for PPO; runs set it where they need it.
+    value_head: a head that gives every token a number, for reward models and for PPO; runs set it where they need it.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     inputs: rules of the processor that stand in config.json.
     lora: the adapters that parameters are made with; given ones bring their own.
@@ -80,7 +81,7 @@ class ModelConfig(Config):
     family: str = "qwen3_vl"
     inputs: InputRules = InputRules()
     pool: Any = None
-    value: bool = False
+    value_head: bool = False
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -93,10 +94,12 @@ class ModelConfig(Config):
                 f"inputs.pinpoints={pinpoints} need a newline after every row of tiles, which {self.connector} has "
                 "not: use MlpConnectorConfig(newline=True), or inputs.pinpoints=()"
             )
-        if self.inputs.shows_lead and (self.merge > 1 or pinpoints):
+        if self.inputs.shows_prefix_tokens and (self.merge > 1 or pinpoints):
             raise ValueError(
-                "inputs.shows_lead makes visual tokens of a class token and registers, which neither a connector that "
-                "merges patches nor pictures in tiles (inputs.pinpoints) have a place for; set inputs.shows_lead=False"
+                "inputs.shows_prefix_tokens makes visual tokens of a class token and registers, which neither a "
+                "connector that "
+                "merges patches nor pictures in tiles (inputs.pinpoints) have a place for; set "
+                "inputs.shows_prefix_tokens=False"
             )
 
     @property
@@ -110,14 +113,14 @@ class ModelConfig(Config):
         return 0 if self.encoder is None else self.encoder.patch_values
 
     @property
-    def lead(self) -> int:
+    def num_prefix_tokens(self) -> int:
         """Empty patches that stand before a picture's own: its class token and registers, to whole visual tokens."""
-        return 0 if self.encoder is None else -(-self.encoder.lead // self.merge**2) * self.merge**2
+        return 0 if self.encoder is None else -(-self.encoder.num_prefix_tokens // self.merge**2) * self.merge**2
 
     @property
     def shown(self) -> int:
         """Visual tokens of a picture that stand before those of its patches."""
-        return self.lead if self.inputs.shows_lead else 0
+        return self.num_prefix_tokens if self.inputs.shows_prefix_tokens else 0
 
     @property
     def prefix(self) -> bool:
@@ -174,17 +177,19 @@ class VLM(nn.Module):
             self.pool = config.pool.build(config.runtime.within("encoder"), name=None)
         if config.decoder is not None:
             self.decoder = Decoder(config.decoder, config.runtime)
-        if config.value:
+        if config.value_head:
             self.value_head = ValueHead()
 
     def encode(self, vision: Vision) -> VisionTokens:
-        """Packed pictures -> visual tokens [B M D]. ValueError where the connector makes nothing of the taps."""
+        """Packed pictures -> visual tokens [B M D]. ValueError where the connector makes nothing of the DeepStack
+        features."""
         config, tokens = self.config, self.connector(self.encoder(vision), vision)
-        taps, layers = config.encoder.taps, config.decoder.layers
+        taps, layers = config.encoder.deepstack_layers, config.decoder.layers
         if taps and (tokens.deep is None or len(taps) > layers):
             raise ValueError(
-                f"encoder.taps={taps} are features for as many decoder layers; there are {layers}, behind the "
-                f"connector {config.connector}: use PatchMergerConfig, or encoder.taps=()"
+                f"encoder.deepstack_layers={taps} are features for as many decoder layers; there are {layers}, behind "
+                "the "
+                f"connector {config.connector}: use PatchMergerConfig, or encoder.deepstack_layers=()"
             )
         return tokens
 
@@ -203,7 +208,7 @@ class VLM(nn.Module):
         deep = None
         if batch.vision is not None:
             visual = self.encode(batch.vision)
-            x, deep = splice(x, visual.value, batch.vision_index, batch.mix), visual.deep
+            x, deep = splice(x, visual.embeddings, batch.vision_index, batch.mix), visual.deep
         modality = jnp.full_like(batch.tokens, TEXT)
         if self.config.tokens is not None:
             visual_kind = jnp.where(batch.tokens == self.config.tokens.video, VIDEO, PICTURE)
@@ -213,7 +218,7 @@ class VLM(nn.Module):
         )
         if hidden:
             return Output(hidden=x, cache=cache, routing=routing)
-        value = self.value_head(x) if self.config.value else None
+        value = self.value_head(x) if self.config.value_head else None
         return Output(logits=self.decoder.logits(x), cache=cache, routing=routing, value=value)
 
     def _pooled(self, features, vision: Vision):
@@ -288,12 +293,12 @@ def abstract_params(config: ModelConfig):
 
 def without_values(config: Any) -> Any:
     """The config of the same model without its value head; one that cannot have any stays."""
-    return replace(config, value=False) if isinstance(config, ModelConfig) else config
+    return replace(config, value_head=False) if isinstance(config, ModelConfig) else config
 
 
 def in_full(config: ModelConfig) -> ModelConfig:
     """The config with every weight as one array of its own shape, which few bits do not have."""
-    return replace(config, lora=replace(config.lora, base="float32"))
+    return replace(config, lora=replace(config.lora, base_dtype="float32"))
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:

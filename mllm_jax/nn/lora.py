@@ -33,13 +33,13 @@ class LoraConfig(Config):
     rank: of the adapters; 0 = there are none, and all below means nothing.
     alpha: an adapter's product is multiplied by alpha / rank.
     dropout: share of an adapter's input that a step of training leaves out, anew for every adapter.
-    targets: patterns of the weights `w` that get an adapter.
-    ranks, alphas: (pattern, value) pairs; the first pattern that is found in a weight's path has its own rank (0: no
-      adapter) or alpha.
-    train: patterns of other weights, which are trained whole; all the rest is frozen.
-    base: how frozen weights are kept: "float32"; "bfloat16"; or the matrices of layers in "int8", "int4" or "nf4", and
-      other weights of two axes or more in bfloat16 (see nn/quantization.py).
-    group: values along an input axis that share a scale in four bits.
+    target_modules: patterns of the weights `w` that get an adapter.
+    rank_pattern, alpha_pattern: (pattern, value) pairs; the first pattern that is found in a weight's path has its own
+      rank (0: no adapter) or alpha.
+    modules_to_save: patterns of other weights, which are trained whole; all the rest is frozen.
+    base_dtype: how frozen weights are kept: "float32"; "bfloat16"; or the matrices of layers in "int8", "int4" or
+      "nf4", and other weights of two axes or more in bfloat16 (see nn/quantization.py).
+    quant_block_size: values along an input axis that share a scale in four bits.
 
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
     """
@@ -47,16 +47,16 @@ class LoraConfig(Config):
     rank: NonNegativeInt = 0
     alpha: Positive = 16.0
     dropout: Annotated[float, Range(least=0, below=1)] = 0.0
-    targets: tuple[Pattern, ...] = (r"^decoder/layers.*/(q|k|v|out|gate|up|down|q_down|q_up|kv_down)/w$",)
-    ranks: tuple[tuple[Pattern, NonNegativeInt], ...] = ()
-    alphas: tuple[tuple[Pattern, Positive], ...] = ()
-    train: tuple[Pattern, ...] = ()
-    base: Annotated[str, OneOf(BASES)] = "float32"
-    group: Annotated[int, Range(least=2)] = 64
+    target_modules: tuple[Pattern, ...] = (r"^decoder/layers.*/(q|k|v|out|gate|up|down|q_down|q_up|kv_down)/w$",)
+    rank_pattern: tuple[tuple[Pattern, NonNegativeInt], ...] = ()
+    alpha_pattern: tuple[tuple[Pattern, Positive], ...] = ()
+    modules_to_save: tuple[Pattern, ...] = ()
+    base_dtype: Annotated[str, OneOf(BASES)] = "float32"
+    quant_block_size: Annotated[int, Range(least=2)] = 64
 
     def __post_init__(self):
         super().__post_init__()
-        check(Pattern, self.freezes(())[-1] if self.rank else "", "lora.train, joined to one pattern,")
+        check(Pattern, self.freezes(())[-1] if self.rank else "", "lora.modules_to_save, joined to one pattern,")
 
     @property
     def drops(self) -> bool:
@@ -64,28 +64,31 @@ class LoraConfig(Config):
         return bool(self.rank and self.dropout)
 
     def freezes(self, freeze: tuple[str, ...]) -> tuple[str, ...]:
-        """`OptimConfig.freeze` of a run with these adapters: also all that is neither theirs nor in `train`."""
-        return (*freeze, rf"^(?!.*(?:{'|'.join((TRAINED, *self.train))}))") if self.rank else freeze
+        """`OptimConfig.freeze` of a run with these adapters: also all that is neither theirs nor in
+        `modules_to_save`."""
+        return (*freeze, rf"^(?!.*(?:{'|'.join((TRAINED, *self.modules_to_save))}))") if self.rank else freeze
 
     def ranks_of(self, boxed: Any) -> dict[str, int]:
         """Rank of the adapter of every weight that has one, by path.
 
         Raises:
-          ValueError: a pattern matches no weight, or `targets` one that cannot have an adapter.
+          ValueError: a pattern matches no weight, or `target_modules` one that cannot have an adapter.
         """
         if not self.rank:
             return {}
         paths = flatten(boxed)
         matrices = [path for path in paths if path.endswith("/w")]
-        check_patterns(self.targets, matrices, "lora.targets")
-        check_patterns(self.train, paths, "lora.train")
-        found = [path for path in matrices if any(re.search(pattern, path) for pattern in self.targets)]
+        check_patterns(self.target_modules, matrices, "lora.target_modules")
+        check_patterns(self.modules_to_save, paths, "lora.modules_to_save")
+        found = [path for path in matrices if any(re.search(pattern, path) for pattern in self.target_modules)]
         able = [path for path, box in paths.items() if box.matrix and path != HEAD]
         if unable := [path for path in found if path not in able]:
-            raise ValueError(f"lora.targets match {unable[0]!r}, which cannot have an adapter; {', '.join(able)} can")
-        for name in ("ranks", "alphas"):
+            raise ValueError(
+                f"lora.target_modules match {unable[0]!r}, which cannot have an adapter; {', '.join(able)} can"
+            )
+        for name in ("rank_pattern", "alpha_pattern"):
             check_patterns([pattern for pattern, _ in getattr(self, name)], found, f"lora.{name}")
-        ranks = {path: first_found(self.ranks, path, self.rank) for path in found}
+        ranks = {path: first_found(self.rank_pattern, path, self.rank) for path in found}
         ranks = {path: rank for path, rank in ranks.items() if rank}
         if self.drops and (experts := [path for path in ranks if "expert" in paths[path].names]):
             raise ValueError(f"lora.dropout must be 0 where experts have adapters, as {experts[0]!r} has: leave it out")
@@ -100,7 +103,7 @@ def make_adapters(boxed: Any, config: LoraConfig, key: jax.Array) -> dict:
     made, boxes = {}, flatten(boxed)
     for path, rank in config.ranks_of(boxed).items():
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        scale = first_found(config.alphas, path, config.alpha) / rank
+        scale = first_found(config.alpha_pattern, path, config.alpha) / rank
         new = _new(boxes[path], rank, scale, 1 - config.dropout, own)
         made |= {f"{path.removesuffix('w')}{name}": box for name, box in new.items()}
     return unflatten(made)
@@ -122,7 +125,7 @@ def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) ->
       boxed: their shapes. layout: shardings of the result.
     """
     leaves, boxes, wanted = flatten(params), flatten(boxed), flatten(layout)
-    if not config.rank or config.base == "float32":
+    if not config.rank or config.base_dtype == "float32":
         return dict(params)
     for path in list(leaves):
         unboxed = lambda x, path=path: {
@@ -135,8 +138,8 @@ def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) ->
 
 
 def _kept(path: str, box: Named, config: LoraConfig) -> dict[str, Named]:
-    trained = not config.rank or any(re.search(pattern, path) for pattern in config.train)
-    parts = kept(path, box, "float32" if trained else config.base, config.group)
+    trained = not config.rank or any(re.search(pattern, path) for pattern in config.modules_to_save)
+    parts = kept(path, box, "float32" if trained else config.base_dtype, config.quant_block_size)
     beside = path.removesuffix(path.rpartition("/")[2])  # nothing, of a weight that is in no part
     return {beside + name: part for name, part in parts.items()}
 

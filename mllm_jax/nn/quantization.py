@@ -26,7 +26,7 @@ NF4 = (
 )
 # The head is read by losses without its layer, experts by products of groups; a router is too small and too delicate.
 WHOLE = re.compile(r"^decoder/head/w$|/(router|experts_\w+)/w$")
-STACKED = ("layers", "taps")
+STACKED = ("layers", "deepstack_layers")
 
 
 def quantise(w: Array, kind: str, inputs: tuple[int, ...], group: int) -> dict[str, Array]:
@@ -80,7 +80,9 @@ def kept(path: str, box: Named, kind: str, group: int) -> dict[str, Named]:
         return {name: box.replace(value=box.value.astype(jnp.bfloat16))}
     inputs, _ = box.matrix
     if kind != "int8" and box.value.shape[inputs[-1]] % 2:
-        raise ValueError(f"lora.base={kind!r} packs two values in a byte, but an input axis of {path} has an odd size")
+        raise ValueError(
+            f"lora.base_dtype={kind!r} packs two values in a byte, but an input axis of {path} has an odd size"
+        )
     ndim, names = box.value.ndim, list(box.names)
     scales = [None if axis - ndim == inputs[-1] else name for axis, name in enumerate(names)]
     if kind == "int8":

@@ -18,7 +18,7 @@ from mllm_jax.common.settings import Config, NonNegative, Positive, PositiveInt
 
 
 @dataclass(frozen=True)
-class LinearStretch(Config):
+class LinearRopeScaling(Config):
     """Every frequency divided by `factor` (position interpolation, arXiv 2306.15595)."""
 
     factor: Positive
@@ -31,7 +31,7 @@ class LinearStretch(Config):
 
 
 @dataclass(frozen=True)
-class NtkStretch(Config):
+class DynamicNtkRopeScaling(Config):
     """A base that grows with the text, once it is longer than `length` tokens ("dynamic NTK").
 
     The slowest slot then turns by as much over the whole text as it did over `length` tokens, and a little less where
@@ -51,7 +51,7 @@ class NtkStretch(Config):
 
 
 @dataclass(frozen=True)
-class BlendedStretch(Config):
+class Llama3RopeScaling(Config):
     """Slots of short waves keep their frequency, of long waves have it divided, those between have a blend (Llama 3.1).
 
     factor: by how much slow frequencies are divided.
@@ -75,7 +75,7 @@ class BlendedStretch(Config):
 
 
 @dataclass(frozen=True)
-class ListedStretch(Config):
+class LongRopeScaling(Config):
     """A divisor listed for every slot, one list for texts up to `length` tokens, one for longer ones (LongRoPE,
     arXiv 2402.13753).
 
@@ -97,7 +97,7 @@ class ListedStretch(Config):
 
 
 @dataclass(frozen=True)
-class YarnConfig(Config):
+class YarnRopeScaling(Config):
     """Rotary positions stretched beyond the length of the first training (YaRN, arXiv 2309.00071).
 
     Slots that turn often keep their frequency, slots that hardly turn have it divided, those between have a blend.

@@ -21,7 +21,7 @@ REMAT = {
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 CONTEXT = ("auto", "ring", "ulysses")
 DISPATCH = ("dropless", "capacity", "dense")
-EXCHANGE = ("auto", "even", "ragged")
+ALL_TO_ALL = ("auto", "even", "ragged")
 GROUPED = ("auto", "loop", "megablox", "tokamax")
 
 
@@ -32,11 +32,11 @@ class Runtime(Config):
     attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
     context: how tokens meet that a mesh axis "context" spreads: "auto", "ring" or "ulysses", see
       nn/attention/context_parallel.py.
-    experts: how tokens reach their experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or "dense"
-      (every expert reads every token: for tests).
-    expert_room: room for the tokens of an expert ("capacity"), or of a device's experts ("dropless" on several
+    moe_dispatch: how tokens reach their experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or
+      "dense" (every expert reads every token: for tests).
+    capacity_factor: room for the tokens of an expert ("capacity"), or of a device's experts ("dropless" on several
       devices), as a multiple of the fair share. What finds no room is dropped and counted; 0 = room for any routing.
-    exchange: what devices send each other of it: "auto" (by platform), "even" (all room) or "ragged" (the tokens that
+    all_to_all: what devices send each other of it: "auto" (by platform), "even" (all room) or "ragged" (the tokens that
       there are; TPU), see nn/moe/all_to_all.py.
     grouped: products with sorted tokens: "auto" (by platform), "loop", "megablox" (TPU) or "tokamax" (GPU).
     remat: what backward recomputes: "none", "full" (every layer), "experts" (every layer, but not the exchange of
@@ -48,9 +48,9 @@ class Runtime(Config):
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
     attention: Annotated[str, OneOf(ATTENTION)] = "auto"
     context: Annotated[str, OneOf(CONTEXT)] = "auto"
-    experts: Annotated[str, OneOf(DISPATCH)] = "dropless"
-    expert_room: NonNegative = 0.0
-    exchange: Annotated[str, OneOf(EXCHANGE)] = "auto"
+    moe_dispatch: Annotated[str, OneOf(DISPATCH)] = "dropless"
+    capacity_factor: NonNegative = 0.0
+    all_to_all: Annotated[str, OneOf(ALL_TO_ALL)] = "auto"
     grouped: Annotated[str, OneOf(GROUPED)] = "auto"
     remat: Annotated[str, OneOf(tuple(REMAT))] = "none"
     scan: bool = True

@@ -88,7 +88,7 @@ def _move_tokens(portion: Portion, layers: int, remat: str, platform: str, add: 
     trains, rows = portion.trains("decoder"), portion.exchanged()
     passes = 2 + 2 * trains + 2 * (trains and remat in ("full", "dots"))
     kind = "all-to-all"
-    if all_to_all.exchange_for(portion.run.model.runtime.exchange, platform) == "ragged":
+    if all_to_all.all_to_all_for(portion.run.model.runtime.all_to_all, platform) == "ragged":
         kind, rows = "ragged-all-to-all", min(rows, portion.rows["decoder"].count * portion.moe.top_k)
     add(kind, portion.text["expert"], layers * passes, rows * portion.width("decoder"))
 
@@ -115,7 +115,9 @@ def _move_visual(portion: Portion, add: Add) -> None:
     """Visual tokens, of which any device may have made any, come to the rows that they belong to."""
     axes = [axis for axis in portion.rows["connector"].axes if axis not in portion.text["batch"]]
     encoder, connector = portion.run.model.encoder, portion.run.model.connector
-    visual = portion.patches / connector.patches_per_token * (1 + len(encoder.taps)) * portion.width("decoder")
+    visual = (
+        portion.patches / connector.patches_per_token * (1 + len(encoder.deepstack_layers)) * portion.width("decoder")
+    )
     add("all-gather", axes, 1, visual)
     add("reduce-scatter", axes, portion.trains("connector"), visual / portion.size(axes))
 

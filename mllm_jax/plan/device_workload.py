@@ -124,7 +124,7 @@ class Portion:
         """Rows that all devices together send to the experts of this one, in one layer."""
         devices, rows, runtime = self.size(self.text["expert"]), self.rows["decoder"].count, self.run.model.runtime
         most = rows * min(self.moe.top_k, self.moe.experts / devices)
-        room = runtime.expert_room * rows * self.moe.top_k / devices if runtime.expert_room else most
+        room = runtime.capacity_factor * rows * self.moe.top_k / devices if runtime.capacity_factor else most
         return devices * min(most, room)
 
     def tower(self, part: str) -> list[Laid]:

@@ -16,7 +16,7 @@ from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import make_optimizer, split
 from mllm_jax.train.step.state import new_state
 
-STACKED = ("layers", "taps")  # axes over weights that are used one after the other
+STACKED = ("layers", "deepstack_layers")  # axes over weights that are used one after the other
 VOCABULARY = ("decoder/head/w", "decoder/embed")
 
 

@@ -5,7 +5,8 @@ from typing import Any, TypedDict
 from mllm_jax.sharding.mesh import MESH_AXES
 
 # Of activations: batch expert_batch patch_row length residual; of weights: embed expert_embed head_dim latent q_latent
-# layers taps patch position; of both: the rest. `residual` is the length of what one decoder layer hands to the next.
+# layers deepstack_layers patch position; of both: the rest. `residual` is the length of what one decoder layer hands to
+# the next.
 #
 # Inside the encoder a rule `encoder_embed` goes before `embed`, and so on; likewise `connector_`. There the rows are
 # rows of patches, which know nothing of each other: they lie over all devices, and no device does another's work.
@@ -27,7 +28,7 @@ RULES: dict[str, Any] = {
     "latent": None,
     "q_latent": None,
     "layers": None,
-    "taps": None,
+    "deepstack_layers": None,
     "patch": None,
     "position": None,
     "encoder_batch": MESH_AXES,

@@ -42,7 +42,13 @@ from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
+from mllm_jax.nn.rope import (
+    DynamicNtkRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    YarnRopeScaling,
+)
 from mllm_jax.plan.hardware.chips import CHIPS, Chip
 from mllm_jax.plan.verify.certificate import Certificate
 from mllm_jax.train.losses.preference import PreferenceConfig
@@ -62,7 +68,7 @@ NEEDED = {  # what configs need that have no default for all of their fields
     AttentionConfig: ATTENTION,
     AttentionPool: AttentionPool(1, 4),
     AnyRes: AnyRes(((8, 8),), 8),
-    BlendedStretch: BlendedStretch(2.0, 8),
+    Llama3RopeScaling: Llama3RopeScaling(2.0, 8),
     Certificate: Certificate({}, None),
     Chip: CHIPS["v5e"],
     ClassPool: ClassPool(4),
@@ -73,12 +79,12 @@ NEEDED = {  # what configs need that have no default for all of their fields
     EndedSquare: EndedSquare(8, (0, 0, 0)),
     Halved: Halved((8, 8)),
     Keep: Keep(2, 8),
-    LinearStretch: LinearStretch(2.0),
-    ListedStretch: ListedStretch((1.0,), (1.0,), 8),
+    LinearRopeScaling: LinearRopeScaling(2.0),
+    LongRopeScaling: LongRopeScaling((1.0,), (1.0,), 8),
     MlaConfig: MlaConfig(2),
     ModelConfig: ModelConfig(ENCODER, PatchMergerConfig(), DECODER),
     MoeConfig: MoeConfig(4, 1, 4),
-    NtkStretch: NtkStretch(2.0, 8),
+    DynamicNtkRopeScaling: DynamicNtkRopeScaling(2.0, 8),
     Run: Run(model=None, data=None),
     Square: Square(8, (0, 0, 0)),
     Stretch: Stretch((8, 8)),
@@ -86,7 +92,7 @@ NEEDED = {  # what configs need that have no default for all of their fields
     TokenPool: TokenPool(4, "end"),
     VisionTokenIds: VisionTokenIds(1),
     VitConfig: ENCODER,
-    YarnConfig: YarnConfig(2.0, 8),
+    YarnRopeScaling: YarnRopeScaling(2.0, 8),
 }
 
 

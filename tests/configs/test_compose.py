@@ -33,7 +33,7 @@ def small(*names):
     """The composed model with one layer (or one of each kind, or one more than taps feed) in every tower."""
     model = compose.model(*names)
     encoder = replace(model.encoder, layers=2 if model.encoder.window else 1)
-    layers = max(len(model.decoder.windows or (0,)), 1 + len(encoder.taps))
+    layers = max(len(model.decoder.sliding_windows or (0,)), 1 + len(encoder.deepstack_layers))
     return replace(model, encoder=encoder, decoder=replace(model.decoder, layers=layers))
 
 

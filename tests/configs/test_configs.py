@@ -81,7 +81,7 @@ def test_fine_tuning_on_real_pictures(shared, tmp_path):
     tasks = ("presence", "counting", "vqa", "caption")
     config.data.update(where={"split": "train", "task": tasks}, heldout_where={"split": "test", "task": tasks})
     config.data.update(tokens=192, rows=1, patches=288, min_pixels=1024, max_pixels=128 * 128)
-    config.model.encoder.update(width=32, layers=2, heads=2, mlp=32, taps=(0,))
+    config.model.encoder.update(width=32, layers=2, heads=2, mlp=32, deepstack_layers=(0,))
     config.model.decoder.update(width=16, layers=2, mlp=32)
     config.model.decoder.attention.update(heads=2, kv_heads=1, head_dim=16, rope_sections=(4, 2, 2))
     config.model.runtime.dtype = "float32"

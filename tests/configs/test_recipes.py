@@ -69,7 +69,7 @@ def test_a_recipe_is_read_at_every_size_and_its_patterns_find_weights(name):
             assert run.data.patches % run.model.connector.patches_per_token == 0
             if size != "tiny":
                 grid = run.model.encoder.position_grid
-                assert grid**2 + run.model.lead <= run.data.patches and run.optim.steps > 500
+                assert grid**2 + run.model.num_prefix_tokens <= run.data.patches and run.optim.steps > 500
     with pytest.raises(ConfigError, match=f"configs/recipes/{name}.py has no size '1m'"):
         module.get_config("1m")
 

@@ -133,7 +133,7 @@ def check_fragment(command, launches):
     """Arguments for a command above."""
     words = [*shlex.split(command), "--config.lora.rank=8"]
     run = read_run(config_of(["--config", "configs/scenes.py", *words]))
-    assert len(run.lora.ranks) == 2 and make_optimizer(run.optim, abstract_params(run.model))
+    assert len(run.lora.rank_pattern) == 2 and make_optimizer(run.optim, abstract_params(run.model))
 
 
 FRAGMENT = "--config."

@@ -9,7 +9,7 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds, abstract_params
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.types import Example, Picture
+from mllm_jax.types import Example, ImagePatches
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153
 MERGE, VALUES = 2, 3 * 2 * 4 * 4
@@ -18,7 +18,7 @@ MERGE, VALUES = 2, 3 * 2 * 4 * 4
 def tiny_config(tie: bool = False, **runtime) -> ModelConfig:
     """Every part of a Qwen3-VL, small: 96 values a patch, 2 x 2 patches a visual token, two taps, grouped heads."""
     return ModelConfig(
-        VitConfig(width=64, layers=3, heads=4, mlp=128, patch_size=4, position_grid=6, taps=(0, 1)),
+        VitConfig(width=64, layers=3, heads=4, mlp=128, patch_size=4, position_grid=6, deepstack_layers=(0, 1)),
         PatchMergerConfig(MERGE),
         DecoderConfig(200, 64, 3, AttentionConfig(4, 2, 32, rope_sections=(6, 5, 5)), 128, tie_embeddings=tie),
         VisionTokenIds(IMAGE, VIDEO, START, END),
@@ -64,7 +64,7 @@ def random_example(rng, text: int, *grids, answer: int | None = None, kind: str 
             position.extend([(now, now + y, now + x) for y in range(sides[0]) for x in range(sides[1])])
             now += max(sides)
             patches = rng.integers(0, 256, (height * width, VALUES), dtype=np.uint8)
-            pictures.append(Picture(patches, (height, width), time))
+            pictures.append(ImagePatches(patches, (height, width), time))
             add_text([END])
     add_text(rng.integers(5, 149, text - text // 3).tolist())
     weight = np.zeros(len(ids), np.float32)

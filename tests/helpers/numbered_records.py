@@ -7,7 +7,7 @@ from mllm_jax.data.pipeline.packing import Budget
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.records import BadRecord
-from mllm_jax.types import Example, Picture
+from mllm_jax.types import Example, ImagePatches
 
 BUDGET = Budget(64, 1, 64)
 
@@ -44,7 +44,10 @@ class Count(Processor):
         number, error = messages
         if error is not None:
             raise error
-        text, pictures = 4 + number % 13, (Picture(np.full((16, 6), number % 256, np.uint8), (4, 4)),) * (number % 3)
+        text, pictures = (
+            4 + number % 13,
+            (ImagePatches(np.full((16, 6), number % 256, np.uint8), (4, 4)),) * (number % 3),
+        )
         n = text + 4 * len(pictures)
         tokens, index = np.full(n, number, np.int32), np.maximum(np.arange(n) - text, -1)
         return Example(tokens, np.ones(n, np.float32), np.zeros((n, 3), np.int32), index, pictures)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mllm_jax.types import Example, Picture
+from mllm_jax.types import Example, ImagePatches
 
 MERGE = 2
 VALUES = 12
@@ -12,7 +12,7 @@ def conversation(text: int, grids=(), seed=0, dtype=np.uint8) -> Example:
     """A conversation of `text` text tokens, then the pictures of these grids."""
     rng = np.random.default_rng(seed)
     pixels = lambda h, w: rng.integers(1, 255, (h * w, VALUES)).astype(dtype)
-    pictures = tuple(Picture(pixels(h, w), (h, w), t) for t, (h, w) in enumerate(grids))
+    pictures = tuple(ImagePatches(pixels(h, w), (h, w), t) for t, (h, w) in enumerate(grids))
     n = text + sum(h * w for h, w in grids) // MERGE**2
     visual = np.arange(n) >= text
     return Example(

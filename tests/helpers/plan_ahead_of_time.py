@@ -26,7 +26,7 @@ config.model.runtime.update(dtype="bfloat16", remat="full")
 if experts:
     config.model.decoder.moe.mlp = 512
 if adapters:
-    config.lora.update(rank=16, targets=("experts_",))
+    config.lora.update(rank=16, target_modules=("experts_",))
 config.data.update(tokens=1024)
 config.optim.name = "adamw"
 run = read_run(config)

@@ -17,7 +17,7 @@ from mllm_jax.train.step.context import TrainContext, state_from_params
 from mllm_jax.train.step.optimizer import OptimConfig
 from mllm_jax.train.step.train_step import make_train_step
 
-BASE = replace(tiny_config(), encoder=replace(tiny_config().encoder, layers=2, taps=(0,)))
+BASE = replace(tiny_config(), encoder=replace(tiny_config().encoder, layers=2, deepstack_layers=(0,)))
 BASE = replace(BASE, decoder=replace(BASE.decoder, layers=2))
 OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant")
 

@@ -30,7 +30,7 @@ from mllm_jax.model.encoders.windows import window_segments
 from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params, example_picture
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.types import Picture
+from mllm_jax.types import ImagePatches
 from mllm_jax.weights.table import expand, to_ours
 
 SMALL = dict(
@@ -84,8 +84,8 @@ def test_features(kind):
     params = convert(encoder, tower.rows(encoder, ""), reference.state_dict())
     assert all(np.isfinite(leaf).all() for leaf in flatten(params).values())
     pixels = [np.random.default_rng(i).standard_normal((3, *size), np.float32) for i, size in enumerate(sizes)]
-    got = features_of(encoder, params, [cut(x, 4, encoder.lead) for x in pixels])
-    layers = features_of(replace(encoder, features=(-2, 0)), params, [cut(pixels[0], 4, encoder.lead)])[0]
+    got = features_of(encoder, params, [cut(x, 4, encoder.num_prefix_tokens) for x in pixels])
+    layers = features_of(replace(encoder, features=(-2, 0)), params, [cut(pixels[0], 4, encoder.num_prefix_tokens)])[0]
     for i, (x, features) in enumerate(zip(pixels, got)):
         interpolate = {} if tower is INTERN or i == 0 else dict(interpolate_pos_encoding=True)
         with torch.no_grad():
@@ -184,7 +184,7 @@ def test_positions_are_resampled_as_torch_does(kind):
 
 def test_windows_are_those_of_a_loop_over_pictures():
     side, merge, grids = 4, 2, [(8, 8), (6, 10), (2, 14), (12, 4), (2, 2)]
-    example = without_text(tuple(Picture(np.zeros((h * w, 1), np.float32), (h, w)) for h, w in grids))
+    example = without_text(tuple(ImagePatches(np.zeros((h * w, 1), np.float32), (h, w)) for h, w in grids))
     vision = collate([[example]], Budget(1, 2, 160), merge=merge, values=1).vision
     got = np.asarray(jax.jit(window_segments, static_argnums=3)(*(x[0] for x in vision[1:]), side))
     for image, coords, mine in zip(vision.image[0], vision.coords[0], got):
@@ -217,7 +217,7 @@ EVERYTHING = VitConfig(
     width=64, layers=3, heads=4, mlp=48, patch_size=4, temporal_patch_size=1, position_grid=5, patch_bias=False,
     resampling="bicubic_antialias", class_token=True, registers=2, mask_token=True, window=4, whole=(1,), qk_norm=True,
     norm="rms", gated=True, activation="silu", layer_scale=0.5, first_norm=True, last_norm=True, features=(0, -1),
-    taps=(1,),
+    deepstack_layers=(1,),
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.model.fusion import deepstack, splice
-from mllm_jax.types import Mix
+from mllm_jax.types import TokenBlend
 
 B, T, M, D, TAPS, LAYERS = 2, 7, 5, 4, 2, 3
 INDEX = np.array([[-1, 3, 0, 1, -1, 4, 2], [-1] * 6 + [0]], np.int32)
@@ -57,9 +57,9 @@ def test_mixes_of_four(arrays):
     """A share of each token; what DeepStack adds is mixed alike."""
     text, deep = arrays
     draw = np.random.default_rng(1)
-    mix = Mix(draw.integers(0, M, (B, T, 3)), draw.random((B, T, 4), np.float32))
+    mix = TokenBlend(draw.integers(0, M, (B, T, 3)), draw.random((B, T, 4), np.float32))
     every = np.concatenate([np.maximum(INDEX, 0)[..., None], mix.index], axis=-1)
-    mixed = np.einsum("btkd,btk->btd", deep[0][np.arange(B)[:, None, None], every], mix.share)
+    mixed = np.einsum("btkd,btk->btd", deep[0][np.arange(B)[:, None, None], every], mix.weight)
     seen = INDEX >= 0
     np.testing.assert_allclose(splice(text, deep[0], INDEX, mix)[seen], mixed[seen], rtol=1e-5)
     np.testing.assert_array_equal(splice(text, deep[0], INDEX, mix)[~seen], text[~seen])

@@ -118,17 +118,17 @@ def test_connector(connector):
 
     tokens = encode(params, patches)
     count = 64 // connector.patches_per_token
-    assert tokens.value.shape == (1, count, config.decoder.width)
-    assert tokens.deep.shape == (len(config.encoder.taps), 1, count, config.decoder.width)
+    assert tokens.embeddings.shape == (1, count, config.decoder.width)
+    assert tokens.deep.shape == (len(config.encoder.deepstack_layers), 1, count, config.decoder.width)
     noisy = encode(params, np.where((image == 0)[..., None], 7.0, patches))
     real = image.reshape(1, count, -1)[..., 0] > 0
-    np.testing.assert_array_equal(noisy.value[real], tokens.value[real])
+    np.testing.assert_array_equal(noisy.value[real], tokens.embeddings[real])
     np.testing.assert_array_equal(noisy.deep[:, real], tokens.deep[:, real])
     weights = rng.standard_normal((count, config.decoder.width)).astype(np.float32)
 
     def loss(params):
         tokens = encode(params, patches)
-        return jnp.sum(jnp.square(tokens.value) * weights) + jnp.sum(jnp.square(tokens.deep) * weights)
+        return jnp.sum(jnp.square(tokens.embeddings) * weights) + jnp.sum(jnp.square(tokens.deep) * weights)
 
     for path, gradient in flatten(jax.jit(jax.grad(loss))(params)["connector"]).items():
         assert np.abs(gradient).max() > 0, path
@@ -154,10 +154,13 @@ def test_bad_attention(change, message):
             {"inputs": InputRules(pinpoints=((32, 32),))},
             "pinpoints=.* need a newline .*, which PatchMergerConfig.* has not",
         ),
-        ({"connector": MlpConnectorConfig()}, "encoder.taps=.* the connector MlpConnectorConfig.*encoder.taps=.."),
+        (
+            {"connector": MlpConnectorConfig()},
+            "encoder.deepstack_layers=.* the connector MlpConnectorConfig.*encoder.deepstack_layers=..",
+        ),
         (
             {"decoder": replace(TINY.decoder, layers=1)},
-            "encoder.taps=.0, 1. .* as many decoder layers; there are 1",
+            "encoder.deepstack_layers=.0, 1. .* as many decoder layers; there are 1",
         ),
     ],
 )

@@ -29,9 +29,9 @@ from mllm_jax.train.step.train_step import make_eval_step
 EVERYWHERE = LoraConfig(
     rank=4,
     alpha=6.0,
-    targets=("^(encoder|decoder)/layers.*/w$", "^connector/.*/w$"),
-    ranks=(("^connector/", 3), ("attention/out", 2), ("encoder/layers/mlp/up", 0)),
-    alphas=(("/mlp/down", 9.0),),
+    target_modules=("^(encoder|decoder)/layers.*/w$", "^connector/.*/w$"),
+    rank_pattern=(("^connector/", 3), ("attention/out", 2), ("encoder/layers/mlp/up", 0)),
+    alpha_pattern=(("/mlp/down", 9.0),),
 )
 DROPPING = LoraConfig(rank=4, dropout=0.25)
 
@@ -141,7 +141,7 @@ def test_dropout_keeps_the_mean():
 def test_a_run_with_adapters():
     config = tiny_run.get_config()
     assert "lora" not in config.model and read_run(config).optim.freeze == ()
-    config.lora.rank, config.lora.train = 16, ("^connector/",)
+    config.lora.rank, config.lora.modules_to_save = 16, ("^connector/",)
     run = read_run(config)
     paths = flatten_dict(split(abstract_params(run.model), run.optim.freeze)[0], sep="/")
     assert {path for path in paths if not path.startswith("connector/")} == {
@@ -163,16 +163,19 @@ def test_a_run_with_adapters():
 @pytest.mark.parametrize(
     "change, message",
     (
-        ({"targets": ("decodr/layers",)}, "lora.targets: 'decodr/layers' matches no weight; .* decoder/layers"),
-        ({"targets": ("mlp/norm",)}, "lora.targets: 'mlp/norm' matches no weight"),
-        ({"targets": ("decoder/embed",)}, "lora.targets: 'decoder/embed' matches no weight"),
-        ({"targets": ("decoder/head",)}, "'decoder/head/w', which cannot have an adapter"),
         (
-            {"targets": ("experts",), "dropout": 0.1},
+            {"target_modules": ("decodr/layers",)},
+            "lora.target_modules: 'decodr/layers' matches no weight; .* decoder/layers",
+        ),
+        ({"target_modules": ("mlp/norm",)}, "lora.target_modules: 'mlp/norm' matches no weight"),
+        ({"target_modules": ("decoder/embed",)}, "lora.target_modules: 'decoder/embed' matches no weight"),
+        ({"target_modules": ("decoder/head",)}, "'decoder/head/w', which cannot have an adapter"),
+        (
+            {"target_modules": ("experts",), "dropout": 0.1},
             "lora.dropout must be 0 where experts have adapters, as 'decoder/l",
         ),
-        ({"ranks": (("^encoder/", 8),)}, "lora.ranks: '\\^encoder/' matches no weight"),
-        ({"train": ("conector",)}, "lora.train: 'conector' matches no weight; .*connector"),
+        ({"rank_pattern": (("^encoder/", 8),)}, "lora.rank_pattern: '\\^encoder/' matches no weight"),
+        ({"modules_to_save": ("conector",)}, "lora.modules_to_save: 'conector' matches no weight; .*connector"),
     ),
 )
 def test_patterns_that_fit_nothing_are_told(change, message):

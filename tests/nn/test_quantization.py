@@ -98,7 +98,7 @@ def test_a_layer_in_few_bits_is_the_layer_of_its_values(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch):
     """Loss and gradients are those of a model of the dequantised weights."""
-    lora = LoraConfig(rank=2, base=kind, group=16)
+    lora = LoraConfig(rank=2, base_dtype=kind, quant_block_size=16)
     config, few = quantised(base, lora)
     shapes = split_adapters(abstract_params(config))[0]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), few) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
@@ -122,7 +122,7 @@ def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_near_scanned_and_unrolled(kind, base, batch):
     """Of the whole weights': the mean error is within a part of the spread of logits that the bits allow."""
-    _, few = quantised(base, LoraConfig(rank=2, base=kind, group=16))
+    _, few = quantised(base, LoraConfig(rank=2, base_dtype=kind, quant_block_size=16))
     run = lambda params, **runtime: jax.jit(VLM(replace(BASE, runtime=Runtime(**runtime))).apply)(
         {"params": params}, batch
     )
@@ -134,7 +134,7 @@ def test_logits_are_near_scanned_and_unrolled(kind, base, batch):
 
 def test_arguments_shrink_by_what_the_bits_leave_out():
     """Of the compiled forward pass, to the byte: nothing of the base is there twice or in more bits."""
-    config = replace(BASE, lora=LoraConfig(rank=2, base="int4", group=16))
+    config = replace(BASE, lora=LoraConfig(rank=2, base_dtype="int4", quant_block_size=16))
     params = abstract_params(config)
     run = jax.jit(lambda params: VLM(config).apply({"params": params}, BASE.example(), hidden=True).hidden)
     held = run.lower(params).compile().memory_analysis().argument_size_in_bytes
@@ -147,7 +147,7 @@ def test_arguments_shrink_by_what_the_bits_leave_out():
 
 @pytest.mark.slow
 def test_it_learns_on_a_mesh_as_on_one_device(base, batch):
-    lora, losses = LoraConfig(rank=4, base="int4", group=16), []
+    lora, losses = LoraConfig(rank=4, base_dtype="int4", quant_block_size=16), []
     _, few = quantised(base, lora)
     params = join(few, random_adapters(lora))
     for shape in ({"fsdp": 1}, {"fsdp": 4}):
@@ -166,7 +166,7 @@ def test_it_learns_on_a_mesh_as_on_one_device(base, batch):
 
 @pytest.mark.slow
 def test_merging_gives_whole_weights(base):
-    lora = LoraConfig(rank=2, base="int4", group=16)
+    lora = LoraConfig(rank=2, base_dtype="int4", quant_block_size=16)
     config, few = quantised(base, lora)
     vlm = mllm_jax.Pretrained(config, config.build(), join(few, random_adapters(lora)))
     merged = mllm_jax.merge_adapters(vlm)

@@ -41,7 +41,7 @@ def small(rules=RULES):
     """A dense layer, one with experts, and pictures; so narrow that it compiles in seconds."""
     config = load_module("certify").model(MoeConfig(experts=8, top_k=2, mlp=8))
     attention = replace(config.decoder.attention, head_dim=4, rope_sections=(1, 1, 0))
-    decoder = replace(config.decoder, width=16, mlp=16, dense_first=1, attention=attention)
+    decoder = replace(config.decoder, width=16, mlp=16, num_dense_layers=1, attention=attention)
     return with_rules(
         replace(config, encoder=replace(config.encoder, width=16, mlp=16, layers=1), decoder=decoder), rules
     )

@@ -46,7 +46,7 @@ MOE = MoeConfig(experts=8, top_k=2, mlp=64)
 def a_run(model=None, remat="full", moe=None, **changes) -> Run:
     """A run of the tiny model: 8 rows of 64 tokens and 2 x 32 patches."""
     model = model or tiny_config()
-    model = dataclasses.replace(model, runtime=Runtime(dtype="bfloat16", remat=remat, expert_room=1.25))
+    model = dataclasses.replace(model, runtime=Runtime(dtype="bfloat16", remat=remat, capacity_factor=1.25))
     if moe:
         model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, moe=moe))
     data = FilesData(**{"batch": 8, "tokens": 64, "rows": 2, "patches": 32} | changes.pop("data", {}))
@@ -258,7 +258,7 @@ def test_frozen_parts_cost_no_backward():
 
 @pytest.mark.parametrize("base", ("float32", "int8", "int4"))
 def test_adapters_are_weighed_beside_a_base_in_few_bits(base):
-    run = a_run(lora=LoraConfig(rank=4, base=base, group=16))
+    run = a_run(lora=LoraConfig(rank=4, base_dtype=base, quant_block_size=16))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     params = abstract_params(run.model)
     expected = size(params) + 2 * size(split(params, run.optim.freeze)[0]) + 8 * 2 * 32 * run.model.patch_values

@@ -156,7 +156,9 @@ def test_merging_is_that_of_peft_and_can_be_undone(case):
 def test_our_own_adapters_survive_the_format(case, tmp_path):
     """Of every weight, also where theirs lie apart and ours have one A."""
     _, vlm, _, _, _ = case
-    lora = LoraConfig(rank=3, targets=("^(encoder|decoder)/layers.*/w$|^connector/.*/w$",), ranks=(("mlp", 2),))
+    lora = LoraConfig(
+        rank=3, target_modules=("^(encoder|decoder)/layers.*/w$|^connector/.*/w$",), rank_pattern=(("mlp", 2),)
+    )
     made = jax.eval_shape(lambda key: init_adapters(replace(vlm.config, lora=lora), key), jax.random.key(0))
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), made)
@@ -173,7 +175,7 @@ def test_our_own_adapters_survive_the_format(case, tmp_path):
 def test_weights_that_are_no_module_are_not_saved_whole(case, tmp_path):
     _, vlm, _, folder, _ = case
     adapted = mllm_jax.load_adapters(vlm, folder / "adapter")
-    lora = replace(adapted.config.lora, train=("experts_down|class_token",))
+    lora = replace(adapted.config.lora, modules_to_save=("experts_down|class_token",))
     with pytest.raises(ValueError, match=r"was trained whole, and PEFT saves modules alone: .* save_pretrained\("):
         mllm_jax.save_adapters(replace(adapted, config=replace(adapted.config, lora=lora)), tmp_path)
     assert not list(tmp_path.iterdir())

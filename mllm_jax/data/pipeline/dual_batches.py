@@ -6,10 +6,10 @@ import numpy as np
 
 from mllm_jax.data.pipeline.hf_inputs import Arrays, text_ids, without_text
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, place
-from mllm_jax.types import DualBatch, Example, Picture
+from mllm_jax.types import DualBatch, Example, ImagePatches
 
 
-def in_rows(rows: Sequence[Sequence[Picture]], budget: Budget, count: int, values: int) -> DualBatch:
+def in_rows(rows: Sequence[Sequence[ImagePatches]], budget: Budget, count: int, values: int) -> DualBatch:
     """Pictures in rows with room for `budget.rows` x `budget.patches`, at most `count` in each; embeddings come row by
     row.
 
@@ -25,7 +25,7 @@ def in_rows(rows: Sequence[Sequence[Picture]], budget: Budget, count: int, value
     return DualBatch(vision=batch.vision, first=first)
 
 
-def one_each(pictures: Sequence[Picture], patches: int = 0) -> DualBatch:
+def one_each(pictures: Sequence[ImagePatches], patches: int = 0) -> DualBatch:
     """A picture per row, in rows of at least `patches` places; of no pictures, an empty batch."""
     if not pictures:
         return DualBatch()
@@ -33,7 +33,7 @@ def one_each(pictures: Sequence[Picture], patches: int = 0) -> DualBatch:
     return in_rows([[picture] for picture in pictures], Budget(0, 1, patches), 1, pictures[0].patches.shape[1])
 
 
-def packed(pictures: Sequence[Picture], budget: Budget, count: int) -> DualBatch:
+def packed(pictures: Sequence[ImagePatches], budget: Budget, count: int) -> DualBatch:
     """Pictures of any sizes in few rows, `budget.rows` of `budget.patches`, with at most `count` in each.
 
     Embeddings come in the order of the pictures. Raises TooLarge where they do not fit.

@@ -18,7 +18,7 @@ from mllm_jax.data.text.json_files import write_json
 from mllm_jax.data.text.tokenizer import Tokenizer
 from mllm_jax.data.vision.images import load_image, notes, patchify
 from mllm_jax.data.vision.resize import Keep, Rule, rule_from_hf
-from mllm_jax.types import DualBatch, Example, Picture
+from mllm_jax.types import DualBatch, Example, ImagePatches
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -30,7 +30,7 @@ class DualProcessor(Config):
     rule: how a picture gets its size.
     mean, std: of pixels in 0..1, per channel.
     patch: side in pixels.
-    lead: empty patches before a picture's own.
+    num_prefix_tokens: empty patches before a picture's own.
     length: tokens of a text; a shorter one is padded.
     reads_padding: whether padding is a part of a text.
     missing_rows: largest share of its rows that a truncated JPEG may lack.
@@ -41,21 +41,23 @@ class DualProcessor(Config):
     mean: tuple[Finite, ...]
     std: tuple[Positive, ...]
     patch: PositiveInt
-    lead: NonNegativeInt
+    num_prefix_tokens: NonNegativeInt
     length: PositiveInt
     reads_padding: bool
     missing_rows: Fraction = 0.0
 
-    def picture(self, source: Any) -> Picture:
+    def picture(self, source: Any) -> ImagePatches:
         """A path, bytes, an array or a PIL image, as `images.open_image` takes them, normalised."""
         pixels = self.rule.read(load_image(source))
         return self._patches((pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std))
 
-    def _patches(self, pixels: np.ndarray) -> Picture:
+    def _patches(self, pixels: np.ndarray) -> ImagePatches:
         """Of pixels [h w c]; what is left over of its sides is not read."""
         grid = (pixels.shape[0] // self.patch, pixels.shape[1] // self.patch)
         patches = patchify(pixels[None], self.patch, 1, 1)
-        return Picture(np.concatenate([np.zeros((self.lead, patches.shape[1]), patches.dtype), patches]), grid)
+        return ImagePatches(
+            np.concatenate([np.zeros((self.num_prefix_tokens, patches.shape[1]), patches.dtype), patches]), grid
+        )
 
     @property
     def values(self) -> int:
@@ -78,7 +80,7 @@ class DualProcessor(Config):
             raise ValueError(
                 f"a pair needs one picture and a text, not {len(shown)} pictures or clips and {text[:80]!r}"
             )
-        rule = self.rule.within((budget.patches - self.lead) * self.patch**2)
+        rule = self.rule.within((budget.patches - self.num_prefix_tokens) * self.patch**2)
         image = load_image(shown[0]["image"], self.missing_rows)
         picture = self._patches(rule.read(image))
         if len(picture.patches) > budget.patches:
@@ -95,7 +97,7 @@ class DualProcessor(Config):
     def pictures(self, sources: Sequence[Any]) -> DualBatch:
         """A picture per row; the rows of a model have one length, so that one program serves all pictures."""
         pictures = [self.picture(source) for source in sources]
-        places = self.rule.patches + self.lead if isinstance(self.rule, Keep) else 0
+        places = self.rule.patches + self.num_prefix_tokens if isinstance(self.rule, Keep) else 0
         return one_each(pictures, places)
 
     def texts(self, texts: Sequence[str]) -> DualBatch:
@@ -144,7 +146,7 @@ class DualProcessor(Config):
             image.get("image_mean", config.encoder.pixel_mean),
             image.get("image_std", config.encoder.pixel_std),
             config.encoder.patch_size,
-            config.encoder.lead,
+            config.encoder.num_prefix_tokens,
             config.text.positions,
             config.text_pool.token == "last",
         )

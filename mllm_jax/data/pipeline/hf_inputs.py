@@ -8,11 +8,11 @@ import numpy as np
 from mllm_jax.data.pipeline.packing import collate, tightest
 from mllm_jax.data.vision.positions import rotary_positions
 from mllm_jax.data.vision.token_blend import spread
-from mllm_jax.types import Batch, Example, Mix, Picture, Visual
+from mllm_jax.types import Batch, Example, ImagePatches, TokenBlend, VisionSpan
 
 TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 Arrays = dict[str, np.ndarray]
-Supply = dict[int, list[Visual]]  # by the token that stands for it in the text
+Supply = dict[int, list[VisionSpan]]  # by the token that stands for it in the text
 
 
 def as_arrays(inputs: Mapping[str, Any], vision: tuple[str, ...]) -> Arrays:
@@ -88,7 +88,7 @@ def alone(config: Any, supply: Supply) -> Batch:
     return collate([[e] for e in examples], tightest(examples), **config.layout)
 
 
-def without_text(pictures: tuple[Picture, ...]) -> Example:
+def without_text(pictures: tuple[ImagePatches, ...]) -> Example:
     none = np.zeros(0, np.int32)
     return Example(none, none, np.zeros((0, 3), np.int32), none, pictures)
 
@@ -130,4 +130,4 @@ def _move_to(batch: Batch, mask: np.ndarray) -> Batch:
         return np.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
     moved = {name: move(x) for name, x in batch._asdict().items() if isinstance(x, np.ndarray)}
-    return batch._replace(**moved, mix=batch.mix and Mix(*map(move, batch.mix)))
+    return batch._replace(**moved, mix=batch.mix and TokenBlend(*map(move, batch.mix)))

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from mllm_jax.data.vision.token_blend import alone
-from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, Picture, Vision
+from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, ImagePatches, Vision
 
 
 class Budget(NamedTuple):
@@ -184,7 +184,7 @@ def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Bu
         raise TooLarge(f"row {b}: pictures of {sizes} patches do not fit {budget.rows} rows of {budget.patches}")
     firsts = []  # visual tokens of every picture
     for number, (picture, (row, offset)) in enumerate(zip(pictures, places), 1):
-        lead, here = picture.lead, (b, row, slice(offset, offset + len(picture.patches)))
+        lead, here = picture.num_prefix_tokens, (b, row, slice(offset, offset + len(picture.patches)))
         batch.vision.patches[here] = picture.patches
         batch.vision.image[here] = number
         batch.vision.coords[here][:, 0] = picture.time
@@ -204,7 +204,7 @@ def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Bu
         batch.vision_index[here] = _places(index, own, newline)
         if example.mix is not None:
             batch.mix.index[here] = _places(example.mix.index, own, newline)
-            batch.mix.share[here] = example.mix.share
+            batch.mix.weight[here] = example.mix.weight
         start += len(index)
 
 
@@ -213,7 +213,7 @@ def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
     return np.append(own, (newline, -1))[np.where(index >= 0, index, len(own) + (index != NEWLINE))]
 
 
-def _visual_tokens(pictures: Sequence[Picture], firsts: Sequence[int], merge: int) -> np.ndarray:
+def _visual_tokens(pictures: Sequence[ImagePatches], firsts: Sequence[int], merge: int) -> np.ndarray:
     """Where in a row every visual token of its pictures lies, the pictures end to end."""
     counts = [picture.shown // merge**2 for picture in pictures]
     tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]

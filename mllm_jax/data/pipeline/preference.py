@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_jax.common.settings import Config, Positive
 from mllm_jax.data.records.records import BadData, BadRecord
-from mllm_jax.types import Example, Mix
+from mllm_jax.types import Example, TokenBlend
 
 
 class Reference(NamedTuple):
@@ -76,7 +76,7 @@ def together(conversations: Sequence[Example]) -> Example:
         weight=join(last_run(one.weight) for one in conversations),
         position=join(one.position for one in conversations),
         vision_index=join(one.vision_index for one in conversations),
-        mix=Mix(*map(join, zip(*(one.mix for one in conversations)))) if mixed else None,
+        mix=TokenBlend(*map(join, zip(*(one.mix for one in conversations)))) if mixed else None,
         lengths=tuple(len(one.tokens) for one in conversations),
     )
 

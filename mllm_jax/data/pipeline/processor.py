@@ -13,7 +13,15 @@ import numpy as np
 from mllm_jax.data.media import resolve
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, place
 from mllm_jax.data.pipeline.preference import together
-from mllm_jax.data.pipeline.spans import Cut, Film, Framed, Plan, Still, WholeFilm, WholeFramed
+from mllm_jax.data.pipeline.spans import (
+    NativeImage,
+    Plan,
+    TiledImage,
+    TimestampedFrames,
+    TimestampedSpan,
+    VideoFrames,
+    VideoSpan,
+)
 from mllm_jax.data.pipeline.spec import SEEING, ProcessorSpec, read_spec, write_spec
 from mllm_jax.data.records import grounding
 from mllm_jax.data.records.content import parts_of
@@ -26,7 +34,7 @@ from mllm_jax.data.video import videos
 from mllm_jax.data.vision import images
 from mllm_jax.data.vision.positions import rotary_positions
 from mllm_jax.data.vision.token_blend import spread
-from mllm_jax.types import Batch, Example, Picture
+from mllm_jax.types import Batch, Example, ImagePatches
 
 COMPOSED = 4  # characters that a normalizer may join to one, and more than it does
 USER_CONTENT = "user_content_tokens"  # in tokenizer_config.json, whose other readers pass over it
@@ -167,19 +175,21 @@ class Processor:
         named = {self.spec.end_of_turn, self.chat.end, special.get("eos_token"), special.get("pad_token")} - {None}
         return tuple(sorted({*map(self.tokenizer.id, named), *self.generation.eos_token_id}))
 
-    def _open(self, item: dict, stills: int) -> Still | Film:
+    def _open(self, item: dict, stills: int) -> NativeImage | VideoFrames:
         """`stills`: pictures in the conversation."""
         spec, source, fps = self.spec, resolve(item[item["type"]]), item.get("fps", self.spec.fps)
         if item["type"] == "image":
             size = images.upright_size(images.open_image(source))
-            return Still(source, *size) if spec.rule is None else Cut(source, *size, spec.rule.among(stills))
+            return (
+                NativeImage(source, *size) if spec.rule is None else TiledImage(source, *size, spec.rule.among(stills))
+            )
         if spec.video_token not in self.tokenizer:
             lacks = f"; its tokenizer has no token {spec.video_token!r}" if spec.video_token else ""
             raise ValueError(f"this model reads no clips{lacks}, but the conversation has one: {source!r:.80}")
         clip = videos.open_clip(source, fps)
         target = fps if isinstance(source, (str, os.PathLike, bytes)) else spec.fps
         spec = spec.asked(item)
-        apart, whole = (Framed, WholeFramed) if spec.clip_rule else (Film, WholeFilm)
+        apart, whole = (TimestampedFrames, TimestampedSpan) if spec.clip_rule else (VideoFrames, VideoSpan)
         kind = whole if spec.label is None else apart
         return kind.sampled(clip, target, spec)
 
@@ -212,7 +222,7 @@ class Processor:
             written, weights = [*first, *written], [0.0] * len(first) + weights
         return written, weights
 
-    def _ordered(self, placeholders: list[str], visuals: list) -> list[Still | Film]:
+    def _ordered(self, placeholders: list[str], visuals: list) -> list[NativeImage | VideoFrames]:
         """The visuals in the order of their placeholders: a template may write all pictures before the clips."""
         waiting = {self.spec.image_token: [], self.spec.video_token: []}
         for visual in visuals:
@@ -244,7 +254,7 @@ class Processor:
             weights.append(1.0)
         return tokens, weights
 
-    def _markup(self, visual: Still | Film) -> str:
+    def _markup(self, visual: NativeImage | VideoFrames) -> str:
         """What stands for a picture or a clip: a placeholder for every run, and what belongs around it."""
         spec, token = self.spec, self.spec.video_token if visual.video else self.spec.image_token
         if not visual.video or spec.label is None:
@@ -290,7 +300,7 @@ class Processor:
             low, high, best = (middle, high, plans) if fits(plans) else (low, middle, best)
         return best
 
-    def _plan(self, visual: Still | Film, limit: float, row: float) -> Plan:
+    def _plan(self, visual: NativeImage | VideoFrames, limit: float, row: float) -> Plan:
         try:
             return visual.plan(self.spec, limit, row)
         except ValueError as error:
@@ -299,7 +309,7 @@ class Processor:
     def _needed(self, plans: Sequence[Plan], text_tokens: int, times: int) -> tuple[int, list[int]]:
         """Tokens of the conversation, and patches of every picture."""
         spec = self.spec
-        before = spec.lead - spec.shown
+        before = spec.num_prefix_tokens - spec.shown
         patches = [before + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
         return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
 
@@ -309,14 +319,14 @@ class Processor:
         firsts = np.cumsum([0, *counts])
         return [int(first) for plan, first in zip(plans, firsts) for _ in plan.runs]
 
-    def _pictures(self, visuals: list, plans: Sequence[Plan]) -> Iterator[Picture]:
+    def _pictures(self, visuals: list, plans: Sequence[Plan]) -> Iterator[ImagePatches]:
         spec = self.spec
         for visual, plan in zip(visuals, plans, strict=True):
             for index, (frames, (height, width)) in enumerate(zip(visual.frames(spec, plan), plan.sizes, strict=True)):
                 patches = images.patchify(frames, spec.patch, spec.temporal_patch, spec.merge)
-                patches = np.concatenate([np.zeros((spec.lead, patches.shape[1]), patches.dtype), patches])
+                patches = np.concatenate([np.zeros((spec.num_prefix_tokens, patches.shape[1]), patches.dtype), patches])
                 grid = (height // spec.patch, width // spec.patch)
-                yield Picture(patches, grid, index if visual.video else 0, spec.shown > 0)
+                yield ImagePatches(patches, grid, index if visual.video else 0, spec.shown > 0)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":

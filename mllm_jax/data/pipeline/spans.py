@@ -16,7 +16,7 @@ from mllm_jax.data.vision.positions import in_a_line, on_a_grid, patch_positions
 from mllm_jax.data.vision.resize import Rule, Whole
 from mllm_jax.data.vision.tiles import Size
 from mllm_jax.data.vision.token_blend import shifted, spread
-from mllm_jax.types import NEWLINE, Mix
+from mllm_jax.types import NEWLINE, TokenBlend
 
 BROKEN_FRAMES = "frames of a clip cannot be decoded, and show the frame before"
 
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     order: np.ndarray  # i32[m] which of the visual tokens of the pictures, laid end to end; NEWLINE
     position: np.ndarray  # i32[m 3] rotary positions, counted from the first
     advance: int  # rotary position of what follows
-    mix: Mix | None = None  # of `order`; None = every token stands alone
+    mix: TokenBlend | None = None  # of `order`; None = every token stands alone
 
 
 class Plan(NamedTuple):
@@ -53,7 +53,7 @@ def _later(run: Run, tokens: int) -> Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Still:
+class NativeImage:
     """A picture at nearly its own size."""
 
     source: Any  # opened again when it is read: neither open files nor pixels wait in between
@@ -87,7 +87,7 @@ class Still:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut(Still):
+class TiledImage(NativeImage):
     """A picture that is cropped, stretched or cut into tiles by a rule."""
 
     rule: Rule
@@ -105,7 +105,7 @@ class Cut(Still):
 
 
 @dataclasses.dataclass(frozen=True)
-class Film:
+class VideoFrames:
     """A clip; all its frames have one size."""
 
     clip: Clip
@@ -120,7 +120,7 @@ class Film:
         return (BROKEN_FRAMES,) if self.clip.broken else ()
 
     @classmethod
-    def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "Film":
+    def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "VideoFrames":
         """Reads as many frames as `fps` a second come to, as far as the spec's bounds allow."""
         count = cls.count(clip, fps, spec)
         if spec.sampling == videos.MOTION:
@@ -155,7 +155,7 @@ class Film:
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeFilm(Film):
+class VideoSpan(VideoFrames):
     """A clip that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191): bounds of pixels hold for every frame."""
 
     @staticmethod
@@ -178,7 +178,7 @@ class WholeFilm(Film):
 
 
 @dataclasses.dataclass(frozen=True)
-class Framed(Film):
+class TimestampedFrames(VideoFrames):
     """A clip whose frames are pictures, each read by the spec's rule: those in the middle of as many equal parts."""
 
     @staticmethod
@@ -203,7 +203,7 @@ class Framed(Film):
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeFramed(Framed):
+class TimestampedSpan(TimestampedFrames):
     """A clip whose frames are read by the spec's rule and are together one run of visual tokens; a NEWLINE ends it."""
 
     @staticmethod
@@ -216,7 +216,7 @@ class WholeFramed(Framed):
         return Plan(rule.sizes(size) * count, (Run(order, *in_a_line(len(order)), mix),), rule)
 
 
-def frame_by_frame(rule: Whole, size: Size, factor: int, count: int) -> tuple[np.ndarray, Mix | None]:
+def frame_by_frame(rule: Whole, size: Size, factor: int, count: int) -> tuple[np.ndarray, TokenBlend | None]:
     """The order and the mix of `count` frames of a clip, and of the NEWLINE that ends it."""
     frame, step = (rule.order(size, factor), rule.mix(size, factor)), math.prod(s // factor for s in rule.sized(size))
     runs, firsts = [frame] * count + [(np.array([NEWLINE]), None)], [*range(0, count * step, step), 0]

@@ -47,7 +47,7 @@ class ProcessorSpec(Config):
     patch: PositiveInt = 16  # side in pixels
     temporal_patch: PositiveInt = 2  # frames
     merge: PositiveInt = 2  # a visual token is merge x merge patches
-    lead: NonNegativeInt = 0  # empty patches before a picture's own
+    num_prefix_tokens: NonNegativeInt = 0  # empty patches before a picture's own
     shown: NonNegativeInt = 0  # visual tokens that stand in these places: all of them, or none
     rule: Rule | None = None  # how pictures get their sizes, or are cut (tiles.py); None = nearly as they are
     clip_rule: Whole | None = None  # how each frame of a clip does, all in one block; None = nearly as they are
@@ -312,8 +312,8 @@ def _counting(spec: ProcessorSpec) -> dict[str, Any]:
         "patch_size": spec.patch,
         "image_seq_length": tokens,
         "num_image_tokens": tokens,
-        "num_additional_image_tokens": spec.lead,
-        "vision_feature_select_strategy": "default" if spec.lead > spec.shown else "full",
+        "num_additional_image_tokens": spec.num_prefix_tokens,
+        "vision_feature_select_strategy": "default" if spec.num_prefix_tokens > spec.shown else "full",
         "image_token": spec.image_token,
         "video_token": spec.video_token,
     }

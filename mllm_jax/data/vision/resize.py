@@ -11,7 +11,7 @@ from PIL import Image
 from mllm_jax.common.settings import Config, PositiveInt, Range
 from mllm_jax.data.vision.images import MAX_ASPECT, check_bytes
 from mllm_jax.data.vision.token_blend import Tokens, joined, resampled
-from mllm_jax.types import NEWLINE, Mix
+from mllm_jax.types import NEWLINE, TokenBlend
 
 Filter = Annotated[int, Range(least=0, most=5)]  # of PIL
 Level = Annotated[int, Range(least=0, most=255)]
@@ -74,7 +74,7 @@ class Rule(Config):
         del limit
         return self
 
-    def mix(self, size: tuple[int, int], factor: int) -> Mix | None:
+    def mix(self, size: tuple[int, int], factor: int) -> TokenBlend | None:
         """With what the visual tokens of `order` are mixed; None = each stands alone."""
         del size, factor
 
@@ -192,7 +192,7 @@ class Halved(Stretch):
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
         return self._tokens(factor).order
 
-    def mix(self, size: tuple[int, int], factor: int) -> Mix:
+    def mix(self, size: tuple[int, int], factor: int) -> TokenBlend:
         return self._tokens(factor).mix
 
     def _tokens(self, factor: int) -> Tokens:

@@ -17,7 +17,7 @@ from mllm_jax.common.settings import NonNegativeInt, PositiveInt
 from mllm_jax.data.vision.images import resized
 from mllm_jax.data.vision.resize import Colour, EndedSquare, Rule
 from mllm_jax.data.vision.token_blend import Tokens, alone, end_rows, joined, resampled
-from mllm_jax.types import Mix
+from mllm_jax.types import TokenBlend
 
 Size = tuple[int, int]  # (height, width)
 
@@ -138,7 +138,7 @@ class AnyRes(Rule):
     def order(self, size: Size, factor: int) -> np.ndarray:
         return self._tokens(size, factor).order
 
-    def mix(self, size: Size, factor: int) -> Mix | None:
+    def mix(self, size: Size, factor: int) -> TokenBlend | None:
         return self._tokens(size, factor).mix if self.most else None
 
     def _tokens(self, size: Size, factor: int) -> Tokens:

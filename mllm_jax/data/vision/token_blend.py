@@ -1,6 +1,7 @@
 """Which visual tokens stand in the text, and grids of them that are resampled: each then is a mean of four. numpy only.
 
-An order is i32[m] of numbers of visual tokens, or NEWLINE; its Mix, where there is one, says what each is mixed with.
+An order is i32[m] of numbers of visual tokens, or NEWLINE; its TokenBlend, where there is one, says what each is mixed
+with.
 """
 
 from collections.abc import Sequence
@@ -8,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm_jax.types import NEWLINE, Mix
+from mllm_jax.types import NEWLINE, TokenBlend
 
 
 class Tokens(NamedTuple):
     """Numbers of visual tokens, four in each place, and the shares that they have there."""
 
     index: np.ndarray  # i32[... 4]
-    share: np.ndarray  # f32[... 4]
+    weight: np.ndarray  # f32[... 4]
 
     @property
     def order(self) -> np.ndarray:
@@ -23,8 +24,8 @@ class Tokens(NamedTuple):
         return self.index[..., 0]
 
     @property
-    def mix(self) -> Mix:
-        return Mix(self.index[..., 1:], self.share)
+    def mix(self) -> TokenBlend:
+        return TokenBlend(self.index[..., 1:], self.weight)
 
 
 def alone(index: np.ndarray) -> Tokens:
@@ -71,8 +72,8 @@ def shifted(index: np.ndarray, first: int) -> np.ndarray:
 
 
 def spread(
-    visual: np.ndarray, runs: Sequence[tuple[np.ndarray, Mix | None]], firsts: Sequence[int]
-) -> tuple[np.ndarray, Mix | None]:
+    visual: np.ndarray, runs: Sequence[tuple[np.ndarray, TokenBlend | None]], firsts: Sequence[int]
+) -> tuple[np.ndarray, TokenBlend | None]:
     """`vision_index` and `mix` of all tokens of a conversation.
 
     Args:
@@ -87,5 +88,5 @@ def spread(
     mixes = [alone(order).mix if mix is None else mix for order, mix in runs]
     every = alone(index).mix
     every.index[visual] = np.concatenate([shifted(mix.index, first) for mix, first in zip(mixes, firsts)])
-    every.share[visual] = np.concatenate([mix.share for mix in mixes])
+    every.weight[visual] = np.concatenate([mix.weight for mix in mixes])
     return index, every

@@ -12,19 +12,19 @@ from mllm_jax.families.shared.rope import rope_of, stretch_from_hf, stretch_to_h
 from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.nn.rope import YarnConfig
+from mllm_jax.nn.rope import YarnRopeScaling
 from mllm_jax.weights.table import Row
 
 V2, V3 = "deepseek_v2", "deepseek_v3"
-_YARN = YarnConfig(factor=40.0, length=4096, mscale=0.707, mscale_all_dim=0.707)
+_YARN = YarnRopeScaling(factor=40.0, length=4096, mscale=0.707, mscale_all_dim=0.707)
 _LITE = DecoderConfig(
     vocab=102400,
     width=2048,
     layers=27,
-    attention=MlaConfig(heads=16, yarn=_YARN),
+    attention=MlaConfig(heads=16, rope_scaling=_YARN),
     mlp=10944,
-    moe=MoeConfig(experts=64, top_k=6, mlp=1408, shared=2 * 1408, renormalise=False),
-    dense_first=1,
+    moe=MoeConfig(experts=64, top_k=6, mlp=1408, shared_expert_dim=2 * 1408, norm_topk_prob=False),
+    num_dense_layers=1,
 )
 
 SIZES = {
@@ -33,10 +33,17 @@ SIZES = {
         _LITE,
         width=5120,
         layers=60,
-        attention=MlaConfig(heads=128, q_rank=1536, yarn=_YARN),
+        attention=MlaConfig(heads=128, q_rank=1536, rope_scaling=_YARN),
         mlp=12288,
         moe=MoeConfig(
-            experts=160, top_k=6, mlp=1536, shared=2 * 1536, renormalise=False, scale=16.0, groups=8, top_groups=3
+            experts=160,
+            top_k=6,
+            mlp=1536,
+            shared_expert_dim=2 * 1536,
+            norm_topk_prob=False,
+            scale=16.0,
+            n_group=8,
+            topk_group=3,
         ),
     ),
     "v3": replace(
@@ -44,21 +51,21 @@ SIZES = {
         vocab=129280,
         width=7168,
         layers=61,
-        attention=MlaConfig(heads=128, q_rank=1536, yarn=replace(_YARN, mscale=1.0, mscale_all_dim=1.0)),
+        attention=MlaConfig(heads=128, q_rank=1536, rope_scaling=replace(_YARN, mscale=1.0, mscale_all_dim=1.0)),
         mlp=18432,
         moe=MoeConfig(
             experts=256,
             top_k=8,
             mlp=2048,
-            shared=2048,
-            score="sigmoid",
+            shared_expert_dim=2048,
+            score_func="sigmoid",
             bias=True,
             scale=2.5,
-            groups=8,
-            top_groups=4,
+            n_group=8,
+            topk_group=4,
             group_best=2,
         ),
-        dense_first=3,
+        num_dense_layers=3,
     ),
 }
 
@@ -126,13 +133,13 @@ def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
         experts=experts,
         top_k=top_k,
         mlp=config["moe_intermediate_size"],
-        shared=config["n_shared_experts"] * config["moe_intermediate_size"],
-        score="sigmoid" if bias else "softmax",
+        shared_expert_dim=config["n_shared_experts"] * config["moe_intermediate_size"],
+        score_func="sigmoid" if bias else "softmax",
         bias=bias,
-        renormalise=bias and config["norm_topk_prob"],
+        norm_topk_prob=bias and config["norm_topk_prob"],
         scale=float(config["routed_scaling_factor"]),
-        groups=groups,
-        top_groups=top_groups,
+        n_group=groups,
+        topk_group=top_groups,
         group_best=2 if bias and groups > 1 else 1,
     )
 
@@ -145,7 +152,7 @@ class Deepseek(DecoderFamily):
     ignore = (r"model\.layers\.61\..*",)
 
     def model_type(self, decoder: DecoderConfig) -> str:
-        return V3 if decoder.moe.score == "sigmoid" else V2
+        return V3 if decoder.moe.score_func == "sigmoid" else V2
 
     def decoder_from_hf(self, config: dict) -> DecoderConfig:
         kind = config["model_type"]
@@ -170,11 +177,11 @@ class Deepseek(DecoderFamily):
                 v_dim=config["v_head_dim"],
                 q_rank=config["q_lora_rank"] or 0,
                 rope_theta=float(rope["rope_theta"]),
-                yarn=stretch_from_hf(rope, config["max_position_embeddings"], turns // 2),
+                rope_scaling=stretch_from_hf(rope, config["max_position_embeddings"], turns // 2),
             ),
             mlp=config["intermediate_size"],
             moe=_moe_from_hf(config, bias=kind == V3),
-            dense_first=config["first_k_dense_replace"],
+            num_dense_layers=config["first_k_dense_replace"],
             norm_eps=config["rms_norm_eps"],
             tie_embeddings=config["tie_word_embeddings"],
         )
@@ -183,9 +190,9 @@ class Deepseek(DecoderFamily):
         attention, moe = decoder.attention, decoder.moe
         if not isinstance(attention, MlaConfig) or moe is None:
             raise ValueError(f"DeepSeek's config.json describes latent attention and experts, not {decoder}")
-        kind, yarn = self.model_type(decoder), attention.yarn
+        kind, yarn = self.model_type(decoder), attention.rope_scaling
         rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(yarn)}
-        method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.groups > 1 else "greedy"}[kind]
+        method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.n_group > 1 else "greedy"}[kind]
         written = {
             "vocab_size": decoder.vocab,
             "hidden_size": decoder.width,
@@ -207,13 +214,13 @@ class Deepseek(DecoderFamily):
             "n_routed_experts": moe.experts,
             "num_experts_per_tok": moe.top_k,
             "moe_intermediate_size": moe.mlp,
-            "n_shared_experts": moe.shared // moe.mlp,
-            "first_k_dense_replace": decoder.dense_first,
-            "scoring_func": moe.score,
+            "n_shared_experts": moe.shared_expert_dim // moe.mlp,
+            "first_k_dense_replace": decoder.num_dense_layers,
+            "scoring_func": moe.score_func,
             "topk_method": method,
-            "n_group": moe.groups,
-            "topk_group": moe.top_groups,
-            "norm_topk_prob": moe.renormalise,
+            "n_group": moe.n_group,
+            "topk_group": moe.topk_group,
+            "norm_topk_prob": moe.norm_topk_prob,
             "routed_scaling_factor": moe.scale,
         }
         return written | ({"num_nextn_predict_layers": 0} if kind == V3 else {})

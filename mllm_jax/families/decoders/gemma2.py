@@ -19,8 +19,8 @@ _2B = replace(
     layers=26,
     attention=replace(gemma.SIZES["2b"].attention, kv_heads=4, softcap=50.0),
     mlp=9216,
-    windows=(4096, 0),
-    post_norms=True,
+    sliding_windows=(4096, 0),
+    use_post_norm=True,
     embed_scale=2304**0.5,
     logit_softcap=30.0,
     family="gemma2",
@@ -77,8 +77,8 @@ class Gemma2(gemma.Gemma):
             activation_from_hf(text["hidden_activation"]),
             scale=None if divisor == text["head_dim"] else divisor**-0.5,
             softcap=text["attn_logit_softcapping"] or 0.0,
-            windows=windows_from_hf(text, kinds),
-            post_norms=True,
+            sliding_windows=windows_from_hf(text, kinds),
+            use_post_norm=True,
             logit_softcap=text["final_logit_softcapping"] or 0.0,
         )
 

@@ -11,7 +11,7 @@ from mllm_jax.families.shared.decoder_config import decoder_fields, read_decoder
 from mllm_jax.families.shared.rows import layers, linear
 from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.attention.layer import AttentionConfig
-from mllm_jax.nn.rope import NtkStretch
+from mllm_jax.nn.rope import DynamicNtkRopeScaling
 from mllm_jax.weights.table import Row
 
 _7B = DecoderConfig(
@@ -19,7 +19,13 @@ _7B = DecoderConfig(
     width=4096,
     layers=32,
     attention=AttentionConfig(
-        32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0), stretch=NtkStretch(2.0, 32768), qk_norm=False
+        32,
+        8,
+        128,
+        rope_theta=1e6,
+        rope_sections=(64, 0, 0),
+        rope_scaling=DynamicNtkRopeScaling(2.0, 32768),
+        qk_norm=False,
     ),
     mlp=14336,
     norm_eps=1e-5,

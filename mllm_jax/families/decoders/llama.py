@@ -13,10 +13,10 @@ from mllm_jax.families.shared.decoder_config import (
 )
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
-from mllm_jax.nn.rope import BlendedStretch
+from mllm_jax.nn.rope import Llama3RopeScaling
 
 _HEAD = dict(head_dim=128, rope_sections=(64, 0, 0), qk_norm=False)
-_STRETCH = BlendedStretch(factor=8.0, length=8192)
+_STRETCH = Llama3RopeScaling(factor=8.0, length=8192)
 
 
 def _first(width: int, layers: int, heads: int, mlp: int, eps: float = 1e-6) -> DecoderConfig:
@@ -31,7 +31,7 @@ def _third(width: int, layers: int, heads: int, mlp: int) -> DecoderConfig:
 
 
 def _stretched(decoder: DecoderConfig, factor: float = 8.0) -> DecoderConfig:
-    return replace(decoder, attention=replace(decoder.attention, stretch=replace(_STRETCH, factor=factor)))
+    return replace(decoder, attention=replace(decoder.attention, rope_scaling=replace(_STRETCH, factor=factor)))
 
 
 _2_7B, _2_13B = _first(4096, 32, 32, 11008, 1e-5), _first(5120, 40, 40, 13824, 1e-5)
@@ -86,7 +86,7 @@ class Llama(DecoderFamily):
         )
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
-        return write_decoder(decoder, length=131072 if decoder.attention.stretch else 8192) | {
+        return write_decoder(decoder, length=131072 if decoder.attention.rope_scaling else 8192) | {
             "hidden_act": activation_to_hf(decoder.activation, "silu"),
             "attention_bias": decoder.attention.qkv_bias,
             "mlp_bias": decoder.mlp_bias,

@@ -12,7 +12,7 @@ _ATTENTION = AttentionConfig(32, 8, 128, rope_theta=1e6, rope_sections=(64, 0, 0
 _7B = DecoderConfig(32000, 4096, 32, _ATTENTION, 14336, norm_eps=1e-5, family="mistral")
 
 SIZES = {
-    "7b-v0.1": replace(_7B, attention=replace(_ATTENTION, rope_theta=1e4), windows=(4096,)),
+    "7b-v0.1": replace(_7B, attention=replace(_ATTENTION, rope_theta=1e4), sliding_windows=(4096,)),
     "7b-v0.2": _7B,
     "7b-v0.3": replace(_7B, vocab=32768),
     "nemo-12b": replace(_7B, vocab=131072, width=5120, layers=40),
@@ -30,8 +30,8 @@ class Mistral(DecoderFamily):
 
     def decoder_from_hf(self, text: dict) -> DecoderConfig:
         text = read(text, FIELDS)
-        return read_decoder(text, windows=(text["sliding_window"],) if text["sliding_window"] else ())
+        return read_decoder(text, sliding_windows=(text["sliding_window"],) if text["sliding_window"] else ())
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
-        window = decoder.windows[0] if decoder.windows else None
+        window = decoder.sliding_windows[0] if decoder.sliding_windows else None
         return write_decoder(decoder, length=32768) | {"hidden_act": "silu", "sliding_window": window}

@@ -17,7 +17,7 @@ _MINI = DecoderConfig(
     layers=32,
     attention=AttentionConfig(32, 32, 96, rope_theta=1e4, rope_sections=(48, 0, 0), qk_norm=False),
     mlp=8192,
-    windows=(2047,),
+    sliding_windows=(2047,),
     norm_eps=1e-5,
     family="phi3",
 )
@@ -28,7 +28,7 @@ _MEDIUM = replace(
 SIZES = {
     "3-mini-4k": _MINI,
     "3-medium-4k": _MEDIUM,
-    "4": replace(_MEDIUM, vocab=100352, windows=(), attention=replace(_MEDIUM.attention, rope_theta=2.5e5)),
+    "4": replace(_MEDIUM, vocab=100352, sliding_windows=(), attention=replace(_MEDIUM.attention, rope_theta=2.5e5)),
 }
 FIELDS = decoder_fields(32064, 3072, 8192, 32, 32, None, length=4096, norm_eps=1e-5) | {
     "attention_bias": only(False),
@@ -46,12 +46,12 @@ class Phi3(DecoderFamily):
     def decoder_from_hf(self, text: dict) -> DecoderConfig:
         text = read(text, FIELDS)
         windows = (text["sliding_window"],) if text["sliding_window"] else ()
-        return read_decoder(text, rope={"kinds": ROPE, "partial": True}, windows=windows)
+        return read_decoder(text, rope={"kinds": ROPE, "partial": True}, sliding_windows=windows)
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
-        window = decoder.windows[0] if decoder.windows else None
+        window = decoder.sliding_windows[0] if decoder.sliding_windows else None
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or those of a larger vocabulary
-        length = 131072 if decoder.attention.stretch else 16384
+        length = 131072 if decoder.attention.rope_scaling else 16384
         return write_decoder(decoder, length) | {"hidden_act": "silu", "sliding_window": window, **tokens}
 
     def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:

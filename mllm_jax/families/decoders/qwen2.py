@@ -78,7 +78,7 @@ def _decoder(text: dict, rope: dict) -> DecoderConfig:
     if kinds is None:
         full = min(text["max_window_layers"], depth)
         kinds = ["full_attention"] * full + ["sliding_attention"] * (depth - full)
-    return read_decoder(text, rope=rope, qkv_bias=True, windows=windows_from_hf(text, kinds))
+    return read_decoder(text, rope=rope, qkv_bias=True, sliding_windows=windows_from_hf(text, kinds))
 
 
 class Qwen2(DecoderFamily):

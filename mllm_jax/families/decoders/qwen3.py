@@ -102,10 +102,10 @@ def _decoder(text: dict, rope: dict) -> DecoderConfig:
         experts=experts,
         top_k=text["num_experts_per_tok"],
         mlp=text["moe_intermediate_size"],
-        renormalise=text["norm_topk_prob"],
+        norm_topk_prob=text["norm_topk_prob"],
     )
     every = text["decoder_sparse_step"]
-    return read_decoder(text, rope=rope, qk_norm=True, moe=moe, dense_first=len(dense), moe_every=every)
+    return read_decoder(text, rope=rope, qk_norm=True, moe=moe, num_dense_layers=len(dense), moe_layer_freq=every)
 
 
 class Qwen3(DecoderFamily):
@@ -128,7 +128,7 @@ class Qwen3(DecoderFamily):
             "num_experts": moe.experts,
             "num_experts_per_tok": moe.top_k,
             "moe_intermediate_size": moe.mlp,
-            "norm_topk_prob": moe.renormalise,
-            "decoder_sparse_step": decoder.moe_every,
-            "mlp_only_layers": list(range(decoder.dense_first)),
+            "norm_topk_prob": moe.norm_topk_prob,
+            "decoder_sparse_step": decoder.moe_layer_freq,
+            "mlp_only_layers": list(range(decoder.num_dense_layers)),
         }

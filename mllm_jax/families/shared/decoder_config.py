@@ -20,7 +20,7 @@ from mllm_jax.families.shared.rope import rope_fields, rope_from_hf, rope_to_hf
 from mllm_jax.families.shared.suggestions import unsupported
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
-from mllm_jax.nn.rope import ListedStretch, NtkStretch
+from mllm_jax.nn.rope import DynamicNtkRopeScaling, LongRopeScaling
 
 ACTIVATIONS = {  # theirs -> ours
     "silu": "silu",
@@ -84,7 +84,8 @@ def decoder_fields(
 
 
 def windows_from_hf(text: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
-    """`DecoderConfig.windows`, as short as can be, of layers that are "sliding_attention" or "full_attention"."""
+    """`DecoderConfig.sliding_windows`, as short as can be, of layers that are "sliding_attention" or
+    "full_attention"."""
     if len(kinds) != text["num_hidden_layers"]:
         raise FieldError("layer_types", f"must name {text['num_hidden_layers']} layers, not {len(kinds)}.")
     windows = tuple((text["sliding_window"] or 0) if kind == "sliding_attention" else 0 for kind in kinds)
@@ -149,7 +150,7 @@ def tied_at_either(decoder: DecoderConfig, config: Mapping[str, Any]) -> Decoder
 
 def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:
     """The inverse of `read_decoder`: what transformers needs. `length`: tokens that texts are said to have at most."""
-    attention, stretch = decoder.attention, decoder.attention.stretch
+    attention, stretch = decoder.attention, decoder.attention.rope_scaling
     written = {
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.width,
@@ -159,10 +160,10 @@ def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "intermediate_size": decoder.mlp,
         "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": stretch.length if isinstance(stretch, NtkStretch) else length,
+        "max_position_embeddings": stretch.length if isinstance(stretch, DynamicNtkRopeScaling) else length,
         "tie_word_embeddings": decoder.tie_embeddings,
         "rope_parameters": rope_to_hf(attention),
     }
-    if isinstance(stretch, ListedStretch):
+    if isinstance(stretch, LongRopeScaling):
         written["original_max_position_embeddings"] = stretch.length
     return written

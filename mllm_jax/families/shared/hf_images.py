@@ -7,10 +7,10 @@ from einops import rearrange
 
 from mllm_jax.data.pipeline.hf_inputs import Arrays
 from mllm_jax.data.vision.positions import in_a_line, on_a_grid
-from mllm_jax.types import Mix, Picture, Visual
+from mllm_jax.types import ImagePatches, TokenBlend, VisionSpan
 
 
-def read_clips(arrays: Arrays, pixels: str, grids: str) -> list[tuple[Picture, ...]]:
+def read_clips(arrays: Arrays, pixels: str, grids: str) -> list[tuple[ImagePatches, ...]]:
     """Pictures and clips of Qwen's processors, as their temporal patches.
 
     Args:
@@ -22,33 +22,35 @@ def read_clips(arrays: Arrays, pixels: str, grids: str) -> list[tuple[Picture, .
     clips, start = [], 0
     for t, h, w in arrays.get(grids, np.zeros((0, 3), int)).tolist():
         patches = arrays[pixels][start : start + t * h * w].astype(np.float32).reshape(t, h * w, -1)
-        clips.append(tuple(Picture(patch, (h, w), time) for time, patch in enumerate(patches)))
+        clips.append(tuple(ImagePatches(patch, (h, w), time) for time, patch in enumerate(patches)))
         start += t * h * w
     if pixels in arrays and start != len(arrays[pixels]):
         raise ValueError(f"{grids} counts {start} patches, {pixels} has {len(arrays[pixels])}")
     return clips
 
 
-def one_by_one(pictures: tuple[Picture, ...], merge: int, times: tuple[int, ...] = (0,)) -> Visual:
+def one_by_one(pictures: tuple[ImagePatches, ...], merge: int, times: tuple[int, ...] = (0,)) -> VisionSpan:
     """All visual tokens of pictures of one size, in their order, with the rotary positions of a grid."""
     height, width = (side // merge for side in pictures[0].grid)
     position, advance = on_a_grid(height, width, times)
-    return Visual(pictures, np.arange(len(position)), position, advance)
+    return VisionSpan(pictures, np.arange(len(position)), position, advance)
 
 
-def counted_like_text(pictures: tuple[Picture, ...], order: np.ndarray, mix: Mix | None = None) -> Visual:
+def counted_like_text(
+    pictures: tuple[ImagePatches, ...], order: np.ndarray, mix: TokenBlend | None = None
+) -> VisionSpan:
     """Visual tokens in a given order, with the rotary positions that text in their place would have."""
-    return Visual(pictures, np.asarray(order, np.int32), *in_a_line(len(order)), mix)
+    return VisionSpan(pictures, np.asarray(order, np.int32), *in_a_line(len(order)), mix)
 
 
-def whole(config: Any, pixels: np.ndarray) -> Visual:
+def whole(config: Any, pixels: np.ndarray) -> VisionSpan:
     """A picture, or a tile, that is read as one: pixels [c h w]; `config` is a ModelConfig."""
-    picture = cut(pixels, config.encoder.patch_size, config.lead, config.merge)
-    picture = picture._replace(shows_lead=config.inputs.shows_lead)
+    picture = cut(pixels, config.encoder.patch_size, config.num_prefix_tokens, config.merge)
+    picture = picture._replace(shows_prefix_tokens=config.inputs.shows_prefix_tokens)
     return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
 
 
-def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> Picture:
+def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> ImagePatches:
     """A picture of pixels f[c h w] -> patches, merge-block-major, with `lead` empty ones before them.
 
     What is left over of its sides is not read.
@@ -61,4 +63,4 @@ def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> Picture:
         m1=merge, m2=merge, y=patch, x=patch,
     )  # fmt: skip
     empty = np.zeros((lead, patches.shape[1]), np.float32)
-    return Picture(np.concatenate([empty, patches]), (rows * merge, columns * merge))
+    return ImagePatches(np.concatenate([empty, patches]), (rows * merge, columns * merge))

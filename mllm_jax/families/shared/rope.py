@@ -19,7 +19,13 @@ from mllm_jax.common.fields import (
     word,
 )
 from mllm_jax.nn.attention.layer import AttentionConfig
-from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
+from mllm_jax.nn.rope import (
+    DynamicNtkRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    YarnRopeScaling,
+)
 
 Json = Mapping[str, Any]
 LENGTH = "original_max_position_embeddings"
@@ -137,7 +143,7 @@ def rope_from_hf(
         "rope_sections": sections or (turns // 2, 0, 0),
         "rope_layout": layout if any(sections[1:]) else AttentionConfig.rope_layout,
         "rope_dim": 0 if turns == head_dim else turns,
-        "stretch": stretch_from_hf(rope, text["max_position_embeddings"], turns // 2),
+        "rope_scaling": stretch_from_hf(rope, text["max_position_embeddings"], turns // 2),
     }
 
 
@@ -163,15 +169,15 @@ def stretch_from_hf(rope: Json, longest: int, slots: int) -> Any:
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearStretch(float(rope["factor"]))
+        return LinearRopeScaling(float(rope["factor"]))
     if kind == "dynamic":
-        return NtkStretch(float(rope["factor"]), longest)
+        return DynamicNtkRopeScaling(float(rope["factor"]), longest)
     if kind == "llama3":
-        return BlendedStretch(**_numbers(rope, BLENDED))
+        return Llama3RopeScaling(**_numbers(rope, BLENDED))
     grown = longest / rope[LENGTH] if rope["factor"] is None else rope["factor"]
     if kind == "yarn":
         fast, slow = rope["beta_fast"] or 32.0, rope["beta_slow"] or 1.0
-        return YarnConfig(**_numbers(rope | {"factor": grown, "beta_fast": fast, "beta_slow": slow}, YARN))
+        return YarnRopeScaling(**_numbers(rope | {"factor": grown, "beta_fast": fast, "beta_slow": slow}, YARN))
     for name in ("short_factor", "long_factor"):
         if len(rope[name]) != slots:
             raise FieldError(name, f"must be {slots} numbers, not {len(rope[name])}.")
@@ -179,7 +185,7 @@ def stretch_from_hf(rope: Json, longest: int, slots: int) -> Any:
     if scale is None:
         scale = math.sqrt(1 + math.log(grown) / math.log(rope[LENGTH])) if grown > 1 else 1.0
     short, long = (tuple(map(float, rope[f"{name}_factor"])) for name in ("short", "long"))
-    return ListedStretch(short, long, rope[LENGTH], float(scale))
+    return LongRopeScaling(short, long, rope[LENGTH], float(scale))
 
 
 def _numbers(rope: Json, names: Mapping[str, str]) -> dict[str, Any]:
@@ -189,7 +195,7 @@ def _numbers(rope: Json, names: Mapping[str, str]) -> dict[str, Any]:
 
 def rope_to_hf(attention: AttentionConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5."""
-    rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(attention.stretch)}
+    rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(attention.rope_scaling)}
     if any(attention.rope_sections[1:]):
         rope |= {"mrope_section": list(attention.rope_sections)}
         rope |= {"mrope_interleaved": True} if attention.rope_layout == "interleaved" else {}
@@ -202,14 +208,14 @@ def stretch_to_hf(stretch: Any) -> dict[str, Any]:
     """The inverse of `stretch_from_hf`; what "dynamic" takes from `max_position_embeddings` is not in it."""
     if stretch is None:
         return {}
-    if isinstance(stretch, LinearStretch):
+    if isinstance(stretch, LinearRopeScaling):
         return {"rope_type": "linear", "factor": stretch.factor}
-    if isinstance(stretch, NtkStretch):
+    if isinstance(stretch, DynamicNtkRopeScaling):
         return {"rope_type": "dynamic", "factor": stretch.factor}
-    if isinstance(stretch, ListedStretch):
+    if isinstance(stretch, LongRopeScaling):
         lists = {"short_factor": list(stretch.short), "long_factor": list(stretch.long)}
         return {"rope_type": "longrope", LENGTH: stretch.length, "attention_factor": stretch.table_scale, **lists}
-    if isinstance(stretch, BlendedStretch):
+    if isinstance(stretch, Llama3RopeScaling):
         return {"rope_type": "llama3", **{theirs: getattr(stretch, ours) for ours, theirs in BLENDED.items()}}
     written = {theirs: getattr(stretch, ours) for ours, theirs in YARN.items()}
     unsaid = {"mscale": 0, "mscale_all_dim": 0, "attention_factor": None, "truncate": True}

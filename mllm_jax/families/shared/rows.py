@@ -122,7 +122,7 @@ def decoder(
     layer = f"{prefix}.layers.{{n}}"
     own = experts_one_by_one("mlp", f"{layer}.mlp.experts") if experts is None else experts
     norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-    if config.post_norms:
+    if config.use_post_norm:
         norms |= {"post_norm1": norms["norm2"], "norm2": "pre_feedforward_layernorm"}
         norms |= {"post_norm2": "post_feedforward_layernorm"}
 

@@ -22,7 +22,7 @@ SAID = {  # what a config.json calls a field of ours, and its values where they 
     "layer_norm_eps": ("norm_eps", None),
 }
 # What is a model's choice, or a processor's, and not the tower's.
-CHOSEN = ("features", "taps", "pixel_mean", "pixel_std")
+CHOSEN = ("features", "deepstack_layers", "pixel_mean", "pixel_std")
 
 
 @dataclass(frozen=True)

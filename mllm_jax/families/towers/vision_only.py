@@ -19,7 +19,7 @@ from mllm_jax.families.towers.tower import Tower
 from mllm_jax.model.dual_encoder import AttentionPool
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig
-from mllm_jax.types import Picture
+from mllm_jax.types import ImagePatches
 from mllm_jax.weights.table import Row
 
 PREFIX = "vision_model."
@@ -27,15 +27,15 @@ SQUARE = ("pixel_values",)
 ANY_SIZE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
-def square_pictures(config: Any, arrays: Arrays) -> list[Picture]:
+def square_pictures(config: Any, arrays: Arrays) -> list[ImagePatches]:
     """`pixel_values` f[n c h w], pictures of one size; `config` has an encoder."""
     pixels, encoder = arrays.get("pixel_values", np.zeros((0, 0, 0, 0))), config.encoder
     if pixels.ndim != 4:
         raise ValueError(f"pixel_values must be [pictures c h w], not {pixels.shape}")
-    return [cut(picture, encoder.patch_size, encoder.lead) for picture in pixels]
+    return [cut(picture, encoder.patch_size, encoder.num_prefix_tokens) for picture in pixels]
 
 
-def pictures_of_any_size(config: Any, arrays: Arrays) -> list[Picture]:
+def pictures_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
     """NaFlex's: `pixel_values` f[n p C] patches with values in (y, x, c) order, `spatial_shapes` i[n 2] in patches.
 
     `pixel_attention_mask` says the same as the shapes, that the rest of a row is padding, and is only compared.
@@ -55,7 +55,9 @@ def pictures_of_any_size(config: Any, arrays: Arrays) -> list[Picture]:
         )
     side = config.encoder.patch_size
     values = rearrange(pixels.astype(np.float32), "n p (y x c) -> n p (c y x)", y=side, x=side)
-    return [Picture(patches[:count], tuple(map(int, shape))) for patches, count, shape in zip(values, counts, shapes)]
+    return [
+        ImagePatches(patches[:count], tuple(map(int, shape))) for patches, count, shape in zip(values, counts, shapes)
+    ]
 
 
 def pool_of(encoder: VitConfig) -> AttentionPool:
@@ -106,14 +108,19 @@ class TowerFamily(Family):
         head = {"vision_use_head": config.pool is not None} if self.tower.head else {}
         return self.tower.to_hf(config.encoder) | head
 
-    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[Picture]:
+    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[ImagePatches]:
         """Returns the images in arrays of `input_names`."""
         return square_pictures(config, arrays)
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """Pictures, which stand for themselves: there is no text."""
         pictures = self.pictures(config, arrays)
-        return {0: [counted_like_text((picture,), range(len(picture.patches) - picture.lead)) for picture in pictures]}
+        return {
+            0: [
+                counted_like_text((picture,), range(len(picture.patches) - picture.num_prefix_tokens))
+                for picture in pictures
+            ]
+        }
 
     def weights(self, config: ModelConfig) -> list[Row]:
         return [*self.tower.rows(config.encoder, PREFIX), *attention_pool("pool", f"{PREFIX}head")]
@@ -138,5 +145,5 @@ class Siglip2Tower(TowerFamily):
     tower = NAFLEX
     input_names = ANY_SIZE
 
-    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[Picture]:
+    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[ImagePatches]:
         return pictures_of_any_size(config, arrays)

@@ -40,7 +40,7 @@ from mllm_jax.families.towers.in_vlms import CLIP, part_to_hf, tower_for, tower_
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
-from mllm_jax.types import Visual
+from mllm_jax.types import VisionSpan
 from mllm_jax.weights.table import Row
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -166,7 +166,7 @@ class Llava(Family):
             encoder = tower_for(vision).from_hf(vision)
         encoder = replace(encoder, features=features_from_hf(stated["vision_feature_layer"], encoder.layers))
         strategy = stated["vision_feature_select_strategy"]
-        if strategy == "default" and encoder.lead != 1:  # which drops the first feature, whatever it is
+        if strategy == "default" and encoder.num_prefix_tokens != 1:  # which drops the first feature, whatever it is
             raise FieldError("vision_feature_select_strategy", "needs a class token and no registers.", strategy)
         newline = config["model_type"] == "llava_next"
         with inside("text_config"):
@@ -180,7 +180,7 @@ class Llava(Family):
             family=config["model_type"],
             inputs=InputRules(
                 pinpoints=pinpoints_from_hf(stated["image_grid_pinpoints"] or PINPOINTS) if newline else (),
-                shows_lead=strategy == "full" and encoder.lead > 0,
+                shows_prefix_tokens=strategy == "full" and encoder.num_prefix_tokens > 0,
             ),
         )
 
@@ -192,7 +192,7 @@ class Llava(Family):
             "image_seq_length": config.shown + encoder.position_grid**2,
             "projector_hidden_act": activation_to_hf(connector.activation, "gelu"),
             "vision_feature_layer": features_to_hf(encoder.features),
-            "vision_feature_select_strategy": "default" if encoder.lead > config.shown else "full",
+            "vision_feature_select_strategy": "default" if encoder.num_prefix_tokens > config.shown else "full",
             "tie_word_embeddings": config.decoder.tie_embeddings,
             "text_config": by_model_type.decoder_to_hf(config.decoder),
             "vision_config": part_to_hf(encoder),
@@ -232,8 +232,8 @@ class Llava(Family):
             ]
         }
 
-    def _tiled(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> Visual:
+    def _tiled(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> VisionSpan:
         """A picture of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
         patch, own = config.encoder.patch_size, self.rule(config)
-        pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
+        pictures = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
         return counted_like_text(pictures, own.order(size, patch))

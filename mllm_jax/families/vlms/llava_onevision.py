@@ -23,7 +23,7 @@ from mllm_jax.families.vlms import llava
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
-from mllm_jax.types import Visual
+from mllm_jax.types import VisionSpan
 
 PINPOINTS = tuple(itertools.product(range(384, 2305, 384), repeat=2))
 _TOWER = replace(SIGLIP.sizes["so400m-14-384"], layers=26, features=(-1,))
@@ -145,14 +145,16 @@ class LlavaOnevision(llava.Llava):
         clips = [self._clip(config, frames) for frames in arrays.get("pixel_values_videos", ())]
         return {config.tokens.image: pictures, config.tokens.video: clips}
 
-    def _picture(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> Visual:
+    def _picture(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> VisionSpan:
         """One of `count` pictures of a conversation, of `size` (height, width): its tiles [tiles c h w], or more."""
         own, patch = self.rule(config).among(count), config.encoder.patch_size
-        pictures = tuple(cut(pixels, patch, config.lead) for pixels in tiles[: len(own.sizes(size))])
+        pictures = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
         return counted_like_text(pictures, own.order(size, patch), own.mix(size, patch))
 
-    def _clip(self, config: ModelConfig, frames: np.ndarray) -> Visual:
+    def _clip(self, config: ModelConfig, frames: np.ndarray) -> VisionSpan:
         """A clip of frames [t c h w]."""
         patch, size = config.encoder.patch_size, frames.shape[-2:]
-        pictures = (cut(pixels, patch, config.lead)._replace(time=time) for time, pixels in enumerate(frames))
+        pictures = (
+            cut(pixels, patch, config.num_prefix_tokens)._replace(time=time) for time, pixels in enumerate(frames)
+        )
         return counted_like_text(tuple(pictures), *frame_by_frame(self.clip_rule(config), size, patch, len(frames)))

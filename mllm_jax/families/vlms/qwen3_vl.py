@@ -25,8 +25,8 @@ from mllm_jax.weights.table import Row
 
 TOKENS = VisionTokenIds(image=151655, video=151656, start=151652, end=151653)
 # SigLIP-2 towers: large (300M) for the small decoders, SO400M for the others.
-LARGE = VitConfig(width=1024, layers=24, heads=16, mlp=4096, taps=(5, 11, 17))
-SO400M = VitConfig(width=1152, layers=27, heads=16, mlp=4304, taps=(8, 16, 24))
+LARGE = VitConfig(width=1024, layers=24, heads=16, mlp=4096, deepstack_layers=(5, 11, 17))
+SO400M = VitConfig(width=1152, layers=27, heads=16, mlp=4304, deepstack_layers=(8, 16, 24))
 
 
 def _dense(width: int, layers: int, heads: int, mlp: int, tie: bool = False) -> DecoderConfig:
@@ -184,7 +184,7 @@ class Qwen3Vl(Family):
             if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
                 raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
         taps = tuple(vision["deepstack_visual_indexes"])
-        encoder = VitConfig(mlp=vision["intermediate_size"], position_grid=grid, taps=taps, **fields)
+        encoder = VitConfig(mlp=vision["intermediate_size"], position_grid=grid, deepstack_layers=taps, **fields)
         text = stated["text_config"]
         with inside("text_config"):
             decoder = tied_at_the_top(qwen3.seeing_decoder_from_hf(text, config["model_type"]), config)
@@ -210,7 +210,7 @@ class Qwen3Vl(Family):
                 "hidden_size": encoder.width,
                 "intermediate_size": encoder.mlp,
                 "num_position_embeddings": encoder.position_grid**2,
-                "deepstack_visual_indexes": list(encoder.taps),
+                "deepstack_visual_indexes": list(encoder.deepstack_layers),
                 "out_hidden_size": decoder.width,
             },
         }

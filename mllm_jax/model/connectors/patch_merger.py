@@ -65,13 +65,15 @@ class PatchMerger(nn.Module):
     def __call__(self, features, vision: Vision) -> VisionTokens:
         del vision  # padding needs no care: nobody reads its tokens
         value = Merger(self.config, self.out, False, self.runtime, name="main")(features.value)
-        if not features.taps.shape[0]:
+        if not features.deepstack.shape[0]:
             return VisionTokens(value)
         mergers = nn.vmap(
             Merger,
             in_axes=0,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            metadata_params={nn.PARTITION_NAME: "taps"},
+            metadata_params={nn.PARTITION_NAME: "deepstack_layers"},
         )
-        return VisionTokens(value, mergers(self.config, self.out, True, self.runtime, name="deepstack")(features.taps))
+        return VisionTokens(
+            value, mergers(self.config, self.out, True, self.runtime, name="deepstack")(features.deepstack)
+        )

@@ -49,7 +49,7 @@ class VitConfig(Config):
     first_norm, last_norm: norms before and after all layers.
     features: layers whose outputs, side by side on the channel axis and not normed, are the features; -1 is the last.
       () = the output of all layers, after the last norm. Layers after the last of them are kept, and do not run.
-    taps: layers (0-based) whose output is returned beside the features.
+    deepstack_layers: layers (0-based) whose output is returned beside the features.
     pixel_mean, pixel_std: of pixels in 0..1, per channel; applied to u8 patches only.
     """
 
@@ -80,7 +80,7 @@ class VitConfig(Config):
     first_norm: bool = False
     last_norm: bool = False
     features: tuple[Int, ...] = ()
-    taps: tuple[Int, ...] = ()
+    deepstack_layers: tuple[Int, ...] = ()
     pixel_mean: tuple[Finite, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[Positive, ...] = (0.5, 0.5, 0.5)
 
@@ -98,7 +98,7 @@ class VitConfig(Config):
                 raise ValueError(
                     f"encoder.{name}={getattr(self, name)} must have encoder.channels={self.channels} values"
                 )
-        for name in ("features", "taps", "whole"):
+        for name in ("features", "deepstack_layers", "whole"):
             if not all(-self.layers <= layer < self.layers for layer in getattr(self, name)):
                 raise ValueError(f"encoder.{name}={getattr(self, name)}: there are only {self.layers} layers")
 
@@ -112,14 +112,18 @@ class VitConfig(Config):
         return self.image_size or self.position_grid * self.patch_size
 
     @property
-    def lead(self) -> int:
+    def num_prefix_tokens(self) -> int:
         """Tokens that stand before the patches of a picture: the class token and registers."""
         return self.class_token + self.registers
 
     @property
     def depth(self) -> int:
         """Layers that run."""
-        return 1 + max(layer % self.layers for layer in self.features + self.taps) if self.features else self.layers
+        return (
+            1 + max(layer % self.layers for layer in self.features + self.deepstack_layers)
+            if self.features
+            else self.layers
+        )
 
     @property
     def patch_values(self) -> int:
@@ -134,7 +138,7 @@ class Features(NamedTuple):
     """What every encoder returns."""
 
     value: Array  # [B R P D]
-    taps: Array  # [taps B R P D] outputs of the tapped layers
+    deepstack: Array  # [deepstack B R P D] outputs of the tapped layers
 
 
 def normalise(patches, config: VitConfig):
@@ -205,7 +209,7 @@ class Vit(nn.Module):
         rows, count = ("batch", "length", None), len(vision.image)
         vision = Vision(*(join_rows(x, self.runtime.rules) for x in vision))
         leading = -1 - vision.coords[..., 0]  # 0, 1, ... where the tokens stand that lead a picture
-        picture = jnp.where(leading < config.lead, vision.image, 0)
+        picture = jnp.where(leading < config.num_prefix_tokens, vision.image, 0)
         windows = window_segments(picture, vision.coords, vision.grid, config.window) if config.window else None
         rope = None
         if config.rope_theta is not None:
@@ -216,7 +220,7 @@ class Vit(nn.Module):
             x = norm(config.norm_eps, name="first_norm")(x)
         x = shard(x, rows, runtime.rules)
 
-        kept = list(dict.fromkeys(layer % config.layers for layer in config.taps + config.features))
+        kept = list(dict.fromkeys(layer % config.layers for layer in config.deepstack_layers + config.features))
         slots = np.full(config.layers, len(kept), np.int32)
         slots[kept] = np.arange(len(kept))
         whole = np.isin(np.arange(config.layers), config.whole)
@@ -243,7 +247,7 @@ class Vit(nn.Module):
         if config.features:
             x = jnp.concatenate([outputs[slots[layer]] for layer in config.features], axis=-1)
         split = partial(split_rows, count=count, rules=self.runtime.rules)
-        return Features(split(x), jax.vmap(split)(outputs[: len(config.taps)]))
+        return Features(split(x), jax.vmap(split)(outputs[: len(config.deepstack_layers)]))
 
     def _embed(self, vision: Vision, leading):
         """Patches [rows P C] -> [rows P D], with learned positions; in the first places of a picture its tokens."""
@@ -267,7 +271,7 @@ class Vit(nn.Module):
         if not tokens:
             return x
         tokens = jnp.concatenate(tokens).astype(runtime.dtype)
-        own = jnp.take(tokens, jnp.clip(leading, 0, config.lead - 1), axis=0)
+        own = jnp.take(tokens, jnp.clip(leading, 0, config.num_prefix_tokens - 1), axis=0)
         return jnp.where((leading >= 0)[..., None], own, x)
 
     def _learned(self, name: str, axis: str | None = None, *sizes: int):

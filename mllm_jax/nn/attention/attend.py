@@ -9,7 +9,7 @@ from einops import rearrange
 from mllm_jax.nn.attention.context_parallel import exchange_for, ring, ulysses
 from mllm_jax.nn.attention.flash import flash
 from mllm_jax.nn.attention.kernels import KERNELS, kernel_for, over_mesh
-from mllm_jax.nn.attention.masks import Key, Query, Rule, cap, sees, sight
+from mllm_jax.nn.attention.masks import AttentionSpec, KeyBounds, QueryBounds, attention_mask, cap, mask_bounds
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.logical_axes import fitting_axes
@@ -55,16 +55,16 @@ def attend(
     """
     if not causal and (window or prefix is not None):
         raise ValueError("only causal attention has a window or a prefix")
-    rule = _rule(q, causal, scale, softcap, window, prefix)
-    query, key = sight(rule, q_segment, kv_segment, offset, prefix)
+    spec = _spec(q, causal, scale, softcap, window, prefix)
+    query, key = mask_bounds(spec, q_segment, kv_segment, offset, prefix)
     tokens = () if offset is not None else _context(q.shape[1], runtime)
     if tokens:
-        kernel = partial(_attend_across, tokens=tokens, rule=rule, runtime=runtime)
+        kernel = partial(_attend_across, tokens=tokens, spec=spec, runtime=runtime)
     else:
-        name = "xla" if offset is not None else kernel_for(q, k, rule, runtime.attention)
+        name = "xla" if offset is not None else kernel_for(q, k, spec, runtime.attention)
         if name == "xla" and q.shape[1] * k.shape[1] <= SCORES:
-            return _attend_dense(q, k, v, query, key, rule)  # what XLA can split over a mesh
-        kernel = partial(_attend_on_device, name=name, rule=rule)
+            return _attend_dense(q, k, v, query, key, spec)  # what XLA can split over a mesh
+        kernel = partial(_attend_on_device, name=name, spec=spec)
     return over_mesh(kernel, q, k, v, query, key, runtime.rules, tokens)
 
 
@@ -88,15 +88,15 @@ def probabilities(
     Returns:
       f32[B N Q S] rows that sum to 1.
     """
-    rule = _rule(q, causal, scale, softcap, window, prefix)
-    query, key = sight(rule, q_segment, kv_segment, prefix=prefix)
+    spec = _spec(q, causal, scale, softcap, window, prefix)
+    query, key = mask_bounds(spec, q_segment, kv_segment, prefix=prefix)
     query = jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=1), query)
-    weights = _weights(jnp.take_along_axis(q, at[..., None, None], axis=1), k, query, key, rule)
+    weights = _weights(jnp.take_along_axis(q, at[..., None, None], axis=1), k, query, key, spec)
     return rearrange(weights, "B K G T S -> B (K G) T S")
 
 
-def _rule(q, causal: bool, scale: float | None, softcap: float, window: int, prefix) -> Rule:
-    return Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, softcap, window, prefix is not None)
+def _spec(q, causal: bool, scale: float | None, softcap: float, window: int, prefix) -> AttentionSpec:
+    return AttentionSpec(causal, q.shape[-1] ** -0.5 if scale is None else scale, softcap, window, prefix is not None)
 
 
 def _context(length: int, runtime: Runtime) -> tuple[str, ...]:
@@ -105,35 +105,35 @@ def _context(length: int, runtime: Runtime) -> tuple[str, ...]:
     return () if mesh.empty else fitting_axes("length", length, runtime.rules, mesh)
 
 
-def _attend_across(q, k, v, query: Query, key: Key, tokens, rule: Rule, runtime: Runtime):
+def _attend_across(q, k, v, query: QueryBounds, key: KeyBounds, tokens, spec: AttentionSpec, runtime: Runtime):
     """Attention of a device's own tokens to those of all devices along the mesh axes `tokens`."""
     devices = jax.lax.axis_size(tokens)
     if exchange_for(q.shape[2], k.shape[2], devices, runtime.context) == "ring":
-        return ring(q, k, v, query, key, tokens, rule)
+        return ring(q, k, v, query, key, tokens, spec)
 
     def kernel(q, k, *others):
-        return _attend_on_device(q, k, *others, kernel_for(q, k, rule, runtime.attention), rule)
+        return _attend_on_device(q, k, *others, kernel_for(q, k, spec, runtime.attention), spec)
 
     return ulysses(q, k, v, query, key, tokens, kernel)
 
 
-def _attend_on_device(q, k, v, query: Query, key: Key, name: str, rule: Rule):
+def _attend_on_device(q, k, v, query: QueryBounds, key: KeyBounds, name: str, spec: AttentionSpec):
     if name != "xla":
-        return KERNELS[name](q, k, v, query, key, rule)
+        return KERNELS[name](q, k, v, query, key, spec)
     attend = _attend_dense if q.shape[1] * k.shape[1] <= SCORES else flash
-    return attend(q, k, v, query, key, rule)
+    return attend(q, k, v, query, key, spec)
 
 
-def _attend_dense(q, k, v, query: Query, key: Key, rule: Rule):
-    weights = _weights(q, k, query, key, rule).astype(v.dtype)
+def _attend_dense(q, k, v, query: QueryBounds, key: KeyBounds, spec: AttentionSpec):
+    weights = _weights(q, k, query, key, spec).astype(v.dtype)
     out = einsum("BKGTS,BSKH->BKGTH", weights, v)
     return rearrange(out, "B K G T H -> B T (K G) H")
 
 
-def _weights(q, k, query: Query, key: Key, rule: Rule):
+def _weights(q, k, query: QueryBounds, key: KeyBounds, spec: AttentionSpec):
     """f32[B K G T S]."""
     q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
-    scores = einsum("BKGTH,BSKH->BKGTS", q * rule.scale, k, jnp.float32)
-    seen = sees(query, key)[:, None, None]
-    scores = jnp.where(seen, cap(scores, rule.softcap), jnp.finfo(jnp.float32).min)
+    scores = einsum("BKGTH,BSKH->BKGTS", q * spec.scale, k, jnp.float32)
+    seen = attention_mask(query, key)[:, None, None]
+    scores = jnp.where(seen, cap(scores, spec.softcap), jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)

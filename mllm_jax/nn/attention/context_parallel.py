@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mllm_jax.nn.attention.flash import flash
 from mllm_jax.nn.attention.kernels import repeat_heads
-from mllm_jax.nn.attention.masks import Key, Query, Rule
+from mllm_jax.nn.attention.masks import AttentionSpec, KeyBounds, QueryBounds
 
 
 def exchange_for(heads: int, kv_heads: int, devices: int, wanted: str) -> str:
@@ -33,12 +33,12 @@ def exchange_for(heads: int, kv_heads: int, devices: int, wanted: str) -> str:
     return "ulysses" if divides and wanted != "ring" else "ring"
 
 
-def ulysses(q, k, v, query: Query, key: Key, axes: tuple[str, ...], kernel):
+def ulysses(q, k, v, query: QueryBounds, key: KeyBounds, axes: tuple[str, ...], kernel):
     """`kernel(q, k, v, query, key)` on whole sequences and a part of the heads.
 
     Args:
       q: [B T/n N H]; k, v: [B T/n K H], of this device, with N a multiple of K and n.
-      query, key: of `sight`, of its tokens.
+      query, key: of `mask_bounds`, of its tokens.
       axes: mesh axes along which lie the n parts.
     Returns:
       [B T/n N H].
@@ -49,16 +49,16 @@ def ulysses(q, k, v, query: Query, key: Key, axes: tuple[str, ...], kernel):
     return jax.lax.all_to_all(kernel(q, k, v, *whole), axes, split_axis=1, concat_axis=2, tiled=True)
 
 
-def ring(q, k, v, query: Query, key: Key, axes: tuple[str, ...], rule: Rule):
+def ring(q, k, v, query: QueryBounds, key: KeyBounds, axes: tuple[str, ...], spec: AttentionSpec):
     """Attention while keys and values go round; arguments and result as of `ulysses`.
 
     A device never holds more than two parts of keys and values, nor more scores than those of two blocks of tokens.
     """
     tokens = (q, k, v, query, key)
-    balanced = rule.causal and q.shape[1] % 2 == 0  # an odd number of tokens cannot be halved
+    balanced = spec.causal and q.shape[1] % 2 == 0  # an odd number of tokens cannot be halved
     if balanced:
         tokens = jax.tree.map(lambda x: _to_zigzag(x, axes), tokens)
-    out = flash(*tokens, rule, axes)
+    out = flash(*tokens, spec, axes)
     return _from_zigzag(out, axes) if balanced else out
 
 

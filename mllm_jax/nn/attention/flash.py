@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from mllm_jax.nn.attention.masks import Key, Query, Rule, cap, sees
+from mllm_jax.nn.attention.masks import AttentionSpec, KeyBounds, QueryBounds, attention_mask, cap
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import expect_runs
 from mllm_jax.types import Array
@@ -28,7 +28,7 @@ class _Queries(NamedTuple):
     """n blocks of t queries in each of B rows."""
 
     q: Array  # [B*n K G*t H], scaled
-    sight: Query  # of [B*n t]
+    bounds: QueryBounds  # of [B*n t]
 
 
 class _Keys(NamedTuple):
@@ -36,7 +36,7 @@ class _Keys(NamedTuple):
 
     k: Array  # [B*n K s H]
     v: Array  # [B*n K s H]
-    sight: Key  # of [B*n s]
+    bounds: KeyBounds  # of [B*n s]
 
 
 class _Sums(NamedTuple):
@@ -48,49 +48,49 @@ class _Sums(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def flash(q, k, v, query: Query, key: Key, rule: Rule, ring: tuple[str, ...] = ()):
+def flash(q, k, v, query: QueryBounds, key: KeyBounds, spec: AttentionSpec, ring: tuple[str, ...] = ()):
     """softmax(scale q k^T) v of the keys that each query sees.
 
     Args:
       q: [B T N H]; k, v: [B S K H] with N a multiple of K; the values may have another H.
-      query, key: of `sight`. Padding sees nothing and has zeros as its result.
+      query, key: of `mask_bounds`. Padding sees nothing and has zeros as its result.
       ring: names of the mesh axes (inside `shard_map`) over whose devices the keys are split.
     Returns:
       [B T N H] in the dtype of q.
     """
-    return _forward(q, k, v, query, key, rule, ring)[0]
+    return _forward(q, k, v, query, key, spec, ring)[0]
 
 
-def _forward(q, k, v, query, key, rule, ring):
-    queries, keys = _queries(q, query, k.shape[2], rule.scale), _keys(k, v, key)
+def _forward(q, k, v, query, key, spec, ring):
+    queries, keys = _queries(q, query, k.shape[2], spec.scale), _keys(k, v, key)
     of_query = queries.q.shape[:-1]
     zeros = _Sums(
         value=jnp.zeros((*of_query, v.shape[-1]), jnp.float32),
         total=jnp.zeros(of_query, jnp.float32),
         peak=jnp.full(of_query, UNSEEN, jnp.float32),
     )
-    sums, _ = around(ring, lambda sums, keys: (_add(sums, queries, keys, len(q), rule), keys), zeros, keys)
+    sums, _ = around(ring, lambda sums, keys: (_add(sums, queries, keys, len(q), spec), keys), zeros, keys)
     total = jnp.where(sums.total > 0, sums.total, 1)
     out = _tokens(sums.value / total[..., None], q.shape).astype(q.dtype)
     return out, (q, k, v, query, key, out, sums.peak + jnp.log(total))
 
 
-def _backward(rule, ring, saved, d_out):
+def _backward(spec, ring, saved, d_out):
     """Recomputes the scores of a block from the saved logarithms of the softmax's denominators."""
     q, k, v, query, key, out, log_total = saved
     kv_heads = k.shape[2]
-    queries, keys = _queries(q, query, kv_heads, rule.scale), _keys(k, v, key)
+    queries, keys = _queries(q, query, kv_heads, spec.scale), _keys(k, v, key)
     along = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
     about = (_by_head(d_out, kv_heads), _by_head(along, kv_heads)[..., 0], log_total)
 
     def step(d_q, guests):
         keys, *d_keys = guests
-        d_q, d_keys = _add_gradients(d_q, d_keys, queries, keys, about, len(q), rule)
+        d_q, d_keys = _add_gradients(d_q, d_keys, queries, keys, about, len(q), spec)
         return d_q, (keys, *d_keys)
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     d_q, (_, d_k, d_v) = around(ring, step, zeros(queries.q), (keys, zeros(keys.k), zeros(keys.v)))
-    d_q = _tokens(d_q, q.shape) * rule.scale
+    d_q = _tokens(d_q, q.shape) * spec.scale
     d_k, d_v = (_tokens(gradient, x.shape).astype(x.dtype) for gradient, x in ((d_k, k), (d_v, v)))
     return d_q.astype(q.dtype), d_k, d_v, None, None
 
@@ -113,7 +113,7 @@ def around(ring, step, carry, guests):
     return jax.lax.scan(turn, (carry, guests), length=devices)[0]
 
 
-def _add(sums: _Sums, queries: _Queries, keys: _Keys, rows: int, rule: Rule) -> _Sums:
+def _add(sums: _Sums, queries: _Queries, keys: _Keys, rows: int, spec: AttentionSpec) -> _Sums:
     """The sums with these keys in them (online softmax)."""
 
     def block(_, args):
@@ -121,20 +121,20 @@ def _add(sums: _Sums, queries: _Queries, keys: _Keys, rows: int, rule: Rule) -> 
 
         def meet(i, sums):
             key = _at(keys, i)
-            scores, seen, _ = _scores(query, key, rule)
+            scores, seen, _ = _scores(query, key, spec)
             peak = jnp.maximum(sums.peak, jnp.max(scores, axis=-1))
             weights = jnp.where(seen, jnp.exp(scores - peak[..., None]), 0)
             fade = jnp.exp(sums.peak - peak)
             value = sums.value * fade[..., None] + _product("Kqs,KsH->KqH", weights.astype(key.v.dtype), key.v)
             return _Sums(value, sums.total * fade + jnp.sum(weights, axis=-1), peak)
 
-        with _expected(keys, rows, rule):
+        with _expected(keys, rows, spec):
             return None, jax.lax.fori_loop(first, last, meet, sums)
 
     return jax.lax.scan(block, None, (sums, queries, *_bounds(queries, keys, rows)))[1]
 
 
-def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int, rule: Rule):
+def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int, spec: AttentionSpec):
     """The gradients with what meets these keys in them: d_q, (d_k, d_v)."""
 
     def block(d_keys, args):
@@ -143,7 +143,7 @@ def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int
         def meet(i, carry):
             d_q, d_k, d_v = carry
             key = _at(keys, i)
-            scores, seen, slope = _scores(query, key, rule)
+            scores, seen, slope = _scores(query, key, spec)
             weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0)
             d_weights = _product("KqH,KsH->Kqs", d_out, key.v)
             d_scores = (slope * weights * (d_weights - along[..., None])).astype(key.k.dtype)
@@ -151,7 +151,7 @@ def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int
             d_v = _add_at(d_v, i, _product("Kqs,KqH->KsH", weights.astype(key.v.dtype), d_out))
             return d_q + _product("Kqs,KsH->KqH", d_scores, key.k), d_k, d_v
 
-        with _expected(keys, rows, rule):
+        with _expected(keys, rows, spec):
             d_q, *d_keys = jax.lax.fori_loop(first, last, meet, (d_q, *d_keys))
         return d_keys, d_q
 
@@ -159,21 +159,21 @@ def _add_gradients(d_q, d_keys, queries: _Queries, keys: _Keys, about, rows: int
     return d_q, d_keys
 
 
-def _expected(keys: _Keys, rows: int, rule: Rule):
+def _expected(keys: _Keys, rows: int, spec: AttentionSpec):
     """The scope of a loop over the blocks of keys that a block of queries meets."""
-    count, size = len(keys.sight.segment) // rows, keys.sight.segment.shape[1]
-    if not rule.causal:
+    count, size = len(keys.bounds.segment) // rows, keys.bounds.segment.shape[1]
+    if not spec.causal:
         return expect_runs(count)
-    before = math.ceil((rule.window - 1) / size) if rule.window else count
+    before = math.ceil((spec.window - 1) / size) if spec.window else count
     return expect_runs(sum(min(block, before) + 1 for block in range(count)) / count)
 
 
-def _scores(query: _Queries, key: _Keys, rule: Rule):
+def _scores(query: _Queries, key: _Keys, spec: AttentionSpec):
     """f32[K G*t s], which of them count, and their derivative by what they were before they were capped; for one block
     of queries and one of keys."""
-    scores = cap(_product("KqH,KsH->Kqs", query.q, key.k), rule.softcap)
-    slope = 1 - (scores / rule.softcap) ** 2 if rule.softcap else 1.0
-    seen = sees(query.sight, key.sight) & (key.sight.segment > 0)
+    scores = cap(_product("KqH,KsH->Kqs", query.q, key.k), spec.softcap)
+    slope = 1 - (scores / spec.softcap) ** 2 if spec.softcap else 1.0
+    seen = attention_mask(query.bounds, key.bounds) & (key.bounds.segment > 0)
     seen = repeat(seen, "t s -> (G t) s", G=scores.shape[1] // len(seen))
     return jnp.where(seen, scores, UNSEEN), seen, slope
 
@@ -189,7 +189,7 @@ def _add_at(total, i, new):
 def _bounds(queries: _Queries, keys: _Keys, rows: int):
     """i32[B*n], i32[B*n]: the first block of keys that a block of queries may see, and one past the last."""
 
-    query, key = queries.sight, keys.sight
+    query, key = queries.bounds, keys.bounds
 
     def ends(values, segment):
         """(least, largest) [B n] of each block but for its padding; an empty range where it is nothing else."""
@@ -225,11 +225,11 @@ def _split(x):
     return rearrange(x, "B (n t) ... -> (B n) t ...", n=count)
 
 
-def _queries(q, query: Query, kv_heads: int, scale: float) -> _Queries:
+def _queries(q, query: QueryBounds, kv_heads: int, scale: float) -> _Queries:
     return _Queries(_by_head(q * scale, kv_heads), jax.tree.map(_split, query))
 
 
-def _keys(k, v, key: Key) -> _Keys:
+def _keys(k, v, key: KeyBounds) -> _Keys:
     return _Keys(*(_by_head(x, k.shape[2]) for x in (k, v)), jax.tree.map(_split, key))
 
 

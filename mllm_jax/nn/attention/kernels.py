@@ -1,7 +1,7 @@
 """Attention kernels of the platforms, behind `attend`: splash on TPU, cuDNN on GPU.
 
-Each takes q [B T N H], k and v [B S K H], what queries see of keys, and a Rule (nn/attention/masks.py). A kernel is
-opaque to XLA's partitioner: `over_mesh` gives each device its part.
+Each takes q [B T N H], k and v [B S K H], what queries see of keys, and an AttentionSpec (nn/attention/masks.py). A
+kernel is opaque to XLA's partitioner: `over_mesh` gives each device its part.
 """
 
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllm_jax.nn.attention.masks import Key, Query, Rule, sees
+from mllm_jax.nn.attention.masks import AttentionSpec, KeyBounds, QueryBounds, attention_mask
 from mllm_jax.sharding.activations import place
 from mllm_jax.sharding.logical_axes import fitting_axes
 
@@ -18,21 +18,21 @@ SPLASH_BLOCK = 512
 PLANNED = 9.0  # compute capability of the GPUs that a step can be planned for, which are not there to tell it
 
 
-def kernel_for(q, k, rule: Rule, wanted: str) -> str:
+def kernel_for(q, k, spec: AttentionSpec, wanted: str) -> str:
     """The implementation for these shapes: what was asked for by name, or under "auto" the platform's where it can."""
     if wanted == "auto":
         backend = jax.default_backend()
         name = {"tpu": "splash", "gpu": "cudnn"}.get(backend, "xla")
-        return name if name == "xla" or _obstacle(name, q, k, rule) is None else "xla"
-    if wanted != "xla" and (obstacle := _obstacle(wanted, q, k, rule)):
+        return name if name == "xla" or _obstacle(name, q, k, spec) is None else "xla"
+    if wanted != "xla" and (obstacle := _obstacle(wanted, q, k, spec)):
         raise ValueError(f"attention {wanted!r} cannot take q {q.shape} {q.dtype}, k {k.shape}: {obstacle}")
     return wanted
 
 
-def _obstacle(name: str, q, k, rule: Rule) -> str | None:
-    if name == "splash" and rule.prefix:
+def _obstacle(name: str, q, k, spec: AttentionSpec) -> str | None:
+    if name == "splash" and spec.prefix:
         return "its masks are known beforehand, those of a prefix are not; set runtime.attention='xla'"
-    if name == "cudnn" and rule.softcap:
+    if name == "cudnn" and spec.softcap:
         return "cuDNN caps no scores; set runtime.attention='xla'"
     if name == "splash" and (q.shape[1] % 128 or k.shape[1] % 128):
         return "lengths must be multiples of 128; pad the budget of tokens or patches"
@@ -49,7 +49,7 @@ def _obstacle(name: str, q, k, rule: Rule) -> str | None:
     return None
 
 
-def over_mesh(kernel, q, k, v, query: Query, key: Key, rules, tokens: tuple[str, ...] = ()):
+def over_mesh(kernel, q, k, v, query: QueryBounds, key: KeyBounds, rules, tokens: tuple[str, ...] = ()):
     """`kernel(q, k, v, query, key)`, each device with its own rows and heads.
 
     Heads are split only where those of queries stay with their own of keys and values, which are repeated as need be.
@@ -76,20 +76,20 @@ def repeat_heads(k, v, ways: int):
     return (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
 
 
-def splash(q, k, v, query: Query, key: Key, rule: Rule):
+def splash(q, k, v, query: QueryBounds, key: KeyBounds, spec: AttentionSpec):
     """Block-sparse flash attention of jax.experimental.pallas; head dims 64, 72, 80 and 128 compile unpadded."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q, k, v))
     lengths = (q.shape[2], k.shape[2])
-    mask = masks.CausalMask(lengths) if rule.causal else masks.FullMask(lengths)
-    if rule.window:
-        mask = masks.LocalMask(lengths, (rule.window - 1, 0), offset=0)
+    mask = masks.CausalMask(lengths) if spec.causal else masks.FullMask(lengths)
+    if spec.window:
+        mask = masks.LocalMask(lengths, (spec.window - 1, 0), offset=0)
     block_q, block_kv = (next(b for b in (SPLASH_BLOCK, 256, 128) if length % b == 0) for length in lengths)
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * q.shape[1]),
-        attn_logits_soft_cap=rule.softcap or None,
+        attn_logits_soft_cap=spec.softcap or None,
         head_shards=1,
         q_seq_shards=1,
         block_sizes=kernels.BlockSizes(
@@ -104,17 +104,17 @@ def splash(q, k, v, query: Query, key: Key, rule: Rule):
         ),
     )
     segments = kernels.SegmentIds(query.segment, key.segment)
-    out = jax.vmap(kernel)(q * rule.scale, k, v, segment_ids=segments)
+    out = jax.vmap(kernel)(q * spec.scale, k, v, segment_ids=segments)
     return rearrange(out, "B N T H -> B T N H")
 
 
-def cudnn(q, k, v, query: Query, key: Key, rule: Rule):
+def cudnn(q, k, v, query: QueryBounds, key: KeyBounds, spec: AttentionSpec):
     """cuDNN's fused attention. Its public interface has no segments: they become a mask of T x S booleans per row. Nor
     has it values that are narrower than keys: they are filled up with zeros."""
-    mask, causal = sees(query, key)[:, None], rule.causal and not rule.prefix
+    mask, causal = attention_mask(query, key)[:, None], spec.causal and not spec.prefix
     width = v.shape[-1]
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=rule.scale, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=spec.scale, implementation="cudnn")
     return out[..., :width]
 
 

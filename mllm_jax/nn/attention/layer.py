@@ -24,7 +24,8 @@ class AttentionConfig(Config):
     rope_sections: frequency slots that read the axes (t, h, w) of a position; they add up to half the values that turn.
     rope_layout: where those slots are: "interleaved" (t h w t h w ...) or "chunked" (t ... h ... w ...).
     rope_dim: so many first values of a head turn; 0 = all.
-    stretch: how rotary positions reach beyond the texts of the first training, one of nn/rope.py; None = not at all.
+    rope_scaling: how rotary positions reach beyond the texts of the first training, one of nn/rope.py; None = not at
+      all.
     qk_norm: queries and keys have a norm, before they turn (arXiv 2302.05442).
     scale: factor of the scores; None = 1 / sqrt(head_dim).
     softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
@@ -38,7 +39,7 @@ class AttentionConfig(Config):
     rope_sections: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] = (24, 20, 20)
     rope_layout: Annotated[str, OneOf(tuple(LAYOUTS))] = "interleaved"
     rope_dim: NonNegativeInt = 0
-    stretch: Any = None
+    rope_scaling: Any = None
     qk_norm: bool = True
     scale: Positive | None = None
     softcap: NonNegative = 0.0
@@ -68,7 +69,11 @@ class AttentionConfig(Config):
         """Cosines and sines for rotary positions i32[B T 3] of conversations i32[B T]; None where there are none."""
         if self.rope_theta is None:
             return None
-        axes, stretch, turns = LAYOUTS[self.rope_layout](self.rope_sections), self.stretch, 2 * sum(self.rope_sections)
+        axes, stretch, turns = (
+            LAYOUTS[self.rope_layout](self.rope_sections),
+            self.rope_scaling,
+            2 * sum(self.rope_sections),
+        )
         if stretch is None:
             return rope_table(position, axes, frequencies(self.rope_theta, turns).astype(np.float32))
         length = (longest(position, segment),) if stretch.by_length else ()

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from mllm_jax.types import Array
 
 
-class Rule(NamedTuple):
+class AttentionSpec(NamedTuple):
     """How scores are made, and what is left out in advance.
 
     causal: queries see nothing after themselves.
     scale: factor of q k^T.
     softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
     window: with `causal`, so many last tokens are seen, the query's own among them; 0 = all.
-    prefix: some tokens see each other whatever `causal` and `window` say, see `sight`.
+    prefix: some tokens see each other whatever `causal` and `window` say, see `mask_bounds`.
     """
 
     causal: bool
@@ -29,36 +29,36 @@ class Rule(NamedTuple):
     prefix: bool = False
 
 
-class Query(NamedTuple):
+class QueryBounds(NamedTuple):
     segment: Array  # i32[B T]
     first: Array | None  # i32[B T] the first place that it sees; None = every query sees from the beginning
     last: Array | None  # i32[B T] the last place that it sees; None = every query sees to the end
 
 
-class Key(NamedTuple):
+class KeyBounds(NamedTuple):
     segment: Array  # i32[B S]
     place: Array  # i32[B S] numbers that grow along a conversation, by one from token to token
 
 
-def sight(rule: Rule, q_segment, kv_segment, offset=None, prefix=None) -> tuple[Query, Key]:
+def mask_bounds(spec: AttentionSpec, q_segment, kv_segment, offset=None, prefix=None) -> tuple[QueryBounds, KeyBounds]:
     """What queries see of keys.
 
     Args:
       q_segment: i32[B T]; kv_segment: i32[B S]; 0 = padding.
       offset: i32[] the queries' first slot among the keys; None where both are the same tokens.
-      prefix: bool[B T] first tokens of a conversation, which see each other; needs `rule.causal`.
+      prefix: bool[B T] first tokens of a conversation, which see each other; needs `spec.causal`.
     """
     slots = jnp.broadcast_to(jnp.arange(kv_segment.shape[1]), kv_segment.shape)
     # In a cache padding may stand between a prompt and what continues it.
-    place = jnp.cumsum(kv_segment > 0, axis=1) if rule.window and offset is not None else slots
-    if not rule.causal:
-        return Query(q_segment, None, None), Key(kv_segment, place)
+    place = jnp.cumsum(kv_segment > 0, axis=1) if spec.window and offset is not None else slots
+    if not spec.causal:
+        return QueryBounds(q_segment, None, None), KeyBounds(kv_segment, place)
     own = place if offset is None else jax.lax.dynamic_slice_in_dim(place, offset, q_segment.shape[1], axis=1)
-    first, last = own - (rule.window - 1) if rule.window else None, own
+    first, last = own - (spec.window - 1) if spec.window else None, own
     if prefix is not None:
         last = jnp.where(prefix, jnp.take_along_axis(own, _end_of_run(prefix), axis=1), own)
         first = None if first is None else jnp.where(prefix, jnp.minimum(first, 0), first)
-    return Query(q_segment, first, last), Key(kv_segment, place)
+    return QueryBounds(q_segment, first, last), KeyBounds(kv_segment, place)
 
 
 def _end_of_run(flags):
@@ -69,7 +69,7 @@ def _end_of_run(flags):
     return jnp.where(flags, without - 1, here)
 
 
-def sees(query: Query, key: Key):
+def attention_mask(query: QueryBounds, key: KeyBounds):
     """bool[... T S] from [... T] and [... S]. Padding sees padding."""
     seen = query.segment[..., :, None] == key.segment[..., None, :]
     if query.first is not None:

@@ -19,7 +19,7 @@ from mllm_jax.nn.attention.layer import write_cache
 from mllm_jax.nn.einsum import Einsum, Weight
 from mllm_jax.nn.norm import RMSNorm
 from mllm_jax.nn.precision import einsum
-from mllm_jax.nn.rope import YarnConfig, frequencies, rope_table, rotate
+from mllm_jax.nn.rope import YarnRopeScaling, frequencies, rope_table, rotate
 from mllm_jax.nn.runtime import Runtime
 
 
@@ -40,7 +40,7 @@ class MlaConfig(Config):
     v_dim: PositiveInt = 128
     q_rank: NonNegativeInt = 0
     rope_theta: Positive = 1e4
-    yarn: YarnConfig | None = None
+    rope_scaling: YarnRopeScaling | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,15 +60,15 @@ class MlaConfig(Config):
     @property
     def scale(self) -> float:
         """Factor of the scores."""
-        return (self.nope_dim + self.rope_dim) ** -0.5 * (self.yarn.score_scale if self.yarn else 1)
+        return (self.nope_dim + self.rope_dim) ** -0.5 * (self.rope_scaling.score_scale if self.rope_scaling else 1)
 
     def rope(self, position, segment):
         """Cosines and sines for rotary positions i32[B T 3], of which the first axis counts."""
         del segment  # how long a conversation is does not matter
-        if self.yarn is None:
+        if self.rope_scaling is None:
             turns, scale = frequencies(self.rope_theta, self.rope_dim), 1.0
         else:
-            turns, scale = self.yarn.frequencies(self.rope_theta, self.rope_dim), self.yarn.table_scale
+            turns, scale = self.rope_scaling.frequencies(self.rope_theta, self.rope_dim), self.rope_scaling.table_scale
         axes = np.zeros(self.rope_dim // 2, np.int32)
         return tuple(part * scale for part in rope_table(position, axes, turns.astype(np.float32)))
 
@@ -81,7 +81,7 @@ class MlaConfig(Config):
     def build(self, norm_eps: float, window: int, runtime: Runtime, name: str) -> nn.Module:
         """`norm_eps` is that of the layer's norms; those of latents always have 1e-6, as published."""
         if window:
-            raise ValueError("latent attention has no windows; decoder.windows must be ()")
+            raise ValueError("latent attention has no windows; decoder.sliding_windows must be ()")
         return Mla(self, runtime, name=name)
 
 

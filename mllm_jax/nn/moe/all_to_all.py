@@ -14,23 +14,23 @@ import jax.numpy as jnp
 from mllm_jax.nn.runtime import expect_share
 
 
-def exchange_for(wanted: str, platform: str | None = None) -> str:
+def all_to_all_for(wanted: str, platform: str | None = None) -> str:
     """How rows are exchanged on a platform, by default this one, under "auto"; or what was asked for by name."""
     if wanted != "auto":
         return wanted
     return "ragged" if (platform or jax.default_backend()) == "tpu" else "even"
 
 
-def exchange(x, sent, received, axes, fill: float, wanted: str):
+def all_to_all(x, sent, received, axes, fill: float, wanted: str):
     """Bin j of every device becomes, on device j along `axes`, the bin of that device.
 
     Args:
       x: [d*room D], a bin for each of d devices: first the rows that it holds, then zeros.
       sent, received: i32[d] rows that each bin holds, before and after.
       fill: the share of a bin that is filled where routing is even and batches are full, for the planner.
-      wanted: of `Runtime.exchange`.
+      wanted: of `Runtime.all_to_all`.
     """
-    if exchange_for(wanted) == "even":
+    if all_to_all_for(wanted) == "even":
         return jax.lax.all_to_all(x, axes, 0, 0, tiled=True)
     return _ragged(x, sent, received, axes, fill)
 

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from mllm_jax.nn.moe.all_to_all import exchange
+from mllm_jax.nn.moe.all_to_all import all_to_all
 from mllm_jax.nn.moe.grouped_matmul import grouped_for, grouped_matmul, row_multiple
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
@@ -50,13 +50,13 @@ def dispatch(x, experts, weights, real, params: Experts, activation: Callable, r
       real: bool[B T]; padding reaches no expert.
       params: fp32.
       activation: of the gate.
-      runtime: `experts` says how, `expert_room` for how many.
+      runtime: `experts` says how, `capacity_factor` for how many.
     Returns:
       [B T D], and i32[B] choices that found no room.
     """
     weights = jnp.where(real[..., None], weights, 0).astype(x.dtype)
     experts = jnp.where(real[..., None], experts, params.down.shape[0])  # E = nowhere
-    return {"dense": _dense, "capacity": _capacity, "dropless": _dropless}[runtime.experts](
+    return {"dense": _dense, "capacity": _capacity, "dropless": _dropless}[runtime.moe_dispatch](
         x, experts, weights, params, activation, runtime
     )
 
@@ -73,7 +73,7 @@ def _dense(x, experts, weights, params, activation, runtime):
 def _capacity(x, experts, weights, params, activation, runtime):
     """A buffer per expert and batch row (GShard, arXiv 2006.16668): best choices first, then in the order of tokens."""
     length, top_k, count = x.shape[1], experts.shape[-1], params.down.shape[0]
-    room = _room(runtime.expert_room, length * top_k / count, length)
+    room = _room(runtime.capacity_factor, length * top_k / count, length)
     choices = rearrange(experts, "B T k -> B (k T)")
     plan = jax.vmap(partial(_plan, bins=count, room=room))(choices)
     copies = jax.vmap(lambda x: jnp.tile(x, (top_k, 1)))(x)
@@ -144,12 +144,12 @@ def _local(x, experts, weights, params, activation, runtime, across, split):
 def _exchanged(x, choices, mlp, own, across, runtime):
     """Tokens to the devices of their experts, through these, and back: [n D] in the order of choices, and the plan."""
     devices, top_k = _size(across), len(choices) // len(x)
-    room = _room(runtime.expert_room, len(choices) / devices, len(x) * min(top_k, own))
+    room = _room(runtime.capacity_factor, len(choices) / devices, len(x) * min(top_k, own))
     plan = _plan(choices, devices, room, own)
     ids = jnp.where(plan.choice >= 0, choices[plan.choice] % own, own)
     fill = min(1.0, len(choices) / len(ids))
     held = lambda ids: jnp.sum(rearrange(ids, "(device room) -> device room", room=room) < own, axis=1, dtype=jnp.int32)
-    send = partial(exchange, axes=across, fill=fill, wanted=runtime.exchange)
+    send = partial(all_to_all, axes=across, fill=fill, wanted=runtime.all_to_all)
     sent, ids = held(ids), jax.lax.all_to_all(ids, across, 0, 0, tiled=True)
     received = held(ids)
     x = checkpoint_name(send(_move(x, *plan, top_k), sent, received), EXCHANGED[0])

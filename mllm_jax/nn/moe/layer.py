@@ -18,35 +18,36 @@ from mllm_jax.sharding.weights import named
 class MoeConfig(Config):
     """
     experts: E; top_k: experts of a token; mlp: width of an expert.
-    shared: width of an MLP that every token goes through besides (the shared experts, side by side); 0 = none.
-    score: "softmax" or "sigmoid".
+    shared_expert_dim: width of an MLP that every token goes through besides (the shared experts, side by side); 0 =
+      none.
+    score_func: "softmax" or "sigmoid".
     bias: scores are selected, not weighted, with a bias that balances the load and is not trained by gradient.
-    renormalise: the weights of a token's experts sum to one, before `scale`.
-    groups, top_groups, group_best: experts are taken from the `top_groups` best of `groups` groups alone; a group is as
-      good as the sum of its `group_best` best scores.
+    norm_topk_prob: the weights of a token's experts sum to one, before `scale`.
+    n_group, topk_group, group_best: experts are taken from the `topk_group` best of `n_group` groups alone; a group is
+      as good as the sum of its `group_best` best scores.
     """
 
     experts: PositiveInt
     top_k: PositiveInt
     mlp: PositiveInt
-    shared: NonNegativeInt = 0
-    score: Annotated[str, OneOf(("softmax", "sigmoid"))] = "softmax"
+    shared_expert_dim: NonNegativeInt = 0
+    score_func: Annotated[str, OneOf(("softmax", "sigmoid"))] = "softmax"
     bias: bool = False
-    renormalise: bool = True
+    norm_topk_prob: bool = True
     scale: Positive = 1.0
-    groups: PositiveInt = 1
-    top_groups: PositiveInt = 1
+    n_group: PositiveInt = 1
+    topk_group: PositiveInt = 1
     group_best: PositiveInt = 1
     activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "silu"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.experts % self.groups:
-            raise ValueError(f"moe.experts={self.experts} do not divide into moe.groups={self.groups}")
-        eligible = self.experts // self.groups * self.top_groups
-        if self.top_k > eligible or self.top_groups > self.groups:
+        if self.experts % self.n_group:
+            raise ValueError(f"moe.experts={self.experts} do not divide into moe.n_group={self.n_group}")
+        eligible = self.experts // self.n_group * self.topk_group
+        if self.top_k > eligible or self.topk_group > self.n_group:
             raise ValueError(
-                f"moe.top_k={self.top_k} of {eligible} experts (those of {self.top_groups} of {self.groups} groups) "
+                f"moe.top_k={self.top_k} of {eligible} experts (those of {self.topk_group} of {self.n_group} groups) "
                 "cannot be chosen"
             )
 
@@ -69,6 +70,6 @@ class Moe(nn.Module):
         logits = router(x)
         experts, weights, probability = route(logits, bias, config)
         y, dropped = dispatch(x, experts, weights, segment > 0, params, ACTIVATIONS[config.activation], runtime)
-        if config.shared:
-            y = y + GatedMlp(config.shared, config.activation, runtime.dtype, name="shared")(x)
+        if config.shared_expert_dim:
+            y = y + GatedMlp(config.shared_expert_dim, config.activation, runtime.dtype, name="shared")(x)
         return y, summarise(logits, experts, probability, segment, modality, dropped)

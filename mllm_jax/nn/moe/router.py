@@ -20,27 +20,27 @@ def route(logits, bias, config):
     Returns:
       experts i32[B T k] best first, weights f32[B T k], probabilities f32[B T E] that sum to one.
     """
-    if config.score == "softmax":
+    if config.score_func == "softmax":
         score = probability = jax.nn.softmax(logits, axis=-1)
     else:
         score = jax.nn.sigmoid(logits)
         probability = score / (jnp.sum(score, axis=-1, keepdims=True) + 1e-20)
     choice = score if bias is None else score + bias
-    if config.groups > 1:
+    if config.n_group > 1:
         choice = _best_groups(choice, config)
     _, experts = jax.lax.top_k(choice, config.top_k)
     weights = jnp.take_along_axis(score, experts, axis=-1)
-    if config.renormalise:
+    if config.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return experts, weights * config.scale, probability
 
 
 def _best_groups(choice, config):
-    """Scores with minus infinity in all but the `top_groups` best groups of neighbouring experts."""
-    grouped = rearrange(choice, "B T (group E) -> B T group E", group=config.groups)
+    """Scores with minus infinity in all but the `topk_group` best groups of neighbouring experts."""
+    grouped = rearrange(choice, "B T (group E) -> B T group E", group=config.n_group)
     best = jnp.sum(jax.lax.top_k(grouped, config.group_best)[0], axis=-1)
-    _, kept = jax.lax.top_k(best, config.top_groups)
-    allowed = jnp.any(kept[..., None] == jnp.arange(config.groups), axis=-2)
+    _, kept = jax.lax.top_k(best, config.topk_group)
+    allowed = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=-2)
     return rearrange(jnp.where(allowed[..., None], grouped, -jnp.inf), "B T group E -> B T (group E)")
 
 

@@ -47,7 +47,7 @@ class Certificate(Config):
     models: Mapping[str, ModelConfig]
     data: Any
     processor: str = SCENES
-    balance: BalanceConfig = BalanceConfig("global", weight=0.01, z=0.001)
+    balance: BalanceConfig = BalanceConfig("global", aux_loss_weight=0.01, z_loss_weight=0.001)
     meshes: tuple[str, ...] = MESHES
     tolerance: Positive = 1e-5
 

@@ -50,7 +50,8 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
     """The model with the adapters that PEFT, or `save_adapters`, wrote into a folder, in place of any that it has.
 
     They stay beside the weights; `merge_adapters` adds them. Layers that are one of our weights may differ in rank:
-    what one lacks is zero. Modules that were saved whole replace the model's; `config.lora.train` then names them.
+    what one lacks is zero. Modules that were saved whole replace the model's; `config.lora.modules_to_save` then names
+    them.
 
     Raises:
       FileNotFoundError: the folder has no adapter.
@@ -91,7 +92,7 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
         text = "\n  ".join(sorted(faults)) or "it is empty"
         raise WeightsMismatch(f"the adapter in {folder} does not fit the model:\n  {text}")
     adapters = _placed(unflatten(leaves), base, vlm.config.runtime.rules)
-    lora = replace(vlm.config.lora, train=tuple(f"^{re.escape(path)}$" for path in found))
+    lora = replace(vlm.config.lora, modules_to_save=tuple(f"^{re.escape(path)}$" for path in found))
     return replace(vlm, params=join(_replaced(base, found), adapters), config=replace(vlm.config, lora=lora))
 
 
@@ -104,7 +105,7 @@ def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None =
       base: folder or hub name of the base model, for readers that are given none.
     Raises:
       ValueError: the model has no adapters, or one beside what is no linear layer of transformers' model; or
-        `config.lora.train`, which is written besides, names what is no weight or bias of a module there.
+        `config.lora.modules_to_save`, which is written besides, names what is no weight or bias of a module there.
     """
     base_params, adapters = split_adapters(vlm.params)
     boxes = flatten(_base_boxes(vlm.config))
@@ -184,8 +185,8 @@ def _tied_embedding(config: Any, entries: Mapping[str, table.Entry]) -> str:
 def _whole(
     config: Any, boxes: Mapping[str, Named], base: Mapping[str, jax.Array]
 ) -> tuple[set[str], dict[str, np.ndarray]]:
-    """The modules in which `config.lora.train` finds a weight, and all their tensors, by names in memory."""
-    trained = {path for path in boxes if any(re.search(pattern, path) for pattern in config.lora.train)}
+    """The modules in which `config.lora.modules_to_save` finds a weight, and all their tensors, by names in memory."""
+    trained = {path for path in boxes if any(re.search(pattern, path) for pattern in config.lora.modules_to_save)}
     entries = _entries(config, boxes)
     found = [name for name, entry in entries.items() if any(part.path in trained for part in entry.parts)]
     experts = lambda name: any("expert" in boxes[part.path].names for part in entries[name].parts)

@@ -15,7 +15,7 @@ from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.train.losses.ppo import PpoConfig, advantages, token_rewards, whitened
 from mllm_jax.train.step.forward import log_probs_and_values, scores
-from mllm_jax.types import Array, Batch, Experience, Mix
+from mllm_jax.types import Array, Batch, Experience, TokenBlend
 
 
 @struct.dataclass
@@ -80,7 +80,7 @@ def written(prompts: Batch, tokens, own, ended) -> Answered:
         position=laid(later, after),
         vision_index=wide(prompts.vision_index, -1),
         prefix=None if prompts.prefix is None else wide(prompts.prefix & asked),
-        mix=prompts.mix and Mix(wide(prompts.mix.index, -1), wide(prompts.mix.share)),
+        mix=prompts.mix and TokenBlend(wide(prompts.mix.index, -1), wide(prompts.mix.weight)),
     )
     return Answered(judged, judged._replace(segment=jnp.where(column < end, segment, 0)), ended)
 

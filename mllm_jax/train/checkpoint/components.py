@@ -19,7 +19,7 @@ from mllm_jax.sharding.weights import Named, shardings
 from mllm_jax.train.runs.config import Run
 
 # What a model chooses of a part, whatever the part was published for; the rest of its config is compared.
-CHOSEN = ("features", "taps", "vocab", "prefix", "family")
+CHOSEN = ("features", "deepstack_layers", "vocab", "prefix", "family")
 
 
 def load_parts(run: Run, mesh: Mesh, dtypes: dict[str, str]) -> dict[str, Any]:

@@ -34,9 +34,10 @@ def first_params(run: Run, mesh: Mesh) -> dict:
     """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names, or
     the `run.parts`.
 
-    To these new adapters are added where the run has some and they none; their base is as `run.lora.base` says, and
-    what is not fp32 there is read in bf16. Adapters of a run before go on where this run has the same, and are merged
-    into their weights where it has none. A value head is 0 where there was none, and left out where the run has none.
+    To these new adapters are added where the run has some and they none; their base is as `run.lora.base_dtype` says,
+    and what is not fp32 there is read in bf16. Adapters of a run before go on where this run has the same, and are
+    merged into their weights where it has none. A value head is 0 where there was none, and left out where the run has
+    none.
 
     Raises:
       ConfigError: they are of a run with another model, or with other adapters. FileNotFoundError: that run has no
@@ -79,7 +80,7 @@ def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
 
 def _half(run: Run) -> dict[str, str]:
     """The weights that are read in bfloat16, by path: those that the run does not keep in fp32."""
-    if run.lora.base == "float32" or not run.lora.rank:
+    if run.lora.base_dtype == "float32" or not run.lora.rank:
         return {}
     kept, base = (flatten(abstract_params(replace(run.model, lora=lora))) for lora in (run.lora, LoraConfig()))
     return {path: "bfloat16" for path in base if path not in kept or kept[path].dtype != "float32"}

@@ -40,8 +40,8 @@ class AlgorithmConfig(Config):
 
 def check_reference(reference: str, lora: LoraConfig, path: str) -> None:
     """Raises ConfigError where the reference is the model without its adapters, and there are none to leave out."""
-    if reference == BASE and (not lora.rank or lora.train):
+    if reference == BASE and (not lora.rank or lora.modules_to_save):
         raise ConfigError(
             f"{path}.algorithm.reference={BASE!r} is the model without its adapters, which needs {path}.lora.rank and "
-            f"no {path}.lora.train; {FIRST!r} keeps a copy of the first weights"
+            f"no {path}.lora.modules_to_save; {FIRST!r} keeps a copy of the first weights"
         )

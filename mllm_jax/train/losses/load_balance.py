@@ -28,20 +28,20 @@ class BalanceConfig(Config):
       "micro": those of one row of the batch, averaged over rows.
       "sequence": those of one conversation, averaged over conversations (DeepSeek-V2, arXiv 2405.04434).
       "global": those of the whole batch, over all devices and accumulated parts (Qwen3, arXiv 2501.11873).
-    weight: c; c * L is added to the loss.
+    aux_loss_weight: c; c * L is added to the loss.
     exact: with "global" and accumulated parts, whether f is that of the whole batch, which takes a forward pass over
       all parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873:
       it approximates the whole batch's, best for the last part.
-    z: weight of the mean square of the log of the softmax's denominator (ST-MoE, arXiv 2202.08906).
-    rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much where its load
-      was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
+    z_loss_weight: weight of the mean square of the log of the softmax's denominator (ST-MoE, arXiv 2202.08906).
+    bias_update_rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much where
+      its load was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
     """
 
     loss: Annotated[str, OneOf(LOSSES)] = "none"
-    weight: NonNegative = 0.001
+    aux_loss_weight: NonNegative = 0.001
     exact: bool = True
-    z: NonNegative = 0.0
-    rate: NonNegative = 0.0
+    z_loss_weight: NonNegative = 0.0
+    bias_update_rate: NonNegative = 0.0
 
     def counts_first(self, accumulate: int) -> bool:
         """Whether a forward pass counts the choices of a whole batch before the first of its parts has a gradient."""

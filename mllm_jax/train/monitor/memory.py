@@ -57,7 +57,8 @@ def check_memory(memory: Memory, mesh: Mesh) -> None:
         return
     raise ConfigError(
         f"config.model: {describe(memory)}. Weights and optimizer are {with_prefix(count * memory.kept)}B, and {where} "
-        f"has {with_prefix(limit)}B left. Train adapters (--config.lora.rank=16 --config.lora.base=nf4), freeze parts "
+        f"has {with_prefix(limit)}B left. Train adapters (--config.lora.rank=16 --config.lora.base_dtype=nf4), freeze "
+        "parts "
         "(--config.optim.freeze), or spread the run over more devices (--config.mesh.fsdp=-1)"
     )
 

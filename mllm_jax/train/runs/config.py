@@ -27,7 +27,13 @@ from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.attention.mla import MlaConfig
 from mllm_jax.nn.lora import LoraConfig
-from mllm_jax.nn.rope import BlendedStretch, LinearStretch, ListedStretch, NtkStretch, YarnConfig
+from mllm_jax.nn.rope import (
+    DynamicNtkRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    YarnRopeScaling,
+)
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.sharding.logical_axes import MeshAxes, freeze_rules
 from mllm_jax.sharding.mesh import MESH_AXES
@@ -50,7 +56,7 @@ PARTS = {
         *(ModelConfig, DualConfig, ClassPool, AttentionPool),
         *(VitConfig, AveragePoolConfig, MlpConnectorConfig, PatchMergerConfig, PixelShuffleConfig),
         *(AttentionConfig, MlaConfig),
-        *(LinearStretch, NtkStretch, BlendedStretch, ListedStretch, YarnConfig),
+        *(LinearRopeScaling, DynamicNtkRopeScaling, Llama3RopeScaling, LongRopeScaling, YarnRopeScaling),
         *(FilesData, MixtureData, ScenesData, CaptionsData),
         *(SupervisedConfig, PreferenceConfig, RewardConfig, PpoConfig, ContrastiveConfig),
     )
@@ -268,7 +274,9 @@ def read_run(config: ConfigDict) -> Run:
         _check(run, run, "config")
     values = {"value": True} if run.algorithm.value_head else {}
     model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora, **values)
-    trained = dataclasses.replace(run.lora, train=(*run.lora.train, f"^{VALUE_HEAD}/"))  # beside adapters, too
+    trained = dataclasses.replace(
+        run.lora, modules_to_save=(*run.lora.modules_to_save, f"^{VALUE_HEAD}/")
+    )  # beside adapters, too
     optim = dataclasses.replace(run.optim, freeze=(trained if values else run.lora).freezes(run.optim.freeze))
     return dataclasses.replace(run, model=model, optim=optim)
 

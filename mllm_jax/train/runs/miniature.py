@@ -73,7 +73,7 @@ def _model(experts: bool) -> ModelConfig:
     attention = AttentionConfig(heads=2, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
     moe = MoeConfig(experts=4, top_k=2, mlp=16) if experts else None
     return ModelConfig(
-        encoder=VitConfig(width=32, layers=1, heads=2, mlp=32, patch_size=8, position_grid=8, taps=(0,)),
+        encoder=VitConfig(width=32, layers=1, heads=2, mlp=32, patch_size=8, position_grid=8, deepstack_layers=(0,)),
         connector=PatchMergerConfig(merge=2),
         decoder=DecoderConfig(vocab=384, width=32, layers=2, attention=attention, mlp=32, moe=moe),
         tokens=VisionTokenIds(*scenes_vision_ids()),

@@ -38,7 +38,7 @@ def log_probs_and_values(config: ModelConfig, params, batch: Batch, chunk: int):
     out = model.apply({"params": params}, batch, hidden=True)
     about = (chunk, runtime.dtype, runtime.rules, config.decoder.logit_softcap)
     found = token_log_probs(out.hidden, head_table(params), batch.targets, batch.weight, *about)
-    values = model.apply({"params": params}, out.hidden, method="values") if config.value else None
+    values = model.apply({"params": params}, out.hidden, method="values") if config.value_head else None
     return found, values, out.routing
 
 

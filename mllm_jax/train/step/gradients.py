@@ -52,10 +52,10 @@ def make_gradients(
             load = known or (own if total is None else jax.tree.map(jnp.add, total[2], own))
             found["z"] = z_loss(routing, whole)
             found["dropped"] = jnp.sum(routing.dropped) / (whole.tokens * choices_of_token)
-            value = found["loss"] + balance.z * found["z"]
+            value = found["loss"] + balance.z_loss_weight * found["z"]
             if balance.loss != "none":
                 found["balance"] = balance_loss(routing, part.segment, load, whole, balance.loss)
-                value += balance.weight * found["balance"]
+                value += balance.aux_loss_weight * found["balance"]
             return value, (found, own)
 
         (_, (found, own)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)

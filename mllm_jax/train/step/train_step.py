@@ -46,7 +46,7 @@ def make_pure_step(context: TrainContext, objective: Objective) -> Callable:
         grads, found, load = gradients(state, frozen, batch, key)
         weight = jnp.sum(objective.weights(batch))
         rewards = objective.remembered(state.rewards, found, weight)
-        rate = context.balance.rate
+        rate = context.balance.bias_update_rate
         adjust = lambda params: params if load is None else move_biases(params, load, config.decoder, rate)
         state, about = update(state, grads, found, context.tx, optim, adjust)
         state = state._replace(rewards=jnp.where(about["finite"], rewards, state.rewards))

@@ -192,7 +192,9 @@ def test_published_dual_encoders(arg):
     pictures = run.data.tokens // run.model.text.positions
     assert run.data.batch * pictures == 256
     side = run.model.encoder.patch_size
-    most = max(h * w for h, w in family.rule(run.model).sizes((300, 200))) // side**2 + run.model.encoder.lead
+    most = (
+        max(h * w for h, w in family.rule(run.model).sizes((300, 200))) // side**2 + run.model.encoder.num_prefix_tokens
+    )
     assert pictures * most <= run.data.patches
     with pytest.raises(ConfigError, match="'llava' is no dual encoder"):
         load_config("contrastive", "llava/1.5-7b")

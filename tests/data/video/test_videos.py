@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.pipeline.spans import Film, WholeFilm
+from mllm_jax.data.pipeline.spans import VideoFrames, VideoSpan
 from mllm_jax.data.pipeline.spec import SEEING
 from mllm_jax.data.records.records import BadRecord, read_record
 from mllm_jax.data.video import decoder, videos
@@ -391,7 +391,7 @@ def test_positions_are_exact_past_six_hours(most):
     frames, texts = 30 * (6 * 3600 + 60), []
     clip = videos.Clip(frames, 30.0, 32, 32, "long", lambda indices: iter(()))
     spec = dataclasses.replace(SEEING, max_frames=most, clip_min_pixels=1024)
-    film = Film.sampled(clip, 2.0, spec)
+    film = VideoFrames.sampled(clip, 2.0, spec)
     count = min(most, 2 * (6 * 3600 + 60))
     assert len(film.indices) == count
     exact = [fractions.Fraction((frames - 1) * i, count - 1) for i in range(count)]
@@ -420,7 +420,7 @@ def test_positions_by_time_are_exact_past_six_hours():
     clip = videos.Clip(
         768 * 60, 2.0, 32, 32, "long", lambda indices: (Image.new("L", (8, 8), i % 251) for i in indices)
     )
-    film = WholeFilm.sampled(clip, 2.0, spec)
+    film = VideoSpan.sampled(clip, 2.0, spec)
     (run,) = film.plan(spec, math.inf, math.inf).runs
     assert len(film.indices) == 768 and film.indices[-1] / clip.fps > 6 * 3600
     tokens = len(run.position) // 384
@@ -431,7 +431,7 @@ def test_a_clip_in_a_message_asks_for_its_frames():
     spec = SEEING.asked({"nframes": 6, "sampling": "motion"})
     assert (spec.min_frames, spec.max_frames, spec.sampling) == (6, 6, "motion")
     assert SEEING.asked({"fps": 1.0}) == SEEING
-    film = Film.sampled(videos.open_clip(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
+    film = VideoFrames.sampled(videos.open_clip(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
     assert film.indices == videos.sample_frames(50, 6)
     for wrong in ({"sampling": "fast"}, {"nframes": 0}):
         with pytest.raises(ValueError, match="sampling='fast': must be one of even|min_frames=0: must be at least 1"):

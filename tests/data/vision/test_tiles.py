@@ -115,7 +115,7 @@ def test_a_limit_of_pixels_makes_fewer_tiles():
 )
 def test_messages_become_tiles_under_a_budget(rule, tmp_path):
     """Odd pictures, and more of them than fit: the tokens in the text are those of the pictures that are there."""
-    spec = ProcessorSpec(patch=8, temporal_patch=1, merge=1, lead=1, rule=rule, on_a_grid=False)
+    spec = ProcessorSpec(patch=8, temporal_patch=1, merge=1, num_prefix_tokens=1, rule=rule, on_a_grid=False)
     folder = tiny_chat.write_tokenizer(tmp_path)
     processor = Processor(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), spec)
     images = [Image.new("L", (1, 1)), Image.new("CMYK", (200, 90)), Image.new("RGBA", (60, 61))]

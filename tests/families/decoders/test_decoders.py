@@ -175,7 +175,7 @@ def test_kinds_of_rotary_positions(kind, length):
     config = transformers.LlamaConfig(**fields)
     expected, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
     attention = FAMILIES["llama"].decoder_from_hf(fields).attention
-    stretch = attention.stretch
+    stretch = attention.rope_scaling
     asked = (jnp.full((1,), length),) if stretch.by_length else ()
     got = np.asarray(stretch.frequencies(5e5, 32, *asked))
     np.testing.assert_allclose(got.reshape(-1), expected.numpy(), rtol=3e-6)
@@ -274,13 +274,13 @@ def test_a_decoder_that_config_json_cannot_say():
     with pytest.raises(ValueError, match="no text config of .* can represent all of this decoder"):
         by_model_type.decoder_to_hf(replace(config.decoder, embed_scale=2.0))
     with pytest.raises(ValueError, match="one size of windows"):
-        FAMILIES["qwen2"].decoder_to_hf(replace(qwen2.SIZES["7b"], windows=(4, 8)))
+        FAMILIES["qwen2"].decoder_to_hf(replace(qwen2.SIZES["7b"], sliding_windows=(4, 8)))
     with pytest.raises(ValueError, match="DecoderConfig.norm='.*': must be one of rms"):
         replace(config.decoder, norm="batch")
     with pytest.raises(ValueError, match="rope_layout='.*': must be one of"):
         replace(qwen2.SIZES["7b"].attention, rope_layout="spiral")
     with pytest.raises(ValueError, match="latent attention has no windows"):
-        count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], windows=(8,)), family="deepseek_v2"))
+        count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], sliding_windows=(8,)), family="deepseek_v2"))
     with pytest.raises(ValueError, match="decoder.prefix must be False"):
         count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], prefix=True), family="deepseek_v2"))
 

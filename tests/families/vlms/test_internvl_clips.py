@@ -14,7 +14,7 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor
 import mllm_jax
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, tightest
 from mllm_jax.data.pipeline.processor import Processor
-from mllm_jax.data.pipeline.spans import Framed
+from mllm_jax.data.pipeline.spans import TimestampedFrames
 from mllm_jax.data.video.videos import Clip
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.pretrained.api import Pretrained
@@ -128,10 +128,10 @@ def test_which_frames():
     spec = spec_for(config)
     assert (spec.fps, spec.min_frames, spec.max_frames) == (1.0, 8, 32)
     clip = Clip(300, 30.0, 24, 40, "clip", lambda indices: iter(()))
-    assert Framed.sampled(clip, 1.0, spec).indices == [15, 45, 75, 105, 135, 165, 195, 225, 255, 285]
-    assert Framed.sampled(clip, 1.0, spec.asked({"nframes": 4})).indices == [37, 112, 187, 262]
+    assert TimestampedFrames.sampled(clip, 1.0, spec).indices == [15, 45, 75, 105, 135, 165, 195, 225, 255, 285]
+    assert TimestampedFrames.sampled(clip, 1.0, spec.asked({"nframes": 4})).indices == [37, 112, 187, 262]
     short = Clip(3, 30.0, 24, 40, "clip", lambda indices: iter(()))
-    assert Framed.sampled(short, 1.0, spec).indices == [0, 1, 2]
+    assert TimestampedFrames.sampled(short, 1.0, spec).indices == [0, 1, 2]
 
 
 def test_generate_and_budget(vlm):

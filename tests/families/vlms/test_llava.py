@@ -62,7 +62,9 @@ def test_the_class_token_may_be_a_visual_token(tmp_path, record_property):
     mllm_jax.save_pretrained(vlm, tmp_path / "ours")
     assert mllm_jax.load_pretrained(tmp_path / "ours").config == vlm.config
     with pytest.raises(ValueError, match="nor pictures in tiles"):
-        replace(FAMILIES["llava"].config("next-vicuna-7b"), inputs=InputRules(llava.PINPOINTS, shows_lead=True))
+        replace(
+            FAMILIES["llava"].config("next-vicuna-7b"), inputs=InputRules(llava.PINPOINTS, shows_prefix_tokens=True)
+        )
 
 
 def test_a_text_part_keeps_its_names(tmp_path):
@@ -79,11 +81,13 @@ def test_a_text_part_keeps_its_names(tmp_path):
     assert sum("qkv_proj" in name for name in tensors) == TEXT["num_hidden_layers"]
 
 
-@pytest.mark.parametrize(("size", "shows_lead"), [("1.5-7b", False), ("1.5-7b", True), ("next-mistral-7b", False)])
-def test_transformers_reads_the_processor(size, shows_lead, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "shows_prefix_tokens"), [("1.5-7b", False), ("1.5-7b", True), ("next-mistral-7b", False)]
+)
+def test_transformers_reads_the_processor(size, shows_prefix_tokens, tmp_path):
     """From the files that are saved, and makes the same tokens of a prompt and a picture."""
     config = FAMILIES["llava"].config(size)
-    expected = spec_for(replace(config, inputs=replace(config.inputs, shows_lead=shows_lead)))
+    expected = spec_for(replace(config, inputs=replace(config.inputs, shows_prefix_tokens=shows_prefix_tokens)))
     tiny_chat.write_tokenizer(tmp_path)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         text = (tmp_path / name).read_text().replace("<|image_pad|>", "<image>")

@@ -113,7 +113,7 @@ def inputs_of(rows=ROWS, side="right", labels=False):
 def test_logits_and_gradients(pair, tmp_path, record_property):
     batches = [inputs_of(side=side, labels=True) for side in ("left", "right")]
     mix = mllm_jax.from_hf_inputs(pair[0].config, batches[0]).mix
-    assert (mix.share > 0).all(axis=-1).sum() > 100  # places where four tokens meet
+    assert (mix.weight > 0).all(axis=-1).sum() > 100  # places where four tokens meet
     assert_step(record_property, *pair, batches, tmp_path, unused="post_layernorm")
 
 
@@ -166,7 +166,7 @@ def test_prompts_in_a_larger_shape_keep_their_tokens(pair):
             seen = (one >= 0) & (one < before)
             patches = (each.vision.patches[row].reshape(-1, 48) for each in (batch, larger))
             np.testing.assert_array_equal(*(values[index[seen]] for values, index in zip(patches, (one, two))))
-    np.testing.assert_array_equal(batch.mix.share, larger.mix.share[:, :length])
+    np.testing.assert_array_equal(batch.mix.weight, larger.mix.weight[:, :length])
 
 
 def picture(height, width):
@@ -195,13 +195,13 @@ def test_tokens_of_published_sizes(size):
     order, mix = rule.order(size, 14), rule.mix(size, 14)
     index = np.concatenate([order[:, None], mix.index], axis=1)
     values = np.where(index == NEWLINE, -7.0, index)
-    np.testing.assert_allclose((values * mix.share).sum(axis=1), expected[:, 0], rtol=1e-6, atol=1e-2)
-    np.testing.assert_allclose(mix.share.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose((values * mix.weight).sum(axis=1), expected[:, 0], rtol=1e-6, atol=1e-2)
+    np.testing.assert_allclose(mix.weight.sum(axis=1), 1, rtol=1e-6)
 
     frames = torch.arange(2 * side**2, dtype=torch.float64).view(2, side**2, 1)
     pooled = LlavaOnevisionModel.apply_pooling(model, frames).flatten()
     order, mix = frame_by_frame(spec_for(config).clip_rule, size, 14, 2)
-    values = (np.concatenate([order[:, None], mix.index], axis=1) * mix.share).sum(axis=1)
+    values = (np.concatenate([order[:, None], mix.index], axis=1) * mix.weight).sum(axis=1)
     assert order[-1] == NEWLINE and len(order) == 2 * 196 + 1
     np.testing.assert_allclose(values[:-1], pooled, rtol=1e-6, atol=1e-3)
 

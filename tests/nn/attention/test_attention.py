@@ -17,10 +17,10 @@ from mllm_jax.nn.attention import attend as attend_module
 from mllm_jax.nn.attention import flash
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.attention.kernels import kernel_for
-from mllm_jax.nn.attention.masks import Rule, sight
+from mllm_jax.nn.attention.masks import AttentionSpec, mask_bounds
 from mllm_jax.nn.runtime import Runtime
 
-PLAIN = Rule(causal=True, scale=1.0)
+PLAIN = AttentionSpec(causal=True, scale=1.0)
 
 
 def random_inputs(rng, rows=2, queries=9, keys=9, heads=6, kv_heads=2, head_dim=8):
@@ -131,7 +131,7 @@ def test_windows_prefixes_and_caps(monkeypatch, kind, scores):
 def test_blocks_outside_a_window_are_left_out(monkeypatch):
     monkeypatch.setattr(flash, "BLOCK", 8)
     segment, block = np.ones((1, 64), np.int32), np.zeros((1, 64, 1, 1), np.float32)
-    query, key = sight(Rule(causal=True, scale=1.0, window=8), segment, segment)
+    query, key = mask_bounds(AttentionSpec(causal=True, scale=1.0, window=8), segment, segment)
     first, last = flash._bounds(flash._queries(block, query, 1, 1.0), flash._keys(block, block, key), 1)
     assert (last - first).tolist() == [1] + [2] * 7
 

@@ -15,7 +15,7 @@ from mllm_jax.model.vlm import VLM, abstract_boxed, init_params
 from mllm_jax.nn.attention import flash
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.attention.context_parallel import exchange_for
-from mllm_jax.nn.attention.masks import Key, Query
+from mllm_jax.nn.attention.masks import KeyBounds, QueryBounds
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.activations import shard
 from mllm_jax.sharding.logical_axes import freeze_rules
@@ -123,7 +123,9 @@ def test_a_causal_ring_gives_all_devices_the_same_work():
     def part(device):
         slot = np.concatenate([np.arange(half) + place * half for place in (device, 2 * devices - 1 - device)])[None]
         ones, block = np.ones((1, 2 * half), np.int32), np.zeros((1, 2 * half, 1, 1), np.float32)
-        return flash._queries(block, Query(ones, None, slot), 1, 1.0), flash._keys(block, block, Key(ones, slot))
+        return flash._queries(block, QueryBounds(ones, None, slot), 1, 1.0), flash._keys(
+            block, block, KeyBounds(ones, slot)
+        )
 
     def work(queries, keys):
         first, last = flash._bounds(queries, keys, 1)

@@ -17,7 +17,7 @@ from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.vlm import VLM, ModelConfig, abstract_boxed, cache_bytes_per_token, init_cache, init_params
 from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.attention.mla import Mla, MlaConfig
-from mllm_jax.nn.rope import YarnConfig
+from mllm_jax.nn.rope import YarnRopeScaling
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.weights import shardings
@@ -28,8 +28,8 @@ from mllm_jax.train.step.forward import loss_sum
 from mllm_jax.types import Batch
 
 SMALL = MlaConfig(heads=4, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=12, q_rank=24)
-YARN = YarnConfig(factor=40.0, length=64, mscale=1.0, mscale_all_dim=0.5)
-DENSE = ModelConfig(None, None, DecoderConfig(200, 64, 2, replace(SMALL, yarn=YARN), 96), family="deepseek_v2")
+YARN = YarnRopeScaling(factor=40.0, length=64, mscale=1.0, mscale_all_dim=0.5)
+DENSE = ModelConfig(None, None, DecoderConfig(200, 64, 2, replace(SMALL, rope_scaling=YARN), 96), family="deepseek_v2")
 
 
 def packed(rng, rows: int, length: int) -> Batch:
@@ -70,12 +70,12 @@ def test_yarn_equals_transformers(theta, head_dim, length, mscale, mscale_all_di
         ),
     )
     frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    yarn = YarnConfig(40.0, length, mscale=mscale, mscale_all_dim=mscale_all_dim)
+    yarn = YarnRopeScaling(40.0, length, mscale=mscale, mscale_all_dim=mscale_all_dim)
     np.testing.assert_allclose(yarn.frequencies(theta, head_dim), frequencies, rtol=2e-6)
     assert yarn.table_scale == pytest.approx(scale)
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, q_rank=0, yarn=YARN)], ids=["plain", "yarn"])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, q_rank=0, rope_scaling=YARN)], ids=["plain", "yarn"])
 def test_both_forms_are_one_function(config, monkeypatch):
     """A cache that is read in one piece, by either form, gives what no cache gives; segments and padding included."""
     rng, batch = np.random.default_rng(0), packed(np.random.default_rng(0), 2, 21)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.nn.moe.all_to_all import exchange_for
+from mllm_jax.nn.moe.all_to_all import all_to_all_for
 from mllm_jax.nn.moe.dispatch import Experts, dispatch
 from mllm_jax.nn.moe.grouped_matmul import grouped_matmul
 from mllm_jax.nn.moe.layer import MoeConfig
@@ -81,7 +81,7 @@ def run(runtime, x, experts, weights, real, params, change=lambda params: params
 
 @pytest.fixture(scope="module")
 def plain():
-    return run(Runtime(experts="dense"), *inputs())
+    return run(Runtime(moe_dispatch="dense"), *inputs())
 
 
 def test_every_expert_on_every_token_is_the_plain_loop(plain):
@@ -90,7 +90,7 @@ def test_every_expert_on_every_token_is_the_plain_loop(plain):
 
 @pytest.mark.parametrize("experts", ["dropless", "capacity"])
 def test_ways_to_the_experts_are_equal(plain, experts):
-    y, dropped, gradients = run(Runtime(experts=experts), *inputs())
+    y, dropped, gradients = run(Runtime(moe_dispatch=experts), *inputs())
     close(y, plain[0])
     jax.tree.map(close, gradients, plain[2])
     assert not dropped.any()
@@ -128,7 +128,7 @@ def adapted():
         gate_up = params.gate_up + jnp.einsum("EDr,ErCF->ECDF", *params.gate_up_factors)
         return Experts(gate_up, params.down + jnp.einsum("EFr,ErD->EFD", *params.down_factors))
 
-    return (*others, params), run(Runtime(experts="dense"), *others, params, merged)
+    return (*others, params), run(Runtime(moe_dispatch="dense"), *others, params, merged)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_adapters_of_experts_add_their_products(plain, adapted, experts, mesh):
     given, expected = adapted
     assert np.abs(expected[0] - plain[0]).max() > 0.1
     with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
-        y, _, gradients = run(Runtime(experts=experts), *given)
+        y, _, gradients = run(Runtime(moe_dispatch=experts), *given)
     close(y, expected[0])
     jax.tree.map(close, gradients, expected[2])
 
@@ -156,7 +156,7 @@ def test_rows_that_do_not_divide_are_on_all_devices():
     few = [part[:3] for part in inputs()[:4]] + [inputs()[4]]
     with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
         y, _, gradients = run(Runtime(), *few)
-    plain = run(Runtime(experts="dense"), *few)
+    plain = run(Runtime(moe_dispatch="dense"), *few)
     close(y, plain[0])
     jax.tree.map(close, gradients, plain[2])
 
@@ -183,9 +183,9 @@ def only_what_is_there(x, y, starts, sent, places, received, *, axis_name):
 def test_a_ragged_exchange_is_the_even_one(monkeypatch, room):
     """To the bit, in values and gradients, with drops and without; no CPU has the collective itself."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", only_what_is_there)
-    runtime = Runtime(expert_room=room)
+    runtime = Runtime(capacity_factor=room)
     with jax.set_mesh(make_mesh({"data": 2, "expert": 4})):
-        even, ragged = (run(replace(runtime, exchange=name), *inputs()) for name in ("even", "ragged"))
+        even, ragged = (run(replace(runtime, all_to_all=name), *inputs()) for name in ("even", "ragged"))
     assert bool(np.asarray(even[1]).any()) == bool(room)
     jax.tree.map(np.testing.assert_array_equal, ragged, even)
 
@@ -194,7 +194,7 @@ def test_a_ragged_exchange_is_the_even_one(monkeypatch, room):
 def test_what_was_exchanged_is_saved_by_name(remat, passes):
     """There and back, forward and backward; rematerialisation repeats it only where its results were not saved."""
     x, experts, weights, real, params = inputs()
-    runtime = Runtime(exchange="ragged", remat=remat)
+    runtime = Runtime(all_to_all="ragged", remat=remat)
 
     def loss(x, weights, params):
         layer = lambda x, weights, params: dispatch(x, experts, weights, real, params, jax.nn.silu, runtime)[0]
@@ -210,10 +210,10 @@ def test_what_was_exchanged_is_saved_by_name(remat, passes):
 
 
 def test_the_platform_chooses_the_exchange():
-    assert [exchange_for("auto", platform) for platform in ("tpu", "gpu", "cpu")] == ["ragged", "even", "even"]
-    assert exchange_for("even", "tpu") == "even" and exchange_for("ragged", "cpu") == "ragged"
-    with pytest.raises(ValueError, match="Runtime.exchange='odd': must be one of auto, even, ragged."):
-        Runtime(exchange="odd")
+    assert [all_to_all_for("auto", platform) for platform in ("tpu", "gpu", "cpu")] == ["ragged", "even", "even"]
+    assert all_to_all_for("even", "tpu") == "even" and all_to_all_for("ragged", "cpu") == "ragged"
+    with pytest.raises(ValueError, match="Runtime.all_to_all='odd': must be one of auto, even, ragged."):
+        Runtime(all_to_all="odd")
 
 
 def test_what_finds_no_room_is_dropped_and_counted():
@@ -222,7 +222,7 @@ def test_what_finds_no_room_is_dropped_and_counted():
     real[:] = True
     x, weights, real = np.repeat(x, 2, axis=1), np.repeat(weights, 2, axis=1), np.repeat(real, 2, axis=1)
     experts = np.broadcast_to(np.array([0, 1, 2], np.int32), (ROWS, 2 * LENGTH, TOP))  # all 16 tokens to the same three
-    y, dropped, _ = run(Runtime(experts="capacity", expert_room=1.0), x, experts, weights, real, params)
+    y, dropped, _ = run(Runtime(moe_dispatch="capacity", capacity_factor=1.0), x, experts, weights, real, params)
     assert dropped.tolist() == [3 * 8] * ROWS  # fair share 16 * 3 / 8 = 6, rounded up to 8
     kept = np.arange(2 * LENGTH) < 8
     close(y[:, kept], by_hand(x, experts, weights, real & kept, params)[:, kept])
@@ -235,7 +235,7 @@ def test_devices_drop_and_count_what_is_beyond_their_room():
     x, weights, real = (np.repeat(part, 4, axis=1) for part in (x, weights, real))
     experts = np.broadcast_to(np.array([0, 1, 7], np.int32), (ROWS, 4 * LENGTH, TOP))
     with jax.set_mesh(make_mesh({"expert": 4, "fsdp": 2})):
-        y, dropped, _ = run(replace(Runtime(), expert_room=1.0), x, experts, weights, real, params)
+        y, dropped, _ = run(replace(Runtime(), capacity_factor=1.0), x, experts, weights, real, params)
     # A device has one row of 96 choices, of which 24 are a fair share; 64 go to the first device, 32 to the last.
     assert np.asarray(dropped).tolist() == [64 - 24 + 32 - 24] * ROWS
 
@@ -253,13 +253,13 @@ def test_softmax_routing():
     assert experts.tolist() == [[[1, 3]]]
     np.testing.assert_allclose(weights[0, 0], [4 / 7, 3 / 7], rtol=1e-6)
     np.testing.assert_allclose(probability[0, 0], [0.1, 0.4, 0.2, 0.3], rtol=1e-6)
-    _, weights, _ = route(logits, None, MoeConfig(4, 2, 8, renormalise=False, scale=16.0))
+    _, weights, _ = route(logits, None, MoeConfig(4, 2, 8, norm_topk_prob=False, scale=16.0))
     np.testing.assert_allclose(weights[0, 0], [6.4, 4.8], rtol=1e-6)
 
 
 def test_a_bias_selects_and_does_not_weigh():
     logits, bias = np.zeros((1, 1, 4), np.float32), np.array([0, 0.2, 0, 0.1], np.float32)
-    experts, weights, probability = route(logits, bias, MoeConfig(4, 2, 8, score="sigmoid", bias=True))
+    experts, weights, probability = route(logits, bias, MoeConfig(4, 2, 8, score_func="sigmoid", bias=True))
     assert experts.tolist() == [[[1, 3]]]
     np.testing.assert_allclose(weights[0, 0], [0.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose(probability[0, 0], [0.25] * 4, rtol=1e-6)
@@ -267,19 +267,19 @@ def test_a_bias_selects_and_does_not_weigh():
 
 def test_only_the_best_groups_are_chosen_from():
     scores = np.array([[[0.30, 0.01, 0.20, 0.19, 0.02, 0.28]]], np.float32)
-    best = lambda **groups: route(np.log(scores), None, MoeConfig(6, 2, 8, groups=3, **groups))[0].tolist()
-    assert best(top_groups=1, group_best=1) == [[[0, 1]]]  # by their best: the first
-    assert best(top_groups=1, group_best=2) == [[[2, 3]]]  # by the sum of two: the second
-    assert best(top_groups=2, group_best=1) == [[[0, 5]]]
+    best = lambda **groups: route(np.log(scores), None, MoeConfig(6, 2, 8, n_group=3, **groups))[0].tolist()
+    assert best(topk_group=1, group_best=1) == [[[0, 1]]]  # by their best: the first
+    assert best(topk_group=1, group_best=2) == [[[2, 3]]]  # by the sum of two: the second
+    assert best(topk_group=2, group_best=1) == [[[0, 5]]]
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"score": "tanh"}, "MoeConfig.score"),
-        ({"groups": 3}, "do not divide"),
+        ({"score_func": "tanh"}, "MoeConfig.score_func"),
+        ({"n_group": 3}, "do not divide"),
         ({"top_k": 9}, "cannot be chosen"),
-        ({"groups": 4, "top_groups": 1, "top_k": 3}, "cannot be chosen"),
+        ({"n_group": 4, "topk_group": 1, "top_k": 3}, "cannot be chosen"),
     ],
 )
 def test_bad_configs(change, message):

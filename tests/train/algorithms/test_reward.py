@@ -34,7 +34,7 @@ ASKED, CHOSEN, REJECTED, FACTS = "What is it?", "A cat on a mat.", "A dog.", "Th
 PROMPT = "Is it true? {facts}"
 BUDGET = Budget(tokens=400, rows=1, patches=512)
 DECODER = dataclasses.replace(tiny_config().decoder, layers=1, width=32, mlp=32)
-CONFIG = ModelConfig(None, decoder=DECODER, value=True)
+CONFIG = ModelConfig(None, decoder=DECODER, value_head=True)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_the_stages_of_the_config_follow_what_they_need(tmp_path):
 
 def test_only_runs_that_need_values_have_them_and_adapters_leave_them_trained():
     config = a_config("reward")
-    assert read_run(config).model.value and not read_run(a_config("learn")).model.value
+    assert read_run(config).model.value_head and not read_run(a_config("learn")).model.value_head
     config.lora.rank = 2
     run = read_run(config)
     trained, frozen = split({part: {"w": 0} for part in ("value_head", "encoder", "decoder")}, run.optim.freeze)

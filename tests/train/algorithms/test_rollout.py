@@ -25,7 +25,7 @@ from mllm_jax.types import Example
 
 SEEING = replace(tiny_config(), value=True)
 DECODER = replace(SEEING.decoder, layers=1, width=32, mlp=32, attention=replace(SEEING.decoder.attention, heads=2))
-CONFIG = ModelConfig(None, decoder=DECODER, value=True)  # of text alone: most of a test is compilation
+CONFIG = ModelConfig(None, decoder=DECODER, value_head=True)  # of text alone: most of a test is compilation
 COUNT, ROWS, EMPTY = 6, 8, 2
 BUDGET = Budget(tokens=40, rows=1, patches=32)
 OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", clip=0.0)

@@ -91,11 +91,11 @@ def test_imbalance(layers):
     assert float(imbalance(Load.of(routing))) == pytest.approx(max(busiest) / (17 * TOP / E), rel=1e-6)
 
 
-MOE = MoeConfig(experts=E, top_k=TOP, mlp=16, score="sigmoid", bias=True)
-DECODER = replace(tiny_config().decoder, layers=3, dense_first=1, moe=MOE)
+MOE = MoeConfig(experts=E, top_k=TOP, mlp=16, score_func="sigmoid", bias=True)
+DECODER = replace(tiny_config().decoder, layers=3, num_dense_layers=1, moe=MOE)
 # Of the ways to the experts "dense" has the least to compile; tests/nn/moe/test_moe.py shows that they are equal.
-CONFIG = ModelConfig(None, None, DECODER, runtime=Runtime(experts="dense"))
-BALANCE = BalanceConfig("global", weight=0.5, z=0.1, rate=0.01)
+CONFIG = ModelConfig(None, None, DECODER, runtime=Runtime(moe_dispatch="dense"))
+BALANCE = BalanceConfig("global", aux_loss_weight=0.5, z_loss_weight=0.1, bias_update_rate=0.01)
 BUDGET = Budget(60, 0, 0)
 
 
@@ -150,7 +150,7 @@ def bias_of(step):
 
 def test_a_mesh_balances_alike(params, rows, whole):
     """Its tokens sorted and exchanged."""
-    config = replace(CONFIG, runtime=Runtime(experts="dropless"))
+    config = replace(CONFIG, runtime=Runtime(moe_dispatch="dropless"))
     got = take_step(params, rows, {"data": 2, "expert": 4}, config=config)
     assert_equal_steps(got, whole)
     np.testing.assert_array_equal(bias_of(got), bias_of(whole))
@@ -171,7 +171,7 @@ def test_the_running_buffer_takes_the_parts_up_to_its_own(params, rows):
 def test_biases_move_against_the_load_and_have_no_moments(params, rows, whole):
     assert "bias" not in whole[0]["decoder"]["layers1"]["mlp"]
     counts = jax.jit(VLM(CONFIG).apply)({"params": params}, rows).routing.counts.sum(axis=(1, 2))
-    expected = BALANCE.rate * np.sign(counts.mean(axis=-1, keepdims=True) - counts)
+    expected = BALANCE.bias_update_rate * np.sign(counts.mean(axis=-1, keepdims=True) - counts)
     moved = bias_of(whole) - params["decoder"]["layers1"]["mlp"]["bias"]
     np.testing.assert_allclose(moved, expected, atol=1e-7)
     assert len(np.unique(expected)) > 1
@@ -180,8 +180,8 @@ def test_biases_move_against_the_load_and_have_no_moments(params, rows, whole):
 @pytest.mark.slow
 def test_the_loss_is_c_times_l(params, rows, whole):
     """The gradient of c * L is c times that of L: two weights of the loss differ by just that."""
-    none = take_step(params, rows, balance=replace(BALANCE, weight=0.0))
-    double = take_step(params, rows, balance=replace(BALANCE, weight=1.0))
+    none = take_step(params, rows, balance=replace(BALANCE, aux_loss_weight=0.0))
+    double = take_step(params, rows, balance=replace(BALANCE, aux_loss_weight=1.0))
     difference = jax.tree.map(lambda a, b: a - b, double[0], none[0])
     half = jax.tree.map(lambda a, b: 2 * (a - b), whole[0], none[0])
     router = lambda tree: tree["decoder"]["layers1"]["mlp"]["router"]["w"]

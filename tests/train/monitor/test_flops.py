@@ -55,7 +55,7 @@ def test_windows():
         seen = sum(min(token + 1, window) for size in sizes for token in range(size))
         assert near_pairs(np.array(sizes, float), window) == seen - sum(min(size, window) for size in sizes) / 2
     config = tiny_config()
-    sliding = replace(config, decoder=replace(config.decoder, windows=(8, 0)))
+    sliding = replace(config, decoder=replace(config.decoder, sliding_windows=(8, 0)))
     batch = a_batch(np.random.default_rng(0))
     all_pairs, some = useful(batch), useful(batch, sliding.decoder.window)
     assert 0 < some.near_pairs < some.token_pairs == all_pairs.token_pairs
@@ -91,7 +91,7 @@ def test_count_equals_the_traced_program(tie, freeze):
 
 def test_layers_after_the_features_do_not_run():
     config = tiny_config()
-    config = replace(config, encoder=replace(config.encoder, features=(-2,), taps=()))
+    config = replace(config, encoder=replace(config.encoder, features=(-2,), deepstack_layers=()))
     batch = a_batch(np.random.default_rng(0))
     traced = jax.make_jaxpr(
         lambda params: loss_sum(config, params, batch._replace(weight=np.ones_like(batch.weight)))[0]

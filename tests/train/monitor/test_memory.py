@@ -85,5 +85,5 @@ def test_the_share_of_what_is_trained_is_told():
     share = adapters / sum(flat.values())
     told = f"{with_prefix(adapters)} parameters are trained ({share:.2%})"
     assert trained_share(read_run(config)) == told
-    config.lora.base = "nf4"  # of which an array holds two weights in a byte
+    config.lora.base_dtype = "nf4"  # of which an array holds two weights in a byte
     assert trained_share(read_run(config)) == told

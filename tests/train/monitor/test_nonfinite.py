@@ -62,7 +62,7 @@ def test_the_first_of_several_is_named_in_the_order_of_computation():
     assert "is that of encoder/layers/2/attention/out" in found[1]
 
 
-PATTERN = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, layers=4, windows=(8, 0)))
+PATTERN = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, layers=4, sliding_windows=(8, 0)))
 
 
 def test_layers_are_counted_as_people_do():

@@ -86,7 +86,7 @@ def test_adapters_of_a_run_are_written(trained, tmp_path):
     assert flatten_dict(read).keys() == expected.keys()
     for path, x in flatten_dict(read).items():
         np.testing.assert_array_equal(x, expected[path])
-    more = replace(vlm.config, lora=replace(vlm.config.lora, train=("^connector/main/mlp/",)))
+    more = replace(vlm.config, lora=replace(vlm.config.lora, modules_to_save=("^connector/main/mlp/",)))
     save_adapters(replace(vlm, config=more), tmp_path)
     other = jax.tree.map(lambda x: x + 1, base)
     whole = flatten_dict(split_adapters(load_adapters(replace(vlm, params=other), tmp_path).params)[0], sep="/")

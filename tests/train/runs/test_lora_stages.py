@@ -28,7 +28,7 @@ from mllm_jax.train.runs.stages import stage_config
 from mllm_jax.train.step.optimizer import split
 from mllm_jax.train.step.state import TrainState
 
-LORA = LoraConfig(rank=2, dropout=0.1, train=("^connector/",), base="bfloat16")
+LORA = LoraConfig(rank=2, dropout=0.1, modules_to_save=("^connector/",), base_dtype="bfloat16")
 MESH = make_mesh({}, jax.devices()[:1])
 
 
@@ -112,8 +112,8 @@ def test_what_adapters_cannot_become_is_told_before_the_first_stage(chain, tmp_p
     refused = (
         ("config.stages.more.lora: the adapters of stage instruct go on only as they are, and rank was 2, is 3:",
          {"more": Stage(lora=replace(LORA, rank=3))}),
-        ("config.stages.instruct: lora.targets: 'decodr' matches no weight",
-         {"instruct": Stage(lora=replace(LORA, targets=("decodr",))), "more": None}),
+        ("config.stages.instruct: lora.target_modules: 'decodr' matches no weight",
+         {"instruct": Stage(lora=replace(LORA, target_modules=("decodr",))), "more": None}),
         ("config.stages.align: optim.freeze=.* leaves nothing to train",
          {"align": Stage(lora=LoraConfig(2), optim=read_run(stage_config(a_config(), "align")).optim)}),
     )  # fmt: skip
