@@ -59,7 +59,7 @@ SMALL = {
     "optim.warmup": 4,
     "train.log_every": 1,
     "train.evaluate_every": 0,
-    "train.heldout": 4,
+    "train.num_eval_examples": 4,
     "train.save_every": 2,
     "train.save_local_every": 1,
 }
@@ -115,7 +115,7 @@ class Runs:
         self.log = folder / "log.txt"
 
     def whole(self) -> None:
-        with self._started("whole", {"train.keep": self.steps, "train.save_local_every": 0}) as launcher:
+        with self._started("whole", {"train.max_to_keep": self.steps, "train.save_local_every": 0}) as launcher:
             if launcher.wait():
                 raise SystemExit(f"the undisturbed run ended with {launcher.returncode}:\n{self.log.read_text()}")
 

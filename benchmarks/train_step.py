@@ -30,7 +30,9 @@ def against_transformers(rounds: int, rows: int):
     inputs = pair.inputs(rows)
     arrays, tensors = mllm_jax.from_hf_inputs(vlm.config, inputs), pair.to_torch(inputs)
 
-    optim = OptimConfig(learning_rate=1e-4, schedule="constant", warmup=0, steps=1000, weight_decay=0.01, clip=1.0)
+    optim = OptimConfig(
+        learning_rate=1e-4, schedule="constant", warmup=0, steps=1000, weight_decay=0.01, max_grad_norm=1.0
+    )
     torch_optimizer = torch.optim.AdamW(reference.parameters(), 1e-4, betas=(optim.b1, optim.b2), weight_decay=0.01)
     reference.train()
 

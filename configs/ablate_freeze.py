@@ -41,7 +41,9 @@ def get_config(arg: str = "0"):
         raise ConfigError(f"configs/ablate_freeze.py takes a seed, a whole number, not {arg!r}")
     seed = int(arg or "0")
     data = ScenesData(batch=4, tokens=144, rows=2, patches=160, window=8.0, min_pixels=256, seed=seed)
-    tuned = OptimConfig("muon", 2e-3, warmup=10, steps=STEPS, final=0.03, b2=0.98, weight_decay=0.02, clip=1.0)
+    tuned = OptimConfig(
+        "muon", 2e-3, warmup=10, steps=STEPS, final_lr_ratio=0.03, b2=0.98, weight_decay=0.02, max_grad_norm=1.0
+    )
     frozen = replace(tuned, freeze=("encoder",))
     stages = {
         "pretrain": Stage(data=replace(data, kinds={"colour": 1.0, "shape": 1.0})),
@@ -51,7 +53,7 @@ def get_config(arg: str = "0"):
         "throughout_first": Stage(after="pretrain"),
         "throughout": Stage(after="throughout_first"),
     }
-    train = TrainConfig(seed=seed, log_every=25, evaluate_every=50, heldout=300, save_every=50)
+    train = TrainConfig(seed=seed, log_every=25, evaluate_every=50, num_eval_examples=300, save_every=50)
     return run_config(
         Run(model=model(), data=data, optim=tuned, train=train, processor=SCENES, stages=stages),
     )

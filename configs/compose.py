@@ -123,8 +123,10 @@ def get_config(arg: str = "siglip,mlp,llama"):
             data=ScenesData(
                 batch=8, tokens=144, rows=2, patches=40 * made.merge**2 + 8 * made.num_prefix_tokens, min_pixels=256
             ),
-            optim=OptimConfig(name="muon", learning_rate=2e-3, steps=1300, warmup=100, final=0.03, b2=0.98, clip=1.0),
-            train=TrainConfig(log_every=50, evaluate_every=500, heldout=400, save_every=500),
+            optim=OptimConfig(
+                name="muon", learning_rate=2e-3, steps=1300, warmup=100, final_lr_ratio=0.03, b2=0.98, max_grad_norm=1.0
+            ),
+            train=TrainConfig(log_every=50, evaluate_every=500, num_eval_examples=400, save_every=500),
         )
     )
 

@@ -51,9 +51,9 @@ def get_config(arg: str = ""):
             data=ScenesData(
                 batch=16, tokens=4 * LENGTH, rows=1, patches=4 * SIDE**2, kinds={"caption": 1.0}, window=2.0
             ),
-            optim=OptimConfig(name="muon", learning_rate=2e-3, steps=600, warmup=50, final=0.03, b2=0.98),
+            optim=OptimConfig(name="muon", learning_rate=2e-3, steps=600, warmup=50, final_lr_ratio=0.03, b2=0.98),
             algorithm=ContrastiveConfig(),
-            train=TrainConfig(log_every=50, evaluate_every=200, heldout=256, save_every=200),
+            train=TrainConfig(log_every=50, evaluate_every=200, num_eval_examples=256, save_every=200),
         )
     )
 

@@ -25,10 +25,12 @@ def get_config():
     run = read_run(beside(__file__, "prefer.py").get_config())
     pairs = replace(run.data, batch=8, tokens=256)
     prompts = replace(run.data, batch=64, tokens=64, patches=160)
-    judge = OptimConfig(name="muon", learning_rate=1e-3, steps=300, warmup=30, final=0.03, b2=0.98)
+    judge = OptimConfig(name="muon", learning_rate=1e-3, steps=300, warmup=30, final_lr_ratio=0.03, b2=0.98)
     improve = OptimConfig(learning_rate=5e-5, schedule="constant", steps=24, warmup=2, b2=0.98)
     # With less of a penalty, or longer, rewards rise as far while the model unlearns what the reward model overlooks.
-    ppo = PpoConfig(reward="reward", new_tokens=24, kl=0.5, clip_value=1.0, unfinished=-4.0)
+    ppo = PpoConfig(
+        reward_model="reward", response_length=24, kl_coef=0.5, cliprange_value=1.0, missing_eos_penalty=-4.0
+    )
     stages = {
         "learn": run.stages["learn"],
         "reward": Stage(after="learn", algorithm=FACTS, data=pairs, optim=judge),

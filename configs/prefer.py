@@ -22,7 +22,9 @@ from mllm_jax.train.step.optimizer import OptimConfig
 LOSSES = {
     # Captions change where ratios do by a factor of three. With beta=0.1 DPO goes on, and some are no texts any more.
     "dpo": PreferenceConfig(dpo=1.0, beta=1.0),
-    "dense": PreferenceConfig(dpo=1.0, beta=0.5, changed=3.0),  # where the captions differ tokens count three times
+    "dense": PreferenceConfig(
+        dpo=1.0, beta=0.5, diff_token_weight=3.0
+    ),  # where the captions differ tokens count three times
     "mpo": PreferenceConfig(dpo=0.8, bco=0.2, sft=1.0, beta=0.1),  # InternVL's weights
 }
 
@@ -35,9 +37,11 @@ def get_config(arg: str = "0"):
     false = replace(pairs, rows=2, patches=160, false=0.75)
     model = beside(__file__, "scenes.py").model()
     model = replace(model, encoder=replace(model.encoder, layers=1), decoder=replace(model.decoder, layers=2))
-    learn = OptimConfig(name="muon", learning_rate=4e-3, steps=600, warmup=60, final=0.03, b2=0.98, weight_decay=0.02)
+    learn = OptimConfig(
+        name="muon", learning_rate=4e-3, steps=600, warmup=60, final_lr_ratio=0.03, b2=0.98, weight_decay=0.02
+    )
     prefer = OptimConfig(learning_rate=1e-4, steps=100, warmup=10, b2=0.98)
-    train = TrainConfig(seed=seed, log_every=25, heldout=200, save_every=500)
+    train = TrainConfig(seed=seed, log_every=25, num_eval_examples=200, save_every=500)
     return run_config(
         Run(
             model=model,

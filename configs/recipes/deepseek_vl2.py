@@ -38,8 +38,8 @@ def recipe() -> Run:
         b1=0.9,  # [2]
         b2=0.95,  # [2]
         weight_decay=0.1,  # [2]
-        clip=1.0,  # [2]
-        factors=(("encoder", 0.1),),  # [2] the tower learns at a tenth
+        max_grad_norm=1.0,  # [2]
+        lr_multipliers=(("encoder", 0.1),),  # [2] the tower learns at a tenth
     )
     stage = lambda data, tokens, rate, schedule, **more: Stage(
         data=data,

@@ -28,7 +28,9 @@ def recipe() -> Run:
         rows=12,
         patches=4 * 1028,  # 12 x 4 = 48 tiles [1, 2] of 1,024 patches, a class token, and what rounds it to merges
     )
-    adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.01, schedule="cosine")  # [D]; [1, 2] last 2
+    adam = OptimConfig(
+        b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, weight_decay=0.01, schedule="cosine"
+    )  # [D]; [1, 2] last 2
     mlp = replace(
         adam,
         learning_rate=2e-4,  # [1]

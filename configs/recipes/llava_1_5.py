@@ -30,7 +30,9 @@ def recipe(size: str, adapts: bool) -> Run:
     # One conversation with a picture in a row, as there: a picture is 577 patches with its class token, 576 tokens.
     captions = FilesData(batch=256, tokens=768, rows=1, patches=577)  # [T] 256; a caption is short
     instructions = replace(captions, batch=128, tokens=2048)  # [T]
-    adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.0, schedule="cosine")  # [D]; [P, F] last 2
+    adam = OptimConfig(
+        b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, weight_decay=0.0, schedule="cosine"
+    )  # [D]; [P, F] last 2
     align = replace(
         adam,
         learning_rate=1e-3,  # [T]
@@ -55,7 +57,7 @@ def recipe(size: str, adapts: bool) -> Run:
     adapted = replace(
         instruct,
         learning_rate=2e-4,  # [L]
-        factors=(("^connector/", 2e-5 / 2e-4),),  # [L] mm_projector_lr 2e-5
+        lr_multipliers=(("^connector/", 2e-5 / 2e-4),),  # [L] mm_projector_lr 2e-5
         freeze=(),  # all but adapters and the connector
     )
     learned = Stage(data=instructions, **({"optim": adapted, "lora": lora} if adapts else {"optim": instruct}))

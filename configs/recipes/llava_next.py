@@ -29,7 +29,9 @@ def recipe(size: str) -> Run:
     # One picture of up to four tiles and itself in a row: 5 x 577 patches, at most 2,928 tokens.
     captions = FilesData(batch=256, tokens=4096, rows=1, patches=5 * 577)  # [1.5] 256
     instructions = replace(captions, batch=128)  # [1.5] 128
-    adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, clip=1.0, weight_decay=0.0, schedule="cosine")  # [D]; [P, F] last 2
+    adam = OptimConfig(
+        b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, weight_decay=0.0, schedule="cosine"
+    )  # [D]; [P, F] last 2
     align = replace(
         adam,
         learning_rate=1e-3,  # [P]
@@ -40,7 +42,7 @@ def recipe(size: str) -> Run:
     instruct = replace(
         adam,
         learning_rate=1e-5,  # [F]
-        factors=(("encoder", 2e-6 / 1e-5),),  # [F] mm_vision_tower_lr 2e-6
+        lr_multipliers=(("encoder", 2e-6 / 1e-5),),  # [F] mm_vision_tower_lr 2e-6
         steps=INSTRUCT,
         warmup=round(0.03 * INSTRUCT),  # [F] 0.03
     )

@@ -46,7 +46,7 @@ def recipe(size: str) -> Run:
                     weight_decay=1e-6 / rate if pixels == "224" else 0.0,  # [V] 1e-6 and 0, [O]
                     b1=0.9,  # optax's default, which [V] leaves
                     b2=0.999,  # the same
-                    clip=1.0,  # [V]
+                    max_grad_norm=1.0,  # [V]
                 )
             )
         },

@@ -5,7 +5,8 @@
         learning_rate: NonNegative = 1e-4
         clip: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
 
-    OptimConfig(clip=-1)  # ValueError: OptimConfig.clip=-1: must be at least 0. Set 0 for no clipping.
+    OptimConfig(max_grad_norm=-1)  # ValueError: OptimConfig.max_grad_norm=-1: must be at least 0. Set 0 for no
+    clipping.
 
 `mllm_jax.common.config` checks the same annotations with the path of a setting, and command lines with the name of a
 flag.

@@ -22,6 +22,6 @@ def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, An
     """
     if dual.processor is None:
         raise ValueError("the folder of this model has no tokenizer.json or no preprocessor_config.json; add them")
-    run = replace(run, model=dual.config, train=replace(run.train, heldout=count))
+    run = replace(run, model=dual.config, train=replace(run.train, num_eval_examples=count))
     mesh = make_mesh(devices=jax.local_devices()[:1])
     return RetrievalEvaluator(run, dual.processor, mesh, source)(dual.params)

@@ -155,7 +155,7 @@ def _compile(traced: Any, topology: Topology, options: dict[str, Any]) -> Any:
         if "RESOURCE_EXHAUSTED" in reason:
             raise TooLarge(
                 f"{topology.name}: {reason.partition(': ')[2]}; spread the run over more devices, or lower data.batch, "
-                "raise train.accumulate, or set runtime.remat='full'"
+                "raise train.grad_accum_steps, or set runtime.remat='full'"
             ) from error
         raise ConfigError(f"the compiler for {topology.name} refuses the step: {reason}") from error
 

@@ -60,8 +60,8 @@ class Portion:
         self.shapes, self.run, self.budget = shapes, run, run.data.budget
         self.mesh, rules = abstract_mesh(sizes), run.model.runtime.rules
         self.bytes = jnp.dtype(run.model.runtime.dtype).itemsize
-        self.accumulate, self.moe = run.train.accumulate, run.model.decoder.moe
-        what = "config.data.batch" if self.accumulate == 1 else "config.data.batch / config.train.accumulate"
+        self.accumulate, self.moe = run.train.grad_accum_steps, run.model.decoder.moe
+        what = "config.data.batch" if self.accumulate == 1 else "config.data.batch / config.train.grad_accum_steps"
         whole = run.data.batch // self.accumulate
         partition_spec(("batch",), rules, self.mesh, (whole,), what)
         partition_spec(("length",), rules, self.mesh, (self.budget.tokens,), "config.data.tokens")

@@ -222,7 +222,7 @@ def summary(best: Candidate, tokens: int) -> str:
     if not best.fits:
         return (
             f"does not fit: {what} {where} ({origin}) needs {gib(planned.peak)} of {gib(best.memory)}; spread the run "
-            "over more devices, lower data.batch, or raise train.accumulate"
+            "over more devices, lower data.batch, or raise train.grad_accum_steps"
         )
     return (
         f"fits: {what} {where} ({origin}) needs {gib(planned.peak)} of {gib(best.memory)}; planned step "

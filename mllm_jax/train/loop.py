@@ -137,7 +137,7 @@ class Training:
         states = context.state, context.state_shardings
         self._check_memory(*states)
         parts = (state._replace(params=saved(run, state.params)) for state in states)
-        self.checkpoints = Tiers(workdir, run.train.keep, run.train.local, run.train.verify, *parts)
+        self.checkpoints = Tiers(workdir, run.train.max_to_keep, run.train.local, run.train.verify, *parts)
         self.resumed = self.checkpoints.latest() is not None
         found = self._resume() if self.resumed else self._begin(context)
         self.length = find_length(run, processor, found.notes.get("length"), stopped)

@@ -219,13 +219,16 @@ def test_whatever_a_run_reads_is_checked():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clip": -1.0}, r"config.optim.clip=-1.0: must be at least 0. Set 0 for no clipping."),
+        ({"max_grad_norm": -1.0}, r"config.optim.max_grad_norm=-1.0: must be at least 0. Set 0 for no clipping."),
         ({"learning_rate": math.nan}, "config.optim.learning_rate=nan: must be finite and at least 0."),
         ({"learning_rate": math.inf}, "config.optim.learning_rate=inf: must be finite and at least 0."),
         ({"b1": 1.0}, "config.optim.b1=1.0: must be at least 0 and less than 1."),
         ({"eps": 0.0}, "config.optim.eps=0.0: must be more than 0."),
         ({"name": "adamx"}, "config.optim.name='adamx': must be one of adamw, muon, adafactor."),
-        ({"factors": (("a", 1.0), ("b", -1.0))}, r"config.optim.factors\[1\]\[1\]=-1.0: must be at least 0."),
+        (
+            {"lr_multipliers": (("a", 1.0), ("b", -1.0))},
+            r"config.optim.lr_multipliers\[1\]\[1\]=-1.0: must be at least 0.",
+        ),
         ({"freeze": ("(",)}, r"config.optim.freeze\[0\]='\(': is no regular expression: missing \)"),
         ({"eps": 1e-50}, "config.optim.eps=1e-50: must be more than 0 in fp32."),
         ({"b1": 0.99999999999}, "config.optim.b1=0.99999999999: must be at least 0 and less than 1 in fp32."),

@@ -34,12 +34,12 @@ RUNS = [
 def test_a_config_is_read_and_survives_json(name, argument):
     config = load_config(name, argument)
     if name == "rlhf":
-        config.algorithm.reward = "runs/reward"
+        config.algorithm.reward_model = "runs/reward"
     run = read_run(config)
     assert read_run(load(dump(config))) == run
     if isinstance(run.model, ModelConfig):
         assert run.data.patches % run.model.connector.patches_per_token == 0
-    assert run.data.batch % run.train.accumulate == 0
+    assert run.data.batch % run.train.grad_accum_steps == 0
 
 
 def test_the_small_model_has_seventy_million_parameters_beside_its_vocabulary():
@@ -86,7 +86,7 @@ def test_fine_tuning_on_real_pictures(shared, tmp_path):
     config.model.decoder.attention.update(heads=2, kv_heads=1, head_dim=16, rope_sections=(4, 2, 2))
     config.model.runtime.dtype = "float32"
     config.optim.update(steps=8, warmup=1, learning_rate=1e-2)
-    config.train.update(log_every=2, evaluate_every=0, heldout=16, loss_chunk=32)
+    config.train.update(log_every=2, evaluate_every=0, num_eval_examples=16, loss_chunk=32)
     training = Training(config, read_run(config), tmp_path / "run")
     training.run(StopSignal())
     training.close()

@@ -27,7 +27,7 @@ TINY = {
     "data.batch": 1,
     "model.encoder.layers": 1,
     "model.decoder.layers": 1,
-    "train.heldout": 4,
+    "train.num_eval_examples": 4,
 }
 KINDS = ["What colour? ", "What shape? ", "Where? ", "How many? ", "Any ", "Which way? "]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

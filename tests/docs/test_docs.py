@@ -257,7 +257,7 @@ def test_training_on_the_embedded_scenes_runs(command, tmp_path):
     few = [*FEW_STEPS, "--config.model.decoder.layers=1"]
     if config.stages:
         few = [f"--config.stages.{name}.optim.{value}" for name in config.stages for value in ("steps=1", "warmup=1")]
-        few += [f"--config.stages.{name}.train.heldout=4" for name in config.stages]
+        few += [f"--config.stages.{name}.train.num_eval_examples=4" for name in config.stages]
     if "--profile_steps" in command:
         command = command.replace("10:13", "1:2")
     if "--stage=ppo" in command:  # it goes on from the stages before, which the command above trained

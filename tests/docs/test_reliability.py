@@ -17,7 +17,7 @@ TEXT = (ROOT / "docs" / "reliability.md").read_text()
 COMMANDS = [shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)]
 FEW_STEPS = (
     "--config.optim.steps=3 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 --config.data.rows=1 "
-    "--config.data.patches=112 --config.train.heldout=4 --config.train.log_every=1 --config.optim.name=adamw "
+    "--config.data.patches=112 --config.train.num_eval_examples=4 --config.train.log_every=1 --config.optim.name=adamw "
     "--config.model.encoder.layers=1 --config.model.decoder.layers=1 --config.data.window=1.0"
 ).split()
 

@@ -10,7 +10,7 @@ from paths import ROOT
 
 FEW_STEPS = (
     "--config.optim.steps=2 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 --config.data.rows=1 "
-    "--config.data.patches=112 --config.train.heldout=4 --config.train.log_every=1"
+    "--config.data.patches=112 --config.train.num_eval_examples=4 --config.train.log_every=1"
 ).split()
 
 

@@ -28,5 +28,5 @@ def get_config(argument: str = ""):
     config.data.update(tokens=64, rows=1, patches=112, batch=8)
     config.data.kinds = {"colour": 1.0}
     config.optim.update(steps=24, warmup=4, learning_rate=3e-3)
-    config.train.update(log_every=4, save_every=4, evaluate_every=8, heldout=32, keep=2)
+    config.train.update(log_every=4, save_every=4, evaluate_every=8, num_eval_examples=32, max_to_keep=2)
     return config

@@ -83,5 +83,5 @@ def get_config(variant: str = ""):
     config = tiny_run.get_config()
     config.model.decoder.layers = 1
     config.optim.update(name="adamw", warmup=2, steps=16)
-    config.train.update(log_every=1, save_every=4, evaluate_every=0, heldout=4)
+    config.train.update(log_every=1, save_every=4, evaluate_every=0, num_eval_examples=4)
     return config

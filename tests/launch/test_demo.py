@@ -13,7 +13,7 @@ TINY = [
     "--config.data.batch=1",
     "--config.model.encoder.layers=1",
     "--config.model.decoder.layers=1",
-    "--config.train.heldout=12",
+    "--config.train.num_eval_examples=12",
     "--config.train.log_every=4",
 ]
 

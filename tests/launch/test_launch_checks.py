@@ -77,7 +77,7 @@ def refused(words, hosts) -> str:
         ("config.data.heldout=/data/b: ", [*ON_MOUNT, "--config.data.heldout=/data/b"]),
         ("config.init=/data/a: ", [*ON_MOUNT, "--config.init=/data/a"]),
         ("config.processor=../a: ", [*ON_MOUNT, "--config.processor=../a"]),
-        ("config.algorithm.reward=runs/a: ", [*PPO, "--config.algorithm.reward=runs/a"]),
+        ("config.algorithm.reward_model=runs/a: ", [*PPO, "--config.algorithm.reward_model=runs/a"]),
         ("config.algorithm.reference=a.jsonl: ", [*PREFER, "--config.algorithm.reference=a.jsonl"]),
         ("config.parts.encoder=/data/a: ", [*ON_MOUNT, "--config.init=", "--config.parts.encoder=/data/a"]),
     ],
@@ -117,7 +117,7 @@ def test_stages_are_checked_one_by_one(checkout):
 def test_a_reward_model_may_be_that_of_a_stage(checkout):
     words = ["--config=configs/ppo.py", "--workdir=/runs/a", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
     training = read_training(words)
-    assert training.config.stages.ppo.algorithm.reward == "reward"
+    assert training.config.stages.ppo.algorithm.reward_model == "reward"
     check_training(training, tpu_hosts(tpu("v6e:2x2"), committed("/runs")))
 
 

@@ -17,7 +17,7 @@ WAIT = 600  # seconds: every start compiles
 TINY = ["--config.data.batch=4", "--config.data.tokens=64", "--config.data.rows=1", "--config.data.patches=112"]
 TINY += ["--config.model.decoder.layers=1", "--config.optim.name=adamw", "--config.optim.warmup=2"]
 TINY += ["--config.train.log_every=1", "--config.train.save_every=40", "--config.train.evaluate_every=0"]
-TINY += [f"--config.optim.steps={STEPS}", "--config.train.heldout=4"]
+TINY += [f"--config.optim.steps={STEPS}", "--config.train.num_eval_examples=4"]
 
 
 def script(capsys, *arguments) -> str:

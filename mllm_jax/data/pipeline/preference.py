@@ -14,9 +14,9 @@ from mllm_jax.types import Example, TokenBlend
 
 
 class Reference(NamedTuple):
-    """What a reference model said of a record's answers, read as `mark` tells."""
+    """What a reference model said of a record's answers, read as `content_hash` tells."""
 
-    mark: int
+    content_hash: int
     log_probs: tuple[float, float]  # of the chosen answer, of the rejected one
 
 
@@ -24,11 +24,11 @@ class Reference(NamedTuple):
 class Pairs(Config):
     """How a record with a chosen and a rejected answer is read.
 
-    changed: weight of the tokens in which the answers differ; of the others it is 1.
+    diff_token_weight: weight of the tokens in which the answers differ; of the others it is 1.
     references: by the records' ids; None = there are none.
     """
 
-    changed: Positive = 1.0
+    diff_token_weight: Positive = 1.0
     references: Mapping[str, Reference] | None = None
     lonely: ClassVar[bool] = False  # several may share a row
 
@@ -41,15 +41,15 @@ class Pairs(Config):
         others = [with_rejected(record)]
         tools = record.get("tools")
         example = processor(record["messages"], budget=budget, kind=record["kind"], others=others, tools=tools)
-        if self.changed != 1:
-            example = example._replace(weight=weighted(example, self.changed))
+        if self.diff_token_weight != 1:
+            example = example._replace(weight=weighted(example, self.diff_token_weight))
         return example if self.references is None else self._with_reference(example, record["id"])
 
     def _with_reference(self, example: Example, name: str) -> Example:
         found, again = self.references.get(name), "run python -m mllm_jax.train.algorithms.reference again"
         if found is None:
             raise BadData(f"{name} has no log-probabilities in the file of config.train.preference; {again}")
-        if found.mark != mark(example):
+        if found.content_hash != content_hash(example):
             raise BadData(
                 f"{name} is not what it was when its log-probabilities were computed: the record, the tokenizer, the "
                 f"size of its pictures or the weight of its tokens has changed; {again}"
@@ -89,13 +89,13 @@ def last_run(weight: np.ndarray) -> np.ndarray:
     return np.where(np.arange(len(weight)) >= start, weight, 0).astype(np.float32)
 
 
-def weighted(example: Example, changed: float) -> np.ndarray:
+def weighted(example: Example, diff_token_weight: float) -> np.ndarray:
     """Weights f32[n] in which the tokens that differ between two answers count `changed` times."""
     parts = np.split(np.arange(len(example.tokens)), np.cumsum(example.lengths)[:-1])
     chosen, rejected = (part[example.weight[part] != 0] for part in parts)
     weight = example.weight.copy()
     for places, same in zip((chosen, rejected), same_tokens(example.tokens[chosen], example.tokens[rejected])):
-        weight[places[~same]] *= changed
+        weight[places[~same]] *= diff_token_weight
     return weight
 
 
@@ -108,7 +108,7 @@ def same_tokens(a: Sequence[int], b: Sequence[int]) -> tuple[np.ndarray, np.ndar
     return same
 
 
-def mark(example: Example) -> int:
+def content_hash(example: Example) -> int:
     """A number that changes with tokens, weights, and sizes of pictures, but not with pixels."""
     grids = np.array([picture.grid for picture in example.pictures], np.int32)
     found = 0

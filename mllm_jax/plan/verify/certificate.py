@@ -107,7 +107,7 @@ def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, me
     """The forward pass and one training step on a mesh, in fp32."""
     model = replace(model, runtime=replace(model.runtime, dtype="float32"))
     rules, experts = model.runtime.rules, model.decoder.moe is not None
-    optim = OptimConfig(schedule="constant", clip=0.0)
+    optim = OptimConfig(schedule="constant", max_grad_norm=0.0)
     context = TrainContext(
         model, optim, mesh, balance=balance if experts else BalanceConfig(), optimizer=gradient_as_state()
     )

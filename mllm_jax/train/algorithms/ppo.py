@@ -35,8 +35,8 @@ class Ppo(Algorithm):
 
     def judge_run(self) -> Run:
         """The run that trained the reward model. Raises ConfigError where it did not."""
-        folder = self.config.reward
-        what = f"config.algorithm.reward={folder!r}"
+        folder = self.config.reward_model
+        what = f"config.algorithm.reward_model={folder!r}"
         try:
             found = read_config(folder)
         except FileNotFoundError as error:
@@ -64,15 +64,17 @@ class Ppo(Algorithm):
         own, other = (chat_processor(processor_of(one), one.model, one.data) for one in (run, judged))
         if differ := differences(run, judged, own, other):
             listed = "; ".join(differ)
-            raise ConfigError(f"config.algorithm.reward={ppo.reward!r} reads otherwise than the model: {listed}")
-        room, positions = run.data.tokens + ppo.new_tokens, run.model.decoder.positions
+            raise ConfigError(
+                f"config.algorithm.reward_model={ppo.reward_model!r} reads otherwise than the model: {listed}"
+            )
+        room, positions = run.data.tokens + ppo.response_length, run.model.decoder.positions
         if 0 < positions < room:
             raise ConfigError(
-                f"config.data.tokens and config.algorithm.new_tokens are {room} tokens, and the model has learned "
+                f"config.data.tokens and config.algorithm.response_length are {room} tokens, and the model has learned "
                 f"{positions} positions: lower the one or the other"
             )
         first = first_params(run, mesh) if ppo.reference == FIRST else None
-        model, reward = restore_params(ppo.reward, mesh=mesh)
+        model, reward = restore_params(ppo.reward_model, mesh=mesh)
         found = {"first": None if first is None else int(fingerprint(first)), "reward": int(fingerprint(reward))}
         file = Path(workdir) / FILE
         if not resumed:
@@ -80,7 +82,7 @@ class Ppo(Algorithm):
         elif read_note(file, BEGIN_ANEW, reward=int) != found:
             raise ConfigError(
                 f"{workdir} had other weights to begin with, or another reward model, than config.init={run.init!r}, "
-                f"config.train.seed={run.train.seed} and config.algorithm.reward={ppo.reward!r} give now: "
+                f"config.train.seed={run.train.seed} and config.algorithm.reward_model={ppo.reward_model!r} give now: "
                 "give it those again, or use another --workdir"
             )
         return (Judge(reward, jnp.asarray(own.stop_ids, jnp.int32), first, model),)

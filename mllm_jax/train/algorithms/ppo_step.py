@@ -42,11 +42,11 @@ class PpoObjective(Objective):
     def sums(self, params, batch: Batch, key=None, frozen=None, rewards=None) -> Sums:
         before, ppo = batch.experience, self.ppo
         log_probs, values, routing = log_probs_and_values(self.config, params, batch, self.chunk)
-        policy, clipped = policy_loss(log_probs, before.log_probs, before.advantages, ppo.clip)
-        value = value_loss(values, before.values, before.returns, ppo.clip_value)
+        policy, clipped = policy_loss(log_probs, before.log_probs, before.advantages, ppo.cliprange)
+        value = value_loss(values, before.values, before.returns, ppo.cliprange_value)
         total = lambda x: jnp.sum(jnp.where(batch.weight > 0, x, 0))
         sums = dict(
-            loss=total(policy + ppo.value * value),
+            loss=total(policy + ppo.vf_coef * value),
             policy_loss=total(policy),
             value_loss=total(value),
             clipped=total(clipped),
@@ -93,4 +93,4 @@ def make_ppo_step(context: TrainContext, ppo: PpoConfig, chunk: int = CHUNK) -> 
 def minibatches(rows: int, ppo: PpoConfig, key) -> Array:
     """i32[updates rows/minibatches] numbers of rows: in every epoch each once, in an order of its own."""
     orders = [jax.random.permutation(each, rows) for each in jax.random.split(key, ppo.epochs)]
-    return jnp.reshape(jnp.stack(orders), (ppo.updates_per_step, rows // ppo.minibatches))
+    return jnp.reshape(jnp.stack(orders), (ppo.updates_per_step, rows // ppo.num_mini_batches))

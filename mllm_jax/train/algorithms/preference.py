@@ -80,7 +80,7 @@ class Preference(Algorithm):
 
     def reading(self) -> Pairs:
         stored = read_references(self.config.reference) if self.config.stored else None
-        return Pairs(self.config.changed, stored)
+        return Pairs(self.config.diff_token_weight, stored)
 
     def padding(self) -> Batch:
         return collate([[]], self.run.data.budget, **self.run.model.layout, references=self.config.stored)

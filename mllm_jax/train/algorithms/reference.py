@@ -24,7 +24,7 @@ from rich.progress import track
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import Packer, collate
-from mllm_jax.data.pipeline.preference import Pairs, Reference, mark
+from mllm_jax.data.pipeline.preference import Pairs, Reference, content_hash
 from mllm_jax.data.pipeline.workers import Guarded, Process, Skipped
 from mllm_jax.data.sources.mixture import Mixture
 from mllm_jax.sharding.mesh import make_mesh
@@ -62,14 +62,14 @@ def log_probs(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return answer_log_probs(run.model, params, batch, run.train.loss_chunk)[0]
 
-    size = run.data.batch // run.train.accumulate
+    size = run.data.batch // run.train.grad_accum_steps
     for rows in _batches(_examples(run, leave_out, watch), run, size):
         batch = collate([[example for _, example in row] for row in rows], run.data.budget, **run.model.layout)
         found = np.asarray(answers(params, jax.device_put(batch, batch_shardings(batch, mesh, rules))))
         for row, values in zip(rows, found):
             for number, (name, example) in enumerate(row):
                 chosen, rejected = values[2 * number : 2 * number + 2].tolist()
-                yield name, Reference(mark(example), (chosen, rejected))
+                yield name, Reference(content_hash(example), (chosen, rejected))
 
 
 def _examples(run: Run, leave_out: Callable, watch: Callable) -> Iterator[Named]:
@@ -77,7 +77,7 @@ def _examples(run: Run, leave_out: Callable, watch: Callable) -> Iterator[Named]
     source = data.source("train")
     sources = source.sources if isinstance(source, Mixture) else [source]
     processor = algorithm_of(run).processor()
-    read = Process(processor, data.budget, data.strict, Pairs(run.algorithm.changed))
+    read = Process(processor, data.budget, data.strict, Pairs(run.algorithm.diff_token_weight))
     places = [(one, index) for one in sources for index in range(len(one))]
 
     def example(place: tuple[Any, int]) -> tuple[str, Example | Skipped]:

@@ -93,16 +93,16 @@ def experience(
     reward is the reward model's, with what is added for length and where an answer does not end; kl is the sum over
     tokens of log p - log p_reference.
     """
-    answered = respond(config, params, prompts, judge.stop, ppo.new_tokens, key)
+    answered = respond(config, params, prompts, judge.stop, ppo.response_length, key)
     batch, real = answered.policy, answered.policy.weight > 0
     log_probs, values, _ = log_probs_and_values(config, params, batch, chunk)
     known = split_adapters(params)[0] if judge.first is None else judge.first
     reference = log_probs_and_values(config, known, batch, chunk)[0]
     size = jnp.sum(real, axis=1)
     score = scores(judge.model, judge.reward, answered.judged)[0][:, 0]
-    score += jnp.where(answered.ended, 0, ppo.unfinished) + ppo.length * size / ppo.new_tokens
-    rewards = token_rewards(score, log_probs, reference, real, ppo.kl)
-    advantage = advantages(rewards, values, real, ppo.gamma, ppo.lam)
+    score += jnp.where(answered.ended, 0, ppo.missing_eos_penalty) + ppo.length_bonus * size / ppo.response_length
+    rewards = token_rewards(score, log_probs, reference, real, ppo.kl_coef)
+    advantage = advantages(rewards, values, real, ppo.gamma, ppo.gae_lambda)
     learned = Experience(log_probs, values, whitened(advantage, real), advantage + values)
     mean = lambda x: jnp.sum(jnp.where(size > 0, x, 0)) / jnp.maximum(jnp.sum(size > 0), 1)
     kl = jnp.sum(jnp.where(real, log_probs - reference, 0), axis=1)

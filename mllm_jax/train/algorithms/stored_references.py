@@ -14,7 +14,7 @@ def read_references(path: str) -> dict[str, Reference]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines]
-        return {item["id"]: Reference(item["mark"], tuple(item["log_probs"])) for item in found}
+        return {item["id"]: Reference(item["content_hash"], tuple(item["log_probs"])) for item in found}
     except OSError as error:
         raise ConfigError(
             f"config.algorithm.reference={path!r} is neither 'base', 'first' or 'none' nor a file that can be "
@@ -33,8 +33,8 @@ def write_references(path: Path, found: Iterable[tuple[str, Reference]]) -> int:
     with whole_file(path) as file:
         marks: dict[str, int] = {}
         for name, reference in found:
-            if marks.setdefault(name, reference.mark) != reference.mark:
+            if marks.setdefault(name, reference.content_hash) != reference.content_hash:
                 raise ConfigError(f"two records are called {name!r}: give each its own id")
-            line = {"id": name, "mark": reference.mark, "log_probs": reference.log_probs}
+            line = {"id": name, "content_hash": reference.content_hash, "log_probs": reference.log_probs}
             file.write(json.dumps(line) + "\n")
     return len(marks)

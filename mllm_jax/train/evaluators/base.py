@@ -24,13 +24,13 @@ class Evaluator:
 
     def __init__(self, run: Run, processor: Any, mesh: Mesh, source: Any):
         self.run, self.processor, self.mesh = run, processor, mesh
-        self.source = Spread(source, run.train.heldout)
+        self.source = Spread(source, run.train.num_eval_examples)
         self._step = compiled_together(self.make_step())
 
     def __call__(self, params: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """The results by name, such as {"loss": 1.5}; `after_batch` is called after each batch."""
         totals = self.no_records()
-        rows = self.run.data.batch // self.run.train.accumulate
+        rows = self.run.data.batch // self.run.train.grad_accum_steps
         for batch, info in batches(self.source, self.processor, self.run.data, rows, self.reading):
             self.add(totals, jax.device_get(self._step(params, placed(batch, self.shardings(batch)))), batch, info)
             after_batch()

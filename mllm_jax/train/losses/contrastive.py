@@ -33,8 +33,10 @@ class ContrastiveConfig(AlgorithmConfig):
     model: ClassVar[type] = DualConfig
 
     def check(self, run: Any, path: str) -> None:
-        if run.train.accumulate > 1:
-            raise ConfigError(f"{path}.train.accumulate must be 1: every pair of a batch is compared with all others")
+        if run.train.grad_accum_steps > 1:
+            raise ConfigError(
+                f"{path}.train.grad_accum_steps must be 1: every pair of a batch is compared with all others"
+            )
         if run.lora.drops:
             raise ConfigError(f"{path}.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
 

@@ -21,49 +21,52 @@ class PpoConfig(AlgorithmConfig):
 
     Numbers are those of LLaVA-RLHF, unless said otherwise.
 
-    reward: folder of a run that trained a reward model (`RewardConfig`), or name of such a stage.
-    new_tokens: of the longest answer.
-    epochs, minibatches: the answers to a batch are learned so often, in so many parts, each of them an update.
-    kl: what is taken from the reward for every unit of log p(token) - log p_reference(token).
+    reward_model: folder of a run that trained a reward model (`RewardConfig`), or name of such a stage.
+    response_length: of the longest answer.
+    epochs, num_mini_batches: the answers to a batch are learned so often, in so many parts, each of them an update.
+    kl_coef: what is taken from the reward for every unit of log p(token) - log p_reference(token).
     reference: "first", a frozen copy of the weights that the run begins with, or "base", the model without adapters.
-    clip: how far a token's probability may move, as a share, before its gradient ends; clip_value: the same of values.
-    value: weight of the critic's loss.
-    gamma, lam: discount, and lambda of generalised advantage estimation.
-    unfinished: what is added to the reward of an answer that does not end within `new_tokens`.
-    length: what is added to that of an answer of `new_tokens`, and in proportion to that of a shorter one (0 is ours;
-      LLaVA-RLHF has -10, for rewards of its size).
+    cliprange: how far a token's probability may move, as a share, before its gradient ends; cliprange_value: the same
+      of values.
+    vf_coef: weight of the critic's loss.
+    gamma, gae_lambda: discount, and lambda of generalised advantage estimation.
+    missing_eos_penalty: what is added to the reward of an answer that does not end within `response_length`.
+    length_bonus: what is added to that of an answer of `response_length`, and in proportion to that of a shorter one (0
+      is ours; LLaVA-RLHF has -10, for rewards of its size).
     """
 
-    reward: str = ""
-    new_tokens: PositiveInt = 64
+    reward_model: str = ""
+    response_length: PositiveInt = 64
     epochs: PositiveInt = 2
-    minibatches: PositiveInt = 2
-    kl: NonNegative = 0.1
+    num_mini_batches: PositiveInt = 2
+    kl_coef: NonNegative = 0.1
     reference: Annotated[str, OneOf((FIRST, BASE))] = FIRST
-    clip: Annotated[float, Range(above=0, below=1)] = 0.2
-    clip_value: Positive = 0.2
-    value: NonNegative = 0.1
+    cliprange: Annotated[float, Range(above=0, below=1)] = 0.2
+    cliprange_value: Positive = 0.2
+    vf_coef: NonNegative = 0.1
     gamma: Fraction = 1.0
-    lam: Fraction = 1.0
-    unfinished: Finite = -8.0
-    length: Finite = 0.0
+    gae_lambda: Fraction = 1.0
+    missing_eos_penalty: Finite = -8.0
+    length_bonus: Finite = 0.0
 
     value_head: ClassVar[bool] = True
-    runs: ClassVar[tuple[str, ...]] = ("reward",)
+    runs: ClassVar[tuple[str, ...]] = ("reward_model",)
 
     @property
     def updates_per_step(self) -> int:
-        return self.epochs * self.minibatches
+        return self.epochs * self.num_mini_batches
 
     def check(self, run: Any, path: str) -> None:
-        if not self.reward:
+        if not self.reward_model:
             raise ConfigError(
-                f"{path}.algorithm.reward is empty. Set it to the folder of a run that trained a reward model, or to "
+                f"{path}.algorithm.reward_model is empty. Set it to the folder of a run that trained a reward model, "
+                "or to "
                 "the name of such a stage"
             )
-        if run.data.batch % (self.minibatches * run.train.accumulate):
+        if run.data.batch % (self.num_mini_batches * run.train.grad_accum_steps):
             raise ConfigError(
-                f"{path}.algorithm.minibatches={self.minibatches} times {path}.train.accumulate={run.train.accumulate} "
+                f"{path}.algorithm.num_mini_batches={self.num_mini_batches} times "
+                f"{path}.train.grad_accum_steps={run.train.grad_accum_steps} "
                 f"must divide {path}.data.batch={run.data.batch}"
             )
         if run.lora.drops:
@@ -71,13 +74,13 @@ class PpoConfig(AlgorithmConfig):
         check_reference(self.reference, run.lora, path)
 
 
-def token_rewards(score, log_probs, reference, real, kl: float) -> Array:
+def token_rewards(score, log_probs, reference, real, kl_coef: float) -> Array:
     """-kl (log p - log p_reference) for every token, and at the last one of an answer its score f32[B] besides."""
     last = real & ~jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
-    return jnp.where(real, -kl * (log_probs - reference), 0) + jnp.where(last, score[:, None], 0)
+    return jnp.where(real, -kl_coef * (log_probs - reference), 0) + jnp.where(last, score[:, None], 0)
 
 
-def advantages(rewards, values, real, gamma: float, lam: float) -> Array:
+def advantages(rewards, values, real, gamma: float, gae_lambda: float) -> Array:
     """Generalised advantage estimation, arXiv 1506.02438, equation 16: sum_k (gamma lam)^k delta_(t+k).
 
     delta_t = r_t + gamma v_(t+1) - v_t; behind an answer's last token nothing is expected any more.
@@ -86,7 +89,7 @@ def advantages(rewards, values, real, gamma: float, lam: float) -> Array:
     delta = jnp.where(real, rewards + gamma * jnp.pad(values[:, 1:], ((0, 0), (0, 1))) - values, 0)
 
     def earlier(later, now):
-        return (now + gamma * lam * later,) * 2
+        return (now + gamma * gae_lambda * later,) * 2
 
     return jnp.where(real, jax.lax.scan(earlier, jnp.zeros(len(delta)), delta.T, reverse=True)[1].T, 0)
 
@@ -99,18 +102,18 @@ def whitened(x, real, eps: float = 1e-8) -> Array:
     return jnp.where(real, (x - mean) * jax.lax.rsqrt(variance + eps), 0)
 
 
-def policy_loss(log_probs, before, advantage, clip: float) -> tuple[Array, Array]:
+def policy_loss(log_probs, before, advantage, cliprange: float) -> tuple[Array, Array]:
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A), f32[...], and whether it is clipped, bool[...].
 
     arXiv 1707.06347, equation 7. ratio: p / p_before of a token. Where it has gone further than the clip, the way A
     wants it, there is no gradient.
     """
     ratio = jnp.exp(log_probs - before)
-    free, bounded = -ratio * advantage, -jnp.clip(ratio, 1 - clip, 1 + clip) * advantage
+    free, bounded = -ratio * advantage, -jnp.clip(ratio, 1 - cliprange, 1 + cliprange) * advantage
     return jnp.maximum(free, bounded), bounded > free
 
 
-def value_loss(values, before, returns, clip: float) -> Array:
+def value_loss(values, before, returns, cliprange_value: float) -> Array:
     """Half the larger square error of the value and of the value within `clip` of what it was before, f32[...]."""
-    bounded = jnp.clip(values, before - clip, before + clip)
+    bounded = jnp.clip(values, before - cliprange_value, before + cliprange_value)
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(bounded - returns))

@@ -29,10 +29,11 @@ class PreferenceConfig(AlgorithmConfig):
     dpo, ipo, bco, sft: weights of the losses, of which a run minimises the sum. DPO is dpo=1, MPO of InternVL dpo=0.8,
       bco=0.2, sft=1 (arXiv 2411.10442).
     beta: how far answers may go from the reference: less is further.
-    smoothing: share of pairs whose preference is taken to be wrong (cDPO).
-    margin: by which a chosen answer's reward shall be the larger one, of `dpo` (SimPO's gamma).
-    average: log-probabilities are divided by the sum of their weights, |y| where these are 1.
-    changed: weight of the tokens in which a pair's answers differ (RLHF-V's gamma); with `average`, as in its paper.
+    label_smoothing: share of pairs whose preference is taken to be wrong (cDPO).
+    simpo_gamma: by which a chosen answer's reward shall be the larger one, of `dpo` (SimPO's gamma).
+    length_normalize: log-probabilities are divided by the sum of their weights, |y| where these are 1.
+    diff_token_weight: weight of the tokens in which a pair's answers differ (RLHF-V's gamma); with `length_normalize`,
+      as in its paper.
     reference: "base", the model without its adapters; "first", a frozen copy of the weights that the run begins with;
       "none", nothing (SimPO has none, an average and a margin); or a file of `python -m
       mllm_jax.train.algorithms.reference`.
@@ -43,10 +44,10 @@ class PreferenceConfig(AlgorithmConfig):
     bco: NonNegative = 0.0
     sft: NonNegative = 0.0
     beta: Positive = 0.1
-    smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0
-    margin: Finite = 0.0
-    average: bool = False
-    changed: Positive = 1.0
+    label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0
+    simpo_gamma: Finite = 0.0
+    length_normalize: bool = False
+    diff_token_weight: Positive = 1.0
     reference: str = FIRST
 
     def __post_init__(self):
@@ -69,14 +70,14 @@ class PreferenceConfig(AlgorithmConfig):
         check_reference(self.reference, run.lora, path)
 
 
-def dpo(ratio, beta: float, smoothing: float = 0.0, margin: float = 0.0) -> Array:
-    """-(1 - s) log sigmoid(x) - s log sigmoid(-x) where x = beta (ratio_w - ratio_l) - margin, f32[...].
+def dpo(ratio, beta: float, label_smoothing: float = 0.0, simpo_gamma: float = 0.0) -> Array:
+    """-(1 - s) log sigmoid(x) - s log sigmoid(-x) where x = beta (ratio_w - ratio_l) - simpo_gamma, f32[...].
 
-    arXiv 2305.18290, equation 7. s = smoothing: conservative DPO (ericmitchell.ai/cdpo.pdf). margin: gamma
+    arXiv 2305.18290, equation 7. s = label_smoothing: conservative DPO (ericmitchell.ai/cdpo.pdf). margin: gamma
     of SimPO (arXiv 2405.14734, equation 6), whose ratio is a mean log-probability without a reference.
     """
-    x = beta * (ratio[..., 0] - ratio[..., 1]) - margin
-    return -(1 - smoothing) * jax.nn.log_sigmoid(x) - smoothing * jax.nn.log_sigmoid(-x)
+    x = beta * (ratio[..., 0] - ratio[..., 1]) - simpo_gamma
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(x) - label_smoothing * jax.nn.log_sigmoid(-x)
 
 
 def ipo(ratio, beta: float) -> Array:
@@ -112,10 +113,10 @@ def preference_loss(config: PreferenceConfig, policy, reference, size, shift) ->
       shift: f32[], see `bco`.
     """
     ratio = policy - jax.lax.stop_gradient(reference)
-    if config.average:
+    if config.length_normalize:
         ratio = ratio / size
     losses = (
-        (config.dpo, lambda: dpo(ratio, config.beta, config.smoothing, config.margin)),
+        (config.dpo, lambda: dpo(ratio, config.beta, config.label_smoothing, config.simpo_gamma)),
         (config.ipo, lambda: ipo(ratio, config.beta)),
         (config.bco, lambda: bco(ratio, config.beta, shift)),
         (config.sft, lambda: sft(policy, size)),

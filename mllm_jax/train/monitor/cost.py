@@ -33,7 +33,7 @@ class BatchCost:
         total, room = (processes * sum(part.total for part in flops.values()) for flops in (needed, room))
         parts = ", ".join(f"{part} {processes * flops.total / total:.0%}" for part, flops in needed.items())
         yield f"a step needs {with_prefix(total)}FLOP ({parts}); with padding it has up to {with_prefix(room)}FLOP"
-        if run.model.decoder.moe is not None and run.train.balance.counts_first(run.train.accumulate):
+        if run.model.decoder.moe is not None and run.train.balance.counts_first(run.train.grad_accum_steps):
             first = processes * sum(flops.forward for part, flops in needed.items() if part != "head")
             yield (
                 f"train.balance.exact: a forward pass counts the choices of a batch first, {with_prefix(first)}FLOP or "

@@ -35,7 +35,7 @@ def find_nonfinite(
 
     First weights, then the first output forward, then the first gradient backward: what comes later follows from it.
     """
-    parts = run.train.accumulate
+    parts = run.train.grad_accum_steps
     look = jax.jit(_look(run, objective, mesh, orders := {}), out_shardings=NamedSharding(mesh, PartitionSpec()))
     for part in range(parts):
         rows = batch if parts == 1 else jax.tree.map(lambda x, part=part: x[part::parts], batch)  # every A-th

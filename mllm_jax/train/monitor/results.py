@@ -83,7 +83,8 @@ class Results:
                 raise Diverged(
                     f"the loss or the gradient was not finite in {self.bad} steps in a row, up to step {step}. They "
                     f"changed nothing; the checkpoint of step {self._checkpoints.latest()} is kept. A lower "
-                    "optim.learning_rate, optim.clip or another data.seed may help; --debug_nans names the layer"
+                    "optim.learning_rate, optim.max_grad_norm or another data.seed may help; --debug_nans names the "
+                    "layer"
                 )
 
     def _look_for_spike(self, step: int, loss: float, position: dict[str, Any]) -> None:

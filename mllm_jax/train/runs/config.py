@@ -83,11 +83,11 @@ class SpikeConfig(Config):
 class TrainConfig(Config):
     """
     seed: of random parameters, and of what dropout leaves out.
-    accumulate: parts that a batch is worked off in, to save memory; the result is that of the whole batch.
+    grad_accum_steps: parts that a batch is worked off in, to save memory; the result is that of the whole batch.
     loss_chunk: targets of a row whose logits are held at once.
     log_every, evaluate_every, save_every: in steps; 0 = at the end only.
-    heldout: number of held-out conversations to evaluate on.
-    keep: checkpoints that are kept.
+    num_eval_examples: number of held-out conversations to evaluate on.
+    max_to_keep: checkpoints that are kept.
     verify: whether checkpoints hold a fingerprint of every array, which is compared when they are read. It costs one
       pass over the state on the devices at every save.
     save_local_every, local: between these, every so many steps, each process saves what it holds in a folder on its own
@@ -101,13 +101,13 @@ class TrainConfig(Config):
     """
 
     seed: Seed = 0
-    accumulate: PositiveInt = 1
+    grad_accum_steps: PositiveInt = 1
     loss_chunk: PositiveInt = CHUNK
     log_every: NonNegativeInt = 10
     evaluate_every: NonNegativeInt = 0
-    heldout: PositiveInt = 256
+    num_eval_examples: PositiveInt = 256
     save_every: NonNegativeInt = 500
-    keep: PositiveInt = 3
+    max_to_keep: PositiveInt = 3
     verify: bool = True
     save_local_every: NonNegativeInt = 0
     local: str = ""
@@ -301,9 +301,9 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
     if not run.optim.steps and run.data.epochs is None:
         or_epochs = "" if isinstance(run.data, MixtureData) else f" or {path}.data.epochs"
         raise ConfigError(f"{path}.optim.steps=0: the data have no end. Set {path}.optim.steps{or_epochs}")
-    if run.data.batch % run.train.accumulate:
+    if run.data.batch % run.train.grad_accum_steps:
         raise ConfigError(
-            f"{path}.train.accumulate={run.train.accumulate} must divide {path}.data.batch={run.data.batch}"
+            f"{path}.train.grad_accum_steps={run.train.grad_accum_steps} must divide {path}.data.batch={run.data.batch}"
         )
     if whole.model.encoder is None and run.data.budget.rows:
         raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")

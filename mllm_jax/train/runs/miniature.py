@@ -48,7 +48,7 @@ def _stage(run: Run | Stage) -> Stage:
     if lora and lora.rank > RANK:
         lora = replace(lora, rank=RANK, alpha=lora.alpha * RANK / lora.rank)
     train = run.train and replace(
-        run.train, loss_chunk=64, log_every=1, evaluate_every=0, save_every=0, heldout=8, accumulate=1
+        run.train, loss_chunk=64, log_every=1, evaluate_every=0, save_every=0, num_eval_examples=8, grad_accum_steps=1
     )
     mesh = run.mesh and {"fsdp": -1}
     return Stage(

@@ -39,10 +39,11 @@ class OptimConfig(Config):
     schedule: "cosine", "linear", "constant", or "step" (divided by the square root of 10 after one half and again after
       three quarters, DeepSeek-VL2, arXiv 2412.10302), after a linear rise over `warmup` of the `steps` updates.
     steps: updates of the weights; of PPO, batches. 0: as many as `data.epochs` make, see `mllm_jax.train.length`.
-    final: share of `learning_rate` that is left at the end of the schedule.
+    final_lr_ratio: share of `learning_rate` that is left at the end of the schedule.
     weight_decay: decoupled, times the learning rate; on matrices and adapters, not on norms, biases and embeddings.
-    clip: largest global norm of the gradients; 0 = any.
-    factors: (pattern, factor) pairs; the first pattern that is found in a weight's path scales its learning rate.
+    max_grad_norm: largest global norm of the gradients; 0 = any.
+    lr_multipliers: (pattern, factor) pairs; the first pattern that is found in a weight's path scales its learning
+      rate.
     freeze: patterns of weights that are not trained: they have no optimizer state and cost no backward pass.
 
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
@@ -53,13 +54,13 @@ class OptimConfig(Config):
     schedule: Annotated[str, OneOf(tuple(SCHEDULES))] = "cosine"
     warmup: NonNegativeInt = 0
     steps: NonNegativeInt = 1000
-    final: Fraction = 0.0
+    final_lr_ratio: Fraction = 0.0
     b1: Decay = 0.9
     b2: Decay = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
-    clip: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
-    factors: tuple[tuple[Pattern, NonNegative], ...] = ()
+    max_grad_norm: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
+    lr_multipliers: tuple[tuple[Pattern, NonNegative], ...] = ()
     freeze: tuple[Pattern, ...] = ()
 
     def __post_init__(self):
@@ -76,7 +77,7 @@ def make_schedule(config: OptimConfig) -> Callable:
         count = jnp.asarray(count, jnp.float32)
         rise = jnp.minimum((count + 1) / max(config.warmup, 1), 1)
         t = jnp.clip((count - config.warmup) / max(config.steps - config.warmup, 1), 0, 1)
-        fall = config.final + (1 - config.final) * SCHEDULES[config.schedule](t)
+        fall = config.final_lr_ratio + (1 - config.final_lr_ratio) * SCHEDULES[config.schedule](t)
         return config.learning_rate * rise * jnp.where(count < config.warmup, 1, fall)
 
     return schedule
@@ -98,15 +99,15 @@ def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransform
     """
     paths = list(flatten(params))
     check_patterns(config.freeze, paths, "optim.freeze")
-    check_patterns([pattern for pattern, _ in config.factors], paths, "optim.factors")
+    check_patterns([pattern for pattern, _ in config.lr_multipliers], paths, "optim.lr_multipliers")
     if not split(params, config.freeze)[0]:
         raise ValueError(f"optim.freeze={config.freeze} leaves nothing to train")
     schedule = make_schedule(config)
     chain = [RULES[config.name](config)]
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
-    if config.factors:
-        scaled = lambda path, x: x * first_found(config.factors, path, 1.0)
+    if config.lr_multipliers:
+        scaled = lambda path, x: x * first_found(config.lr_multipliers, path, 1.0)
         chain.append(optax.stateless(lambda updates, _: map_with_paths(scaled, updates)))
     chain.append(optax.scale_by_learning_rate(schedule))
     inner = optax.chain(*chain)

@@ -32,8 +32,8 @@ def update(
     trainable, frozen = split(state.params, optim.freeze)
     norm = optax.global_norm(grads)
     finite = jnp.all(jnp.isfinite(jnp.array([norm, *found.values()])))
-    if optim.clip:
-        scale = jnp.minimum(1, optim.clip / norm)
+    if optim.max_grad_norm:
+        scale = jnp.minimum(1, optim.max_grad_norm / norm)
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
     params = adjust(join(optax.apply_updates(trainable, updates), frozen))

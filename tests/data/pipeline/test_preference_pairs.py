@@ -11,7 +11,7 @@ from PIL import Image
 
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate
-from mllm_jax.data.pipeline.preference import Pairs, Reference, last_run, mark, same_tokens
+from mllm_jax.data.pipeline.preference import Pairs, Reference, content_hash, last_run, same_tokens
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.records import BadData, BadRecord, read_record
@@ -197,7 +197,9 @@ def test_a_conversation_is_no_pair(processor):
 
 def test_references_come_with_their_records_and_are_refused_with_others(processor):
     records = [record(i) for i in range(4)]
-    known = {r["id"]: Reference(mark(Pairs()(processor, r)), (-1.0 - i, -2.0 - i)) for i, r in enumerate(records)}
+    known = {
+        r["id"]: Reference(content_hash(Pairs()(processor, r)), (-1.0 - i, -2.0 - i)) for i, r in enumerate(records)
+    }
     batches = [batch for batch, _ in loader(processor, records, reading=Pairs(references=known))]
     found = np.concatenate([batch.reference[batch.reference < 0] for batch in batches])
     np.testing.assert_allclose(sorted(found), sorted(x for r in known.values() for x in r.log_probs))

@@ -39,7 +39,7 @@ def tiny(**changes):
     config.model.text_pool.width = 32
     config.data.batch = 8
     config.optim.update(name="adamw", schedule="constant", steps=4, warmup=1)
-    config.train.update(log_every=2, save_every=2, evaluate_every=0, heldout=20)
+    config.train.update(log_every=2, save_every=2, evaluate_every=0, num_eval_examples=20)
     config.update(changes)
     return config
 
@@ -170,7 +170,7 @@ def test_recall():
             "config.processor must name a folder",
         ),
         ({"model": {"text": {"vocab": 100}}}, "config.model.text.vocab=100 is less than the processor's"),
-        ({"train": {"accumulate": 2}}, "config.train.accumulate must be 1"),
+        ({"train": {"grad_accum_steps": 2}}, "config.train.grad_accum_steps must be 1"),
         ({"model": {"type": "VitConfig"}}, "config.model"),
     ],
     ids=str,

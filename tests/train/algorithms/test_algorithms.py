@@ -29,8 +29,8 @@ class ScaledConfig(AlgorithmConfig):
     factor: NonNegative = 2.0
 
     def check(self, run, path):
-        if run.train.accumulate > 4:
-            raise ConfigError(f"{path}.train.accumulate={run.train.accumulate}: must be at most 4.")
+        if run.train.grad_accum_steps > 4:
+            raise ConfigError(f"{path}.train.grad_accum_steps={run.train.grad_accum_steps}: must be at most 4.")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def test_a_new_algorithm_trains(scaled, tmp_path):
 
 
 def test_its_config_checks_the_other_settings(scaled):
-    scaled.train.accumulate = 8
-    with pytest.raises(ConfigError, match="config.train.accumulate=8: must be at most 4"):
+    scaled.train.grad_accum_steps = 8
+    with pytest.raises(ConfigError, match="config.train.grad_accum_steps=8: must be at most 4"):
         read_run(scaled)
     scaled.algorithm.factor = -1.0
     with pytest.raises(ConfigError, match="config.algorithm.factor=-1.0: must be at least 0"):

@@ -34,14 +34,14 @@ def a_config(stage, steps, **settings):
     config.model = tiny_run.get_config().model
     config.data.update(batch=8, tokens=192 if stage == "reward" else 48, rows=1, patches=112)
     config.optim.update(steps=steps, warmup=0, learning_rate=1e-2)
-    config.train.update(log_every=1, save_every=2, evaluate_every=0, heldout=16, loss_chunk=32)
+    config.train.update(log_every=1, save_every=2, evaluate_every=0, num_eval_examples=16, loss_chunk=32)
     config.train.update(settings)
     return config
 
 
 def ppo_config(reward, steps=4, **ppo):
     config = a_config("ppo", steps)
-    config.algorithm.update(reward=str(reward), new_tokens=8, **ppo)
+    config.algorithm.update(reward_model=str(reward), response_length=8, **ppo)
     return config
 
 

@@ -24,7 +24,7 @@ from mllm_jax.train.step.train_step import make_train_step
 
 CONFIG = tiny_config()
 BUDGET = Budget(tokens=149, rows=2, patches=128)
-OPTIM = OptimConfig(learning_rate=1e-3, schedule="constant", clip=0.0)
+OPTIM = OptimConfig(learning_rate=1e-3, schedule="constant", max_grad_norm=0.0)
 MPO = PreferenceConfig(dpo=0.8, bco=0.2, sft=1.0, beta=0.3)
 batch_of = partial(collate, merge=2, values=VALUES)
 
@@ -165,7 +165,7 @@ def test_a_step_equals_the_losses_of_full_logits(params, other, rows, single):
 
 def test_meshes_parts_and_remat_change_nothing(params, other, rows, single):
     config = tiny_config(remat="full")
-    state, step = start(params, {"data": 2, "fsdp": 2, "tensor": 2}, MPO, config, accumulate=2)
+    state, step = start(params, {"data": 2, "fsdp": 2, "tensor": 2}, MPO, config, grad_accum_steps=2)
     batch = jax.device_put(rows, batch_shardings(rows, state.step.sharding.mesh, config.runtime.rules))
     state, metrics = step(state, batch, jax.device_put(other, jax.tree.map(lambda x: x.sharding, state.params)))
     for name, expected in single[1].items():

@@ -28,7 +28,7 @@ def a_config(reference, **preference):
     config.model = small.model
     config.data.update(batch=8, tokens=160, rows=1, patches=112)
     config.optim.update(steps=4, warmup=0, learning_rate=1e-2)
-    config.train.update(log_every=1, save_every=2, evaluate_every=0, heldout=8, loss_chunk=32)
+    config.train.update(log_every=1, save_every=2, evaluate_every=0, num_eval_examples=8, loss_chunk=32)
     config.algorithm.update(reference=reference, **preference)
     return config
 

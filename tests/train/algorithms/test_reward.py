@@ -149,7 +149,7 @@ def a_config(stage="ppo", **train):
 def test_the_stages_of_the_config_follow_what_they_need(tmp_path):
     config = tiny_run.load_config("ppo")
     assert names_in_order(config) == ["learn", "reward", "ppo"]
-    assert stage_config(config, "ppo", tmp_path).algorithm.reward == str(tmp_path / "reward")
+    assert stage_config(config, "ppo", tmp_path).algorithm.reward_model == str(tmp_path / "reward")
     config.stages.reward.after = "ppo"
     with pytest.raises(ConfigError, match="need each other in a circle"):
         names_in_order(config)
@@ -167,10 +167,13 @@ def test_only_runs_that_need_values_have_them_and_adapters_leave_them_trained():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"algorithm.reward": ""}, "config.algorithm.reward is empty. Set it to the folder of a run that trained"),
         (
-            {"algorithm.minibatches": 5},
-            "minibatches=5 times config.train.accumulate=1 must divide config.data.batch=64",
+            {"algorithm.reward_model": ""},
+            "config.algorithm.reward_model is empty. Set it to the folder of a run that trained",
+        ),
+        (
+            {"algorithm.num_mini_batches": 5},
+            "minibatches=5 times config.train.grad_accum_steps=1 must divide config.data.batch=64",
         ),
         ({"algorithm.reference": "base"}, "the model without its adapters, which needs config.lora.rank"),
     ],
@@ -189,7 +192,7 @@ def test_what_a_run_refuses(monkeypatch, tmp_path):
         read_run(config)
     run = read_run(a_config())
     with pytest.raises(
-        ConfigError, match="algorithm.reward='reward' must be the folder of a run that trained a reward model"
+        ConfigError, match="algorithm.reward_model='reward' must be the folder of a run that trained a reward model"
     ):
         algorithm_of(run).check_sources()
     with pytest.raises(ConfigError, match="steps of PPO are not planned"):

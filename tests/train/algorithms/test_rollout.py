@@ -28,8 +28,10 @@ DECODER = replace(SEEING.decoder, layers=1, width=32, mlp=32, attention=replace(
 CONFIG = ModelConfig(None, decoder=DECODER, value_head=True)  # of text alone: most of a test is compilation
 COUNT, ROWS, EMPTY = 6, 8, 2
 BUDGET = Budget(tokens=40, rows=1, patches=32)
-OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", clip=0.0)
-PPO = PpoConfig(reward="somewhere", new_tokens=COUNT, kl=0.1, unfinished=-1.0, length=0.5)
+OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", max_grad_norm=0.0)
+PPO = PpoConfig(
+    reward_model="somewhere", response_length=COUNT, kl_coef=0.1, missing_eos_penalty=-1.0, length_bonus=0.5
+)
 batch_of = partial(collate, merge=2, values=VALUES)
 
 
@@ -141,7 +143,7 @@ def test_experience_equals_full_logits(learned, params, judge):
     assert float(about["reward"]) == pytest.approx(score.mean(), abs=1e-3)
     # With gamma and lambda 1, what the critic should have expected at first is the score less all of the KL penalty.
     returns = [np.asarray(batch.experience.returns)[b, real[b]][0] for b in range(ROWS) if size[b]]
-    np.testing.assert_allclose(returns, score - PPO.kl * kl[size > 0], atol=1e-3)
+    np.testing.assert_allclose(returns, score - PPO.kl_coef * kl[size > 0], atol=1e-3)
     whitened = np.asarray(batch.experience.advantages)
     assert whitened[real].std() == pytest.approx(1, abs=1e-3) and not whitened[~real].any()
 
@@ -221,7 +223,7 @@ def test_a_step_on_a_mesh():
 def test_rewards_rise(params, judge):
     """In two hundred steps from random weights, of what another model of random weights thinks of answers."""
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
-    ppo = replace(PPO, kl=0.01, unfinished=0.0, length=0.0, epochs=4, clip_value=5.0)
+    ppo = replace(PPO, kl_coef=0.01, missing_eos_penalty=0.0, length_bonus=0.0, epochs=4, cliprange_value=5.0)
     context = TrainContext(CONFIG, OPTIM, mesh)
     state, step = state_from_params(context, params), make_ppo_step(context, ppo, chunk=40)
     prompts, rewards = prompts_of(seeing=False), []

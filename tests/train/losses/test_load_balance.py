@@ -115,7 +115,7 @@ def rows():
 def take_step(params, rows, mesh=None, accumulate=1, balance=BALANCE, config=CONFIG):
     """(gradients before clipping, metrics, parameters after the step)."""
     mesh = make_mesh(mesh, jax.devices()[: 8 if mesh else 1])
-    optim = OptimConfig(b1=0.0, clip=0.0, learning_rate=1e-3)
+    optim = OptimConfig(b1=0.0, max_grad_norm=0.0, learning_rate=1e-3)
     context = TrainContext(config, optim, mesh, accumulate=accumulate, balance=balance)
     state = state_from_params(context, params)
     step = make_train_step(context, CrossEntropy(config))
@@ -141,7 +141,7 @@ def assert_equal_steps(got, want, tolerance=1e-5):
 
 
 def test_four_parts_equal_one_large_batch(params, rows, whole):
-    assert_equal_steps(take_step(params, rows, accumulate=4), whole)
+    assert_equal_steps(take_step(params, rows, grad_accum_steps=4), whole)
 
 
 def bias_of(step):
@@ -158,7 +158,7 @@ def test_a_mesh_balances_alike(params, rows, whole):
 
 def test_the_running_buffer_takes_the_parts_up_to_its_own(params, rows):
     """Two parts, every second row: f of the first is its own, f of the second that of both."""
-    running = take_step(params, rows, accumulate=2, balance=replace(BALANCE, exact=False))
+    running = take_step(params, rows, grad_accum_steps=2, balance=replace(BALANCE, exact=False))
     parts = [jax.tree.map(lambda x, i=i: x[i::2], rows) for i in range(2)]
     routing = [jax.jit(VLM(CONFIG).apply)({"params": params}, part).routing for part in parts]
     loads = [Load.of(part) for part in routing]

@@ -118,7 +118,7 @@ def test_value_loss_and_its_gradient():
 
 
 def test_minibatches_have_every_row_once_an_epoch():
-    ppo = PpoConfig(epochs=3, minibatches=2)
+    ppo = PpoConfig(epochs=3, num_mini_batches=2)
     parts = np.asarray(minibatches(8, ppo, jax.random.key(0)))
     assert parts.shape == (6, 4)
     for epoch in parts.reshape(3, 8):
@@ -150,7 +150,15 @@ def test_pairwise_loss_equals_trl():
 
 
 @pytest.mark.parametrize(
-    "wrong", ({"epochs": 0}, {"clip": 1.0}, {"lam": 1.5}, {"kl": -0.1}, {"new_tokens": 0}, {"reference": "none"})
+    "wrong",
+    (
+        {"epochs": 0},
+        {"cliprange": 1.0},
+        {"gae_lambda": 1.5},
+        {"kl_coef": -0.1},
+        {"response_length": 0},
+        {"reference": "none"},
+    ),
 )
 def test_what_a_config_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

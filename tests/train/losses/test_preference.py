@@ -63,13 +63,13 @@ def test_sums_of_losses():
     check(
         lambda policy: preference_loss(mpo, policy, jnp.float32(REFERENCE), jnp.float32(SIZE), 0.3)[0], closed, POLICY
     )
-    dense = PreferenceConfig(dpo=1.0, beta=0.5, average=True)
+    dense = PreferenceConfig(dpo=1.0, beta=0.5, length_normalize=True)
     check(
         lambda policy: preference_loss(dense, policy, jnp.float32(REFERENCE), jnp.float32(SIZE), 0.0)[0],
         lambda policy: -log_sigmoid(0.5 * np.subtract(*((policy - REFERENCE) / SIZE).T)),
         POLICY,
     )
-    simpo = PreferenceConfig(dpo=1.0, beta=2.0, margin=1.0, average=True, reference="none")
+    simpo = PreferenceConfig(dpo=1.0, beta=2.0, simpo_gamma=1.0, length_normalize=True, reference="none")
     check(
         lambda policy: preference_loss(simpo, policy, 0.0, jnp.float32(SIZE), 0.0)[0],
         lambda policy: -log_sigmoid(2.0 * np.subtract(*(policy / SIZE).T) - 1.0),
@@ -94,7 +94,9 @@ def test_running_mean():
     assert running_mean(jnp.zeros(2), 0.0, 0).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("wrong", ({"dpo": -1.0}, {"beta": 0.0}, {"smoothing": 0.5}, {"reference": ""}, {"dpo": 0.0}))
+@pytest.mark.parametrize(
+    "wrong", ({"dpo": -1.0}, {"beta": 0.0}, {"label_smoothing": 0.5}, {"reference": ""}, {"dpo": 0.0})
+)
 def test_what_a_config_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PreferenceConfig(**{"dpo": 1.0} | wrong)
@@ -104,8 +106,8 @@ def test_what_a_config_refuses(wrong):
     "ours, theirs",
     (
         (PreferenceConfig(dpo=1.0), dict(loss_types=["sigmoid"])),
-        (PreferenceConfig(dpo=1.0, average=True), dict(loss_types=["sigmoid_norm"])),
-        (PreferenceConfig(ipo=1.0, average=True), dict(loss_types=["ipo"])),
+        (PreferenceConfig(dpo=1.0, length_normalize=True), dict(loss_types=["sigmoid_norm"])),
+        (PreferenceConfig(ipo=1.0, length_normalize=True), dict(loss_types=["ipo"])),
         (PreferenceConfig(bco=1.0), dict(loss_types=["bco_pair"])),
         (PreferenceConfig(dpo=0.8, bco=0.2, sft=1.0), dict(loss_types=["sigmoid", "bco_pair", "sft"])),
     ),

@@ -126,7 +126,7 @@ def test_what_is_frozen_costs_no_backward():
 def test_a_run_says_what_exact_balance_costs():
     """Of a step a third is forward; the pass that counts choices leaves out the head."""
     decoder = replace(tiny_config().decoder, moe=MoeConfig(experts=4, top_k=2, mlp=16))
-    balanced = TrainConfig(accumulate=2, balance=BalanceConfig("global"))
+    balanced = TrainConfig(grad_accum_steps=2, balance=BalanceConfig("global"))
     run = Run(replace(tiny_config(), decoder=decoder), ScenesData(), train=balanced)
     batch = a_batch(np.random.default_rng(0))
     *_, said = BatchCost(run, rows_of_language).explain(batch, processes=4)

@@ -32,7 +32,7 @@ class StopAt(StopSignal):
 
 def small_config(**spikes):
     config = watched_run.get_config()
-    config.train.update(save_every=4, evaluate_every=0, heldout=4, log_every=5, keep=3)
+    config.train.update(save_every=4, evaluate_every=0, num_eval_examples=4, log_every=5, max_to_keep=3)
     config.train.spikes.update(**spikes)
     return config
 

@@ -33,7 +33,10 @@ TRAIN = {
     "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run is, or lies in, a file; name a folder"),
     "no rows": ([*SCENES, *RUN, "--config.data.batch=0"], "config.data.batch=0: must be at least 1."),
     "less than none": ([*SCENES, *RUN, "--config.data.batch=-8"], "config.data.batch=-8: must be at least 1."),
-    "no parts": ([*SCENES, *RUN, "--config.train.accumulate=0"], "config.train.accumulate=0: must be at least 1."),
+    "no parts": (
+        [*SCENES, *RUN, "--config.train.grad_accum_steps=0"],
+        "config.train.grad_accum_steps=0: must be at least 1.",
+    ),
 }
 EVALUATE = {
     "nothing to evaluate": (SCENES, "name what to evaluate: either --workdir or --checkpoint"),

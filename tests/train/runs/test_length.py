@@ -101,8 +101,8 @@ def short(monkeypatch):
         config = get_config()
         config.model.decoder.layers = 1
         config.data.epochs = epochs
-        config.optim.update(name="adamw", steps=0, warmup=2, final=0.0)
-        config.train.update(log_every=1, save_every=3, evaluate_every=0, heldout=4)
+        config.optim.update(name="adamw", steps=0, warmup=2, final_lr_ratio=0.0)
+        config.train.update(log_every=1, save_every=3, evaluate_every=0, num_eval_examples=4)
         return config
 
     return config

@@ -35,7 +35,7 @@ def a_config():
     config = tiny_run.get_config()
     config.lora.update(rank=2, dropout=0.1)
     config.optim.update(steps=4, warmup=0)
-    config.train.update(log_every=1, save_every=2, evaluate_every=0, heldout=8)
+    config.train.update(log_every=1, save_every=2, evaluate_every=0, num_eval_examples=8)
     return config
 
 

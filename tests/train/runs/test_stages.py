@@ -249,8 +249,10 @@ def test_mistakes_are_told_before_the_first_stage_begins(tmp_path):
     refused(
         "config.stages.instruct: optim.freeze: 'encodr' matches no weight; the nearest names are encoder", None, freeze
     )
-    divide = lambda config: config.stages.instruct.train.update(accumulate=3)
-    refused("config.stages.instruct.train.accumulate=3 must divide config.stages.instruct.data.batch=8", None, divide)
+    divide = lambda config: config.stages.instruct.train.update(grad_accum_steps=3)
+    refused(
+        "config.stages.instruct.train.grad_accum_steps=3 must divide config.stages.instruct.data.batch=8", None, divide
+    )
     with pytest.raises(ConfigError, match="the config has stages; name one with --stage: align, instruct"):
         one_run(get_config(), None)
     with pytest.raises(ConfigError, match="--stage=align: the config has no stages"):

@@ -93,7 +93,7 @@ def test_a_run_leaves_what_generation_needs(uninterrupted):
 
 def test_evaluation_in_training_says_what_greedy_generation_would(uninterrupted):
     run = read_config(uninterrupted)
-    questions = Spread(run.data.source("heldout"), run.train.heldout)
+    questions = Spread(run.data.source("heldout"), run.train.num_eval_examples)
     answers = list(ask(load_workdir(uninterrupted), questions, max_new_tokens=4))
     assert scores(answers) == read_metrics(uninterrupted)[-1]["heldout"]["exact_match"]
 

@@ -36,12 +36,16 @@ def update(config, params, grads=None):
 def test_schedules():
     rate = lambda **kw: make_schedule(OptimConfig(learning_rate=2.0, steps=10, **kw))(np.arange(12))
     np.testing.assert_allclose(rate(schedule="constant", warmup=4)[:6], [0.5, 1, 1.5, 2, 2, 2])
-    np.testing.assert_allclose(rate(schedule="linear", final=0.1), [2 - 0.18 * i for i in range(11)] + [0.2], rtol=1e-5)
+    np.testing.assert_allclose(
+        rate(schedule="linear", final_lr_ratio=0.1), [2 - 0.18 * i for i in range(11)] + [0.2], rtol=1e-5
+    )
     np.testing.assert_allclose(
         rate(schedule="step")[np.array([0, 4, 5, 7, 8, 9])], 2 / 10 ** np.array([0, 0, 0.5, 0.5, 1, 1]), rtol=1e-5
     )
     reference = optax.cosine_decay_schedule(2.0, 8, alpha=0.25)
-    np.testing.assert_allclose(rate(schedule="cosine", warmup=2, final=0.25)[2:], reference(np.arange(10)), rtol=1e-5)
+    np.testing.assert_allclose(
+        rate(schedule="cosine", warmup=2, final_lr_ratio=0.25)[2:], reference(np.arange(10)), rtol=1e-5
+    )
 
 
 def test_adamw_is_optax_adamw(params):
@@ -66,7 +70,7 @@ def test_decay_spares_norms_biases_and_embeddings(params):
 def test_factors_scale_by_the_first_pattern(params):
     factors = (("^encoder/layers/mlp", 0.5), ("^encoder/", 0.1), ("norm", 0.0))
     plain = update(OptimConfig(learning_rate=1.0), params)
-    scaled = update(OptimConfig(learning_rate=1.0, factors=factors), params)
+    scaled = update(OptimConfig(learning_rate=1.0, lr_multipliers=factors), params)
     for path, factor in {
         "encoder/layers/mlp/up/w": 0.5,
         "encoder/layers/norm1/scale": 0.1,
@@ -116,8 +120,8 @@ def test_adafactor_factors_large_matrices():
 def test_mistakes_are_named(params):
     with pytest.raises(ValueError, match=r"optim.freeze: 'enocder' matches no weight; .*encoder"):
         make_optimizer(OptimConfig(freeze=("enocder",)), params)
-    with pytest.raises(ValueError, match=r"optim.factors: 'decoder/layer/' matches no weight; .*decoder/layers"):
-        make_optimizer(OptimConfig(factors=(("decoder/layer/", 0.1),)), params)
+    with pytest.raises(ValueError, match=r"optim.lr_multipliers: 'decoder/layer/' matches no weight; .*decoder/layers"):
+        make_optimizer(OptimConfig(lr_multipliers=(("decoder/layer/", 0.1),)), params)
     with pytest.raises(ValueError, match="nothing to train"):
         make_optimizer(OptimConfig(freeze=("",)), params)
     with pytest.raises(ValueError, match="one of .*adamw"):

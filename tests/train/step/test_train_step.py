@@ -21,7 +21,7 @@ from mllm_jax.train.step.train_step import make_eval_step, make_train_step
 
 CONFIG = tiny_config()
 BUDGET = Budget(tokens=149, rows=2, patches=256)
-OPTIM = OptimConfig(learning_rate=1e-3, schedule="constant", clip=0.0)
+OPTIM = OptimConfig(learning_rate=1e-3, schedule="constant", max_grad_norm=0.0)
 batch_of = partial(collate, merge=2, values=VALUES)
 
 
@@ -122,13 +122,13 @@ def test_accumulation_equals_the_large_batch(params, single, eight_rows):
     fresh, step = single
     batch = eight_rows._replace(weight=eight_rows.weight * np.linspace(0.1, 3, 149, dtype=np.float32))
     state, metrics = step(fresh(), batch)
-    split_state, split_step = start(params, {"fsdp": 1}, accumulate=4)
+    split_state, split_step = start(params, {"fsdp": 1}, grad_accum_steps=4)
     split_state, split_metrics = split_step(split_state, batch)
     assert_close(gradients(split_state), gradients(state))
     for name in metrics:
         assert float(split_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-5), name
     with pytest.raises(ValueError, match="8 rows does not split into accumulate=3"):
-        state, step = start(params, {"fsdp": 1}, accumulate=3)
+        state, step = start(params, {"fsdp": 1}, grad_accum_steps=3)
         step(state, batch)
 
 
@@ -190,7 +190,7 @@ def test_a_non_finite_step_changes_nothing_but_counters(single, eight_rows):
 
 
 def test_frozen_parts_stay_and_cost_less(params, single, eight_rows):
-    optim = OptimConfig(learning_rate=1e-2, clip=0.5, freeze=("^encoder/", "^decoder/"), warmup=4)
+    optim = OptimConfig(learning_rate=1e-2, max_grad_norm=0.5, freeze=("^encoder/", "^decoder/"), warmup=4)
     state, step = start(params, {"fsdp": 1}, optim)
     assert len(jax.tree.leaves(state.opt_state[0].mu)) == len(jax.tree.leaves(params["connector"]))
     fresh, full = single
