@@ -47,7 +47,7 @@ def work(row, budget: Budget) -> float:
     places = np.array(place(patches, budget) or [], int).reshape(-1, 2)
     # A causal block counts half of a whole one's pairs, and the price of patches is that of whole ones.
     total = 2 * blocks(tokens, np.cumsum([0, *tokens[:-1]]), causal=True)
-    for number in range(budget.rows):
+    for number in range(budget.patch_rows):
         own = places[:, 0] == number
         total += packing.PAIR_OF_PATCHES * blocks(np.array(patches)[own], places[own, 1], causal=False)
     return total
@@ -73,7 +73,7 @@ def main():
             costs = np.array([work(row, budget) for row in rows])
             filled = np.mean([sum(len(e.tokens) for e in row) for row in rows]) / TOKENS
             pictures = np.mean([sum(len(p.patches) for e in row for p in e.pictures) for row in rows])
-            shares = f"tokens {filled:.1%}, patches {pictures / budget.rows / PATCHES:.1%} full"
+            shares = f"tokens {filled:.1%}, patches {pictures / budget.patch_rows / PATCHES:.1%} full"
             waits = []
             for devices in args.devices:
                 steps = costs[: len(costs) // devices * devices].reshape(-1, devices)

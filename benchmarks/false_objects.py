@@ -23,7 +23,7 @@ from mllm_jax.train.evaluators.base import Spread
 def captions(folder: Path, count: int) -> list[Answer]:
     """What the model in a run's or a stage's folder says about `count` held-out pictures, and what is true."""
     pictures = Spread(read_config(folder).data.source("heldout"), count)
-    return list(ask(load_workdir(folder), pictures, together=50, max_new_tokens=24))
+    return list(ask(load_workdir(folder), pictures, batch_size=50, max_new_tokens=24))
 
 
 def shown(share: Share) -> str:

@@ -46,7 +46,7 @@ def run_of(lora: LoraConfig) -> Run:
         replace(qwen3_vl.TOKENS, image=31000, video=31001, start=31002, end=31003),
         Runtime(remat="full"),
     )
-    data = ScenesData(batch=4, tokens=512, rows=1, patches=1024)
+    data = ScenesData(batch=4, tokens=512, patch_rows=1, patches_per_row=1024)
     return read_run(run_config(Run(model, data, optim=OptimConfig(learning_rate=1e-4), lora=lora, processor="scenes")))
 
 

@@ -40,7 +40,7 @@ def get_config(arg: str = "0"):
     if not (arg or "0").isdigit():
         raise ConfigError(f"configs/ablate_freeze.py takes a seed, a whole number, not {arg!r}")
     seed = int(arg or "0")
-    data = ScenesData(batch=4, tokens=144, rows=2, patches=160, window=8.0, min_pixels=256, seed=seed)
+    data = ScenesData(batch=4, tokens=144, patch_rows=2, patches_per_row=160, window=8.0, min_pixels=256, seed=seed)
     tuned = OptimConfig(
         "muon", 2e-3, warmup=10, steps=STEPS, final_lr_ratio=0.03, b2=0.98, weight_decay=0.02, max_grad_norm=1.0
     )

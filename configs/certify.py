@@ -32,5 +32,5 @@ def get_config(arg: str = ""):
     if arg not in ("", *EXPERTS):
         raise ConfigError(f"configs/certify.py takes no argument, 'dense' or 'experts', not {arg!r}")
     models = {name: model(moe) for name, moe in EXPERTS.items() if arg in ("", name)}
-    data = ScenesData(batch=8, tokens=64, rows=1, patches=112, min_pixels=256)
+    data = ScenesData(batch=8, tokens=64, patch_rows=1, patches_per_row=112, min_pixels=256)
     return to_config_dict(Certificate(models, data))

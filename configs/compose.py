@@ -121,7 +121,11 @@ def get_config(arg: str = "siglip,mlp,llama"):
             model=made,
             processor=SCENES,
             data=ScenesData(
-                batch=8, tokens=144, rows=2, patches=40 * made.merge**2 + 8 * made.num_prefix_tokens, min_pixels=256
+                batch=8,
+                tokens=144,
+                patch_rows=2,
+                patches_per_row=40 * made.merge**2 + 8 * made.num_prefix_tokens,
+                min_pixels=256,
             ),
             optim=OptimConfig(
                 name="muon", learning_rate=2e-3, steps=1300, warmup=100, final_lr_ratio=0.03, b2=0.98, max_grad_norm=1.0

@@ -49,7 +49,12 @@ def get_config(arg: str = ""):
             model=small(),
             processor=SCENES,
             data=ScenesData(
-                batch=16, tokens=4 * LENGTH, rows=1, patches=4 * SIDE**2, kinds={"caption": 1.0}, window=2.0
+                batch=16,
+                tokens=4 * LENGTH,
+                patch_rows=1,
+                patches_per_row=4 * SIDE**2,
+                kinds={"caption": 1.0},
+                window=2.0,
             ),
             optim=OptimConfig(name="muon", learning_rate=2e-3, steps=600, warmup=50, final_lr_ratio=0.03, b2=0.98),
             algorithm=ContrastiveConfig(),
@@ -70,7 +75,11 @@ def published(arg: str) -> Run:
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
         data=FilesData(
-            batch=256 // count, tokens=count * model.text.positions, rows=1, patches=count * picture, window=2.0
+            batch=256 // count,
+            tokens=count * model.text.positions,
+            patch_rows=1,
+            patches_per_row=count * picture,
+            window=2.0,
         ),
         optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50, b2=0.98, weight_decay=1e-4),
         algorithm=ContrastiveConfig(),

@@ -24,7 +24,7 @@ FACTS = RewardConfig(prompt="{facts}")  # the embedded tokenizer spells every wo
 def get_config():
     run = read_run(beside(__file__, "prefer.py").get_config())
     pairs = replace(run.data, batch=8, tokens=256)
-    prompts = replace(run.data, batch=64, tokens=64, patches=160)
+    prompts = replace(run.data, batch=64, tokens=64, patches_per_row=160)
     judge = OptimConfig(name="muon", learning_rate=1e-3, steps=300, warmup=30, final_lr_ratio=0.03, b2=0.98)
     improve = OptimConfig(learning_rate=5e-5, schedule="constant", steps=24, warmup=2, b2=0.98)
     # With less of a penalty, or longer, rewards rise as far while the model unlearns what the reward model overlooks.

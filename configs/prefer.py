@@ -33,8 +33,10 @@ def get_config(arg: str = "0"):
     if not (arg or "0").isdigit():
         raise ConfigError(f"configs/prefer.py takes a seed, a whole number, not {arg!r}")
     seed = int(arg or "0")
-    pairs = CaptionsData(batch=4, tokens=224, rows=1, patches=208, window=8.0, min_pixels=256, max_cells=3, seed=seed)
-    false = replace(pairs, rows=2, patches=160, false=0.75)
+    pairs = CaptionsData(
+        batch=4, tokens=224, patch_rows=1, patches_per_row=208, window=8.0, min_pixels=256, max_cells=3, seed=seed
+    )
+    false = replace(pairs, patch_rows=2, patches_per_row=160, false=0.75)
     model = beside(__file__, "scenes.py").model()
     model = replace(model, encoder=replace(model.encoder, layers=1), decoder=replace(model.decoder, layers=2))
     learn = OptimConfig(

@@ -22,7 +22,7 @@ def get_config():
             model=replace(FAMILIES["qwen3_vl"].config("235b-a22b"), runtime=runtime),
             init="Qwen/Qwen3-VL-235B-A22B-Instruct",
             # 2,048 of a row's 4,096 tokens are visual: two pictures of 4,096 patches, or more and smaller ones.
-            data=FilesData(batch=256, tokens=4096, rows=2, patches=4096),
+            data=FilesData(batch=256, tokens=4096, patch_rows=2, patches_per_row=4096),
             optim=OptimConfig(learning_rate=1e-5, steps=10_000, warmup=200, weight_decay=0.01),
             train=TrainConfig(log_every=10, save_every=500, balance=BalanceConfig("global")),
             preset="expert",

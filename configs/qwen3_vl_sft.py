@@ -44,7 +44,7 @@ def get_config(arg: str = "115m"):
         Run(
             model=ModelConfig(published.encoder, published.connector, published.decoder, published.tokens, runtime),
             init="" if random else f"Qwen/Qwen3-VL-{size.upper()}-Instruct",
-            data=FilesData(batch=8, tokens=4096, rows=4, patches=4096),
+            data=FilesData(batch=8, tokens=4096, patch_rows=4, patches_per_row=4096),
             optim=OptimConfig(learning_rate=3e-4 if random else 1e-5, steps=1000, warmup=50, weight_decay=0.01),
             train=TrainConfig(log_every=10, evaluate_every=200, save_every=200),
         )

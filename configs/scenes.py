@@ -66,7 +66,13 @@ def get_config(arg: str = ""):
             processor=SCENES,
             # Without visual tokens as many conversations fit into fewer tokens.
             data=ScenesData(
-                batch=8, tokens=64 if blind else 144, rows=2, patches=160, window=8.0, min_pixels=256, blind=blind
+                batch=8,
+                tokens=64 if blind else 144,
+                patch_rows=2,
+                patches_per_row=160,
+                window=8.0,
+                min_pixels=256,
+                text_only=blind,
             ),
             # Muon learns this set in far fewer steps than AdamW.
             optim=OptimConfig(

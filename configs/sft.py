@@ -52,12 +52,12 @@ def run(arg: str = "") -> Run:
     if not isinstance(model, ModelConfig) or model.decoder is None:
         raise ConfigError(f"configs/sft.py:{named}: the model does not answer questions. Name one with a decoder")
     tokens = min(TOKENS, model.decoder.positions or TOKENS)  # a conversation has no more than positions are learned
-    shape = {"batch": 8, "tokens": tokens, "rows": 0, "patches": 0}
+    shape = {"batch": 8, "tokens": tokens, "patch_rows": 0, "patches_per_row": 0}
     if model.encoder is not None:
         picture = model.num_prefix_tokens + max(
             1, model.encoder.position_grid**2
         )  # as its table of positions, if there is one
-        shape |= {"rows": 2, "patches": picture * max(1, PATCHES // picture)}
+        shape |= {"patch_rows": 2, "patches_per_row": picture * max(1, PATCHES // picture)}
     source = "" if is_size else named
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),

@@ -18,7 +18,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import told
 from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
-from mllm_jax.sharding.logical_axes import partition_spec, ways
+from mllm_jax.sharding.logical_axes import num_shards, partition_spec
 from mllm_jax.sharding.mesh import mesh_without_devices
 from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.input.pipeline import check_streams
@@ -133,7 +133,7 @@ def _check_mesh(run: Run, hosts: Hosts) -> None:
 
 def _shares(run: Run, mesh: AbstractMesh, processes: int) -> int:
     """Number of processes with rows of their own, where neighbors hold the same rows; 1 where that is not so simple."""
-    rows = ways("batch", run.model.runtime.rules, mesh)
+    rows = num_shards("batch", run.model.runtime.rules, mesh)
     return min(rows, processes) if max(rows, processes) % min(rows, processes) == 0 else 1
 
 

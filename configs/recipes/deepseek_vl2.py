@@ -29,7 +29,7 @@ SIZES = ("small",)
 
 
 def recipe() -> Run:
-    shape = {"tokens": 4096, "rows": 2, "patches": 4096}  # [2] 4,096 tokens
+    shape = {"tokens": 4096, "patch_rows": 2, "patches_per_row": 4096}  # [2] 4,096 tokens
     mixed = {"pictures": Part(weight=0.7), "text": Part(weight=0.3)}  # [2] 70 to 30, of tokens; here of conversations
     few = FilesData(batch=256, **shape)  # [2]
     data = MixtureData(batch=2304, sources=mixed, **shape)  # [2]

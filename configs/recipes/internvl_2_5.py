@@ -25,8 +25,9 @@ def recipe() -> Run:
     data = FilesData(
         batch=512,  # [1, 2] packed rows
         tokens=16384,  # [1, 2]
-        rows=12,
-        patches=4 * 1028,  # 12 x 4 = 48 tiles [1, 2] of 1,024 patches, a class token, and what rounds it to merges
+        patch_rows=12,
+        patches_per_row=4
+        * 1028,  # 12 x 4 = 48 tiles [1, 2] of 1,024 patches, a class token, and what rounds it to merges
     )
     adam = OptimConfig(
         b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, weight_decay=0.01, schedule="cosine"

@@ -27,7 +27,7 @@ INSTRUCT = 760_000 // 128  # [B] 760K; [F] 1 epoch; [1.5] 128
 
 def recipe(size: str) -> Run:
     # One picture of up to four tiles and itself in a row: 5 x 577 patches, at most 2,928 tokens.
-    captions = FilesData(batch=256, tokens=4096, rows=1, patches=5 * 577)  # [1.5] 256
+    captions = FilesData(batch=256, tokens=4096, patch_rows=1, patches_per_row=5 * 577)  # [1.5] 256
     instructions = replace(captions, batch=128)  # [1.5] 128
     adam = OptimConfig(
         b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, weight_decay=0.0, schedule="cosine"

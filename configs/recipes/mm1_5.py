@@ -38,7 +38,9 @@ def recipe() -> Run:
             qwen3_vl.TOKENS,
             Runtime(dtype="bfloat16", remat="full"),
         ),
-        data=FilesData(batch=512, tokens=4096, rows=3, patches=patches, max_pixels=PIXELS),  # [1] 512 and 4,096
+        data=FilesData(
+            batch=512, tokens=4096, patch_rows=3, patches_per_row=patches, max_pixels=PIXELS
+        ),  # [1] 512 and 4,096
         train=TrainConfig(save_every=500),
         stages={
             "instruct": Stage(

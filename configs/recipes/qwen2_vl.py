@@ -23,7 +23,7 @@ TOTAL = 1.4e12  # [Q] tokens of the first two
 
 
 def recipe(size: str) -> Run:
-    data = FilesData(batch=1024, tokens=8192, rows=4, patches=4096)
+    data = FilesData(batch=1024, tokens=8192, patch_rows=4, patches_per_row=4096)
     instructions = replace(data, batch=128)
     adam = OptimConfig(weight_decay=0.1, max_grad_norm=1.0, schedule="cosine", final_lr_ratio=0.1, warmup=500)
     each = data.batch * data.tokens

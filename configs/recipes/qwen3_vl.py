@@ -23,9 +23,9 @@ STEP = 2**23  # tokens of a step
 
 
 def recipe(size: str) -> Run:
-    data = FilesData(batch=STEP // 8192, tokens=8192, rows=4, patches=4096)  # [T] 8,192 in S0 and S1
-    long = replace(data, batch=STEP // 32768, tokens=32768, rows=16)  # [T] 32,768 in S2
-    longest = replace(data, batch=STEP // 262144, tokens=262144, rows=128)  # [T] 262,144 in S3
+    data = FilesData(batch=STEP // 8192, tokens=8192, patch_rows=4, patches_per_row=4096)  # [T] 8,192 in S0 and S1
+    long = replace(data, batch=STEP // 32768, tokens=32768, patch_rows=16)  # [T] 32,768 in S2
+    longest = replace(data, batch=STEP // 262144, tokens=262144, patch_rows=128)  # [T] 262,144 in S3
     adam = OptimConfig(weight_decay=0.1, max_grad_norm=1.0, schedule="cosine", final_lr_ratio=0.1, warmup=500)
     every = lambda tokens, rate, **more: replace(adam, steps=int(tokens / STEP), learning_rate=rate, **more)
     return Run(

@@ -22,7 +22,7 @@ from mllm_jax.common.workdir import run_folder
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import exact_match, scores
 from mllm_jax.evaluate.report import Answer
-from mllm_jax.evaluate.retrieval import nearest
+from mllm_jax.evaluate.retrieval import retrieval
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.pretrained.api import load_pretrained
 from mllm_jax.train.checkpoint.restore import load_workdir, read_config
@@ -37,7 +37,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder or hub name of weig
 STAGE = flags.DEFINE_string("stage", None, "Of a run with stages; by default the last one that came to its end.")
 SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Which of the config's conversations.")
 COUNT = flags.DEFINE_integer("count", 1000, "Number of conversations, spread evenly over the split.", lower_bound=1)
-TOGETHER = flags.DEFINE_integer("together", 32, "Conversations that are answered at once.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Conversations that are answered at once.", lower_bound=1)
 LONGEST = flags.DEFINE_integer("max_new_tokens", 32, "Length of an answer.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "File for all answers, as JSON Lines.")
 
@@ -56,12 +56,12 @@ def main() -> None:
         raise ConfigError("config.data names no held-out conversations: set data.heldout or data.heldout_where")
     vlm = load_workdir(folder) if folder else load_pretrained(CHECKPOINT.value)
     if isinstance(vlm.config, DualConfig):
-        found = nearest(vlm, run, source, COUNT.value)
+        found = retrieval(vlm, run, source, COUNT.value)
         for kind, share in found["recall_at_1"].items():
             print(f"{kind:12} {share:7.1%} recall at 1 of {found['pairs']:,} pairs")
         return
     records = Spread(source, COUNT.value)
-    answers = ask(vlm, records, TOGETHER.value, LONGEST.value)
+    answers = ask(vlm, records, BATCH_SIZE.value, LONGEST.value)
     answers = list(track(answers, "answering", total=len(records), console=Console(stderr=True)))
     for kind, share in scores(answers).items():
         asked = sum(kind in ("all", answer.kind or "other") for answer in answers)

@@ -9,7 +9,9 @@ from mllm_jax.evaluate.report import Answer
 from mllm_jax.generate.requests import generate
 
 
-def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new_tokens: int = 32) -> Iterator[Answer]:
+def ask(
+    vlm: Any, records: Sequence[dict[str, Any]], batch_size: int = 32, max_new_tokens: int = 32
+) -> Iterator[Answer]:
     """The greedy answer to the last question of every conversation, given the true turns before it.
 
     Args:
@@ -18,8 +20,8 @@ def ask(vlm: Any, records: Sequence[dict[str, Any]], together: int = 32, max_new
       together: conversations that are answered at once.
       max_new_tokens: of an answer.
     """
-    for start in range(0, len(records), together):
-        part = [records[i] for i in range(start, min(start + together, len(records)))]
+    for start in range(0, len(records), batch_size):
+        part = [records[i] for i in range(start, min(start + batch_size, len(records)))]
         if not (part := [record for record in part if len(record["messages"]) > 1]):
             continue
         asked = [{"messages": record["messages"][:-1], "tools": record.get("tools")} for record in part]

@@ -11,7 +11,7 @@ from mllm_jax.train.evaluators.retrieval import RetrievalEvaluator
 from mllm_jax.train.runs.config import Run
 
 
-def nearest(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, Any]:
+def retrieval(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, Any]:
     """{"pairs": number, "recall_at_1": {kind: share}} of `count` pairs, or all, spread evenly over a source.
 
     The more pairs there are, the harder is it to find the right one. See `recall_at_1`.

@@ -15,7 +15,7 @@ import numpy as np
 from mllm_jax.common.settings import PositiveInt, check
 from mllm_jax.generate.buckets import TOKENS, bucket, pad_prompts
 from mllm_jax.generate.cpu_weights import Weights, for_hidden, for_logits, lay_out
-from mllm_jax.generate.sampling import Sampling, choose, make_sampling
+from mllm_jax.generate.sampling import Sampling, make_sampling, sample
 from mllm_jax.model.vlm import VLM, init_cache
 from mllm_jax.types import Array, Batch, Cache
 
@@ -136,7 +136,7 @@ def _prefill(model: VLM, params, batch: Batch, choice: Choice, slots: int) -> St
 
 
 def _chosen(logits, cache: Cache, done, count, choice: Choice) -> State:
-    token = choose(logits, choice.sampling, jax.random.fold_in(choice.key, count))
+    token = sample(logits, choice.sampling, jax.random.fold_in(choice.key, count))
     token = jnp.where(done, choice.fill, token)
     return State(cache, token, done | jnp.isin(token, choice.stop), count + 1)
 

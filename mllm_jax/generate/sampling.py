@@ -41,7 +41,7 @@ def _per_row(name: str, value, rows: int, hint, dtype) -> np.ndarray:
     return np.broadcast_to(values.astype(dtype), rows)
 
 
-def choose(logits, sampling: Sampling, key):
+def sample(logits, sampling: Sampling, key):
     """The next token of every row. logits f32[B V] -> i32[B]; `key` is used only where something is drawn."""
     likeliest = greedy(logits)
     if sampling.temperature is None:

@@ -19,7 +19,7 @@ from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime, rematted
 from mllm_jax.nn.stack import scan_segment, segments
 from mllm_jax.sharding.activations import shard
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import Cache
 
 
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
     def setup(self):
         config, runtime = self.config, self.runtime
         init = nn.initializers.normal(config.width**-0.5)
-        self.table = self.param("embed", named(init, "vocab", "embed"), (config.vocab, config.width))
+        self.table = self.param("embed", partitioned(init, "vocab", "embed"), (config.vocab, config.width))
         for part in segments(config.kinds):
             one = len(part.pattern) == 1
             layers = _layer(config, runtime, *part.pattern) if one else Pattern(config, runtime, part.pattern)
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         self.norm = NORMS[config.norm](config.norm_eps)
         if config.positions:
             shape = (config.positions + config.position_offset, config.width)
-            self.position_table = self.param("position_embed", named(init, "position", "embed"), shape)
+            self.position_table = self.param("position_embed", partitioned(init, "position", "embed"), shape)
         if not config.tie_embeddings:
             self.head = Einsum("...D,VD->...V", (config.vocab, config.width), ("vocab", "embed"), runtime.dtype)
 

@@ -23,7 +23,7 @@ from mllm_jax.nn.mlp import ACTIVATIONS, Mlp
 from mllm_jax.nn.norm import LayerNorm
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.activations import shard
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import DualBatch, Output
 
 # Of every loss, the scale and the bias of the logits before training; None = there is no bias.
@@ -123,7 +123,7 @@ class DualEncoder(nn.Module):
         shape, axes = (config.text.width, config.text_pool.width), ("embed", None)
         self.text_pool = Einsum("...D,DE->...E", shape, axes, runtime.dtype, bias=config.text_pool.bias)
         scale, bias = LOSSES[config.loss]
-        scalar = lambda name, value: self.param(name, named(nn.initializers.constant(value)), ())
+        scalar = lambda name, value: self.param(name, partitioned(nn.initializers.constant(value)), ())
         self.log_scale = scalar("log_scale", math.log(scale))
         self.bias = None if bias is None else scalar("bias", bias)
 
@@ -197,7 +197,7 @@ class _AttentionPool(nn.Module):
         """x [B P D], image i32[B P], first i32[B k] -> [B k D]."""
         config, dtype, width = self.config, self.runtime.dtype, x.shape[-1]
         heads, head_dim = config.heads, width // config.heads
-        probe = self.param("probe", named(nn.initializers.normal(width**-0.5), "embed"), (width,))
+        probe = self.param("probe", partitioned(nn.initializers.normal(width**-0.5), "embed"), (width,))
 
         shape, axes = (3, width, heads, head_dim), (None, "embed", "heads", "head_dim")
         project = Einsum("...D,CDNH->...CNH", shape, axes, dtype, bias=True, name="qkv")

@@ -11,7 +11,7 @@ from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
 from mllm_jax.nn.precision import precision_of
 from mllm_jax.nn.quantization import SCALE as QUANTISED
 from mllm_jax.nn.quantization import dequantise
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import Array
 
 
@@ -37,7 +37,7 @@ class Einsum(nn.Module):
         outputs = [index for index, letter in enumerate(letters) if letter in output]
         fan_in = math.prod(self.shape[index] for index in inputs)
         matrix = tuple(tuple(index - len(letters) for index in axes) for axes in (inputs, outputs))
-        init = named(nn.initializers.normal(fan_in**-0.5), *self.axes, matrix=matrix)
+        init = partitioned(nn.initializers.normal(fan_in**-0.5), *self.axes, matrix=matrix)
         axes = (range(x.ndim - len(inputs), x.ndim), inputs)
 
         def product(x, w):
@@ -56,7 +56,7 @@ class Einsum(nn.Module):
             y = y + self._adapted(x, *("".join(letters[index] for index in axes) for axes in (inputs, outputs)))
         if self.bias:
             shape = tuple(self.shape[index] for index in outputs)
-            b = self.param("b", named(nn.initializers.zeros, *(self.axes[index] for index in outputs)), shape)
+            b = self.param("b", partitioned(nn.initializers.zeros, *(self.axes[index] for index in outputs)), shape)
             y = y + b.astype(self.dtype)
         return y
 
@@ -75,7 +75,7 @@ class Einsum(nn.Module):
 class Weight(nn.Module):
     """A weight `w` alone, for products that `Einsum` cannot say; fp32, normal with variance 1 / fan_in.
 
-    matrix: see `Named`; without it there can be no adapter.
+    matrix: see `Partitioned`; without it there can be no adapter.
     """
 
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class Weight(nn.Module):
 
     @nn.compact
     def __call__(self):
-        init = named(nn.initializers.normal(self.fan_in**-0.5), *self.axes, matrix=self.matrix)
+        init = partitioned(nn.initializers.normal(self.fan_in**-0.5), *self.axes, matrix=self.matrix)
         return self.param("w", init, self.shape)
 
     def factors(self) -> tuple[Array, ...]:

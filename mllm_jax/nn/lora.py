@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
 from mllm_jax.common.trees import check_patterns, first_found, flatten, partition, unflatten
 from mllm_jax.nn.quantization import KINDS, dequantise, kept
-from mllm_jax.sharding.weights import Named
+from mllm_jax.sharding.weights import Partitioned
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
 TRAINED = "/lora_(down|up)$"
@@ -137,14 +137,14 @@ def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) ->
     return unflatten(leaves)
 
 
-def _kept(path: str, box: Named, config: LoraConfig) -> dict[str, Named]:
+def _kept(path: str, box: Partitioned, config: LoraConfig) -> dict[str, Partitioned]:
     trained = not config.rank or any(re.search(pattern, path) for pattern in config.modules_to_save)
     parts = kept(path, box, "float32" if trained else config.base_dtype, config.quant_block_size)
     beside = path.removesuffix(path.rpartition("/")[2])  # nothing, of a weight that is in no part
     return {beside + name: part for name, part in parts.items()}
 
 
-def _new(box: Named, rank: int, scale: float, keep: float, key: jax.Array) -> dict[str, Named]:
+def _new(box: Partitioned, rank: int, scale: float, keep: float, key: jax.Array) -> dict[str, Partitioned]:
     stacked, inputs, outputs = axes_of(box)
     shape = lambda axes: tuple(box.value.shape[axis] for axis in axes)
     names = lambda axes: tuple(box.names[axis] for axis in axes)
@@ -153,13 +153,13 @@ def _new(box: Named, rank: int, scale: float, keep: float, key: jax.Array) -> di
     up = jnp.zeros((*shape(stacked), rank, *shape(outputs)))
     constants = {SCALE: scale} | ({KEEP: keep} if keep < 1 else {})
     return {
-        DOWN: Named(down, (*names(stacked + inputs), None)),
-        UP: Named(up, (*names(stacked), None, *names(outputs))),
-        **{name: Named(jnp.full(shape(stacked), value), names(stacked)) for name, value in constants.items()},
+        DOWN: Partitioned(down, (*names(stacked + inputs), None)),
+        UP: Partitioned(up, (*names(stacked), None, *names(outputs))),
+        **{name: Partitioned(jnp.full(shape(stacked), value), names(stacked)) for name, value in constants.items()},
     }
 
 
-def axes_of(box: Named) -> tuple[list[int], list[int], list[int]]:
+def axes_of(box: Partitioned) -> tuple[list[int], list[int], list[int]]:
     """The axes of a weight that it is stacked on, that its product sums over, and that it gives."""
     inputs, outputs = ([axis + box.value.ndim for axis in axes] for axes in box.matrix)
     return [axis for axis in range(box.value.ndim) if axis not in inputs + outputs], inputs, outputs
@@ -197,7 +197,7 @@ def with_weights(params: Mapping, boxed: Any) -> dict:
     return unflatten(flat | found)
 
 
-def _product(box: Named, down, up, scale):
+def _product(box: Partitioned, down, up, scale):
     """scale * A B, with the axes of the weight."""
     letters = string.ascii_lowercase
     stacked, inputs, outputs = ("".join(letters[axis] for axis in axes) for axes in axes_of(box))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.weights import partitioned
 
 
 class RMSNorm(nn.Module):
@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", named(nn.initializers.constant(1 - self.offset), None), x.shape[-1:])
+        scale = self.param("scale", partitioned(nn.initializers.constant(1 - self.offset), None), x.shape[-1:])
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * (self.offset + scale)).astype(x.dtype)
@@ -30,8 +30,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", named(nn.initializers.ones, None), x.shape[-1:])
-        bias = self.param("bias", named(nn.initializers.zeros, None), x.shape[-1:])
+        scale = self.param("scale", partitioned(nn.initializers.ones, None), x.shape[-1:])
+        bias = self.param("bias", partitioned(nn.initializers.zeros, None), x.shape[-1:])
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)

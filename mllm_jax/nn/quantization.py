@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.sharding.weights import Named
+from mllm_jax.sharding.weights import Partitioned
 from mllm_jax.types import Array
 
 SCALE = "w_scale"
@@ -68,7 +68,7 @@ def dequantise(leaves: Mapping[str, Array], inputs: tuple[int, ...]) -> Array:
     return jnp.reshape(split * jnp.expand_dims(scale, axis), shape)
 
 
-def kept(path: str, box: Named, kind: str, group: int) -> dict[str, Named]:
+def kept(path: str, box: Partitioned, kind: str, group: int) -> dict[str, Partitioned]:
     """A frozen weight, by the end of its name, as a base of `kind` keeps it: "float32", "bfloat16" or one of KINDS.
 
     What is no matrix of a layer, or is one that had better stay, is kept in bfloat16 if it has two axes or more.
@@ -88,7 +88,7 @@ def kept(path: str, box: Named, kind: str, group: int) -> dict[str, Named]:
     if kind == "int8":
         scales = [name for axis, name in enumerate(names) if axis - ndim not in inputs]
     leaves = quantise(box.value, kind, inputs, group)
-    return {name: Named(leaf, tuple(scales if name == SCALE else names)) for name, leaf in leaves.items()}
+    return {name: Partitioned(leaf, tuple(scales if name == SCALE else names)) for name, leaf in leaves.items()}
 
 
 def group_of(size: int, group: int) -> int:

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from mllm_jax.common.settings import Config, NonNegative, OneOf
 from mllm_jax.sharding.logical_axes import Rules, freeze_rules, rules_of
-from mllm_jax.sharding.presets import RULES
+from mllm_jax.sharding.presets import LOGICAL_AXIS_RULES
 
 TAPS = "taps"  # what somebody who listens to modules notes of every layer; nobody does in training
 EXCHANGED = ("expert_input", "expert_output")  # what experts on other devices were sent, and sent back
@@ -54,7 +54,7 @@ class Runtime(Config):
     grouped: Annotated[str, OneOf(GROUPED)] = "auto"
     remat: Annotated[str, OneOf(tuple(REMAT))] = "none"
     scan: bool = True
-    rules: Rules = freeze_rules(RULES)
+    rules: Rules = freeze_rules(LOGICAL_AXIS_RULES)
 
     def within(self, part: str) -> "Runtime":
         """The same, with the sharding rules of a part of the model ("encoder", "connector")."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.weights import partitioned
 
 NAME = "value_head"  # of the part in a model's parameters
 
@@ -14,6 +14,6 @@ class ValueHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden):
-        w = self.param("w", named(nn.initializers.zeros, "embed"), (hidden.shape[-1],))
-        b = self.param("b", named(nn.initializers.zeros), ())
+        w = self.param("w", partitioned(nn.initializers.zeros, "embed"), (hidden.shape[-1],))
+        b = self.param("b", partitioned(nn.initializers.zeros), ())
         return jnp.einsum("...D,D->...", hidden.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST) + b

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from mllm_jax.nn.attention import context_parallel
 from mllm_jax.nn.moe import all_to_all
 from mllm_jax.plan.compile import Collective
-from mllm_jax.plan.device_workload import Portion
-from mllm_jax.plan.sharded_weight import VOCABULARY, Laid
+from mllm_jax.plan.device_workload import DeviceWorkload
+from mllm_jax.plan.sharded_weight import VOCABULARY, ShardedWeight
 
 Add = Callable[[str, Iterable[str], float, float, int], None]
 
 
-def collectives(portion: Portion, remat: str, platform: str) -> list[Collective]:
+def collectives(portion: DeviceWorkload, remat: str, platform: str) -> list[Collective]:
     """Of one micro-batch, with the bytes that come out on one device of a platform."""
     found: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
 
@@ -44,7 +44,7 @@ def collectives(portion: Portion, remat: str, platform: str) -> list[Collective]
     return [Collective(kind, axes, runs, size) for (kind, axes), (runs, size) in sorted(found.items())]
 
 
-def _move_weight(portion: Portion, laid: Laid, add: Add) -> None:
+def _move_weight(portion: DeviceWorkload, laid: ShardedWeight, add: Add) -> None:
     """Gathered before it is used, forward and backward; its gradient added up where it rests."""
     weight, rows = laid.weight, portion.rows[laid.weight.part].axes
     trains = portion.trains(weight.part)
@@ -58,7 +58,7 @@ def _move_weight(portion: Portion, laid: Laid, add: Add) -> None:
         add("all-reduce", left, weight.repeats, laid.values / weight.repeats, width)
 
 
-def _move_rows(portion: Portion, part: str, block: list[Laid], remat: str, add: Add) -> None:
+def _move_rows(portion: DeviceWorkload, part: str, block: list[ShardedWeight], remat: str, add: Add) -> None:
     """What comes out of a split product is added up; so is, backward, what went into one.
 
     Where tokens lie apart between layers, each device adds up its own, and all are gathered again for the next product
@@ -83,7 +83,7 @@ def _move_rows(portion: Portion, part: str, block: list[Laid], remat: str, add: 
     add("all-gather", (out | into).intersection(parted), gathered, values)
 
 
-def _move_tokens(portion: Portion, layers: int, remat: str, platform: str, add: Add) -> None:
+def _move_tokens(portion: DeviceWorkload, layers: int, remat: str, platform: str, add: Add) -> None:
     """Tokens to their experts and back: all room for them, or where the exchange is ragged those that there are."""
     trains, rows = portion.trains("decoder"), portion.exchanged()
     passes = 2 + 2 * trains + 2 * (trains and remat in ("full", "dots"))
@@ -93,7 +93,7 @@ def _move_tokens(portion: Portion, layers: int, remat: str, platform: str, add: 
     add(kind, portion.text["expert"], layers * passes, rows * portion.width("decoder"))
 
 
-def _move_context(portion: Portion, remat: str, add: Add) -> None:
+def _move_context(portion: DeviceWorkload, remat: str, add: Add) -> None:
     axes, attention = portion.text["length"], portion.run.model.decoder.attention
     if not axes:
         return
@@ -111,7 +111,7 @@ def _move_context(portion: Portion, remat: str, add: Add) -> None:
         add("collective-permute", axes, 2 * passes, (heads + kv_heads) * values)  # into zig-zag order and back
 
 
-def _move_visual(portion: Portion, add: Add) -> None:
+def _move_visual(portion: DeviceWorkload, add: Add) -> None:
     """Visual tokens, of which any device may have made any, come to the rows that they belong to."""
     axes = [axis for axis in portion.rows["connector"].axes if axis not in portion.text["batch"]]
     encoder, connector = portion.run.model.encoder, portion.run.model.connector
@@ -122,7 +122,7 @@ def _move_visual(portion: Portion, add: Add) -> None:
     add("reduce-scatter", axes, portion.trains("connector"), visual / portion.size(axes))
 
 
-def traffic(portion: Portion, remat: str) -> float:
+def traffic(portion: DeviceWorkload, remat: str) -> float:
     """Bytes that a device reads and writes in its memory in a step, at least.
 
     Weights, moments and gradients once each way; weights as they are used, made once for forward and once for backward,

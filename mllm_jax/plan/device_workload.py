@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.plan.sharded_weight import Laid, Weight, abstract_mesh, lay, read_weights
-from mllm_jax.sharding.logical_axes import fitting_axes, partition_spec, rules_of, split_axes
+from mllm_jax.plan.sharded_weight import ShardedWeight, Weight, abstract_mesh, lay, read_weights
+from mllm_jax.sharding.logical_axes import divisible_axes, partition_spec, rules_of, split_axes
 from mllm_jax.train.monitor.flops import Counts, Flops, count_flops, near_pairs
 from mllm_jax.train.runs.config import Run
 
@@ -26,12 +26,12 @@ class Shapes(NamedTuple):
 def read_shapes(run: Run) -> Shapes:
     """Raises ValueError where the optimizer's patterns fit no weight."""
     data, budget = run.data, run.data.budget
-    patch_rows = data.batch * budget.rows
+    patch_rows = data.batch * budget.patch_rows
     counts = Counts(
         tokens=float(data.batch * budget.tokens),
         token_pairs=data.batch * budget.tokens**2 / 2,
-        patches=float(patch_rows * budget.patches),
-        patch_pairs=float(patch_rows * budget.patches**2),
+        patches=float(patch_rows * budget.patches_per_row),
+        patch_pairs=float(patch_rows * budget.patches_per_row**2),
         targets=float(data.batch * budget.tokens),
         near_pairs=near_pairs(np.full(data.batch, float(budget.tokens)), run.model.decoder.window),
     )
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
     axes: tuple[str, ...]  # of the mesh, that split them
 
 
-class Portion:
+class DeviceWorkload:
     """Of one device, for one of the `accumulate` micro-batches of a step.
 
     Raises ValueError where the mesh does not divide a weight, the batch or its tokens; the message says what to change.
@@ -75,8 +75,8 @@ class Portion:
         tokens = self.batch * self.budget.tokens / self.size(text["length"])
         self.rows = {"decoder": Rows(tokens, (*text["batch"], *text["length"]))}
         if run.model.encoder is not None:
-            visual = self.budget.patches // run.model.connector.patches_per_token
-            self.rows["encoder"] = self._patch_rows("encoder", whole, self.budget.patches)
+            visual = self.budget.patches_per_row // run.model.connector.patches_per_token
+            self.rows["encoder"] = self._patch_rows("encoder", whole, self.budget.patches_per_row)
             self.rows["connector"] = self._patch_rows("connector", whole, visual)
         self.towers = [part for part in TOWERS if part in self.rows]
         self.laid = [self._lay(weight) for weight in shapes.weights]
@@ -85,11 +85,11 @@ class Portion:
 
     def _patch_rows(self, part: str, batch: int, length: int) -> Rows:
         """Rows of patches, or of visual tokens, of `length`: all of them in one line (see model/encoders/vit.py)."""
-        names, sizes = ("batch", "length"), (batch * self.budget.rows, length)
-        axes = [axis for n, x in zip(names, sizes) for axis in fitting_axes(n, x, self.rules[part], self.mesh)]
+        names, sizes = ("batch", "length"), (batch * self.budget.patch_rows, length)
+        axes = [axis for n, x in zip(names, sizes) for axis in divisible_axes(n, x, self.rules[part], self.mesh)]
         return Rows(math.prod(sizes) / self.size(axes), tuple(axes))
 
-    def _lay(self, weight: Weight) -> Laid:
+    def _lay(self, weight: Weight) -> ShardedWeight:
         part = weight.part
         return lay(weight, self.rules[part], self.mesh, self.rows[part].axes, self.known[part])
 
@@ -105,7 +105,7 @@ class Portion:
     @property
     def patches(self) -> float:
         """Patches of the rows that the device is given."""
-        return self.batch * self.budget.rows * self.budget.patches
+        return self.batch * self.budget.patch_rows * self.budget.patches_per_row
 
     @property
     def devices(self) -> int:
@@ -115,7 +115,7 @@ class Portion:
         """Devices along these axes together."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def rows_through(self, laid: Laid) -> float:
+    def rows_through(self, laid: ShardedWeight) -> float:
         """Rows that meet a weight: of experts, every token once for each expert that it chooses."""
         rows = self.rows[laid.weight.part].count
         return rows * self.moe.top_k if laid.weight.of_experts else rows
@@ -127,7 +127,7 @@ class Portion:
         room = runtime.capacity_factor * rows * self.moe.top_k / devices if runtime.capacity_factor else most
         return devices * min(most, room)
 
-    def tower(self, part: str) -> list[Laid]:
+    def tower(self, part: str) -> list[ShardedWeight]:
         """The matrices of the layers of a tower."""
         return self._matrices[part]
 

@@ -6,7 +6,7 @@ It follows what the step does (`mllm_jax.train.step.train_step`) and what XLA ma
 from mllm_jax.nn.attention.kernels import SPLASH_BLOCK
 from mllm_jax.plan.comms import collectives
 from mllm_jax.plan.compile import Planned
-from mllm_jax.plan.device_workload import Portion
+from mllm_jax.plan.device_workload import DeviceWorkload
 
 # What the backward kernels of attention do a second time, by platform, in FLOPs of forward: cuDNN's one product of
 # five, splash's two kernels three of seven.
@@ -14,7 +14,7 @@ TWICE = {"gpu": 0.5, "tpu": 1.5}
 PLATFORM = {"NVIDIA": "gpu", "Tesla": "gpu", "TPU": "tpu", "TPU7x": "tpu"}  # by the first word of a device's kind
 
 
-def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
+def estimate(portion: DeviceWorkload, remat: str, device_kind: str = "") -> Planned:
     """The plan of a step under a remat policy, roughly: no compiler saw it."""
     platform = PLATFORM.get(device_kind.partition(" ")[0], "cpu")
     forward, again = _flops(portion, remat, platform)
@@ -44,7 +44,7 @@ def estimate(portion: Portion, remat: str, device_kind: str = "") -> Planned:
     )
 
 
-def _flops(portion: Portion, remat: str, platform: str) -> tuple[dict[str, float], dict[str, float]]:
+def _flops(portion: DeviceWorkload, remat: str, platform: str) -> tuple[dict[str, float], dict[str, float]]:
     """Of a micro-batch, by part: forward, and what backward computes again."""
     names = [*portion.shapes.flops, *(["experts"] if portion.moe else [])]
     forward, again = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
@@ -77,7 +77,7 @@ def _flops(portion: Portion, remat: str, platform: str) -> tuple[dict[str, float
     return forward, {part: again[part] * trains[part] for part in again}
 
 
-def _memory(portion: Portion, remat: str) -> tuple[float, dict[str, float]]:
+def _memory(portion: DeviceWorkload, remat: str) -> tuple[float, dict[str, float]]:
     """Bytes of the step's arguments, and of what else is alive when most is."""
     run, width = portion.run, portion.bytes
     arguments = sum(laid.values * (laid.weight.kept + laid.weight.moments) for laid in portion.laid)
@@ -105,7 +105,7 @@ def _memory(portion: Portion, remat: str) -> tuple[float, dict[str, float]]:
     return arguments, {"saved activations": saved, **alive}
 
 
-def saved_bytes(portion: Portion, part: str, remat: str) -> float:
+def saved_bytes(portion: DeviceWorkload, part: str, remat: str) -> float:
     """Bytes that a tower's forward pass keeps for backward, all layers together."""
     rows, layers = portion.rows[part].count, portion.layers(part)
     residual = rows * portion.width(part) * layers / portion.size(portion.parted(part))

@@ -16,7 +16,7 @@ from mllm_jax.common.html import log_ticks, ticks
 from mllm_jax.plan.hardware.chips import Chip
 from mllm_jax.plan.roofline import Network, seconds
 from mllm_jax.plan.search import Candidate, Found, mesh_text
-from mllm_jax.plan.sharded_weight import STACKED, VOCABULARY, Laid
+from mllm_jax.plan.sharded_weight import STACKED, VOCABULARY, ShardedWeight
 from mllm_jax.sharding.mesh import MESH_AXES
 
 TALL, SLOW = 1.35, 4.0  # how much of what does not fit, and of what is slow, the plot shows
@@ -28,7 +28,7 @@ class Chosen(NamedTuple):
     """The candidate that the page is about."""
 
     candidate: Candidate
-    laid: Sequence[Laid]  # its weights
+    laid: Sequence[ShardedWeight]  # its weights
     network: Network
 
 
@@ -153,7 +153,7 @@ def _moves(best: Candidate, network: Network) -> list[dict[str, Any]]:
     return sorted((row for row in rows if row["time"]), key=lambda row: -row["time"])[:10]
 
 
-def _weights(laid: Sequence[Laid]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _weights(laid: Sequence[ShardedWeight]) -> list[tuple[str, list[dict[str, Any]]]]:
     """By part of the model, how each weight lies: large ones as a grid, of which one device has the filled block."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for one in sorted(laid, key=lambda one: (MODEL.index(one.weight.part), -math.prod(one.weight.shape))):
@@ -165,7 +165,7 @@ def _weights(laid: Sequence[Laid]) -> list[tuple[str, list[dict[str, Any]]]]:
 MODEL = ("encoder", "connector", "decoder")
 
 
-def _weight(one: Laid) -> dict[str, Any]:
+def _weight(one: ShardedWeight) -> dict[str, Any]:
     weight = one.weight
     dimensions = [
         dict(

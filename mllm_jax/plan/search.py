@@ -11,7 +11,7 @@ from mllm_jax.common.format import duration, gib, percent
 from mllm_jax.nn.runtime import REMAT
 from mllm_jax.plan.comms import traffic
 from mllm_jax.plan.compile import Planned, TooLarge, plan_step
-from mllm_jax.plan.device_workload import Portion, read_shapes
+from mllm_jax.plan.device_workload import DeviceWorkload, read_shapes
 from mllm_jax.plan.estimate import estimate
 from mllm_jax.plan.hardware.chips import CHIPS, Chip
 from mllm_jax.plan.hardware.topology import Topology
@@ -133,7 +133,7 @@ class Search:
         refused = None
         for vision in rules:
             try:
-                portion = Portion(self.shapes, Choice(mesh, policies[0], vision).run(self.run), dict(mesh))
+                portion = DeviceWorkload(self.shapes, Choice(mesh, policies[0], vision).run(self.run), dict(mesh))
             except ValueError as error:
                 refused = refused or error
                 continue
@@ -148,8 +148,8 @@ class Search:
     def network(self, mesh: tuple[tuple[str, int], ...]) -> Network:
         return Network(make_mesh(dict(mesh), self.topology.devices), self.chip)
 
-    def portion(self, choice: Choice) -> Portion:
-        return Portion(self.shapes, choice.run(self.run), dict(choice.mesh))
+    def portion(self, choice: Choice) -> DeviceWorkload:
+        return DeviceWorkload(self.shapes, choice.run(self.run), dict(choice.mesh))
 
     def compile(self, candidate: Candidate, quick: bool = False) -> Candidate:
         """The candidate as the compiler sees it, at once if it is `quick`."""

@@ -59,7 +59,7 @@ class Weight(NamedTuple):
         return reads, [n for n in inner if n not in reads]
 
 
-class Laid(NamedTuple):
+class ShardedWeight(NamedTuple):
     """A weight on a mesh."""
 
     weight: Weight
@@ -124,7 +124,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
-def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...], known: Mapping) -> Laid:
+def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...], known: Mapping) -> ShardedWeight:
     """A weight under rules.
 
     Args:
@@ -142,7 +142,7 @@ def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...],
     gathered = tuple(axis for name, split in zip(weight.names, axes) for axis in split if apart(name, axis))
     kept = [[axis for axis in split if axis not in gathered] for split in axes]
     part = lambda axes: tuple(whole // size(split) for whole, split in zip(weight.shape, axes))
-    return Laid(weight, axes, gathered, part(axes), part(kept))
+    return ShardedWeight(weight, axes, gathered, part(axes), part(kept))
 
 
 def is_width(name: str | None) -> bool:

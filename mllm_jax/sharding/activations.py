@@ -4,7 +4,7 @@ import jax
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
-from mllm_jax.sharding.logical_axes import Rules, axes_size, fitting_axes, spec_of_axes
+from mllm_jax.sharding.logical_axes import Rules, axes_size, divisible_axes, spec_of_axes
 
 
 def shard(x, names, rules: Rules):
@@ -16,18 +16,18 @@ def shard(x, names, rules: Rules):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not rules:
         return x
-    parts = [fitting_axes(name, size, rules, mesh) for name, size in zip(names, x.shape)]
-    return place(x, spec_of_axes(names, parts, f"an activation with axes {tuple(names)}"))
+    parts = [divisible_axes(name, size, rules, mesh) for name, size in zip(names, x.shape)]
+    return constrain(x, spec_of_axes(names, parts, f"an activation with axes {tuple(names)}"))
 
 
-def place(x, spec: PartitionSpec):
+def constrain(x, spec: PartitionSpec):
     """Constrain an activation to a spec of the ambient mesh."""
     if all(kind == jax.sharding.AxisType.Explicit for kind in jax.sharding.get_abstract_mesh().axis_types):
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def join_rows(x, rules: Rules):
+def fold_rows(x, rules: Rules):
     """[B R ...] -> [B*R ...]: rows within batch rows, all in one line.
 
     Rows of batch rows that the `batch` axes of the mesh keep together stand together, by R first: where other axes
@@ -36,12 +36,12 @@ def join_rows(x, rules: Rules):
     return rearrange(x, "(group B) R ... -> (group R B) ...", group=_groups(len(x), rules))
 
 
-def split_rows(x, count: int, rules: Rules):
-    """[B*R ...] -> [B R ...]: the inverse of `join_rows` for `count` batch rows."""
+def unfold_rows(x, count: int, rules: Rules):
+    """[B*R ...] -> [B R ...]: the inverse of `fold_rows` for `count` batch rows."""
     groups = _groups(count, rules)
     return rearrange(x, "(group R B) ... -> (group B) R ...", group=groups, B=count // groups)
 
 
 def _groups(rows: int, rules: Rules) -> int:
     mesh = jax.sharding.get_abstract_mesh()
-    return axes_size(fitting_axes("batch", rows, rules, mesh), mesh)
+    return axes_size(divisible_axes("batch", rows, rules, mesh), mesh)

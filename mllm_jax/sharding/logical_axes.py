@@ -60,7 +60,7 @@ def axes_size(axes: tuple[str, ...], mesh) -> int:
 Name = str | tuple[str, ...] | None  # of an axis of an activation, or those of several that were joined to one
 
 
-def ways(name: Name, rules: Rules, mesh) -> int:
+def num_shards(name: Name, rules: Rules, mesh) -> int:
     """Over how many devices of a mesh the axis `name` is spread; 1 without a mesh or a rule."""
     return axes_size(split_axes(name, rules, mesh), mesh)
 
@@ -71,7 +71,7 @@ def split_axes(name: Name, rules: Rules, mesh) -> tuple[str, ...]:
     return tuple(axis for name in names for axis in _mesh_axes(table.get(name), mesh))
 
 
-def fitting_axes(name: Name, size: int, rules: Rules, mesh) -> tuple[str, ...]:
+def divisible_axes(name: Name, size: int, rules: Rules, mesh) -> tuple[str, ...]:
     """The mesh axes over which an activation's axis is spread: those of its rule, but for the last ones where all of
     them do not divide its size."""
     axes = split_axes(name, rules, mesh)
@@ -94,7 +94,7 @@ def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "", part: 
     parts = [_mesh_axes(table.get(name), mesh) for name in names]
     for name, size, axes in zip(names, shape or (), parts):
         if size % axes_size(axes, mesh):
-            fits, rule = _entry(fitting_axes(name, size, rules, mesh)), f"{part}_{name}"
+            fits, rule = _entry(divisible_axes(name, size, rules, mesh)), f"{part}_{name}"
             raise ValueError(
                 f"{what}: its axis {name!r} of size {size} is not divisible by {mesh_text(axes, mesh.shape)} devices; "
                 f"change the size, the mesh, or the sharding rule of {(rule if rule in known else name)!r} to {fits!r}"

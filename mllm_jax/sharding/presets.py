@@ -10,7 +10,7 @@ from mllm_jax.sharding.mesh import MESH_AXES
 #
 # Inside the encoder a rule `encoder_embed` goes before `embed`, and so on; likewise `connector_`. There the rows are
 # rows of patches, which know nothing of each other: they lie over all devices, and no device does another's work.
-RULES: dict[str, Any] = {
+LOGICAL_AXIS_RULES: dict[str, Any] = {
     "batch": ("data", "fsdp", "expert"),
     "length": "context",
     "residual": "context",
@@ -48,16 +48,20 @@ class Preset(TypedDict):
 # them, and the sizes say which; a preset has rules of its own only where the usual ones would do worse.
 PRESETS: dict[str, Preset] = {
     # Each device keeps a part of every weight, and has rows of its own (ZeRO, arXiv 1910.02054).
-    "fsdp": {"mesh": {"fsdp": -1}, "rules": RULES},
+    "fsdp": {"mesh": {"fsdp": -1}, "rules": LOGICAL_AXIS_RULES},
     # Heads and mlp are split besides (Megatron, arXiv 1909.08053), and tokens between layers (arXiv 2205.05198).
-    "fsdp_tensor": {"mesh": {"fsdp": -1, "tensor": 4}, "rules": RULES | {"residual": ("context", "tensor")}},
+    "fsdp_tensor": {
+        "mesh": {"fsdp": -1, "tensor": 4},
+        "rules": LOGICAL_AXIS_RULES | {"residual": ("context", "tensor")},
+    },
     # Experts lie apart, and tokens travel (GShard, arXiv 2006.16668). A vision tower's width rarely divides as far.
-    "expert": {"mesh": {"fsdp": -1, "expert": 4}, "rules": RULES | {"encoder_embed": "fsdp"}},
+    "expert": {"mesh": {"fsdp": -1, "expert": 4}, "rules": LOGICAL_AXIS_RULES | {"encoder_embed": "fsdp"}},
     # The tokens of a row lie on several devices, which exchange keys or heads (nn/attention/context_parallel.py).
-    "long_context": {"mesh": {"fsdp": -1, "context": 4}, "rules": RULES},
+    "long_context": {"mesh": {"fsdp": -1, "context": 4}, "rules": LOGICAL_AXIS_RULES},
     # Each device has all weights, and rows of its own: for models that are small.
     "replicated": {
         "mesh": {"data": -1},
-        "rules": dict.fromkeys(RULES) | dict.fromkeys(("batch", "encoder_batch", "connector_batch"), MESH_AXES),
+        "rules": dict.fromkeys(LOGICAL_AXIS_RULES)
+        | dict.fromkeys(("batch", "encoder_batch", "connector_batch"), MESH_AXES),
     },
 }

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mllm_jax.sharding.logical_axes import Rules, partition_spec
 
 
-class Named(struct.PyTreeNode, meta.AxisMetadata):
+class Partitioned(struct.PyTreeNode, meta.AxisMetadata):
     """A weight with the names of its axes.
 
     Flax's own `LogicallyPartitioned` constrains on unboxing, which fails on Explicit axes; this box only remembers.
@@ -36,22 +36,23 @@ class Named(struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(names=(*self.names[:index], *self.names[index + 1 :]))
 
 
-def named(init, *names, matrix=None):
-    """An initializer whose result carries the names of its axes, and what a matrix does with them (see `Named`)."""
-    return lambda *args: Named(init(*args), names, matrix)
+def partitioned(init, *names, matrix=None):
+    """An initializer whose result carries the names of its axes, and what a matrix does with them (see
+    `Partitioned`)."""
+    return lambda *args: Partitioned(init(*args), names, matrix)
 
 
 def shardings(boxed, mesh: Mesh, rules: Rules):
-    """NamedSharding of every weight, for a tree of `Named` boxes as `model.init` or its `eval_shape` returns it.
+    """NamedSharding of every weight, for a tree of `Partitioned` boxes as `model.init` or its `eval_shape` returns it.
 
     The first key of a path is the part of the model, which may have rules of its own.
     """
 
     def of(path, box):
-        if not isinstance(box, Named):
+        if not isinstance(box, Partitioned):
             return NamedSharding(mesh, PartitionSpec())
         names = [str(getattr(key, "key", key)) for key in path]
         what = f"weight {'/'.join(names)}"
         return NamedSharding(mesh, partition_spec(box.names, rules, mesh, box.value.shape, what, names[0]))
 
-    return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda leaf: isinstance(leaf, Named))
+    return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda leaf: isinstance(leaf, Partitioned))

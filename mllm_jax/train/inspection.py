@@ -60,7 +60,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
     mixed = isinstance(run.data, MixtureData)
     source = run.data.source()
     total = sum(map(len, source.sources)) if mixed else len(source)
-    data = dataclasses.replace(run.data, epochs=None if mixed else 1, strict=False, max_bad=1.0)
+    data = dataclasses.replace(run.data, epochs=None if mixed else 1, fail_on_bad_record=False, max_bad_fraction=1.0)
     inspection = Inspection(processor)
     with _heard(loader.log) as named:
         batches = loader_of(data, processor, algorithm.reading())
@@ -140,9 +140,9 @@ def facts(found: Found) -> dict[str, str]:
         "conversations packed": f"{len(seen.tokens):,}",
         "pictures": f"{seen.sizes.total():,}",
         "tokens of a row": f"{data.budget.tokens:,}",
-        "patches of a row": f"{data.budget.rows} × {data.patches:,}" if data.budget.rows else "–",
+        "patches of a row": f"{data.budget.patch_rows} × {data.patches_per_row:,}" if data.budget.patch_rows else "–",
         "fill of tokens": percent(fill[0]),
-        "fill of patches": percent(fill[1]) if data.budget.rows else "–",
+        "fill of patches": percent(fill[1]) if data.budget.patch_rows else "–",
         "visual tokens": percent(visual / max(tokens, 1)),
         "learned tokens": percent(learned / max(tokens, 1)),
     }

@@ -28,7 +28,7 @@ from mllm_jax.train.checkpoint.lock import locked
 from mllm_jax.train.checkpoint.manager import Restored
 from mllm_jax.train.checkpoint.restore import first_params
 from mllm_jax.train.checkpoint.tiers import Tiers
-from mllm_jax.train.input.feed import Feed, Fetched
+from mllm_jax.train.input.feed import DeviceBatch, InputPipeline
 from mllm_jax.train.input.pipeline import Placer, open_data, shares_of
 from mllm_jax.train.length import DataEnded, StoppedEarly, check_end, find_length, with_length
 from mllm_jax.train.monitor.flops import peak_flops
@@ -177,7 +177,7 @@ class Training:
         every = self.settings.train
         with self._announced("waiting for the first batch"):
             upcoming = self._fetch(stop)
-        while isinstance(upcoming, Fetched):
+        while isinstance(upcoming, DeviceBatch):
             self._take(upcoming)
             if self.debug_nans:
                 self._look_into(upcoming.batch)
@@ -207,12 +207,12 @@ class Training:
             for part in (self.report, self.feed, self.tracer, self.watchdog):
                 parts.callback(part.close)
 
-    def _open_feed(self, processor: Any) -> Feed:
+    def _open_feed(self, processor: Any) -> InputPipeline:
         run, mesh, rules = self.settings, self.mesh, self.settings.model.runtime.rules
         loader = open_data(run.data, processor, mesh, rules, self.algorithm.reading())
         place = Placer(run.data.batch, partial(self.algorithm.batch_shardings, mesh=mesh))
         ends = run.data.epochs is not None and shares_of(run.data.batch, mesh, rules)[1] > 1
-        return Feed(loader, place, self.algorithm.cost(), ends)
+        return InputPipeline(loader, place, self.algorithm.cost(), ends)
 
     def _check_memory(self, state: TrainState, layout: TrainState) -> None:
         """Tells what a device needs for certain, before it is allocated. Raises ConfigError where that is not there."""
@@ -265,7 +265,10 @@ class Training:
     def _reporter(self) -> Reporter:
         run, mesh, device = self.settings, self.mesh, self.mesh.devices.flat[0].device_kind
         room, peak = run.data.budget, peak_flops(device)
-        capacity = {"tokens": run.data.batch * room.tokens, "patches": run.data.batch * room.rows * room.patches}
+        capacity = {
+            "tokens": run.data.batch * room.tokens,
+            "patches": run.data.batch * room.patch_rows * room.patches_per_row,
+        }
         report = Reporter(
             self.workdir,
             self.step,
@@ -283,7 +286,7 @@ class Training:
         report.line(f"{self.workdir} {began} {where}: {parts}")
         return report
 
-    def _fetch(self, stop: StopSignal) -> Fetched | Interrupted | None:
+    def _fetch(self, stop: StopSignal) -> DeviceBatch | Interrupted | None:
         """The next batch, on its way to the devices; None at the end of the run or of the data.
 
         Interrupted where somebody asked the run to stop, perhaps while the batch was awaited.
@@ -307,7 +310,7 @@ class Training:
             self.report.line(line)
         return fetched
 
-    def _fetch_while_computing(self, stop: StopSignal) -> Fetched | Interrupted | None:
+    def _fetch_while_computing(self, stop: StopSignal) -> DeviceBatch | Interrupted | None:
         before = self.clock.seconds()["input"]
         upcoming = self._fetch(stop)
         if self.results.running():  # the devices were busy all the time
@@ -315,7 +318,7 @@ class Training:
         self.results.wait()
         return upcoming
 
-    def _take(self, fetched: Fetched) -> None:
+    def _take(self, fetched: DeviceBatch) -> None:
         """Starts a step on the devices."""
         self.step += 1
         self.watchdog.step = self.step

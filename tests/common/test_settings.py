@@ -256,15 +256,15 @@ def test_a_run_names_the_path(change, message):
 )
 def test_a_model_of_no_family_is_refused(change, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
-        read_run(run_config(Run(**{"data": ScenesData(blind=True)} | change)))
+        read_run(run_config(Run(**{"data": ScenesData(text_only=True)} | change)))
 
 
 def test_rows_are_no_longer_than_learned_positions():
     """Beyond them is nothing to look up."""
     model = ModelConfig(None, None, dataclasses.replace(DECODER, positions=32), family="gpt2")
-    read_run(run_config(Run(model, ScenesData(blind=True, tokens=32))))
+    read_run(run_config(Run(model, ScenesData(text_only=True, tokens=32))))
     with pytest.raises(ConfigError, match="^config.data.tokens=33: must be at most config.model.decoder.positions=32"):
-        read_run(run_config(Run(model, ScenesData(blind=True, tokens=33))))
+        read_run(run_config(Run(model, ScenesData(text_only=True, tokens=33))))
 
 
 def test_a_batch_is_counted_in_32_bits():

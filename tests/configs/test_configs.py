@@ -38,7 +38,7 @@ def test_a_config_is_read_and_survives_json(name, argument):
     run = read_run(config)
     assert read_run(load(dump(config))) == run
     if isinstance(run.model, ModelConfig):
-        assert run.data.patches % run.model.connector.patches_per_token == 0
+        assert run.data.patches_per_row % run.model.connector.patches_per_token == 0
     assert run.data.batch % run.train.grad_accum_steps == 0
 
 
@@ -80,7 +80,7 @@ def test_fine_tuning_on_real_pictures(shared, tmp_path):
     config.data.path = str(shared / "data" / "conversations.jsonl")
     tasks = ("presence", "counting", "vqa", "caption")
     config.data.update(where={"split": "train", "task": tasks}, heldout_where={"split": "test", "task": tasks})
-    config.data.update(tokens=192, rows=1, patches=288, min_pixels=1024, max_pixels=128 * 128)
+    config.data.update(tokens=192, patch_rows=1, patches_per_row=288, min_pixels=1024, max_pixels=128 * 128)
     config.model.encoder.update(width=32, layers=2, heads=2, mlp=32, deepstack_layers=(0,))
     config.model.decoder.update(width=16, layers=2, mlp=32)
     config.model.decoder.attention.update(heads=2, kv_heads=1, head_dim=16, rope_sections=(4, 2, 2))

@@ -66,10 +66,10 @@ def test_a_recipe_is_read_at_every_size_and_its_patterns_find_weights(name):
             learning = {"encoder", "connector", "decoder"} & split(params, run.optim.freeze)[0].keys()
             every = {"encoder", "connector", "decoder"}
             assert learning == TRAINED.get((name, stage), TRAINED.get(stage, every))
-            assert run.data.patches % run.model.connector.patches_per_token == 0
+            assert run.data.patches_per_row % run.model.connector.patches_per_token == 0
             if size != "tiny":
                 grid = run.model.encoder.position_grid
-                assert grid**2 + run.model.num_prefix_tokens <= run.data.patches and run.optim.steps > 500
+                assert grid**2 + run.model.num_prefix_tokens <= run.data.patches_per_row and run.optim.steps > 500
     with pytest.raises(ConfigError, match=f"configs/recipes/{name}.py has no size '1m'"):
         module.get_config("1m")
 

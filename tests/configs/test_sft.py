@@ -56,7 +56,7 @@ def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     model.runtime.update(dtype="float32", remat="none")
     config.processor = str(tmp_path / "processor")
     config.data.path, config.data.root = str(conversations(tmp_path)), str(tmp_path)
-    config.data.update(batch=8, tokens=192, rows=1, patches=260, epochs=24, max_pixels=32 * 32)
+    config.data.update(batch=8, tokens=192, patch_rows=1, patches_per_row=260, epochs=24, max_pixels=32 * 32)
     config.optim.update(steps=6, warmup=1, learning_rate=1e-2)
     config.train.update(log_every=1, evaluate_every=0, save_every=0, loss_chunk=32)
     config.mesh.update(data=2, fsdp=4)

@@ -39,7 +39,7 @@ def small(config, data):
     """Steps that take milliseconds, in fp32."""
     config.model.runtime.update(dtype="float32", remat="none")
     config.data.path, config.data.root = str(conversations(data)), str(data)
-    config.data.update(batch=8, tokens=192, rows=1, patches=260, max_pixels=32 * 32, workers=0)
+    config.data.update(batch=8, tokens=192, patch_rows=1, patches_per_row=260, max_pixels=32 * 32, workers=0)
     config.optim.update(steps=2, warmup=1, learning_rate=3e-2)
     config.train.update(log_every=1, evaluate_every=0, save_every=0, loss_chunk=32)
     return config
@@ -60,7 +60,7 @@ def trained(published, tmp_path_factory):
 def test_the_model_of_a_folder_is_trained(published, trained):
     config = load_config("sft", str(published))
     assert config.init == config.processor == str(published)
-    assert config.model.runtime.dtype == "bfloat16" and config.data.rows == 2
+    assert config.model.runtime.dtype == "bfloat16" and config.data.patch_rows == 2
     losses = [line["loss"] for line in read_metrics(trained) if "loss" in line]
     assert len(losses) == 2 and losses[1] < losses[0]
     ours, theirs = mllm_jax.load_workdir(trained), mllm_jax.load_pretrained(published)
@@ -94,14 +94,17 @@ def test_the_architecture_of_every_family_is_read(kind, tmp_path):
         found.decoder,
         found.inputs,
     )
-    assert bool(run.data.budget.rows) == (found.encoder is not None) and set(run.data.sources) == {"charts", "texts"}
+    assert bool(run.data.budget.patch_rows) == (found.encoder is not None) and set(run.data.sources) == {
+        "charts",
+        "texts",
+    }
 
 
 def test_a_model_of_texts_is_trained(tmp_path):
     tiny_chat.write_tokenizer(tmp_path)
     tiny("llama", vocab_size=300).save_pretrained(tmp_path)
     run = read_run(load_config("sft", str(tmp_path)))
-    assert run.data.budget.rows == 0 and run.model.encoder is None
+    assert run.data.budget.patch_rows == 0 and run.model.encoder is None
     mesh = mllm_jax.make_mesh({}, devices=jax.devices()[:1])
     params = first_params(run, mesh)
     theirs = mllm_jax.load_pretrained(tmp_path, runtime=Runtime()).params

@@ -24,13 +24,13 @@ def says(page, *texts):
 def test_security():
     assert images.MAX_PIXELS == 2**27 and images.MAX_BYTES == 512 * 2**20 and bounded_jinja.SOURCE == 2**20
     assert bounded_jinja.LENGTH == 2**28 and bounded_jinja.SECONDS == 10
-    says("security.md", "2^27 pixels, 512 MB for the pixels and their copies, 200:1", "`data.max_bad` (5 %)")
+    says("security.md", "2^27 pixels, 512 MB for the pixels and their copies, 200:1", "`data.max_bad_fraction` (5 %)")
     says("security.md", "2^20 characters of the template; for a conversation 10 s and 2^28 characters")
     says("security.md", f"{MOST_LAYERS:,} layers, {MOST_EXPERTS:,} experts")
 
 
 def test_data():
-    assert FilesData().max_bad == 0.05 and images.LARGE == 2**25 and inline_media.LARGEST == 256 * 2**20
+    assert FilesData().max_bad_fraction == 0.05 and images.LARGE == 2**25 and inline_media.LARGEST == 256 * 2**20
     assert grounding.OUTSIDE == 0.01 and images.DISTORTED == 1.25
     says("data.md", f"of at least {loader.ENOUGH} records", "ran for 10 s, or made 2^28 characters")
     says("data.md", f"one side over {images.MAX_ASPECT} times the other", "JPEG of more than 2^25 pixels")

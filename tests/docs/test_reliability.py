@@ -16,8 +16,10 @@ from mllm_jax.train.monitor.metrics import read_metrics
 TEXT = (ROOT / "docs" / "reliability.md").read_text()
 COMMANDS = [shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)]
 FEW_STEPS = (
-    "--config.optim.steps=3 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 --config.data.rows=1 "
-    "--config.data.patches=112 --config.train.num_eval_examples=4 --config.train.log_every=1 --config.optim.name=adamw "
+    "--config.optim.steps=3 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 "
+    "--config.data.patch_rows=1 "
+    "--config.data.patches_per_row=112 --config.train.num_eval_examples=4 --config.train.log_every=1 "
+    "--config.optim.name=adamw "
     "--config.model.encoder.layers=1 --config.model.decoder.layers=1 --config.data.window=1.0"
 ).split()
 

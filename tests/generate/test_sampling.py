@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.generate.sampling import Sampling, choose, greedy, make_sampling, truncated
+from mllm_jax.generate.sampling import Sampling, greedy, make_sampling, sample, truncated
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)
 LOGITS = np.log(PROBABILITIES)
@@ -50,7 +50,7 @@ def test_truncated_keeps_the_likeliest(settings, tokens):
 def test_draws_follow_the_distribution(settings, expected):
     rows = 20_000
     logits = jnp.broadcast_to(jnp.asarray(LOGITS), (rows, 5))
-    drawn = choose(logits, make_sampling(rows, **settings), jax.random.key(3))
+    drawn = sample(logits, make_sampling(rows, **settings), jax.random.key(3))
     shares = np.bincount(np.asarray(drawn), minlength=5) / rows
     np.testing.assert_allclose(shares, expected, atol=0.015)  # four standard deviations
 
@@ -59,7 +59,7 @@ def test_rows_have_their_own_settings():
     rows = 3000
     temperature = np.tile([0.0, 1.0, 1.0], rows // 3)
     sampling = make_sampling(rows, temperature, top_k=np.tile([0, 1, 0], rows // 3))
-    drawn = np.asarray(choose(jnp.broadcast_to(jnp.asarray(LOGITS), (rows, 5)), sampling, jax.random.key(0)))
+    drawn = np.asarray(sample(jnp.broadcast_to(jnp.asarray(LOGITS), (rows, 5)), sampling, jax.random.key(0)))
     assert set(drawn[0::3]) == set(drawn[1::3]) == {1}
     assert set(drawn[2::3]) == {0, 1, 2, 3, 4}
 

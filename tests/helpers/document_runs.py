@@ -9,8 +9,9 @@ from compiler import QUICKLY
 from paths import ROOT
 
 FEW_STEPS = (
-    "--config.optim.steps=2 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 --config.data.rows=1 "
-    "--config.data.patches=112 --config.train.num_eval_examples=4 --config.train.log_every=1"
+    "--config.optim.steps=2 --config.optim.warmup=1 --config.data.batch=8 --config.data.tokens=64 "
+    "--config.data.patch_rows=1 "
+    "--config.data.patches_per_row=112 --config.train.num_eval_examples=4 --config.train.log_every=1"
 ).split()
 
 

@@ -19,7 +19,7 @@ topology, mesh, experts, adapters = (
     *(x in sys.argv for x in ("experts", "adapters")),
 )
 config = get_config("experts" if experts else "blind")
-config.data.blind = True  # text alone: the bytes of what is gathered are then known
+config.data.text_only = True  # text alone: the bytes of what is gathered are then known
 config.model.decoder.update(width=512, layers=3, mlp=1536, vocab=2048)
 config.model.decoder.attention.update(heads=4, kv_heads=4, head_dim=128, rope_sections=(24, 20, 20))
 config.model.runtime.update(dtype="bfloat16", remat="full")

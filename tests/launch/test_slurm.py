@@ -14,7 +14,12 @@ from mllm_jax.train.monitor.metrics import read_metrics
 
 STEPS = 120
 WAIT = 600  # seconds: every start compiles
-TINY = ["--config.data.batch=4", "--config.data.tokens=64", "--config.data.rows=1", "--config.data.patches=112"]
+TINY = [
+    "--config.data.batch=4",
+    "--config.data.tokens=64",
+    "--config.data.patch_rows=1",
+    "--config.data.patches_per_row=112",
+]
 TINY += ["--config.model.decoder.layers=1", "--config.optim.name=adamw", "--config.optim.warmup=2"]
 TINY += ["--config.train.log_every=1", "--config.train.save_every=40", "--config.train.evaluate_every=0"]
 TINY += [f"--config.optim.steps={STEPS}", "--config.train.num_eval_examples=4"]

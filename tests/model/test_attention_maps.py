@@ -60,7 +60,7 @@ def packed(config):
     rng = np.random.default_rng(1)
     examples = [random_example(rng, 9, (4, 4)), random_example(rng, 6), random_example(rng, 12, (2, 6))]
     alone = collate([[example] for example in examples], tightest(examples), **config.layout)
-    room = tightest(examples)._replace(tokens=64, rows=2)
+    room = tightest(examples)._replace(tokens=64, patch_rows=2)
     return examples, alone, collate([examples, []], room, **config.layout)
 
 

@@ -25,7 +25,7 @@ from mllm_jax.plan.verify.certificate import (
     read_certificate,
 )
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.sharding.presets import PRESETS, RULES
+from mllm_jax.sharding.presets import LOGICAL_AXIS_RULES, PRESETS
 from mllm_jax.train.runs.config import with_rules
 
 ISSUED = {"fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2"}
@@ -37,7 +37,7 @@ def certify(*arguments, code="from mllm_jax.plan.verify.certify import main"):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def small(rules=RULES):
+def small(rules=LOGICAL_AXIS_RULES):
     """A dense layer, one with experts, and pictures; so narrow that it compiles in seconds."""
     config = load_module("certify").model(MoeConfig(experts=8, top_k=2, mlp=8))
     attention = replace(config.decoder.attention, head_dim=4, rope_sections=(1, 1, 0))

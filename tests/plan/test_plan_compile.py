@@ -243,10 +243,10 @@ def test_flops_of_a_dense_model_equal_a_hand_count():
     CPU works on all pairs. What full rematerialisation repeats is a layer without its last product."""
     run, rows = tiny(remat="full"), 8
     encoder, decoder, data = run.model.encoder, run.model.decoder, run.data
-    patches, tokens = rows * data.rows * data.patches, rows * data.tokens
+    patches, tokens = rows * data.patch_rows * data.patches_per_row, rows * data.tokens
     width, mlp = encoder.width, encoder.mlp
     embed = patches * encoder.patch_values * width
-    layer = patches * (4 * width * width + 2 * width * mlp + 2 * data.patches * width)
+    layer = patches * (4 * width * width + 2 * width * mlp + 2 * data.patches_per_row * width)
     own = {"encoder": (2 * (3 * layer - embed + 3 * embed), 2 * (layer - patches * width * mlp))}
     assert encoder.layers == 1
     joined, merged = 4 * width, patches // 4
@@ -272,7 +272,7 @@ def test_flops_of_experts_equal_a_hand_count(shape):
     moe = MoeConfig(experts=8, top_k=2, mlp=256)  # 128 of it, which TPUs have lanes for, on a device
     attention = dataclasses.replace(run.model.decoder.attention, heads=4)
     decoder = dataclasses.replace(run.model.decoder, moe=moe, width=128, attention=attention)
-    data = dataclasses.replace(run.data, tokens=512, blind=True)
+    data = dataclasses.replace(run.data, tokens=512, text_only=True)
     model = dataclasses.replace(run.model, decoder=decoder)
     run = dataclasses.replace(run, model=model, data=data)
     tokens, layers, heads = 8 * 512, decoder.layers, attention.heads * attention.head_dim

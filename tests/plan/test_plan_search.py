@@ -25,7 +25,7 @@ from mllm_jax.nn.runtime import Runtime
 from mllm_jax.plan import search as search_module
 from mllm_jax.plan.comms import traffic
 from mllm_jax.plan.compile import Collective, TooLarge, abstract_step
-from mllm_jax.plan.device_workload import Portion, read_shapes
+from mllm_jax.plan.device_workload import DeviceWorkload, read_shapes
 from mllm_jax.plan.estimate import estimate
 from mllm_jax.plan.hardware.chips import CHIPS
 from mllm_jax.plan.hlo.jaxpr import operations, products
@@ -34,7 +34,7 @@ from mllm_jax.plan.roofline import Network, roofline, seconds
 from mllm_jax.plan.search import Search, mesh_text, meshes, read_mesh, summary
 from mllm_jax.plan.validate import check_run
 from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
-from mllm_jax.sharding.presets import RULES
+from mllm_jax.sharding.presets import LOGICAL_AXIS_RULES
 from mllm_jax.train.runs.config import Run, TrainConfig, read_run, run_config
 from mllm_jax.train.runs.data_files import FilesData
 from mllm_jax.train.step.optimizer import OptimConfig, make_optimizer, split
@@ -49,14 +49,14 @@ def a_run(model=None, remat="full", moe=None, **changes) -> Run:
     model = dataclasses.replace(model, runtime=Runtime(dtype="bfloat16", remat=remat, capacity_factor=1.25))
     if moe:
         model = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, moe=moe))
-    data = FilesData(**{"batch": 8, "tokens": 64, "rows": 2, "patches": 32} | changes.pop("data", {}))
+    data = FilesData(**{"batch": 8, "tokens": 64, "patch_rows": 2, "patches_per_row": 32} | changes.pop("data", {}))
     optim, train = OptimConfig(**changes.pop("optim", {})), TrainConfig(**changes.pop("train", {}))
     return read_run(run_config(Run(model=model, data=data, optim=optim, train=train, **changes)))
 
 
 def published(name: str, **data) -> Run:
-    rules = RULES | {"encoder_embed": "fsdp"}
-    return a_run(FAMILIES["qwen3_vl"].config(name), data={"tokens": 4096, "patches": 4096} | data, rules=rules)
+    rules = LOGICAL_AXIS_RULES | {"encoder_embed": "fsdp"}
+    return a_run(FAMILIES["qwen3_vl"].config(name), data={"tokens": 4096, "patches_per_row": 4096} | data, rules=rules)
 
 
 KNOWN = {}
@@ -71,7 +71,7 @@ def shapes_of(run: Run):
 
 
 def plan(run: Run, remat: str = "", **mesh):
-    return estimate(Portion(shapes_of(run), run, mesh), remat or run.model.runtime.remat)
+    return estimate(DeviceWorkload(shapes_of(run), run, mesh), remat or run.model.runtime.remat)
 
 
 def torus(shape, axes, sizes, slices: int = 1):
@@ -153,7 +153,7 @@ def test_what_crosses_slices_or_nodes_takes_the_network():
 def test_a_roofline_waits_for_activations_alone():
     run = published("8b", batch=64, rows=0)
     mesh = {"fsdp": 8, "tensor": 8}
-    portion = Portion(shapes_of(run), run, mesh)
+    portion = DeviceWorkload(shapes_of(run), run, mesh)
     network = Network(torus((8, 8, 1), ("fsdp", "tensor"), (8, 8)), CHIPS["v6e"])
     planned = estimate(portion, "full", "TPU v6 lite")
     found = roofline(planned, network, traffic(portion, "full"))
@@ -186,7 +186,7 @@ def test_weights_and_moments_lie_as_those_of_training(mesh, name):
     params, devices = abstract_params(run.model), make_mesh(mesh)
     tx, _ = make_optimizer(run.optim, params)
     state, layout = abstract_state(run.model, tx), state_shardings(run.model, tx, devices, run.model.runtime.rules)
-    portion = Portion(shapes_of(run), run, mesh)
+    portion = DeviceWorkload(shapes_of(run), run, mesh)
     shapes, real = (flatten_dict(tree, sep="/") for tree in (params, layout.params))
     for laid in portion.laid:
         path = laid.weight.path
@@ -203,7 +203,7 @@ def test_weights_and_moments_lie_as_those_of_training(mesh, name):
 def test_estimates_are_near_what_compilers_find(chip, peak, arguments, decoder):
     """The published 8B on 64 devices, as `python -m mllm_jax.plan --mesh fsdp=64` compiles configs/qwen3_vl_8b.py."""
     run = published("8b", batch=128)
-    planned = estimate(Portion(shapes_of(run), run, {"fsdp": 64}), "full", CHIPS[chip].kind)
+    planned = estimate(DeviceWorkload(shapes_of(run), run, {"fsdp": 64}), "full", CHIPS[chip].kind)
     assert planned.peak / GIB == pytest.approx(peak, rel=0.15)
     assert planned.arguments / GIB == pytest.approx(arguments, rel=0.02)
     assert planned.flops["decoder"] / 1e12 == pytest.approx(decoder, rel=1e-3)
@@ -235,7 +235,7 @@ def test_every_device_has_its_share_of_the_work(mesh):
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_work_is_that_of_the_traced_step(remat):
     """By part, on a mesh; what it computes again too. The trace counts all pairs of attention, of which half count."""
-    run = a_run(remat=remat, data={"tokens": 16, "patches": 8})
+    run = a_run(remat=remat, data={"tokens": 16, "patches_per_row": 8})
     traced = abstract_step(run, make_mesh({"fsdp": 4, "tensor": 2}))
     found = products(list(operations(traced[0].trace(*traced[1:]).jaxpr)))
     planned = plan(run, fsdp=4, tensor=2)
@@ -298,7 +298,7 @@ def test_tensor_parallelism_adds_up_activations():
 
 def test_tokens_between_layers_apart_are_scattered_and_gathered():
     """As many bytes as whole sums, and half of the saved activations on two devices."""
-    data = {"tokens": 4096, "patches": 4096, "batch": 256, "rows": 0}
+    data = {"tokens": 4096, "patches_per_row": 4096, "batch": 256, "patch_rows": 0}
     run = a_run(FAMILIES["qwen3_vl"].config("8b"), data=data, preset="fsdp_tensor")
     planned, plain = plan(run, fsdp=64, tensor=2), plan(published("8b", batch=256, rows=0), fsdp=64, tensor=2)
     activations = 4 * 4096 * 4096 * 2  # bytes of the 4 rows of a device
@@ -316,7 +316,7 @@ def test_experts_exchange_six_times_a_layer():
     buffer = 1.25 * 4096 * 8 * 4096 * 2  # bytes of a device's tokens, each for eight experts, with room to spare
     assert bytes_of(planned, "all-to-all", "expert") == pytest.approx(94 * 6 * buffer, rel=1e-6)
     assert bytes_of(plan(run, "experts", fsdp=16, expert=16), "all-to-all", "expert") == pytest.approx(94 * 4 * buffer)
-    ragged = estimate(Portion(shapes_of(run), run, dict(fsdp=16, expert=16)), "full", "TPU v5p")
+    ragged = estimate(DeviceWorkload(shapes_of(run), run, dict(fsdp=16, expert=16)), "full", "TPU v5p")
     assert bytes_of(ragged, "ragged-all-to-all", "expert") == pytest.approx(94 * 6 * buffer / 1.25)  # no room
     experts = 94 * 128 * 3 * 4096 * 1536 / 16 * 2
     assert bytes_of(planned, "all-gather", "fsdp") == pytest.approx(2 * experts)
@@ -443,7 +443,7 @@ def test_a_dense_model_has_no_expert_axis(fake):
 
 
 def test_a_vision_tower_that_does_not_divide_gets_a_rule_of_its_own(fake):
-    run = dataclasses.replace(published("30b-a3b", batch=256), rules=RULES)
+    run = dataclasses.replace(published("30b-a3b", batch=256), rules=LOGICAL_AXIS_RULES)
     search = Search(run, a_topology("v5p:4x8x8"))
     mesh = (("fsdp", 16), ("expert", 16))
     with pytest.raises(ValueError, match="weight encoder/.*'embed' of size 1152 is not divisible"):

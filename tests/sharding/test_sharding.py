@@ -15,15 +15,15 @@ from mllm_jax.model.vlm import abstract_params
 from mllm_jax.plan.hlo.hlo_text import array_sizes, parse, transfers
 from mllm_jax.plan.hlo.replica_groups import axes_of
 from mllm_jax.sharding.activations import shard
-from mllm_jax.sharding.logical_axes import fitting_axes, freeze_rules, partition_spec, rules_of, ways
+from mllm_jax.sharding.logical_axes import divisible_axes, freeze_rules, num_shards, partition_spec, rules_of
 from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
-from mllm_jax.sharding.presets import PRESETS, RULES
-from mllm_jax.sharding.weights import Named, shardings
+from mllm_jax.sharding.presets import LOGICAL_AXIS_RULES, PRESETS
+from mllm_jax.sharding.weights import Partitioned, shardings
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.step.batches import batch_shardings
 from mllm_jax.train.step.state import state_shardings
 
-FSDP = freeze_rules(RULES)
+FSDP = freeze_rules(LOGICAL_AXIS_RULES)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def test_slices_are_crossed_by_data_first_then_by_fsdp():
 
 def test_rules_name_axes_that_exist():
     with pytest.raises(ValueError, match=r"rules.embed=\('fspd', 'expert'\): must be None, an axis of the mesh"):
-        freeze_rules(RULES | {"embed": ("fspd", "expert")})
+        freeze_rules(LOGICAL_AXIS_RULES | {"embed": ("fspd", "expert")})
 
 
 MESH = AbstractMesh((2, 2, 1, 4, 3), MESH_AXES)
@@ -94,7 +94,11 @@ def test_specs_of_weights():
     assert partition_spec(("batch", "length"), FSDP, MESH) == PartitionSpec(("data", "fsdp"), "context")
     replicated = freeze_rules(PRESETS["replicated"]["rules"])
     assert partition_spec(("embed", "mlp"), replicated, MESH) == PartitionSpec(None, None)
-    assert (ways("embed", FSDP, MESH), ways("expert", FSDP, MESH), ways("embed", (), MESH)) == (8, 1, 1)
+    assert (num_shards("embed", FSDP, MESH), num_shards("expert", FSDP, MESH), num_shards("embed", (), MESH)) == (
+        8,
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,25 +118,25 @@ def test_specs_of_weights():
 )
 def test_what_a_weight_cannot_do(names, shape, change, message):
     with pytest.raises(ValueError, match=message):
-        partition_spec(names, freeze_rules(RULES | change), MESH, shape, "w")
+        partition_spec(names, freeze_rules(LOGICAL_AXIS_RULES | change), MESH, shape, "w")
 
 
 def test_activations_are_spread_as_far_as_they_divide():
-    assert [fitting_axes("batch", size, FSDP, MESH) for size in (8, 2, 3)] == [("data", "fsdp"), ("data",), ()]
+    assert [divisible_axes("batch", size, FSDP, MESH) for size in (8, 2, 3)] == [("data", "fsdp"), ("data",), ()]
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         x = jax.jit(lambda x: shard(x, ("batch", None, "heads"), FSDP))(jnp.zeros((2, 3, 4)))
     assert x.sharding.spec == PartitionSpec("data", None, "tensor")
 
 
 def test_a_part_of_the_model_has_rules_of_its_own():
-    rules = freeze_rules(RULES | {"encoder_embed": None})
+    rules = freeze_rules(LOGICAL_AXIS_RULES | {"encoder_embed": None})
     assert partition_spec(("embed",), rules_of("encoder", rules), MESH) == PartitionSpec(None)
     assert partition_spec(("embed",), rules_of("connector", rules), MESH) == PartitionSpec(("fsdp", "context"))
-    box = Named(jax.ShapeDtypeStruct((16,), jnp.float32), ("embed",))
+    box = Partitioned(jax.ShapeDtypeStruct((16,), jnp.float32), ("embed",))
     layout = shardings({"encoder": {"w": box}, "decoder": {"w": box}}, make_mesh(), rules)
     assert layout["encoder"]["w"].spec == PartitionSpec(None)
     assert layout["decoder"]["w"].spec == PartitionSpec("fsdp")
-    odd = Named(jax.ShapeDtypeStruct((12,), jnp.float32), ("embed",))
+    odd = Partitioned(jax.ShapeDtypeStruct((12,), jnp.float32), ("embed",))
     with pytest.raises(
         ValueError, match="weight encoder/w: .* of size 12 .* fsdp=8 devices.* of 'encoder_embed' to No"
     ):
@@ -159,7 +163,7 @@ def test_presets_differ_and_fit_eight_devices():
     meshes = {name: make_mesh(preset["mesh"]) for name, preset in PRESETS.items()}
     assert len({str(mesh.shape) for mesh in meshes.values()}) == len(PRESETS)
     for preset in PRESETS.values():
-        assert set(preset["rules"]) == set(RULES) and freeze_rules(preset["rules"])
+        assert set(preset["rules"]) == set(LOGICAL_AXIS_RULES) and freeze_rules(preset["rules"])
 
 
 def test_tokens_move_over_tensor_and_weights_stay():

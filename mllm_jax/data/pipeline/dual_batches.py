@@ -10,8 +10,8 @@ from mllm_jax.types import DualBatch, Example, ImagePatches
 
 
 def in_rows(rows: Sequence[Sequence[ImagePatches]], budget: Budget, count: int, values: int) -> DualBatch:
-    """Pictures in rows with room for `budget.rows` x `budget.patches`, at most `count` in each; embeddings come row by
-    row.
+    """Pictures in rows with room for `budget.patch_rows` x `budget.patches_per_row`, at most `count` in each;
+    embeddings come row by row.
 
     values: of a patch. Raises TooLarge where a row has more patches or pictures.
     """
@@ -34,16 +34,18 @@ def one_each(pictures: Sequence[ImagePatches], patches: int = 0) -> DualBatch:
 
 
 def packed(pictures: Sequence[ImagePatches], budget: Budget, count: int) -> DualBatch:
-    """Pictures of any sizes in few rows, `budget.rows` of `budget.patches`, with at most `count` in each.
+    """Pictures of any sizes in few rows, `budget.patch_rows` of `budget.patches_per_row`, with at most `count` in each.
 
     Embeddings come in the order of the pictures. Raises TooLarge where they do not fit.
     """
     places = place([len(picture.patches) for picture in pictures], budget)
     if places is None:
-        raise TooLarge(f"{len(pictures)} pictures do not fit {budget.rows} rows of {budget.patches} patches")
-    rows = [[i for i, (row, _) in enumerate(places) if row == own] for own in range(budget.rows)]
+        raise TooLarge(
+            f"{len(pictures)} pictures do not fit {budget.patch_rows} rows of {budget.patches_per_row} patches"
+        )
+    rows = [[i for i, (row, _) in enumerate(places) if row == own] for own in range(budget.patch_rows)]
     values = pictures[0].patches.shape[1]
-    batch = in_rows([[pictures[i] for i in row] for row in rows], budget._replace(rows=1), count, values)
+    batch = in_rows([[pictures[i] for i in row] for row in rows], budget._replace(patch_rows=1), count, values)
     order = np.zeros(len(pictures), np.int32)
     for number, row in enumerate(rows):
         order[row] = number * count + np.arange(len(row))

@@ -80,11 +80,11 @@ class DualProcessor(Config):
             raise ValueError(
                 f"a pair needs one picture and a text, not {len(shown)} pictures or clips and {text[:80]!r}"
             )
-        rule = self.rule.within((budget.patches - self.num_prefix_tokens) * self.patch**2)
+        rule = self.rule.within((budget.patches_per_row - self.num_prefix_tokens) * self.patch**2)
         image = load_image(shown[0]["image"], self.missing_rows)
         picture = self._patches(rule.read(image))
-        if len(picture.patches) > budget.patches:
-            raise TooLarge(f"a picture has {len(picture.patches)} patches, a patch row {budget.patches}")
+        if len(picture.patches) > budget.patches_per_row:
+            raise TooLarge(f"a picture has {len(picture.patches)} patches, a patch row {budget.patches_per_row}")
         tokens, read = self._text(self.tokenizer.encode_framed(self._plain(text), self.length))
         nowhere = np.full(self.length, -1, np.int32)
         position = np.zeros((self.length, 3), np.int32)

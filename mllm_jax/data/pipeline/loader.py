@@ -23,7 +23,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 from mllm_jax.data.pipeline.dual_processor import DualProcessor
 from mllm_jax.data.pipeline.packing import Budget, Packer, fill
 from mllm_jax.data.pipeline.processor import Processor
-from mllm_jax.data.pipeline.workers import OVER_BUDGET, Guarded, InTurn, Process, Readers, Reading, Skipped
+from mllm_jax.data.pipeline.workers import OVER_BUDGET, Interleaved, Process, Readers, Reading, SkipBadRecords, Skipped
 from mllm_jax.data.records.records import BadData
 from mllm_jax.data.sources.mixture import Mixture, start_of
 from mllm_jax.types import Batch, DualBatch, Example
@@ -64,8 +64,8 @@ def make_loader(
     prefetch: int = 2,
     process_index: int = 0,
     process_count: int = 1,
-    strict: bool = False,
-    max_bad: float = 0.05,
+    fail_on_bad_record: bool = False,
+    max_bad_fraction: float = 0.05,
     reading: Reading | None = None,
 ) -> grain.DatasetIterator:
     """An iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is JSON.
@@ -90,13 +90,13 @@ def make_loader(
         process_index, process_count: which share of the rows, and so of the streams, this process makes. A process of
             several goes on with rows of padding after the end of its data, since that of others may come later.
         strict: a broken or too large conversation is an error, instead of being skipped and counted.
-        max_bad: share of broken records, after the first 100, at which to stop.
-        reading: how records are read, where not as conversations to learn from: as `answers.Pairs`, `judging.Judged` or
-            `judging.Prompts`.
+        max_bad_fraction: share of broken records, after the first 100, at which to stop.
+        reading: how records are read, where not as conversations to learn from: as `preference.Pairs`, `RewardPairs` or
+            `PpoPrompts`.
 
     Raises:
         ValueError: options contradict each other.
-        BadData: while iterating, where more than `max_bad` of the records are broken or none is usable.
+        BadData: while iterating, where more than `max_bad_fraction` of the records are broken or none is usable.
     """
     mixed = isinstance(source, Mixture)
     sources = source.sources if mixed else list(source) if isinstance(source, (list, tuple)) else [source]
@@ -107,10 +107,10 @@ def make_loader(
             f"process {process_index} of {process_count} has no whole share of {streams} streams for {batch_rows} rows"
         )
 
-    parts = [grain.MapDataset.source(Guarded(source, strict)) for source in sources]
+    parts = [grain.MapDataset.source(SkipBadRecords(source, fail_on_bad_record)) for source in sources]
     parts = parts if mixed else [grain.MapDataset.concatenate(parts)]
     orders = [(part.seed(seed).shuffle() if shuffle else part).repeat(epochs) for part in parts]
-    process = Process(processor, budget, strict, reading)
+    process = Process(processor, budget, fail_on_bad_record, reading)
 
     mixture, share = source if mixed else Mixture(orders, [1.0]), streams // process_count
     own = {
@@ -131,8 +131,18 @@ def make_loader(
     several, collate = process_count > 1, processor.collate
     if reading and reading.references is not None:
         collate = partial(collate, references=True)
-    lonely = bool(reading and reading.lonely)
-    settings = _Settings(budget, batch_rows // streams, window, lonely, workers, processes, collate, max_bad, several)
+    one_example_per_row = bool(reading and reading.one_example_per_row)
+    settings = _Settings(
+        budget,
+        batch_rows // streams,
+        window,
+        one_example_per_row,
+        workers,
+        processes,
+        collate,
+        max_bad_fraction,
+        several,
+    )
     return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
 
 
@@ -147,11 +157,11 @@ class _Settings(NamedTuple):
     budget: Budget
     rows: int  # of a stream in a batch
     window: float
-    lonely: bool  # a row holds one example
+    one_example_per_row: bool  # a row holds one example
     workers: int
     processes: int
     collate: Callable[[list[list[Example]], Budget], Batch | DualBatch]
-    max_bad: float
+    max_bad_fraction: float
     endless: bool  # batches of padding after the end of the data
 
 
@@ -175,7 +185,8 @@ class _Packed(grain.IterDataset):
 class _Stream:
     """One stream.
 
-    State: how many records of each source were drawn, the batches made, the keys (see `InTurn`) of what waits to be
+    State: how many records of each source were drawn, the batches made, the keys (see `Interleaved`) of what waits to
+      be
     packed, and the counts of what was left out.
     """
 
@@ -184,10 +195,10 @@ class _Stream:
         self._length = sys.maxsize if len(share.examples) > 1 else len(share.examples[0])
         self.drawn, self.batches = [0] * len(share.examples), 0
         self.used, self.left_out, self.noted = 0, collections.Counter(), collections.Counter()
-        self.packer = Packer(settings.budget, settings.window, settings.lonely)
+        self.packer = Packer(settings.budget, settings.window, settings.one_example_per_row)
 
     @property
-    def hungry(self) -> bool:
+    def needs_data(self) -> bool:
         return not self.packer.ready and sum(self.drawn) < self._length
 
     def get_state(self) -> dict[str, Any]:
@@ -236,7 +247,7 @@ class _PackedIterator(grain.DatasetIterator):
 
     def _open(self) -> None:
         self._streams = [_Stream(number, share, self._settings) for number, share in self._shares.items()]
-        examples = {number: InTurn(share.examples) for number, share in self._shares.items()}
+        examples = {number: Interleaved(share.examples) for number, share in self._shares.items()}
         self._readers = Readers(examples, self._settings.workers, self._settings.processes)
 
     def get_state(self) -> dict[str, Any]:
@@ -273,8 +284,8 @@ class _PackedIterator(grain.DatasetIterator):
 
     def _read(self) -> None:
         """Reads until every stream can fill a row, or is at the end of its data."""
-        while hungry := [stream for stream in self._streams if stream.hungry]:
-            for stream in hungry:  # in turn, so that the workers have something to do for all of them
+        while needs_data := [stream for stream in self._streams if stream.needs_data]:
+            for stream in needs_data:  # in turn, so that the workers have something to do for all of them
                 keys = stream.keys(self._readers.ahead)
                 stream.admit(keys[0], self._readers.next(stream.number, keys))
             self._judge()
@@ -282,8 +293,10 @@ class _PackedIterator(grain.DatasetIterator):
     def _judge(self) -> None:
         used, left_out = self._counts()
         read, bad = used + left_out.total(), left_out.total() - left_out[OVER_BUDGET]
-        ended = not any(stream.hungry for stream in self._streams)
-        if (read >= ENOUGH and bad > self._settings.max_bad * read) or (not used and (read >= ENOUGH or ended)):
+        ended = not any(stream.needs_data for stream in self._streams)
+        if (read >= ENOUGH and bad > self._settings.max_bad_fraction * read) or (
+            not used and (read >= ENOUGH or ended)
+        ):
             raise BadData(f"of {read} records only {used} can be used: {dict(left_out)}")
 
     def _noted(self) -> dict[str, int]:

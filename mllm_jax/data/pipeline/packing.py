@@ -18,8 +18,8 @@ class Budget(NamedTuple):
     """The static shape of a batch row. `rows == 0` means a batch without pictures."""
 
     tokens: int  # T
-    rows: int = 0  # R patch rows
-    patches: int = 0  # P patches in a patch row: no picture is larger
+    patch_rows: int = 0  # R patch rows
+    patches_per_row: int = 0  # P patches in a patch row: no picture is larger
 
 
 # A pair of patches that see each other, in pairs of tokens: heads x their width x layers of the encoder over the
@@ -42,10 +42,10 @@ def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
     Returns:
         (patch row, offset) per picture in the order of `sizes`; None where they do not fit. Pictures are never cut.
     """
-    used = [0] * budget.rows
+    used = [0] * budget.patch_rows
     places = [(0, 0)] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((r for r, u in enumerate(used) if u + sizes[i] <= budget.patches), None)
+        row = next((r for r, u in enumerate(used) if u + sizes[i] <= budget.patches_per_row), None)
         if row is None:
             return None
         places[i] = (row, used[row])
@@ -70,9 +70,9 @@ def tightest(examples: Sequence[Example], tokens: int | None = None) -> Budget:
     """
     sizes = [[len(picture.patches) for picture in example.pictures] for example in examples]
     tokens = max((len(example.tokens) for example in examples), default=0) if tokens is None else tokens
-    budget = Budget(tokens, patches=max((size for row in sizes for size in row), default=0))
+    budget = Budget(tokens, patches_per_row=max((size for row in sizes for size in row), default=0))
     while any(place(row, budget) is None for row in sizes):
-        budget = budget._replace(rows=budget.rows + 1)
+        budget = budget._replace(patch_rows=budget.patch_rows + 1)
     return budget
 
 
@@ -108,14 +108,14 @@ def collate(
 
     Returns:
         A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the pictures, uint8 where there are
-        none; `vision is None` where `budget.rows == 0`.
+        none; `vision is None` where `budget.patch_rows == 0`.
 
     Raises:
         TooLarge: a row is over the budget.
         ValueError: visual tokens and pictures of a conversation disagree, or uint8 and float pictures are mixed.
     """
-    if budget.patches % merge**2:
-        raise ValueError(f"budget.patches={budget.patches} must be a multiple of merge^2={merge**2}")
+    if budget.patches_per_row % merge**2:
+        raise ValueError(f"budget.patches_per_row={budget.patches_per_row} must be a multiple of merge^2={merge**2}")
     text = (len(rows), budget.tokens)
     batch = Batch(
         tokens=np.zeros(text, np.int32),
@@ -124,7 +124,7 @@ def collate(
         segment=np.zeros(text, np.int32),
         position=np.zeros((*text, 3), np.int32),
         vision_index=np.full(text, -1, np.int32),
-        vision=_empty_vision(rows, budget, values) if budget.rows else None,
+        vision=_empty_vision(rows, budget, values) if budget.patch_rows else None,
         prefix=np.zeros(text, bool) if prefix else None,
         mix=alone(np.full(text, -1)).mix if mixes else None,
         reference=np.zeros(text, np.float32) if references else None,
@@ -145,7 +145,7 @@ def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int
     dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.pictures}
     if len(dtypes) > 1:
         raise ValueError(f"pictures of one batch must share a dtype (raw uint8 or normalised float32), got {dtypes}")
-    shape = (len(rows), budget.rows, budget.patches)
+    shape = (len(rows), budget.patch_rows, budget.patches_per_row)
     return Vision(
         patches=np.zeros((*shape, values), dtypes.pop() if dtypes else np.uint8),
         image=np.zeros(shape, np.int32),
@@ -181,7 +181,9 @@ def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Bu
     places = place([len(p.patches) for p in pictures], budget)
     if places is None:
         sizes = [len(p.patches) for p in pictures]
-        raise TooLarge(f"row {b}: pictures of {sizes} patches do not fit {budget.rows} rows of {budget.patches}")
+        raise TooLarge(
+            f"row {b}: pictures of {sizes} patches do not fit {budget.patch_rows} rows of {budget.patches_per_row}"
+        )
     firsts = []  # visual tokens of every picture
     for number, (picture, (row, offset)) in enumerate(zip(pictures, places), 1):
         lead, here = picture.num_prefix_tokens, (b, row, slice(offset, offset + len(picture.patches)))
@@ -191,9 +193,9 @@ def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Bu
         batch.vision.coords[here][:lead, 0] = -1 - np.arange(lead)
         batch.vision.coords[here][lead:, 1:] = patch_coords(tuple(picture.grid), merge)
         batch.vision.grid[here] = picture.grid
-        firsts.append((row * budget.patches + offset + picture.hidden) // merge**2)
+        firsts.append((row * budget.patches_per_row + offset + picture.hidden) // merge**2)
     tokens, start = _visual_tokens(pictures, firsts, merge), 0
-    newline = budget.rows * budget.patches // merge**2
+    newline = budget.patch_rows * budget.patches_per_row // merge**2
     for number, example in enumerate(examples, 1):
         index = np.asarray(example.vision_index)
         count = sum(picture.shown for picture in example.pictures) // merge**2
@@ -233,12 +235,12 @@ class Packer:
     Args:
         budget: the shape of a row.
         window: how many rows' worth of conversations wait before a row is filled; more fills rows better.
-        lonely: every row holds one.
+        one_example_per_row: every row holds one.
     """
 
-    def __init__(self, budget: Budget, window: float = 4.0, lonely: bool = False):
-        self.budget, self.window, self.lonely = budget, window, lonely
-        self._room = np.array([budget.tokens, max(budget.rows * budget.patches, 1)])
+    def __init__(self, budget: Budget, window: float = 4.0, one_example_per_row: bool = False):
+        self.budget, self.window, self.one_example_per_row = budget, window, one_example_per_row
+        self._room = np.array([budget.tokens, max(budget.patch_rows * budget.patches_per_row, 1)])
         self._waiting: list[tuple[int, Example]] = []
         self._sizes: list[tuple[int, int]] = []  # (tokens, patches) of each that waits
         self._costs: list[float] = []
@@ -288,7 +290,7 @@ class Packer:
                 chosen.append(best)
                 sizes, room, left = more, room - share[best], left - costs[best]
             candidate &= (share <= room + 1e-9).all(1)
-            if self.lonely or not candidate.any():
+            if self.one_example_per_row or not candidate.any():
                 break
             remainder = ((room - share) ** 2).sum(1) + BALANCE * (room**2).sum() * (left - costs) ** 2
             best = int(np.where(candidate, remainder, np.inf).argmin())

@@ -30,7 +30,7 @@ class Pairs(Config):
 
     diff_token_weight: Positive = 1.0
     references: Mapping[str, Reference] | None = None
-    lonely: ClassVar[bool] = False  # several may share a row
+    one_example_per_row: ClassVar[bool] = False  # several may share a row
 
     def __call__(self, processor: Any, record: Mapping[str, Any], budget: Any = None) -> Example:
         """An Example of two conversations, that of the chosen answer first.

@@ -274,7 +274,7 @@ class Processor:
             return [self._plan(visual, math.inf, math.inf) for visual in visuals]
 
         def plans_at(limit: float) -> list[Plan]:
-            return [self._plan(visual, limit, budget.patches * spec.patch**2) for visual in visuals]
+            return [self._plan(visual, limit, budget.patches_per_row * spec.patch**2) for visual in visuals]
 
         def fits(plans: list[Plan]) -> bool:
             tokens, patches = self._needed(plans, text_tokens, times)
@@ -292,7 +292,7 @@ class Processor:
             raise TooLarge(
                 f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} pictures of {sum(patches)} "
                 f"patches (the largest {max(patches, default=0)}) at the smallest sizes, {sizes}; there is room for "
-                f"{budget.tokens} tokens and {budget.rows} rows of {budget.patches} patches"
+                f"{budget.tokens} tokens and {budget.patch_rows} rows of {budget.patches_per_row} patches"
             )
         while high - low > spec.factor**2:
             middle = (low + high) // 2

@@ -32,7 +32,7 @@ def verdict(prompt: str, record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RewardPairs:
     """A record with a chosen and a rejected answer, for a reward model: both go on with the turn of the verdict.
 
     prompt: what the user says there; {facts} stands for the facts of the record.
@@ -40,7 +40,7 @@ class Judged:
 
     prompt: str
     references: ClassVar[None] = None
-    lonely: ClassVar[bool] = False
+    one_example_per_row: ClassVar[bool] = False
 
     def __call__(self, processor: Any, record: Mapping[str, Any], budget: Budget | None = None) -> Example:
         """An Example of two conversations, that of the chosen answer first. Raises BadRecord: no pair, or no facts."""
@@ -50,16 +50,16 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PpoPrompts:
     """A record as a question that is to be answered, and as what a reward model reads after the answer.
 
     An Example of two parts that one row holds alone: up to where the answer begins, and from its end to the verdict's.
-    prompt: as in `Judged`.
+    prompt: as in `RewardPairs`.
     """
 
     prompt: str
     references: ClassVar[None] = None
-    lonely: ClassVar[bool] = True
+    one_example_per_row: ClassVar[bool] = True
 
     def __call__(self, processor: Any, record: Mapping[str, Any], budget: Budget) -> Example:
         """Raises BadRecord: a document, which asks nothing, or no facts."""

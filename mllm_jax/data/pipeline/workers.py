@@ -18,7 +18,7 @@ from mllm_jax.data.pipeline.dual_processor import DualProcessor
 from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.data.pipeline.preference import Pairs
 from mllm_jax.data.pipeline.processor import Processor
-from mllm_jax.data.pipeline.reward import Judged, Prompts
+from mllm_jax.data.pipeline.reward import PpoPrompts, RewardPairs
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.types import Example
 
@@ -26,7 +26,7 @@ OVER_BUDGET = "over the budget"
 LOOK = 2.0  # seconds between two looks at whether the workers live, while one of them is waited for
 TOGETHER = 4  # elements that a process sends at once
 Streams = Mapping[int, Sequence[Any]]
-Reading = Pairs | Judged | Prompts
+Reading = Pairs | RewardPairs | PpoPrompts
 
 
 class Skipped(NamedTuple):
@@ -42,7 +42,7 @@ class WorkerLost(RuntimeError):
     exit_code = 75  # of a run that goes on with the same command, see `mllm_jax.train.monitor.processes.AGAIN`
 
 
-class Guarded:
+class SkipBadRecords:
     """A source whose broken records come out as `Skipped`."""
 
     def __init__(self, source: Any, strict: bool):
@@ -94,7 +94,7 @@ class Process:
         return self.reading(self.processor, record, self.budget)
 
 
-class InTurn:
+class Interleaved:
     """Elements of several sets as one, by place x number of sets + set. It can be sent to another process."""
 
     def __init__(self, sets: Sequence[Sequence[Any]]):

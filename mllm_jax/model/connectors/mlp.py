@@ -12,7 +12,7 @@ from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import Vision, VisionTokens
 
 
@@ -55,7 +55,7 @@ class MlpConnector(nn.Module):
 
         value = to_tokens(features.value, 1, layers, self.runtime)
         if config.newline:
-            newline = self.param("newline", named(nn.initializers.normal(out**-0.5), "embed"), (out,))
+            newline = self.param("newline", partitioned(nn.initializers.normal(out**-0.5), "embed"), (out,))
             line = jnp.broadcast_to(newline.astype(value.dtype), (len(value), 1, out))
             value = jnp.concatenate([value, line], axis=1)
         return VisionTokens(value)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from einops import rearrange
 
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.activations import join_rows, shard, split_rows
+from mllm_jax.sharding.activations import fold_rows, shard, unfold_rows
 
 
 def to_tokens(features, patches_per_token: int, layers: Callable, runtime: Runtime):
@@ -14,8 +14,8 @@ def to_tokens(features, patches_per_token: int, layers: Callable, runtime: Runti
     Inside, rows of patches lie over every device.
     """
     rules, own, count = runtime.rules, runtime.within("connector").rules, len(features)
-    x = rearrange(join_rows(features, rules), "BR (M group) D -> BR M group D", group=patches_per_token)
+    x = rearrange(fold_rows(features, rules), "BR (M group) D -> BR M group D", group=patches_per_token)
     x = shard(layers(shard(x, ("batch", "length", None, None), own)), ("batch", "length", None), own)
     # Only here do rows of patches, spread over every device, become tokens of the batch rows that own them.
-    x = split_rows(shard(x, ("batch", None, None), rules), count, rules)
+    x = unfold_rows(shard(x, ("batch", None, None), rules), count, rules)
     return rearrange(x, "B R M D -> B (R M) D")

@@ -23,8 +23,8 @@ from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.rope import rotate
 from mllm_jax.nn.runtime import Runtime, rematted, scan_layers
-from mllm_jax.sharding.activations import join_rows, shard, split_rows
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.activations import fold_rows, shard, unfold_rows
+from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import Array, Vision
 
 
@@ -195,7 +195,7 @@ class VitLayer(nn.Module):
         if self.config.layer_scale is None:
             return added
         init = nn.initializers.constant(self.config.layer_scale)
-        return added * self.param(name, named(init, None), added.shape[-1:]).astype(added.dtype)
+        return added * self.param(name, partitioned(init, None), added.shape[-1:]).astype(added.dtype)
 
 
 class Vit(nn.Module):
@@ -207,7 +207,7 @@ class Vit(nn.Module):
         config, runtime = self.config, self.runtime.within("encoder")
         # All rows in one line: any number of devices that divides their number can share them.
         rows, count = ("batch", "length", None), len(vision.image)
-        vision = Vision(*(join_rows(x, self.runtime.rules) for x in vision))
+        vision = Vision(*(fold_rows(x, self.runtime.rules) for x in vision))
         leading = -1 - vision.coords[..., 0]  # 0, 1, ... where the tokens stand that lead a picture
         picture = jnp.where(leading < config.num_prefix_tokens, vision.image, 0)
         windows = window_segments(picture, vision.coords, vision.grid, config.window) if config.window else None
@@ -246,7 +246,7 @@ class Vit(nn.Module):
             x = norm(config.norm_eps, name="last_norm")(x)
         if config.features:
             x = jnp.concatenate([outputs[slots[layer]] for layer in config.features], axis=-1)
-        split = partial(split_rows, count=count, rules=self.runtime.rules)
+        split = partial(unfold_rows, count=count, rules=self.runtime.rules)
         return Features(split(x), jax.vmap(split)(outputs[: len(config.deepstack_layers)]))
 
     def _embed(self, vision: Vision, leading):
@@ -277,5 +277,5 @@ class Vit(nn.Module):
     def _learned(self, name: str, axis: str | None = None, *sizes: int):
         """f32[*sizes D]. Gathered first, or its gradient would gather all patches."""
         axes, shape = (axis,) if sizes else (), (*sizes, self.config.width)
-        weight = self.param(name, named(nn.initializers.normal(shape[-1] ** -0.5), *axes, "embed"), shape)
+        weight = self.param(name, partitioned(nn.initializers.normal(shape[-1] ** -0.5), *axes, "embed"), shape)
         return shard(weight, (None,) * len(shape), self.runtime.within("encoder").rules)

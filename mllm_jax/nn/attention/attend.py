@@ -12,7 +12,7 @@ from mllm_jax.nn.attention.kernels import KERNELS, kernel_for, over_mesh
 from mllm_jax.nn.attention.masks import AttentionSpec, KeyBounds, QueryBounds, attention_mask, cap, mask_bounds
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.logical_axes import fitting_axes
+from mllm_jax.sharding.logical_axes import divisible_axes
 
 SCORES = 2**18  # of one head and batch row: up to so many are computed at once, more in blocks
 
@@ -102,7 +102,7 @@ def _spec(q, causal: bool, scale: float | None, softcap: float, window: int, pre
 def _context(length: int, runtime: Runtime) -> tuple[str, ...]:
     """The axes of the ambient mesh over which the tokens of a row are spread."""
     mesh = jax.sharding.get_abstract_mesh()
-    return () if mesh.empty else fitting_axes("length", length, runtime.rules, mesh)
+    return () if mesh.empty else divisible_axes("length", length, runtime.rules, mesh)
 
 
 def _attend_across(q, k, v, query: QueryBounds, key: KeyBounds, tokens, spec: AttentionSpec, runtime: Runtime):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mllm_jax.nn.attention.masks import AttentionSpec, KeyBounds, QueryBounds, attention_mask
-from mllm_jax.sharding.activations import place
-from mllm_jax.sharding.logical_axes import fitting_axes
+from mllm_jax.sharding.activations import constrain
+from mllm_jax.sharding.logical_axes import divisible_axes
 
 SPLASH_BLOCK = 512
 PLANNED = 9.0  # compute capability of the GPUs that a step can be planned for, which are not there to tell it
@@ -58,8 +58,8 @@ def over_mesh(kernel, q, k, v, query: QueryBounds, key: KeyBounds, rules, tokens
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v, query, key)
-    rows = fitting_axes("batch", len(q), rules, mesh)
-    heads = tuple(axis for axis in fitting_axes("heads", q.shape[2], rules, mesh) if axis not in rows)
+    rows = divisible_axes("batch", len(q), rules, mesh)
+    heads = tuple(axis for axis in divisible_axes("heads", q.shape[2], rules, mesh) if axis not in rows)
     split = math.prod(mesh.shape[axis] for axis in heads)
     if q.shape[2] % math.lcm(k.shape[2], split):
         heads, split = (), 1
@@ -67,11 +67,11 @@ def over_mesh(kernel, q, k, v, query: QueryBounds, key: KeyBounds, rules, tokens
     args = (q, *repeat_heads(k, v, split), query, key)
     in_specs = jax.tree.map(lambda x: of_heads if x.ndim == 4 else of_rows, args)
     spread = jax.shard_map(kernel, in_specs=in_specs, out_specs=of_heads, check_vma=False)
-    return spread(*jax.tree.map(place, args, in_specs))
+    return spread(*jax.tree.map(constrain, args, in_specs))
 
 
 def repeat_heads(k, v, ways: int):
-    """Keys and values [B S K H], each head as often as it takes to split them `ways` ways."""
+    """Keys and values [B S K H], each head as often as it takes to split them `num_shards` ways."""
     copies = math.lcm(k.shape[2], ways) // k.shape[2]
     return (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
 

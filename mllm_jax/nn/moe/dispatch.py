@@ -20,7 +20,7 @@ from mllm_jax.nn.moe.grouped_matmul import grouped_for, grouped_matmul, row_mult
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import EXCHANGED, Runtime, expect_share
 from mllm_jax.sharding.activations import shard
-from mllm_jax.sharding.logical_axes import as_axes, partition_spec, ways
+from mllm_jax.sharding.logical_axes import as_axes, num_shards, partition_spec
 from mllm_jax.types import Array
 
 
@@ -92,7 +92,7 @@ def _dropless(x, experts, weights, params, activation, runtime):
     if mesh.empty:
         return _local(x, experts, weights, params, activation, runtime, (), ())
     spec, names = (lambda *names: partition_spec(names, runtime.rules, mesh)), ("batch", "length")
-    whole = [name if size % ways(name, runtime.rules, mesh) == 0 else None for name, size in zip(names, x.shape)]
+    whole = [name if size % num_shards(name, runtime.rules, mesh) == 0 else None for name, size in zip(names, x.shape)]
     held = Experts(*(axes if len(given) else () for axes, given in zip(AXES, params)))
     tokens, places = spec(*whole), jax.tree.map(lambda axes: spec(*axes), held)
     across, gathered, split = (as_axes(places.gate_up[axis]) for axis in (0, 2, 3))

@@ -11,7 +11,7 @@ from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp
 from mllm_jax.nn.moe.dispatch import AXES, Experts, dispatch
 from mllm_jax.nn.moe.router import route, summarise
 from mllm_jax.nn.runtime import Runtime
-from mllm_jax.sharding.weights import named
+from mllm_jax.sharding.weights import partitioned
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Moe(nn.Module):
         config, runtime, width = self.config, self.runtime, x.shape[-1]
         count, mlp = config.experts, config.mlp
         router = Einsum("...D,DE->...E", (width, count), ("embed", None), "float32", name="router")
-        bias = self.param("bias", named(nn.initializers.zeros, None), (count,)) if config.bias else None
+        bias = self.param("bias", partitioned(nn.initializers.zeros, None), (count,)) if config.bias else None
         up_axes, down_axes, *_ = AXES
         gate_up = Weight((count, 2, width, mlp), up_axes, width, ((-2,), (-3, -1)), name="experts_gate_up")
         down = Weight((count, mlp, width), down_axes, mlp, ((-2,), (-1,)), name="experts_down")

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mllm_jax.model.vlm import abstract_params, head_table
 from mllm_jax.plan.hlo import hlo_text
 from mllm_jax.plan.hlo.jaxpr import Operation, part_of, place, unknown_loops
-from mllm_jax.sharding.logical_axes import ways
+from mllm_jax.sharding.logical_axes import num_shards
 from mllm_jax.train.runs.config import Run
 
 MASK = 2**20  # pairs of a query and a key from which on a mask is worth a warning
@@ -116,7 +116,7 @@ def _uses(program: hlo_text.Program, computation: hlo_text.Computation, name: st
 def head_exchanges(run: Run, program: hlo_text.Program, mesh: Mesh) -> Iterator[str]:
     """Exchanges of the head's table, or of its gradient, within the loop over chunks."""
     table = head_table(abstract_params(run.model))
-    part = table.size // ways("vocab", run.model.runtime.rules, mesh)
+    part = table.size // num_shards("vocab", run.model.runtime.rules, mesh)
     for transfer in hlo_text.transfers(program):
         scope, shape = transfer.instruction.scope, transfer.instruction.shape
         inside = "/while/body/" in scope and part_of(scope) == "head"

@@ -38,7 +38,7 @@ from mllm_jax.pretrained.peft.files import (
     scales_of,
 )
 from mllm_jax.pretrained.peft.sites import Layer, sites_of
-from mllm_jax.sharding.weights import Named, shardings
+from mllm_jax.sharding.weights import Partitioned, shardings
 from mllm_jax.weights import table
 from mllm_jax.weights.matching import WeightsMismatch
 from mllm_jax.weights.replacing import interrupted, new_files, replace_files
@@ -82,7 +82,7 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
         except ValueError as fault:
             faults.append(f"{key}: {fault}")
     found = _read_whole(vlm.config, boxes, whole, faults)
-    leaves: dict[str, Named] = {}
+    leaves: dict[str, Partitioned] = {}
     for own in parts.values():
         try:
             leaves |= _stacked(own)
@@ -169,7 +169,7 @@ def _factors(flat: Mapping[str, np.ndarray], layer: Layer) -> tuple[np.ndarray, 
     return (down[..., : used[-1] + 1], up[: used[-1] + 1], float(scale)) if len(used) else None
 
 
-def _entries(config: Any, boxes: Mapping[str, Named]) -> dict[str, table.Entry]:
+def _entries(config: Any, boxes: Mapping[str, Partitioned]) -> dict[str, table.Entry]:
     """The family's table by the names in transformers' memory."""
     family, shapes = FAMILIES[config.family], unflatten({path: box.value for path, box in boxes.items()})
     return {family.module_name(name): entry for name, entry in table.expand(family.weights(config), shapes).items()}
@@ -183,7 +183,7 @@ def _tied_embedding(config: Any, entries: Mapping[str, table.Entry]) -> str:
 
 
 def _whole(
-    config: Any, boxes: Mapping[str, Named], base: Mapping[str, jax.Array]
+    config: Any, boxes: Mapping[str, Partitioned], base: Mapping[str, jax.Array]
 ) -> tuple[set[str], dict[str, np.ndarray]]:
     """The modules in which `config.lora.modules_to_save` finds a weight, and all their tensors, by names in memory."""
     trained = {path for path in boxes if any(re.search(pattern, path) for pattern in config.lora.modules_to_save)}
@@ -206,7 +206,7 @@ def _whole(
 
 
 def _read_whole(
-    config: Any, boxes: Mapping[str, Named], tensors: Mapping[str, Tensor], faults: list[str]
+    config: Any, boxes: Mapping[str, Partitioned], tensors: Mapping[str, Tensor], faults: list[str]
 ) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
     """Modules that a file holds whole, as elements of our weights by path and index; what does not fit is a fault."""
     entries, found = _entries(config, boxes) if tensors else {}, {}
@@ -244,7 +244,7 @@ def _same(leaf: jax.Array) -> jax.Array:
     return leaf
 
 
-def _stacked(parts: Mapping[Layer, tuple]) -> dict[str, Named]:
+def _stacked(parts: Mapping[Layer, tuple]) -> dict[str, Partitioned]:
     """The leaves of one of our weights from A, B and scale of its layers, as `Layer.to_ours` gives the first two."""
     layer, (down, up, _) = next(iter(parts.items()))
     outputs, rank = axes_of(layer.box)[2], max(down.shape[-1] for down, _, _ in parts.values())
@@ -260,9 +260,9 @@ def _stacked(parts: Mapping[Layer, tuple]) -> dict[str, Named]:
         whole_up[layer.entry.index][: len(up)] = up
         scales[layer.entry.index] = scale
     return {
-        layer.beside + DOWN: Named(whole, (*names(lead), *names(axes_of(layer.box)[1]), None)),
-        layer.beside + UP: Named(whole_up, (*names(lead), None, *names(outputs[len(own) :]))),
-        layer.beside + SCALE: Named(scales, names(lead)),
+        layer.beside + DOWN: Partitioned(whole, (*names(lead), *names(axes_of(layer.box)[1]), None)),
+        layer.beside + UP: Partitioned(whole_up, (*names(lead), None, *names(outputs[len(own) :]))),
+        layer.beside + SCALE: Partitioned(scales, names(lead)),
     }
 
 

@@ -14,7 +14,7 @@ from einops import EinopsError, rearrange
 from mllm_jax.common.trees import unflatten
 from mllm_jax.families import FAMILIES
 from mllm_jax.nn.lora import HEAD, axes_of
-from mllm_jax.sharding.weights import Named
+from mllm_jax.sharding.weights import Partitioned
 from mllm_jax.weights.table import Entry, expand
 
 EXPERTS = {  # our weight -> transformers' parameter, and the weight of one expert from there
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
     """A linear layer, or the part of one, that is a part of one of our weights."""
 
     beside: str  # path of our weight, without the name `w`
-    box: Named  # its shape and axes
+    box: Partitioned  # its shape and axes
     entry: Entry  # of the layer's weight in the family's table
 
     @property
@@ -139,7 +139,7 @@ class Site(NamedTuple):
         return np.concatenate(downs), np.concatenate(ups, axis=1), scale
 
 
-def sites_of(config: Any, boxes: dict[str, Named]) -> dict[str, Site]:
+def sites_of(config: Any, boxes: dict[str, Partitioned]) -> dict[str, Site]:
     """The sites of all weights that can have adapters, by their keys; `boxes` are those of the base model."""
     family, experts = FAMILIES[config.family], {}
     entries = expand(family.weights(config), unflatten({path: box.value for path, box in boxes.items()}))
@@ -159,7 +159,7 @@ def sites_of(config: Any, boxes: dict[str, Named]) -> dict[str, Site]:
     return sites
 
 
-def _experts(module: str, path: str, box: Named, before: tuple[int, ...]) -> Site:
+def _experts(module: str, path: str, box: Partitioned, before: tuple[int, ...]) -> Site:
     """The site of all experts of a layer, which is `before` on the axes that are stacked before that of experts."""
     parameter, pattern = EXPERTS[path.split("/")[-2]]
     count, *shape = box.value.shape[len(before) :]

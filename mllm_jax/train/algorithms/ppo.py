@@ -12,10 +12,10 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.common.files import write_whole
 from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 from mllm_jax.data.pipeline.processor import Processor
-from mllm_jax.data.pipeline.reward import Prompts
+from mllm_jax.data.pipeline.reward import PpoPrompts
 from mllm_jax.train.algorithms.base import Algorithm
 from mllm_jax.train.algorithms.ppo_step import make_ppo_step
-from mllm_jax.train.algorithms.rollout import Judge
+from mllm_jax.train.algorithms.rollout import FrozenModels
 from mllm_jax.train.checkpoint.fingerprint import fingerprint
 from mllm_jax.train.checkpoint.restore import first_params, processor_of, read_config, restore_params
 from mllm_jax.train.input.processors import chat_processor
@@ -45,14 +45,14 @@ class Ppo(Algorithm):
             raise ConfigError(f"{what} did not train a reward model; train one with algorithm=RewardConfig()")
         return found
 
-    def reading(self) -> Prompts:
+    def reading(self) -> PpoPrompts:
         """How records are read: the verdict is asked for as the reward model was trained to give it."""
-        return Prompts(self.judge_run().algorithm.prompt)
+        return PpoPrompts(self.judge_run().algorithm.prompt)
 
     def cost(self) -> None:
         return None  # a batch says nothing of the answers that it will get
 
-    def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple[Judge]:
+    def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple[FrozenModels]:
         """What judges answers.
 
         Raises:
@@ -85,7 +85,7 @@ class Ppo(Algorithm):
                 f"config.train.seed={run.train.seed} and config.algorithm.reward_model={ppo.reward_model!r} give now: "
                 "give it those again, or use another --workdir"
             )
-        return (Judge(reward, jnp.asarray(own.stop_ids, jnp.int32), first, model),)
+        return (FrozenModels(reward, jnp.asarray(own.stop_ids, jnp.int32), first, model),)
 
     def check_plannable(self) -> None:
         raise ConfigError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.sharding.activations import shard
-from mllm_jax.train.algorithms.rollout import Judge, experience
+from mllm_jax.train.algorithms.rollout import FrozenModels, experience
 from mllm_jax.train.losses.cross_entropy import CHUNK
 from mllm_jax.train.losses.ppo import PpoConfig, policy_loss, value_loss
 from mllm_jax.train.step.batches import count
@@ -69,7 +69,7 @@ def make_ppo_step(context: TrainContext, ppo: PpoConfig, chunk: int = CHUNK) -> 
     objective = PpoObjective(config, ppo, chunk)
     update = make_pure_step(context, objective)
 
-    def step(state, prompts: Batch, judge: Judge):
+    def step(state, prompts: Batch, judge: FrozenModels):
         draw, order = jax.random.split(jax.random.fold_in(jax.random.key(context.seed), state.step))
         answers, about = experience(config, ppo, state.params, judge, prompts, draw, chunk)
         began = state.step

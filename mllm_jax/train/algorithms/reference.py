@@ -25,7 +25,7 @@ from rich.progress import track
 from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.packing import Packer, collate
 from mllm_jax.data.pipeline.preference import Pairs, Reference, content_hash
-from mllm_jax.data.pipeline.workers import Guarded, Process, Skipped
+from mllm_jax.data.pipeline.workers import Process, SkipBadRecords, Skipped
 from mllm_jax.data.sources.mixture import Mixture
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms import algorithm_of
@@ -77,11 +77,11 @@ def _examples(run: Run, leave_out: Callable, watch: Callable) -> Iterator[Named]
     source = data.source("train")
     sources = source.sources if isinstance(source, Mixture) else [source]
     processor = algorithm_of(run).processor()
-    read = Process(processor, data.budget, data.strict, Pairs(run.algorithm.diff_token_weight))
+    read = Process(processor, data.budget, data.fail_on_bad_record, Pairs(run.algorithm.diff_token_weight))
     places = [(one, index) for one in sources for index in range(len(one))]
 
     def example(place: tuple[Any, int]) -> tuple[str, Example | Skipped]:
-        record = Guarded(place[0], data.strict)[place[1]]
+        record = SkipBadRecords(place[0], data.fail_on_bad_record)[place[1]]
         return ("", record) if isinstance(record, Skipped) else (record["id"], read(record))
 
     with ThreadPoolExecutor(max(data.workers, 1)) as pool:

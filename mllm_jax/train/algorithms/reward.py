@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mllm_jax.data.pipeline.reward import Judged
+from mllm_jax.data.pipeline.reward import RewardPairs
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.algorithms.base import Algorithm
 from mllm_jax.train.evaluators.base import Evaluator
@@ -53,8 +53,8 @@ class RewardObjective(Objective):
 class Reward(Algorithm):
     """Trains a reward model, see `RewardConfig`."""
 
-    def reading(self) -> Judged:
-        return Judged(self.config.prompt)
+    def reading(self) -> RewardPairs:
+        return RewardPairs(self.config.prompt)
 
     def objective(self) -> RewardObjective:
         return RewardObjective(self.run.model, self.config)

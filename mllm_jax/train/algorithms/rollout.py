@@ -1,7 +1,7 @@
 """Answers that a model gives, written into rows and judged: from prompts to what PPO learns from. Pure functions.
 
 A row of prompts has two segments: the prompt, and what a reward model reads after the answer (see
-`mllm_jax.data.pipeline.reward.Prompts`). With an answer it has the prompt, the answer and then the rest, as one
+`mllm_jax.data.pipeline.reward.PpoPrompts`). With an answer it has the prompt, the answer and then the rest, as one
 conversation.
 """
 
@@ -19,7 +19,7 @@ from mllm_jax.types import Array, Batch, Experience, TokenBlend
 
 
 @struct.dataclass
-class Judge:
+class FrozenModels:
     """What a step of PPO takes beside the state and a batch."""
 
     reward: Any  # parameters of the reward model
@@ -28,7 +28,7 @@ class Judge:
     model: ModelConfig = struct.field(pytree_node=False, default=None)  # of the reward model
 
 
-class Answered(NamedTuple):
+class Rollout(NamedTuple):
     """Rows with answers."""
 
     judged: Batch  # as the reward model reads them
@@ -36,7 +36,7 @@ class Answered(NamedTuple):
     ended: Array  # bool[B] by itself, not for want of room
 
 
-def respond(config: ModelConfig, params, prompts: Batch, stop, count: int, key) -> Answered:
+def respond(config: ModelConfig, params, prompts: Batch, stop, count: int, key) -> Rollout:
     """Draws an answer of at most `count` tokens for every row."""
     asked = prompts.segment == 1
     first = prompts._replace(
@@ -50,7 +50,7 @@ def respond(config: ModelConfig, params, prompts: Batch, stop, count: int, key) 
     return written(prompts, tokens, own, jnp.any(own & jnp.isin(tokens, stop), axis=1))
 
 
-def written(prompts: Batch, tokens, own, ended) -> Answered:
+def written(prompts: Batch, tokens, own, ended) -> Rollout:
     """Puts answers i32[B count], as far as bool[B count] `own` says, between the two segments of every row.
 
     Rows of T tokens become rows of T + count. Rotary positions go on as in generation.
@@ -82,11 +82,11 @@ def written(prompts: Batch, tokens, own, ended) -> Answered:
         prefix=None if prompts.prefix is None else wide(prompts.prefix & asked),
         mix=prompts.mix and TokenBlend(wide(prompts.mix.index, -1), wide(prompts.mix.weight)),
     )
-    return Answered(judged, judged._replace(segment=jnp.where(column < end, segment, 0)), ended)
+    return Rollout(judged, judged._replace(segment=jnp.where(column < end, segment, 0)), ended)
 
 
 def experience(
-    config: ModelConfig, ppo: PpoConfig, params, judge: Judge, prompts: Batch, key, chunk: int
+    config: ModelConfig, ppo: PpoConfig, params, judge: FrozenModels, prompts: Batch, key, chunk: int
 ) -> tuple[Batch, dict[str, Array]]:
     """Answers to prompts with all that PPO learns from, and means over answers: reward, kl, length, ended.
 

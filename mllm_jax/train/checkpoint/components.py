@@ -15,7 +15,7 @@ from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params
 from mllm_jax.nn.lora import LoraConfig
 from mllm_jax.pretrained.api import load_params, published_config
-from mllm_jax.sharding.weights import Named, shardings
+from mllm_jax.sharding.weights import Partitioned, shardings
 from mllm_jax.train.runs.config import Run
 
 # What a model chooses of a part, whatever the part was published for; the rest of its config is compared.
@@ -72,11 +72,11 @@ def _matching(part: str, source: str, model: ModelConfig | DualConfig, boxed: An
     return theirs
 
 
-def _shape(box: Named) -> list[int]:
+def _shape(box: Partitioned) -> list[int]:
     return list(box.value.shape)
 
 
-def _fits(theirs: Named, ours: Named) -> bool:
+def _fits(theirs: Partitioned, ours: Partitioned) -> bool:
     """Whether the shapes are the same, but for rows of a vocabulary, of which ours may have more."""
     if theirs.value.ndim != ours.value.ndim:
         return False

@@ -98,7 +98,7 @@ def batches(
         window=data.window,
         workers=data.workers,
         prefetch=1,
-        max_bad=1.0,
+        max_bad_fraction=1.0,
         reading=reading,
     )
     try:

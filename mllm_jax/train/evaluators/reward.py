@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mllm_jax.data.pipeline.loader import Info
-from mllm_jax.data.pipeline.reward import Judged
+from mllm_jax.data.pipeline.reward import RewardPairs
 from mllm_jax.train.evaluators.base import Evaluator, shares
 from mllm_jax.train.losses.reward import pairwise_loss
 from mllm_jax.train.step.forward import scores
@@ -23,8 +23,8 @@ class RewardEvaluator(Evaluator):
     """
 
     @property
-    def reading(self) -> Judged:
-        return Judged(self.run.algorithm.prompt)
+    def reading(self) -> RewardPairs:
+        return RewardPairs(self.run.algorithm.prompt)
 
     def make_step(self) -> Callable:
         def step(params, batch: Batch):

@@ -20,7 +20,7 @@ POLL = 0.02  # seconds between two looks at whether the data of the other proces
 _ends = itertools.count()  # of the Ends of a process; all processes make theirs in the same order
 
 
-class Fetched(NamedTuple):
+class DeviceBatch(NamedTuple):
     """A batch on the devices."""
 
     batch: Batch
@@ -57,7 +57,7 @@ class Ends:
             time.sleep(POLL)
 
 
-class Feed:
+class InputPipeline:
     """This process's share of the batches of a run, from where `set_state` says.
 
     A thread makes the next batch, so that whoever waits for it can be asked to stop.
@@ -85,15 +85,15 @@ class Feed:
         """Waits for the batch that was begun, at most so many seconds; returns whether it is there."""
         return bool(wait([self._coming], seconds).done)
 
-    def take(self) -> Fetched | None:
+    def take(self) -> DeviceBatch | None:
         """The batch that was begun, on its way to the devices; None at the end of the data."""
         return self._coming.result()
 
-    def all_ended(self, fetched: Fetched) -> bool:
+    def all_ended(self, fetched: DeviceBatch) -> bool:
         """Returns whether the data of all processes have ended; each of them calls it once it has this batch."""
         return self._ends is not None and self._ends.all_by(fetched.number)
 
-    def next(self) -> Fetched | None:
+    def next(self) -> DeviceBatch | None:
         """The next batch, on its way to the devices; None at the end of the data."""
         batch, info = next(self._loader, (None, None))
         if batch is None:
@@ -109,7 +109,7 @@ class Feed:
         self._made += 1
         if self._ends is not None:
             self._ends.post(self._made, ended=not info.conversations)
-        return Fetched(self._place(batch), self._loader.get_state(), about, explained, self._made)
+        return DeviceBatch(self._place(batch), self._loader.get_state(), about, explained, self._made)
 
     def get_state(self) -> dict[str, Any]:
         """The position in the data, for `set_state`."""

@@ -71,8 +71,8 @@ def loader_of(
         prefetch=data.prefetch,
         process_index=index,
         process_count=count,
-        strict=data.strict,
-        max_bad=data.max_bad,
+        fail_on_bad_record=data.fail_on_bad_record,
+        max_bad_fraction=data.max_bad_fraction,
         reading=reading,
     )
 

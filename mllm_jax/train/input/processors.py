@@ -51,8 +51,10 @@ def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProc
             f"config.data.tokens={data.tokens} must be a multiple of the {processor.length} tokens of a text: so many "
             "pairs of them lie in a row"
         )
-    if not data.rows or data.patches <= encoder.num_prefix_tokens:
-        raise ConfigError(f"config.data: rows={data.rows} of patches={data.patches} have no room for a picture")
+    if not data.patch_rows or data.patches_per_row <= encoder.num_prefix_tokens:
+        raise ConfigError(
+            f"config.data: rows={data.patch_rows} of patches={data.patches_per_row} have no room for a picture"
+        )
     _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
     return dataclasses.replace(processor, missing_rows=data.missing_rows)
 

@@ -18,8 +18,8 @@ from einops import rearrange
 from mllm_jax.common.config import ConfigError
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.attention.flash import around
-from mllm_jax.sharding.activations import place
-from mllm_jax.sharding.logical_axes import Rules, fitting_axes
+from mllm_jax.sharding.activations import constrain
+from mllm_jax.sharding.logical_axes import Rules, divisible_axes
 from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
 from mllm_jax.types import Array
 
@@ -85,7 +85,7 @@ def contrastive_loss(kind: str, pictures, texts, scale, bias=0.0, rules: Rules =
     if pictures.shape != texts.shape:
         raise ValueError(f"every picture needs one text: pictures are {pictures.shape}, texts {texts.shape}")
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else fitting_axes("batch", len(pictures), rules, mesh)
+    axes = () if mesh.empty else divisible_axes("batch", len(pictures), rules, mesh)
     scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
     real = jnp.ones(len(pictures)) if real is None else real.astype(jnp.float32)
     right = jnp.sum(real * (scale * jnp.sum(pictures * texts, axis=-1) + bias))
@@ -158,7 +158,7 @@ def _spread(on_device, axes, inputs: str, outputs: str):
     specs = {"n": jax.P(axes), "s": jax.P()}
     ins, outs = (tuple(specs[letter] for letter in letters) for letters in (inputs, outputs))
     spread = jax.shard_map(on_device, in_specs=ins, out_specs=outs, check_vma=False)
-    return lambda *args: spread(*map(place, args, ins))
+    return lambda *args: spread(*map(constrain, args, ins))
 
 
 def _of_pairs(logits, is_picture, is_text):

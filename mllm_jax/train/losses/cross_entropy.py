@@ -13,8 +13,8 @@ from mllm_jax.common.settings import OneOf
 from mllm_jax.nn.attention.masks import cap
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import expect_runs
-from mllm_jax.sharding.activations import join_rows, shard, split_rows
-from mllm_jax.sharding.logical_axes import Rules, ways
+from mllm_jax.sharding.activations import fold_rows, shard, unfold_rows
+from mllm_jax.sharding.logical_axes import Rules, num_shards
 from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
 from mllm_jax.types import Array, Batch
 
@@ -201,17 +201,17 @@ class _Rows:
 
     def __init__(self, shape: tuple[int, int], rules: Rules):
         self.rules, self.shape = rules, shape
-        parts = ways("length", rules, jax.sharding.get_abstract_mesh())
+        parts = num_shards("length", rules, jax.sharding.get_abstract_mesh())
         self.parts = parts if shape[1] % parts == 0 else 1
 
     def split(self, x):
         """[B T ...] -> [B*part T/part ...]."""
-        x = join_rows(rearrange(x, "B (part T) ... -> B part T ...", part=self.parts), self.rules)
+        x = fold_rows(rearrange(x, "B (part T) ... -> B part T ...", part=self.parts), self.rules)
         return shard(x, (ROWS, *(None,) * (x.ndim - 1)), self.rules)
 
     def join(self, x):
         """The inverse of `split`."""
-        return rearrange(split_rows(x, self.shape[0], self.rules), "B part T ... -> B (part T) ...")
+        return rearrange(unfold_rows(x, self.shape[0], self.rules), "B part T ... -> B (part T) ...")
 
 
 def _cross_entropy(logits, targets):
@@ -283,7 +283,7 @@ class _Head:
 
     def __init__(self, table, dtype: str, rules: Rules, rows: int, softcap: float):
         self.rules, self.dtype, self.shape, self.softcap = rules, dtype, table.shape, softcap
-        spread = ways(ROWS, rules, jax.sharding.get_abstract_mesh())
+        spread = num_shards(ROWS, rules, jax.sharding.get_abstract_mesh())
         self.groups = spread if rows % spread == 0 else 1
         # Cast where it lies: else the partitioner may cast what it has gathered, of twice the bytes.
         self.table = shard(shard(table.astype(dtype), ("vocab", "embed"), rules), ("vocab", None), rules)

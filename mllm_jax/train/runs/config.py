@@ -37,7 +37,7 @@ from mllm_jax.nn.rope import (
 from mllm_jax.nn.value_head import NAME as VALUE_HEAD
 from mllm_jax.sharding.logical_axes import MeshAxes, freeze_rules
 from mllm_jax.sharding.mesh import MESH_AXES
-from mllm_jax.sharding.presets import PRESETS, RULES
+from mllm_jax.sharding.presets import LOGICAL_AXIS_RULES, PRESETS
 from mllm_jax.train.losses.algorithm_config import AlgorithmConfig
 from mllm_jax.train.losses.contrastive import ContrastiveConfig
 from mllm_jax.train.losses.cross_entropy import CHUNK, SupervisedConfig
@@ -209,7 +209,7 @@ def run_config(run: Run) -> ConfigDict:
     return config
 
 
-OF_PRESETS = {"mesh": MESH_AXES, "rules": tuple(RULES)}
+OF_PRESETS = {"mesh": MESH_AXES, "rules": tuple(LOGICAL_AXIS_RULES)}
 
 
 def _of_preset(part: str, name: str, preset: str) -> Any:
@@ -305,11 +305,15 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
         raise ConfigError(
             f"{path}.train.grad_accum_steps={run.train.grad_accum_steps} must divide {path}.data.batch={run.data.batch}"
         )
-    if whole.model.encoder is None and run.data.budget.rows:
-        raise ConfigError(f"{path}.data.rows must be 0: the model has no encoder, so that it sees no pictures")
-    if isinstance(whole.model, ModelConfig) and run.data.budget.rows and run.data.patches % whole.model.merge**2:
+    if whole.model.encoder is None and run.data.budget.patch_rows:
+        raise ConfigError(f"{path}.data.patch_rows must be 0: the model has no encoder, so that it sees no pictures")
+    if (
+        isinstance(whole.model, ModelConfig)
+        and run.data.budget.patch_rows
+        and run.data.patches_per_row % whole.model.merge**2
+    ):
         raise ConfigError(
-            f"{path}.data.patches={run.data.patches} must be a multiple of {whole.model.merge**2}: "
+            f"{path}.data.patches_per_row={run.data.patches_per_row} must be a multiple of {whole.model.merge**2}: "
             f"config.model.connector makes a visual token of {whole.model.merge} x {whole.model.merge} patches"
         )
     if isinstance(whole.model, ModelConfig) and 0 < getattr(whole.model.decoder, "positions", 0) < run.data.tokens:

@@ -31,8 +31,9 @@ class DataConfig(Config):
     """The shape of a batch, and how conversations come into it.
 
     batch: rows of a batch, over all processes and accumulated parts.
-    tokens, rows, patches: a row holds `tokens` tokens and `rows` x `patches` patches; no picture exceeds `patches`. Of
-      pairs of a picture and a text, each text takes as many tokens as the model reads.
+    tokens, patch_rows, patches_per_row: a row holds `tokens` tokens and `patch_rows` x `patches_per_row` patches; no
+      picture exceeds `patches_per_row`. Of pairs of a picture and a text, each text takes as many tokens as the model
+      reads.
     min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
     missing_rows: largest share of its rows that a truncated JPEG may lack, from 0 to 1. Default 0: it is left out.
     fps, max_frames, sampling: of a clip: frames a second, how many at most, and whether they are spread evenly ("even")
@@ -41,16 +42,17 @@ class DataConfig(Config):
       leaves it to the processor.
     epochs: passes over the data; None = without end. They are the length of the run where optim.steps is 0; otherwise
       the data must not end before optim.steps.
-    blind: leave all pictures and clips out, for a text-only baseline.
+    text_only: leave all pictures and clips out, for a text-only baseline.
     streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
       number of processes that divides it; None = the largest divisor of `batch` up to 64.
-    window, workers, processes, prefetch, strict, max_bad: see `mllm_jax.data.pipeline.loader.make_loader`.
+    window, workers, processes, prefetch, fail_on_bad_record, max_bad_fraction: see
+      `mllm_jax.data.pipeline.loader.make_loader`.
     """
 
     batch: PositiveInt = 8
     tokens: PositiveInt = 4096
-    rows: NonNegativeInt = 4
-    patches: NonNegativeInt = 4096
+    patch_rows: NonNegativeInt = 4
+    patches_per_row: NonNegativeInt = 4096
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     missing_rows: Fraction = 0.0
@@ -60,14 +62,14 @@ class DataConfig(Config):
     user_content_tokens: bool | None = None
     seed: Seed = 0
     epochs: PositiveInt | None = None
-    blind: bool = False
+    text_only: bool = False
     streams: PositiveInt | None = None
     window: Annotated[float, Range(above=0, most=1e4)] = 4.0
     workers: Readers = 2
     processes: Readers = 0
     prefetch: NonNegativeInt = 2
-    strict: bool = False
-    max_bad: Fraction = 0.05
+    fail_on_bad_record: bool = False
+    max_bad_fraction: Fraction = 0.05
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,7 +82,7 @@ class DataConfig(Config):
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.tokens, 0 if self.blind else self.rows, self.patches)
+        return Budget(self.tokens, 0 if self.text_only else self.patch_rows, self.patches_per_row)
 
 
 Cells = Annotated[int, Range(least=3)]  # of a side of a drawn picture
@@ -111,7 +113,7 @@ class ScenesData(DataConfig):
     def source(self, split: str = "train") -> Any:
         """The conversations of "train" or "heldout"."""
         sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
-        return Scenes(split, self.seed, self.kinds, pictures=not self.blind, **sizes)
+        return Scenes(split, self.seed, self.kinds, pictures=not self.text_only, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ class CaptionsData(DataConfig):
         """The captions of "train" or "heldout"."""
         sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
         false = self.false if split == "train" else 0.0
-        return Captions(split, self.seed, false, pictures=not self.blind, **sizes)
+        return Captions(split, self.seed, false, pictures=not self.text_only, **sizes)
 
 
 class WithoutPictures:

@@ -64,7 +64,7 @@ class FilesData(Files, DataConfig):
     def source(self, split: str = "train") -> Any:
         """The conversations of "train" or "heldout"; None where the config names no held-out ones."""
         records = self.open(split, "config.data")
-        return WithoutPictures(records) if self.blind and records is not None else records
+        return WithoutPictures(records) if self.text_only and records is not None else records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class MixtureData(DataConfig):
     def source(self, split: str = "train") -> Any:
         """A `Mixture` of all sets to train on; of "heldout", all held-out sets as one, or None."""
         opened = [part.open(split, f"config.data.sources.{name}") for name, part in self.sources.items()]
-        opened = [WithoutPictures(source) if self.blind else source for source in opened if source is not None]
+        opened = [WithoutPictures(source) if self.text_only else source for source in opened if source is not None]
         if split == "heldout":
             return Conversations(opened) if opened else None
         if not opened:

@@ -63,7 +63,7 @@ def _stage(run: Run | Stage) -> Stage:
 
 
 def _data(data: FilesData | MixtureData) -> FilesData | MixtureData:
-    data = replace(data, batch=8, tokens=512, rows=2, patches=256, min_pixels=256)
+    data = replace(data, batch=8, tokens=512, patch_rows=2, patches_per_row=256, min_pixels=256)
     if isinstance(data, FilesData):
         return replace(data, path=QUESTIONS)
     return replace(data, sources={name: replace(part, path=QUESTIONS) for name, part in data.sources.items()})

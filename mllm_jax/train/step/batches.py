@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from mllm_jax.sharding.logical_axes import Rules, partition_spec, ways
+from mllm_jax.sharding.logical_axes import Rules, num_shards, partition_spec
 from mllm_jax.types import Batch, DualBatch, Vision
 
 
@@ -51,7 +51,7 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
     }
     if batch.vision is None:
         return Batch(**text)
-    divides = batch.vision.image.shape[1] % ways("patch_row", rules, mesh) == 0
+    divides = batch.vision.image.shape[1] % num_shards("patch_row", rules, mesh) == 0
     names = ("patch_row",) if divides else ()
     vision = {name: of(names, f"batch.vision.{name}", x) for name, x in batch.vision._asdict().items()}
     return Batch(**text, vision=Vision(**vision))

@@ -316,7 +316,7 @@ def test_too_many_broken_records_stop_the_run():
     broken = {i: BadRecord("missing file", f"n{i}") for i in range(0, 300, 10)}
     with pytest.raises(BadData, match=r"of 101 records only 90.*'missing file': 11|of 100 records only 90"):
         list(numbers(300, broken, epochs=1, shuffle=False))
-    assert len(seen(numbers(300, broken, epochs=1, shuffle=False, max_bad=0.2))) == 270
+    assert len(seen(numbers(300, broken, epochs=1, shuffle=False, max_bad_fraction=0.2))) == 270
 
 
 @pytest.mark.parametrize("epochs", [1, None])

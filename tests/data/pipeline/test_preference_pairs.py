@@ -126,7 +126,7 @@ def test_a_pair_is_two_conversations_with_pictures_once(processor):
     budget = Budget(2 * len(pair.tokens) + 8, 1, 256)
     text = processor([USER, GOOD])
     batch = collate([[text, pair], []], budget, **SPEC.layout)
-    alone = collate([[text, chosen, rejected]], budget._replace(rows=2), **SPEC.layout)
+    alone = collate([[text, chosen, rejected]], budget._replace(patch_rows=2), **SPEC.layout)
     for name in ("tokens", "targets", "weight", "segment", "position"):
         np.testing.assert_array_equal(getattr(batch, name)[0], getattr(alone, name)[0])
     assert batch.segment.max() == 3 and (batch.vision.image > 0).sum() == len(pair.pictures[0].patches)

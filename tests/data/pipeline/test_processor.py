@@ -233,9 +233,9 @@ def test_a_template_that_hides_pictures_is_an_error(processor):
 
 def fits(example, budget):
     """Whether the pictures really go into the rows: first fit, largest first."""
-    rows = [0] * budget.rows
+    rows = [0] * budget.patch_rows
     for size in sorted((len(item.patches) for item in example.pictures), reverse=True):
-        slot = next(slot for slot, used in enumerate(rows) if used + size <= budget.patches)
+        slot = next(slot for slot, used in enumerate(rows) if used + size <= budget.patches_per_row)
         rows[slot] += size
     return len(example.tokens) <= budget.tokens
 

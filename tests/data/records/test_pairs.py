@@ -14,7 +14,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget, TooLarge
 from mllm_jax.data.sources import open_source
-from mllm_jax.evaluate.retrieval import nearest
+from mllm_jax.evaluate.retrieval import retrieval
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import init_params
@@ -68,7 +68,7 @@ def pairs_of(folder, count=11):
 def test_batches_hold_every_pair_once_and_go_on(processor, tmp_path):
     source = open_source(pairs_of(tmp_path))
     budget = Budget(4 * processor.length, 1, 150)  # four texts in a row, but seldom so many pictures
-    loader = make_loader(source, processor, budget, 2, epochs=1, streams=2, max_bad=1.0, workers=0, window=1.0)
+    loader = make_loader(source, processor, budget, 2, epochs=1, streams=2, max_bad_fraction=1.0, workers=0, window=1.0)
     batch, _ = next(loader)
     state = json.loads(json.dumps(loader.get_state()))
     rest = list(loader)
@@ -81,7 +81,7 @@ def test_batches_hold_every_pair_once_and_go_on(processor, tmp_path):
         assert batch.vision.patches.shape == (2, 1, 150, 192) and batch.rows == 2
         real, counts = np.ravel(batch.first >= 0), batch.vision.image.max(axis=(1, 2))
         assert real.sum() == counts.sum() and not batch.segment[~real].any()
-    again = make_loader(source, processor, budget, 2, epochs=1, streams=2, max_bad=1.0, workers=0, window=1.0)
+    again = make_loader(source, processor, budget, 2, epochs=1, streams=2, max_bad_fraction=1.0, workers=0, window=1.0)
     again.set_state(state)
     for (one, _), (two, _) in zip(rest, again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -143,7 +143,7 @@ def test_a_run_goes_on_and_is_used(tmp_path, record_property):
     assert last["pairs"] == 20 and last["recall_at_1"].keys() == {"text", "picture"}
     dual = load_workdir(whole)
     run = read_config(whole)
-    found = nearest(dual, run, run.data.source("heldout"), 20)
+    found = retrieval(dual, run, run.data.source("heldout"), 20)
     assert found["pairs"] == 20 and found["recall_at_1"] == pytest.approx(last["recall_at_1"])
     mllm_jax.save_pretrained(dual, tmp_path / "exported")
     again = mllm_jax.load_pretrained(tmp_path / "exported")
@@ -164,7 +164,7 @@ def test_recall():
     "change, message",
     [
         ({"data": {"tokens": 40}}, "config.data.tokens=40 must be a multiple of the 16 tokens of a text"),
-        ({"data": {"rows": 0}}, "rows=0 of patches=256 have no room for a picture"),
+        ({"data": {"patch_rows": 0}}, "rows=0 of patches=256 have no room for a picture"),
         (
             {"model": {"encoder": {"pixel_mean": (0.1, 0.2, 0.3)}}, "processor": ""},
             "config.processor must name a folder",
@@ -195,7 +195,7 @@ def test_published_dual_encoders(arg):
     most = (
         max(h * w for h, w in family.rule(run.model).sizes((300, 200))) // side**2 + run.model.encoder.num_prefix_tokens
     )
-    assert pictures * most <= run.data.patches
+    assert pictures * most <= run.data.patches_per_row
     with pytest.raises(ConfigError, match="'llava' is no dual encoder"):
         load_config("contrastive", "llava/1.5-7b")
 

@@ -117,7 +117,7 @@ def test_documents_are_no_questions(monkeypatch):
         "id": "q",
     }
     monkeypatch.setattr(ask, "generate", lambda vlm, prompts, **_: ["B"] * len(prompts))
-    found = list(ask.ask(READER, [page, asked, page, page], together=2))
+    found = list(ask.ask(READER, [page, asked, page, page], batch_size=2))
     assert [(answer.kind, answer.answer) for answer in found] == [("q", "B")]
 
 
@@ -169,7 +169,7 @@ def test_a_run_reads_a_mixture_of_files_and_resumes(tmp_path):
     (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
     config = get_config()
     config.data = load_config("sft", "llava/1.5-7b,pictures,pages").data
-    config.data.update(tokens=96, rows=1, patches=64, batch=8, window=0.5, min_pixels=256)
+    config.data.update(tokens=96, patch_rows=1, patches_per_row=64, batch=8, window=0.5, min_pixels=256)
     config.data.sources.pictures.path = tar
     config.data.sources.pages.update(path=str(tmp_path / "pages.jsonl"), where={"split": "train"})
     config.data.sources.pages.heldout_where = {"split": "test"}

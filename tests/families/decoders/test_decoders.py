@@ -237,7 +237,9 @@ def test_published_sizes(name):
     ids=["llama", "gemma2", "internlm2", "gpt2"],
 )
 def test_a_run_states_every_field(decoder):
-    run = Run(model=ModelConfig(None, None, decoder, family="llama"), data=ScenesData(batch=8, tokens=512, blind=True))
+    run = Run(
+        model=ModelConfig(None, None, decoder, family="llama"), data=ScenesData(batch=8, tokens=512, text_only=True)
+    )
     assert read_run(run_config(run)).model.decoder == decoder
 
 

@@ -94,12 +94,12 @@ def test_packed_pictures(pair):
     expected = apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs)).image_embeddings
     pictures = {"siglip2": vision_only.pictures_of_any_size}.get(ours.config.family, vision_only.square_pictures)
     pictures = pictures(ours.config, inputs)
-    batch = packed(pictures[::-1], Budget(0, rows=2, patches=36), count=2)
+    batch = packed(pictures[::-1], Budget(0, patch_rows=2, patches_per_row=36), count=2)
     assert (batch.first < 0).any() and (batch.vision.image[:, 0].max(axis=1) == [2, 1]).all()
     found = jax.jit(partial(ours.model.apply, method="encode_image"))({"params": ours.params}, batch)
     np.testing.assert_allclose(found[::-1], expected, atol=1e-5)
     with pytest.raises(TooLarge, match="3 pictures do not fit 1 rows of 36 patches"):
-        packed(pictures, Budget(0, rows=1, patches=36), count=2)
+        packed(pictures, Budget(0, patch_rows=1, patches_per_row=36), count=2)
 
 
 def test_gradients_of_every_tensor(pair):

@@ -20,7 +20,7 @@ from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.activations import shard
 from mllm_jax.sharding.logical_axes import freeze_rules
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.sharding.presets import RULES
+from mllm_jax.sharding.presets import LOGICAL_AXIS_RULES
 from mllm_jax.sharding.weights import shardings
 from mllm_jax.train.losses.cross_entropy import token_loss
 from mllm_jax.train.step.batches import batch_shardings
@@ -187,7 +187,7 @@ def test_pictures_are_spread_over_every_device(params, batch):
 
 def test_the_loss_is_spread_over_every_device():
     """Each of eight devices does an eighth of the products with the head, and none waits for another in the loop."""
-    rules, rng = freeze_rules(RULES), np.random.default_rng(0)
+    rules, rng = freeze_rules(LOGICAL_AXIS_RULES), np.random.default_rng(0)
     hidden, table = (
         rng.standard_normal((4, 64, 32)).astype(np.float32),
         rng.standard_normal((96, 32)).astype(np.float32),

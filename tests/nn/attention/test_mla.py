@@ -183,9 +183,9 @@ def test_bytes_of_cache():
 
 
 def test_a_run_states_latent_attention():
-    run = Run(model=replace(DENSE, runtime=Runtime()), data=ScenesData(batch=8, blind=True))
+    run = Run(model=replace(DENSE, runtime=Runtime()), data=ScenesData(batch=8, text_only=True))
     assert read_run(run_config(run)).model.decoder == DENSE.decoder
-    with pytest.raises(ValueError, match="config.data.rows"):
+    with pytest.raises(ValueError, match="config.data.patch_rows"):
         read_run(run_config(replace(run, data=ScenesData(batch=8))))
 
 

@@ -32,7 +32,7 @@ def a_config(stage, steps, **settings):
     """A stage of configs/ppo.py, made small, from random weights."""
     config = stage_config(tiny_run.load_config("ppo"), stage)
     config.model = tiny_run.get_config().model
-    config.data.update(batch=8, tokens=192 if stage == "reward" else 48, rows=1, patches=112)
+    config.data.update(batch=8, tokens=192 if stage == "reward" else 48, patch_rows=1, patches_per_row=112)
     config.optim.update(steps=steps, warmup=0, learning_rate=1e-2)
     config.train.update(log_every=1, save_every=2, evaluate_every=0, num_eval_examples=16, loss_chunk=32)
     config.train.update(settings)

@@ -23,7 +23,7 @@ from mllm_jax.train.step.optimizer import OptimConfig
 from mllm_jax.train.step.train_step import make_train_step
 
 CONFIG = tiny_config()
-BUDGET = Budget(tokens=149, rows=2, patches=128)
+BUDGET = Budget(tokens=149, patch_rows=2, patches_per_row=128)
 OPTIM = OptimConfig(learning_rate=1e-3, schedule="constant", max_grad_norm=0.0)
 MPO = PreferenceConfig(dpo=0.8, bco=0.2, sft=1.0, beta=0.3)
 batch_of = partial(collate, merge=2, values=VALUES)

@@ -26,7 +26,7 @@ def a_config(reference, **preference):
     config = stage_config(tiny_run.load_config("prefer"), "mpo")
     small = tiny_run.get_config()
     config.model = small.model
-    config.data.update(batch=8, tokens=160, rows=1, patches=112)
+    config.data.update(batch=8, tokens=160, patch_rows=1, patches_per_row=112)
     config.optim.update(steps=4, warmup=0, learning_rate=1e-2)
     config.train.update(log_every=1, save_every=2, evaluate_every=0, num_eval_examples=8, loss_chunk=32)
     config.algorithm.update(reference=reference, **preference)

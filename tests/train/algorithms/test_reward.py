@@ -16,7 +16,7 @@ from mllm_jax.data.pipeline.loader import make_loader
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate
 from mllm_jax.data.pipeline.preference import together
 from mllm_jax.data.pipeline.processor import Processor
-from mllm_jax.data.pipeline.reward import Judged, Prompts
+from mllm_jax.data.pipeline.reward import PpoPrompts, RewardPairs
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.records.records import BadData, BadRecord, read_record
 from mllm_jax.model.vlm import VLM, ModelConfig
@@ -32,7 +32,7 @@ from mllm_jax.train.step.optimizer import split
 
 ASKED, CHOSEN, REJECTED, FACTS = "What is it?", "A cat on a mat.", "A dog.", "There is a cat."
 PROMPT = "Is it true? {facts}"
-BUDGET = Budget(tokens=400, rows=1, patches=512)
+BUDGET = Budget(tokens=400, patch_rows=1, patches_per_row=512)
 DECODER = dataclasses.replace(tiny_config().decoder, layers=1, width=32, mlp=32)
 CONFIG = ModelConfig(None, decoder=DECODER, value_head=True)
 
@@ -55,22 +55,22 @@ def said(processor, tokens):
 
 
 def test_a_pair_goes_on_with_the_facts(processor):
-    pair = Judged(PROMPT)(processor, record())
+    pair = RewardPairs(PROMPT)(processor, record())
     chosen, rejected = np.split(pair.tokens, np.cumsum(pair.lengths)[:-1])
     for tokens, answer in ((chosen, CHOSEN), (rejected, REJECTED)):
         end = f"{answer}<|im_end|>\n<|im_start|>user\nIs it true? {FACTS}<|im_end|>\n"
         assert said(processor, tokens).endswith(end)
     assert len(pair.pictures) == 1 and pair.kind == "scene"
-    plain = Judged("")(processor, record(facts=None))
+    plain = RewardPairs("")(processor, record(facts=None))
     assert said(processor, plain.tokens).endswith(f"{REJECTED}<|im_end|>\n")
     with pytest.raises(BadRecord, match="no facts .*config.algorithm.prompt names {facts}"):
-        Judged(PROMPT)(processor, record(facts=None))
+        RewardPairs(PROMPT)(processor, record(facts=None))
     with pytest.raises(BadRecord, match="no pair"):
-        Judged(PROMPT)(processor, record(rejected=None))
+        RewardPairs(PROMPT)(processor, record(rejected=None))
 
 
 def test_a_prompt_and_its_rest_are_a_judged_conversation_without_the_answer(processor):
-    judged, asked = Judged(PROMPT)(processor, record()), Prompts(PROMPT)(processor, record(), BUDGET)
+    judged, asked = RewardPairs(PROMPT)(processor, record()), PpoPrompts(PROMPT)(processor, record(), BUDGET)
     start, rest = asked.lengths
     whole = judged.tokens[: judged.lengths[0]]
     answer = processor.tokenizer.encode(CHOSEN) + [processor.end_of_turn_id]
@@ -79,18 +79,18 @@ def test_a_prompt_and_its_rest_are_a_judged_conversation_without_the_answer(proc
     np.testing.assert_array_equal(whole[start : len(whole) - rest], answer)
     np.testing.assert_array_equal(asked.position[:start], judged.position[:start])
     assert not asked.weight.any() and len(asked.pictures) == 1
-    smaller = Prompts(PROMPT)(processor, record(), BUDGET._replace(tokens=start + rest - 1))
+    smaller = PpoPrompts(PROMPT)(processor, record(), BUDGET._replace(tokens=start + rest - 1))
     assert len(smaller.pictures[0].patches) < len(asked.pictures[0].patches)
     with pytest.raises(TooLarge):
-        Prompts(PROMPT)(processor, record(), BUDGET._replace(tokens=rest + 8))
+        PpoPrompts(PROMPT)(processor, record(), BUDGET._replace(tokens=rest + 8))
     with pytest.raises(BadRecord, match="no question"):
-        Prompts(PROMPT)(processor, record(messages=[{"role": "document", "content": "A cat."}]), BUDGET)
+        PpoPrompts(PROMPT)(processor, record(messages=[{"role": "document", "content": "A cat."}]), BUDGET)
 
 
 def test_the_rest_of_a_prompt_stands_behind_an_answer_of_boxes(processor):
     box = {"type": "bbox", "bbox": [6.4, 9.6, 32, 48], "bbox_type": "real", "image_id": 0}
     messages = [record()["messages"][0], {"role": "assistant", "content": [box]}]
-    boxes, plain = (Prompts(PROMPT)(processor, record(**more), BUDGET) for more in ({"messages": messages}, {}))
+    boxes, plain = (PpoPrompts(PROMPT)(processor, record(**more), BUDGET) for more in ({"messages": messages}, {}))
     np.testing.assert_array_equal(boxes.tokens, plain.tokens)
 
 
@@ -98,12 +98,12 @@ def test_batches_of_prompts_hold_one_in_a_row_and_a_run_needs_pairs(processor):
     make = lambda records, reading: make_loader(
         [records], processor, BUDGET, 2, epochs=1, workers=0, prefetch=0, reading=reading
     )
-    batches = list(make([record(id=str(i)) for i in range(3)], Prompts(PROMPT)))
+    batches = list(make([record(id=str(i)) for i in range(3)], PpoPrompts(PROMPT)))
     assert [batch.segment.max(axis=1).tolist() for batch, _ in batches] == [[2, 2], [2, 0]]
-    ((batch, _),) = make([record(id=str(i)) for i in range(3)], Judged(PROMPT))
+    ((batch, _),) = make([record(id=str(i)) for i in range(3)], RewardPairs(PROMPT))
     assert sorted(batch.segment.max(axis=1).tolist()) == [2, 4]
     with pytest.raises(BadData, match="of 2 records only 0 can be used: {'no pair': 2}"):
-        list(make([record(rejected=None)] * 2, Judged(PROMPT)))
+        list(make([record(rejected=None)] * 2, RewardPairs(PROMPT)))
 
 
 @pytest.mark.parametrize("facts", (FACTS, ["There is", "a cat."]))

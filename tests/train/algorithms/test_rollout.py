@@ -16,7 +16,7 @@ from mllm_jax.generate.decode import generate_ids, sample_ids
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.ppo_step import PpoObjective, make_ppo_step
-from mllm_jax.train.algorithms.rollout import Judge, experience, written
+from mllm_jax.train.algorithms.rollout import FrozenModels, experience, written
 from mllm_jax.train.losses.ppo import PpoConfig
 from mllm_jax.train.step.batches import batch_shardings
 from mllm_jax.train.step.context import TrainContext, state_from_params
@@ -27,7 +27,7 @@ SEEING = replace(tiny_config(), value=True)
 DECODER = replace(SEEING.decoder, layers=1, width=32, mlp=32, attention=replace(SEEING.decoder.attention, heads=2))
 CONFIG = ModelConfig(None, decoder=DECODER, value_head=True)  # of text alone: most of a test is compilation
 COUNT, ROWS, EMPTY = 6, 8, 2
-BUDGET = Budget(tokens=40, rows=1, patches=32)
+BUDGET = Budget(tokens=40, patch_rows=1, patches_per_row=32)
 OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", max_grad_norm=0.0)
 PPO = PpoConfig(
     reward_model="somewhere", response_length=COUNT, kl_coef=0.1, missing_eos_penalty=-1.0, length_bonus=0.5
@@ -62,12 +62,12 @@ def questions(seeing):
 
 def prompts_of(seeing):
     rows = [[] if pair is None else [together([pair[0], text(pair[1])])] for pair in questions(seeing)]
-    return batch_of(rows, BUDGET if seeing else BUDGET._replace(rows=0, patches=0))
+    return batch_of(rows, BUDGET if seeing else BUDGET._replace(patch_rows=0, patches_per_row=0))
 
 
 def judge_of(config):
     reward, first = (random_params(config, seed=seed) for seed in (1, 2))
-    return Judge(reward, jnp.array([7, 8, *range(100, 149)]), first, config)
+    return FrozenModels(reward, jnp.array([7, 8, *range(100, 149)]), first, config)
 
 
 @pytest.fixture(scope="module")

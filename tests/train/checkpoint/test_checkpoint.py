@@ -111,7 +111,7 @@ def test_missing_checkpoints_are_named(saved, tmp_path):
 def test_harmless_settings_may_change(saved):
     config = CONFIG.copy_and_resolve_references()
     config.train.log_every, config.optim.learning_rate, config.model.runtime.remat = 1, 1e-5, "full"
-    config.data.update(workers=7, processes=1, prefetch=0, strict=True, max_bad=0.5, epochs=3)
+    config.data.update(workers=7, processes=1, prefetch=0, fail_on_bad_record=True, max_bad_fraction=0.5, epochs=3)
     Checkpoints(saved).restore(config, ABSTRACT, layout(make_mesh()))
 
 

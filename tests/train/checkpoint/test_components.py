@@ -55,7 +55,9 @@ def a_run(folders, **changes) -> Run:
     text = dict(model_type="llama", **TEXT | {"vocab_size": HERE})
     model = FAMILIES["llava"].from_hf(llava_config(text_config=text, image_token_index=image).to_dict())
     parts = {"encoder": str(root / "clip"), "decoder": str(root / "llama")}
-    run = Run(model, FilesData(batch=8, tokens=96, rows=1, patches=17), parts=parts, train=TrainConfig(seed=3))
+    run = Run(
+        model, FilesData(batch=8, tokens=96, patch_rows=1, patches_per_row=17), parts=parts, train=TrainConfig(seed=3)
+    )
     return replace(run, **changes)
 
 
@@ -125,7 +127,9 @@ def test_the_stages_of_llava_begin_with_two_folders(folders, tmp_path):
         "align": Stage(optim=replace(optim, freeze=("encoder", "decoder"))),
         "instruct": Stage(lora=LoraConfig(2)),
     }
-    data = FilesData(path=str(conversations(tmp_path)), root=str(tmp_path), batch=8, tokens=96, rows=1, patches=17)
+    data = FilesData(
+        path=str(conversations(tmp_path)), root=str(tmp_path), batch=8, tokens=96, patch_rows=1, patches_per_row=17
+    )
     config = run_config(a_run(folders, optim=optim, data=data, stages=stages))
     assert train_run(config, tmp_path / "run") and ended(tmp_path / "run") == {"align": 4, "instruct": 4}
     assert "parts" in config and not any(stage_config(config, "instruct", tmp_path / "run").parts.values())

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.sharding.logical_axes import freeze_rules
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.sharding.presets import RULES
+from mllm_jax.sharding.presets import LOGICAL_AXIS_RULES
 from mllm_jax.train.losses.cross_entropy import sample_weights, token_errors, token_loss
 
 
@@ -116,7 +116,7 @@ def test_full_logits_never_exist():
 
 def test_the_table_is_gathered_once_and_its_gradient_added_once():
     """Over `fsdp` and `data`, however many chunks: in the loop no device waits for those that hold other rows."""
-    mesh, rules = make_mesh({"data": 2, "fsdp": 4}), freeze_rules(RULES)
+    mesh, rules = make_mesh({"data": 2, "fsdp": 4}), freeze_rules(LOGICAL_AXIS_RULES)
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     hidden, table, targets, weight = inputs(np.random.default_rng(0), 8, 40, 32, 96, 0.5)
     rows = ("data", "fsdp")

@@ -9,7 +9,7 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.train.algorithms.supervised import Supervised
 from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.checkpoint.restore import restore_params
-from mllm_jax.train.input.feed import Feed
+from mllm_jax.train.input.feed import InputPipeline
 from mllm_jax.train.input.pipeline import Placer
 from mllm_jax.train.loop import Training
 from mllm_jax.train.monitor.metrics import read_metrics
@@ -49,7 +49,7 @@ def losses(workdir):
 
 
 def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(tmp_path, monkeypatch):
-    following, compiled = Feed.next, {}
+    following, compiled = InputPipeline.next, {}
     make_step = Supervised.step
     monkeypatch.setattr(Supervised, "step", lambda self, context: compiled.setdefault("step", make_step(self, context)))
     nothing = {"loss": 0.0, "conversations": 0, "exact_match": {}}
@@ -63,12 +63,12 @@ def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(t
             if not 8 < self.read <= watched_run.POISONED[-1]:
                 return fetched
 
-    monkeypatch.setattr(Feed, "next", without)
+    monkeypatch.setattr(InputPipeline, "next", without)
     expected, workdir = tmp_path / "expected", tmp_path / "spikes"
     for folder in (expected, workdir):
         folder.mkdir()
     assert run(small_config(), expected) == LAST
-    monkeypatch.setattr(Feed, "next", following)
+    monkeypatch.setattr(InputPipeline, "next", following)
 
     monkeypatch.setattr(Placer, "__call__", watched_run.poison)
     config = small_config(factor=1.4, window=4, rewinds=2)

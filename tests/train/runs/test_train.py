@@ -124,7 +124,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_equal(uninterrupted, tmp_path):
 
 
 def test_asked_to_stop_before_the_first_batch_a_run_claims_no_save(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mllm_jax.train.input.feed.Feed.wait", lambda self, seconds: False)
+    monkeypatch.setattr("mllm_jax.train.input.feed.InputPipeline.wait", lambda self, seconds: False)
     config = get_config()
     training, stop = Training(config, read_run(config), tmp_path), StopSignal()
     stop._asked = True

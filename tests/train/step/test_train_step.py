@@ -20,7 +20,7 @@ from mllm_jax.train.step.optimizer import OptimConfig, split
 from mllm_jax.train.step.train_step import make_eval_step, make_train_step
 
 CONFIG = tiny_config()
-BUDGET = Budget(tokens=149, rows=2, patches=256)
+BUDGET = Budget(tokens=149, patch_rows=2, patches_per_row=256)
 OPTIM = OptimConfig(learning_rate=1e-3, schedule="constant", max_grad_norm=0.0)
 batch_of = partial(collate, merge=2, values=VALUES)
 
