@@ -20,7 +20,7 @@ TOKENS, PATCHES = 8192, 4096
 
 
 def skewed_set(count: int, seed: int = 0):
-    """Half chats with thumbnails, a third with a picture of middle size, the rest long texts with large pictures."""
+    """Half chats with thumbnails, a third with an image of middle size, the rest long texts with large images."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         kind = rng.choice(3, p=[0.5, 0.35, 0.15])
@@ -28,8 +28,8 @@ def skewed_set(count: int, seed: int = 0):
         number = (rng.integers(0, 4), 1, rng.integers(0, 4))[kind]
         grids = 2 * rng.integers(*((4, 12), (10, 24), (20, 33))[kind], size=(number, 2))
         nothing = np.zeros(text + int(grids.prod(1).sum()) // 4, np.int32)
-        pictures = tuple(ImagePatches(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in grids.tolist())
-        yield Example(nothing, nothing, nothing, nothing, pictures)
+        images = tuple(ImagePatches(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in grids.tolist())
+        yield Example(nothing, nothing, nothing, nothing, images)
 
 
 def blocks(lengths, starts, causal: bool) -> int:
@@ -43,7 +43,7 @@ def blocks(lengths, starts, causal: bool) -> int:
 
 def work(row, budget: Budget) -> float:
     tokens = [len(example.tokens) for example in row]
-    patches = [len(picture.patches) for example in row for picture in example.pictures]
+    patches = [len(image.patches) for example in row for image in example.images]
     places = np.array(place(patches, budget) or [], int).reshape(-1, 2)
     # A causal block counts half of a whole one's pairs, and the price of patches is that of whole ones.
     total = 2 * blocks(tokens, np.cumsum([0, *tokens[:-1]]), causal=True)
@@ -62,7 +62,7 @@ def main():
     for name, make in (("mixed", mixed_set), ("skewed", skewed_set)):
         examples = [example for example in make(args.conversations) if len(example.tokens) <= TOKENS]
         tokens = sum(len(example.tokens) for example in examples)
-        patches = sum(len(picture.patches) for example in examples for picture in example.pictures)
+        patches = sum(len(image.patches) for example in examples for image in example.images)
         budget = Budget(TOKENS, max(1, round(1.07 * patches / tokens * TOKENS / PATCHES)), PATCHES)
         for packing.BALANCE in (0.0, usual):
             packer, rows = Packer(budget), []
@@ -72,8 +72,8 @@ def main():
                     rows.append([example for _, example in packer.take()])
             costs = np.array([work(row, budget) for row in rows])
             filled = np.mean([sum(len(e.tokens) for e in row) for row in rows]) / TOKENS
-            pictures = np.mean([sum(len(p.patches) for e in row for p in e.pictures) for row in rows])
-            shares = f"tokens {filled:.1%}, patches {pictures / budget.patch_rows / PATCHES:.1%} full"
+            images = np.mean([sum(len(p.patches) for e in row for p in e.images) for row in rows])
+            shares = f"tokens {filled:.1%}, patches {images / budget.patch_rows / PATCHES:.1%} full"
             waits = []
             for devices in args.devices:
                 steps = costs[: len(costs) // devices * devices].reshape(-1, devices)

@@ -1,4 +1,4 @@
-"""Conversations and pictures per second of every kind of source, against PyTorch's DataLoader with transformers.
+"""Conversations and images per second of every kind of source, against PyTorch's DataLoader with transformers.
 
 python benchmarks/data.py [--conversations 64] [--rounds 5]
 
@@ -48,12 +48,12 @@ def conversations(count: int) -> list[dict]:
     rng, made = np.random.default_rng(0), []
     text = lambda: " ".join(rng.choice(WORDS, 40))
     for index in range(count):
-        pictures = []
+        images = []
         for _ in range(rng.integers(1, 4)):
             height, width = rng.integers(300, 900, 2).tolist()
-            pictures.append(pair.jpeg(rng, height, width))
+            images.append(pair.jpeg(rng, height, width))
         turns = [{"role": ("user", "assistant")[i % 2], "content": text()} for i in range(4)]
-        made.append({"id": f"c{index}", "kind": "", "images": pictures, "messages": turns})
+        made.append({"id": f"c{index}", "kind": "", "images": images, "messages": turns})
     return made
 
 
@@ -99,10 +99,10 @@ class Theirs(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         record = self.records[index]
-        pictures = [Image.open(self.folder / name).convert("RGB") for name in record["images"]]
-        seen = self.images(pictures, return_tensors="pt")
+        images = [Image.open(self.folder / name).convert("RGB") for name in record["images"]]
+        seen = self.images(images, return_tensors="pt")
         first, *rest = record["messages"]
-        shown = [{"type": "image"} for _ in pictures]
+        shown = [{"type": "image"} for _ in images]
         messages = [{"role": "user", "content": [*shown, {"type": "text", "text": first["content"]}]}, *rest]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         for grid in seen["image_grid_thw"]:  # as Qwen3VLProcessor does
@@ -145,7 +145,7 @@ def measure(folder: pathlib.Path, records: list[dict], rounds: int):
     builder = Tfds(data_dir=str(folder / "tfds"), file_format="array_record")
     builder.download_and_prepare()
     sources["TFDS"] = open_source(str(builder.data_path))
-    pictures = sum(len(record["images"]) for record in records)
+    images = sum(len(record["images"]) for record in records)
 
     def run_theirs():
         data = Theirs(folder / "jsonl", theirs)
@@ -165,7 +165,7 @@ def measure(folder: pathlib.Path, records: list[dict], rounds: int):
     for name, taken in seconds.items():
         middle = statistics.median(taken)
         print(
-            f"{name:26}{len(records) / middle:8.1f} conversations/s {pictures / middle:8.1f} pictures/s   "
+            f"{name:26}{len(records) / middle:8.1f} conversations/s {images / middle:8.1f} images/s   "
             f"ratio {ratio_text(usual, taken)}"
         )
 

@@ -1,4 +1,4 @@
-"""Greedy tokens per second after a picture and a prompt, in transformers (torch) and here, in turn, in one process.
+"""Greedy tokens per second after an image and a prompt, in transformers (torch) and here, in turn, in one process.
 
 python benchmarks/decode.py [--rows 1] [--new 64] [--rounds 5]     70M parameters, fp32, CPU: the tokens must agree
 """

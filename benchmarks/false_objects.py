@@ -1,8 +1,8 @@
-"""The share of things in a model's captions that are not in the picture (CHAIR_i, arXiv 1809.02156).
+"""The share of things in a model's captions that are not in the image (CHAIR_i, arXiv 1809.02156).
 
 python benchmarks/false_objects.py --workdir /tmp/prefer [--count 400] [--examples 4]
 
-Every stage of a run of `configs/prefer.py` that has ended captions the same held-out pictures, greedily. Shares have
+Every stage of a run of `configs/prefer.py` that has ended captions the same held-out images, greedily. Shares have
 their standard errors.
 """
 
@@ -21,9 +21,9 @@ from mllm_jax.train.evaluators.base import Spread
 
 
 def captions(folder: Path, count: int) -> list[Answer]:
-    """What the model in a run's or a stage's folder says about `count` held-out pictures, and what is true."""
-    pictures = Spread(read_config(folder).data.source("heldout"), count)
-    return list(ask(load_workdir(folder), pictures, batch_size=50, max_new_tokens=24))
+    """What the model in a run's or a stage's folder says about `count` held-out images, and what is true."""
+    images = Spread(read_config(folder).data.source("heldout"), count)
+    return list(ask(load_workdir(folder), images, batch_size=50, max_new_tokens=24))
 
 
 def shown(share: Share) -> str:
@@ -33,7 +33,7 @@ def shown(share: Share) -> str:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of a run of configs/prefer.py")
-    parser.add_argument("--count", type=int, default=400, help="pictures (default 400)")
+    parser.add_argument("--count", type=int, default=400, help="images (default 400)")
     parser.add_argument("--examples", type=int, default=4, help="captions that are printed (default 4)")
     arguments = parser.parse_args()
     said = {stage: captions(arguments.workdir / stage, arguments.count) for stage in ended(arguments.workdir)}

@@ -3,7 +3,7 @@
     python benchmarks/lora.py                 bytes and FLOPs, of the compiled step and from its shapes; nothing runs
     python benchmarks/lora.py --rounds 6      also seconds, each kind of step in turn
 
-A Qwen3-VL of 70M parameters, fp32, four rows of 512 tokens with a picture of 1,024 patches each.
+A Qwen3-VL of 70M parameters, fp32, four rows of 512 tokens with an image of 1,024 patches each.
 """
 
 import os
@@ -80,7 +80,7 @@ def main():
 
 
 def batch_of_zeros(batch):
-    """A batch whose rows are each one conversation and one picture."""
+    """A batch whose rows are each one conversation and one image."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
     vision = zeros.vision._replace(image=zeros.vision.image + 1, grid=zeros.vision.grid + 32)
     return zeros._replace(segment=zeros.segment + 1, weight=zeros.weight + 1, vision=vision)

@@ -12,7 +12,7 @@ from collections import defaultdict
 
 from mllm_jax.common.cli import Parser
 from mllm_jax.families import FAMILIES
-from mllm_jax.families.__main__ import generates, picture_tokens, published
+from mllm_jax.families.__main__ import generates, image_tokens, published
 from mllm_jax.model.vlm import count_params
 
 HEIGHT, WIDTH = 768, 1024
@@ -20,7 +20,7 @@ HEAD = f"""# Models
 
 Every family reads and writes its published weights, tensor by tensor, bit for bit. `benchmarks/models.py` made this
 from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
-tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of a picture of
+tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of an image of
 {WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.families` lists all sizes.
 Which files and layouts are read says `docs/weights.md`.
 
@@ -80,7 +80,7 @@ def main(paths: list[str]) -> None:
         sizes = sorted(rows[family], key=lambda row: row[0])
         if not sizes:
             continue
-        tokens = [picture_tokens(config, HEIGHT, WIDTH) for _, _, config in (sizes[0], sizes[-1])]
+        tokens = [image_tokens(config, HEIGHT, WIDTH) for _, _, config in (sizes[0], sizes[-1])]
         counts = ends([f"{count / 1e6:,.0f} M" for count, _, _ in sizes])
         cells = [
             family,

@@ -1,6 +1,6 @@
-"""How full packed batches are on a mixed set, and pictures per second and core against transformers' PIL processor.
+"""How full packed batches are on a mixed set, and images per second and core against transformers' PIL processor.
 
-python benchmarks/packing.py [--conversations 2000] [--pictures 40]
+python benchmarks/packing.py [--conversations 2000] [--images 40]
 """
 
 import io
@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def mixed_set(count: int, seed: int = 0):
-    """Conversations of very different kinds, without pixels: a third text only, one to six pictures, some clips."""
+    """Conversations of very different kinds, without pixels: a third text only, one to six images, some videos."""
     import numpy as np
 
     from mllm_jax.data.vision.images import smart_resize
@@ -24,16 +24,16 @@ def mixed_set(count: int, seed: int = 0):
     sides = [(480, 640), (640, 480), (427, 640), (768, 1024), (224, 224), (1000, 300), (360, 540), (64, 96)]
     for _ in range(count):
         text = int(np.clip(rng.lognormal(4.6, 0.8), 16, 2000))
-        pictures = []
+        images = []
         for _ in range(rng.choice([0, 1, 1, 1, 2, 6])):
             h, w = smart_resize(*sides[rng.integers(len(sides))], 32, 4096, 1024 * 1024)
-            pictures.append((h // 16, w // 16))
+            images.append((h // 16, w // 16))
         if rng.random() < 0.05:
-            pictures += [(14, 24)] * int(rng.integers(4, 12))
-        index = np.maximum(np.arange(-text, sum(h * w // 4 for h, w in pictures)), -1)
+            images += [(14, 24)] * int(rng.integers(4, 12))
+        index = np.maximum(np.arange(-text, sum(h * w // 4 for h, w in images)), -1)
         tokens = np.zeros(len(index), np.int32)
         position = np.zeros((len(index), 3), np.int32)
-        made = tuple(ImagePatches(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in pictures)
+        made = tuple(ImagePatches(np.zeros((h * w, 1), np.uint8), (h, w)) for h, w in images)
         yield Example(tokens, tokens.astype(np.float32), position, index, made)
 
 
@@ -42,22 +42,22 @@ def fill_of_batches(count: int):
 
     examples = list(mixed_set(count))
     tokens = sum(len(e.tokens) for e in examples)
-    patches = sum(len(p.patches) for e in examples for p in e.pictures)
+    patches = sum(len(p.patches) for e in examples for p in e.images)
     length, row = 8192, 4096
-    # Room for patches in the proportion of the set, and 7 % more: pictures are never cut.
+    # Room for patches in the proportion of the set, and 7 % more: images are never cut.
     rows = round(1.07 * patches / tokens * length / row)
     packer, used = Packer(Budget(length, rows, row)), []
     for key, example in enumerate(examples):
         packer.add(key, example)
         while packer.ready:
             bin = [example for _, example in packer.take()]
-            used.append((sum(len(e.tokens) for e in bin), sum(len(p.patches) for e in bin for p in e.pictures)))
+            used.append((sum(len(e.tokens) for e in bin), sum(len(p.patches) for e in bin for p in e.images)))
     of_tokens, of_patches = (sum(column) / len(used) for column in zip(*used))
     print(f"{count} conversations, {len(used)} rows of {length} tokens and {rows} x {row} patches")
     print(f"fill: tokens {of_tokens / length:.1%}, patches {of_patches / rows / row:.1%}")
 
 
-def speed_of_pictures(count: int):
+def speed_of_images(count: int):
     import numpy as np
     import pair
     from PIL import Image
@@ -87,17 +87,17 @@ def speed_of_pictures(count: int):
 
     seconds = pair.in_turn({"transformers": run_theirs, "mllm_jax": run_ours}, 7)
     for name, values in seconds.items():
-        print(f"{name:14}{count / statistics.median(values):8.1f} pictures/s from JPEG, one core")
+        print(f"{name:14}{count / statistics.median(values):8.1f} images/s from JPEG, one core")
     print(f"ratio, median of 7 pairs: {ratio_text(seconds['transformers'], seconds['mllm_jax'])}")
 
 
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--conversations", type=int, default=2000, help="size of the mixed set (default 2000)")
-    parser.add_argument("--pictures", type=int, default=40, help="pictures of a timed run (default 40)")
+    parser.add_argument("--images", type=int, default=40, help="images of a timed run (default 40)")
     args = parser.parse_args()
     fill_of_batches(args.conversations)
-    speed_of_pictures(args.pictures)
+    speed_of_images(args.images)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def ours(reference, **runtime) -> mllm_jax.Pretrained:
 
 
 def inputs(rows: int) -> dict[str, np.ndarray]:
-    """A 224 x 224 picture and 128 text tokens in every row, with Hugging Face's names."""
+    """A 224 x 224 image and 128 text tokens in every row, with Hugging Face's names."""
     rng = np.random.default_rng(0)
     side = SIDE // PATCH
     visual = side * side // 4
@@ -80,7 +80,7 @@ def inputs(rows: int) -> dict[str, np.ndarray]:
 
 
 def jpeg(rng: np.random.Generator, height: int, width: int) -> bytes:
-    """The file of a picture of smooth random colors."""
+    """The file of an image of smooth random colors."""
     coarse, file = Image.fromarray(rng.integers(0, 255, (height // 8, width // 8, 3), np.uint8)), io.BytesIO()
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()

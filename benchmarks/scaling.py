@@ -55,19 +55,19 @@ def model(layers: int, experts: int) -> ModelConfig:
 
 
 def batch_of(config: ModelConfig, rows: int, patch_rows: int):
-    """Rows of TOKENS tokens with `patch_rows` pictures of SIDE x SIDE patches."""
+    """Rows of TOKENS tokens with `patch_rows` images of SIDE x SIDE patches."""
     rng, visual = np.random.default_rng(0), SIDE * SIDE // 4
-    picture = lambda: mllm_jax.Picture(
+    image = lambda: mllm_jax.Image(
         rng.integers(0, 256, (SIDE * SIDE, config.encoder.patch_values), np.uint8), (SIDE, SIDE)
     )
 
-    def conversation(pictures: int):
+    def conversation(images: int):
         places = np.arange(TOKENS // 4, dtype=np.int32)
-        index = np.where(places < visual * pictures, places, -1)
+        index = np.where(places < visual * images, places, -1)
         position = np.repeat(places[:, None], 3, axis=1)
         ids = rng.integers(0, 2000, len(places)).astype(np.int32)
         weight = (index < 0).astype(np.float32)
-        return mllm_jax.Example(ids, weight, position, index, tuple(picture() for _ in range(pictures)))
+        return mllm_jax.Example(ids, weight, position, index, tuple(image() for _ in range(images)))
 
     assert visual <= TOKENS // 4
     budget = mllm_jax.Budget(TOKENS, patch_rows, SIDE * SIDE)

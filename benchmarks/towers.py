@@ -1,10 +1,10 @@
-"""Vision towers forward and backward beside transformers', in turn, in one process; and what packing pictures saves.
+"""Vision towers forward and backward beside transformers', in turn, in one process; and what packing images saves.
 
-    python benchmarks/towers.py           widths and pictures as published, few layers, fp32, on two cores
+    python benchmarks/towers.py           widths and images as published, few layers, fp32, on two cores
     python benchmarks/towers.py --real    whole towers in bf16 on an accelerator, with MFU; torch too where it has CUDA
 
 Both sides have the same random weights, and must agree on features and on the length of the gradient first. Torch gets
-pixels; ours gets the same pictures cut into patches, as data workers leave them.
+pixels; ours gets the same images cut into patches, as data workers leave them.
 """
 
 import os
@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 class Case(NamedTuple):
     family: str
     size: str
-    side: int  # of a picture, in pixels
+    side: int  # of an image, in pixels
     layers: int  # of the published ones, those that two cores carry
 
 
@@ -116,7 +116,7 @@ def must_agree(name: str, ours: dict, theirs: dict, dtype: str) -> None:
         )
 
 
-def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None) -> None:
+def speed(name: str, images: int, rounds: int, real: bool, device: str | None) -> None:
     """Two rows of the table. device: torch's; None = it has none of the kind that jax runs on."""
     import jax
     from pair import in_turn
@@ -133,9 +133,9 @@ def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None)
     runtime = {"dtype": "bfloat16"} if real else {"dtype": "float32", "scan": False}
     reference, tower = towers(case, layers, **runtime)
     rng = np.random.default_rng(0)
-    pixels = rng.standard_normal((pictures, 3, case.side, case.side), np.float32)
+    pixels = rng.standard_normal((images, 3, case.side, case.side), np.float32)
     batch = mllm_jax.from_hf_inputs(tower.config, {"pixel_values": pixels})
-    onto = rng.standard_normal((pictures, batch.vision.image[0].size, whole.width), np.float32)
+    onto = rng.standard_normal((images, batch.vision.image[0].size, whole.width), np.float32)
     both = {"mllm_jax": our_runs(tower, batch, onto)}
     if device:
         both = {"transformers": torch_runs(reference, pixels, onto, device)} | both
@@ -145,7 +145,7 @@ def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None)
     for kind in needed:
         seconds = in_turn({side: runs[kind] for side, runs in both.items()}, rounds)
         ours, theirs = seconds["mllm_jax"], seconds.get("transformers")
-        rates = [f"{pictures / statistics.median(side):.2f}" if side else "-" for side in (theirs, ours)]
+        rates = [f"{images / statistics.median(side):.2f}" if side else "-" for side in (theirs, ours)]
         ratio = ratio_text(theirs, ours) if theirs else "-"
         share = mfu(needed[kind], statistics.median(ours), 1, jax.devices()[0].device_kind)
         used = f"{share:.1%}" if share else "-"
@@ -156,7 +156,7 @@ def speed(name: str, pictures: int, rounds: int, real: bool, device: str | None)
 
 
 def packing(layers: int = 2, count: int = 12) -> None:
-    """The same gradient of pictures of very different shapes, packed, and each padded to the longest."""
+    """The same gradient of images of very different shapes, packed, and each padded to the longest."""
     import jax
     import jax.numpy as jnp
     from moe import temporaries
@@ -170,11 +170,9 @@ def packing(layers: int = 2, count: int = 12) -> None:
     config = replace(whole, encoder=replace(whole.encoder, layers=layers))
     rng = np.random.default_rng(0)
     grids = [tuple(map(int, grid)) for grid in np.exp2(rng.uniform(2, 5, (count, 2))).round()]
-    pictures = [
-        mllm_jax.Picture(rng.standard_normal((h * w, config.patch_values), np.float32), (h, w)) for h, w in grids
-    ]
+    images = [mllm_jax.Image(rng.standard_normal((h * w, config.patch_values), np.float32), (h, w)) for h, w in grids]
     collate = partial(mllm_jax.collate, merge=1, values=config.patch_values)
-    each, together = [without_text((picture,)) for picture in pictures], without_text(tuple(pictures))
+    each, together = [without_text((image,)) for image in images], without_text(tuple(images))
     batches = {
         "padded": collate([[example] for example in each], tightest(each)),
         "packed": collate([[together]], tightest([together])),
@@ -190,7 +188,7 @@ def packing(layers: int = 2, count: int = 12) -> None:
 
     sizes = [h * w for h, w in grids]
     print(f"\nSigLIP 2 NaFlex, base-16, {layers} of {whole.encoder.layers} layers, forward and backward, fp32:")
-    print(f"{count} pictures of {min(sizes)} to {max(sizes)} patches, {sum(sizes)} in all")
+    print(f"{count} images of {min(sizes)} to {max(sizes)} patches, {sum(sizes)} in all")
     print(f"{'':10}{'patch rows':>12}{'patches computed':>18}{'full':>8}{'MiB of temporaries':>20}")
     found = []
     for name, batch in batches.items():
@@ -206,7 +204,7 @@ def packing(layers: int = 2, count: int = 12) -> None:
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--real", action="store_true", help="all layers in bf16, on the accelerator that jax finds")
-    parser.add_argument("--pictures", type=int, help="of a batch (default 2; with --real 32)")
+    parser.add_argument("--images", type=int, help="of a batch (default 2; with --real 32)")
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")
     args = parser.parse_args()
     if args.real:
@@ -217,13 +215,13 @@ def main():
     import torch
 
     torch.set_num_threads(2)
-    pictures, dtype = args.pictures or (32 if args.real else 2), "bfloat16" if args.real else "float32"
+    images, dtype = args.images or (32 if args.real else 2), "bfloat16" if args.real else "float32"
     gpu = "cuda" if torch.cuda.is_available() else None
     device = "cpu" if jax.default_backend() == "cpu" else gpu
-    print(f"pictures/s, {pictures} at a time, {dtype}, {jax.devices()[0].device_kind}")
+    print(f"images/s, {images} at a time, {dtype}, {jax.devices()[0].device_kind}")
     print(f"{'':22}{'layers':10}{'':14}{'transformers':>13}{'mllm_jax':>10}  {'ratio':24}{'MFU':>6}")
     for name in CASES:
-        speed(name, pictures, args.rounds, args.real, device)
+        speed(name, images, args.rounds, args.real, device)
     packing()
 
 

@@ -87,19 +87,19 @@ def on_an_accelerator(size: str, rows: int, tokens: int, rounds: int):
     config = FAMILIES["qwen3_vl"].config(size)
     runtime = dataclasses.replace(config.runtime, dtype="bfloat16", remat="full")
     config = dataclasses.replace(config, runtime=runtime)
-    side = 32  # a 512 x 512 picture: 1024 patches, 256 tokens; one for every 512 tokens of a row
+    side = 32  # a 512 x 512 image: 1024 patches, 256 tokens; one for every 512 tokens of a row
     rng = np.random.default_rng(0)
 
-    def picture():
+    def image():
         patches = rng.integers(0, 256, (side * side, config.encoder.patch_values), np.uint8)
-        return mllm_jax.Picture(patches, (side, side))
+        return mllm_jax.Image(patches, (side, side))
 
     def conversation():
         places = np.arange(512, dtype=np.int32)
         index = np.where(places < side * side // 4, places, -1)
         position = np.repeat(places[:, None], 3, axis=1)
         ids = rng.integers(0, 150000, 512).astype(np.int32)
-        return mllm_jax.Example(ids, (index < 0).astype(np.float32), position, index, (picture(),))
+        return mllm_jax.Example(ids, (index < 0).astype(np.float32), position, index, (image(),))
 
     each = tokens // 512
     budget = mllm_jax.Budget(tokens, each, side * side)

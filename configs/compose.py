@@ -4,7 +4,7 @@
     python -m mllm_jax.train --config configs/compose.py:dinov2,pixel_shuffle,gemma2,prefix --workdir /tmp/other
 
 The argument is ENCODER,CONNECTOR,DECODER[,ENTRY]. Parts are those of the published families, made as small as
-configs/scenes.py: a visual token is 16 x 16 pixels of a picture in its own size. The entry is "splice", or "prefix":
+configs/scenes.py: a visual token is 16 x 16 pixels of an image in its own size. The entry is "splice", or "prefix":
 visual tokens and the question are seen by all tokens, as in PaliGemma.
 """
 

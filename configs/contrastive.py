@@ -1,13 +1,13 @@
-"""Trains a dual encoder on pairs of a picture and a text.
+"""Trains a dual encoder on pairs of an image and a text.
 
     python -m mllm_jax.train --config configs/contrastive.py --workdir /tmp/pairs
     python -m mllm_jax.train --config configs/contrastive.py:siglip2/base-16 --workdir DIR \
-        --config.init=google/siglip2-base-patch16-naflex --config.data.path=pairs.jsonl --config.data.root=PICTURES
+        --config.init=google/siglip2-base-patch16-naflex --config.data.path=pairs.jsonl --config.data.root=IMAGES
 
 Without an argument, a small SigLIP 2 learns captions of the embedded scenes from random weights, in minutes on two
 cores. FAMILY/SIZE is a published dual encoder (clip, siglip or siglip2, see `python -m mllm_jax.families`) for your own
 pairs: a line of JSON is {"image": "a.png", "text": "A cat."}; conversations serve too, with their last answer as text.
-SigLIP 2 packs pictures in their own aspect ratio, several to a row.
+SigLIP 2 packs images in their own aspect ratio, several to a row.
 """
 
 from dataclasses import replace
@@ -28,11 +28,11 @@ from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS, LENGTH, SIDE = 96, 4, 16, 8
 DUALS = {name: family for name, family in FAMILIES.items() if isinstance(family, DualFamily)}
-PACKED = 4  # pictures of a row, where they differ in size
+PACKED = 4  # images of a row, where they differ in size
 
 
 def small() -> DualConfig:
-    """A SigLIP 2 of 0.4 million parameters: pictures of at most 64 patches of 8 x 8 pixels."""
+    """A SigLIP 2 of 0.4 million parameters: images of at most 64 patches of 8 x 8 pixels."""
     sizes = {"width": WIDTH, "heads": HEADS, "mlp": 2 * WIDTH}
     tower = replace(in_vlms.NAFLEX.sizes["base-16"], layers=2, patch_size=8, position_grid=SIDE, **sizes)
     text = siglip.TEXTS["base"]
@@ -71,14 +71,14 @@ def published(arg: str) -> Run:
         )
     model = DUALS[family].config(size)
     count = PACKED if DUALS[family].tower.any_size else 1
-    picture = model.encoder.num_prefix_tokens + model.encoder.position_grid**2
+    image = model.encoder.num_prefix_tokens + model.encoder.position_grid**2
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
         data=FilesData(
             batch=256 // count,
             tokens=count * model.text.positions,
             patch_rows=1,
-            patches_per_row=count * picture,
+            patches_per_row=count * image,
             window=2.0,
         ),
         optim=OptimConfig(learning_rate=1e-5, steps=1000, warmup=50, b2=0.98, weight_decay=1e-4),

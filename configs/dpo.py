@@ -1,7 +1,7 @@
 """Fine-tunes any published model on pairs of a chosen and a rejected answer: DPO, or another loss of its kind.
 
     python -m mllm_jax.train --config configs/dpo.py:FOLDER --workdir DIR \
-        --config.data.path=pairs.jsonl --config.data.root=PICTURES
+        --config.data.path=pairs.jsonl --config.data.root=IMAGES
 
 The argument is that of configs/sft.py. `--config.algorithm.NAME=VALUE` chooses the loss and what answers are compared
 with, see docs/preference.md.

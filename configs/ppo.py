@@ -5,8 +5,8 @@
     python benchmarks/false_objects.py --workdir /tmp/ppo
 
 The first stage is that of `configs/prefer.py`. The second one begins with its weights and becomes a reward model: of
-two captions it prefers the truthful one, and reads beside them the facts, which are what is in the picture. The third
-one begins with the weights of the first, too: it captions pictures, is told what the reward model thinks of that, and
+two captions it prefers the truthful one, and reads beside them the facts, which are what is in the image. The third
+one begins with the weights of the first, too: it captions images, is told what the reward model thinks of that, and
 learns from it. See docs/preference.md.
 """
 

@@ -4,8 +4,8 @@
     python -m mllm_jax.train --config configs/prefer.py:1 --workdir /tmp/prefer-1      another seed
     python benchmarks/false_objects.py --workdir /tmp/prefer
 
-The model is that of `configs/scenes.py` with fewer layers, the pictures are its smallest. In the first stage three of
-four captions end with a thing that is not in the picture: the model learns to see, and to go on after that. The others
+The model is that of `configs/scenes.py` with fewer layers, the images are its smallest. In the first stage three of
+four captions end with a thing that is not in the image: the model learns to see, and to go on after that. The others
 begin with its weights and see pairs: a truthful caption, and one with a false thing more or in place of a true one. See
 `mllm_jax.data.synthetic.captions` and docs/preference.md.
 """

@@ -1,4 +1,4 @@
-"""Trains Qwen3-VL-235B-A22B on 256 TPU v5p chips, with pictures in half of every row.
+"""Trains Qwen3-VL-235B-A22B on 256 TPU v5p chips, with images in half of every row.
 
 python -m mllm_jax.plan --config configs/qwen3_vl_235b_a22b.py --topology v5p:4x8x8
 python -m mllm_jax.train --config configs/qwen3_vl_235b_a22b.py --workdir DIR --config.data.path=conversations.jsonl
@@ -21,7 +21,7 @@ def get_config():
         Run(
             model=replace(FAMILIES["qwen3_vl"].config("235b-a22b"), runtime=runtime),
             init="Qwen/Qwen3-VL-235B-A22B-Instruct",
-            # 2,048 of a row's 4,096 tokens are visual: two pictures of 4,096 patches, or more and smaller ones.
+            # 2,048 of a row's 4,096 tokens are visual: two images of 4,096 patches, or more and smaller ones.
             data=FilesData(batch=256, tokens=4096, patch_rows=2, patches_per_row=4096),
             optim=OptimConfig(learning_rate=1e-5, steps=10_000, warmup=200, weight_decay=0.01),
             train=TrainConfig(log_every=10, save_every=500, balance=BalanceConfig("global")),

@@ -1,7 +1,7 @@
 """Trains a reward model, from any published model and pairs of a chosen and a rejected answer.
 
     python -m mllm_jax.train --config configs/reward.py:FOLDER --workdir DIR \
-        --config.data.path=pairs.jsonl --config.data.root=PICTURES
+        --config.data.path=pairs.jsonl --config.data.root=IMAGES
 
 The argument is that of configs/sft.py. See docs/preference.md.
 """

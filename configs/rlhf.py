@@ -1,7 +1,7 @@
 """Improves the answers that a model gives itself by PPO, with a reward model of configs/reward.py.
 
     python -m mllm_jax.train --config configs/rlhf.py:FOLDER --workdir DIR \
-        --config.data.path=questions.jsonl --config.data.root=PICTURES --config.algorithm.reward_model=REWARD_DIR
+        --config.data.path=questions.jsonl --config.data.root=IMAGES --config.algorithm.reward_model=REWARD_DIR
 
 The argument is that of configs/sft.py. See docs/preference.md.
 """

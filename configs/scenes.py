@@ -1,10 +1,10 @@
-"""Learns to answer questions about drawn pictures and clips, from random weights, in minutes on two cores.
+"""Learns to answer questions about drawn images and videos, from random weights, in minutes on two cores.
 
     python -m mllm_jax.train --config configs/scenes.py --workdir /tmp/scenes
-    python -m mllm_jax.train --config configs/scenes.py:blind --workdir /tmp/blind     the same without pictures
+    python -m mllm_jax.train --config configs/scenes.py:blind --workdir /tmp/blind     the same without images
     python -m mllm_jax.train --config configs/scenes.py:experts --workdir /tmp/experts with experts in place of MLPs
 
-A Qwen3-VL of a million parameters: a visual token is 16 x 16 pixels, pictures have 3-5 x 3-5 of them. A row holds about
+A Qwen3-VL of a million parameters: a visual token is 16 x 16 pixels, images have 3-5 x 3-5 of them. A row holds about
 four conversations, a batch 32. See `mllm_jax.data.synthetic.scenes` for what the questions are, and are not.
 """
 

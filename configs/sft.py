@@ -1,7 +1,7 @@
 """Fine-tunes any published model on your conversations: files of any kind that `mllm_jax.data.sources` reads.
 
     python -m mllm_jax.train --config configs/sft.py:FOLDER --workdir DIR \
-        --config.data.path=conversations.jsonl --config.data.root=PICTURES
+        --config.data.path=conversations.jsonl --config.data.root=IMAGES
 
 The argument is the model to begin with: a folder in Hugging Face's format, the hub's name of one, or the folder of a
 training run. Its architecture, weights, tokenizer and chat template are used.
@@ -54,10 +54,10 @@ def run(arg: str = "") -> Run:
     tokens = min(TOKENS, model.decoder.positions or TOKENS)  # a conversation has no more than positions are learned
     shape = {"batch": 8, "tokens": tokens, "patch_rows": 0, "patches_per_row": 0}
     if model.encoder is not None:
-        picture = model.num_prefix_tokens + max(
+        image = model.num_prefix_tokens + max(
             1, model.encoder.position_grid**2
         )  # as its table of positions, if there is one
-        shape |= {"patch_rows": 2, "patches_per_row": picture * max(1, PATCHES // picture)}
+        shape |= {"patch_rows": 2, "patches_per_row": image * max(1, PATCHES // image)}
     source = "" if is_size else named
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),

@@ -2,7 +2,7 @@
 
     python -m launch.demo --workdir demo
 
-Trains configs/scenes.py with and without pictures, in at most ten minutes on two cores. Ends with 1 if a kind of
+Trains configs/scenes.py with and without images, in at most ten minutes on two cores. Ends with 1 if a kind of
 question stays below its bar, or if the exported model does not say what the trained one says.
 """
 
@@ -39,8 +39,8 @@ MARKER = ".mllm_jax-demo"  # a folder with this file may be deleted by the next 
 TOGETHER = 50  # questions that are answered at once
 LONGEST = 8  # tokens of an answer
 
-LEAD = """A small Qwen3-VL learned to answer questions about drawn pictures and clips, on this machine. It was killed
-half-way, went on by itself, was exported in Hugging Face's format and loaded again. Drawn pictures are an embedded
+LEAD = """A small Qwen3-VL learned to answer questions about drawn images and clips, on this machine. It was killed
+half-way, went on by itself, was exported in Hugging Face's format and loaded again. Drawn images are an embedded
 example: what it scores here says nothing about photographs."""
 
 console = Console(highlight=False)
@@ -96,17 +96,17 @@ def demo(workdir: Path, steps: int | None, questions: int, overrides: Sequence[s
     steps, settings = settings_of(steps)
     settings += overrides
 
-    headline(1, "Training with pictures; it will be killed half-way")
-    kill = train_until_killed(workdir / "with_pictures", settings, steps // 2)
+    headline(1, "Training with images; it will be killed half-way")
+    kill = train_until_killed(workdir / "with_images", settings, steps // 2)
     console.print(f"[bold yellow]{kill}[/] by the same command:")
-    train(workdir / "with_pictures", settings)
+    train(workdir / "with_images", settings)
     seconds = time.perf_counter() - began
 
-    headline(2, "The same training without pictures, for comparison")
+    headline(2, "The same training without images, for comparison")
     train(workdir / "text_only", settings, blind=True)
 
     headline(3, f"Answering {questions:,} held-out questions")
-    seeing, blind = (answered(workdir / name, questions) for name in ("with_pictures", "text_only"))
+    seeing, blind = (answered(workdir / name, questions) for name in ("with_images", "text_only"))
 
     headline(4, "Exporting in Hugging Face's format, and asking the exported model")
     same = export_and_compare(seeing, workdir / "export")
@@ -237,7 +237,7 @@ def passes(kind: Kind, trained: Trained) -> bool:
 
 
 def export_and_compare(trained: Trained, folder: Path) -> bool:
-    """Whether the model says the same of some pictures after it was exported to `folder` and loaded from there."""
+    """Whether the model says the same of some images after it was exported to `folder` and loaded from there."""
     import mllm_jax
 
     mllm_jax.save_pretrained(mllm_jax.load_workdir(trained.folder), folder)

@@ -18,11 +18,11 @@ Array = Any  # numpy.ndarray on the host, jax.Array inside jit
 
 
 class ImagePatches(NamedTuple):
-    """One still picture, or one temporal patch (a few consecutive frames) of a clip: never cut, attended as a whole."""
+    """One still image, or one temporal patch (a few consecutive frames) of a video: never cut, attended as a whole."""
 
     patches: Array  # u8[p C] raw pixels or f32[p C] normalised; merge-block-major, values in (c, t, y, x) order
     grid: tuple[int, int]  # (h, w) in patches; p = h * w, and before them `lead` empty ones
-    time: int = 0  # index of the temporal patch within its clip
+    time: int = 0  # index of the temporal patch within its video
     shows_prefix_tokens: bool = False  # whether the tokens in those places are visual tokens too, the first ones
 
     @property
@@ -49,10 +49,10 @@ class TokenBlend(NamedTuple):
 
 
 class VisionSpan(NamedTuple):
-    """One picture or clip as a person gave it: a run of m visual tokens in the text."""
+    """One image or video as a person gave it: a run of m visual tokens in the text."""
 
-    pictures: tuple[ImagePatches, ...]  # itself, its tiles, or its temporal patches
-    order: Array  # i32[m] which of the visual tokens of `pictures`, laid end to end, stands there; NEWLINE
+    images: tuple[ImagePatches, ...]  # itself, its tiles, or its temporal patches
+    order: Array  # i32[m] which of the visual tokens of `images`, laid end to end, stands there; NEWLINE
     position: Array  # i32[m 3] rotary positions (t, y, x), counted from the first
     advance: int  # rotary position of what follows, counted from the first
     mix: TokenBlend | None = None  # of `order`; None = every token stands alone
@@ -62,13 +62,13 @@ NEWLINE = -2  # the connector's learned token that ends a row of patches
 
 
 class Example(NamedTuple):
-    """One processed conversation, before packing, or several about the same pictures. n tokens, m of them visual."""
+    """One processed conversation, before packing, or several about the same images. n tokens, m of them visual."""
 
     tokens: Array  # i32[n]
     weight: Array  # f32[n] loss weight of predicting tokens[i] (from what comes before it)
     position: Array  # i32[n 3] rotary position (t, y, x)
-    vision_index: Array  # i32[n] which of the visual tokens of `pictures`, laid end to end; -1 = text; NEWLINE
-    pictures: tuple[ImagePatches, ...]
+    vision_index: Array  # i32[n] which of the visual tokens of `images`, laid end to end; -1 = text; NEWLINE
+    images: tuple[ImagePatches, ...]
     kind: str = ""  # the kind of question or the task, for reports
     prefix: int = 0  # first tokens that all tokens of the conversation see, where a model has such
     mix: TokenBlend | None = None  # of `vision_index`, [n ...]; None = every visual token stands alone
@@ -83,12 +83,12 @@ class Example(NamedTuple):
 
 
 class Vision(NamedTuple):
-    """Packed pictures. A picture lies in one patch row, consecutive; several share a row."""
+    """Packed images. An image lies in one patch row, consecutive; several share a row."""
 
     patches: Array  # u8 or f32 [B R P C]
-    image: Array  # i32[B R P] number of the picture that a patch belongs to, 1.. within a batch row; 0 = padding
-    coords: Array  # i32[B R P 3] (t, y, x) in patches; t = -1, -2, ... in the empty ones that lead a picture
-    grid: Array  # i32[B R P 2] (h, w) in patches, of the picture that a patch belongs to; 1 where padding
+    image: Array  # i32[B R P] number of the image that a patch belongs to, 1.. within a batch row; 0 = padding
+    coords: Array  # i32[B R P 3] (t, y, x) in patches; t = -1, -2, ... in the empty ones that lead an image
+    grid: Array  # i32[B R P 2] (h, w) in patches, of the image that a patch belongs to; 1 where padding
 
 
 class Experience(NamedTuple):
@@ -123,17 +123,17 @@ class Batch(NamedTuple):
 
 
 class DualBatch(NamedTuple):
-    """What the two towers of a dual encoder read; of pictures alone, or texts alone, the rest is None."""
+    """What the two towers of a dual encoder read; of images alone, or texts alone, the rest is None."""
 
     tokens: Array | None = None  # i32[texts T]
     segment: Array | None = None  # i32[texts T] 1; 0 = padding that nothing reads
-    vision: Vision | None = None  # of B rows with at most k pictures each
-    first: Array | None = None  # i32[B k] where in its row, its patch rows end to end, each begins; -1 = no picture
-    order: Array | None = None  # i32[pictures] which of the B k is the first picture, the second ...; None = in order
+    vision: Vision | None = None  # of B rows with at most k images each
+    first: Array | None = None  # i32[B k] where in its row, its patch rows end to end, each begins; -1 = no image
+    order: Array | None = None  # i32[images] which of the B k is the first image, the second ...; None = in order
 
     @property
     def rows(self) -> int:
-        """Of pictures."""
+        """Of images."""
         return len(self.first)
 
 
@@ -157,7 +157,7 @@ class Cache(NamedTuple):
     position: Array  # i32[B] the next rotary position of each row
 
 
-MODALITIES = ("text", "picture", "video")
+MODALITIES = ("text", "image", "video")
 
 
 class Routing(NamedTuple):
@@ -178,15 +178,15 @@ class Output(NamedTuple):
     """What a model returns: logits, or hidden states where the caller asked for them.
 
     A tower alone returns features. A dual encoder returns embeddings of unit length, and as logits the scaled
-    similarity f32[pictures texts] of them.
+    similarity f32[images texts] of them.
     """
 
     logits: Array | None = None  # f32[B T V]
     hidden: Array | None = None  # [B T D] after the last norm
     cache: Cache | None = None
     routing: Routing | None = None  # of a model with experts
-    features: Array | None = None  # [B (R P) D] of a row's patches; class token and registers stand before a picture's
-    pooled: Array | None = None  # [B D] of a tower with a pool: one vector of the first picture of every row
-    image_embeddings: Array | None = None  # f32[pictures D]
+    features: Array | None = None  # [B (R P) D] of a row's patches; class token and registers stand before an image's
+    pooled: Array | None = None  # [B D] of a tower with a pool: one vector of the first image of every row
+    image_embeddings: Array | None = None  # f32[images D]
     text_embeddings: Array | None = None  # f32[texts D]
     value: Array | None = None  # f32[B T] of a model with a value head

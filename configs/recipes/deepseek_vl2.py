@@ -2,11 +2,11 @@
 
     python -m mllm_jax.train --config configs/recipes/deepseek_vl2.py --workdir DIR --config.processor=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl \
-        --config.data.sources.pictures.path='pictures/*.parquet' --config.data.sources.text.path=texts.jsonl
+        --config.data.sources.images.path='images/*.parquet' --config.data.sources.text.path=texts.jsonl
 
 The published numbers on the parts that exist here, from random weights: DeepSeek-V2-Lite's decoder, which is that of
 the Small, with Qwen's vocabulary, SigLIP-SO400M, and pixel shuffle for the paper's 2 x 2 unfolding. Its tiles do not
-exist: pictures go in in their own size. The argument is "small", or "tiny" (see `mllm_jax.train.runs.miniature`).
+exist: images go in in their own size. The argument is "small", or "tiny" (see `mllm_jax.train.runs.miniature`).
 Source: [2] Table 2 of the paper. Warm-up is not published, nor over which tokens experts are balanced: here over a
   sequence.
 """
@@ -30,7 +30,7 @@ SIZES = ("small",)
 
 def recipe() -> Run:
     shape = {"tokens": 4096, "patch_rows": 2, "patches_per_row": 4096}  # [2] 4,096 tokens
-    mixed = {"pictures": Part(weight=0.7), "text": Part(weight=0.3)}  # [2] 70 to 30, of tokens; here of conversations
+    mixed = {"images": Part(weight=0.7), "text": Part(weight=0.3)}  # [2] 70 to 30, of tokens; here of conversations
     few = FilesData(batch=256, **shape)  # [2]
     data = MixtureData(batch=2304, sources=mixed, **shape)  # [2]
     fewest = FilesData(batch=64, **shape)  # [2]

@@ -1,7 +1,7 @@
-"""InternVL 3 (arXiv 2504.10479): text and pictures are learned together, in one stage, by all weights.
+"""InternVL 3 (arXiv 2504.10479): text and images are learned together, in one stage, by all weights.
 
     python -m mllm_jax.train --config configs/recipes/internvl_3.py:8b --workdir DIR --config.init=FOLDER \
-        --config.data.sources.text.path=texts.jsonl --config.data.sources.pictures.path='pictures/*.parquet' \
+        --config.data.sources.text.path=texts.jsonl --config.data.sources.images.path='images/*.parquet' \
         --config.stages.finetune.data.path=conversations.jsonl
 
 The argument is a size of the family without "3-", or "tiny" (see `mllm_jax.train.runs.miniature`). Sources: [P] the
@@ -27,7 +27,7 @@ TOKENS = 200e9  # [P] about 200B
 
 def recipe(size: str) -> Run:
     shape = {"tokens": 16384, "patches_per_row": 4 * 1028}  # [2.5]
-    mixed = {"text": Part(weight=1.0), "pictures": Part(weight=3.0)}  # [P] 1 to 3, of tokens; here of conversations
+    mixed = {"text": Part(weight=1.0), "images": Part(weight=3.0)}  # [P] 1 to 3, of tokens; here of conversations
     data = MixtureData(batch=512, patch_rows=12, sources=mixed, **shape)  # [2.5]
     own = FilesData(batch=128, patch_rows=4, **shape)  # [F] 128; 12 tiles and the whole in 16 places
     adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, schedule="cosine")  # [2.5]

@@ -27,7 +27,7 @@ INSTRUCT = 665_000 // 128  # [F] llava_v1_5_mix665k, [T] once, 128 at a time
 
 
 def recipe(size: str, adapts: bool) -> Run:
-    # One conversation with a picture in a row, as there: a picture is 577 patches with its class token, 576 tokens.
+    # One conversation with an image in a row, as there: an image is 577 patches with its class token, 576 tokens.
     captions = FilesData(batch=256, tokens=768, patch_rows=1, patches_per_row=577)  # [T] 256; a caption is short
     instructions = replace(captions, batch=128, tokens=2048)  # [T]
     adam = OptimConfig(

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: as LLaVA-1.5, with pictures in tiles, and the tower tuned too, at a fifth of the learning rate.
+"""LLaVA-NeXT: as LLaVA-1.5, with images in tiles, and the tower tuned too, at a fifth of the learning rate.
 
     python -m mllm_jax.train --config configs/recipes/llava_next.py:mistral-7b --workdir DIR --config.init=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
@@ -26,7 +26,7 @@ INSTRUCT = 760_000 // 128  # [B] 760K; [F] 1 epoch; [1.5] 128
 
 
 def recipe(size: str) -> Run:
-    # One picture of up to four tiles and itself in a row: 5 x 577 patches, at most 2,928 tokens.
+    # One image of up to four tiles and itself in a row: 5 x 577 patches, at most 2,928 tokens.
     captions = FilesData(batch=256, tokens=4096, patch_rows=1, patches_per_row=5 * 577)  # [1.5] 256
     instructions = replace(captions, batch=128)  # [1.5] 128
     adam = OptimConfig(

@@ -1,10 +1,10 @@
-"""MM1.5-like (arXiv 2409.20566): one stage of instructions in which all weights learn, over large pictures.
+"""MM1.5-like (arXiv 2409.20566): one stage of instructions in which all weights learn, over large images.
 
     python -m mllm_jax.train --config configs/recipes/mm1_5.py --workdir DIR --config.processor=FOLDER \
         --config.data.path=instructions.jsonl
 
 No weights or code of MM1.5 are public. This is its shape with the parts that exist here, from random weights: a CLIP
-ViT-H/14, pooling of 2 x 2 patches for its C-Abstractor, Qwen2.5-3B for its decoder of 3B. Pictures are not cut: one has
+ViT-H/14, pooling of 2 x 2 patches for its C-Abstractor, Qwen2.5-3B for its decoder of 3B. Images are not cut: one has
 as many pixels as four sub-images and the overview. The argument is "3b", or "tiny" (see
 `mllm_jax.train.runs.miniature`).
 Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the number of steps are ours.

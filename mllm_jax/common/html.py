@@ -59,8 +59,8 @@ def _round_up(value: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
 
 
-def png(picture: Image.Image) -> str:
-    """A picture as a data URI."""
+def png(image: Image.Image) -> str:
+    """An image as a data URI."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

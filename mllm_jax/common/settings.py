@@ -3,7 +3,7 @@
     @dataclass(frozen=True)
     class OptimConfig(Config):
         learning_rate: NonNegative = 1e-4
-        clip: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
+        video: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
 
     OptimConfig(max_grad_norm=-1)  # ValueError: OptimConfig.max_grad_norm=-1: must be at least 0. Set 0 for no
     clipping.

@@ -1,6 +1,6 @@
 """Prepares data.
 
-    python -m mllm_jax.data convert SOURCE FOLDER     any source to ArrayRecord shards, with the pictures inside
+    python -m mllm_jax.data convert SOURCE FOLDER     any source to ArrayRecord shards, with the images inside
     python -m mllm_jax.data inspect --config FILE     what the batches of a run hold, as a table and as a page
 
 Each command says more under --help.
@@ -28,9 +28,9 @@ from mllm_jax.data.tools.convert import ABOUT, BROKEN, convert
 
 INSPECT_COMMAND = "mllm_jax.train.inspect_command"  # imports jax, which the workers of `convert` never do
 
-CONVERT = """From any source to ArrayRecord: numbered shards with the pictures and clips inside, in the source's order.
+CONVERT = """From any source to ArrayRecord: numbered shards with the images and videos inside, in the source's order.
 
-    python -m mllm_jax.data convert conversations.jsonl converted --root=pictures
+    python -m mllm_jax.data convert conversations.jsonl converted --root=images
     python -m mllm_jax.data convert 'shards/*.tar' converted --processes=32
     python -m mllm_jax.data convert tfds:scenes converted --where split=heldout
 
@@ -46,7 +46,7 @@ INSPECT = """What the batches of a run hold: counts, lengths, fill, and what is 
     python -m mllm_jax.data inspect --config configs/recipes/llava_1_5.py --stage=align --html=align.html
 
 Records are read, packed and counted as a run would, in its order. The page of --html shows histograms, conversations
-as the model reads them, with their pictures and with what the loss counts, and packed rows as coloured bars.
+as the model reads them, with their images and with what the loss counts, and packed rows as coloured bars.
 """
 
 

@@ -1,4 +1,4 @@
-"""From what a record or a message calls a picture or a clip to the path of its file, or its bytes.
+"""From what a record or a message calls an image or a video to the path of its file, or its bytes.
 
 A name is a path, a `file://` URI, a `data:` URI, or base64 of a file. Nothing is fetched from elsewhere.
 """
@@ -29,9 +29,9 @@ class BadName(ValueError):
 
 
 def source_name(source: Any) -> str:
-    """The name of a picture or a clip in an error: its path, shortened where it is long, or what it is."""
+    """The name of an image or a video in an error: its path, shortened where it is long, or what it is."""
     if isinstance(source, Image.Image):
-        source = getattr(source, "filename", "") or f"<{source.mode} picture {source.width}x{source.height}>"
+        source = getattr(source, "filename", "") or f"<{source.mode} image {source.width}x{source.height}>"
     if not isinstance(source, str | os.PathLike):
         return f"<{type(source).__name__}>"
     name = os.fspath(source)
@@ -113,7 +113,7 @@ def _of_data_uri(name: str) -> bytes | None:
 
 
 def _of_base64(text: str) -> bytes | None:
-    """The bytes of base64 without a prefix, if they begin as a picture or a clip does; else None."""
+    """The bytes of base64 without a prefix, if they begin as an image or a video does; else None."""
     try:
         head = "".join(text[:64].split())[:16]
         return _decoded(text) if SIGNATURES.match(_decoded(head)) else None

@@ -1,5 +1,5 @@
 """Asks a model held-out questions, and prints the share of right answers of every kind. Of a dual encoder it prints how
-often the nearest text of a picture is its own, and the nearest picture of a text.
+often the nearest text of an image is its own, and the nearest image of a text.
 
     python -m mllm_jax.evaluate --workdir DIR                                    a training run, on its held-out data
     python -m mllm_jax.evaluate --checkpoint FOLDER --config configs/scenes.py   published or exported weights
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _line(answer: Answer) -> str:
-    fields = {name: value for name, value in answer._asdict().items() if name != "picture"}
+    fields = {name: value for name, value in answer._asdict().items() if name != "image"}
     return json.dumps(fields | {"right": exact_match(answer.answer, answer.truth)}) + "\n"
 
 

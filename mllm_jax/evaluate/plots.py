@@ -1,4 +1,4 @@
-"""Pictures, curves and tables as HTML that stands by itself: what notebooks show."""
+"""Images, curves and tables as HTML that stands by itself: what notebooks show."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,35 +17,35 @@ WIDTH, HEIGHT = 620, 230  # of a plot, pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 36
 
 
-def pictures(cards: Iterable[tuple[Any, str]], height: int = 120) -> str:
-    """Pictures side by side, each with a text below.
+def images(cards: Iterable[tuple[Any, str]], height: int = 120) -> str:
+    """Images side by side, each with a text below.
 
     Args:
-      cards: (a PIL picture, or the frames u8[t h w 3] of a clip, of which those that repeat are left out; text).
+      cards: (a PIL image, or the frames u8[t h w 3] of a video, of which those that repeat are left out; text).
       height: of each, in pixels.
     """
     figures = []
-    for picture, text in cards:
-        shown = np.hstack([np.asarray(frame) for frame in frames_of(picture)])
-        image = f'<img src="{png(Image.fromarray(shown))}" style="height:{height}px;image-rendering:pixelated">'
+    for image, text in cards:
+        shown = np.hstack([np.asarray(frame) for frame in frames_of(image)])
+        tag = f'<img src="{png(Image.fromarray(shown))}" style="height:{height}px;image-rendering:pixelated">'
         wide = max(150, round(height * shown.shape[1] / shown.shape[0]))
         style = (
             f"display:inline-block;vertical-align:top;margin:6px 10px 6px 0;max-width:{wide}px;overflow-wrap:anywhere"
         )
-        figures.append(f'<div style="{style}">{image}<br>{html.escape(text)}</div>')
+        figures.append(f'<div style="{style}">{tag}<br>{html.escape(text)}</div>')
     return "".join(figures)
 
 
-def overlay(picture: Image.Image, share: Any, side: int = 320) -> Image.Image:
-    """The picture under a veil that is the redder, the larger a share is, and grey where it is least.
+def overlay(image: Image.Image, share: Any, side: int = 320) -> Image.Image:
+    """The image under a veil that is the redder, the larger a share is, and grey where it is least.
 
     Args:
-      picture: as it was shown to the model; it is enlarged, where its longer side is below `side` pixels.
-      share: f[h w], of a grid that divides the picture.
+      image: as it was shown to the model; it is enlarged, where its longer side is below `side` pixels.
+      share: f[h w], of a grid that divides the image.
     """
-    scale = max(1, round(side / max(picture.size)))
-    size = (picture.width * scale, picture.height * scale)
-    plain = np.asarray(picture.convert("RGB").resize(size, Image.NEAREST), np.float32)
+    scale = max(1, round(side / max(image.size)))
+    size = (image.width * scale, image.height * scale)
+    plain = np.asarray(image.convert("RGB").resize(size, Image.NEAREST), np.float32)
     share = np.asarray(share, np.float32)
     most = (share - share.min()) / max(float(np.ptp(share)), 1e-9)
     strength = np.asarray(Image.fromarray(most).resize(size, Image.NEAREST))[..., None]

@@ -1,4 +1,4 @@
-"""A run as one HTML page: scores beside a baseline, pictures with answers, curves. It needs no network and no script.
+"""A run as one HTML page: scores beside a baseline, images with answers, curves. It needs no network and no script.
 
 This file computes what is shown (in percent of a chart's width and height); report.html says how it looks.
 """
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
     question: str
     truth: str
     answer: str
-    picture: Any = None  # a PIL picture, a clip u8[t h w 3], or None
+    image: Any = None  # a PIL image, a video u8[t h w 3], or None
 
 
 class Line(NamedTuple):
@@ -78,7 +78,7 @@ def write_report(
       path: of the HTML file; its folder must exist. The page appears whole or not at all.
       runs: the run that the page is about, then those that it is compared with (up to three).
       kinds: rows of the table of scores; empty = the kinds of the first run's scores.
-      answers: pictures with what was asked and said. right: whether an answer agrees with the truth.
+      answers: images with what was asked and said. right: whether an answer agrees with the truth.
       parts: part of the model -> number of parameters.
       facts: summary numbers, name -> text, shown at the top.
       config: the configuration as text.
@@ -100,7 +100,7 @@ def write_report(
         loss=_loss(runs),
         accuracy=_accuracy(runs, kinds),
         speed=_speed(runs[0]),
-        answers=[(item, right(item.answer, item.truth), frames_of(item.picture)) for item in answers],
+        answers=[(item, right(item.answer, item.truth), frames_of(item.image)) for item in answers],
         parts=_shares(parts or {}),
         loads=_loads(runs[0]),
         hours=_time(runs[0]),
@@ -262,12 +262,12 @@ def _loads(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def frames_of(picture) -> list[Image.Image]:
-    """A picture, or the frames of a clip without those that repeat the one before."""
-    if picture is None:
+def frames_of(image) -> list[Image.Image]:
+    """An image, or the frames of a video without those that repeat the one before."""
+    if image is None:
         return []
-    if isinstance(picture, Image.Image):
-        return [picture.convert("RGB")]
-    frames = np.asarray(picture)
+    if isinstance(image, Image.Image):
+        return [image.convert("RGB")]
+    frames = np.asarray(image)
     new = [i for i in range(len(frames)) if i == 0 or (frames[i] != frames[i - 1]).any()]
     return [Image.fromarray(frames[i]) for i in new]

@@ -1,4 +1,4 @@
-"""How well a dual encoder finds the text of a picture, and the picture of a text."""
+"""How well a dual encoder finds the text of an image, and the image of a text."""
 
 from dataclasses import replace
 from typing import Any

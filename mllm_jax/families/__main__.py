@@ -1,4 +1,4 @@
-"""Published models by name: their parts, their parameters, and what a picture costs them.
+"""Published models by name: their parts, their parameters, and what an image costs them.
 
 python -m mllm_jax.families --image 1920x1080
 """
@@ -21,7 +21,7 @@ from mllm_jax.types import NEWLINE
 
 
 class Tokens(NamedTuple):
-    """What a picture becomes in the text: visual tokens of patches, and learned tokens that end their rows."""
+    """What an image becomes in the text: visual tokens of patches, and learned tokens that end their rows."""
 
     patches: int
     newlines: int
@@ -35,13 +35,13 @@ def published(family: str | None = None) -> Iterator[tuple[str, Any]]:
                 yield name, config
 
 
-def picture_tokens(config: Any, height: int, width: int) -> Tokens | None:
-    """Visual tokens of a picture of height x width pixels. None: the model does not put pictures into text."""
+def image_tokens(config: Any, height: int, width: int) -> Tokens | None:
+    """Visual tokens of an image of height x width pixels. None: the model does not put images into text."""
     if getattr(config, "connector", None) is None:
         return None
     spec = spec_for(config)
-    picture = NativeImage(None, height, width) if spec.rule is None else TiledImage(None, height, width, spec.rule)
-    runs = picture.plan(spec, float("inf"), float("inf")).runs
+    image = NativeImage(None, height, width) if spec.rule is None else TiledImage(None, height, width, spec.rule)
+    runs = image.plan(spec, float("inf"), float("inf")).runs
     newlines = sum(int((run.order == NEWLINE).sum()) for run in runs)
     return Tokens(sum(len(run.order) for run in runs) - newlines, newlines)
 
@@ -63,16 +63,16 @@ def _kind(part: Any) -> str:
 
 
 def table(size: tuple[int, int], family: str | None = None) -> Table:
-    """Of all published models; `size` is (height, width) of a picture in pixels."""
+    """Of all published models; `size` is (height, width) of an image in pixels."""
     height, width = size
-    title = f"Published models, and a picture of {width} x {height} pixels"
+    title = f"Published models, and an image of {width} x {height} pixels"
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for name in ("family", "size", "made of"):
         made.add_column(name, overflow="fold")
     for name in ("parameters", "visual\ntokens", "KV cache,\nKiB/token", "MiB of\npicture"):
         made.add_column(name, justify="right", no_wrap=True)  # a narrow terminal folds names, and cuts no number
     for name, config in published(family):
-        tokens = picture_tokens(config, height, width)
+        tokens = image_tokens(config, height, width)
         cache = generates(config) and cache_bytes_per_token(config, "bfloat16")
         made.add_row(
             config.family,
@@ -87,11 +87,9 @@ def table(size: tuple[int, int], family: str | None = None) -> Table:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """(height, width) of a picture that can be read; for argparse."""
+    """(height, width) of an image that can be read; for argparse."""
     if not (match := re.fullmatch(r"([1-9]\d{,8})x([1-9]\d{,8})", text, re.ASCII)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size of a picture; write its width and height as in 1920x1080"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of an image; write its width and height as in 1920x1080")
     width, height = int(match[1]), int(match[2])
     try:
         check_size(height, width)

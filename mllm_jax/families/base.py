@@ -97,7 +97,7 @@ class Family(ABC):
         """Returns the resizing or cutting of images without a preprocessor_config.json. None: nearly their own size."""
         return None
 
-    def clip_rule(self, config: Any) -> Whole | None:
+    def video_rule(self, config: Any) -> Whole | None:
         """Returns the resizing of frames where the processor's files set none. None: nearly their own size."""
         return None
 
@@ -108,7 +108,7 @@ class Family(ABC):
         return replace(
             self.spec,
             rule=self.rule(config),
-            clip_rule=self.clip_rule(config),
+            video_rule=self.video_rule(config),
             patch=encoder.patch_size,
             temporal_patch=encoder.temporal_patch_size,
             merge=config.merge,

@@ -1,6 +1,6 @@
-"""Asks a model about images and clips, and writes its answer as it comes.
+"""Asks a model about images and videos, and writes its answer as it comes.
 
-    python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is in the picture?"
+    python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is in the image?"
     python -m mllm_jax.generate --checkpoint FOLDER                              a chat, on a terminal
     python -m mllm_jax.generate --checkpoint FOLDER --prompts questions.jsonl    a line of JSON for each answer
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give one of --prompt, --prompts and --chat")
     media = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(args, kind)]
     if media and args.prompts is not None:
-        parser.error("--prompts names its images and clips itself; leave out --image and --video")
+        parser.error("--prompts names its images and videos itself; leave out --image and --video")
     try:
         _check_files(args)
         with announced(f"reading {args.checkpoint}"):
@@ -115,7 +115,7 @@ def _parser() -> Parser:
     add("--chat", action="store_true", help="answer several turns, also where stdin is no terminal")
     add("--system", metavar="TEXT", help="message of the system, before all others")
     add("--image", action="append", default=[], metavar="FILE", help="an image; may be given several times")
-    add("--video", action="append", default=[], metavar="FILE", help="a clip; may be given several times")
+    add("--video", action="append", default=[], metavar="FILE", help="a video; may be given several times")
     add("--batch_size", type=argument(PositiveInt), default=8, metavar="N", help="of --prompts, answered at once")
     add(
         "--max-new-tokens",

@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 
 COMMANDS = {
     "image": "/image PATH    show an image with the next question",
-    "video": "/video PATH    show a clip with the next question",
+    "video": "/video PATH    show a video with the next question",
     "reset": "/reset         begin a new conversation",
     "help": "/help          list the commands",
     "exit": "/exit          end, as Ctrl-D does",
@@ -36,7 +36,7 @@ class Chat:
 
     Attributes:
       messages: of the conversation so far, in Hugging Face's layout.
-      attached: images and clips of the next question, as items of its content.
+      attached: images and videos of the next question, as items of its content.
 
     Args:
       vlm: of `mllm_jax.load_pretrained`.

@@ -1,6 +1,6 @@
-"""Dual encoders: pictures and texts as vectors of one space (CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343).
+"""Dual encoders: images and texts as vectors of one space (CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343).
 
-A tower of pictures and the layers of a language model, each with a pool that makes one vector of what they give.
+A tower of images and the layers of a language model, each with a pool that makes one vector of what they give.
 """
 
 import math
@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from mllm_jax.common.settings import Config, OneOf, Positive, PositiveInt, TokenId
 from mllm_jax.model.decoder import Decoder, DecoderConfig
-from mllm_jax.model.vlm import example_picture
+from mllm_jax.model.vlm import example_image
 from mllm_jax.nn.attention.attend import attend
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig
@@ -32,7 +32,7 @@ LOSSES = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}
 
 @dataclass(frozen=True)
 class ClassPool(Config):
-    """The class token of a picture, projected to `width` values."""
+    """The class token of an image, projected to `width` values."""
 
     width: PositiveInt
 
@@ -42,7 +42,7 @@ class ClassPool(Config):
 
 @dataclass(frozen=True)
 class AttentionPool(Config):
-    """A learned query that attends to all patches of a picture, and a feed-forward block (arXiv 2106.04560, MAP)."""
+    """A learned query that attends to all patches of an image, and a feed-forward block (arXiv 2106.04560, MAP)."""
 
     heads: PositiveInt
     mlp: PositiveInt
@@ -76,11 +76,11 @@ TOKENS = {  # tokens i32[texts T] -> places i32[texts]
 
 @dataclass(frozen=True)
 class DualConfig(Config):
-    """A tower and a pool for pictures, and for texts; the types of the configs choose the parts.
+    """A tower and a pool for images, and for texts; the types of the configs choose the parts.
 
-    encoder, image_pool: of pictures; the pool is a ClassPool or an AttentionPool.
+    encoder, image_pool: of images; the pool is a ClassPool or an AttentionPool.
     text, text_pool: of texts; with `text.prefix` all tokens of a text see each other.
-    loss: what the logits are made for: "softmax" over all texts (or pictures), or a "sigmoid" of every pair.
+    loss: what the logits are made for: "softmax" over all texts (or images), or a "sigmoid" of every pair.
     family: the table of weight names (families/), used for reading and writing only.
     lora: the adapters that parameters are made with; given ones bring their own.
     """
@@ -103,11 +103,11 @@ class DualConfig(Config):
         return DualEncoder(self)
 
     def example(self) -> DualBatch:
-        """The smallest batch that touches every weight: a picture of one patch, a text of one token."""
+        """The smallest batch that touches every weight: an image of one patch, a text of one token."""
         return DualBatch(
             tokens=np.zeros((1, 1), np.int32),
             segment=np.ones((1, 1), np.int32),
-            vision=example_picture(self.encoder.patch_values, 1),
+            vision=example_image(self.encoder.patch_values, 1),
             first=np.zeros((1, 1), np.int32),
         )
 
@@ -128,7 +128,7 @@ class DualEncoder(nn.Module):
         self.bias = None if bias is None else scalar("bias", bias)
 
     def encode_image(self, batch: DualBatch):
-        """Pictures -> f32[pictures D] of unit length; `apply(..., method="encode_image")`."""
+        """Images -> f32[images D] of unit length; `apply(..., method="encode_image")`."""
         x = rearrange(self.encoder(batch.vision).value, "B R P D -> B (R P) D")
         image = rearrange(batch.vision.image, "B R P -> B (R P)")
         pooled = rearrange(self.image_pool(x, image, batch.first), "B k D -> (B k) D")
@@ -154,7 +154,7 @@ class DualEncoder(nn.Module):
         return Output(self.similarity(images, texts), image_embeddings=images, text_embeddings=texts)
 
     def similarity(self, images, texts):
-        """Embeddings -> logits f32[pictures texts]; `apply(..., method="similarity")`."""
+        """Embeddings -> logits f32[images texts]; `apply(..., method="similarity")`."""
         cosine = jnp.einsum("iD,jD->ij", images, texts, precision=jax.lax.Precision.HIGHEST)
         scale, bias = self.temperature()
         return scale * cosine + bias
@@ -166,12 +166,12 @@ class DualEncoder(nn.Module):
 
 
 def probabilities(logits, loss: str):
-    """Of every text that it belongs to a picture: logits f32[pictures texts] as a model of this loss means them."""
+    """Of every text that it belongs to an image: logits f32[images texts] as a model of this loss means them."""
     return jax.nn.softmax(logits, axis=-1) if loss == "softmax" else jax.nn.sigmoid(logits)
 
 
 def _unit(x):
-    """Of unit length; nothing, where no picture is, stays nothing and has no gradient."""
+    """Of unit length; nothing, where no image is, stays nothing and has no gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-30))
 

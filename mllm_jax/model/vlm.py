@@ -25,7 +25,7 @@ TEXT, PICTURE, VIDEO = range(len(MODALITIES))
 
 @dataclass(frozen=True)
 class VisionTokenIds(Config):
-    """Ids of the tokens that stand for vision in a prompt: placeholders of pictures and clips, and their brackets.
+    """Ids of the tokens that stand for vision in a prompt: placeholders of images and videos, and their brackets.
 
     -1: there is none. An `image` that no vocabulary has is below 0, too.
     """
@@ -40,15 +40,15 @@ class VisionTokenIds(Config):
 class InputRules(Config):
     """What a config.json says of how conversations become input, where batches are made: no part of the model reads it.
 
-    pinpoints: (height, width) in pixels of what pictures are laid on and cut into tiles (AnyRes), see
+    pinpoints: (height, width) in pixels of what images are laid on and cut into tiles (AnyRes), see
       data/vision/tiles.py.
-    square: pictures are put in the middle of a square of the encoder's mean colour.
-    tiles: the fewest and the most tiles of a picture; () = the processor's files say them.
-    most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and clips are pooled; 0 =
+    square: images are put in the middle of a square of the encoder's mean colour.
+    tiles: the fewest and the most tiles of an image; () = the processor's files say them.
+    most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and videos are pooled; 0 =
       visual tokens stand as they are.
-    shows_prefix_tokens: the class token and the registers of a picture are visual tokens too, before those of its
+    shows_prefix_tokens: the class token and the registers of an image are visual tokens too, before those of its
       patches.
-    position_rate: rotary positions per second of a clip; 0 = one per temporal patch.
+    position_rate: rotary positions per second of a video; 0 = one per temporal patch.
     chat: the name of the format of chats; "" = the processor's files hold a template.
     """
 
@@ -66,7 +66,7 @@ class ModelConfig(Config):
     """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
 
     A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
-    pool: of a tower alone: what makes one vector of a picture (see dual.py), in addition to its features.
+    pool: of a tower alone: what makes one vector of an image (see dual.py), in addition to its features.
     value_head: a head that gives every token a number, for reward models and for PPO; runs set it where they need it.
     family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
     inputs: rules of the processor that stand in config.json.
@@ -98,7 +98,7 @@ class ModelConfig(Config):
             raise ValueError(
                 "inputs.shows_prefix_tokens makes visual tokens of a class token and registers, which neither a "
                 "connector that "
-                "merges patches nor pictures in tiles (inputs.pinpoints) have a place for; set "
+                "merges patches nor images in tiles (inputs.pinpoints) have a place for; set "
                 "inputs.shows_prefix_tokens=False"
             )
 
@@ -114,12 +114,12 @@ class ModelConfig(Config):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Empty patches that stand before a picture's own: its class token and registers, to whole visual tokens."""
+        """Empty patches that stand before an image's own: its class token and registers, to whole visual tokens."""
         return 0 if self.encoder is None else -(-self.encoder.num_prefix_tokens // self.merge**2) * self.merge**2
 
     @property
     def shown(self) -> int:
-        """Visual tokens of a picture that stand before those of its patches."""
+        """Visual tokens of an image that stand before those of its patches."""
         return self.num_prefix_tokens if self.inputs.shows_prefix_tokens else 0
 
     @property
@@ -136,12 +136,12 @@ class ModelConfig(Config):
         return VLM(self)
 
     def example(self) -> Batch:
-        """The smallest batch that touches every weight: one row, one picture of one visual token."""
+        """The smallest batch that touches every weight: one row, one image of one visual token."""
         text = np.zeros((1, 2), np.int32)
         if self.encoder is None:
             vision_index, vision = np.full((1, 2), -1, np.int32), None
         else:
-            vision_index, vision = np.array([[-1, 0]], np.int32), example_picture(self.patch_values, self.merge**2)
+            vision_index, vision = np.array([[-1, 0]], np.int32), example_image(self.patch_values, self.merge**2)
         return Batch(
             tokens=text,
             targets=text,
@@ -154,8 +154,8 @@ class ModelConfig(Config):
         )
 
 
-def example_picture(values: int, patches: int) -> Vision:
-    """One row of one picture of so many patches of so many values."""
+def example_image(values: int, patches: int) -> Vision:
+    """One row of one image of so many patches of so many values."""
     return Vision(
         patches=np.zeros((1, 1, patches, values), np.float32),
         image=np.ones((1, 1, patches), np.int32),
@@ -181,7 +181,7 @@ class VLM(nn.Module):
             self.value_head = ValueHead()
 
     def encode(self, vision: Vision) -> VisionTokens:
-        """Packed pictures -> visual tokens [B M D]. ValueError where the connector makes nothing of the DeepStack
+        """Packed images -> visual tokens [B M D]. ValueError where the connector makes nothing of the DeepStack
         features."""
         config, tokens = self.config, self.connector(self.encoder(vision), vision)
         taps, layers = config.encoder.deepstack_layers, config.decoder.layers
@@ -222,7 +222,7 @@ class VLM(nn.Module):
         return Output(logits=self.decoder.logits(x), cache=cache, routing=routing, value=value)
 
     def _pooled(self, features, vision: Vision):
-        """One vector [B D] of the first picture of every row; None without a pool."""
+        """One vector [B D] of the first image of every row; None without a pool."""
         if self.config.pool is None:
             return None
         image = rearrange(vision.image, "B R P -> B (R P)")

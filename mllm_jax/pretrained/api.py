@@ -174,22 +174,22 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
 def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) -> Batch | DualBatch:
     """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits come out in its order.
 
-    For a tower alone a batch has a picture a row, and no tokens; for a dual encoder a picture a row, a text a row, or
+    For a tower alone a batch has an image a row, and no tokens; for a dual encoder an image a row, a text a row, or
     either alone.
 
     Args:
       config: its family says which arrays are understood, and what they mean.
       inputs: numpy arrays (or what `numpy.asarray` takes) named as Hugging Face's processor of this family names them:
-        `input_ids` i[B T], optional `attention_mask` and `labels`, and those of pictures.
+        `input_ids` i[B T], optional `attention_mask` and `labels`, and those of images.
     Raises:
       ValueError: an unknown name, `input_ids` that are no tokens of the model or more than it has learned positions
-        for, or placeholders that do not match the pictures.
+        for, or placeholders that do not match the images.
     """
     family = FAMILIES[config.family]
     if isinstance(config, DualConfig):
         arrays = as_arrays(inputs, family.input_names)
         text, reads_padding = config.text, config.text_pool.token == "last"
-        return with_texts(family.pictures(config, arrays), arrays, text.vocab, text.positions, reads_padding)
+        return with_texts(family.images(config, arrays), arrays, text.vocab, text.positions, reads_padding)
     sees = config.encoder is not None
     arrays = as_arrays(inputs, family.input_names if sees else ())
     if config.decoder is None:

@@ -1,4 +1,4 @@
-"""Pictures and texts as embeddings of a dual encoder, and which of some labels a picture has."""
+"""Images and texts as embeddings of a dual encoder, and which of some labels an image has."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,19 +12,19 @@ from mllm_jax.model.dual_encoder import DualConfig, probabilities
 from mllm_jax.pretrained.api import Pretrained
 from mllm_jax.types import DualBatch
 
-BATCH = 32  # pictures, or texts, at once
+BATCH = 32  # images, or texts, at once
 
 
-def encode_image(dual: Pretrained, pictures: Sequence[Any]) -> np.ndarray:
-    """Embeddings f32[pictures D] of unit length, so that the cosine of two is their product.
+def encode_image(dual: Pretrained, images: Sequence[Any]) -> np.ndarray:
+    """Embeddings f32[images D] of unit length, so that the cosine of two is their product.
 
     Args:
       dual: of `load_pretrained`, a dual encoder (CLIP, SigLIP, SigLIP 2).
-      pictures: paths, bytes, arrays u8[h w 3] or PIL images, of any sizes.
+      images: paths, bytes, arrays u8[h w 3] or PIL images, of any sizes.
     Raises:
-      ValueError: another kind of model, a folder without its processor, no pictures, or a picture that cannot be read.
+      ValueError: another kind of model, a folder without its processor, no images, or an image that cannot be read.
     """
-    return _embed(dual, "encode_image", _processor(dual).pictures, pictures)
+    return _embed(dual, "encode_image", _processor(dual).images, images)
 
 
 def encode_text(dual: Pretrained, texts: Sequence[str]) -> np.ndarray:
@@ -33,9 +33,9 @@ def encode_text(dual: Pretrained, texts: Sequence[str]) -> np.ndarray:
 
 
 def classify(
-    dual: Pretrained, pictures: Sequence[Any], labels: Sequence[str], prompts: str | Sequence[str] = "a photo of a {}."
+    dual: Pretrained, images: Sequence[Any], labels: Sequence[str], prompts: str | Sequence[str] = "a photo of a {}."
 ) -> np.ndarray:
-    """Zero-shot classification (arXiv 2103.00020, section 3.1): the probability of every label, f32[pictures labels].
+    """Zero-shot classification (arXiv 2103.00020, section 3.1): the probability of every label, f32[images labels].
 
     Of a model that was trained with a softmax they add up to 1 over the labels; of one with a sigmoid each stands for
     itself.
@@ -49,7 +49,7 @@ def classify(
     texts = encode_text(dual, [prompt.replace("{}", label) for label in labels for prompt in prompts])
     means = texts.reshape(len(labels), len(prompts), -1).mean(axis=1)
     means /= np.linalg.norm(means, axis=-1, keepdims=True)
-    logits = dual.model.apply({"params": dual.params}, encode_image(dual, pictures), means, method="similarity")
+    logits = dual.model.apply({"params": dual.params}, encode_image(dual, images), means, method="similarity")
     return np.asarray(probabilities(logits, dual.config.loss))
 
 

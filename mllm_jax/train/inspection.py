@@ -138,7 +138,7 @@ def facts(found: Found) -> dict[str, str]:
         "records read": f"{found.records:,}{_of_all(found)}",
         "left out": f"{sum(found.left_out.values()):,}",
         "conversations packed": f"{len(seen.tokens):,}",
-        "pictures": f"{seen.sizes.total():,}",
+        "images": f"{seen.sizes.total():,}",
         "tokens of a row": f"{data.budget.tokens:,}",
         "patches of a row": f"{data.budget.patch_rows} × {data.patches_per_row:,}" if data.budget.patch_rows else "–",
         "fill of tokens": percent(fill[0]),
@@ -155,13 +155,13 @@ def _of_all(found: Found) -> str:
 
 
 def tables(found: Found) -> Group:
-    """Everything but the pictures, for the terminal."""
+    """Everything but the images, for the terminal."""
     seen = found.inspection
     about = _table("", "")
     for name, text in facts(found).items():
         about.add_row(name, cell(text))
     lengths = _table("of a conversation", "least", "median", "mean", "95 %", "most")
-    columns = {"tokens": seen.tokens, "visual": seen.visual, "learned": seen.learned, "pictures": seen.pictures}
+    columns = {"tokens": seen.tokens, "visual": seen.visual, "learned": seen.learned, "images": seen.images}
     for name, values in columns.items():
         if values:
             known = (np.min(values), np.median(values), np.mean(values), np.percentile(values, 95), np.max(values))

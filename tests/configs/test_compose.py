@@ -38,7 +38,7 @@ def small(*names):
 
 
 def batch_of(model, count=3):
-    """Two rows of questions about pictures and clips."""
+    """Two rows of questions about images and videos."""
     run = read_run(load_config("compose"))
     processor = chat_processor(run.processor, model, run.data)
     source = run.data.source("train")

@@ -56,7 +56,7 @@ def test_scenes_fit_their_budget():
         record = source[index]
         example = processor(record["messages"])
         assert len(example.tokens) <= run.data.tokens
-        assert place([len(picture.patches) for picture in example.pictures], run.data.budget) is not None
+        assert place([len(image.patches) for image in example.images], run.data.budget) is not None
 
 
 def test_an_unknown_size_is_refused():
@@ -73,8 +73,8 @@ def test_a_processor_of_another_model_is_refused():
 
 
 @pytest.mark.slow
-def test_fine_tuning_on_real_pictures(shared, tmp_path):
-    """The path of somebody's own data: JSON Lines, real photos, Qwen's tokenizer; a smaller model, smaller pictures."""
+def test_fine_tuning_on_real_images(shared, tmp_path):
+    """The path of somebody's own data: JSON Lines, real photos, Qwen's tokenizer; a smaller model, smaller images."""
     config = load_config("qwen3_vl_sft", "115m")
     config.processor = str(qwen_processor(shared, tmp_path / "processor"))
     config.data.path = str(shared / "data" / "conversations.jsonl")

@@ -76,7 +76,7 @@ def test_a_recipe_is_read_at_every_size_and_its_patterns_find_weights(name):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """Files of a user: conversations with pictures of several sizes, and texts."""
+    """Files of a user: conversations with images of several sizes, and texts."""
     folder = tmp_path_factory.mktemp("own")
     for number, size in enumerate([(640, 480), (1920, 1080), (2000, 100), (30, 40)]):
         Image.new("RGB", size, (60 * number, 80, 90)).save(folder / f"{number}.jpg")

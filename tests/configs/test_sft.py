@@ -1,4 +1,4 @@
-"""configs/sft.py: every family that reads pictures is fine-tuned for a few steps, on a mesh, from messages."""
+"""configs/sft.py: every family that reads images is fine-tuned for a few steps, on a mesh, from messages."""
 
 import json
 
@@ -16,7 +16,7 @@ from mllm_jax.train.monitor.metrics import read_metrics
 from mllm_jax.train.monitor.processes import StopSignal
 from mllm_jax.train.runs.config import read_run
 
-# Family and size; how the tiny tokenizer writes the family's tokens of pictures.
+# Family and size; how the tiny tokenizer writes the family's tokens of images.
 NAMES = {
     "llava_next/next-mistral-7b": {"<|image_pad|>": "<image>"},
     "llava_onevision/0.5b": {"<|image_pad|>": "<image>", "<|video_pad|>": "<video>"},
@@ -26,7 +26,7 @@ NAMES = {
 }
 SLOW = {
     "llava/1.5-7b": NAMES["llava_next/next-mistral-7b"],
-    "llava_llama/1.5-7b": NAMES["llava_next/next-mistral-7b"],  # whose token of pictures is in no vocabulary
+    "llava_llama/1.5-7b": NAMES["llava_next/next-mistral-7b"],  # whose token of images is in no vocabulary
     "internvl_chat/2.5-1b": NAMES["internvl/3-1b"],
     "qwen2_vl/2b": {},
 }
@@ -81,7 +81,7 @@ def test_what_cannot_be_fine_tuned_is_refused():
 
 
 def test_paligemma_needs_no_chat_template(tmp_path):
-    """Its folders have none: pictures, <bos>, the question and a newline are seen by all; the answer is learned."""
+    """Its folders have none: images, <bos>, the question and a newline are seen by all; the answer is learned."""
     ids = tokenizer(tmp_path, NAMES["paligemma/2-3b-224"])
     (tmp_path / "chat_template.jinja").unlink()
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": "<|im_start|>"}

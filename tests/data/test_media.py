@@ -19,13 +19,13 @@ from mllm_jax.data.sources import open_source
 from mllm_jax.data.vision import images
 
 
-def picture(form="PNG"):
+def image(form="PNG"):
     file = io.BytesIO()
     Image.fromarray(np.arange(17 * 23 * 3, dtype=np.uint8).reshape(17, 23, 3)).save(file, form)
     return file.getvalue()
 
 
-DATA = picture()
+DATA = image()
 TEXT = base64.b64encode(DATA).decode()
 URL_SAFE = base64.urlsafe_b64encode(DATA).decode()
 EMBEDDED = {
@@ -53,7 +53,7 @@ def test_files_within_names(kind, tmp_path):
 
 @pytest.mark.parametrize("form", ["JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
 def test_base64_without_a_prefix_is_known_by_its_first_bytes(form, tmp_path):
-    data = picture(form)
+    data = image(form)
     assert locate(tmp_path, base64.b64encode(data).decode()) == data
 
 
@@ -68,7 +68,7 @@ def test_broken_data_uris_are_named(name, tmp_path):
 
 
 def test_errors_do_not_print_what_names_hold(tmp_path):
-    text = "data:image/png;base64," + base64.b64encode(b"no picture" * 10_000).decode()
+    text = "data:image/png;base64," + base64.b64encode(b"no image" * 10_000).decode()
     broken = text[:-9] + "?" + text[-8:]
     errors = []
     for source in (text, broken, "a/" * 2000 + "b.png", "x" * 5000, "https://example.org/" + "x" * 10_000):
@@ -86,13 +86,13 @@ def test_errors_do_not_print_what_names_hold(tmp_path):
 
 @pytest.fixture
 def root(tmp_path):
-    """Two folders of pictures; the second is outside of the root."""
-    for name in ("data/pictures/a b%20c.png", "data/pictures/d.png", "data/x\\y.png", "outside/e.png"):
+    """Two folders of images; the second is outside of the root."""
+    for name in ("data/images/a b%20c.png", "data/images/d.png", "data/x\\y.png", "outside/e.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(DATA)
     for form in ("NFC", "NFD"):
         (tmp_path / "data" / unicodedata.normalize(form, f"é-{form}.png")).write_bytes(DATA)
-    os.symlink(tmp_path / "data/pictures", tmp_path / "data/inner")
+    os.symlink(tmp_path / "data/images", tmp_path / "data/inner")
     os.symlink(tmp_path / "outside", tmp_path / "data/outer")
     os.symlink(tmp_path / "data", tmp_path / "other")
     os.symlink("loop", tmp_path / "data/loop")
@@ -100,12 +100,12 @@ def root(tmp_path):
 
 
 def test_paths_inside_of_the_root(root):
-    a, d = root / "pictures/a b%20c.png", root / "pictures/d.png"
+    a, d = root / "images/a b%20c.png", root / "images/d.png"
     names = {
-        "pictures/d.png": d, "./pictures//d.png": d, "pictures/../pictures/d.png": d, "../data/pictures/d.png": d,
-        "inner/d.png": d, "pictures\\d.png": d, f"{root}/pictures/d.png": d, f"{root.parent}/other/pictures/d.png": d,
-        "pictures/a b%20c.png": a, f"file://{a}": a, f"file://{urllib.parse.quote(str(a))}": a,
-        f"FILE://localhost{d}": d, "file://pictures/d.png": d, "x\\y.png": root / "x\\y.png",
+        "images/d.png": d, "./images//d.png": d, "images/../images/d.png": d, "../data/images/d.png": d,
+        "inner/d.png": d, "images\\d.png": d, f"{root}/images/d.png": d, f"{root.parent}/other/images/d.png": d,
+        "images/a b%20c.png": a, f"file://{a}": a, f"file://{urllib.parse.quote(str(a))}": a,
+        f"FILE://localhost{d}": d, "file://images/d.png": d, "x\\y.png": root / "x\\y.png",
     }  # fmt: skip
     assert {name: locate(root, name) for name in names} == {name: str(path) for name, path in names.items()}
     for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
@@ -124,19 +124,19 @@ def test_paths_inside_of_the_root(root):
         ("outer/e.png", "path leaves the data root"),
         ("/etc/passwd", "path leaves the data root"),
         ("{parent}/data-of-others/e.png", "path leaves the data root"),
-        ("pictures/none.png", "missing file"),
-        ("pictures", "missing file"),
+        ("images/none.png", "missing file"),
+        ("images", "missing file"),
         ("{root}", "missing file"),
-        ("C:\\pictures\\d.png", "missing file"),
-        ("pictures/a%20b%2520c.png", "missing file"),
+        ("C:\\images\\d.png", "missing file"),
+        ("images/a%20b%2520c.png", "missing file"),
         ("x" * 300, "missing file"),
         ("loop/d.png", "missing file"),
         ("data:a", "missing file"),
         ("https://example.org/d.png", "not a local file"),
         ("s3://bucket/d.png", "not a local file"),
         ("", "not a path"),
-        ("pictures/\0d.png", "not a path"),
-        ("pictures/\ud800.png", "not a path"),
+        ("images/\0d.png", "not a path"),
+        ("images/\ud800.png", "not a path"),
         (7, "not a path"),
     ],
 )
@@ -149,13 +149,13 @@ def test_names_that_are_refused(root, name, reason):
 
 def test_a_message_names_its_files_like_a_record(root, monkeypatch):
     monkeypatch.chdir(root)
-    assert resolve("pictures/d.png") == "pictures/d.png" and resolve(f"file://{root}/x\\y.png") == f"{root}/x\\y.png"
-    assert images.load_image("pictures\\d.png").size == (23, 17)
+    assert resolve("images/d.png") == "images/d.png" and resolve(f"file://{root}/x\\y.png") == f"{root}/x\\y.png"
+    assert images.load_image("images\\d.png").size == (23, 17)
     for other in (DATA, root / "x", None, 7):
         assert resolve(other) is other
     with pytest.raises(ValueError, match="^not a local file: https://example.org/a.png; download it"):
         images.open_image("https://example.org/a.png")
-    with pytest.raises(FileNotFoundError, match="none.png: no such picture"):
+    with pytest.raises(FileNotFoundError, match="none.png: no such image"):
         images.open_image("none.png")
 
 

@@ -169,7 +169,7 @@ def test_quickstart_runs(tmp_path):
     assert len(points) == 4 and "nan" not in curve
     assert asked.count("<img") == 16 and asked.count("(right)") + asked.count("(the truth is ") == 16
     assert len(seen) == 3 and all(panels.count("<img") == 2 for panels in [*seen, described])
-    shares = [int(share) for panels in [*seen, described] for share in re.findall(r"(\d+)% on the picture", panels)]
+    shares = [int(share) for panels in [*seen, described] for share in re.findall(r"(\d+)% on the image", panels)]
     assert len(shares) == 4 and all(0 < share < 100 for share in shares)
     assert (folder / "export" / "model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"run"}  # nothing else was written

@@ -186,8 +186,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     records = source_files.conversations()
     source_files.write_jsonl(folder / "plain", records)
-    (folder / "plain" / "pictures").rename(folder / "pictures")
-    text = "".join((folder / "plain" / f"set-{i}.jsonl").read_text() for i in range(2)).replace("pictures/", "")
+    (folder / "plain" / "images").rename(folder / "images")
+    text = "".join((folder / "plain" / f"set-{i}.jsonl").read_text() for i in range(2)).replace("images/", "")
     for name in ("conversations", "captions", "instructions", "questions"):
         (folder / f"{name}.jsonl").write_text(text)
     pair = {"prompt": "What is it?", "images": [], "chosen": "a cat", "rejected": "a dog"}
@@ -196,7 +196,7 @@ def folder(tmp_path_factory):
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"Page {i}."}) + "\n" for i in range(20)))
     source_files.write_parquet(folder / "charts", records)
     (folder / "converted").mkdir()
-    (folder / "converted" / "part.jsonl").write_text(text.replace('"c0-', '"../pictures/c0-'))
+    (folder / "converted" / "part.jsonl").write_text(text.replace('"c0-', '"../images/c0-'))
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder
 

@@ -37,9 +37,9 @@ def folder(tmp_path_factory):
         record | {"task": ("vqa", "ocr", "chat")[i % 3]} for i, record in enumerate(source_files.conversations())
     ]
     source_files.write_jsonl(folder / "plain", records)
-    (folder / "plain" / "pictures").rename(folder / "pictures")
+    (folder / "plain" / "images").rename(folder / "images")
     lines = "".join((folder / "plain" / f"set-{i}.jsonl").read_text() for i in range(2))
-    (folder / "conversations.jsonl").write_text(lines.replace("pictures/", ""))
+    (folder / "conversations.jsonl").write_text(lines.replace("images/", ""))
     source_files.write_tar(folder / "shards", records)
     source_files.write_parquet(folder / "charts", records)
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"Page {i}."}) + "\n" for i in range(20)))

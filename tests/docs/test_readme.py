@@ -15,7 +15,7 @@ OURS = [command for command in COMMANDS if command.startswith("python -m mllm_ja
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as a reader of the README has it after `make demo`: configs, a picture, an exported model."""
+    """A folder as a reader of the README has it after `make demo`: configs, an image, an exported model."""
     from PIL import Image
 
     import mllm_jax
@@ -25,9 +25,9 @@ def folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     Scenes("train", 0)[0]  # the embedded set needs no files
-    Image.new("RGB", (48, 64), "red").save(folder / "picture.png")
+    Image.new("RGB", (48, 64), "red").save(folder / "image.png")
     sys.path.insert(0, str(ROOT))
     import jax
 

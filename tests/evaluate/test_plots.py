@@ -5,11 +5,11 @@ import re
 import numpy as np
 from PIL import Image
 
-from mllm_jax.evaluate.plots import curves, overlay, pictures, table
+from mllm_jax.evaluate.plots import curves, images, overlay, table
 
 
 def test_overlay_is_reddest_where_most_is_attended_to():
-    """A grid of 2 x 3 over a grey picture, which is enlarged."""
+    """A grid of 2 x 3 over a grey image, which is enlarged."""
     share = np.array([[0.0, 0.1, 0.2], [0.5, 0.05, 0.0]])
     seen = np.asarray(overlay(Image.new("RGB", (48, 32), (128, 128, 128)), share, side=96), int)
     assert seen.shape == (64, 96, 3)
@@ -23,10 +23,10 @@ def test_an_even_share_is_drawn():
     assert np.ptp(seen.reshape(-1, 3), axis=0).max() == 0
 
 
-def test_pictures_and_clips():
-    clip = np.zeros((4, 8, 6, 3), np.uint8)
-    clip[2:] = 255  # two different frames, each twice
-    shown = pictures([(Image.new("RGB", (5, 8)), "<b> & so on"), (clip, "a clip")])
+def test_images_and_videos():
+    video = np.zeros((4, 8, 6, 3), np.uint8)
+    video[2:] = 255  # two different frames, each twice
+    shown = images([(Image.new("RGB", (5, 8)), "<b> & so on"), (video, "a clip")])
     assert shown.count('<img src="data:image/png;base64,') == 2 and "&lt;b&gt; &amp; so on" in shown
 
 

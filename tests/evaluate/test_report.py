@@ -20,7 +20,7 @@ def render(folder, *runs, **options) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def a_run(name="with pictures", steps=50, **fields):
+def a_run(name="with images", steps=50, **fields):
     records = [
         {"step": 10 * i, "mean_loss": 5 / i, "tokens_per_second": 9e3, "fill_tokens": 0.98, "fill_patches": 0.9}
         for i in range(1, steps + 1)
@@ -30,8 +30,8 @@ def a_run(name="with pictures", steps=50, **fields):
 
 
 def test_all_sections(tmp_path):
-    clip = np.zeros((4, 8, 8, 3), np.uint8)
-    clip[2:] = 255  # two different frames, each twice
+    video = np.zeros((4, 8, 8, 3), np.uint8)
+    video[2:] = 255  # two different frames, each twice
     page = render(
         tmp_path,
         a_run(marks=[(250, "killed here")]),
@@ -39,7 +39,7 @@ def test_all_sections(tmp_path):
         kinds=[Kind("colour", 40, 1 / 6, 0.9), Kind("count", 40, 0.2, 0.9)],
         answers=[
             Answer("colour", "What colour?", "red", "red", Image.new("RGBA", (5, 9))),
-            Answer("movement", "Which way?", "up", "down", clip),
+            Answer("movement", "Which way?", "up", "down", video),
             Answer("colour", "And without?", "red", "", None),
         ],
         parts={"encoder": 3_000, "decoder": 9_000},
@@ -162,7 +162,7 @@ def test_gaps_break_a_line():
 
 
 def test_the_load_of_experts(tmp_path):
-    """Two layers of four experts, of which text and pictures chose some; no video."""
+    """Two layers of four experts, of which text and images chose some; no video."""
     load = [[[4, 0, 0, 0], [1, 1, 1, 1], [0] * 4], [[2, 2, 0, 0], [0, 0, 0, 8], [0] * 4]]
     records = [{"step": 5, "heldout": {"exact_match": {}, "expert_load": load}}]
     page = render(tmp_path, Run("experts", records))

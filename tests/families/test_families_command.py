@@ -6,16 +6,16 @@ from rich.console import Console
 from mllm_jax.families import FAMILIES, __main__
 
 
-def test_what_a_picture_costs():
+def test_what_a_image_costs():
     one = FAMILIES["llava"].config("next-mistral-7b")
-    assert __main__.picture_tokens(one, 672, 672) == (2880, 48)  # 5 x 576, and 48 rows
-    assert __main__.picture_tokens(FAMILIES["llava"].config("1.5-7b"), 100, 3000) == (576, 0)
+    assert __main__.image_tokens(one, 672, 672) == (2880, 48)  # 5 x 576, and 48 rows
+    assert __main__.image_tokens(FAMILIES["llava"].config("1.5-7b"), 100, 3000) == (576, 0)
     one = FAMILIES["llava_onevision"].config("7b")
-    assert __main__.picture_tokens(one, 2304, 2304) == (
+    assert __main__.image_tokens(one, 2304, 2304) == (
         729 + 81 * 81,
         81,
     )  # 36 tiles and the whole, pooled to nine tiles
-    assert __main__.picture_tokens(FAMILIES["qwen3_vl"].config("2b"), 1080, 1920) == (34 * 60, 0)
+    assert __main__.image_tokens(FAMILIES["qwen3_vl"].config("2b"), 1080, 1920) == (34 * 60, 0)
 
 
 def test_every_family_lists_its_sizes():
@@ -64,7 +64,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 def test_every_family_reads_odd_sizes(size):
     """Those at the bounds of what is read; none has no visual token."""
     reading = {config.family: config for _, config in __main__.published() if getattr(config, "connector", None)}
-    assert all(__main__.picture_tokens(config, *size).patches > 0 for config in reading.values()) and len(reading) > 9
+    assert all(__main__.image_tokens(config, *size).patches > 0 for config in reading.values()) and len(reading) > 9
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120, 160])

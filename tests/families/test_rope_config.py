@@ -1,4 +1,4 @@
-"""Rotary positions in all layouts of config.json: the tables of transformers, and whole models that read pictures."""
+"""Rotary positions in all layouts of config.json: the tables of transformers, and whole models that read images."""
 
 import copy
 import importlib
@@ -148,7 +148,7 @@ SEEING = {
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_yarn_with_pictures(name, tmp_path):
+def test_yarn_with_images(name, tmp_path):
     """Logits, and greedy tokens through the cache, of texts that are longer than those of the first training."""
     text, vision = SEEING[name]
     tokens = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)

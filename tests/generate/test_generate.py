@@ -251,17 +251,17 @@ def chat(tmp_path_factory):
     return saved_chat(tmp_path_factory.mktemp("chat"))
 
 
-def picture(height=20, width=24):
+def image(height=20, width=24):
     return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def conversations():
-    clip = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    video = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), np.uint8)
     ask = {"type": "text", "text": "What is on the photo?"}
     return [
         "Hello there.",
-        [{"role": "user", "content": [{"type": "image", "image": picture()}, ask]}],
-        [{"role": "user", "content": [{"type": "video", "video": clip}, {"type": "image", "image": picture(8)}, ask]}],
+        [{"role": "user", "content": [{"type": "image", "image": image()}, ask]}],
+        [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "image", "image": image(8)}, ask]}],
     ]
 
 
@@ -332,7 +332,7 @@ def test_command_draws_as_the_model_asks(chat, tmp_path, capsys, monkeypatch):
 
 def test_command(chat, tmp_path, capsys):
     vlm, folder = chat
-    picture().save(tmp_path / "a.png")
+    image().save(tmp_path / "a.png")
     ask = {"type": "text", "text": "What?"}
     expected = generate(
         vlm, [[{"role": "user", "content": [{"type": "image", "image": str(tmp_path / "a.png")}, ask]}]], 9

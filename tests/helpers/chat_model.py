@@ -13,7 +13,7 @@ from mllm_jax.model.vlm import VLM
 
 def saved_chat(folder):
     """A random model with a tokenizer, and the folder that it was saved to."""
-    spec = ProcessorSpec(patch=4, min_pixels=64, max_pixels=1024, clip_max_pixels=4096)
+    spec = ProcessorSpec(patch=4, min_pixels=64, max_pixels=1024, video_max_pixels=4096)
     processor = Processor.from_folder(tiny_chat.write_tokenizer(folder / "tokenizer"), spec)
     config = tiny_config()
     tokens = replace(

@@ -38,12 +38,12 @@ def random_params(config: ModelConfig, seed: int = 0):
 
 
 def random_example(rng, text: int, *grids, answer: int | None = None, kind: str = "") -> Example:
-    """A conversation of `text` random tokens with pictures (h, w) and clips (t, h, w), sides in patches, in its middle.
+    """A conversation of `text` random tokens with images (h, w) and videos (t, h, w), sides in patches, in its middle.
 
     The last `answer` tokens (half of the text unless told) are predicted, with weight 1.
     """
     answer = text // 2 if answer is None else answer
-    ids, visual, position, pictures = [], [], [], []
+    ids, visual, position, images = [], [], [], []
     now = 0
 
     def add_text(tokens):
@@ -64,7 +64,7 @@ def random_example(rng, text: int, *grids, answer: int | None = None, kind: str 
             position.extend([(now, now + y, now + x) for y in range(sides[0]) for x in range(sides[1])])
             now += max(sides)
             patches = rng.integers(0, 256, (height * width, VALUES), dtype=np.uint8)
-            pictures.append(ImagePatches(patches, (height, width), time))
+            images.append(ImagePatches(patches, (height, width), time))
             add_text([END])
     add_text(rng.integers(5, 149, text - text // 3).tolist())
     weight = np.zeros(len(ids), np.float32)
@@ -74,6 +74,6 @@ def random_example(rng, text: int, *grids, answer: int | None = None, kind: str 
         weight=weight,
         position=np.array(position, np.int32).reshape(-1, 3),
         vision_index=np.where(visual, np.cumsum(visual) - 1, -1),
-        pictures=tuple(pictures),
+        images=tuple(images),
         kind=kind,
     )

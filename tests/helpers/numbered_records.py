@@ -33,7 +33,7 @@ class Numbers:
 
 
 class Count(Processor):
-    """A processor whose conversations are their number, several times, and sometimes a picture of it."""
+    """A processor whose conversations are their number, several times, and sometimes an image of it."""
 
     spec = ProcessorSpec(patch=1)
 
@@ -44,13 +44,13 @@ class Count(Processor):
         number, error = messages
         if error is not None:
             raise error
-        text, pictures = (
+        text, images = (
             4 + number % 13,
             (ImagePatches(np.full((16, 6), number % 256, np.uint8), (4, 4)),) * (number % 3),
         )
-        n = text + 4 * len(pictures)
+        n = text + 4 * len(images)
         tokens, index = np.full(n, number, np.int32), np.maximum(np.arange(n) - text, -1)
-        return Example(tokens, np.ones(n, np.float32), np.zeros((n, 3), np.int32), index, pictures)
+        return Example(tokens, np.ones(n, np.float32), np.zeros((n, 3), np.int32), index, images)
 
 
 def numbers(size=60, broken=None, source=None, **options):

@@ -1,4 +1,4 @@
-"""Files to fine-tune on: conversations with pictures, and a tokenizer that has a family's tokens of pictures."""
+"""Files to fine-tune on: conversations with images, and a tokenizer that has a family's tokens of images."""
 
 import json
 
@@ -10,7 +10,7 @@ SIZES = [(20, 45), (64, 64), (100, 30)]
 
 
 def tokenizer(folder, names):
-    """A tokenizer and a template that show pictures by these tokens, without brackets."""
+    """A tokenizer and a template that show images by these tokens, without brackets."""
     tiny_chat.write_tokenizer(folder)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         text = (folder / name).read_text()
@@ -24,7 +24,7 @@ def tokenizer(folder, names):
 
 
 def conversations(folder):
-    """A file of twelve conversations about one picture each, which lies beside it."""
+    """A file of twelve conversations about one image each, which lies beside it."""
     rng, records = np.random.default_rng(0), []
     for number, (height, width) in enumerate(SIZES * 4):
         name = f"{number}.png"

@@ -1,4 +1,4 @@
-"""One small set of conversations with pictures, written in every format that is read."""
+"""One small set of conversations with images, written in every format that is read."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from mllm_jax.data.sources.array_record import pack
 PICTURES = (1, 0, 2, 1, 3, 1, 0, 1, 2, 1)  # of each conversation
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     """A PNG file."""
     rng = np.random.default_rng(number)
     size = (16 + 8 * (number % 3), 16 + 8 * (number % 4), 3)
@@ -35,7 +35,7 @@ def conversations() -> list[dict]:
             {
                 "id": f"c{index}",
                 "kind": ("presence", "count")[index % 2],
-                "images": [picture(number + i) for i in range(count)],
+                "images": [image(number + i) for i in range(count)],
                 "messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)],
             }
         )
@@ -44,11 +44,11 @@ def conversations() -> list[dict]:
 
 
 def write_jsonl(folder: pathlib.Path, records: list[dict]) -> str:
-    """Two files that name pictures beside them."""
-    (folder / "pictures").mkdir(parents=True)
+    """Two files that name images beside them."""
+    (folder / "images").mkdir(parents=True)
     lines = []
     for record in records:
-        names = [f"pictures/{record['id']}-{i}.png" for i in range(len(record["images"]))]
+        names = [f"images/{record['id']}-{i}.png" for i in range(len(record["images"]))]
         for name, data in zip(names, record["images"]):
             (folder / name).write_bytes(data)
         lines.append(json.dumps(record | {"images": names}))
@@ -96,7 +96,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def write_parquet(folder: pathlib.Path, records: list[dict]) -> str:
-    """Two files of three rows a group, with pictures as Hugging Face's datasets have them."""
+    """Two files of three rows a group, with images as Hugging Face's datasets have them."""
     folder.mkdir(parents=True)
     rows = [record | {"images": [{"bytes": data, "path": None} for data in record["images"]]} for record in records]
     for number, part in enumerate((rows[:8], rows[8:])):

@@ -29,7 +29,7 @@ def tiny(kind: str, **text):
     return model
 
 
-def inputs_of(kind: str, pictures: int = 3, texts: int = 2, shapes=((4, 6), (3, 5), (2, 2)), size=(16, 16)):
+def inputs_of(kind: str, images: int = 3, texts: int = 2, shapes=((4, 6), (3, 5), (2, 2)), size=(16, 16)):
     """Random arrays as a Hugging Face processor makes them; CLIP's texts end anywhere, the rest is masked."""
     rng = np.random.default_rng(5)
     inputs = {"input_ids": rng.integers(3, 189, (texts, 12))}
@@ -38,8 +38,8 @@ def inputs_of(kind: str, pictures: int = 3, texts: int = 2, shapes=((4, 6), (3, 
         inputs["input_ids"][np.arange(texts), ends] = END
         inputs["attention_mask"] = (np.arange(12) <= ends[:, None]).astype(np.int64)
     if kind != "siglip2":
-        return inputs | {"pixel_values": rng.standard_normal((pictures, 3, *size)).astype(np.float32)}
-    shapes = np.array(shapes[:pictures])
+        return inputs | {"pixel_values": rng.standard_normal((images, 3, *size)).astype(np.float32)}
+    shapes = np.array(shapes[:images])
     mask = (np.arange(24) < shapes.prod(1)[:, None]).astype(np.int64)
-    patches = rng.standard_normal((pictures, 24, 48)).astype(np.float32) * mask[..., None]
+    patches = rng.standard_normal((images, 24, 48)).astype(np.float32) * mask[..., None]
     return inputs | {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}

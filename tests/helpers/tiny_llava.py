@@ -55,7 +55,7 @@ CONFIGS = {
         tie_word_embeddings=True,
     ),
 }
-# (height, width) of the pictures in every row of a batch.
+# (height, width) of the images in every row of a batch.
 ROWS = [[(20, 30)], [], [(40, 11), (16, 16)]]
 
 
@@ -75,7 +75,7 @@ def random_model(config):
 
 
 def inputs_of(model, rows=ROWS, side="right", labels=False):
-    """Prompts with pictures of these sizes, as the model's own processor would give them, of random pixels."""
+    """Prompts with images of these sizes, as the model's own processor would give them, of random pixels."""
     rng, kind = np.random.default_rng(3), model.config.model_type
     pixels, sizes, ids = [], [], []
     for row in rows:

@@ -31,7 +31,7 @@ def random_adapters(lora, **constants):
 
 
 def random_batch():
-    """Eight rows of conversations with pictures and clips; one row is empty."""
+    """Eight rows of conversations with images and videos; one row is empty."""
     rng = np.random.default_rng(0)
     rows = [[random_example(rng, 20, (4, 6))], [random_example(rng, 7, (3, 4, 4)), random_example(rng, 9)], []]
     rows += [[random_example(rng, 9 + i, (2 * i + 2, 4))] for i in range(5)]

@@ -1,4 +1,5 @@
-"""What transformers' video processors make of a small clip, in a file that tests/data/video/test_video_pixels.py reads.
+"""What transformers' video processors make of a small video, in a file that tests/data/video/test_video_pixels.py
+reads.
 
 They need torchvision, which nothing else here does. To make the file anew:
 
@@ -53,10 +54,10 @@ def main() -> None:
     }
     found = {}
     for name, (kind, sizes, sampling) in makers.items():
-        video = getattr(transformers, f"{kind}VideoProcessor")(**sizes, image_mean=mean, image_std=std)
-        clip = VideoMetadata(total_num_frames=11, fps=RATE, duration=11 / RATE, width=70, height=46)
-        given = dict(video_metadata=[clip], do_sample_frames=True, **sampling)
-        out = video([frames()], return_tensors="np", return_metadata=True, **given)
+        reader = getattr(transformers, f"{kind}VideoProcessor")(**sizes, image_mean=mean, image_std=std)
+        video = VideoMetadata(total_num_frames=11, fps=RATE, duration=11 / RATE, width=70, height=46)
+        given = dict(video_metadata=[video], do_sample_frames=True, **sampling)
+        out = reader([frames()], return_tensors="np", return_metadata=True, **given)
         pixels = np.asarray(out["pixel_values_videos"])
         if name.startswith("qwen"):  # patches [p (c t y x)]
             levels = pixels.reshape(len(pixels), 3, -1) * np.array(std)[:, None] + np.array(mean)[:, None]
@@ -67,13 +68,13 @@ def main() -> None:
         assert np.abs(levels - levels.round()).max() < 1e-3, "pixels are whole levels before they are normalised"
         found[f"{name}/levels"] = levels.round().astype(np.uint8)
         found[f"{name}/indices"] = np.asarray(out["video_metadata"][0].frames_indices)
-        found[f"{name}/ids"] = _ids(transformers, tiny_chat, kind, name, video, given)
+        found[f"{name}/ids"] = _ids(transformers, tiny_chat, kind, name, reader, given)
     np.savez_compressed(FILE, **found)
     print(FILE, FILE.stat().st_size, {name: value.shape for name, value in found.items()}, transformers.__version__)
 
 
-def _ids(transformers, tiny_chat, kind, name, video, given):
-    """Of a prompt with the clip, by transformers' whole processor."""
+def _ids(transformers, tiny_chat, kind, name, reader, given):
+    """Of a prompt with the video, by transformers' whole processor."""
     names = NAMES.get(name, NAMES["qwen"])
     with tempfile.TemporaryDirectory() as folder:
         folder = tiny_chat.write_tokenizer(pathlib.Path(folder))
@@ -95,7 +96,7 @@ def _ids(transformers, tiny_chat, kind, name, video, given):
     else:
         image = transformers.Qwen2VLImageProcessor()
     processor = getattr(transformers, f"{kind}Processor")(image, tokenizer, video, **more)
-    text = PROMPT.format(clip=BEFORE.get(name[:4], "<video>\n"))
+    text = PROMPT.format(video=BEFORE.get(name[:4], "<video>\n"))
     return np.asarray(processor(text=[text], videos=[frames()], **given)["input_ids"])[0].astype(np.int32)
 
 

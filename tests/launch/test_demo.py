@@ -56,7 +56,7 @@ def test_results_and_gallery():
     ]
     kinds = asked_kinds(answers)
     assert [(kind.name, kind.questions, kind.bar) for kind in kinds] == [("colour", 5, 0.9), ("count", 1, 0.9)]
-    seeing = Trained("with pictures", Path("a"), answers, {"all": 4 / 6, "colour": 0.6, "count": 1.0})
+    seeing = Trained("with images", Path("a"), answers, {"all": 4 / 6, "colour": 0.6, "count": 1.0})
     blind = Trained("text only", Path("b"), answers[2:4], {"all": 0.0, "colour": 0.0})
     with demo.console.capture() as capture:
         demo.console.print(results(kinds, seeing, blind))
@@ -74,7 +74,7 @@ def test_the_whole_demo_in_miniature(tmp_path, capfd, monkeypatch):
     assert main(["--workdir", str(folder), "--steps=60", "--questions=30", *TINY]) == 1  # learns next to nothing
     said = capfd.readouterr().out
     assert "resumed from" in said and "all 30 answers agree" in said and "below the bar" in said
-    steps = [record["step"] for record in read_metrics(folder / "with_pictures") if "loss" in record]
+    steps = [record["step"] for record in read_metrics(folder / "with_images") if "loss" in record]
     assert steps == list(range(1, 61))  # none twice, none missing
     page = (folder / "report.html").read_text(encoding="utf-8")
     for text in ["killed after step", "text only", "data:image/png", "encoder", "same answers"]:

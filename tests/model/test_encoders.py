@@ -27,7 +27,7 @@ from mllm_jax.families.towers.in_vlms import CLIP, EVA, INTERN, NAFLEX, SIGLIP, 
 from mllm_jax.model.encoders.positions import resample
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.encoders.windows import window_segments
-from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params, example_picture
+from mllm_jax.model.vlm import ModelConfig, abstract_params, count_params, example_image
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.types import ImagePatches
@@ -37,7 +37,7 @@ SMALL = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4
 )
 INTERN_6B = dict(attention_bias=False, use_qk_norm=True, norm_type="rms_norm")
-# (tower, transformers' config and model, what the config says beside SMALL, sizes of pictures in pixels)
+# (tower, transformers' config and model, what the config says beside SMALL, sizes of images in pixels)
 KINDS = {
     "clip": (CLIP, transformers.CLIPVisionConfig, transformers.CLIPVisionModel, {}, [(16, 16)]),
     "siglip": (SIGLIP, transformers.SiglipVisionConfig, transformers.SiglipVisionModel, {}, [(16, 16), (20, 28)]),
@@ -64,15 +64,15 @@ def convert(encoder, rows, tensors):
     return unflatten(leaves)
 
 
-def features_of(encoder, params, pictures, budget=None):
-    """Features of pictures in one batch row, one by one."""
-    example = without_text(tuple(pictures))
-    sizes = [len(picture.patches) for picture in pictures]
-    budget = budget or Budget(1, len(pictures), max(sizes))
+def features_of(encoder, params, images, budget=None):
+    """Features of images in one batch row, one by one."""
+    example = without_text(tuple(images))
+    sizes = [len(image.patches) for image in images]
+    budget = budget or Budget(1, len(images), max(sizes))
     batch = collate([[example]], budget, merge=1, values=encoder.patch_values)
     out = jax.jit(ModelConfig(encoder).build().apply)({"params": params}, batch).features
-    image = batch.vision.image.reshape(-1)
-    return [np.asarray(out[0])[image == number] for number in range(1, len(pictures) + 1)]
+    numbers = batch.vision.image.reshape(-1)
+    return [np.asarray(out[0])[numbers == number] for number in range(1, len(images) + 1)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +98,7 @@ def test_features(kind):
 
 
 def test_features_of_naflex():
-    """Pictures of several sizes in one batch, padded in transformers, packed here."""
+    """Images of several sizes in one batch, padded in transformers, packed here."""
     small = {name: value for name, value in SMALL.items() if name != "image_size"}
     config = transformers.Siglip2VisionConfig(**small, num_patches=25, vision_use_head=False)
     reference = random_model(config, transformers.Siglip2VisionModel)
@@ -124,7 +124,7 @@ DINOV2 = {
 
 @pytest.mark.parametrize("kind", DINOV2)
 def test_dinov2_in_and_out(kind, tmp_path, record_property):
-    """Features of pictures of the size of the table and of others, and gradients; every tensor comes back bit-equal."""
+    """Features of images of the size of the table and of others, and gradients; every tensor comes back bit-equal."""
     config, model, said = DINOV2[kind]
     small = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
     reference = random_model(config(**small | dict(num_hidden_layers=2, mlp_ratio=2) | said), model)
@@ -182,7 +182,7 @@ def test_positions_are_resampled_as_torch_does(kind):
     np.testing.assert_array_equal(got[: side**2].reshape(table.shape), table)
 
 
-def test_windows_are_those_of_a_loop_over_pictures():
+def test_windows_are_those_of_a_loop_over_images():
     side, merge, grids = 4, 2, [(8, 8), (6, 10), (2, 14), (12, 4), (2, 2)]
     example = without_text(tuple(ImagePatches(np.zeros((h * w, 1), np.float32), (h, w)) for h, w in grids))
     vision = collate([[example]], Budget(1, 2, 160), merge=merge, values=1).vision
@@ -199,9 +199,9 @@ def test_windows_are_those_of_a_loop_over_pictures():
 
 def test_layers_after_the_features_are_kept_and_do_not_run():
     config = VitConfig(32, 4, 2, 64, patch_size=4, features=(-2,), last_norm=True)
-    picture = example_picture(config.patch_values, 4)
-    apply = lambda config, params: config.build(Runtime(), name=None).apply({"params": params}, picture).value
-    params = jax.eval_shape(config.build(Runtime(), name=None).init, jax.random.key(0), picture)["params"]
+    image = example_image(config.patch_values, 4)
+    apply = lambda config, params: config.build(Runtime(), name=None).apply({"params": params}, image).value
+    params = jax.eval_shape(config.build(Runtime(), name=None).init, jax.random.key(0), image)["params"]
     params = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape), meta.unbox(params))
     jitted = jax.jit(apply, static_argnums=0)
     both = jitted(replace(config, features=(-2, -1)), params)
@@ -222,7 +222,7 @@ EVERYTHING = VitConfig(
 
 
 def run(runtime, mesh):
-    """Features, taps and gradients of a tower with every field in use, for pictures and padding in four rows."""
+    """Features, taps and gradients of a tower with every field in use, for images and padding in four rows."""
     rng = np.random.default_rng(0)
     grids = [[(5, 5), (2, 9)], [(2, 3)], [(6, 4), (4, 4)], []]
     rows = [tuple(cut(rng.standard_normal((3, 4 * h, 4 * w), np.float32), 4, 3) for h, w in row) for row in grids]

@@ -66,15 +66,15 @@ def test_pixels_reach_the_answer(params):
     assert np.abs(logits(params, batch) - logits(params, other)).max() > 1e-2
 
 
-def test_where_a_picture_lies_changes_nothing(params):
-    """More rows, longer rows and other places of pictures: the same logits."""
+def test_where_a_image_lies_changes_nothing(params):
+    """More rows, longer rows and other places of images: the same logits."""
     grids = ((4, 6), (2, 4), (6, 2))
     expected = logits(params, batch_of(*grids, budget=Budget(48, 1, 48)))
     for budget in (Budget(48, 2, 36), Budget(48, 4, 24), Budget(48, 3, 100)):
         np.testing.assert_allclose(logits(params, batch_of(*grids, budget=budget)), expected, atol=1e-5)
 
 
-def test_a_batch_without_pictures_needs_no_vision(params):
+def test_a_batch_without_images_needs_no_vision(params):
     empty = batch_of()
     np.testing.assert_allclose(logits(params, empty), logits(params, empty._replace(vision=None)), atol=1e-6)
 

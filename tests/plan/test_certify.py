@@ -38,7 +38,7 @@ def certify(*arguments, code="from mllm_jax.plan.verify.certify import main"):
 
 
 def small(rules=LOGICAL_AXIS_RULES):
-    """A dense layer, one with experts, and pictures; so narrow that it compiles in seconds."""
+    """A dense layer, one with experts, and images; so narrow that it compiles in seconds."""
     config = load_module("certify").model(MoeConfig(experts=8, top_k=2, mlp=8))
     attention = replace(config.decoder.attention, head_dim=4, rope_sections=(1, 1, 0))
     decoder = replace(config.decoder, width=16, mlp=16, num_dense_layers=1, attention=attention)

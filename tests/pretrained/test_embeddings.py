@@ -38,7 +38,7 @@ def gemma_tokenizer():
     return tokenizer
 
 
-def pictures(sizes=SIZES):
+def images(sizes=SIZES):
     rng = np.random.default_rng(2)
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
 
@@ -73,7 +73,7 @@ def reference(model, tokenizer, reader, texts):
     if model.config.model_type != "clip":
         words.pop("attention_mask")
     with torch.no_grad():
-        return model(**words, **reader(pictures(), return_tensors="pt"))
+        return model(**words, **reader(images(), return_tensors="pt"))
 
 
 def test_the_whole_way(pair, tmp_path):
@@ -82,24 +82,24 @@ def test_the_whole_way(pair, tmp_path):
         tokenizer.padding_side = "right"
     expected = reference(model, tokenizer, reader, TEXTS)
     np.testing.assert_allclose(mllm_jax.encode_text(ours, TEXTS), expected.text_embeds, atol=1e-4)
-    np.testing.assert_allclose(mllm_jax.encode_image(ours, pictures()), expected.image_embeds, atol=1e-4)
+    np.testing.assert_allclose(mllm_jax.encode_image(ours, images()), expected.image_embeds, atol=1e-4)
     logits = expected.logits_per_image
     chances = logits.softmax(-1) if model.config.model_type == "clip" else logits.sigmoid()
-    np.testing.assert_allclose(mllm_jax.classify(ours, pictures(), TEXTS, "{}"), chances, atol=1e-4)
+    np.testing.assert_allclose(mllm_jax.classify(ours, images(), TEXTS, "{}"), chances, atol=1e-4)
     mllm_jax.save_pretrained(ours, tmp_path)
     again = mllm_jax.load_pretrained(tmp_path)
     assert again.processor.rule == ours.processor.rule and again.processor.mean == ours.processor.mean
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())
     read_back = type(reader)(**{key: value for key, value in written.items() if key != "image_processor_type"})
-    for image, theirs in zip(pictures(), reader(pictures())["pixel_values"]):
+    for image, theirs in zip(images(), reader(images())["pixel_values"]):
         np.testing.assert_array_equal(read_back(image)["pixel_values"][0], theirs)
 
 
 def test_batches_of_one_size(pair, monkeypatch):
     ours = pair[0]
-    expected = mllm_jax.encode_image(ours, pictures())
+    expected = mllm_jax.encode_image(ours, images())
     monkeypatch.setattr(embeddings, "BATCH", 2)
-    np.testing.assert_allclose(mllm_jax.encode_image(ours, pictures()), expected, atol=1e-5)
+    np.testing.assert_allclose(mllm_jax.encode_image(ours, images()), expected, atol=1e-5)
 
 
 def test_several_prompts_are_averaged(pair):
@@ -108,8 +108,8 @@ def test_several_prompts_are_averaged(pair):
     both = mllm_jax.encode_text(ours, ["a cat.", "the cat!", "a dog.", "the dog!"])
     mean = sum(both[:2]) / np.linalg.norm(sum(both[:2]))
     scale, bias = ours.model.apply({"params": ours.params}, method="temperature")
-    logit = scale * (mllm_jax.encode_image(ours, pictures()) @ mean) + bias
-    chances = mllm_jax.classify(ours, pictures(), ["cat", "dog"], prompts)
+    logit = scale * (mllm_jax.encode_image(ours, images()) @ mean) + bias
+    chances = mllm_jax.classify(ours, images(), ["cat", "dog"], prompts)
     assert chances.shape == (3, 2)
     if ours.config.loss == "sigmoid":
         np.testing.assert_allclose(chances[:, 0], 1 / (1 + np.exp(-logit)), atol=1e-5)
@@ -122,16 +122,16 @@ def test_refusals(pair):
     with pytest.raises(ValueError, match="a text has 4. tokens, the model reads 32; shorten 'aaaa"):
         mllm_jax.encode_text(ours, ["a" * 40])
     with pytest.raises(ValueError, match="a prompt needs {} where the label stands: 'a photo'"):
-        mllm_jax.classify(ours, pictures(), ["cat"], "a photo")
+        mllm_jax.classify(ours, images(), ["cat"], "a photo")
     with pytest.raises(ValueError, match="needs a list"):
         mllm_jax.encode_text(ours, "a cat")
     with pytest.raises(ValueError, match="needs a list"):
         mllm_jax.encode_image(ours, [])
     with pytest.raises(FileNotFoundError):
-        mllm_jax.encode_image(ours, ["no such picture.png"])
+        mllm_jax.encode_image(ours, ["no such image.png"])
 
 
-def test_odd_pictures(pair):
+def test_odd_images(pair):
     """Of one pixel, grey, for printing, with transparency; one so long that enlarging it would fill the memory."""
     ours = pair[0]
     grey = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
@@ -143,7 +143,7 @@ def test_odd_pictures(pair):
     if ours.config.family == "siglip2":
         assert np.isfinite(mllm_jax.encode_image(ours, [long])).all()
     else:
-        with pytest.raises(ValueError, match="a picture of 20000x3 has an aspect ratio over 200"):
+        with pytest.raises(ValueError, match="an image of 20000x3 has an aspect ratio over 200"):
             mllm_jax.encode_image(ours, [long])
 
 
@@ -183,11 +183,11 @@ def test_real_tokens(shared, pair):
 def test_the_code_of_the_readme(pair, monkeypatch, tmp_path, capsys):
     readme = (ROOT / "README.md").read_text()
     code = next(text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "classify" in text)
-    pictures()[0].save(tmp_path / "picture.png")
+    images()[0].save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     scope = {"mllm_jax": mllm_jax}
     exec(code.replace("openai/clip-vit-base-patch32", str(pair[-1])), scope)
     label, cosines = capsys.readouterr().out.split("\n", 1)
     assert label in scope["labels"] and cosines.count("[") == 2
-    assert scope["pictures"].shape[0] == 1 and scope["texts"].shape[0] == 2
+    assert scope["images"].shape[0] == 1 and scope["texts"].shape[0] == 2
     assert len(code.splitlines()) <= 10

@@ -1,4 +1,4 @@
-"""Pictures and texts for a dual encoder as a `DualBatch`. No jax: data workers run this."""
+"""Images and texts for a dual encoder as a `DualBatch`. No jax: data workers run this."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from mllm_jax.types import DualBatch, Example, ImagePatches
 
 
 def in_rows(rows: Sequence[Sequence[ImagePatches]], budget: Budget, count: int, values: int) -> DualBatch:
-    """Pictures in rows with room for `budget.patch_rows` x `budget.patches_per_row`, at most `count` in each;
+    """Images in rows with room for `budget.patch_rows` x `budget.patches_per_row`, at most `count` in each;
     embeddings come row by row.
 
-    values: of a patch. Raises TooLarge where a row has more patches or pictures.
+    values: of a patch. Raises TooLarge where a row has more patches or images.
     """
     if (most := max(map(len, rows))) > count:
-        raise TooLarge(f"a row has {most} pictures, there is room for {count}")
+        raise TooLarge(f"a row has {most} images, there is room for {count}")
     batch = collate([[without_text(tuple(row))] for row in rows], budget._replace(tokens=0), merge=1, values=values)
     first = np.full((len(rows), count), -1, np.int32)
     for row, image in enumerate(batch.vision.image.reshape(len(rows), -1)):
@@ -25,44 +25,42 @@ def in_rows(rows: Sequence[Sequence[ImagePatches]], budget: Budget, count: int, 
     return DualBatch(vision=batch.vision, first=first)
 
 
-def one_each(pictures: Sequence[ImagePatches], patches: int = 0) -> DualBatch:
-    """A picture per row, in rows of at least `patches` places; of no pictures, an empty batch."""
-    if not pictures:
+def one_each(images: Sequence[ImagePatches], patches: int = 0) -> DualBatch:
+    """An image per row, in rows of at least `patches` places; of no images, an empty batch."""
+    if not images:
         return DualBatch()
-    patches = max([patches, *(len(picture.patches) for picture in pictures)])
-    return in_rows([[picture] for picture in pictures], Budget(0, 1, patches), 1, pictures[0].patches.shape[1])
+    patches = max([patches, *(len(image.patches) for image in images)])
+    return in_rows([[image] for image in images], Budget(0, 1, patches), 1, images[0].patches.shape[1])
 
 
-def packed(pictures: Sequence[ImagePatches], budget: Budget, count: int) -> DualBatch:
-    """Pictures of any sizes in few rows, `budget.patch_rows` of `budget.patches_per_row`, with at most `count` in each.
+def packed(images: Sequence[ImagePatches], budget: Budget, count: int) -> DualBatch:
+    """Images of any sizes in few rows, `budget.patch_rows` of `budget.patches_per_row`, with at most `count` in each.
 
-    Embeddings come in the order of the pictures. Raises TooLarge where they do not fit.
+    Embeddings come in the order of the images. Raises TooLarge where they do not fit.
     """
-    places = place([len(picture.patches) for picture in pictures], budget)
+    places = place([len(image.patches) for image in images], budget)
     if places is None:
-        raise TooLarge(
-            f"{len(pictures)} pictures do not fit {budget.patch_rows} rows of {budget.patches_per_row} patches"
-        )
+        raise TooLarge(f"{len(images)} images do not fit {budget.patch_rows} rows of {budget.patches_per_row} patches")
     rows = [[i for i, (row, _) in enumerate(places) if row == own] for own in range(budget.patch_rows)]
-    values = pictures[0].patches.shape[1]
-    batch = in_rows([[pictures[i] for i in row] for row in rows], budget._replace(patch_rows=1), count, values)
-    order = np.zeros(len(pictures), np.int32)
+    values = images[0].patches.shape[1]
+    batch = in_rows([[images[i] for i in row] for row in rows], budget._replace(patch_rows=1), count, values)
+    order = np.zeros(len(images), np.int32)
     for number, row in enumerate(rows):
         order[row] = number * count + np.arange(len(row))
     return batch._replace(order=order)
 
 
 def pairs_in_rows(rows: Sequence[Sequence[Example]], budget: Budget, length: int, values: int) -> DualBatch:
-    """Pictures and their texts, in the same order: picture i belongs to text i, and where there is none, nothing.
+    """Images and their texts, in the same order: image i belongs to text i, and where there is none, nothing.
 
     Args:
-      rows: B lists of pairs: an example has one picture, and as tokens its text with `length` tokens, padding included;
+      rows: B lists of pairs: an example has one image, and as tokens its text with `length` tokens, padding included;
         its weight says what of it is read.
       budget: of a row. It has room for budget.tokens // length pairs.
       values: of a patch.
     """
     count = budget.tokens // length
-    batch = in_rows([[picture for pair in row for picture in pair.pictures] for row in rows], budget, count, values)
+    batch = in_rows([[image for pair in row for image in pair.images] for row in rows], budget, count, values)
     tokens, segment = np.zeros((2, len(rows), count, length), np.int32)
     for row, pairs in enumerate(rows):
         for number, pair in enumerate(pairs):
@@ -78,7 +76,7 @@ def with_texts(batch: DualBatch, arrays: Arrays, vocab: int, positions: int, rea
       arrays: `input_ids` i[texts T] and optional `attention_mask`; without the first the batch stays as it is.
       reads_padding: the last token stands for a text, so that a mask must not end it.
     Raises:
-      ValueError: neither pictures nor texts, a mask that does not fit, or see `text_ids`.
+      ValueError: neither images nor texts, a mask that does not fit, or see `text_ids`.
     """
     if "input_ids" not in arrays:
         if batch.vision is None:

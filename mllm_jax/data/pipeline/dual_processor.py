@@ -1,4 +1,4 @@
-"""From pictures and strings to what a dual encoder reads."""
+"""From images and strings to what a dual encoder reads."""
 
 import dataclasses
 import pathlib
@@ -27,10 +27,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 class DualProcessor(Config):
     """Needs no jax and no torch, and can be sent to another process.
 
-    rule: how a picture gets its size.
+    rule: how an image gets its size.
     mean, std: of pixels in 0..1, per channel.
     patch: side in pixels.
-    num_prefix_tokens: empty patches before a picture's own.
+    num_prefix_tokens: empty patches before an image's own.
     length: tokens of a text; a shorter one is padded.
     reads_padding: whether padding is a part of a text.
     missing_rows: largest share of its rows that a truncated JPEG may lack.
@@ -46,7 +46,7 @@ class DualProcessor(Config):
     reads_padding: bool
     missing_rows: Fraction = 0.0
 
-    def picture(self, source: Any) -> ImagePatches:
+    def image_patches(self, source: Any) -> ImagePatches:
         """A path, bytes, an array or a PIL image, as `images.open_image` takes them, normalised."""
         pixels = self.rule.read(load_image(source))
         return self._patches((pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std))
@@ -65,40 +65,38 @@ class DualProcessor(Config):
         return len(self.mean) * self.patch**2
 
     def example(self, record: dict[str, Any], budget: Budget) -> Example:
-        """A pair to learn from: the one picture of a record, u8, and the text of its last message, cut to `length`.
+        """A pair to learn from: the one image of a record, u8, and the text of its last message, cut to `length`.
 
         Args:
           record: see data/records/records.py.
-          budget: of a row; a picture whose rule has no size of its own gets at most so many patches.
+          budget: of a row; an image whose rule has no size of its own gets at most so many patches.
         Raises:
-          ValueError: not one picture, or no text. TooLarge: a picture of fixed size has more patches.
+          ValueError: not one image, or no text. TooLarge: an image of fixed size has more patches.
         """
         parts = [parts_of(message["content"]) for message in record["messages"]]
         shown = [part for message in parts for part in message if part["type"] != "text"]
         text = " ".join(part["text"] for part in parts[-1] if part["type"] == "text").strip()
         if [part["type"] for part in shown] != ["image"] or not text:
-            raise ValueError(
-                f"a pair needs one picture and a text, not {len(shown)} pictures or clips and {text[:80]!r}"
-            )
+            raise ValueError(f"a pair needs one image and a text, not {len(shown)} images or videos and {text[:80]!r}")
         rule = self.rule.within((budget.patches_per_row - self.num_prefix_tokens) * self.patch**2)
         image = load_image(shown[0]["image"], self.missing_rows)
-        picture = self._patches(rule.read(image))
-        if len(picture.patches) > budget.patches_per_row:
-            raise TooLarge(f"a picture has {len(picture.patches)} patches, a patch row {budget.patches_per_row}")
+        image_patches = self._patches(rule.read(image))
+        if len(image_patches.patches) > budget.patches_per_row:
+            raise TooLarge(f"an image has {len(image_patches.patches)} patches, a patch row {budget.patches_per_row}")
         tokens, read = self._text(self.tokenizer.encode_framed(self._plain(text), self.length))
         nowhere = np.full(self.length, -1, np.int32)
         position = np.zeros((self.length, 3), np.int32)
-        return Example(tokens, read, position, nowhere, (picture,), notes=tuple(notes(image)))
+        return Example(tokens, read, position, nowhere, (image_patches,), notes=tuple(notes(image)))
 
     def collate(self, rows: Sequence[Sequence[Example]], budget: Budget) -> DualBatch:
         """Rows of pairs as a batch."""
         return pairs_in_rows(rows, budget, self.length, self.values)
 
-    def pictures(self, sources: Sequence[Any]) -> DualBatch:
-        """A picture per row; the rows of a model have one length, so that one program serves all pictures."""
-        pictures = [self.picture(source) for source in sources]
+    def images(self, sources: Sequence[Any]) -> DualBatch:
+        """An image per row; the rows of a model have one length, so that one program serves all images."""
+        images = [self.image_patches(source) for source in sources]
         places = self.rule.patches + self.num_prefix_tokens if isinstance(self.rule, Keep) else 0
-        return one_each(pictures, places)
+        return one_each(images, places)
 
     def texts(self, texts: Sequence[str]) -> DualBatch:
         """A text per row. Raises ValueError, naming it, for one that is longer than the model reads."""

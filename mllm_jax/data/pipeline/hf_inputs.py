@@ -53,16 +53,16 @@ def text_ids(inputs: Arrays, vocab: int, positions: int = 0, placeholders: Itera
 
 
 def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
-    """Tokens, and the pictures that their placeholders stand for, as a batch.
+    """Tokens, and the images that their placeholders stand for, as a batch.
 
     Args:
       config: a ModelConfig.
       inputs: `input_ids` i[B T]; optional `attention_mask` [B T] (padding left or right); `labels` [B T] are
         `input_ids`, or -100 where there is no loss (absent: no loss); `token_type_ids` [B T] are 0 in what all tokens
         see, in models that have that (absent: nowhere); `mm_token_type_ids` is redundant and only checked for shape.
-      supply: every picture and clip of all rows, in order, by its placeholder.
+      supply: every image and video of all rows, in order, by its placeholder.
     Raises:
-      ValueError: placeholders that do not match the pictures, or see `text_ids`.
+      ValueError: placeholders that do not match the images, or see `text_ids`.
     """
     ids = text_ids(inputs, config.decoder.vocab, config.decoder.positions, supply)
     for name in TEXT[1:]:
@@ -76,36 +76,36 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
     examples = [_example(row[keep], label[keep], after[keep], supply, config.merge) for row, keep, label, after in rows]
     for token, left in supply.items():
         if left:
-            raise ValueError(f"{len(left)} pictures or clips have no placeholders (token {token}) in input_ids")
+            raise ValueError(f"{len(left)} images or videos have no placeholders (token {token}) in input_ids")
     budget = tightest(examples, tokens=ids.shape[1])
     batch = collate([[example] for example in examples], budget, **config.layout)
     return _move_to(batch, mask)
 
 
 def alone(config: Any, supply: Supply) -> Batch:
-    """Pictures without text, for a tower alone: one a row."""
-    examples = [without_text(visual.pictures) for visuals in supply.values() for visual in visuals]
+    """Images without text, for a tower alone: one a row."""
+    examples = [without_text(visual.images) for visuals in supply.values() for visual in visuals]
     return collate([[e] for e in examples], tightest(examples), **config.layout)
 
 
-def without_text(pictures: tuple[ImagePatches, ...]) -> Example:
+def without_text(images: tuple[ImagePatches, ...]) -> Example:
     none = np.zeros(0, np.int32)
-    return Example(none, none, np.zeros((0, 3), np.int32), none, pictures)
+    return Example(none, none, np.zeros((0, 3), np.int32), none, images)
 
 
 def _example(tokens, label, suffix, supply: Supply, merge: int) -> Example:
-    """A row without its padding; takes the pictures of its placeholders off the supply."""
+    """A row without its padding; takes the images of its placeholders off the supply."""
     visual = np.isin(tokens, list(supply))
     slots = np.flatnonzero(visual)
     taken, firsts, filled, first = [], [], 0, 0
     while filled < len(slots):
         waiting = supply[int(tokens[slots[filled]])]
         if not waiting:
-            raise ValueError(f"input_ids have {len(slots) - filled} visual placeholders more than the pictures")
+            raise ValueError(f"input_ids have {len(slots) - filled} visual placeholders more than the images")
         item = waiting.pop(0)
         taken.append(item)
         firsts.append(first)
-        first += sum(picture.shown for picture in item.pictures) // merge**2
+        first += sum(image.shown for image in item.images) // merge**2
         filled += len(item.order)
     position = rotary_positions(visual, [(item.position, item.advance) for item in taken])
     index, mix = spread(visual, [(item.order, item.mix) for item in taken], firsts)
@@ -114,7 +114,7 @@ def _example(tokens, label, suffix, supply: Supply, merge: int) -> Example:
         weight=(label >= 0).astype(np.float32),
         position=position,
         vision_index=index,
-        pictures=tuple(picture for item in taken for picture in item.pictures),
+        images=tuple(image for item in taken for image in item.images),
         prefix=int(np.sum(suffix == 0)),
         mix=mix,
     )

@@ -15,11 +15,11 @@ from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, ImagePatches, Vis
 
 
 class Budget(NamedTuple):
-    """The static shape of a batch row. `rows == 0` means a batch without pictures."""
+    """The static shape of a batch row. `rows == 0` means a batch without images."""
 
     tokens: int  # T
     patch_rows: int = 0  # R patch rows
-    patches_per_row: int = 0  # P patches in a patch row: no picture is larger
+    patches_per_row: int = 0  # P patches in a patch row: no image is larger
 
 
 # A pair of patches that see each other, in pairs of tokens: heads x their width x layers of the encoder over the
@@ -33,14 +33,14 @@ class TooLarge(ValueError):
 
 
 def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
-    """Finds a patch row and an offset for every picture, first-fit decreasing.
+    """Finds a patch row and an offset for every image, first-fit decreasing.
 
     Args:
-        sizes: patches of each picture.
+        sizes: patches of each image.
         budget: R rows of P patches.
 
     Returns:
-        (patch row, offset) per picture in the order of `sizes`; None where they do not fit. Pictures are never cut.
+        (patch row, offset) per image in the order of `sizes`; None where they do not fit. Images are never cut.
     """
     used = [0] * budget.patch_rows
     places = [(0, 0)] * len(sizes)
@@ -59,16 +59,16 @@ def cost(example: Example) -> float:
     The rest of the work depends on the shape of a row alone; of attention, kernels leave out what nobody sees.
     """
     seen = sum(size**2 for size in example.lengths or (len(example.tokens),))
-    return seen + PAIR_OF_PATCHES * sum(len(picture.patches) ** 2 for picture in example.pictures)
+    return seen + PAIR_OF_PATCHES * sum(len(image.patches) ** 2 for image in example.images)
 
 
 def tightest(examples: Sequence[Example], tokens: int | None = None) -> Budget:
-    """The smallest budget that gives each conversation its own row; patch rows are as long as the largest picture.
+    """The smallest budget that gives each conversation its own row; patch rows are as long as the largest image.
 
     Args:
         tokens: T, where it is given.
     """
-    sizes = [[len(picture.patches) for picture in example.pictures] for example in examples]
+    sizes = [[len(image.patches) for image in example.images] for example in examples]
     tokens = max((len(example.tokens) for example in examples), default=0) if tokens is None else tokens
     budget = Budget(tokens, patches_per_row=max((size for row in sizes for size in row), default=0))
     while any(place(row, budget) is None for row in sizes):
@@ -78,7 +78,7 @@ def tightest(examples: Sequence[Example], tokens: int | None = None) -> Budget:
 
 @lru_cache(maxsize=4096)
 def patch_coords(grid: tuple[int, int], merge: int) -> np.ndarray:
-    """i32[h*w 2]: (y, x) of each patch of a picture in merge-block-major order."""
+    """i32[h*w 2]: (y, x) of each patch of an image in merge-block-major order."""
     yx = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).astype(np.int32)
     coords = rearrange(yx, "(y m) (x n) c -> (y x m n) c", m=merge, n=merge)
     coords.flags.writeable = False  # shared by all callers
@@ -101,18 +101,18 @@ def collate(
         rows: B lists of conversations; an empty list makes a row of padding. Those of one Example lie side by side.
         budget: the shape of a row. Its P is a multiple of merge^2.
         merge: side of the square of patches that becomes one visual token.
-        values: C, values in a patch, known even where no conversation has a picture.
+        values: C, values in a patch, known even where no conversation has an image.
         prefix: whether the model has tokens that all tokens of their conversation see.
         mixes: whether the model resamples grids of visual tokens.
         references: whether examples bring log-probabilities of a reference model.
 
     Returns:
-        A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the pictures, uint8 where there are
+        A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the images, uint8 where there are
         none; `vision is None` where `budget.patch_rows == 0`.
 
     Raises:
         TooLarge: a row is over the budget.
-        ValueError: visual tokens and pictures of a conversation disagree, or uint8 and float pictures are mixed.
+        ValueError: visual tokens and images of a conversation disagree, or uint8 and float images are mixed.
     """
     if budget.patches_per_row % merge**2:
         raise ValueError(f"budget.patches_per_row={budget.patches_per_row} must be a multiple of merge^2={merge**2}")
@@ -131,7 +131,7 @@ def collate(
     )
     for b, examples in enumerate(rows):
         _fill_text(batch, b, examples)
-        _fill_pictures(batch, b, examples, budget, merge)
+        _fill_images(batch, b, examples, budget, merge)
     return batch
 
 
@@ -142,9 +142,9 @@ def fill(batch: Batch | DualBatch) -> dict[str, float]:
 
 
 def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int) -> Vision:
-    dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.pictures}
+    dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.images}
     if len(dtypes) > 1:
-        raise ValueError(f"pictures of one batch must share a dtype (raw uint8 or normalised float32), got {dtypes}")
+        raise ValueError(f"images of one batch must share a dtype (raw uint8 or normalised float32), got {dtypes}")
     shape = (len(rows), budget.patch_rows, budget.patches_per_row)
     return Vision(
         patches=np.zeros((*shape, values), dtypes.pop() if dtypes else np.uint8),
@@ -176,31 +176,31 @@ def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
             start = here.stop
 
 
-def _fill_pictures(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int) -> None:
-    pictures = [p for e in examples for p in e.pictures]
-    places = place([len(p.patches) for p in pictures], budget)
+def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int) -> None:
+    images = [p for e in examples for p in e.images]
+    places = place([len(p.patches) for p in images], budget)
     if places is None:
-        sizes = [len(p.patches) for p in pictures]
+        sizes = [len(p.patches) for p in images]
         raise TooLarge(
-            f"row {b}: pictures of {sizes} patches do not fit {budget.patch_rows} rows of {budget.patches_per_row}"
+            f"row {b}: images of {sizes} patches do not fit {budget.patch_rows} rows of {budget.patches_per_row}"
         )
-    firsts = []  # visual tokens of every picture
-    for number, (picture, (row, offset)) in enumerate(zip(pictures, places), 1):
-        lead, here = picture.num_prefix_tokens, (b, row, slice(offset, offset + len(picture.patches)))
-        batch.vision.patches[here] = picture.patches
+    firsts = []  # visual tokens of every image
+    for number, (image, (row, offset)) in enumerate(zip(images, places), 1):
+        lead, here = image.num_prefix_tokens, (b, row, slice(offset, offset + len(image.patches)))
+        batch.vision.patches[here] = image.patches
         batch.vision.image[here] = number
-        batch.vision.coords[here][:, 0] = picture.time
+        batch.vision.coords[here][:, 0] = image.time
         batch.vision.coords[here][:lead, 0] = -1 - np.arange(lead)
-        batch.vision.coords[here][lead:, 1:] = patch_coords(tuple(picture.grid), merge)
-        batch.vision.grid[here] = picture.grid
-        firsts.append((row * budget.patches_per_row + offset + picture.hidden) // merge**2)
-    tokens, start = _visual_tokens(pictures, firsts, merge), 0
+        batch.vision.coords[here][lead:, 1:] = patch_coords(tuple(image.grid), merge)
+        batch.vision.grid[here] = image.grid
+        firsts.append((row * budget.patches_per_row + offset + image.hidden) // merge**2)
+    tokens, start = _visual_tokens(images, firsts, merge), 0
     newline = budget.patch_rows * budget.patches_per_row // merge**2
     for number, example in enumerate(examples, 1):
         index = np.asarray(example.vision_index)
-        count = sum(picture.shown for picture in example.pictures) // merge**2
+        count = sum(image.shown for image in example.images) // merge**2
         if index.max(initial=-1) >= count:
-            raise ValueError(f"row {b}, segment {number}: visual token {index.max()}, but the pictures have {count}")
+            raise ValueError(f"row {b}, segment {number}: visual token {index.max()}, but the images have {count}")
         own, tokens = tokens[:count], tokens[count:]
         here = (b, slice(start, start + len(index)))
         batch.vision_index[here] = _places(index, own, newline)
@@ -215,9 +215,9 @@ def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
     return np.append(own, (newline, -1))[np.where(index >= 0, index, len(own) + (index != NEWLINE))]
 
 
-def _visual_tokens(pictures: Sequence[ImagePatches], firsts: Sequence[int], merge: int) -> np.ndarray:
-    """Where in a row every visual token of its pictures lies, the pictures end to end."""
-    counts = [picture.shown // merge**2 for picture in pictures]
+def _visual_tokens(images: Sequence[ImagePatches], firsts: Sequence[int], merge: int) -> np.ndarray:
+    """Where in a row every visual token of its images lies, the images end to end."""
+    counts = [image.shown // merge**2 for image in images]
     tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]
     return np.concatenate([np.zeros(0, np.int32), *tokens])
 
@@ -229,7 +229,7 @@ class Packer:
     then again and again the one that leaves the smallest remainder, both budgets counted as shares: the L2 greedy of
     vector bin packing (Panigrahy et al., "Heuristics for Vector Bin Packing", 2011). What is left of the mean cost of a
     row (see `cost`) is a third remainder, which counts less the fuller the row is: rows cost about the same, so that no
-    device waits for the one with the large pictures, and are as full as they would be. The choice depends on nothing
+    device waits for the one with the large images, and are as full as they would be. The choice depends on nothing
     but the waiting conversations and their order, so the keys in `waiting` are the whole state.
 
     Args:
@@ -266,9 +266,9 @@ class Packer:
 
     def add(self, key: int, example: Example) -> None:
         """Lets a conversation wait. Raises TooLarge where it fits no row."""
-        sizes = [len(p.patches) for p in example.pictures]
+        sizes = [len(p.patches) for p in example.images]
         if len(example.tokens) > self.budget.tokens or place(sizes, self.budget) is None:
-            raise TooLarge(f"{len(example.tokens)} tokens and pictures of {sizes} patches do not fit {self.budget}")
+            raise TooLarge(f"{len(example.tokens)} tokens and images of {sizes} patches do not fit {self.budget}")
         self._waiting.append((key, example))
         self._sizes.append((len(example.tokens), sum(sizes)))
         self._costs.append(cost(example))
@@ -285,7 +285,7 @@ class Packer:
         chosen, sizes, best = [], [], 0
         while True:
             candidate[best] = False
-            more = sizes + [len(p.patches) for p in self._waiting[best][1].pictures]
+            more = sizes + [len(p.patches) for p in self._waiting[best][1].images]
             if place(more, self.budget) is not None:
                 chosen.append(best)
                 sizes, room, left = more, room - share[best], left - costs[best]

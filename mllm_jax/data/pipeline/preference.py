@@ -1,4 +1,4 @@
-"""A chosen and a rejected answer to one question, as an Example in which their pictures lie once. No jax."""
+"""A chosen and a rejected answer to one question, as an Example in which their images lie once. No jax."""
 
 import difflib
 import zlib
@@ -52,7 +52,7 @@ class Pairs(Config):
         if found.content_hash != content_hash(example):
             raise BadData(
                 f"{name} is not what it was when its log-probabilities were computed: the record, the tokenizer, the "
-                f"size of its pictures or the weight of its tokens has changed; {again}"
+                f"size of its images or the weight of its tokens has changed; {again}"
             )
         return example._replace(reference=np.array(found.log_probs, np.float32))
 
@@ -67,7 +67,7 @@ def with_rejected(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def together(conversations: Sequence[Example]) -> Example:
-    """Conversations about the same pictures as one Example; of each the last answer alone is learned."""
+    """Conversations about the same images as one Example; of each the last answer alone is learned."""
     join = lambda arrays: np.concatenate(list(arrays))
     mixed = conversations[0].mix is not None
     first = conversations[0]
@@ -109,8 +109,8 @@ def same_tokens(a: Sequence[int], b: Sequence[int]) -> tuple[np.ndarray, np.ndar
 
 
 def content_hash(example: Example) -> int:
-    """A number that changes with tokens, weights, and sizes of pictures, but not with pixels."""
-    grids = np.array([picture.grid for picture in example.pictures], np.int32)
+    """A number that changes with tokens, weights, and sizes of images, but not with pixels."""
+    grids = np.array([image.grid for image in example.images], np.int32)
     found = 0
     for part in (example.tokens, example.weight, example.vision_index, grids, np.array(example.lengths)):
         found = zlib.crc32(np.ascontiguousarray(part).tobytes(), found)

@@ -1,4 +1,4 @@
-"""From a conversation with pictures and clips to an `Example`: the numbers that a model reads."""
+"""From a conversation with images and videos to an `Example`: the numbers that a model reads."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ class Processor:
         tokens = (spec.image_token, spec.vision_start, spec.vision_end)
         ids = (None if token is None else tokenizer.id(token) for token in tokens)
         self.image_id, self.vision_start_id, self.vision_end_id = ids
-        # where frames are pictures, the token of a clip is its template's alone, and a tokenizer may lack it
+        # where frames are images, the token of a video is its template's alone, and a tokenizer may lack it
         no_id = spec.video_token is None or spec.frame_token is not None
         self.video_id = None if no_id else tokenizer.id(spec.video_token)
         self._placeholders = [token for token in (self.image_id, self.video_id) if token is not None]
@@ -84,14 +84,14 @@ class Processor:
         A single message of the role "document" goes through no chat template: every token of its texts is learned.
 
         Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and
-        {"type": "video", "video": ...} (see `video.open_clip`), with "fps", "nframes" and "sampling" where wanted.
+        {"type": "video", "video": ...} (see `videos.open_video`), with "fps", "nframes" and "sampling" where wanted.
         `fps` is the rate at which a file is to be sampled, or the rate at which the frames of an array or a list were
         taken; without it they are all used. `nframes` is how many frames are read, whatever the rate, and `sampling`
         how they are spread: "even" or "motion".
         `generate`: a prompt that ends where the answer begins, without loss.
-        `budget`: pictures are made smaller, all by one limit of pixels, until the conversation fits; they are never
+        `budget`: images are made smaller, all by one limit of pixels, until the conversation fits; they are never
         cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
-        `others`: more conversations about the same pictures, in the same Example: the pictures lie there once, and of
+        `others`: more conversations about the same images, in the same Example: the images lie there once, and of
         all the conversations the last answer alone is learned.
         `tools`: descriptions of functions that the model may call, as JSON schemas. Messages may have "tool_calls" and
         "reasoning_content", which are learned like the answer, and "weight", by which the loss of a turn is multiplied.
@@ -109,9 +109,9 @@ class Processor:
         plans = self._plans(visuals, text, len(written), budget)
         conversations = [self._laid_out(tokens, weight, plans) for tokens, weight, _ in written]
         example = together(conversations) if others else conversations[0]
-        pictures = tuple(self._pictures(visuals, plans))
+        images = tuple(self._images(visuals, plans))
         notes = tuple(note for visual in visuals for note in visual.notes)
-        return example._replace(pictures=pictures, kind=kind, notes=notes)
+        return example._replace(images=images, kind=kind, notes=notes)
 
     def _check_length(self, conversations: Sequence[Messages], budget: Budget) -> None:
         """Raises TooLarge for texts that cannot fit whatever their tokens are: tokenizers take a minute for 60 MB."""
@@ -124,7 +124,7 @@ class Processor:
             )
 
     def _laid_out(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:
-        """A conversation with all its visual tokens, and without its pictures."""
+        """A conversation with all its visual tokens, and without its images."""
         tokens, weight = np.array(tokens, np.int32), np.array(weight, np.float32)
         visual = np.isin(tokens, self._placeholders)
         runs = [run for plan in plans for run in plan.runs]
@@ -138,7 +138,7 @@ class Processor:
             weight=weight,
             position=rotary_positions(visual, [(run.position, run.advance) for run in runs]),
             vision_index=index,
-            pictures=(),
+            images=(),
             prefix=int(np.argmax(np.append(weight, 1) > 0)) if self.spec.prefix else 0,
             mix=mix,
         )
@@ -176,7 +176,7 @@ class Processor:
         return tuple(sorted({*map(self.tokenizer.id, named), *self.generation.eos_token_id}))
 
     def _open(self, item: dict, stills: int) -> NativeImage | VideoFrames:
-        """`stills`: pictures in the conversation."""
+        """`stills`: images in the conversation."""
         spec, source, fps = self.spec, resolve(item[item["type"]]), item.get("fps", self.spec.fps)
         if item["type"] == "image":
             size = images.upright_size(images.open_image(source))
@@ -185,13 +185,13 @@ class Processor:
             )
         if spec.video_token not in self.tokenizer:
             lacks = f"; its tokenizer has no token {spec.video_token!r}" if spec.video_token else ""
-            raise ValueError(f"this model reads no clips{lacks}, but the conversation has one: {source!r:.80}")
-        clip = videos.open_clip(source, fps)
+            raise ValueError(f"this model reads no videos{lacks}, but the conversation has one: {source!r:.80}")
+        video = videos.open_video(source, fps)
         target = fps if isinstance(source, (str, os.PathLike, bytes)) else spec.fps
         spec = spec.asked(item)
-        apart, whole = (TimestampedFrames, TimestampedSpan) if spec.clip_rule else (VideoFrames, VideoSpan)
+        apart, whole = (TimestampedFrames, TimestampedSpan) if spec.video_rule else (VideoFrames, VideoSpan)
         kind = whole if spec.label is None else apart
-        return kind.sampled(clip, target, spec)
+        return kind.sampled(video, target, spec)
 
     def _tokens(
         self, messages: Messages, visuals: list, generate: bool, tools: list[dict[str, Any]] | None
@@ -202,7 +202,7 @@ class Processor:
         ordered = []
 
         def fill(placeholders: list[str]) -> list[str]:
-            """What stands for pictures and clips is text in part: it is written before there are tokens."""
+            """What stands for images and videos is text in part: it is written before there are tokens."""
             ordered.extend(self._ordered(placeholders, visuals))
             return [self._markup(visual) for visual in ordered]
 
@@ -213,7 +213,7 @@ class Processor:
     def tokenize(
         self, messages: Messages, generate: bool = False, tools: list[dict[str, Any]] | None = None, **options
     ) -> tuple[list[int], list[float]]:
-        """The tokens and weights of a conversation before its pictures are read, see `ChatFormat.tokenize`."""
+        """The tokens and weights of a conversation before its images are read, see `ChatFormat.tokenize`."""
         written, weights = self.chat.tokenize(
             messages, generate, tools or None, user_content_tokens=self.spec.user_content_tokens, **options
         )
@@ -223,22 +223,22 @@ class Processor:
         return written, weights
 
     def _ordered(self, placeholders: list[str], visuals: list) -> list[NativeImage | VideoFrames]:
-        """The visuals in the order of their placeholders: a template may write all pictures before the clips."""
+        """The visuals in the order of their placeholders: a template may write all images before the videos."""
         waiting = {self.spec.image_token: [], self.spec.video_token: []}
         for visual in visuals:
-            waiting[self.spec.video_token if visual.video else self.spec.image_token].append(visual)
+            waiting[self.spec.video_token if visual.is_video else self.spec.image_token].append(visual)
         wrong = any(placeholders.count(token) != len(shown) for token, shown in waiting.items())
         if wrong or len(placeholders) != len(visuals):
             raise ValueError(
-                f"the chat template wrote {len(placeholders)} placeholders for {len(visuals)} pictures and clips; "
-                "it may not show pictures in messages of this role"
+                f"the chat template wrote {len(placeholders)} placeholders for {len(visuals)} images and videos; "
+                "it may not show images in messages of this role"
             )
         return [waiting[token].pop(0) for token in placeholders]
 
     def _document(
         self, content: str | list[dict[str, Any]], visuals: list, generate: bool
     ) -> tuple[list[int], list[float]]:
-        """A text with pictures in any place, between what the tokenizer puts before a text and what ends one."""
+        """A text with images in any place, between what the tokenizer puts before a text and what ends one."""
         tokens, end = list(self.tokenizer.frame[0]), self.tokenizer.special_tokens().get("eos_token")
         weights, queue = [0.0] * len(tokens), iter(visuals)
         written = self.spec.vision_start is not None and not self.spec.brackets  # else `_markup` adds them
@@ -255,17 +255,17 @@ class Processor:
         return tokens, weights
 
     def _markup(self, visual: NativeImage | VideoFrames) -> str:
-        """What stands for a picture or a clip: a placeholder for every run, and what belongs around it."""
-        spec, token = self.spec, self.spec.video_token if visual.video else self.spec.image_token
-        if not visual.video or spec.label is None:
+        """What stands for an image or a video: a placeholder for every run, and what belongs around it."""
+        spec, token = self.spec, self.spec.video_token if visual.is_video else self.spec.image_token
+        if not visual.is_video or spec.label is None:
             return f"{spec.vision_start}{token}{spec.vision_end}" if spec.brackets else token
-        times = videos.patch_times(visual.indices, visual.clip.fps, spec.temporal_patch)
+        times = videos.patch_times(visual.indices, visual.video.fps, spec.temporal_patch)
         block = f"{spec.vision_start}{spec.frame_token or token}{spec.vision_end}"
         labels = (spec.label.format(number=number, seconds=time) for number, time in enumerate(times, 1))
         return spec.between.join(label + block for label in labels)
 
     def _plans(self, visuals: list, text_tokens: int, times: int, budget: Budget | None) -> list[Plan]:
-        """How every picture and clip is read: at its own size, or under the largest common limit that fits the budget.
+        """How every image and video is read: at its own size, or under the largest common limit that fits the budget.
 
         The limit is one of pixels. The visual tokens stand in the text so many `times`.
         """
@@ -290,7 +290,7 @@ class Processor:
             tokens, patches = self._needed(best, text_tokens, times)
             sizes = [size for plan in best for size in plan.sizes]
             raise TooLarge(
-                f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} pictures of {sum(patches)} "
+                f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} images of {sum(patches)} "
                 f"patches (the largest {max(patches, default=0)}) at the smallest sizes, {sizes}; there is room for "
                 f"{budget.tokens} tokens and {budget.patch_rows} rows of {budget.patches_per_row} patches"
             )
@@ -307,26 +307,26 @@ class Processor:
             raise ValueError(f"{visual.name}: {error}") from error
 
     def _needed(self, plans: Sequence[Plan], text_tokens: int, times: int) -> tuple[int, list[int]]:
-        """Tokens of the conversation, and patches of every picture."""
+        """Tokens of the conversation, and patches of every image."""
         spec = self.spec
         before = spec.num_prefix_tokens - spec.shown
         patches = [before + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
         return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
 
     def _firsts(self, plans: Sequence[Plan]) -> list[int]:
-        """For every run, the first visual token of its picture or clip, all of the conversation laid end to end."""
+        """For every run, the first visual token of its image or video, all of the conversation laid end to end."""
         counts = [sum(map(self.spec.tokens, plan.sizes)) for plan in plans]
         firsts = np.cumsum([0, *counts])
         return [int(first) for plan, first in zip(plans, firsts) for _ in plan.runs]
 
-    def _pictures(self, visuals: list, plans: Sequence[Plan]) -> Iterator[ImagePatches]:
+    def _images(self, visuals: list, plans: Sequence[Plan]) -> Iterator[ImagePatches]:
         spec = self.spec
         for visual, plan in zip(visuals, plans, strict=True):
             for index, (frames, (height, width)) in enumerate(zip(visual.frames(spec, plan), plan.sizes, strict=True)):
                 patches = images.patchify(frames, spec.patch, spec.temporal_patch, spec.merge)
                 patches = np.concatenate([np.zeros((spec.num_prefix_tokens, patches.shape[1]), patches.dtype), patches])
                 grid = (height // spec.patch, width // spec.patch)
-                yield ImagePatches(patches, grid, index if visual.video else 0, spec.shown > 0)
+                yield ImagePatches(patches, grid, index if visual.is_video else 0, spec.shown > 0)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":

@@ -86,5 +86,5 @@ class PpoPrompts:
             weight=np.zeros(count, np.float32),
             position=np.repeat(np.arange(count, dtype=np.int32)[:, None], 3, axis=1),
             vision_index=np.full(count, -1, np.int32),
-            pictures=(),
+            images=(),
         )

@@ -1,4 +1,4 @@
-"""Pictures and clips of a conversation: how large they will be, before a pixel is read, and then their pixels."""
+"""Images and videos of a conversation: how large they will be, before a pixel is read, and then their pixels."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from PIL import Image
 
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.video import videos
-from mllm_jax.data.video.videos import Clip
+from mllm_jax.data.video.videos import Video
 from mllm_jax.data.vision import images
 from mllm_jax.data.vision.positions import in_a_line, on_a_grid, patch_positions
 from mllm_jax.data.vision.resize import Rule, Whole
@@ -18,28 +18,28 @@ from mllm_jax.data.vision.tiles import Size
 from mllm_jax.data.vision.token_blend import shifted, spread
 from mllm_jax.types import NEWLINE, TokenBlend
 
-BROKEN_FRAMES = "frames of a clip cannot be decoded, and show the frame before"
+BROKEN_FRAMES = "frames of a video cannot be decoded, and show the frame before"
 
 
 class Run(NamedTuple):
     """The visual tokens that stand for one placeholder."""
 
-    order: np.ndarray  # i32[m] which of the visual tokens of the pictures, laid end to end; NEWLINE
+    order: np.ndarray  # i32[m] which of the visual tokens of the images, laid end to end; NEWLINE
     position: np.ndarray  # i32[m 3] rotary positions, counted from the first
     advance: int  # rotary position of what follows
     mix: TokenBlend | None = None  # of `order`; None = every token stands alone
 
 
 class Plan(NamedTuple):
-    """How a picture or a clip will be read."""
+    """How an image or a video will be read."""
 
-    sizes: tuple[Size, ...]  # of each of its pictures, in pixels: itself, its tiles, or its temporal patches
+    sizes: tuple[Size, ...]  # of each of its images, in pixels: itself, its tiles, or its temporal patches
     runs: tuple[Run, ...]
     rule: Any = None  # that made the sizes, where there is one
 
 
 def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...] = (0,)) -> Run:
-    """All visual tokens of pictures of one size, from the `first` on."""
+    """All visual tokens of images of one size, from the `first` on."""
     height, width = (side // spec.factor for side in size)
     count = height * width * len(times)
     place = on_a_grid(height, width, times) if spec.on_a_grid else in_a_line(count)
@@ -47,14 +47,14 @@ def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...]
 
 
 def _later(run: Run, tokens: int) -> Run:
-    """The same of a picture that so many visual tokens stand before."""
+    """The same of an image that so many visual tokens stand before."""
     mix = run.mix and run.mix._replace(index=shifted(run.mix.index, tokens))
     return run._replace(order=shifted(run.order, tokens), mix=mix)
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeImage:
-    """A picture at nearly its own size."""
+    """An image at nearly its own size."""
 
     source: Any  # opened again when it is read: neither open files nor pixels wait in between
     height: int
@@ -62,7 +62,7 @@ class NativeImage:
     # what it lacks, in words that are counted; filled when it is read
     notes: list[str] = dataclasses.field(default_factory=list, kw_only=True, compare=False)
 
-    video = False
+    is_video = False
 
     @property
     def name(self) -> str:
@@ -70,14 +70,14 @@ class NativeImage:
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
         """
-        limit: pixels that a picture may have, as far as its minimum allows.
+        limit: pixels that an image may have, as far as its minimum allows.
         row: pixels that a patch row can hold.
         """
         size = _native(self, (spec.min_pixels, spec.max_pixels), spec.factor, limit, row)
         return Plan((size,), (_run(spec, size),))
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
-        """u8[t h w 3] of each of the plan's pictures."""
+        """u8[t h w 3] of each of the plan's images."""
         yield images.resized(self._load(spec, plan.sizes[0]), plan.sizes[0])[None]
 
     def _load(self, spec: ProcessorSpec, size: Size | None = None) -> Image.Image:
@@ -88,7 +88,7 @@ class NativeImage:
 
 @dataclasses.dataclass(frozen=True)
 class TiledImage(NativeImage):
-    """A picture that is cropped, stretched or cut into tiles by a rule."""
+    """An image that is cropped, stretched or cut into tiles by a rule."""
 
     rule: Rule
 
@@ -100,90 +100,90 @@ class TiledImage(NativeImage):
         return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor)),), rule)
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
-        for pixels in plan.rule.pictures(self._load(spec)):
+        for pixels in plan.rule.images(self._load(spec)):
             yield pixels[None]
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoFrames:
-    """A clip; all its frames have one size."""
+    """A video; all its frames have one size."""
 
-    clip: Clip
+    video: Video
     indices: list[int]
     even: bool = True  # whether the frames are spread evenly
 
-    video = True
+    is_video = True
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Defects of the frames that were read, in words that are counted."""
-        return (BROKEN_FRAMES,) if self.clip.broken else ()
+        return (BROKEN_FRAMES,) if self.video.broken else ()
 
     @classmethod
-    def sampled(cls, clip: Clip, fps: float, spec: ProcessorSpec) -> "VideoFrames":
+    def sampled(cls, video: Video, fps: float, spec: ProcessorSpec) -> "VideoFrames":
         """Reads as many frames as `fps` a second come to, as far as the spec's bounds allow."""
-        count = cls.count(clip, fps, spec)
+        count = cls.count(video, fps, spec)
         if spec.sampling == videos.MOTION:
-            return cls(clip, videos.moving_frames(clip, count), even=False)
-        return cls(clip, cls.spread(clip, count))
+            return cls(video, videos.moving_frames(video, count), even=False)
+        return cls(video, cls.spread(video, count))
 
     @staticmethod
-    def count(clip: Clip, fps: float, spec: ProcessorSpec) -> int:
-        return videos.frame_count(clip.frames, clip.fps, fps, spec.min_frames, spec.max_frames)
+    def count(video: Video, fps: float, spec: ProcessorSpec) -> int:
+        return videos.frame_count(video.frames, video.fps, fps, spec.min_frames, spec.max_frames)
 
     @staticmethod
-    def spread(clip: Clip, count: int) -> list[int]:
+    def spread(video: Video, count: int) -> list[int]:
         """`count` frame numbers, evenly."""
-        return videos.sample_frames(clip.frames, count)
+        return videos.sample_frames(video.frames, count)
 
     @property
     def name(self) -> str:
-        return self.clip.name
+        return self.video.name
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
-        clip, frames = self.clip, len(self.indices)
-        limit = max(limit, min(max(spec.factor**2, spec.clip_min_pixels / frames), row))
-        bounds = spec.clip_min_pixels, spec.clip_max_pixels
-        size = videos.clip_size(frames, clip.height, clip.width, spec.factor, spec.temporal_patch, *bounds)
-        size = _within(limit, size, clip.height, clip.width, spec.factor)
+        video, frames = self.video, len(self.indices)
+        limit = max(limit, min(max(spec.factor**2, spec.video_min_pixels / frames), row))
+        bounds = spec.video_min_pixels, spec.video_max_pixels
+        size = videos.video_size(frames, video.height, video.width, spec.factor, spec.temporal_patch, *bounds)
+        size = _within(limit, size, video.height, video.width, spec.factor)
         count = math.ceil(frames / spec.temporal_patch)
         tokens = spec.tokens(size)
         return Plan((size,) * count, tuple(_run(spec, size, first * tokens) for first in range(count)))
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
-        return videos.read_clip(self.clip, self.indices, plan.sizes[0], spec.temporal_patch)
+        return videos.read_video(self.video, self.indices, plan.sizes[0], spec.temporal_patch)
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpan(VideoFrames):
-    """A clip that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191): bounds of pixels hold for every frame."""
+    """A video that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191): bounds of pixels hold for every frame."""
 
     @staticmethod
-    def count(clip: Clip, fps: float, spec: ProcessorSpec) -> int:
+    def count(video: Video, fps: float, spec: ProcessorSpec) -> int:
         bounds = spec.min_frames, spec.max_frames, spec.temporal_patch
-        return videos.frame_count(clip.frames, clip.fps, fps, *bounds)
+        return videos.frame_count(video.frames, video.fps, fps, *bounds)
 
     @staticmethod
-    def spread(clip: Clip, count: int) -> list[int]:
-        return [index * clip.frames // count for index in range(count)]
+    def spread(video: Video, count: int) -> list[int]:
+        return [index * video.frames // count for index in range(count)]
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
-        clip, frames = self.clip, len(self.indices)
-        size = _native(clip, (spec.clip_min_pixels, spec.clip_max_pixels), spec.factor, limit, row)
-        count, seconds = math.ceil(frames / spec.temporal_patch), clip.frames / (frames * clip.fps)
+        video, frames = self.video, len(self.indices)
+        size = _native(video, (spec.video_min_pixels, spec.video_max_pixels), spec.factor, limit, row)
+        count, seconds = math.ceil(frames / spec.temporal_patch), video.frames / (frames * video.fps)
         times = patch_positions(count, spec.position_rate, spec.temporal_patch * seconds)
         if spec.position_rate and not self.even:
-            times = [int(spec.position_rate * index / clip.fps) for index in self.indices[:: spec.temporal_patch]]
+            times = [int(spec.position_rate * index / video.fps) for index in self.indices[:: spec.temporal_patch]]
         return Plan((size,) * count, (_run(spec, size, 0, tuple(times)),))
 
 
 @dataclasses.dataclass(frozen=True)
 class TimestampedFrames(VideoFrames):
-    """A clip whose frames are pictures, each read by the spec's rule: those in the middle of as many equal parts."""
+    """A video whose frames are images, each read by the spec's rule: those in the middle of as many equal parts."""
 
     @staticmethod
-    def spread(clip: Clip, count: int) -> list[int]:
-        return [(2 * part + 1) * clip.frames // (2 * count) for part in range(count)]
+    def spread(video: Video, count: int) -> list[int]:
+        return [(2 * part + 1) * video.frames // (2 * count) for part in range(count)]
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
         rule, size = self._rule(spec, limit)
@@ -192,23 +192,23 @@ class TimestampedFrames(VideoFrames):
         return Plan(rule.sizes(size) * count, tuple(_later(frame, number * tokens) for number in range(count)), rule)
 
     def _rule(self, spec: ProcessorSpec, limit: float) -> tuple[Whole, Size]:
-        """The rule for pictures of at most `limit` pixels, and the frames' own size."""
-        clip = self.clip
-        images.check_aspect(clip.height, clip.width)
-        return spec.clip_rule.within(limit), (clip.height, clip.width)
+        """The rule for images of at most `limit` pixels, and the frames' own size."""
+        video = self.video
+        images.check_aspect(video.height, video.width)
+        return spec.video_rule.within(limit), (video.height, video.width)
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
-        for frame in self.clip.read(self.indices):
+        for frame in self.video.read(self.indices):
             yield plan.rule.read(frame)[None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TimestampedSpan(TimestampedFrames):
-    """A clip whose frames are read by the spec's rule and are together one run of visual tokens; a NEWLINE ends it."""
+    """A video whose frames are read by the spec's rule and are together one run of visual tokens; a NEWLINE ends it."""
 
     @staticmethod
-    def spread(clip: Clip, count: int) -> list[int]:
-        return videos.sample_frames(clip.frames, count)
+    def spread(video: Video, count: int) -> list[int]:
+        return videos.sample_frames(video.frames, count)
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
         (rule, size), count = self._rule(spec, limit), len(self.indices)
@@ -217,7 +217,7 @@ class TimestampedSpan(TimestampedFrames):
 
 
 def frame_by_frame(rule: Whole, size: Size, factor: int, count: int) -> tuple[np.ndarray, TokenBlend | None]:
-    """The order and the mix of `count` frames of a clip, and of the NEWLINE that ends it."""
+    """The order and the mix of `count` frames of a video, and of the NEWLINE that ends it."""
     frame, step = (rule.order(size, factor), rule.mix(size, factor)), math.prod(s // factor for s in rule.sized(size))
     runs, firsts = [frame] * count + [(np.array([NEWLINE]), None)], [*range(0, count * step, step), 0]
     return spread(np.ones(count * len(frame[0]) + 1, bool), runs, firsts)

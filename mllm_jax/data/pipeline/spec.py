@@ -47,25 +47,25 @@ class ProcessorSpec(Config):
     patch: PositiveInt = 16  # side in pixels
     temporal_patch: PositiveInt = 2  # frames
     merge: PositiveInt = 2  # a visual token is merge x merge patches
-    num_prefix_tokens: NonNegativeInt = 0  # empty patches before a picture's own
+    num_prefix_tokens: NonNegativeInt = 0  # empty patches before an image's own
     shown: NonNegativeInt = 0  # visual tokens that stand in these places: all of them, or none
-    rule: Rule | None = None  # how pictures get their sizes, or are cut (tiles.py); None = nearly as they are
-    clip_rule: Whole | None = None  # how each frame of a clip does, all in one block; None = nearly as they are
-    min_pixels: PositiveInt = 65536  # of a picture, where there is no other rule
+    rule: Rule | None = None  # how images get their sizes, or are cut (tiles.py); None = nearly as they are
+    video_rule: Whole | None = None  # how each frame of a video does, all in one block; None = nearly as they are
+    min_pixels: PositiveInt = 65536  # of an image, where there is no other rule
     max_pixels: PositiveInt = 16777216
     missing_rows: Fraction = 0.0  # largest share of its rows that a truncated JPEG may lack
-    clip_min_pixels: PositiveInt = 4096  # of all frames of a clip together; of each where a clip is one block
-    clip_max_pixels: PositiveInt = 25165824
-    fps: Positive = 2.0  # at which clips are sampled
+    video_min_pixels: PositiveInt = 4096  # of all frames of a video together; of each where a video is one block
+    video_max_pixels: PositiveInt = 25165824
+    fps: Positive = 2.0  # at which videos are sampled
     sampling: Annotated[str, OneOf(SAMPLINGS)] = EVEN  # of `video.SAMPLINGS`: how the frames are spread
     min_frames: PositiveInt = 4
     max_frames: PositiveInt = 768
-    label: str | None = "<{seconds:.1f} seconds>"  # before every temporal patch of a clip; None = a clip is one block
-    between: str = ""  # what stands between those of a clip
+    label: str | None = "<{seconds:.1f} seconds>"  # before every temporal patch of a video; None = a video is one block
+    between: str = ""  # what stands between those of a video
     frame_token: str | None = None  # after the label of each; None = the video token
     position_rate: NonNegative = 0.0  # rotary positions per second in such a block; 0 = one per temporal patch
     on_a_grid: bool = True  # rotary positions of rows and columns; or else visual tokens are counted like text
-    brackets: bool = False  # the chat template leaves out those around a picture
+    brackets: bool = False  # the chat template leaves out those around an image
     mean: tuple[Finite, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
     std: tuple[Positive, ...] = (0.5, 0.5, 0.5)
     image_token: str | None = "<|image_pad|>"
@@ -90,7 +90,7 @@ class ProcessorSpec(Config):
             raise ValueError(f"min_frames={self.min_frames} must not be more than max_frames={self.max_frames}")
 
     def asked(self, item: dict[str, Any]) -> "ProcessorSpec":
-        """With what a clip in a message asks for itself: the number of frames and how they are spread."""
+        """With what a video in a message asks for itself: the number of frames and how they are spread."""
         frames = {} if item.get("nframes") is None else dict.fromkeys(("min_frames", "max_frames"), item["nframes"])
         spread = {"sampling": item["sampling"]} if item.get("sampling") else {}
         return dataclasses.replace(self, **frames, **spread)
@@ -101,7 +101,7 @@ class ProcessorSpec(Config):
         return self.patch * self.merge
 
     def tokens(self, size: tuple[int, int]) -> int:
-        """Visual tokens of a picture of this (height, width)."""
+        """Visual tokens of an image of this (height, width)."""
         return self.shown + math.prod(side // self.factor for side in size)
 
     @property
@@ -112,7 +112,7 @@ class ProcessorSpec(Config):
 
 
 SEEING = ProcessorSpec()
-NATIVE = {"merge_size", "patch_size", "min_pixels", "max_pixels"}  # said of pictures that nearly keep their size
+NATIVE = {"merge_size", "patch_size", "min_pixels", "max_pixels"}  # said of images that nearly keep their size
 NATIVE_SIZE = {"longest_edge", "min_pixels", "max_pixels"}  # and of the bounds of that size
 TEXT = ProcessorSpec(
     image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None, grounding=None
@@ -162,7 +162,7 @@ BOTH = "processor_config.json"  # one file since transformers 5, two before
 
 
 def read_processor(folder: pathlib.Path, part: str) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Returns the file of a folder that describes pictures or clips (`part` of FILES), and its fields.
+    """Returns the file of a folder that describes images or videos (`part` of FILES), and its fields.
 
     Raises ValueError, naming the file and the field, for one that holds what it cannot.
     """
@@ -202,16 +202,16 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
     Raises ValueError, naming the file, for a field or a rule that is not known here.
     """
     path, image = read_processor(folder, "image_processor")
-    _, clip = read_processor(folder, "video_processor")
-    if not clip and spec.label is None:
-        clip = image  # as it was before clips had a file: the bounds of a picture are those of a frame
-    least, most = _bounds(clip)
+    _, video = read_processor(folder, "video_processor")
+    if not video and spec.label is None:
+        video = image  # as it was before videos had a file: the bounds of an image are those of a frame
+    least, most = _bounds(video)
     found = {
-        "clip_min_pixels": least,
-        "clip_max_pixels": most,
-        "fps": clip.get("fps"),
-        "min_frames": clip.get("min_frames", clip.get("num_frames")),
-        "max_frames": clip.get("max_frames", clip.get("num_frames")),
+        "video_min_pixels": least,
+        "video_max_pixels": most,
+        "fps": video.get("fps"),
+        "min_frames": video.get("min_frames", video.get("num_frames")),
+        "max_frames": video.get("max_frames", video.get("num_frames")),
         "mean": image.get("image_mean"),
         "std": image.get("image_std"),
         "processor_class": image.get("processor_class"),
@@ -231,7 +231,7 @@ def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
 
 
 def _bounds(stated: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Pixels that a picture has at least and at most, by all names that they have."""
+    """Pixels that an image has at least and at most, by all names that they have."""
     size = stated.get("size", {})
     return tuple(
         stated.get(f"{name}_pixels", size.get(edge, size.get(f"{name}_pixels")))
@@ -240,7 +240,7 @@ def _bounds(stated: dict[str, Any]) -> tuple[int | None, int | None]:
 
 
 def _native(image: dict[str, Any], spec: ProcessorSpec) -> bool:
-    """Pictures nearly keep their size, which has bounds."""
+    """Images nearly keep their size, which has bounds."""
     size = image.get("size", {})
     if "max_num_patches" in image:
         return False
@@ -288,10 +288,10 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
         image = common | steps | seen | spec.rule.to_hf()
         write_json(folder / "preprocessor_config.json", image)
         write_json(folder / "processor_config.json", counting | {"processor_class": image["processor_class"]})
-        if spec.clip_rule is not None:
-            clip = spec.clip_rule.to_hf()
-            del clip["image_processor_type"]
-            write_json(folder / "video_preprocessor_config.json", common | steps | clip | _sampling(spec))
+        if spec.video_rule is not None:
+            video = spec.video_rule.to_hf()
+            del video["image_processor_type"]
+            write_json(folder / "video_preprocessor_config.json", common | steps | video | _sampling(spec))
         return
     common |= {"patch_size": spec.patch, "temporal_patch_size": spec.temporal_patch, "merge_size": spec.merge}
     image = {
@@ -301,12 +301,12 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
     write_json(folder / "preprocessor_config.json", common | image)
     if spec.video_processor_type is None:
         return
-    size = {"shortest_edge": spec.clip_min_pixels, "longest_edge": spec.clip_max_pixels}
+    size = {"shortest_edge": spec.video_min_pixels, "longest_edge": spec.video_max_pixels}
     write_json(folder / "video_preprocessor_config.json", common | {"size": size} | _sampling(spec))
 
 
 def _counting(spec: ProcessorSpec) -> dict[str, Any]:
-    """By what transformers' processors of pictures with a rule count placeholders; each reads what it knows."""
+    """By what transformers' processors of images with a rule count placeholders; each reads what it knows."""
     tokens = spec.tokens(spec.rule.sizes((1, 1))[0])  # of one tile
     said = {
         "patch_size": spec.patch,
@@ -323,7 +323,7 @@ def _counting(spec: ProcessorSpec) -> dict[str, Any]:
 
 
 def _sampling(spec: ProcessorSpec) -> dict[str, Any]:
-    """How frames are chosen, as the file of clips says it."""
+    """How frames are chosen, as the file of videos says it."""
     return {
         "fps": spec.fps,
         "min_frames": spec.min_frames,

@@ -12,7 +12,7 @@ ANSWERS = ("response", "completion", "output", "answer")  # columns of an answer
 QUESTIONS = ("query", "prompt", "instruction", "question", "input")
 TURNS = ("messages", "conversations", "conversation")  # fields that hold a conversation turn by turn
 FILES = ("image", "images", "video", "videos", "frames")
-CLIPS = ("fps", "nframes", "sampling")  # of all clips of a record
+CLIPS = ("fps", "nframes", "sampling")  # of all videos of a record
 PAIR = ("chosen", "rejected", "rejected_response", "rejected_messages")
 ABOUT = ("system", "tools", "functions", "objects")  # what a conversation has beside its turns
 DOCUMENT = ("text", "caption", "texts", "text_list", "image_info")
@@ -56,8 +56,8 @@ RECORD = Names(
     | dict.fromkeys(("mask", "masks"), "remove the record, segmentation masks are not read")
     | dict.fromkeys(("weight", "loss_weight", "loss_mask"), _WEIGHT)
     | {"input_ids": "give the text, not its tokens", "rejected_images": "both answers must be about the same images"},
-    renamed=dict.fromkeys("img image_path image_file image_url picture".split(), "image")
-    | dict.fromkeys("imgs image_paths image_files image_urls pictures".split(), "images")
+    renamed=dict.fromkeys("img image_path image_file image_url image".split(), "image")
+    | dict.fromkeys("imgs image_paths image_files image_urls images".split(), "images")
     | dict.fromkeys("video_path video_file video_url".split(), "video"),
     guarded=FIELDS - {"texts", "facts", "text", "fps"} | {"audio", "audios"},
     plain=frozenset(

@@ -151,7 +151,7 @@ def _mmc4(record: Mapping[str, Any]) -> Layout | None:
         for image in images:
             place = image["matched_text_index"]
             if not 0 <= place < len(texts):
-                raise Bad("not a document", "a picture is matched to a text that is not there")
+                raise Bad("not a document", "an image is matched to a text that is not there")
             before[place].append({"type": "image", "image": image["image_name"]})
     except (KeyError, TypeError) as error:
         raise Bad("not a document", '"image_info" needs image_name and matched_text_index') from error

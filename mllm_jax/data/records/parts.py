@@ -12,7 +12,7 @@ from mllm_jax.data.records.fields import Bad, is_empty, present, unread
 
 MEDIA = ("image", "video")
 ASKED = {"fps": float, "nframes": int, "sampling": str}  # what a video, or a record for its videos, may ask for
-MOST_FRAMES = 100_000  # of a clip: more than any model reads
+MOST_FRAMES = 100_000  # of a video: more than any model reads
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 TYPES = {"input_text": "text", "output_text": "text", "input_image": "image", "input_video": "video"}
 READ = {kind: frozenset(("type", kind, *(ASKED if kind == "video" else ()))) for kind in ("text", *MEDIA)}
@@ -191,11 +191,11 @@ def _asked(part: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found = {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name) is not None}
     except (TypeError, ValueError, OverflowError) as error:
-        raise Bad("not a conversation", f"of a clip, {', '.join(ASKED)} must be two numbers and a word") from error
+        raise Bad("not a conversation", f"of a video, {', '.join(ASKED)} must be two numbers and a word") from error
     nframes = found.get("nframes", 1)
     whole = isinstance(part.get("nframes", ""), str) or nframes == part["nframes"]
     if not (0 < found.get("fps", 1) < math.inf and whole and 1 <= nframes <= MOST_FRAMES):
-        raise Bad("not a conversation", f"of a clip, fps must be over 0, and nframes 1 to {MOST_FRAMES:,}")
+        raise Bad("not a conversation", f"of a video, fps must be over 0, and nframes 1 to {MOST_FRAMES:,}")
     return found
 
 

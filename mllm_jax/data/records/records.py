@@ -24,11 +24,11 @@ added; or the answers stand beside the question, as TRL, RLHF-V, MMPR and ms-swi
     {"image": A, "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
     {"image": A, "text": '{"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}'}
 
-Any of them may have "facts", a text or a list of texts that are true of its pictures, such as a caption by people: a
+Any of them may have "facts", a text or a list of texts that are true of its images, such as a caption by people: a
 reward model reads them beside an answer.
 
-A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datasets have it. A clip may also be a list
-of pictures: as a part's "video", or beside the messages as "frames", each with "fps".
+A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datasets have it. A video may also be a list
+of images: as a part's "video", or beside the messages as "frames", each with "fps".
 """
 
 import re
@@ -80,8 +80,8 @@ class BadData(RuntimeError):
 def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
     """{"messages": [{"role", "content"}], "kind": str, "id": str} in Hugging Face's layout, of any layout above.
 
-    Messages are those of `mllm_jax.data.records.messages`; a document is one message of the role DOCUMENT. Pictures and
-    clips are what `find` says, or bytes. A pair of answers is a conversation that ends with the chosen one, and also
+    Messages are those of `mllm_jax.data.records.messages`; a document is one message of the role DOCUMENT. Images and
+    videos are what `find` says, or bytes. A pair of answers is a conversation that ends with the chosen one, and also
     has {"rejected": str}. With facts it has {"facts": str}, with tools {"tools": [dict]}. {"notes": (str, ...)} says
     what was left out of the record, in words that can be counted.
 

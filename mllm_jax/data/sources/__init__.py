@@ -1,7 +1,7 @@
 """Sources of conversations and documents: what a path means follows from what is there.
 
-    conversations.jsonl, llava.json            JSON, with pictures and clips beside it on disk; also .ndjson, .jsonl.gz
-    questions.csv, questions.tsv               a table, with pictures beside it or as base64; also .csv.gz, .tsv.gz
+    conversations.jsonl, llava.json            JSON, with images and videos beside it on disk; also .ndjson, .jsonl.gz
+    questions.csv, questions.tsv               a table, with images beside it or as base64; also .csv.gz, .tsv.gz
     records-00000-of-00010.array_record        ArrayRecord
     shard-00000.tar                            WebDataset
     train-00000-of-00010.parquet               Parquet

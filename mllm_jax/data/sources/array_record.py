@@ -1,4 +1,4 @@
-"""ArrayRecord: the format for random access at scale. A record is MessagePack, with pictures inside, or JSON."""
+"""ArrayRecord: the format for random access at scale. A record is MessagePack, with images inside, or JSON."""
 
 import json
 from pathlib import Path

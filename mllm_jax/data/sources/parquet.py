@@ -1,4 +1,4 @@
-"""Parquet with pictures inside, as public instruction sets are published. A row group is read at a time."""
+"""Parquet with images inside, as public instruction sets are published. A row group is read at a time."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -13,7 +13,7 @@ from mllm_jax.data.records.parts import Find
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
-ROW_GROUPS = 4  # of all files that a process holds: they may have hundreds of megabytes of pictures each
+ROW_GROUPS = 4  # of all files that a process holds: they may have hundreds of megabytes of images each
 
 
 class Parquet(Shard):

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.lines import GZIP, Lines
 
-# A cell may hold a picture as base64. The limit belongs to the whole process, and nothing else here reads CSV.
+# A cell may hold an image as base64. The limit belongs to the whole process, and nothing else here reads CSV.
 csv.field_size_limit(2**31 - 1)
 
 

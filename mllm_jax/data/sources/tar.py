@@ -6,7 +6,7 @@ in small letters. Folders, links, members without an ending and hidden ones (`._
 `KEY.json` is a record in any layout of `mllm_jax.data.records.records`; without it `KEY.txt` is a text with what it is
 about.
 Files that the record names are members of the same key: `KEY.0.jpg`, or what follows the key, `0.jpg`. Where it names
-none, all pictures and clips of its key belong to it, in the order in which they lie in the tar.
+none, all images and videos of its key belong to it, in the order in which they lie in the tar.
 """
 
 import io

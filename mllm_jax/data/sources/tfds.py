@@ -1,6 +1,6 @@
 """Datasets of TFDS, prepared as ArrayRecord: read at random, without TensorFlow.
 
-Their features must be fields of a layout of `mllm_jax.data.records.records`. Pictures and frames stay as they were
+Their features must be fields of a layout of `mllm_jax.data.records.records`. Images and frames stay as they were
 encoded.
 """
 
@@ -73,7 +73,7 @@ def prepared(name: str) -> Path:
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Leaves pictures as the bytes of their files, in sequences, too."""
+    """Leaves images as the bytes of their files, in sequences, too."""
 
     def decode_example(self, serialized_example: Any) -> Any:
         return serialized_example
@@ -93,7 +93,7 @@ def _shows(feature: tfds.features.FeatureConnector) -> bool:
 
 
 def _plain(feature: tfds.features.FeatureConnector, value: Any) -> Any:
-    """Values as JSON has them: texts, numbers, lists and mappings; pictures as bytes."""
+    """Values as JSON has them: texts, numbers, lists and mappings; images as bytes."""
     if isinstance(feature, tfds.features.FeaturesDict):
         return {name: _plain(part, value[name]) for name, part in feature.items()}
     if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.FeaturesDict):

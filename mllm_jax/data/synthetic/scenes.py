@@ -1,8 +1,8 @@
-"""`scenes`: questions about pictures and clips that are drawn on the fly from a seed.
+"""`scenes`: questions about images and videos that are drawn on the fly from a seed.
 
 An embedded default, so that training, evaluation and generation run anywhere without a download. It is not a benchmark:
 a small model learns the easy kinds from scratch in minutes, and what it scores says nothing about photographs.
-Train and held-out are disjoint by construction: a hash of what a picture shows (its size, every thing in it, its
+Train and held-out are disjoint by construction: a hash of what an image shows (its size, every thing in it, its
 movement; not the shade of its background, its noise or the question) decides to which of the two it belongs.
 """
 
@@ -34,7 +34,7 @@ WORDS = tuple(
 )
 LARGE, SMALL = (16 / 16, 26 / 16), (9 / 16, 13 / 16)  # [low, high) sides of things, in cells
 NOISE = 4.0  # standard deviation, in levels of 255
-HELD_OUT = 8  # one in so many pictures belongs to the held-out split
+HELD_OUT = 8  # one in so many images belongs to the held-out split
 DEFAULT_KINDS = {"colour": 0.06, "shape": 0.22, "place": 0.12, "count": 0.2, "presence": 0.28, "movement": 0.12}
 SCENES = "scenes"  # names the processor of the embedded set in `config.processor`
 SCENES_TEMPLATE = (Path(__file__).parent / "scenes.jinja").read_text(encoding="utf-8")
@@ -49,12 +49,12 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture shows, before it is drawn. All in pixels."""
+    """What an image shows, before it is drawn. All in pixels."""
 
     height: int
     width: int
     things: tuple[Thing, ...]
-    step: tuple[int, int] | None = None  # (x, y) from the first frame of a clip to the second; None = a still picture
+    step: tuple[int, int] | None = None  # (x, y) from the first frame of a video to the second; None = a still image
 
 
 class Question(NamedTuple):
@@ -66,17 +66,17 @@ class Question(NamedTuple):
 class Scenes:
     """A random-access set of drawn conversations: item i is a pure function of the options, seed, split and i.
 
-    An item is {"messages": [user, assistant], "kind": str, "id": str}. The user's message holds a PIL picture or a clip
+    An item is {"messages": [user, assistant], "kind": str, "id": str}. The user's message holds a PIL image or a video
     u8[4 h w 3]: two drawn frames, each twice, so that each becomes one temporal patch of two frames.
 
     Args:
         split: "train" or "heldout".
-        seed: another seed gives other pictures of the same split.
+        seed: another seed gives other images of the same split.
         kinds: share of each kind of question, out of `KINDS`; shares are normalised.
         size: number of conversations.
-        cell: side in pixels of a square of the grid that picture sides are multiples of: best one visual token.
-        min_cells, max_cells: range of both sides of a still picture, in cells. Larger pictures also show larger things.
-        pictures: False leaves the pictures out, for a text-only baseline.
+        cell: side in pixels of a square of the grid that image sides are multiples of: best one visual token.
+        min_cells, max_cells: range of both sides of a still image, in cells. Larger images also show larger things.
+        images: False leaves the images out, for a text-only baseline.
 
     Raises ValueError for an unknown split or kind, or a range of sizes that is empty.
     """
@@ -91,7 +91,7 @@ class Scenes:
         cell: int = 16,
         min_cells: int = 3,
         max_cells: int = 5,
-        pictures: bool = True,
+        images: bool = True,
     ):
         if split not in ("train", "heldout"):
             raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
@@ -99,7 +99,7 @@ class Scenes:
             raise ValueError(f"unknown kinds {sorted(unknown)}, the known ones are {sorted(KINDS)}")
         if not 3 <= min_cells <= max_cells:
             raise ValueError(f"need 3 <= min_cells <= max_cells, got {min_cells} and {max_cells}")
-        self.split, self.seed, self.size, self.pictures = split, seed, size, pictures
+        self.split, self.seed, self.size, self.images = split, seed, size, images
         self.cell, self.min_cells, self.max_cells = cell, min_cells, max_cells
         self._kinds, self._shares = list(kinds), list(kinds.values())
 
@@ -117,11 +117,11 @@ class Scenes:
             question = KINDS[kind].draw(r, height, width, self.cell)
             if question and is_held_out(question.scene) == (self.split == "heldout"):
                 break
-        content = [self._picture(r, question.scene)] if self.pictures else []
+        content = [self._image(r, question.scene)] if self.images else []
         user = {"role": "user", "content": [*content, {"type": "text", "text": question.text}]}
         return {"messages": [user, {"role": "assistant", "content": question.answer}], "kind": kind, "id": name}
 
-    def _picture(self, r: Random, scene: Scene) -> dict[str, Any]:
+    def _image(self, r: Random, scene: Scene) -> dict[str, Any]:
         light = r.uniform(170, 230)
         background = tuple(int(light + r.uniform(-8, 8)) for _ in range(3))
         noise = np.random.Generator(np.random.SFC64(r.getrandbits(64)))
@@ -133,7 +133,7 @@ class Scenes:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether what this picture shows belongs to the held-out split."""
+    """Whether what this image shows belongs to the held-out split."""
     things = sorted(map(tuple, scene.things))  # the order of drawing does not show
     return zlib.crc32(repr((scene.height, scene.width, things, scene.step)).encode()) % HELD_OUT == 0
 
@@ -165,12 +165,12 @@ def _render(scene: Scene, background: tuple[int, ...], step: tuple[int, int], no
 
 
 def _scale(r: Random, height: int, width: int, cell: int) -> float:
-    """How much larger things are than in a picture of at most 5 x 5 cells."""
+    """How much larger things are than in an image of at most 5 x 5 cells."""
     return r.uniform(1, max(1, min(height, width) / (5 * cell)))
 
 
 def _things(r: Random, height: int, width: int, cell: int, sides: tuple[float, float], count: int) -> tuple[Thing, ...]:
-    """Up to `count` things that neither touch nor leave the picture: fewer where no free place is found."""
+    """Up to `count` things that neither touch nor leave the image: fewer where no free place is found."""
     unit = cell * _scale(r, height, width, cell)
     things: list[Thing] = []
     for _ in range(count):
@@ -218,7 +218,7 @@ def _presence(r: Random, height: int, width: int, cell: int) -> Question:
 
 
 def _movement(r: Random, height: int, width: int, cell: int) -> Question:
-    height, width = 3 * cell, 4 * cell  # all clips alike: what moves is the question, not where it is
+    height, width = 3 * cell, 4 * cell  # all videos alike: what moves is the question, not where it is
     size, step = r.randrange(cell, cell * 22 // 16), r.randrange(cell * 10 // 16, cell * 20 // 16)
     answer = r.choice(list(MOVES))
     dx, dy = (step * d for d in MOVES[answer])

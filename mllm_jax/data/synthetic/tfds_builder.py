@@ -28,7 +28,7 @@ class ScenesConfig(tfds.core.BuilderConfig):
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder):
-    """Questions about drawn pictures and clips, see `mllm_jax.data.synthetic.scenes`."""
+    """Questions about drawn images and videos, see `mllm_jax.data.synthetic.scenes`."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = {}  # of downloads: TFDS would look for a file of them with a package that it does not declare
@@ -39,12 +39,12 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        pictures = tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3), encoding_format="png"))
+        images = tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3), encoding_format="png"))
         features = {
             "id": text,
             "kind": text,
-            "images": pictures,
-            "frames": pictures,  # of a clip
+            "images": images,
+            "frames": images,  # of a video
             "fps": tfds.features.Scalar(np.float32),
             "messages": tfds.features.Sequence({"role": text, "content": text}),
         }
@@ -65,7 +65,7 @@ def _examples(split: str, size: int) -> Iterator[tuple[int, dict[str, Any]]]:
     for number in range(size):
         record = embedded(drawn[number])
         shown = [part for m in record["messages"] if not isinstance(m["content"], str) for part in m["content"]]
-        clip = next((part for part in shown if part["type"] == "video"), {"video": [], "fps": 0})
+        video = next((part for part in shown if part["type"] == "video"), {"video": [], "fps": 0})
         texts = ["".join(texts_of(message["content"])) for message in record["messages"]]
         yield (
             number,
@@ -73,8 +73,8 @@ def _examples(split: str, size: int) -> Iterator[tuple[int, dict[str, Any]]]:
                 "id": record["id"],
                 "kind": record["kind"],
                 "images": [io.BytesIO(part["image"]) for part in shown if part["type"] == "image"],
-                "frames": [io.BytesIO(frame) for frame in clip["video"]],
-                "fps": clip["fps"],
+                "frames": [io.BytesIO(frame) for frame in video["video"]],
+                "fps": video["fps"],
                 "messages": [{"role": m["role"], "content": text} for m, text in zip(record["messages"], texts)],
             },
         )

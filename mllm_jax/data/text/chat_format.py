@@ -43,7 +43,7 @@ class ChatFormat:
     """A chat template together with the tokenizer that cuts what it writes.
 
     `control` are the added tokens that never come out of what people write: those that the template writes outside of
-    answers, the placeholders of pictures and clips, and those for the beginning, the end and the padding of texts. The
+    answers, the placeholders of images and videos, and those for the beginning, the end and the padding of texts. The
     other added tokens are content, as `<think>` or `<|box_start|>`: answers may consist of them.
     `ends` are the control tokens that end a turn, and `end` is the one behind an answer; None where none is. Where
     the template ends no turn, the tokenizer's end of text is written behind each answer.

@@ -1,4 +1,4 @@
-"""From any source to ArrayRecord, with the pictures inside: in parallel, and going on where it was interrupted.
+"""From any source to ArrayRecord, with the images inside: in parallel, and going on where it was interrupted.
 
 A conversion is a folder of numbered shards. Shard k holds the source's records from k x R on, in their order, without
 the broken ones. It is written under another name and renamed when it is whole, so that what bears a shard's name is
@@ -28,7 +28,7 @@ from mllm_jax.data.tools.inline_media import embedded
 
 ABOUT, BROKEN = "conversion.json", "broken.txt"
 PARTIAL = ".partial"
-OPTIONS = "group_size:1,zstd:1"  # a group is what one access reads; pictures are compressed already
+OPTIONS = "group_size:1,zstd:1"  # a group is what one access reads; images are compressed already
 SECONDS = 0.2  # between two looks at the progress
 
 

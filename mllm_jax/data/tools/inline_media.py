@@ -1,4 +1,4 @@
-"""Records that need no other file: pictures and clips as the bytes of their files."""
+"""Records that need no other file: images and videos as the bytes of their files."""
 
 import io
 import os
@@ -12,14 +12,14 @@ from mllm_jax.data.media import resolve
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.vision.images import load_image, open_image
 
-LARGEST = 2**28  # bytes of a clip: a longer one would be read whole to show a few of its frames
+LARGEST = 2**28  # bytes of a video: a longer one would be read whole to show a few of its frames
 
 
 def embedded(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with bytes in place of paths, pictures in memory and arrays, which become PNG.
+    """The record with bytes in place of paths, images in memory and arrays, which become PNG.
 
-    A clip in memory becomes the list of its frames. Raises BadRecord where a picture has no readable header, a file is
-    gone or a clip is too large.
+    A video in memory becomes the list of its frames. Raises BadRecord where an image has no readable header, a file is
+    gone or a video is too large.
     """
 
     def content(value: Any) -> Any:
@@ -31,8 +31,8 @@ def embedded(record: dict[str, Any]) -> dict[str, Any]:
 def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
     try:
         if part["type"] == "image":
-            return part | {"image": _picture(part["image"])}
-        return part | {"video": _clip(part["video"], name)} if part["type"] == "video" else part
+            return part | {"image": _image(part["image"])}
+        return part | {"video": _video(part["video"], name)} if part["type"] == "video" else part
     except FileNotFoundError as error:
         raise BadRecord("missing file", name, str(error)) from error
     except BadRecord:
@@ -41,9 +41,9 @@ def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
         raise BadRecord("not readable", name, str(error)) from error
 
 
-def _picture(source: Any) -> bytes:
+def _image(source: Any) -> bytes:
     source = resolve(source)
-    open_image(source)  # raises ValueError where it is no picture
+    open_image(source)  # raises ValueError where it is no image
     if isinstance(source, bytes):
         return source
     if isinstance(source, str | os.PathLike):
@@ -51,9 +51,9 @@ def _picture(source: Any) -> bytes:
     return _png(load_image(source))
 
 
-def _clip(source: Any, name: str) -> bytes | list[bytes]:
+def _video(source: Any, name: str) -> bytes | list[bytes]:
     if isinstance(source, np.ndarray | list | tuple):
-        return [_picture(frame) for frame in source]
+        return [_image(frame) for frame in source]
     source = resolve(source)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     if size > LARGEST:
@@ -61,7 +61,7 @@ def _clip(source: Any, name: str) -> bytes | list[bytes]:
     return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()

@@ -11,7 +11,7 @@ from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.vision.images import unpatchify
 from mllm_jax.types import Batch
 
-KINDS = ("padding", "text", "learned text", "picture", "video")  # of the places of a row
+KINDS = ("padding", "text", "learned text", "image", "video")  # of the places of a row
 PADDING, TEXT, LEARNED, PICTURE, VIDEO = range(5)
 
 
@@ -21,7 +21,7 @@ class Stretch(NamedTuple):
     kind: str  # of KINDS
     first: int
     count: int
-    number: int  # of its conversation, or of its picture; 0 = padding
+    number: int  # of its conversation, or of its image; 0 = padding
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ class Shown(NamedTuple):
 
     text: str = ""
     learned: bool = False
-    pictures: tuple[Image.Image, ...] = ()  # in the size at which they are read
+    images: tuple[Image.Image, ...] = ()  # in the size at which they are read
     video: bool = False
 
 
@@ -58,9 +58,9 @@ class Inspection:
 
     def __init__(self, processor: Processor, rows: int = 16, samples: int = 12):
         self.processor, self._samples = processor, samples
-        self.tokens, self.visual, self.learned, self.pictures = [], [], [], []  # of every conversation
+        self.tokens, self.visual, self.learned, self.images = [], [], [], []  # of every conversation
         self.kinds: collections.Counter[str] = collections.Counter()  # conversations
-        self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()  # pictures of (width, height) pixels
+        self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()  # images of (width, height) pixels
         self.fill: list[tuple[float, float]] = []  # of every batch: shares of tokens and patches
         self.rows: list[Row] = []
         self._wanted = rows
@@ -90,7 +90,7 @@ class Inspection:
         self.tokens += counted(row.segment)
         self.visual += counted(row.segment[visual])
         self.learned += counted(row.segment[row.weight > 0])
-        self.pictures += counted(pairs[0])
+        self.images += counted(pairs[0])
         self.kinds.update(kinds)
         for number in range(1, image.max(initial=0) + 1):
             height, width = row.vision.grid[image == number][0].tolist()
@@ -121,12 +121,12 @@ class Inspection:
                 parts.append(Shown(self.processor.tokenizer.decode(tokens[first:last], special=True), kind == LEARNED))
             else:
                 numbers = [number for number in dict.fromkeys(of_token[first:last].tolist()) if number]
-                shown = tuple(self._picture(row, number) for number in numbers)
-                parts.append(Shown(pictures=shown, video=bool(kind == VIDEO)))
+                shown = tuple(self._image(row, number) for number in numbers)
+                parts.append(Shown(images=shown, video=bool(kind == VIDEO)))
         return parts
 
-    def _picture(self, row: Batch, number: int) -> Image.Image:
-        own = (row.vision.image == number) & (row.vision.coords[..., 0] >= 0)  # without what leads a picture
+    def _image(self, row: Batch, number: int) -> Image.Image:
+        own = (row.vision.image == number) & (row.vision.coords[..., 0] >= 0)  # without what leads an image
         grid = tuple(row.vision.grid[own][0].tolist())
         spec = self.processor.spec
         return Image.fromarray(unpatchify(row.vision.patches[own], grid, spec.patch, spec.merge)[0])
@@ -138,7 +138,7 @@ def _row(value, row: int):
 
 
 def _images(row: Batch, merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """i32[R P] the picture of each patch, and i32[T] that of each visual token; 0 = none."""
+    """i32[R P] the image of each patch, and i32[T] that of each visual token; 0 = none."""
     if row.vision is None:
         return np.zeros((0, 0), np.int32), np.zeros_like(row.tokens)
     flat = row.vision.image.reshape(-1)
@@ -149,8 +149,8 @@ def _images(row: Batch, merge: int) -> tuple[np.ndarray, np.ndarray]:
 def _drawn(row: Batch, code: np.ndarray, image: np.ndarray, of_token: np.ndarray) -> Row:
     edges = np.stack([code, row.segment], axis=-1)
     tokens = [Stretch(KINDS[code[a]], a, b - a, int(row.segment[a])) for a, b in _runs(edges)]
-    clips = set(of_token[code == VIDEO].tolist())
-    kind = lambda number: KINDS[PADDING if not number else VIDEO if number in clips else PICTURE]
+    videos = set(of_token[code == VIDEO].tolist())
+    kind = lambda number: KINDS[PADDING if not number else VIDEO if number in videos else PICTURE]
     patches = [[Stretch(kind(int(part[a])), a, b - a, int(part[a])) for a, b in _runs(part)] for part in image]
     return Row(tokens, patches)
 

@@ -1,4 +1,4 @@
-"""What batches hold as one HTML page: histograms, conversations with their pictures, and packed rows as coloured bars.
+"""What batches hold as one HTML page: histograms, conversations with their images, and packed rows as coloured bars.
 
 This file computes what is shown, in percent of a drawing's width and height; inspection.html says how it looks.
 """
@@ -17,8 +17,8 @@ from mllm_jax.data.tools.inspection import KINDS, Inspection, Row, Stretch
 
 BINS = 30  # of a histogram at most
 WIDE = 30  # times the smallest value is the largest in a histogram whose bins grow with their values
-BUBBLES = 60  # sizes of pictures that are drawn, the most frequent ones
-SIDE, TINY = 240, 160  # pixels of a picture on the page at most, and up to which small ones are enlarged
+BUBBLES = 60  # sizes of images that are drawn, the most frequent ones
+SIDE, TINY = 240, 160  # pixels of an image on the page at most, and up to which small ones are enlarged
 LETTERS, PICTURES = 1500, 12  # of a stretch of text, and of a conversation, that are shown
 
 
@@ -48,7 +48,7 @@ def write_inspection(
         histogram("Tokens of a conversation", found.tokens),
         histogram("Visual tokens of a conversation", found.visual),
         histogram("Learned tokens of a conversation", found.learned),
-        histogram("Pictures of a conversation, frames of clips included", found.pictures),
+        histogram("Images of a conversation, frames of videos included", found.images),
     ]
     return write_page(
         path,
@@ -58,12 +58,12 @@ def write_inspection(
         lead=lead,
         facts=facts,
         rows=[drawn(row) for row in found.rows],
-        keys=[(KINDS.index(kind), kind) for kind in ("text", "learned text", "picture", "video", "padding")],
+        keys=[(KINDS.index(kind), kind) for kind in ("text", "learned text", "image", "video", "padding")],
         histograms=[drawing for drawing in histograms if drawing],
         sizes=bubbles(found.sizes),
         samples=found.samples,
         letters=LETTERS,
-        pictures=PICTURES,
+        images=PICTURES,
         kinds=[(kind or "other", count, count / found.kinds.total()) for kind, count in found.kinds.most_common()],
         sources=sources,
         left_out=left_out or {},
@@ -72,14 +72,14 @@ def write_inspection(
     )
 
 
-def small(picture: Image.Image) -> dict[str, Any]:
-    """A picture for the page: its data, and the width at which it is shown; tiny ones are enlarged."""
-    width, side = picture.width, max(picture.size)
+def small(image: Image.Image) -> dict[str, Any]:
+    """An image for the page: its data, and the width at which it is shown; tiny ones are enlarged."""
+    width, side = image.width, max(image.size)
     if side > SIDE:
-        picture = picture.copy()
-        picture.thumbnail((SIDE, SIDE))
-        width = picture.width
-    return {"data": png(picture), "width": width * max(1, TINY // side)}
+        image = image.copy()
+        image.thumbnail((SIDE, SIDE))
+        width = image.width
+    return {"data": png(image), "width": width * max(1, TINY // side)}
 
 
 def histogram(title: str, values: Sequence[int]) -> dict[str, Any] | None:
@@ -122,7 +122,7 @@ def histogram(title: str, values: Sequence[int]) -> dict[str, Any] | None:
 
 
 def bubbles(sizes: Mapping[tuple[int, int], int]) -> dict[str, Any] | None:
-    """Pictures by width and height: a circle for each size, of an area in proportion to their number."""
+    """Images by width and height: a circle for each size, of an area in proportion to their number."""
     if not sizes:
         return None
     shown = sorted(sizes.items(), key=lambda item: -item[1])[:BUBBLES]
@@ -158,7 +158,7 @@ def drawn(row: Row) -> dict[str, Any]:
             {"first": _share(first, length), "count": _share(count, length), "label": f"{count} tokens"}
             for first, count in conversations.values()
         ],
-        "patches": [_stretches(part, sum(stretch.count for stretch in part), "picture") for part in row.patches],
+        "patches": [_stretches(part, sum(stretch.count for stretch in part), "image") for part in row.patches],
     }
 
 

@@ -1,6 +1,6 @@
 """Video containers, opened by PyAV at this one place, and the choice of the track.
 
-PyAV is imported when a file is opened, so that clips which are already in memory do not need it.
+PyAV is imported when a file is opened, so that videos which are already in memory do not need it.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 from mllm_jax.data.media import source_name
 
 # FFmpeg's names of containers and streams that hold their frames themselves. Playlists (HLS, DASH, ffconcat, SDP, ...)
-# open other files and sockets, scripts run programs, and pictures and their patterns (image2) are no clips.
+# open other files and sockets, scripts run programs, and images and their patterns (image2) are no videos.
 FORMATS = (
     *("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf", "ogg", "mxf", "nut", "ivf", "rm", "dv", "wtv", "gif"),
     *("apng", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "yuv4mpegpipe"),
@@ -59,7 +59,7 @@ def errors_of(name: str) -> Iterator[None]:
 
 
 def video_stream(container: Any, track: int | None, name: str) -> Any:
-    """The video track with this number, or FFmpeg's choice among those that are no pictures and can be decoded."""
+    """The video track with this number, or FFmpeg's choice among those that are no images and can be decoded."""
     attached = pyav().stream.Disposition.attached_pic
     tracks = [stream for stream in container.streams.video if not stream.disposition & attached]
     if not tracks:

@@ -13,7 +13,7 @@ Orientation = tuple[int, int, bool]  # see `orientation_of`
 
 
 def upright(frame: Any, orientation: Orientation) -> Image.Image:
-    """A decoded frame as a picture, turned and mirrored."""
+    """A decoded frame as an image, turned and mirrored."""
     columns, rows, swap = orientation
     pixels = _rgb(frame)
     pixels = pixels.swapaxes(0, 1) if swap else pixels
@@ -43,7 +43,7 @@ def orientation_of(frame: Any) -> Orientation:
 def _rgb(frame: Any) -> np.ndarray:
     """u8[h w 3] by the frame's own matrix and range. No tone mapping: HDR looks flat, as in other readers by FFmpeg.
 
-    A frame without a matrix counts as BT.601 at any size, as in FFmpeg: clips of unknown origin are most often written
+    A frame without a matrix counts as BT.601 at any size, as in FFmpeg: videos of unknown origin are most often written
     by FFmpeg from RGB, and models were trained on what it reads.
     """
     # What the conversion does not use must not stop it: some versions of PyAV refuse reserved values.

@@ -13,7 +13,10 @@ from mllm_jax.data.video.decoder import Counted, Decoder, Timed, decode
 from mllm_jax.data.video.frame_times import FrameTimes, even_times, measured_times
 from mllm_jax.data.video.pixels import Orientation, has_known_matrix, orientation_of, upright
 
-PER_BREAK, PER_LOST = 100, 10  # frames of a clip for which one break is allowed, wanted frames of which one may be lost
+PER_BREAK, PER_LOST = (
+    100,
+    10,
+)  # frames of a video for which one break is allowed, wanted frames of which one may be lost
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ def open_file(source: str | bytes, track: int | None) -> VideoFile:
     All packets are read, and not decoded, for their times, unless the container has an index of all frames and they
     follow one another evenly and are all shown (MP4, MOV and AVI of a constant rate, without hidden frames).
 
-    `track`: number among the file's video tracks, of which attached pictures (covers) are none. None: FFmpeg's choice
+    `track`: number among the file's video tracks, of which attached images (covers) are none. None: FFmpeg's choice
     (`av_find_best_stream`).
     Raises ValueError, naming the file, if it is no video or is damaged; FileNotFoundError if it is missing.
     """

@@ -1,6 +1,6 @@
-"""Clips: a video file, an array or a list of pictures to a few resized frames and their times.
+"""Videos: a video file, an array or a list of images to a few resized frames and their times.
 
-Frames are read one by one and resized at once, so a clip is never held in full size.
+Frames are read one by one and resized at once, so a video is never held in full size.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ SMALL = (32, 32)  # pixels at which they are
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
-    """A clip whose pixels are not read yet.
+class Video:
+    """A video whose pixels are not read yet.
 
     frames, fps: number of frames, and frames per second. Frame i of a file is what it shows i / fps seconds after its
         first frame (up to the rounding of its times), also where its rate varies.
     height, width: pixels of an upright frame.
-    name: path, or what the clip is.
+    name: path, or what the video is.
     read: yields the frames of these rising numbers, upright RGB.
     broken: frames that could not be decoded and were replaced by those before them, by number. Filled by `read`.
     """
@@ -42,10 +42,10 @@ class Clip:
     broken: set[int] = dataclasses.field(default_factory=set)
 
 
-def open_clip(source: Any, fps: float, track: int | None = None) -> Clip:
-    """Opens a clip without reading its frames.
+def open_video(source: Any, fps: float, track: int | None = None) -> Video:
+    """Opens a video without reading its frames.
 
-    `source`: the path of a video file, the bytes of one, an array u8[t h w 3], or a list of pictures (all of one size).
+    `source`: the path of a video file, the bytes of one, an array u8[t h w 3], or a list of images (all of one size).
     `fps`: frames per second of an array or a list; a file says its own.
     `track`: number of the video track of a file that holds several. None: FFmpeg's choice.
     Raises ValueError, naming the file, if it is no video, is empty or is damaged; FileNotFoundError if it is missing.
@@ -53,21 +53,21 @@ def open_clip(source: Any, fps: float, track: int | None = None) -> Clip:
     if isinstance(source, (str, os.PathLike, bytes)):
         file = open_file(source if isinstance(source, bytes) else os.fspath(source), track)
         times = file.times
-        return Clip(times.frames, times.fps, file.height, file.width, file.name, file.read, file.broken)
+        return Video(times.frames, times.fps, file.height, file.width, file.name, file.read, file.broken)
     if not isinstance(source, (np.ndarray, list, tuple)) or len(source) == 0:
-        raise ValueError(f"a clip must be a path, bytes, u8[t h w 3] or a list of pictures, got {source_name(source)}")
+        raise ValueError(f"a video must be a path, bytes, u8[t h w 3] or a list of images, got {source_name(source)}")
     if fps <= 0:
-        raise ValueError(f"a clip needs a positive fps, got {fps}")
+        raise ValueError(f"a video needs a positive fps, got {fps}")
     first = load_image(source[0])
 
     def read(indices):
         for index in indices:
             frame = load_image(source[index])
             if frame.size != first.size:
-                raise ValueError(f"frame {index} of a clip is {frame.size}, its first frame is {first.size}")
+                raise ValueError(f"frame {index} of a video is {frame.size}, its first frame is {first.size}")
             yield frame
 
-    return Clip(len(source), float(fps), first.height, first.width, source_name(source), read)
+    return Video(len(source), float(fps), first.height, first.width, source_name(source), read)
 
 
 def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max_frames: int, multiple: int = 1) -> int:
@@ -85,20 +85,20 @@ def sample_frames(frames: int, count: int) -> list[int]:
     return np.linspace(0, frames - 1, count).round().astype(int).tolist()
 
 
-def moving_frames(clip: Clip, count: int) -> list[int]:
+def moving_frames(video: Video, count: int) -> list[int]:
     """`count` rising frame numbers from the first to the last, denser where frames differ.
 
     Half of them are spread by time and half by motion, which is the mean absolute difference between frames that follow
     one another among candidates: `CANDIDATES` times as many, evenly spread, read once and made small at once.
     """
-    candidates = sample_frames(clip.frames, min(clip.frames, max(count, min(CANDIDATES * count, MOST))))
+    candidates = sample_frames(video.frames, min(video.frames, max(count, min(CANDIDATES * count, MOST))))
     motion, before = np.zeros(len(candidates)), None
-    for place, frame in enumerate(clip.read(candidates)):
+    for place, frame in enumerate(video.read(candidates)):
         small = np.asarray(frame.convert("L").resize(SMALL, Image.Resampling.BOX), np.float64)
         motion[place] = 0 if before is None else np.abs(small - before).mean()
         before = small
     if not motion.any():
-        return sample_frames(clip.frames, count)
+        return sample_frames(video.frames, count)
     time = np.arange(len(candidates)) / max(1, len(candidates) - 1)
     passed = (time + np.cumsum(motion) / motion.sum()) / 2  # 0 at the first, 1 at the last
     places, order = np.searchsorted(passed, np.linspace(0, 1, count) - 1e-9), np.arange(count)
@@ -113,12 +113,12 @@ def patch_times(indices: Sequence[int], fps: float, temporal_patch: int) -> list
     return [(indices[start] / fps + indices[min(start + temporal_patch - 1, last)] / fps) / 2 for start in starts]
 
 
-def clip_size(
+def video_size(
     frames: int, height: int, width: int, factor: int, temporal_patch: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """(height, width) at which the frames of a clip are read; the bounds count the pixels of all `frames` together.
+    """(height, width) at which the frames of a video are read; the bounds count the pixels of all `frames` together.
 
-    `smart_resize` for clips, as in Qwen3-VL (arXiv 2511.21631): sides under `factor` are first scaled up to it.
+    `smart_resize` for videos, as in Qwen3-VL (arXiv 2511.21631): sides under `factor` are first scaled up to it.
     Raises ValueError for an aspect ratio over 200.
     """
     frames = max(frames, temporal_patch)
@@ -135,10 +135,12 @@ def clip_size(
     return rows, columns
 
 
-def read_clip(clip: Clip, indices: Sequence[int], size: tuple[int, int], temporal_patch: int) -> Iterator[np.ndarray]:
-    """Yields the temporal patches of a clip, u8[t h w 3] at `size`; t is `temporal_patch`, or less in the tail."""
+def read_video(
+    video: Video, indices: Sequence[int], size: tuple[int, int], temporal_patch: int
+) -> Iterator[np.ndarray]:
+    """Yields the temporal patches of a video, u8[t h w 3] at `size`; t is `temporal_patch`, or less in the tail."""
     frames = []
-    for frame in clip.read(indices):
+    for frame in video.read(indices):
         frames.append(resized(frame, size))
         if len(frames) == temporal_patch:
             yield np.stack(frames)

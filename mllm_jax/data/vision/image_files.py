@@ -81,7 +81,7 @@ def _stated(exif: bytes | None) -> int | None:
 
 
 class _Jpeg(JpegImageFile):
-    """A JPEG, or the first picture of an MPO.
+    """A JPEG, or the first image of an MPO.
 
     Its resolution is not looked for: an odd one would fail the image. One that ends in zeros counts as truncated.
     """

@@ -1,4 +1,4 @@
-"""Still pictures: any file, array or PIL image to upright RGB, then to patches. PIL and numpy only."""
+"""Still images: any file, array or PIL image to upright RGB, then to patches. PIL and numpy only."""
 
 import contextlib
 import math
@@ -15,8 +15,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from mllm_jax.data.media import resolve, source_name
 from mllm_jax.data.vision.image_files import open_file, orientation, truncated_image
 
-MAX_PIXELS = 2**27  # a larger picture is a decompression bomb or a mistake
-MAX_BYTES = 2**29  # that the pixels of a picture and their copies may take: a file of 16 kB may ask for any number
+MAX_PIXELS = 2**27  # a larger image is a decompression bomb or a mistake
+MAX_BYTES = 2**29  # that the pixels of an image and their copies may take: a file of 16 kB may ask for any number
 LARGE = 2**25  # pixels above which a JPEG may be decoded at a half, a quarter or an eighth of its sides
 BAND = 2**20  # pixels that are converted at once
 BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # of a pixel by mode; 4 in all others
@@ -43,26 +43,26 @@ def _reading(source: Any) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{source_name(source)}: not a readable picture ({error})") from error
+        raise ValueError(f"{source_name(source)}: not a readable image ({error})") from error
 
 
 def open_image(source: Any) -> Image.Image:
-    """Opens a picture without decoding its pixels (a file's header is enough for `upright_size`).
+    """Opens an image without decoding its pixels (a file's header is enough for `upright_size`).
 
     `source`: a path, the bytes of a file, a PIL image, or an array u8[h w], u8[h w 1], u8[h w 3] or u8[h w 4].
-    Raises ValueError, naming the file, if it is no picture or is too large; FileNotFoundError if it is missing.
+    Raises ValueError, naming the file, if it is no image or is too large; FileNotFoundError if it is missing.
     """
     source = resolve(source)
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (1,), (3,), (4,)):
-            raise ValueError(f"a picture array must be u8[h w], or u8[h w 1|3|4], got {source.dtype}{source.shape}")
+            raise ValueError(f"an image array must be u8[h w], or u8[h w 1|3|4], got {source.dtype}{source.shape}")
         return Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
     if not isinstance(source, (str, os.PathLike, bytes)):
-        raise ValueError(f"a picture must be a path, bytes, an array or a PIL image, got {type(source).__name__}")
+        raise ValueError(f"an image must be a path, bytes, an array or a PIL image, got {type(source).__name__}")
     if not isinstance(source, bytes) and not os.path.exists(source):
-        raise FileNotFoundError(f"{source_name(source)}: no such picture")
+        raise FileNotFoundError(f"{source_name(source)}: no such image")
     with _reading(source):
         image = open_file(source)
     try:
@@ -87,7 +87,7 @@ def upright_rgb(image: Image.Image, missing_rows: float = 0.0, size: tuple[int, 
 
     `missing_rows`: largest share of the rows that a JPEG may lack, from 0 to 1. They are gray or lack detail, and
     `info["missing_rows"]` of the result is their share. A file without its end mark lacks none.
-    `size`: (height, width) that the picture is resized to next. A JPEG of more than LARGE pixels that has over twice as
+    `size`: (height, width) that the image is resized to next. A JPEG of more than LARGE pixels that has over twice as
     many on each side may be decoded at a reduced size. None: it is decoded as it is.
     Raises ValueError, naming the file, if the pixels cannot be decoded (a truncated or damaged file) or take more than
     MAX_BYTES.
@@ -167,7 +167,7 @@ def _values(image: Image.Image) -> np.ndarray:
 
 
 def _to_8_bits(image: Image.Image, peak: float) -> Image.Image:
-    """PIL's own conversion of 16-bit, 32-bit and float grey clips at 255 instead of scaling."""
+    """PIL's own conversion of 16-bit, 32-bit and float grey videos at 255 instead of scaling."""
     if image.mode == "F":
         full = 1.0 if peak <= 1 else 255.0
     elif image.mode == "I":  # 32-bit files hold 8-bit or 16-bit grey far more often than 32-bit
@@ -178,12 +178,12 @@ def _to_8_bits(image: Image.Image, peak: float) -> Image.Image:
 
 
 def load_image(source: Any, missing_rows: float = 0.0, size: tuple[int, int] | None = None) -> Image.Image:
-    """`open_image`, then `upright_rgb`: any supported source as an upright RGB picture."""
+    """`open_image`, then `upright_rgb`: any supported source as an upright RGB image."""
     return upright_rgb(open_image(source), missing_rows, size)
 
 
 def notes(image: Image.Image) -> list[str]:
-    """Defects of a loaded picture, in words that are counted."""
+    """Defects of a loaded image, in words that are counted."""
     return [TRUNCATED] if image.info.get("missing_rows") else []
 
 
@@ -194,25 +194,25 @@ def shrunk_size(height: int, width: int, factor: int, max_pixels: int, frames: i
 
 
 def check_size(height: int, width: int) -> None:
-    """Raises ValueError for a size that no picture is read at: too many pixels, or too long for its width."""
+    """Raises ValueError for a size that no image is read at: too many pixels, or too long for its width."""
     check_pixels(height, width)
     check_aspect(height, width)
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Raises ValueError if a picture has more than MAX_PIXELS pixels."""
+    """Raises ValueError if an image has more than MAX_PIXELS pixels."""
     if width * height > MAX_PIXELS:
-        raise ValueError(f"a picture of {width}x{height} has over {MAX_PIXELS} pixels")
+        raise ValueError(f"an image of {width}x{height} has over {MAX_PIXELS} pixels")
 
 
 def check_aspect(height: int, width: int) -> None:
-    """Raises ValueError if one side is more than 200 times the other: such a picture would grow beyond all bounds."""
+    """Raises ValueError if one side is more than 200 times the other: such an image would grow beyond all bounds."""
     if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT:
-        raise ValueError(f"a picture of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
+        raise ValueError(f"an image of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size at which a picture is read: multiples of `factor`, close to its own size and aspect ratio.
+    """The size at which an image is read: multiples of `factor`, close to its own size and aspect ratio.
 
     `factor`: pixels of a visual token's side (patch x merge). `min_pixels`, `max_pixels`: bounds of height x width.
     The rule of Qwen2-VL (arXiv 2409.12191) in all its rounding: halves go to the even side. A side under half of
@@ -230,10 +230,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tuple[int, int]:
-    """The size at which a picture is read that must be smaller than the processor of its model asks for.
+    """The size at which an image is read that must be smaller than the processor of its model asks for.
 
     That is `shrunk_size`, unless it changes the aspect ratio by more than DISTORTED: it rounds both sides down, which
-    turns a long picture that should be 1.5 `factor` high into one that is 1 high and too long. Then it is the largest
+    turns a long image that should be 1.5 `factor` high into one that is 1 high and too long. Then it is the largest
     size beside it with a better aspect ratio. Where even one row of a better one is more than `max_pixels`, it is that
     row, which does not fit.
 
@@ -249,7 +249,7 @@ def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tupl
         ratio = size[1] / size[0] / aspect
         return max(ratio, 1 / ratio)
 
-    least = math.ceil(aspect / DISTORTED) if aspect >= 2 else 1  # below 2:1 one square shows the picture
+    least = math.ceil(aspect / DISTORTED) if aspect >= 2 else 1  # below 2:1 one square shows the image
     if most <= least:
         short, long = 1, least
     elif math.prod(shrunk) <= most and distortion(shrunk) <= DISTORTED:
@@ -261,7 +261,7 @@ def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tupl
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """An RGB picture at `size` (height, width), bicubic: u8[h w 3]."""
+    """An RGB image at `size` (height, width), bicubic: u8[h w 3]."""
     height, width = size
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
@@ -270,7 +270,7 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
     """One temporal patch of pixels to patches: u8[t h w 3], 1 <= t <= temporal_patch, to u8[p C].
 
     Rows are in merge-block-major order (the merge x merge patches of a visual token lie together, blocks row by row),
-    values in (channel, time, y, x) order. Missing frames repeat the last one: a still picture is one frame. What is
+    values in (channel, time, y, x) order. Missing frames repeat the last one: a still image is one frame. What is
     left over of the sides is not read.
     """
     height, width = (side // (patch * merge) * patch * merge for side in frames.shape[1:3])
@@ -283,7 +283,7 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
 
 
 def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int, merge: int) -> np.ndarray:
-    """The inverse of `patchify`: the pixels u8[t h w 3] of a picture of `grid` = (h, w) patches, u8[p C]."""
+    """The inverse of `patchify`: the pixels u8[t h w 3] of an image of `grid` = (h, w) patches, u8[p C]."""
     return rearrange(
         patches,
         "(row column m1 m2) (c t y x) -> t (row m1 y) (column m2 x) c",

@@ -18,10 +18,10 @@ def rotary_positions(visual: np.ndarray, blocks: Sequence[Block]) -> np.ndarray:
     lengths = np.array([len(position) for position, _ in blocks], np.int64)
     slots = np.flatnonzero(visual)
     if lengths.sum() != len(slots):
-        raise ValueError(f"{len(slots)} visual tokens in the text, but the pictures have {lengths.sum()}")
+        raise ValueError(f"{len(slots)} visual tokens in the text, but the images have {lengths.sum()}")
     ends = np.cumsum(lengths)
     if len(blocks) and np.any(slots[ends - 1] - slots[ends - lengths] != lengths - 1):
-        raise ValueError("text stands between the visual tokens of one picture")
+        raise ValueError("text stands between the visual tokens of one image")
     advance = np.where(visual, 0, 1)
     advance[slots[ends - 1]] = [advance for _, advance in blocks]
     counter = np.cumsum(advance) - advance
@@ -37,7 +37,7 @@ def in_a_line(count: int) -> Block:
 
 
 def on_a_grid(height: int, width: int, times: Sequence[int] = (0,)) -> Block:
-    """Rows and columns of a picture, or of a clip whose temporal patches stand at `times` (arXiv 2409.12191, 2.1).
+    """Rows and columns of an image, or of a video whose temporal patches stand at `times` (arXiv 2409.12191, 2.1).
 
     What follows comes after the largest position on any axis.
     """

@@ -1,4 +1,4 @@
-"""Rules by which a picture gets a size that a tower reads: cut from its middle, pulled to a square, or as it is."""
+"""Rules by which an image gets a size that a tower reads: cut from its middle, pulled to a square, or as it is."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC
 
 
 def resize(image: Image.Image, size: tuple[int, int], filter: int = BICUBIC) -> np.ndarray:
-    """An RGB picture at `size` (height, width): u8[h w 3]."""
+    """An RGB image at `size` (height, width): u8[h w 3]."""
     height, width = size
     return np.asarray(image.resize((width, height), Image.Resampling(filter)))
 
@@ -32,7 +32,7 @@ def short_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
     """
     short, long = sorted((height, width))
     if long > MAX_ASPECT * short:
-        raise ValueError(f"a picture of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
+        raise ValueError(f"an image of {width}x{height} has an aspect ratio over {MAX_ASPECT}")
     sides = {short: edge, long: edge * long // short}
     return sides[height], sides[width]
 
@@ -62,15 +62,15 @@ def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int,
 
 
 class Rule(Config):
-    """What a picture becomes, one or several (data/vision/tiles.py), and which of their visual tokens are read."""
+    """What an image becomes, one or several (data/vision/tiles.py), and which of their visual tokens are read."""
 
     def among(self, count: int) -> "Rule":
-        """The rule for each of so many pictures of a conversation."""
+        """The rule for each of so many images of a conversation."""
         del count
         return self
 
     def within(self, limit: float) -> "Rule":
-        """The same rule for pictures of at most so many pixels, as far as it can make them smaller."""
+        """The same rule for images of at most so many pixels, as far as it can make them smaller."""
         del limit
         return self
 
@@ -80,17 +80,17 @@ class Rule(Config):
 
 
 class Whole(Rule):
-    """A rule that makes one picture of a picture: `sized` says how large, `read` gives its pixels u8[h w 3]."""
+    """A rule that makes one image of an image: `sized` says how large, `read` gives its pixels u8[h w 3]."""
 
     def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """(height, width) of all pictures that a picture of this size becomes."""
+        """(height, width) of all images that an image of this size becomes."""
         return (self.sized(size),)
 
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
         """Which visual tokens stand where, with tokens of `factor` pixels a side: i32[m]."""
         return np.arange(math.prod(side // factor for side in self.sized(size)), dtype=np.int32)
 
-    def pictures(self, image: Image.Image) -> Iterator[np.ndarray]:
+    def images(self, image: Image.Image) -> Iterator[np.ndarray]:
         """u8[h w 3] of all of them."""
         yield self.read(image)
 
@@ -179,7 +179,7 @@ class Square(Whole):
 
 @dataclass(frozen=True)
 class EndedSquare(Square):
-    """LLaVA-OneVision's for one of several pictures: a NEWLINE ends it."""
+    """LLaVA-OneVision's for one of several images: a NEWLINE ends it."""
 
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
         return np.append(super().order(size, factor), np.int32(NEWLINE))
@@ -187,7 +187,7 @@ class EndedSquare(Square):
 
 @dataclass(frozen=True)
 class Halved(Stretch):
-    """LLaVA-OneVision's for frames of clips: of the grid of visual tokens half as many rows and columns, resampled."""
+    """LLaVA-OneVision's for frames of videos: of the grid of visual tokens half as many rows and columns, resampled."""
 
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
         return self._tokens(factor).order

@@ -1,6 +1,6 @@
-"""How a picture of any size becomes tiles of one size. PIL and numpy only.
+"""How an image of any size becomes tiles of one size. PIL and numpy only.
 
-AnyRes (LLaVA-NeXT, llava/mm_utils.py of haotian-liu/LLaVA) lays a picture on the best of a list of canvases and keeps
+AnyRes (LLaVA-NeXT, llava/mm_utils.py of haotian-liu/LLaVA) lays an image on the best of a list of canvases and keeps
 its aspect ratio; the dynamic tiles of InternVL (arXiv 2404.16821, section 3.3) stretch it to the best grid.
 """
 
@@ -23,7 +23,7 @@ Size = tuple[int, int]  # (height, width)
 
 
 def best_canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The canvas on which a picture keeps most of its pixels; of several the one that wastes least, then the first."""
+    """The canvas on which an image keeps most of its pixels; of several the one that wastes least, then the first."""
     height, width = size
 
     def worth(canvas: Size) -> tuple[int, int]:
@@ -44,9 +44,9 @@ def fitted(size: Size, canvas: Size) -> Size:
 
 
 def anyres_tiles(image: Image.Image, canvas: Size, tile: int) -> np.ndarray:
-    """The whole picture stretched to a tile, then the tiles of its canvas row by row: u8[tiles tile tile 3].
+    """The whole image stretched to a tile, then the tiles of its canvas row by row: u8[tiles tile tile 3].
 
-    The picture stands in the middle of the canvas; around it is black.
+    The image stands in the middle of the canvas; around it is black.
     """
     height, width = fitted((image.height, image.width), canvas)
     laid = np.zeros((*canvas, 3), np.uint8)
@@ -56,10 +56,10 @@ def anyres_tiles(image: Image.Image, canvas: Size, tile: int) -> np.ndarray:
 
 
 def anyres_tokens(size: Size, canvas: Size, tile: int, side: int, most: int = 0) -> Tokens:
-    """Which visual tokens stand where, for a picture of `size` pixels.
+    """Which visual tokens stand where, for an image of `size` pixels.
 
-    First all tokens of the whole picture, then the grid of all tiles row by row, without the rows or columns that lie
-    around the picture, a NEWLINE after each row.
+    First all tokens of the whole image, then the grid of all tiles row by row, without the rows or columns that lie
+    around the image, a NEWLINE after each row.
 
     Args:
       tile: side of a tile in pixels.
@@ -79,7 +79,7 @@ def anyres_tokens(size: Size, canvas: Size, tile: int, side: int, most: int = 0)
 
 
 def _uncovered(grid: np.ndarray, size: Size) -> np.ndarray:
-    """The part of a grid of tokens that a picture of `size`, in its middle, covers."""
+    """The part of a grid of tokens that an image of `size`, in its middle, covers."""
     (height, width), (rows, columns) = size, grid.shape
     if width / height > columns / rows:
         edge = (rows - int(round(height * (columns / width), 7))) // 2
@@ -89,9 +89,9 @@ def _uncovered(grid: np.ndarray, size: Size) -> np.ndarray:
 
 
 def dynamic_grid(size: Size, low: int, high: int, tile: int) -> Size:
-    """(rows, columns) of `low` to `high` tiles whose aspect ratio is closest to the picture's.
+    """(rows, columns) of `low` to `high` tiles whose aspect ratio is closest to the image's.
 
-    Of equally close ones the later in the order of their number, as long as they are not twice the picture's area.
+    Of equally close ones the later in the order of their number, as long as they are not twice the image's area.
     """
     height, width = size
     grids = [(r, c) for c in range(1, high + 1) for r in range(1, high + 1) if low <= r * c <= high]
@@ -104,7 +104,7 @@ def dynamic_grid(size: Size, low: int, high: int, tile: int) -> Size:
 
 
 def dynamic_tiles(image: Image.Image, grid: Size, tile: int) -> np.ndarray:
-    """The tiles of a grid, row by row; of several the last is the whole picture: u8[tiles tile tile 3]."""
+    """The tiles of a grid, row by row; of several the last is the whole image: u8[tiles tile tile 3]."""
     tiles = _cut(resized(image, (grid[0] * tile, grid[1] * tile)), tile)
     return tiles if len(tiles) == 1 else np.concatenate([tiles, resized(image, (tile, tile))[None]])
 
@@ -115,7 +115,7 @@ class AnyRes(Rule):
 
     pinpoints: canvases in pixels; tile: the side of a tile.
     most: tiles' worth of visual tokens to which larger grids are resampled; 0 = any number.
-    colour: around a picture that is one of several of a conversation, each of which is a single tile; None = they are
+    colour: around an image that is one of several of a conversation, each of which is a single tile; None = they are
       cut like one.
     """
 
@@ -144,7 +144,7 @@ class AnyRes(Rule):
     def _tokens(self, size: Size, factor: int) -> Tokens:
         return anyres_tokens(size, best_canvas(size, self.pinpoints), self.tile, self.tile // factor, self.most)
 
-    def pictures(self, image: Image.Image) -> Iterator[np.ndarray]:
+    def images(self, image: Image.Image) -> Iterator[np.ndarray]:
         yield from anyres_tiles(image, best_canvas((image.height, image.width), self.pinpoints), self.tile)
 
     def to_hf(self) -> dict[str, Any]:
@@ -157,14 +157,14 @@ class AnyRes(Rule):
 
 @dataclass(frozen=True)
 class Tiles(Rule):
-    """InternVL's rule: `low` to `high` tiles of `tile` pixels a side, and the whole picture."""
+    """InternVL's rule: `low` to `high` tiles of `tile` pixels a side, and the whole image."""
 
     tile: PositiveInt
     low: PositiveInt = 1
     high: PositiveInt = 12
 
     def within(self, limit: float) -> "Tiles":
-        room = limit / self.tile**2  # several tiles take one more, for the whole picture
+        room = limit / self.tile**2  # several tiles take one more, for the whole image
         return replace(self, high=max(self.low, int(min(self.high, room - 1 if room >= 3 else 1))))
 
     def sizes(self, size: Size) -> tuple[Size, ...]:
@@ -174,7 +174,7 @@ class Tiles(Rule):
     def order(self, size: Size, factor: int) -> np.ndarray:
         return np.arange(len(self.sizes(size)) * (self.tile // factor) ** 2, dtype=np.int32)
 
-    def pictures(self, image: Image.Image) -> Iterator[np.ndarray]:
+    def images(self, image: Image.Image) -> Iterator[np.ndarray]:
         yield from dynamic_tiles(
             image, dynamic_grid((image.height, image.width), self.low, self.high, self.tile), self.tile
         )

@@ -10,8 +10,8 @@ from mllm_jax.data.vision.positions import in_a_line, on_a_grid
 from mllm_jax.types import ImagePatches, TokenBlend, VisionSpan
 
 
-def read_clips(arrays: Arrays, pixels: str, grids: str) -> list[tuple[ImagePatches, ...]]:
-    """Pictures and clips of Qwen's processors, as their temporal patches.
+def read_videos(arrays: Arrays, pixels: str, grids: str) -> list[tuple[ImagePatches, ...]]:
+    """Images and clips of Qwen's processors, as their temporal patches.
 
     Args:
       pixels: name of f[patches C], merge-block-major.
@@ -19,39 +19,37 @@ def read_clips(arrays: Arrays, pixels: str, grids: str) -> list[tuple[ImagePatch
     """
     if (pixels in arrays) != (grids in arrays):
         raise ValueError(f"{pixels} and {grids} belong together; only one was given")
-    clips, start = [], 0
+    videos, start = [], 0
     for t, h, w in arrays.get(grids, np.zeros((0, 3), int)).tolist():
         patches = arrays[pixels][start : start + t * h * w].astype(np.float32).reshape(t, h * w, -1)
-        clips.append(tuple(ImagePatches(patch, (h, w), time) for time, patch in enumerate(patches)))
+        videos.append(tuple(ImagePatches(patch, (h, w), time) for time, patch in enumerate(patches)))
         start += t * h * w
     if pixels in arrays and start != len(arrays[pixels]):
         raise ValueError(f"{grids} counts {start} patches, {pixels} has {len(arrays[pixels])}")
-    return clips
+    return videos
 
 
-def one_by_one(pictures: tuple[ImagePatches, ...], merge: int, times: tuple[int, ...] = (0,)) -> VisionSpan:
-    """All visual tokens of pictures of one size, in their order, with the rotary positions of a grid."""
-    height, width = (side // merge for side in pictures[0].grid)
+def one_by_one(images: tuple[ImagePatches, ...], merge: int, times: tuple[int, ...] = (0,)) -> VisionSpan:
+    """All visual tokens of images of one size, in their order, with the rotary positions of a grid."""
+    height, width = (side // merge for side in images[0].grid)
     position, advance = on_a_grid(height, width, times)
-    return VisionSpan(pictures, np.arange(len(position)), position, advance)
+    return VisionSpan(images, np.arange(len(position)), position, advance)
 
 
-def counted_like_text(
-    pictures: tuple[ImagePatches, ...], order: np.ndarray, mix: TokenBlend | None = None
-) -> VisionSpan:
+def counted_like_text(images: tuple[ImagePatches, ...], order: np.ndarray, mix: TokenBlend | None = None) -> VisionSpan:
     """Visual tokens in a given order, with the rotary positions that text in their place would have."""
-    return VisionSpan(pictures, np.asarray(order, np.int32), *in_a_line(len(order)), mix)
+    return VisionSpan(images, np.asarray(order, np.int32), *in_a_line(len(order)), mix)
 
 
 def whole(config: Any, pixels: np.ndarray) -> VisionSpan:
-    """A picture, or a tile, that is read as one: pixels [c h w]; `config` is a ModelConfig."""
-    picture = cut(pixels, config.encoder.patch_size, config.num_prefix_tokens, config.merge)
-    picture = picture._replace(shows_prefix_tokens=config.inputs.shows_prefix_tokens)
-    return counted_like_text((picture,), np.arange(picture.shown // config.merge**2))
+    """An image, or a tile, that is read as one: pixels [c h w]; `config` is a ModelConfig."""
+    image = cut(pixels, config.encoder.patch_size, config.num_prefix_tokens, config.merge)
+    image = image._replace(shows_prefix_tokens=config.inputs.shows_prefix_tokens)
+    return counted_like_text((image,), np.arange(image.shown // config.merge**2))
 
 
 def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> ImagePatches:
-    """A picture of pixels f[c h w] -> patches, merge-block-major, with `lead` empty ones before them.
+    """An image of pixels f[c h w] -> patches, merge-block-major, with `lead` empty ones before them.
 
     What is left over of its sides is not read.
     """

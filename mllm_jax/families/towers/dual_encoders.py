@@ -11,7 +11,7 @@ from mllm_jax.families.base import Family
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
 from mllm_jax.families.shared.rows import layer_norm, layers, plain_layer
 from mllm_jax.families.towers.tower import Tower
-from mllm_jax.families.towers.vision_only import SQUARE, square_pictures
+from mllm_jax.families.towers.vision_only import SQUARE, square_images
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.nn.attention.layer import AttentionConfig
@@ -28,9 +28,9 @@ class DualFamily(Family):
     tower: Tower
     input_names = SQUARE
 
-    def pictures(self, config: DualConfig, arrays: Arrays) -> DualBatch:
+    def images(self, config: DualConfig, arrays: Arrays) -> DualBatch:
         """Returns the images in arrays of `input_names`, each in a row of its own."""
-        return one_each(square_pictures(config, arrays))
+        return one_each(square_images(config, arrays))
 
 
 def text_tower(

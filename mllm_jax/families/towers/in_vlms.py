@@ -99,9 +99,9 @@ _SO400M = replace(_SIGLIP, width=1152, layers=27, heads=16, mlp=4304, patch_size
 _GIANT = replace(_SIGLIP, width=1536, layers=40, heads=16, mlp=6144)
 
 
-def _at(encoder: VitConfig, patch: int, *pictures: int) -> dict[str, VitConfig]:
-    """Sizes "patch-picture", for pictures of so many pixels a side."""
-    sizes = {f"{patch}-{side}": (side // patch, side if side % patch else 0) for side in pictures}
+def _at(encoder: VitConfig, patch: int, *images: int) -> dict[str, VitConfig]:
+    """Sizes "patch-image", for images of so many pixels a side."""
+    sizes = {f"{patch}-{side}": (side // patch, side if side % patch else 0) for side in images}
     return {
         name: replace(encoder, patch_size=patch, position_grid=grid, image_size=size)
         for name, (grid, size) in sizes.items()
@@ -172,7 +172,7 @@ def tower_for(vision: Mapping[str, Any]) -> Tower:
 
 
 def part_to_hf(encoder: VitConfig) -> dict[str, Any]:
-    """The `vision_config` of a tower in a larger model: without the head that would make one vector of a picture."""
+    """The `vision_config` of a tower in a larger model: without the head that would make one vector of an image."""
     tower = tower_of(encoder)
     return tower.to_hf(encoder) | ({"vision_use_head": False} if tower.head else {})
 

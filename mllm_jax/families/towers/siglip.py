@@ -1,4 +1,4 @@
-"""SigLIP (arXiv 2303.15343), and SigLIP 2 (arXiv 2502.14786) for square pictures: sizes, config.json, weight names."""
+"""SigLIP (arXiv 2303.15343), and SigLIP 2 (arXiv 2502.14786) for square images: sizes, config.json, weight names."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ def _size(name: str) -> DualConfig:
 
 
 def dual(encoder: VitConfig, text: Any, width: int, family: str) -> DualConfig:
-    """Both towers with SigLIP's pools; `width` is that of texts, which must be that of pictures."""
+    """Both towers with SigLIP's pools; `width` is that of texts, which must be that of images."""
     if width != encoder.width:
         raise ValueError(f"text_config.projection_size={width} must be vision_config.hidden_size={encoder.width}")
     return DualConfig(
@@ -57,7 +57,7 @@ class Siglip(dual_encoders.DualFamily):
         stated = read(config, {"text_config": part, "vision_config": part})
         with inside("vision_config"):
             if not read(stated["vision_config"], {"vision_use_head": flag(True)})["vision_use_head"]:
-                message = "must be true: without it there are no embeddings of pictures."
+                message = "must be true: without it there are no embeddings of images."
                 raise FieldError("vision_use_head", message, False)
             encoder = self.tower.from_hf(stated["vision_config"])
         with inside("text_config"):

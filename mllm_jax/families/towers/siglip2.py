@@ -1,4 +1,4 @@
-"""SigLIP 2 for pictures of any size, NaFlex (arXiv 2502.14786): published sizes and how its pictures come."""
+"""SigLIP 2 for images of any size, NaFlex (arXiv 2502.14786): published sizes and how its images come."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from mllm_jax.data.pipeline.hf_inputs import Arrays
 from mllm_jax.data.vision.resize import Keep
 from mllm_jax.families.towers import siglip
 from mllm_jax.families.towers.in_vlms import NAFLEX
-from mllm_jax.families.towers.vision_only import ANY_SIZE, pictures_of_any_size
+from mllm_jax.families.towers.vision_only import ANY_SIZE, images_of_any_size
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.types import DualBatch
 
@@ -24,9 +24,9 @@ class Siglip2(siglip.Siglip):
     tower = NAFLEX
     input_names = ANY_SIZE
 
-    def pictures(self, config: DualConfig, arrays: Arrays) -> DualBatch:
+    def images(self, config: DualConfig, arrays: Arrays) -> DualBatch:
         """Each in a row of its own that is as long as the processor made it."""
-        found = pictures_of_any_size(config, arrays)
+        found = images_of_any_size(config, arrays)
         return one_each(found, arrays["pixel_values"].shape[1] if found else 0)
 
     def rule(self, config: DualConfig) -> Keep:

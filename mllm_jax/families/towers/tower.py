@@ -34,7 +34,7 @@ class Tower:
     rows: of the weights of an encoder, theirs after a prefix.
     said: what a config.json says beside SAID, in the same form.
     sizes: published ones.
-    head: by itself it ends in a head that makes one vector of a picture; its config.json says where it does not.
+    head: by itself it ends in a head that makes one vector of an image; its config.json says where it does not.
     """
 
     kind: str
@@ -65,7 +65,7 @@ class Tower:
 
     @property
     def any_size(self) -> bool:
-        """Pictures are read at nearly their own size, and its config.json counts positions, not pixels."""
+        """Images are read at nearly their own size, and its config.json counts positions, not pixels."""
         return self.base.resampling == "bilinear_antialias"
 
     @property

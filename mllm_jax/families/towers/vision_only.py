@@ -1,4 +1,4 @@
-"""Towers of pictures alone, out of CLIP, SigLIP and SigLIP 2: features are transformers' `last_hidden_state`, and what
+"""Towers of images alone, out of CLIP, SigLIP and SigLIP 2: features are transformers' `last_hidden_state`, and what
 SigLIP's head makes of them is its `pooler_output`.
 """
 
@@ -27,15 +27,15 @@ SQUARE = ("pixel_values",)
 ANY_SIZE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
-def square_pictures(config: Any, arrays: Arrays) -> list[ImagePatches]:
-    """`pixel_values` f[n c h w], pictures of one size; `config` has an encoder."""
+def square_images(config: Any, arrays: Arrays) -> list[ImagePatches]:
+    """`pixel_values` f[n c h w], images of one size; `config` has an encoder."""
     pixels, encoder = arrays.get("pixel_values", np.zeros((0, 0, 0, 0))), config.encoder
     if pixels.ndim != 4:
-        raise ValueError(f"pixel_values must be [pictures c h w], not {pixels.shape}")
-    return [cut(picture, encoder.patch_size, encoder.num_prefix_tokens) for picture in pixels]
+        raise ValueError(f"pixel_values must be [images c h w], not {pixels.shape}")
+    return [cut(image, encoder.patch_size, encoder.num_prefix_tokens) for image in pixels]
 
 
-def pictures_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
+def images_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
     """NaFlex's: `pixel_values` f[n p C] patches with values in (y, x, c) order, `spatial_shapes` i[n 2] in patches.
 
     `pixel_attention_mask` says the same as the shapes, that the rest of a row is padding, and is only compared.
@@ -50,7 +50,7 @@ def pictures_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
     mask = arrays.get("pixel_attention_mask", np.arange(pixels.shape[1]) < counts[:, None])
     if pixels.ndim != 3 or len(shapes) != len(pixels) or (mask.sum(axis=1) != counts).any():
         raise ValueError(
-            f"pixel_values {pixels.shape} must be [pictures patches values], with as many of each picture's patches in "
+            f"pixel_values {pixels.shape} must be [images patches values], with as many of each image's patches in "
             f"pixel_attention_mask as in spatial_shapes: {mask.sum(axis=1).tolist()}, {counts.tolist()}"
         )
     side = config.encoder.patch_size
@@ -108,18 +108,15 @@ class TowerFamily(Family):
         head = {"vision_use_head": config.pool is not None} if self.tower.head else {}
         return self.tower.to_hf(config.encoder) | head
 
-    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[ImagePatches]:
+    def images(self, config: ModelConfig, arrays: Arrays) -> list[ImagePatches]:
         """Returns the images in arrays of `input_names`."""
-        return square_pictures(config, arrays)
+        return square_images(config, arrays)
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Pictures, which stand for themselves: there is no text."""
-        pictures = self.pictures(config, arrays)
+        """Images, which stand for themselves: there is no text."""
+        images = self.images(config, arrays)
         return {
-            0: [
-                counted_like_text((picture,), range(len(picture.patches) - picture.num_prefix_tokens))
-                for picture in pictures
-            ]
+            0: [counted_like_text((image,), range(len(image.patches) - image.num_prefix_tokens)) for image in images]
         }
 
     def weights(self, config: ModelConfig) -> list[Row]:
@@ -145,5 +142,5 @@ class Siglip2Tower(TowerFamily):
     tower = NAFLEX
     input_names = ANY_SIZE
 
-    def pictures(self, config: ModelConfig, arrays: Arrays) -> list[ImagePatches]:
-        return pictures_of_any_size(config, arrays)
+    def images(self, config: ModelConfig, arrays: Arrays) -> list[ImagePatches]:
+        return images_of_any_size(config, arrays)

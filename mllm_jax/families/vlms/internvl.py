@@ -140,10 +140,10 @@ class Internvl(Family):
     def rule(self, config: ModelConfig) -> Tiles:
         return Tiles(config.encoder.side)
 
-    def clip_rule(self, config: ModelConfig) -> Stretch:
+    def video_rule(self, config: ModelConfig) -> Stretch:
         return Stretch((config.encoder.side,) * 2)  # each frame is one tile
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Tiles f[tiles c h w] of all pictures, and frames: each stands for placeholders of its own."""
+        """Tiles f[tiles c h w] of all images, and frames: each stands for placeholders of its own."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         return {config.tokens.image: [whole(config, tile) for tile in pixels]}

@@ -151,7 +151,7 @@ class InternvlChat(internvl.Internvl):
     def from_hf(self, config: dict) -> ModelConfig:
         """Reads a config.json. Raises ValueError for an unsupported value.
 
-        The file does not name the token that stands for a picture: it is AFTER_IMAGE before the end of the vocabulary,
+        The file does not name the token that stands for an image: it is AFTER_IMAGE before the end of the vocabulary,
         unless `img_context_token_id`, which we write, says another.
         """
         stated = read(config, FIELDS)

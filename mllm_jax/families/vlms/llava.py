@@ -82,7 +82,7 @@ def feature_layers(*usual: int) -> Field:
     return listed(count(low=-MOST_LAYERS, high=MOST_LAYERS), list(usual), lone=True)
 
 
-GRID = listed(listed(count()), None)  # sizes of pictures
+GRID = listed(listed(count()), None)  # sizes of images
 FIELDS = {
     "text_config": section(),
     "vision_config": section(),
@@ -97,7 +97,7 @@ FIELDS = {
 
 
 def image_token(stated: Json) -> int:
-    """The number of the token that stands for a picture, which has two names."""
+    """The number of the token that stands for an image, which has two names."""
     return stated["image_token_index"] if stated["image_token_id"] is None else stated["image_token_id"]
 
 
@@ -218,13 +218,13 @@ class Llava(Family):
         return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Pictures f[pictures c h w], or with newlines their tiles f[pictures tiles c h w] and sizes i[pictures 2]."""
+        """Images f[images c h w], or with newlines their tiles f[images tiles c h w] and sizes i[images 2]."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         if not config.connector.newline:
-            return {config.tokens.image: [whole(config, picture) for picture in pixels]}
+            return {config.tokens.image: [whole(config, image) for image in pixels]}
         sizes = arrays.get("image_sizes", ())
         if len(pixels) != len(sizes):
-            raise ValueError(f"{len(pixels)} pictures need as many image_sizes, not {len(sizes)}")
+            raise ValueError(f"{len(pixels)} images need as many image_sizes, not {len(sizes)}")
         return {
             config.tokens.image: [
                 self._tiled(config, tiles, (int(height), int(width)))
@@ -233,7 +233,7 @@ class Llava(Family):
         }
 
     def _tiled(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> VisionSpan:
-        """A picture of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
+        """An image of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
         patch, own = config.encoder.patch_size, self.rule(config)
-        pictures = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
-        return counted_like_text(pictures, own.order(size, patch))
+        images = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
+        return counted_like_text(images, own.order(size, patch))

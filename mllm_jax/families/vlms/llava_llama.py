@@ -2,7 +2,7 @@
 
 Tensor names as in those files: the decoder has those of its own family. Their config.json names the vision tower, and
 only NeXT's files hold its weights; those of the others come from the tower's own, see `mllm_jax.load_pretrained`. No
-token of the vocabulary stands for a picture: it is IMAGE. What transformers makes of these models is
+token of the vocabulary stands for an image: it is IMAGE. What transformers makes of these models is
   families/vlms/llava.py.
 """
 

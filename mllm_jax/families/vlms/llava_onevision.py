@@ -1,4 +1,4 @@
-"""LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with up to 36 tiles, whose grid is resampled, several pictures, clips.
+"""LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with up to 36 tiles, whose grid is resampled, several images, clips.
 
 Tensor names as in the published safetensors files of llava-hf.
 """
@@ -120,41 +120,41 @@ class LlavaOnevision(llava.Llava):
         colour = mean_colour(config.encoder.pixel_mean)
         return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, colour)
 
-    def clip_rule(self, config: ModelConfig) -> Halved:
+    def video_rule(self, config: ModelConfig) -> Halved:
         return Halved((config.encoder.side,) * 2)
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """What its processor's arrays show.
 
-        `pixel_values` f[pictures tiles c h w] are tiles with `image_sizes` i[pictures 2]; `batch_num_images` i[n] says
-        how many pictures each conversation has that has any (absent: one), and of several each is its first tile
+        `pixel_values` f[images tiles c h w] are tiles with `image_sizes` i[images 2]; `batch_num_images` i[n] says
+        how many images each conversation has that has any (absent: one), and of several each is its first tile
         alone. `pixel_values_videos` f[clips frames c h w].
         """
         pixels, sizes = arrays.get("pixel_values", np.zeros((0, 1, 1, 1, 1))), arrays.get("image_sizes", ())
         counts = arrays.get("batch_num_images", np.ones(len(pixels), int))
         if pixels.ndim != 5 or not len(pixels) == len(sizes) == sum(counts):
             raise ValueError(
-                f"pixel_values {pixels.shape} must be [pictures tiles c h w], with as many image_sizes ({len(sizes)}) "
-                f"and as many pictures in batch_num_images ({sum(counts)})"
+                f"pixel_values {pixels.shape} must be [images tiles c h w], with as many image_sizes ({len(sizes)}) "
+                f"and as many images in batch_num_images ({sum(counts)})"
             )
         among = np.repeat(counts, counts)
-        pictures = [
-            self._picture(config, tiles, (int(height), int(width)), int(count))
+        images = [
+            self._image(config, tiles, (int(height), int(width)), int(count))
             for tiles, (height, width), count in zip(pixels, sizes, among, strict=True)
         ]
-        clips = [self._clip(config, frames) for frames in arrays.get("pixel_values_videos", ())]
-        return {config.tokens.image: pictures, config.tokens.video: clips}
+        videos = [self._clip(config, frames) for frames in arrays.get("pixel_values_videos", ())]
+        return {config.tokens.image: images, config.tokens.video: videos}
 
-    def _picture(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> VisionSpan:
-        """One of `count` pictures of a conversation, of `size` (height, width): its tiles [tiles c h w], or more."""
+    def _image(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> VisionSpan:
+        """One of `count` images of a conversation, of `size` (height, width): its tiles [tiles c h w], or more."""
         own, patch = self.rule(config).among(count), config.encoder.patch_size
-        pictures = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
-        return counted_like_text(pictures, own.order(size, patch), own.mix(size, patch))
+        images = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
+        return counted_like_text(images, own.order(size, patch), own.mix(size, patch))
 
     def _clip(self, config: ModelConfig, frames: np.ndarray) -> VisionSpan:
         """A clip of frames [t c h w]."""
         patch, size = config.encoder.patch_size, frames.shape[-2:]
-        pictures = (
+        images = (
             cut(pixels, patch, config.num_prefix_tokens)._replace(time=time) for time, pixels in enumerate(frames)
         )
-        return counted_like_text(tuple(pictures), *frame_by_frame(self.clip_rule(config), size, patch, len(frames)))
+        return counted_like_text(tuple(images), *frame_by_frame(self.video_rule(config), size, patch, len(frames)))

@@ -1,6 +1,6 @@
 """PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555): a SigLIP tower, a linear layer, Gemma or Gemma 2.
 
-The tokens of pictures and prompt (`token_type_ids` 0) see each other; those of the answer (1) what came before.
+The tokens of images and prompt (`token_type_ids` 0) see each other; those of the answer (1) what came before.
 Tensor names as in the published safetensors files.
 """
 
@@ -134,6 +134,6 @@ class Paligemma(Family):
         return Stretch((side, side))
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Pictures f[pictures c h w], in the order of their placeholders."""
+        """Images f[images c h w], in the order of their placeholders."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-        return {config.tokens.image: [whole(config, picture) for picture in pixels]}
+        return {config.tokens.image: [whole(config, image) for image in pixels]}

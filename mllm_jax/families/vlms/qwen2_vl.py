@@ -30,7 +30,7 @@ from mllm_jax.families.decoders import qwen2
 from mllm_jax.families.decoders.by_model_type import TEXT
 from mllm_jax.families.shared import rows
 from mllm_jax.families.shared.decoder_config import tied_at_either
-from mllm_jax.families.shared.hf_images import one_by_one, read_clips
+from mllm_jax.families.shared.hf_images import one_by_one, read_videos
 from mllm_jax.families.shared.rows import gated_mlp, layer_norm, linear
 from mllm_jax.families.towers.in_vlms import CLIP_PIXELS
 from mllm_jax.families.towers.tower import ACTIVATIONS, joint_attention, plain_mlp
@@ -58,7 +58,7 @@ _WIDER = replace(_SECOND, mlp=3456)
 
 
 def _decoder(name: str) -> DecoderConfig:
-    """Qwen2's decoder with the rotary positions of pictures."""
+    """Qwen2's decoder with the rotary positions of images."""
     text = qwen2.SIZES[name]
     attention = replace(text.attention, rope_sections=(16, 24, 24), rope_layout="chunked")
     return replace(text, attention=attention, norm_eps=1e-6)
@@ -138,8 +138,8 @@ SPEC = ProcessorSpec(
     ),
     min_pixels=56**2,
     max_pixels=12845056,
-    clip_min_pixels=128 * 28**2,
-    clip_max_pixels=768 * 28**2,
+    video_min_pixels=128 * 28**2,
+    video_max_pixels=768 * 28**2,
     label=None,
     processor_class="Qwen2VLProcessor",
     video_processor_type="Qwen2VLVideoProcessor",
@@ -225,13 +225,13 @@ class Qwen2Vl(Family):
         return replace(spec, grounding=PIXELS) if config.encoder.gated else spec
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Pictures and clips; a clip is one run of placeholders, whatever its number of temporal patches."""
-        pictures, clips = (read_clips(arrays, *self.input_names[i : i + 2]) for i in (0, 2))
-        seconds = arrays.get("second_per_grid_ts", np.ones(len(clips)))
-        if len(seconds) != len(clips):
-            raise ValueError(f"second_per_grid_ts has {len(seconds)} values for {len(clips)} clips")
-        times = [patch_positions(len(clip), config.inputs.position_rate, step) for clip, step in zip(clips, seconds)]
+        """Images and clips; a clip is one run of placeholders, whatever its number of temporal patches."""
+        images, videos = (read_videos(arrays, *self.input_names[i : i + 2]) for i in (0, 2))
+        seconds = arrays.get("second_per_grid_ts", np.ones(len(videos)))
+        if len(seconds) != len(videos):
+            raise ValueError(f"second_per_grid_ts has {len(seconds)} values for {len(videos)} clips")
+        times = [patch_positions(len(clip), config.inputs.position_rate, step) for clip, step in zip(videos, seconds)]
         return {
-            config.tokens.image: [one_by_one(patches, config.merge) for patches in pictures],
-            config.tokens.video: [one_by_one(clip, config.merge, steps) for clip, steps in zip(clips, times)],
+            config.tokens.image: [one_by_one(patches, config.merge) for patches in images],
+            config.tokens.video: [one_by_one(clip, config.merge, steps) for clip, steps in zip(videos, times)],
         }

@@ -12,7 +12,7 @@ from mllm_jax.families.decoders import qwen3
 from mllm_jax.families.decoders.by_model_type import TEXT
 from mllm_jax.families.shared import rows
 from mllm_jax.families.shared.decoder_config import tied_at_the_top
-from mllm_jax.families.shared.hf_images import one_by_one, read_clips
+from mllm_jax.families.shared.hf_images import one_by_one, read_videos
 from mllm_jax.families.shared.rope import axial_theta, axial_to_hf, rope_fields
 from mllm_jax.families.shared.rows import FUSED_DOWN, FUSED_GATE_UP, layer_norm, linear
 from mllm_jax.families.towers.tower import ACTIVATIONS, joint_attention, plain_mlp
@@ -35,7 +35,7 @@ def _dense(width: int, layers: int, heads: int, mlp: int, tie: bool = False) -> 
 
 
 def _experts(name: str) -> DecoderConfig:
-    """Qwen3's decoder with the rotary positions of pictures."""
+    """Qwen3's decoder with the rotary positions of images."""
     text = qwen3.SIZES[name]
     return replace(text, attention=AttentionConfig(text.attention.heads, text.attention.kv_heads, 128))
 
@@ -232,9 +232,9 @@ class Qwen3Vl(Family):
         ]
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Pictures, and every temporal patch of clips: each has a run of placeholders of its own."""
+        """Images, and every temporal patch of clips: each has a run of placeholders of its own."""
         names = {config.tokens.image: self.input_names[:2], config.tokens.video: self.input_names[2:]}
         return {
-            token: [one_by_one((patch,), config.merge) for clip in read_clips(arrays, *pair) for patch in clip]
+            token: [one_by_one((patch,), config.merge) for clip in read_videos(arrays, *pair) for patch in clip]
             for token, pair in names.items()
         }

@@ -1,6 +1,6 @@
-"""Where a patch stands in its picture: a learned table resampled to pictures of any size, and rotary positions.
+"""Where a patch stands in its image: a learned table resampled to images of any size, and rotary positions.
 
-Sizes are traced values, so that one program serves all pictures. A picture as large as the table reads it as it is.
+Sizes are traced values, so that one program serves all images. An image as large as the table reads it as it is.
 """
 
 from functools import partial
@@ -14,12 +14,12 @@ from mllm_jax.nn.rope import rope_table
 
 
 def resample(table, coords, grid, kind: str):
-    """A learned table [Y X D], Y = X, at every patch of pictures of any size.
+    """A learned table [Y X D], Y = X, at every patch of images of any size.
 
     Args:
-      coords: i32[... 3] (t, y, x); grid: i32[... 2] (h, w) of the patch's picture.
+      coords: i32[... 3] (t, y, x); grid: i32[... 2] (h, w) of the patch's image.
       kind: "bilinear_aligned", whose corners are those of the table; or, as torch's `interpolate` without aligned
-        corners, "bicubic", or "bilinear_antialias" and "bicubic_antialias", which average where pictures are smaller.
+        corners, "bicubic", or "bilinear_antialias" and "bicubic_antialias", which average where images are smaller.
     Returns:
       f32[... D].
     """
@@ -49,7 +49,7 @@ def _aligned(table, places, grid):
 
 
 def _weighted(axis_weights, table, places, grid):
-    """One product with the weights of all entries: how many count depends on a picture's size, this shape does not."""
+    """One product with the weights of all entries: how many count depends on an image's size, this shape does not."""
     y, x = (axis_weights(places[..., axis], grid[..., axis], table.shape[axis]) for axis in (0, 1))
     weights = rearrange(y[..., :, None] * x[..., None, :], "... Y X -> ... (Y X)")
     return jnp.matmul(weights, rearrange(table, "Y X D -> (Y X) D"), precision=jax.lax.Precision.HIGHEST)

@@ -1,7 +1,7 @@
-"""Vision transformer over packed pictures of any size (arXiv 2010.11929, 2307.06304), of which all towers are kinds.
+"""Vision transformer over packed images of any size (arXiv 2010.11929, 2307.06304), of which all towers are kinds.
 
-Patches of many pictures share a row. Everything that depends on a picture's size comes from traced coordinates, so one
-compiled program serves any mix of sizes, clips, or no picture at all.
+Patches of many images share a row. Everything that depends on an image's size comes from traced coordinates, so one
+compiled program serves any mix of sizes, videos, or no image at all.
 """
 
 from dataclasses import dataclass
@@ -33,16 +33,16 @@ class VitConfig(Config):
     """
     mlp: width of the feed-forward block; `gated`: it has a gate (SwiGLU, arXiv 2002.05202).
     patch_bias, qkv_bias: whether the first linear layer, and those of queries, keys and values, have biases.
-    position_grid: side of the learned position table, resampled to each picture's size; 0 = there is none.
-    image_size: side in pixels of the square pictures that the table is for, where it is not a whole number of patches,
+    position_grid: side of the learned position table, resampled to each image's size; 0 = there is none.
+    image_size: side in pixels of the square images that the table is for, where it is not a whole number of patches,
       so that a margin is not read; 0 = it is.
     resampling: how, see `positions.resample`.
-    class_token: a learned token before the patches of a picture; the table has one more place for it, before the grid.
+    class_token: a learned token before the patches of an image; the table has one more place for it, before the grid.
     registers: so many more, which have no places (arXiv 2309.16588).
     mask_token: a learned patch that only self-supervised training puts in; kept, for the weights to be complete.
     rope_theta: base of the rotary positions; None = there are none.
-    window: side in patches of the windows that attend within themselves; 0 = a picture attends as a whole.
-    whole: layers (0-based) that attend to the whole picture nevertheless.
+    window: side in patches of the windows that attend within themselves; 0 = an image attends as a whole.
+    whole: layers (0-based) that attend to the whole image nevertheless.
     norm: "layer" or "rms"; norm_eps is that of all norms.
     qk_norm: queries and keys are normalised over all heads together.
     layer_scale: initial value of factors of what each block adds, one a channel (arXiv 2103.17239); None = no factors.
@@ -108,12 +108,12 @@ class VitConfig(Config):
 
     @property
     def side(self) -> int:
-        """Side in pixels of the square pictures that the position table is for."""
+        """Side in pixels of the square images that the position table is for."""
         return self.image_size or self.position_grid * self.patch_size
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens that stand before the patches of a picture: the class token and registers."""
+        """Tokens that stand before the patches of an image: the class token and registers."""
         return self.class_token + self.registers
 
     @property
@@ -208,9 +208,9 @@ class Vit(nn.Module):
         # All rows in one line: any number of devices that divides their number can share them.
         rows, count = ("batch", "length", None), len(vision.image)
         vision = Vision(*(fold_rows(x, self.runtime.rules) for x in vision))
-        leading = -1 - vision.coords[..., 0]  # 0, 1, ... where the tokens stand that lead a picture
-        picture = jnp.where(leading < config.num_prefix_tokens, vision.image, 0)
-        windows = window_segments(picture, vision.coords, vision.grid, config.window) if config.window else None
+        leading = -1 - vision.coords[..., 0]  # 0, 1, ... where the tokens stand that lead an image
+        image = jnp.where(leading < config.num_prefix_tokens, vision.image, 0)
+        windows = window_segments(image, vision.coords, vision.grid, config.window) if config.window else None
         rope = None
         if config.rope_theta is not None:
             rope = patch_rope(vision.coords, config.head_dim, config.rope_theta)
@@ -228,7 +228,7 @@ class Vit(nn.Module):
         def body(layer, carry, per_layer):
             """Untapped layers write a slot that nobody reads. The write is linear: backward saves nothing for it."""
             (x, outputs), (slot, whole) = carry, per_layer
-            segment = picture if windows is None else jnp.where(whole, picture, windows)
+            segment = image if windows is None else jnp.where(whole, image, windows)
             x = shard(layer(x, segment, rope), rows, runtime.rules)
             return (x, jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)), None
 
@@ -250,7 +250,7 @@ class Vit(nn.Module):
         return Features(split(x), jax.vmap(split)(outputs[: len(config.deepstack_layers)]))
 
     def _embed(self, vision: Vision, leading):
-        """Patches [rows P C] -> [rows P D], with learned positions; in the first places of a picture its tokens."""
+        """Patches [rows P C] -> [rows P D], with learned positions; in the first places of an image its tokens."""
         config, runtime = self.config, self.runtime.within("encoder")
         shape, axes, side = (config.patch_values, config.width), ("patch", "embed"), config.position_grid
         patches = normalise(shard(vision.patches, ("batch", "length", None), runtime.rules), config)

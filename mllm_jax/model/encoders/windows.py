@@ -1,15 +1,15 @@
-"""Windows of a picture, which attend within themselves (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1)."""
+"""Windows of an image, which attend within themselves (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1)."""
 
 import jax
 import jax.numpy as jnp
 
 
 def window_segments(image, coords, grid, side: int):
-    """A number for every window of every picture, to be used as a segment: patches stay where they are.
+    """A number for every window of every image, to be used as a segment: patches stay where they are.
 
-    Windows begin at a picture's upper left corner; those at the other edges are smaller. A picture of n patches has at
+    Windows begin at an image's upper left corner; those at the other edges are smaller. An image of n patches has at
     most n windows, so that counting on from the place of its first patch gives each its own number; and as these grow
-    down the picture, blocks of patches that share no window have ranges that do not overlap, which kernels leave out.
+    down the image, blocks of patches that share no window have ranges that do not overlap, which kernels leave out.
 
     Args:
       image: i32[rows P]; coords: i32[rows P 3]; grid: i32[rows P 2]: those of a `Vision`.

@@ -7,7 +7,7 @@ Ring (arXiv 2310.01889): queries stay, keys and values go round. Under a causal 
 would be idle for most of the round, so each takes one part from the beginning and one from the end (of 2n parts, device
 i takes i and 2n - 1 - i: the zig-zag order of Llama 3, arXiv 2407.21783). Tokens are brought into that order here and
 back again, not once for the whole model: that costs each layer about what Ulysses exchanges, and in return nothing
-outside this file (positions, segments, pictures, loss) knows of any order but the natural one.
+outside this file (positions, segments, images, loss) knows of any order but the natural one.
 
 Everything here runs inside `jax.shard_map`, on a device's own rows, tokens and heads.
 """

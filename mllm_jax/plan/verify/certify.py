@@ -3,7 +3,7 @@
     python -m mllm_jax.plan certify --config configs/certify.py
     python -m mllm_jax.plan certify --config configs/certify.py --config.meshes="('fsdp=8', 'data=2,tensor=4')"
 
-Runs on virtual CPU devices, in fp32, on one packed batch of pictures, clips and text, with weights that are random
+Runs on virtual CPU devices, in fp32, on one packed batch of images, videos and text, with weights that are random
 everywhere. Differences are relative to the largest value of each tensor. The config may also be that of a run. The exit
 code is 1 where something drifts by more than the tolerance, or a router decides otherwise.
 """

@@ -1,4 +1,4 @@
-"""Training a dual encoder on pairs of a picture and its text."""
+"""Training a dual encoder on pairs of an image and its text."""
 
 import math
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Contrastive(Algorithm):
 
 
 def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Jitted `step(state, batch) -> (state, metrics)`; the state is donated. Picture i of a batch belongs to text i.
+    """Jitted `step(state, batch) -> (state, metrics)`; the state is donated. Image i of a batch belongs to text i.
 
     No device holds the logits of all pairs, see train/losses/contrastive.py. A step whose loss or gradient is not
     finite changes nothing but the counters.
@@ -64,7 +64,7 @@ def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainSta
         params = {"params": join(trainable, frozen)}
         out = model.apply(params, batch)
         scale, bias = model.apply(params, method="temperature")
-        everywhere = config.runtime.within("encoder").rules  # pairs lie on all axes, as pictures do
+        everywhere = config.runtime.within("encoder").rules  # pairs lie on all axes, as images do
         embeddings = (out.image_embeddings, out.text_embeddings)
         value = contrastive_loss(config.loss, *embeddings, scale, bias, everywhere, real_pairs(batch))
         return value, dict(loss=value, scale=scale, bias=bias)

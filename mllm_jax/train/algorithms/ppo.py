@@ -101,7 +101,7 @@ def differences(run: Run, judged: Run, own: Processor, other: Processor) -> list
     pairs = {
         "the tokenizers": (own.tokenizer.vocabulary, other.tokenizer.vocabulary),
         "the chat templates": (own.template, other.template),
-        "how pictures are read": (own.spec, other.spec),
-        "the patches of pictures": (run.model.layout, judged.model.layout),
+        "how images are read": (own.spec, other.spec),
+        "the patches of images": (run.model.layout, judged.model.layout),
     }
     return [f"{name} differ" for name, (ours, theirs) in pairs.items() if ours != theirs]

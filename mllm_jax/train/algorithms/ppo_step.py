@@ -1,6 +1,6 @@
 """A step of PPO: answers to a batch of prompts, then updates on parts of them, as one program.
 
-The critic is a head on the model that is trained, and not a second model as in LLaVA-RLHF: both read the same pictures
+The critic is a head on the model that is trained, and not a second model as in LLaVA-RLHF: both read the same images
 and tokens, so that one pass serves both, and a run has one state, which is saved, spread and resumed like any other.
 Its loss has a small weight, since it moves the layers that they share.
 """

@@ -5,7 +5,7 @@
 
 The model is that with which the run begins, config.init. The file has a line for each record with a chosen and a
 rejected answer: its id, the two log-probabilities, and a number by which the run notices that the record, its
-tokenizer, the size of its pictures or the weights of its tokens are no longer the same. It runs as one process.
+tokenizer, the size of its images or the weights of its tokens are no longer the same. It runs as one process.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""How often the nearest text of a held-out picture is its own, and the nearest picture of a text, during training."""
+"""How often the nearest text of a held-out image is its own, and the nearest image of a text, during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,35 +29,35 @@ class RetrievalEvaluator(Evaluator):
         return make_embedding_step(self.run.model, self.mesh)
 
     def no_records(self) -> dict[str, Any]:
-        return {"loss": 0.0, "pictures": [], "texts": [], "tokens": []}
+        return {"loss": 0.0, "images": [], "texts": [], "tokens": []}
 
     def add(self, totals: dict[str, Any], found: dict[str, Any], batch: DualBatch, info: Info) -> None:
         real = np.ravel(batch.first >= 0)
         totals["loss"] += float(found["loss"]) * real.sum()
-        totals["pictures"].append(found["pictures"][real])
+        totals["images"].append(found["images"][real])
         totals["texts"].append(found["texts"][real])
         totals["tokens"].append(batch.tokens[real])
 
     def results(self, totals: dict[str, Any]) -> dict[str, Any]:
-        pictures, texts, tokens = (np.concatenate(totals[name]) for name in ("pictures", "texts", "tokens"))
-        recall = recall_at_1(pictures, texts, list(map(bytes, tokens)))
+        images, texts, tokens = (np.concatenate(totals[name]) for name in ("images", "texts", "tokens"))
+        recall = recall_at_1(images, texts, list(map(bytes, tokens)))
         return {"loss": totals["loss"] / max(len(tokens), 1), "pairs": len(tokens), "recall_at_1": recall}
 
 
-def recall_at_1(pictures: np.ndarray, texts: np.ndarray, names: list[Any]) -> dict[str, float]:
-    """Shares of right ones among the nearest: the "text" of every picture, the "picture" of every text.
+def recall_at_1(images: np.ndarray, texts: np.ndarray, names: list[Any]) -> dict[str, float]:
+    """Shares of right ones among the nearest: the "text" of every image, the "image" of every text.
 
     Args:
-      pictures, texts: f32[n D] of unit length.
+      images, texts: f32[n D] of unit length.
       names: of every pair: those with one name are not told apart.
     """
-    similarity, names = pictures @ texts.T, np.unique(names, return_inverse=True)[1]
+    similarity, names = images @ texts.T, np.unique(names, return_inverse=True)[1]
     right = lambda axis: float(np.mean(names[similarity.argmax(axis)] == names))
-    return {"text": right(1), "picture": right(0)}
+    return {"text": right(1), "image": right(0)}
 
 
 def make_embedding_step(config: DualConfig, mesh: Mesh):
-    """Jitted `embed(params, batch) -> {"pictures", "texts": f32[n D], "loss": f32[] mean of a pair}`."""
+    """Jitted `embed(params, batch) -> {"images", "texts": f32[n D], "loss": f32[] mean of a pair}`."""
     model = config.build()
 
     def embed(params, batch: DualBatch):
@@ -66,6 +66,6 @@ def make_embedding_step(config: DualConfig, mesh: Mesh):
             scale, bias = model.apply({"params": params}, method="temperature")
             about = (scale, bias, config.runtime.within("encoder").rules, real_pairs(batch))
             loss = contrastive_loss(config.loss, out.image_embeddings, out.text_embeddings, *about)
-            return {"pictures": out.image_embeddings, "texts": out.text_embeddings, "loss": jnp.asarray(loss)}
+            return {"images": out.image_embeddings, "texts": out.text_embeddings, "loss": jnp.asarray(loss)}
 
     return jax.jit(embed, out_shardings=NamedSharding(mesh, PartitionSpec()))

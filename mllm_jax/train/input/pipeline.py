@@ -1,4 +1,4 @@
-"""How conversations, or pairs of a picture and a text, reach the devices: every process makes its share of a batch."""
+"""How conversations, or pairs of an image and a text, reach the devices: every process makes its share of a batch."""
 
 from collections.abc import Callable
 from typing import Any

@@ -53,7 +53,7 @@ def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProc
         )
     if not data.patch_rows or data.patches_per_row <= encoder.num_prefix_tokens:
         raise ConfigError(
-            f"config.data: rows={data.patch_rows} of patches={data.patches_per_row} have no room for a picture"
+            f"config.data: rows={data.patch_rows} of patches={data.patches_per_row} have no room for an image"
         )
     _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
     return dataclasses.replace(processor, missing_rows=data.missing_rows)

@@ -1,7 +1,7 @@
-"""Contrastive losses of n pictures and their n texts, on any mesh: CLIP's softmax, SigLIP's sigmoid.
+"""Contrastive losses of n images and their n texts, on any mesh: CLIP's softmax, SigLIP's sigmoid.
 
-Both read the logits of all n x n pairs. A device keeps its own pictures while the texts of all devices go round
-(arXiv 2303.15343, section 3.3), so that it never holds more logits than those of its pictures with BLOCK texts, neither
+Both read the logits of all n x n pairs. A device keeps its own images while the texts of all devices go round
+(arXiv 2303.15343, section 3.3), so that it never holds more logits than those of its images with BLOCK texts, neither
 forward nor backward, where they are computed again.
 """
 
@@ -28,7 +28,7 @@ BLOCK = 1024  # texts
 
 @dataclass(frozen=True)
 class ContrastiveConfig(AlgorithmConfig):
-    """Trains a dual encoder on pairs of a picture and a text, by the loss that `DualConfig.loss` names."""
+    """Trains a dual encoder on pairs of an image and a text, by the loss that `DualConfig.loss` names."""
 
     model: ClassVar[type] = DualConfig
 
@@ -38,17 +38,17 @@ class ContrastiveConfig(AlgorithmConfig):
                 f"{path}.train.grad_accum_steps must be 1: every pair of a batch is compared with all others"
             )
         if run.lora.drops:
-            raise ConfigError(f"{path}.lora.dropout must be 0: training on pairs of a picture and a text drops nothing")
+            raise ConfigError(f"{path}.lora.dropout must be 0: training on pairs of an image and a text drops nothing")
 
 
 class _Kind(NamedTuple):
-    """What a loss sums over all pairs, the right ones taken for wrong ones: half of it of every picture, half of every
+    """What a loss sums over all pairs, the right ones taken for wrong ones: half of it of every image, half of every
     text."""
 
     nothing: float
     of: Callable  # (logits [i j], axis) -> its sum over an axis, [j] or [i]
     join: Callable  # two sums to one
-    slope: Callable  # (logits, sums of pictures [i 1], sums of texts [j]) -> derivative of both halves together
+    slope: Callable  # (logits, sums of images [i 1], sums of texts [j]) -> derivative of both halves together
 
 
 KINDS = {
@@ -56,82 +56,82 @@ KINDS = {
         nothing=-jnp.inf,
         of=jax.nn.logsumexp,
         join=jnp.logaddexp,
-        slope=lambda logits, of_picture, of_text: (jnp.exp(logits - of_picture) + jnp.exp(logits - of_text)) / 2,
+        slope=lambda logits, of_image, of_text: (jnp.exp(logits - of_image) + jnp.exp(logits - of_text)) / 2,
     ),
     "sigmoid": _Kind(  # -log sigmoid(-logit) of every pair
         nothing=0.0,
         of=lambda logits, axis: jnp.sum(jax.nn.softplus(logits), axis),
         join=jnp.add,
-        slope=lambda logits, of_picture, of_text: jax.nn.sigmoid(logits),
+        slope=lambda logits, of_image, of_text: jax.nn.sigmoid(logits),
     ),
 }
 
 
-def contrastive_loss(kind: str, pictures, texts, scale, bias=0.0, rules: Rules = (), real=None) -> Array:
-    """The mean loss of a pair, f32[]; picture i belongs to text i, and all others are wrong.
+def contrastive_loss(kind: str, images, texts, scale, bias=0.0, rules: Rules = (), real=None) -> Array:
+    """The mean loss of a pair, f32[]; image i belongs to text i, and all others are wrong.
 
-    "softmax": cross-entropy of finding the text of a picture among all, and the picture of a text, halved (CLIP,
+    "softmax": cross-entropy of finding the text of an image among all, and the image of a text, halved (CLIP,
     arXiv 2103.00020, figure 3). "sigmoid": -log sigmoid(z * logit), z = 1 for a pair that belongs together and -1 for
     others, summed over pairs and divided by n (SigLIP, arXiv 2303.15343, algorithm 1).
 
     Args:
-      pictures, texts: f32[n D] embeddings of unit length.
+      images, texts: f32[n D] embeddings of unit length.
       scale, bias: f32[]; a logit is scale * cosine + bias.
       rules: `batch` says over which axes of the ambient mesh the pairs lie; none for a single device.
       real: bool[n] which pairs are there; the rest is padding, which nothing depends on. None = all.
     """
     if kind not in KINDS:
         raise ValueError(f"the loss must be one of {sorted(KINDS)}, not {kind!r}")
-    if pictures.shape != texts.shape:
-        raise ValueError(f"every picture needs one text: pictures are {pictures.shape}, texts {texts.shape}")
+    if images.shape != texts.shape:
+        raise ValueError(f"every image needs one text: images are {images.shape}, texts {texts.shape}")
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else divisible_axes("batch", len(pictures), rules, mesh)
+    axes = () if mesh.empty else divisible_axes("batch", len(images), rules, mesh)
     scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
-    real = jnp.ones(len(pictures)) if real is None else real.astype(jnp.float32)
-    right = jnp.sum(real * (scale * jnp.sum(pictures * texts, axis=-1) + bias))
+    real = jnp.ones(len(images)) if real is None else real.astype(jnp.float32)
+    right = jnp.sum(real * (scale * jnp.sum(images * texts, axis=-1) + bias))
     # -log sigmoid(x) = -log sigmoid(-x) - x, as for the softmax: the right pairs are taken off at the end.
-    return (_all_pairs(pictures, texts, scale, bias, real, KINDS[kind], axes) - right) / jnp.maximum(jnp.sum(real), 1)
+    return (_all_pairs(images, texts, scale, bias, real, KINDS[kind], axes) - right) / jnp.maximum(jnp.sum(real), 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _all_pairs(pictures, texts, scale, bias, real, kind: _Kind, axes: tuple[str, ...]):
-    return _forward(pictures, texts, scale, bias, real, kind, axes)[0]
+def _all_pairs(images, texts, scale, bias, real, kind: _Kind, axes: tuple[str, ...]):
+    return _forward(images, texts, scale, bias, real, kind, axes)[0]
 
 
-def _forward(pictures, texts, scale, bias, real, kind, axes):
-    def on_device(pictures, texts, scale, bias, real):
-        def meet(of_picture, guest):
+def _forward(images, texts, scale, bias, real, kind, axes):
+    def on_device(images, texts, scale, bias, real):
+        def meet(of_image, guest):
             text, is_text, of_text = guest
-            logits = _of_pairs(scale * _similarity(pictures, text) + bias, real, is_text)
-            of_picture = kind.join(of_picture, kind.of(logits, axis=1))
-            return of_picture, (text, is_text, kind.join(of_text, kind.of(logits, axis=0)))
+            logits = _of_pairs(scale * _similarity(images, text) + bias, real, is_text)
+            of_image = kind.join(of_image, kind.of(logits, axis=1))
+            return of_image, (text, is_text, kind.join(of_text, kind.of(logits, axis=0)))
 
-        nothing = jnp.full(len(pictures), kind.nothing)
-        of_picture, (*_, of_text) = _round(axes, meet, nothing, (texts, real, nothing))
-        of_picture, of_text = (jnp.where(real > 0, sums, 0) for sums in (of_picture, of_text))
-        return _total((jnp.sum(of_picture) + jnp.sum(of_text)) / 2, axes), of_picture, of_text
+        nothing = jnp.full(len(images), kind.nothing)
+        of_image, (*_, of_text) = _round(axes, meet, nothing, (texts, real, nothing))
+        of_image, of_text = (jnp.where(real > 0, sums, 0) for sums in (of_image, of_text))
+        return _total((jnp.sum(of_image) + jnp.sum(of_text)) / 2, axes), of_image, of_text
 
-    total, *sums = _spread(on_device, axes, "nnssn", "snn")(pictures, texts, scale, bias, real)
-    return total, (pictures, texts, scale, bias, real, *sums)
+    total, *sums = _spread(on_device, axes, "nnssn", "snn")(images, texts, scale, bias, real)
+    return total, (images, texts, scale, bias, real, *sums)
 
 
 def _backward(kind, axes, saved, d_total):
-    def on_device(pictures, texts, scale, bias, real, of_picture, of_text):
+    def on_device(images, texts, scale, bias, real, of_image, of_text):
         def meet(found, guest):
-            d_pictures, d_scale, d_bias = found
+            d_images, d_scale, d_bias = found
             text, is_text, of_text, d_text = guest
-            similarity = _similarity(pictures, text)
+            similarity = _similarity(images, text)
             logits = _of_pairs(scale * similarity + bias, real, is_text)
-            slope = kind.slope(logits, of_picture[:, None], of_text)
+            slope = kind.slope(logits, of_image[:, None], of_text)
             d_scale, d_bias = d_scale + jnp.sum(slope * similarity), d_bias + jnp.sum(slope)
-            d_text += _product("ij,iD->jD", slope, pictures)
-            d_pictures += _product("ij,jD->iD", slope, text)
-            return (d_pictures, d_scale, d_bias), (text, is_text, of_text, d_text)
+            d_text += _product("ij,iD->jD", slope, images)
+            d_images += _product("ij,jD->iD", slope, text)
+            return (d_images, d_scale, d_bias), (text, is_text, of_text, d_text)
 
-        zero, zeros = jnp.zeros(()), jnp.zeros(pictures.shape)
+        zero, zeros = jnp.zeros(()), jnp.zeros(images.shape)
         guests = (texts, real, of_text, zeros)
-        (d_pictures, *d_scalars), (*_, d_texts) = _round(axes, meet, (zeros, zero, zero), guests)
-        return scale * d_pictures, scale * d_texts, *(_total(x, axes) for x in d_scalars)
+        (d_images, *d_scalars), (*_, d_texts) = _round(axes, meet, (zeros, zero, zero), guests)
+        return scale * d_images, scale * d_texts, *(_total(x, axes) for x in d_scalars)
 
     gradients = _spread(on_device, axes, "nnssnnn", "nnss")(*saved)
     gradients = tuple((d_total * gradient).astype(x.dtype) for gradient, x in zip(gradients, saved))
@@ -161,17 +161,17 @@ def _spread(on_device, axes, inputs: str, outputs: str):
     return lambda *args: spread(*map(constrain, args, ins))
 
 
-def _of_pairs(logits, is_picture, is_text):
+def _of_pairs(logits, is_image, is_text):
     """Logits [i j] of what is there; of what is not -inf, as if it could not be meant."""
-    return jnp.where((is_picture[:, None] > 0) & (is_text > 0), logits, -jnp.inf)
+    return jnp.where((is_image[:, None] > 0) & (is_text > 0), logits, -jnp.inf)
 
 
 def _total(x, axes):
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _similarity(pictures, texts):
-    return _product("iD,jD->ij", pictures, texts)
+def _similarity(images, texts):
+    return _product("iD,jD->ij", images, texts)
 
 
 def _product(equation, x, y):

@@ -40,24 +40,24 @@ class Flops(NamedTuple):
 
 
 def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
-    """What is in a batch of numpy arrays: conversations or texts, pictures, and targets with a weight.
+    """What is in a batch of numpy arrays: conversations or texts, images, and targets with a weight.
 
     window: tokens that layers with a window see (`DecoderConfig.window`).
     """
     conversations = _sizes(batch.segment)
-    pictures = np.zeros(0) if batch.vision is None else _sizes(batch.vision.image)
+    images = np.zeros(0) if batch.vision is None else _sizes(batch.vision.image)
     return Counts(
         tokens=float(conversations.sum()),
         token_pairs=float((conversations**2).sum() / 2),
-        patches=float(pictures.sum()),
-        patch_pairs=float((pictures**2).sum()),
+        patches=float(images.sum()),
+        patch_pairs=float((images**2).sum()),
         targets=float(np.count_nonzero(getattr(batch, "weight", 0))),
         near_pairs=near_pairs(conversations, window),
     )
 
 
 def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
-    """What a batch has room for: every row one conversation, every row of patches one picture, a target everywhere."""
+    """What a batch has room for: every row one conversation, every row of patches one image, a target everywhere."""
     rows, length = batch.tokens.shape
     row, patch_row, patches = (0, 0, 0) if batch.vision is None else batch.vision.image.shape
     return Counts(
@@ -144,7 +144,7 @@ def count_flops(
 
 
 def _pairs(encoder: VitConfig, counts: Counts) -> float:
-    """Pairs of patches that meet in all layers. Windows count as full ones: those at the edges of pictures are less."""
+    """Pairs of patches that meet in all layers. Windows count as full ones: those at the edges of images are less."""
     windowed = len(set(range(encoder.depth)) - set(encoder.whole)) if encoder.window else 0
     within = min(counts.patches * encoder.window**2, counts.patch_pairs)
     return (encoder.depth - windowed) * counts.patch_pairs + windowed * within

@@ -144,7 +144,7 @@ class Stage(Config):
 @dataclass(frozen=True)
 class Run(Config):
     """
-    model: ModelConfig, or DualConfig, which is trained on pairs of a picture and a text; its runtime's sharding rules
+    model: ModelConfig, or DualConfig, which is trained on pairs of an image and a text; its runtime's sharding rules
       are those of `rules`.
     algorithm: what is learned: SupervisedConfig, PreferenceConfig, RewardConfig or PpoConfig, or of a DualConfig
       ContrastiveConfig (see `mllm_jax.train.algorithms`).
@@ -306,7 +306,7 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
             f"{path}.train.grad_accum_steps={run.train.grad_accum_steps} must divide {path}.data.batch={run.data.batch}"
         )
     if whole.model.encoder is None and run.data.budget.patch_rows:
-        raise ConfigError(f"{path}.data.patch_rows must be 0: the model has no encoder, so that it sees no pictures")
+        raise ConfigError(f"{path}.data.patch_rows must be 0: the model has no encoder, so that it sees no images")
     if (
         isinstance(whole.model, ModelConfig)
         and run.data.budget.patch_rows

@@ -32,17 +32,18 @@ class DataConfig(Config):
 
     batch: rows of a batch, over all processes and accumulated parts.
     tokens, patch_rows, patches_per_row: a row holds `tokens` tokens and `patch_rows` x `patches_per_row` patches; no
-      picture exceeds `patches_per_row`. Of pairs of a picture and a text, each text takes as many tokens as the model
+      image exceeds `patches_per_row`. Of pairs of an image and a text, each text takes as many tokens as the model
       reads.
-    min_pixels, max_pixels: of a picture, before the budget shrinks it; None leaves it to the processor.
+    min_pixels, max_pixels: of an image, before the budget shrinks it; None leaves it to the processor.
     missing_rows: largest share of its rows that a truncated JPEG may lack, from 0 to 1. Default 0: it is left out.
-    fps, max_frames, sampling: of a clip: frames a second, how many at most, and whether they are spread evenly ("even")
-      or denser where they differ ("motion"); None leaves it to the processor. A clip in a message may ask for its own.
+    fps, max_frames, sampling: of a video: frames a second, how many at most, and whether they are spread evenly
+      ("even") or denser where they differ ("motion"); None leaves it to the processor. A video in a message may ask for
+      its own.
     user_content_tokens: tokens such as <|box_start|> are read in texts of users as in answers, and not as letters; None
       leaves it to the processor.
     epochs: passes over the data; None = without end. They are the length of the run where optim.steps is 0; otherwise
       the data must not end before optim.steps.
-    text_only: leave all pictures and clips out, for a text-only baseline.
+    text_only: leave all images and videos out, for a text-only baseline.
     streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
       number of processes that divides it; None = the largest divisor of `batch` up to 64.
     window, workers, processes, prefetch, fail_on_bad_record, max_bad_fraction: see
@@ -85,7 +86,7 @@ class DataConfig(Config):
         return Budget(self.tokens, 0 if self.text_only else self.patch_rows, self.patches_per_row)
 
 
-Cells = Annotated[int, Range(least=3)]  # of a side of a drawn picture
+Cells = Annotated[int, Range(least=3)]  # of a side of a drawn image
 
 
 def _check_cells(least: int, most: int) -> None:
@@ -95,7 +96,7 @@ def _check_cells(least: int, most: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesData(DataConfig):
-    """Pictures and clips that are drawn on the fly (see `mllm_jax.data.synthetic.scenes`)."""
+    """Images and videos that are drawn on the fly (see `mllm_jax.data.synthetic.scenes`)."""
 
     kinds: Mapping[str, NonNegative] = field(default_factory=lambda: dict(DEFAULT_KINDS))
     cell: PositiveInt = 16
@@ -113,12 +114,12 @@ class ScenesData(DataConfig):
     def source(self, split: str = "train") -> Any:
         """The conversations of "train" or "heldout"."""
         sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
-        return Scenes(split, self.seed, self.kinds, pictures=not self.text_only, **sizes)
+        return Scenes(split, self.seed, self.kinds, images=not self.text_only, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsData(DataConfig):
-    """Captions of such pictures, truthful and false (see `mllm_jax.data.synthetic.captions`).
+    """Captions of such images, truthful and false (see `mllm_jax.data.synthetic.captions`).
 
     false: share of the captions to train on that name an absent thing; held-out ones are true.
     """
@@ -136,10 +137,10 @@ class CaptionsData(DataConfig):
         """The captions of "train" or "heldout"."""
         sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
         false = self.false if split == "train" else 0.0
-        return Captions(split, self.seed, false, pictures=not self.text_only, **sizes)
+        return Captions(split, self.seed, false, images=not self.text_only, **sizes)
 
 
-class WithoutPictures:
+class WithoutImages:
     """A source of the same questions and answers, without what they are about."""
 
     def __init__(self, source: Any):
@@ -149,10 +150,10 @@ class WithoutPictures:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return without_pictures(self.source[index])
+        return without_images(self.source[index])
 
 
-def without_pictures(record: dict[str, Any]) -> dict[str, Any]:
+def without_images(record: dict[str, Any]) -> dict[str, Any]:
     """The record without the images and videos of its messages."""
 
     def texts(content: Any) -> Any:

@@ -11,7 +11,7 @@ from mllm_jax.data.sources import open_source
 from mllm_jax.data.sources.mixture import Mixture, tempered
 from mllm_jax.data.sources.shards import Conversations
 from mllm_jax.data.synthetic.scenes import KINDS, Scenes
-from mllm_jax.train.runs.data import DataConfig, WithoutPictures
+from mllm_jax.train.runs.data import DataConfig, WithoutImages
 
 EMBEDDED = "scenes:"  # begins the path of an embedded set
 
@@ -22,7 +22,7 @@ class Files(Config):
 
     path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`. Or
       scenes:KIND, the embedded questions of a kind, with held-out ones (see `mllm_jax.data.synthetic.scenes`).
-    root: the folder that pictures beside the files lie in, by default the files' own.
+    root: the folder that images beside the files lie in, by default the files' own.
     where: fields that a record must have to be trained on, as in {"split": "train"}.
     heldout: another path to evaluate on; None = the same. heldout_where: the fields of held-out records.
     """
@@ -64,7 +64,7 @@ class FilesData(Files, DataConfig):
     def source(self, split: str = "train") -> Any:
         """The conversations of "train" or "heldout"; None where the config names no held-out ones."""
         records = self.open(split, "config.data")
-        return WithoutPictures(records) if self.text_only and records is not None else records
+        return WithoutImages(records) if self.text_only and records is not None else records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class MixtureData(DataConfig):
     def source(self, split: str = "train") -> Any:
         """A `Mixture` of all sets to train on; of "heldout", all held-out sets as one, or None."""
         opened = [part.open(split, f"config.data.sources.{name}") for name, part in self.sources.items()]
-        opened = [WithoutPictures(source) if self.text_only else source for source in opened if source is not None]
+        opened = [WithoutImages(source) if self.text_only else source for source in opened if source is not None]
         if split == "heldout":
             return Conversations(opened) if opened else None
         if not opened:

@@ -31,7 +31,7 @@ def count_pairs(batch: DualBatch) -> dict[str, jax.Array]:
 
 
 def real_pairs(batch: DualBatch) -> jax.Array:
-    """bool[pictures] which pictures of a batch, and so which pairs, are no padding."""
+    """bool[images] which images of a batch, and so which pairs, are no padding."""
     real = jnp.ravel(batch.first >= 0)
     return real if batch.order is None else real[batch.order]
 
@@ -58,13 +58,13 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
 
 
 def pair_shardings(batch: DualBatch, mesh: Mesh, rules: Rules) -> DualBatch:
-    """NamedSharding of every array of a batch: rows of texts and of pictures over the `batch` axes.
+    """NamedSharding of every array of a batch: rows of texts and of images over the `batch` axes.
 
     Raises ValueError where the axes do not divide them.
     """
 
     def of(x):
         names = ("batch", *(None,) * (x.ndim - 1))
-        return NamedSharding(mesh, partition_spec(names, rules, mesh, x.shape, "a batch of pictures and texts"))
+        return NamedSharding(mesh, partition_spec(names, rules, mesh, x.shape, "a batch of images and texts"))
 
     return jax.tree.map(of, batch)

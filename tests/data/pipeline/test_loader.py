@@ -36,7 +36,7 @@ def assert_same(one, two):
 def scenes_processor() -> Processor:
     tokenizer = Tokenizer(scenes_tokenizer(), {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
     return Processor(
-        tokenizer, ChatTemplate(SCENES_TEMPLATE), ProcessorSpec(patch=8, min_pixels=256, clip_min_pixels=256)
+        tokenizer, ChatTemplate(SCENES_TEMPLATE), ProcessorSpec(patch=8, min_pixels=256, video_min_pixels=256)
     )
 
 
@@ -93,7 +93,7 @@ def test_resumed_batches_are_identical_from_any_step(workers):
 
 def test_processes_give_the_same_batches():
     """Also where weights change while records are read ahead."""
-    sources = [Scenes(size=200), Scenes(size=90, seed=1, pictures=False)]
+    sources = [Scenes(size=200), Scenes(size=90, seed=1, images=False)]
     options = {"source": Mixture(sources, {0: [1, 2], 2: [3, 1], 3: [0, 1]})}
     plain, parallel = scenes(workers=0, prefetch=0, **options), scenes(workers=1, processes=2, **options)
     next(plain)
@@ -256,7 +256,7 @@ def test_several_sources_are_one_set_or_a_weighted_mixture():
 
 
 def test_broken_records_are_skipped_counted_and_named(caplog):
-    broken = {7: BadRecord("missing file", "n7"), 9: ValueError("no picture"), 21: TooLarge("99 tokens")}
+    broken = {7: BadRecord("missing file", "n7"), 9: ValueError("no image"), 21: TooLarge("99 tokens")}
     with caplog.at_level(logging.WARNING):
         items = list(numbers(200, broken, epochs=1))
     assert sorted(seen(items)) == [i for i in range(200) if i not in broken]
@@ -346,7 +346,7 @@ def test_a_mistake_in_the_code_surfaces(workers, prefetch):
         list(numbers(40, {25: ZeroDivisionError("mistake")}, epochs=1, workers=workers, prefetch=prefetch))
 
 
-def test_pictures_are_shrunk_to_the_budget_before_a_conversation_is_dropped(tmp_path: Path):
+def test_images_are_shrunk_to_the_budget_before_a_conversation_is_dropped(tmp_path: Path):
     rng = np.random.default_rng(0)
     for name, shape in (("small", (48, 64, 3)), ("large", (640, 480, 3))):
         Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(tmp_path / f"{name}.png")
@@ -362,7 +362,7 @@ def test_pictures_are_shrunk_to_the_budget_before_a_conversation_is_dropped(tmp_
     assert (6, 8) in grids and len(grids) == 2 and max(h * w for h, w in grids) <= 256
 
 
-def test_truncated_pictures_are_left_out_or_tolerated_and_counted(tmp_path, caplog):
+def test_truncated_images_are_left_out_or_tolerated_and_counted(tmp_path, caplog):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)).save(file, "JPEG")
     for name, data in {"whole": file.getvalue()[:-2], "cut": file.getvalue()[:-200]}.items():

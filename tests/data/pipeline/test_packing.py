@@ -1,4 +1,4 @@
-"""Packing: every conversation exactly once, both budgets held, pictures whole, nothing leaks between neighbours."""
+"""Packing: every conversation exactly once, both budgets held, images whole, nothing leaks between neighbours."""
 
 import jax
 import numpy as np
@@ -35,18 +35,18 @@ def check_row(batch, b, examples):
         np.testing.assert_array_equal(batch.weight[b, where][:-1], e.weight[1:])
         assert n == 0 or (batch.weight[b, where][-1] == 0 and batch.targets[b, where][-1] == 0)
         np.testing.assert_array_equal(batch.vision_index[b, where] >= 0, e.visual)
-        if e.pictures:  # the visual tokens point at the patches of this conversation's pictures, in order
+        if e.images:  # the visual tokens point at the patches of this conversation's images, in order
             blocks = batch.vision.patches[b].reshape(-1, MERGE**2, VALUES)[batch.vision_index[b, where][e.visual]]
-            np.testing.assert_array_equal(blocks.reshape(-1, VALUES), np.concatenate([p.patches for p in e.pictures]))
+            np.testing.assert_array_equal(blocks.reshape(-1, VALUES), np.concatenate([p.patches for p in e.images]))
         start += n
     assert not batch.segment[b, start:].any() and not batch.weight[b, start:].any()
     assert (batch.vision_index[b, start:] == -1).all()
     if batch.vision is None:
         return
     image = batch.vision.image[b]
-    pictures = [p for e in examples for p in e.pictures]
-    assert set(image[image > 0].tolist()) == set(range(1, len(pictures) + 1))
-    for number, p in enumerate(pictures, 1):
+    images = [p for e in examples for p in e.images]
+    assert set(image[image > 0].tolist()) == set(range(1, len(images) + 1))
+    for number, p in enumerate(images, 1):
         rows, offsets = np.nonzero(image == number)
         assert len(set(rows.tolist())) == 1 and offsets.tolist() == list(range(offsets[0], offsets[0] + len(p.patches)))
         assert (batch.vision.grid[b][image == number] == p.grid).all()
@@ -66,7 +66,7 @@ conversations = st.lists(st.builds(conversation, st.integers(1, 20), grids, st.i
 @given(conversations, st.sampled_from([0.3, 1.0, 3.0]))
 def test_every_conversation_in_one_row_and_intact(examples, window):
     budget = Budget(48, 3, 32)
-    placed = lambda e: place([len(p.patches) for p in e.pictures], budget) is not None
+    placed = lambda e: place([len(p.patches) for p in e.images], budget) is not None
     fits = [e for e in examples if placed(e) and len(e.tokens) <= budget.tokens]
     rows = pack(fits, budget, window)
     assert sorted(key for row in rows for key, _ in row) == list(range(len(fits)))
@@ -86,7 +86,7 @@ def test_every_conversation_in_one_row_and_intact(examples, window):
         [conversation(1, [(2, 2)] * 40), conversation(3)],
         [conversation(2, [(2, 8), (16, 2)]), conversation(1), conversation(4, [(4, 4)])],
     ],
-    ids=["nothing", "no picture", "picture only", "one picture fills a patch row", "forty small", "mixed"],
+    ids=["nothing", "no image", "image only", "one image fills a patch row", "forty small", "mixed"],
 )
 def test_corner_cases(examples):
     batch = collate([examples, []], Budget(80, 2, 256), merge=MERGE, values=VALUES)
@@ -103,7 +103,7 @@ def test_shapes_and_dtypes_do_not_depend_on_the_content():
     assert plain.vision.patches.dtype == np.uint8
 
 
-def test_normalised_pictures_stay_float():
+def test_normalised_images_stay_float():
     budget = Budget(80, 1, 64)
     example = conversation(3, [(2, 2)], dtype=np.float32)
     assert collate([[example]], budget, merge=MERGE, values=VALUES).vision.patches.dtype == np.float32
@@ -111,7 +111,7 @@ def test_normalised_pictures_stay_float():
         collate([[example, conversation(3, [(2, 2)])]], budget, merge=MERGE, values=VALUES)
 
 
-def test_batch_without_picture_budget():
+def test_batch_without_image_budget():
     batch = collate([[conversation(3)]], Budget(8), merge=MERGE, values=VALUES)
     assert batch.vision is None and fill(batch) == {"tokens": 3 / 8, "patches": 1.0}
     with pytest.raises(TooLarge, match="do not fit 0 rows"):
@@ -125,8 +125,8 @@ def test_errors_name_the_thing():
         Packer(Budget(99, 4, 64)).add(0, conversation(1, [(16, 16)]))
     with pytest.raises(TooLarge, match="18 tokens"):
         collate([[conversation(9), conversation(9)]], Budget(16), merge=MERGE, values=VALUES)
-    with pytest.raises(ValueError, match="visual token 3, but the pictures have 0"):
-        collate([[conversation(3, [(4, 4)])._replace(pictures=())]], Budget(16, 1, 16), merge=MERGE, values=VALUES)
+    with pytest.raises(ValueError, match="visual token 3, but the images have 0"):
+        collate([[conversation(3, [(4, 4)])._replace(images=())]], Budget(16, 1, 16), merge=MERGE, values=VALUES)
     with pytest.raises(ValueError, match="multiple of merge"):
         collate([], Budget(16, 1, 18), merge=MERGE, values=VALUES)
 
@@ -157,7 +157,7 @@ def test_waiting_keys_restore_the_packer():
 
 
 def test_a_mixed_set_fills_both_budgets():
-    """Texts and pictures of very different sizes; budgets in the proportion of the set, with 7 % room for patches."""
+    """Texts and images of very different sizes; budgets in the proportion of the set, with 7 % room for patches."""
     rng = np.random.default_rng(0)
     examples = []
     for _ in range(1500):
@@ -165,7 +165,7 @@ def test_a_mixed_set_fills_both_budgets():
         grids = [tuple(2 * int(s) for s in np.clip(rng.lognormal(1.3, 0.4, 2), 1, 8)) for _ in range(count)]
         examples.append(conversation(int(np.clip(rng.lognormal(4, 0.8), 10, 500)), grids))
     tokens = sum(len(e.tokens) for e in examples)
-    patches = sum(len(p.patches) for e in examples for p in e.pictures)
+    patches = sum(len(p.patches) for e in examples for p in e.images)
     budget = Budget(2048, 2, int(1.07 * 1024 * patches / tokens) // 4 * 4)
     rows = [[e for _, e in row] for row in pack(examples, budget, window=4.0)][:-5]  # the end of a set cannot be full
     share = fill(collate(rows, budget, merge=MERGE, values=VALUES))
@@ -173,7 +173,7 @@ def test_a_mixed_set_fills_both_budgets():
 
 
 def test_rows_cost_about_the_same(monkeypatch):
-    """Large pictures beside many small ones: the spread of costs falls by a third, and rows stay full."""
+    """Large images beside many small ones: the spread of costs falls by a third, and rows stay full."""
     rng, examples = np.random.default_rng(0), []
     for _ in range(800):
         grids = rng.choice([2, 4, 8, 16], size=(rng.integers(0, 4), 2), p=[0.4, 0.3, 0.2, 0.1])

@@ -1,4 +1,4 @@
-"""Pairs of answers: every layout read, pictures that lie once, weights where answers differ, references that fit."""
+"""Pairs of answers: every layout read, images that lie once, weights where answers differ, references that fit."""
 
 import json
 import re
@@ -33,12 +33,12 @@ def processor(tmp_path_factory):
     return Processor.from_folder(tiny_chat.write_tokenizer(tmp_path_factory.mktemp("tiny")), SPEC)
 
 
-def picture(seed=0, height=96, width=64):
+def image(seed=0, height=96, width=64):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def record(number=0, rejected=REJECTED, chosen=CHOSEN, **size):
-    content = [{"type": "image", "image": picture(number, **size)}, {"type": "text", "text": ASKED}]
+    content = [{"type": "image", "image": image(number, **size)}, {"type": "text", "text": ASKED}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": chosen}]
     return {"messages": messages, "kind": "scene", "id": f"r{number}", "rejected": rejected}
 
@@ -112,7 +112,7 @@ def test_a_conversion_keeps_the_rejected_answer():
     assert found["rejected"] == REJECTED and isinstance(found["messages"][0]["content"][0]["image"], bytes)
 
 
-def test_a_pair_is_two_conversations_with_pictures_once(processor):
+def test_a_pair_is_two_conversations_with_images_once(processor):
     pair = Pairs()(processor, record())
     chosen = processor(record()["messages"])
     rejected = processor([record()["messages"][0], BAD])
@@ -120,8 +120,8 @@ def test_a_pair_is_two_conversations_with_pictures_once(processor):
     for name in ("tokens", "weight", "position", "vision_index"):
         both = np.concatenate([getattr(chosen, name), getattr(rejected, name)])
         np.testing.assert_array_equal(getattr(pair, name), both)
-    assert len(pair.pictures) == len(chosen.pictures) == 1
-    np.testing.assert_array_equal(pair.pictures[0].patches, chosen.pictures[0].patches)
+    assert len(pair.images) == len(chosen.images) == 1
+    np.testing.assert_array_equal(pair.images[0].patches, chosen.images[0].patches)
 
     budget = Budget(2 * len(pair.tokens) + 8, 1, 256)
     text = processor([USER, GOOD])
@@ -129,18 +129,18 @@ def test_a_pair_is_two_conversations_with_pictures_once(processor):
     alone = collate([[text, chosen, rejected]], budget._replace(patch_rows=2), **SPEC.layout)
     for name in ("tokens", "targets", "weight", "segment", "position"):
         np.testing.assert_array_equal(getattr(batch, name)[0], getattr(alone, name)[0])
-    assert batch.segment.max() == 3 and (batch.vision.image > 0).sum() == len(pair.pictures[0].patches)
+    assert batch.segment.max() == 3 and (batch.vision.image > 0).sum() == len(pair.images[0].patches)
     shown = lambda s: batch.vision_index[0][(batch.segment[0] == s) & (batch.vision_index[0] >= 0)]
     np.testing.assert_array_equal(shown(2), shown(3))
 
 
-def test_pictures_shrink_until_both_conversations_fit(processor):
+def test_images_shrink_until_both_conversations_fit(processor):
     large = record(height=128, width=128)
     pair, alone = Pairs()(processor, large), processor(large["messages"])
     budget = Budget(len(pair.tokens) - 4, 1, 512)
     small = Pairs()(processor, large, budget)
     assert len(small.tokens) <= budget.tokens and len(alone.tokens) < budget.tokens
-    assert small.pictures[0].grid < pair.pictures[0].grid
+    assert small.images[0].grid < pair.images[0].grid
     with pytest.raises(TooLarge, match="needs .* tokens"):
         Pairs()(processor, large, Budget(20, 1, 512))
 

@@ -1,4 +1,4 @@
-"""Conversations with pictures and clips to numbers, against transformers' processor and against expectations."""
+"""Conversations with images and videos to numbers, against transformers' processor and against expectations."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.video import videos
 from mllm_jax.data.vision import images
 
-SPEC = ProcessorSpec(min_pixels=64 * 64, max_pixels=256 * 256, clip_max_pixels=8 * 128 * 128)
+SPEC = ProcessorSpec(min_pixels=64 * 64, max_pixels=256 * 256, video_max_pixels=8 * 128 * 128)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def processor(folder):
     return Processor.from_folder(folder, SPEC)
 
 
-def picture(height, width, seed=0):
+def make_image(height, width, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -44,11 +44,11 @@ def asking(*items, answer=None):
 
 
 def image(*size):
-    return {"type": "image", "image": picture(*size)}
+    return {"type": "image", "image": make_image(*size)}
 
 
-def clip(frames, height, width, **options):
-    array = np.stack([np.asarray(picture(height, width, seed)) for seed in range(frames)])
+def video(frames, height, width, **options):
+    array = np.stack([np.asarray(make_image(height, width, seed)) for seed in range(frames)])
     return {"type": "video", "video": array, **options}
 
 
@@ -58,17 +58,17 @@ def consistent(example, spec=SPEC):
     assert example.tokens.dtype == example.position.dtype == np.int32 and example.weight.dtype == np.float32
     assert example.tokens.shape == example.weight.shape == example.visual.shape == (n,) and example.visual.dtype == bool
     assert example.position.shape == (n, 3)
-    for item in example.pictures:
+    for item in example.images:
         height, width = item.grid
         assert item.patches.dtype == np.uint8
         assert item.patches.shape == (height * width, 3 * spec.temporal_patch * spec.patch**2)
         assert height % merge == width % merge == 0
-    assert example.visual.sum() == sum(len(item.patches) for item in example.pictures) // merge**2
+    assert example.visual.sum() == sum(len(item.patches) for item in example.images) // merge**2
     assert not example.weight[example.visual].any()
 
 
 @pytest.mark.parametrize("generate", [False, True])
-def test_pictures_equal_transformers(folder, processor, generate):
+def test_images_equal_transformers(folder, processor, generate):
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -83,34 +83,34 @@ def test_pictures_equal_transformers(folder, processor, generate):
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    pictures = [picture(70, 133), picture(40, 90), picture(300, 500)]
-    items = [{"type": "image", "image": item} for item in pictures]
+    images = [make_image(70, 133), make_image(40, 90), make_image(300, 500)]
+    items = [{"type": "image", "image": item} for item in images]
     messages = asking(
         "first: ", items[0], items[1], " then\n\n", items[2], "the second? 5", answer=None if generate else "one"
     )
     text = processor.template.render(messages, generate)
-    values, replacements = theirs._process_images(pictures)
+    values, replacements = theirs._process_images(images)
     (text,), _ = theirs.get_text_with_replacements([text], replacements)
 
     example = processor(messages, generate=generate)
     consistent(example)
     assert example.tokens.tolist() == theirs.tokenizer(text)["input_ids"]
-    assert [(1, *item.grid) for item in example.pictures] == [tuple(grid) for grid in values["image_grid_thw"].tolist()]
-    pixels = (np.concatenate([item.patches for item in example.pictures]) / 255 - 0.5) / 0.5
+    assert [(1, *item.grid) for item in example.images] == [tuple(grid) for grid in values["image_grid_thw"].tolist()]
+    pixels = (np.concatenate([item.patches for item in example.images]) / 255 - 0.5) / 0.5
     assert np.abs(pixels - values["pixel_values"]).max() < 2 / 255
 
 
-def test_clip_prompt_equals_transformers(folder, processor):
+def test_video_prompt_equals_transformers(folder, processor):
     from transformers import AutoTokenizer
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-    example = processor(asking("look:", clip(9, 60, 100, fps=4.0), "moves?", answer="no"))
+    example = processor(asking("look:", video(9, 60, 100, fps=4.0), "moves?", answer="no"))
     consistent(example)
     theirs = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
     theirs.image_token, theirs.video_token = "<|image_pad|>", "<|video_pad|>"
     theirs.vision_start_token, theirs.vision_end_token = "<|vision_start|>", "<|vision_end|>"
     theirs.video_processor = types.SimpleNamespace(merge_size=2, temporal_patch_size=2)
-    grid = (len(example.pictures), *example.pictures[0].grid)
+    grid = (len(example.images), *example.images[0].grid)
     metadata = types.SimpleNamespace(fps=4.0, frames_indices=np.array([0, 3, 5, 8]))
     replacement = theirs.replace_video_token({"video_grid_thw": np.array([grid]), "video_metadata": [metadata]}, 0)
     text = processor.template.render(asking("look:", {"type": "video"}, "moves?", answer="no"))
@@ -118,9 +118,9 @@ def test_clip_prompt_equals_transformers(folder, processor):
     assert example.tokens.tolist() == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
 
 
-def test_clip_by_hand(processor):
+def test_video_by_hand(processor):
     """Five frames at 4 a second, sampled at 2: the minimum of 4 frames, in 2 temporal patches of 6 visual tokens."""
-    example = processor(asking(clip(5, 64, 96, fps=4.0), "?"))
+    example = processor(asking(video(5, 64, 96, fps=4.0), "?"))
     blocks = [["<0.1 seconds>", 6], ["<0.9 seconds>", 6]]  # (0 + 0.25) / 2 and (0.75 + 1) / 2
     expected = []
     for text, count in blocks:
@@ -129,25 +129,25 @@ def test_clip_by_hand(processor):
     tokens = example.tokens.tolist()
     start = tokens.index(processor.vision_start_id) + 1  # the template's own
     assert tokens[start : start + len(expected)] == expected
-    assert [item.time for item in example.pictures] == [0, 1]
-    assert [item.grid for item in example.pictures] == [(4, 6), (4, 6)]
+    assert [item.time for item in example.images] == [0, 1]
+    assert [item.grid for item in example.images] == [(4, 6), (4, 6)]
     first = np.flatnonzero(example.visual)[:6]
     assert np.ptp(example.position[first, 0]) == 0 and np.ptp(example.position[first, 2]) == 2
     assert example.position[first[-1] + 1].tolist() == [example.position[first[0], 0] + 3] * 3
 
 
-def test_frames_of_a_clip_in_memory_are_all_used_unless_it_says_its_rate(processor):
-    assert len(processor(asking(clip(5, 32, 32))).pictures) == 3  # the odd tail is padded
-    assert len(processor(asking(clip(12, 32, 32, fps=4.0))).pictures) == 3
-    frames = [picture(40, 40, seed) for seed in range(4)]
-    assert len(processor(asking({"type": "video", "video": frames})).pictures) == 2
+def test_frames_of_a_video_in_memory_are_all_used_unless_it_says_its_rate(processor):
+    assert len(processor(asking(video(5, 32, 32))).images) == 3  # the odd tail is padded
+    assert len(processor(asking(video(12, 32, 32, fps=4.0))).images) == 3
+    frames = [make_image(40, 40, seed) for seed in range(4)]
+    assert len(processor(asking({"type": "video", "video": frames})).images) == 2
 
 
-def test_still_pictures_and_clips_keep_their_order(processor):
-    messages = asking(image(64, 64), clip(2, 32, 64), "and", image(96, 64), answer="yes") + asking(image(64, 128))
+def test_still_images_and_videos_keep_their_order(processor):
+    messages = asking(image(64, 64), video(2, 32, 64), "and", image(96, 64), answer="yes") + asking(image(64, 128))
     example = processor(messages, kind="order")
     consistent(example)
-    assert [item.grid for item in example.pictures] == [(4, 4), (2, 4), (6, 4), (4, 8)]
+    assert [item.grid for item in example.images] == [(4, 4), (2, 4), (6, 4), (4, 8)]
     assert example.kind == "order"
     kept = example.tokens[example.weight > 0].tolist()
     assert processor.decode(kept) == "yes" and kept[-1] == processor.end_of_turn_id
@@ -156,14 +156,14 @@ def test_still_pictures_and_clips_keep_their_order(processor):
 def test_text_alone(processor):
     example = processor([{"role": "user", "content": "hi"}])
     consistent(example)
-    assert example.pictures == () and not example.visual.any()
+    assert example.images == () and not example.visual.any()
     np.testing.assert_array_equal(example.position[:, 2], np.arange(len(example.tokens)))
 
 
-def test_special_tokens_in_text_are_not_pictures(processor):
+def test_special_tokens_in_text_are_not_images(processor):
     example = processor(asking("<|vision_start|><|image_pad|><|vision_end|>", image(64, 64), "<|video_pad|>"))
     consistent(example)
-    assert len(example.pictures) == 1 and example.visual.sum() == 4
+    assert len(example.images) == 1 and example.visual.sum() == 4
     assert "<|image_pad|>" in processor.decode(example.tokens)
 
 
@@ -174,7 +174,7 @@ def test_special_tokens_in_text_are_not_pictures(processor):
         ([{"role": "user"}], "role and a content"),
         (asking({"type": "audio", "audio": 1}), "content item"),
         (asking({"type": "image"}), "content item"),
-        (asking({"type": "image", "image": b"no picture"}), "not a readable picture"),
+        (asking({"type": "image", "image": b"no image"}), "not a readable image"),
         (asking({"type": "video", "video": []}), "clip"),
         (asking(image(1, 300)), "aspect ratio"),
     ],
@@ -184,16 +184,16 @@ def test_bad_conversations(processor, messages, error):
         processor(messages)
 
 
-def test_pictures_and_clips_of_no_shape_are_named(processor, tmp_path):
+def test_images_and_videos_of_no_shape_are_named(processor, tmp_path):
     Image.new("RGB", (1, 300)).save(tmp_path / "stripe.png")
-    for item in ({"type": "image", "image": str(tmp_path / "stripe.png")}, clip(2, 1, 300)):
-        with pytest.raises(ValueError, match="(stripe.png|<ndarray>): a picture of .* has an aspect ratio over 200"):
+    for item in ({"type": "image", "image": str(tmp_path / "stripe.png")}, video(2, 1, 300)):
+        with pytest.raises(ValueError, match="(stripe.png|<ndarray>): an image of .* has an aspect ratio over 200"):
             processor(asking(item))
 
 
 def test_a_truncated_jpeg_that_is_tolerated_is_noted(processor):
     file = io.BytesIO()
-    picture(96, 64).save(file, "JPEG")
+    make_image(96, 64).save(file, "JPEG")
     asked = lambda data: asking({"type": "image", "image": data})
     whole, cut = asked(file.getvalue()[:-2]), asked(file.getvalue()[:-300])
     assert processor(whole).notes == ()
@@ -205,8 +205,8 @@ def test_a_truncated_jpeg_that_is_tolerated_is_noted(processor):
         dataclasses.replace(processor.spec, missing_rows=1.5)
 
 
-def test_a_clip_whose_broken_frames_are_replaced_is_noted(processor, monkeypatch):
-    whole, opened = asking(clip(4, 64, 64, fps=2.0)), videos.open_clip
+def test_a_video_whose_broken_frames_are_replaced_is_noted(processor, monkeypatch):
+    whole, opened = asking(video(4, 64, 64, fps=2.0)), videos.open_video
     assert processor(whole).notes == ()
     monkeypatch.setattr(videos, "open_clip", lambda *said: dataclasses.replace(opened(*said), broken={1}))
     assert processor(whole).notes == (BROKEN_FRAMES,)
@@ -214,37 +214,37 @@ def test_a_clip_whose_broken_frames_are_replaced_is_noted(processor, monkeypatch
 
 def test_files_of_messages_may_be_data_uris(processor):
     file = io.BytesIO()
-    picture(96, 64).save(file, "PNG")
+    make_image(96, 64).save(file, "PNG")
     text = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     one, other = (processor(asking({"type": "image", "image": data})) for data in (text, file.getvalue()))
-    np.testing.assert_array_equal(one.pictures[0].patches, other.pictures[0].patches)
+    np.testing.assert_array_equal(one.images[0].patches, other.images[0].patches)
     for kind in ("image", "video"):
         with pytest.raises(ValueError, match="^not a local file: https://example.org/a; download it"):
             processor(asking({"type": kind, kind: "https://example.org/a"}))
 
 
-def test_a_template_that_hides_pictures_is_an_error(processor):
+def test_a_template_that_hides_images_is_an_error(processor):
     template = type(processor.template)("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}")
-    with pytest.raises(ValueError, match="0 placeholders for 1 pictures"):
+    with pytest.raises(ValueError, match="0 placeholders for 1 images"):
         Processor(processor.tokenizer, template, SPEC)(asking(image(64, 64)))
     with pytest.raises(ValueError, match="no token '<pad>'"):
         Processor(processor.tokenizer, template, ProcessorSpec(image_token="<pad>"))
 
 
 def fits(example, budget):
-    """Whether the pictures really go into the rows: first fit, largest first."""
+    """Whether the images really go into the rows: first fit, largest first."""
     rows = [0] * budget.patch_rows
-    for size in sorted((len(item.patches) for item in example.pictures), reverse=True):
+    for size in sorted((len(item.patches) for item in example.images), reverse=True):
         slot = next(slot for slot, used in enumerate(rows) if used + size <= budget.patches_per_row)
         rows[slot] += size
     return len(example.tokens) <= budget.tokens
 
 
 def test_a_large_budget_changes_nothing(processor):
-    messages = asking(image(300, 200), clip(6, 90, 70), image(20, 30), "what?", answer="x")
+    messages = asking(image(300, 200), video(6, 90, 70), image(20, 30), "what?", answer="x")
     free, held = processor(messages), processor(messages, budget=Budget(4096, 4, 4096))
     np.testing.assert_array_equal(free.tokens, held.tokens)
-    for one, other in zip(free.pictures, held.pictures, strict=True):
+    for one, other in zip(free.images, held.images, strict=True):
         np.testing.assert_array_equal(one.patches, other.patches)
 
 
@@ -252,35 +252,35 @@ def test_a_large_budget_changes_nothing(processor):
     "budget",
     [Budget(150, 8, 256), Budget(4096, 1, 256), Budget(4096, 2, 100), Budget(4096, 3, 64), Budget(200, 2, 128)],
 )
-def test_pictures_shrink_until_they_fit(processor, budget):
-    messages = asking(image(250, 250), image(64, 200), clip(4, 120, 120), "what?", answer="x")
+def test_images_shrink_until_they_fit(processor, budget):
+    messages = asking(image(250, 250), image(64, 200), video(4, 120, 120), "what?", answer="x")
     whole = processor(messages)
     assert len(whole.tokens) > 150
     example = processor(messages, budget=budget)
     consistent(example)
     assert fits(example, budget)
-    assert len(example.pictures) == len(whole.pictures)
+    assert len(example.images) == len(whole.images)
     text = ~example.visual, ~whole.visual
     np.testing.assert_array_equal(example.tokens[text[0]], whole.tokens[text[1]])
     np.testing.assert_array_equal(example.weight[text[0]], whole.weight[text[1]])
 
 
 def test_shrinking_uses_the_room(processor):
-    """One square picture in one row: it gets the largest square of visual tokens that fits."""
+    """One square image in one row: it gets the largest square of visual tokens that fits."""
     for patches, side in [(64, 8), (99, 8), (100, 10), (143, 10), (144, 12)]:
         example = processor(asking(image(250, 250)), budget=Budget(4096, 1, patches))
-        assert example.pictures[0].grid == (side, side)
+        assert example.images[0].grid == (side, side)
 
 
 @pytest.mark.parametrize(
     "size", [(100, 600), (600, 100), (40, 800), (800, 40), (16, 1600), (1600, 16), (12, 2388), (200, 300)]
 )
 def test_a_small_budget_keeps_the_aspect_ratio(processor, size):
-    """For images and clips in any budget; an image too long for it is left out."""
+    """For images and videos in any budget; an image too long for it is left out."""
     spec, left_out, aspect = processor.spec, 0, max(size) / min(size)
     most = 1.26 if aspect > 2 else 1.51  # 1.5:1 is 1 x 1 or 1 x 2
-    for make in (lambda: image(*size), lambda: clip(2, *size, fps=1.0)):
-        (own,) = {item.grid for item in processor(asking(make())).pictures}
+    for make in (lambda: image(*size), lambda: video(2, *size, fps=1.0)):
+        (own,) = {item.grid for item in processor(asking(make())).images}
         own = max(own) / min(own)  # as the rule of transformers rounds it, within the bounds of the processor
         for tokens in (1, 2, 4, 8, 16, 24, 45, 64):
             try:
@@ -288,7 +288,7 @@ def test_a_small_budget_keeps_the_aspect_ratio(processor, size):
             except TooLarge:
                 left_out += 1
                 continue
-            (grid,) = {item.grid for item in example.pictures}
+            (grid,) = {item.grid for item in example.images}
             assert grid[0] == grid[1] or (grid[0] < grid[1]) == (size[0] < size[1])
             ratio = max(grid) / min(grid)
             assert min(own, aspect / most) <= ratio <= max(own, most * aspect), (tokens, grid)
@@ -296,20 +296,20 @@ def test_a_small_budget_keeps_the_aspect_ratio(processor, size):
 
 
 def test_a_conversation_that_cannot_fit(processor):
-    """The smallest picture here is 64 x 64 pixels: 16 patches, 4 visual tokens, unless a patch row holds less."""
+    """The smallest image here is 64 x 64 pixels: 16 patches, 4 visual tokens, unless a patch row holds less."""
     messages = asking(*[image(100, 100) for _ in range(4)], "what?")
     text = int((~processor(messages).visual).sum())
     assert processor(messages, budget=Budget(text + 16, 4, 16)).visual.sum() == 16
     with pytest.raises(TooLarge, match=rf"{text + 16} tokens.*room for {text + 15} tokens"):
         processor(messages, budget=Budget(text + 15, 4, 16))
-    with pytest.raises(TooLarge, match="4 pictures of 64 patches.*3 rows of 16"):
+    with pytest.raises(TooLarge, match="4 images of 64 patches.*3 rows of 16"):
         processor(messages, budget=Budget(1000, 3, 16))
     assert processor(messages, budget=Budget(1000, 4, 8)).visual.sum() == 4
     with pytest.raises(TooLarge, match="the largest 4"):
         processor(messages, budget=Budget(1000, 9, 3))
     with pytest.raises(TooLarge):
         processor([{"role": "user", "content": "word " * 50}], budget=Budget(20, 1, 16))
-    assert processor([{"role": "user", "content": "word"}], budget=Budget(20, 0, 0)).pictures == ()
+    assert processor([{"role": "user", "content": "word"}], budget=Budget(20, 0, 0)).images == ()
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -327,7 +327,7 @@ def test_published_files(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size, "patch_size": 14, "merge_size": 2}))
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 999}, "fps": 1}))
     spec = Processor.from_folder(tmp_path).spec
-    assert spec == ProcessorSpec(patch=14, clip_max_pixels=999, fps=1)
+    assert spec == ProcessorSpec(patch=14, video_max_pixels=999, fps=1)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 5, "image_mean": [0.1, 0.2, 0.3]}))
     spec = Processor.from_folder(tmp_path).spec
     assert (spec.min_pixels, spec.mean, spec.std) == (5, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
@@ -341,7 +341,7 @@ def test_saved_and_sent_to_another_process(processor, tmp_path):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor.save(tmp_path / "new")
-    messages = asking(image(70, 90), clip(3, 40, 50), "the end", answer="yes")
+    messages = asking(image(70, 90), video(3, 40, 50), "the end", answer="yes")
     for other in (Processor.from_folder(tmp_path / "new"), pickle.loads(pickle.dumps(processor))):
         assert other.spec == processor.spec and other.stop_ids == processor.stop_ids
         np.testing.assert_array_equal(other(messages).tokens, processor(messages).tokens)
@@ -352,8 +352,8 @@ def test_saved_and_sent_to_another_process(processor, tmp_path):
     assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == set(processor.stop_ids)
 
 
-def test_real_pictures_and_clips(shared, processor):
-    """Conversations as they come, over one budget that most pictures have to shrink for."""
+def test_real_images_and_videos(shared, processor):
+    """Conversations as they come, over one budget that most images have to shrink for."""
     lines = (shared / "data/conversations.jsonl").read_text().splitlines()[::150]
     for line in lines:
         record = json.loads(line)
@@ -365,7 +365,7 @@ def test_real_pictures_and_clips(shared, processor):
     path = shared / "data/video/intel_asl/again.mkv"
     example = processor(asking({"type": "video", "video": path, "fps": 4}, "What is signed?"))
     consistent(example)
-    assert len(example.pictures) >= 2
+    assert len(example.images) >= 2
 
 
 def test_data_needs_neither_jax_nor_torch():
@@ -381,7 +381,7 @@ def test_one_item_is_a_list_of_one(processor):
     for one, listed in ((text, [text]), (image(64, 64), [image(64, 64)])):
         alone, several = (processor([{"role": "user", "content": content}]) for content in (one, listed))
         np.testing.assert_array_equal(alone.tokens, several.tokens)
-        assert len(alone.pictures) == len(several.pictures) == int(one is not text)
+        assert len(alone.images) == len(several.images) == int(one is not text)
     with pytest.raises(ValueError, match="content item"):
         processor([{"role": "user", "content": {"type": "text", "text": 5}}])
 
@@ -455,10 +455,10 @@ def test_null_is_absent(tmp_path, stated):
     spec = read_spec(tmp_path, usual)
     tiny_chat.write_tokenizer(tmp_path)
     for size in [(300, 500), (30, 40), (1000, 90)]:
-        pixels = picture(*size)
+        pixels = make_image(*size)
         example = Processor.from_folder(tmp_path, spec)(asking({"type": "image", "image": pixels}))
         (grid,) = theirs(images=[pixels], return_tensors="np")["image_grid_thw"].tolist()
-        assert [1, *example.pictures[0].grid] == grid
+        assert [1, *example.images[0].grid] == grid
 
 
 @pytest.mark.parametrize(

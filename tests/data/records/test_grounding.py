@@ -19,7 +19,7 @@ BOX, POINT = [15.9, 20, 160.2, 50], [80, 25]  # pixels of an image of 200 x 50
 SHARES = [0.0795, 0.4, 0.801, 1.0]
 
 
-def picture(width=200, height=50, orientation=1) -> bytes:
+def make_image(width=200, height=50, orientation=1) -> bytes:
     """A JPEG that is shown with these sides."""
     sides = (height, width) if orientation > 4 else (width, height)
     image, file = Image.new("RGB", sides), io.BytesIO()
@@ -30,7 +30,7 @@ def picture(width=200, height=50, orientation=1) -> bytes:
 
 def read(answer, objects, question="<image>Where?", **more):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return read_record({"messages": messages, "images": [picture()], "objects": objects} | more, "r", str)
+    return read_record({"messages": messages, "images": [make_image()], "objects": objects} | more, "r", str)
 
 
 def texts(record, spec):
@@ -112,13 +112,13 @@ def test_the_kind_of_qwen_follows_from_its_config():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_are_those_of_the_upright_image(orientation):
-    record = read("<bbox>", {"bbox": [BOX]}, images=[picture(orientation=orientation)])
+    record = read("<bbox>", {"bbox": [BOX]}, images=[make_image(orientation=orientation)])
     assert texts(record, SEEING)[1] == "[80, 400, 801, 1000]"
 
 
 def test_shares_several_images_and_rounding():
     assert texts(read("<bbox>", {"bbox": [SHARES], "bbox_type": "norm1"}), SEEING)[1] == "[80, 400, 801, 1000]"
-    shown = {"images": [picture(10, 10), picture()], "question": "<image><image>"}
+    shown = {"images": [make_image(10, 10), make_image()], "question": "<image><image>"}
     for image in (1, [1]):
         assert texts(read("<bbox>", {"bbox": [BOX], "image_id": image}, **shown), SEEING)[1] == "[80, 400, 801, 1000]"
     with pytest.raises(BadRecord, match="not boxes .a box of image 2: there are 2 images, counted from 0"):

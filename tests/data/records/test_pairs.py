@@ -1,4 +1,4 @@
-"""Pairs of a picture and a text: from records to batches that go on exactly, and runs that learn from them."""
+"""Pairs of an image and a text: from records to batches that go on exactly, and runs that learn from them."""
 
 import json
 from dataclasses import replace
@@ -51,14 +51,14 @@ def processor():
 
 
 def pairs_of(folder, count=11):
-    """A file of captions about pictures of odd sizes, with lines that are broken."""
+    """A file of captions about images of odd sizes, with lines that are broken."""
     rng, lines = np.random.default_rng(0), []
     for number in range(count):
         height, width = SIZES[number % len(SIZES)]
         name, text = f"{number}.png", ("caption", "text")[number % 2]
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / name)
         lines.append({"id": str(number), "image": name, text: f"red {number} " + "blue square, " * (number % 3) * 9})
-    lines += [{"id": "none", "text": "no picture"}, {"id": "gone", "image": "gone.png", "text": "a"}]
+    lines += [{"id": "none", "text": "no image"}, {"id": "gone", "image": "gone.png", "text": "a"}]
     lines += [{"id": "empty", "image": "0.png", "text": " "}, {"id": "two", "image": ["0.png", "1.png"], "text": "a"}]
     path = folder / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -67,7 +67,7 @@ def pairs_of(folder, count=11):
 
 def test_batches_hold_every_pair_once_and_go_on(processor, tmp_path):
     source = open_source(pairs_of(tmp_path))
-    budget = Budget(4 * processor.length, 1, 150)  # four texts in a row, but seldom so many pictures
+    budget = Budget(4 * processor.length, 1, 150)  # four texts in a row, but seldom so many images
     loader = make_loader(source, processor, budget, 2, epochs=1, streams=2, max_bad_fraction=1.0, workers=0, window=1.0)
     batch, _ = next(loader)
     state = json.loads(json.dumps(loader.get_state()))
@@ -91,19 +91,19 @@ def test_packed_pairs_have_the_embeddings_of_each_alone(processor):
     """And padding, in a batch that is mostly padding, changes nothing and gives no NaN."""
     model = read_run(tiny()).model
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    pictures = [Image.effect_noise(size, 90) for size in SIZES]
+    images = [Image.effect_noise(size, 90) for size in SIZES]
     texts = ["red square", "blue circle, red triangle", "a", "green triangle", "orange " * 40]
     records = [
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": picture}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": image}]},
                       {"role": "assistant", "content": text}]}
-        for picture, text in zip(pictures, texts)
+        for image, text in zip(images, texts)
     ]  # fmt: skip
     budget = Budget(3 * processor.length, 3, 70)
     examples = [processor.example(record, budget) for record in records]
     batch = processor.collate([examples[:2], [], examples[2:], []], budget)
     apply = jax.jit(model.build().apply, static_argnames="method")
     out = apply({"params": params}, batch)
-    alone = apply({"params": params}, processor.pictures(pictures), method="encode_image")
+    alone = apply({"params": params}, processor.images(images), method="encode_image")
     real = np.ravel(batch.first >= 0)
     np.testing.assert_allclose(out.image_embeddings[real], alone, atol=1e-5)
     assert np.isfinite(out.image_embeddings).all() and np.isfinite(out.text_embeddings).all()
@@ -116,12 +116,12 @@ def test_packed_pairs_have_the_embeddings_of_each_alone(processor):
 def test_what_is_no_pair(processor):
     image, text = {"type": "image", "image": Image.new("RGB", (9, 9))}, {"type": "text", "text": "a"}
     for content in ([image], [text], [image, image, text]):
-        with pytest.raises(ValueError, match="a pair needs one picture and a text"):
+        with pytest.raises(ValueError, match="a pair needs one image and a text"):
             processor.example({"messages": [{"role": "user", "content": content}]}, Budget(16, 1, 64))
     document = processor.example({"messages": [{"role": "document", "content": [image, text]}]}, Budget(16, 1, 64))
     assert document.weight.sum() == processor.length  # padding is read too
     fixed = replace(processor, rule=FAMILIES["siglip"].rule(FAMILIES["siglip"].config("base-16-224")))
-    with pytest.raises(TooLarge, match="a picture has 784 patches, a patch row 64"):
+    with pytest.raises(TooLarge, match="an image has 784 patches, a patch row 64"):
         fixed.example({"messages": [{"role": "user", "content": [image, text]}]}, Budget(16, 1, 64))
 
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_and_is_used(tmp_path, record_property):
     assert losses(parts) == losses(whole)
     record_property("trains", "siglip2")
     last = read_metrics(whole)[-1]["heldout"]
-    assert last["pairs"] == 20 and last["recall_at_1"].keys() == {"text", "picture"}
+    assert last["pairs"] == 20 and last["recall_at_1"].keys() == {"text", "image"}
     dual = load_workdir(whole)
     run = read_config(whole)
     found = retrieval(dual, run, run.data.source("heldout"), 20)
@@ -148,23 +148,23 @@ def test_a_run_goes_on_and_is_used(tmp_path, record_property):
     mllm_jax.save_pretrained(dual, tmp_path / "exported")
     again = mllm_jax.load_pretrained(tmp_path / "exported")
     assert again.config == replace(dual.config, runtime=again.config.runtime)
-    pictures = [Image.new("RGB", (50, 40), "red"), Image.new("RGB", (30, 60), "blue")]
-    chances = [mllm_jax.classify(model, pictures, ["red", "blue"], "{} square") for model in (dual, again)]
+    images = [Image.new("RGB", (50, 40), "red"), Image.new("RGB", (30, 60), "blue")]
+    chances = [mllm_jax.classify(model, images, ["red", "blue"], "{} square") for model in (dual, again)]
     np.testing.assert_allclose(*chances, atol=1e-6)
 
 
 def test_recall():
-    """Counted by hand: two pairs have one text; of the pictures three find theirs, of the texts three."""
+    """Counted by hand: two pairs have one text; of the images three find theirs, of the texts three."""
     unit = np.eye(4, dtype=np.float32)
-    pictures, texts = unit[[0, 1, 2, 3]], unit[[1, 0, 2, 0]]
-    assert recall_at_1(pictures, texts, ["a", "a", "b", "c"]) == {"text": 0.75, "picture": 0.75}
+    images, texts = unit[[0, 1, 2, 3]], unit[[1, 0, 2, 0]]
+    assert recall_at_1(images, texts, ["a", "a", "b", "c"]) == {"text": 0.75, "image": 0.75}
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"data": {"tokens": 40}}, "config.data.tokens=40 must be a multiple of the 16 tokens of a text"),
-        ({"data": {"patch_rows": 0}}, "rows=0 of patches=256 have no room for a picture"),
+        ({"data": {"patch_rows": 0}}, "rows=0 of patches=256 have no room for an image"),
         (
             {"model": {"encoder": {"pixel_mean": (0.1, 0.2, 0.3)}}, "processor": ""},
             "config.processor must name a folder",
@@ -189,13 +189,13 @@ def test_published_dual_encoders(arg):
     run = read_run(load_config("contrastive", arg))
     family = FAMILIES[arg.partition("/")[0]]
     assert isinstance(run.model, DualConfig) and run.model.family == arg.partition("/")[0]
-    pictures = run.data.tokens // run.model.text.positions
-    assert run.data.batch * pictures == 256
+    images = run.data.tokens // run.model.text.positions
+    assert run.data.batch * images == 256
     side = run.model.encoder.patch_size
     most = (
         max(h * w for h, w in family.rule(run.model).sizes((300, 200))) // side**2 + run.model.encoder.num_prefix_tokens
     )
-    assert pictures * most <= run.data.patches_per_row
+    assert images * most <= run.data.patches_per_row
     with pytest.raises(ConfigError, match="'llava' is no dual encoder"):
         load_config("contrastive", "llava/1.5-7b")
 

@@ -1,4 +1,4 @@
-"""Layouts of records: pictures as bytes, clips as frames, and documents, from the record to its tokens."""
+"""Layouts of records: images as bytes, videos as frames, and documents, from the record to its tokens."""
 
 import io
 
@@ -71,10 +71,10 @@ def test_parts_without_a_file_take_those_beside_the_messages():
         read(record | {"images": [b"x"]})
 
 
-def test_rates_of_clips():
-    clip = {"type": "video", "video": "a.png", "fps": 4}
+def test_rates_of_videos():
+    video = {"type": "video", "video": "a.png", "fps": 4}
     frames = {"type": "video", "video": [{"bytes": b"x"}, "a.png"]}
-    content = read({"fps": 1.5, "messages": [{"role": "user", "content": [clip, frames]}, A]})[0]["content"]
+    content = read({"fps": 1.5, "messages": [{"role": "user", "content": [video, frames]}, A]})[0]["content"]
     assert content == [
         {"type": "video", "video": "/data/a.png", "fps": 4.0},
         {"type": "video", "video": [b"x", "/data/a.png"], "fps": 1.5},
@@ -140,7 +140,7 @@ def processor(tmp_path_factory):
     return Processor.from_folder(folder, ProcessorSpec(min_pixels=32 * 32, max_pixels=64 * 64))
 
 
-def test_every_token_of_a_document_is_learned_but_those_of_pictures(processor):
+def test_every_token_of_a_document_is_learned_but_those_of_images(processor):
     encode, one = processor.tokenizer.encode, processor.tokenizer.id
     start, shown, end = (one(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end"))
     texts = encode("the one"), encode("\n\nthe <|im_end|> second")
@@ -148,8 +148,8 @@ def test_every_token_of_a_document_is_learned_but_those_of_pictures(processor):
     visual = [start, shown, shown, end]
     assert example.tokens.tolist() == [*texts[0], *visual, *texts[1], processor.end_of_turn_id]
     assert example.weight.tolist() == [1.0] * len(texts[0]) + [0.0] * 4 + [1.0] * (len(texts[1]) + 1)
-    assert len(example.pictures) == 1 and example.vision_index[len(texts[0]) :].tolist()[:4] == [-1, 0, 1, -1]
-    batch = collate([[example]], Budget(64, 1, 16), merge=2, values=example.pictures[0].patches.shape[1])
+    assert len(example.images) == 1 and example.vision_index[len(texts[0]) :].tolist()[:4] == [-1, 0, 1, -1]
+    batch = collate([[example]], Budget(64, 1, 16), merge=2, values=example.images[0].patches.shape[1])
     learned = batch.targets[0][batch.weight[0] > 0].tolist()
     assert learned == [*texts[0][1:], *texts[1], processor.end_of_turn_id]  # nothing comes before the first
     prompt = processor(document(text("the one")), generate=True)
@@ -178,10 +178,10 @@ def test_a_document_begins_as_the_tokenizer_has_it(tmp_path):
     assert example.weight.tolist() == [0.0] + [1.0] * (len(text_ids) + 1)
 
 
-def test_pictures_as_bytes_are_those_of_files(processor, tmp_path):
+def test_images_as_bytes_are_those_of_files(processor, tmp_path):
     (tmp_path / "a.png").write_bytes(png(48, 40))
     one, two = (processor(document(image(source), text("x"))) for source in (png(48, 40), str(tmp_path / "a.png")))
-    np.testing.assert_array_equal(one.pictures[0].patches, two.pictures[0].patches)
+    np.testing.assert_array_equal(one.images[0].patches, two.images[0].patches)
 
 
 def test_damaged_bytes_are_a_broken_record(processor):
@@ -190,22 +190,22 @@ def test_damaged_bytes_are_a_broken_record(processor):
         record = {"messages": document(image(data), text("x")), "kind": "", "id": "r7"}
         skipped = process(record)
         assert skipped.reason == "not readable" and skipped.message.startswith("r7: not readable (<")
-        assert "not a readable picture" in skipped.message
-    clip = {"type": "video", "video": b"nothing"}
-    skipped = process({"messages": document(clip, text("x")), "kind": "", "id": "r8"})
+        assert "not a readable image" in skipped.message
+    video = {"type": "video", "video": b"nothing"}
+    skipped = process({"messages": document(video, text("x")), "kind": "", "id": "r8"})
     assert skipped.reason == "not readable" and "r8: not readable (<bytes>: not a readable video" in skipped.message
 
 
 def test_embedded_records_need_no_file(tmp_path, processor):
     (tmp_path / "a.png").write_bytes(png())
     array = np.random.default_rng(0).integers(0, 256, (4, 48, 32, 3), np.uint8)
-    clip = {"type": "video", "video": array, "fps": 2.0}
-    record = {"messages": document(image(str(tmp_path / "a.png")), clip, text("x")), "kind": "k", "id": "r"}
+    video = {"type": "video", "video": array, "fps": 2.0}
+    record = {"messages": document(image(str(tmp_path / "a.png")), video, text("x")), "kind": "k", "id": "r"}
     whole = embedded(record)
     assert whole["messages"][0]["content"][0]["image"] == png()
     assert all(frame[:4] == b"\x89PNG" for frame in whole["messages"][0]["content"][1]["video"])
     one, two = processor(record["messages"]), processor(whole["messages"])
-    for a, b in zip(one.pictures, two.pictures, strict=True):
+    for a, b in zip(one.images, two.images, strict=True):
         np.testing.assert_array_equal(a.patches, b.patches)
     (tmp_path / "a.png").write_bytes(b"nothing")
     with pytest.raises(BadRecord, match="r: not readable"):
@@ -222,4 +222,4 @@ def test_a_video_as_bytes_is_that_of_its_file(shared, processor):
         if source == str(path):
             expected = example
     np.testing.assert_array_equal(example.tokens, expected.tokens)
-    np.testing.assert_array_equal(example.pictures[1].patches, expected.pictures[1].patches)
+    np.testing.assert_array_equal(example.images[1].patches, expected.images[1].patches)

@@ -29,15 +29,15 @@ def expected():
     """What the records of `source_files` say, by hand."""
     made = []
     for record in source_files.conversations():
-        pictures = [{"type": "image", "image": data} for data in record["images"]]
+        images = [{"type": "image", "image": data} for data in record["images"]]
         first, text = record["messages"][0], lambda t: {"type": "text", "text": t}
         if "<image>" in first["content"]:
-            parts = [part for i, p in enumerate(pictures) for part in (text("Look: "), p, text(f" and {i}. Look: "))]
-            parts[-1] = text(f" and {len(pictures) - 1}. How many?")
+            parts = [part for i, p in enumerate(images) for part in (text("Look: "), p, text(f" and {i}. Look: "))]
+            parts[-1] = text(f" and {len(images) - 1}. How many?")
             parts = [part for i, part in enumerate(parts) if i % 3 or not i]
         else:
-            parts = [*pictures, text(first["content"])]
-        asked = {"role": "user", "content": parts if pictures else first["content"]}
+            parts = [*images, text(first["content"])]
+        asked = {"role": "user", "content": parts if images else first["content"]}
         messages = [asked, *record["messages"][1:]]
         made.append({"messages": messages, "kind": record["kind"], "id": record["id"]})
     return made
@@ -176,7 +176,7 @@ def webdataset(path, *samples):
 
 
 def test_captions_and_names_in_a_tar(tmp_path):
-    a, b = source_files.picture(0), source_files.picture(1)
+    a, b = source_files.image(0), source_files.image(1)
     said = [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "No."}]
     names = {"conversations": said, "images": ["coco/0002.b.png", "a.png"]}
     wanted = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A."}]
@@ -232,7 +232,7 @@ def special(name, kind, link=""):
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_oddities_of_webdatasets(tmp_path, form):
-    a, b, c = map(source_files.picture, range(3))
+    a, b, c = map(source_files.image, range(3))
     long = "x" * 90 + "/é" + "y" * 80 if form != tarfile.USTAR_FORMAT else "x/y"
     members = [
         special("./", tarfile.DIRTYPE),
@@ -327,8 +327,8 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path):
 
 
 def test_layouts_of_public_parquet_sets(tmp_path):
-    """The Cauldron's, and that of LLaVA-OneVision-Data, some rows of which have no picture."""
-    data = source_files.picture(0)
+    """The Cauldron's, and that of LLaVA-OneVision-Data, some rows of which have no image."""
+    data = source_files.image(0)
     cauldron = {"images": [{"bytes": data, "path": None}], "texts": [{"user": "A?", "assistant": "B.", "source": "x"}]}
     parquet.write_table(pa.Table.from_pylist([cauldron]), tmp_path / "cauldron.parquet")
     said = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]

@@ -163,14 +163,14 @@ def updated(config, values):
 
 
 def test_a_run_reads_a_mixture_of_files_and_resumes(tmp_path):
-    """Pictures in a tar, documents in JSON Lines; the order after a resume is that of a run that never stopped."""
+    """Images in a tar, documents in JSON Lines; the order after a resume is that of a run that never stopped."""
     tar = source_files.write_tar(tmp_path / "tar", source_files.conversations())
     pages = [{"id": f"p{i}", "text": f"What colour? red {i}", "split": ("train", "test")[i % 2]} for i in range(30)]
     (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
     config = get_config()
-    config.data = load_config("sft", "llava/1.5-7b,pictures,pages").data
+    config.data = load_config("sft", "llava/1.5-7b,images,pages").data
     config.data.update(tokens=96, patch_rows=1, patches_per_row=64, batch=8, window=0.5, min_pixels=256)
-    config.data.sources.pictures.path = tar
+    config.data.sources.images.path = tar
     config.data.sources.pages.update(path=str(tmp_path / "pages.jsonl"), where={"split": "train"})
     config.data.sources.pages.heldout_where = {"split": "test"}
     config.data.curriculum = ((4, {"pages": 4.0}),)

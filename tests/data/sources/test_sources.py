@@ -17,12 +17,12 @@ QUESTION, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assista
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "data"
-    (root / "pictures").mkdir(parents=True)
+    (root / "images").mkdir(parents=True)
     for name in ("a.png", "b.png", "c.mp4"):
-        (root / "pictures" / name).write_bytes(b"x")
+        (root / "images" / name).write_bytes(b"x")
     (tmp_path / "secret.png").write_bytes(b"x")
     os.symlink(tmp_path / "secret.png", root / "out.png")
-    os.symlink(root / "pictures" / "a.png", root / "in.png")
+    os.symlink(root / "images" / "a.png", root / "in.png")
     return root
 
 
@@ -32,7 +32,7 @@ def source(folder: Path, *records, **options) -> Conversations:
     return open_source(folder / "set.jsonl", **options)
 
 
-def image(folder, name="pictures/a.png"):
+def image(folder, name="images/a.png"):
     return {"type": "image", "image": str(folder.resolve() / name)}
 
 
@@ -42,16 +42,16 @@ def text(value):
 
 def test_three_layouts_give_the_same_conversation(folder):
     llava = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    parts = [{"type": "image", "image": "pictures/a.png"}, text("What is it?")]
-    url = [{"type": "image_url", "image_url": {"url": "pictures/a.png"}}, text("What is it?")]
+    parts = [{"type": "image", "image": "images/a.png"}, text("What is it?")]
+    url = [{"type": "image_url", "image_url": {"url": "images/a.png"}}, text("What is it?")]
     records = source(
         folder,
-        {"image": "pictures/a.png", "conversations": llava, "id": 1},
+        {"image": "images/a.png", "conversations": llava, "id": 1},
         {"messages": [{"role": "user", "content": parts}, ANSWER], "id": "1", "kind": ""},
         "",
         {"messages": [{"role": "user", "content": url}, ANSWER], "id": "1"},
-        {"image": "pictures/a.png", "conversations": [QUESTION, ANSWER], "id": "1", "license": "CC0"},
-        {"images": ["pictures/a.png"], "messages": [QUESTION, ANSWER], "id": "1"},
+        {"image": "images/a.png", "conversations": [QUESTION, ANSWER], "id": "1", "license": "CC0"},
+        {"images": ["images/a.png"], "messages": [QUESTION, ANSWER], "id": "1"},
     )
     expected = {
         "messages": [{"role": "user", "content": [image(folder), text("What is it?")]}, ANSWER],
@@ -69,13 +69,13 @@ def test_placeholders_are_filled_in_order_and_over_turns(folder):
         {"from": "human", "value": "<image>"},
         {"from": "gpt", "value": "That."},
     ]
-    record = {"images": ["pictures/a.png", "pictures/b.png"], "video": "pictures/c.mp4", "conversations": turns}
+    record = {"images": ["images/a.png", "images/b.png"], "video": "images/c.mp4", "conversations": turns}
     item = source(folder, record)[0]
-    video = {"type": "video", "video": str(folder.resolve() / "pictures/c.mp4")}
+    video = {"type": "video", "video": str(folder.resolve() / "images/c.mp4")}
     assert item["id"] == "set.jsonl:1"
     assert [m["role"] for m in item["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert item["messages"][1]["content"] == [text("First "), image(folder), text(" then "), video, text("What?")]
-    assert item["messages"][3]["content"] == [image(folder, "pictures/b.png")]
+    assert item["messages"][3]["content"] == [image(folder, "images/b.png")]
 
 
 def test_placeholders_in_a_text_without_files_are_text(folder):
@@ -102,7 +102,7 @@ def test_filters_and_line_names(folder):
 def test_root_apart_from_the_file(folder, tmp_path):
     (tmp_path / "lists").mkdir()
     record = {"image": "a.png", "conversations": [QUESTION, ANSWER]}
-    records = source(tmp_path / "lists", record, root=folder / "pictures")
+    records = source(tmp_path / "lists", record, root=folder / "images")
     assert records[0]["messages"][0]["content"][0] == image(folder)
 
 
@@ -119,7 +119,7 @@ def llava(value, **files):
     [
         ("{broken", "not valid JSON"),
         ("[1]", "not a conversation"),
-        ({"image": "pictures/a.png"}, "not a conversation"),
+        ({"image": "images/a.png"}, "not a conversation"),
         ({"messages": ["hello"]}, "not a conversation"),
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "not a conversation"),
         (
@@ -133,15 +133,15 @@ def llava(value, **files):
         ({"messages": [{"role": "narrator", "content": "x"}, ANSWER]}, "wrong roles"),
         ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "wrong roles"),
         (llava("<image>"), "placeholders and files differ in number"),
-        (llava("What?", image="pictures/a.png"), "placeholders and files differ in number"),
-        (llava("<image><image>", image="pictures/a.png"), "placeholders and files differ in number"),
-        (llava("<video>", image="pictures/a.png"), "placeholders and files differ in number"),
-        (with_image("pictures/none.png"), "missing file"),
-        (with_image("pictures"), "missing file"),
+        (llava("What?", image="images/a.png"), "placeholders and files differ in number"),
+        (llava("<image><image>", image="images/a.png"), "placeholders and files differ in number"),
+        (llava("<video>", image="images/a.png"), "placeholders and files differ in number"),
+        (with_image("images/none.png"), "missing file"),
+        (with_image("images"), "missing file"),
         (with_image(7), "not a path"),
         (with_image("a\0b"), "not a path"),
         (with_image("../secret.png"), "path leaves the data root"),
-        (with_image("pictures/../../secret.png"), "path leaves the data root"),
+        (with_image("images/../../secret.png"), "path leaves the data root"),
         (with_image("/etc/passwd"), "path leaves the data root"),
         (with_image("out.png"), "path leaves the data root"),
         (with_image("https://example.org/a.png"), "not a local file"),

@@ -1,4 +1,4 @@
-"""Scenes: deterministic, disjoint, true to their pictures, and cheap to tokenize."""
+"""Scenes: deterministic, disjoint, true to their images, and cheap to tokenize."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ EVERY_KIND = dict.fromkeys(KINDS, 1.0)
 
 
 def pixels(item) -> np.ndarray | None:
-    """The picture or clip of an item as an array."""
+    """The image or video of an item as an array."""
     content = item["messages"][0]["content"]
     return None if content[0]["type"] == "text" else np.asarray(content[0][content[0]["type"]])
 
@@ -62,12 +62,12 @@ def test_splits_are_disjoint(monkeypatch):
     assert min(map(len, shown.values())) > 1000 and not shown["train"] & shown["heldout"]
 
 
-def test_order_of_drawing_does_not_move_a_picture_to_the_other_split():
+def test_order_of_drawing_does_not_move_a_image_to_the_other_split():
     a, b = Thing("square", "red", 1, 2, 10), Thing("circle", "blue", 40, 30, 9)
     assert is_held_out(Scene(64, 64, (a, b))) == is_held_out(Scene(64, 64, (b, a)))
 
 
-def test_pictures_show_what_the_answers_say():
+def test_images_show_what_the_answers_say():
     scenes = Scenes("train", 1, EVERY_KIND)
     seen = set()
     for i in range(400):
@@ -118,7 +118,7 @@ def test_shares_sizes_and_answers():
         scenes[800]
 
 
-def test_large_pictures_and_other_cells():
+def test_large_images_and_other_cells():
     scenes = Scenes("train", 0, EVERY_KIND, cell=32, min_cells=3, max_cells=20, size=80)
     sides = [pixels(item).shape[-3:-1] for item in map(scenes.__getitem__, range(80))]
     assert all(h % 32 == w % 32 == 0 for h, w in sides)
@@ -126,7 +126,7 @@ def test_large_pictures_and_other_cells():
 
 
 def test_text_only_baseline_keeps_questions_and_answers():
-    blind, seeing = Scenes(pictures=False), Scenes()
+    blind, seeing = Scenes(images=False), Scenes()
     for i in range(20):
         assert pixels(blind[i]) is None and ask(blind[i]) == ask(seeing[i])
 

@@ -93,7 +93,7 @@ def test_markup_equals_transformers(model, tmp_path):
 
 
 def by_chunks(model, prompt: str, legacy: bool) -> list[int]:
-    """Ids as LLaVA's code makes them: what stands between pictures is cut by itself, <s> stands before all."""
+    """Ids as LLaVA's code makes them: what stands between images is cut by itself, <s> stands before all."""
     begins, inner = reference(model), reference(model, prefix=legacy)
     found = []
     for number, chunk in enumerate(prompt.split("<image>")):
@@ -116,12 +116,12 @@ def config():
         yield FAMILIES["llava_llama"].from_hf(told | dict(tie_word_embeddings=False))
 
 
-def picture(height=9, width=5):
+def make_image(height=9, width=5):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
 TURNS = [
-    {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What is it?"}]},
+    {"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is it?"}]},
     {"role": "assistant", "content": "A cat."},
     {"role": "user", "content": "Is it the red one?"},
     {"role": "assistant", "content": "the answers"},
@@ -194,9 +194,9 @@ def test_llava_reads_its_own_folder(model, config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(480, 640), (333, 70), (50, 50), (1, 1)], ids=str)
-def test_padded_pictures_equal_transformers(size):
+def test_padded_images_equal_transformers(size):
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    rule, image = Square(56, (122, 116, 104)), picture(*size)
+    rule, image = Square(56, (122, 116, 104)), make_image(*size)
     theirs = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_mean=mean, image_std=std
     )

@@ -58,7 +58,7 @@ def test_every_source_becomes_the_same_shards_and_batches(kind, paths, tmp_path,
 
 
 class Numbers:
-    """A source of records without pictures that remembers what was read."""
+    """A source of records without images that remembers what was read."""
 
     def __init__(self, size, broken=(), stop=None):
         self.size, self.broken, self.stop, self.read = size, broken, stop, []
@@ -132,15 +132,15 @@ def test_shards_without_a_usable_record(tmp_path):
         convert(Numbers(4, broken=range(4)), tmp_path / "two", {}, records=2)
 
 
-def test_broken_pictures_are_named(tmp_path, capsys):
+def test_broken_images_are_named(tmp_path, capsys):
     folder = tmp_path / "set"
     source_files.write_jsonl(folder, source_files.conversations())
-    (folder / "pictures" / "c0-0.png").write_bytes(b"nothing")
-    (folder / "pictures" / "c2-1.png").unlink()
+    (folder / "images" / "c0-0.png").write_bytes(b"nothing")
+    (folder / "images" / "c2-1.png").unlink()
     assert main(["convert", str(folder), str(tmp_path / "out"), "--processes=0", "--where", "kind=presence"]) == 0
     assert "2 broken records left out" in capsys.readouterr().out
     broken = (tmp_path / "out" / "broken.txt").read_text()
-    assert "c0: not readable" in broken and "c2: missing file (pictures/c2-1.png)" in broken
+    assert "c0: not readable" in broken and "c2: missing file (images/c2-1.png)" in broken
     assert ids(tmp_path / "out") == ["c4", "c6", "c8"]
 
 

@@ -39,7 +39,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Ten conversations with pictures, and one that names a missing file."""
+    """Ten conversations with images, and one that names a missing file."""
     folder = tmp_path_factory.mktemp("inspect")
     source_files.write_jsonl(folder / "data", source_files.conversations())
     (folder / "data" / "cut.png").write_bytes(b"")
@@ -73,7 +73,7 @@ def test_a_broken_record_and_a_stage(folder, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "lost one: missing file" in said and "11, all of them" in said
     _, text = words("page.html")
-    assert "records read 11, all of them left out 1 conversations packed 10 pictures 12" in text
+    assert "records read 11, all of them left out 1 conversations packed 10 images 12" in text
     assert "Data of config.py, stage align" in text and "lost one: missing file" in text
 
 
@@ -93,17 +93,17 @@ def test_a_record_of_every_reason_is_named(folder, monkeypatch, capsys):
     answered = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "!"}]
     records = [{"id": f"lost {i}", "image": "lost.png", "messages": answered("?")} for i in range(60)]
     records += [{"id": "long one", "messages": answered("many words " * 99)}]
-    records += [{"id": "no picture", "image": "bad.png", "messages": answered("?")}]
+    records += [{"id": "no image", "image": "bad.png", "messages": answered("?")}]
     records += [{"id": f"good {i}", "messages": answered("?")} for i in range(200)]
-    (folder / "bad.png").write_bytes(b"not a picture")
+    (folder / "bad.png").write_bytes(b"not an image")
     (folder / "bad.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     words_of = ["--config=config.py", "--stage=align", "--config.data.path=bad.jsonl", "--html=bad.html"]
     assert main(["inspect", *words_of, "--count=300", *HERE]) == 0
     said = capsys.readouterr().out
-    for line in ("missing file +60 +lost", "over the budget +1 +long one: ", "not readable +1 +no picture: "):
+    for line in ("missing file +60 +lost", "over the budget +1 +long one: ", "not readable +1 +no image: "):
         assert re.search(f"^{line}", said, re.MULTILINE), said
     text = words("bad.html")[1]
-    assert "long one: " in text and "no picture: " in text and "52 of them" in text
+    assert "long one: " in text and "no image: " in text and "52 of them" in text
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -158,7 +158,7 @@ def test_mistakes_are_told_in_a_line(folder, monkeypatch, capsys, arguments, mes
 
 
 def test_numbers_are_those_of_the_conversations():
-    """Of rows that were packed by hand: two conversations with pictures, one without, an empty row."""
+    """Of rows that were packed by hand: two conversations with images, one without, an empty row."""
     rows = [[conversation(7, [(4, 6), (2, 2)], 1), conversation(5)], [], [conversation(3, [(4, 6)], 2)]]
     budget = Budget(32, 2, 32)
     batch = collate(rows, budget, merge=MERGE, values=VALUES)
@@ -166,18 +166,18 @@ def test_numbers_are_those_of_the_conversations():
     seen = Inspection(_Sizes(), rows=2, samples=2)
     seen.add(batch, info)
     seen.add(batch, info, whole=False)
-    assert seen.tokens == [14, 5, 9] * 2 and seen.visual == [7, 0, 6] * 2 and seen.pictures == [2, 0, 1] * 2
+    assert seen.tokens == [14, 5, 9] * 2 and seen.visual == [7, 0, 6] * 2 and seen.images == [2, 0, 1] * 2
     assert seen.learned == [13, 4, 8] * 2 and seen.kinds == {"a": 4, "b": 2}
     assert seen.sizes == {(6, 4): 4, (2, 2): 2} and seen.fill == [(28 / 96, 52 / 192)]
     first, second = seen.rows
     assert [(s.kind, s.first, s.count, s.number) for s in first.tokens] == [
-        ("text", 0, 1, 1), ("learned text", 1, 6, 1), ("picture", 7, 7, 1), ("text", 14, 1, 2),
+        ("text", 0, 1, 1), ("learned text", 1, 6, 1), ("image", 7, 7, 1), ("text", 14, 1, 2),
         ("learned text", 15, 4, 2), ("padding", 19, 13, 0),
     ]  # fmt: skip
     assert [[s.count for s in part] for part in first.patches] == [[24, 4, 4], [32]]
     assert [sample.kind for sample in seen.samples] == ["a", "b"]
-    shown = [picture for part in seen.samples[0].parts for picture in part.pictures]
-    pixels = unpatchify(rows[0][0].pictures[0].patches, (4, 6), 1, MERGE)[0]
+    shown = [image for part in seen.samples[0].parts for image in part.images]
+    pixels = unpatchify(rows[0][0].images[0].patches, (4, 6), 1, MERGE)[0]
     np.testing.assert_array_equal(np.asarray(shown[0]), pixels)
 
 

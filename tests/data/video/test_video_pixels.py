@@ -1,4 +1,4 @@
-"""Frames, sizes, pixels and tokens of a clip equal what transformers' video processors made of it with torchvision.
+"""Frames, sizes, pixels and tokens of a video equal what transformers' video processors made of it with torchvision.
 
 Its bicubic filter rounds some values in a thousand to the next level of 255.
 """
@@ -22,10 +22,10 @@ LOW, HIGH = video_reference.SIZES.values()
 NATIVE = dict(patch=4, temporal_patch=2, merge=2, fps=2.0, min_frames=4, max_frames=768)
 FLAT = dict(patch=4, temporal_patch=1, merge=1)
 SPECS = {
-    "qwen2_vl": replace(qwen2_vl.SPEC, **NATIVE, clip_min_pixels=LOW, clip_max_pixels=HIGH),
-    "qwen3_vl": replace(SEEING, **NATIVE, clip_min_pixels=6 * LOW, clip_max_pixels=6 * HIGH),
-    "llava_onevision": replace(llava_onevision.SPEC, **FLAT, clip_rule=Halved(SIDE), on_a_grid=False),
-    "internvl": replace(internvl.SPEC, **FLAT, clip_rule=Stretch(SIDE), on_a_grid=False),
+    "qwen2_vl": replace(qwen2_vl.SPEC, **NATIVE, video_min_pixels=LOW, video_max_pixels=HIGH),
+    "qwen3_vl": replace(SEEING, **NATIVE, video_min_pixels=6 * LOW, video_max_pixels=6 * HIGH),
+    "llava_onevision": replace(llava_onevision.SPEC, **FLAT, video_rule=Halved(SIDE), on_a_grid=False),
+    "internvl": replace(internvl.SPEC, **FLAT, video_rule=Stretch(SIDE), on_a_grid=False),
 }
 
 
@@ -36,15 +36,15 @@ def reference():
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_clip_equals_transformers(name, reference, tmp_path):
+def test_a_video_equals_transformers(name, reference, tmp_path):
     expected = {field: reference[f"{name}/{field}"] for field in ("levels", "indices", "ids")}
     own = video_reference.NAMES.get(name, {})
     folder, text = tiny_chat.write_tokenizer(tmp_path), (tmp_path / "tokenizer_config.json").read_text()
     for ours, theirs in own.items():
         text = text.replace(ours, theirs)
     (folder / "tokenizer_config.json").write_text(text)
-    clip = video_reference.BEFORE.get(name[:4], "<video>\n")
-    written = video_reference.PROMPT.replace("{clip}", clip).replace("look:", "{{ m.content[0].text }}")
+    video = video_reference.BEFORE.get(name[:4], "<video>\n")
+    written = video_reference.PROMPT.replace("{clip}", video).replace("look:", "{{ m.content[0].text }}")
     written = "{% for m in messages %}" + written.replace("moves?", "{{ m.content[2].text }}") + "{% endfor %}"
     processor = Processor(Tokenizer.from_folder(folder), ChatTemplate(written), SPECS[name])
     item = {"type": "video", "video": video_reference.frames(), "fps": video_reference.RATE}
@@ -56,10 +56,10 @@ def test_a_clip_equals_transformers(name, reference, tmp_path):
     example = processor([{"role": "user", "content": content}])
     assert example.tokens.tolist() == expected["ids"].tolist()
 
-    patches = np.concatenate([picture.patches for picture in example.pictures])
+    patches = np.concatenate([image.patches for image in example.images])
     if name.startswith("qwen"):
-        grids = {picture.grid for picture in example.pictures}
-        assert [[len(example.pictures), *grid] for grid in grids] == reference[f"{name}/grid"].tolist()
+        grids = {image.grid for image in example.images}
+        assert [[len(example.images), *grid] for grid in grids] == reference[f"{name}/grid"].tolist()
     else:  # frames [t h w c] as patches [(row column) (c y x)]
         rows, columns = (side // 4 for side in SIDE)
         expected["levels"] = (

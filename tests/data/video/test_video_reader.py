@@ -38,14 +38,14 @@ KINDS = {  # codec, times in ticks, tick, the rate that the container is told, t
 }
 
 
-def picture(number):
+def image(number):
     """u8[48 64 3]: a bar whose place and level say the number."""
     pixels = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
     pixels[:, number % 30 * 2 : number % 30 * 2 + 4] = 100 + number
     return pixels
 
 
-def write(path, codec, times, tick, rate, options=(), pictures=None, container=(), **fields):
+def write(path, codec, times, tick, rate, options=(), images=None, container=(), **fields):
     """A file whose frames are shown at `times`, in ticks."""
     with av.open(str(path), "w", options=dict(container)) as file:
         stream = file.add_stream(codec, rate=rate, options=dict(options))
@@ -53,7 +53,7 @@ def write(path, codec, times, tick, rate, options=(), pictures=None, container=(
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else stream.pix_fmt
         stream.time_base = stream.codec_context.time_base = tick
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(picture(number) if pictures is None else pictures[number])
+            frame = av.VideoFrame.from_ndarray(image(number) if images is None else images[number])
             frame.pts, frame.time_base = time, tick
             for field, value in fields.items():
                 setattr(frame, field, value)
@@ -94,15 +94,15 @@ def test_frames_and_rates(name, files):
     _, times, tick, _, rate, _ = KINDS[name]
     every = decoded(files / name)
     assert len(every) == FRAMES
-    clip = videos.open_clip(files / name, fps=2)
-    assert (clip.frames, clip.height, clip.width) == (FRAMES, HEIGHT, WIDTH)
+    video = videos.open_video(files / name, fps=2)
+    assert (video.frames, video.height, video.width) == (FRAMES, HEIGHT, WIDTH)
     if rate is None:  # what is on the screen at i / fps
         seconds = [(time - times[0]) * tick for time in times]
-        assert FRAMES / float(seconds[-1] + 0.8) < clip.fps < FRAMES / float(seconds[-1])
-        shown = [sum(second <= i / clip.fps + 0.0005 for second in seconds) - 1 for i in range(FRAMES)]
+        assert FRAMES / float(seconds[-1] + 0.8) < video.fps < FRAMES / float(seconds[-1])
+        shown = [sum(second <= i / video.fps + 0.0005 for second in seconds) - 1 for i in range(FRAMES)]
         assert len(set(shown)) < FRAMES
     else:
-        assert clip.fps == pytest.approx(float(rate), rel=1e-9)
+        assert video.fps == pytest.approx(float(rate), rel=1e-9)
         shown = range(FRAMES)
     # FAR apart they are sought; after a seek, some containers stand behind the key frame that is needed
     for indices in (
@@ -115,11 +115,11 @@ def test_frames_and_rates(name, files):
         [0],
         [],
     ):
-        for index, frame in zip(indices, clip.read(indices), strict=True):
+        for index, frame in zip(indices, video.read(indices), strict=True):
             np.testing.assert_array_equal(np.asarray(frame), every[shown[index]], err_msg=f"{indices} {index}")
-    assert not clip.broken
+    assert not video.broken
     with pytest.raises(ValueError, match=f"{name}: ends before frame {FRAMES}"):
-        list(clip.read([0, FRAMES]))
+        list(video.read([0, FRAMES]))
 
 
 def test_a_browser_recording(tmp_path):
@@ -134,17 +134,17 @@ def test_a_browser_recording(tmp_path):
     path.write_bytes(content[:at] + b"\xec\x86" + bytes(6) + content[at + 8 :])  # Void
     with av.open(str(path)) as file:
         assert file.streams.video[0].average_rate in (None, 1000) and file.duration is None  # its clock
-    clip, every = videos.open_clip(path, fps=2), decoded(path)
-    assert clip.frames == FRAMES and 1000 * FRAMES / (times[-1] + 50) < clip.fps < 1000 * FRAMES / times[-1]
+    video, every = videos.open_video(path, fps=2), decoded(path)
+    assert video.frames == FRAMES and 1000 * FRAMES / (times[-1] + 50) < video.fps < 1000 * FRAMES / times[-1]
     for indices in ([0, 99], [28, 61], range(0, FRAMES, 31)):
-        for index, frame in zip(indices, clip.read(indices), strict=True):
-            shown = sum(time <= index * 1000 / clip.fps + 0.5 for time in times) - 1
+        for index, frame in zip(indices, video.read(indices), strict=True):
+            shown = sum(time <= index * 1000 / video.fps + 0.5 for time in times) - 1
             np.testing.assert_array_equal(np.asarray(frame), every[shown], err_msg=str(index))
 
 
 def test_bytes_are_read_like_files(files):
     for name in ("even.mp4", "varied.webm", "unordered.avi"):
-        one, two = (videos.open_clip(source, fps=2) for source in (files / name, (files / name).read_bytes()))
+        one, two = (videos.open_video(source, fps=2) for source in (files / name, (files / name).read_bytes()))
         assert (one.frames, one.fps) == (two.frames, two.fps)
         for frame, other in zip(one.read([3, 80]), two.read([3, 80]), strict=True):
             np.testing.assert_array_equal(np.asarray(frame), np.asarray(other))
@@ -155,10 +155,10 @@ def test_packets_are_read_only_where_the_index_does_not_say_it(files, monkeypatc
     plain = reader.measured_times
     monkeypatch.setattr(reader, "measured_times", lambda packets, *rest: demuxed.append(1) or plain(packets, *rest))
     for name in ("even.mp4", "open.mp4"):
-        videos.open_clip(files / name, fps=2)
+        videos.open_video(files / name, fps=2)
     assert not demuxed
     for name in ("varied.mp4", "fragments.mp4", "clock.webm", "unordered.avi"):
-        videos.open_clip(files / name, fps=2)
+        videos.open_video(files / name, fps=2)
     assert len(demuxed) == 4
 
 
@@ -179,28 +179,28 @@ def test_frames_that_an_edit_list_hides_do_not_count(first, last, files, tmp_pat
     content = edited(content, start + first * 1024, (last - first) * 100)
     with av.open(io.BytesIO(content)) as file:
         assert file.streams.video[0].time_base == fractions.Fraction(1, 10240)
-    clip, every = videos.open_clip(content, fps=2), decoded(path)
-    assert (clip.frames, clip.fps) == (last - first, 10.0)
-    for indices in (range(clip.frames), [0, clip.frames - 1], [clip.frames // 2]):
-        for index, frame in zip(indices, clip.read(indices), strict=True):
+    video, every = videos.open_video(content, fps=2), decoded(path)
+    assert (video.frames, video.fps) == (last - first, 10.0)
+    for indices in (range(video.frames), [0, video.frames - 1], [video.frames // 2]):
+        for index, frame in zip(indices, video.read(indices), strict=True):
             np.testing.assert_array_equal(np.asarray(frame), every[first + index])
 
 
 def test_what_is_put_together_from_two_files_is_counted(files):
     """Times begin anew in the middle."""
     content = (files / "even.ts").read_bytes()
-    clip = videos.open_clip(content + content, fps=2)
-    assert (clip.frames, clip.fps) == (2 * FRAMES, pytest.approx(float(NTSC)))
+    video = videos.open_video(content + content, fps=2)
+    assert (video.frames, video.fps) == (2 * FRAMES, pytest.approx(float(NTSC)))
     every = decoded(content + content)
-    for index, frame in zip([5, 150], clip.read([5, 150]), strict=True):
+    for index, frame in zip([5, 150], video.read([5, 150]), strict=True):
         np.testing.assert_array_equal(np.asarray(frame), every[index])
 
 
 def test_one_frame(tmp_path):
     for name, codec in (("one.mp4", "libx264"), ("one.webm", "libvpx"), ("one.avi", "mjpeg")):
-        clip = videos.open_clip(write(tmp_path / name, codec, [0], fractions.Fraction(1, 10), 10), fps=2)
-        assert (clip.frames, len(list(clip.read([0])))) == (1, 1)
-        assert clip.fps == 10
+        video = videos.open_video(write(tmp_path / name, codec, [0], fractions.Fraction(1, 10), 10), fps=2)
+        assert (video.frames, len(list(video.read([0])))) == (1, 1)
+        assert video.fps == 10
 
 
 def test_tags_in_any_encoding(tmp_path):
@@ -209,11 +209,11 @@ def test_tags_in_any_encoding(tmp_path):
         file.metadata["title"] = "cafés"
         stream = file.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        file.mux(stream.encode(av.VideoFrame.from_ndarray(picture(0))))
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(image(0))))
         file.mux(stream.encode())
     content = path.read_bytes().replace("é".encode(), "é ".encode("latin-1"))
     assert content != path.read_bytes()
-    assert videos.open_clip(content, fps=2).frames == 1
+    assert videos.open_video(content, fps=2).frames == 1
 
 
 def write_tracks(path, tracks, sound=False):
@@ -254,15 +254,15 @@ DEFAULT, COVER = av.stream.Disposition.default, av.stream.Disposition.attached_p
 def test_a_cover_is_not_the_film(name, cover, tmp_path):
     film = ("libx264", 12, 60, NO)
     for tracks in ([("mjpeg", 1, 200, cover), film], [film, ("mjpeg", 1, 200, cover)]):
-        clip = videos.open_clip(write_tracks(tmp_path / name, tracks), fps=2)
-        assert (clip.frames, clip.fps) == (12, 10.0)
-        np.testing.assert_allclose([np.asarray(frame).mean() for frame in clip.read([0, 11])], 60, atol=4)
+        video = videos.open_video(write_tracks(tmp_path / name, tracks), fps=2)
+        assert (video.frames, video.fps) == (12, 10.0)
+        np.testing.assert_allclose([np.asarray(frame).mean() for frame in video.read([0, 11])], 60, atol=4)
 
 
-def test_sound_is_no_clip(tmp_path):
+def test_sound_is_no_video(tmp_path):
     for name, tracks in (("a.mp4", [("mjpeg", 1, 200, COVER)]), ("b.m4a", []), ("c.mkv", [])):
         with pytest.raises(ValueError, match=f"{name}: holds no video track"):
-            videos.open_clip(write_tracks(tmp_path / name, tracks, sound=True), fps=2)
+            videos.open_video(write_tracks(tmp_path / name, tracks, sound=True), fps=2)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -273,14 +273,14 @@ def test_the_track_of_a_file_with_several(suffix, tmp_path):
         path = write_tracks(tmp_path / f"{first.value}.{suffix}", tracks)
         with av.open(str(path)) as file:
             best = file.streams.best("video")
-            assert videos.open_clip(path, fps=2).width == best.width
+            assert videos.open_video(path, fps=2).width == best.width
         for track, frames, level in ((None, (6, 8)[chosen], (60, 160)[chosen]), (0, 6, 60), (1, 8, 160)):
-            clip = videos.open_clip(path, fps=2, track=track)
-            assert clip.frames == frames
-            np.testing.assert_allclose([np.asarray(frame).mean() for frame in clip.read([0, 5])], level, atol=4)
+            video = videos.open_video(path, fps=2, track=track)
+            assert video.frames == frames
+            np.testing.assert_allclose([np.asarray(frame).mean() for frame in video.read([0, 5])], level, atol=4)
         for track in (2, -1):
             with pytest.raises(ValueError, match=f"track={track} is not one of its 2 video tracks"):
-                videos.open_clip(path, fps=2, track=track)
+                videos.open_video(path, fps=2, track=track)
 
 
 @pytest.mark.parametrize(
@@ -298,27 +298,27 @@ def test_turned_and_mirrored_tracks(matrix, tmp_path):
     column, row = a * x + c * y, b * x + d * y
     expected = np.zeros((np.ptp(row) + 1, np.ptp(column) + 1, 3), np.uint8)
     expected[row - row.min(), column - column.min()] = stored
-    clip = videos.open_clip(content, fps=2)
-    assert (clip.height, clip.width) == expected.shape[:2]
-    np.testing.assert_array_equal(np.asarray(next(clip.read([1]))), expected)
+    video = videos.open_video(content, fps=2)
+    assert (video.height, video.width) == expected.shape[:2]
+    np.testing.assert_array_equal(np.asarray(next(video.read([1]))), expected)
 
 
 def test_orientation_beside_data_that_pyav_does_not_know(tmp_path):
-    """A camera's MJPEG whose pictures carry EXIF."""
+    """A camera's MJPEG whose images carry EXIF."""
     from PIL import Image
 
     exif, jpeg = Image.Exif(), io.BytesIO()
     exif[0x112], exif[0x10F] = 6, "Maker"
-    Image.fromarray(picture(3)).save(jpeg, "JPEG", exif=exif)
+    Image.fromarray(image(3)).save(jpeg, "JPEG", exif=exif)
     with av.open(str(tmp_path / "a.avi"), "w") as file:
         stream = file.add_stream("mjpeg", rate=10)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
         packet = av.Packet(jpeg.getvalue())
         packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, fractions.Fraction(1, 10)
         file.mux(packet)
-    clip, stored = videos.open_clip(tmp_path / "a.avi", fps=2), decoded(tmp_path / "a.avi")[0]
-    (frame,) = clip.read([0])
-    if clip.height == WIDTH:  # FFmpeg from 8.1 on reads it
+    video, stored = videos.open_video(tmp_path / "a.avi", fps=2), decoded(tmp_path / "a.avi")[0]
+    (frame,) = video.read([0])
+    if video.height == WIDTH:  # FFmpeg from 8.1 on reads it
         stored = np.rot90(stored, -1)
     np.testing.assert_array_equal(np.asarray(frame), stored)
 
@@ -327,49 +327,49 @@ def test_a_broken_packet_repeats_the_frame_before(files, caplog):
     """A key packet, one amid others, the last; in a decoder that waits for more, and in one that does not."""
     for name, number in (("late.mkv", 41), ("late.mkv", FRAMES - 1), ("even.mp4", 41), ("even.mp4", FRAMES - 1)):
         content, every = damaged(files / name, [number]), decoded(files / name)
-        clip = videos.open_clip(content, fps=2)
-        assert (clip.frames, clip.broken) == (FRAMES, set())
-        frames = [np.asarray(frame) for frame in clip.read(range(FRAMES))]
-        (lost,) = clip.broken
+        video = videos.open_video(content, fps=2)
+        assert (video.frames, video.broken) == (FRAMES, set())
+        frames = [np.asarray(frame) for frame in video.read(range(FRAMES))]
+        (lost,) = video.broken
         assert abs(lost - number) < 5  # frames are stored in another order than they are shown in
         np.testing.assert_array_equal(frames[lost], frames[lost - 1])
         for index in range(lost):
             np.testing.assert_array_equal(frames[index], every[index], err_msg=f"{name} {index}")
         assert caplog.messages[-1] == "<bytes>: 1 broken frames, shown as the frames before them"
-        again = videos.open_clip(content, fps=2)
+        again = videos.open_video(content, fps=2)
         assert len(list(again.read([0, FRAMES // 2, FRAMES - 1]))) == 3
-        assert again.broken == clip.broken & {FRAMES - 1}
+        assert again.broken == video.broken & {FRAMES - 1}
 
 
 def test_a_broken_key_packet_loses_all_up_to_the_next(files):
     content, every = damaged(files / "rounded.webm", [0]), decoded(files / "rounded.webm")  # the next is 30
-    clip, indices = videos.open_clip(content, fps=2), [29, *range(30, 60)]
-    frames = [np.asarray(frame) for frame in clip.read(indices)]
+    video, indices = videos.open_video(content, fps=2), [29, *range(30, 60)]
+    frames = [np.asarray(frame) for frame in video.read(indices)]
     for index, frame in zip(indices, frames):
         np.testing.assert_array_equal(frame, every[max(index, 30)])
-    assert clip.broken == {29}
+    assert video.broken == {29}
     with pytest.raises(ValueError, match="<bytes>: ends before frame 10, or is broken there"):
-        list(clip.read(range(FRAMES)))
+        list(video.read(range(FRAMES)))
 
 
 @pytest.mark.parametrize("name", ["late.mkv", "even.mp4", "rounded.webm", "even.avi"])
-def test_a_clip_that_is_broken_beyond_that_is_refused(name, files):
+def test_a_video_that_is_broken_beyond_that_is_refused(name, files):
     content = damaged(files / name, range(3, FRAMES, 7))
     with pytest.raises(ValueError, match="<bytes>: (broken at|ends before)"):
-        list(videos.open_clip(content, fps=2).read(range(FRAMES)))
+        list(videos.open_video(content, fps=2).read(range(FRAMES)))
     content = damaged(files / name, range(FRAMES))
     with pytest.raises(ValueError, match="<bytes>: (no frame|not a readable video)"):
-        videos.open_clip(content, fps=2)
+        videos.open_video(content, fps=2)
 
 
 def test_files_that_were_cut_are_as_long_as_they_are(files):
     """A recording that was interrupted. Where an index promises more than there is, the file is refused."""
     for name in ("clock.webm", "slow.mkv", "even.ts", "fragments.mp4"):
         content = (files / name).read_bytes()
-        clip = videos.open_clip(content[: len(content) * 3 // 4], fps=2)
-        assert FRAMES // 2 < clip.frames < FRAMES
-        assert clip.fps == pytest.approx(float(KINDS[name][4]), rel=0.05)
-        assert len(list(clip.read(range(clip.frames)))) == clip.frames
+        video = videos.open_video(content[: len(content) * 3 // 4], fps=2)
+        assert FRAMES // 2 < video.frames < FRAMES
+        assert video.fps == pytest.approx(float(KINDS[name][4]), rel=0.05)
+        assert len(list(video.read(range(video.frames)))) == video.frames
 
 
 BARS = np.array([(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 180, 40)])
@@ -402,7 +402,7 @@ def test_colors_are_those_of_the_matrix_and_range(stored, stated, full, tmp_path
         stream.codec_context.colorspace, stream.codec_context.color_range = stated, 2 if full else 1
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    (image,) = videos.open_clip(tmp_path / "a.mp4", fps=2).read([0])
+    (image,) = videos.open_video(tmp_path / "a.mp4", fps=2).read([0])
     assert np.abs(np.asarray(image).astype(int)[HEIGHT // 2, [8, 24, 40, 56]] - BARS).max() <= 4
 
 
@@ -414,4 +414,4 @@ def test_colors_that_cannot_be_converted_are_refused(tmp_path):
         file.mux(stream.encode(av.VideoFrame.from_ndarray(bars(5, False), format="yuv420p")))
         file.mux(stream.encode())
     with pytest.raises(ValueError, match="a.mp4: its color matrix 8 cannot be read. Convert it to BT.709."):
-        videos.open_clip(tmp_path / "a.mp4", fps=2)
+        videos.open_video(tmp_path / "a.mp4", fps=2)

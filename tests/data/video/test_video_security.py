@@ -1,4 +1,4 @@
-"""Hostile clips: opening one opens no other file, no socket and no program."""
+"""Hostile videos: opening one opens no other file, no socket and no program."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ PLAYLISTS = {
     "a.svg": '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="{target}"/></svg>',
     "a.avs": 'FFVideoSource("{target}")',
     "a.vpy": "import os\nos.system('touch {target}')",
-    "a.txt": "no clip, but a terminal would show it\n" * 20,
+    "a.txt": "no video, but a terminal would show it\n" * 20,
 }
 
 
@@ -63,7 +63,7 @@ def refused(source, match="not a readable video"):
 
     def work():
         try:
-            found.append(videos.open_clip(source, fps=2))
+            found.append(videos.open_video(source, fps=2))
         except ValueError as error:
             found.append(error)
 
@@ -91,7 +91,7 @@ def test_playlists_and_scripts_are_refused(name, film, server, tmp_path):
 def test_names_that_are_protocols_or_patterns_are_those_of_files(film, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "concat:a|b.ts").write_bytes(film.read_bytes())
-    assert videos.open_clip("concat:a|b.ts", fps=2).frames == 10
+    assert videos.open_video("concat:a|b.ts", fps=2).frames == 10
     for name in (
         "http://127.0.0.1:9/a.ts",
         "pipe:0",
@@ -100,16 +100,16 @@ def test_names_that_are_protocols_or_patterns_are_those_of_files(film, tmp_path,
         f"subfile,,:{film}",
     ):
         with pytest.raises(FileNotFoundError, match="no such video"):
-            videos.open_clip(name, fps=2)
+            videos.open_video(name, fps=2)
     for number in range(3):
         (tmp_path / f"frame{number}.png").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="no such video"):
-        videos.open_clip("frame%d.png", fps=2)
+        videos.open_video("frame%d.png", fps=2)
     (tmp_path / "frame%d.png").write_bytes(film.read_bytes())
     refused("frame%d.png")
 
 
-def test_pictures_are_no_clips(tmp_path):
+def test_images_are_no_videos(tmp_path):
     from PIL import Image
 
     for suffix in ("png", "jpg", "webp", "bmp", "tiff"):

@@ -1,4 +1,4 @@
-"""Sampling, sizing and streaming of clips, and rotary positions, against the formulas and code of Qwen3-VL."""
+"""Sampling, sizing and streaming of videos, and rotary positions, against the formulas and code of Qwen3-VL."""
 
 import builtins
 import dataclasses
@@ -20,8 +20,8 @@ from mllm_jax.data.video import decoder, videos
 from mllm_jax.data.vision.positions import on_a_grid, patch_positions, rotary_positions
 
 
-def write_clip(path, frames, fps=10, height=48, width=64, codec="mpeg4"):
-    """A clip whose frames differ in their grey level: 10, 20, 30 ..."""
+def write_video(path, frames, fps=10, height=48, width=64, codec="mpeg4"):
+    """A video whose frames differ in their grey level: 10, 20, 30 ..."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -96,35 +96,35 @@ def test_times_equal_transformers():
         ((2, 10, 20), (192, 384)),
     ],
 )
-def test_clip_size(clip, expected):
+def test_video_size(video, expected):
     bounds = {"min_pixels": 131072, "max_pixels": 25165824}
-    assert videos.clip_size(*clip, factor=32, temporal_patch=2, **bounds) == expected
+    assert videos.video_size(*video, factor=32, temporal_patch=2, **bounds) == expected
 
 
-def test_clip_of_one_frame_counts_as_a_temporal_patch():
-    one, two = (videos.clip_size(n, 90, 70, 32, 2, min_pixels=131072, max_pixels=25165824) for n in (1, 2))
+def test_video_of_one_frame_counts_as_a_temporal_patch():
+    one, two = (videos.video_size(n, 90, 70, 32, 2, min_pixels=131072, max_pixels=25165824) for n in (1, 2))
     assert one == two
 
 
 def test_file(tmp_path):
-    path = write_clip(tmp_path / "clip.mp4", frames=11)
-    clip = videos.open_clip(path, fps=2)
-    assert (clip.frames, clip.fps, clip.height, clip.width) == (11, 10.0, 48, 64)
-    blocks = list(videos.read_clip(clip, [0, 5, 10], size=(32, 64), temporal_patch=2))
+    path = write_video(tmp_path / "clip.mp4", frames=11)
+    video = videos.open_video(path, fps=2)
+    assert (video.frames, video.fps, video.height, video.width) == (11, 10.0, 48, 64)
+    blocks = list(videos.read_video(video, [0, 5, 10], size=(32, 64), temporal_patch=2))
     assert [block.shape for block in blocks] == [(2, 32, 64, 3), (1, 32, 64, 3)]
     levels = [frame.mean() for block in blocks for frame in block]
     np.testing.assert_allclose(levels, [10, 60, 110], atol=4)
 
 
 def test_file_that_states_no_number_of_frames(tmp_path):
-    path = write_clip(tmp_path / "clip.mkv", frames=7)
-    clip = videos.open_clip(path, fps=2)
-    assert clip.frames == 7
-    assert len(list(clip.read(range(7)))) == 7
+    path = write_video(tmp_path / "clip.mkv", frames=7)
+    video = videos.open_video(path, fps=2)
+    assert video.frames == 7
+    assert len(list(video.read(range(7)))) == 7
 
 
 def test_file_that_ends_early(tmp_path):
-    """A frame that is missing at the end is the one before it; more than that is no clip."""
+    """A frame that is missing at the end is the one before it; more than that is no video."""
     path, options = tmp_path / "clip.mp4", {"movflags": "faststart"}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -137,29 +137,29 @@ def test_file_that_ends_early(tmp_path):
     with av.open(str(path)) as container:
         starts = [packet.pos for packet in container.demux(container.streams.video[0]) if packet.size]
     path.write_bytes(whole[: starts[4]])
-    clip = videos.open_clip(path, fps=2)
-    levels = [np.asarray(frame).mean() for frame in clip.read([0, 4])]
+    video = videos.open_video(path, fps=2)
+    levels = [np.asarray(frame).mean() for frame in video.read([0, 4])]
     np.testing.assert_allclose(levels, [10, 40], atol=4)
-    assert clip.broken == {4}
+    assert video.broken == {4}
     path.write_bytes(whole[: starts[3]])
     with pytest.raises(ValueError, match="clip.mp4.*ends before frame 4"):
-        list(videos.open_clip(path, fps=2).read([0, 3, 4]))
+        list(videos.open_video(path, fps=2).read([0, 3, 4]))
 
 
 def test_damaged_files_are_named(tmp_path):
-    whole = write_clip(tmp_path / "clip.mp4", frames=30).read_bytes()
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    whole = write_video(tmp_path / "clip.mp4", frames=30).read_bytes()
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     for name, content in {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"no video"}.items():
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.mp4"):
-            videos.open_clip(path, fps=2)
+            videos.open_video(path, fps=2)
     with pytest.raises(FileNotFoundError, match="missing"):
-        videos.open_clip(tmp_path / "missing.mp4", fps=2)
+        videos.open_video(tmp_path / "missing.mp4", fps=2)
 
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
-    path = write_clip(tmp_path / "clip.mp4", frames=2)
+    path = write_video(tmp_path / "clip.mp4", frames=2)
     real = builtins.__import__
 
     def without(name, *rest):
@@ -169,42 +169,42 @@ def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[video\]'"):
-        videos.open_clip(path, fps=2)
-    assert videos.open_clip(np.zeros((2, 4, 4, 3), np.uint8), fps=2).frames == 2
+        videos.open_video(path, fps=2)
+    assert videos.open_video(np.zeros((2, 4, 4, 3), np.uint8), fps=2).frames == 2
 
 
-def test_clips_in_memory():
+def test_videos_in_memory():
     array = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
     for source in (array, list(array), [Image.fromarray(frame) for frame in array]):
-        clip = videos.open_clip(source, fps=4)
-        assert (clip.frames, clip.fps, clip.height, clip.width) == (3, 4.0, 20, 30)
-        np.testing.assert_array_equal(np.stack([np.asarray(frame) for frame in clip.read([0, 2])]), array[[0, 2]])
+        video = videos.open_video(source, fps=4)
+        assert (video.frames, video.fps, video.height, video.width) == (3, 4.0, 20, 30)
+        np.testing.assert_array_equal(np.stack([np.asarray(frame) for frame in video.read([0, 2])]), array[[0, 2]])
     for bad in ([], 3, None, np.zeros((0, 4, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="clip"):
-            videos.open_clip(bad, fps=2)
+            videos.open_video(bad, fps=2)
     with pytest.raises(ValueError, match="fps"):
-        videos.open_clip(array, fps=0)
+        videos.open_video(array, fps=0)
     with pytest.raises(ValueError, match="first frame"):
-        list(videos.open_clip([array[0], array[1, :10]], fps=2).read([0, 1]))
+        list(videos.open_video([array[0], array[1, :10]], fps=2).read([0, 1]))
 
 
-def test_real_clips(shared):
+def test_real_videos(shared):
     folder = shared / "data"
     records = [json.loads(line) for line in (folder / "video/video.jsonl").read_text().splitlines()]
     records = sorted(records, key=lambda record: record["duration_s"])[:4]
     for record in records:
-        clip = videos.open_clip(folder / record["video"], fps=2)
-        assert (clip.height, clip.width) == (record["height"], record["width"])
-        assert abs(clip.frames - record["frames"]) <= 1
-        assert clip.fps == pytest.approx(record["fps"], rel=0.02)
-        indices = videos.sample_frames(clip.frames, videos.frame_count(clip.frames, clip.fps, 2, 4, 768))
-        blocks = list(videos.read_clip(clip, indices, (64, 96), temporal_patch=2))
+        video = videos.open_video(folder / record["video"], fps=2)
+        assert (video.height, video.width) == (record["height"], record["width"])
+        assert abs(video.frames - record["frames"]) <= 1
+        assert video.fps == pytest.approx(record["fps"], rel=0.02)
+        indices = videos.sample_frames(video.frames, videos.frame_count(video.frames, video.fps, 2, 4, 768))
+        blocks = list(videos.read_video(video, indices, (64, 96), temporal_patch=2))
         assert sum(map(len, blocks)) == len(indices)
         assert all(block.std() > 1 for block in blocks)
 
 
 def test_positions_by_hand():
-    """The example of the paper's rule: a picture of 2 x 3 visual tokens after four text tokens, then text."""
+    """The example of the paper's rule: an image of 2 x 3 visual tokens after four text tokens, then text."""
     visual = np.array([0] * 4 + [1] * 6 + [0] * 2, bool)
     position = rotary_positions(visual, [on_a_grid(2, 3)])
     assert position.dtype == np.int32
@@ -236,11 +236,11 @@ def test_positions_equal_transformers():
     model.get_vision_position_ids = types.MethodType(Qwen3VLModel.get_vision_position_ids, model)
     random = np.random.default_rng(0)
     for _ in range(30):
-        kinds, grids, images, clips = [0] * random.integers(1, 5), [], [], []
+        kinds, grids, images, videos = [0] * random.integers(1, 5), [], [], []
         for _ in range(random.integers(0, 5)):
             height, width = random.integers(1, 7, 2).tolist()
             times = random.integers(1, 4) if random.random() < 0.5 else 0
-            (clips if times else images).append([max(times, 1), 2 * height, 2 * width])
+            (videos if times else images).append([max(times, 1), 2 * height, 2 * width])
             for _ in range(max(times, 1)):
                 kinds += [2 if times else 1] * height * width + [0] * random.integers(1, 4)
                 grids.append(on_a_grid(height, width))
@@ -249,7 +249,7 @@ def test_positions_equal_transformers():
             input_ids=torch.zeros(1, len(kinds), dtype=torch.long),
             mm_token_type_ids=torch.tensor([kinds]),
             image_grid_thw=torch.tensor(images) if images else None,
-            video_grid_thw=torch.tensor(clips) if clips else None,
+            video_grid_thw=torch.tensor(videos) if videos else None,
         )
         np.testing.assert_array_equal(rotary_positions(np.array(kinds) > 0, grids), expected[:, 0].T.numpy())
 
@@ -262,7 +262,7 @@ def test_frames_are_read_one_temporal_patch_at_a_time():
             read.append(index)
             yield Image.new("RGB", (64, 64))
 
-    blocks = videos.read_clip(videos.Clip(8, 2.0, 64, 64, "", frames), range(8), (32, 32), temporal_patch=2)
+    blocks = videos.read_video(videos.Video(8, 2.0, 64, 64, "", frames), range(8), (32, 32), temporal_patch=2)
     assert next(blocks).shape == (2, 32, 32, 3)
     assert read == [0, 1]
 
@@ -292,10 +292,10 @@ def test_what_lies_between_distant_frames_is_not_decoded(hours, monkeypatch):
         return plain(packet)
 
     monkeypatch.setattr(decoder, "decode", counted)
-    clip = videos.open_clip(hours, fps=2)
-    assert (clip.frames, clip.fps) == (21600, 2.0)
-    indices = videos.sample_frames(clip.frames, 32)
-    found = [np.asarray(frame) for frame in clip.read(indices)]
+    video = videos.open_video(hours, fps=2)
+    assert (video.frames, video.fps) == (21600, 2.0)
+    indices = videos.sample_frames(video.frames, 32)
+    found = [np.asarray(frame) for frame in video.read(indices)]
     assert len(decoded) < 32 * 15
     wanted = dict.fromkeys(indices)
     with av.open(str(hours)) as container:  # all of it, from the start, counted
@@ -312,39 +312,39 @@ def test_hours_are_read_in_constant_memory(hours):
 
     if not pathlib.Path("/proc/self/statm").exists():
         pytest.skip("needs Linux")
-    clip = videos.open_clip(hours, fps=2)
+    video = videos.open_video(hours, fps=2)
     found = {}
-    for number, _ in enumerate(clip.read(range(clip.frames))):
+    for number, _ in enumerate(video.read(range(video.frames))):
         if number % 500 == 0:
             found[number] = resident()
-    assert number == clip.frames - 1 and clip.frames * 48 * 64 * 3 > 190e6  # what the frames would take
+    assert number == video.frames - 1 and video.frames * 48 * 64 * 3 > 190e6  # what the frames would take
     # What the decoder and its threads need, each machine another amount, they have after the first frames.
     assert max(found.values()) - found[1000] < 40e6
 
 
 def test_frames_are_denser_where_something_moves(hours):
-    clip = videos.open_clip(hours, fps=2)
-    indices = videos.moving_frames(clip, 40)
-    assert indices == videos.moving_frames(videos.open_clip(hours, fps=2), 40)
-    assert indices[0] == 0 and indices[-1] == clip.frames - 1 and np.diff(indices).min() > 0
-    moving = sum(index >= clip.frames // 2 for index in indices)
+    video = videos.open_video(hours, fps=2)
+    indices = videos.moving_frames(video, 40)
+    assert indices == videos.moving_frames(videos.open_video(hours, fps=2), 40)
+    assert indices[0] == 0 and indices[-1] == video.frames - 1 and np.diff(indices).min() > 0
+    moving = sum(index >= video.frames // 2 for index in indices)
     assert 28 <= moving <= 32  # half of the frames by time, and the other half where it moves
 
 
-def test_motion_of_short_and_still_clips():
+def test_motion_of_short_and_still_videos():
     random, still = np.random.default_rng(0), np.zeros((20, 8, 8, 3), np.uint8)
     noise = random.integers(0, 256, still.shape, np.uint8)
     burst = still.copy()
     burst[12] = 255
     for frames in (still, noise, burst):
-        clip = videos.open_clip(frames, fps=2)
-        assert videos.moving_frames(clip, 20) == list(range(20))
-        assert videos.moving_frames(clip, 1) == [0]
+        video = videos.open_video(frames, fps=2)
+        assert videos.moving_frames(video, 20) == list(range(20))
+        assert videos.moving_frames(video, 1) == [0]
         for count in (2, 7, 19):
-            indices = videos.moving_frames(clip, count)
+            indices = videos.moving_frames(video, count)
             assert len(indices) == count and indices[0] == 0 and indices[-1] == 19 and np.diff(indices).min() > 0
-    assert videos.moving_frames(videos.open_clip(still, fps=2), 7) == videos.sample_frames(20, 7)
-    assert {11, 12, 13} & set(videos.moving_frames(videos.open_clip(burst, fps=2), 6)) >= {12}
+    assert videos.moving_frames(videos.open_video(still, fps=2), 7) == videos.sample_frames(20, 7)
+    assert {11, 12, 13} & set(videos.moving_frames(videos.open_video(burst, fps=2), 6)) >= {12}
 
 
 @pytest.mark.parametrize("suffix, codec, options", [("mp4", "h264", {"bf": "2", "g": "30"}), ("mkv", "mpeg4", {})])
@@ -361,9 +361,9 @@ def test_seeking_finds_the_frames_that_counting_finds(tmp_path, suffix, codec, o
         container.mux(stream.encode())
     with av.open(str(path)) as container:
         every = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
-    clip = videos.open_clip(path, fps=2)
+    video = videos.open_video(path, fps=2)
     for indices in ([0, 399], [57, 58, 200, 331], list(range(0, 400, 33)), [399]):
-        for index, frame in zip(indices, clip.read(indices), strict=True):
+        for index, frame in zip(indices, video.read(indices), strict=True):
             np.testing.assert_array_equal(np.asarray(frame), every[index], err_msg=str(index))
 
 
@@ -378,10 +378,10 @@ def test_a_rate_that_varies_is_read_by_time(tmp_path):
             frame.pts, frame.time_base = time, fractions.Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    clip = videos.open_clip(path, fps=2)
-    levels = [np.asarray(frame).mean() for frame in clip.read(range(clip.frames))]
-    assert clip.frames == 12 and 12 / 10.6 < clip.fps < 12 / 10
-    expected = [10 + 20 * min(int(index / clip.fps * 10), 10) for index in range(clip.frames)]
+    video = videos.open_video(path, fps=2)
+    levels = [np.asarray(frame).mean() for frame in video.read(range(video.frames))]
+    assert video.frames == 12 and 12 / 10.6 < video.fps < 12 / 10
+    expected = [10 + 20 * min(int(index / video.fps * 10), 10) for index in range(video.frames)]
     np.testing.assert_allclose(levels, expected, atol=4)
 
 
@@ -389,14 +389,14 @@ def test_a_rate_that_varies_is_read_by_time(tmp_path):
 def test_positions_are_exact_past_six_hours(most):
     """Six hours and a minute at 30 frames a second, in closed form: every time and every rotary position."""
     frames, texts = 30 * (6 * 3600 + 60), []
-    clip = videos.Clip(frames, 30.0, 32, 32, "long", lambda indices: iter(()))
-    spec = dataclasses.replace(SEEING, max_frames=most, clip_min_pixels=1024)
-    film = VideoFrames.sampled(clip, 2.0, spec)
+    video = videos.Video(frames, 30.0, 32, 32, "long", lambda indices: iter(()))
+    spec = dataclasses.replace(SEEING, max_frames=most, video_min_pixels=1024)
+    film = VideoFrames.sampled(video, 2.0, spec)
     count = min(most, 2 * (6 * 3600 + 60))
     assert len(film.indices) == count
     exact = [fractions.Fraction((frames - 1) * i, count - 1) for i in range(count)]
     assert all(abs(index - wanted) <= fractions.Fraction(1, 2) for index, wanted in zip(film.indices, exact))
-    times = videos.patch_times(film.indices, clip.fps, 2)
+    times = videos.patch_times(film.indices, video.fps, 2)
     for i, time in enumerate(times):
         assert time == pytest.approx(float(fractions.Fraction(sum(film.indices[2 * i : 2 * i + 2]), 60)), abs=1e-9)
         texts.append(f"<{time:.1f} seconds>")
@@ -413,25 +413,25 @@ def test_positions_are_exact_past_six_hours(most):
 
 
 def test_positions_by_time_are_exact_past_six_hours():
-    """Of clips that are one block, at two frames a second and as many positions."""
+    """Of videos that are one block, at two frames a second and as many positions."""
     times = patch_positions(6 * 3600 + 60, rate=2, seconds=1.0)
     assert times == list(range(0, 2 * (6 * 3600 + 60), 2))
     spec = dataclasses.replace(SEEING, max_frames=768, label=None, position_rate=2.0, sampling="motion")
-    clip = videos.Clip(
+    video = videos.Video(
         768 * 60, 2.0, 32, 32, "long", lambda indices: (Image.new("L", (8, 8), i % 251) for i in indices)
     )
-    film = VideoSpan.sampled(clip, 2.0, spec)
+    film = VideoSpan.sampled(video, 2.0, spec)
     (run,) = film.plan(spec, math.inf, math.inf).runs
-    assert len(film.indices) == 768 and film.indices[-1] / clip.fps > 6 * 3600
+    assert len(film.indices) == 768 and film.indices[-1] / video.fps > 6 * 3600
     tokens = len(run.position) // 384
     assert run.position[::tokens, 0].tolist() == film.indices[::2]  # two positions, and two frames, a second
 
 
-def test_a_clip_in_a_message_asks_for_its_frames():
+def test_a_video_in_a_message_asks_for_its_frames():
     spec = SEEING.asked({"nframes": 6, "sampling": "motion"})
     assert (spec.min_frames, spec.max_frames, spec.sampling) == (6, 6, "motion")
     assert SEEING.asked({"fps": 1.0}) == SEEING
-    film = VideoFrames.sampled(videos.open_clip(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
+    film = VideoFrames.sampled(videos.open_video(np.zeros((50, 32, 32, 3), np.uint8), fps=5), 2.0, spec)
     assert film.indices == videos.sample_frames(50, 6)
     for wrong in ({"sampling": "fast"}, {"nframes": 0}):
         with pytest.raises(ValueError, match="sampling='fast': must be one of even|min_frames=0: must be at least 1"):

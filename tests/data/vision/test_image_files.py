@@ -62,7 +62,7 @@ def with_exif(form, *entries, order="<"):
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "MPO", "TIFF"])
 def test_all_orientations_in_closed_form(form):
-    """Orientation as EXIF defines it: which side of the picture are its first stored row and column."""
+    """Orientation as EXIF defines it: which side of the image are its first stored row and column."""
     upright = {
         1: lambda p: p,
         2: lambda p: p[:, ::-1],
@@ -188,7 +188,7 @@ def test_no_format_starts_a_program(tmp_path, monkeypatch, name):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
     drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / name).write_bytes(drawing)
-    with pytest.raises(ValueError, match=f"{name}: not a readable picture"):
+    with pytest.raises(ValueError, match=f"{name}: not a readable image"):
         images.load_image(tmp_path / name)
 
 
@@ -212,12 +212,12 @@ def test_heic_is_read_or_its_package_is_named(tmp_path, monkeypatch):
     pixels = np.asarray(images.load_image(tmp_path / "b.heic"), int)
     assert images.upright_size(images.open_image(tmp_path / "b.heic")) == (64, 96)
     assert np.quantile(np.abs(pixels - np.asarray(Image.fromarray(drawing()).resize((96, 64)), int)), 0.9) < 8
-    with pytest.raises(ValueError, match="a.heic: not a readable picture"):
+    with pytest.raises(ValueError, match="a.heic: not a readable image"):
         images.open_image(tmp_path / "a.heic")
 
 
 def photo(mode="RGB"):
-    """u8[70 91 3] of a smooth picture whose lower half is gray, as missing rows are."""
+    """u8[70 91 3] of a smooth image whose lower half is gray, as missing rows are."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
     image = Image.fromarray(pixels).resize((91, 70), Image.Resampling.BICUBIC)
     image.paste((128, 128, 128), (0, 40, 91, 70))
@@ -252,7 +252,7 @@ def test_a_truncated_jpeg_is_refused_unless_so_many_rows_may_be_missing(tmp_path
         cut = int(left * len(whole))
         for data in (whole[:cut], whole[:cut] + bytes(len(whole) - cut)):  # the second as a download that has ended
             path.write_bytes(data)
-            with pytest.raises(ValueError, match=r"a.jpg: not a readable picture \(it is cut off: .*% of its rows are"):
+            with pytest.raises(ValueError, match=r"a.jpg: not a readable image \(it is cut off: .*% of its rows are"):
                 images.load_image(path)
             image = images.load_image(path, missing_rows=1)
             missing = image.info["missing_rows"]
@@ -276,5 +276,5 @@ def test_no_other_damage_of_a_jpeg_counts_as_truncation():
     whole = saved("JPEG")
     start = whole.index(b"\xff\xda")
     for data in (whole[:start], whole[: start + 8], b"\xff\xd8\xff", whole[:start] + b"\xff\xd9", whole[:200]):
-        with pytest.raises(ValueError, match="not a readable picture"):
+        with pytest.raises(ValueError, match="not a readable image"):
             images.load_image(data, missing_rows=0.99)

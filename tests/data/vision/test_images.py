@@ -1,4 +1,4 @@
-"""Reading, resizing and patchifying pictures, against transformers' PIL backend and the official code's results."""
+"""Reading, resizing and patchifying images, against transformers' PIL backend and the official code's results."""
 
 import io
 import json
@@ -187,7 +187,7 @@ def test_sources(tmp_path):
     np.testing.assert_array_equal(np.asarray(images.load_image(pixels[..., :1])), pixels[..., :1].repeat(3, axis=2))
     np.testing.assert_array_equal(np.asarray(images.load_image(pixels[..., 0])), pixels[..., :1].repeat(3, axis=2))
     for bad in (pixels.astype(np.float32), pixels[None], 3, None):
-        with pytest.raises(ValueError, match="picture"):
+        with pytest.raises(ValueError, match="image"):
             images.load_image(bad)
 
 
@@ -198,13 +198,13 @@ def test_damaged_files_are_named(tmp_path, form):
         "cut": data[: len(data) // 2],
         "header": data[:20],
         "empty": b"",
-        "text": b"no picture",
+        "text": b"no image",
     }.items():
         path = tmp_path / f"{name}.{form.lower()}"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=path.name):
             images.load_image(path)
-    with pytest.raises(FileNotFoundError, match="missing.png: no such picture"):
+    with pytest.raises(FileNotFoundError, match="missing.png: no such image"):
         images.load_image(tmp_path / "missing.png")
 
 
@@ -220,13 +220,13 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
 
 def test_bands_of_rows_change_nothing(monkeypatch):
     deep = np.random.default_rng(0).integers(0, 65536, (37, 5), np.uint16)
-    pictures = [Image.fromarray(noise(37, 5, 4)), Image.fromarray(deep), Image.fromarray(noise(37, 5)).convert("P")]
-    pictures += [Image.fromarray(deep.astype(kind) / 256) for kind in (np.float32,)] + [Image.new("CMYK", (5, 37))]
-    pictures += [Image.fromarray(deep.astype(np.int32))]
-    keyed = saved(pictures[2], "PNG", transparency=3)
-    whole = [np.asarray(images.load_image(source)) for source in [*pictures, keyed]]
+    cases = [Image.fromarray(noise(37, 5, 4)), Image.fromarray(deep), Image.fromarray(noise(37, 5)).convert("P")]
+    cases += [Image.fromarray(deep.astype(kind) / 256) for kind in (np.float32,)] + [Image.new("CMYK", (5, 37))]
+    cases += [Image.fromarray(deep.astype(np.int32))]
+    keyed = saved(cases[2], "PNG", transparency=3)
+    whole = [np.asarray(images.load_image(source)) for source in [*cases, keyed]]
     monkeypatch.setattr(images, "BAND", 20)
-    for source, expected in zip([*pictures, keyed], whole):
+    for source, expected in zip([*cases, keyed], whole):
         np.testing.assert_array_equal(np.asarray(images.load_image(source)), expected)
 
 

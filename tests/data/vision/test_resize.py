@@ -1,4 +1,4 @@
-"""Sizes and pixels of pictures equal those of transformers' processors of CLIP, SigLIP and SigLIP 2."""
+"""Sizes and pixels of images equal those of transformers' processors of CLIP, SigLIP and SigLIP 2."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ PROCESSORS = {
 }
 
 
-def picture(height, width):
+def make_image(height, width):
     return Image.fromarray(np.random.default_rng(height + width).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -31,7 +31,7 @@ def test_pixels(name):
     rule = rule_from_hf(stated)
     assert {key: stated[key] for key in rule.to_hf()} == rule.to_hf()
     for size in SIZES:
-        image = picture(*size)
+        image = make_image(*size)
         made = processor(image)
         expected = made["pixel_values"][0]
         if name == "siglip2":

@@ -28,7 +28,7 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 SIZES = [(480, 640), (336, 336), (1000, 300), (300, 1000), (672, 672), (1080, 1920), (1, 1), (7, 333)]
 
 
-def picture(height, width):
+def make_image(height, width):
     """Smooth colours and noise."""
     rng = np.random.default_rng(height * 10007 + width)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
@@ -83,10 +83,10 @@ def levels(array, processor):
 @pytest.mark.parametrize("size", SIZES[:2] + SIZES[-2:], ids=str)
 def test_pixels_of_anyres(size):
     sides = {"shortest_edge": 336}, {"height": 336, "width": 336}
-    processor, image = LlavaNextImageProcessorPil(size=sides[0], crop_size=sides[1]), picture(*size)
+    processor, image = LlavaNextImageProcessorPil(size=sides[0], crop_size=sides[1]), make_image(*size)
     expected = levels(processor(image, return_tensors="np")["pixel_values"][0], processor)
     rule = AnyRes(tuple(map(tuple, processor.image_grid_pinpoints)), 336)
-    found = np.stack(list(rule.pictures(image)))
+    found = np.stack(list(rule.images(image)))
     assert found.shape == expected.shape == (len(rule.sizes(size)), 336, 336, 3)
     assert np.abs(found - expected).max() <= 1
 
@@ -94,9 +94,9 @@ def test_pixels_of_anyres(size):
 @pytest.mark.parametrize("size", [(480, 640), (1, 1), (2000, 90), (448, 448)], ids=str)
 def test_pixels_of_tiles(size):
     processor = GotOcr2ImageProcessorPil(crop_to_patches=True, max_patches=5, size={"height": 64, "width": 64})
-    image, rule = picture(*size), Tiles(64, 1, 5)
+    image, rule = make_image(*size), Tiles(64, 1, 5)
     expected = levels(processor(image, return_tensors="np")["pixel_values"], processor)
-    found = np.stack(list(rule.pictures(image)))
+    found = np.stack(list(rule.images(image)))
     assert found.shape == expected.shape == (len(rule.sizes(size)), 64, 64, 3)
     assert np.abs(found - expected).max() <= 1
     np.testing.assert_array_equal(rule.order(size, 16), np.arange(16 * len(found)))
@@ -114,7 +114,7 @@ def test_a_limit_of_pixels_makes_fewer_tiles():
     "rule", [AnyRes(((32, 64), (64, 32), (64, 64)), 32), Tiles(32, 1, 4), Crop(32, (32, 32))], ids=str
 )
 def test_messages_become_tiles_under_a_budget(rule, tmp_path):
-    """Odd pictures, and more of them than fit: the tokens in the text are those of the pictures that are there."""
+    """Odd images, and more of them than fit: the tokens in the text are those of the images that are there."""
     spec = ProcessorSpec(patch=8, temporal_patch=1, merge=1, num_prefix_tokens=1, rule=rule, on_a_grid=False)
     folder = tiny_chat.write_tokenizer(tmp_path)
     processor = Processor(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), spec)
@@ -126,10 +126,10 @@ def test_messages_become_tiles_under_a_budget(rule, tmp_path):
         except TooLarge:
             assert budget.tokens == 90 and isinstance(rule, AnyRes)  # its smallest canvas has two tiles and the whole
             continue
-        assert {picture.patches.shape for picture in example.pictures} == {(17, 192)}
+        assert {image.patches.shape for image in example.images} == {(17, 192)}
         wanted = np.concatenate([rule.order((i.height, i.width), 8) for i in images]) if budget is None else None
         assert wanted is None or example.visual.sum() == len(wanted)
-        assert example.vision_index.max() < 16 * len(example.pictures)
+        assert example.vision_index.max() < 16 * len(example.images)
         collate([[example]], budget or tightest([example]), merge=1, values=192)
     long = [{"type": "image", "image": Image.new("RGB", (20000, 3))}]
     with pytest.raises(ValueError, match="20000x3 has an aspect ratio over 200"):

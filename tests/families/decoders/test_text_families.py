@@ -95,7 +95,7 @@ def test_biases_that_select_keep_fp32(tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A DeepSeek-V3 with a tokenizer that knows no pictures, and transformers' model."""
+    """A DeepSeek-V3 with a tokenizer that knows no images, and transformers' model."""
     folder = tiny_chat.write_tokenizer(tmp_path_factory.mktemp("chat"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     seen = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -115,9 +115,9 @@ def test_answers_without_a_tower(small, tmp_path):
     mllm_jax.save_pretrained(vlm, tmp_path)
     assert not list(tmp_path.glob("*preprocessor*"))
     assert mllm_jax.generate(mllm_jax.load_pretrained(tmp_path), ["the sea", "the second"], 5) == answers
-    picture = [{"role": "user", "content": [{"type": "image", "image": np.zeros((32, 32, 3), np.uint8)}]}]
-    with pytest.raises(ValueError, match="0 placeholders for 1 pictures"):
-        mllm_jax.generate(vlm, [picture])
+    image = [{"role": "user", "content": [{"type": "image", "image": np.zeros((32, 32, 3), np.uint8)}]}]
+    with pytest.raises(ValueError, match="0 placeholders for 1 images"):
+        mllm_jax.generate(vlm, [image])
     with pytest.raises(ValueError, match="unknown inputs .'pixel_values'"):
         mllm_jax.from_hf_inputs(vlm.config, inputs_of() | {"pixel_values": np.zeros((4, 4))})
 

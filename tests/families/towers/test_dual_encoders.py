@@ -58,7 +58,7 @@ def test_embeddings_and_logits(pair, record_property):
     assert_equal(record_property, ours.config.family, found, theirs(model, inputs))
 
 
-def test_pictures_of_other_sizes(pair, record_property):
+def test_images_of_other_sizes(pair, record_property):
     """Positions are interpolated as transformers interpolates them; NaFlex takes any shapes through one program."""
     ours, model, apply = pair
     kind = ours.config.family
@@ -76,7 +76,7 @@ def test_pictures_of_other_sizes(pair, record_property):
         assert apply._cache_size() == 1
 
 
-def test_pictures_or_texts_alone(pair):
+def test_images_or_texts_alone(pair):
     ours, _, apply = pair
     inputs = inputs_of(ours.config.family)
     both = apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs))
@@ -87,19 +87,19 @@ def test_pictures_or_texts_alone(pair):
         assert found.logits is None and (found.image_embeddings is None) != (found.text_embeddings is None)
 
 
-def test_packed_pictures(pair):
-    """Several pictures in a row of patches have the embeddings that each has in a row of its own, in their order."""
+def test_packed_images(pair):
+    """Several images in a row of patches have the embeddings that each has in a row of its own, in their order."""
     ours, _, apply = pair
     inputs = inputs_of(ours.config.family)
     expected = apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs)).image_embeddings
-    pictures = {"siglip2": vision_only.pictures_of_any_size}.get(ours.config.family, vision_only.square_pictures)
-    pictures = pictures(ours.config, inputs)
-    batch = packed(pictures[::-1], Budget(0, patch_rows=2, patches_per_row=36), count=2)
+    images = {"siglip2": vision_only.images_of_any_size}.get(ours.config.family, vision_only.square_images)
+    images = images(ours.config, inputs)
+    batch = packed(images[::-1], Budget(0, patch_rows=2, patches_per_row=36), count=2)
     assert (batch.first < 0).any() and (batch.vision.image[:, 0].max(axis=1) == [2, 1]).all()
     found = jax.jit(partial(ours.model.apply, method="encode_image"))({"params": ours.params}, batch)
     np.testing.assert_allclose(found[::-1], expected, atol=1e-5)
-    with pytest.raises(TooLarge, match="3 pictures do not fit 1 rows of 36 patches"):
-        packed(pictures, Budget(0, patch_rows=1, patches_per_row=36), count=2)
+    with pytest.raises(TooLarge, match="3 images do not fit 1 rows of 36 patches"):
+        packed(images, Budget(0, patch_rows=1, patches_per_row=36), count=2)
 
 
 def test_gradients_of_every_tensor(pair):

@@ -210,14 +210,14 @@ def test_what_config_json_may_not_say(change, message):
         FAMILIES["internvl_chat"].from_hf(config_json("qwen2", **change))
 
 
-# What the conversations of OpenGVLab's code come to, for one question with a picture and its answer.
+# What the conversations of OpenGVLab's code come to, for one question with an image and its answer.
 PROMPTS = {
-    "Hermes-2": "<|im_start|>system\n{first}<|im_end|><|im_start|>user\n{picture}\nWhat?<|im_end|>"
+    "Hermes-2": "<|im_start|>system\n{first}<|im_end|><|im_start|>user\n{image}\nWhat?<|im_end|>"
     "<|im_start|>assistant\nA cat.<|im_end|>",
-    "internlm2-chat": "<s><|im_start|>system\n{first}<|im_end|><|im_start|>user\n{picture}\nWhat?<|im_end|>"
+    "internlm2-chat": "<s><|im_start|>system\n{first}<|im_end|><|im_start|>user\n{image}\nWhat?<|im_end|>"
     "<|im_start|>assistant\nA cat.<|im_end|>",
-    "phi3-chat": "<|system|>\n{first}<|end|><|user|>\n{picture}\nWhat?<|end|><|assistant|>\nA cat.<|end|>",
-    "internvl2_5": "<s><|im_start|>system\n{second}<|im_end|>\n<|im_start|>user\n{picture}\nWhat?<|im_end|>\n"
+    "phi3-chat": "<|system|>\n{first}<|end|><|user|>\n{image}\nWhat?<|end|><|assistant|>\nA cat.<|end|>",
+    "internvl2_5": "<s><|im_start|>system\n{second}<|im_end|>\n<|im_start|>user\n{image}\nWhat?<|im_end|>\n"
     "<|im_start|>assistant\nA cat.<|im_end|>\n",
 }
 
@@ -229,7 +229,7 @@ def test_prompts(chat):
         {"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "A cat."},
     ]
-    systems = {"first": internvl_chat._FIRST, "second": internvl_chat._SECOND, "picture": "<IMG_CONTEXT>"}
+    systems = {"first": internvl_chat._FIRST, "second": internvl_chat._SECOND, "image": "<IMG_CONTEXT>"}
     expected = PROMPTS[chat].format(**systems)
     assert ChatTemplate(template).render(messages, bos_token="<s>") == expected and end in expected
     asked = ChatTemplate(template).render(messages[:1], generate=True, bos_token="<s>")
@@ -255,8 +255,8 @@ def test_a_folder_becomes_a_processor(tmp_path):
     assert processor.spec.rule == Tiles(16, 1, 6)
     question = [{"type": "image", "image": Image.new("RGB", (64, 32))}, {"type": "text", "text": "What?"}]
     example = processor([{"role": "user", "content": question}], generate=True)
-    grids = [picture.grid for picture in example.pictures]
-    assert grids == [(4, 4)] * 3 and example.visual.sum() == 3 * 4  # two tiles and the whole picture
+    grids = [image.grid for image in example.images]
+    assert grids == [(4, 4)] * 3 and example.visual.sum() == 3 * 4  # two tiles and the whole image
     begin, end = np.flatnonzero(example.visual)[[0, -1]]
     around = [processor.tokenizer.id(token) for token in ("<img>", "</img>")]
     assert [example.tokens[begin - 1], example.tokens[end + 1]] == around

@@ -1,4 +1,4 @@
-"""InternVL reads a clip as frames, each a picture of one tile after its number: text and arrays as transformers has."""
+"""InternVL reads a clip as frames, each an image of one tile after its number: text and arrays as transformers has."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ import mllm_jax
 from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, tightest
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spans import TimestampedFrames
-from mllm_jax.data.video.videos import Clip
+from mllm_jax.data.video.videos import Video
 from mllm_jax.families import FAMILIES, spec_for
 from mllm_jax.pretrained.api import Pretrained
 
@@ -90,26 +90,26 @@ def theirs_of(folder):
 
 @pytest.mark.parametrize("before", ["what:", ""])
 def test_text_and_tokens_equal_transformers(vlm, folder, before):
-    """Two clips and a picture between them, with text that the label of a frame could grow together with."""
-    theirs, clips, still = theirs_of(folder), [[frame(n) for n in range(k)] for k in (3, 2)], frame(9, 16, 40)
-    messages = asked(*([before] if before else []), clips[0], still, "and:", clips[1], "moves?")
-    arrays = {"pixel_values_videos": [np.zeros((len(clip), 3, 16, 16)) for clip in clips]}
-    videos = [theirs.replace_video_token(arrays, number) for number in range(2)]
+    """Two clips and an image between them, with text that the label of a frame could grow together with."""
+    theirs, videos, still = theirs_of(folder), [[frame(n) for n in range(k)] for k in (3, 2)], frame(9, 16, 40)
+    messages = asked(*([before] if before else []), videos[0], still, "and:", videos[1], "moves?")
+    arrays = {"pixel_values_videos": [np.zeros((len(clip), 3, 16, 16)) for clip in videos]}
+    video_texts = [theirs.replace_video_token(arrays, number) for number in range(2)]
     tiles = len(vlm.processor.spec.rule.sizes((16, 40)))
     images = [theirs.replace_image_token({"num_patches": [tiles]}, 0)]
     text = vlm.processor.template.render(messages, generate=True)
-    (text,), _ = theirs.get_text_with_replacements([text], images, videos)
+    (text,), _ = theirs.get_text_with_replacements([text], images, video_texts)
     assert "Frame3: <img>" in text and tiles > 1
     assert vlm.processor(messages, generate=True).tokens.tolist() == theirs.tokenizer(text)["input_ids"]
 
 
-def test_frames_are_pictures_of_one_tile(vlm):
+def test_frames_are_images_of_one_tile(vlm):
     """The batch is that of the arrays which transformers' processor would give, frames among tiles."""
     clip, still = [frame(n) for n in range(3)], frame(9, 16, 40)
     example, spec = vlm.processor(asked(still, clip, "moves?"), generate=True), vlm.processor.spec
     one = replace(spec.rule, high=1)
-    tiles = [*spec.rule.pictures(still), *(tile for image in clip for tile in one.pictures(image))]
-    assert len(tiles) == len(example.pictures) > 1 + len(clip)
+    tiles = [*spec.rule.images(still), *(tile for image in clip for tile in one.images(image))]
+    assert len(tiles) == len(example.images) > 1 + len(clip)
     mean, std = (np.array(x) for x in (spec.mean, spec.std))
     pixels = ((np.stack(tiles) / 255 - mean) / std).transpose(0, 3, 1, 2)
     given = mllm_jax.from_hf_inputs(vlm.config, {"input_ids": example.tokens[None], "pixel_values": pixels})
@@ -127,10 +127,10 @@ def test_which_frames():
     config = config_of("internvl", 150)
     spec = spec_for(config)
     assert (spec.fps, spec.min_frames, spec.max_frames) == (1.0, 8, 32)
-    clip = Clip(300, 30.0, 24, 40, "clip", lambda indices: iter(()))
+    clip = Video(300, 30.0, 24, 40, "clip", lambda indices: iter(()))
     assert TimestampedFrames.sampled(clip, 1.0, spec).indices == [15, 45, 75, 105, 135, 165, 195, 225, 255, 285]
     assert TimestampedFrames.sampled(clip, 1.0, spec.asked({"nframes": 4})).indices == [37, 112, 187, 262]
-    short = Clip(3, 30.0, 24, 40, "clip", lambda indices: iter(()))
+    short = Video(3, 30.0, 24, 40, "clip", lambda indices: iter(()))
     assert TimestampedFrames.sampled(short, 1.0, spec).indices == [0, 1, 2]
 
 
@@ -141,29 +141,29 @@ def test_generate_and_budget(vlm):
     assert len(answers) == 3
     whole, packed = (vlm.processor(asked(clip, "?"), budget=b) for b in (None, Budget(200, 2, 40)))
     np.testing.assert_array_equal(whole.tokens, packed.tokens)
-    assert [picture.time for picture in packed.pictures] == [0, 1, 2, 3]
-    with pytest.raises(TooLarge, match="4 pictures of 8. patches"):
+    assert [image.time for image in packed.images] == [0, 1, 2, 3]
+    with pytest.raises(TooLarge, match="4 images of 8. patches"):
         vlm.processor(asked(clip, "?"), budget=Budget(200, 1, 40))
 
 
 def test_opengvlabs_files_have_no_token_for_clips(tmp_path):
-    """Their template writes that of pictures, in the order of the message."""
+    """Their template writes that of images, in the order of the message."""
     ids = write_processor(tmp_path, video="<quad>")
     (tmp_path / "chat_template.jinja").unlink()
     processor = Processor.from_folder(tmp_path, spec_for(config_of("internvl_chat", ids["<IMG_CONTEXT>"])))
     still, clip = frame(9, 16, 40), [frame(n) for n in range(2)]
     example = processor(asked(clip, still, "moves?"), generate=True)
     tiles = len(processor.spec.rule.sizes((16, 40)))
-    assert [picture.time for picture in example.pictures] == [0, 1] + [0] * tiles
+    assert [image.time for image in example.images] == [0, 1] + [0] * tiles
     shown = processor.tokenizer.decode(example.tokens, special=True).replace("<IMG_CONTEXT>" * 4, "*")
     one, several = "<img>*</img>", f"<img>{'*' * tiles}</img>"
     assert f"user\nFrame1: {one}\nFrame2: {one}\n{several}\nmoves?<|im_end|>" in shown
 
 
-def test_a_tokenizer_without_the_token_reads_pictures_alone(tmp_path):
+def test_a_tokenizer_without_the_token_reads_images_alone(tmp_path):
     ids = write_processor(tmp_path, video="<quad>")
     processor = Processor.from_folder(tmp_path, spec_for(config_of("internvl", ids["<IMG_CONTEXT>"])))
-    assert len(processor(asked(frame(1), "what?")).pictures) > 0
+    assert len(processor(asked(frame(1), "what?")).images) > 0
     with pytest.raises(ValueError, match="reads no clips; its tokenizer has no token '<video>'"):
         processor(asked([frame(1)], "what?"))
 
@@ -171,8 +171,8 @@ def test_a_tokenizer_without_the_token_reads_pictures_alone(tmp_path):
 def test_files_go_back(vlm, tmp_path):
     vlm.processor.save(tmp_path)
     assert Processor.from_folder(tmp_path, spec_for(vlm.config)).spec == vlm.processor.spec
-    clips = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
-    assert clips["video_processor_type"] == "InternVLVideoProcessor" and clips["size"] == {"height": 16, "width": 16}
+    videos = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    assert videos["video_processor_type"] == "InternVLVideoProcessor" and videos["size"] == {"height": 16, "width": 16}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"num_frames": 5}))
     spec = Processor.from_folder(tmp_path, spec_for(vlm.config)).spec
     assert (spec.min_frames, spec.max_frames) == (5, 5)

@@ -61,7 +61,7 @@ def test_the_class_token_may_be_a_visual_token(tmp_path, record_property):
     assert_parity(record_property, "llava", np.asarray(found)[real], wanted[real])
     mllm_jax.save_pretrained(vlm, tmp_path / "ours")
     assert mllm_jax.load_pretrained(tmp_path / "ours").config == vlm.config
-    with pytest.raises(ValueError, match="nor pictures in tiles"):
+    with pytest.raises(ValueError, match="nor images in tiles"):
         replace(
             FAMILIES["llava"].config("next-vicuna-7b"), inputs=InputRules(llava.PINPOINTS, shows_prefix_tokens=True)
         )
@@ -85,7 +85,7 @@ def test_a_text_part_keeps_its_names(tmp_path):
     ("size", "shows_prefix_tokens"), [("1.5-7b", False), ("1.5-7b", True), ("next-mistral-7b", False)]
 )
 def test_transformers_reads_the_processor(size, shows_prefix_tokens, tmp_path):
-    """From the files that are saved, and makes the same tokens of a prompt and a picture."""
+    """From the files that are saved, and makes the same tokens of a prompt and an image."""
     config = FAMILIES["llava"].config(size)
     expected = spec_for(replace(config, inputs=replace(config.inputs, shows_prefix_tokens=shows_prefix_tokens)))
     tiny_chat.write_tokenizer(tmp_path)
@@ -122,10 +122,10 @@ def test_bad_inputs(pair):
     few = dict(inputs, pixel_values=inputs["pixel_values"][:1])
     if "image_sizes" in inputs:
         few["image_sizes"] = inputs["image_sizes"][:1]
-    with pytest.raises(ValueError, match="placeholders more than the pictures"):
+    with pytest.raises(ValueError, match="placeholders more than the images"):
         mllm_jax.from_hf_inputs(ours.config, few)
     text = np.where(inputs["input_ids"] == IMAGE, 5, inputs["input_ids"])
-    with pytest.raises(ValueError, match="pictures or clips have no placeholders .token 150. in input_ids"):
+    with pytest.raises(ValueError, match="images or clips have no placeholders .token 150. in input_ids"):
         mllm_jax.from_hf_inputs(ours.config, inputs | {"input_ids": text})
     with pytest.raises(ValueError, match="unknown inputs.*image_grid_thw"):
         mllm_jax.from_hf_inputs(ours.config, dict(inputs, image_grid_thw=np.zeros((1, 3))))

@@ -135,7 +135,7 @@ def test_published_sizes():
         assert FAMILIES["llava_llama"].from_hf(FAMILIES["llava_llama"].to_hf(config)) == config
         if same is None:
             assert total == {"1.0-7b": 7045793792, "1.0-13b": 13324292096}[name]
-        else:  # transformers' files have tokens more, of which one stands for a picture
+        else:  # transformers' files have tokens more, of which one stands for an image
             more = (same.decoder.vocab - config.decoder.vocab) * 2 * config.decoder.width
             assert total == sum(count_params(same).values()) - more
 

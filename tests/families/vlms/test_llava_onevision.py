@@ -1,4 +1,4 @@
-"""LLaVA-OneVision equals transformers' on random tiny weights: one picture, several, pooled grids, clips, files."""
+"""LLaVA-OneVision equals transformers' on random tiny weights: one image, several, pooled grids, clips, files."""
 
 import json
 import types
@@ -31,7 +31,7 @@ from mllm_jax.types import NEWLINE
 
 IMAGE, VIDEO, NEW, TILE, SIDE = 150, 151, 6, 20, 5
 PINPOINTS = [[TILE * rows, TILE * columns] for rows in range(1, 4) for columns in range(1, 4)]
-# Sizes of the pictures, and frames of the clips, in every row: uncut, pooled, several, none, a clip, both.
+# Sizes of the images, and frames of the clips, in every row: uncut, pooled, several, none, a clip, both.
 ROWS = [([(20, 30)], []), ([(70, 50)], []), ([(30, 20), (7, 40)], []), ([], []), ([], [3]), ([(33, 61)], [3])]
 
 
@@ -74,23 +74,23 @@ def counting():
 
 
 def inputs_of(rows=ROWS, side="right", labels=False):
-    """Prompts with pictures and clips of random pixels, as their own processor would give them."""
-    rng, counts, pixels, sizes, numbers, clips, ids = np.random.default_rng(3), counting(), [], [], [], [], []
-    for pictures, films in rows:
+    """Prompts with images and clips of random pixels, as their own processor would give them."""
+    rng, counts, pixels, sizes, numbers, videos, ids = np.random.default_rng(3), counting(), [], [], [], [], []
+    for images, films in rows:
         tokens = rng.integers(5, 149, 4 + len(ids)).tolist()
-        for height, width in pictures:
+        for height, width in images:
             canvas = best_canvas((height, width), PINPOINTS)
-            tiles = 1 if len(pictures) > 1 else 1 + canvas[0] * canvas[1] // TILE**2
+            tiles = 1 if len(images) > 1 else 1 + canvas[0] * canvas[1] // TILE**2
             drawn = np.zeros((10, 3, TILE, TILE), np.float32)
             drawn[:tiles] = rng.standard_normal((tiles, 3, TILE, TILE))
             pixels.append(drawn)
             sizes.append((height, width))
             own = counts._get_number_of_features(height, width, TILE, TILE)
-            tokens += [IMAGE] * (SIDE**2 + 1 if len(pictures) > 1 else own) + rng.integers(5, 149, 3).tolist()
+            tokens += [IMAGE] * (SIDE**2 + 1 if len(images) > 1 else own) + rng.integers(5, 149, 3).tolist()
         for frames in films:
-            clips.append(rng.standard_normal((frames, 3, TILE, TILE)).astype(np.float32))
+            videos.append(rng.standard_normal((frames, 3, TILE, TILE)).astype(np.float32))
             tokens += [VIDEO] * (frames * 9 + 1) + rng.integers(5, 149, 3).tolist()
-        numbers += [len(pictures)] if pictures else []
+        numbers += [len(images)] if images else []
         ids.append(tokens)
     length = max(map(len, ids))
     filled, mask = np.zeros((2, len(ids), length), np.int64)
@@ -101,8 +101,8 @@ def inputs_of(rows=ROWS, side="right", labels=False):
     if pixels:
         inputs |= {"pixel_values": np.stack(pixels), "image_sizes": np.array(sizes)}
         inputs |= {"batch_num_images": np.array(numbers)}
-    if clips:
-        inputs["pixel_values_videos"] = np.stack(clips)
+    if videos:
+        inputs["pixel_values_videos"] = np.stack(videos)
     if labels:
         first = np.arange(length) == mask.argmax(axis=1)[:, None]  # nothing is before it to predict it from
         text = (mask == 1) & ~first & (filled < IMAGE)
@@ -169,7 +169,7 @@ def test_prompts_in_a_larger_shape_keep_their_tokens(pair):
     np.testing.assert_array_equal(batch.mix.weight, larger.mix.weight[:, :length])
 
 
-def picture(height, width):
+def make_image(height, width):
     """Smooth colours and noise."""
     rng = np.random.default_rng(height * 10007 + width)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
@@ -200,7 +200,7 @@ def test_tokens_of_published_sizes(size):
 
     frames = torch.arange(2 * side**2, dtype=torch.float64).view(2, side**2, 1)
     pooled = LlavaOnevisionModel.apply_pooling(model, frames).flatten()
-    order, mix = frame_by_frame(spec_for(config).clip_rule, size, 14, 2)
+    order, mix = frame_by_frame(spec_for(config).video_rule, size, 14, 2)
     values = (np.concatenate([order[:, None], mix.index], axis=1) * mix.weight).sum(axis=1)
     assert order[-1] == NEWLINE and len(order) == 2 * 196 + 1
     np.testing.assert_allclose(values[:-1], pooled, rtol=1e-6, atol=1e-3)
@@ -208,7 +208,7 @@ def test_tokens_of_published_sizes(size):
 
 @pytest.fixture(scope="module")
 def read(pair, tmp_path_factory):
-    """The model with a tokenizer and a chat template that writes pictures before clips, and these before text."""
+    """The model with a tokenizer and a chat template that writes images before clips, and these before text."""
     folder = tmp_path_factory.mktemp("chat")
     mllm_jax.save_pretrained(pair[0], folder)
     tiny_chat.write_tokenizer(folder)
@@ -237,8 +237,8 @@ def question(*items):
 
 @pytest.mark.parametrize("sizes", [[(70, 50)], [(30, 20), (7, 40), (20, 20)], [(1, 1)]], ids=str)
 def test_messages_become_what_transformers_reads(read, sizes):
-    """Tiles, or one padded square for each of several pictures, to one level of 255; the same tokens and shares."""
-    spec, images = read.processor.spec, [picture(*size) for size in sizes]
+    """Tiles, or one padded square for each of several images, to one level of 255; the same tokens and shares."""
+    spec, images = read.processor.spec, [make_image(*size) for size in sizes]
     said = dict(image_mean=list(spec.mean), image_std=list(spec.std), image_grid_pinpoints=PINPOINTS)
     processor = LlavaOnevisionImageProcessorPil(size={"height": TILE, "width": TILE}, **said)
     arrays = dict(processor([images], return_tensors="np"))
@@ -255,22 +255,22 @@ def test_messages_become_what_transformers_reads(read, sizes):
     assert np.abs(levels - found.vision.patches).max() <= 1
 
 
-def test_pictures_and_clips_of_a_conversation(read):
+def test_images_and_clips_of_a_conversation(read):
     """In the order of the template, which is not that of the message; frames are stretched, four tokens become one."""
-    frames, image = [picture(40, 30)] * 3, picture(33, 61)
+    frames, image = [make_image(40, 30)] * 3, make_image(33, 61)
     example = read.processor(question("what", frames, image), generate=True)
     image_id, video_id = read.config.tokens.image, read.config.tokens.video
     shown = example.tokens[example.visual]
-    alone = len(read.processor(question(image)).pictures)
+    alone = len(read.processor(question(image)).images)
     assert np.flatnonzero(np.diff(shown)).tolist() == [(shown == image_id).sum() - 1]
-    assert (shown == video_id).sum() == 3 * 9 + 1 and len(example.pictures) == alone + 3
-    assert [picture.time for picture in example.pictures] == [0] * alone + [0, 1, 2]
+    assert (shown == video_id).sum() == 3 * 9 + 1 and len(example.images) == alone + 3
+    assert [image.time for image in example.images] == [0] * alone + [0, 1, 2]
 
 
-def test_odd_pictures(read):
+def test_odd_images(read):
     """Of one pixel, grey, for printing; one that is too long, and no conversation at all."""
     odd = [Image.new("RGB", (1, 1), "red"), Image.new("L", (60, 20)), Image.new("CMYK", (20, 30))]
-    asked = [question("what", [picture(40, 30)] * 3, odd[0]), question(*odd), question("hi")]
+    asked = [question("what", [make_image(40, 30)] * 3, odd[0]), question(*odd), question("hi")]
     assert len(mllm_jax.generate(read, asked, max_new_tokens=3)) == 3
     with pytest.raises(ValueError, match="20000x3.*aspect ratio over 200"):
         mllm_jax.generate(read, [question(Image.new("RGB", (20000, 3)))])
@@ -287,16 +287,16 @@ def test_processor_files(read, tmp_path):
     counting = json.loads((tmp_path / "processor_config.json").read_text())
     said = dict(num_image_tokens=SIDE**2, vision_aspect_ratio="anyres_max_3", vision_feature_select_strategy="full")
     assert counting == counting | said | {"processor_class": "LlavaOnevisionProcessor", "video_token": "<video>"}
-    clips = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
-    assert clips["size"] == {"height": TILE, "width": TILE}
-    assert clips["video_processor_type"] == "LlavaOnevisionVideoProcessor"
+    videos = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    assert videos["size"] == {"height": TILE, "width": TILE}
+    assert videos["video_processor_type"] == "LlavaOnevisionVideoProcessor"
 
 
 def test_bad_inputs(pair):
     config, inputs = pair[0].config, inputs_of()
-    with pytest.raises(ValueError, match="as many pictures in batch_num_images"):
+    with pytest.raises(ValueError, match="as many images in batch_num_images"):
         mllm_jax.from_hf_inputs(config, inputs | {"batch_num_images": np.array([1, 1])})
-    with pytest.raises(ValueError, match="placeholders more than the pictures"):
+    with pytest.raises(ValueError, match="placeholders more than the images"):
         mllm_jax.from_hf_inputs(config, {k: v for k, v in inputs.items() if k != "pixel_values_videos"})
     stated = FAMILIES["llava_onevision"].to_hf(config)
     with pytest.raises(ValueError, match='vision_aspect_ratio=.* must be "anyres_max_9"'):

@@ -24,12 +24,12 @@ VISION |= dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_at
 CAPS = dict(attn_logit_softcapping=8.0, final_logit_softcapping=6.0)
 CASES = {
     "paligemma": dict(model_type="gemma", num_key_value_heads=1, **TEXT),
-    # A window that is shorter than a picture: it does not count between tokens of a prefix.
+    # A window that is shorter than an image: it does not count between tokens of a prefix.
     "paligemma2": dict(
         model_type="gemma2", num_key_value_heads=2, sliding_window=7, query_pre_attn_scalar=20, **TEXT, **CAPS
     ),
 }
-PROMPTS = [(1, 5, 9), (2, 3, 2), (0, 6, 4)]  # pictures, tokens of the question, tokens of the answer
+PROMPTS = [(1, 5, 9), (2, 3, 2), (0, 6, 4)]  # images, tokens of the question, tokens of the answer
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -59,11 +59,11 @@ def pair(request, tmp_path_factory):
 
 
 def inputs_of(side="right", answers=True, labels=False):
-    """Padded rows of pictures, questions and answers; `token_type_ids` is 1 in answers and, as padding, 0."""
+    """Padded rows of images, questions and answers; `token_type_ids` is 1 in answers and, as padding, 0."""
     rng, rows, pixels = np.random.default_rng(3), [], []
-    for pictures, question, answer in PROMPTS:
-        pixels += list(rng.standard_normal((pictures, 3, 16, 16)).astype(np.float32))
-        ids = [IMAGE] * 16 * pictures + rng.integers(5, 149, question + answer).tolist()
+    for images, question, answer in PROMPTS:
+        pixels += list(rng.standard_normal((images, 3, 16, 16)).astype(np.float32))
+        ids = [IMAGE] * 16 * images + rng.integers(5, 149, question + answer).tolist()
         kinds = [0] * (len(ids) - answer) + [1] * answer
         rows.append((ids, kinds) if answers else (ids[: len(ids) - answer], kinds[: len(ids) - answer]))
     length = max(len(ids) for ids, _ in rows)

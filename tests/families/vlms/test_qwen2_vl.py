@@ -39,7 +39,7 @@ FIRST = dict(VISION, embed_dim=48, hidden_size=64, mlp_ratio=2)
 WINDOWS = dict(window_size=16, fullatt_block_indexes=[1], tokens_per_second=2)
 SECOND = dict(VISION, hidden_size=48, intermediate_size=72, out_hidden_size=64, **WINDOWS)
 KINDS = {"qwen2_vl": ("Qwen2VL", FIRST, True), "qwen2_5_vl": ("Qwen2_5_VL", SECOND, False)}
-# A picture of several windows, whole and cut ones; a narrow one; clips short enough for transformers' own positions.
+# An image of several windows, whole and cut ones; a narrow one; clips short enough for transformers' own positions.
 ROWS = [(3, ("image", 12, 6), 4), (17,), (1, ("clip", 2, 4, 4), 2, ("image", 2, 10), 3, ("clip", 1, 6, 4), 5)]
 
 
@@ -67,9 +67,9 @@ def pair(request, tmp_path_factory):
 def inputs_of(vlm, side="right", labels=False, rows=ROWS):
     rng = np.random.default_rng(7)
     inputs = batch_of([prompt(rng, *row) for row in rows], side, labels)
-    clips = len(inputs.get("video_grid_thw", ()))
+    videos = len(inputs.get("video_grid_thw", ()))
     return inputs | (
-        dict(second_per_grid_ts=np.full(clips, 0.5, np.float32)) if vlm.config.inputs.position_rate else {}
+        dict(second_per_grid_ts=np.full(videos, 0.5, np.float32)) if vlm.config.inputs.position_rate else {}
     )
 
 
@@ -127,9 +127,9 @@ def test_bad_inputs(pair):
 
 
 def test_conversations_equal_transformers(pair, tmp_path):
-    """Pictures and clips from messages: tokens, sizes, frames and positions as transformers' processors make them."""
+    """Images and clips from messages: tokens, sizes, frames and positions as transformers' processors make them."""
     vlm, _, _ = pair
-    spec = replace(spec_for(vlm.config), min_pixels=256, max_pixels=4096, clip_min_pixels=256, clip_max_pixels=1024)
+    spec = replace(spec_for(vlm.config), min_pixels=256, max_pixels=4096, video_min_pixels=256, video_max_pixels=1024)
     assert spec.label is None and spec.factor == 8 and spec.mean == vlm.config.encoder.pixel_mean
     processor = Processor.from_folder(tiny_chat.write_tokenizer(tmp_path), spec)
     rng = np.random.default_rng(0)
@@ -145,18 +145,18 @@ def test_conversations_equal_transformers(pair, tmp_path):
     sides = dict(patch_size=4, merge_size=2)
     theirs = Qwen2VLImageProcessorPil(**sides, size=dict(shortest_edge=256, longest_edge=4096))
     made = theirs(images=[Image.fromarray(pixels)], return_tensors="np")
-    assert (1, *example.pictures[0].grid) == tuple(made["image_grid_thw"][0])
+    assert (1, *example.images[0].grid) == tuple(made["image_grid_thw"][0])
     mean, std = (np.repeat(np.float32(x), 2 * 4 * 4) for x in (spec.mean, spec.std))
-    normal = (example.pictures[0].patches / np.float32(255) - mean) / std
+    normal = (example.images[0].patches / np.float32(255) - mean) / std
     np.testing.assert_allclose(normal, made["pixel_values"], atol=1.01 / 255 / min(spec.std))
 
     taken = np.arange(0, 11, 11 / 6).astype(int)  # two a second of 11 / 3 seconds, in whole temporal patches
     height, width = smart_resize(40, 60, 8, 256, 1024)
-    assert [picture.grid for picture in example.pictures[1:]] == [(height // 4, width // 4)] * 3
+    assert [image.grid for image in example.images[1:]] == [(height // 4, width // 4)] * 3
     first = theirs(images=[Image.fromarray(frames[taken[0]])], size=dict(shortest_edge=256, longest_edge=1024))
     second = theirs(images=[Image.fromarray(frames[taken[1]])], size=dict(shortest_edge=256, longest_edge=1024))
     by_frame = lambda patches: np.asarray(patches).reshape(-1, 3, 2, 16)
-    clip = by_frame((example.pictures[1].patches / np.float32(255) - mean) / std)
+    clip = by_frame((example.images[1].patches / np.float32(255) - mean) / std)
     for time, frame in enumerate((first, second)):
         expected = by_frame(frame["pixel_values"])[:, :, 0]
         np.testing.assert_allclose(clip[:, :, time], expected, atol=1.01 / 255 / min(spec.std))
@@ -182,13 +182,13 @@ def test_conversations_equal_transformers(pair, tmp_path):
 
 
 def test_published_files_of_processors(tmp_path):
-    """Qwen2.5-VL's, which say of clips what they say of pictures."""
+    """Qwen2.5-VL's, which say of clips what they say of images."""
     tiny_chat.write_tokenizer(tmp_path)
     said = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
     said |= dict(processor_class="Qwen2_5_VLProcessor", image_mean=[0.4, 0.5, 0.6])
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     spec = Processor.from_folder(tmp_path, spec_for(FAMILIES["qwen2_vl"].config("2.5-7b"))).spec
-    assert (spec.min_pixels, spec.max_pixels) == (spec.clip_min_pixels, spec.clip_max_pixels) == (3136, 12845056)
+    assert (spec.min_pixels, spec.max_pixels) == (spec.video_min_pixels, spec.video_max_pixels) == (3136, 12845056)
     assert spec.processor_class == "Qwen2_5_VLProcessor" and spec.position_rate == 2 and spec.factor == 28
     write_spec(spec, tmp_path)
     assert read_spec(tmp_path, spec_for(FAMILIES["qwen2_vl"].config("2.5-7b"))) == spec

@@ -137,7 +137,7 @@ def test_a_causal_ring_gives_all_devices_the_same_work():
 
 
 def rows_of_examples(rng, rows=4):
-    """Conversations about pictures of several sizes, clips, and none."""
+    """Conversations about images of several sizes, videos, and none."""
     contents = [[(9, (4, 6), (2, 2)), (5,)], [(17, (2, 2, 4)), (8, (2, 6))], [(30,)], [(6, (8, 8)), (4, (2, 2))]]
     examples = [[random_example(rng, text, *grids) for text, *grids in row] for row in contents[:rows]]
     return collate(examples, Budget(64, 2, 64), merge=2, values=VALUES)
@@ -166,7 +166,7 @@ def alone(params, batch):
 
 @pytest.mark.parametrize("exchange", ["ring", "ulysses"])
 def test_a_model_on_two_by_four_devices(params, batch, alone, exchange):
-    """Pictures, M-RoPE and DeepStack: loss and gradients are those of one device."""
+    """Images, M-RoPE and DeepStack: loss and gradients are those of one device."""
     config, mesh = tiny_config(context=exchange), make_mesh({"fsdp": 2, "context": 4})
     layout = shardings(abstract_boxed(config), mesh, config.runtime.rules)
     with jax.set_mesh(mesh):
@@ -175,7 +175,7 @@ def test_a_model_on_two_by_four_devices(params, batch, alone, exchange):
     assert_close(spread, alone)
 
 
-def test_pictures_are_spread_over_every_device(params, batch):
+def test_images_are_spread_over_every_device(params, batch):
     """Each of eight devices does an eighth of the encoder's and the connector's work."""
     config = tiny_config(scan=False)
     encode = jax.jit(partial(VLM(config).apply, method="encode"))

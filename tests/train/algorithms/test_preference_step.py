@@ -1,4 +1,4 @@
-"""Steps on pairs of answers: gradients through chunks, pictures encoded once, any mesh, every reference, the file."""
+"""Steps on pairs of answers: gradients through chunks, images encoded once, any mesh, every reference, the file."""
 
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def random_pair(rng, text, *grids):
-    """Two conversations about the same pictures that differ in their answers: (the pair, each of them alone)."""
+    """Two conversations about the same images that differ in their answers: (the pair, each of them alone)."""
     chosen = random_example(rng, text, *grids)
     answer, longer = text // 2, int(rng.integers(1, 4))
     tokens = np.append(chosen.tokens[:-answer], rng.integers(5, 149, answer + longer)).astype(np.int32)
@@ -45,7 +45,7 @@ def random_pair(rng, text, *grids):
         position=np.concatenate([chosen.position, last.astype(np.int32)]),
         vision_index=np.append(chosen.vision_index, np.full(longer, -1)),
     )
-    return together([chosen, rejected])._replace(pictures=chosen.pictures), chosen, rejected
+    return together([chosen, rejected])._replace(images=chosen.images), chosen, rejected
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def test_full_logits_never_exist():
 
 
 def test_a_pair_equals_its_conversations_alone(params):
-    """Logits of both answers, and the pictures are read once."""
+    """Logits of both answers, and the images are read once."""
     rng = np.random.default_rng(2)
     pair, chosen, rejected = random_pair(rng, 21, (4, 6), (3, 2, 4))
     apply = jax.jit(lambda batch: VLM(CONFIG).apply({"params": params}, batch).logits)
     packed = batch_of([[random_example(rng, 12, (2, 2)), pair]], BUDGET)
-    assert (packed.vision.image > 0).sum() == 4 + sum(len(picture.patches) for picture in pair.pictures)
+    assert (packed.vision.image > 0).sum() == 4 + sum(len(image.patches) for image in pair.images)
     logits = apply(packed)[0]
     for segment, example in ((2, chosen), (3, rejected)):
         alone = batch_of([[example]], BUDGET)

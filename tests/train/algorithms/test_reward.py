@@ -44,8 +44,8 @@ def processor(tmp_path_factory):
 
 
 def record(**fields):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": ASKED}]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": ASKED}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": CHOSEN}]
     return {"messages": messages, "kind": "scene", "id": "r", "rejected": REJECTED, "facts": FACTS} | fields
 
@@ -60,7 +60,7 @@ def test_a_pair_goes_on_with_the_facts(processor):
     for tokens, answer in ((chosen, CHOSEN), (rejected, REJECTED)):
         end = f"{answer}<|im_end|>\n<|im_start|>user\nIs it true? {FACTS}<|im_end|>\n"
         assert said(processor, tokens).endswith(end)
-    assert len(pair.pictures) == 1 and pair.kind == "scene"
+    assert len(pair.images) == 1 and pair.kind == "scene"
     plain = RewardPairs("")(processor, record(facts=None))
     assert said(processor, plain.tokens).endswith(f"{REJECTED}<|im_end|>\n")
     with pytest.raises(BadRecord, match="no facts .*config.algorithm.prompt names {facts}"):
@@ -78,9 +78,9 @@ def test_a_prompt_and_its_rest_are_a_judged_conversation_without_the_answer(proc
     np.testing.assert_array_equal(asked.tokens[start:], whole[len(whole) - rest :])
     np.testing.assert_array_equal(whole[start : len(whole) - rest], answer)
     np.testing.assert_array_equal(asked.position[:start], judged.position[:start])
-    assert not asked.weight.any() and len(asked.pictures) == 1
+    assert not asked.weight.any() and len(asked.images) == 1
     smaller = PpoPrompts(PROMPT)(processor, record(), BUDGET._replace(tokens=start + rest - 1))
-    assert len(smaller.pictures[0].patches) < len(asked.pictures[0].patches)
+    assert len(smaller.images[0].patches) < len(asked.images[0].patches)
     with pytest.raises(TooLarge):
         PpoPrompts(PROMPT)(processor, record(), BUDGET._replace(tokens=rest + 8))
     with pytest.raises(BadRecord, match="no question"):
@@ -203,11 +203,11 @@ def test_what_a_run_refuses(monkeypatch, tmp_path):
     other = a_config("reward")
     other.data.min_pixels = 1024
     monkeypatch.setattr(ppo, "read_config", lambda folder: read_run(other))
-    with pytest.raises(ConfigError, match="reads otherwise than the model: how pictures are read differ"):
+    with pytest.raises(ConfigError, match="reads otherwise than the model: how images are read differ"):
         algorithm_of(run).frozen(make_mesh(), tmp_path, False)
 
 
 def test_another_tokenizer_is_another_reader(processor):
     run = read_run(a_config())
     found = ppo.differences(run, run, algorithm_of(run).processor(), processor)
-    assert found == ["the tokenizers differ", "the chat templates differ", "how pictures are read differ"]
+    assert found == ["the tokenizers differ", "the chat templates differ", "how images are read differ"]

@@ -172,7 +172,7 @@ def test_what_is_rewarded_becomes_likelier(learned, params, objective, sign):
 
 
 def test_what_has_gone_too_far_has_no_gradient(learned, params, objective):
-    """Every token is beyond the clip, the way its advantage wants it, and every value beyond its own."""
+    """Every token is beyond the video, the way its advantage wants it, and every value beyond its own."""
     batch, _ = learned
     own = batch.experience
     away = jnp.where(own.advantages > 0, -0.5, 0.5)
@@ -201,7 +201,7 @@ def test_sampling_ends_where_generation_does(params):
 
 @pytest.mark.slow
 def test_a_step_on_a_mesh():
-    """It makes all updates and counts one, of a model that sees pictures; on eight devices the same as on one."""
+    """It makes all updates and counts one, of a model that sees images; on eight devices the same as on one."""
     params, judge, batch, found = random_params(SEEING), judge_of(SEEING), prompts_of(seeing=True), []
     for shape in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
         mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])

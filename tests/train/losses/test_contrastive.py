@@ -23,9 +23,9 @@ RULES = Runtime().within("encoder").rules
 MESHES = {"one device": None, "fsdp": {"fsdp": 8}, "mixed": {"data": 2, "context": 2, "tensor": 2}}
 
 
-def plain(kind, pictures, texts, scale, bias):
+def plain(kind, images, texts, scale, bias):
     """The formulas as the papers print them, with the whole matrix."""
-    logits = scale * pictures @ texts.T + bias
+    logits = scale * images @ texts.T + bias
     if kind == "softmax":
         found = [jax.nn.log_softmax(logits, axis)[jnp.arange(len(logits)), jnp.arange(len(logits))] for axis in (0, 1)]
         return -jnp.mean(found[0] + found[1]) / 2
@@ -35,7 +35,7 @@ def plain(kind, pictures, texts, scale, bias):
 
 def embeddings(n, width=16):
     both = jax.random.normal(jax.random.key(0), (2, n, width))
-    both = both.at[1].add(both[0])  # texts that resemble their pictures
+    both = both.at[1].add(both[0])  # texts that resemble their images
     return both / jnp.linalg.norm(both, axis=-1, keepdims=True)
 
 
@@ -54,7 +54,7 @@ def test_equals_the_plain_formula(kind, scale, bias, mesh, monkeypatch):
         with jax.set_mesh(make_mesh(MESHES[mesh])):
             found, d_found = compute(args)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    for name, ours, theirs in zip(("pictures", "texts", "scale", "bias"), d_found, d_expected, strict=True):
+    for name, ours, theirs in zip(("images", "texts", "scale", "bias"), d_found, d_expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, np.abs(theirs).max()), err_msg=name)
         assert np.abs(theirs).max() > 1e-4 or (kind, name) == ("softmax", "bias")
 
@@ -98,7 +98,7 @@ def test_no_device_holds_the_matrix(kind):
     matrix = 4 * n * n
     assert rows > matrix / 8
     assert ours < rows / 3
-    assert ours < 3 * matrix / 8**2  # a few blocks of a device's pictures with one device's texts
+    assert ours < 3 * matrix / 8**2  # a few blocks of a device's images with one device's texts
 
 
 def test_blocks_bound_a_single_device(monkeypatch):
@@ -117,12 +117,12 @@ def test_blocks_bound_a_single_device(monkeypatch):
 def test_refuses():
     with pytest.raises(ValueError, match="must be one of .'sigmoid', 'softmax'."):
         contrastive_loss("cosine", *embeddings(4), 1.0)
-    with pytest.raises(ValueError, match="every picture needs one text"):
+    with pytest.raises(ValueError, match="every image needs one text"):
         contrastive_loss("softmax", embeddings(4)[0], embeddings(5)[0], 1.0)
 
 
 def pairs(kind, folder):
-    """A tiny model, eight pictures with their texts, and transformers' loss of them."""
+    """A tiny model, eight images with their texts, and transformers' loss of them."""
     model = tiny(kind)
     model.save_pretrained(folder)
     ours = mllm_jax.load_pretrained(folder)
@@ -144,7 +144,7 @@ def run(ours, batch, optim, mesh, steps, tx=None):
 
 
 def test_steps_on_any_mesh(tmp_path, record_property):
-    """SigLIP 2 on pictures of eight sizes: the first loss is transformers', the next ones are lower, and those of eight
+    """SigLIP 2 on images of eight sizes: the first loss is transformers', the next ones are lower, and those of eight
     devices equal those of one."""
     ours, batch, expected = pairs("siglip2", tmp_path)
     optim = OptimConfig(learning_rate=1e-3, schedule="constant", freeze=("^encoder/patch_embed",))

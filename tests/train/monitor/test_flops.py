@@ -107,7 +107,7 @@ def test_windows_attend_to_less():
     windows = replace(whole, encoder=replace(whole.encoder, window=8, whole=(1,)))
     saved = count_flops(whole, counts)["encoder"].forward - count_flops(windows, counts)["encoder"].forward
     assert saved == (layers - 1) * pair * (1000**2 - 1000 * 64)
-    tiny = counts._replace(patch_pairs=4000)  # of pictures that are smaller than a window
+    tiny = counts._replace(patch_pairs=4000)  # of images that are smaller than a window
     assert count_flops(whole, tiny) == count_flops(windows, tiny)
 
 

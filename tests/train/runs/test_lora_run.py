@@ -127,7 +127,7 @@ def test_generation_with_adapters(trained, tmp_path, monkeypatch, capsys):
     vlm = load_workdir(trained)
     save_adapters(vlm, "adapter")
     save_pretrained(replace(vlm, params=split_adapters(vlm.params)[0]), "demo/export")
-    Image.new("RGB", (48, 64), "red").save("picture.png")
+    Image.new("RGB", (48, 64), "red").save("image.png")
     command = next(line for line in PAGE.splitlines() if line.startswith("python -m mllm_jax.generate"))
     words = [*shlex.split(command)[3:], "--max-new-tokens=8"]
     assert generate.main(words) == 0

@@ -28,7 +28,7 @@ from mllm_jax.train.monitor.metrics import Meter, MetricsFile, read_metrics
 from mllm_jax.train.monitor.processes import AGAIN, StopSignal
 from mllm_jax.train.monitor.results import Diverged
 from mllm_jax.train.runs.config import read_run
-from mllm_jax.train.runs.data import without_pictures
+from mllm_jax.train.runs.data import without_images
 
 CLOCK = {"seconds_per_step", "tokens_per_second", "patches_per_second", "data_wait", "mfu", "mean_loss"}
 CLOCK |= {"fill_tokens", "fill_patches", "goodput", "seconds"}  # of an interval, which begins anew where a run goes on
@@ -178,18 +178,18 @@ def test_non_finite_steps_are_skipped_and_in_a_row_stop_the_run(tmp_path, monkey
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restore_params(tmp_path)[1]))
 
 
-def test_a_blind_run_sees_no_picture(tmp_path):
+def test_a_blind_run_sees_no_image(tmp_path):
     config = get_config("blind")
     config.optim.steps = 4
     train(config, tmp_path)
     assert all(line["patches"] == 0 for line in read_metrics(tmp_path) if "heldout" not in line)
 
 
-def test_without_pictures_only_texts_are_left():
+def test_without_images_only_texts_are_left():
     image, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}
     messages = [{"role": "user", "content": [image, text]}, {"role": "assistant", "content": "x"}]
     record = {"messages": messages, "kind": "k"}
-    found = without_pictures(record)
+    found = without_images(record)
     assert found["messages"][0]["content"] == [text] and found["messages"][1]["content"] == "x" and found["kind"] == "k"
     assert record["messages"][0]["content"] == [image, text]
 

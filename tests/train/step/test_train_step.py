@@ -89,7 +89,7 @@ def test_packed_equals_one_by_one(params):
 
 
 def test_one_compilation_for_any_mix(single):
-    """No picture, one huge one, forty small, clips beside images, and rows of nothing."""
+    """No image, one huge one, forty small, clips beside images, and rows of nothing."""
     fresh, step = single
     rng, state = np.random.default_rng(0), fresh()
     make = partial(random_example, rng)
@@ -112,8 +112,8 @@ def test_one_compilation_for_any_mix(single):
         assert (metrics["loss"] == 0) == (not any(conversations))
         assert metrics["tokens"] == sum(len(e.tokens) for row in conversations for e in row)
         assert metrics["targets"] == metrics["weight"] == batch.weight.sum()
-        pictures = [p for row in conversations for e in row for p in e.pictures]
-        assert metrics["images"] == len(pictures) and metrics["patches"] == sum(len(p.patches) for p in pictures)
+        images = [p for row in conversations for e in row for p in e.images]
+        assert metrics["images"] == len(images) and metrics["patches"] == sum(len(p.patches) for p in images)
         assert int(state.step) == i + 1
     assert len(batches) == 20 and step._cache_size() == 1
 
