@@ -61,8 +61,8 @@ DECODERS = {
 ENTRIES = ("splice", "prefix")
 
 
-def encoder(name: str, merge: int, taps: bool) -> VitConfig:
-    """A published encoder, small; clips are read two frames at a time."""
+def encoder(name: str, merge: int, deepstack: bool) -> VitConfig:
+    """A published encoder, small; videos are read two frames at a time."""
     whole = _named("encoder", name, ENCODERS)
     small = {"width": WIDTH, "layers": 2, "heads": HEADS, "mlp": 2 * WIDTH, "whole": (1,) if whole.window else ()}
     return replace(
@@ -72,7 +72,7 @@ def encoder(name: str, merge: int, taps: bool) -> VitConfig:
         temporal_patch_size=2,
         position_grid=whole.position_grid and 8,
         window=whole.window and 2 * merge,
-        deepstack_layers=(0,) if whole.deepstack_layers and taps else (),
+        deepstack_layers=(0,) if whole.deepstack_layers and deepstack else (),
     )
 
 
@@ -104,7 +104,7 @@ def model(encoder_name: str, connector_name: str, decoder_name: str, entry: str 
         raise ConfigError(f"configs/compose.py has no entry {entry!r}; {suggestion(entry, ENTRIES)}")
     connector = _named("connector", connector_name, CONNECTORS)
     return ModelConfig(
-        encoder(encoder_name, connector.merge, taps=isinstance(connector, PatchMergerConfig)),
+        encoder(encoder_name, connector.merge, deepstack=isinstance(connector, PatchMergerConfig)),
         connector,
         decoder(decoder_name, prefix=entry == "prefix"),
         VisionTokenIds(*scenes_vision_ids()),

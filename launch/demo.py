@@ -39,7 +39,7 @@ MARKER = ".mllm_jax-demo"  # a folder with this file may be deleted by the next 
 TOGETHER = 50  # questions that are answered at once
 LONGEST = 8  # tokens of an answer
 
-LEAD = """A small Qwen3-VL learned to answer questions about drawn images and clips, on this machine. It was killed
+LEAD = """A small Qwen3-VL learned to answer questions about drawn images and videos, on this machine. It was killed
 half-way, went on by itself, was exported in Hugging Face's format and loaded again. Drawn images are an embedded
 example: what it scores here says nothing about photographs."""
 
@@ -103,7 +103,7 @@ def demo(workdir: Path, steps: int | None, questions: int, overrides: Sequence[s
     seconds = time.perf_counter() - began
 
     headline(2, "The same training without images, for comparison")
-    train(workdir / "text_only", settings, blind=True)
+    train(workdir / "text_only", settings, text_only=True)
 
     headline(3, f"Answering {questions:,} held-out questions")
     seeing, blind = (answered(workdir / name, questions) for name in ("with_images", "text_only"))

@@ -69,7 +69,7 @@ def table(size: tuple[int, int], family: str | None = None) -> Table:
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for name in ("family", "size", "made of"):
         made.add_column(name, overflow="fold")
-    for name in ("parameters", "visual\ntokens", "KV cache,\nKiB/token", "MiB of\npicture"):
+    for name in ("parameters", "visual\ntokens", "KV cache,\nKiB/token", "MiB of\nimage"):
         made.add_column(name, justify="right", no_wrap=True)  # a narrow terminal folds names, and cuts no number
     for name, config in published(family):
         tokens = image_tokens(config, height, width)

@@ -35,17 +35,17 @@ def deepstack(x, deep, vision_index, layer, mix: TokenBlend | None = None):
 
     Args:
       x: [B T D] output of decoder layer `layer`.
-      deep: [deepstack B M D]; layers from `taps` on get nothing, and compute nothing.
+      deep: [deepstack B M D]; layers from `deep.shape[0]` on get nothing, and compute nothing.
       vision_index: i32[B T].
       layer: i32[] 0-based, may be traced.
       mix: of `vision_index`.
     """
-    taps = deep.shape[0]
+    layers = deep.shape[0]
 
     def add(x):
-        features = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(layer, taps - 1), 0, keepdims=False)
+        features = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(layer, layers - 1), 0, keepdims=False)
         return x + jnp.where(
             (vision_index >= 0)[..., None], _at_text_positions(features, vision_index, mix).astype(x.dtype), 0
         )
 
-    return jax.lax.cond(layer < taps, add, lambda x: x, x)
+    return jax.lax.cond(layer < layers, add, lambda x: x, x)

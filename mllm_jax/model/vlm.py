@@ -20,7 +20,7 @@ from mllm_jax.nn.runtime import Runtime
 from mllm_jax.nn.value_head import ValueHead
 from mllm_jax.types import MODALITIES, Batch, Cache, Output, Vision, VisionTokens
 
-TEXT, PICTURE, VIDEO = range(len(MODALITIES))
+TEXT, IMAGE, VIDEO = range(len(MODALITIES))
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,11 @@ class VLM(nn.Module):
         """Packed images -> visual tokens [B M D]. ValueError where the connector makes nothing of the DeepStack
         features."""
         config, tokens = self.config, self.connector(self.encoder(vision), vision)
-        taps, layers = config.encoder.deepstack_layers, config.decoder.layers
-        if taps and (tokens.deep is None or len(taps) > layers):
+        deepstack, layers = config.encoder.deepstack_layers, config.decoder.layers
+        if deepstack and (tokens.deep is None or len(deepstack) > layers):
             raise ValueError(
-                f"encoder.deepstack_layers={taps} are features for as many decoder layers; there are {layers}, behind "
+                f"encoder.deepstack_layers={deepstack} are features for as many decoder layers; there are {layers}, "
+                "behind "
                 "the "
                 f"connector {config.connector}: use PatchMergerConfig, or encoder.deepstack_layers=()"
             )
@@ -211,7 +212,7 @@ class VLM(nn.Module):
             x, deep = splice(x, visual.embeddings, batch.vision_index, batch.mix), visual.deep
         modality = jnp.full_like(batch.tokens, TEXT)
         if self.config.tokens is not None:
-            visual_kind = jnp.where(batch.tokens == self.config.tokens.video, VIDEO, PICTURE)
+            visual_kind = jnp.where(batch.tokens == self.config.tokens.video, VIDEO, IMAGE)
             modality = jnp.where(batch.vision_index >= 0, visual_kind, TEXT)
         x, cache, routing = self.decoder(
             x, batch.position, batch.segment, modality, cache, deep, batch.vision_index, batch.prefix, batch.mix

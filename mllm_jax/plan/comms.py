@@ -138,4 +138,4 @@ def traffic(portion: DeviceWorkload, remat: str) -> float:
             products = 1 + 2 * trains + (trains and remat in ("full", "experts"))
             values = products * (portion.rows_through(laid) * row + laid.layer) + (1 + trains) * laid.layer
             moved += laid.weight.repeats * portion.bytes * values
-    return state + portion.accumulate * moved
+    return state + portion.grad_accum_steps * moved

@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class DeviceWorkload:
-    """Of one device, for one of the `accumulate` micro-batches of a step.
+    """Of one device, for one of the `grad_accum_steps` micro-batches of a step.
 
     Raises ValueError where the mesh does not divide a weight, the batch or its tokens; the message says what to change.
     """
@@ -60,9 +60,11 @@ class DeviceWorkload:
         self.shapes, self.run, self.budget = shapes, run, run.data.budget
         self.mesh, rules = abstract_mesh(sizes), run.model.runtime.rules
         self.bytes = jnp.dtype(run.model.runtime.dtype).itemsize
-        self.accumulate, self.moe = run.train.grad_accum_steps, run.model.decoder.moe
-        what = "config.data.batch" if self.accumulate == 1 else "config.data.batch / config.train.grad_accum_steps"
-        whole = run.data.batch // self.accumulate
+        self.grad_accum_steps, self.moe = run.train.grad_accum_steps, run.model.decoder.moe
+        what = (
+            "config.data.batch" if self.grad_accum_steps == 1 else "config.data.batch / config.train.grad_accum_steps"
+        )
+        whole = run.data.batch // self.grad_accum_steps
         partition_spec(("batch",), rules, self.mesh, (whole,), what)
         partition_spec(("length",), rules, self.mesh, (self.budget.tokens,), "config.data.tokens")
         self.rules = {part: rules_of(part, rules) for part in ("encoder", "connector", "decoder")}

@@ -22,7 +22,7 @@ def estimate(portion: DeviceWorkload, remat: str, device_kind: str = "") -> Plan
     times = {part: flops[part].total / flops[part].forward if flops[part].forward else 0.0 for part in flops}
     times["experts"] = times["decoder"]
     arguments, alive = _memory(portion, remat)
-    parts = portion.accumulate
+    parts = portion.grad_accum_steps
     return Planned(
         mesh=dict(portion.mesh.shape),
         devices=portion.devices,
@@ -53,7 +53,7 @@ def _flops(portion: DeviceWorkload, remat: str, platform: str) -> tuple[dict[str
         heads = {axis for laid in portion.tower(part) for axis in laid.kept(range(len(laid.axes)))}
         heads &= set(portion.known[part]["heads"])
         spread = portion.size({*portion.rows[part].axes, *heads})
-        attention = portion.shapes.attention[part] / portion.accumulate / spread
+        attention = portion.shapes.attention[part] / portion.grad_accum_steps / spread
         if platform == "tpu" and part == "decoder":  # blocks on the diagonal are computed whole
             attention *= 1 + SPLASH_BLOCK / portion.budget.tokens
         forward[part] += attention
@@ -72,7 +72,7 @@ def _flops(portion: DeviceWorkload, remat: str, platform: str) -> tuple[dict[str
         if (remat in ("full", "experts") and not last) or (remat == "dots" and weight.of_experts):
             again[part] += product
     spread = portion.size((*portion.rows["decoder"].axes, *portion.text["vocab"]))
-    forward["head"] = portion.shapes.flops["head"].forward / portion.accumulate / spread
+    forward["head"] = portion.shapes.flops["head"].forward / portion.grad_accum_steps / spread
     trains = {part: portion.trains("decoder" if part == "experts" else part) for part in again}
     return forward, {part: again[part] * trains[part] for part in again}
 
@@ -81,7 +81,7 @@ def _memory(portion: DeviceWorkload, remat: str) -> tuple[float, dict[str, float
     """Bytes of the step's arguments, and of what else is alive when most is."""
     run, width = portion.run, portion.bytes
     arguments = sum(laid.values * (laid.weight.kept + laid.weight.moments) for laid in portion.laid)
-    arguments += portion.accumulate * portion.patches * run.model.patch_values
+    arguments += portion.grad_accum_steps * portion.patches * run.model.patch_values
     saved = sum(saved_bytes(portion, part, remat) for part in portion.towers if portion.trains(part))
     gradients = 4.0 * sum(laid.values for laid in portion.laid if laid.weight.trained)
     tower = next((part for part in portion.towers[::-1] if portion.trains(part)), "decoder")
@@ -90,7 +90,7 @@ def _memory(portion: DeviceWorkload, remat: str) -> tuple[float, dict[str, float
     chunk = portion.batch * min(run.train.loss_chunk, portion.budget.tokens) * vocab
     phases = (
         {
-            "gradients": gradients * (1 if portion.accumulate == 1 else 2),
+            "gradients": gradients * (1 if portion.grad_accum_steps == 1 else 2),
             "weights of a layer, gathered": 2 * width * layer[tower],
             "gradients of a layer's weights": width * layer[tower],
             "activations of a layer": saved_bytes(portion, tower, "none") / portion.layers(tower),

@@ -36,7 +36,7 @@ def test_data():
     says("data.md", f"one side over {images.MAX_ASPECT} times the other", "JPEG of more than 2^25 pixels")
     says(
         "data.md",
-        "Clips over 256 MB are not embedded",
+        "Videos over 256 MB are not embedded",
         "A box over 1 % outside its image",
         "by a factor of at most 1.25",
     )

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from mllm_jax.data.sources.array_record import pack
 
-PICTURES = (1, 0, 2, 1, 3, 1, 0, 1, 2, 1)  # of each conversation
+IMAGES = (1, 0, 2, 1, 3, 1, 0, 1, 2, 1)  # of each conversation
 
 
 def image(number: int) -> bytes:
@@ -28,7 +28,7 @@ def image(number: int) -> bytes:
 def conversations() -> list[dict]:
     """Records in one layout, whose "images" are bytes. In some, placeholders say where; others have two turns."""
     made, number = [], 0
-    for index, count in enumerate(PICTURES):
+    for index, count in enumerate(IMAGES):
         asked = "Any red?" if index % 3 else "".join(f"Look: <image> and {i}. " for i in range(count)) + "How many?"
         turns = [asked, "yes"] + (["What shape?", "square"] if index % 4 == 1 else [])
         made.append(

@@ -28,7 +28,7 @@ NAMES = {  # of the tokens that stand for vision, in the place of those of tests
     },
 }
 BEFORE = {"qwen": "<|vision_start|><|video_pad|><|vision_end|>"}
-PROMPT = "<|im_start|>user\nlook:{clip}moves?<|im_end|>\n"
+PROMPT = "<|im_start|>user\nlook:{video}moves?<|im_end|>\n"
 
 
 def frames() -> np.ndarray:
@@ -95,7 +95,7 @@ def _ids(transformers, tiny_chat, kind, name, reader, given):
         more = dict(num_image_tokens=25, vision_feature_select_strategy="full")
     else:
         image = transformers.Qwen2VLImageProcessor()
-    processor = getattr(transformers, f"{kind}Processor")(image, tokenizer, video, **more)
+    processor = getattr(transformers, f"{kind}Processor")(image, tokenizer, reader, **more)
     text = PROMPT.format(video=BEFORE.get(name[:4], "<video>\n"))
     return np.asarray(processor(text=[text], videos=[frames()], **given)["input_ids"])[0].astype(np.int32)
 

@@ -151,7 +151,7 @@ def test_what_crosses_slices_or_nodes_takes_the_network():
 
 
 def test_a_roofline_waits_for_activations_alone():
-    run = published("8b", batch=64, rows=0)
+    run = published("8b", batch=64, patch_rows=0)
     mesh = {"fsdp": 8, "tensor": 8}
     portion = DeviceWorkload(shapes_of(run), run, mesh)
     network = Network(torus((8, 8, 1), ("fsdp", "tensor"), (8, 8)), CHIPS["v6e"])
@@ -273,12 +273,12 @@ def bytes_of(planned, kind: str, *axes: str) -> float:
 
 
 def test_fsdp_gathers_every_matrix_twice_and_the_vocabulary_once():
-    run = published("8b", batch=128, rows=0)
+    run = published("8b", batch=128, patch_rows=0)
     decoder = run.model.decoder
     vocabulary = decoder.vocab * decoder.width
     layers = count_params(run.model)["decoder"] - 2 * vocabulary - decoder.width
     layers -= decoder.layers * (2 * decoder.width + 2 * 128)  # norms
-    planned, seeing = plan(run, fsdp=64), plan(published("8b", batch=128, rows=2), fsdp=64)
+    planned, seeing = plan(run, fsdp=64), plan(published("8b", batch=128, patch_rows=2), fsdp=64)
     gathered = bytes_of(planned, "all-gather", "fsdp")
     assert gathered == pytest.approx(2 * (2 * layers + 2 * vocabulary))
     assert bytes_of(planned, "reduce-scatter", "fsdp") * 64 == pytest.approx(2 * layers + 4 * 2 * vocabulary)
@@ -287,7 +287,7 @@ def test_fsdp_gathers_every_matrix_twice_and_the_vocabulary_once():
 
 
 def test_tensor_parallelism_adds_up_activations():
-    run = published("8b", batch=256, rows=0)
+    run = published("8b", batch=256, patch_rows=0)
     planned = plan(run, fsdp=64, tensor=2)
     activations = 4 * 4096 * 4096 * 2  # bytes of the 4 rows of a device
     # Forward two sums, backward two, and attention's again.
@@ -300,7 +300,7 @@ def test_tokens_between_layers_apart_are_scattered_and_gathered():
     """As many bytes as whole sums, and half of the saved activations on two devices."""
     data = {"tokens": 4096, "patches_per_row": 4096, "batch": 256, "patch_rows": 0}
     run = a_run(FAMILIES["qwen3_vl"].config("8b"), data=data, preset="fsdp_tensor")
-    planned, plain = plan(run, fsdp=64, tensor=2), plan(published("8b", batch=256, rows=0), fsdp=64, tensor=2)
+    planned, plain = plan(run, fsdp=64, tensor=2), plan(published("8b", batch=256, patch_rows=0), fsdp=64, tensor=2)
     activations = 4 * 4096 * 4096 * 2  # bytes of the 4 rows of a device
     assert bytes_of(planned, "all-reduce", "tensor") == 0
     assert bytes_of(planned, "reduce-scatter", "tensor") == pytest.approx(36 * 5 * activations / 2, rel=1e-5)
@@ -311,7 +311,7 @@ def test_tokens_between_layers_apart_are_scattered_and_gathered():
 
 
 def test_experts_exchange_six_times_a_layer():
-    run = published("235b-a22b", batch=256, rows=0)
+    run = published("235b-a22b", batch=256, patch_rows=0)
     planned = plan(run, fsdp=16, expert=16)
     buffer = 1.25 * 4096 * 8 * 4096 * 2  # bytes of a device's tokens, each for eight experts, with room to spare
     assert bytes_of(planned, "all-to-all", "expert") == pytest.approx(94 * 6 * buffer, rel=1e-6)
@@ -323,7 +323,7 @@ def test_experts_exchange_six_times_a_layer():
 
 
 def test_long_rows_exchange_heads_or_go_round():
-    run = published("8b", batch=16, rows=0)
+    run = published("8b", batch=16, patch_rows=0)
     planned = plan(run, fsdp=16, context=4)
     tokens = 4096 / 4 * 128 * 2  # bytes of a head of a device's tokens
     assert bytes_of(planned, "all-to-all", "context") == pytest.approx(36 * 3 * tokens * 2 * (32 + 8))
@@ -437,7 +437,7 @@ def test_what_does_not_fit_is_in_the_order_of_its_size(fake, search, found):
 
 
 def test_a_dense_model_has_no_expert_axis(fake):
-    found = Search(published("8b", batch=128, rows=0), a_topology("v6e:4x4")).rank()
+    found = Search(published("8b", batch=128, patch_rows=0), a_topology("v6e:4x4")).rank()
     assert not any("expert" in dict(candidate.choice.mesh) for candidate in found.candidates)
     assert not any(candidate.choice.remat == "experts" for candidate in found.candidates)
 

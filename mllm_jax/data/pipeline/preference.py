@@ -90,7 +90,7 @@ def last_run(weight: np.ndarray) -> np.ndarray:
 
 
 def weighted(example: Example, diff_token_weight: float) -> np.ndarray:
-    """Weights f32[n] in which the tokens that differ between two answers count `changed` times."""
+    """Weights f32[n] in which the tokens that differ between two answers count `diff_token_weight` times."""
     parts = np.split(np.arange(len(example.tokens)), np.cumsum(example.lengths)[:-1])
     chosen, rejected = (part[example.weight[part] != 0] for part in parts)
     weight = example.weight.copy()

@@ -27,8 +27,8 @@ from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard, finding
 
 log = logging.getLogger(__name__)
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "heic", "heif", "avif", "jp2")
-CLIPS = ("mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "heic", "heif", "avif", "jp2")
+VIDEOS = ("mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg")
 NAMING = {"image", "images", "video", "videos", "image_info"}  # fields that say which files belong to a record
 INDEX = ".index.npy"
 VERSION = 2  # of what is kept there
@@ -110,7 +110,7 @@ def _record(members: Mapping[str, bytes], name: str) -> Any:
     if _names_files(record):
         return record
     of = lambda kinds: [extension for extension in members if extension.rpartition(".")[2] in kinds]
-    return record | {"images": of(PICTURES), "videos": of(CLIPS)}
+    return record | {"images": of(IMAGES), "videos": of(VIDEOS)}
 
 
 def _names_files(record: dict[str, Any]) -> bool:

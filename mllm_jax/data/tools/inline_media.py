@@ -57,7 +57,7 @@ def _video(source: Any, name: str) -> bytes | list[bytes]:
     source = resolve(source)
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     if size > LARGEST:
-        raise BadRecord("clip too large to embed", name, f"{size} bytes, over {LARGEST}")
+        raise BadRecord("video too large to embed", name, f"{size} bytes, over {LARGEST}")
     return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 

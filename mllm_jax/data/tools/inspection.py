@@ -12,7 +12,7 @@ from mllm_jax.data.vision.images import unpatchify
 from mllm_jax.types import Batch
 
 KINDS = ("padding", "text", "learned text", "image", "video")  # of the places of a row
-PADDING, TEXT, LEARNED, PICTURE, VIDEO = range(5)
+PADDING, TEXT, LEARNED, IMAGE, VIDEO = range(5)
 
 
 class Stretch(NamedTuple):
@@ -110,7 +110,7 @@ class Inspection:
         learned = np.append(False, row.weight[:-1] > 0)  # the weight of a place is that of the token behind it
         video = visual & (row.tokens == (-1 if self.processor.video_id is None else self.processor.video_id))
         code = np.where(learned, LEARNED, np.where(row.segment > 0, TEXT, PADDING))
-        return np.where(video, VIDEO, np.where(visual, PICTURE, code))
+        return np.where(video, VIDEO, np.where(visual, IMAGE, code))
 
     def _parts(self, row: Batch, code: np.ndarray, of_token: np.ndarray, here: np.ndarray) -> list[Shown]:
         tokens, code, of_token = row.tokens[here], code[here], of_token[here]
@@ -150,7 +150,7 @@ def _drawn(row: Batch, code: np.ndarray, image: np.ndarray, of_token: np.ndarray
     edges = np.stack([code, row.segment], axis=-1)
     tokens = [Stretch(KINDS[code[a]], a, b - a, int(row.segment[a])) for a, b in _runs(edges)]
     videos = set(of_token[code == VIDEO].tolist())
-    kind = lambda number: KINDS[PADDING if not number else VIDEO if number in videos else PICTURE]
+    kind = lambda number: KINDS[PADDING if not number else VIDEO if number in videos else IMAGE]
     patches = [[Stretch(kind(int(part[a])), a, b - a, int(part[a])) for a, b in _runs(part)] for part in image]
     return Row(tokens, patches)
 

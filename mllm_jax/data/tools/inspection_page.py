@@ -19,7 +19,7 @@ BINS = 30  # of a histogram at most
 WIDE = 30  # times the smallest value is the largest in a histogram whose bins grow with their values
 BUBBLES = 60  # sizes of images that are drawn, the most frequent ones
 SIDE, TINY = 240, 160  # pixels of an image on the page at most, and up to which small ones are enlarged
-LETTERS, PICTURES = 1500, 12  # of a stretch of text, and of a conversation, that are shown
+LETTERS, IMAGES = 1500, 12  # of a stretch of text, and of a conversation, that are shown
 
 
 def write_inspection(
@@ -63,7 +63,7 @@ def write_inspection(
         sizes=bubbles(found.sizes),
         samples=found.samples,
         letters=LETTERS,
-        images=PICTURES,
+        images=IMAGES,
         kinds=[(kind or "other", count, count / found.kinds.total()) for kind, count in found.kinds.most_common()],
         sources=sources,
         left_out=left_out or {},

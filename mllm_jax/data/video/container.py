@@ -17,7 +17,7 @@ FORMATS = (
     *("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf", "ogg", "mxf", "nut", "ivf", "rm", "dv", "wtv", "gif"),
     *("apng", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "yuv4mpegpipe"),
 )
-PICTURES = ("bmp", "mjpeg", "png", "tiff", "webp")  # codecs of a cover that is not marked as one
+IMAGES = ("bmp", "mjpeg", "png", "tiff", "webp")  # codecs of a cover that is not marked as one
 
 
 def pyav():
@@ -66,7 +66,7 @@ def video_stream(container: Any, track: int | None, name: str) -> Any:
         raise ValueError(f"{name}: holds no video track")
     if track is None:
         decodable = [stream for stream in tracks if stream.codec_context is not None]
-        films = [stream for stream in decodable if stream.codec_context.name not in PICTURES] or decodable
+        films = [stream for stream in decodable if stream.codec_context.name not in IMAGES] or decodable
         best = container.streams.best("video")
         stream = best if best in films else max(films, key=lambda stream: stream.width * stream.height, default=None)
     elif 0 <= track < len(tracks):

@@ -71,7 +71,7 @@ def open_video(source: Any, fps: float, track: int | None = None) -> Video:
 
 
 def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max_frames: int, multiple: int = 1) -> int:
-    """How many of a clip's `frames` are read: `target_fps` a second, within the bounds and what there is.
+    """How many of a video's `frames` are read: `target_fps` a second, within the bounds and what there is.
 
     `multiple` rounds the bounds inwards and the count down; it is 1 for Qwen3-VL, whose odd tail is padded instead.
     """

@@ -50,7 +50,7 @@ def dispatch(x, experts, weights, real, params: Experts, activation: Callable, r
       real: bool[B T]; padding reaches no expert.
       params: fp32.
       activation: of the gate.
-      runtime: `experts` says how, `capacity_factor` for how many.
+      runtime: `moe_dispatch` says how, `capacity_factor` for how many.
     Returns:
       [B T D], and i32[B] choices that found no room.
     """

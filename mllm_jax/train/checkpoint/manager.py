@@ -40,14 +40,14 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints below `workdir`; the newest `keep` stay.
+    """The checkpoints below `workdir`; the newest `max_to_keep` stay.
 
     verify: a checkpoint gets a fingerprint of every array.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 3, verify: bool = True):
+    def __init__(self, workdir: str | Path, max_to_keep: int = 3, verify: bool = True):
         self.folder, self._verify = Path(workdir).resolve() / CHECKPOINTS, verify
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
         self._manager = CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:

@@ -53,7 +53,8 @@ def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProc
         )
     if not data.patch_rows or data.patches_per_row <= encoder.num_prefix_tokens:
         raise ConfigError(
-            f"config.data: rows={data.patch_rows} of patches={data.patches_per_row} have no room for an image"
+            f"config.data: patch_rows={data.patch_rows} of patches_per_row={data.patches_per_row} have no room for an "
+            "image"
         )
     _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
     return dataclasses.replace(processor, missing_rows=data.missing_rows)

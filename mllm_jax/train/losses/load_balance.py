@@ -43,9 +43,9 @@ class BalanceConfig(Config):
     z_loss_weight: NonNegative = 0.0
     bias_update_rate: NonNegative = 0.0
 
-    def counts_first(self, accumulate: int) -> bool:
+    def counts_first(self, grad_accum_steps: int) -> bool:
         """Whether a forward pass counts the choices of a whole batch before the first of its parts has a gradient."""
-        return self.loss == "global" and self.exact and accumulate > 1
+        return self.loss == "global" and self.exact and grad_accum_steps > 1
 
 
 class Totals(NamedTuple):
@@ -116,8 +116,8 @@ def imbalance(load: Load):
 BIAS = re.compile(r"^decoder/(layers\d*(?:/slots_\d+)?)/mlp/bias$")
 
 
-def move_biases(params: dict, load: Load, config: DecoderConfig, rate: float) -> dict:
-    """Parameters whose routers' biases have moved by `rate` towards an even load."""
+def move_biases(params: dict, load: Load, config: DecoderConfig, bias_update_rate: float) -> dict:
+    """Parameters whose routers' biases have moved by `bias_update_rate` towards an even load."""
     numbers = config.expert_layers
     slots = {name: layers for part in segments(config.kinds) for name, layers, _ in part.slots()}
 
@@ -125,6 +125,6 @@ def move_biases(params: dict, load: Load, config: DecoderConfig, rate: float) ->
         if not (found := BIAS.match(path)):
             return leaf
         own = load.choices[jnp.array([numbers.index(layer) for layer in slots[found.group(1)]])]
-        return leaf + rate * jnp.sign(jnp.mean(own, axis=-1, keepdims=True) - own)
+        return leaf + bias_update_rate * jnp.sign(jnp.mean(own, axis=-1, keepdims=True) - own)
 
     return map_with_paths(moved, params)

@@ -105,7 +105,7 @@ def whitened(x, real, eps: float = 1e-8) -> Array:
 def policy_loss(log_probs, before, advantage, cliprange: float) -> tuple[Array, Array]:
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A), f32[...], and whether it is clipped, bool[...].
 
-    arXiv 1707.06347, equation 7. ratio: p / p_before of a token. Where it has gone further than the clip, the way A
+    arXiv 1707.06347, equation 7. ratio: p / p_before of a token. Where it has gone further than `cliprange`, the way A
     wants it, there is no gradient.
     """
     ratio = jnp.exp(log_probs - before)
@@ -114,6 +114,7 @@ def policy_loss(log_probs, before, advantage, cliprange: float) -> tuple[Array, 
 
 
 def value_loss(values, before, returns, cliprange_value: float) -> Array:
-    """Half the larger square error of the value and of the value within `clip` of what it was before, f32[...]."""
+    """Half the larger square error of the value and of the value within `cliprange_value` of what it was before,
+    f32[...]."""
     bounded = jnp.clip(values, before - cliprange_value, before + cliprange_value)
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(bounded - returns))

@@ -196,8 +196,8 @@ def run_config(run: Run) -> ConfigDict:
     )
     with config.unlocked():
         del config.model.runtime["rules"], config.model["lora"]
-        if "value" in config.model:  # of language models: what is learned says whether there are values
-            del config.model["value"]
+        if "value_head" in config.model:  # of language models: what is learned says whether there are values
+            del config.model["value_head"]
         for part, names in OF_PRESETS.items():
             for name in names:
                 usual = partial(_of_preset, part, name)
@@ -272,7 +272,7 @@ def read_run(config: ConfigDict) -> Run:
         _check(run, stage, f"config.stages.{name}")
     if not run.stages:
         _check(run, run, "config")
-    values = {"value": True} if run.algorithm.value_head else {}
+    values = {"value_head": True} if run.algorithm.value_head else {}
     model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora, **values)
     trained = dataclasses.replace(
         run.lora, modules_to_save=(*run.lora.modules_to_save, f"^{VALUE_HEAD}/")
@@ -343,5 +343,5 @@ def updates_of(run: Run) -> OptimConfig:
 
 def train_context(run: Run, mesh: Mesh) -> TrainContext:
     """What the run's step and state are made from."""
-    options = {name: getattr(run.train, name) for name in ("accumulate", "balance", "async_gathers", "seed")}
+    options = {name: getattr(run.train, name) for name in ("grad_accum_steps", "balance", "async_gathers", "seed")}
     return TrainContext(run.model, updates_of(run), mesh, **options)

@@ -29,7 +29,7 @@ class TrainContext:
     model: ModelConfig | DualConfig
     optim: OptimConfig
     mesh: Mesh
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     balance: BalanceConfig = BalanceConfig()
     async_gathers: bool = False
     seed: int = 0

@@ -22,7 +22,7 @@ def make_gradients(
     objective: Objective,
     freeze: tuple[str, ...],
     pinned: Any,
-    accumulate: int,
+    grad_accum_steps: int,
     balance: BalanceConfig,
 ) -> Callable:
     """`gradients(state, frozen, batch, key)` -> (gradients of what is trained, means by name, Load or None).
@@ -34,7 +34,7 @@ def make_gradients(
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
     moe = config.decoder.moe
     choices_of_token = 0 if moe is None else moe.top_k * len(config.decoder.expert_layers)
-    ahead = moe is not None and balance.counts_first(accumulate)
+    ahead = moe is not None and balance.counts_first(grad_accum_steps)
 
     def add_part(state, frozen, whole: Totals, total, part: Batch, key, known: Load | None):
         """total + (gradients, what a part adds to the means of the whole batch, its load).
@@ -76,9 +76,9 @@ def make_gradients(
         """(gradients, means, load) of a batch."""
         whole = totals(batch, objective.weights(batch))
         add = partial(add_part, state, frozen, whole)
-        if accumulate == 1:
+        if grad_accum_steps == 1:
             return add(None, batch, key, None)
-        parts, keys = _parts(batch, accumulate), None if key is None else jax.random.split(key, accumulate)
+        parts, keys = _parts(batch, grad_accum_steps), None if key is None else jax.random.split(key, grad_accum_steps)
         known = load_of(state.params, parts, keys) if ahead else None
         shapes = jax.eval_shape(lambda part: add(None, *part, None), jax.tree.map(lambda x: x[0], (parts, keys)))
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -88,9 +88,9 @@ def make_gradients(
     return gradients
 
 
-def _parts(batch: Batch, accumulate: int) -> Batch:
+def _parts(batch: Batch, grad_accum_steps: int) -> Batch:
     """[B*A ...] -> [A B ...], every A-th row: each device's rows stay on it."""
     rows = batch.tokens.shape[0]
-    if rows % accumulate:
-        raise ValueError(f"a batch of {rows} rows does not split into accumulate={accumulate} parts")
-    return jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=accumulate), batch)
+    if rows % grad_accum_steps:
+        raise ValueError(f"a batch of {rows} rows does not split into grad_accum_steps={grad_accum_steps} parts")
+    return jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=grad_accum_steps), batch)

@@ -39,7 +39,7 @@ def make_pure_step(context: TrainContext, objective: Objective) -> Callable:
     """The step of `make_train_step` as a pure function, for programs of several steps."""
     config, optim = context.model, context.optim
     pinned, _ = split(context.state_shardings.params, optim.freeze)
-    gradients = make_gradients(config, objective, optim.freeze, pinned, context.accumulate, context.balance)
+    gradients = make_gradients(config, objective, optim.freeze, pinned, context.grad_accum_steps, context.balance)
 
     def step(state, batch: Batch, frozen=None):
         key = jax.random.fold_in(jax.random.key(context.seed), state.step) if config.lora.drops else None

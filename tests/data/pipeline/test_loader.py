@@ -331,13 +331,13 @@ def test_a_set_without_a_usable_record_ends_with_an_error(epochs):
 )
 def test_strict_raises(error):
     with pytest.raises(type(error), match="n5"):
-        list(numbers(20, {5: error}, epochs=1, strict=True))
+        list(numbers(20, {5: error}, epochs=1, fail_on_bad_record=True))
 
 
 def test_a_broken_record_is_named_across_processes():
     broken = {3: BadRecord("missing file", "n3", "a.png")}
     with pytest.raises(BadRecord, match="n3: missing file .a.png"):
-        list(numbers(20, broken, epochs=1, strict=True, processes=1))
+        list(numbers(20, broken, epochs=1, fail_on_bad_record=True, processes=1))
 
 
 @pytest.mark.parametrize("workers, prefetch", [(0, 0), (0, 2), (3, 2)])

@@ -192,7 +192,7 @@ def test_a_conversation_is_no_pair(processor):
     *_, (_, info) = loader(processor, [record(0), alone], reading=Pairs())
     assert info.skipped == {"no pair": 1} and info.conversations == 2
     with pytest.raises(BadRecord, match='r1: no pair .*needs a "chosen" and a "rejected"'):
-        list(loader(processor, [alone], reading=Pairs(), strict=True))
+        list(loader(processor, [alone], reading=Pairs(), fail_on_bad_record=True))
 
 
 def test_references_come_with_their_records_and_are_refused_with_others(processor):

@@ -175,7 +175,7 @@ def test_special_tokens_in_text_are_not_images(processor):
         (asking({"type": "audio", "audio": 1}), "content item"),
         (asking({"type": "image"}), "content item"),
         (asking({"type": "image", "image": b"no image"}), "not a readable image"),
-        (asking({"type": "video", "video": []}), "clip"),
+        (asking({"type": "video", "video": []}), "video"),
         (asking(image(1, 300)), "aspect ratio"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_truncated_jpeg_that_is_tolerated_is_noted(processor):
 def test_a_video_whose_broken_frames_are_replaced_is_noted(processor, monkeypatch):
     whole, opened = asking(video(4, 64, 64, fps=2.0)), videos.open_video
     assert processor(whole).notes == ()
-    monkeypatch.setattr(videos, "open_clip", lambda *said: dataclasses.replace(opened(*said), broken={1}))
+    monkeypatch.setattr(videos, "open_video", lambda *said: dataclasses.replace(opened(*said), broken={1}))
     assert processor(whole).notes == (BROKEN_FRAMES,)
 
 

@@ -164,7 +164,7 @@ def test_recall():
     "change, message",
     [
         ({"data": {"tokens": 40}}, "config.data.tokens=40 must be a multiple of the 16 tokens of a text"),
-        ({"data": {"patch_rows": 0}}, "rows=0 of patches=256 have no room for an image"),
+        ({"data": {"patch_rows": 0}}, "patch_rows=0 of patches_per_row=256 have no room for an image"),
         (
             {"model": {"encoder": {"pixel_mean": (0.1, 0.2, 0.3)}}, "processor": ""},
             "config.processor must name a folder",

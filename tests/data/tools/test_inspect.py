@@ -26,7 +26,7 @@ from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
 from mllm_jax.train.runs.config import Run, Stage, run_config
 
 model = runpy.run_path({SCENES!r})["model"]
-shape = dict(batch=2, tokens=256, rows=2, patches=64, min_pixels=256, window=0.01)
+shape = dict(batch=2, tokens=256, patch_rows=2, patches_per_row=64, min_pixels=256, window=0.01)
 
 def get_config():
     sets = dict(first=Part(path="set-0.jsonl"), second=Part(path="set-1.jsonl", weight=3.0))

@@ -44,7 +44,7 @@ def test_a_video_equals_transformers(name, reference, tmp_path):
         text = text.replace(ours, theirs)
     (folder / "tokenizer_config.json").write_text(text)
     video = video_reference.BEFORE.get(name[:4], "<video>\n")
-    written = video_reference.PROMPT.replace("{clip}", video).replace("look:", "{{ m.content[0].text }}")
+    written = video_reference.PROMPT.replace("{video}", video).replace("look:", "{{ m.content[0].text }}")
     written = "{% for m in messages %}" + written.replace("moves?", "{{ m.content[2].text }}") + "{% endfor %}"
     processor = Processor(Tokenizer.from_folder(folder), ChatTemplate(written), SPECS[name])
     item = {"type": "video", "video": video_reference.frames(), "fps": video_reference.RATE}

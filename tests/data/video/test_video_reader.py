@@ -81,7 +81,7 @@ def damaged(path, numbers):
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
+    folder = tmp_path_factory.mktemp("videos")
     for name, (codec, times, tick, rate, _, options) in KINDS.items():
         container = {"movflags": "frag_keyframe+empty_moov"} if name.startswith("fragments") else {}
         write(folder / name, codec, times, tick, rate, options, container=container)

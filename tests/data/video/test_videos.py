@@ -88,7 +88,7 @@ def test_times_equal_transformers():
 
 
 @pytest.mark.parametrize(
-    "clip, expected",
+    "video, expected",
     [
         ((8, 480, 640), (480, 640)),
         ((64, 720, 1280), (448, 832)),
@@ -107,7 +107,7 @@ def test_video_of_one_frame_counts_as_a_temporal_patch():
 
 
 def test_file(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", frames=11)
+    path = write_video(tmp_path / "video.mp4", frames=11)
     video = videos.open_video(path, fps=2)
     assert (video.frames, video.fps, video.height, video.width) == (11, 10.0, 48, 64)
     blocks = list(videos.read_video(video, [0, 5, 10], size=(32, 64), temporal_patch=2))
@@ -117,7 +117,7 @@ def test_file(tmp_path):
 
 
 def test_file_that_states_no_number_of_frames(tmp_path):
-    path = write_video(tmp_path / "clip.mkv", frames=7)
+    path = write_video(tmp_path / "video.mkv", frames=7)
     video = videos.open_video(path, fps=2)
     assert video.frames == 7
     assert len(list(video.read(range(7)))) == 7
@@ -125,7 +125,7 @@ def test_file_that_states_no_number_of_frames(tmp_path):
 
 def test_file_that_ends_early(tmp_path):
     """A frame that is missing at the end is the one before it; more than that is no video."""
-    path, options = tmp_path / "clip.mp4", {"movflags": "faststart"}
+    path, options = tmp_path / "video.mp4", {"movflags": "faststart"}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 1
@@ -142,12 +142,12 @@ def test_file_that_ends_early(tmp_path):
     np.testing.assert_allclose(levels, [10, 40], atol=4)
     assert video.broken == {4}
     path.write_bytes(whole[: starts[3]])
-    with pytest.raises(ValueError, match="clip.mp4.*ends before frame 4"):
+    with pytest.raises(ValueError, match="video.mp4.*ends before frame 4"):
         list(videos.open_video(path, fps=2).read([0, 3, 4]))
 
 
 def test_damaged_files_are_named(tmp_path):
-    whole = write_video(tmp_path / "clip.mp4", frames=30).read_bytes()
+    whole = write_video(tmp_path / "video.mp4", frames=30).read_bytes()
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     for name, content in {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"no video"}.items():
         path = tmp_path / f"{name}.mp4"
@@ -159,7 +159,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "clip.mp4", frames=2)
+    path = write_video(tmp_path / "video.mp4", frames=2)
     real = builtins.__import__
 
     def without(name, *rest):
@@ -180,7 +180,7 @@ def test_videos_in_memory():
         assert (video.frames, video.fps, video.height, video.width) == (3, 4.0, 20, 30)
         np.testing.assert_array_equal(np.stack([np.asarray(frame) for frame in video.read([0, 2])]), array[[0, 2]])
     for bad in ([], 3, None, np.zeros((0, 4, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match="clip"):
+        with pytest.raises(ValueError, match="video"):
             videos.open_video(bad, fps=2)
     with pytest.raises(ValueError, match="fps"):
         videos.open_video(array, fps=0)
@@ -350,7 +350,7 @@ def test_motion_of_short_and_still_videos():
 @pytest.mark.parametrize("suffix, codec, options", [("mp4", "h264", {"bf": "2", "g": "30"}), ("mkv", "mpeg4", {})])
 def test_seeking_finds_the_frames_that_counting_finds(tmp_path, suffix, codec, options):
     """With frames that are stored in another order than they are shown, at a rate that is no whole number."""
-    path = tmp_path / f"clip.{suffix}"
+    path = tmp_path / f"video.{suffix}"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fractions.Fraction(30000, 1001), options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -369,7 +369,7 @@ def test_seeking_finds_the_frames_that_counting_finds(tmp_path, suffix, codec, o
 
 def test_a_rate_that_varies_is_read_by_time(tmp_path):
     """Ten frames in the first second, then one that stands for nine."""
-    path = tmp_path / "clip.mp4"
+    path = tmp_path / "video.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"

@@ -1,4 +1,4 @@
-"""InternVL reads a clip as frames, each an image of one tile after its number: text and arrays as transformers has."""
+"""InternVL reads a video as frames, each an image of one tile after its number: text and arrays as transformers has."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ TEMPLATE = (
 
 
 def write_processor(folder, video="<video>"):
-    """A tokenizer with InternVL's tokens, of which that of clips may have another name; the ids of all."""
+    """A tokenizer with InternVL's tokens, of which that of videos may have another name; the ids of all."""
     tiny_chat.write_tokenizer(folder)
     text = (folder / "tokenizer_config.json").read_text()
     for ours, own in (NAMES | {"<|video_pad|>": video}).items():
@@ -90,7 +90,7 @@ def theirs_of(folder):
 
 @pytest.mark.parametrize("before", ["what:", ""])
 def test_text_and_tokens_equal_transformers(vlm, folder, before):
-    """Two clips and an image between them, with text that the label of a frame could grow together with."""
+    """Two videos and an image between them, with text that the label of a frame could grow together with."""
     theirs, videos, still = theirs_of(folder), [[frame(n) for n in range(k)] for k in (3, 2)], frame(9, 16, 40)
     messages = asked(*([before] if before else []), videos[0], still, "and:", videos[1], "moves?")
     arrays = {"pixel_values_videos": [np.zeros((len(clip), 3, 16, 16)) for clip in videos]}
@@ -123,19 +123,19 @@ def test_frames_are_images_of_one_tile(vlm):
 
 
 def test_which_frames():
-    """Eight to thirty-two, one a second; those in the middle of as many equal parts; others where a clip asks."""
+    """Eight to thirty-two, one a second; those in the middle of as many equal parts; others where a video asks."""
     config = config_of("internvl", 150)
     spec = spec_for(config)
     assert (spec.fps, spec.min_frames, spec.max_frames) == (1.0, 8, 32)
-    clip = Video(300, 30.0, 24, 40, "clip", lambda indices: iter(()))
+    clip = Video(300, 30.0, 24, 40, "video", lambda indices: iter(()))
     assert TimestampedFrames.sampled(clip, 1.0, spec).indices == [15, 45, 75, 105, 135, 165, 195, 225, 255, 285]
     assert TimestampedFrames.sampled(clip, 1.0, spec.asked({"nframes": 4})).indices == [37, 112, 187, 262]
-    short = Video(3, 30.0, 24, 40, "clip", lambda indices: iter(()))
+    short = Video(3, 30.0, 24, 40, "video", lambda indices: iter(()))
     assert TimestampedFrames.sampled(short, 1.0, spec).indices == [0, 1, 2]
 
 
 def test_generate_and_budget(vlm):
-    """Conversations with clips are answered and packed; frames are not made smaller, so that too many are refused."""
+    """Conversations with videos are answered and packed; frames are not made smaller, so that too many are refused."""
     clip = [frame(n) for n in range(4)]
     answers = mllm_jax.generate(vlm, [asked(clip, "moves?"), asked("what", frame(7)), asked("hi")], max_new_tokens=3)
     assert len(answers) == 3
@@ -164,7 +164,7 @@ def test_a_tokenizer_without_the_token_reads_images_alone(tmp_path):
     ids = write_processor(tmp_path, video="<quad>")
     processor = Processor.from_folder(tmp_path, spec_for(config_of("internvl", ids["<IMG_CONTEXT>"])))
     assert len(processor(asked(frame(1), "what?")).images) > 0
-    with pytest.raises(ValueError, match="reads no clips; its tokenizer has no token '<video>'"):
+    with pytest.raises(ValueError, match="reads no videos; its tokenizer has no token '<video>'"):
         processor(asked([frame(1)], "what?"))
 
 

@@ -173,7 +173,7 @@ def test_only_runs_that_need_values_have_them_and_adapters_leave_them_trained():
         ),
         (
             {"algorithm.num_mini_batches": 5},
-            "minibatches=5 times config.train.grad_accum_steps=1 must divide config.data.batch=64",
+            "num_mini_batches=5 times config.train.grad_accum_steps=1 must divide config.data.batch=64",
         ),
         ({"algorithm.reference": "base"}, "the model without its adapters, which needs config.lora.rank"),
     ],

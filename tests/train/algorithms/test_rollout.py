@@ -23,7 +23,7 @@ from mllm_jax.train.step.context import TrainContext, state_from_params
 from mllm_jax.train.step.optimizer import OptimConfig
 from mllm_jax.types import Example
 
-SEEING = replace(tiny_config(), value=True)
+SEEING = replace(tiny_config(), value_head=True)
 DECODER = replace(SEEING.decoder, layers=1, width=32, mlp=32, attention=replace(SEEING.decoder.attention, heads=2))
 CONFIG = ModelConfig(None, decoder=DECODER, value_head=True)  # of text alone: most of a test is compilation
 COUNT, ROWS, EMPTY = 6, 8, 2

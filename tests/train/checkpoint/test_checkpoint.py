@@ -23,7 +23,7 @@ RUN = read_run(CONFIG)
 CHANGES = {"optim.name": "adafactor", "processor": "elsewhere", "model.decoder.mlp": 64} | {
     f"data.{name}": value
     for name, value in dict(
-        seed=5, batch=16, tokens=128, rows=2, patches=64, window=2.0, streams=4, blind=True, min_pixels=64,
+        seed=5, batch=16, tokens=128, patch_rows=2, patches_per_row=64, window=2.0, streams=4, text_only=True, min_pixels=64,
         max_pixels=4096, cell=32, min_cells=4, max_cells=6,
     ).items()
 } | {"data.kinds.colour": 0.5}  # fmt: skip
@@ -52,7 +52,7 @@ def state():
 
 @pytest.fixture
 def saved(state, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
     for step in (5, 6, 7):
         checkpoints.save(step, state, CONFIG, position(step), NOTES)
     checkpoints.close()

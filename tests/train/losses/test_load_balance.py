@@ -112,11 +112,11 @@ def rows():
     return batch_of(examples, BUDGET)
 
 
-def take_step(params, rows, mesh=None, accumulate=1, balance=BALANCE, config=CONFIG):
+def take_step(params, rows, mesh=None, grad_accum_steps=1, balance=BALANCE, config=CONFIG):
     """(gradients before clipping, metrics, parameters after the step)."""
     mesh = make_mesh(mesh, jax.devices()[: 8 if mesh else 1])
     optim = OptimConfig(b1=0.0, max_grad_norm=0.0, learning_rate=1e-3)
-    context = TrainContext(config, optim, mesh, accumulate=accumulate, balance=balance)
+    context = TrainContext(config, optim, mesh, grad_accum_steps=grad_accum_steps, balance=balance)
     state = state_from_params(context, params)
     step = make_train_step(context, CrossEntropy(config))
     state, metrics = step(state, rows)
