@@ -3,7 +3,7 @@
     python -m mllm_jax.train --config configs/ablate_freeze.py --workdir /tmp/freeze
     python -m mllm_jax.train --config configs/ablate_freeze.py:1 --workdir /tmp/freeze-1       another seed
 
-A model is trained from random weights to name colours and shapes. From there three branches learn all kinds of
+A model is trained from random weights to name colors and shapes. From there three branches learn all kinds of
 questions in two halves of one schedule each: `frozen` keeps the encoder as it is, `late` tunes it in the second half,
 `throughout` in both. The command ends with a table of all stages, and with a page that draws the branches, report.html
 in the folder.
@@ -46,7 +46,7 @@ def get_config(arg: str = "0"):
     )
     frozen = replace(tuned, freeze=("encoder",))
     stages = {
-        "pretrain": Stage(data=replace(data, kinds={"colour": 1.0, "shape": 1.0})),
+        "pretrain": Stage(data=replace(data, kinds={"color": 1.0, "shape": 1.0})),
         "frozen_first": Stage(after="pretrain", optim=frozen),
         "frozen": Stage(after="frozen_first", optim=frozen),
         "late": Stage(after="frozen_first"),

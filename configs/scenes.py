@@ -46,7 +46,7 @@ def model(experts: bool = False) -> ModelConfig:
                 heads=HEADS,
                 kv_heads=HEADS // 2,
                 head_dim=HEAD_DIM,
-                rope_theta=10_000.0,  # slow slots let "any red?" match colours at any distance
+                rope_theta=10_000.0,  # slow slots let "any red?" match colors at any distance
                 rope_sections=(4, 4, 4),
             ),
             mlp=3 * WIDTH,

@@ -34,7 +34,7 @@ from mllm_jax.data.synthetic.scenes import chance
 from mllm_jax.evaluate.report import Answer, Kind, Run, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
-BARS = {"colour": 0.9, "shape": 0.9, "count": 0.9, "movement": 0.9, "place": 0.85, "presence": 0.85}
+BARS = {"color": 0.9, "shape": 0.9, "count": 0.9, "movement": 0.9, "place": 0.85, "presence": 0.85}
 MARKER = ".mllm_jax-demo"  # a folder with this file may be deleted by the next demo
 TOGETHER = 50  # questions that are answered at once
 LONGEST = 8  # tokens of an answer

@@ -102,7 +102,7 @@ def pod(options: argparse.Namespace) -> dict:
             nodeSelector=(tpu_nodes(options.tpu) if options.tpu else gpu_nodes(options.gpu))
             | ({SPOT: "true"} if options.spot else {}),
             tolerations=[spot] if options.spot else [],
-            hostNetwork=spread or None,  # slices talk over the network of the data centre, at its full speed
+            hostNetwork=spread or None,  # slices talk over the network of the data center, at its full speed
             dnsPolicy="ClusterFirstWithHostNet" if spread else None,
             securityContext={"runAsUser": user, "fsGroup": user},
             containers=[container(options)],

@@ -20,7 +20,7 @@ Array = Any  # numpy.ndarray on the host, jax.Array inside jit
 class ImagePatches(NamedTuple):
     """One still image, or one temporal patch (a few consecutive frames) of a video: never cut, attended as a whole."""
 
-    patches: Array  # u8[p C] raw pixels or f32[p C] normalised; merge-block-major, values in (c, t, y, x) order
+    patches: Array  # u8[p C] raw pixels or f32[p C] normalized; merge-block-major, values in (c, t, y, x) order
     grid: tuple[int, int]  # (h, w) in patches; p = h * w, and before them `num_prefix_tokens` empty ones
     time: int = 0  # index of the temporal patch within its video
     shows_prefix_tokens: bool = False  # whether the tokens in those places are visual tokens too, the first ones

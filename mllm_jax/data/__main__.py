@@ -46,7 +46,7 @@ INSPECT = """What the batches of a run hold: counts, lengths, fill, and what is 
     python -m mllm_jax.data inspect --config configs/recipes/llava_1_5.py --stage=align --html=align.html
 
 Records are read, packed and counted as a run would, in its order. The page of --html shows histograms, conversations
-as the model reads them, with their images and with what the loss counts, and packed rows as coloured bars.
+as the model reads them, with their images and with what the loss counts, and packed rows as colored bars.
 """
 
 

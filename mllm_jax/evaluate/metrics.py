@@ -8,14 +8,14 @@ from mllm_jax.evaluate.report import Answer
 from mllm_jax.train.evaluators.base import shares
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, single blanks, no full stop at the end."""
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()
 
 
 def exact_match(prediction: str, answer: str) -> bool:
     """Whether both are the same text, but for case, blanks and a final full stop."""
-    return normalise(prediction) == normalise(answer)
+    return normalize(prediction) == normalize(answer)
 
 
 def scores(answers: Sequence[Answer]) -> dict[str, float]:

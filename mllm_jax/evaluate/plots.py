@@ -37,7 +37,7 @@ def images(cards: Iterable[tuple[Any, str]], height: int = 120) -> str:
 
 
 def overlay(image: Image.Image, share: Any, side: int = 320) -> Image.Image:
-    """The image under a veil that is the redder, the larger a share is, and grey where it is least.
+    """The image under a veil that is the redder, the larger a share is, and gray where it is least.
 
     Args:
       image: as it was shown to the model; it is enlarged, where its longer side is below `side` pixels.
@@ -49,8 +49,8 @@ def overlay(image: Image.Image, share: Any, side: int = 320) -> Image.Image:
     share = np.asarray(share, np.float32)
     most = (share - share.min()) / max(float(np.ptp(share)), 1e-9)
     strength = np.asarray(Image.fromarray(most).resize(size, Image.NEAREST))[..., None]
-    grey = plain.mean(axis=-1, keepdims=True) * 0.5 + 100
-    veiled = strength * (0.45 * plain + 0.55 * np.array(WARM)) + (1 - strength) * (0.35 * plain + 0.65 * grey)
+    gray = plain.mean(axis=-1, keepdims=True) * 0.5 + 100
+    veiled = strength * (0.45 * plain + 0.55 * np.array(WARM)) + (1 - strength) * (0.35 * plain + 0.65 * gray)
     return Image.fromarray(veiled.clip(0, 255).astype(np.uint8))
 
 

@@ -55,7 +55,7 @@ class Line(NamedTuple):
 
     name: str
     points: Sequence[tuple[float, float]]
-    tone: int = 0  # which of the page's colours
+    tone: int = 0  # which of the page's colors
     end: str = ""  # label at its end
 
 

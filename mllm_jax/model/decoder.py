@@ -155,7 +155,7 @@ class Decoder(nn.Module):
             self.head = Einsum("...D,VD->...V", (config.vocab, config.width), ("vocab", "embed"), runtime.dtype)
 
     def embed(self, tokens):
-        """i32[B T] -> [B T D]. The table is gathered first: a lookup in a sharded one makes XLA rematerialise it."""
+        """i32[B T] -> [B T D]. The table is gathered first: a lookup in a sharded one makes XLA rematerialize it."""
         x = self._look_up(self.table, tokens)
         return x if self.config.embed_scale == 1 else x * jnp.asarray(self.config.embed_scale, x.dtype)
 

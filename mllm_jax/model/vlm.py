@@ -42,7 +42,7 @@ class InputRules(Config):
 
     pinpoints: (height, width) in pixels of what images are laid on and cut into tiles (AnyRes), see
       data/vision/tiles.py.
-    square: images are put in the middle of a square of the encoder's mean colour.
+    square: images are put in the middle of a square of the encoder's mean color.
     tiles: the fewest and the most tiles of an image; () = the processor's files say them.
     most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and videos are pooled; 0 =
       visual tokens stand as they are.

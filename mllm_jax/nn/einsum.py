@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from mllm_jax.nn.lora import DOWN, KEEP, SCALE, UP
 from mllm_jax.nn.precision import precision_of
-from mllm_jax.nn.quantization import SCALE as QUANTISED
-from mllm_jax.nn.quantization import dequantise
+from mllm_jax.nn.quantization import SCALE as QUANTIZED
+from mllm_jax.nn.quantization import dequantize
 from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import Array
 
@@ -20,7 +20,7 @@ class Einsum(nn.Module):
 
     The equation has capital letters of the legend and one ellipsis on the activation, e.g. "...D,DNH->...NH".
     Letters of the weight that reach the output are its output axes; the bias has exactly those.
-    Initialised normal with variance 1 / fan-in. Where an adapter lies beside `w`, its product is added (nn/lora.py);
+    Initialized normal with variance 1 / fan-in. Where an adapter lies beside `w`, its product is added (nn/lora.py);
     `w` may be there in few bits (nn/quantization.py).
     """
 
@@ -44,10 +44,10 @@ class Einsum(nn.Module):
             """jnp.einsum would contract several axes in reverse order, for which XLA copies the weight."""
             return jax.lax.dot_general(x, w.astype(self.dtype), (axes, ((), ())), precision=precision_of(self.dtype))
 
-        if self.has_variable("params", QUANTISED):
+        if self.has_variable("params", QUANTIZED):
             # Made again in the backward pass, which else would keep a whole weight for every layer.
             leaves = {name: leaf for name, leaf in self.variables["params"].items() if name.startswith("w_")}
-            y = jax.checkpoint(lambda x, leaves: product(x, dequantise(leaves, matrix[0])))(
+            y = jax.checkpoint(lambda x, leaves: product(x, dequantize(leaves, matrix[0])))(
                 x.astype(self.dtype), leaves
             )
         else:

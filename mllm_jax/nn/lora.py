@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Pattern, Positive, Range, check
 from mllm_jax.common.trees import check_patterns, first_found, flatten, partition, unflatten
-from mllm_jax.nn.quantization import KINDS, dequantise, kept
+from mllm_jax.nn.quantization import KINDS, dequantize, kept
 from mllm_jax.sharding.weights import Partitioned
 
 DOWN, UP, SCALE, KEEP = LEAVES = ("lora_down", "lora_up", "lora_scale", "lora_keep")
@@ -193,7 +193,7 @@ def with_weights(params: Mapping, boxed: Any) -> dict:
     for path, box in flatten(boxed).items():
         if path not in flat:
             few = [name for name in flat if name.startswith(f"{path}_")]
-            found[path] = dequantise({name.rpartition("/")[2]: flat.pop(name) for name in few}, box.matrix[0])
+            found[path] = dequantize({name.rpartition("/")[2]: flat.pop(name) for name in few}, box.matrix[0])
     return unflatten(flat | found)
 
 

@@ -1,4 +1,4 @@
-"""Normalisation, always computed in fp32 and returned in the dtype of the input."""
+"""Normalization, always computed in fp32 and returned in the dtype of the input."""
 
 from functools import partial
 

@@ -1,8 +1,8 @@
 """Weights kept in eight or four bits, for frozen bases of adapters (QLoRA, arXiv 2305.14314).
 
 The tree of parameters decides: an `Einsum` takes its weight from `w`, or from `w_int8`, `w_int4` or `w_nf4` with
-`w_scale`. Eight bits: an integer in -127..127, a scale for every output. Four bits: two neighbours along the last input
-axis in a byte, the first in the low half, a scale for every group of neighbours along it: of integers in -7..7, or of
+`w_scale`. Eight bits: an integer in -127..127, a scale for every output. Four bits: two neighbors along the last input
+axis in a byte, the first in the low half, a scale for every group of neighbors along it: of integers in -7..7, or of
 the quantiles of a normal distribution. Scales are absolute maxima, divided by the largest integer.
 """
 
@@ -29,7 +29,7 @@ WHOLE = re.compile(r"^decoder/head/w$|/(router|experts_\w+)/w$")
 STACKED = ("layers", "deepstack_layers")
 
 
-def quantise(w: Array, kind: str, inputs: tuple[int, ...], group: int) -> dict[str, Array]:
+def quantize(w: Array, kind: str, inputs: tuple[int, ...], group: int) -> dict[str, Array]:
     """The leaves that stand for a weight.
 
     Args:
@@ -54,8 +54,8 @@ def quantise(w: Array, kind: str, inputs: tuple[int, ...], group: int) -> dict[s
     return {f"w_{kind}": low | high << 4, SCALE: jnp.squeeze(scale, axis)}
 
 
-def dequantise(leaves: Mapping[str, Array], inputs: tuple[int, ...]) -> Array:
-    """The weight f32 that the leaves of `quantise` stand for."""
+def dequantize(leaves: Mapping[str, Array], inputs: tuple[int, ...]) -> Array:
+    """The weight f32 that the leaves of `quantize` stand for."""
     scale = leaves[SCALE]
     if "w_int8" in leaves:
         return leaves["w_int8"] * jnp.expand_dims(scale, inputs)
@@ -87,7 +87,7 @@ def kept(path: str, box: Partitioned, kind: str, group: int) -> dict[str, Partit
     scales = [None if axis - ndim == inputs[-1] else name for axis, name in enumerate(names)]
     if kind == "int8":
         scales = [name for axis, name in enumerate(names) if axis - ndim not in inputs]
-    leaves = quantise(box.value, kind, inputs, group)
+    leaves = quantize(box.value, kind, inputs, group)
     return {name: Partitioned(leaf, tuple(scales if name == SCALE else names)) for name, leaf in leaves.items()}
 
 

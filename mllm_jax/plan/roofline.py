@@ -1,7 +1,7 @@
 """How long a planned step takes at best: a roofline of compute, memory and communication. Nothing here is measured.
 
 Bandwidths of collectives are those of the "How to Scale Your Model" book (jax-ml.github.io/scaling-book): rings along
-the dimensions of a torus, a switch within a node of GPUs, and the data-centre network between slices or nodes.
+the dimensions of a torus, a switch within a node of GPUs, and the data-center network between slices or nodes.
 """
 
 import math

@@ -14,9 +14,9 @@ RESERVED = ("stage",)
 def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     """A mesh with all MESH_AXES; absent ones have size 1 and one size may be -1 (what is left).
 
-    Without a shape every device is on `fsdp`. Neighbours on a later axis are nearer to each other: on a TPU the axes
+    Without a shape every device is on `fsdp`. Neighbors on a later axis are nearer to each other: on a TPU the axes
     are laid along the torus, one of its axes split over several where sizes ask for it. Between slices (TPU pods, or
-    hosts of GPUs, that are joined by the slower data-centre network) lies as much of `data` as possible, then of
+    hosts of GPUs, that are joined by the slower data-center network) lies as much of `data` as possible, then of
     `fsdp`, `expert` and `context`; never `tensor`.
 
     Args:

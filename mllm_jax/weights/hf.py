@@ -32,7 +32,7 @@ _WORTH_A_BAR = 300_000_000  # parameters
 
 
 def local_folder(source: str | os.PathLike) -> Path:
-    """The folder itself, or a local copy of the hub's model `source` ("organisation/name"): its weights and texts only.
+    """The folder itself, or a local copy of the hub's model `source` ("organization/name"): its weights and texts only.
 
     Raises:
       FileNotFoundError: there is no such folder, and the hub could not give it.

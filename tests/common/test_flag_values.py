@@ -50,7 +50,7 @@ def test_times_of_slurm(text):
     ("override", "said"),
     [
         ("mesh=fsdp", "needs names with values, as in {'name': 1}, not 'fsdp'"),
-        ("data.kinds={'colour': 1.0", "needs names with values, as in {'name': 1}, not \"{'colour': 1.0\""),
+        ("data.kinds={'color': 1.0", "needs names with values, as in {'name': 1}, not \"{'color': 1.0\""),
         ("optim.freeze=(1,", "needs a list, as in ('first', 'second'), not (1,"),
         ("data.text_only=maybe", "needs true or false, not 'maybe'"),
         ("optim.steps=1e3", "needs a whole number, not '1e3'"),

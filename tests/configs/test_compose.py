@@ -64,7 +64,7 @@ def check_step(*names):
     assert step(jax.tree.map(lambda leaf, change: leaf - scale * change, params, found))[0] < loss
 
 
-def test_pairs_are_all_pairs_of_neighbours():
+def test_pairs_are_all_pairs_of_neighbors():
     for first, second in ((ENCODERS, CONNECTORS), (CONNECTORS, DECODERS)):
         pairs = {pair[:2] if first is ENCODERS else pair[1:3] for pair in PAIRS}
         assert pairs == set(itertools.product(first, second))
@@ -73,7 +73,7 @@ def test_pairs_are_all_pairs_of_neighbours():
 
 
 @pytest.mark.parametrize("names", PAIRS, ids=",".join)
-def test_neighbours_fit(names):
+def test_neighbors_fit(names):
     """Shapes only, which is where parts that do not fit fail."""
     model = small(*names)
     batch = batch_of(model, count=1)
@@ -88,7 +88,7 @@ def test_a_step_lowers_the_loss_and_reaches_every_weight(names):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", PAIRS, ids=",".join)
-def test_a_step_of_all_neighbours(names):
+def test_a_step_of_all_neighbors(names):
     check_step(*names)
 
 

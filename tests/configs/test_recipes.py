@@ -109,10 +109,10 @@ def test_a_small_recipe_reads_the_files_that_its_command_names(name, own):
 def test_a_small_recipe_has_embedded_questions_where_no_file_is_named(own):
     run = read_run(stage_config(recipe("llava_1_5").get_config("tiny"), "align"))
     train, heldout = run.data.source("train"), run.data.source("heldout")
-    assert {train[0]["kind"], heldout[0]["kind"]} == {"colour"} and train[0] != heldout[0]
-    with pytest.raises(ConfigError, match="scenes:color: there is no 'color'; did you mean 'colour'?"):
-        replace(run.data, path="scenes:color").source()
-    with pytest.raises(ConfigError, match="scenes:colour has no fields to choose by"):
+    assert {train[0]["kind"], heldout[0]["kind"]} == {"color"} and train[0] != heldout[0]
+    with pytest.raises(ConfigError, match="scenes:colour: there is no 'colour'; did you mean 'color'?"):
+        replace(run.data, path="scenes:colour").source()
+    with pytest.raises(ConfigError, match="scenes:color has no fields to choose by"):
         replace(run.data, where={"split": "train"}).source()
     assert replace(run.data, path=str(own / "own.jsonl")).source("heldout") is None
 

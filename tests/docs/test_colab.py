@@ -29,7 +29,7 @@ TINY = {
     "model.decoder.layers": 1,
     "train.num_eval_examples": 4,
 }
-KINDS = ["What colour? ", "What shape? ", "Where? ", "How many? ", "Any ", "Which way? "]
+KINDS = ["What color? ", "What shape? ", "Where? ", "How many? ", "Any ", "Which way? "]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

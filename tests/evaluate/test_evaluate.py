@@ -17,6 +17,6 @@ def test_other_answers_are_wrong(said):
 
 
 def test_scores_are_shares_by_kind():
-    answers = [Answer("colour", "?", "red", "Red."), Answer("colour", "?", "red", "blue"), Answer("", "?", "2", "2")]
-    assert scores(answers) == {"all": 2 / 3, "colour": 0.5, "other": 1.0}
+    answers = [Answer("color", "?", "red", "Red."), Answer("color", "?", "red", "blue"), Answer("", "?", "2", "2")]
+    assert scores(answers) == {"all": 2 / 3, "color": 0.5, "other": 1.0}
     assert scores([]) == {"all": 0.0}

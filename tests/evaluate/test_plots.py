@@ -9,7 +9,7 @@ from mllm_jax.evaluate.plots import curves, images, overlay, table
 
 
 def test_overlay_is_reddest_where_most_is_attended_to():
-    """A grid of 2 x 3 over a grey image, which is enlarged."""
+    """A grid of 2 x 3 over a gray image, which is enlarged."""
     share = np.array([[0.0, 0.1, 0.2], [0.5, 0.05, 0.0]])
     seen = np.asarray(overlay(Image.new("RGB", (48, 32), (128, 128, 128)), share, side=96), int)
     assert seen.shape == (64, 96, 3)

@@ -25,8 +25,8 @@ def a_run(name="with images", steps=50, **fields):
         {"step": 10 * i, "mean_loss": 5 / i, "tokens_per_second": 9e3, "fill_tokens": 0.98, "fill_patches": 0.9}
         for i in range(1, steps + 1)
     ]
-    records.append({"step": 10 * steps, "heldout": {"exact_match": {"colour": 0.9, "count": 0.5}}})
-    return Run(name, records, {"colour": 0.95, "count": 0.5}, **fields)
+    records.append({"step": 10 * steps, "heldout": {"exact_match": {"color": 0.9, "count": 0.5}}})
+    return Run(name, records, {"color": 0.95, "count": 0.5}, **fields)
 
 
 def test_all_sections(tmp_path):
@@ -36,11 +36,11 @@ def test_all_sections(tmp_path):
         tmp_path,
         a_run(marks=[(250, "killed here")]),
         a_run("text-only"),
-        kinds=[Kind("colour", 40, 1 / 6, 0.9), Kind("count", 40, 0.2, 0.9)],
+        kinds=[Kind("color", 40, 1 / 6, 0.9), Kind("count", 40, 0.2, 0.9)],
         answers=[
-            Answer("colour", "What colour?", "red", "red", Image.new("RGBA", (5, 9))),
+            Answer("color", "What color?", "red", "red", Image.new("RGBA", (5, 9))),
             Answer("movement", "Which way?", "up", "down", video),
-            Answer("colour", "And without?", "red", "", None),
+            Answer("color", "And without?", "red", "", None),
         ],
         parts={"encoder": 3_000, "decoder": 9_000},
         facts={"Steps": "500"},
@@ -71,27 +71,27 @@ def test_all_sections(tmp_path):
     [
         Run("nothing"),
         Run("one point", [{"step": 1, "mean_loss": 3.0}]),
-        Run("step zero", [{"step": 0, "mean_loss": 3.0, "heldout": {"exact_match": {"colour": 0.0}}}], {"colour": 0.0}),
+        Run("step zero", [{"step": 0, "mean_loss": 3.0, "heldout": {"exact_match": {"color": 0.0}}}], {"color": 0.0}),
         Run("flat", [{"step": i, "mean_loss": 1.0, "fill_tokens": 1.0} for i in range(3)]),
         Run(
             "broken",
             [{"step": i, "mean_loss": v} for i, v in enumerate([math.nan, 1.0, math.inf, 0.0, -1.0, None, "x", 2.0])],
         ),
         Run("all broken", [{"step": 1, "mean_loss": math.nan}, {"step": 2, "heldout": None}]),
-        Run("other kinds", [{"step": 1, "heldout": {"exact_match": {"colour": 0.5}}}], {"shape": math.nan}),
+        Run("other kinds", [{"step": 1, "heldout": {"exact_match": {"color": 0.5}}}], {"shape": math.nan}),
         Run("long", [{"step": i, "mean_loss": 1 / (i + 1)} for i in range(5000)]),
     ],
     ids=lambda run: run.name,
 )
 def test_odd_runs(tmp_path, run):
-    page = render(tmp_path, run, answers=[], parts={}, kinds=[Kind("colour", 0, None, 0.9), Kind("shape")])
+    page = render(tmp_path, run, answers=[], parts={}, kinds=[Kind("color", 0, None, 0.9), Kind("shape")])
     positions = "".join(value for name, value in page.attributes if name in ("points", "style"))
     assert "nan" not in positions and "inf" not in positions
     assert len(positions) < 20_000
 
 
 def test_who_decides_what_is_right(tmp_path):
-    answers = [Answer("colour", "What colour?", "red", "Red.")]
+    answers = [Answer("color", "What color?", "red", "Red.")]
     assert "✗ Red." in render(tmp_path, Run("strict"), answers=answers).words
     assert "✓ Red." in render(tmp_path, Run("kind"), answers=answers, right=lambda said, truth: True).words
 

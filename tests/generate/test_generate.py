@@ -78,7 +78,7 @@ def test_greedy_tokens_equal_transformers(pair, case):
     np.testing.assert_array_equal(generate_ids(vlm, from_hf_inputs(vlm.config, inputs), NEW), expected)
 
 
-def test_padding_and_neighbours_change_nothing(pair):
+def test_padding_and_neighbors_change_nothing(pair):
     vlm, _ = pair
     left, right = (from_hf_inputs(vlm.config, inputs_of("batch", side)) for side in ("left", "right"))
     ids = generate_ids(vlm, left, NEW)

@@ -26,7 +26,7 @@ def get_config(argument: str = ""):
     config.model.decoder.update(width=32, layers=2, mlp=32)
     config.model.decoder.attention.update(heads=2, kv_heads=2, head_dim=16, rope_sections=(4, 2, 2))
     config.data.update(tokens=64, patch_rows=1, patches_per_row=112, batch=8)
-    config.data.kinds = {"colour": 1.0}
+    config.data.kinds = {"color": 1.0}
     config.optim.update(steps=24, warmup=4, learning_rate=3e-3)
     config.train.update(log_every=4, save_every=4, evaluate_every=8, num_eval_examples=32, max_to_keep=2)
     return config

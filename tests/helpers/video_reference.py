@@ -65,7 +65,7 @@ def main() -> None:
         else:  # [1 t c h w]
             levels = np.moveaxis(pixels[0], 1, -1) * std + mean
         levels = levels * 255
-        assert np.abs(levels - levels.round()).max() < 1e-3, "pixels are whole levels before they are normalised"
+        assert np.abs(levels - levels.round()).max() < 1e-3, "pixels are whole levels before they are normalized"
         found[f"{name}/levels"] = levels.round().astype(np.uint8)
         found[f"{name}/indices"] = np.asarray(out["video_metadata"][0].frames_indices)
         found[f"{name}/ids"] = _ids(transformers, tiny_chat, kind, name, reader, given)

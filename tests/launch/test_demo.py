@@ -51,17 +51,15 @@ def test_training_that_fails_ends_the_demo(tmp_path, capfd):
 
 def test_results_and_gallery():
     said = ["red", "red", "blue", "[/]", "red"]
-    answers = [Answer("colour", "What colour?", "red", text) for text in said] + [
-        Answer("count", "How many?", "2", "2")
-    ]
+    answers = [Answer("color", "What color?", "red", text) for text in said] + [Answer("count", "How many?", "2", "2")]
     kinds = asked_kinds(answers)
-    assert [(kind.name, kind.questions, kind.bar) for kind in kinds] == [("colour", 5, 0.9), ("count", 1, 0.9)]
-    seeing = Trained("with images", Path("a"), answers, {"all": 4 / 6, "colour": 0.6, "count": 1.0})
-    blind = Trained("text only", Path("b"), answers[2:4], {"all": 0.0, "colour": 0.0})
+    assert [(kind.name, kind.questions, kind.bar) for kind in kinds] == [("color", 5, 0.9), ("count", 1, 0.9)]
+    seeing = Trained("with images", Path("a"), answers, {"all": 4 / 6, "color": 0.6, "count": 1.0})
+    blind = Trained("text only", Path("b"), answers[2:4], {"all": 0.0, "color": 0.0})
     with demo.console.capture() as capture:
         demo.console.print(results(kinds, seeing, blind))
-    colour, count = (line for line in capture.get().splitlines() if "co" in line and "%" in line)
-    assert "60 %" in colour and "16.7 %" in colour and "MISSED" in colour
+    color, count = (line for line in capture.get().splitlines() if "co" in line and "%" in line)
+    assert "60 %" in color and "16.7 %" in color and "MISSED" in color
     assert "100 %" in count and "–" in count and "pass" in count
     shown = gallery(answers, each=1, mistakes=1)
     assert [answer.answer for answer in shown] == ["red", "2", "blue"]

@@ -1,4 +1,4 @@
-"""The batch script of `launch.slurm`, under a real Slurm on the loopback: cancelled, requeued, stopped, at its end."""
+"""The batch script of `launch.slurm`, under a real Slurm on the loopback: canceled, requeued, stopped, at its end."""
 
 import re
 import shlex
@@ -57,7 +57,7 @@ def test_the_script_asks_for_a_process_for_each_gpu_and_time_to_save(capsys, tmp
 
 
 @pytest.mark.slow
-def test_cancelled_and_requeued_it_goes_on_to_its_end(tmp_path, monkeypatch, capfd):
+def test_canceled_and_requeued_it_goes_on_to_its_end(tmp_path, monkeypatch, capfd):
     if reason := install():
         pytest.skip(reason)
     monkeypatch.delenv("XLA_FLAGS", raising=False)

@@ -52,7 +52,7 @@ def test_bfloat16_is_close(params):
     assert 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_raw_pixels_equal_normalised_ones(params):
+def test_raw_pixels_equal_normalized_ones(params):
     batch = batch_of((4, 6), (2, 2))
     raw = np.random.default_rng(0).integers(0, 256, batch.vision.patches.shape, np.uint8)
     normal = ((raw / 255 - 0.5) / 0.5).astype(np.float32)

@@ -17,7 +17,7 @@ from mllm_jax.common.trees import join
 from mllm_jax.model.vlm import VLM, abstract_boxed, abstract_params
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.lora import LoraConfig, add_products, keep_arrays, split_adapters, with_weights
-from mllm_jax.nn.quantization import KINDS, NF4, dequantise, group_of, quantise
+from mllm_jax.nn.quantization import KINDS, NF4, dequantize, group_of, quantize
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.sharding.weights import shardings
@@ -41,8 +41,8 @@ def test_errors_stay_within_half_a_step(kind, shape, inputs):
     rng = np.random.default_rng(0)
     w = np.float32(rng.standard_normal(shape) * rng.uniform(0.1, 3, shape[-1]))
     w[..., 0] = 0
-    leaves = quantise(jnp.asarray(w), kind, inputs, 16)
-    found, bits = np.asarray(dequantise(leaves, inputs)), leaves[f"w_{kind}"]
+    leaves = quantize(jnp.asarray(w), kind, inputs, 16)
+    found, bits = np.asarray(dequantize(leaves, inputs)), leaves[f"w_{kind}"]
     assert found.shape == shape and bits.size * bits.dtype.itemsize == w.size // (1 if kind == "int8" else 2)
     axis, size = inputs[-1], shape[inputs[-1]]
     if kind == "int8":
@@ -53,7 +53,7 @@ def test_errors_stay_within_half_a_step(kind, shape, inputs):
         largest = np.repeat(parts.max(axis=axis), group, axis=axis)
     half = {"int8": 1 / 254, "int4": 1 / 14, "nf4": max(np.diff(NF4)) / 2}[kind]
     assert np.all(np.abs(found - w) <= largest * half * (1 + 1e-5))
-    again = quantise(found, kind, inputs, 16)
+    again = quantize(found, kind, inputs, 16)
     np.testing.assert_array_equal(again[f"w_{kind}"], bits)  # what is there already stays
     assert np.all(found[..., 0] == 0)
 
@@ -70,7 +70,7 @@ def test_groups_divide_their_axis():
     assert [group_of(size, 64) for size in (4096, 72, 4304, 48, 2, 14)] == [64, 36, 16, 48, 2, 14]
 
 
-def quantised(base, lora):
+def quantized(base, lora):
     config = replace(BASE, lora=lora)
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     layout = split_adapters(shardings(abstract_boxed(config), mesh, BASE.runtime.rules))[0]
@@ -83,11 +83,11 @@ def test_a_layer_in_few_bits_is_the_layer_of_its_values(kind):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     layer = Einsum("...NH,NHD->...D", (3, 8, 6), (None, None, None), "float32")
-    leaves = quantise(draw(3, 8, 6), kind, (-3, -2), 4)
+    leaves = quantize(draw(3, 8, 6), kind, (-3, -2), 4)
     adapter = {"lora_down": draw(3, 8, 2), "lora_up": draw(2, 6), "lora_scale": jnp.float32(1.5)}
     run = lambda base: lambda adapter, x: layer.apply({"params": base | adapter}, x)
     given = adapter, draw(5, 3, 8)
-    results = [jax.vjp(run(base), *given) for base in (leaves, {"w": dequantise(leaves, (-3, -2))})]
+    results = [jax.vjp(run(base), *given) for base in (leaves, {"w": dequantize(leaves, (-3, -2))})]
     (found, back), (expected, back_of_values) = results
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     close(found, expected)
@@ -97,9 +97,9 @@ def test_a_layer_in_few_bits_is_the_layer_of_its_values(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch):
-    """Loss and gradients are those of a model of the dequantised weights."""
+    """Loss and gradients are those of a model of the dequantized weights."""
     lora = LoraConfig(rank=2, base_dtype=kind, quant_block_size=16)
-    config, few = quantised(base, lora)
+    config, few = quantized(base, lora)
     shapes = split_adapters(abstract_params(config))[0]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), few) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     assert few["encoder"]["layers"]["mlp"]["up"][f"w_{kind}"].dtype == (jnp.int8 if kind == "int8" else jnp.uint8)
@@ -122,7 +122,7 @@ def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_near_scanned_and_unrolled(kind, base, batch):
     """Of the whole weights': the mean error is within a part of the spread of logits that the bits allow."""
-    _, few = quantised(base, LoraConfig(rank=2, base_dtype=kind, quant_block_size=16))
+    _, few = quantized(base, LoraConfig(rank=2, base_dtype=kind, quant_block_size=16))
     run = lambda params, **runtime: jax.jit(VLM(replace(BASE, runtime=Runtime(**runtime))).apply)(
         {"params": params}, batch
     )
@@ -148,7 +148,7 @@ def test_arguments_shrink_by_what_the_bits_leave_out():
 @pytest.mark.slow
 def test_it_learns_on_a_mesh_as_on_one_device(base, batch):
     lora, losses = LoraConfig(rank=4, base_dtype="int4", quant_block_size=16), []
-    _, few = quantised(base, lora)
+    _, few = quantized(base, lora)
     params = join(few, random_adapters(lora))
     for shape in ({"fsdp": 1}, {"fsdp": 4}):
         state, step, put = start(lora, params, shape)
@@ -167,7 +167,7 @@ def test_it_learns_on_a_mesh_as_on_one_device(base, batch):
 @pytest.mark.slow
 def test_merging_gives_whole_weights(base):
     lora = LoraConfig(rank=2, base_dtype="int4", quant_block_size=16)
-    config, few = quantised(base, lora)
+    config, few = quantized(base, lora)
     vlm = mllm_jax.Pretrained(config, config.build(), join(few, random_adapters(lora)))
     merged = mllm_jax.merge_adapters(vlm)
     assert jax.tree.map(np.shape, merged.params) == jax.tree.map(np.shape, base)

@@ -240,7 +240,7 @@ def counted(run, platform, shape):
 
 def test_flops_of_a_dense_model_equal_a_hand_count():
     """A product costs twice its sizes; backward costs it twice more, but for the pixels' gradient. Plain attention on a
-    CPU works on all pairs. What full rematerialisation repeats is a layer without its last product."""
+    CPU works on all pairs. What full rematerialization repeats is a layer without its last product."""
     run, rows = tiny(remat="full"), 8
     encoder, decoder, data = run.model.encoder, run.model.decoder, run.data
     patches, tokens = rows * data.patch_rows * data.patches_per_row, rows * data.tokens

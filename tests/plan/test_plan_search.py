@@ -123,7 +123,7 @@ def test_gathers_use_all_rings_of_their_axes():
 def test_a_part_of_a_dimension_is_a_line_and_strides_share_links():
     chip = CHIPS["v5p"]
     halves = Network(torus((8, 1, 1), ("data", "tensor"), (2, 4)), chip)
-    assert halves.group(("tensor",)).bandwidth == chip.link  # 4 neighbours of 8: no ring
+    assert halves.group(("tensor",)).bandwidth == chip.link  # 4 neighbors of 8: no ring
     assert (
         halves.group(("data",)).bandwidth == 2 * chip.link / 4
     )  # chips 0 and 4, 1 and 5 ...: four pairs share the ring
@@ -378,7 +378,7 @@ def found(search):
     return search.rank()
 
 
-def test_meshes_are_all_factorisations():
+def test_meshes_are_all_factorizations():
     found = [tuple(sizes.values()) for sizes in meshes(12, ("fsdp", "expert", "tensor"))]
     by_hand = [(a, b, c) for a in range(1, 13) for b in range(1, 13) for c in range(1, 13) if a * b * c == 12]
     assert sorted(found) == by_hand

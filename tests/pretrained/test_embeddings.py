@@ -132,13 +132,13 @@ def test_refusals(pair):
 
 
 def test_odd_images(pair):
-    """Of one pixel, grey, for printing, with transparency; one so long that enlarging it would fill the memory."""
+    """Of one pixel, gray, for printing, with transparency; one so long that enlarging it would fill the memory."""
     ours = pair[0]
-    grey = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
-    odd = [Image.new("RGB", (1, 1), "red"), grey, Image.new("CMYK", (20, 30)), Image.new("RGBA", (9, 50))]
+    gray = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
+    odd = [Image.new("RGB", (1, 1), "red"), gray, Image.new("CMYK", (20, 30)), Image.new("RGBA", (9, 50))]
     found = mllm_jax.encode_image(ours, odd)
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found[1], mllm_jax.encode_image(ours, [grey.convert("RGB")])[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], mllm_jax.encode_image(ours, [gray.convert("RGB")])[0], atol=1e-5)
     long = Image.new("RGB", (20000, 3))
     if ours.config.family == "siglip2":
         assert np.isfinite(mllm_jax.encode_image(ours, [long])).all()

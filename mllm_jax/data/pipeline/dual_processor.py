@@ -47,7 +47,7 @@ class DualProcessor(Config):
     missing_rows: Fraction = 0.0
 
     def image_patches(self, source: Any) -> ImagePatches:
-        """A path, bytes, an array or a PIL image, as `images.open_image` takes them, normalised."""
+        """A path, bytes, an array or a PIL image, as `images.open_image` takes them, normalized."""
         pixels = self.rule.read(load_image(source))
         return self._patches((pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std))
 

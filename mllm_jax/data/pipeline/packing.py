@@ -144,7 +144,7 @@ def fill(batch: Batch | DualBatch) -> dict[str, float]:
 def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int) -> Vision:
     dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.images}
     if len(dtypes) > 1:
-        raise ValueError(f"images of one batch must share a dtype (raw uint8 or normalised float32), got {dtypes}")
+        raise ValueError(f"images of one batch must share a dtype (raw uint8 or normalized float32), got {dtypes}")
     shape = (len(rows), budget.patch_rows, budget.patches_per_row)
     return Vision(
         patches=np.zeros((*shape, values), dtypes.pop() if dtypes else np.uint8),

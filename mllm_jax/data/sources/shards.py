@@ -106,7 +106,7 @@ class Conversations:
         shard, place = self._place(index)
         return shard[place]
 
-    def labelled(self, index: int) -> dict[str, Any]:
+    def labeled(self, index: int) -> dict[str, Any]:
         """An item, and beside its fields those that `where` may ask for."""
         shard, place = self._place(index)
         record, item = shard.read_item(place)

@@ -1,6 +1,6 @@
 """WebDataset: tar files whose members `KEY.json`, `KEY.jpg` ... are one record.
 
-Members of a key need not be neighbours; where an ending comes again, a new record of the same key begins. Endings count
+Members of a key need not be neighbors; where an ending comes again, a new record of the same key begins. Endings count
 in small letters. Folders, links, members without an ending and hidden ones (`._KEY.jpg` of macOS) belong to no record.
 
 `KEY.json` is a record in any layout of `mllm_jax.data.records.records`; without it `KEY.txt` is a text with what it is

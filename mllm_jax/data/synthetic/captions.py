@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from mllm_jax.data.synthetic.scenes import COLOURS, SHAPES, Scenes
+from mllm_jax.data.synthetic.scenes import COLORS, SHAPES, Scenes
 
-THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]  # in the order in which captions name them
+THINGS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]  # in the order in which captions name them
 
 
 class Captions:
@@ -70,7 +70,7 @@ def count_named(said: str, true: str) -> Named:
 
 
 def false_share(captions: Sequence[Named]) -> Share:
-    """Of the things that captions name, those that are not there: CHAIR_i, where a thing is a colour and a shape."""
+    """Of the things that captions name, those that are not there: CHAIR_i, where a thing is a color and a shape."""
     return _share([named.false for named in captions], [named.things for named in captions])
 
 

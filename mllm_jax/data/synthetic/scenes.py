@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-COLOURS = {
+COLORS = {
     "red": (200, 40, 40),
     "blue": (40, 70, 200),
     "green": (30, 140, 60),
@@ -35,14 +35,14 @@ WORDS = tuple(
 LARGE, SMALL = (16 / 16, 26 / 16), (9 / 16, 13 / 16)  # [low, high) sides of things, in cells
 NOISE = 4.0  # standard deviation, in levels of 255
 HELD_OUT = 8  # one in so many images belongs to the held-out split
-DEFAULT_KINDS = {"colour": 0.06, "shape": 0.22, "place": 0.12, "count": 0.2, "presence": 0.28, "movement": 0.12}
+DEFAULT_KINDS = {"color": 0.06, "shape": 0.22, "place": 0.12, "count": 0.2, "presence": 0.28, "movement": 0.12}
 SCENES = "scenes"  # names the processor of the embedded set in `config.processor`
 SCENES_TEMPLATE = (Path(__file__).parent / "scenes.jinja").read_text(encoding="utf-8")
 
 
 class Thing(NamedTuple):
     shape: str  # one of SHAPES, or a word to be written
-    colour: str
+    color: str
     x: int  # left edge, pixels
     y: int  # top edge
     size: int  # side; of a word: the font's size
@@ -72,7 +72,7 @@ class Scenes:
     Args:
         split: "train" or "heldout".
         seed: another seed gives other images of the same split.
-        kinds: share of each kind of question, out of `KINDS`; shares are normalised.
+        kinds: share of each kind of question, out of `KINDS`; shares are normalized.
         size: number of conversations.
         cell: side in pixels of a square of the grid that image sides are multiples of: best one visual token.
         min_cells, max_cells: range of both sides of a still image, in cells. Larger images also show larger things.
@@ -150,16 +150,16 @@ def _render(scene: Scene, background: tuple[int, ...], step: tuple[int, int], no
     image = Image.new("RGB", (scene.width, scene.height), background)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        colour, size = COLOURS[thing.colour], thing.size
+        color, size = COLORS[thing.color], thing.size
         x, y = thing.x + step[0], thing.y + step[1]
         if thing.shape == "square":
-            pen.rectangle((x, y, x + size, y + size), fill=colour)
+            pen.rectangle((x, y, x + size, y + size), fill=color)
         elif thing.shape == "circle":
-            pen.ellipse((x, y, x + size, y + size), fill=colour)
+            pen.ellipse((x, y, x + size, y + size), fill=color)
         elif thing.shape == "triangle":
-            pen.polygon([(x + size // 2, y), (x + size, y + size), (x, y + size)], fill=colour)
+            pen.polygon([(x + size // 2, y), (x + size, y + size), (x, y + size)], fill=color)
         else:
-            pen.text((x, y), thing.shape, fill=colour, font=_font(size), anchor="lt")
+            pen.text((x, y), thing.shape, fill=color, font=_font(size), anchor="lt")
     pixels = np.asarray(image, np.float32)
     return np.clip(pixels + NOISE * noise.standard_normal(pixels.shape, np.float32), 0, 255).astype(np.uint8)
 
@@ -179,14 +179,14 @@ def _things(r: Random, height: int, width: int, cell: int, sides: tuple[float, f
             x, y = r.randrange(width - size), r.randrange(height - size)
             gap = int(sides[1] * unit) + 2
             if all(abs(x - other.x) > gap or abs(y - other.y) > gap for other in things):
-                things.append(Thing(r.choice(SHAPES), r.choice(list(COLOURS)), x, y, size))
+                things.append(Thing(r.choice(SHAPES), r.choice(list(COLORS)), x, y, size))
                 break
     return tuple(things)
 
 
-def _colour(r: Random, height: int, width: int, cell: int) -> Question:
+def _color(r: Random, height: int, width: int, cell: int) -> Question:
     scene = Scene(height, width, _things(r, height, width, cell, LARGE, 1))
-    return Question(scene, "What colour?", scene.things[0].colour)
+    return Question(scene, "What color?", scene.things[0].color)
 
 
 def _shape(r: Random, height: int, width: int, cell: int) -> Question:
@@ -211,10 +211,10 @@ def _count(r: Random, height: int, width: int, cell: int) -> Question:
 
 def _presence(r: Random, height: int, width: int, cell: int) -> Question:
     scene = Scene(height, width, _things(r, height, width, cell, SMALL, r.randint(1, 3)))
-    present = sorted({thing.colour for thing in scene.things})
+    present = sorted({thing.color for thing in scene.things})
     yes = r.random() < 0.5
-    colour = r.choice(present if yes else [c for c in COLOURS if c not in present])
-    return Question(scene, f"Any {colour}?", "yes" if yes else "no")
+    color = r.choice(present if yes else [c for c in COLORS if c not in present])
+    return Question(scene, f"Any {color}?", "yes" if yes else "no")
 
 
 def _movement(r: Random, height: int, width: int, cell: int) -> Question:
@@ -224,7 +224,7 @@ def _movement(r: Random, height: int, width: int, cell: int) -> Question:
     dx, dy = (step * d for d in MOVES[answer])
     x = r.randrange(max(0, -dx), width - size - max(0, dx))
     y = r.randrange(max(0, -dy), height - size - max(0, dy))
-    thing = Thing(r.choice(SHAPES), r.choice(list(COLOURS)), x, y, size)
+    thing = Thing(r.choice(SHAPES), r.choice(list(COLORS)), x, y, size)
     return Question(Scene(height, width, (thing,), (dx, dy)), "Which way?", answer)
 
 
@@ -233,7 +233,7 @@ def _word(r: Random, height: int, width: int, cell: int) -> Question:
     size = int(r.randint(12, 14) * _scale(r, height, width, cell) * cell / 16)
     _, _, w, h = _font(size).getbbox(word, anchor="lt")
     x, y = r.randrange(max(1, width - int(w))), r.randrange(max(1, height - int(h)))
-    return Question(Scene(height, width, (Thing(word, r.choice(list(COLOURS)), x, y, size),)), "What word?", word)
+    return Question(Scene(height, width, (Thing(word, r.choice(list(COLORS)), x, y, size),)), "What word?", word)
 
 
 def _point(r: Random, height: int, width: int, cell: int) -> Question | None:
@@ -243,13 +243,13 @@ def _point(r: Random, height: int, width: int, cell: int) -> Question | None:
         return None
     edges = (thing.x, thing.y, thing.x + thing.size, thing.y + thing.size)
     box = [round(1000 * edge / side) for edge, side in zip(edges, (width, height, width, height))]
-    return Question(scene, f"Box of the {thing.colour} {thing.shape}?", json.dumps({"bbox_2d": box}))
+    return Question(scene, f"Box of the {thing.color} {thing.shape}?", json.dumps({"bbox_2d": box}))
 
 
 def _caption(r: Random, height: int, width: int, cell: int) -> Question:
     scene = Scene(height, width, _things(r, height, width, cell, SMALL, r.randint(1, 4)))
     order = sorted(scene.things, key=lambda thing: (thing.y // cell, thing.x))
-    return Question(scene, "What?", ", ".join(f"{thing.colour} {thing.shape}" for thing in order))
+    return Question(scene, "What?", ", ".join(f"{thing.color} {thing.shape}" for thing in order))
 
 
 class Kind(NamedTuple):
@@ -258,7 +258,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "colour": Kind(_colour, 1 / len(COLOURS)),
+    "color": Kind(_color, 1 / len(COLORS)),
     "shape": Kind(_shape, 1 / len(SHAPES)),
     "place": Kind(_place, 1 / 4),
     "count": Kind(_count, 1 / 5),
@@ -281,11 +281,11 @@ def scenes_pair_tokenizer() -> Tokenizer:
 def scenes_tokenizer() -> Tokenizer:
     """A tokenizer of under 512 pieces: each word of `scenes` is one token, any other text falls back to its bytes.
 
-    Pieces carry the blank that follows them, so that a colour at the end of a question is the same token as an answer.
+    Pieces carry the blank that follows them, so that a color at the end of a question is the same token as an answer.
     """
     specials = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
-    asked = "What Where How many Any Which way Box of the colour shape word seconds bbox top bottom yes no".split()
-    words = [*asked, *COLOURS, *SHAPES, *MOVES]
+    asked = "What Where How many Any Which way Box of the color shape word seconds bbox top bottom yes no".split()
+    words = [*asked, *COLORS, *SHAPES, *MOVES]
     marks = ["user\n", "assistant\n", "system\n", " seconds>", '{"', '": ', ", ", "]}"]
     pieces = [*words, *(word + " " for word in words), *WORDS, *marks]
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -193,7 +193,7 @@ def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
                 if stop.is_set():
                     return
                 try:
-                    record = embedded(source.labelled(index))
+                    record = embedded(source.labeled(index))
                     notes = record.pop("notes", ())
                     writer.write(_packed(record))
                     noted.update(notes)

@@ -1,4 +1,4 @@
-"""What batches hold as one HTML page: histograms, conversations with their images, and packed rows as coloured bars.
+"""What batches hold as one HTML page: histograms, conversations with their images, and packed rows as colored bars.
 
 This file computes what is shown, in percent of a drawing's width and height; inspection.html says how it looks.
 """

@@ -83,7 +83,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def upright_rgb(image: Image.Image, missing_rows: float = 0.0, size: tuple[int, int] | None = None) -> Image.Image:
-    """Decodes to 8-bit RGB: EXIF rotation applied, transparency laid on white, deep grey scaled to 8 bits.
+    """Decodes to 8-bit RGB: EXIF rotation applied, transparency laid on white, deep gray scaled to 8 bits.
 
     `missing_rows`: largest share of the rows that a JPEG may lack, from 0 to 1. They are gray or lack detail, and
     `info["missing_rows"]` of the result is their share. A file without its end mark lacks none.
@@ -167,10 +167,10 @@ def _values(image: Image.Image) -> np.ndarray:
 
 
 def _to_8_bits(image: Image.Image, peak: float) -> Image.Image:
-    """PIL's own conversion of 16-bit, 32-bit and float grey videos at 255 instead of scaling."""
+    """PIL's own conversion of 16-bit, 32-bit and float gray videos at 255 instead of scaling."""
     if image.mode == "F":
         full = 1.0 if peak <= 1 else 255.0
-    elif image.mode == "I":  # 32-bit files hold 8-bit or 16-bit grey far more often than 32-bit
+    elif image.mode == "I":  # 32-bit files hold 8-bit or 16-bit gray far more often than 32-bit
         full = 255.0 if peak <= 255 else 65535.0
     else:
         full = 65535.0

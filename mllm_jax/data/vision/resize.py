@@ -15,7 +15,7 @@ from mllm_jax.types import NEWLINE, TokenBlend
 
 Filter = Annotated[int, Range(least=0, most=5)]  # of PIL
 Level = Annotated[int, Range(least=0, most=255)]
-Colour = tuple[Level, Level, Level]
+Color = tuple[Level, Level, Level]
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 
 
@@ -37,7 +37,7 @@ def short_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
     return sides[height], sides[width]
 
 
-def centre_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The middle (height, width) of pixels [h w c]; where there are fewer, black pixels are put around them."""
     missing = [max(wanted - side, 0) for side, wanted in zip(pixels.shape, size)]
     pixels = np.pad(pixels, [*((-(-count // 2), count // 2) for count in missing), (0, 0)])
@@ -107,7 +107,7 @@ class Crop(Whole):
         return self.size
 
     def read(self, image: Image.Image) -> np.ndarray:
-        return centre_crop(resize(image, short_edge_size(image.height, image.width, self.edge), self.filter), self.size)
+        return center_crop(resize(image, short_edge_size(image.height, image.width, self.edge), self.filter), self.size)
 
     def to_hf(self) -> dict[str, Any]:
         height, width = self.size
@@ -157,10 +157,10 @@ class Keep(Whole):
 
 @dataclass(frozen=True)
 class Square(Whole):
-    """LLaVA 1.5's (arXiv 2310.03744): put in the middle of a square of a colour."""
+    """LLaVA 1.5's (arXiv 2310.03744): put in the middle of a square of a color."""
 
     side: PositiveInt
-    colour: Colour
+    color: Color
 
     def sized(self, size: tuple[int, int]) -> tuple[int, int]:
         return self.side, self.side
@@ -168,7 +168,7 @@ class Square(Whole):
     def read(self, image: Image.Image) -> np.ndarray:
         long = max(image.size)
         check_bytes(4 * long**2, f"{image.width}x{image.height} pixels on a square")
-        laid = Image.new("RGB", (long, long), self.colour)
+        laid = Image.new("RGB", (long, long), self.color)
         laid.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
         return resize(laid, self.sized(image.size))
 
@@ -201,7 +201,7 @@ class Halved(Stretch):
         return joined([resampled(grid, (-(-rows // 2), -(-columns // 2)))])
 
 
-def mean_colour(mean: Iterable[float]) -> tuple[int, int, int]:
+def mean_color(mean: Iterable[float]) -> tuple[int, int, int]:
     """In levels of 255, of what a tower reads as nought."""
     red, green, blue = (int(255 * value) for value in mean)
     return red, green, blue
@@ -215,7 +215,7 @@ def rule_from_hf(config: Mapping[str, Any]) -> Rule:
     size = {"shortest_edge": size} if isinstance(size, int) else size or {}  # a number before transformers 4.22
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     if "shortest_edge" in size and config.get("do_pad") and config.get("image_mean"):
-        return Square(size["shortest_edge"], mean_colour(config["image_mean"]))
+        return Square(size["shortest_edge"], mean_color(config["image_mean"]))
     if "shortest_edge" in size and (crop or {}).keys() >= {"height", "width"} and config.get("do_center_crop", True):
         return Crop(size["shortest_edge"], (crop["height"], crop["width"]), filter)
     if size.keys() >= {"height", "width"} and not config.get("do_center_crop", False):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllm_jax.common.settings import NonNegativeInt, PositiveInt
 from mllm_jax.data.vision.images import resized
-from mllm_jax.data.vision.resize import Colour, EndedSquare, Rule
+from mllm_jax.data.vision.resize import Color, EndedSquare, Rule
 from mllm_jax.data.vision.token_blend import Tokens, alone, end_rows, joined, resampled
 from mllm_jax.types import TokenBlend
 
@@ -115,17 +115,17 @@ class AnyRes(Rule):
 
     pinpoints: canvases in pixels; tile: the side of a tile.
     most: tiles' worth of visual tokens to which larger grids are resampled; 0 = any number.
-    colour: around an image that is one of several of a conversation, each of which is a single tile; None = they are
+    color: around an image that is one of several of a conversation, each of which is a single tile; None = they are
       cut like one.
     """
 
     pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...]
     tile: NonNegativeInt
     most: NonNegativeInt = 0
-    colour: Colour | None = None
+    color: Color | None = None
 
     def among(self, count: int) -> Rule:
-        return self if count == 1 or self.colour is None else EndedSquare(self.tile, self.colour)
+        return self if count == 1 or self.color is None else EndedSquare(self.tile, self.color)
 
     def within(self, limit: float) -> "AnyRes":
         small = tuple(canvas for canvas in self.pinpoints if math.prod(canvas) + self.tile**2 <= limit)
@@ -149,7 +149,7 @@ class AnyRes(Rule):
 
     def to_hf(self) -> dict[str, Any]:
         side, pinpoints = {"height": self.tile, "width": self.tile}, [list(canvas) for canvas in self.pinpoints]
-        if self.colour is not None:
+        if self.color is not None:
             return _named("LlavaOnevision") | {"image_grid_pinpoints": pinpoints, "size": side}
         sizes = {"size": {"shortest_edge": self.tile}, "crop_size": side}
         return _named("LlavaNext") | {"image_grid_pinpoints": pinpoints, **sizes}

@@ -24,7 +24,7 @@ from mllm_jax.common.fields import (
 )
 from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spec import ProcessorSpec
-from mllm_jax.data.vision.resize import Crop, Square, mean_colour
+from mllm_jax.data.vision.resize import Crop, Square, mean_color
 from mllm_jax.data.vision.tiles import AnyRes
 from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, llama, mistral, qwen2
@@ -214,7 +214,7 @@ class Llava(Family):
     def rule(self, config: ModelConfig) -> AnyRes | Square | Crop:
         side, pinpoints = config.encoder.side, config.inputs.pinpoints
         if config.inputs.square:
-            return Square(side, mean_colour(config.encoder.pixel_mean))
+            return Square(side, mean_color(config.encoder.pixel_mean))
         return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:

@@ -13,7 +13,7 @@ from mllm_jax.common.fields import FieldError, count, inside, read, section, wor
 from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spans import frame_by_frame
 from mllm_jax.data.pipeline.spec import ProcessorSpec
-from mllm_jax.data.vision.resize import Halved, mean_colour
+from mllm_jax.data.vision.resize import Halved, mean_color
 from mllm_jax.data.vision.tiles import AnyRes
 from mllm_jax.families.decoders import by_model_type, qwen2
 from mllm_jax.families.shared.decoder_config import tied_at_either
@@ -117,8 +117,8 @@ class LlavaOnevision(llava.Llava):
         return written
 
     def rule(self, config: ModelConfig) -> AnyRes:
-        colour = mean_colour(config.encoder.pixel_mean)
-        return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, colour)
+        color = mean_color(config.encoder.pixel_mean)
+        return AnyRes(config.inputs.pinpoints, config.encoder.side, config.inputs.most_tiles, color)
 
     def video_rule(self, config: ModelConfig) -> Halved:
         return Halved((config.encoder.side,) * 2)

@@ -1,4 +1,4 @@
-"""The mean of neighbouring patches, then a linear layer (MM1, arXiv 2403.09611, section 3.1)."""
+"""The mean of neighboring patches, then a linear layer (MM1, arXiv 2403.09611, section 3.1)."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """Patch merger (Qwen2-VL arXiv 2409.12191) with DeepStack mergers (Qwen3-VL arXiv 2511.21631).
 
-merge x merge neighbouring patches, which stand next to each other in a patch row, become one visual token.
+merge x merge neighboring patches, which stand next to each other in a patch row, become one visual token.
 """
 
 from dataclasses import dataclass

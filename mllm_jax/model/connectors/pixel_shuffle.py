@@ -1,4 +1,4 @@
-"""Pixel shuffle and an MLP (InternVL 1.5, arXiv 2404.16821): neighbouring patches, joined, become a visual token."""
+"""Pixel shuffle and an MLP (InternVL 1.5, arXiv 2404.16821): neighboring patches, joined, become a visual token."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -44,7 +44,7 @@ class VitConfig(Config):
     window: side in patches of the windows that attend within themselves; 0 = an image attends as a whole.
     whole: layers (0-based) that attend to the whole image nevertheless.
     norm: "layer" or "rms"; norm_eps is that of all norms.
-    qk_norm: queries and keys are normalised over all heads together.
+    qk_norm: queries and keys are normalized over all heads together.
     layer_scale: initial value of factors of what each block adds, one a channel (arXiv 2103.17239); None = no factors.
     first_norm, last_norm: norms before and after all layers.
     features: layers whose outputs, side by side on the channel axis and not normed, are the features; -1 is the last.
@@ -141,8 +141,8 @@ class Features(NamedTuple):
     deepstack: Array  # [deepstack B R P D] outputs of the tapped layers
 
 
-def normalise(patches, config: VitConfig):
-    """u8 pixels [... C] in (c, t, y, x) order -> f32, (pixel / 255 - mean) / std; floats are taken as normalised."""
+def normalize(patches, config: VitConfig):
+    """u8 pixels [... C] in (c, t, y, x) order -> f32, (pixel / 255 - mean) / std; floats are taken as normalized."""
     if patches.dtype != jnp.uint8:
         return patches
     mean, std = (
@@ -253,7 +253,7 @@ class Vit(nn.Module):
         """Patches [rows P C] -> [rows P D], with learned positions; in the first places of an image its tokens."""
         config, runtime = self.config, self.runtime.within("encoder")
         shape, axes, side = (config.patch_values, config.width), ("patch", "embed"), config.position_grid
-        patches = normalise(shard(vision.patches, ("batch", "length", None), runtime.rules), config)
+        patches = normalize(shard(vision.patches, ("batch", "length", None), runtime.rules), config)
         embed = Einsum("...C,CD->...D", shape, axes, runtime.dtype, bias=config.patch_bias, name="patch_embed")
         x = embed(patches)
         if side:

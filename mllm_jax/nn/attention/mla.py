@@ -129,7 +129,7 @@ class Mla(nn.Module):
 
 
 def _halves(x):
-    """Pairs of neighbours, which published weights make, as the pairs (i, i + H/2) that `rotate` turns.
+    """Pairs of neighbors, which published weights make, as the pairs (i, i + H/2) that `rotate` turns.
 
     Queries and keys are put in the same new order, which no product of the two can tell; weights stay as published.
     """

@@ -9,7 +9,7 @@ from mllm_jax.common.settings import Config, NonNegativeInt, OneOf, Positive, Po
 from mllm_jax.nn.einsum import Einsum, Weight
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp
 from mllm_jax.nn.moe.dispatch import AXES, Experts, dispatch
-from mllm_jax.nn.moe.router import route, summarise
+from mllm_jax.nn.moe.router import route, summarize
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.weights import partitioned
 
@@ -72,4 +72,4 @@ class Moe(nn.Module):
         y, dropped = dispatch(x, experts, weights, segment > 0, params, ACTIVATIONS[config.activation], runtime)
         if config.shared_expert_dim:
             y = y + GatedMlp(config.shared_expert_dim, config.activation, runtime.dtype, name="shared")(x)
-        return y, summarise(logits, experts, probability, segment, modality, dropped)
+        return y, summarize(logits, experts, probability, segment, modality, dropped)

@@ -36,7 +36,7 @@ def route(logits, bias, config):
 
 
 def _best_groups(choice, config):
-    """Scores with minus infinity in all but the `topk_group` best groups of neighbouring experts."""
+    """Scores with minus infinity in all but the `topk_group` best groups of neighboring experts."""
     grouped = rearrange(choice, "B T (group E) -> B T group E", group=config.n_group)
     best = jnp.sum(jax.lax.top_k(grouped, config.group_best)[0], axis=-1)
     _, kept = jax.lax.top_k(best, config.topk_group)
@@ -44,7 +44,7 @@ def _best_groups(choice, config):
     return rearrange(jnp.where(allowed[..., None], grouped, -jnp.inf), "B T group E -> B T (group E)")
 
 
-def summarise(logits, experts, probability, segment, modality, dropped) -> Routing:
+def summarize(logits, experts, probability, segment, modality, dropped) -> Routing:
     """What a layer's routing adds up to, by batch row.
 
     Args:

@@ -16,7 +16,7 @@ class Chip(Config):
     kind: `device_kind` as jax says it; `mllm_jax.train.monitor.flops` has its bf16 peak.
     memory: bytes that a program may use.
     memory_bandwidth: bytes/s.
-    link: bytes/s, one way, of a link to a neighbour in the torus; 0 where devices meet in a switch instead.
+    link: bytes/s, one way, of a link to a neighbor in the torus; 0 where devices meet in a switch instead.
     wraps: a torus dimension of a multiple of so many chips is a ring.
     switch: bytes/s, one way, of a device into the switch (NVLink or PCI Express) that joins its node; 0 on a torus.
     node: devices that a switch joins.

@@ -109,7 +109,7 @@ def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
     No accelerator is needed: TPUs need libtpu, GPUs jax's CUDA plugin. jax is told to use the CPU for everything else.
 
     Args:
-      slices: number of TPU slices, which a network of the data centre joins; "v6e:16x16*2" says the same.
+      slices: number of TPU slices, which a network of the data center joins; "v6e:16x16*2" says the same.
       compiler: make devices that can be compiled for. Without, they are places alone, and neither package is needed.
     Raises:
       ConfigError: no such topology, or what it needs is not installed.

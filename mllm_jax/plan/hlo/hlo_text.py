@@ -14,7 +14,7 @@ BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 
         "f8e4m3": 8, "f8e5m2": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f8e3m4": 8,
         "f8e8m0fnu": 8}  # fmt: skip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# How TPU programs name what goes between slices: a host sends it over the data-centre network and receives the result.
+# How TPU programs name what goes between slices: a host sends it over the data-center network and receives the result.
 BETWEEN_SLICES = {"ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
                   "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"}  # fmt: skip
 # What makes no array of its own, or hands on what a computation that is read too makes.

@@ -42,7 +42,7 @@ class RewardObjective(Objective):
         reward, real = in_pairs(found), self.weights(batch) > 0
         total = lambda x: jnp.sum(jnp.where(real, x, 0))
         sums = dict(
-            loss=total(pairwise_loss(reward, self.reward.centre)),
+            loss=total(pairwise_loss(reward, self.reward.center)),
             reward_chosen=total(reward[..., 0]),
             reward_rejected=total(reward[..., 1]),
             accuracy=total(reward[..., 0] > reward[..., 1]),

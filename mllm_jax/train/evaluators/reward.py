@@ -50,5 +50,5 @@ class RewardEvaluator(Evaluator):
 
     def results(self, totals: dict[str, Any]) -> dict[str, Any]:
         pairs = totals["asked"].total()
-        loss = np.sum(pairwise_loss(np.concatenate(totals["rewards"]), self.run.algorithm.centre)) / max(pairs, 1)
+        loss = np.sum(pairwise_loss(np.concatenate(totals["rewards"]), self.run.algorithm.center)) / max(pairs, 1)
         return {"loss": float(loss), "pairs": pairs, "preferred": shares(totals["right"], totals["asked"])}

@@ -79,7 +79,7 @@ class InputPipeline:
     def begin(self) -> None:
         """Starts to make the next batch."""
         self._coming = Future()
-        threading.Thread(target=_fulfil, args=(self._coming, self.next), name="feed", daemon=True).start()
+        threading.Thread(target=_fulfill, args=(self._coming, self.next), name="feed", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
         """Waits for the batch that was begun, at most so many seconds; returns whether it is there."""
@@ -131,7 +131,7 @@ class InputPipeline:
             threading.Thread(target=self._loader.close, daemon=True).start()
 
 
-def _fulfil(future: Future, make: Callable[[], Any]) -> None:
+def _fulfill(future: Future, make: Callable[[], Any]) -> None:
     try:
         future.set_result(make())
     except BaseException as error:

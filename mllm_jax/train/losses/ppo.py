@@ -29,7 +29,7 @@ class PpoConfig(AlgorithmConfig):
     cliprange: how far a token's probability may move, as a share, before its gradient ends; cliprange_value: the same
       of values.
     vf_coef: weight of the critic's loss.
-    gamma, gae_lambda: discount, and lambda of generalised advantage estimation.
+    gamma, gae_lambda: discount, and lambda of generalized advantage estimation.
     missing_eos_penalty: what is added to the reward of an answer that does not end within `response_length`.
     length_bonus: what is added to that of an answer of `response_length`, and in proportion to that of a shorter one (0
       is ours; LLaVA-RLHF has -10, for rewards of its size).
@@ -81,7 +81,7 @@ def token_rewards(score, log_probs, reference, real, kl_coef: float) -> Array:
 
 
 def advantages(rewards, values, real, gamma: float, gae_lambda: float) -> Array:
-    """Generalised advantage estimation, arXiv 1506.02438, equation 16: sum_k (gamma lam)^k delta_(t+k).
+    """Generalized advantage estimation, arXiv 1506.02438, equation 16: sum_k (gamma lam)^k delta_(t+k).
 
     delta_t = r_t + gamma v_(t+1) - v_t; behind an answer's last token nothing is expected any more.
     """

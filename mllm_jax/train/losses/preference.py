@@ -26,7 +26,7 @@ from mllm_jax.types import Array
 class PreferenceConfig(AlgorithmConfig):
     """Learns from pairs of a chosen and a rejected answer.
 
-    dpo, ipo, bco, sft: weights of the losses, of which a run minimises the sum. DPO is dpo=1, MPO of InternVL dpo=0.8,
+    dpo, ipo, bco, sft: weights of the losses, of which a run minimizes the sum. DPO is dpo=1, MPO of InternVL dpo=0.8,
       bco=0.2, sft=1 (arXiv 2411.10442).
     beta: how far answers may go from the reference: less is further.
     label_smoothing: share of pairs whose preference is taken to be wrong (cDPO).
@@ -91,7 +91,7 @@ def ipo(ratio, beta: float) -> Array:
 def bco(ratio, beta: float, shift) -> Array:
     """-log sigmoid(beta ratio_w - shift) - log sigmoid(-(beta ratio_l - shift)), f32[...].
 
-    Binary classifier optimisation, arXiv 2404.04656, and the quality loss of MPO (arXiv 2411.10442).
+    Binary classifier optimization, arXiv 2404.04656, and the quality loss of MPO (arXiv 2411.10442).
 
     shift: f32[], the mean of rewards so far, delta; no gradient flows through it.
     """

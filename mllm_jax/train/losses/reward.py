@@ -17,21 +17,21 @@ PROMPT = "Is this answer true of what is shown? Is it helpful, and short? These 
 class RewardConfig(AlgorithmConfig):
     """Trains a reward model from pairs of a chosen and a rejected answer.
 
-    centre: weight of the square of the sum of a pair's rewards, which holds them around zero (arXiv 2312.09244).
+    center: weight of the square of the sum of a pair's rewards, which holds them around zero (arXiv 2312.09244).
     prompt: what the user says after an answer; {facts} stands for the "facts" of a record. Empty = nothing is said, and
       the answer's own end is judged.
     """
 
-    centre: NonNegative = 0.001
+    center: NonNegative = 0.001
     prompt: str = PROMPT
 
     value_head: ClassVar[bool] = True
 
 
-def pairwise_loss(reward, centre: float = 0.0) -> Array:
-    """-log sigmoid(r_w - r_l) + centre * (r_w + r_l)^2, f32[...], of rewards f32[... 2].
+def pairwise_loss(reward, center: float = 0.0) -> Array:
+    """-log sigmoid(r_w - r_l) + center * (r_w + r_l)^2, f32[...], of rewards f32[... 2].
 
     The chosen answer's comes first. The first term is equation 1 of arXiv 2203.02155, for two answers.
     """
     chosen, rejected = reward[..., 0], reward[..., 1]
-    return -jax.nn.log_sigmoid(chosen - rejected) + centre * jnp.square(chosen + rejected)
+    return -jax.nn.log_sigmoid(chosen - rejected) + center * jnp.square(chosen + rejected)

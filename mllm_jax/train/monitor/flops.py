@@ -186,6 +186,6 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(flops: dict[str, Flops], seconds: float, devices: int, device_kind: str) -> float | None:
-    """Model FLOPs utilisation of a step (arXiv 2204.02311): the share of the devices' peak; None where unknown."""
+    """Model FLOPs utilization of a step (arXiv 2204.02311): the share of the devices' peak; None where unknown."""
     peak = peak_flops(device_kind)
     return peak and sum(part.total for part in flops.values()) / (seconds * devices * peak)

@@ -25,7 +25,7 @@ from mllm_jax.train.runs.data_files import EMBEDDED, FilesData, MixtureData
 
 STEPS = 8  # of a stage, at most
 RANK = 4  # of adapters, at most
-QUESTIONS = f"{EMBEDDED}colour"
+QUESTIONS = f"{EMBEDDED}color"
 
 
 def miniature(run: Run) -> Run:

@@ -1,4 +1,4 @@
-"""Packing: every conversation exactly once, both budgets held, images whole, nothing leaks between neighbours."""
+"""Packing: every conversation exactly once, both budgets held, images whole, nothing leaks between neighbors."""
 
 import jax
 import numpy as np
@@ -103,7 +103,7 @@ def test_shapes_and_dtypes_do_not_depend_on_the_content():
     assert plain.vision.patches.dtype == np.uint8
 
 
-def test_normalised_images_stay_float():
+def test_normalized_images_stay_float():
     budget = Budget(80, 1, 64)
     example = conversation(3, [(2, 2)], dtype=np.float32)
     assert collate([[example]], budget, merge=MERGE, values=VALUES).vision.patches.dtype == np.float32

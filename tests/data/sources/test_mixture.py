@@ -165,7 +165,7 @@ def updated(config, values):
 def test_a_run_reads_a_mixture_of_files_and_resumes(tmp_path):
     """Images in a tar, documents in JSON Lines; the order after a resume is that of a run that never stopped."""
     tar = source_files.write_tar(tmp_path / "tar", source_files.conversations())
-    pages = [{"id": f"p{i}", "text": f"What colour? red {i}", "split": ("train", "test")[i % 2]} for i in range(30)]
+    pages = [{"id": f"p{i}", "text": f"What color? red {i}", "split": ("train", "test")[i % 2]} for i in range(30)]
     (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
     config = get_config()
     config.data = load_config("sft", "llava/1.5-7b,images,pages").data

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.data.synthetic.scenes import (
-    COLOURS,
+    COLORS,
     KINDS,
     SCENES_TEMPLATE,
     Scene,
@@ -33,8 +33,8 @@ def ask(item) -> tuple[str, str]:
     return item["messages"][0]["content"][-1]["text"], item["messages"][1]["content"]
 
 
-def mask(image: np.ndarray, colour: str) -> np.ndarray:
-    return np.abs(image.astype(int) - COLOURS[colour]).max(-1) < 25
+def mask(image: np.ndarray, color: str) -> np.ndarray:
+    return np.abs(image.astype(int) - COLORS[color]).max(-1) < 25
 
 
 def test_items_depend_on_nothing_but_seed_split_and_index():
@@ -55,7 +55,7 @@ def test_splits_are_disjoint(monkeypatch):
     for split in ("train", "heldout"):
         drawn.clear()
         for seed in (0, 1):
-            scenes = Scenes(split, seed, {"colour": 1, "movement": 1}, max_cells=3)
+            scenes = Scenes(split, seed, {"color": 1, "movement": 1}, max_cells=3)
             for i in range(1000):
                 scenes[i]
         shown[split] = {(s.height, s.width, tuple(sorted(s.things)), s.step) for s in drawn}
@@ -75,35 +75,35 @@ def test_images_show_what_the_answers_say():
         image, (question, answer), kind = pixels(item), ask(item), item["kind"]
         assert image.dtype == np.uint8 and image.shape[-1] == 3 and image.shape[-2] % 16 == 0
         seen.add(kind)
-        if kind == "colour":
+        if kind == "color":
             assert mask(image, answer).sum() > 80
         elif kind == "presence":
-            colour = question.removeprefix("Any ").removesuffix("?")
-            assert (mask(image, colour).sum() > 15) == (answer == "yes")
+            color = question.removeprefix("Any ").removesuffix("?")
+            assert (mask(image, color).sum() > 15) == (answer == "yes")
         elif kind == "place":
-            dark = np.argwhere(np.any([mask(image, c) for c in COLOURS], axis=0)).mean(0)
+            dark = np.argwhere(np.any([mask(image, c) for c in COLORS], axis=0)).mean(0)
             y, x = dark / image.shape[:2] - 0.5
             along = {"left": -x, "right": x, "top": -y, "bottom": y}
-            assert along[answer] > max(along.values()) - 0.12  # a triangle's mass lies below the centre of its box
+            assert along[answer] > max(along.values()) - 0.12  # a triangle's mass lies below the center of its box
         elif kind == "movement":
             assert image.shape == (4, 48, 64, 3)
             np.testing.assert_array_equal(image[0], image[1])
             np.testing.assert_array_equal(image[2], image[3])
-            dark = [np.argwhere(np.any([mask(image[t], c) for c in COLOURS], axis=0)).mean(0) for t in (0, 2)]
+            dark = [np.argwhere(np.any([mask(image[t], c) for c in COLORS], axis=0)).mean(0) for t in (0, 2)]
             dy, dx = dark[1] - dark[0]
             along = {"left": -dx, "right": dx, "up": -dy, "down": dy}
             assert answer == max(along, key=along.get)
         elif kind == "point":
-            colour = question.split()[-2]
+            color = question.split()[-2]
             x0, y0, x1, y1 = json.loads(answer)["bbox_2d"]
             h, w = image.shape[:2]
-            ys, xs = np.nonzero(mask(image, colour))
+            ys, xs = np.nonzero(mask(image, color))
             assert 0 <= min(x0, y0) and max(x1, y1) <= 1000 and len(ys) > 50
             found = {(y, x) for y, x in zip(ys * 1000 / h, xs * 1000 / w) if x0 <= x <= x1 and y0 <= y <= y1}
             assert len(found) > 50
         elif kind == "caption":
             named = {thing.split()[0] for thing in answer.split(", ")}
-            assert named == {colour for colour in COLOURS if mask(image, colour).sum() > 15}
+            assert named == {color for color in COLORS if mask(image, color).sum() > 15}
     assert seen == set(KINDS)
 
 

@@ -67,7 +67,7 @@ def test_other_published_vocabularies(name, shared, tmp_path):
     tokenizer = Tokenizer.from_folder(tmp_path)
     for case in json.loads((source / "cases.json").read_text())[name]:
         if name == "clip" and not unicodedata.is_normalized("NFC", case["text"]):
-            continue  # the case leaves out the normalisation that the published tokenizer has
+            continue  # the case leaves out the normalization that the published tokenizer has
         expected = case["ids"][1:-1] if name in ("clip", "bert_base_uncased") else case["ids"]  # without start and end
         assert tokenizer.encode(case["text"]) == expected, case["text"]
 

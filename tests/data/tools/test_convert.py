@@ -66,7 +66,7 @@ class Numbers:
     def __len__(self):
         return self.size
 
-    def labelled(self, index):
+    def labeled(self, index):
         self.read.append(index)
         if index == self.stop:
             raise KeyboardInterrupt
@@ -117,10 +117,10 @@ def test_other_conversions_are_left_alone(tmp_path):
     assert ids(folder) == [f"n{i}" for i in range(5)]
 
     class Meanwhile(Numbers):
-        def labelled(self, index):
+        def labeled(self, index):
             with pytest.raises(ValueError, match="another conversion is writing there"):
                 convert(Numbers(2), tmp_path / "shared", about)
-            return super().labelled(index)
+            return super().labeled(index)
 
     assert convert(Meanwhile(2), tmp_path / "shared", about).records == 2
 

@@ -21,7 +21,7 @@ from mllm_jax.data.vision.positions import on_a_grid, patch_positions, rotary_po
 
 
 def write_video(path, frames, fps=10, height=48, width=64, codec="mpeg4"):
-    """A video whose frames differ in their grey level: 10, 20, 30 ..."""
+    """A video whose frames differ in their gray level: 10, 20, 30 ..."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

@@ -144,8 +144,8 @@ def test_transparency_is_laid_on_white():
         assert np.asarray(images.load_image(data)).tolist() == [[[255, 255, 255], [200, 100, 50]]]
     keyed = saved(Image.fromarray(noise(1, 2)), "PNG", transparency=tuple(map(int, noise(1, 2)[0, 0])))
     assert np.asarray(images.load_image(keyed))[0, 0].tolist() == [255, 255, 255]
-    grey = Image.fromarray(np.array([[[9, 0], [9, 255]]], np.uint8), "LA")
-    assert np.asarray(images.load_image(grey)).tolist() == [[[255] * 3, [9] * 3]]
+    gray = Image.fromarray(np.array([[[9, 0], [9, 255]]], np.uint8), "LA")
+    assert np.asarray(images.load_image(gray)).tolist() == [[[255] * 3, [9] * 3]]
 
 
 def test_every_mode_becomes_rgb():

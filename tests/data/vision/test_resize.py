@@ -6,7 +6,7 @@ import transformers
 from PIL import Image
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
-from mllm_jax.data.vision.resize import Crop, Keep, Stretch, centre_crop, naflex_size, rule_from_hf, short_edge_size
+from mllm_jax.data.vision.resize import Crop, Keep, Stretch, center_crop, naflex_size, rule_from_hf, short_edge_size
 
 SIZES = [(480, 640), (640, 480), (224, 224), (37, 1000), (1000, 37), (3, 2), (1, 1), (333, 334)]
 CLIP = dict(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
@@ -49,7 +49,7 @@ def test_sizes():
     assert naflex_size(480, 640, 16, 256) == (224, 288)
     assert naflex_size(1080, 1920, 16, 256) == (192, 336)
     assert short_edge_size(333, 500, 224) == (224, 336) and short_edge_size(500, 333, 224) == (336, 224)
-    assert centre_crop(np.ones((3, 8, 1)), (6, 4)).sum(axis=1).ravel().tolist() == [0, 0, 4, 4, 4, 0]
+    assert center_crop(np.ones((3, 8, 1)), (6, 4)).sum(axis=1).ravel().tolist() == [0, 0, 4, 4, 4, 0]
 
 
 def test_layouts_of_older_files():

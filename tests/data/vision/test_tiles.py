@@ -29,7 +29,7 @@ SIZES = [(480, 640), (336, 336), (1000, 300), (300, 1000), (672, 672), (1080, 19
 
 
 def make_image(height, width):
-    """Smooth colours and noise."""
+    """Smooth colors and noise."""
     rng = np.random.default_rng(height * 10007 + width)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), np.float32)
@@ -75,7 +75,7 @@ def test_order_is_the_grid_without_its_padding(size):
 
 
 def levels(array, processor):
-    """Normalised f[... c h w] back to levels of 0 to 255, [... h w c]."""
+    """Normalized f[... c h w] back to levels of 0 to 255, [... h w c]."""
     mean, std = (np.array(x).reshape(-1, 1, 1) for x in (processor.image_mean, processor.image_std))
     return np.moveaxis((np.asarray(array) * std + mean) * 255, -3, -1)
 

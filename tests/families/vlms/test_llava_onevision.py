@@ -170,7 +170,7 @@ def test_prompts_in_a_larger_shape_keep_their_tokens(pair):
 
 
 def make_image(height, width):
-    """Smooth colours and noise."""
+    """Smooth colors and noise."""
     rng = np.random.default_rng(height * 10007 + width)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), np.float32)
@@ -268,7 +268,7 @@ def test_images_and_clips_of_a_conversation(read):
 
 
 def test_odd_images(read):
-    """Of one pixel, grey, for printing; one that is too long, and no conversation at all."""
+    """Of one pixel, gray, for printing; one that is too long, and no conversation at all."""
     odd = [Image.new("RGB", (1, 1), "red"), Image.new("L", (60, 20)), Image.new("CMYK", (20, 30))]
     asked = [question("what", [make_image(40, 30)] * 3, odd[0]), question(*odd), question("hi")]
     assert len(mllm_jax.generate(read, asked, max_new_tokens=3)) == 3

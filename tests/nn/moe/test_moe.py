@@ -11,7 +11,7 @@ from mllm_jax.nn.moe.all_to_all import all_to_all_for
 from mllm_jax.nn.moe.dispatch import Experts, dispatch
 from mllm_jax.nn.moe.grouped_matmul import grouped_matmul
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.nn.moe.router import route, summarise
+from mllm_jax.nn.moe.router import route, summarize
 from mllm_jax.nn.runtime import REMAT, Runtime
 from mllm_jax.plan.hlo.jaxpr import operations, used_share
 from mllm_jax.sharding.mesh import make_mesh
@@ -192,7 +192,7 @@ def test_a_ragged_exchange_is_the_even_one(monkeypatch, room):
 
 @pytest.mark.parametrize("remat, passes", [("none", 4), ("full", 6), ("experts", 4)])
 def test_what_was_exchanged_is_saved_by_name(remat, passes):
-    """There and back, forward and backward; rematerialisation repeats it only where its results were not saved."""
+    """There and back, forward and backward; rematerialization repeats it only where its results were not saved."""
     x, experts, weights, real, params = inputs()
     runtime = Runtime(all_to_all="ragged", remat=remat)
 
@@ -295,7 +295,7 @@ def test_what_routing_adds_up_to():
     modality = np.array([[0, 1, 1, 2, 0, 1, 0], [0] * 7], np.int32)
     config = MoeConfig(4, 2, 8)
     experts, _, probability = route(logits, None, config)
-    found = summarise(logits, experts, probability, segment, modality, jnp.array([3, 0]))
+    found = summarize(logits, experts, probability, segment, modality, jnp.array([3, 0]))
     experts, probability = np.asarray(experts), np.asarray(probability)
     counts = np.zeros((3, 4), int)
     for t in range(5):

@@ -122,7 +122,7 @@ def test_a_pair_in_packed_rows_has_the_rewards_of_its_answers_alone():
     answers = [random_example(rng, 5 + i) for i in range(6)]
     pairs = [together(answers[i : i + 2]) for i in (0, 2, 4)]
     rows = lambda made: collate(made, Budget(40), merge=1, values=0)
-    objective = RewardObjective(CONFIG, RewardConfig(centre=0.1))
+    objective = RewardObjective(CONFIG, RewardConfig(center=0.1))
 
     @jax.jit
     def packed(params, batch):

@@ -150,7 +150,7 @@ def test_experience_equals_full_logits(learned, params, judge):
 
 @pytest.fixture(scope="module")
 def objective():
-    """What PPO minimises, as (sums, gradients) of (params, batch)."""
+    """What PPO minimizes, as (sums, gradients) of (params, batch)."""
 
     def sums(params, batch):
         found = PpoObjective(CONFIG, PPO, 40).sums(params, batch)[0]

@@ -26,7 +26,7 @@ CHANGES = {"optim.name": "adafactor", "processor": "elsewhere", "model.decoder.m
         seed=5, batch=16, tokens=128, patch_rows=2, patches_per_row=64, window=2.0, streams=4, text_only=True, min_pixels=64,
         max_pixels=4096, cell=32, min_cells=4, max_cells=6,
     ).items()
-} | {"data.kinds.colour": 0.5}  # fmt: skip
+} | {"data.kinds.color": 0.5}  # fmt: skip
 TX = train_context(RUN, make_mesh()).tx
 ABSTRACT = abstract_state(RUN.model, TX)
 

@@ -13,7 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from mllm_jax.data.pipeline.packing import Budget, collate
 from mllm_jax.model.vlm import VLM, ModelConfig
 from mllm_jax.nn.moe.layer import MoeConfig
-from mllm_jax.nn.moe.router import route, summarise
+from mllm_jax.nn.moe.router import route, summarize
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.mesh import make_mesh
 from mllm_jax.train.algorithms.supervised import CrossEntropy
@@ -39,7 +39,7 @@ def layers():
     choose = jax.jit(lambda logits: route(logits, None, SOFTMAX))
     found = [choose(part) for part in logits]
     modality, dropped = np.zeros_like(SEGMENT), np.zeros(3, np.int32)
-    sums = jax.jit(lambda x, e, p: summarise(x, e, p, SEGMENT, modality, dropped))
+    sums = jax.jit(lambda x, e, p: summarize(x, e, p, SEGMENT, modality, dropped))
     routing = [sums(x, e, p) for x, (e, _, p) in zip(logits, found)]
     return logits, found, jax.tree.map(lambda *parts: jnp.stack(parts), *routing)
 

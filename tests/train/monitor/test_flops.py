@@ -139,7 +139,7 @@ def test_a_run_says_what_exact_balance_costs():
         assert len(list(BatchCost(replace(run, train=other), rows_of_language).explain(batch))) == 1
 
 
-def test_utilisation():
+def test_utilization():
     flops = count_flops(tiny_config(), useful(a_batch(np.random.default_rng(0))))
     total = sum(part.total for part in flops.values())
     assert mfu(flops, 2.0, 4, "TPU v5p") == pytest.approx(total / 8 / 459e12)

@@ -104,7 +104,7 @@ def test_every_stage_has_its_own_metrics_schedule_and_data(uninterrupted):
     rates = [[line["learning_rate"] for line in lines if "loss" in line] for lines in (align, instruct)]
     assert list(map(len, rates)) == [8, 16]
     np.testing.assert_allclose([rates[0][0], rates[1][0]], [5e-3 / 4, 3e-3 / 4], rtol=1e-6)
-    assert set(align[-1]["heldout"]["exact_match"]) == {"all", "colour"}
+    assert set(align[-1]["heldout"]["exact_match"]) == {"all", "color"}
     assert set(instruct[-1]["heldout"]["exact_match"]) == {"all", "shape"}
     run = read_config(uninterrupted / "align")
     assert run.optim.freeze == ("encoder", "decoder/layers") and not run.stages
@@ -114,7 +114,7 @@ def test_the_table_and_the_page_tell_of_every_stage(uninterrupted):
     console = Console(width=200, file=io.StringIO())
     console.print(table(uninterrupted))
     header, align, instruct = (line.split() for line in console.file.getvalue().splitlines())
-    assert header == "stage after steps trained held-out loss all colour shape".split()
+    assert header == "stage after steps trained held-out loss all color shape".split()
     assert align[:3] == ["align", "–", "8"] and instruct[:3] == ["instruct", "align", "16"]
     sizes = [sum(x.size for path, x in weights(uninterrupted).items() if trained(path)) for trained in (moved, str)]
     assert [align[3], instruct[3]] == [short(size) for size in sizes]

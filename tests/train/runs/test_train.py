@@ -79,7 +79,7 @@ def test_a_run_writes_every_step_once_and_learns(uninterrupted, record_property)
     seconds = [line["seconds_per_step"] for line in steps[1:]]  # the first one compiles and is not measured
     assert seconds[-1] > min(seconds[:-1]) / 10, "the last step is measured alone, too"
     found = lines[-1]["heldout"]
-    assert found["conversations"] == 32 and set(found["exact_match"]) == {"all", "colour"}
+    assert found["conversations"] == 32 and set(found["exact_match"]) == {"all", "color"}
     assert list((uninterrupted / "tensorboard").glob("events*"))
 
 
@@ -256,7 +256,7 @@ def test_a_finished_run_is_evaluated_from_the_command_line(uninterrupted, tmp_pa
         [sys.executable, *command, f"--output={tmp_path / 'answers.jsonl'}"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["all", "colour"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["all", "color"]
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 5 and set(answers[0]) == {"kind", "question", "truth", "answer", "right"}
 
