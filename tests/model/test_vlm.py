@@ -122,7 +122,7 @@ def test_connector(connector):
     assert tokens.deep.shape == (len(config.encoder.deepstack_layers), 1, count, config.decoder.width)
     noisy = encode(params, np.where((image == 0)[..., None], 7.0, patches))
     real = image.reshape(1, count, -1)[..., 0] > 0
-    np.testing.assert_array_equal(noisy.value[real], tokens.embeddings[real])
+    np.testing.assert_array_equal(noisy.embeddings[real], tokens.embeddings[real])
     np.testing.assert_array_equal(noisy.deep[:, real], tokens.deep[:, real])
     weights = rng.standard_normal((count, config.decoder.width)).astype(np.float32)
 

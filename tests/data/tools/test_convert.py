@@ -214,7 +214,8 @@ def test_a_run_trains_the_same_on_what_was_converted(paths, tmp_path):
     assert main(["convert", paths["tar"], str(tmp_path / "converted"), "--processes=2"]) == 0
     code = "from tiny_run import get_config as tiny, load_config\n"
     code += "def get_config():\n    config = tiny()\n    config.data = load_config('sft').data\n"
-    code += "    config.data.update(tokens=64, patch_rows=1, patches_per_row=112, batch=8, min_pixels=256)\n    return config\n"
+    code += "    config.data.update(tokens=64, patch_rows=1, patches_per_row=112, batch=8, min_pixels=256)\n"
+    code += "    return config\n"
     (tmp_path / "run.py").write_text(code)
     losses = []
     for number, path in enumerate((paths["tar"], tmp_path / "converted")):

@@ -23,8 +23,8 @@ RUN = read_run(CONFIG)
 CHANGES = {"optim.name": "adafactor", "processor": "elsewhere", "model.decoder.mlp": 64} | {
     f"data.{name}": value
     for name, value in dict(
-        seed=5, batch=16, tokens=128, patch_rows=2, patches_per_row=64, window=2.0, streams=4, text_only=True, min_pixels=64,
-        max_pixels=4096, cell=32, min_cells=4, max_cells=6,
+        seed=5, batch=16, tokens=128, patch_rows=2, patches_per_row=64, window=2.0, streams=4, text_only=True,
+        min_pixels=64, max_pixels=4096, cell=32, min_cells=4, max_cells=6,
     ).items()
 } | {"data.kinds.color": 0.5}  # fmt: skip
 TX = train_context(RUN, make_mesh()).tx
