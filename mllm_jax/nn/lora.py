@@ -110,7 +110,7 @@ def make_adapters(boxed: Any, config: LoraConfig, key: jax.Array) -> dict:
 
 
 def keep_base(boxed: Any, config: LoraConfig) -> dict:
-    """A boxed tree whose frozen weights are as `config.base` keeps them; those that are trained stay."""
+    """A boxed tree whose frozen weights are as `config.base_dtype` keeps them; those that are trained stay."""
     leaves = {}
     for path, box in flatten(boxed).items():
         leaves |= _kept(path, box, config)

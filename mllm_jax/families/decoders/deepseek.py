@@ -122,12 +122,12 @@ def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
         config["n_routed_experts"],
         config["num_experts_per_tok"],
     )
-    top_groups = config["topk_group"] if groups > 1 else 1
+    topk_group = config["topk_group"] if groups > 1 else 1
     if experts % groups:
         raise FieldError("n_group", f"must divide n_routed_experts={experts}.", groups)
-    if top_groups > groups:
-        raise FieldError("topk_group", f"must be at most n_group={groups}.", top_groups)
-    if top_k > (most := experts // groups * top_groups):
+    if topk_group > groups:
+        raise FieldError("topk_group", f"must be at most n_group={groups}.", topk_group)
+    if top_k > (most := experts // groups * topk_group):
         raise FieldError("num_experts_per_tok", f"must be at most {most}, the experts of topk_group groups.", top_k)
     return MoeConfig(
         experts=experts,
@@ -139,7 +139,7 @@ def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
         norm_topk_prob=bias and config["norm_topk_prob"],
         scale=float(config["routed_scaling_factor"]),
         n_group=groups,
-        topk_group=top_groups,
+        topk_group=topk_group,
         group_best=2 if bias and groups > 1 else 1,
     )
 
