@@ -125,7 +125,7 @@ def test_bad_inputs(pair):
     with pytest.raises(ValueError, match="placeholders more than the images"):
         mllm_jax.from_hf_inputs(ours.config, few)
     text = np.where(inputs["input_ids"] == IMAGE, 5, inputs["input_ids"])
-    with pytest.raises(ValueError, match="images or clips have no placeholders .token 150. in input_ids"):
+    with pytest.raises(ValueError, match="images or videos have no placeholders .token 150. in input_ids"):
         mllm_jax.from_hf_inputs(ours.config, inputs | {"input_ids": text})
     with pytest.raises(ValueError, match="unknown inputs.*image_grid_thw"):
         mllm_jax.from_hf_inputs(ours.config, dict(inputs, image_grid_thw=np.zeros((1, 3))))
