@@ -91,8 +91,6 @@ class LocalCheckpoints:
                 self.about(step)
             except Damaged as fault:
                 faults[step] = fault
-            except ConfigError:  # of another version, which `steps` leaves out
-                pass
         return faults
 
     def _holds(self, step: int) -> str | None:

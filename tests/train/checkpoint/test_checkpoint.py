@@ -10,7 +10,7 @@ from tiny_run import get_config
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.sharding.mesh import make_mesh
-from mllm_jax.train.checkpoint.damage import Damaged
+from mllm_jax.train.checkpoint.damage import Damaged, read_sealed, sealed
 from mllm_jax.train.checkpoint.manager import Checkpoints
 from mllm_jax.train.checkpoint.restore import read_config, restore_params
 from mllm_jax.train.checkpoint.tiers import Tiers
@@ -225,6 +225,15 @@ def test_no_flipped_bit_is_restored_silently(saved, state, tmp_path_factory):
             jax.tree.map(np.testing.assert_array_equal, found.state, state)
             assert found.position == position(7) and found.notes == NOTES
     assert refused > 1
+
+
+def test_notes_without_their_checksum_are_damaged(tmp_path):
+    """As where a flipped bit has changed the key of the checksum."""
+    about = sealed({"step": 7})
+    assert read_sealed(about, tmp_path) == {"step": 7}
+    about["sha257"] = about.pop("sha256")
+    with pytest.raises(Damaged, match="is damaged: its config or its position in the data is not what was saved"):
+        read_sealed(about, tmp_path)
 
 
 def test_the_newest_whole_one_is_restored_and_the_damaged_one_is_set_aside(saved, state, capsys):
