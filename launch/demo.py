@@ -103,7 +103,7 @@ def demo(workdir: Path, steps: int | None, questions: int, overrides: Sequence[s
     seconds = time.perf_counter() - began
 
     headline(2, "The same training without images, for comparison")
-    train(workdir / "text_only", settings, text_only=True)
+    train(workdir / "text_only", settings, blind=True)
 
     headline(3, f"Answering {questions:,} held-out questions")
     seeing, blind = (answered(workdir / name, questions) for name in ("with_images", "text_only"))
