@@ -17,7 +17,7 @@ def ask(
     Args:
       vlm: with a processor, see `mllm_jax.load_pretrained`.
       records: {"messages", "kind", "id"}, see data/records/records.py. Documents, which ask nothing, are left out.
-      together: conversations that are answered at once.
+      batch_size: conversations that are answered at once.
       max_new_tokens: of an answer.
     """
     for start in range(0, len(records), batch_size):

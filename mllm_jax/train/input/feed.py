@@ -64,11 +64,11 @@ class InputPipeline:
 
     Args:
       loader: of `open_data`. cost: of its batches, None where they do not tell it.
-      ends: whether the data end, for each process at another batch.
+      ends_apart: whether the data end, and processes read shares of their own, so that they end at different batches.
     """
 
-    def __init__(self, loader: Any, place: Placer, cost: BatchCost | None, ends: bool):
-        self._loader, self._place, self._cost, self._ends_apart = loader, place, cost, ends
+    def __init__(self, loader: Any, place: Placer, cost: BatchCost | None, ends_apart: bool):
+        self._loader, self._place, self._cost, self._ends_apart = loader, place, cost, ends_apart
         self._explained = False
         self._count_anew()
         self._coming: Future | None = None

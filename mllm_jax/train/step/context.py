@@ -18,7 +18,8 @@ from mllm_jax.train.step.state import TrainState, abstract_state, new_state, sta
 class TrainContext:
     """A model, how it is optimized, and on which devices; what follows from these is computed once, when it is read.
 
-    accumulate: A, number of parts that a batch of A * B rows is worked off in; the result is that of the whole batch.
+    grad_accum_steps: A, number of parts that a batch of A * B rows is worked off in; the result is that of the whole
+      batch.
     balance: of a model with experts.
     async_gathers: see `mllm_jax.train.step.compiler`.
     seed: of the dropout of adapters, which with the number of the step says what is left out, on any mesh; and of

@@ -28,7 +28,7 @@ def make_gradients(
     """`gradients(state, frozen, batch, key)` -> (gradients of what is trained, means by name, Load or None).
 
     Args:
-      accumulate, balance: see `TrainContext`.
+      grad_accum_steps, balance: see `TrainContext`.
       freeze: patterns of what is not trained. pinned: shardings of the gradients, which would else be left whole.
     """
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
