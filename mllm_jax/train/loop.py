@@ -128,7 +128,8 @@ class Training:
         self.clock, self.debug_nans = Clock(), debug_nans
         self.algorithm = algorithm = algorithm_of(run)
         if debug_nans and algorithm.objective() is None:
-            raise ConfigError("--debug_nans looks into steps that are one update of a language model, as PPO's are not")
+            name = type(run.algorithm).__name__
+            raise ConfigError(f"--debug_nans looks into updates of language models, which steps of {name} are not")
         processor, heldout = algorithm.processor(), run.data.source("heldout")
         self.mesh = mesh = make_mesh(run.mesh)
         context = train_context(run, mesh)  # the state does not depend on the length, which is found below
@@ -142,7 +143,9 @@ class Training:
         found = self._resume() if self.resumed else self._begin(context)
         self.length = find_length(run, processor, found.notes.get("length"), stopped)
         self.settings = run = with_length(run, self.length)
-        self.train_step = compiled_together(algorithm.step(train_context(run, mesh)))
+        if self.length is not None:
+            context = train_context(run, mesh)
+        self.train_step = compiled_together(algorithm.step(context))
         self.frozen = algorithm.frozen(mesh, workdir, self.resumed)
         self.state, self.position, self.step = found.state, found.position, int(found.state.step)
         self.compiled, self.lost = False, False
@@ -211,8 +214,8 @@ class Training:
         run, mesh, rules = self.settings, self.mesh, self.settings.model.runtime.rules
         loader = open_data(run.data, processor, mesh, rules, self.algorithm.reading())
         place = Placer(run.data.batch, partial(self.algorithm.batch_shardings, mesh=mesh))
-        ends = run.data.epochs is not None and shares_of(run.data.batch, mesh, rules)[1] > 1
-        return InputPipeline(loader, place, self.algorithm.cost(), ends)
+        ends_apart = run.data.epochs is not None and shares_of(run.data.batch, mesh, rules)[1] > 1
+        return InputPipeline(loader, place, self.algorithm.cost(), ends_apart)
 
     def _check_memory(self, state: TrainState, layout: TrainState) -> None:
         """Tells what a device needs for certain, before it is allocated. Raises ConfigError where that is not there."""

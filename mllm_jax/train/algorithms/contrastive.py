@@ -60,8 +60,8 @@ def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainSta
     config, optim = context.model, context.optim
     model, (pinned, _) = config.build(), split(context.state_shardings.params, optim.freeze)
 
-    def loss(trainable, frozen, batch: DualBatch):
-        params = {"params": join(trainable, frozen)}
+    def loss(trainable, fixed, batch: DualBatch):
+        params = {"params": join(trainable, fixed)}
         out = model.apply(params, batch)
         scale, bias = model.apply(params, method="temperature")
         everywhere = config.runtime.within("encoder").rules  # pairs lie on all axes, as images do

@@ -26,7 +26,7 @@ from mllm_jax.train.checkpoint.orbax_manager import CheckpointManager
 from mllm_jax.train.step.state import TrainState
 
 # What a resumed run cannot change: the shapes of its state, and which conversations come next.
-FIXED = ("model.", "lora.", "optim.name", "optim.freeze", "processor", "data.")
+FIXED = ("model.", "algorithm.type", "lora.", "optim.name", "optim.freeze", "processor", "data.")
 ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "fail_on_bad_record", "max_bad_fraction")
 FREE = ("model.runtime.", *(f"data.{name}" for name in ANY_DATA))
 

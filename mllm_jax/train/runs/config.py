@@ -260,6 +260,7 @@ def read_run(config: ConfigDict) -> Run:
     run = _with_all_of_preset(from_config_dict(Run, config, PARTS, "config"))
     if not isinstance(run.model, ModelConfig | DualConfig):
         raise ConfigError("config.model.type must be ModelConfig or DualConfig")
+    _check_algorithm(run, "config")  # of a run with stages, too, where each stage may have its own
     for path, family, known in _families(run.model):
         if family not in known:
             raise ConfigError(f"config.{path}={family!r}: must be one of {', '.join(known)}.")
@@ -289,8 +290,7 @@ def _families(model: ModelConfig | DualConfig) -> Iterator[tuple[str, str, Itera
 
 
 def _check(whole: Run, run: Run | Stage, path: str) -> None:
-    if not isinstance(run.algorithm, AlgorithmConfig):
-        raise ConfigError(f"{path}.algorithm.type must be one of {', '.join(_algorithms(AlgorithmConfig))}")
+    _check_algorithm(run, path)
     if not isinstance(whole.model, run.algorithm.model):
         raise ConfigError(
             f"{path}.algorithm.type={type(run.algorithm).__name__}: trains a {run.algorithm.model.__name__}, and "
@@ -322,6 +322,11 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
             f"{whole.model.decoder.positions}, which are learned: a conversation may fill a row"
         )
     run.algorithm.check(run, path)
+
+
+def _check_algorithm(run: Run | Stage, path: str) -> None:
+    if not isinstance(run.algorithm, AlgorithmConfig):
+        raise ConfigError(f"{path}.algorithm.type must be one of {', '.join(_algorithms(AlgorithmConfig))}")
 
 
 def _algorithms(model: type) -> list[str]:

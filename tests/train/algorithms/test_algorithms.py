@@ -73,6 +73,14 @@ def test_a_new_algorithm_trains(scaled, tmp_path):
     assert read_config(tmp_path / "run").algorithm == ScaledConfig(factor=3.0)
 
 
+def test_a_run_with_stages_needs_an_algorithm_too():
+    config = tiny_run.load_config("prefer")
+    with config.unlocked(), config.ignore_type():
+        config.algorithm = ConfigDict(config.data.to_dict())
+    with pytest.raises(ConfigError, match="config.algorithm.type must be one of SupervisedConfig, PreferenceConfig"):
+        read_run(config)
+
+
 def test_its_config_checks_the_other_settings(scaled):
     scaled.train.grad_accum_steps = 8
     with pytest.raises(ConfigError, match="config.train.grad_accum_steps=8: must be at most 4"):

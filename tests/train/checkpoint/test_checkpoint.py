@@ -20,13 +20,13 @@ from mllm_jax.train.step.state import abstract_state, state_shardings
 
 CONFIG = get_config()
 RUN = read_run(CONFIG)
-CHANGES = {"optim.name": "adafactor", "processor": "elsewhere", "model.decoder.mlp": 64} | {
+CHANGES = {"algorithm.type": "PreferenceConfig", "optim.name": "adafactor", "processor": "elsewhere"} | {
     f"data.{name}": value
     for name, value in dict(
         seed=5, batch=16, tokens=128, patch_rows=2, patches_per_row=64, window=2.0, streams=4, text_only=True,
         min_pixels=64, max_pixels=4096, cell=32, min_cells=4, max_cells=6,
     ).items()
-} | {"data.kinds.color": 0.5}  # fmt: skip
+} | {"data.kinds.color": 0.5, "model.decoder.mlp": 64}  # fmt: skip
 TX = train_context(RUN, make_mesh()).tx
 ABSTRACT = abstract_state(RUN.model, TX)
 
