@@ -14,7 +14,7 @@ import shlex
 import pytest
 import source_files
 from document_runs import FEW_STEPS, run
-from documents import COMMANDS, CONFIGS, PAGES, ROOT, blocks_of
+from documents import COMMANDS, CONFIGS, PAGES, ROOT, RUN_AT_ONCE, blocks_of
 
 from launch.checks import read_training
 from mllm_jax.common.config import ConfigError, to_config_dict
@@ -245,14 +245,14 @@ PLANS = [command for _, command in OURS if "mllm_jax.plan --" in command]
 ON_SCENES = [
     command
     for page, command in OURS
-    if page != "README.md" and command.startswith(TRAIN) and "/tmp/" in command and not small(command)
+    if page not in RUN_AT_ONCE and command.startswith(TRAIN) and "/tmp/" in command and not small(command)
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", dict.fromkeys(ON_SCENES), ids=lambda text: text[27:90])
 def test_training_on_the_embedded_scenes_runs(command, tmp_path):
-    """With few steps. README's run in tests/docs/test_readme.py."""
+    """With few steps. Those of the README and the pages like it run in tests/docs/test_readme.py."""
     config = config_of(words_of(command))
     few = [*FEW_STEPS, "--config.model.decoder.layers=1"]
     if config.stages:

@@ -1,16 +1,17 @@
-"""The commands of the README run: with few steps, on the tiny model, in a copy of the folder that they name."""
+"""The commands of the README and of the first pages run: with few steps and a tiny model, in a copy of their folder."""
 
 import importlib.util
+import re
 import sys
 
+import numpy as np
 import pytest
 from document_runs import FEW_STEPS, run
-from documents import PAGES, ROOT, blocks_of, commands_of
+from documents import PAGES, ROOT, RUN_AT_ONCE, blocks_of, commands_of
 
 README = PAGES["README.md"]
-BLOCKS = blocks_of(README)
-COMMANDS = commands_of(README)
-OURS = [command for command in COMMANDS if command.startswith("python -m mllm_jax")]
+COMMANDS = [command for page in RUN_AT_ONCE for command in commands_of(PAGES[page])]
+OURS = [command for command in dict.fromkeys(COMMANDS) if command.startswith("python -m mllm_jax")]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,9 @@ def folder(tmp_path_factory):
 
 
 def test_the_readme_opens_with_two_commands():
+    assert len(README.splitlines()) < 150
+    files = re.findall(r"docs/[\w/.]+\w|CONTRIBUTING\.md", README)
+    assert len(files) > 10 and all((ROOT / name).is_file() for name in files)
     assert [command.split()[:2] for command in COMMANDS[:2]] == [["make", "demo"], ["make", "test"]]
     makefile = (ROOT / "Makefile").read_text()
     assert "\ndemo:" in makefile and "\ntest:" in makefile
@@ -77,16 +81,23 @@ def test_command(command, folder, tmp_path):
     run(command, folder)
 
 
-def test_python_runs(folder, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/inference.md"])
+def test_python_runs(page, folder, monkeypatch):
     """The Python blocks, with the tiny model in place of the published one."""
     monkeypatch.chdir(folder)
-    blocks = [text for language, text in BLOCKS if language == "python"]
-    first = blocks[0].replace("Qwen/Qwen3-VL-2B-Instruct", "demo/export")
-    scope = {}
-    exec(first.replace('dtype="bfloat16"', 'dtype="float32"').replace("max_new_tokens=64", "max_new_tokens=4"), scope)
-    import numpy as np
-
-    scope["inputs"] = {"input_ids": np.array([[5, 6, 7]])}
-    exec(blocks[1], scope)
+    first, second = [text for language, text in blocks_of(PAGES[page]) if language == "python"]
+    for published, tiny in (
+        ("Qwen/Qwen3-VL-2B-Instruct", "demo/export"),
+        ("bfloat16", "float32"),
+        ("max_new_tokens=64", "max_new_tokens=4"),
+    ):
+        assert published in first
+        first = first.replace(published, tiny)
+    scope = {"inputs": {"input_ids": np.array([[5, 6, 7]])}}
+    exec(first, scope)
+    exec(second, scope)
     assert scope["out"].logits.shape == (1, 3, scope["vlm"].config.decoder.vocab)
-    assert (folder / "exported" / "config.json").is_file()
+    if page == "README.md":
+        assert (folder / "exported" / "config.json").is_file()
+    else:
+        assert scope["weights"].shape[-1] == 3

@@ -10,6 +10,8 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
+# Pages whose commands and Python run in tests/docs/test_readme.py; those of the others may need files or minutes.
+RUN_AT_ONCE = ("README.md", "docs/inference.md", "docs/dual_encoders.md", "docs/sharding.md", "docs/design.md")
 INLINE = re.compile(r"`((?:taskset -c 0 )?python (?:-m [\w.]+|\w+/\w+\.py)(?: [^`]+)?)`")
 ABRIDGED = re.compile(r"launch\.X|\.\.\.$")  # not meant to be given as they stand
 

@@ -1,4 +1,4 @@
-"""From files and strings to embeddings and labels: the whole way equals transformers', and the README's code runs."""
+"""Files and strings to embeddings and labels: equal to transformers', and the code of docs/dual_encoders.md runs."""
 
 import json
 import re
@@ -180,9 +180,9 @@ def test_real_tokens(shared, pair):
         assert batch.tokens[0][batch.segment[0] == 1].tolist() == case["ids"], case["text"]
 
 
-def test_the_code_of_the_readme(pair, monkeypatch, tmp_path, capsys):
-    readme = (ROOT / "README.md").read_text()
-    code = next(text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "classify" in text)
+def test_the_code_of_the_page(pair, monkeypatch, tmp_path, capsys):
+    page = (ROOT / "docs" / "dual_encoders.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     images()[0].save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     scope = {"mllm_jax": mllm_jax}
