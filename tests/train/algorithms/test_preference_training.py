@@ -67,7 +67,7 @@ def test_a_run_against_a_file(stored, few_captions):
     workdir, file = stored
     assert begins_at_the_reference(workdir) == pytest.approx(math.log(2), abs=1e-5)
     assert len(losses(workdir)) == 4 and losses(workdir)[4]["loss"] < losses(workdir)[1]["loss"]
-    config = a_config(str(file), dpo=1.0, changed=5.0)
+    config = a_config(str(file), dpo=1.0, diff_token_weight=5.0)
     with pytest.raises(BadData, match="is not what it was when its log-probabilities were computed"):
         train(config, workdir.parent / "other")
 
