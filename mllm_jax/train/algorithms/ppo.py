@@ -1,6 +1,5 @@
 """PPO: learning from answers of the model's own, which a reward model judges that reads as the model does."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import write_whole
-from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.reward import PpoPrompts
 from mllm_jax.train.algorithms.base import Algorithm
 from mllm_jax.train.algorithms.ppo_step import make_ppo_step
 from mllm_jax.train.algorithms.rollout import FrozenModels
-from mllm_jax.train.checkpoint.fingerprint import fingerprint
+from mllm_jax.train.checkpoint.fingerprint import verify_frozen_weights
 from mllm_jax.train.checkpoint.restore import first_params, processor_of, read_config, restore_params
 from mllm_jax.train.input.processors import chat_processor
 from mllm_jax.train.losses.algorithm_config import FIRST
@@ -75,16 +72,12 @@ class Ppo(Algorithm):
             )
         first = first_params(run, mesh) if ppo.reference == FIRST else None
         model, reward = restore_params(ppo.reward_model, mesh=mesh)
-        found = {"first": None if first is None else int(fingerprint(first)), "reward": int(fingerprint(reward))}
-        file = Path(workdir) / FILE
-        if not resumed:
-            write_whole(file, json.dumps(found) + "\n")
-        elif read_note(file, BEGIN_ANEW, reward=int) != found:
-            raise ConfigError(
-                f"{workdir} had other weights to begin with, or another reward model, than config.init={run.init!r}, "
-                f"config.train.seed={run.train.seed} and config.algorithm.reward_model={ppo.reward_model!r} give now: "
-                "give it those again, or use another --workdir"
-            )
+        verify_frozen_weights(
+            Path(workdir) / FILE,
+            resumed,
+            ("reference", run.first_weights, first),
+            ("reward model's", f"config.algorithm.reward_model={ppo.reward_model!r}", reward),
+        )
         return (FrozenModels(reward, jnp.asarray(own.stop_ids, jnp.int32), first, model),)
 
     def check_plannable(self) -> None:

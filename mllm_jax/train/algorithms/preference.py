@@ -1,6 +1,5 @@
 """Learning from pairs of answers: from packed rows to the losses of train/losses/preference.py, and back."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import write_whole
-from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 from mllm_jax.data.pipeline.packing import collate
 from mllm_jax.data.pipeline.preference import Pairs
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.lora import split_adapters
 from mllm_jax.train.algorithms.base import Algorithm
 from mllm_jax.train.algorithms.stored_references import read_references
-from mllm_jax.train.checkpoint.fingerprint import fingerprint
+from mllm_jax.train.checkpoint.fingerprint import verify_frozen_weights
 from mllm_jax.train.checkpoint.restore import first_params
 from mllm_jax.train.losses.algorithm_config import BASE, FIRST, NONE
 from mllm_jax.train.losses.cross_entropy import CHUNK, sum_segments
@@ -92,16 +89,8 @@ class Preference(Algorithm):
         if self.config.reference != FIRST:
             return ()
         run = self.run
-        params, file = first_params(run, mesh), Path(workdir) / FILE
-        found = int(fingerprint(params))
-        if not resumed:
-            if jax.process_index() == 0:
-                write_whole(file, json.dumps({"init": run.init, "fingerprint": found}) + "\n")
-        elif read_note(file, BEGIN_ANEW, fingerprint=int)["fingerprint"] != found:
-            raise ConfigError(
-                f"{workdir} compared its answers with other weights than config.init={run.init!r} and "
-                f"config.train.seed={run.train.seed} give now: give it those again, or use another --workdir"
-            )
+        params = first_params(run, mesh)
+        verify_frozen_weights(Path(workdir) / FILE, resumed, ("reference", run.first_weights, params))
         return (params,)
 
     def check_plannable(self) -> None:

@@ -1,12 +1,17 @@
 """Fingerprints of arrays: equal for equal values on any mesh, so that a checkpoint can be verified on another one."""
 
+import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.common.config import ConfigError
+from mllm_jax.common.files import write_whole
 from mllm_jax.common.trees import flatten
+from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 
 
 def names(tree: Any) -> list[str]:
@@ -26,6 +31,32 @@ def fingerprint(params: dict[str, Any]) -> jax.Array:
     for path, x in flatten(params).items():
         total += _of_array(x) * jnp.uint32(zlib.crc32(path.encode()) | 1)
     return total
+
+
+def verify_frozen_weights(file: Path, resumed: bool, *weights: tuple[str, str, dict[str, Any] | None]) -> None:
+    """Verifies that a resumed run has the frozen weights that it began with; its checkpoints do not store them.
+
+    A new run writes fingerprints of the weights to a file, a resumed run compares with them.
+
+    Args:
+      file: path in the working directory of the run.
+      weights: (role, settings that give the weights, parameters). None: the run has no weights in this role.
+
+    Raises:
+      ConfigError: weights differ, or the file is damaged.
+    """
+    current = {role: None if params is None else int(fingerprint(params)) for role, _, params in weights}
+    if not resumed:
+        if jax.process_index() == 0:
+            write_whole(file, json.dumps(current) + "\n")
+        return
+    first = read_note(file, BEGIN_ANEW, **dict.fromkeys(current, (int, type(None))))
+    for role, settings, _ in weights:
+        if first[role] != current[role]:
+            raise ConfigError(
+                f"{settings} gives other {role} weights than those that {file.parent} began with. "
+                "Restore these settings, or use another --workdir."
+            )
 
 
 @jax.jit

@@ -3,19 +3,13 @@
 So that a run never goes on from other weights, a fingerprint of the base lies beside the checkpoints.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import write_whole
 from mllm_jax.common.trees import flatten, join, partition
-from mllm_jax.common.workdir import BEGIN_ANEW, read_note
-from mllm_jax.train.checkpoint.fingerprint import fingerprint
+from mllm_jax.train.checkpoint.fingerprint import verify_frozen_weights
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.optimizer import BIAS, split
 
@@ -48,16 +42,4 @@ def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None
         return
     kept, file = flatten(saved(run, params)), Path(workdir) / FILE
     base = partition(params, lambda path: path not in kept)[0]
-    found = {"init": run.init or run.taken, "fingerprint": int(fingerprint(base))}
-    if not again:
-        if jax.process_index() == 0:
-            write_whole(file, json.dumps(found) + "\n")
-        return
-    began = read_note(file, BEGIN_ANEW, fingerprint=int)
-    if began["fingerprint"] != found["fingerprint"]:
-        named = f"config.init={run.init!r}" if run.init else f"config.parts={run.taken}" if run.taken else ""
-        source = named or f"config.train.seed={run.train.seed}"
-        raise ConfigError(
-            f"{workdir} began with other weights (of {began['init'] or 'config.train.seed'!r}) than {source} gives; "
-            "its checkpoints hold what is trained alone: give it those weights again, or use another --workdir"
-        )
+    verify_frozen_weights(file, again, ("base", run.first_weights, base))

@@ -182,6 +182,13 @@ class Run(Config):
         """The parts that come from folders of their own."""
         return {part: source for part, source in self.parts.items() if source}
 
+    @property
+    def first_weights(self) -> str:
+        """The setting that gives the weights which the run begins with, as in `config.init='folder'`."""
+        if self.taken:
+            return f"config.parts={self.taken}"
+        return f"config.init={self.init!r}" if self.init else f"config.train.seed={self.train.seed}"
+
 
 def run_config(run: Run) -> ConfigDict:
     """A run as the ConfigDict that a config file returns. What its model takes from the run stands there alone.
