@@ -11,9 +11,11 @@ ENTRY = re.compile(r"^( *)((?:\*{0,2}\w+)(?:, \*{0,2}\w+)*): ")
 SECTIONS = {"Args", "Returns", "Raises", "Attributes"}
 
 
-def listed(text: str, indent: int) -> set[str]:
-    """The names before the colons of lines that begin at an indent, as in "rows, columns: of the table"."""
-    found = filter(None, map(ENTRY.match, text.split("\n")))
+def listed(text: str) -> set[str]:
+    """The names before the colons of the lines with the smallest indent, as in "rows, columns: of the table"."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    indent = min((len(line) - len(line.lstrip()) for line in lines), default=0)
+    found = filter(None, map(ENTRY.match, lines))
     names = [name for entry in found if len(entry[1]) == indent for name in entry[2].split(", ")]
     return {name.lstrip("*") for name in names} - SECTIONS
 
@@ -23,7 +25,7 @@ def unknown_arguments(function: ast.FunctionDef) -> set[str]:
     _, _, section = (ast.get_docstring(function) or "").partition("Args:\n")
     named = function.args
     known = {argument.arg for argument in ast.walk(named) if isinstance(argument, ast.arg)}
-    return listed(re.split(r"^\w+:$", section, flags=re.MULTILINE)[0], 2) - known
+    return listed(re.split(r"^\w+:$", section, flags=re.MULTILINE)[0]) - known
 
 
 def is_dataclass(node: ast.ClassDef) -> bool:
@@ -33,7 +35,7 @@ def is_dataclass(node: ast.ClassDef) -> bool:
 def unknown_fields(node: ast.ClassDef) -> set[str]:
     """Names at the margin of a config's docstring that are no fields of it."""
     known = {ast.unparse(item.target) for item in node.body if isinstance(item, ast.AnnAssign)}
-    return listed(ast.get_docstring(node) or "", 0) - known
+    return listed(ast.get_docstring(node) or "") - known
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -46,6 +48,6 @@ def test_docstrings_list_what_there_is(path):
 
 
 def test_a_name_that_is_not_there_is_found():
-    function = ast.parse("def f(new):\n    '''Does.\n\n    Args:\n      old: a number.\n    '''").body[0]
+    function = ast.parse("def f(new):\n    '''Does.\n\n    Args:\n        old: a number.\n    '''").body[0]
     node = ast.parse("@dataclass\nclass C:\n    '''\n    old, new: numbers.\n    '''\n    new: int = 1").body[0]
     assert unknown_arguments(function) == {"old"} and unknown_fields(node) == {"old"}

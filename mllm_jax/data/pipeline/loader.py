@@ -89,7 +89,7 @@ def make_loader(
         prefetch: batches made ahead in the background; 0 makes them when asked.
         process_index, process_count: which share of the rows, and so of the streams, this process makes. A process of
             several goes on with rows of padding after the end of its data, since that of others may come later.
-        strict: a broken or too large conversation is an error, instead of being skipped and counted.
+        fail_on_bad_record: a broken or too large conversation is an error, instead of being skipped and counted.
         max_bad_fraction: share of broken records, after the first 100, at which to stop.
         reading: how records are read, where not as conversations to learn from: as `preference.Pairs`, `RewardPairs` or
             `PpoPrompts`.
