@@ -170,6 +170,7 @@ class Decoder(nn.Module):
         position,
         segment,
         modality,
+        *,
         cache: Cache | None = None,
         deep=None,
         vision_index=None,

@@ -215,7 +215,15 @@ class VLM(nn.Module):
             visual_kind = jnp.where(batch.tokens == self.config.tokens.video, VIDEO, IMAGE)
             modality = jnp.where(batch.vision_index >= 0, visual_kind, TEXT)
         x, cache, routing = self.decoder(
-            x, batch.position, batch.segment, modality, cache, deep, batch.vision_index, batch.prefix, batch.mix
+            x,
+            batch.position,
+            batch.segment,
+            modality,
+            cache=cache,
+            deep=deep,
+            vision_index=batch.vision_index,
+            prefix=batch.prefix,
+            mix=batch.mix,
         )
         if hidden:
             return Output(hidden=x, cache=cache, routing=routing)

@@ -81,7 +81,7 @@ _EXPERTS = {
     "routed_scaling_factor": positive(1.0),
 }
 FIELDS = {  # by the model_type
-    V2: decoder_fields(102400, 4096, 11008, 32, 32, None, length=2048)
+    V2: decoder_fields(vocab=102400, width=4096, mlp=11008, depth=32, heads=32, kv_heads=None, length=2048)
     | _EXPERTS
     | {
         "mlp_bias": only(False),
@@ -95,7 +95,7 @@ FIELDS = {  # by the model_type
         "topk_group": nullable(count(None)),
         "norm_topk_prob": only(False),  # transformers ignores it, DeepSeek's own code does not
     },
-    V3: decoder_fields(129280, 7168, 18432, 61, 128, 128, length=4096)
+    V3: decoder_fields(vocab=129280, width=7168, mlp=18432, depth=61, heads=128, kv_heads=128, length=4096)
     | _EXPERTS
     | {
         "rope_interleave": only(True),

@@ -44,7 +44,7 @@ COMMON = {  # of Gemma and Gemma 2
     "use_bidirectional_attention": nullable(only(False), False),
 }
 FIELDS = (
-    decoder_fields(256000, 3072, 24576, 28, 16, 16, length=8192, tie=True)
+    decoder_fields(vocab=256000, width=3072, mlp=24576, depth=28, heads=16, kv_heads=16, length=8192, tie=True)
     | COMMON
     | {
         "num_key_value_heads": count(16),

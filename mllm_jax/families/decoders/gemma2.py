@@ -47,7 +47,7 @@ SIZES = {
     ),
 }
 FIELDS = (
-    decoder_fields(256000, 2304, 9216, 26, 8, 4, length=8192, tie=True)
+    decoder_fields(vocab=256000, width=2304, mlp=9216, depth=26, heads=8, kv_heads=4, length=8192, tie=True)
     | gemma.COMMON
     | WINDOWS
     | {

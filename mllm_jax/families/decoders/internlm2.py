@@ -37,7 +37,9 @@ SIZES = {
     "7b": _7B,
     "20b": replace(_7B, width=6144, layers=48, attention=replace(_7B.attention, heads=48), mlp=16384),
 }
-FIELDS = decoder_fields(103168, 4096, 11008, 32, 32, None, length=2048) | {"bias": only(False)}
+FIELDS = decoder_fields(vocab=103168, width=4096, mlp=11008, depth=32, heads=32, kv_heads=None, length=2048) | {
+    "bias": only(False)
+}
 
 
 class Internlm2(DecoderFamily):

@@ -62,7 +62,7 @@ SIZES = {
 }
 
 
-FIELDS = decoder_fields(32000, 4096, 11008, 32, 32, None, length=2048) | {
+FIELDS = decoder_fields(vocab=32000, width=4096, mlp=11008, depth=32, heads=32, kv_heads=None, length=2048) | {
     "hidden_act": word("silu"),
     "attention_bias": flag(False),
     "mlp_bias": flag(False),

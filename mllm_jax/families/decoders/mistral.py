@@ -17,7 +17,7 @@ SIZES = {
     "7b-v0.3": replace(_7B, vocab=32768),
     "nemo-12b": replace(_7B, vocab=131072, width=5120, layers=40),
 }
-FIELDS = decoder_fields(32000, 4096, 14336, 32, 32, 8, length=131072) | {
+FIELDS = decoder_fields(vocab=32000, width=4096, mlp=14336, depth=32, heads=32, kv_heads=8, length=131072) | {
     "num_key_value_heads": count(8),
     "sliding_window": nullable(count(4096)),
 }

@@ -30,7 +30,9 @@ SIZES = {
     "3-medium-4k": _MEDIUM,
     "4": replace(_MEDIUM, vocab=100352, sliding_windows=(), attention=replace(_MEDIUM.attention, rope_theta=2.5e5)),
 }
-FIELDS = decoder_fields(32064, 3072, 8192, 32, 32, None, length=4096, norm_eps=1e-5) | {
+FIELDS = decoder_fields(
+    vocab=32064, width=3072, mlp=8192, depth=32, heads=32, kv_heads=None, length=4096, norm_eps=1e-5
+) | {
     "attention_bias": only(False),
     "sliding_window": nullable(count(None)),
     LENGTH: count(4096),

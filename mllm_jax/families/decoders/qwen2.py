@@ -47,7 +47,7 @@ SIZES = {
 
 
 FIELDS = (
-    decoder_fields(151936, 4096, 22016, 32, 32, 32, length=32768)
+    decoder_fields(vocab=151936, width=4096, mlp=22016, depth=32, heads=32, kv_heads=32, length=32768)
     | WINDOWS
     | {
         "use_sliding_window": flag(False),
@@ -55,7 +55,9 @@ FIELDS = (
     }
 )
 SEEING_FIELDS = (
-    decoder_fields(152064, 8192, 29568, 80, 64, 8, length=32768, theta=1e6, norm_eps=1e-5)
+    decoder_fields(
+        vocab=152064, width=8192, mlp=29568, depth=80, heads=64, kv_heads=8, length=32768, theta=1e6, norm_eps=1e-5
+    )
     | WINDOWS
     | {
         "use_sliding_window": nullable(flag(False), False),

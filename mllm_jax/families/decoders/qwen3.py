@@ -61,19 +61,23 @@ def _experts(experts: int, top_k: int, mlp: int) -> dict:
 
 _COMMON = {"attention_bias": only(False), "use_sliding_window": only(False)}
 FIELDS = {  # by the model_type of a model of text alone
-    "qwen3": decoder_fields(151936, 4096, 22016, 32, 32, 32, length=32768)
+    "qwen3": decoder_fields(vocab=151936, width=4096, mlp=22016, depth=32, heads=32, kv_heads=32, length=32768)
     | _COMMON
     | {"head_dim": count(128), "layer_types": nullable(listed(only("full_attention"), None))},
-    "qwen3_moe": decoder_fields(151936, 2048, 6144, 24, 32, 4, length=32768)
+    "qwen3_moe": decoder_fields(vocab=151936, width=2048, mlp=6144, depth=24, heads=32, kv_heads=4, length=32768)
     | _COMMON
     | _experts(128, 8, 768)
     | {"num_key_value_heads": count(4), "norm_topk_prob": flag(False)},
 }
 SEEING_FIELDS = {  # by the model_type of the whole model
-    "qwen3_vl": decoder_fields(151936, 4096, 22016, 32, 32, 32, length=128000, theta=5e5)
+    "qwen3_vl": decoder_fields(
+        vocab=151936, width=4096, mlp=22016, depth=32, heads=32, kv_heads=32, length=128000, theta=5e5
+    )
     | _COMMON
     | {"head_dim": count(128)},
-    "qwen3_vl_moe": decoder_fields(151936, 2048, 5632, 24, 16, 16, length=128000, theta=5e5, tie=True)
+    "qwen3_vl_moe": decoder_fields(
+        vocab=151936, width=2048, mlp=5632, depth=24, heads=16, kv_heads=16, length=128000, theta=5e5, tie=True
+    )
     | _COMMON
     | _experts(60, 4, 1408)
     | {"num_key_value_heads": count(16), "norm_topk_prob": only(True)},

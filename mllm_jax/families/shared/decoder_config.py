@@ -51,6 +51,7 @@ WINDOWS = {  # of families whose layers may differ in what they see
 
 
 def decoder_fields(
+    *,
     vocab: int,
     width: int,
     mlp: int,
