@@ -1,4 +1,4 @@
-"""What a record or a message may call a file: paths of any machine, file and data URIs, base64."""
+"""Names of media in records and messages: paths of any system, file and data URIs, base64."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""How answers are compared and counted."""
+"""Comparison and counting of answers."""
 
 import pytest
 

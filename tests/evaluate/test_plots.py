@@ -1,4 +1,4 @@
-"""What notebooks show is HTML that stands by itself."""
+"""Plots of notebooks are self-contained HTML."""
 
 import re
 

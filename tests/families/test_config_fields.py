@@ -138,19 +138,19 @@ def whole(request):
 
 
 def own_fields(whole: dict):
-    """Paths of fields, without those of decoders that have a config.json of their own among TINY."""
+    """Paths of fields, without those of decoders that have a config.json of their own in TINY."""
     shared = whole.get("text_config", {}).get("model_type") in TINY
     return [path for path in fields_of(whole) if not (shared and path[0] == "text_config" and len(path) > 1)]
 
 
 def unread(whole: dict, path: tuple[str, ...]) -> bool:
-    """Whether a field is no part of the model, by its name, or by that and where it stands."""
+    """Returns whether a field does not affect the model, by its name or its path."""
     names = {path[-1], ".".join(path), f"{whole['model_type']}.{path[-1]}"}
     return bool(names & UNREAD)
 
 
 def test_absent_and_null_are_read_as_transformers_reads_them(whole):
-    """What transformers fills in for it is read as the same model; what it refuses is refused, what we refuse named."""
+    """Values that transformers fills in give the same model; refusals agree, or are listed here."""
     for path in own_fields(whole):
         for value in ((), (None,)):
             stated = changed(whole, path, *value)
@@ -214,7 +214,7 @@ def test_errors_name_file_and_field(tmp_path, change, said):
 
 
 def test_null_is_absent_in_files_of_tokenizers(tmp_path):
-    """Nested fields too; read_object keeps null, for files in which it says something."""
+    """Nested fields are included; read_object keeps null for files in which null has a meaning."""
     tiny_chat.write_tokenizer(tmp_path)
     plain = Tokenizer.from_folder(tmp_path)
     path = tmp_path / "tokenizer_config.json"

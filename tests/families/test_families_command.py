@@ -62,7 +62,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (11585, 11585)])
 def test_every_family_reads_odd_sizes(size):
-    """Those at the bounds of what is read; none has no visual token."""
+    """Sizes at the bounds of what is read give at least one visual token."""
     reading = {config.family: config for _, config in __main__.published() if getattr(config, "connector", None)}
     assert all(__main__.image_tokens(config, *size).patches > 0 for config in reading.values()) and len(reading) > 9
 

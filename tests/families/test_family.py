@@ -21,7 +21,7 @@ EXPERTS = {"qwen3_moe", "deepseek_v2", "deepseek_v3"}  # theirs lie in one tenso
 
 
 class Toy(DecoderFamily):
-    """What a contributor writes for a new family of text alone."""
+    """A new decoder family as a contributor writes it."""
 
     name = "Toy"
     architectures = {"toy": "ToyForCausalLM"}

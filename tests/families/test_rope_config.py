@@ -1,4 +1,4 @@
-"""Rotary positions in all layouts of config.json: the tables of transformers, and whole models that read images."""
+"""Rotary positions in all layouts of config.json: transformers' tables, and full models that read images."""
 
 import copy
 import importlib
@@ -119,7 +119,7 @@ def test_tables_equal_transformers(kind):
 
 
 def test_heads_that_turn_in_part():
-    """Phi alone reads partial_rotary_factor, beside and inside; where it would be ignored it is refused."""
+    """Only Phi reads partial_rotary_factor, at both places; other families refuse it."""
     position = np.arange(30)[None, :, None].repeat(3, -1)
     for stated in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.75}}):
         found = np.stack(ours("phi3", stated).rope(position, np.ones((1, 30), np.int32)))
@@ -129,7 +129,7 @@ def test_heads_that_turn_in_part():
 
 
 def recipe(factor: float, length: int, sections: list[int], **more) -> dict:
-    """As the READMEs of Qwen2.5-VL and Qwen3-VL say it, for texts longer than those of the training."""
+    """The setting for long texts from the READMEs of Qwen2.5-VL and Qwen3-VL."""
     return {"type": "yarn", "mrope_section": sections, "factor": factor, LENGTH: length, **more}
 
 

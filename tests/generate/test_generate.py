@@ -1,4 +1,4 @@
-"""Generation: the cache against whole passes, tokens against transformers', stops, streams, and few compilations."""
+"""Generation: cache against full passes, tokens against transformers', stops, streaming, number of compilations."""
 
 import types
 from dataclasses import replace

@@ -16,7 +16,7 @@ from mllm_jax.data.pipeline.packing import collate, tightest
 
 
 def assert_equal(model, inputs, folder):
-    """At every token of every row, padding apart."""
+    """Compares at every token of every row except padding."""
     model.save_pretrained(folder)
     ours = mllm_jax.load_pretrained(folder)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How vision enters the decoder: what DeepStack adds, its gradient, and that a scan over layers saves nothing of it."""
+"""Fusion of vision into the decoder: DeepStack's sum and gradient, and a scan that saves no mask of it."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_taps_reach_the_first_layers_and_gradients_the_taps(arrays):
 
 
 def test_a_scan_saves_neither_masks_nor_features(arrays):
-    """Of every layer the one array that squaring needs."""
+    """Each layer saves only the array that squaring needs."""
     forward = jax.make_jaxpr(jax.grad(scanned, (0, 1)))(*arrays).eqns
     (scan,) = (step for step in forward if step.primitive.name == "scan" and not step.params["reverse"])
     saved = [out.aval for out in scan.outvars if out.aval.shape[:1] == (LAYERS,) and out.aval.size > LAYERS]

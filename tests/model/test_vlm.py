@@ -1,4 +1,4 @@
-"""What must not change a model's result, and what must: layout, placement, runtime, padding, pixels."""
+"""Changes that must keep a model's output (layout, placement, runtime, padding) and those that must not (pixels)."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Adapters: what they compute, that nothing else is trained or paid for, on meshes as on one device, with dropout."""
+"""Adapters: outputs, frozen weights without cost, meshes equal to one device, dropout."""
 
 from dataclasses import replace
 
@@ -104,7 +104,7 @@ def test_what_is_frozen_costs_nothing(lora, batch):
 
 
 def test_steps_train_adapters_alone_on_any_mesh(base, batch):
-    """With dropout, which leaves out the same on every mesh, and other values in every step."""
+    """Dropout drops the same values on every mesh, and different ones in every step."""
     dropping = replace(BASE, lora=DROPPING)
     params = join(base, random_adapters(DROPPING, lora_keep=0.75))
     found = []

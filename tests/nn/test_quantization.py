@@ -1,4 +1,4 @@
-"""Weights in few bits: how far from the true ones, that adapters learn beside them, in less memory, on any mesh."""
+"""Quantized weights: error, training of adapters on them, memory, meshes."""
 
 from dataclasses import replace
 from functools import partial
@@ -121,7 +121,7 @@ def test_adapters_learn_beside_few_bits_as_beside_their_values(kind, base, batch
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_near_scanned_and_unrolled(kind, base, batch):
-    """Of the whole weights': the mean error is within a part of the spread of logits that the bits allow."""
+    """Compares with full precision: the mean error is within a fraction of the spread of logits that the bits allow."""
     _, few = quantized(base, LoraConfig(rank=2, base_dtype=kind, quant_block_size=16))
     run = lambda params, **runtime: jax.jit(VLM(replace(BASE, runtime=Runtime(**runtime))).apply)(
         {"params": params}, batch
@@ -133,7 +133,7 @@ def test_logits_are_near_scanned_and_unrolled(kind, base, batch):
 
 
 def test_arguments_shrink_by_what_the_bits_leave_out():
-    """Of the compiled forward pass, to the byte: nothing of the base is there twice or in more bits."""
+    """Counts bytes of the compiled forward pass: no base weight is stored twice or in more bits."""
     config = replace(BASE, lora=LoraConfig(rank=2, base_dtype="int4", quant_block_size=16))
     params = abstract_params(config)
     run = jax.jit(lambda params: VLM(config).apply({"params": params}, BASE.example(), hidden=True).hidden)

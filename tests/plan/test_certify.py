@@ -49,7 +49,7 @@ def small(rules=LOGICAL_AXIS_RULES):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one device computes, and how to compute it elsewhere."""
+    """The result of one device, and a function that computes it on other meshes."""
     certificate, model = read_certificate(load_config("certify")), small()
     batch = packed_batch(certificate, model)
     on = lambda model, mesh: measure(model, random_params(model), batch, certificate.balance, mesh)

@@ -40,7 +40,7 @@ ENTRY %main (own: f32[256,1024]) -> f32[1024,1024] {
 
 
 def test_warns_of_gradients_that_are_summed_whole():
-    """Of two that are summed together, the one of which a device keeps a part; how a TPU's program writes it."""
+    """Two gradients are summed together; a device keeps a shard of one. The program is written as a TPU's."""
     text = """HloModule a_step
 
 %add (x: bf16[], y: bf16[]) -> bf16[] {

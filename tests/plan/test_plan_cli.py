@@ -14,7 +14,7 @@ def plan_command(*arguments):
 
 
 def test_what_does_not_fit_is_exit_code_1():
-    """And shapes suffice to say so: libtpu is not asked for."""
+    """Shapes alone show it; libtpu is not needed."""
     done = plan_command("--topology", "v4:2x2x1", "--compile=0")
     assert done.returncode == 1, done.stderr
     *table, last = done.stdout.strip().splitlines()

@@ -147,7 +147,7 @@ def test_collectives_of_a_text():
 
 
 def test_arrays_of_a_text():
-    """Not what lies in another memory, nor what is inside a fusion."""
+    """Leaves out arrays in other memory spaces and inside fusions."""
     program = hlo_text.parse(TEXT)
     (shape, scope, size), (second, where, _) = hlo_text.largest_arrays(program, 2)
     assert (shape, scope, size) == ("bf16[4,8,16]", "jit(step)/jvp()/while", 1024)
@@ -267,7 +267,7 @@ def test_flops_of_a_dense_model_equal_a_hand_count():
 
 @pytest.mark.parametrize("shape", [{"fsdp": 2, "expert": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
 def test_flops_of_experts_equal_a_hand_count(shape):
-    """As a TPU traces it: kernels for attention and experts. Every token goes to two experts, wherever they are."""
+    """Traces for a TPU, with kernels for attention and experts. Every token goes to two experts, wherever they are."""
     run = tiny()
     moe = MoeConfig(experts=8, top_k=2, mlp=256)  # 128 of it, which TPUs have lanes for, on a device
     attention = dataclasses.replace(run.model.decoder.attention, heads=4)
@@ -293,7 +293,7 @@ def test_flops_of_experts_equal_a_hand_count(shape):
 
 
 def test_causal_attention_leaves_blocks_out():
-    """Of 4 x 4 blocks ten; a conversation's own half of the pairs is eight of them."""
+    """Ten of 4 x 4 blocks are computed; a conversation's causal half of the pairs is eight of them."""
     q, k = (jax.ShapeDtypeStruct((1, 2048, n, 64), jnp.bfloat16) for n in (4, 2))
     segment = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     runtime = Runtime(dtype="bfloat16", attention="splash")
@@ -315,7 +315,7 @@ def planned():
 
 
 def real_bytes(run, shape):
-    """Of the state and a batch, on the first device, as the loop would put them there."""
+    """Bytes of the state and a batch on the first device, placed as the training loop does."""
     mesh, model = make_mesh(shape), run.model
     context = train_context(run, mesh)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), context.state)
@@ -363,7 +363,7 @@ def ahead_of_time(topology, mesh, *kind):
 
 
 def check_fsdp(report, excess=0.0):
-    """Weights are gathered in two bytes for forward and once more for backward, tables once; nothing else is."""
+    """Gathers are of two-byte weights, once forward and once backward, and of tables once; there are no others."""
     assert report["warnings"] == []
     sums = {x["kind"]: x["bytes"] for x in report["collectives"]}
     theory = 2 * (2 * report["layers"] + report["tables"])
@@ -385,7 +385,10 @@ def test_plans_a_tpu():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install -e '.[plan]')")
 def test_a_quick_look_gathers_tables_as_they_are_used():
-    """In two bytes. Little effort moves no cast before a gather: that of the vocabulary's tables is stated."""
+    """Gathers tables in two bytes.
+
+    Low effort moves no cast before a gather, so the program states that of the tables.
+    """
     report = ahead_of_time("v6e:2x2", {"fsdp": 4}, "quick")
     gathered = sum(x["bytes"] for x in report["collectives"] if x["kind"] == "all-gather")
     theory = 2 * (2 * report["layers"] + report["tables"])

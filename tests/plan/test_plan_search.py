@@ -63,7 +63,7 @@ KNOWN = {}
 
 
 def shapes_of(run: Run):
-    """Of `read_shapes`, once for every model, batch and optimizer."""
+    """Result of `read_shapes`, computed once per model, batch and optimizer."""
     key = str((run.model.encoder, run.model.decoder, run.data, run.optim, run.lora))
     if key not in KNOWN:
         KNOWN[key] = read_shapes(run)
@@ -85,7 +85,8 @@ def torus(shape, axes, sizes, slices: int = 1):
 
 
 def busiest_link(size: int, closed: bool) -> float:
-    """Of an all-to-all in which each device of a ring or a line sends 1 to each other one, the shorter way."""
+    """Load of the busiest link in an all-to-all on a ring or line, with shortest routes and one unit per pair
+    of devices."""
     load = Counter()
     for start in range(size):
         for end in range(size):
@@ -234,7 +235,10 @@ def test_every_device_has_its_share_of_the_work(mesh):
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_work_is_that_of_the_traced_step(remat):
-    """By part, on a mesh; what it computes again too. The trace counts all pairs of attention, of which half count."""
+    """Estimated FLOPs equal the trace per part on a mesh, recomputation included.
+
+    The trace counts all pairs of attention, of which half count here.
+    """
     run = a_run(remat=remat, data={"tokens": 16, "patches_per_row": 8})
     traced = abstract_step(run, make_mesh({"fsdp": 4, "tensor": 2}))
     found = products(list(operations(traced[0].trace(*traced[1:]).jaxpr)))
@@ -297,7 +301,7 @@ def test_tensor_parallelism_adds_up_activations():
 
 
 def test_tokens_between_layers_apart_are_scattered_and_gathered():
-    """As many bytes as whole sums, and half of the saved activations on two devices."""
+    """Sequence parallelism moves as many bytes as full sums, and halves saved activations on two devices."""
     data = {"tokens": 4096, "patches_per_row": 4096, "batch": 256, "patch_rows": 0}
     run = a_run(FAMILIES["qwen3_vl"].config("8b"), data=data, preset="fsdp_tensor")
     planned, plain = plan(run, fsdp=64, tensor=2), plan(published("8b", batch=256, patch_rows=0), fsdp=64, tensor=2)
@@ -369,7 +373,7 @@ def fake():
 
 @pytest.fixture(scope="module")
 def search(fake):
-    """Of a model with 128 experts for 64 chips, too few rows for all of them."""
+    """Searches meshes of 64 chips for a model of 128 experts and a batch with too few rows for all chips."""
     return Search(published("30b-a3b", batch=32), a_topology())
 
 

@@ -13,7 +13,7 @@ from mllm_jax.sharding.mesh import make_mesh
 
 
 def test_devices_without_a_compiler_are_where_they_are():
-    """As many as jax has of them: the two cores of a chip are two devices of TPU7x alone."""
+    """There are as many devices as jax reports: only on TPU7x are the two cores of a chip two devices."""
     for name, count, kind in (
         ("v4:2x2x1", 4, "TPU v4"),
         ("v5p:2x2x4", 16, "TPU v5p"),

@@ -123,7 +123,7 @@ def test_what_is_not_done_is_refused_by_its_field(base, tmp_path, name):
 
 
 def test_what_peft_converts_to_plain_lora_is_read(base, tmp_path):
-    """PiSSA's adapter, as the error says it can be saved: of twice the rank, beside the base's own weights."""
+    """PiSSA's adapter, saved as the error recommends: twice the rank, for the base's original weights."""
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights="pissa")
     adapted = peft.get_peft_model(theirs(base[0]), config).eval()
     adapted.peft_config["default"].init_lora_weights = True

@@ -101,7 +101,7 @@ def case(request, tmp_path_factory):
 
 
 def as_published(folder):
-    """With experts as published weights have them, and not as transformers writes them."""
+    """Weights with experts in the published layout, not in that of transformers."""
     save_file(
         {
             name: np.ascontiguousarray(x.swapaxes(1, 2)) if ".experts." in name else x
@@ -154,7 +154,7 @@ def test_merging_is_that_of_peft_and_can_be_undone(case):
 
 
 def test_our_own_adapters_survive_the_format(case, tmp_path):
-    """Of every weight, also where theirs lie apart and ours have one A."""
+    """Adapters of every weight survive, also where PEFT has separate modules and ours share one A."""
     _, vlm, _, _, _ = case
     lora = LoraConfig(
         rank=3, target_modules=("^(encoder|decoder)/layers.*/w$|^connector/.*/w$",), rank_pattern=(("mlp", 2),)

@@ -169,7 +169,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 class Killed(BaseException):
-    """What no handler of errors catches, as a signal."""
+    """An exception that no error handler catches, like a signal."""
 
 
 def test_a_save_that_is_killed_while_it_moves_files(tmp_path, monkeypatch):

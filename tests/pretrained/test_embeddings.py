@@ -132,7 +132,7 @@ def test_refusals(pair):
 
 
 def test_odd_images(pair):
-    """Of one pixel, gray, for printing, with transparency; one so long that enlarging it would fill the memory."""
+    """Images of one pixel, in gray, in CMYK, with transparency, and one too long to enlarge in memory."""
     ours = pair[0]
     gray = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
     odd = [Image.new("RGB", (1, 1), "red"), gray, Image.new("CMYK", (20, 30)), Image.new("RGBA", (9, 50))]

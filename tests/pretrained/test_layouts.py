@@ -57,7 +57,7 @@ OLDER = {  # kind -> changes of what transformers 5 saves to what was published 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_layout_holds_the_same_weights(kind, tmp_path):
-    """As saved from a config, as in transformers' memory, each loaded and saved again, and as in older files."""
+    """Loads weights as saved, in transformers' in-memory names, saved again, and in older layouts."""
     model = tiny(kind)
     model.save_pretrained(tmp_path / "saved")
     model.save_pretrained(tmp_path / "memory", save_original_format=False)

@@ -1,4 +1,4 @@
-"""Heads beside tied embeddings: which flag counts, and what a checkpoint that holds both means."""
+"""Heads beside tied embeddings: the flag that counts, and checkpoints that contain both tensors."""
 
 import itertools
 import json
@@ -166,7 +166,7 @@ def test_head_and_embedding_in_two_files_of_two_dtypes(tmp_path, caplog):
 
 
 def test_a_tied_config_never_drops_a_head(tmp_path):
-    """Whoever gives a config of its own, as a run does, is told instead."""
+    """A caller with a tied config of its own, such as a run, gets an error instead."""
     folder, head, embed = folder_of("llama", tmp_path, "different")
     write_flags(folder, True)
     config = FAMILIES["llama"].from_hf(json.loads((folder / "config.json").read_text()))

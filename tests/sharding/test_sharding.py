@@ -28,7 +28,7 @@ FSDP = freeze_rules(LOGICAL_AXIS_RULES)
 
 @dataclass(frozen=True)
 class Device:
-    """What a mesh asks of a device of several slices."""
+    """The attributes that a mesh reads from a device of several slices."""
 
     id: int
     slice_index: int
@@ -144,7 +144,7 @@ def test_a_part_of_the_model_has_rules_of_its_own():
 
 
 def test_a_preset_is_where_a_run_begins():
-    """In whatever order: a name gives a mesh and rules, and what else is said of them edits these."""
+    """A preset gives mesh and rules, and other flags edit these, in any order."""
     config = load_config("scenes")
     config.rules.vocab, config.mesh.tensor = None, 2
     for preset, sizes in {"fsdp": (1, 4, 1, 1, 2), "expert": (1, 1, 4, 1, 2), "long_context": (1, 1, 1, 4, 2)}.items():
@@ -167,8 +167,11 @@ def test_presets_differ_and_fit_eight_devices():
 
 
 def test_tokens_move_over_tensor_and_weights_stay():
-    """Sequence parallelism: between blocks tokens lie apart (arXiv 2205.05198); blocks themselves are split by heads
-    and mlp, forward and backward, so that no weight of theirs is ever gathered over `tensor`."""
+    """Sequence parallelism (arXiv 2205.05198):
+
+    tokens are sharded between blocks, heads and mlp inside them. No weight is ever gathered over `tensor`, forward
+    or backward.
+    """
     rules = freeze_rules(PRESETS["fsdp_tensor"]["rules"])
     config = replace(tiny_config(rules=rules), encoder=None, connector=None)
     batch = jax.tree.map(lambda x: jnp.zeros((8, 160, *x.shape[2:]), x.dtype), config.example())

@@ -94,7 +94,7 @@ JOINT_SHAPES = {"q/w": (2, 7, 6, 4), "k/w": (2, 7, 2, 4), "v/w": (2, 7, 2, 4)}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_leaves_that_share_a_tensor(tmp_path, dtype):
-    """Of each of two groups of 20 rows, 12 are queries', 4 a key's and 4 a value's."""
+    """Two groups of 20 rows hold 12 rows of queries, 4 of a key and 4 of a value each."""
     params = random_params(dtype, JOINT_SHAPES)
     save_tensors(params, JOINT, tmp_path)
     (tensor,) = (x for name, x in safetensors.torch.load_file(tmp_path / "model.safetensors").items() if name[0] == "1")
@@ -420,10 +420,10 @@ MEMORY = """
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures resident memory as Linux tells it")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_grows_with_the_arrays_and_in_saving_with_the_largest_tensor(tmp_path, dtype):
-    """Models of 134 and 403 MB (fp32), half of each one tensor: what a larger one needs above its arrays.
+    """Memory that the larger of two models (134 and 403 MB in fp32, half of it one tensor) needs above its arrays.
 
-    Loading holds parts of a constant size, saving one whole tensor in fp32. What jax and the machine add cancels out;
-    blocks that glibc keeps after they were freed would not, so that it is told to give them back.
+    Loading holds parts of a constant size; saving holds one full tensor in fp32. Memory of jax and the machine
+    cancels out. glibc is told to return freed blocks, which would not.
     """
     width, sizes, above = 2048, (2, 4, 12), {}
     for layers in sizes:  # the first one warms up

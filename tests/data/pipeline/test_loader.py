@@ -41,7 +41,7 @@ def scenes_processor() -> Processor:
 
 
 def positions(states):
-    """The state of all streams, as it lies in a checkpoint."""
+    """State of all streams, as a checkpoint stores it."""
     return json.loads(json.dumps(join_states(states)))
 
 
@@ -220,7 +220,7 @@ def test_a_process_reads_only_its_share():
 
 
 def test_processes_of_a_pod_read_every_record_once():
-    """They end at different steps, and go on with padding until all have."""
+    """Processes end at different steps, and continue with padding until all have ended."""
     loaders = pod(4, size=61, epochs=1)
     items = [[next(loader) for _ in range(20)] for loader in loaders]
     assert sorted(number for share in items for number in seen(share)) == list(range(61))

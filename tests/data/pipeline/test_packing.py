@@ -1,4 +1,4 @@
-"""Packing: every conversation exactly once, both budgets held, images whole, nothing leaks between neighbors."""
+"""Packing: every conversation exactly once, budgets kept, images contiguous, no leak between neighbors."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def pack(examples, budget, window=2.0):
 
 
 def check_row(batch, b, examples):
-    """Row `b` of `batch` says the same as its conversations one by one, whatever lies beside them."""
+    """Row `b` of `batch` equals its conversations one by one, whatever shares the row."""
     start = 0
     for number, e in enumerate(examples, 1):
         n = len(e.tokens)
@@ -173,7 +173,7 @@ def test_a_mixed_set_fills_both_budgets():
 
 
 def test_rows_cost_about_the_same(monkeypatch):
-    """Large images beside many small ones: the spread of costs falls by a third, and rows stay full."""
+    """With large images beside many small ones, the spread of costs falls by a third and rows stay full."""
     rng, examples = np.random.default_rng(0), []
     for _ in range(800):
         grids = rng.choice([2, 4, 8, 16], size=(rng.integers(0, 4), 2), p=[0.4, 0.3, 0.2, 0.1])

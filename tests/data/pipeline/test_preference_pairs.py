@@ -1,4 +1,4 @@
-"""Pairs of answers: every layout read, images that lie once, weights where answers differ, references that fit."""
+"""Pairs of answers: all layouts, images stored once per pair, weights where answers differ, matching references."""
 
 import json
 import re

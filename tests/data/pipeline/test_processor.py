@@ -53,7 +53,7 @@ def video(frames, height, width, **options):
 
 
 def consistent(example, spec=SPEC):
-    """What must hold for every example."""
+    """Asserts the invariants of every example."""
     n, merge = len(example.tokens), spec.merge
     assert example.tokens.dtype == example.position.dtype == np.int32 and example.weight.dtype == np.float32
     assert example.tokens.shape == example.weight.shape == example.visual.shape == (n,) and example.visual.dtype == bool
@@ -232,7 +232,7 @@ def test_a_template_that_hides_images_is_an_error(processor):
 
 
 def fits(example, budget):
-    """Whether the images really go into the rows: first fit, largest first."""
+    """Returns whether first-fit decreasing places the images in the rows."""
     rows = [0] * budget.patch_rows
     for size in sorted((len(item.patches) for item in example.images), reverse=True):
         slot = next(slot for slot, used in enumerate(rows) if used + size <= budget.patches_per_row)
@@ -276,7 +276,7 @@ def test_shrinking_uses_the_room(processor):
     "size", [(100, 600), (600, 100), (40, 800), (800, 40), (16, 1600), (1600, 16), (12, 2388), (200, 300)]
 )
 def test_a_small_budget_keeps_the_aspect_ratio(processor, size):
-    """For images and videos in any budget; an image too long for it is left out."""
+    """For images and videos in any budget; an image too long for it is dropped."""
     spec, left_out, aspect = processor.spec, 0, max(size) / min(size)
     most = 1.26 if aspect > 2 else 1.51  # 1.5:1 is 1 x 1 or 1 x 2
     for make in (lambda: image(*size), lambda: video(2, *size, fps=1.0)):

@@ -185,7 +185,7 @@ def test_a_processor_reads_boxes_as_their_text(tmp_path):
 
 
 def test_the_tags_of_boxes_are_tokens_whoever_speaks(tmp_path):
-    """What is in a region is asked with the tokens that its place is answered with."""
+    """Questions about a region use the same tokens as answers that locate one."""
     tags = ["<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"]
     folder = tiny_chat.write_tokenizer(tmp_path)
     config = json.loads((folder / "tokenizer_config.json").read_text())

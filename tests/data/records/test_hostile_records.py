@@ -62,7 +62,7 @@ ODD += [
 
 
 def places(value, path=()):
-    """Where a value holds others."""
+    """Paths to the nested values of a record."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*path, key)

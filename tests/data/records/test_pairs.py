@@ -1,4 +1,4 @@
-"""Pairs of an image and a text: from records to batches that go on exactly, and runs that learn from them."""
+"""Image-text pairs: from records to batches that resume exactly, and runs that train on them."""
 
 import json
 from dataclasses import replace
@@ -131,7 +131,7 @@ def losses(folder):
 
 @pytest.mark.slow
 def test_a_run_goes_on_and_is_used(tmp_path, record_property):
-    """It ends after two of four steps and goes on to the same end; its checkpoint is a model whose files are loaded."""
+    """A run stopped after two of four steps resumes to the same end; its exported checkpoint loads."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder, steps in ((whole, 4), (parts, 2), (parts, 4)):
         config = tiny()

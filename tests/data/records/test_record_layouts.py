@@ -1,4 +1,4 @@
-"""Published layouts, roles and fields: what each becomes, what is refused by name, and that docs/data.md says so."""
+"""Published layouts, roles and fields: their results, refusals by name, and the tables of docs/data.md."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def read(record):
 
 
 def turns(*messages):
-    """In ShareGPT's words."""
+    """Turns in ShareGPT's layout."""
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     return [{"from": names[message["role"]], "value": message["content"]} for message in messages]
 

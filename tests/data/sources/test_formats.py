@@ -1,4 +1,4 @@
-"""Every kind of file gives the same records, at random, in threads and in other processes, and says what is wrong."""
+"""Every file format gives the same records, in random order, in threads and in processes, and names its errors."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ def items(source):
 
 
 def expected():
-    """What the records of `source_files` say, by hand."""
+    """The records of `source_files`, written by hand."""
     made = []
     for record in source_files.conversations():
         images = [{"type": "image", "image": data} for data in record["images"]]

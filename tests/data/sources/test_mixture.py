@@ -1,4 +1,4 @@
-"""Mixtures: shares to within a few records, weights that change at a step, and what a run's config says of them."""
+"""Mixtures: weights kept to within a few records, weights that change at a step, settings of a run."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def test_streams_begin_apart_and_weights_of_zero_are_never_drawn():
 
 
 def test_weights_change_at_a_batch():
-    """What was read before waits its turn; whatever is read from batch 6 on is drawn by the new weights."""
+    """Records read earlier are used first; records read from batch 6 on follow the new weights."""
     mixture = Mixture([Numbers(50), Numbers(50, first=1000)], {0: [1, 0], 6: [0, 1]})
     loader = numbers(source=mixture, batch_rows=4, streams=2)
     before = seen(itertools.islice(loader, 6))

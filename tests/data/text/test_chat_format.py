@@ -105,7 +105,7 @@ def test_what_cannot_be_told_is_refused(source, message):
 
 
 def test_a_token_that_is_known_to_end_turns_ends_them():
-    """In the manner of GLM: the next question's token is what a model writes after its answer."""
+    """As in GLM, the model ends its answer with the token that opens the next question."""
     source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     tokens = ("<|user|>", "<|assistant|>")
     stop = chat_format(source, tokens).tokenizer.id("<|user|>")
@@ -151,7 +151,7 @@ def test_reasoning_and_calls_are_learned_where_the_template_writes_them():
     "text", ["<think>\nhm\n</think>\n\nYes.", "<think>hm</think>Yes.", " <think>\n\nhm</think> Yes.\n"]
 )
 def test_reasoning_within_an_answer(text):
-    """The template takes it apart, writes it in its own form in the last turn, and leaves it out before."""
+    """The template extracts it, writes it in its own form in the last turn, and drops it from earlier turns."""
     chat = chat_format(THINKING)
     content = text.partition("</think>")[2].lstrip("\n")
     last = f"<think>\nhm\n</think>\n\n{content}<|im_end|>"

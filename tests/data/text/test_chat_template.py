@@ -109,7 +109,7 @@ def answered(chat, messages, **options):
 
 
 def test_a_space_before_an_answer_is_a_part_of_it(tokenizer):
-    """Tokens are those of the whole text, and a prompt that ends before the space is their beginning."""
+    """Tokens are those of the full text, and a prompt that ends before the space is a prefix of them."""
     template = ChatTemplate(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"

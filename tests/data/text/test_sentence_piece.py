@@ -51,7 +51,7 @@ def model(tmp_path_factory):
 
 
 def write_folder(folder, model, added=(), **config):
-    """With the files that a published model has beside its weights."""
+    """Writes the tokenizer files of a published model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.read_bytes())
     names = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>"}
@@ -82,7 +82,7 @@ def test_texts_equal_sentencepiece(model, tmp_path):
 
 
 def test_markup_equals_transformers(model, tmp_path):
-    """A text that begins after a special token has no space before it, where the config says so."""
+    """Text after a special token gets no leading space if the config sets that."""
     folder = write_folder(tmp_path, model, ["<|im_start|>", "<|im_end|>"], legacy=False)
     ours, theirs = Tokenizer.from_folder(folder), LlamaTokenizer.from_pretrained(folder)
     for text in ("A cat.</s>USER: What</s> is", "<s>A cat", "<|im_start|>user\nWhat?<|im_end|>\n", *TEXTS[:6]):
@@ -93,7 +93,7 @@ def test_markup_equals_transformers(model, tmp_path):
 
 
 def by_chunks(model, prompt: str, legacy: bool) -> list[int]:
-    """Ids as LLaVA's code makes them: what stands between images is cut by itself, <s> stands before all."""
+    """Ids as LLaVA's code makes them: text between images is tokenized separately, after one <s>."""
     begins, inner = reference(model), reference(model, prefix=legacy)
     found = []
     for number, chunk in enumerate(prompt.split("<image>")):
@@ -106,7 +106,7 @@ def by_chunks(model, prompt: str, legacy: bool) -> list[int]:
 
 @pytest.fixture(scope="module")
 def config():
-    """A tiny LLaVA 1.5, as its own config.json says it."""
+    """A tiny LLaVA 1.5 in its own config.json."""
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     tower = in_vlms.CLIP.from_hf(dict(image_size=8, patch_size=4, **small))
     with pytest.MonkeyPatch.context() as patch:
@@ -154,7 +154,7 @@ def test_prompts_of_llava(model, config, legacy, tmp_path):
 
 
 def test_published_ids_of_llava(shared, tmp_path):
-    """Of a question to LLaVA 1.5, as its users print what its own code made with Llama's vocabulary."""
+    """Ids of a question to LLaVA 1.5, as users print them from its own code with Llama's vocabulary."""
     shutil.copy(shared / "data/tokenizers/phi3_mini/tokenizer.json", tmp_path)  # Llama's, with tokens after the last
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     content = [TURNS[0]["content"][0], {"type": "text", "text": "What's the content of the image?"}]
@@ -167,7 +167,7 @@ def test_published_ids_of_llava(shared, tmp_path):
 
 
 def test_other_prompts_of_llava():
-    """What llava/conversation.py comes to."""
+    """Prompts as llava/conversation.py writes them."""
     messages = [{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "What?"}]}]
     messages += [{"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Sure?"}]
     expected = {
@@ -206,7 +206,7 @@ def test_padded_images_equal_transformers(size):
 
 
 def test_prompts_of_internlm2(model, tmp_path):
-    """OpenGVLab's folders: tokens that training added, in a file of their own in older ones."""
+    """OpenGVLab's folders: added tokens are in a separate file in older ones."""
     added = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     told = dict(

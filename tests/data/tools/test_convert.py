@@ -157,7 +157,7 @@ def test_what_is_left_out_of_records_is_counted(tmp_path, capsys):
 
 
 def test_settings_that_tell_records_apart_are_kept(tmp_path):
-    """So that a config with `where` needs nothing but another path."""
+    """A config with `where` needs only another path."""
     asked = [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]
     lines = [
         {"id": i, "split": ("train", "test")[i % 2], "year": 2000 + i, "tags": ["x"], "image": None, **fields}
@@ -184,7 +184,7 @@ def test_mistakes_in_the_command(tmp_path, capsys):
 
 
 def test_a_killed_conversion_of_several_processes_goes_on(tmp_path):
-    """SIGKILL in the middle; the processes end with it, and the same command makes the set whole."""
+    """SIGKILL in the middle ends all processes, and the same command completes the set."""
     lines = [json.dumps({"id": f"n{i}", "text": f"page {i} " * 300}) for i in range(20_000)]
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
     command = [sys.executable, "-m", "mllm_jax.data", "convert", "set.jsonl", "out", "--records=500", "--processes=2"]

@@ -1,4 +1,4 @@
-"""What a run would read, counted and drawn: the numbers are those of the records, whatever is broken is named."""
+"""Inspection of data: counts equal those of the records, and every broken record is named."""
 
 import json
 import pathlib
@@ -88,7 +88,7 @@ def test_what_is_left_out_of_records(folder, monkeypatch, capsys):
 
 
 def test_a_record_of_every_reason_is_named(folder, monkeypatch, capsys):
-    """Those too whose messages are in other words, and those that come behind many of another reason."""
+    """Includes reasons whose messages differ in wording, and reasons that follow many of another kind."""
     monkeypatch.chdir(folder)
     answered = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "!"}]
     records = [{"id": f"lost {i}", "image": "lost.png", "messages": answered("?")} for i in range(60)]
@@ -158,7 +158,7 @@ def test_mistakes_are_told_in_a_line(folder, monkeypatch, capsys, arguments, mes
 
 
 def test_numbers_are_those_of_the_conversations():
-    """Of rows that were packed by hand: two conversations with images, one without, an empty row."""
+    """Rows packed by hand: two conversations with images, one without, an empty row."""
     rows = [[conversation(7, [(4, 6), (2, 2)], 1), conversation(5)], [], [conversation(3, [(4, 6)], 2)]]
     budget = Budget(32, 2, 32)
     batch = collate(rows, budget, merge=MERGE, values=VALUES)
@@ -182,7 +182,7 @@ def test_numbers_are_those_of_the_conversations():
 
 
 class _Sizes:
-    """What an inspection asks of a processor."""
+    """The attributes that an inspection reads of a processor."""
 
     video_id = None
 

@@ -39,7 +39,7 @@ KINDS = {  # codec, times in ticks, tick, the rate that the container is told, t
 
 
 def image(number):
-    """u8[48 64 3]: a bar whose place and level say the number."""
+    """u8[48 64 3]: a bar whose position and brightness encode the number."""
     pixels = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
     pixels[:, number % 30 * 2 : number % 30 * 2 + 4] = 100 + number
     return pixels
@@ -69,7 +69,7 @@ def decoded(source):
 
 
 def damaged(path, numbers):
-    """The bytes of a file whose packets of these numbers hold nothing but zeros."""
+    """Bytes of the file with the packets of these numbers zeroed."""
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as file:
         packets = [packet for packet in file.demux(file.streams.video[0]) if packet.size]
@@ -90,7 +90,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_frames_and_rates(name, files):
-    """Whichever frames are wanted, they are those that decoding the whole file gives for their times."""
+    """Any requested frames equal those from decoding the full file at their times."""
     _, times, tick, _, rate, _ = KINDS[name]
     every = decoded(files / name)
     assert len(every) == FRAMES
@@ -390,7 +390,7 @@ def bars(matrix, full):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("stored, stated", [(1, 1), (5, 5), (9, 9), (5, 2), (5, 3)])
 def test_colors_are_those_of_the_matrix_and_range(stored, stated, full, tmp_path):
-    """Where the matrix is not stated (2) or reserved (3), that of BT.601, as in FFmpeg."""
+    """An unspecified (2) or reserved (3) matrix means BT.601, as in FFmpeg."""
     frame = av.VideoFrame.from_ndarray(bars(stored, full), format="yuv420p")
     frame.colorspace, frame.color_range = stated, 2 if full else 1
     frame.color_trc, frame.color_primaries = 3, 3  # reserved

@@ -349,7 +349,7 @@ def test_motion_of_short_and_still_videos():
 
 @pytest.mark.parametrize("suffix, codec, options", [("mp4", "h264", {"bf": "2", "g": "30"}), ("mkv", "mpeg4", {})])
 def test_seeking_finds_the_frames_that_counting_finds(tmp_path, suffix, codec, options):
-    """With frames that are stored in another order than they are shown, at a rate that is no whole number."""
+    """Frames are stored in another order than shown, at a fractional rate."""
     path = tmp_path / f"video.{suffix}"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fractions.Fraction(30000, 1001), options=options)
@@ -413,7 +413,7 @@ def test_positions_are_exact_past_six_hours(most):
 
 
 def test_positions_by_time_are_exact_past_six_hours():
-    """Of videos that are one block, at two frames a second and as many positions."""
+    """Videos of one block, at two frames and as many positions per second."""
     times = patch_positions(6 * 3600 + 60, rate=2, seconds=1.0)
     assert times == list(range(0, 2 * (6 * 3600 + 60), 2))
     spec = dataclasses.replace(SEEING, max_frames=768, label=None, position_rate=2.0, sampling="motion")

@@ -1,4 +1,4 @@
-"""Image files that PIL stumbles over, and what EXIF says of them; files are built byte by byte."""
+"""Image files that PIL fails on, and their EXIF data; the tests build files byte by byte."""
 
 import io
 import itertools

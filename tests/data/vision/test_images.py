@@ -91,7 +91,7 @@ def test_fitted_size(size, tokens, expected):
 
 
 def test_a_small_budget_does_not_distort():
-    """In any shape and budget; an image that a row of tokens cannot show at its shape is over the budget."""
+    """In any shape and budget; an image whose shape does not fit a row of tokens is over the budget."""
     random = np.random.default_rng(0)
     for _ in range(2000):
         aspect, tokens, short = np.exp(random.uniform(0, np.log(200))), int(random.integers(1, 400)), 997
@@ -117,7 +117,7 @@ def test_pixels_equal_the_stored_reference(shared):
 
 
 def test_patch_order():
-    """A value's place says where it came from: blocks row by row, in a block row by row, then channel, time, y, x."""
+    """Each value encodes its origin: blocks row by row, patches in a block row by row, then channel, time, y, x."""
     frames = np.arange(2 * 4 * 8 * 3, dtype=np.uint8).reshape(2, 4, 8, 3)
     patches = images.patchify(frames, patch=2, temporal_patch=2, merge=2)
     assert patches.shape == (8, 24)

@@ -107,7 +107,7 @@ def pair(request, tmp_path_factory):
 
 
 def forward(model, **inputs):
-    """With positions that count the tokens of a row, as ours do."""
+    """Logits of transformers, with positions that count the tokens of a row as ours do."""
     positions = torch.clamp(torch.cumsum(inputs["attention_mask"], dim=1) - 1, min=0)
     return model(position_ids=positions, **inputs)
 
@@ -169,7 +169,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [40, 100])
 def test_kinds_of_rotary_positions(kind, length):
-    """Frequencies and the size of the table are transformers', and a config.json says them both ways."""
+    """Frequencies and table size equal transformers'; config.json represents them in both directions."""
     rope = dict(rope_type=kind, rope_theta=5e5) | KINDS[kind]
     fields = SMALL | dict(head_dim=32, max_position_embeddings=64, rope_parameters=rope)
     config = transformers.LlamaConfig(**fields)

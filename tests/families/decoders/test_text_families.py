@@ -165,7 +165,7 @@ PUBLISHED = {  # parameters, and what the authors say they are
 
 
 def on_disk(tensors) -> dict[str, np.ndarray]:
-    """Tensors of a transformers model under the names of published files: every expert is there by itself."""
+    """Tensors of a transformers model under published names, with one tensor per expert."""
     found = {}
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".experts.")
@@ -228,7 +228,7 @@ LATENT_AS_PUBLISHED = {  # what config.json of all three says alike
     ],
 )
 def test_published_configs(size, kind, mscale, stated):
-    """In the layout of before transformers 5, as they lie on the hub."""
+    """Configs in the layout before transformers 5, as published on the hub."""
     names = (
         "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
         "num_key_value_heads n_shared_experts n_routed_experts routed_scaling_factor topk_method n_group topk_group "

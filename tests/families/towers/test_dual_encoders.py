@@ -88,7 +88,7 @@ def test_images_or_texts_alone(pair):
 
 
 def test_packed_images(pair):
-    """Several images in a row of patches have the embeddings that each has in a row of its own, in their order."""
+    """Several images in one patch row have the same embeddings as each in its own row, in order."""
     ours, _, apply = pair
     inputs = inputs_of(ours.config.family)
     expected = apply({"params": ours.params}, mllm_jax.from_hf_inputs(ours.config, inputs)).image_embeddings
@@ -153,7 +153,7 @@ def test_export(pair, tmp_path):
 
 
 def test_a_text_ends_at_its_highest_token(tmp_path, record_property):
-    """As in files that were written before the end of a text was looked for by its number."""
+    """Files with the old eos_token_id=2 pool a text at its highest token id, as transformers does."""
     model = tiny("clip", eos_token_id=2)
     model.save_pretrained(tmp_path)
     ours = mllm_jax.load_pretrained(tmp_path)
@@ -197,7 +197,7 @@ def test_a_tower_alone(kind, tmp_path, record_property):
 
 @pytest.mark.parametrize("family", ["siglip_vision_model", "siglip2_vision_model"])
 def test_a_tower_with_or_without_its_head(family):
-    """With one it has all tensors of transformers' model."""
+    """A tower with a head has all tensors of transformers' model."""
     family = FAMILIES[family]
     for name in list(family.sizes)[::7]:
         config = family.config(name)
@@ -253,7 +253,7 @@ def test_published_sizes(name):
 
 
 def test_configs_that_say_little():
-    """As the hub has them: what is usual is left out."""
+    """Published configs leave out default values."""
     tower, text = {"model_type": "siglip_vision_model"}, {"model_type": "siglip_text_model"}
     stated = {"model_type": "siglip", "text_config": text, "vision_config": tower}
     assert FAMILIES["siglip"].from_hf(stated) == FAMILIES["siglip"].config("base-16-224")

@@ -122,7 +122,7 @@ def write(folder, name, model):
 
 @pytest.mark.parametrize("name", CASES)
 def test_files(name, tmp_path, record_property):
-    """They hold the parameters of transformers' model, and go back as they came."""
+    """Files contain the parameters of transformers' model and are written back unchanged."""
     model = random_model(theirs_of(name))
     model.save_pretrained(tmp_path / "transformers")
     ours = mllm_jax.load_pretrained(write(tmp_path / "own", name, model))
@@ -148,7 +148,7 @@ def test_files(name, tmp_path, record_property):
 
 @pytest.mark.parametrize("top, llm", [(True, False), (False, True), (None, True), (True, None)])
 def test_the_decoder_says_whether_its_head_is_tied(top, llm, tmp_path):
-    """Their config class takes the decoder's flag over, whatever the top level says."""
+    """Their config class takes the decoder's flag and ignores the top level."""
     told = config_json("qwen2") | ({} if top is None else {"tie_word_embeddings": top})
     told["llm_config"] |= {"tie_word_embeddings": llm}
     (tmp_path / "config.json").write_text(json.dumps(told))
@@ -239,7 +239,7 @@ def test_prompts(chat):
 
 
 def test_a_folder_becomes_a_processor(tmp_path):
-    """Its tiles are those of config.json, whatever preprocessor_config.json says, and its chats those it names."""
+    """Tiles come from config.json rather than preprocessor_config.json; the chat template comes from its name there."""
     tiny_chat.write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     named = {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"}

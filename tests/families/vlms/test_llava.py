@@ -68,7 +68,7 @@ def test_the_class_token_may_be_a_visual_token(tmp_path, record_property):
 
 
 def test_a_text_part_keeps_its_names(tmp_path):
-    """Phi-3 has Mistral's layers, and tensors of its own."""
+    """Phi-3 has the layers of Mistral under different tensor names."""
     text = dict(model_type="phi3", pad_token_id=0, **TEXT)
     model = transformers.LlavaForConditionalGeneration(llava_config(text_config=text))
     model.save_pretrained(tmp_path / "theirs")
@@ -85,7 +85,7 @@ def test_a_text_part_keeps_its_names(tmp_path):
     ("size", "shows_prefix_tokens"), [("1.5-7b", False), ("1.5-7b", True), ("next-mistral-7b", False)]
 )
 def test_transformers_reads_the_processor(size, shows_prefix_tokens, tmp_path):
-    """From the files that are saved, and makes the same tokens of a prompt and an image."""
+    """transformers loads the saved files and makes the same tokens of a prompt and an image."""
     config = FAMILIES["llava"].config(size)
     expected = spec_for(replace(config, inputs=replace(config.inputs, shows_prefix_tokens=shows_prefix_tokens)))
     tiny_chat.write_tokenizer(tmp_path)

@@ -182,7 +182,7 @@ SIZES = [(480, 640), (384, 384), (3000, 300), (300, 3000), (2304, 2304), (1080, 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_tokens_of_published_sizes(size):
-    """What stands where, and mixed with what: numbers in place of features, packed by transformers' own code."""
+    """Order and blending of visual tokens: numbers in place of features, packed by transformers' own code."""
     config, side = FAMILIES["llava_onevision"].config("7b"), 27
     rule = spec_for(config).rule
     tiles = len(rule.sizes(size))
@@ -256,7 +256,7 @@ def test_messages_become_what_transformers_reads(read, sizes):
 
 
 def test_images_and_clips_of_a_conversation(read):
-    """In the order of the template, which is not that of the message; frames are stretched, four tokens become one."""
+    """Media follow the order of the template, not of the message; frames are resized and four tokens become one."""
     frames, image = [make_image(40, 30)] * 3, make_image(33, 61)
     example = read.processor(question("what", frames, image), generate=True)
     image_id, video_id = read.config.tokens.image, read.config.tokens.video
@@ -268,7 +268,7 @@ def test_images_and_clips_of_a_conversation(read):
 
 
 def test_odd_images(read):
-    """Of one pixel, gray, for printing; one that is too long, and no conversation at all."""
+    """Images of one pixel, in gray, in CMYK and very long, and an empty conversation."""
     odd = [Image.new("RGB", (1, 1), "red"), Image.new("L", (60, 20)), Image.new("CMYK", (20, 30))]
     asked = [question("what", [make_image(40, 30)] * 3, odd[0]), question(*odd), question("hi")]
     assert len(mllm_jax.generate(read, asked, max_new_tokens=3)) == 3
@@ -278,7 +278,7 @@ def test_odd_images(read):
 
 
 def test_processor_files(read, tmp_path):
-    """What is saved is read back, by transformers too."""
+    """Saved processor files load here and in transformers."""
     mllm_jax.save_pretrained(read, tmp_path)
     assert mllm_jax.load_pretrained(tmp_path).processor.spec == read.processor.spec
     theirs = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path)

@@ -138,7 +138,7 @@ def test_published_sizes(name):
 
 
 def test_a_config_json_that_says_little():
-    """As published: what it leaves out is transformers' default."""
+    """Fields that published files leave out have transformers' defaults."""
     tower = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27, patch_size=14)
     text = dict(hidden_size=2048, intermediate_size=16384, num_attention_heads=8, num_hidden_layers=18)
     text |= dict(model_type="gemma", num_key_value_heads=1, vocab_size=257216)
@@ -152,7 +152,7 @@ def test_a_config_json_that_says_little():
 
 
 def test_a_mesh_changes_nothing(pair):
-    """Tokens on several devices too: windows, caps, and prefixes that lie on both sides of a border."""
+    """Tokens are sharded too: windows, softcaps, and prefixes that cross a shard boundary."""
     vlm, _ = pair
     batch = mllm_jax.from_hf_inputs(vlm.config, inputs_of())
     lengthened = lambda x: np.pad(x, ((0, 1), (0, 48 - x.shape[1]), *((0, 0),) * (x.ndim - 2)))

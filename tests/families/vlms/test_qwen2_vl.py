@@ -101,7 +101,7 @@ def test_transformers_loads_what_is_saved(pair, tmp_path):
 
 
 def test_what_follows_a_clip_comes_after_all_of_it(pair):
-    """Qwen's own rule: transformers 5 leaves the temporal axis out of where text goes on."""
+    """Qwen's own rule; transformers 5 ignores the temporal axis for the position of the text that follows."""
     vlm, _, _ = pair
     inputs = inputs_of(vlm, rows=[(3, ("clip", 8, 4, 4), 4)])
     second = "second_per_grid_ts" in inputs
@@ -182,7 +182,7 @@ def test_conversations_equal_transformers(pair, tmp_path):
 
 
 def test_published_files_of_processors(tmp_path):
-    """Qwen2.5-VL's, which say of clips what they say of images."""
+    """Qwen2.5-VL's files have the same settings for videos as for images."""
     tiny_chat.write_tokenizer(tmp_path)
     said = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2)
     said |= dict(processor_class="Qwen2_5_VLProcessor", image_mean=[0.4, 0.5, 0.6])

@@ -80,7 +80,7 @@ IN_PREFIX = np.array([[1] * 6 + [0] * 3 + [1] * 7 + [1] + [0] * 4, [0] * 4 + [1]
 
 
 def torch_scored(q, k, v, mask, scale, softcap):
-    """As torch_attention, of tensors [B T N H], with what torch's own function has not."""
+    """Reference attention of [B T N H] tensors, with the options that torch's own function lacks."""
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
@@ -89,7 +89,7 @@ def torch_scored(q, k, v, mask, scale, softcap):
 
 
 def mask_of(window, prefix):
-    """By going over all pairs; padding sees itself."""
+    """Mask by a loop over all pairs; padding attends to itself."""
     rows, length = PACKED.shape
     mask = np.zeros((rows, length, length), bool)
     for b, t, s in np.ndindex(mask.shape):
@@ -138,7 +138,7 @@ def test_blocks_outside_a_window_are_left_out(monkeypatch):
 
 @pytest.mark.parametrize("scores", [2**18, 20], ids=["whole", "blocks"])
 def test_a_window_counts_tokens_not_the_padding_between_them(monkeypatch, scores):
-    """In a cache new tokens stand behind the padding of a prompt; those before it are as near as without padding."""
+    """New tokens in a cache follow the padding of the prompt; the window counts as if there were no padding."""
     monkeypatch.setattr(attend_module, "SCORES", scores)
     monkeypatch.setattr(flash, "BLOCK", 4)
     q, k, v = random_inputs(np.random.default_rng(1), queries=2, keys=12)

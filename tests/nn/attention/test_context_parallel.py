@@ -1,4 +1,5 @@
-"""Context parallelism: attention over tokens that lie on several devices, in a ring and by all-to-all, equals one's."""
+"""Context parallelism: attention over tokens sharded on several devices, by ring and all-to-all, equals one
+device's."""
 
 import re
 from functools import partial
@@ -117,7 +118,7 @@ def test_which_exchange():
 
 
 def test_a_causal_ring_gives_all_devices_the_same_work():
-    """In blocks of queries that meet blocks of keys, in every turn of the ring."""
+    """Counts the query blocks that meet key blocks in each turn of the ring."""
     devices, half = 4, 6
 
     def part(device):

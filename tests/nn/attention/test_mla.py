@@ -114,7 +114,7 @@ def one_token(config: MlaConfig, slots: int):
 
 @pytest.mark.parametrize("nope_dim", [16, 64])
 def test_decoding_never_expands_the_cache(nope_dim):
-    """What a token more in the cache costs is the same for any `nope_dim`, and nothing holds it once for every head."""
+    """The cost of one more cached token is the same for any `nope_dim`, and no array holds it per head."""
     config, slots = replace(SMALL, nope_dim=nope_dim), 211
     count = lambda read, arguments: dot_flops(jax.make_jaxpr(read)(*arguments).jaxpr)
     added = count(*one_token(config, slots)) - count(*one_token(config, slots - 100))
@@ -132,7 +132,7 @@ def test_a_mesh_changes_nothing():
     batch, params = packed(np.random.default_rng(1), 4, 24), perturbed(DENSE)
 
     def read(params, runtime):
-        """Logits of a whole pass, and of three pieces through a cache."""
+        """Logits of one full pass, and of three pieces through a cache."""
 
         @jax.jit
         def run(params, part, cache):

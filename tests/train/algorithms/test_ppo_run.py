@@ -1,4 +1,4 @@
-"""Runs of a reward model and of PPO with it: where they begin, that they go on bit for bit and notice another judge."""
+"""Runs of a reward model and of PPO with it: first step, bit-equal resumption, a changed reward model."""
 
 import math
 import shutil
@@ -66,7 +66,7 @@ def test_a_reward_model_begins_without_a_preference(reward):
 
 
 def test_a_run_of_ppo_goes_on(reward, tmp_path):
-    """It begins at its reference, and is the same after an interruption; another judge is noticed."""
+    """PPO starts at its reference, resumes bit-equal, and refuses another reward model."""
     config = ppo_config(reward)
     train(config, tmp_path / "run")
     rows = told(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Runs on pairs of answers: every reference begins with equal rewards, a run goes on bit for bit, mistakes are told."""
+"""Runs on pairs of answers: equal rewards at the start for every reference, bit-equal resumption, errors."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def losses(workdir):
 
 
 def begins_at_the_reference(workdir):
-    """Where no answer has moved, DPO is log 2 and all rewards are 0."""
+    """At the reference, the DPO loss is log 2 and all rewards are 0."""
     first = losses(workdir)[1]
     assert abs(first["reward_chosen"]) < 1e-4 and abs(first["reward_rejected"]) < 1e-4
     return first["loss"]
@@ -74,7 +74,7 @@ def test_a_run_against_a_file(stored, few_captions):
 
 @pytest.mark.slow
 def test_a_run_against_its_first_weights_goes_on(stored, tmp_path, few_captions):
-    """It says what the run against the file of the same weights says, and is the same after an interruption."""
+    """The run reports the same as the run against a file of these weights, and resumes bit-equal."""
     config = a_config("first", dpo=1.0, bco=0.0, sft=0.0)
     train(config, tmp_path / "run")
     begins_at_the_reference(tmp_path / "run")
@@ -136,7 +136,7 @@ def test_captions_and_what_they_name():
 
 
 def test_counts_of_what_is_named():
-    """By hand; and the error of a share of independent things is the binomial one."""
+    """Counts by hand; the standard error of a share of independent objects is the binomial one."""
     named = [
         count_named("red square, red square", "red square"),
         count_named("blue circle", "red square, blue circle"),

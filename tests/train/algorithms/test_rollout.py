@@ -109,7 +109,7 @@ def test_answers_stand_where_a_conversation_has_them():
 
 
 def test_experience_equals_full_logits(learned, params, judge):
-    """Log-probabilities, values, the judge's verdict, the penalty of what does not end, and what they come to."""
+    """Log-probabilities, values, rewards, the penalty without a stop token, and the advantages of these."""
     batch, about = learned
     full = jax.jit(lambda params, batch: VLM(CONFIG).apply({"params": params}, batch))
     real = np.asarray(batch.weight) > 0
@@ -150,7 +150,7 @@ def test_experience_equals_full_logits(learned, params, judge):
 
 @pytest.fixture(scope="module")
 def objective():
-    """What PPO minimizes, as (sums, gradients) of (params, batch)."""
+    """The objective of PPO, as (sums, gradients) of (params, batch)."""
 
     def sums(params, batch):
         found = PpoObjective(CONFIG, PPO, 40).sums(params, batch)[0]
@@ -183,7 +183,7 @@ def test_what_has_gone_too_far_has_no_gradient(learned, params, objective):
 
 @pytest.mark.slow
 def test_sampling_ends_where_generation_does(params):
-    """Where one token is all but certain, what is drawn is what greedy generation says; it ends at a stop."""
+    """With one nearly certain token per step, sampling equals greedy generation and ends at a stop token."""
     sharp = params | {"decoder": params["decoder"] | {"head": {"w": 1e4 * params["decoder"]["head"]["w"]}}}
     vlm, prompts = types.SimpleNamespace(config=CONFIG, model=VLM(CONFIG), params=sharp), prompts_of(seeing=False)
     alone = prompts._replace(segment=np.where(prompts.segment == 1, 1, 0))
@@ -201,7 +201,7 @@ def test_sampling_ends_where_generation_does(params):
 
 @pytest.mark.slow
 def test_a_step_on_a_mesh():
-    """It makes all updates and counts one, of a model that sees images; on eight devices the same as on one."""
+    """A step makes all updates and counts as one, for a model with images; eight devices equal one."""
     params, judge, batch, found = random_params(SEEING), judge_of(SEEING), prompts_of(seeing=True), []
     for shape in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
         mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
@@ -221,7 +221,7 @@ def test_a_step_on_a_mesh():
 
 @pytest.mark.slow
 def test_rewards_rise(params, judge):
-    """In two hundred steps from random weights, of what another model of random weights thinks of answers."""
+    """Rewards of a random reward model rise in two hundred steps from random weights."""
     mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
     ppo = replace(PPO, kl_coef=0.01, missing_eos_penalty=0.0, length_bonus=0.0, epochs=4, cliprange_value=5.0)
     context = TrainContext(CONFIG, OPTIM, mesh)

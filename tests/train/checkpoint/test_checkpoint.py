@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, read back on any mesh, with the config and the position in the data."""
+"""Checkpoints: complete or absent, restored on any mesh, with the config and the position in the data."""
 
 import shutil
 
@@ -38,7 +38,7 @@ def layout(mesh):
 
 
 def position(step):
-    """Of a loader, in the data."""
+    """Position of a loader in the data."""
     return {"streams": {str(number): {"next": step + number, "waiting": [1, 2]} for number in range(11)}, "data": {}}
 
 
@@ -131,7 +131,7 @@ def tiers(workdir, shape=None):
 
 @pytest.fixture
 def two_tiers(state, tmp_path):
-    """Of the shared tier steps 5 and 6, of the local one 6, 7 and 8."""
+    """Checkpoints of steps 5 and 6 in the shared tier, and 6, 7 and 8 in the local one."""
     checkpoints = tiers(tmp_path)
     for step in (5, 6):
         checkpoints.save(step, state, CONFIG, position(step), NOTES)
@@ -228,7 +228,7 @@ def test_no_flipped_bit_is_restored_silently(saved, state, tmp_path_factory):
 
 
 def test_notes_without_their_checksum_are_damaged(tmp_path):
-    """As where a flipped bit has changed the key of the checksum."""
+    """A flipped bit can change the key of the checksum."""
     about = sealed({"step": 7})
     assert read_sealed(about, tmp_path) == {"step": 7}
     about["sha257"] = about.pop("sha256")

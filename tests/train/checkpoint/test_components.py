@@ -62,7 +62,7 @@ def a_run(folders, **changes) -> Run:
 
 
 def test_weights_of_two_folders_meet(folders, capsys):
-    """On a mesh, beside adapters, where matrices are read in bf16."""
+    """Combines two folders on a mesh, with adapters, where matrices are read in bf16."""
     root, theirs, _ = folders
     run = a_run(folders, lora=LoraConfig(2, base_dtype="bfloat16", modules_to_save=("decoder/(embed|head)",)))
     decoder = replace(run.model.decoder, norm_eps=1e-5)

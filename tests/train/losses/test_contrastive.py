@@ -24,7 +24,7 @@ MESHES = {"one device": None, "fsdp": {"fsdp": 8}, "mixed": {"data": 2, "context
 
 
 def plain(kind, images, texts, scale, bias):
-    """The formulas as the papers print them, with the whole matrix."""
+    """The formulas as printed in the papers, with the full matrix."""
     logits = scale * images @ texts.T + bias
     if kind == "softmax":
         found = [jax.nn.log_softmax(logits, axis)[jnp.arange(len(logits)), jnp.arange(len(logits))] for axis in (0, 1)]
@@ -131,7 +131,7 @@ def pairs(kind, folder):
 
 
 def run(ours, batch, optim, mesh, steps, tx=None):
-    """The state after so many steps, and the losses of all."""
+    """The state after a number of steps, and the loss of each."""
     context = TrainContext(ours.config, optim, mesh, optimizer=tx)
     state = state_from_params(context, jax.tree.map(jnp.copy, ours.params))
     step, losses = make_contrastive_step(context), []

@@ -56,7 +56,7 @@ def test_token_rewards():
 
 @pytest.mark.parametrize("gamma, lam", ((1.0, 1.0), (0.9, 0.7), (1.0, 0.0), (0.5, 1.0)))
 def test_advantages_are_sums_of_discounted_surprises(gamma, lam):
-    """By the definition, a double sum; and with lambda 1 the discounted reward to come, less what was expected."""
+    """Equals the double sum of the definition; with lambda 1, the discounted return minus the value."""
     expected = np.zeros((B, T))
     for b, places in answers:
         value = lambda t, b=b, places=places: VALUES[b, t] if t in places else 0.0
@@ -127,7 +127,7 @@ def test_minibatches_have_every_row_once_an_epoch():
 
 
 def test_pairwise_loss_equals_trl():
-    """TRL's own loss of reward models, on a model that says nothing but these rewards; gradients too."""
+    """TRL's loss of reward models, on a model that outputs these rewards; gradients too."""
     torch = pytest.importorskip("torch")
     trainer = pytest.importorskip("trl.trainer.reward_trainer")
     n, given = 6, RNG.normal(size=(6, 2))

@@ -114,7 +114,7 @@ def test_what_a_config_refuses(wrong):
     ids=("dpo", "average", "ipo", "bco", "mpo"),
 )
 def test_equals_trl(ours, theirs):
-    """TRL's own loss, on a model that says nothing but these log-probabilities; its BCO has no shift."""
+    """TRL's loss, on a model that outputs these log-probabilities; its BCO has no shift."""
     torch = pytest.importorskip("torch")
     trainer = pytest.importorskip("trl.trainer.dpo_trainer")
     n, length = 6, 4

@@ -50,7 +50,7 @@ def test_useful_counts_leave_padding_out():
 
 
 def test_windows():
-    """What tokens see inside a window, counted one by one, but for half of the diagonal that a triangle leaves out."""
+    """Pairs inside a window, counted one by one, except the half of the diagonal that the causal count leaves out."""
     for sizes, window in (((3, 20), 5), ((7,), 7), ((4, 9), 100)):
         seen = sum(min(token + 1, window) for size in sizes for token in range(size))
         assert near_pairs(np.array(sizes, float), window) == seen - sum(min(size, window) for size in sizes) / 2
@@ -124,7 +124,7 @@ def test_what_is_frozen_costs_no_backward():
 
 
 def test_a_run_says_what_exact_balance_costs():
-    """Of a step a third is forward; the pass that counts choices leaves out the head."""
+    """A third of a step's FLOPs is forward; the counting pass leaves out the head."""
     decoder = replace(tiny_config().decoder, moe=MoeConfig(experts=4, top_k=2, mlp=16))
     balanced = TrainConfig(grad_accum_steps=2, balance=BalanceConfig("global"))
     run = Run(replace(tiny_config(), decoder=decoder), ScenesData(), train=balanced)

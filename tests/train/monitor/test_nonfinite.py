@@ -34,7 +34,7 @@ NOT_FINITE = "hold values that are not finite"
 
 
 def find(run, *poisoned, nan_targets=()):
-    """What is found where (path, layer, value) are poisoned: one element of the layer."""
+    """The report for a state in which one element of (path, layer) is set to each value."""
     flat = flatten_dict(random_params(run.model), sep="/")
     for path, layer, value in poisoned:
         flat[path] = np.array(flat[path])

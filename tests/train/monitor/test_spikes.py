@@ -56,7 +56,7 @@ def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(t
     monkeypatch.setattr("mllm_jax.train.evaluators.base.Evaluator.__call__", lambda *_: nothing)
 
     def without(self):
-        """The run that shall come out: it sees the first 8 batches, and none of those from there to the spike."""
+        """The expected run: it reads the first 8 batches and skips those up to the spike."""
         while True:
             fetched = following(self)
             self.read = getattr(self, "read", 0) + 1

@@ -1,4 +1,4 @@
-"""What people get wrong on the command line ends in one line that names it, before anything is begun."""
+"""Mistakes on the command line end in one line that names them, before anything starts."""
 
 import json
 import os
@@ -70,7 +70,7 @@ for module, *arguments in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What each of MISTAKES wrote to stderr, with its exit code, and the help."""
+    """stderr and exit code of each of MISTAKES, and the help."""
     folder = tmp_path_factory.mktemp("command")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "without.py").write_text("def config():\n    pass\n")

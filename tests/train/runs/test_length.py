@@ -48,7 +48,7 @@ class Texts:
 
 
 class Blank(Processor):
-    """Makes texts of so many tokens."""
+    """Makes texts of given lengths in tokens."""
 
     spec = ProcessorSpec(patch=1)
 

@@ -1,4 +1,4 @@
-"""A run with adapters: small checkpoints, from which it goes on bit for bit, on its own base only."""
+"""Runs with adapters: small checkpoints, bit-equal resumption, on their own base only."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Stages with adapters: on which weights they begin, go on and are merged, also where something stops them."""
+"""Stages with adapters: the weights that each starts from, resumption and merging, also after interruptions."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ MESH = make_mesh({}, jax.devices()[:1])
 
 
 def a_config(**changes):
-    """The connector is aligned, adapters learn instructions and go on; beside that, their merged weights do."""
+    """Aligns the connector, trains adapters in two stages, and in a branch trains on from merged weights."""
     run = read_run(tiny_run.get_config())
     optim = replace(run.optim, name="adamw", steps=4, warmup=0)
     run = replace(run, optim=optim, train=replace(run.train, log_every=1, save_every=0, evaluate_every=0))

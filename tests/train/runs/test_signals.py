@@ -1,4 +1,4 @@
-"""What happens around a run: it is asked to stop, its reader goes, its workers are killed, its launcher is killed."""
+"""Events around a run: a request to stop, a closed pipe, killed workers, a killed launcher."""
 
 import json
 import os

@@ -56,7 +56,7 @@ def assert_same(ours, theirs):
 
 
 class Began(NamedTuple):
-    """What a run or a stage began with."""
+    """Record of the weights that a run or a stage began with."""
 
     params: dict
     moments: list
@@ -128,7 +128,7 @@ def test_the_table_and_the_page_tell_of_every_stage(uninterrupted):
 
 
 def moved(path):
-    """Whether the first stage trains this weight."""
+    """Returns whether the first stage trains this weight."""
     return not path.startswith(("encoder", "decoder/layers"))
 
 

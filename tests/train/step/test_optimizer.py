@@ -49,7 +49,7 @@ def test_schedules():
 
 
 def test_adamw_is_optax_adamw(params):
-    """With decay of matrices alone."""
+    """Weight decay applies to matrices alone."""
     config = OptimConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, b1=0.8, b2=0.9, eps=1e-6)
     grads = jax.tree.map(lambda x: jnp.sin(100 * x), params)
     matrix = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "w", params)

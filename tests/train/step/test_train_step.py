@@ -59,7 +59,7 @@ def eight_rows():
 
 
 def gradients(state):
-    """Of the first step, as Adam remembers them."""
+    """Gradients of the first step, from Adam's first moments."""
     return jax.tree.map(lambda mu: np.asarray(mu) / (1 - OPTIM.b1), state.opt_state[0].mu)
 
 
@@ -89,7 +89,7 @@ def test_packed_equals_one_by_one(params):
 
 
 def test_one_compilation_for_any_mix(single):
-    """No image, one huge one, forty small, clips beside images, and rows of nothing."""
+    """Batches of no image, one huge one, forty small ones, videos beside images, and empty rows."""
     fresh, step = single
     rng, state = np.random.default_rng(0), fresh()
     make = partial(random_example, rng)
