@@ -135,7 +135,7 @@ def _ranking(found: Found) -> Table:
 
 
 def _parts(best: Candidate, search: Search) -> list[Table]:
-    """What one mesh takes, in detail."""
+    """The detailed table of one mesh."""
     time, planned, network = best.time, best.planned, search.network(best.choice.mesh)
     waited = f"of it {duration(time.waited)} for activations" if time.waited else ""
     tables = [

@@ -1,9 +1,9 @@
-"""What moves in a step, estimated: between devices, and between a device and its memory.
+"""Estimated traffic of a step: between devices, and between a device and its memory.
 
-Weights that are split over axes which also split the rows are gathered before they are used, their gradients reduced
-and split again (ZeRO, arXiv 1910.02054); other splits stay, and activations are added up over them (Megatron, arXiv
-1909.08053); tokens go to the devices of their experts and back (GShard, arXiv 2006.16668); the tokens of a row meet for
-attention as `mllm_jax.nn.attention.context_parallel` says.
+Weights that are sharded over axes which also shard the rows are all-gathered before use, and their gradients are
+reduce-scattered (ZeRO, arXiv 1910.02054). Over other axes weights stay sharded and activations are all-reduced
+(Megatron, arXiv 1909.08053). Tokens are sent to the devices of their experts and back (GShard, arXiv 2006.16668).
+Attention over a sharded row is in `mllm_jax.nn.attention.context_parallel`.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,11 +18,11 @@ Add = Callable[[str, Iterable[str], float, float, int], None]
 
 
 def collectives(portion: DeviceWorkload, remat: str, platform: str) -> list[Collective]:
-    """Of one micro-batch, with the bytes that come out on one device of a platform."""
+    """Collectives of one micro-batch, with the bytes of their results on one device of a platform."""
     found: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
 
     def add(kind: str, axes, runs: float, values: float, width: int = portion.bytes) -> None:
-        """`runs` times an array of so many values that come out."""
+        """Adds a collective with a result of this many values, run `runs` times."""
         axes = tuple(axis for axis in portion.mesh.axis_names if axis in axes and portion.mesh.shape[axis] > 1)
         if axes and runs:
             before = found.get((kind, axes), (0, 0.0))
@@ -59,10 +59,10 @@ def _move_weight(portion: DeviceWorkload, laid: ShardedWeight, add: Add) -> None
 
 
 def _move_rows(portion: DeviceWorkload, part: str, block: list[ShardedWeight], remat: str, add: Add) -> None:
-    """What comes out of a split product is added up; so is, backward, what went into one.
+    """The results of a sharded product are summed; in the backward pass, so are the gradients of its input.
 
-    Where tokens lie apart between layers, each device adds up its own, and all are gathered again for the next product
-    (arXiv 2205.05198). Experts are added up whole.
+    With sequence parallelism each device sums its own tokens, and all tokens are gathered for the next product (arXiv
+    2205.05198). Outputs of experts are summed in full.
     """
     values, trains, layers = (
         portion.rows[part].count * portion.width(part),
@@ -112,7 +112,7 @@ def _move_context(portion: DeviceWorkload, remat: str, add: Add) -> None:
 
 
 def _move_visual(portion: DeviceWorkload, add: Add) -> None:
-    """Visual tokens, of which any device may have made any, come to the rows that they belong to."""
+    """Visual tokens, computed on any device, are sent to the rows that contain them."""
     axes = [axis for axis in portion.rows["connector"].axes if axis not in portion.text["batch"]]
     encoder, connector = portion.run.model.encoder, portion.run.model.connector
     visual = (

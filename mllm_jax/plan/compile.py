@@ -52,19 +52,20 @@ class Collective(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What a training step will take on each device, as planned: not measured.
+    """Planned (not measured) cost of a training step on each device.
 
     mesh: size of every axis. devices: their number. device_kind: as jax names it.
     arguments: bytes of the state and of a batch.
-    temporaries: bytes that are held besides when most is held.
-    peak: bytes that are held then; what a compiler compares with the memory of a device.
-    largest: (what it is, bytes) of the largest groups of arguments and arrays of the program, largest first.
-    flops: of matrix products, in a step, by part: encoder, connector, decoder, experts, head, optimizer. What runs.
-    useful: FLOPs of them that a step needs whose batch is full: forward and backward, nothing twice.
-    recomputed: FLOPs of them that repeat others to save memory.
+    temporaries: bytes held in addition at the peak.
+    peak: all bytes held at the peak; a compiler compares this with the memory of a device.
+    largest: (name, bytes) of the largest groups of arguments and arrays of the program, largest first.
+    flops: FLOPs of the matrix products that a step runs, by part: encoder, connector, decoder, experts, head,
+      optimizer.
+    useful: FLOPs that a step with a full batch needs: forward and backward, without recomputation.
+    recomputed: FLOPs that repeat others to save memory.
     collectives: by kind and axes.
     warnings: each begins with its name (see `mllm_jax.plan.hlo.checks`).
-    compile_seconds: of tracing, lowering and compiling. host_bytes: most memory that this process has had.
+    compile_seconds: of tracing, lowering and compiling. host_bytes: peak memory of this process.
     """
 
     mesh: dict[str, int]
@@ -181,7 +182,7 @@ def _flops(steps: list, devices: int) -> tuple[dict[str, float], float]:
 
 
 def collectives(program: hlo_text.Program, mesh: Mesh) -> tuple[Collective, ...]:
-    """Those of a compiled program by kind and axes of the mesh, most bytes first."""
+    """Collectives of a compiled program by kind and axes of the mesh, most bytes first."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
     across = tuple(name for axis, name in enumerate(mesh.axis_names) if np.ptp(slices, axis=axis).any())

@@ -16,7 +16,7 @@ TOWERS = ("encoder", "decoder")
 
 
 class Shapes(NamedTuple):
-    """Of a run, what no mesh, no remat policy and no rule changes. Every row of its batch counts as full."""
+    """Quantities of a run that do not depend on mesh, remat policy or rules. Every row of its batch counts as full."""
 
     weights: tuple[Weight, ...]
     flops: dict[str, Flops]  # of a step, on all devices together
@@ -44,16 +44,16 @@ def read_shapes(run: Run) -> Shapes:
 
 
 class Rows(NamedTuple):
-    """What of a part's input lies on a device."""
+    """Input rows of a part on one device."""
 
     count: float  # tokens or patches of a micro-batch
     axes: tuple[str, ...]  # of the mesh, that split them
 
 
 class DeviceWorkload:
-    """Of one device, for one of the `grad_accum_steps` micro-batches of a step.
+    """The work of one device in one of the `grad_accum_steps` micro-batches of a step.
 
-    Raises ValueError where the mesh does not divide a weight, the batch or its tokens; the message says what to change.
+    Raises ValueError if the mesh does not divide a weight, the batch or its tokens; the message names the change.
     """
 
     def __init__(self, shapes: Shapes, run: Run, sizes: Mapping[str, int]):
@@ -140,5 +140,5 @@ class DeviceWorkload:
         return getattr(self.run.model, part).layers
 
     def trains(self, part: str) -> bool:
-        """Whether backward gets as far as this part."""
+        """Returns whether the backward pass reaches this part."""
         return self.shapes.flops[part].backward > 0

@@ -1,6 +1,6 @@
-"""What a step needs, from shapes, names of axes and rules alone: milliseconds for a mesh, so that many can be ranked.
+"""Estimates a step from shapes, axis names and rules alone, in milliseconds per mesh, so that many can be ranked.
 
-It follows what the step does (`mllm_jax.train.step.train_step`) and what XLA makes of it.
+It models the step of `mllm_jax.train.step.train_step` as XLA compiles it.
 """
 
 from mllm_jax.nn.attention.kernels import SPLASH_BLOCK
@@ -45,7 +45,7 @@ def estimate(portion: DeviceWorkload, remat: str, device_kind: str = "") -> Plan
 
 
 def _flops(portion: DeviceWorkload, remat: str, platform: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Of a micro-batch, by part: forward, and what backward computes again."""
+    """FLOPs of a micro-batch by part: the forward pass, and the recomputation in the backward pass."""
     names = [*portion.shapes.flops, *(["experts"] if portion.moe else [])]
     forward, again = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for part in portion.towers:

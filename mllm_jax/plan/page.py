@@ -1,7 +1,7 @@
-"""A search as one HTML page: what fits how fast, what bounds it, and how every weight lies on the mesh.
+"""Writes a search as one HTML page: speed and bound of the meshes that fit, and the sharding of every weight.
 
-This file computes what is shown, in percent of a drawing's width and height; page.html says how it looks. The page
-needs no network and no script.
+This file computes the figures, in percent of a drawing's width and height; page.html has the layout. The page needs no
+network and no script.
 """
 
 import math
@@ -33,11 +33,11 @@ class Chosen(NamedTuple):
 
 
 def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, found: Found, chip: Chip) -> Path:
-    """Writes a page that opens anywhere, whole or not at all, and returns its path.
+    """Writes a self-contained page, atomically, and returns its path.
 
     Args:
-      path: of the HTML file; its folder must exist.
-      lead: a sentence that sums up.
+      path: HTML file in an existing folder.
+      lead: one sentence of summary.
       found: all candidates, best first.
     """
     best = chosen.candidate
@@ -102,7 +102,7 @@ def _plot(candidates: Sequence[Candidate], best: Candidate, chip: Chip) -> dict[
 def _labels(
     place: Callable[[float], float], values: list[float], best: float, text: Callable[[float], str], room: float
 ) -> list[tuple[float, str, bool]]:
-    """(place in percent, text, whether it is the best's) of the best candidate's tick and of round ones apart."""
+    """Returns (position in percent, text, whether it is the best's) of the best candidate's tick and of round ticks."""
     round_ones = [(place(value), text(value), False) for value in values if abs(place(value) - place(best)) > room]
     return [*round_ones, (place(best), text(best), True)]
 
@@ -154,7 +154,7 @@ def _moves(best: Candidate, network: Network) -> list[dict[str, Any]]:
 
 
 def _weights(laid: Sequence[ShardedWeight]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """By part of the model, how each weight lies: large ones as a grid, of which one device has the filled block."""
+    """Sharding of each weight by part of the model: a grid for large ones, with the filled block of one device."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for one in sorted(laid, key=lambda one: (MODEL.index(one.weight.part), -math.prod(one.weight.shape))):
         if one.weight.is_matrix or one.weight.path.endswith("embed") or one.weight.path in VOCABULARY:

@@ -1,4 +1,4 @@
-"""How long a planned step takes at best: a roofline of compute, memory and communication. Nothing here is measured.
+"""Lower bound of the time of a planned step: a roofline of compute, memory and communication. Nothing is measured.
 
 Bandwidths of collectives are those of the "How to Scale Your Model" book (jax-ml.github.io/scaling-book): rings along
 the dimensions of a torus, a switch within a node of GPUs, and the data-center network between slices or nodes.
@@ -43,7 +43,7 @@ class Group(NamedTuple):
 
 
 class Network:
-    """How the devices of a mesh reach one another."""
+    """Links between the devices of a mesh."""
 
     def __init__(self, mesh: Mesh, chip: Chip):
         self.mesh, self.chip, self._groups = mesh, chip, {}
@@ -58,7 +58,7 @@ class Network:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """Of every device of the mesh (slice or node, x, y, z)."""
+        """(slice or node, x, y, z) of every device of the mesh."""
         chip = self.chip
 
         def place(device):
@@ -87,7 +87,7 @@ class Network:
         return Group(near, far, rings)
 
     def _ring(self, coordinates: np.ndarray, extent: int) -> Ring | None:
-        """Groups whose members are several chips apart share the links between them."""
+        """Ring through these coordinates. Groups whose members are several chips apart share the links between them."""
         along = np.unique(coordinates)
         if len(along) == 1:
             return None
@@ -97,7 +97,7 @@ class Network:
 
 
 def seconds(collective: Collective, network: Network) -> float:
-    """Of a step, for one collective: as long as its bytes need over the slowest part of their way.
+    """Returns the seconds of one collective in a step: its bytes over the slowest link of its path.
 
     An all-gather of R bytes moves R (n - 1) / n to each of n devices; a reduce-scatter as much the other way, an
     all-reduce both. An all-to-all of R bytes on a ring of n moves R n / 4 over each link, in both directions.
@@ -121,7 +121,7 @@ def seconds(collective: Collective, network: Network) -> float:
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step. `compute`, `memory` and `communication` are what each needs by itself."""
+    """Seconds of a step; `compute`, `memory` and `communication` are the times of each alone."""
 
     compute: float
     memory: float
@@ -132,12 +132,12 @@ class Roofline(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Weights are gathered and gradients reduced beside compute; a layer waits for its activations."""
+        """Total time: weight gathers and gradient reductions overlap with compute, activations do not."""
         return max(self.compute, self.memory, self.communication - self.waited) + self.waited
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The longest of the times."""
         return max(("compute", "memory", "communication"), key=lambda name: getattr(self, name))
 
 

@@ -1,4 +1,4 @@
-"""Which mesh, remat policy and vision rule suit a run on a topology: all are estimated, the best few compiled."""
+"""Searches for the mesh, remat policy and vision rule of a run on a topology: estimates all, compiles the best few."""
 
 import dataclasses
 import time
@@ -31,7 +31,7 @@ ROOM = 0.85  # estimates of memory are trusted to within a factor: of a device's
 
 
 class Choice(NamedTuple):
-    """What is searched over."""
+    """One point of the search."""
 
     mesh: tuple[tuple[str, int], ...]  # without axes of size 1
     remat: str
@@ -59,8 +59,10 @@ class Candidate(NamedTuple):
 
     @property
     def rank(self) -> tuple:
-        """What fits comes first, then what was compiled, then what leaves room for errors of the estimate, then what is
-        fast, then what is small. What does not fit is in the order of its size."""
+        """Sort key: candidates that fit first, then compiled ones, those with room for errors of the estimate, fast
+        ones, small
+        ones. Candidates that do not fit are ordered by size.
+        """
         seconds, peak = float(f"{self.time.seconds:.3g}"), self.planned.peak
         if not self.fits:
             return True, max(peak, self.memory), seconds
@@ -104,7 +106,7 @@ class Search:
         """Estimates every mesh with every remat policy, in seconds, each under the first vision rule that divides.
 
         Args:
-          report: is told the share that is done.
+          report: receives the fraction done.
         Raises:
           ConfigError: no mesh is possible.
         """
@@ -152,7 +154,7 @@ class Search:
         return DeviceWorkload(self.shapes, choice.run(self.run), dict(choice.mesh))
 
     def compile(self, candidate: Candidate, quick: bool = False) -> Candidate:
-        """The candidate as the compiler sees it, at once if it is `quick`."""
+        """Compiles a candidate, with low effort if `quick`."""
         choice = candidate.choice
         try:
             planned = plan_step(choice.run(self.run), self.topology, dict(choice.mesh), quick)
@@ -162,10 +164,11 @@ class Search:
         return candidate._replace(planned=planned, time=spent, compiled=True)
 
     def compile_best(self, found: Found, count: int, seconds: float, report: Callable[[str], None]) -> Found:
-        """Compiles the best, quickly, until `count` fit, or another one would likely take longer than `seconds` in all.
+        """Compiles the best candidates with low effort until `count` fit, or one more would likely exceed `seconds` in
+        all.
 
         Args:
-          report: is told the mesh that is compiled.
+          report: receives the mesh that is compiled.
         """
         candidates, began, longest = list(found.candidates), time.monotonic(), 0.0
         while sum(candidate.compiled and candidate.fits for candidate in candidates) < count:

@@ -1,4 +1,4 @@
-"""How the weights of a run lie on a mesh: which axes split what, and over which a weight is gathered before its use."""
+"""Sharding of a run's weights on a mesh: the axes that shard each dimension, and those gathered before use."""
 
 import math
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class Weight(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is the weight of a matrix product before the head."""
+        """Whether this is the weight of a matrix product before the head."""
         return self.path.endswith("/w") and self.path not in VOCABULARY
 
     @property
@@ -125,12 +125,13 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...], known: Mapping) -> ShardedWeight:
-    """A weight under rules.
+    """Returns a weight as the rules shard it.
 
     Args:
-      rows: axes that split what it is multiplied with. A weight cannot be used where it lies on one of these, but for
-        experts, to which the rows come.
-      known: axes that split each name.
+      rows: axes that shard the activations of the weight. A weight sharded on one of these is gathered before use,
+        except
+        for experts, to which the rows are sent.
+      known: axes that shard each logical axis.
     Raises:
       ValueError: the mesh does not divide it.
     """
@@ -146,5 +147,5 @@ def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...],
 
 
 def is_width(name: str | None) -> bool:
-    """Whether a name of an axis stands for the width of a tower, which nobody computes with in parts."""
+    """Returns whether a logical axis is the width of a tower, which is never sharded in a computation."""
     return name is not None and name.endswith("embed")

@@ -1,4 +1,4 @@
-"""What no mesh can mend: rows longer than a model knows positions, weights of another model."""
+"""Checks that no mesh can satisfy: rows longer than the model's positions, weights of another model."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ PARTS = ("encoder", "connector", "decoder")
 
 
 def check_run(run: Run) -> None:
-    """Raises ConfigError, which says what to change, where a run cannot be trained on any devices."""
+    """Raises ConfigError, with the fix, if a run cannot be trained on any devices."""
     if not isinstance(run.model, ModelConfig):
         raise ConfigError("config.model is a dual encoder; plans are made of models that answer")
     longest = _positions(run)

@@ -11,17 +11,17 @@ CLOUD = "https://docs.cloud.google.com/tpu/docs"
 
 @dataclass(frozen=True)
 class Chip(Config):
-    """Of one jax device, which is a chip except on TPU7x, where it is half of one.
+    """Figures of one jax device: a chip, or half a chip on TPU7x.
 
-    kind: `device_kind` as jax says it; `mllm_jax.train.monitor.flops` has its bf16 peak.
+    kind: `device_kind` as jax reports it; `mllm_jax.train.monitor.flops` has its bf16 peak.
     memory: bytes that a program may use.
     memory_bandwidth: bytes/s.
-    link: bytes/s, one way, of a link to a neighbor in the torus; 0 where devices meet in a switch instead.
-    wraps: a torus dimension of a multiple of so many chips is a ring.
-    switch: bytes/s, one way, of a device into the switch (NVLink or PCI Express) that joins its node; 0 on a torus.
-    node: devices that a switch joins.
-    network: bytes/s, one way, of a device to other nodes or slices.
-    sources: where these figures stand.
+    link: bytes/s, one way, of a link to a neighbor in the torus. 0: devices are joined by a switch.
+    wraps: a torus dimension is a ring if its number of chips is a multiple of this.
+    switch: bytes/s, one way, from a device into the switch (NVLink or PCI Express) of its node. 0: a torus.
+    node: number of devices that a switch joins.
+    network: bytes/s, one way, from a device to other nodes or slices.
+    sources: pages that publish these figures.
     """
 
     kind: str

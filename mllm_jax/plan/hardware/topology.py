@@ -104,15 +104,15 @@ class Topology(NamedTuple):
 
 
 def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
-    """The devices of a TPU slice ("v5p:4x8x8"), of hosts of GPUs ("h200:64") or of this machine's CPU ("cpu:8").
+    """Returns the devices of a TPU slice ("v5p:4x8x8"), of GPU hosts ("h200:64") or of this machine's CPU ("cpu:8").
 
-    No accelerator is needed: TPUs need libtpu, GPUs jax's CUDA plugin. jax is told to use the CPU for everything else.
+    No accelerator is needed: TPUs need libtpu, GPUs jax's CUDA plugin. Everything else of jax then runs on the CPU.
 
     Args:
-      slices: number of TPU slices, which a network of the data center joins; "v6e:16x16*2" says the same.
-      compiler: make devices that can be compiled for. Without, they are places alone, and neither package is needed.
+      slices: number of TPU slices, joined by the data-center network; "v6e:16x16*2" means the same.
+      compiler: make devices that can be compiled for. False: coordinates alone, which need neither package.
     Raises:
-      ConfigError: no such topology, or what it needs is not installed.
+      ConfigError: the topology does not exist, or the package that it needs is not installed.
     """
     kind, _, size = name.partition(":")
     size, _, written = size.partition("*")
@@ -221,7 +221,7 @@ def _cuda_by_name() -> Iterator[None]:
 
 @contextlib.contextmanager
 def targeting(topology: Topology) -> Iterator[None]:
-    """Inside, code that asks jax for its platform to choose a kernel is told that of the topology."""
+    """Context in which jax reports the topology's platform, so that code chooses its kernels."""
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))
         patch(jax, "default_backend", lambda: topology.platform)

@@ -1,14 +1,14 @@
-"""Traps that a compiler walks into without a word, looked for in the traced and in the compiled program.
+"""Checks for silent compiler problems, in the traced and in the compiled program.
 
 Each finding is one line that begins with its name:
 
-    all-reduce for all-gather       weights are put together by adding zeros, which sends twice as much (TPU, 3-D torus)
-    all-reduce for reduce-scatter   gradients are summed whole where each device keeps a part, which sends twice as much
-    head in every chunk             the table of the head is exchanged for every chunk of the loss
+    all-reduce for all-gather       weights are joined by adding zeros, which sends twice as much (TPU, 3-D torus)
+    all-reduce for reduce-scatter   gradients are summed in full though each device keeps a shard: twice as much is sent
+    head in every chunk             the head's weights are exchanged for every chunk of the loss
     dense expert gradient           the weight gradient of the experts costs as if each read every token
     dense mask                      attention reads a mask of all queries times all keys
     attention on XLA                attention does not run in the kernel of the platform
-    unknown loop                    a loop whose length is known to nobody is counted as one run
+    unknown loop                    a loop of unknown length is counted once
 """
 
 import math
@@ -66,7 +66,8 @@ def replaced_gathers(program: hlo_text.Program) -> Iterator[str]:
 
 
 def _origin(program: hlo_text.Program, computation: hlo_text.Computation, name: str) -> hlo_text.Instruction:
-    """What makes an operand, seen through copies and changes of layout; of a fusion its last instruction."""
+    """Returns the instruction that makes an operand, looking through copies and layout changes; of a fusion, its last
+    one."""
     instruction = computation.instructions[name]
     while instruction.opcode in SAME:
         instruction = computation.instructions[instruction.operands[0]]
@@ -76,7 +77,7 @@ def _origin(program: hlo_text.Program, computation: hlo_text.Computation, name: 
 
 
 def replaced_scatters(platform: str, program: hlo_text.Program) -> Iterator[str]:
-    """All-reduces of arrays of which every device then takes a part, and nothing else. (CPUs' compiler always does.)"""
+    """Returns all-reduces of which every device then keeps only a shard. (XLA's CPU compiler always emits these.)"""
     size = 0.0
     for transfer in hlo_text.transfers(program) if platform != "cpu" else ():
         if transfer.kind != "all-reduce":
@@ -158,7 +159,7 @@ def attention_on_xla(platform: str, steps: list[Operation]) -> Iterator[str]:
 
 
 def _of_pairs(equation: Any) -> bool:
-    """Whether a product has heads or rows of its own, and queries on one side, keys on the other."""
+    """Returns whether a product has batch dimensions (heads or rows), with queries on one side and keys on the other."""
     numbers = equation.params["dimension_numbers"]
     sides = [variable.aval.ndim for variable in equation.invars]
     free = [ndim - len(joined) - len(batch) for ndim, joined, batch in zip(sides, *numbers)]
@@ -166,5 +167,5 @@ def _of_pairs(equation: Any) -> bool:
 
 
 def _layer(scope: str) -> str:
-    """Of a scope inside of attention, where the attention is."""
+    """Returns the path of the layer from a scope inside its attention."""
     return place(scope).partition("attention")[0] + "attention"

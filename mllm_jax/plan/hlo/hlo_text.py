@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
 
     @property
     def scope(self) -> str:
-        """Where it comes from: the names of jax's scopes, down to the operation."""
+        """Names of jax's scopes, down to the operation."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -120,7 +120,7 @@ def _instruction(text: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket that opens at `opening` closes."""
+    """Returns the position of the bracket that closes the one at `opening`."""
     depth = 0
     for bracket in _BRACKETS.finditer(text, opening):
         depth += 1 if bracket[0] == "(" else -1
@@ -141,16 +141,17 @@ def array_sizes(shape: str) -> list[int]:
 
 
 def transfers(program: Program) -> list[Transfer]:
-    """Every collective that an execution of the program runs.
+    """Returns every collective that one execution of the program runs.
 
-    A loop runs as often as its condition says. Where that is a value of the program, the loop's scope says how often
-    (`nn.runtime.expect_runs`); without one it counts once. Of a conditional's branches the one that moves most counts.
+    The condition of a loop gives its length. If it depends on data, the loop's scope gives it
+    (`nn.runtime.expect_runs`); without a scope the loop counts once. Of a conditional, the branch that moves most
+    counts.
     """
     return _merge_parts(_transfers(program, program.entry, fused=False))
 
 
 def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer, bool]]:
-    """(collective, whether it lies in a fusion) of a computation and all that it calls."""
+    """Yields (collective, whether it is inside a fusion) of a computation and all that it calls."""
     found, computation = [], program.computations[name]
     for instruction in computation.instructions.values():
         opcode = instruction.opcode.removesuffix("-start")
@@ -182,7 +183,8 @@ def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer,
 
 
 def _merge_parts(found: list[tuple[Transfer, bool]]) -> list[Transfer]:
-    """Collectives fused with the computations beside them are repeated in every part: one channel is one collective."""
+    """Counts a collective once if it is fused with other computations and repeated in several parts: one channel is
+    one."""
     kept: list[Transfer] = []
     parts: dict[tuple[str, str], Transfer] = {}
     for transfer, fused in found:
@@ -197,14 +199,15 @@ def _merge_parts(found: list[tuple[Transfer, bool]]) -> list[Transfer]:
 
 
 def _result_bytes(instruction: Instruction) -> float:
-    """Of a collective; the shape of one that only starts has its operands and buffers besides, but of an all-reduce."""
+    """Bytes of a collective's result; the shape of an asynchronous start also has operands and buffers (not all-
+    reduce)."""
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         return shape_bytes(_elements(instruction.shape)[1])
     return shape_bytes(instruction.shape)
 
 
 def _filled(kind: str, instruction: Instruction) -> float:
-    """The share of a result that is sent: of a ragged exchange, what its scope says (`nn.runtime.expect_share`)."""
+    """The fraction of a result that is sent: for a ragged all-to-all, that of its scope (`nn.runtime.expect_share`)."""
     said = re.findall(r"\bshare_(\d+(?:\.\d+)?)", instruction.scope) if kind == "ragged-all-to-all" else []
     return float(said[-1]) if said else 1.0
 
@@ -221,7 +224,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def trips(program: Program, computation: Computation, loop: Instruction) -> float:
-    """How often a `while` of a computation runs."""
+    """Number of iterations of a `while` of a computation."""
     if known := re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
         return int(known[1])
     (condition,) = (program.computations[name] for name in loop.called("condition"))
@@ -234,7 +237,7 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
         outer = None
 
     def value(name: str) -> int | None:
-        """Of a constant, also one that the loop or a fusion is given."""
+        """Value of a constant, also of one passed into a loop or a fusion."""
         found = place.instructions[name]
         if outer is not None and found.opcode == "parameter":
             found = condition.instructions[outer.operands[int(found.operands[0])]]
@@ -252,10 +255,12 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
 
 
 def largest_arrays(program: Program, count: int) -> list[tuple[str, str, int]]:
-    """(shape, scope, bytes on a device) of the `count` largest arrays that the program makes in its main memory.
+    """Returns (shape, scope, bytes on a device) of the `count` largest arrays that the program makes in its main
+    memory.
 
-    Arrays of one shape and scope stand once, and copies are left out: which of them live at the same time the text does
-    not say.
+    Arrays of one shape and scope are listed once, and copies are left out: the text does not tell which of them live at
+    the
+    same time.
     """
     found: dict[tuple[str, str], int] = {}
     for instruction in _made(program, program.entry):

@@ -35,11 +35,13 @@ class Product(NamedTuple):
 
 
 def operations(jaxpr: Any, outer: Any = None, times: float = 1.0) -> Iterator[Operation]:
-    """All operations of a (closed) jaxpr and of those that it calls.
+    """Returns all operations of a (closed) jaxpr and of the jaxprs that it calls.
 
-    The body of a scan counts times its length, what `shard_map` gives to each device times the devices, and of the
-    branches of a `cond` the one with the most FLOPs. A loop whose length is a value of the program counts as often as
-    its scope says (`nn.runtime.expect_runs`), and once without one (see `unknown_loops`).
+    The body of a scan counts times its length, that of `shard_map` times the devices, and of a `cond` the branch with
+    the
+    most FLOPs. A loop whose length depends on data counts as often as its scope states (`nn.runtime.expect_runs`), and
+    once
+    without a scope (see `unknown_loops`).
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
@@ -65,7 +67,7 @@ def _called(params: dict[str, Any]) -> list[Any]:
 
 
 def _runs(name: str, params: dict[str, Any], scope: str) -> float:
-    """How often what an equation calls runs, on all devices together, each time that it runs itself."""
+    """Returns how often the body of an equation runs, on all devices together, per run of the equation."""
     if name == "scan":
         return params["length"]
     if name == "shard_map":
@@ -79,13 +81,13 @@ def used_share(scope: str) -> float:
 
 
 def _expected(what: str, scope: str) -> float | None:
-    """What the innermost scope says, as in "times_8.0/while" (`nn.runtime.expect_runs`)."""
+    """Returns the number in the innermost scope, as in "times_8.0/while" (`nn.runtime.expect_runs`)."""
     found = re.findall(rf"\b{what}_(\d+(?:\.\d+)?)", scope)
     return float(found[-1]) if found else None
 
 
 def unknown_loops(steps: list[Operation]) -> list[str]:
-    """Scopes of the loops that were counted once because nothing says how often they run."""
+    """Returns the scopes of loops of unknown length, which were counted once."""
     loops = {step.scope for step in steps if step.equation.primitive.name == "while"}
     return sorted(scope for scope in loops if _expected("times", scope) is None)
 
@@ -156,7 +158,7 @@ def _cudnn(equation: Any, shapes: list) -> tuple[float, float]:
 
 
 def _pallas(equation: Any, share: float) -> tuple[float, float]:
-    """A kernel that says what it costs, of a grouped product with all its rows, or splash attention, which does not."""
+    """Work of a kernel: its own cost estimate (a grouped product with all its rows), or a count for splash attention."""
     kernel = SPLASH.match(equation.params["name"] or "")
     if kernel is None:
         cost = equation.params["cost_estimate"]
@@ -171,7 +173,7 @@ def _pallas(equation: Any, share: float) -> tuple[float, float]:
 
 
 def _causal_blocks(queries: int, keys: int) -> int:
-    """Of `queries` x `keys` blocks, those that hold a pair of a query and a key that is not after it."""
+    """Returns the number of `queries` x `keys` blocks that contain a pair whose key is not after its query."""
     return sum(math.ceil((block + 1) * keys / queries) for block in range(queries))
 
 

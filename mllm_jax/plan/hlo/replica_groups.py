@@ -1,7 +1,7 @@
-"""Which devices a collective of a compiled program joins, and along which axes of the mesh they lie.
+"""Groups of devices that a collective of a compiled program joins, and the mesh axes that they span.
 
-XLA writes groups of devices as lists, as a transposed range, or as axes of a mesh of its own
-(xla/hlo/ir/replica_group.cc, mesh_and_axis.cc); it numbers devices in the order of the mesh that the program is for.
+XLA writes groups of devices as lists, as a transposed range, or as axes of its own mesh
+(xla/hlo/ir/replica_group.cc, mesh_and_axis.cc); it numbers devices in the order of the program's mesh.
 """
 
 import math
@@ -64,7 +64,7 @@ def _mesh_groups(axes: str, ids: str | None, joined: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """What `[4,2]T(1,0)` means: 0, 1, ... in that shape, transposed, flat."""
+    """Expands `[4,2]T(1,0)`: 0, 1, ... in that shape, transposed, flat."""
     shape, order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     array = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return (array.transpose(_numbers(order)) if order else array).ravel()

@@ -1,4 +1,4 @@
-"""What a mesh may not change: logits, gradients, losses and routers' decisions of a step, against one device."""
+"""Compares a step on several meshes with one device: logits, gradients, losses and routing must not change."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -37,11 +37,12 @@ PERTURBATION = 0.1  # standard deviation of what is added to all weights: some w
 
 @dataclass(frozen=True)
 class Certificate(Config):
-    """
-    models: by name. data, processor: as of a run.
-    balance: of the models with experts.
-    meshes: sizes of axes, as in "fsdp=2,tensor=4"; the largest says how many devices there are.
-    tolerance: the largest relative difference that is no drift.
+    """Settings of a certificate.
+
+    models: models by name. data, processor: as in a run.
+    balance: balance losses of the models with experts.
+    meshes: sizes of axes, as in "fsdp=2,tensor=4"; the largest sets the number of devices.
+    tolerance: largest relative difference that passes.
     """
 
     models: Mapping[str, ModelConfig]
@@ -53,7 +54,7 @@ class Certificate(Config):
 
 
 class Measured(NamedTuple):
-    """What a step computes, on the host."""
+    """Results of a step, on the host."""
 
     tensors: dict[str, np.ndarray]  # the logits of real tokens, and the gradient of every weight
     losses: dict[str, float]  # by name; with experts also those that balance them
@@ -61,7 +62,7 @@ class Measured(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """How far one mesh is from one device."""
+    """Differences between one mesh and one device."""
 
     mesh: str
     differences: dict[str, float]  # of every tensor and loss, relative
@@ -76,7 +77,7 @@ class Comparison(NamedTuple):
 
 
 def read_certificate(config: ConfigDict, name: str = "run") -> Certificate:
-    """From the config of a certificate, or of a run, which is certified on `MESHES`. Raises ConfigError."""
+    """Reads the config of a certificate, or of a run, which is certified on `MESHES`. Raises ConfigError."""
     if "models" in config:
         return from_config_dict(Certificate, config, PARTS, "config")
     run = read_run(config)
@@ -159,7 +160,7 @@ def random_params(model: ModelConfig):
 
 
 def differences(found: Measured, alone: Measured) -> dict[str, float]:
-    """Of every tensor and loss, the largest difference relative to the largest value; infinite where not finite."""
+    """Largest difference of every tensor and loss relative to its largest value; infinite if a value is not finite."""
     pairs = {name: (found.tensors[name], value) for name, value in alone.tensors.items()}
     pairs |= {name: (np.float32(found.losses[name]), np.float32(value)) for name, value in alone.losses.items()}
     relative = {name: np.max(np.abs(a - b)) / (np.max(np.abs(b)) or 1) for name, (a, b) in pairs.items()}
@@ -167,7 +168,7 @@ def differences(found: Measured, alone: Measured) -> dict[str, float]:
 
 
 def decisions(found: Measured, alone: Measured) -> int | None:
-    """How many tokens, in each layer anew, chose other experts, in whatever order."""
+    """Number of tokens, counted per layer, that chose other experts, in any order."""
     if alone.choices is None:
         return None
     return int((np.sort(found.choices) != np.sort(alone.choices)).any(axis=-1).sum())
@@ -183,5 +184,5 @@ def read_mesh(text: str) -> dict[str, int]:
 
 
 def devices(text: str) -> int:
-    """Of a mesh."""
+    """Number of devices of a mesh."""
     return int(np.prod(list(read_mesh(text).values())))
