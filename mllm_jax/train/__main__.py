@@ -3,23 +3,24 @@
     python -m mllm_jax.train --config configs/scenes.py --workdir DIR
     python -m mllm_jax.train --config configs/scenes.py --workdir DIR --config.model.decoder.mlp=512
 
-The config file says what is trained, on what and how. `--config FILE.py:argument` picks a variant where the file has
-some, and every value in it can be replaced: `--config.path.to=value`. DIR receives checkpoints, metrics.jsonl,
-TensorBoard events, the config and the processor. The same command goes on where a run stopped: SIGTERM and Ctrl-C make
-it save and end; after a crash it takes the last checkpoint.
+The config file sets model, data and algorithm. `--config FILE.py:argument` selects a variant of the file, and
+`--config.path.to=value` replaces any value. DIR receives checkpoints, metrics.jsonl, TensorBoard events, the config and
+the processor. The same command resumes a run: SIGTERM and Ctrl-C save and end it; after a crash it resumes from the
+last
+checkpoint.
 
-A config with stages is trained stage by stage, each in a folder of its own below DIR, with the weights of the one
-before: `--stage=NAME` trains one alone, `--config.stages.NAME.path.to=value` replaces a value of it. When all have
-ended, a table tells what each came to, and report.html in DIR draws it.
+A config with stages trains them one after the other, each in its own folder below DIR, starting from the weights of the
+stage before: `--stage=NAME` trains only one, `--config.stages.NAME.path.to=value` replaces a value of it. At the end a
+table compares the stages, and report.html in DIR plots them.
 
 `--profile_steps=10:13` writes a trace of steps 10 to 13 to DIR/profile, for xprof or TensorBoard. `--debug_nans` ends
-the run at the first step that is not finite and names the layer; steps run one by one for it.
+the run at the first non-finite step and names the layer; it runs steps one by one.
 
-A run of several processes is the same command on each host: with `--distributed` where jax finds the others by itself
-(TPU pod, Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
+A run of several processes is the same command on each host: with `--distributed` if jax detects the others (TPU pod,
+Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
 
-The exit code is 0 at the end of the run; 75 where it is saved and not at its end, or has lost another process: start it
-again; 1 where it would fail again, and the message says what to mend.
+Exit codes: 0: the run is complete. 75: the run was saved before its end, or lost another process; start it again. 1: it
+would fail again; the message has the fix.
 """
 
 import sys

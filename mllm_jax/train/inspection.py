@@ -1,4 +1,4 @@
-"""What the batches of a run hold, read as the run reads them, as tables and as a page."""
+"""Statistics of the batches of a run, read as training reads them, as tables and as an HTML page."""
 
 import collections
 import dataclasses
@@ -32,7 +32,7 @@ NAMED = 50  # records that are left out for a reason and named
 
 
 class Found(NamedTuple):
-    """What was read."""
+    """Results of an inspection."""
 
     data: DataConfig
     inspection: Inspection
@@ -48,10 +48,12 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
     """Packs at least `count` records, or all, as the run would from its beginning; each is read once.
 
     Args:
-      progress: is told how many were packed or left out.
+      progress: receives the number of records that were packed or left out.
 
     Raises:
-      ConfigError: the data or the processor cannot be opened, or the model does not answer. BadData: nothing is usable.
+      ConfigError: the data or the processor cannot be opened, or the model does not generate answers. BadData: no
+        record is
+        usable.
     """
     if not isinstance(run.model, ModelConfig):
         raise ConfigError("only the conversations of a model that answers can be inspected")

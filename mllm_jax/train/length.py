@@ -1,8 +1,8 @@
 """The length of a run that lasts as long as its data: `config.optim.steps=0` and `config.data.epochs`.
 
-Conversations are packed, so that their number alone does not tell how many updates they make. The run finds it before
-it begins, as its schedule needs it: it packs a sample of its records as it will train on them. The number that was
-found is noted in checkpoints, so that the schedule stays the same where the run goes on.
+Conversations are packed, so that their number alone does not give the number of updates. The schedule needs it before
+the run begins, so the run packs a sample of its records as it will train on them. Checkpoints store the number, so that
+a resumed run keeps its schedule.
 """
 
 import dataclasses
@@ -54,15 +54,16 @@ class Length(NamedTuple):
 def find_length(
     run: Run, processor: Processor | DualProcessor, noted: Mapping[str, int] | None, stopped: Callable[[], bool]
 ) -> Length | None:
-    """The length of a run that lasts as long as its data, the same for all processes; None where `optim.steps` says it.
+    """Returns the length of a run that lasts as long as its data, equal on all processes. None: `optim.steps` sets it.
 
-    A sample is packed by the first process, whose result all take.
+    The first process packs a sample, and all use its result.
 
     Args:
-      noted: a Length as a dict, as a checkpoint of the run has it. It holds unless `data.epochs` was changed.
-      stopped: whether the run was asked to stop.
+      noted: a Length as a dict, from a checkpoint of the run. It is used unless `data.epochs` was changed.
+      stopped: returns whether the run was asked to stop.
     Raises:
-      StoppedEarly: it was asked to stop. DataEnded: before the first update or within the warm-up. BadData: see loader.
+      StoppedEarly: the run was asked to stop. DataEnded: the data end before the first update or within the warm-up.
+        BadData: see loader.
     """
     if run.optim.steps:
         return None
@@ -93,15 +94,16 @@ def count_updates(
 ) -> Length:
     """Counts the batches of a new loader of all streams, which makes `epochs` passes.
 
-    Once `sample` records were packed and more are left, the rest is extrapolated, in three steps:
+    Once `sample` records are packed and more are left, the rest is extrapolated in three steps:
 
-    - The records that were read fill the batches so far, and those that wait will fill rows as full as these.
-    - As many batches a record make the mean over the streams of all their batches.
+    - The records read so far fill the current batches, and waiting ones will fill rows as full as these.
+    - The number of batches per record is the mean over all streams.
     - The run ends with its last stream. Streams have equally many records, but not equally long ones: over n times as
-      many records the deviation of their batches is sqrt(n) times as large, and of the largest of S the mean is known.
+    many
+      records the deviation of their batches is sqrt(n) times as large, and the expected largest of S is known.
 
     Args:
-      progress: is told after every batch how many records were packed, and of how many.
+      progress: receives, after every batch, the number of packed records and their total.
     """
     batches, records, fill = 0, 0, np.zeros(2)
     for batches, (batch, info) in enumerate(loader, 1):
@@ -125,7 +127,7 @@ def _deviation(packed: np.ndarray) -> float:
 
 
 def _largest(count: int) -> float:
-    """The expected largest of so many numbers of a standard normal distribution (Blom's approximation)."""
+    """Expected largest of `count` numbers of a standard normal distribution (Blom's approximation)."""
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
@@ -182,7 +184,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _quiet(log: logging.Logger) -> Iterator[None]:
-    """Keeps what a log says from being printed."""
+    """Silences a log."""
     nothing = lambda record: False
     log.addFilter(nothing)
     try:

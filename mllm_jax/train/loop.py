@@ -1,7 +1,7 @@
-"""A training run: begins or goes on where it was, and ends whole, whatever stops it.
+"""The training loop: starts or resumes a run, and ends with everything saved, whatever stops it.
 
-The host runs at most two steps ahead of the devices. It puts the next batch on them while they work, and reads metrics
-of steps that are done, so that they never wait for it.
+The host runs at most two steps ahead of the devices. While they work it transfers the next batch and reads metrics of
+finished steps, so that they never wait for it.
 """
 
 import re
@@ -60,16 +60,18 @@ def train(
 ) -> int:
     """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
 
-    Where `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.length`).
+    If `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.length`).
 
-    The same call goes on from the newest checkpoint below `workdir`. The results are, bit for bit, those of a run on
-    the same mesh that nothing interrupted. A config with stages is trained by `mllm_jax.train.run_stages`, which calls
-    this for each and passes its own `stop`. Where no step ends for `config.train.watchdog` seconds, the process ends.
+    The same call resumes from the newest checkpoint in `workdir`. The results are bit-equal to those of an
+    uninterrupted
+    run on the same mesh. `mllm_jax.train.run_stages` trains a config with stages: it calls this function for each, with
+    its
+    own `stop`. If no step ends for `config.train.watchdog` seconds, the process ends.
 
     Args:
-      stop: of a caller that goes on afterwards; it tells whether the run was stopped.
+      stop: signal handler of a caller that continues afterwards; it tells whether the run was stopped.
       profile_steps: steps of which a trace is written to `workdir/profile`.
-      debug_nans: the first step that is not finite ends the run, and the layer is named; steps run one by one for it.
+      debug_nans: whether the first non-finite step ends the run with the name of the layer; steps run one by one.
     Raises:
       ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
       BadData: too many records of the data are broken. Lost: another process of the run has ended.
@@ -203,7 +205,7 @@ class Training:
             self.report.line(f"asked to stop: {done}, from which the same command goes on")
 
     def close(self) -> None:
-        """Ends everything that runs beside the steps, also where one of its parts fails."""
+        """Ends everything that runs beside the steps, also if one of its parts fails."""
         with ExitStack() as parts:
             if not self.lost:  # a save would wait for the process that has ended
                 parts.callback(self.checkpoints.close)
@@ -246,7 +248,7 @@ class Training:
         return found
 
     def _whole(self, found: Restored) -> Restored:
-        """With what checkpoints leave out."""
+        """Returns the state with the weights that checkpoints leave out."""
         run, params = self.settings, found.state.params
         params = completed(run, self.workdir, params, partial(first_params, run, self.mesh))
         return found._replace(state=found.state._replace(params=params))

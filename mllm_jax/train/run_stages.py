@@ -1,4 +1,4 @@
-"""Trains a run as its config says: at once, or stage by stage (see `mllm_jax.train.runs.stages`)."""
+"""Trains a run at once, or stage by stage if its config has stages (see `mllm_jax.train.runs.stages`)."""
 
 import re
 from pathlib import Path
@@ -24,19 +24,21 @@ from mllm_jax.train.step.optimizer import make_optimizer
 
 
 def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None, **options: Any) -> bool:
-    """Trains a run, or its stages one after the other, each in a folder of its own below `workdir`.
+    """Trains a run, or its stages one after the other, each in its own folder below `workdir`.
 
-    The same call goes on in the stage that was interrupted; those that came to their end are not touched. SIGTERM ends
-    the stage that is trained, resumably, and no other begins.
+    The same call resumes the stage that was interrupted; completed stages are not touched. SIGTERM ends the current
+    stage,
+    which can be resumed, and no other begins.
 
     Args:
-      stage: train this one alone, further if its `optim.steps` were raised. It begins with the weights of the stage
-        that it comes after, as far as that was trained in `workdir`, else with those of `config.init`.
-      options: of `mllm_jax.train.loop.train`, for every stage.
+      stage: name of the only stage to train, further if its `optim.steps` were raised. It starts from the weights of
+        the
+        stage before it if `workdir` has them, else from those of `config.init`.
+      options: arguments of `mllm_jax.train.loop.train`, for every stage.
     Returns:
-      whether it came to its end; False where SIGTERM ended it before.
+      whether the run is complete; False if SIGTERM ended it before.
     Raises:
-      Those of `mllm_jax.train.loop.train`. Of all stages, ConfigError comes before the first one begins.
+      The errors of `mllm_jax.train.loop.train`. ConfigError of any stage comes before the first one begins.
     """
     if not config.get("stages"):
         with StopSignal() as stop:

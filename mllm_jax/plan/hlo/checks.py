@@ -159,7 +159,7 @@ def attention_on_xla(platform: str, steps: list[Operation]) -> Iterator[str]:
 
 
 def _of_pairs(equation: Any) -> bool:
-    """Returns whether a product has batch dimensions (heads or rows), with queries on one side and keys on the other."""
+    """Returns whether a product has batch dimensions (heads or rows), queries on one side and keys on the other."""
     numbers = equation.params["dimension_numbers"]
     sides = [variable.aval.ndim for variable in equation.invars]
     free = [ndim - len(joined) - len(batch) for ndim, joined, batch in zip(sides, *numbers)]

@@ -158,7 +158,7 @@ def _cudnn(equation: Any, shapes: list) -> tuple[float, float]:
 
 
 def _pallas(equation: Any, share: float) -> tuple[float, float]:
-    """Work of a kernel: its own cost estimate (a grouped product with all its rows), or a count for splash attention."""
+    """Work of a kernel: its cost estimate (a grouped product with all its rows), or a count for splash attention."""
     kernel = SPLASH.match(equation.params["name"] or "")
     if kernel is None:
         cost = equation.params["cost_estimate"]

@@ -31,10 +31,10 @@ class Algorithm:
         self.run, self.config = run, run.algorithm
 
     def check_sources(self) -> None:
-        """Raises ConfigError where what the algorithm reads beside data and `init` is not there, or does not fit."""
+        """Raises ConfigError if an input of the algorithm beside data and `init` is missing or does not fit."""
 
     def reading(self) -> Reading | None:
-        """How records are read; None where they are conversations."""
+        """How records are read. None: as conversations."""
         return None
 
     def processor(self) -> Any:
@@ -54,13 +54,13 @@ class Algorithm:
         return BatchCost(self.run, rows_of_language)
 
     def objective(self) -> Objective | None:
-        """What a step minimizes; None where a step is no single update of a language model."""
+        """The objective that a step minimizes. None: a step is not a single update of a language model."""
         return None
 
     def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple:
-        """Models that a step takes beside state and batch, or nothing.
+        """Frozen models that a step takes beside state and batch. Empty: none.
 
-        Checkpoints leave them out, and they come again from where the run began. Raises ConfigError where that changed.
+        Checkpoints leave them out; they are read again from where the run began. Raises ConfigError if these changed.
         """
         return ()
 
@@ -72,5 +72,5 @@ class Algorithm:
         return make_train_step(context, self.objective())
 
     def evaluator(self, mesh: Mesh, processor: Any, source: Any) -> Evaluator:
-        """What evaluates the run on the held-out records of `source`."""
+        """Evaluator of the run on the held-out records of `source`."""
         return AnswerEvaluator(self.run, processor, mesh, source)

@@ -48,10 +48,12 @@ class Contrastive(Algorithm):
 
 
 def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Jitted `step(state, batch) -> (state, metrics)`; the state is donated. Image i of a batch belongs to text i.
+    """Returns a jitted `step(state, batch) -> (state, metrics)`; the state is donated. Image i of a batch belongs to
+    text i.
 
     No device holds the logits of all pairs, see train/losses/contrastive.py. A step whose loss or gradient is not
-    finite changes nothing but the counters.
+    finite
+    changes only the counters.
 
     Returns:
       metrics, f32 scalars: loss (mean of a pair), scale and bias of the logits, grad_norm (before clipping),

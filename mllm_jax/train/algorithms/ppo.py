@@ -43,17 +43,19 @@ class Ppo(Algorithm):
         return found
 
     def reading(self) -> PpoPrompts:
-        """How records are read: the verdict is asked for as the reward model was trained to give it."""
+        """Reads records as prompts, with the turn that asks for a verdict as the reward model was trained on it."""
         return PpoPrompts(self.judge_run().algorithm.prompt)
 
     def cost(self) -> None:
         return None  # a batch says nothing of the answers that it will get
 
     def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple[FrozenModels]:
-        """What judges answers.
+        """The reward model and, if configured, a frozen reference.
 
         Raises:
-          ConfigError: there is no reward model, it reads otherwise than the model, or a resumed run had another judge.
+          ConfigError: there is no reward model, it reads conversations otherwise than the model, or a resumed run had
+            another
+            reward model.
         """
         if jax.process_count() > 1:
             raise ConfigError("config.algorithm: PPO runs as one process, on any number of its devices")
@@ -90,7 +92,7 @@ class Ppo(Algorithm):
 
 
 def differences(run: Run, judged: Run, own: Processor, other: Processor) -> list[str]:
-    """In what a reward model and a model read the same conversation otherwise, as texts."""
+    """Differences between how a reward model and a model read the same conversation, as texts."""
     pairs = {
         "the tokenizers": (own.tokenizer.vocabulary, other.tokenizer.vocabulary),
         "the chat templates": (own.template, other.template),

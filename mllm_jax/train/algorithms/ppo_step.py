@@ -56,14 +56,17 @@ class PpoObjective(Objective):
 
 
 def make_ppo_step(context: TrainContext, ppo: PpoConfig, chunk: int = CHUNK) -> Callable:
-    """Jitted `step(state, prompts, judge) -> (state, metrics)`; the state is donated, and counts one step.
+    """Returns a jitted `step(state, prompts, frozen) -> (state, metrics)`; the state is donated. A call counts as one
+    step.
 
     Args:
-      context: its model has a value head; `optim` counts updates; `accumulate` is of an update. `seed`, with the number
-        of the step, gives the answers, and the parts that they are learned in.
+      context: its model has a value head; `optim` counts updates; `grad_accum_steps` is of an update. `seed` and the
+        number
+        of the step determine the answers and their minibatches.
     Returns:
-      metrics, f32 scalars: means over updates of what `PpoObjective` sums and of grad_norm, the last learning_rate,
-      finite (1 or 0: all updates were), what `experience` says of the answers, and counts of the rows with answers.
+      metrics, f32 scalars: means over updates of the sums of `PpoObjective` and of grad_norm, the last learning_rate,
+      finite (1 or 0: all updates were), statistics of the answers from `experience`, and counts of the rows with
+      answers.
     """
     config = context.model
     objective = PpoObjective(config, ppo, chunk)
@@ -91,6 +94,6 @@ def make_ppo_step(context: TrainContext, ppo: PpoConfig, chunk: int = CHUNK) -> 
 
 
 def minibatches(rows: int, ppo: PpoConfig, key) -> Array:
-    """i32[updates rows/minibatches] numbers of rows: in every epoch each once, in an order of its own."""
+    """i32[updates rows/minibatches] indices of rows: a new permutation in every epoch."""
     orders = [jax.random.permutation(each, rows) for each in jax.random.split(key, ppo.epochs)]
     return jnp.reshape(jnp.stack(orders), (ppo.updates_per_step, rows // ppo.num_mini_batches))

@@ -49,11 +49,11 @@ def log_probs(
     leave_out: Callable[[Skipped], None],
     watch: Callable[[Sequence], Any] = lambda records: records,
 ) -> Iterator[tuple[str, Reference]]:
-    """The id of every record of a run's training data, and what the run's first weights say of its two answers.
+    """Yields the id of every record of a run's training data, and the log-probabilities of its two answers at first.
 
     Args:
-      leave_out: is told of records that cannot be used.
-      watch: passes on the numbers of records as they are begun.
+      leave_out: receives records that cannot be used.
+      watch: passes on the indices of records as they are begun.
     """
     params, rules = first_params(run, mesh), run.model.runtime.rules
 

@@ -1,7 +1,7 @@
-"""Reward models, which are trained on pairs of a chosen and a rejected answer (arXiv 2203.02155, 2309.14525).
+"""Training of reward models on pairs of a chosen and a rejected answer (arXiv 2203.02155, 2309.14525).
 
-A reward is the value head's number of the last token of a conversation that ends with the answer, or with the turn that
-asks for a verdict and says the facts (see `mllm_jax.data.pipeline.reward`).
+A reward is the output of the value head at the last token of a conversation, which ends with the answer, or with a turn
+that states the facts and asks for a verdict (see `mllm_jax.data.pipeline.reward`).
 """
 
 from dataclasses import dataclass

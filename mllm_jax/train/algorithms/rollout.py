@@ -20,7 +20,7 @@ from mllm_jax.types import Array, Batch, Experience, TokenBlend
 
 @struct.dataclass
 class FrozenModels:
-    """What a step of PPO takes beside the state and a batch."""
+    """Frozen models that a step of PPO takes beside the state and a batch."""
 
     reward: Any  # parameters of the reward model
     stop: Array  # i32[n] tokens that end an answer
@@ -51,9 +51,9 @@ def respond(config: ModelConfig, params, prompts: Batch, stop, count: int, key) 
 
 
 def written(prompts: Batch, tokens, own, ended) -> Rollout:
-    """Puts answers i32[B count], as far as bool[B count] `own` says, between the two segments of every row.
+    """Inserts answers i32[B count], where bool[B count] `own` is set, between the two segments of every row.
 
-    Rows of T tokens become rows of T + count. Rotary positions go on as in generation.
+    Rows of T tokens become rows of T + count. Rotary positions continue as in generation.
     """
     (rows, length), count = prompts.tokens.shape, tokens.shape[1]
     asked, rest = prompts.segment == 1, prompts.segment == 2

@@ -10,7 +10,7 @@ from mllm_jax.data.pipeline.preference import Reference
 
 
 def read_references(path: str) -> dict[str, Reference]:
-    """What `write_references` wrote, by the records' ids. Raises ConfigError where it is no such file."""
+    """Reads the file of `write_references`, by record id. Raises ConfigError if it is not such a file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines]
@@ -25,10 +25,10 @@ def read_references(path: str) -> dict[str, Reference]:
 
 
 def write_references(path: Path, found: Iterable[tuple[str, Reference]]) -> int:
-    """Writes a line of JSON for every pair of answers, the whole file or none; returns how many there are.
+    """Writes a line of JSON for every pair of answers, atomically; returns their number.
 
     Raises:
-      ConfigError: two records of different answers have one id.
+      ConfigError: two records with different answers have the same id.
     """
     with whole_file(path) as file:
         marks: dict[str, int] = {}

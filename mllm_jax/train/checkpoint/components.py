@@ -77,7 +77,7 @@ def _shape(box: Partitioned) -> list[int]:
 
 
 def _fits(theirs: Partitioned, ours: Partitioned) -> bool:
-    """Whether the shapes are the same, but for rows of a vocabulary, of which ours may have more."""
+    """Returns whether the shapes are equal, except that our vocabulary may have more rows."""
     if theirs.value.ndim != ours.value.ndim:
         return False
     sizes = zip(ours.names, theirs.value.shape, ours.value.shape)

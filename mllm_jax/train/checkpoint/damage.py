@@ -1,6 +1,6 @@
-"""Damaged files of a run: found when they are read, named, and never taken for whole.
+"""Detects and names damaged files of a run when they are read.
 
-A checkpoint holds a fingerprint of every array, and a checksum of everything else. Storage that flips a bit, or a copy
+A checkpoint holds a fingerprint of every array and a checksum of everything else. A flipped bit in storage, or a copy
 that stopped half way, is found when the checkpoint is restored.
 """
 
@@ -108,7 +108,7 @@ def _checksum(about: Mapping[str, Any]) -> str:
 
 
 def _hide_late_errors() -> None:
-    """Keeps quiet what pending reads and writes print from threads of their own after one of them has failed."""
+    """Silences errors that pending reads and writes print from their own threads after one of them has failed."""
     before = sys.unraisablehook
 
     def hook_of_reading(found):

@@ -1,6 +1,6 @@
-"""The frozen base of a run with adapters: checkpoints leave it out, and it comes again from where the run began.
+"""The frozen base weights of a run with adapters, which checkpoints leave out.
 
-So that a run never goes on from other weights, a fingerprint of the base lies beside the checkpoints.
+A resumed run reads them again from where the run began. A fingerprint beside the checkpoints verifies them.
 """
 
 import re
@@ -17,7 +17,10 @@ FILE = "base.json"
 
 
 def saved(run: Run, params: Any) -> dict:
-    """Of a tree like the parameters, what checkpoints hold: of a run with adapters what it changes, else all."""
+    """Returns the leaves that a checkpoint stores: all of them, or only the trained ones when the run uses adapters.
+
+    params: the parameters, or any tree of their structure.
+    """
     if not run.lora.rank:
         return params
     trained, frozen = split(params, run.optim.freeze)

@@ -1,7 +1,7 @@
-"""Checkpoints on each process's own disk: frequent, without a word between processes, of what a process holds itself.
+"""Frequent checkpoints on each process's own disk, of the process's own shards, without communication.
 
-They serve a run whose processes end and start again on the same hosts, in the same places of the same mesh. What lay on
-a lost host is lost: a step counts only where every process has all that it needs of it.
+They serve a run whose processes restart on the same hosts, with the same devices of the mesh. A lost host loses its
+shards: a step counts only if every process has all of its shards.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _handlers() -> dict[str, ocp.CheckpointHandler]:
-    """For arrays of which each process writes and reads what lies on its own devices."""
+    """Orbax handlers for arrays of which each process writes and reads the shards of its own devices."""
     arrays = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return {
@@ -138,9 +138,9 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
 
 
 def _one_copy_is_whole(x: jax.Array) -> bool:
-    """Whether all that lies on this process's devices is there in the copy that its first device has a part of.
+    """Returns whether the replica on this process's first device has all shards of this process.
 
-    That one is saved; where parts are missing, reading would give zeros.
+    That replica is saved; missing shards would be read as zeros.
     """
     shards = x.addressable_shards
     copy = {str(shard.index) for shard in shards if shard.replica_id == shards[0].replica_id}
@@ -153,7 +153,7 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 
 def _digest(abstract: TrainState, layout: TrainState) -> str:
-    """Of what this process holds: the same, if and only if it holds the same parts of the same arrays."""
+    """Digest of this process's shards: equal if and only if it holds the same shards of the same arrays."""
 
     def held(path, x, sharding):
         indices = sharding.addressable_devices_indices_map(x.shape).values()

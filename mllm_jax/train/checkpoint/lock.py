@@ -1,7 +1,7 @@
-"""One run in a working directory at a time: a lock file that says who holds it, and shows that its holder lives.
+"""A lock file that keeps a working directory to one run at a time, and shows that its holder lives.
 
-The file is made by a hard link, which is atomic on NFS too. Its holder touches it every few seconds. On the machine of
-the holder a second start looks for its process; on another one it watches the file, by the clock of the file system.
+The file is created by a hard link, which is atomic on NFS too. Its holder touches it every few seconds. A second start
+on the same machine looks for the holder's process; on another machine it watches the file's modification time.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Lock:
                 self.path.unlink(missing_ok=True)
 
     def _create(self, path: Path) -> bool:
-        """Makes a lock file, whole or not at all; False where there is one."""
+        """Creates a lock file atomically; returns False if there is one."""
         own = path.with_name(f"{path.name}.{self._token}")
         try:
             with writing(path):
@@ -220,7 +220,7 @@ def _started(pid: Any) -> str | None:
 
 
 def _answers(pid: int) -> str | None:
-    """For systems without /proc: "" where there is such a process, None where there is none."""
+    """Start time of a process on systems without /proc: "" if there is such a process, None if there is none."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

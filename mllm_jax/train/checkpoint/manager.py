@@ -1,9 +1,9 @@
-"""Checkpoints of a run (Orbax): written in the background, whole or not at all, readable on another mesh.
+"""Checkpoints of a run (Orbax): written in the background, atomic, readable on another mesh.
 
-A checkpoint holds the state of training, the run's config, and the position in the data, for any number of processes;
-of a run with adapters not the frozen base (see `mllm_jax.train.checkpoint.frozen_base`).
-A save that is killed leaves a temporary folder, which nobody reads and the next run removes. What was saved and is
-damaged afterwards is found when it is read (see `mllm_jax.train.checkpoint.damage`).
+A checkpoint holds the training state, the run's config and the position in the data, for any number of processes. With
+adapters, it leaves out the frozen base (see `mllm_jax.train.checkpoint.frozen_base`).
+A save that is killed leaves a temporary folder, which is ignored and removed by the next run. Damage to a saved
+checkpoint is found when it is read (see `mllm_jax.train.checkpoint.damage`).
 """
 
 import json
@@ -32,7 +32,7 @@ FREE = ("model.runtime.", *(f"data.{name}" for name in ANY_DATA))
 
 
 class Restored(NamedTuple):
-    """What a checkpoint gives back."""
+    """Contents of a restored checkpoint."""
 
     state: TrainState
     position: dict[str, Any]  # the state of the loaders of all processes
@@ -51,7 +51,7 @@ class Checkpoints:
         self._manager = CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint; None where there is none."""
+        """Step of the newest complete checkpoint. None: there is none."""
         return self._manager.latest_step()
 
     def save(
@@ -77,7 +77,7 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """Of all whole checkpoints."""
+        """Steps of all complete checkpoints."""
         return sorted(self._manager.all_steps())
 
     def set_aside(self, step: int, into: Path) -> Path:
@@ -97,10 +97,10 @@ class Checkpoints:
     def restore(
         self, config: ConfigDict, abstract: TrainState, layout: TrainState, step: int | None = None
     ) -> Restored:
-        """A checkpoint, by default the newest one, its state laid out on the mesh of `layout`.
+        """Restores a checkpoint, by default the newest, with its state sharded on the mesh of `layout`.
 
         Raises:
-          ConfigError: the checkpoint is of another model, optimizer or data than `config`. Damaged: it is not whole.
+          ConfigError: the checkpoint is of another model, optimizer or data than `config`. Damaged: it is not complete.
         """
         step = self.latest() if step is None else step
         place = self.folder / str(step)
@@ -153,7 +153,7 @@ def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
 
 
 def from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every process gives, in the order of processes."""
+    """Gathers a value from every process, in the order of processes."""
     if jax.process_count() == 1:
         return [data]
     own = np.frombuffer(json.dumps(data).encode(), np.uint8)
@@ -163,7 +163,7 @@ def from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_same_run(before: dict, config: ConfigDict, workdir: Path) -> None:
-    """Raises ConfigError where a run of `config` cannot go on in `workdir` from a checkpoint of `before`."""
+    """Raises ConfigError if a run of `config` cannot resume in `workdir` from a checkpoint of `before`."""
     if changed := _changes(before, json.loads(dump(config))):
         raise ConfigError(
             f"{workdir} is of another run: {'; '.join(changed)}. Use another --workdir; --config.init={workdir} "
@@ -172,7 +172,7 @@ def check_same_run(before: dict, config: ConfigDict, workdir: Path) -> None:
 
 
 def _changes(before: dict, now: dict) -> list[str]:
-    """How two configs differ in what a resumed run cannot change, as "path was x, is y"."""
+    """Differences of two configs that a resumed run cannot have, as "path was x, is y"."""
     before, now = flatten(before, "."), flatten(now, ".")
     paths = [path for path in sorted({*before, *now}) if path.startswith(FIXED) and not path.startswith(FREE)]
     different = [path for path in paths if before.get(path) != now.get(path)]

@@ -6,8 +6,9 @@ import orbax.checkpoint as ocp
 class CheckpointManager(ocp.CheckpointManager):
     """A CheckpointManager that never asks jax's preemption service.
 
-    The service takes the number of the last question for the step that a process has begun, and says yes only to the
-    one number that follows. Orbax asks at every save, with numbers of its own: the run would miss its stop.
+    The service takes the number in the last question for the step that a process has begun, and answers yes only for
+    the
+    next number. Orbax asks at every save, with its own numbers, so that the run would miss its stop.
     """
 
     def reached_preemption(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a run begins with: published weights, those of another run (maybe the stage before it), or random ones."""
+"""Initial weights of a run: published ones, those of another run (such as the stage before it), or random ones."""
 
 import json
 import os
@@ -31,17 +31,16 @@ from mllm_jax.train.runs.config import Run, processor_source, read_run
 
 
 def first_params(run: Run, mesh: Mesh) -> dict:
-    """The parameters that a run begins with, fp32, laid out for the mesh: random, or those that `run.init` names, or
-    the `run.parts`.
+    """Returns the initial fp32 parameters of a run, sharded on the mesh: random, or from `run.init` or `run.parts`.
 
-    To these new adapters are added where the run has some and they none; their base is as `run.lora.base_dtype` says,
-    and what is not fp32 there is read in bf16. Adapters of a run before go on where this run has the same, and are
-    merged into their weights where it has none. A value head is 0 where there was none, and left out where the run has
-    none.
+    New adapters are added if the run has adapters and the source has none; the base is then stored as
+    `run.lora.base_dtype`
+    sets, and a base that is not fp32 is read in bf16. Adapters of an earlier run continue if this run has the same, and
+    are
+    merged if it has none. A value head starts at 0, and is left out if the run has none.
 
     Raises:
-      ConfigError: they are of a run with another model, or with other adapters. FileNotFoundError: that run has no
-        checkpoint.
+      ConfigError: the source has another model or other adapters. FileNotFoundError: the source run has no checkpoint.
     """
     if run.taken:
         return _adapted(run, _valued(run, load_parts(run, mesh, _half(run)), mesh), mesh)
@@ -69,7 +68,7 @@ def first_params(run: Run, mesh: Mesh) -> dict:
 
 
 def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
-    """Raises ConfigError where a run can neither go on with the adapters of the one before nor merge them."""
+    """Raises ConfigError if a run can neither continue nor merge the adapters of the run before it."""
     if before.rank and now.rank and before != now:
         told = ", ".join(f"{name} was {was!r}, is {is_now!r}" for name, was, is_now in differences(before, now))
         raise ConfigError(
@@ -115,15 +114,15 @@ def _valued(run: Run, params: dict, mesh: Mesh) -> dict:
 
 
 def processor_of(run: Run) -> str:
-    """Where the run's processor is: where it says, or beside the weights that it begins with."""
+    """Folder or name of the run's processor: `config.processor`, or the source of its initial weights."""
     source = processor_source(run.processor, run.init, run.parts)
     return os.fspath(run_folder(source) / PROCESSOR) if source and is_run(source) else source
 
 
 def read_config(workdir: str | Path, step: int | None = None) -> Run:
-    """The run that a checkpoint below `workdir` is of; the newest by default. FileNotFoundError where there is none.
+    """Reads the config of a checkpoint in `workdir`, by default the newest. Raises FileNotFoundError if there is none.
 
-    Of a run with stages, here and below, it is that of the last stage that came to its end.
+    A run with stages stands for its last completed stage.
     """
     return read_run(_config(_about(workdir, step)[1]))
 
@@ -131,13 +130,13 @@ def read_config(workdir: str | Path, step: int | None = None) -> Run:
 def restore_params(
     workdir: str | Path, step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[ModelConfig | DualConfig, dict]:
-    """A model and its fp32 parameters for generation and evaluation, without the optimizer's state.
+    """Returns a model and its fp32 parameters for generation and evaluation, without the optimizer's state.
 
     Args:
-      workdir: of a training run. step: the newest by default.
-      mesh: where the parameters shall lie, by the run's rules; by default all on the first device.
+      workdir: folder of a training run. step: step of the checkpoint, by default the newest.
+      mesh: mesh on which the run's rules shard the parameters. None: all on the first device.
     Raises:
-      FileNotFoundError: there is no such checkpoint. Damaged: it is not whole.
+      FileNotFoundError: there is no such checkpoint. Damaged: it is not complete.
     """
     step, about = _about(workdir, step)
     run = read_run(_config(about))

@@ -1,7 +1,7 @@
-"""Two tiers of checkpoints: rare ones for all, on the file system that all hosts share, frequent ones on their disks.
+"""Two tiers of checkpoints: infrequent ones on the shared file system, frequent ones on the disks of the hosts.
 
-The newest one that is whole wins. Of the local tier that is what every process has whole, by a vote at the start. One
-that is damaged is moved to the folder `damaged` beside the others, and the one before it is restored.
+The newest complete checkpoint wins. In the local tier, the processes vote at the start on the newest one that all have.
+A damaged checkpoint is moved to the folder `damaged` beside the others, and the one before it is restored.
 """
 
 import sys
@@ -51,7 +51,7 @@ class Tiers:
         self._newest_local = max(set.intersection(*(set(vote["steps"]) for vote in votes)), default=None)
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint; None where there is none."""
+        """Step of the newest complete checkpoint. None: there is none."""
         return max((step for step in (self.shared.latest(), self._newest_local) if step is not None), default=None)
 
     def save(self, step: int, state: TrainState, config: ConfigDict, data: dict, notes: dict[str, Any]) -> None:
@@ -63,11 +63,12 @@ class Tiers:
         self.local.save(step, state, config, data, notes)
 
     def restore(self, config: ConfigDict) -> Restored:
-        """The newest whole checkpoint; damaged ones are set aside.
+        """Restores the newest complete checkpoint and sets damaged ones aside.
 
         Raises:
-          ConfigError: it is of another model, optimizer or data than `config`, or none is whole. Lost: one that this
-            process alone cannot read was set aside.
+          ConfigError: it is of another model, optimizer or data than `config`, or none is complete. Lost: a checkpoint
+            that
+            only this process could not read was set aside.
         """
         while (step := self.latest()) is not None:
             try:

@@ -17,7 +17,7 @@ from mllm_jax.train.step.batches import batch_shardings
 class Evaluator:
     """`evaluator(params)` evaluates on the same records every time, in batches of the shape of training.
 
-    A subclass gives the step, the totals of no records, how a batch adds to them, and what they come to.
+    A subclass defines the step, the initial totals, the update of the totals by a batch, and the results.
     """
 
     reading: Reading | None = None  # how records are read, as in `make_loader`
@@ -53,7 +53,7 @@ class Evaluator:
         raise NotImplementedError
 
     def results(self, totals: Any) -> dict[str, Any]:
-        """What the totals come to, by name."""
+        """Results by name, from the totals."""
         raise NotImplementedError
 
 
@@ -73,7 +73,7 @@ class Spread:
 
 
 def placed(batch: Any, layout: Any) -> Any:
-    """A batch on the devices: every process has made the whole of it, and puts its devices' part there."""
+    """A batch on the devices: every process has made all of it, and transfers the shards of its devices."""
     place = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     return jax.tree.map(place, batch, layout)
 

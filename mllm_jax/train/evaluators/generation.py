@@ -1,7 +1,7 @@
-"""Exact match on held-out conversations, by kind of question, while a model is trained.
+"""Exact match on held-out conversations, by kind of question, during training.
 
-One forward pass answers what greedy decoding would say: it repeats the true answer exactly, token by token, if and only
-if every token of the answer is the likeliest one given the truth before it.
+One forward pass decides it: greedy decoding repeats the true answer exactly if and only if every token of the answer is
+the most likely one given the true tokens before it.
 """
 
 import collections

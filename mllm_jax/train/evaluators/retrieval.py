@@ -1,4 +1,4 @@
-"""How often the nearest text of a held-out image is its own, and the nearest image of a text, during training."""
+"""Recall of the text of a held-out image, and of the image of a text, during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,9 @@ from mllm_jax.types import DualBatch
 
 
 class RetrievalEvaluator(Evaluator):
-    """Finds {"loss": mean of a pair among those of its batch, "pairs": number, "recall_at_1": see `recall_at_1`}.
+    """Returns {"loss": mean of a pair within its batch, "pairs": number, "recall_at_1": see `recall_at_1`}.
 
-    Pairs with one text are not told apart.
+    Pairs with equal texts count as one class.
     """
 
     def shardings(self, batch: DualBatch) -> DualBatch:
@@ -45,11 +45,11 @@ class RetrievalEvaluator(Evaluator):
 
 
 def recall_at_1(images: np.ndarray, texts: np.ndarray, names: list[Any]) -> dict[str, float]:
-    """Shares of right ones among the nearest: the "text" of every image, the "image" of every text.
+    """Fraction of nearest neighbors that are right: the "text" of every image, the "image" of every text.
 
     Args:
       images, texts: f32[n D] of unit length.
-      names: of every pair: those with one name are not told apart.
+      names: name of every pair; any pair of the same name is right.
     """
     similarity, names = images @ texts.T, np.unique(names, return_inverse=True)[1]
     right = lambda axis: float(np.mean(names[similarity.argmax(axis)] == names))

@@ -1,4 +1,4 @@
-"""How often a reward model prefers the chosen answer of held-out pairs, by kind of question, while it is trained."""
+"""Fraction of held-out pairs whose chosen answer has the higher reward, by kind of question, during training."""
 
 import collections
 from collections.abc import Callable

@@ -58,13 +58,13 @@ class Ends:
 
 
 class InputPipeline:
-    """This process's share of the batches of a run, from where `set_state` says.
+    """This process's share of the batches of a run, from the position of `set_state`.
 
-    A thread makes the next batch, so that whoever waits for it can be asked to stop.
+    A thread makes the next batch, so that a process that waits for it can be asked to stop.
 
     Args:
-      loader: of `open_data`. cost: of its batches, None where they do not tell it.
-      ends_apart: whether the data end, and processes read shares of their own, so that they end at different batches.
+      loader: loader of `open_data`. cost: FLOPs of its batches. None: batches do not determine them.
+      ends_apart: whether the data end and processes read separate shares, so that they end at different batches.
     """
 
     def __init__(self, loader: Any, place: Placer, cost: BatchCost | None, ends_apart: bool):
@@ -82,7 +82,7 @@ class InputPipeline:
         threading.Thread(target=_fulfill, args=(self._coming, self.next), name="feed", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        """Waits for the batch that was begun, at most so many seconds; returns whether it is there."""
+        """Waits for the next batch, at most this many seconds; returns whether it is ready."""
         return bool(wait([self._coming], seconds).done)
 
     def take(self) -> DeviceBatch | None:

@@ -1,4 +1,4 @@
-"""How conversations, or pairs of an image and a text, reach the devices: every process makes its share of a batch."""
+"""Input pipeline from conversations or image-text pairs to the devices: every process makes its share of a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def open_data(
 
 
 def check_streams(data: DataConfig, count: int) -> None:
-    """Raises ConfigError unless each of `count` processes that feed rows of their own has as many streams."""
+    """Raises ConfigError unless each of `count` processes with separate rows has equally many streams."""
     streams = streams_of(data)
     if streams % count:
         raise ConfigError(

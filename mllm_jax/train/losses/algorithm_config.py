@@ -13,7 +13,7 @@ BASE, FIRST, NONE = REFERENCES = ("base", "first", "none")
 
 @dataclass(frozen=True)
 class AlgorithmConfig(Config):
-    """Settings of an algorithm, which stand beside its loss; its code is in `mllm_jax.train.algorithms`."""
+    """Settings of an algorithm, defined beside its loss; its code is in `mllm_jax.train.algorithms`."""
 
     model: ClassVar[type] = ModelConfig  # type of the model that it trains
     value_head: ClassVar[bool] = False  # whether the model needs a value head
@@ -39,7 +39,7 @@ class AlgorithmConfig(Config):
 
 
 def check_reference(reference: str, lora: LoraConfig, path: str) -> None:
-    """Raises ConfigError where the reference is the model without its adapters, and there are none to leave out."""
+    """Raises ConfigError if the reference is the model without its adapters and the model has none."""
     if reference == BASE and (not lora.rank or lora.modules_to_save):
         raise ConfigError(
             f"{path}.algorithm.reference={BASE!r} is the model without its adapters, which needs {path}.lora.rank and "

@@ -42,8 +42,7 @@ class ContrastiveConfig(AlgorithmConfig):
 
 
 class _Kind(NamedTuple):
-    """What a loss sums over all pairs, the right ones taken for wrong ones: half of it of every image, half of every
-    text."""
+    """Sums of a loss over all pairs with the wrong ones as negatives: half of it per image, half per text."""
 
     nothing: float
     of: Callable  # (logits [i j], axis) -> its sum over an axis, [j] or [i]
@@ -68,17 +67,17 @@ KINDS = {
 
 
 def contrastive_loss(kind: str, images, texts, scale, bias=0.0, rules: Rules = (), real=None) -> Array:
-    """The mean loss of a pair, f32[]; image i belongs to text i, and all others are wrong.
+    """Mean loss of a pair, f32[]; image i belongs to text i, and all other pairs are negatives.
 
-    "softmax": cross-entropy of finding the text of an image among all, and the image of a text, halved (CLIP,
-    arXiv 2103.00020, figure 3). "sigmoid": -log sigmoid(z * logit), z = 1 for a pair that belongs together and -1 for
-    others, summed over pairs and divided by n (SigLIP, arXiv 2303.15343, algorithm 1).
+    "softmax": cross-entropy of finding the text of an image among all, and the image of a text, halved (CLIP, arXiv
+    2103.00020, figure 3). "sigmoid": -log sigmoid(z * logit), z = 1 for a pair that belongs together and -1 for others,
+    summed over pairs and divided by n (SigLIP, arXiv 2303.15343, algorithm 1).
 
     Args:
       images, texts: f32[n D] embeddings of unit length.
       scale, bias: f32[]; a logit is scale * cosine + bias.
-      rules: `batch` says over which axes of the ambient mesh the pairs lie; none for a single device.
-      real: bool[n] which pairs are there; the rest is padding, which nothing depends on. None = all.
+      rules: the rule of `batch` gives the axes of the ambient mesh that shard the pairs; none for a single device.
+      real: bool[n] pairs that are not padding; the loss does not depend on padding. None: all.
     """
     if kind not in KINDS:
         raise ValueError(f"the loss must be one of {sorted(KINDS)}, not {kind!r}")
@@ -152,7 +151,7 @@ def _round(axes, meet, carry, guests):
 
 
 def _spread(on_device, axes, inputs: str, outputs: str):
-    """The function on every device along the axes; "n" is an array that lies along them, "s" a scalar."""
+    """Maps a function over the devices along the axes; "n" is an array sharded over them, "s" a scalar."""
     if not axes:
         return on_device
     specs = {"n": jax.P(axes), "s": jax.P()}

@@ -61,18 +61,21 @@ def token_loss(
 ) -> Array:
     """Sum of weight * cross-entropy, f32[].
 
-    Differentiated, both gradients are computed together with the loss, chunk by chunk: three matrix products instead
-    of the four that recomputing the logits would take (Liger Kernel, arXiv 2410.10989). No gradient reaches `weight`.
+    The backward pass gets both gradients from the forward pass, which computes them with the loss, chunk by chunk:
+    three
+    matrix products instead of the four that recomputing the logits would take (Liger Kernel, arXiv 2410.10989). No
+    gradient
+    reaches `weight`.
 
     Args:
       hidden: [B T D] hidden states after the last norm.
       table: [V D] the head (`model.head_table`).
       targets: i32[B T].
       weight: f32[B T]; only targets of non-zero weight cost anything.
-      chunk: at most so many targets of each row are in flight, as logits f32[B chunk V].
-      dtype: of the operands of matrix products; sums and softmax are fp32.
-      rules: where `vocab`, `batch` and `length` live on the ambient mesh; none for a single device.
-      softcap: c, where logits are c tanh(logit / c); 0 = they are not capped.
+      chunk: largest number of targets per row whose logits, f32[B chunk V], are held at once.
+      dtype: dtype of the operands of matrix products; sums and softmax are fp32.
+      rules: rules of `vocab`, `batch` and `length` for the ambient mesh; none for a single device.
+      softcap: c, where logits are c tanh(logit / c). 0: no cap.
     """
     rows = _Rows(targets.shape, rules)
     return _token_loss(rows.split(hidden), table, rows.split(targets), rows.split(weight), chunk, dtype, rules, softcap)
@@ -149,10 +152,11 @@ def token_errors(
 def token_log_probs(
     hidden, table, targets, weight, chunk: int, dtype: str, rules: Rules = (), softcap: float = 0.0
 ) -> Array:
-    """The log-probability of every target of non-zero weight, f32[B T]; 0 elsewhere.
+    """Log-probability of every target of non-zero weight, f32[B T]; 0 elsewhere.
 
-    For losses that are functions of an answer's log-probability. Differentiated, logits are made again chunk by chunk,
-    so that no more is held than for `token_loss`, whose arguments these are; `weight` only says which targets count.
+    For losses that are functions of an answer's log-probability. The backward pass recomputes logits chunk by chunk, so
+    that
+    it holds no more than `token_loss`, which has the same arguments; `weight` only selects targets.
     """
     rows = _Rows(targets.shape, rules)
     hidden, targets, weight = (rows.split(x) for x in (hidden, targets, weight))
@@ -197,7 +201,7 @@ ROWS = ("batch", "length")  # the axis of rows, of which each device that holds 
 
 
 class _Rows:
-    """A row whose tokens lie on several devices becomes as many rows: none of them needs another's tokens."""
+    """Splits a row whose tokens are sharded over several devices into as many rows: no row needs another's tokens."""
 
     def __init__(self, shape: tuple[int, int], rules: Rules):
         self.rules, self.shape = rules, shape

@@ -23,18 +23,21 @@ LOSSES = ("none", "micro", "sequence", "global")
 
 @dataclass(frozen=True)
 class BalanceConfig(Config):
-    """
-    loss: over which tokens f and P are taken.
-      "micro": those of one row of the batch, averaged over rows.
+    """Load balancing of experts.
+
+    loss: the tokens over which f and P are taken.
+      "micro": those of one batch row, averaged over rows.
       "sequence": those of one conversation, averaged over conversations (DeepSeek-V2, arXiv 2405.04434).
       "global": those of the whole batch, over all devices and accumulated parts (Qwen3, arXiv 2501.11873).
     aux_loss_weight: c; c * L is added to the loss.
     exact: with "global" and accumulated parts, whether f is that of the whole batch, which takes a forward pass over
-      all parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873:
-      it approximates the whole batch's, best for the last part.
-    z_loss_weight: weight of the mean square of the log of the softmax's denominator (ST-MoE, arXiv 2202.08906).
-    bias_update_rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much where
-      its load was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
+      all
+      parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873: it
+      approximates the whole batch's, best for the last part.
+    z_loss_weight: weight of the mean squared log of the softmax's denominator (ST-MoE, arXiv 2202.08906).
+    bias_update_rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much if
+      its
+      load was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
     """
 
     loss: Annotated[str, OneOf(LOSSES)] = "none"
@@ -44,12 +47,12 @@ class BalanceConfig(Config):
     bias_update_rate: NonNegative = 0.0
 
     def counts_first(self, grad_accum_steps: int) -> bool:
-        """Whether a forward pass counts the choices of a whole batch before the first of its parts has a gradient."""
+        """Returns whether a forward pass counts the choices of the whole batch before the gradient of its first part."""
         return self.loss == "global" and self.exact and grad_accum_steps > 1
 
 
 class Totals(NamedTuple):
-    """What a whole batch has, f32[]: what sums over its parts are divided by; 1 where it has none."""
+    """Amounts of a whole batch, f32[], by which the sums of its parts are divided; 1 if it has none."""
 
     weight: Array  # sum of the loss weights
     tokens: Array
@@ -58,14 +61,14 @@ class Totals(NamedTuple):
 
 
 def totals(batch: Batch, weight) -> Totals:
-    """Of a batch, with the loss weights f32[B T] of its targets."""
+    """Totals of a batch, with the loss weights f32[B T] of its targets."""
     conversations = jnp.max(batch.segment, axis=1)
     counts = (jnp.sum(weight), jnp.sum(batch.segment > 0), jnp.sum(conversations > 0), jnp.sum(conversations))
     return Totals(*(jnp.where(count == 0, 1, count).astype(jnp.float32) for count in counts))
 
 
 class Load(NamedTuple):
-    """How often experts were chosen: what the f of the global loss is made of."""
+    """Number of choices of each expert, from which the f of the global loss follows."""
 
     choices: Array  # f32[Lm E]
 
@@ -83,13 +86,13 @@ class Load(NamedTuple):
 
 
 def balance_loss(routing: Routing, segment, load: Load, whole: Totals, kind: str):
-    """L of BalanceConfig's `kind`, f32[]: of a part of a batch, its share, so that the shares of all parts add up.
+    """L of BalanceConfig's `kind`, f32[]: for a part of a batch its share, so that the shares of all parts add up.
 
     Args:
-      routing: of the part, fields [Lm B ...].
+      routing: routing of the part, fields [Lm B ...].
       segment: i32[B T] of the part.
-      load: that f of "global" is taken from.
-      whole: of the whole batch.
+      load: load from which f of "global" is taken.
+      whole: totals of the whole batch.
     """
     layers, _, _, experts = routing.counts.shape
     if kind == "sequence":

@@ -1,6 +1,6 @@
-"""The formulas of PPO (arXiv 1707.06347) on answers that a reward model judges (arXiv 2203.02155, 2309.14525).
+"""Formulas of PPO (arXiv 1707.06347) on answers with rewards of a reward model (arXiv 2203.02155, 2309.14525).
 
-Arrays are f32[B T], of the tokens of answers; `real` bool[B T] says which these are, side by side in a row.
+Arrays are f32[B T]; `real` bool[B T] marks the tokens of answers, which are contiguous in a row.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,21 @@ from mllm_jax.types import Array
 
 @dataclass(frozen=True)
 class PpoConfig(AlgorithmConfig):
-    """Learns from answers of the model's own, which a reward model judges.
+    """Trains on the model's own answers with rewards of a reward model.
 
-    Numbers are those of LLaVA-RLHF, unless said otherwise.
+    Defaults are those of LLaVA-RLHF unless noted.
 
     reward_model: folder of a run that trained a reward model (`RewardConfig`), or name of such a stage.
-    response_length: of the longest answer.
-    epochs, num_mini_batches: the answers to a batch are learned so often, in so many parts, each of them an update.
-    kl_coef: what is taken from the reward for every unit of log p(token) - log p_reference(token).
+    response_length: largest number of tokens of an answer.
+    epochs, num_mini_batches: passes over the answers to a batch, and parts of each pass; every part is an update.
+    kl_coef: penalty per unit of log p(token) - log p_reference(token).
     reference: "first", a frozen copy of the weights that the run begins with, or "base", the model without adapters.
-    cliprange: how far a token's probability may move, as a share, before its gradient ends; cliprange_value: the same
-      of values.
+    cliprange: largest relative change of a token's probability with a gradient; cliprange_value: the same of values.
     vf_coef: weight of the critic's loss.
     gamma, gae_lambda: discount, and lambda of generalized advantage estimation.
-    missing_eos_penalty: what is added to the reward of an answer that does not end within `response_length`.
-    length_bonus: what is added to that of an answer of `response_length`, and in proportion to that of a shorter one (0
-      is ours; LLaVA-RLHF has -10, for rewards of its size).
+    missing_eos_penalty: added to the reward of an answer that does not end within `response_length`.
+    length_bonus: added to the reward of an answer of `response_length`, and in proportion to shorter ones. Default 0 is
+      ours; LLaVA-RLHF has -10, for the scale of its rewards.
     """
 
     reward_model: str = ""
@@ -75,7 +74,7 @@ class PpoConfig(AlgorithmConfig):
 
 
 def token_rewards(score, log_probs, reference, real, kl_coef: float) -> Array:
-    """-kl (log p - log p_reference) for every token, and at the last one of an answer its score f32[B] besides."""
+    """-kl_coef (log p - log p_reference) of every token, plus the score f32[B] of an answer at its last token."""
     last = real & ~jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
     return jnp.where(real, -kl_coef * (log_probs - reference), 0) + jnp.where(last, score[:, None], 0)
 

@@ -105,10 +105,10 @@ def sft(policy, size) -> Array:
 
 
 def preference_loss(config: PreferenceConfig, policy, reference, size, shift) -> tuple[Array, Array]:
-    """The weighted sum of a run's losses, f32[...], and the rewards beta * ratio without gradient, f32[... 2].
+    """Weighted sum of a run's losses, f32[...], and the rewards beta * ratio without gradient, f32[... 2].
 
     Args:
-      policy, reference: f32[... 2] log-probabilities, the reference's 0 where there is none.
+      policy, reference: f32[... 2] log-probabilities; the reference is 0 if the run has none.
       size: f32[... 2] sums of the weights of the tokens, more than 0.
       shift: f32[], see `bco`.
     """
@@ -126,7 +126,7 @@ def preference_loss(config: PreferenceConfig, policy, reference, size, shift) ->
 
 
 def running_mean(mean_and_count, mean, count) -> Array:
-    """f32[2], the mean of numbers and how many they are, when more of them with a mean of their own have come."""
+    """f32[2]: mean and count of numbers, updated with further numbers of a given mean and count."""
     before, number = mean_and_count
     whole = number + count
     return jnp.stack([before + (mean - before) * count / jnp.maximum(whole, 1), whole])

@@ -15,11 +15,12 @@ PROMPT = "Is this answer true of what is shown? Is it helpful, and short? These 
 
 @dataclass(frozen=True)
 class RewardConfig(AlgorithmConfig):
-    """Trains a reward model from pairs of a chosen and a rejected answer.
+    """Trains a reward model on pairs of a chosen and a rejected answer.
 
-    center: weight of the square of the sum of a pair's rewards, which holds them around zero (arXiv 2312.09244).
-    prompt: what the user says after an answer; {facts} stands for the "facts" of a record. Empty = nothing is said, and
-      the answer's own end is judged.
+    center: weight of the squared sum of a pair's rewards, which keeps them near zero (arXiv 2312.09244).
+    prompt: user turn after an answer; {facts} stands for the "facts" of a record. Empty: no turn, and the reward is
+      read at
+      the end of the answer.
     """
 
     center: NonNegative = 0.001

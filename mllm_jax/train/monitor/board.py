@@ -1,4 +1,4 @@
-"""What every process of a run tells the others without a collective: devices and steps go on meanwhile."""
+"""State that every process of a run publishes to the others without a collective, while devices and steps continue."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a step of a run costs, in numbers and in lines for people."""
+"""FLOPs of a run's step, as numbers and as printed lines."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -27,7 +27,7 @@ class BatchCost:
         return sum(processes * float(costs @ counts) for costs in self._of_counts.values())
 
     def explain(self, batch: Batch | DualBatch, processes: float = 1) -> Iterator[str]:
-        """What a step costs, in lines for people; arguments as in `flops`."""
+        """Returns lines that explain the cost of a step; arguments as in `flops`."""
         run, window = self.run, self.run.model.decoder.window
         needed, room = (self._count(counts(batch, window)) for counts in (useful, padded))
         total, room = (processes * sum(part.total for part in flops.values()) for flops in (needed, room))

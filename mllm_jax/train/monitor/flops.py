@@ -20,7 +20,7 @@ PIXELS = "encoder/patch_embed/w"  # the weight whose input needs no gradient
 
 
 class Counts(NamedTuple):
-    """What a step works on. Pairs of a query and a key are those that attention needs: half where it is causal."""
+    """Amounts of work in a step. Pairs of query and key are those that attention needs: half of all if it is causal."""
 
     tokens: float
     token_pairs: float
@@ -40,9 +40,9 @@ class Flops(NamedTuple):
 
 
 def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
-    """What is in a batch of numpy arrays: conversations or texts, images, and targets with a weight.
+    """Counts a batch of numpy arrays without padding: conversations or texts, images, and targets with a weight.
 
-    window: tokens that layers with a window see (`DecoderConfig.window`).
+    window: attention window in tokens of layers that have one (`DecoderConfig.window`).
     """
     conversations = _sizes(batch.segment)
     images = np.zeros(0) if batch.vision is None else _sizes(batch.vision.image)
@@ -57,7 +57,7 @@ def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
 
 
 def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
-    """What a batch has room for: every row one conversation, every row of patches one image, a target everywhere."""
+    """Counts a full batch: every row one conversation, every patch row one image, a target at every token."""
     rows, length = batch.tokens.shape
     row, patch_row, patches = (0, 0, 0) if batch.vision is None else batch.vision.image.shape
     return Counts(
@@ -71,7 +71,7 @@ def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
 
 
 def near_pairs(sizes: np.ndarray, window: int) -> float:
-    """Pairs of tokens within a window, in conversations of so many tokens f64[n]: a corner less than all of them."""
+    """Pairs of tokens within a window, for conversations of f64[n] tokens: all causal pairs less a triangle."""
     return float((sizes**2 - np.maximum(sizes - window, 0) ** 2).sum() / 2) if window else 0.0
 
 

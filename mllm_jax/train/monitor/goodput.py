@@ -1,7 +1,7 @@
-"""Where the wall time of a run went, over all its restarts: how much of it made the model that there is now.
+"""Accounts for the wall time of a run over all its restarts, and for the fraction that contributed to its model.
 
-A process is in one part at a time. A checkpoint carries the account up to it, and the next start adds what happened
-since: steps that were done after the checkpoint are lost, and will be done again.
+A process is in one part at a time. A checkpoint stores the account up to it, and the next start adds the time since:
+steps done after the checkpoint are lost and will be repeated.
 """
 
 import time
@@ -48,7 +48,7 @@ class Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In the block the process waits for devices, or for other processes."""
+        """Context in which the process waits for devices or for other processes."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
@@ -65,17 +65,17 @@ class Clock:
         self.since = time.monotonic()
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """So much of the time in one part turned out to belong to another."""
+        """Moves seconds from one part of the account to another."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def lose(self, since: Mapping[str, float]) -> None:
-        """What steps took after an earlier account, `seconds()`, is lost."""
+        """Counts the time of steps since an earlier account, `seconds()`, as lost."""
         now = self.seconds()
         self.move(now["steps"] - since["steps"], "steps", "lost")
 
     def seconds(self) -> dict[str, float]:
-        """Of every part, up to now."""
+        """Seconds of every part up to now."""
         self._count()
         return dict(self._seconds)
 
@@ -86,7 +86,7 @@ class Clock:
         return seconds["steps"] + seconds["input"] - self._waited
 
     def account(self, ended: bool) -> dict[str, Any]:
-        """What a checkpoint shall carry. ended: the run is complete, so that it is not down from now on."""
+        """The account that a checkpoint stores. ended: the run is complete; later time does not count as down."""
         return {"at": None if ended else time.time(), "seconds": self.seconds()}
 
     def resume(self, account: Mapping[str, Any], last_sign: float) -> None:

@@ -1,9 +1,9 @@
-"""What people see of a run: a line per interval, a bar on a terminal, TensorBoard events, and `metrics.jsonl`.
+"""Reports of a run: a line per interval, a progress bar on a terminal, TensorBoard events, and `metrics.jsonl`.
 
-`metrics.jsonl` has one object per step (loss, learning_rate, grad_norm, finite, counts without padding), where an
-interval ends also with rates and with where the time went (`goodput`, `seconds`), one per evaluation, under `heldout`,
-and one where a run went back to an earlier step, under `rewind`. Rates and times are measured by the clock; all else is
-the same in every run of one config on one mesh, however often it was interrupted.
+`metrics.jsonl` has one object per step (loss, learning_rate, grad_norm, finite, counts without padding). The last step
+of an interval also has rates and the wall time by part (`goodput`, `seconds`). An evaluation adds one object under
+`heldout`, and a return to an earlier step one under `rewind`. Rates and times are measured; all other values are equal
+in every run of one config on one mesh, however often it was interrupted.
 """
 
 import json
@@ -29,10 +29,11 @@ JUDGED = ("accuracy", "reward", "kl")  # of runs that learn from judgements; the
 
 
 class MetricsFile:
-    """One line of JSON for every step, also where a run was killed and goes on from an earlier step.
+    """A file with one line of JSON per step, also when a run is killed and resumes from an earlier step.
 
-    Opening drops what the file says about steps after `step`, with which the run goes on. Where other lines than the
-    last are damaged, a copy of the file stays beside it.
+    Opening drops the lines of steps after `step`, from which the run resumes. If any line but the last is damaged, a
+    copy
+    of the file is kept beside it.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -91,7 +92,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def last_written(folder: str | Path) -> float:
-    """When a run last wrote metrics, as `time.time()`; 0 where it never did."""
+    """Time of a run's last metrics, as `time.time()`; 0 if there are none."""
     path = Path(folder) / FILE
     return path.stat().st_mtime if path.exists() else 0.0
 
@@ -248,13 +249,13 @@ def _event_writer(folder: Path, step: int) -> Any:
 
 
 class Reporter:
-    """Everything together. Every process may call it; process 0 alone (`writes`) has files and lines.
+    """All reports together. Every process may call it; only process 0 (`writes`) has files and prints lines.
 
     Args:
       folder: the run's working directory.
-      step: the step from which the run goes on; `steps` that at which it ends.
+      step: step from which the run resumes; `steps` that at which it ends.
       every: steps of an interval.
-      peak: FLOP/s of all devices together, where known.
+      peak: FLOP/s of all devices together, if known.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, every: int, meter: Meter, peak: float | None, writes: bool):
@@ -271,7 +272,7 @@ class Reporter:
             self._display.end(step)
 
     def rewind(self, step: int, why: str) -> None:
-        """What was told of later steps is taken back: they will be done otherwise."""
+        """Withdraws the reports of later steps, which will be repeated with other data."""
         self.meter.restart()
         if self.writes:
             self._file.close()

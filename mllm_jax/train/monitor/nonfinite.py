@@ -1,7 +1,7 @@
-"""Which layer first gave something that is not finite, and whose gradient: a forward and a backward pass with taps.
+"""Finds the first layer with a non-finite output, and the first with a non-finite gradient.
 
-Flax lets a function stand between every method of every module and its caller. This one asks of each output whether it
-is finite; of layers in a scan the answers come stacked, one for each layer.
+Flax allows a function between every method of every module and its caller. This one checks whether each output is
+finite; layers in a scan return one answer per layer, stacked.
 """
 
 import re
@@ -31,9 +31,11 @@ STACK = re.compile(r"^(?P<stack>(?P<part>.*?)/?layers\d*(?:/slots_\d+)?)(?=/|$)(
 def find_nonfinite(
     run: Run, objective: Objective, state: TrainState, batch: Batch, mesh: Mesh, frozen: Any = None
 ) -> list[str]:
-    """What is not finite in a step from this state with this batch, in lines for people; `frozen` as steps have it.
+    """Returns lines that name the non-finite values of a step from this state with this batch; `frozen` as steps take
+    it.
 
-    First weights, then the first output forward, then the first gradient backward: what comes later follows from it.
+    Weights come first, then the first output of the forward pass, then the first gradient of the backward pass; later
+    ones follow from it.
     """
     parts = run.train.grad_accum_steps
     look = jax.jit(_look(run, objective, mesh, orders := {}), out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -96,7 +98,7 @@ def _module(path: str) -> str:
 
 
 def _finite(tree: Any) -> dict[str, Any]:
-    """Of every leaf; of one of stacked layers, of every layer."""
+    """Returns whether each leaf is finite; for stacked layers, one answer per layer."""
     flat = flatten(tree)
     within = lambda path, x: tuple(range(1 if STACK.match(path) else 0, x.ndim))
     return {path: jnp.all(jnp.isfinite(x), axis=within(path, x)) for path, x in flat.items()}

@@ -1,7 +1,8 @@
-"""How a process joins the others of its run, and how it ends when it, or another one, fails.
+"""Joins a process to the others of its run, and ends it when it, or another one, fails.
 
-The processes of a run compute every step together: where one dies, the others cannot go on. They shall end soon and say
-why, and the same command goes on from the last checkpoint, on as many processes as there are then.
+The processes of a run compute every step together, so none can continue when one dies. All end soon with the reason,
+and
+the same command resumes from the last checkpoint, on as many processes as there are then.
 """
 
 import itertools
@@ -42,10 +43,10 @@ def join(coordinator: str | None, count: int | None, number: int | None, detect:
     """Makes this process one of several, before jax is used for anything else.
 
     Args:
-      coordinator: HOST:PORT of process 0. count: of processes. number: of this one.
-      detect: jax finds all three by itself (TPU pod, Slurm, Open MPI).
+      coordinator: HOST:PORT of process 0. count: number of processes. number: index of this one.
+      detect: jax detects all three (TPU pod, Slurm, Open MPI).
     Raises:
-      ConfigError: they contradict each other, or the coordinator is no HOST:PORT.
+      ConfigError: they contradict each other, or the coordinator is not HOST:PORT.
     """
     if coordinator is None and (count, number) != (None, None):
         raise ConfigError("--processes and --process need --coordinator=HOST:PORT")
@@ -113,7 +114,7 @@ class StopSignal:
         return self._asked
 
     def asked_meanwhile(self) -> bool:
-        """Returns whether `asked` will say yes, to a process that still waits for what the step needs.
+        """Returns whether `asked` will answer yes, while this process still waits for the input of the step.
 
         If so, no process has begun that step, and none will.
         """
@@ -143,7 +144,7 @@ def is_loss(error: Exception) -> bool:
 
 @contextmanager
 def noticing_others() -> Iterator[None]:
-    """Turns what jax says where another process has died into `Lost`."""
+    """Context that turns jax's error about a dead process into `Lost`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""What came of the steps: read when they are done, all at once, reported, and judged."""
+"""Reads, reports and checks the results of several finished steps at once."""
 
 import collections
 from typing import Any, NamedTuple, Protocol
@@ -48,12 +48,12 @@ class Results:
         self._started.append(started)
 
     def forget(self, bad: int) -> None:
-        """What was started and not read will be done otherwise."""
+        """Drops the results of steps that were started and will be repeated."""
         self._started.clear()
         self.bad = bad
 
     def running(self) -> bool:
-        """Whether the devices still work at the last step."""
+        """Whether the devices still run the last step."""
         return not self._started[-1].metrics["loss"].is_ready()
 
     def wait(self) -> None:

@@ -1,7 +1,9 @@
-"""When a loss spikes: back to the last checkpoint, and on with the data after the spike (PaLM, arXiv 2204.02311, 5.1).
+"""Handles a spike of the loss: resume from the last checkpoint with the data after the spike (PaLM, arXiv 2204.02311,
+5.1).
 
-The rule reads losses, which all processes have, in the order of steps. So all of them decide alike, and a run that was
-stopped and goes on decides as one that was not.
+The rule reads losses, which all processes have, in the order of steps. So all processes decide alike, and an
+interrupted
+run decides like an uninterrupted one.
 """
 
 import collections

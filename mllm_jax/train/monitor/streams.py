@@ -1,4 +1,4 @@
-"""Output that survives its reader: a run whose terminal or pipe is closed goes on, and saves."""
+"""Keeps a run alive when its terminal or pipe is closed."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def survive_closed_streams() -> None:
-    """From now on, what is written to a closed stdout or stderr is dropped, instead of ending the program."""
+    """Drops everything written to a closed stdout or stderr from now on, instead of ending the program."""
     sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)
 
 

@@ -1,7 +1,8 @@
-"""A run that hangs is ended, and says which process hangs and where: the same command then goes on from the last save.
+"""Ends a run that hangs, and names the process that hangs and its position; the same command resumes from the last
+save.
 
-A process that waits for another one in a collective waits forever, and cannot be interrupted: so a thread looks at its
-clock, and ends the process from outside.
+A process that waits in a collective waits forever and cannot be interrupted. So a thread watches the clock and ends the
+process.
 """
 
 import faulthandler
@@ -41,7 +42,7 @@ class Watchdog(threading.Thread):
         self.step = 0  # that the process has begun
 
     def watch(self) -> None:
-        """From now on."""
+        """Starts to watch."""
         if self._limit:
             self.start()
 
@@ -100,11 +101,11 @@ class Watchdog(threading.Thread):
 
 
 def blame(notes: Mapping[int, Mapping[str, Any]], count: int, limit: float, now: float) -> str:
-    """Which of several processes the others wait for.
+    """Returns the process that the others wait for.
 
     Args:
-      notes: of processes 0 .. count - 1: {"step" that it has begun, "part" where it is, "at" what time}.
-      limit: of the watchdog, in seconds. now: `time.time()` when it noticed; notes may be newer.
+      notes: state of processes 0 .. count - 1: {"step" that it has begun, "part" that it is in, "at" time}.
+      limit: limit of the watchdog, in seconds. now: `time.time()` when it noticed; notes may be newer.
     """
     silent = [number for number in range(count) if number not in notes or now - notes[number]["at"] > limit / 2]
     if silent:

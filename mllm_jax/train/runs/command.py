@@ -1,6 +1,6 @@
-"""The command line of programs that read a run's config: `--config FILE.py[:argument] --config.path.to=value`.
+"""Command line of programs that read a run's config: `--config FILE.py[:argument] --config.path.to=value`.
 
-What people get wrong ends in one line that says what and where, not in a traceback.
+Mistakes end in one line that names them, without a traceback.
 """
 
 import re
@@ -33,12 +33,12 @@ UNREADABLE = {  # how the parsers of values word it, and the form that is needed
 def run(
     main: Callable[[], None], expected: tuple[type[Exception], ...] = (), exit_code: int = 1, command: str = ""
 ) -> None:
-    """Parses the command line and runs `main`. Errors that people can mend are printed, and end it with `exit_code`.
+    """Parses the command line and runs `main`. Prints errors that users can fix, and exits with their `exit_code`.
 
     Args:
-      main: of a module whose docstring and flags are the help of the command.
-      expected: further errors that people can mend. One may have an `exit_code` of its own.
-      command: that the module was named by, as in "certify" of `python -m mllm_jax.plan certify`.
+      main: function of a module whose docstring and flags are the help of the command.
+      expected: further errors that users can fix. One may have an `exit_code` of its own.
+      command: subcommand of the module, as in "certify" of `python -m mllm_jax.plan certify`.
     """
 
     def guarded(_argv) -> None:
@@ -72,7 +72,7 @@ def _parser(main: Callable[[], None], command: str) -> Parser:
 
 
 def _told(error: Exception) -> str:
-    """What is wrong: of what get_config raises, which comes wrapped in a traceback, what stands at its end."""
+    """Text of an error. get_config raises errors with a traceback in their text; of these, the end."""
     return re.split(r"^[\w.]+Error: ", told(error), flags=re.MULTILINE)[-1].strip()
 
 
@@ -89,13 +89,13 @@ def _parse(argv: Sequence[str], parser: Parser, exit_code: int) -> list[str]:
 
 
 def read_config(words: Sequence[str], values: flags.FlagValues | None = None) -> ConfigDict:
-    """The config that `--config FILE.py[:argument] --config.path.to=value` say, for programs with flags of their own.
+    """Reads the config that `--config FILE.py[:argument] --config.path.to=value` set, for programs with other flags.
 
     Args:
-      values: flags that may stand beside it; they, too, get their values.
+      values: other flags that may be given; they receive their values, too.
 
     Raises:
-      ConfigError: what is wrong, and where.
+      ConfigError: a mistake, with its place.
     """
     argv, values = ["", *words], flags.FlagValues() if values is None else values
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)

@@ -1,4 +1,4 @@
-"""What a run is made of: one tree of dataclasses, which a config file states.
+"""The config of a run: one tree of dataclasses, which a config file returns.
 
 `configs/*.py` return `run_config(Run(...))`; the loop, evaluation and generation read it back with `read_run`.
 """
@@ -69,9 +69,9 @@ PARTS_OF_STAGES = ("algorithm", "data", "optim", "lora", "train", "mesh")
 class SpikeConfig(Config):
     """A rule for spikes of the loss, see `mllm_jax.train.monitor.spikes`.
 
-    factor: a loss of more than so many times the median of the last ones is a spike; 0 = nothing is.
-    window: how many losses before a step the median is of; until there are so many nothing is a spike.
-    rewinds: at most so many in a run; later spikes are only reported.
+    factor: a loss above this multiple of the median of recent losses is a spike. 0: off.
+    window: number of losses in the median; nothing is a spike until there are as many.
+    rewinds: largest number of returns to a checkpoint in a run; later spikes are only reported.
     """
 
     factor: Annotated[float, Range(above=1, also=(0,), hint="Set 3.0, say, or 0 for no rule.")] = 0.0
@@ -81,22 +81,24 @@ class SpikeConfig(Config):
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """
-    seed: of random parameters, and of what dropout leaves out.
-    grad_accum_steps: parts that a batch is worked off in, to save memory; the result is that of the whole batch.
+    """Settings of the training loop.
+
+    seed: seed of random parameters and of dropout.
+    grad_accum_steps: number of parts in which a batch is processed to save memory, with the result of the full batch.
     loss_chunk: targets of a row whose logits are held at once.
-    log_every, evaluate_every, save_every: in steps; 0 = at the end only.
+    log_every, evaluate_every, save_every: intervals in steps. 0: at the end only.
     num_eval_examples: number of held-out conversations to evaluate on.
-    max_to_keep: checkpoints that are kept.
-    verify: whether checkpoints hold a fingerprint of every array, which is compared when they are read. It costs one
-      pass over the state on the devices at every save.
-    save_local_every, local: between these, every so many steps, each process saves what it holds in a folder on its own
-      disk; 0 or no folder = it does not. See mllm_jax/train/checkpoint/local.py.
-    spikes: of the loss, and whether to go back.
-    patience: non-finite steps in a row that stop the run.
-    watchdog: seconds without a finished step after which a run counts as hanging, and is ended; 0 = never.
-    balance: how experts are kept evenly loaded, in models that have them.
-    async_gathers: TPUs gather weights with options that only some accept: at your risk, see
+    max_to_keep: number of checkpoints to keep.
+    verify: whether checkpoints store a fingerprint of every array, which restoring compares. It costs one pass over the
+      state on the devices at every save.
+    save_local_every, local: interval in steps, and folder, of checkpoints on each process's own disk. 0 or no folder:
+      none.
+      See mllm_jax/train/checkpoint/local.py.
+    spikes: detection of loss spikes, and the return to a checkpoint.
+    patience: number of non-finite steps in a row that stops the run.
+    watchdog: seconds without a finished step after which a hanging run is ended. 0: never.
+    balance: load balancing of experts, in models that have them.
+    async_gathers: whether TPUs gather weights with compiler options that only some accept; at your risk, see
       mllm_jax/train/step/compiler.py.
     """
 
@@ -125,10 +127,9 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Stage(Config):
-    """What a part of a run does otherwise than the rest; what is None is that of the run (see
-    `mllm_jax.train.runs.stages`).
+    """Differences of a stage from the run; None is the run's own value (see `mllm_jax.train.runs.stages`).
 
-    after: the stage whose weights it begins with, "" = those of `init`; None = the one that is named before it.
+    after: name of the stage whose weights it starts from. "": those of `init`. None: the stage before it.
     algorithm, data, optim, lora, train, mesh: as in a `Run`. `optim.steps`, or `data.epochs`, is the stage's length.
     """
 
@@ -143,24 +144,28 @@ class Stage(Config):
 
 @dataclass(frozen=True)
 class Run(Config):
-    """
-    model: ModelConfig, or DualConfig, which is trained on pairs of an image and a text; its runtime's sharding rules
-      are those of `rules`.
-    algorithm: what is learned: SupervisedConfig, PreferenceConfig, RewardConfig or PpoConfig, or of a DualConfig
+    """A training run.
+
+    model: ModelConfig, or DualConfig, which trains on pairs of an image and a text. Its runtime has the sharding rules
+      of
+      `rules`.
+    algorithm: the training algorithm: SupervisedConfig, PreferenceConfig, RewardConfig or PpoConfig; for a DualConfig
       ContrastiveConfig (see `mllm_jax.train.algorithms`).
     data: FilesData, MixtureData, ScenesData or CaptionsData.
-    init: folder or hub name of published weights to begin with, or the folder of a run; empty = random.
-    parts: in place of `init`, folders or hub names of the published models that single parts are taken from: "encoder",
-      "connector", "decoder", or of a DualConfig "encoder", "text" (see `mllm_jax.train.checkpoint.components`).
-    processor: folder or hub name of a tokenizer with its chat template, or "scenes"; empty = that of `init`, or that of
-      the decoder's folder.
-    optim: `optim.steps` is the length of the run; 0 = as long as `data.epochs` last.
-    lora: adapters that are trained in place of the weights (see `mllm_jax.nn.lora`); of rank 0 there are none.
-    preset: of `mllm_jax.sharding.presets`: the mesh and the rules that the run begins with, and edits.
-    mesh: devices along each axis of the mesh (see `mllm_jax.sharding.mesh.make_mesh`); -1 = those that are left.
-    rules: on which axes of the mesh the named axes of weights and activations lie (see `mllm_jax.sharding.presets`). Of
-      both, a config file states what differs from the preset; `read_run` gives all.
-    stages: parts of the run that are trained one after the other; empty = the run is trained as it stands.
+    init: folder or hub name of published weights, or the folder of a run, to start from. Empty: random weights.
+    parts: instead of `init`, folders or hub names of published models for single parts: "encoder", "connector",
+      "decoder";
+      of a DualConfig "encoder", "text" (see `mllm_jax.train.checkpoint.components`).
+    processor: folder or hub name of a tokenizer with its chat template, or "scenes". Empty: that of `init`, or of the
+      decoder's folder.
+    optim: optimizer. `optim.steps` is the length of the run. 0: as long as `data.epochs` last.
+    lora: adapters to train in place of the weights (see `mllm_jax.nn.lora`). Rank 0: none.
+    preset: mesh and rules to start from (see `mllm_jax.sharding.presets`).
+    mesh: number of devices along each mesh axis (see `mllm_jax.sharding.mesh.make_mesh`). -1: all that are left.
+    rules: mesh axes of each logical axis of weights and activations (see `mllm_jax.sharding.presets`). A config file
+      sets
+      the differences of mesh and rules from the preset; `read_run` returns all of them.
+    stages: parts of the run that are trained one after the other. Empty: a run of one stage.
     """
 
     model: Any
@@ -179,7 +184,7 @@ class Run(Config):
 
     @property
     def taken(self) -> dict[str, str]:
-        """The parts that come from folders of their own."""
+        """The parts that come from their own folders."""
         return {part: source for part, source in self.parts.items() if source}
 
     @property
@@ -220,20 +225,20 @@ OF_PRESETS = {"mesh": MESH_AXES, "rules": tuple(LOGICAL_AXIS_RULES)}
 
 
 def _of_preset(part: str, name: str, preset: str) -> Any:
-    """What a preset says of an axis of the mesh, or of a rule."""
+    """The value that a preset has for a mesh axis or a rule."""
     if preset not in PRESETS:
         raise ConfigError(f"config.preset: there is no {preset!r}; {suggestion(preset, PRESETS)}")
     return PRESETS[preset][part].get(name, 1 if part == "mesh" else None)
 
 
 def _with_all_of_preset(run: Run) -> Run:
-    """The run, with what its mesh and its rules do not say."""
+    """Returns the run with the preset's values for the mesh axes and rules that it does not set."""
     usual = {part: {name: _of_preset(part, name, run.preset) for name in names} for part, names in OF_PRESETS.items()}
     return dataclasses.replace(run, **{part: values | getattr(run, part) for part, values in usual.items()})
 
 
 def filled(run: Run, stage: Stage, before: str) -> Stage:
-    """The stage, with what it does not say from the run and from the stage before it; all axes of a mesh are named."""
+    """Returns the stage with unset values taken from the run and from the stage before it; a mesh gets all axes."""
     parts = {part: getattr(stage, part) for part in PARTS_OF_STAGES}
     parts = {part: getattr(run, part) if value is None else value for part, value in parts.items()}
     parts["mesh"] = dict.fromkeys(run.mesh, 1) | dict(parts["mesh"])
@@ -241,12 +246,12 @@ def filled(run: Run, stage: Stage, before: str) -> Stage:
 
 
 def _parts_of(run: Run) -> tuple[str, ...]:
-    """The parts of the run's model that may come from folders of their own."""
+    """Names of the parts of the run's model that may come from their own folders."""
     return ("encoder", "text") if isinstance(run.model, DualConfig) else ("encoder", "connector", "decoder")
 
 
 def processor_source(processor: str, init: str, parts: Mapping[str, str]) -> str:
-    """Where a run with these fields has its processor from."""
+    """Folder or name of the processor of a run with these fields."""
     return processor or init or parts.get("decoder") or parts.get("text") or ""
 
 
@@ -354,6 +359,6 @@ def updates_of(run: Run) -> OptimConfig:
 
 
 def train_context(run: Run, mesh: Mesh) -> TrainContext:
-    """What the run's step and state are made from."""
+    """Returns the context from which the run's step and state are made."""
     options = {name: getattr(run.train, name) for name in ("grad_accum_steps", "balance", "async_gathers", "seed")}
     return TrainContext(run.model, updates_of(run), mesh, **options)

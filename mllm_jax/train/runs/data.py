@@ -1,4 +1,4 @@
-"""What a run learns from: the shape of its batches, and the embedded sets."""
+"""Data of a run: the shape of its batches, and the embedded sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,24 +28,26 @@ Readers = Annotated[int, Range(least=0, most=1024)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """The shape of a batch, and how conversations come into it.
+    """Shape of a batch, and reading of conversations.
 
     batch: rows of a batch, over all processes and accumulated parts.
     tokens, patch_rows, patches_per_row: a row holds `tokens` tokens and `patch_rows` x `patches_per_row` patches; no
-      image exceeds `patches_per_row`. Of pairs of an image and a text, each text takes as many tokens as the model
-      reads.
-    min_pixels, max_pixels: of an image, before the budget shrinks it; None leaves it to the processor.
-    missing_rows: largest share of its rows that a truncated JPEG may lack, from 0 to 1. Default 0: it is left out.
-    fps, max_frames, sampling: of a video: frames a second, how many at most, and whether they are spread evenly
-      ("even") or denser where they differ ("motion"); None leaves it to the processor. A video in a message may ask for
-      its own.
-    user_content_tokens: tokens such as <|box_start|> are read in texts of users as in answers, and not as letters; None
-      leaves it to the processor.
-    epochs: passes over the data; None = without end. They are the length of the run where optim.steps is 0; otherwise
-      the data must not end before optim.steps.
-    text_only: leave all images and videos out, for a text-only baseline.
-    streams: of conversations, each of which fills rows of its own, so that the order of the data is the same on any
-      number of processes that divides it; None = the largest divisor of `batch` up to 64.
+      image
+      exceeds `patches_per_row`. For image-text pairs, each text takes as many tokens as the model reads.
+    min_pixels, max_pixels: limits of an image's size before the budget shrinks it. None: those of the processor.
+    missing_rows: largest fraction of its rows that a truncated JPEG may lack. Default 0: truncated images are dropped.
+    fps, max_frames, sampling: frames per second and largest number of frames of a video, spread evenly ("even") or
+      denser
+      where they differ ("motion"). None: those of the processor. A video in a message may set its own.
+    user_content_tokens: whether texts of users may contain special tokens such as <|box_start|>, as answers may. None:
+      as
+      the processor sets.
+    epochs: passes over the data. None: without end. They are the length of the run if optim.steps is 0; otherwise the
+      data
+      must not end before optim.steps.
+    text_only: whether to leave all images and videos out, for a text-only baseline.
+    streams: number of streams of conversations, each of which fills its own rows, so that the order of the data is the
+      same on any number of processes that divides it. None: the largest divisor of `batch` up to 64.
     window, workers, processes, prefetch, fail_on_bad_record, max_bad_fraction: see
       `mllm_jax.data.pipeline.loader.make_loader`.
     """

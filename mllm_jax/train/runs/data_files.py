@@ -1,4 +1,4 @@
-"""Data of a run that lies in files: one set, or a mixture of several by name."""
+"""Data of a run in files: one set, or a mixture of several by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,11 +20,12 @@ EMBEDDED = "scenes:"  # begins the path of an embedded set
 class Files(Config):
     """Conversations and documents in files: JSON, ArrayRecord, WebDataset, Parquet or TFDS.
 
-    path: a file, a pattern, a folder or tfds:NAME; its kind follows from what is there, see `mllm_jax.data.sources`. Or
-      scenes:KIND, the embedded questions of a kind, with held-out ones (see `mllm_jax.data.synthetic.scenes`).
-    root: the folder that images beside the files lie in, by default the files' own.
+    path: a file, a pattern, a folder or tfds:NAME, whose format is detected (see `mllm_jax.data.sources`). Or
+      scenes:KIND,
+      the embedded questions of a kind, with held-out ones (see `mllm_jax.data.synthetic.scenes`).
+    root: folder of the images. Default: the folder of the files.
     where: fields that a record must have to be trained on, as in {"split": "train"}.
-    heldout: another path to evaluate on; None = the same. heldout_where: the fields of held-out records.
+    heldout: another path to evaluate on. None: the same. heldout_where: the fields of held-out records.
     """
 
     path: str = ""
@@ -76,14 +77,17 @@ class Part(Files):
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureData(DataConfig):
-    """Several sets, drawn from by weight, forever (see `mllm_jax.data.sources.mixture`). Conversations are counted, not
+    """Several sets, drawn from by weight, forever (see `mllm_jax.data.sources.mixture`). Weights count conversations,
+    not
     tokens.
 
     sources: the sets by name.
-    temperature: None = weights say all. Otherwise they are multiplied with size^(1 / temperature): 1 = by size, 2 = by
-      its square root, more = ever more evenly.
-    curriculum: (step, {name: weight}) pairs: weights that change when so many steps are done. Those that are not named
-      stay as they were. Batches that are being packed then still hold what was read before.
+    temperature: exponent of size: weights are multiplied with size^(1 / temperature). 1: by size, 2: by its square
+      root,
+      larger: more even. None: the weights alone.
+    curriculum: (step, {name: weight}) pairs: weights that change after that number of steps. Sets that are not named
+      keep
+      their weights. Batches that are being packed then still hold records drawn before.
     """
 
     sources: Mapping[str, Part] = field(default_factory=dict)

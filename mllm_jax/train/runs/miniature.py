@@ -29,11 +29,12 @@ QUESTIONS = f"{EMBEDDED}color"
 
 
 def miniature(run: Run) -> Run:
-    """The run with a model of 0.1 million random weights, for 8 steps a stage.
+    """Returns the run with a model of 0.1 million random weights, for 8 steps per stage.
 
-    The model has an encoder, a connector and a decoder, with experts where that of `run` has some. Its tokenizer spells
-    any text in bytes. Each set of the recipe's data is the embedded scenes until its path names another. What a recipe
-    says of optimizers, of what is trained and of losses stays as it is.
+    The model has an encoder, a connector and a decoder, with experts if that of `run` has some. Its tokenizer spells
+    any
+    text in bytes. Each set of the recipe's data is the embedded scenes until its path names another. The recipe's
+    optimizers, trained weights and losses stay.
     """
     stages = {name: _stage(stage) for name, stage in run.stages.items()}
     small = replace(run, model=_model(run.model.decoder.moe is not None), init="", processor=SCENES, stages=stages)

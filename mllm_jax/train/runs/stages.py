@@ -1,13 +1,13 @@
-"""Stages of a run: align, instruct, long context ... each an ordinary run in a folder of its own.
+"""Stages of a run: align, instruct, long context ... each an ordinary run in its own folder.
 
-A config names them, `config.stages.NAME`, and says in which data, optimizer, trained parts, adapters, budgets, loss or
-mesh each differs from the run. Stage NAME of the run in DIR lies in DIR/NAME: with its own checkpoints, metrics, events
-and config, so that all that reads a run reads a stage.
+A config names them, `config.stages.NAME`, and sets the data, optimizer, trained parts, adapters, budgets, loss or mesh
+that differ from the run. Stage NAME of the run in DIR is in DIR/NAME, with its own checkpoints, metrics, events and
+config, so that every reader of a run reads a stage.
 
-A stage begins with the weights of the one `after` which it comes, with **a fresh optimizer** and a schedule of its own:
-moments of weights that were frozen do not exist, those of the others belong to another loss, and every published recipe
-restarts its schedule. Nothing else is carried over. Adapters of the stage before go on where this one has the same, and
-are merged into their weights where it has none; where it alone has some, they are new.
+A stage starts from the weights of the stage that it comes `after`, with **a new optimizer** and its own schedule:
+moments of weights that were frozen do not exist, the others belong to another loss, and every published recipe restarts
+its schedule. Only weights are carried over. Adapters of the stage before continue if this one has the same, and are
+merged into their weights if it has none; if only this one has adapters, they are new.
 """
 
 from collections.abc import Mapping
@@ -55,12 +55,11 @@ def names_in_order(config: ConfigDict) -> list[str]:
 
 
 def stage_config(config: ConfigDict, name: str, workdir: str | Path | None = None) -> ConfigDict:
-    """The ordinary run that stage `name` is.
+    """Returns stage `name` as the config of an ordinary run.
 
     Args:
-      workdir: folder of the staged run. If it holds the stage that this one comes after, this one begins with its
-        weights, and with those of `config.init` or `config.parts` otherwise. The stage that trains its reward model
-        lies there, too.
+      workdir: folder of the staged run. If it contains the stage before this one, this one starts from its weights, and
+        otherwise from `config.init` or `config.parts`. The stage that trains its reward model is there, too.
     """
     if name not in config.stages:
         raise ConfigError(f"config.stages has no {name!r}; {suggestion(name, config.stages)}")
@@ -98,7 +97,7 @@ def one_run(config: ConfigDict, stage: str | None) -> ConfigDict:
 
 
 def branch(name: str, after: Mapping[str, str]) -> list[str]:
-    """The stages that lead to one, itself at the end; `after` says which comes after which, "" = none."""
+    """The stages that lead to one, ending with it; `after` names the stage before each, "" = none."""
     line = [name]
     while before := after[line[0]]:
         if before in line:

@@ -11,7 +11,7 @@ from mllm_jax.types import Batch, DualBatch, Vision
 
 
 def count(batch: Batch) -> dict[str, jax.Array]:
-    """What a batch holds without its padding: tokens, targets, patches, images (frames of clips included)."""
+    """Counts a batch without padding: tokens, targets, patches, images (video frames included)."""
     vision, none = batch.vision, jnp.zeros(())
     return dict(
         tokens=jnp.sum(batch.segment > 0),
@@ -22,7 +22,7 @@ def count(batch: Batch) -> dict[str, jax.Array]:
 
 
 def count_pairs(batch: DualBatch) -> dict[str, jax.Array]:
-    """What a batch of pairs holds without its padding: pairs, tokens, patches."""
+    """Counts a batch of pairs without padding: pairs, tokens, patches."""
     return dict(
         pairs=jnp.sum(real_pairs(batch)),
         tokens=jnp.sum(batch.segment > 0),

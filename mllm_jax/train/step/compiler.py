@@ -1,4 +1,4 @@
-"""What compilers are told for a training step, on the devices and ahead of time alike."""
+"""Compiler options of a training step, on the devices and ahead of time."""
 
 # Without these, a TPU whose fsdp axis covers a whole 3-D torus gathers weights by an all-reduce, of each device's part
 # among zeros, which sends twice as much. A run has to ask for them (`train.async_gathers`), for their maker supports
@@ -16,5 +16,5 @@ ASYNC_GATHERS = (
 
 
 def compiler_options(platform: str, async_gathers: bool) -> dict[str, str]:
-    """For `jax.jit(..., compiler_options=)` on the devices' platform: "tpu", "gpu" or "cpu"."""
+    """Options for `jax.jit(..., compiler_options=)` on a platform: "tpu", "gpu" or "cpu"."""
     return dict.fromkeys(ASYNC_GATHERS, "true") if async_gathers and platform == "tpu" else {}

@@ -1,4 +1,4 @@
-"""What a run's step, its state and its checkpoints are made from."""
+"""The context from which a run's step, state and checkpoints are made."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,15 +16,16 @@ from mllm_jax.train.step.state import TrainState, abstract_state, new_state, sta
 
 @dataclass(frozen=True, eq=False)
 class TrainContext:
-    """A model, how it is optimized, and on which devices; what follows from these is computed once, when it is read.
+    """A model, its optimizer and its mesh; derived values are computed once, at the first read.
 
-    grad_accum_steps: A, number of parts that a batch of A * B rows is worked off in; the result is that of the whole
+    grad_accum_steps: A, number of parts in which a batch of A * B rows is processed, with the result of the whole
       batch.
-    balance: of a model with experts.
+    balance: load balancing of a model with experts.
     async_gathers: see `mllm_jax.train.step.compiler`.
-    seed: of the dropout of adapters, which with the number of the step says what is left out, on any mesh; and of
-      what an algorithm draws.
-    optimizer: in place of that of `optim`.
+    seed: seed of adapter dropout, which with the number of the step gives the same values on any mesh, and of random
+      draws
+      of an algorithm.
+    optimizer: used instead of that of `optim`.
     """
 
     model: ModelConfig | DualConfig
@@ -59,7 +60,7 @@ def init_state(context: TrainContext, key) -> TrainState:
 
 
 def state_from_params(context: TrainContext, params) -> TrainState:
-    """Given parameters (pretrained, say) and fresh moments. `params` is donated where it already lies as it should."""
+    """State of given (such as pretrained) parameters with new moments. Donates `params` if they are already sharded so."""
     layout = context.state_shardings
     params = jax.device_put(params, layout.params)
     return jax.jit(lambda params: new_state(context.tx, params), donate_argnums=0, out_shardings=layout)(params)

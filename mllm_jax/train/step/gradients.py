@@ -1,4 +1,4 @@
-"""The gradients of a whole batch, in as many parts as memory asks for, with experts evenly loaded over all of them."""
+"""Gradients of a whole batch, accumulated over parts, with balance losses of all parts together."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,11 +25,11 @@ def make_gradients(
     grad_accum_steps: int,
     balance: BalanceConfig,
 ) -> Callable:
-    """`gradients(state, frozen, batch, key)` -> (gradients of what is trained, means by name, Load or None).
+    """`gradients(state, frozen, batch, key)` -> (gradients of trained weights, means by name, Load or None).
 
     Args:
       grad_accum_steps, balance: see `TrainContext`.
-      freeze: patterns of what is not trained. pinned: shardings of the gradients, which would else be left whole.
+      freeze: patterns of frozen weights. pinned: shardings of the gradients; without them XLA replicates some.
     """
     pin = lambda grads: jax.lax.with_sharding_constraint(grads, pinned)
     moe = config.decoder.moe
@@ -37,9 +37,9 @@ def make_gradients(
     ahead = moe is not None and balance.counts_first(grad_accum_steps)
 
     def add_part(state, frozen, whole: Totals, total, part: Batch, key, known: Load | None):
-        """total + (gradients, what a part adds to the means of the whole batch, its load).
+        """total + (gradients, contributions of a part to the means of the whole batch, its load).
 
-        known: the load of the whole batch, if that is known beforehand.
+        known: the load of the whole batch, if it was counted beforehand.
         """
         trainable, fixed = split(state.params, freeze)
 
@@ -63,7 +63,7 @@ def make_gradients(
         return new if total is None else jax.tree.map(jnp.add, total, new)
 
     def load_of(params, parts: Batch, keys) -> Load:
-        """The load of all parts, by forward passes that compute nothing else."""
+        """The load of all parts, by forward passes that compute only the routing."""
 
         def add(load, part_and_key):
             part, key = part_and_key

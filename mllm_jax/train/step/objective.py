@@ -1,4 +1,4 @@
-"""What a step minimizes: sums over a batch, so that the parts of one add up."""
+"""Objectives of a step: sums over a batch, so that those of its parts add up."""
 
 from mllm_jax.types import Array, Batch, Routing
 
@@ -9,15 +9,15 @@ class Objective:
     """Base of the objectives of language models."""
 
     def weights(self, batch: Batch) -> Array:
-        """f32[...] whose sum is what the sums of a whole batch are divided by."""
+        """f32[...] weights; the sums of a whole batch are divided by their sum."""
         raise NotImplementedError
 
     def sums(self, params, batch: Batch, key=None, frozen=None, rewards=None) -> Sums:
-        """{"loss": f32[], which is differentiated, and others to be reported}, and what the routers did.
+        """{"loss": f32[], which is differentiated, and other sums to report}, and the routing.
 
         Args:
-          key: of the dropout of adapters; None = none.
-          frozen: what a step was given beside state and batch. rewards: f32[2] of that state.
+          key: key of adapter dropout. None: no dropout.
+          frozen: models that a step takes beside state and batch. rewards: f32[2] of that state.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""What is trained, how fast and by which rule: patterns on paths of weights, a schedule, an optax transformation."""
+"""The optimizer of a run: patterns of trained weights and their learning rates, a schedule, an optax transformation."""
 
 import re
 from collections.abc import Callable

@@ -34,7 +34,7 @@ def abstract_state(config: ModelConfig, tx: optax.GradientTransformation) -> Tra
 
 
 def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules) -> TrainState:
-    """NamedSharding of every leaf: moments lie as their parameters do, everything else is replicated."""
+    """NamedSharding of every leaf: moments are sharded as their parameters, all else is replicated."""
     params = shardings(abstract_boxed(config), mesh, rules)
     shapes = flatten(abstract_params(config))
     known = {path: (shapes[path].shape, sharding) for path, sharding in flatten(params).items()}

@@ -20,17 +20,19 @@ from mllm_jax.types import Batch, DualBatch
 
 
 def make_train_step(context: TrainContext, objective: Objective) -> Callable:
-    """Jitted `step(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
+    """Returns a jitted `step(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite changes only the counters.
 
     Args:
-      objective: what is minimized. `frozen` is what it may need beside state and batch.
+      objective: the objective to minimize. `frozen` holds the models that it needs beside state and batch.
     Returns:
-      metrics, f32 scalars: loss (the mean of what the objective sums) and its other means, weight (what they are means
-      over), grad_norm (before clipping), learning_rate, finite (1 or 0), tokens, targets, patches, images (counts
-      without padding). With experts also balance (L, not times its weight; absent without a loss), z, imbalance (the
-      busiest expert's load over the mean), dropped (share of choices that found no room).
+      metrics, f32 scalars: loss (the mean of the objective's sums) and its other means, weight (the divisor of the
+      means),
+      grad_norm (before clipping), learning_rate, finite (1 or 0), tokens, targets, patches, images (counts without
+      padding). With experts also balance (L without its weight; absent without a loss), z, imbalance (the busiest
+      expert's
+      load over the mean), dropped (fraction of choices over the capacity).
     """
     return compiled_step(make_pure_step(context, objective), context)
 

@@ -1,4 +1,4 @@
-"""How gradients change the state of a run: clipped, by the optimizer's rule, and not at all if they are not finite."""
+"""Updates the state of a run with gradients: clipped, by the optimizer's rule, and not at all if they are not finite."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,13 +21,13 @@ def update(
     optim: OptimConfig,
     adjust: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after a step, and grad_norm (before clipping), learning_rate, finite.
+    """Returns the state after a step, and grad_norm (before clipping), learning_rate, finite.
 
     Args:
-      grads: of what is trained, see `optim.split`.
-      found: losses; if one of them is not finite, nothing changes but the counters.
-      tx: of `make_optimizer(optim, ...)`.
-      adjust: what changes parameters beside gradients.
+      grads: gradients of the trained weights, see `optim.split`.
+      found: losses; if one of them is not finite, only the counters change.
+      tx: transformation of `make_optimizer(optim, ...)`.
+      adjust: function that changes parameters beside gradients.
     """
     trainable, frozen = split(state.params, optim.freeze)
     norm = optax.global_norm(grads)
