@@ -47,7 +47,7 @@ class BalanceConfig(Config):
     bias_update_rate: NonNegative = 0.0
 
     def counts_first(self, grad_accum_steps: int) -> bool:
-        """Returns whether a forward pass counts the choices of the whole batch before the gradient of its first part."""
+        """Returns whether a forward pass counts the choices of the whole batch before any gradient."""
         return self.loss == "global" and self.exact and grad_accum_steps > 1
 
 

@@ -60,7 +60,7 @@ def init_state(context: TrainContext, key) -> TrainState:
 
 
 def state_from_params(context: TrainContext, params) -> TrainState:
-    """State of given (such as pretrained) parameters with new moments. Donates `params` if they are already sharded so."""
+    """State of given (such as pretrained) parameters with new moments. Donates `params` if they are sharded alike."""
     layout = context.state_shardings
     params = jax.device_put(params, layout.params)
     return jax.jit(lambda params: new_state(context.tx, params), donate_argnums=0, out_shardings=layout)(params)

@@ -1,4 +1,4 @@
-"""Updates the state of a run with gradients: clipped, by the optimizer's rule, and not at all if they are not finite."""
+"""Updates the state of a run by clipped gradients and the optimizer's rule; non-finite gradients change nothing."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
