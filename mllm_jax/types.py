@@ -1,6 +1,6 @@
 """The values that flow between data, model, training and generation, and the shape legend.
 
-Legend, used in einsums, comments and docstrings of the whole package:
+Legend, used in einsums, comments and docstrings of all files:
 
     B batch rows          T query positions     S key positions       V vocabulary
     R patch rows per batch row                  P patches in a patch row
@@ -18,7 +18,7 @@ Array = Any  # numpy.ndarray on the host, jax.Array inside jit
 
 
 class ImagePatches(NamedTuple):
-    """One still image, or one temporal patch (a few consecutive frames) of a video: never cut, attended as a whole."""
+    """One image, or one temporal patch (a few consecutive frames) of a video: contiguous, and attended in full."""
 
     patches: Array  # u8[p C] raw pixels or f32[p C] normalized; merge-block-major, values in (c, t, y, x) order
     grid: tuple[int, int]  # (h, w) in patches; p = h * w, and before them `num_prefix_tokens` empty ones
@@ -42,7 +42,7 @@ class ImagePatches(NamedTuple):
 
 
 class TokenBlend(NamedTuple):
-    """What stands beside the visual tokens that an index names, where a grid of them was resampled: means of four."""
+    """Weighted means of four visual tokens, for a resampled grid; it accompanies the index of visual tokens."""
 
     index: Array  # i32[... 3] three more of each, counted like the first
     weight: Array  # f32[... 4] of the first and of these; they sum to 1
@@ -83,7 +83,7 @@ class Example(NamedTuple):
 
 
 class Vision(NamedTuple):
-    """Packed images. An image lies in one patch row, consecutive; several share a row."""
+    """Packed images. An image is contiguous in one patch row; several share a row."""
 
     patches: Array  # u8 or f32 [B R P C]
     image: Array  # i32[B R P] number of the image that a patch belongs to, 1.. within a batch row; 0 = padding
@@ -92,7 +92,7 @@ class Vision(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What PPO knows of answers that a model has given, for every target f32[B T]; see train/losses/ppo.py."""
+    """PPO's data of the model's answers, f32[B T] per target; see train/losses/ppo.py."""
 
     log_probs: Array  # that the model gave it
     values: Array  # what the critic expected before it
@@ -123,7 +123,7 @@ class Batch(NamedTuple):
 
 
 class DualBatch(NamedTuple):
-    """What the two towers of a dual encoder read; of images alone, or texts alone, the rest is None."""
+    """Input of the two towers of a dual encoder; without images or without texts these fields are None."""
 
     tokens: Array | None = None  # i32[texts T]
     segment: Array | None = None  # i32[texts T] 1; 0 = padding that nothing reads
@@ -133,21 +133,21 @@ class DualBatch(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of images."""
+        """Number of batch rows of images."""
         return len(self.first)
 
 
 class VisionTokens(NamedTuple):
-    """What every connector returns."""
+    """The result of every connector."""
 
     embeddings: Array  # [B M D]; a connector with a newline appends it as token M
     deep: Array | None = None  # [deepstack B M D] features to be added after the first decoder layers (DeepStack)
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far. All rows write the same slots; `segment` says which slots a row uses.
+    """Keys and values of the tokens so far. All rows write the same slots; `segment` marks the slots that a row uses.
 
-    Latent attention keeps, as one head, the latent in place of keys and the shared rotary key in place of values.
+    Latent attention stores, as one head, the latent in place of keys and the shared rotary key in place of values.
     """
 
     k: Array  # [L B K S H]
@@ -161,9 +161,9 @@ MODALITIES = ("text", "image", "video")
 
 
 class Routing(NamedTuple):
-    """What the routers did. All but `choices` are sums over the real tokens of a batch row, so that rows add up.
+    """Routing statistics. All but `choices` are sums over the real tokens of a batch row, so that rows add up.
 
-    Of one layer as below; in an `Output` every field has a leading axis of the layers that have experts.
+    Shapes below are of one layer; in an `Output` every field has a leading axis of the layers that have experts.
     """
 
     counts: Array  # i32[B 3 E] choices of every expert, by MODALITIES
@@ -175,10 +175,10 @@ class Routing(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a model returns: logits, or hidden states where the caller asked for them.
+    """Result of a model: logits, or hidden states if the caller asks for them.
 
-    A tower alone returns features. A dual encoder returns embeddings of unit length, and as logits the scaled
-    similarity f32[images texts] of them.
+    A vision tower returns features. A dual encoder returns embeddings of unit length, and as logits their scaled
+    similarity f32[images texts].
     """
 
     logits: Array | None = None  # f32[B T V]

@@ -101,10 +101,10 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with the exit code of a command. Ctrl-C is one line and 130, a full disk one line and 1.
+    """Ends the process with the exit code of a command. Ctrl-C prints one line and exits with 130, a full disk with 1.
 
     Args:
-      main: may raise a KeyboardInterrupt of its own, with what the line says.
+      main: the command. It may raise its own KeyboardInterrupt with the text of the line.
     """
     raise_interrupts()
     try:

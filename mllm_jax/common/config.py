@@ -32,7 +32,7 @@ def to_config_dict(value: Any) -> ConfigDict:
 
 
 class _Operation(NamedTuple):
-    """What a FieldReference applies to the value that it refers to."""
+    """The operations that a FieldReference applies to the value that it refers to."""
 
     fn: Callable
     args: tuple = ()
@@ -46,12 +46,12 @@ def following(field: FieldReference, function: Callable[[Any], Any]) -> FieldRef
 def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[str, type] | None = None, path=""):
     """Builds the dataclass `cls` from a ConfigDict or a plain dict; the inverse of `to_config_dict`.
 
-    Fields that are absent take their defaults; lists become tuples.
+    Absent fields take their defaults; lists become tuples.
 
     Args:
-      cls: a dataclass; the annotations of its fields say what is accepted.
+      cls: a dataclass; the annotations of its fields define the accepted values.
       registry: the dataclasses that a `type` key may name.
-      path: where `config` stands, for error messages.
+      path: path of `config`, for error messages.
 
     Raises:
       ConfigError: a name is unknown (with a suggestion) or missing, a type is wrong, a value breaks the constraint
@@ -63,7 +63,7 @@ def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[
 
 
 def dump(config: ConfigDict) -> str:
-    """A ConfigDict as JSON, to lie in a checkpoint."""
+    """A ConfigDict as JSON, for a checkpoint."""
     return json.dumps(config.to_dict(), indent=2)
 
 
@@ -73,7 +73,7 @@ def load(text: str) -> ConfigDict:
 
 
 def beside(file: str, name: str) -> types.ModuleType:
-    """Returns the module of the config file `name` in the folder of another, as in `beside(__file__, "sft.py")`."""
+    """Returns the module of a config file in the folder of another one, as in `beside(__file__, "sft.py")`."""
     path = Path(file).with_name(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

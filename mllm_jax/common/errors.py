@@ -10,7 +10,7 @@ MOST = 80  # characters of a value
 
 
 def told(error: Exception) -> str:
-    """What an error says to people: one of the system without its number, and the file first."""
+    """Text of an error for users: without the number of a system error, and with its file first."""
     if isinstance(error, OSError) and error.strerror:
         why = FULL if says_full(error) else error.strerror
         return f"{error.filename}: {why}" if error.filename else why
@@ -23,7 +23,7 @@ def error_text(error: Exception) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What to tell somebody who wrote an unknown name: the nearest one, and all of them."""
+    """Text for an unknown name: the nearest known name, and all of them."""
     known = sorted(map(str, known))
     close = nearest(name, known, 0.5)
     meant = f"did you mean {close[0]!r}? " if close else ""
@@ -31,7 +31,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.0, count: int = 1) -> list[str]:
-    """The known names that are most like another one, at most `count` and each at least so much (of 1), best first."""
+    """The known names most similar to another one, best first: at most `count`, each with a ratio of at least
+    `likeness`."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=likeness)
 
 

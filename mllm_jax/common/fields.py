@@ -1,13 +1,13 @@
-"""Fields of JSON files that others wrote: what each may hold, and what it means where it is absent or null.
+"""Fields of JSON files that other programs write: their allowed values, and their meaning when absent or null.
 
-A family lists the fields of config.json that it reads once, with the defaults of transformers' config class; what it
-does not list is ignored. `read` gives all of them, so that code behind it needs no defaults of its own:
+A family lists the fields of config.json that it reads, with the defaults of transformers' config class; it ignores
+others. `read` returns all of them, so that later code needs no defaults:
 
     FIELDS = {"hidden_size": count(4096), "sliding_window": nullable(count(4096)), "hidden_act": only("silu")}
     read({"sliding_window": None}, FIELDS) == {"hidden_size": 4096, "sliding_window": None, "hidden_act": "silu"}
 
-Absent and null differ: Mistral without `sliding_window` has windows of 4096 tokens, with null it has none. Null is
-refused unless the field is `nullable`. In files of processors null is absent, and is left out before
+Absent and null differ: Mistral without `sliding_window` has windows of 4096 tokens, with null it has none. Null is an
+error unless the field is `nullable`. In files of processors null means absent, and is removed first
 (data/pipeline/spec.py).
 """
 
@@ -26,7 +26,7 @@ MOST_LAYERS = MOST_EXPERTS = 1024  # every one of them has names that are listed
 
 
 class FieldError(ValueError):
-    """A field that is missing or holds what it cannot; `path` says where it stands, as "text_config.hidden_size"."""
+    """A field that is missing or has an invalid value; `path` is its path, such as "text_config.hidden_size"."""
 
     def __init__(self, path: str, wrong: str, *value: Any):
         shown = json.dumps(value[0], default=str)[:80] if value else None
@@ -116,7 +116,7 @@ def only(value: Any) -> Field:
 
 
 def section(default: Any = REQUIRED) -> Field:
-    """An object with fields of its own, which are read by another `read`."""
+    """A nested object, whose fields another `read` reads."""
     return Field(dict, default)
 
 
@@ -151,7 +151,7 @@ def check_heads(stated: Json, width: str, heads: str, multiple: int = 1) -> None
 
 @contextmanager
 def inside(name: str) -> Iterator[None]:
-    """Errors of fields that are read within say that they stand in the object `name`."""
+    """Context that adds the name of the enclosing object to the path of field errors."""
     try:
         yield
     except FieldError as error:

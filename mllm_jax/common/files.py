@@ -18,7 +18,7 @@ class DiskFull(OSError):
 
 
 def says_full(error: BaseException) -> bool:
-    """Returns whether an error, of Python or of a library in C++, says that a disk is full."""
+    """Returns whether an error, of Python or of a C++ library, reports a full disk."""
     return getattr(error, "errno", None) in _CODES or _TEXTS.search(str(error)) is not None
 
 
@@ -62,6 +62,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[str]]:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, whole or not at all, as `whole_file` does."""
+    """Writes a text file atomically, as `whole_file` does."""
     with whole_file(path) as file:
         file.write(text)

@@ -18,13 +18,13 @@ from mllm_jax.common.format import percent, short
 def write_page(
     path: str | os.PathLike, template: str, filters: Mapping[str, Callable] | None = None, **values: Any
 ) -> Path:
-    """Writes a page, whole or not at all, and returns its path.
+    """Writes a page atomically and returns its path.
 
     Args:
-      path: of the HTML file; its folder must exist.
-      template: as "evaluate/report.html", below the package; it extends common/page.html.
-      filters: that the template uses beside `percent`, `short` and `png`.
-      values: what the template shows: `title`, and `lead` (one sentence, or empty), beside its own.
+      path: HTML file in an existing folder.
+      template: path below the package, such as "evaluate/report.html"; it extends common/page.html.
+      filters: filters of the template beside `percent`, `short` and `png`.
+      values: values of the template: `title`, and `lead` (one sentence, or empty), beside its own.
     """
     loader = FileSystemLoader(Path(__file__).parents[1])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)

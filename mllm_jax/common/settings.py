@@ -36,19 +36,19 @@ class Constraint:
     """A condition that an annotation adds to a type, as `Annotated[type, constraint]`."""
 
     def fault(self, value: Any) -> str | None:
-        """Fault of a value of the right type, as a sentence without its subject; None if there is none."""
+        """Fault of a value of the right type, as a sentence without its subject. None: the value is valid."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Range(Constraint):
-    """Numbers within bounds, as devices hold them: whole ones of 32 bits, others in fp32.
+    """Numbers within bounds, as devices hold them: integers in 32 bits, others in fp32.
 
     So NaN, infinity and 1e39 are never inside, 1e-50 is not above 0, and 0.99999999999 is not below 1.
 
-    least, most: bounds that are allowed themselves. above, below: bounds that are not.
-    also: values that are allowed besides.
-    hint: a sentence for the error, on what to set instead.
+    least, most: inclusive bounds. above, below: exclusive bounds.
+    also: further allowed values.
+    hint: a sentence for the error, with the value to set instead.
     """
 
     least: float = -math.inf
@@ -127,9 +127,9 @@ Pattern = Annotated[str, Regex()]
 
 
 class Config:
-    """Base of the dataclasses of settings. Making one checks every field whose annotation states a constraint.
+    """Base of the dataclasses of settings. It checks every field whose annotation has a constraint.
 
-    A subclass with a `__post_init__` of its own, for what fields have to do with each other, calls this one's first.
+    A subclass with its own `__post_init__`, for constraints between fields, calls this one first.
 
     Raises:
       ValueError: a value is of another type or breaks its constraint; the message begins with `Class.field=value`.

@@ -17,9 +17,9 @@ def say(text: str) -> None:
 
 @contextmanager
 def announced(text: str) -> Iterator[threading.Timer]:
-    """Prints `text` to stderr where its body takes longer than PATIENCE.
+    """Prints `text` to stderr if its body takes longer than PATIENCE.
 
-    Yields the timer, whose `cancel()` says that the wait is over before the body is.
+    Yields the timer; its `cancel()` ends the wait before the body ends.
     """
     timer = threading.Timer(PATIENCE, say, (text,))
     timer.daemon = True

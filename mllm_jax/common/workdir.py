@@ -1,4 +1,4 @@
-"""The folder of a run: where its checkpoints are, which of its stages have ended, and its small files in JSON.
+"""The folder of a run: its checkpoints, its completed stages, and its small JSON files.
 
 A run has its checkpoints below its folder; a run with stages has a folder for each of them, and PROGRESS beside them.
 """
@@ -27,15 +27,16 @@ def is_run(folder: str | os.PathLike) -> bool:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of the whole checkpoints of a run or a stage in this folder; others have no number as their name."""
+    """Steps of the complete checkpoints of a run or a stage in this folder; temporary ones have no number as their
+    name."""
     return sorted(int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
 def run_folder(workdir: str | Path, stage: str | None = None) -> Path:
-    """Where the checkpoints of a run are: in its folder, or in that of a stage, by default the last that has ended.
+    """The folder with the checkpoints of a run: its own, or that of a stage, by default the last completed one.
 
     Raises:
-      ConfigError: there is no such stage. FileNotFoundError: there are stages, and none has ended.
+      ConfigError: there is no such stage. FileNotFoundError: there are stages, and none is complete.
     """
     workdir = Path(workdir)
     known = _progress(workdir)["stages"]
@@ -59,13 +60,13 @@ def ended(workdir: str | Path) -> dict[str, int]:
 
 
 def all_ended(workdir: str | Path) -> bool:
-    """Whether this is the folder of a run with stages that all came to their end."""
+    """Returns whether this is the folder of a run whose stages are all complete."""
     found = _progress(Path(workdir))
     return bool(found["stages"]) and set(found["ended"]) == set(found["stages"])
 
 
 def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> None:
-    """Writes what `ended` reads, whole or not at all."""
+    """Writes the file that `ended` reads, atomically."""
     steps = {name: steps[name] for name in order if name in steps}
     write_whole(workdir / PROGRESS, json.dumps({"stages": order, "ended": steps}, indent=2) + "\n")
 

@@ -20,8 +20,8 @@ class Einsum(nn.Module):
 
     The equation has capital letters of the legend and one ellipsis on the activation, e.g. "...D,DNH->...NH".
     Letters of the weight that reach the output are its output axes; the bias has exactly those.
-    Initialized normal with variance 1 / fan-in. Where an adapter lies beside `w`, its product is added (nn/lora.py);
-    `w` may be there in few bits (nn/quantization.py).
+    Initialized normal with variance 1 / fan-in. If the parameters have an adapter for `w`, its product is added
+    (nn/lora.py); `w` may be quantized (nn/quantization.py).
     """
 
     equation: str
@@ -73,7 +73,7 @@ class Einsum(nn.Module):
 
 
 class Weight(nn.Module):
-    """A weight `w` alone, for products that `Einsum` cannot say; fp32, normal with variance 1 / fan_in.
+    """A weight `w`, for products that `Einsum` cannot express; fp32, normal with variance 1 / fan_in.
 
     matrix: see `Partitioned`; without it there can be no adapter.
     """
@@ -89,7 +89,7 @@ class Weight(nn.Module):
         return self.param("w", init, self.shape)
 
     def factors(self) -> tuple[Array, ...]:
-        """(scale A, B) of the adapter beside the weight; () where there is none."""
+        """(scale A, B) of the weight's adapter. (): there is none."""
         if not self.has_variable("params", DOWN):
             return ()
         down, up, scale = (self.get_variable("params", name) for name in (DOWN, UP, SCALE))

@@ -1,8 +1,9 @@
-"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685): x W + scale * (x A) B, where scale = alpha / rank.
+"""Low-rank adapters of frozen weights (LoRA, arXiv 2106.09685): x W + scale * (x A) B, where scale = alpha / rank.
 
-The tree of parameters decides: where `lora_down` (A), `lora_up` (B) and `lora_scale` lie beside the `w` of an `Einsum`,
-it adds their product; a tree without them is the base model. Of a weight whose inputs are the axes I and whose outputs
-are O, A is [I rank] and B [rank O], whatever axes the weight is stacked on before them.
+The tree of parameters decides: if it has `lora_down` (A), `lora_up` (B) and `lora_scale` next to the `w` of an
+`Einsum`,
+that adds their product; a tree without them is the base model. For a weight with input axes I and output axes O, A is
+[I rank] and B [rank O], after any axes that the weight is stacked on.
 """
 
 import math
@@ -29,16 +30,18 @@ HEAD = "decoder/head/w"  # losses in chunks read it without its layer
 
 @dataclass(frozen=True)
 class LoraConfig(Config):
-    """
-    rank: of the adapters; 0 = there are none, and all below means nothing.
+    """Adapters, and storage of the frozen weights.
+
+    rank: rank of the adapters. 0: no adapters, and the fields below have no effect.
     alpha: an adapter's product is multiplied by alpha / rank.
-    dropout: share of an adapter's input that a step of training leaves out, anew for every adapter.
+    dropout: fraction of an adapter's input that a training step drops, drawn separately for every adapter.
     target_modules: patterns of the weights `w` that get an adapter.
-    rank_pattern, alpha_pattern: (pattern, value) pairs; the first pattern that is found in a weight's path has its own
-      rank (0: no adapter) or alpha.
-    modules_to_save: patterns of other weights, which are trained whole; all the rest is frozen.
-    base_dtype: how frozen weights are kept: "float32"; "bfloat16"; or the matrices of layers in "int8", "int4" or
-      "nf4", and other weights of two axes or more in bfloat16 (see nn/quantization.py).
+    rank_pattern, alpha_pattern: (pattern, value) pairs; the first pattern found in a weight's path sets its rank (0: no
+      adapter) or alpha.
+    modules_to_save: patterns of other weights, which are trained in full; all others are frozen.
+    base_dtype: storage of frozen weights: "float32"; "bfloat16"; or "int8", "int4" or "nf4" for the matrices of layers,
+      and
+      bfloat16 for other weights of two axes or more (see nn/quantization.py).
     quant_block_size: values along an input axis that share a scale in four bits.
 
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
@@ -60,7 +63,7 @@ class LoraConfig(Config):
 
     @property
     def drops(self) -> bool:
-        """Whether a step of training needs a key."""
+        """Returns whether a training step needs a key."""
         return bool(self.rank and self.dropout)
 
     def freezes(self, freeze: tuple[str, ...]) -> tuple[str, ...]:

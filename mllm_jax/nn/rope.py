@@ -32,10 +32,11 @@ class LinearRopeScaling(Config):
 
 @dataclass(frozen=True)
 class DynamicNtkRopeScaling(Config):
-    """A base that grows with the text, once it is longer than `length` tokens ("dynamic NTK").
+    """A base that grows with the text beyond `length` tokens ("dynamic NTK").
 
-    The slowest slot then turns by as much over the whole text as it did over `length` tokens, and a little less where
-    `factor` is over 1.
+    The slowest slot then rotates as far over the full text as it did over `length` tokens, and slightly less if
+    `factor` is
+    over 1.
     """
 
     factor: Positive
@@ -98,18 +99,17 @@ class LongRopeScaling(Config):
 
 @dataclass(frozen=True)
 class YarnRopeScaling(Config):
-    """Rotary positions stretched beyond the length of the first training (YaRN, arXiv 2309.00071).
+    """Rotary positions extended beyond the length of pretraining (YaRN, arXiv 2309.00071).
 
-    Slots that turn often keep their frequency, slots that hardly turn have it divided, those between have a blend.
+    Fast slots keep their frequency, slow slots have it divided, slots between have a blend.
 
-    factor: by how much texts grow.
-    length: tokens of the texts of the first training.
-    fast, slow: turns within `length` from which on a frequency is kept, and up to which it is divided.
+    factor: ratio of the extended length to `length`.
+    length: length of pretraining, in tokens.
+    fast, slow: rotations within `length` above which a frequency is kept, and below which it is divided.
     mscale, mscale_all_dim: weights of the logarithm of `factor` in the sizes of the cosines and sines, and of the
-      scores of latent attention (DeepSeek). 0: not stated.
-    attention_factor: factor of cosines and sines. None: follows from `factor` and, where both are stated, the two
-      above.
-    truncate: both ends of the blend are whole slots.
+      scores of latent attention (DeepSeek). 0: not set.
+    attention_factor: factor of cosines and sines. None: follows from `factor` and, if both are set, the two above.
+    truncate: whether both ends of the blend are rounded to whole slots.
     """
 
     factor: Positive
@@ -143,7 +143,7 @@ class YarnRopeScaling(Config):
 
     @property
     def score_scale(self) -> float:
-        """Factor of the scores of latent attention, beside 1 / sqrt(H)."""
+        """Factor of the scores of latent attention, in addition to 1 / sqrt(H)."""
         return self._growth(self.mscale_all_dim) ** 2
 
     def _growth(self, mscale: float) -> float:

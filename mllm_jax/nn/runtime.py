@@ -1,4 +1,4 @@
-"""How a model is computed, as opposed to what it is: nothing here changes weights or, beyond rounding, results."""
+"""Execution of a model: settings that change neither weights nor, beyond rounding, results."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -27,22 +27,25 @@ GROUPED = ("auto", "loop", "megablox", "tokamax")
 
 @dataclass(frozen=True)
 class Runtime(Config):
-    """
+    """Execution of a model.
+
     dtype: compute dtype, "float32" or "bfloat16"; parameters have their own.
     attention: "auto" (by platform), "xla", "splash" (TPU) or "cudnn" (GPU).
-    context: how tokens meet that a mesh axis "context" spreads: "auto", "ring" or "ulysses", see
+    context: exchange of tokens that the mesh axis "context" shards: "auto", "ring" or "ulysses", see
       nn/attention/context_parallel.py.
-    moe_dispatch: how tokens reach their experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or
-      "dense" (every expert reads every token: for tests).
-    capacity_factor: room for the tokens of an expert ("capacity"), or of a device's experts ("dropless" on several
-      devices), as a multiple of the fair share. What finds no room is dropped and counted; 0 = room for any routing.
-    all_to_all: what devices send each other of it: "auto" (by platform), "even" (all room) or "ragged" (the tokens that
-      there are; TPU), see nn/moe/all_to_all.py.
+    moe_dispatch: dispatch of tokens to experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or
+      "dense"
+      (every expert reads every token: for tests).
+    capacity_factor: capacity of an expert ("capacity"), or of a device's experts ("dropless" on several devices), as a
+      multiple of the mean load. Tokens over it are dropped and counted. 0: room for any routing.
+    all_to_all: exchange of tokens between devices: "auto" (by platform), "even" (full buffers) or "ragged" (only the
+      tokens; TPU), see nn/moe/all_to_all.py.
     grouped: products with sorted tokens: "auto" (by platform), "loop", "megablox" (TPU) or "tokamax" (GPU).
-    remat: what backward recomputes: "none", "full" (every layer), "experts" (every layer, but not the exchange of
+    remat: recomputation in the backward pass: "none", "full" (every layer), "experts" (every layer, but not the
+      exchange of
       tokens between devices) or "dots" (all but matrix products).
-    scan: one compiled layer for a whole tower (compile time independent of depth), or unrolled; same weights.
-    rules: axis name -> mesh axes, see sharding/presets.py.
+    scan: whether a tower is one compiled layer (compile time independent of depth), or unrolled; same weights.
+    rules: logical axis -> mesh axes, see sharding/presets.py.
     """
 
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"

@@ -1,4 +1,4 @@
-"""A number for every token: what a reward model says of an answer, what PPO's critic expects of it."""
+"""A number for every token: the reward of a reward model, or the value of PPO's critic."""
 
 import jax
 import jax.numpy as jnp

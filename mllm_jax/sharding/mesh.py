@@ -12,17 +12,20 @@ RESERVED = ("stage",)
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
-    """A mesh with all MESH_AXES; absent ones have size 1 and one size may be -1 (what is left).
+    """Returns a mesh with all MESH_AXES; absent ones have size 1 and one size may be -1 (all remaining devices).
 
-    Without a shape every device is on `fsdp`. Neighbors on a later axis are nearer to each other: on a TPU the axes
-    are laid along the torus, one of its axes split over several where sizes ask for it. Between slices (TPU pods, or
-    hosts of GPUs, that are joined by the slower data-center network) lies as much of `data` as possible, then of
-    `fsdp`, `expert` and `context`; never `tensor`.
+    Without a shape every device is on `fsdp`. Neighbors on a later axis are closer: on a TPU the axes follow the torus,
+    one
+    of whose dimensions is split over several axes if the sizes require it. Between slices (TPU pods, or GPU hosts,
+    joined by
+    the slower data-center network) lies as much of `data` as possible, then of `fsdp`, `expert` and `context`; never
+    `tensor`.
 
     Args:
-      devices: of this program, or of a topology that is compiled for ahead of time; by default all of this program.
+      devices: devices of this program, or of a topology to compile for. Default: all of this program.
     Raises:
-      ValueError: an unknown axis, sizes that do not multiply to the devices, or slices that they cannot be cut into.
+      ValueError: an unknown axis, sizes that do not multiply to the devices, or slices that the sizes cannot be split
+        over.
     """
     shape = dict(shape or {"fsdp": -1})
     devices = jax.devices() if devices is None else devices
@@ -38,7 +41,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
 
 
 def mesh_without_devices(shape: Mapping[str, int], count: int, slices: int = 1) -> AbstractMesh:
-    """The mesh that `make_mesh` makes of `count` devices in so many slices, without any device.
+    """The mesh of `make_mesh` for `count` devices in a number of slices, without any device.
 
     Raises:
       ValueError: as `make_mesh`.
@@ -65,7 +68,7 @@ def _sizes(shape: Mapping[str, int], count: int) -> list[int]:
 
 
 def _over_slices(sizes: list[int], slices: int) -> list[int]:
-    """How many parts of every mesh axis lie in different slices."""
+    """Number of parts of every mesh axis that are in different slices."""
     left, outer = slices, []
     for axis, size in zip(MESH_AXES, sizes):
         outer.append(1 if axis == "tensor" else math.gcd(size, left))

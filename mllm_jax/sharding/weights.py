@@ -45,7 +45,7 @@ def partitioned(init, *names, matrix=None):
 def shardings(boxed, mesh: Mesh, rules: Rules):
     """NamedSharding of every weight, for a tree of `Partitioned` boxes as `model.init` or its `eval_shape` returns it.
 
-    The first key of a path is the part of the model, which may have rules of its own.
+    The first key of a path is the part of the model, which may have its own rules.
     """
 
     def of(path, box):

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints <-> our parameters, one tensor at a time: no host ever holds a whole model."""
+"""Hugging Face checkpoints <-> our parameters, one tensor at a time: no host ever holds a full model."""
 
 import functools
 import logging
@@ -67,20 +67,20 @@ def load_tensors(
     rename: Iterable[tuple[str, str]] = (),
     ties: Ties = {},  # noqa: B006 (nobody changes it)
 ) -> dict[str, Any]:
-    """Streams a checkpoint into arrays laid out by `shardings`.
+    """Streams a checkpoint into arrays with the given `shardings`.
 
     Large tensors are moved in parts, so host memory above the final arrays stays far below the largest tensor's. In a
-    multi-process run each process reads only the slices that its own devices hold.
+    multi-process run each process reads only the slices of its own devices.
 
     Args:
-      folder: a folder or the name of a model on the hub; or several, of which the first has a name that two have.
+      folder: a folder or the name of a model on the hub; or several, of which the first wins if two have a name.
       rows: the family's table of weights.
       abstract: nested dict of ShapeDtypeStruct, the parameters; only shapes are used.
-      shardings: nested dict of jax.sharding.Sharding like `abstract`; None = all on the default device.
-      dtype: of the returned arrays, but for rows that have their own.
-      ignore: regular expressions of names, matched whole, that may be on disk and are not needed.
+      shardings: nested dict of jax.sharding.Sharding like `abstract`. None: all on the default device.
+      dtype: dtype of the returned arrays, except for rows with their own.
+      ignore: regular expressions that match full names of tensors which may be on disk and are not needed.
       rename: (regular expression, replacement) pairs that turn old names on disk into those of the table, all in order.
-      ties: {leaf: other leaf}; where the tree lacks the first, its tensor may be on disk with the values of the other.
+      ties: {leaf: other leaf}; if the tree lacks the first, its tensor may be on disk with the values of the other.
 
     Returns:
       nested dict of jax.Array like `abstract`.
@@ -172,7 +172,7 @@ def save_tensors(
 
 
 class _Export(NamedTuple):
-    """What one of our elements goes through on its way out; equal for equal tensors, so that it compiles once."""
+    """Conversion of one leaf for export; equal for equal tensors, so that it compiles once."""
 
     entry: Entry
     dtype: np.dtype

@@ -1,7 +1,7 @@
 """Replaces the files of a folder by those of another, so that a reader finds all old ones, all new ones, or refuses.
 
-The new files are complete in a folder beside before anything is touched. Then the one that readers need first is taken
-away, the others are moved, and the new one of it comes last. What ended in between is finished by the next save.
+The new files are complete in a sibling folder before anything is touched. Then the file that readers need first is
+removed, the others are moved, and its new version comes last. The next save finishes an interrupted one.
 """
 
 import json
@@ -16,17 +16,17 @@ _PLAN = ".files.json"
 
 
 def unfinished(folder: Path) -> Path:
-    """The folder beside, for the new files of `folder`."""
+    """The sibling folder for the new files of `folder`."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name}.unfinished")
 
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Finishes a save that was ended, and makes the folder beside, empty, which is gone at the end of the block.
+    """Finishes an interrupted save, and makes an empty sibling folder, which is removed at the end of the block.
 
     Raises:
-      DiskFull: of `folder`, where something in the block finds that the disk is full.
+      DiskFull: an error in the block reports a full disk.
     """
     finish(folder)
     stage = unfinished(folder)
@@ -40,11 +40,11 @@ def new_files(folder: Path) -> Iterator[Path]:
 
 
 def replace_files(folder: Path, last: str, stale: Iterable[str] = ()) -> None:
-    """Moves the files of the folder beside to `folder`.
+    """Moves the files of the sibling folder to `folder`.
 
     Args:
       last: the file without which readers refuse the folder.
-      stale: names of files of the folder that have no meaning beside the new ones, and are removed.
+      stale: names of files of the folder that have no meaning with the new ones, and are removed.
     """
     stage = unfinished(folder)
     if not folder.exists():
@@ -57,7 +57,7 @@ def replace_files(folder: Path, last: str, stale: Iterable[str] = ()) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Moves what a save that was ended had not moved yet; nothing if there is none."""
+    """Moves the remaining files of an interrupted save, if there is one."""
     moving = _moving(folder)
     if not (moving / _PLAN).is_file():
         return

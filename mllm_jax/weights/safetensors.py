@@ -31,7 +31,7 @@ class BrokenCheckpoint(ValueError):
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies on disk."""
+    """Location of one tensor on disk."""
 
     file: Path
     dtype: str  # the format's name: F32, F16, BF16, I64 ...
@@ -131,13 +131,13 @@ def _bits(dtype: str) -> int:
 
 
 def write_checkpoint(folder: Path, layout: Layout, arrays: Iterable[np.ndarray], max_shard_bytes: int) -> None:
-    """Writes one file, or shards and an index, tensor by tensor; replaces the weights that the folder held before.
+    """Writes one file, or shards and an index, tensor by tensor; replaces the folder's earlier weights.
 
     Files are written under temporary names and renamed when all are complete, so nothing half-written can be loaded.
 
     Args:
-      layout: {name: (dtype, shape)}, in the order in which `arrays` come.
-      max_shard_bytes: a tensor that is larger gets a file of its own.
+      layout: {name: (dtype, shape)}, in the order of `arrays`.
+      max_shard_bytes: a larger tensor gets its own file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards, arrays = _shards(layout, max_shard_bytes), iter(arrays)

@@ -65,7 +65,7 @@ def fill(
 
 
 def gather(leaf: Any, index: tuple[int, ...], change: Callable) -> np.ndarray:
-    """`change(leaf[index])`, whole, on the host of every process; `change` is traced once for leaves of one shape."""
+    """`change(leaf[index])`, in full, on the host of every process; `change` is traced once for leaves of one shape."""
     if not isinstance(leaf, jax.Array):
         leaf, index = np.asarray(leaf)[index], ()
     mesh = whole = None
@@ -103,7 +103,7 @@ def _steps(local: tuple[int, ...], depth: int, view: np.ndarray) -> Iterator[Win
 def _pieces(
     step: Window, depth: int, windows: dict[jax.Device, Window], element: Callable, inspect: Callable, mesh: Mesh
 ):
-    """What each device needs for one step, [devices, ...], and the transposition that makes it ours."""
+    """Input of each device for one step, [devices, ...], and the transposition into our layout."""
     copies, pieces = {}, []
     for device, window in windows.items():
         place = tuple((start + begin, start + end) for (start, _), (begin, end) in zip(window, step))

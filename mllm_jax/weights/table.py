@@ -1,14 +1,14 @@
-"""One table of rows per family says how our parameters map to Hugging Face's tensors, in both directions.
+"""One table of rows per family maps our parameters to Hugging Face's tensors, in both directions.
 
     Row("decoder/layers/attention/q/w", "model.language_model.layers.{n}.self_attn.q_proj.weight", "(n h) d -> d n h")
 
 reads: our leaf `decoder/layers/attention/q/w` is a stack, along its leading axis, of the tensors whose names have a
 number in place of `{n}`, each rearranged by the einops pattern `theirs -> ours`. Each further `{name}` is one more
-leading axis, in order of appearance; names in braces have nothing to do with the letters of the pattern. What stands
-in a name for 0, 1, ... may be given: other numbers (every second layer) or words ("gate", "up"). A pattern of
+leading axis, in order of appearance; names in braces are independent of the letters of the pattern. The texts that
+replace 0, 1, ... in a name may be given: other numbers (every second layer) or words ("gate", "up"). A pattern of
 "" or "..." keeps a tensor as it is. Axis sizes come from our abstract tree; the inverse is the reversed pattern.
 
-Several of our leaves may lie in one tensor, each a part of it along one axis of the pattern, which `part` names:
+Several of our leaves may share one tensor, each as a part along one axis of the pattern, which `part` names:
 
     Row("decoder/layers/mlp/up/w", "model.layers.{n}.mlp.gate_up_proj.weight", "f d -> d f", part=("f", 96, 192))
 """
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where one of their tensors, or a part of it, lives in our tree."""
+    """Location of one of their tensors, or of a part of it, in our tree."""
 
     path: str  # our leaf
     index: tuple[int, ...]  # place on the leaf's stacked leading axes
@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 
 
 def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
-    """Every tensor that a checkpoint of this tree has: `{their name: Entry}`.
+    """Returns every tensor of a checkpoint of this tree: `{their name: Entry}`.
 
     Args:
       rows: the family's table, Rows or tuples. A row whose leaf is not in the tree is not used, so that a table may
@@ -79,7 +79,7 @@ def expand(rows: Iterable[Row | tuple], abstract: Tree) -> dict[str, Entry]:
 
     Raises:
       ValueError: the table does not fit the tree: a leaf without a row, two rows for one leaf or one name, or a pattern
-        that cannot give the leaf's shape. Everything that is wrong is listed.
+        that cannot give the leaf's shape. The message lists all faults.
     """
     leaves = flatten(abstract)
     entries, found, covered, faults = {}, {}, set(), []
@@ -126,7 +126,7 @@ def tensors_of(row: Row, shape: tuple[int, ...]) -> list[tuple[str, Entry]]:
 
 
 def _overlap(parts: Sequence[Entry]) -> str | None:
-    """What is wrong with the entries of one tensor; None if they are all of it."""
+    """Fault of the entries of one tensor. None: together they are all of it."""
     if len(parts) == 1 and parts[0].part is None:
         return None
     paths = " and ".join(entry.path for entry in parts)
@@ -150,7 +150,7 @@ def to_ours(array: Array, entry: Entry) -> Array:
 
 
 def to_theirs(array: Array, entry: Entry) -> Array:
-    """The inverse of `to_ours`; of a part, with all axes of the pattern apart, for `join`."""
+    """The inverse of `to_ours`; for a part, with all axes of the pattern separate, for `join`."""
     if not entry.pattern:
         return array
     theirs, split, ours = _sides(entry)
@@ -168,7 +168,7 @@ def join(arrays: Sequence[np.ndarray], entry: Entry) -> np.ndarray:
 
 
 def _sides(entry: Entry) -> tuple[str, str, str]:
-    """Their side of a pattern, the same with all axes apart, and ours."""
+    """Their side of a pattern, the same with all axes separate, and ours."""
     theirs, _, ours = (side.strip() for side in entry.pattern.partition("->"))
     return theirs, " ".join(axis for group in _axes(theirs) for axis in group), ours
 

@@ -32,26 +32,27 @@ def attend(
     window: int = 0,
     prefix=None,
 ):
-    """softmax(scale q k^T) v, where a query sees the keys of its own segment, and none after itself if causal.
+    """softmax(scale q k^T) v, where a query attends to the keys of its own segment, and to none after itself if causal.
 
-    Segment 0 is padding: what stands there is finite and has no meaning.
+    Segment 0 is padding: its results are finite and have no meaning.
 
     Args:
       q: [B T N H]; k, v: [B S K H] with N a multiple of K (head n reads key-value head n // (N / K)).
       q_segment: i32[B T]; kv_segment: i32[B S].
-      causal: query t stands at key slot offset + t and sees slots up to its own.
-      runtime: `attention` picks the implementation, `rules` how it is split over the mesh, and `context` how tokens
-        meet that lie on several devices.
-      offset: i32[] first slot of the queries when reading a cache; None where queries and keys are the same tokens.
-      scale: factor of the scores; None = 1 / sqrt(H).
-      softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
-      window: a causal query sees so many last tokens of its conversation, itself among them; 0 = all.
-      prefix: bool[B T] first tokens of a conversation that see each other, whatever causality and window say.
+      causal: query t is at key slot offset + t and attends to slots up to its own.
+      runtime: `attention` selects the implementation, `rules` its sharding over the mesh, and `context` the exchange of
+        tokens that are sharded over devices.
+      offset: i32[] first slot of the queries in a cache. None: queries and keys are the same tokens.
+      scale: factor of the scores. None: 1 / sqrt(H).
+      softcap: c, where scores are c tanh(score / c). 0: no cap.
+      window: number of last tokens of the conversation that a causal query attends to, itself included. 0: all.
+      prefix: bool[B T] first tokens of a conversation that attend to each other, regardless of causality and window.
     Returns:
       [B T N H] in the dtype of q.
     Raises:
-      ValueError: an implementation was asked for by name that cannot take this, or a window or a prefix of attention
-        that is not causal.
+      ValueError: an implementation was selected by name that does not support this, or attention that is not causal has
+        a
+        window or a prefix.
     """
     if not causal and (window or prefix is not None):
         raise ValueError("only causal attention has a window or a prefix")
@@ -81,10 +82,10 @@ def probabilities(
     window: int = 0,
     prefix=None,
 ):
-    """What `attend` multiplies values with, for a few queries: the same arguments, without a cache.
+    """Attention weights of `attend` for a few queries: the same arguments, without a cache.
 
     Args:
-      at: i32[B Q] which queries.
+      at: i32[B Q] indices of the queries.
     Returns:
       f32[B N Q S] rows that sum to 1.
     """

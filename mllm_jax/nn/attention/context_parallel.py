@@ -1,15 +1,15 @@
-"""Attention when the tokens of a row lie on several devices (context parallelism), exchanged in one of two ways.
+"""Attention over rows whose tokens are sharded over devices (context parallelism), with one of two exchanges.
 
-Ulysses (arXiv 2309.14509): an all-to-all turns a part of the tokens with all heads into all tokens with a part of the
-heads, so that the platform's kernel runs on whole sequences; a second one turns the result back.
+Ulysses (arXiv 2309.14509): an all-to-all turns a shard of the tokens with all heads into all tokens with a shard of the
+heads, so that the platform's kernel runs on full sequences; a second one turns the result back.
 
-Ring (arXiv 2310.01889): queries stay, keys and values go round. Under a causal mask a device with the first tokens
+Ring (arXiv 2310.01889): queries stay, keys and values go around. Under a causal mask a device with the first tokens
 would be idle for most of the round, so each takes one part from the beginning and one from the end (of 2n parts, device
 i takes i and 2n - 1 - i: the zig-zag order of Llama 3, arXiv 2407.21783). Tokens are brought into that order here and
-back again, not once for the whole model: that costs each layer about what Ulysses exchanges, and in return nothing
-outside this file (positions, segments, images, loss) knows of any order but the natural one.
+back again in every layer. That costs each layer about as much as Ulysses exchanges, but all code outside this file
+(positions, segments, images, loss) knows only the natural order.
 
-Everything here runs inside `jax.shard_map`, on a device's own rows, tokens and heads.
+All code here runs inside `jax.shard_map`, on a device's own rows, tokens and heads.
 """
 
 import math
@@ -23,7 +23,7 @@ from mllm_jax.nn.attention.masks import AttentionSpec, KeyBounds, QueryBounds
 
 
 def exchange_for(heads: int, kv_heads: int, devices: int, wanted: str) -> str:
-    """How tokens are exchanged: as asked for, or under "auto" Ulysses where it can split the heads."""
+    """The exchange of tokens: the configured one, or under "auto" Ulysses if it can shard the heads."""
     divides = heads % math.lcm(kv_heads, devices) == 0
     if wanted == "ulysses" and not divides:
         raise ValueError(
@@ -34,12 +34,12 @@ def exchange_for(heads: int, kv_heads: int, devices: int, wanted: str) -> str:
 
 
 def ulysses(q, k, v, query: QueryBounds, key: KeyBounds, axes: tuple[str, ...], kernel):
-    """`kernel(q, k, v, query, key)` on whole sequences and a part of the heads.
+    """`kernel(q, k, v, query, key)` on full sequences and a shard of the heads.
 
     Args:
       q: [B T/n N H]; k, v: [B T/n K H], of this device, with N a multiple of K and n.
-      query, key: of `mask_bounds`, of its tokens.
-      axes: mesh axes along which lie the n parts.
+      query, key: bounds of its tokens from `mask_bounds`.
+      axes: mesh axes of the n shards.
     Returns:
       [B T/n N H].
     """
@@ -63,7 +63,7 @@ def ring(q, k, v, query: QueryBounds, key: KeyBounds, axes: tuple[str, ...], spe
 
 
 def _routes(axes):
-    """For the even and for the odd parts: which device has it in natural order, and which in zig-zag order."""
+    """For the even and for the odd parts: the device that holds each in natural order, and in zig-zag order."""
     devices = jax.lax.axis_size(axes)
     place = lambda part: min(part, 2 * devices - 1 - part)
     return [[(i, place(2 * i + odd)) for i in range(devices)] for odd in (0, 1)]

@@ -1,9 +1,9 @@
-"""Flash attention in plain XLA (arXiv 2205.14135): exact, never all scores at once, no work where nobody sees.
+"""Flash attention in plain XLA (arXiv 2205.14135): exact, without all scores at once, and without masked blocks.
 
-Tokens are taken in blocks. A block of queries meets only the blocks of keys between the first and the last that any of
-its queries may see, which is told at run time (nn/attention/masks.py): in packed rows, and outside windows, most of the
-square is left out.
-The sum over keys may go around a ring of devices that hold a part of the keys each (Ring Attention, arXiv 2310.01889).
+Tokens are processed in blocks. A block of queries meets only the blocks of keys between the first and the last that any
+of its queries attends to, which is computed at run time (nn/attention/masks.py): in packed rows, and outside windows,
+most of the square is skipped.
+The sum over keys may go around a ring of devices that hold a shard of the keys each (Ring Attention, arXiv 2310.01889).
 """
 
 import math
@@ -40,7 +40,7 @@ class _Keys(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What the softmax over the keys so far is made of, for each query."""
+    """Partial sums of the softmax over the keys so far, for each query."""
 
     value: Array  # f32[B*n K G*t H] sum of exp(score - peak) * v
     total: Array  # f32[B*n K G*t] sum of exp(score - peak)
@@ -49,12 +49,12 @@ class _Sums(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def flash(q, k, v, query: QueryBounds, key: KeyBounds, spec: AttentionSpec, ring: tuple[str, ...] = ()):
-    """softmax(scale q k^T) v of the keys that each query sees.
+    """softmax(scale q k^T) v over the keys that each query attends to.
 
     Args:
       q: [B T N H]; k, v: [B S K H] with N a multiple of K; the values may have another H.
-      query, key: of `mask_bounds`. Padding sees nothing and has zeros as its result.
-      ring: names of the mesh axes (inside `shard_map`) over whose devices the keys are split.
+      query, key: bounds from `mask_bounds`. Padding attends to nothing and has zeros as its result.
+      ring: names of the mesh axes (inside `shard_map`) that shard the keys.
     Returns:
       [B T N H] in the dtype of q.
     """
@@ -192,7 +192,7 @@ def _bounds(queries: _Queries, keys: _Keys, rows: int):
     query, key = queries.bounds, keys.bounds
 
     def ends(values, segment):
-        """(least, largest) [B n] of each block but for its padding; an empty range where it is nothing else."""
+        """(least, largest) [B n] of each block without its padding; an empty range for a block of padding."""
         limit = jnp.iinfo(jnp.int32)
         least = jnp.min(jnp.where(segment > 0, values, limit.max), axis=-1)
         largest = jnp.max(jnp.where(segment > 0, values, limit.min), axis=-1)

@@ -20,16 +20,16 @@ from mllm_jax.nn.runtime import Runtime
 class AttentionConfig(Config):
     """Grouped-query attention (arXiv 2305.13245).
 
-    rope_theta: base of the frequencies of rotary positions; None = there are no rotary positions.
-    rope_sections: frequency slots that read the axes (t, h, w) of a position; they add up to half the values that turn.
-    rope_layout: where those slots are: "interleaved" (t h w t h w ...) or "chunked" (t ... h ... w ...).
-    rope_dim: so many first values of a head turn; 0 = all.
-    rope_scaling: how rotary positions reach beyond the texts of the first training, one of nn/rope.py; None = not at
-      all.
-    qk_norm: queries and keys have a norm, before they turn (arXiv 2302.05442).
-    scale: factor of the scores; None = 1 / sqrt(head_dim).
-    softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
-    qkv_bias, out_bias: the projections to queries, keys and values have biases, the one back has.
+    rope_theta: base of the frequencies of rotary positions. None: no rotary positions.
+    rope_sections: frequency slots that read the axes (t, h, w) of a position; they add up to half of the rotated
+      values.
+    rope_layout: order of those slots: "interleaved" (t h w t h w ...) or "chunked" (t ... h ... w ...).
+    rope_dim: number of first values of a head that are rotated. 0: all.
+    rope_scaling: extension of rotary positions beyond the length of pretraining, one of nn/rope.py. None: none.
+    qk_norm: whether queries and keys are normalized before rotation (arXiv 2302.05442).
+    scale: factor of the scores. None: 1 / sqrt(head_dim).
+    softcap: c, where scores are c tanh(score / c). 0: no cap.
+    qkv_bias, out_bias: whether the projections to queries, keys and values, and the one back, have biases.
     """
 
     heads: PositiveInt
@@ -66,7 +66,8 @@ class AttentionConfig(Config):
         return 4 * self.heads * self.head_dim
 
     def rope(self, position, segment):
-        """Cosines and sines for rotary positions i32[B T 3] of conversations i32[B T]; None where there are none."""
+        """Cosines and sines for rotary positions i32[B T 3] of conversations i32[B T]. None: there are no rotary
+        positions."""
         if self.rope_theta is None:
             return None
         axes, stretch, turns = (
@@ -81,17 +82,17 @@ class AttentionConfig(Config):
         return tuple(part * stretch.table_scale for part in table)
 
     def build(self, norm_eps: float, window: int, runtime: Runtime, name: str) -> nn.Module:
-        """`window`: a token sees so many last ones of its conversation, itself among them; 0 = all."""
+        """`window`: number of last tokens of its conversation that a token attends to, itself included. 0: all."""
         return Attention(self, norm_eps, window, runtime, name=name)
 
 
 def write_cache(cache, new, segment):
-    """Writes a layer's new tokens into a cache, and nothing else: a cache is large.
+    """Writes a layer's new tokens into a cache, and only these: a cache is large.
 
     Args:
       cache: ((k, v) [L B K S H] of all layers, this layer, segment of all slots, index of new ones), or None.
-      new: what to keep of the new tokens, (k, v) [B T K H].
-      segment: i32[B T] theirs.
+      new: keys and values of the new tokens, (k, v) [B T K H].
+      segment: i32[B T] of the new tokens.
     Returns:
       ((k, v) of all layers, this layer's (k, v) [B S K H], their segment i32[B S], index of the new ones); without a
       cache (None, `new`, `segment`, None).
@@ -116,10 +117,10 @@ class Attention(nn.Module):
         """x [B T D] -> ([B T D], the cache with the new tokens).
 
         Args:
-          rope: of `AttentionConfig.rope`.
+          rope: cosines and sines of `AttentionConfig.rope`.
           segment: i32[B T].
           cache: None, or ((k, v) [L B K S H] of all layers, this layer, segment of all slots, index of new ones).
-          prefix: bool[B T] first tokens of a conversation, which see each other; None where there are none.
+          prefix: bool[B T] first tokens of a conversation, which attend to each other. None: there are none.
         """
         config, dtype = self.config, self.runtime.dtype
         width, head_dim = x.shape[-1], config.head_dim

@@ -1,7 +1,12 @@
-"""Which keys a query sees: those of its own segment, of these a stretch from one place to another.
+"""Attention masks as bounds: a query attends to the keys of its own segment between a first and a last place.
 
-Causality, windows and prefixes are all such stretches, so that masks, blocks that are left out, and tokens that lie on
-several devices need to know nothing else.
+Causality, windows and prefixes are all such ranges, so that masks, skipped blocks and sharded tokens need only the
+bounds. For example, six tokens of two conversations, causal with a window of 2:
+
+    segment  1 1 1 2 2 2
+    place    0 1 2 3 4 5
+    first   -1 0 1 2 3 4     the first token of segment 2 may reach place 2, but that is in another segment
+    last     0 1 2 3 4 5
 """
 
 from typing import NamedTuple
@@ -13,13 +18,13 @@ from mllm_jax.types import Array
 
 
 class AttentionSpec(NamedTuple):
-    """How scores are made, and what is left out in advance.
+    """Scores and static mask of attention.
 
-    causal: queries see nothing after themselves.
+    causal: whether queries attend to nothing after themselves.
     scale: factor of q k^T.
-    softcap: c, where scores are c tanh(score / c); 0 = they are not capped.
-    window: with `causal`, so many last tokens are seen, the query's own among them; 0 = all.
-    prefix: some tokens see each other whatever `causal` and `window` say, see `mask_bounds`.
+    softcap: c, where scores are c tanh(score / c). 0: no cap.
+    window: with `causal`, number of last tokens that a query attends to, itself included. 0: all.
+    prefix: whether some tokens attend to each other regardless of `causal` and `window`, see `mask_bounds`.
     """
 
     causal: bool
@@ -41,12 +46,12 @@ class KeyBounds(NamedTuple):
 
 
 def mask_bounds(spec: AttentionSpec, q_segment, kv_segment, offset=None, prefix=None) -> tuple[QueryBounds, KeyBounds]:
-    """What queries see of keys.
+    """Returns the keys that each query attends to, as bounds.
 
     Args:
-      q_segment: i32[B T]; kv_segment: i32[B S]; 0 = padding.
-      offset: i32[] the queries' first slot among the keys; None where both are the same tokens.
-      prefix: bool[B T] first tokens of a conversation, which see each other; needs `spec.causal`.
+      q_segment: i32[B T]; kv_segment: i32[B S]; 0: padding.
+      offset: i32[] the queries' first slot among the keys. None: both are the same tokens.
+      prefix: bool[B T] first tokens of a conversation, which attend to each other; needs `spec.causal`.
     """
     slots = jnp.broadcast_to(jnp.arange(kv_segment.shape[1]), kv_segment.shape)
     # In a cache padding may stand between a prompt and what continues it.
@@ -62,7 +67,8 @@ def mask_bounds(spec: AttentionSpec, q_segment, kv_segment, offset=None, prefix=
 
 
 def _end_of_run(flags):
-    """bool[B T] -> i32[B T]: the last of the flags that follow one another from here on; itself where there is none."""
+    """bool[B T] -> i32[B T]: the last of the consecutive flags from each place on; the place itself if there is no
+    flag."""
     length = flags.shape[1]
     here = jnp.broadcast_to(jnp.arange(length), flags.shape)
     without = jax.lax.cummin(jnp.where(flags, length, here), axis=1, reverse=True)
@@ -70,7 +76,7 @@ def _end_of_run(flags):
 
 
 def attention_mask(query: QueryBounds, key: KeyBounds):
-    """bool[... T S] from [... T] and [... S]. Padding sees padding."""
+    """bool[... T S] from [... T] and [... S]. Padding attends to padding."""
     seen = query.segment[..., :, None] == key.segment[..., None, :]
     if query.first is not None:
         seen &= query.first[..., :, None] <= key.place[..., None, :]

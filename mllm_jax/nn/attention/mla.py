@@ -73,7 +73,7 @@ class MlaConfig(Config):
         return tuple(part * scale for part in rope_table(position, axes, turns.astype(np.float32)))
 
     def absorbs(self, queries: int, keys: int) -> bool:
-        """Whether the absorbed form multiplies less."""
+        """Returns whether the absorbed form multiplies less."""
         both = self.kv_rank * (self.nope_dim + self.v_dim)
         absorbed = queries * both + queries * keys * (2 * self.kv_rank + self.rope_dim)
         return absorbed < keys * both + queries * keys * (self.nope_dim + self.rope_dim + self.v_dim)
@@ -155,7 +155,7 @@ def expanded(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segme
 
 
 def absorbed(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segment, offset):
-    """The same from the latents themselves, which all heads read as they lie in the cache."""
+    """Equals `expanded`, computed from the cached latents, which all heads share."""
     del runtime  # there is but one implementation
     (latent, k_rope), (to_k, to_v) = (part[:, :, 0] for part in kv), jnp.split(up, [config.nope_dim], axis=-1)
     q_nope, q_rope = (part * config.scale for part in q)

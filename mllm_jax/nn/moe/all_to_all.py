@@ -1,9 +1,9 @@
-"""Rows that go to other devices and come back, in bins with room for as many as may come.
+"""Exchange of rows with other devices and back, in bins with a fixed capacity.
 
-"even" sends every bin whole, filled or not (`all_to_all`). "ragged" sends the rows that a bin holds and leaves the same
-behind (`ragged_all_to_all`, which XLA has for TPUs and not for CPUs). Of n tokens that choose k experts each among E on
-d devices, bins with room for any routing hold n d min(k, E / d) rows, bins with room f times the fair share n k f; n k
-are sent if they are ragged, whatever the room, so that room costs memory and nothing else.
+"even" sends every bin in full, filled or not (`all_to_all`). "ragged" sends only the rows in a bin
+(`ragged_all_to_all`, which XLA has for TPUs and not for CPUs). With n tokens that choose k of E experts each on d
+devices, bins with room for any routing hold n d min(k, E / d) rows, and bins of a capacity factor f hold n k f. Ragged
+exchanges send n k rows in either case, so that spare capacity costs only memory.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from mllm_jax.nn.runtime import expect_share
 
 
 def all_to_all_for(wanted: str, platform: str | None = None) -> str:
-    """How rows are exchanged on a platform, by default this one, under "auto"; or what was asked for by name."""
+    """The exchange of rows: the configured one, or under "auto" that of a platform, by default this one."""
     if wanted != "auto":
         return wanted
     return "ragged" if (platform or jax.default_backend()) == "tpu" else "even"

@@ -1,6 +1,6 @@
-"""How tokens reach their experts and come back: pure functions, equal in result where nothing is dropped.
+"""Dispatch of tokens to their experts and back: pure functions, with equal results if no token is dropped.
 
-Tokens are moved by gathers alone, forward and backward: who goes where is a permutation, so that its transpose is a
+Tokens are moved by gathers alone, forward and backward: the assignment is a permutation, so that its transpose is a
 gather with the inverse.
 """
 
@@ -48,11 +48,11 @@ def dispatch(x, experts, weights, real, params: Experts, activation: Callable, r
     Args:
       x: [B T D]; experts: i32[B T k]; weights: f32[B T k].
       real: bool[B T]; padding reaches no expert.
-      params: fp32.
-      activation: of the gate.
-      runtime: `moe_dispatch` says how, `capacity_factor` for how many.
+      params: weights of the experts, fp32.
+      activation: activation of the gate.
+      runtime: `moe_dispatch` selects the dispatch, `capacity_factor` its capacity.
     Returns:
-      [B T D], and i32[B] choices that found no room.
+      [B T D], and i32[B] number of choices over the capacity.
     """
     weights = jnp.where(real[..., None], weights, 0).astype(x.dtype)
     experts = jnp.where(real[..., None], experts, params.down.shape[0])  # E = nowhere
@@ -181,7 +181,7 @@ def _mlps(product: Callable, x, params: Experts, activation: Callable):
 
 
 class _Plan(NamedTuple):
-    """Who goes where; -1 = nobody, nowhere."""
+    """Assignment of tokens to slots of experts, and back; -1: none."""
 
     choice: Array  # i32[slots] the choice that a slot holds
     slot: Array  # i32[choices] the slot that a choice has

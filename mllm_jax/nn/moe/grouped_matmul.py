@@ -43,7 +43,7 @@ def grouped_for(wanted: str) -> str:
 
 
 def row_multiple(implementation: str) -> int:
-    """What the number of rows must be a multiple of."""
+    """The number of rows must be a multiple of this."""
     return MEGABLOX_TILE if implementation == "megablox" else 1
 
 
@@ -148,5 +148,5 @@ def _at(w, group):
 
 
 def _dot(x, w):
-    """In fp32 from operands as they are."""
+    """Product in fp32 of operands in their own dtype."""
     return jnp.dot(x, w, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

@@ -16,15 +16,15 @@ from mllm_jax.sharding.weights import partitioned
 
 @dataclass(frozen=True)
 class MoeConfig(Config):
-    """
+    """A layer of experts.
+
     experts: E; top_k: experts of a token; mlp: width of an expert.
-    shared_expert_dim: width of an MLP that every token goes through besides (the shared experts, side by side); 0 =
-      none.
+    shared_expert_dim: width of an MLP that every token also passes through (all shared experts together). 0: none.
     score_func: "softmax" or "sigmoid".
-    bias: scores are selected, not weighted, with a bias that balances the load and is not trained by gradient.
-    norm_topk_prob: the weights of a token's experts sum to one, before `scale`.
-    n_group, topk_group, group_best: experts are taken from the `topk_group` best of `n_group` groups alone; a group is
-      as good as the sum of its `group_best` best scores.
+    bias: whether experts are selected, but not weighted, with a bias that balances the load without a gradient.
+    norm_topk_prob: whether the weights of a token's experts sum to one, before `scale`.
+    n_group, topk_group, group_best: experts are selected from the `topk_group` best of `n_group` groups; the score of a
+      group is the sum of its `group_best` best scores.
     """
 
     experts: PositiveInt

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and what its routing adds up to. Always in fp32."""
+"""Selection of a token's experts, and sums of its routing. Always in fp32."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def _best_groups(choice, config):
 
 
 def summarize(logits, experts, probability, segment, modality, dropped) -> Routing:
-    """What a layer's routing adds up to, by batch row.
+    """Sums of a layer's routing, by batch row.
 
     Args:
       logits, probability: f32[B T E]; experts: i32[B T k]; segment, modality: i32[B T]; dropped: i32[B].
