@@ -1,4 +1,4 @@
-"""Asks a model the questions of a source, and keeps what it says beside the truth."""
+"""Asks a model the questions of a source, and collects its answers with the true ones."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

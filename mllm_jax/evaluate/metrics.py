@@ -1,4 +1,4 @@
-"""How an answer is compared with the truth."""
+"""Comparison of answers with the truth."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ def normalize(text: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Whether both are the same text, but for case, blanks and a final full stop."""
+    """Returns whether both texts are equal, ignoring case, spaces and a final full stop."""
     return normalize(prediction) == normalize(answer)
 
 

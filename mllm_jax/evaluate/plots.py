@@ -1,4 +1,4 @@
-"""Images, curves and tables as HTML that stands by itself: what notebooks show."""
+"""Images, curves and tables as self-contained HTML, for notebooks."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence

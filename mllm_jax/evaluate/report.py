@@ -1,6 +1,6 @@
-"""A run as one HTML page: scores beside a baseline, images with answers, curves. It needs no network and no script.
+"""A run as one HTML page: scores with a baseline, images with answers, curves. It needs no network and no script.
 
-This file computes what is shown (in percent of a chart's width and height); report.html says how it looks.
+This file computes the values (in percent of a chart's width and height); report.html lays them out.
 """
 
 import math
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one training run left behind. The first run of a report is the one that it is about."""
+    """Results of one training run. The first run of a report is its subject."""
 
     name: str
     records: Sequence[Mapping[str, Any]] = ()  # of `mllm_jax.train.monitor.metrics.read_metrics`
@@ -72,18 +72,18 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     config: str = "",
 ) -> Path:
-    """Writes a page that opens anywhere, and returns its path.
+    """Writes a self-contained page and returns its path.
 
     Args:
-      path: of the HTML file; its folder must exist. The page appears whole or not at all.
-      runs: the run that the page is about, then those that it is compared with (up to three).
-      kinds: rows of the table of scores; empty = the kinds of the first run's scores.
-      answers: images with what was asked and said. right: whether an answer agrees with the truth.
+      path: HTML file in an existing folder, written atomically.
+      runs: the subject of the page, then the runs that it is compared with (up to three).
+      kinds: rows of the table of scores. Empty: the kinds of the first run's scores.
+      answers: images with questions and answers. right: returns whether an answer agrees with the truth.
       parts: part of the model -> number of parameters.
-      facts: summary numbers, name -> text, shown at the top.
+      facts: summary numbers, name -> text, at the top.
       config: the configuration as text.
 
-    Anything may be missing: a section without content is left out. Raises ValueError where there is no run.
+    Anything may be missing: a section without content is left out. Raises ValueError if there is no run.
     """
     if not runs:
         raise ValueError("a report needs at least one run")
@@ -178,7 +178,7 @@ def _pieces(points):
 
 
 def _part(lines: list[dict[str, Any]], gap: float) -> None:
-    """Moves the labels at the ends of lines apart, so that none covers another: sets "label", percent from the top."""
+    """Separates the labels at the ends of lines, so that none covers another: sets "label", percent from the top."""
     ordered = sorted(lines, key=lambda line: line["y"])
     for i, line in enumerate(ordered):
         line["label"] = line["y"] if i == 0 else max(line["y"], ordered[i - 1]["label"] + gap)
@@ -236,7 +236,7 @@ def _shares(parts: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def _time(run: Run) -> list[dict[str, Any]]:
-    """Where the time went up to the last record that tells, by parts that took any."""
+    """Wall time by part, up to the last record that has it; parts without time are left out."""
     told = [record["seconds"] for record in run.records if isinstance(record.get("seconds"), Mapping)]
     spent = {name: seconds for name, seconds in (told[-1] if told else {}).items() if seconds > 0}
     total = sum(spent.values())
@@ -247,7 +247,7 @@ def _time(run: Run) -> list[dict[str, Any]]:
 
 
 def _loads(run: Run) -> list[dict[str, Any]]:
-    """Of the last evaluation, for every kind of token, how often each layer's experts were chosen: 1 is the mean."""
+    """Load of each layer's experts in the last evaluation, for every kind of token: 1 is the mean."""
     found = [record.get("heldout") for record in run.records]
     loads = [known["expert_load"] for known in found if isinstance(known, Mapping) and "expert_load" in known]
     if not loads:

@@ -1,4 +1,4 @@
-"""How well a dual encoder finds the text of an image, and the image of a text."""
+"""Recall of a dual encoder from images to texts and from texts to images."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,13 +12,13 @@ from mllm_jax.train.runs.config import Run
 
 
 def retrieval(dual: Pretrained, run: Run, source: Any, count: int) -> dict[str, Any]:
-    """{"pairs": number, "recall_at_1": {kind: share}} of `count` pairs, or all, spread evenly over a source.
+    """{"pairs": number, "recall_at_1": {kind: fraction}} of `count` pairs, or all, spread evenly over a source.
 
-    The more pairs there are, the harder is it to find the right one. See `recall_at_1`.
+    Recall falls with the number of pairs. See `recall_at_1`.
 
     Args:
       dual: a dual encoder with its processor, on the first device.
-      run: its data says how pairs are packed.
+      run: run whose data settings pack the pairs.
     """
     if dual.processor is None:
         raise ValueError("the folder of this model has no tokenizer.json or no preprocessor_config.json; add them")

@@ -1,4 +1,4 @@
-"""What the stages of a run came to: a table, and a page on which every branch of stages is one line."""
+"""Comparison of a run's stages: a table, and a page on which every branch of stages is one line."""
 
 import json
 from collections.abc import Mapping

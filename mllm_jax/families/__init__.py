@@ -57,5 +57,5 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
 
 
 def spec_for(config: ModelConfig) -> ProcessorSpec:
-    """What a model expects of its input, as far as its family and its config say."""
+    """Settings of a model's input that its family and its config determine."""
     return TEXT_ONLY if config.encoder is None else FAMILIES[config.family].processor_spec(config)

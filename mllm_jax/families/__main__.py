@@ -21,7 +21,7 @@ from mllm_jax.types import NEWLINE
 
 
 class Tokens(NamedTuple):
-    """What an image becomes in the text: visual tokens of patches, and learned tokens that end their rows."""
+    """Tokens of an image in the text: visual tokens of patches, and learned tokens that end their rows."""
 
     patches: int
     newlines: int
@@ -53,7 +53,7 @@ def parts(config: Any) -> str:
 
 
 def generates(config: Any) -> bool:
-    """Whether a model writes texts."""
+    """Returns whether a model generates text."""
     return isinstance(config, ModelConfig) and config.decoder is not None
 
 
@@ -63,7 +63,7 @@ def _kind(part: Any) -> str:
 
 
 def table(size: tuple[int, int], family: str | None = None) -> Table:
-    """Of all published models; `size` is (height, width) of an image in pixels."""
+    """Table of all published models; `size` is (height, width) of an image in pixels."""
     height, width = size
     title = f"Published models, and an image of {width} x {height} pixels"
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")

@@ -30,14 +30,14 @@ class Family(ABC):
     attributes, implements `from_hf`, `fields_to_hf` and `weights`, and overrides the other methods where its models
     differ from the defaults. A model that reads images also sets `input_names` and implements `visuals`.
 
-    name: the models' name in error messages.
-    architectures: model_type of config.json -> class of transformers, or of the authors where transformers has none.
+    name: name of the models in error messages.
+    architectures: model_type of config.json -> class of transformers, or of the authors if transformers has none.
     sizes: published sizes by name.
-    ignore: regular expressions of tensors in files that are no part of the model, beside buffers and tied heads.
+    ignore: regular expressions of tensors in files that the model does not use, beside buffers and tied heads.
     rename: (regular expression, replacement) pairs that turn former names of tensors into those of `weights`.
-    modules: the same from the names of `weights` to the names of modules in transformers' memory, where they differ.
+    modules: the same from the names of `weights` to the module names in transformers' memory, where they differ.
     input_names: names of the vision arrays of its Hugging Face processor.
-    spec: settings of its processor that no config.json holds.
+    spec: settings of its processor that no config.json contains.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""Asks a model about images and videos, and writes its answer as it comes.
+"""Asks a model about images and videos, and writes its answer as it is generated.
 
     python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is in the image?"
     python -m mllm_jax.generate --checkpoint FOLDER                              a chat, on a terminal
     python -m mllm_jax.generate --checkpoint FOLDER --prompts questions.jsonl    a line of JSON for each answer
 
-A chat keeps what was said; /help lists its commands. A file of prompts is a text with one a line, or records with or
-without answers, of any kind and layout that training reads; their images are found beside it.
+A chat keeps its earlier turns; /help lists its commands. A file of prompts has one prompt per line, or records with or
+without answers, of any format and layout that training reads; paths of images are relative to it.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def _answer_file(vlm: Pretrained, args: argparse.Namespace, settings: dict[str, 
 
 
 def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[str, float]:
-    """Settings of sampling: as the command says, else as the model's file does with --sample, else greedily."""
+    """Sampling settings: those of the command, else with --sample those of the model's file, else greedy."""
     asked = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     if args.sample and defaults.unsupported:
         say(f"note: {FILE} asks for {defaults.unsupported}, which is not done")

@@ -67,10 +67,11 @@ class Chat:
         return int(np.sum(example.vision_index >= 0))
 
     def ask(self, text: str, write: Callable[[str], None]) -> str:
-        """Answers a question about what is attached, and passes the answer to `write` as it grows.
+        """Answers a question about the attached media, and passes the growing answer to `write`.
 
-        An answer that Ctrl-C ends stays in the conversation as far as it came. Where there is none yet, or an error,
-        the question is withdrawn, with what was attached to it.
+        If Ctrl-C ends an answer, its text so far stays in the conversation. Without any text, or after an error, the
+        question is
+        withdrawn with its media.
         """
         question, self.attached = _question(self.attached, text), []
         settings, parts = dict(self._settings), []
@@ -201,7 +202,7 @@ def _answer(chat: Chat, text: str) -> None:
 
 
 def _command(chat: Chat, name: str, rest: str) -> bool:
-    """Follows a command. Returns whether the chat goes on."""
+    """Runs a command. Returns whether the chat continues."""
     path = rest.strip().strip("'\"")
     if name not in COMMANDS:
         raise ValueError(f"there is no command /{name}; {suggestion(name, COMMANDS)}")

@@ -1,9 +1,9 @@
-"""How weights lie while tokens are decoded one by one.
+"""Layout of weights on CPU while tokens are decoded one by one.
 
 A decoding step is bound by reading every weight once. XLA on CPU copies a layer out of a stack before it can multiply
 with it, and packs a [V D] head anew in every product of several rows: both cost more than the reading. So on CPU the
-layers are taken apart, and the head is turned, once per call. Inside a program they are put together again: XLA cancels
-a slice of a stack, and a transposition of a transposition, and nothing is moved.
+layers are unstacked and the head is transposed once per call. Inside a program they are stacked again: XLA cancels a
+slice of a stack, and a transposition of a transposition, and nothing is moved.
 """
 
 import dataclasses

@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How tokens are chosen, and when a row ends."""
+    """Selection of tokens, and the end of a row."""
 
     sampling: Sampling
     key: Array

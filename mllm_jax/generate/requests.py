@@ -56,7 +56,7 @@ def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
 
 
 def stream_text(processor: Any, stop: Sequence[int], write: Callable[[str], None]) -> Callable[[np.ndarray], None]:
-    """An `on_token` for one row, which writes its text as it grows: whole characters, up to the stop token."""
+    """An `on_token` for one row, which writes its text as it grows: complete characters, up to the stop token."""
     tokens, written = [], ""
 
     def on_token(token: np.ndarray) -> None:

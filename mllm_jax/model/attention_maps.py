@@ -1,4 +1,4 @@
-"""What tokens look at: the probabilities of attention, which no implementation of it keeps, for a few queries."""
+"""Attention weights of the decoder for a few queries, which no attention implementation stores."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,21 +21,23 @@ NOTED = "probabilities"
 
 
 def attention_of(vlm: Any, batch: Batch, at: Array) -> jax.Array:
-    """The share of every token's value in what the decoder's heads read, at the tokens `at`.
+    """Attention weights of all decoder heads at the tokens `at`.
 
-    A pure function: the model is computed once more, and beside each layer's attention the rows of these queries. They
-    are those of the weights as they are, whatever implementation of attention, remat policy or scan the model has.
+    A pure function: it runs the model again and computes the rows of these queries in each layer. The result does not
+    depend on the model's attention implementation, remat policy or scan.
 
     Args:
       vlm: anything with `config`, `model` and `params` (`mllm_jax.load_pretrained`).
-      batch: conversations, packed or one per row. To ask what an answer's token rests on, take the column before it:
-        there `weight` is above 0.
-      at: i32[B Q] columns of the tokens that are asked, Q of every row.
+      batch: conversations, packed or one per row. The prediction of an answer's token is made at the column before it,
+        where
+        `weight` is above 0.
+      at: i32[B Q] columns of the queries, Q in every row.
     Returns:
-      f32[L B N Q T] of every layer and head; each row sums to 1, and is 0 at other conversations and at padding. A row
-      asked at padding has no meaning.
+      f32[L B N Q T] of every layer and head; each row sums to 1, and is 0 at other conversations and at padding. The
+      row of
+      a query at padding has no meaning.
     Raises:
-      ValueError: the model has no decoder or latent attention, or `at` are no columns of the batch.
+      ValueError: the model has no decoder or latent attention, or `at` are not columns of the batch.
     """
     config = vlm.config
     if not isinstance(config, ModelConfig) or config.decoder is None:

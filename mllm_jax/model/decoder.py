@@ -24,7 +24,7 @@ from mllm_jax.types import Cache
 
 
 class LayerKind(NamedTuple):
-    """In what layers differ; those of one kind are compiled once."""
+    """Differences between layers; layers of one kind are compiled once."""
 
     experts: bool = False
     window: int = 0
@@ -32,24 +32,26 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderConfig(Config):
-    """
+    """A decoder of text, with or without visual tokens.
+
     attention: AttentionConfig or MlaConfig.
-    mlp: width of the feed-forward block of layers without experts; `activation`, `mlp_gated` and `mlp_bias` are its.
-    moe: experts in place of that block, in the layers that `num_dense_layers` and `moe_layer_freq` leave them; None =
-      nowhere.
-    num_dense_layers: so many layers at the beginning have none.
-    moe_layer_freq: every n-th layer has them, counted so that with 2 the second is the first to have them.
-    sliding_windows: of the layers in turn, the first again after the last: a token sees so many last tokens of its
-      conversation, itself among them; 0 = all. () = all in every layer.
-    norm: kind of the norms, of nn/norm.py: "rms", "rms_offset" or "layer"; `norm_eps` is its.
-    use_post_norm: what a block gives has a norm too, before it is added.
+    mlp: width of the feed-forward block of layers without experts, which has `activation`, `mlp_gated` and `mlp_bias`.
+    moe: experts in place of that block, in the layers that `num_dense_layers` and `moe_layer_freq` select. None: no
+      experts.
+    num_dense_layers: number of leading layers without experts.
+    moe_layer_freq: every n-th layer has experts; with 2, the second is the first to have them.
+    sliding_windows: attention window per layer in tokens, repeated cyclically over layers. 0: global attention. ():
+      global
+      attention in every layer.
+    norm: norm of nn/norm.py: "rms", "rms_offset" or "layer", with `norm_eps`.
+    use_post_norm: whether the output of a block is normalized before it is added.
     embed_scale: factor of embedded tokens, not of visual ones.
-    logit_softcap: c, where logits are c tanh(logit / c); 0 = they are not capped.
-    positions: learned positions that are added to all tokens, by the first axis of their position; 0 = none.
-    position_offset: rows of the table of learned positions that stand before the one of position 0.
-    prefix: the first tokens of a conversation (`Batch.prefix`) are seen by all of it, as in PaliGemma.
-    family: whose names its tensors have in a model that takes any decoder (families/decoders/by_model_type.py), used
-      for reading and writing only; "" = the first that has such a decoder.
+    logit_softcap: c, where logits are c tanh(logit / c). 0: no cap.
+    positions: number of learned positions, added to all tokens by the first axis of their position. 0: none.
+    position_offset: rows of the table of learned positions before that of position 0.
+    prefix: whether the first tokens of a conversation (`Batch.prefix`) are attended to by all of it, as in PaliGemma.
+    family: family whose tensor names its weights have in a model that takes any decoder
+      (families/decoders/by_model_type.py), for reading and writing only. "": the first with such a decoder.
     """
 
     vocab: PositiveInt
@@ -77,7 +79,7 @@ class DecoderConfig(Config):
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """Of every layer."""
+        """Kind of every layer."""
         has = lambda i: self.moe is not None and i >= self.num_dense_layers and (i + 1) % self.moe_layer_freq == 0
         windows = itertools.islice(itertools.cycle(self.sliding_windows or (0,)), self.layers)
         return tuple(LayerKind(has(i), window) for i, window in enumerate(windows))
@@ -197,7 +199,7 @@ class Decoder(nn.Module):
             x = x + self._look_up(self.position_table, position[..., 0] + config.position_offset)
 
         def step(layer, carry, number):
-            """A layer and what DeepStack adds to it. The whole cache is carried, so that it is updated in place."""
+            """Runs a layer and adds DeepStack's features. The whole cache is carried, so that it is updated in place."""
             x, kept = carry
             own = None if kept is None else (kept, number, *slots)
             x, kept, routing = layer(x, rope, segment, modality, own, prefix)

@@ -96,7 +96,7 @@ class DualConfig(Config):
 
     @property
     def decoder(self) -> DecoderConfig:
-        """What reads texts, by the name that it has in a ModelConfig."""
+        """The text tower, by the name that it has in a ModelConfig."""
         return self.text
 
     def build(self) -> nn.Module:
@@ -166,12 +166,12 @@ class DualEncoder(nn.Module):
 
 
 def probabilities(logits, loss: str):
-    """Of every text that it belongs to an image: logits f32[images texts] as a model of this loss means them."""
+    """Probability that a text belongs to an image, from logits f32[images texts] of a model trained with this loss."""
     return jax.nn.softmax(logits, axis=-1) if loss == "softmax" else jax.nn.sigmoid(logits)
 
 
 def _unit(x):
-    """Of unit length; nothing, where no image is, stays nothing and has no gradient."""
+    """Scales to unit length; the zeros of missing images stay zero and have no gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-30))
 

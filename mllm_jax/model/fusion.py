@@ -1,4 +1,4 @@
-"""How vision enters the decoder: pure functions of arrays."""
+"""Fusion of vision into the decoder: pure functions of arrays."""
 
 from functools import partial
 

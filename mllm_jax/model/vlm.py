@@ -1,4 +1,4 @@
-"""One model for the whole lineage: encode -> connect -> fuse -> decode. The types of the configs choose the parts."""
+"""One model for all families: encode -> connect -> fuse -> decode. The types of the configs select the parts."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -25,9 +25,9 @@ TEXT, IMAGE, VIDEO = range(len(MODALITIES))
 
 @dataclass(frozen=True)
 class VisionTokenIds(Config):
-    """Ids of the tokens that stand for vision in a prompt: placeholders of images and videos, and their brackets.
+    """Ids of the tokens that represent vision in a prompt: placeholders of images and videos, and their brackets.
 
-    -1: there is none. An `image` that no vocabulary has is below 0, too.
+    -1: the model has no such token. An `image` outside the vocabulary is negative, too.
     """
 
     image: Int
@@ -38,18 +38,17 @@ class VisionTokenIds(Config):
 
 @dataclass(frozen=True)
 class InputRules(Config):
-    """What a config.json says of how conversations become input, where batches are made: no part of the model reads it.
+    """Settings of a config.json that affect only how conversations become batches: no part of the model reads them.
 
-    pinpoints: (height, width) in pixels of what images are laid on and cut into tiles (AnyRes), see
+    pinpoints: (height, width) in pixels of the canvases that images are placed on and split into tiles (AnyRes), see
       data/vision/tiles.py.
-    square: images are put in the middle of a square of the encoder's mean color.
-    tiles: the fewest and the most tiles of an image; () = the processor's files say them.
-    most_tiles: a grid of visual tokens larger than that of so many tiles is resampled to it, and videos are pooled; 0 =
-      visual tokens stand as they are.
-    shows_prefix_tokens: the class token and the registers of an image are visual tokens too, before those of its
+    square: whether images are padded to a square with the encoder's mean color.
+    tiles: smallest and largest number of tiles of an image. (): those of the processor's files.
+    most_tiles: number of tiles above which a grid of visual tokens is resampled, and videos are pooled. 0: never.
+    shows_prefix_tokens: whether the class token and the registers of an image are visual tokens too, before its
       patches.
-    position_rate: rotary positions per second of a video; 0 = one per temporal patch.
-    chat: the name of the format of chats; "" = the processor's files hold a template.
+    position_rate: rotary positions per second of a video. 0: one per temporal patch.
+    chat: name of the chat format. "": a template in the processor's files.
     """
 
     pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
@@ -104,17 +103,17 @@ class ModelConfig(Config):
 
     @property
     def merge(self) -> int:
-        """Side of the square of patches that becomes one visual token; 1 where there are none."""
+        """Side of the square of patches that becomes one visual token. 1: the model reads no images."""
         return 1 if self.connector is None else self.connector.merge
 
     @property
     def patch_values(self) -> int:
-        """Values in a patch; 0 where there are none."""
+        """Number of values in a patch. 0: the model reads no images."""
         return 0 if self.encoder is None else self.encoder.patch_values
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Empty patches that stand before an image's own: its class token and registers, to whole visual tokens."""
+        """Number of empty patches before those of an image: its class token and registers, rounded up to visual tokens."""
         return 0 if self.encoder is None else -(-self.encoder.num_prefix_tokens // self.merge**2) * self.merge**2
 
     @property
@@ -124,12 +123,12 @@ class ModelConfig(Config):
 
     @property
     def prefix(self) -> bool:
-        """Whether a conversation has first tokens that all its tokens see."""
+        """Whether the first tokens of a conversation are attended to by all its tokens."""
         return self.decoder is not None and self.decoder.prefix
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What `data.pack.collate` must know to lay out batches."""
+        """Arguments of `data.pack.collate` that lay out batches for this model."""
         return dict(merge=self.merge, values=self.patch_values, prefix=self.prefix, mixes=self.inputs.most_tiles > 0)
 
     def build(self) -> nn.Module:
@@ -155,7 +154,7 @@ class ModelConfig(Config):
 
 
 def example_image(values: int, patches: int) -> Vision:
-    """One row of one image of so many patches of so many values."""
+    """One row with one image of this many patches of this many values."""
     return Vision(
         patches=np.zeros((1, 1, patches, values), np.float32),
         image=np.ones((1, 1, patches), np.int32),
@@ -306,7 +305,7 @@ def without_values(config: Any) -> Any:
 
 
 def in_full(config: ModelConfig) -> ModelConfig:
-    """The config with every weight as one array of its own shape, which few bits do not have."""
+    """The config with every weight as one array of its own shape, which quantized weights do not have."""
     return replace(config, lora=replace(config.lora, base_dtype="float32"))
 
 

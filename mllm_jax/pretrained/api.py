@@ -55,15 +55,16 @@ def load_pretrained(
     runtime: Runtime | None = None,
     tower: str | os.PathLike | None = None,
 ) -> Pretrained:
-    """Reads a model in Hugging Face's format; weights are streamed, never all of them in host memory.
+    """Reads a model in Hugging Face's format; weights are streamed, so that host memory never holds all of them.
 
     Args:
       source: a folder with config.json and *.safetensors, or the name of a model on the Hugging Face hub.
-      dtype: "float32" or "bfloat16", in which parameters are kept and computed with.
-      mesh: where parameters lie, by the rules of `runtime`; None = all on one device.
-      runtime: how the model is computed; its dtype is overruled by `dtype`.
-      tower: where the weights of the vision tower are, as `source`, if that lacks them, as the own files of LLaVA 1.0
-        and 1.5 do; by default the one that config.json names. `save_pretrained` writes all in one folder.
+      dtype: dtype of parameters and computation, "float32" or "bfloat16".
+      mesh: mesh on which the rules of `runtime` shard the parameters. None: all on one device.
+      runtime: execution of the model; `dtype` overrides its dtype.
+      tower: source of the vision tower's weights, if `source` lacks them, as the authors' files of LLaVA 1.0 and 1.5
+        do.
+        Default: the one that config.json names. `save_pretrained` writes all in one folder.
     Raises:
       FileNotFoundError: no such folder or model, or no config.json in it.
       ValueError: the config is of another family or cannot be read, or the weights do not fit it.
@@ -172,18 +173,21 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
 
 
 def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) -> Batch | DualBatch:
-    """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits come out in its order.
+    """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits are in its order.
 
-    For a tower alone a batch has an image a row, and no tokens; for a dual encoder an image a row, a text a row, or
+    For a vision tower a batch row has one image and no tokens; for a dual encoder one image per row, one text per row,
+    or
     either alone.
 
     Args:
-      config: its family says which arrays are understood, and what they mean.
-      inputs: numpy arrays (or what `numpy.asarray` takes) named as Hugging Face's processor of this family names them:
+      config: its family defines the arrays and their meaning.
+      inputs: numpy arrays (or anything that `numpy.asarray` takes) under the names of this family's Hugging Face
+        processor:
         `input_ids` i[B T], optional `attention_mask` and `labels`, and those of images.
     Raises:
-      ValueError: an unknown name, `input_ids` that are no tokens of the model or more than it has learned positions
-        for, or placeholders that do not match the images.
+      ValueError: an unknown name, `input_ids` outside the vocabulary or beyond the learned positions, or placeholders
+        that
+        do not match the images.
     """
     family = FAMILIES[config.family]
     if isinstance(config, DualConfig):

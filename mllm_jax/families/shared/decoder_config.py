@@ -63,10 +63,10 @@ def decoder_fields(
     norm_eps: float = 1e-6,
     tie: bool = False,
 ) -> dict[str, Field]:
-    """The fields that `read_decoder` reads, with what they are in a file that does not say them.
+    """The fields that `read_decoder` reads, with their defaults.
 
-    kv_heads: None: as many as heads.
-    length: tokens of a text at most.
+    kv_heads: None: the number of heads.
+    length: largest number of tokens of a text.
     """
     return {
         "vocab_size": count(vocab),
@@ -109,8 +109,8 @@ def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None,
 
     Args:
       text: the values of `decoder_fields`.
-      rope: what is given to `rope_from_hf` beside the config.
-      fields: of DecoderConfig, or of AttentionConfig, that the config says in another way or not at all.
+      rope: further arguments of `rope_from_hf`.
+      fields: fields of DecoderConfig, or of AttentionConfig, that the config has under other names or not at all.
     """
     heads = text["num_attention_heads"]
     head_dim = text["head_dim"] or text["hidden_size"] // heads
@@ -140,12 +140,12 @@ def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None,
 
 
 def tied_at_the_top(decoder: DecoderConfig, config: Mapping[str, Any], default: bool = False) -> DecoderConfig:
-    """The decoder of a multimodal config.json, tied as its top level says, whatever the text config says."""
+    """The decoder of a multimodal config.json, tied as its top level sets, regardless of the text config."""
     return replace(decoder, tie_embeddings=bool(config.get("tie_word_embeddings", default)))
 
 
 def tied_at_either(decoder: DecoderConfig, config: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder of a multimodal config.json, tied if its top level or its text config says so."""
+    """The decoder of a multimodal config.json, tied if its top level or its text config sets it."""
     return replace(decoder, tie_embeddings=decoder.tie_embeddings or bool(config.get("tie_word_embeddings")))
 
 

@@ -1,4 +1,4 @@
-"""What arrays of Hugging Face's processors show, for families that share a layout of them."""
+"""Arrays of Hugging Face's processors, for families that share a layout of them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rotary positions as a config.json says them, in the words of before and since transformers 5, both ways."""
+"""Rotary positions in config.json, in the layouts before and since transformers 5, in both directions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ _KNOWN |= {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleave
 
 
 def rope_fields(theta: float) -> dict[str, Field]:
-    """The fields of a text config that say how positions turn; `theta` is the default of transformers' class."""
+    """The fields of a text config for rotary positions; `theta` is the default of transformers' class."""
     return {
         "rope_parameters": nullable(section(None)),
         "rope_scaling": nullable(section(None)),
@@ -84,17 +84,17 @@ def rope_fields(theta: float) -> dict[str, Field]:
 def rope_of(text: Json, kinds: Mapping[str, str] = AS_NAMED, partial: bool = False) -> dict[str, Any]:
     """Rotary positions of a text config in one dict, as transformers 5 fills in its `rope_parameters`.
 
-    `rope_scaling` counts before `rope_parameters`, what stands in one of these before what stands beside it, except
-    for LENGTH, which counts where it stands beside.
+    `rope_scaling` takes precedence over `rope_parameters`, and fields inside them over fields beside them, except for
+    LENGTH, whose value beside them takes precedence.
 
     Args:
       text: the values of `rope_fields` and `max_position_embeddings`.
-      kinds: values of `rope_type` that are understood, and which of KINDS each is.
-      partial: heads may turn in part.
+      kinds: supported values of `rope_type`, each with one of KINDS.
+      partial: whether heads may be rotated in part.
     Returns:
-      `rope_type`, `rope_theta`, `partial_rotary_factor`, where it is stated `mrope_section`, and the kind's own fields.
+      `rope_type`, `rope_theta`, `partial_rotary_factor`, `mrope_section` if it is set, and the kind's own fields.
     Raises:
-      FieldError: a kind that is not in `kinds`, a field that no kind has, or one that holds what it cannot.
+      FieldError: a kind that is not in `kinds`, a field that no kind has, or an invalid value.
     """
     where = "rope_scaling" if text["rope_scaling"] else "rope_parameters"
     beside = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if text[name] is not None}
@@ -122,12 +122,12 @@ def rope_from_hf(
     kinds: Mapping[str, str] = AS_NAMED,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """The fields of AttentionConfig that say how positions turn.
+    """The fields of AttentionConfig for rotary positions.
 
     Args:
       text: see `rope_of`.
-      sections: of M-RoPE where the config says none. Empty: all slots read the one position of text, whatever it says.
-      layout: of M-RoPE.
+      sections: sections of M-RoPE if the config has none. Empty: all slots read the one position of text in any case.
+      layout: layout of M-RoPE.
       kinds, partial: see `rope_of`.
     Raises:
       FieldError: see `rope_of`.
@@ -158,12 +158,12 @@ def axial_to_hf(theta: float | None) -> dict[str, Any]:
 
 
 def stretch_from_hf(rope: Json, longest: int, slots: int) -> Any:
-    """How rotary positions reach further than in the first training: one of nn/rope.py, or None.
+    """The extension of rotary positions beyond the length of pretraining: one of nn/rope.py, or None.
 
     Args:
-      rope: of `rope_of`.
-      longest: tokens of a text at most, `max_position_embeddings`.
-      slots: frequencies of a head.
+      rope: result of `rope_of`.
+      longest: largest number of tokens of a text, `max_position_embeddings`.
+      slots: number of frequencies of a head.
     """
     kind = rope["rope_type"]
     if kind == "default":

@@ -28,7 +28,7 @@ def layer_norm(ours: str, theirs: str) -> list[Row]:
 
 
 def separate_qkv(theirs: str) -> list[Row]:
-    """Rows of queries, keys and values in tensors of their own, with biases where they have them."""
+    """Rows of queries, keys and values in separate tensors, with their biases if there are any."""
     return [
         row
         for name in "qkv"
@@ -64,7 +64,7 @@ def gated_mlp(ours: str, theirs: str) -> list[Row]:
 
 
 def experts_one_by_one(ours: str, theirs: str) -> list[Row]:
-    """Experts each of which has tensors of its own; files may also hold them as transformers 5 has them in memory."""
+    """Rows of experts in separate tensors; files may also have them in the layout of transformers 5's memory."""
     gate_up, down = f"{theirs}.{{e}}.{{half}}_proj.weight", f"{theirs}.{{e}}.down_proj.weight"
     fused_gate_up, fused_down = {"theirs": f"{theirs}.gate_up_proj"}, {"theirs": f"{theirs}.down_proj"}
     halves: Mapping = {"half": ("gate", "up")}
@@ -75,7 +75,7 @@ def experts_one_by_one(ours: str, theirs: str) -> list[Row]:
 
 
 def joint_qkv(config: DecoderConfig, theirs: str, pattern: str, bias: str | None = None) -> list[Row]:
-    """Rows of queries, keys and values that lie one after the other in one tensor, along the pattern's axis `n`."""
+    """Rows of queries, keys and values joined in one tensor, along the pattern's axis `n`."""
     heads, kv_heads = config.attention.heads, config.attention.kv_heads
     count, firsts = heads + 2 * kv_heads, {"q": 0, "k": heads, "v": heads + kv_heads}
     return [
@@ -114,9 +114,9 @@ def decoder(
     """Rows of a decoder with the names of Llama's tensors, which most have.
 
     Args:
-      prefix: what the names of its tensors begin with.
+      prefix: prefix of the names of its tensors.
       head: name of the head.
-      experts: rows of the experts of a layer, ours without the path of layers; None = they lie one by one.
+      experts: rows of the experts of a layer, ours without the path of layers. None: one tensor per expert.
       others: rows of a layer in place of those for the same leaves, ours without the path of layers.
     """
     layer = f"{prefix}.layers.{{n}}"

@@ -1,4 +1,4 @@
-"""What people are told whose file names something that there is not."""
+"""Errors for values in a file that are not supported, with suggestions."""
 
 import difflib
 from collections.abc import Iterable

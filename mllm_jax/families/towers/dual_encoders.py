@@ -1,4 +1,4 @@
-"""What CLIP, SigLIP and SigLIP 2 have in common: the tower of texts, and the names of both towers' tensors."""
+"""Shared parts of CLIP, SigLIP and SigLIP 2: the text tower, and the tensor names of both towers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +29,7 @@ class DualFamily(Family):
     input_names = SQUARE
 
     def images(self, config: DualConfig, arrays: Arrays) -> DualBatch:
-        """Returns the images in arrays of `input_names`, each in a row of its own."""
+        """Returns the images in arrays of `input_names`, one per row."""
         return one_each(square_images(config, arrays))
 
 
@@ -51,7 +51,7 @@ SAID = {"hidden_size": "width", "num_hidden_layers": "layers", "intermediate_siz
 
 
 def text_from_hf(text: Mapping[str, Any], base: DecoderConfig) -> DecoderConfig:
-    """The tower that a `text_config` describes; `base` is the one of a config that says nothing."""
+    """The text tower that a `text_config` describes; `base` gives the defaults."""
     kinds = {"layer_norm_eps": positive, "num_hidden_layers": count_layers}
     stated = read(
         text,

@@ -100,7 +100,7 @@ _GIANT = replace(_SIGLIP, width=1536, layers=40, heads=16, mlp=6144)
 
 
 def _at(encoder: VitConfig, patch: int, *images: int) -> dict[str, VitConfig]:
-    """Sizes "patch-image", for images of so many pixels a side."""
+    """Sizes "patch-image", for square images of these sides in pixels."""
     sizes = {f"{patch}-{side}": (side // patch, side if side % patch else 0) for side in images}
     return {
         name: replace(encoder, patch_size=patch, position_grid=grid, image_size=size)

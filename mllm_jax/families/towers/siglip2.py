@@ -25,7 +25,7 @@ class Siglip2(siglip.Siglip):
     input_names = ANY_SIZE
 
     def images(self, config: DualConfig, arrays: Arrays) -> DualBatch:
-        """Each in a row of its own that is as long as the processor made it."""
+        """Images, one per row, in rows as long as the processor made them."""
         found = images_of_any_size(config, arrays)
         return one_each(found, arrays["pixel_values"].shape[1] if found else 0)
 

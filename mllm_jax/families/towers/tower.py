@@ -30,11 +30,11 @@ class Tower:
     """A kind of vision tower.
 
     kind: the model_type of its config.json.
-    base: the tower of a config.json that says nothing, with what none can say.
-    rows: of the weights of an encoder, theirs after a prefix.
-    said: what a config.json says beside SAID, in the same form.
-    sizes: published ones.
-    head: by itself it ends in a head that makes one vector of an image; its config.json says where it does not.
+    base: the tower of a config.json without fields, with the values that none can have.
+    rows: rows of an encoder's weights, theirs after a prefix.
+    said: fields of config.json beside SAID, in the same form.
+    sizes: published sizes.
+    head: whether the published tower ends in a head that pools an image to one vector, unless its config.json has none.
     """
 
     kind: str
@@ -99,7 +99,7 @@ class Tower:
         return written
 
     def says(self, encoder: VitConfig) -> bool:
-        """Whether a config.json of this kind can represent an encoder."""
+        """Returns whether a config.json of this kind can represent an encoder."""
         try:
             return bool(self.to_hf(encoder))
         except ValueError:
@@ -133,7 +133,7 @@ def patches(encoder: VitConfig, theirs: str) -> list[Row]:
 
 
 def attention(theirs: str, names: Iterable[str]) -> list[Row]:
-    """Rows of queries, keys and values that lie one by one: `theirs` with `{part}` for their names."""
+    """Rows of separate queries, keys and values: `theirs` with `{part}` for their names."""
     values = {"part": tuple(names)}
     return [
         Row("encoder/layers/attention/qkv/w", f"{theirs}.weight", "(n h) d -> d n h", values=values),
@@ -142,12 +142,12 @@ def attention(theirs: str, names: Iterable[str]) -> list[Row]:
 
 
 def joint_attention(theirs: str) -> list[Row]:
-    """Rows of queries, keys and values that lie one after the other in one tensor."""
+    """Rows of queries, keys and values joined in one tensor."""
     return linear("encoder/layers/attention/qkv", theirs, "(c n h) d -> c d n h", "(c n h) -> c n h")
 
 
 def block(theirs: str, out: str, norms: tuple[str, str]) -> list[Row]:
-    """Rows of a layer beside queries, keys, values and the MLP: `out` of attention, and the names of its `norms`."""
+    """Rows of a layer other than queries, keys, values and the MLP: `out` of attention, and the names of its `norms`."""
     return [
         *linear("encoder/layers/attention/out", f"{theirs}.{out}", "d (n h) -> n h d", ""),
         *layer_norm("encoder/layers/norm1", f"{theirs}.{norms[0]}"),

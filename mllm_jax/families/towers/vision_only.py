@@ -36,9 +36,10 @@ def square_images(config: Any, arrays: Arrays) -> list[ImagePatches]:
 
 
 def images_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
-    """NaFlex's: `pixel_values` f[n p C] patches with values in (y, x, c) order, `spatial_shapes` i[n 2] in patches.
+    """Images of NaFlex: `pixel_values` f[n p C] patches with values in (y, x, c) order, `spatial_shapes` i[n 2] in
+    patches.
 
-    `pixel_attention_mask` says the same as the shapes, that the rest of a row is padding, and is only compared.
+    `pixel_attention_mask` marks the padding, which follows from the shapes, and is only compared with them.
     """
     given = [name for name in ANY_SIZE if name in arrays]
     if not given:
@@ -79,10 +80,10 @@ def attention_pool(ours: str, theirs: str) -> list[Row]:
 
 
 class TowerFamily(Family):
-    """A vision tower as a model of its own.
+    """A vision tower as a model.
 
     tower: its kind.
-    features: of the encoder, see VitConfig.
+    features: features of the encoder, see VitConfig.
     """
 
     tower: Tower

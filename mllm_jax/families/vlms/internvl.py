@@ -144,6 +144,6 @@ class Internvl(Family):
         return Stretch((config.encoder.side,) * 2)  # each frame is one tile
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Tiles f[tiles c h w] of all images, and frames: each stands for placeholders of its own."""
+        """Tiles f[tiles c h w] of all images, and frames: each has its own placeholders."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         return {config.tokens.image: [whole(config, tile) for tile in pixels]}

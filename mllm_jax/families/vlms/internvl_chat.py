@@ -1,7 +1,7 @@
-"""InternVL 1.5 to 3 (arXiv 2404.16821, 2412.05271, 2504.10479) in OpenGVLab's own files, of model_type "internvl_chat".
+"""InternVL 1.5 to 3 (arXiv 2404.16821, 2412.05271, 2504.10479) in OpenGVLab's files, of model_type "internvl_chat".
 
-Tensor names as in the published safetensors files: the decoder has those of its own family, whole, after
-"language_model.". What transformers makes of these models is families/vlms/internvl.py.
+Tensor names are those of the published safetensors files: the decoder's are those of its own family after
+"language_model.". The layout of transformers is in families/vlms/internvl.py.
 """
 
 import json
@@ -118,7 +118,7 @@ _SECOND = "你是书生·万象，英文名是InternVL，是由上海人工智�
 
 
 def _template(first: str, system: str, head: str, tail: str, end: str) -> str:
-    """Of chats, in jinja2: a turn begins with its role between `head` and `tail`; `first` stands before all."""
+    """A chat template in jinja2: a turn begins with its role between `head` and `tail`; `first` precedes all turns."""
     own, answer = f"{head}{{{{ message.role }}}}{tail}", f"{head}assistant{tail}"
     return (
         f"{first}{{% if messages[0].role != 'system' %}}{head}system{tail}{system}{end}{{% endif %}}"
@@ -151,8 +151,8 @@ class InternvlChat(internvl.Internvl):
     def from_hf(self, config: dict) -> ModelConfig:
         """Reads a config.json. Raises ValueError for an unsupported value.
 
-        The file does not name the token that stands for an image: it is AFTER_IMAGE before the end of the vocabulary,
-        unless `img_context_token_id`, which we write, says another.
+        The file does not name the image token: it is AFTER_IMAGE before the end of the vocabulary, unless
+        `img_context_token_id`, which we write, has another.
         """
         stated = read(config, FIELDS)
         for name, needed in (("ps_version", "v2"), ("dynamic_image_size", True), ("use_thumbnail", True)):
@@ -217,7 +217,7 @@ class InternvlChat(internvl.Internvl):
         return Tiles(config.encoder.side, *config.inputs.tiles)  # config.json says it
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
-        """As of other families, with the format of chats. Raises ValueError for a format that is not known here."""
+        """As in other families, with the chat format. Raises ValueError for an unknown format."""
         if config.inputs.chat not in CHATS:
             raise unsupported("the chat format of config.json", config.inputs.chat, CHATS)
         template, end = CHATS[config.inputs.chat]

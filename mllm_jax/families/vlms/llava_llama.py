@@ -1,9 +1,10 @@
-"""LLaVA 1.0, 1.5 and NeXT (arXiv 2304.08485, 2310.03744) in their authors' own files (haotian-liu/LLaVA).
+"""LLaVA 1.0, 1.5 and NeXT (arXiv 2304.08485, 2310.03744) in their authors' files (haotian-liu/LLaVA).
 
-Tensor names as in those files: the decoder has those of its own family. Their config.json names the vision tower, and
-only NeXT's files hold its weights; those of the others come from the tower's own, see `mllm_jax.load_pretrained`. No
-token of the vocabulary stands for an image: it is IMAGE. What transformers makes of these models is
-  families/vlms/llava.py.
+Tensor names are those of these files: the decoder's are those of its own family. Their config.json names the vision
+tower, and only NeXT's files contain its weights; the others' come from the tower's own files, see
+`mllm_jax.load_pretrained`. No token of the vocabulary represents an image: it is IMAGE. The layout of transformers is
+in
+families/vlms/llava.py.
 """
 
 import re
@@ -73,7 +74,7 @@ def _content(message: str) -> str:
 
 
 def _template(first: str, question: str, answer: str, prompt: str) -> str:
-    """Of chats, in jinja2: what they begin with, what stands around the CONTENT of a turn, what asks for an answer."""
+    """A chat template in jinja2: its beginning, the texts around the CONTENT of a turn, and the prompt for an answer."""
     content = _content("message")
     return (
         f"{first}{{% for message in messages %}}{{% if message.role == 'user' %}}{question.replace('CONTENT', content)}"
@@ -83,7 +84,7 @@ def _template(first: str, question: str, answer: str, prompt: str) -> str:
 
 
 def _system(usual: str) -> str:
-    """What a conversation begins with, unless it says something else."""
+    """The system message of a conversation that has none."""
     return f"{{% if messages[0].role == 'system' %}}{_content('messages[0]')}{{% else %}}{usual}{{% endif %}}"
 
 
@@ -191,9 +192,10 @@ class LlavaLlama(llava.Llava):
         return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
-        """As of other families, with the format of chats: config.json does not say it, it follows from the decoder.
+        """As in other families, with the chat format, which follows from the decoder, since config.json does not have
+        it.
 
-        Another format, as that of LLaVA on Llama 2 Chat, is said by a chat_template.jinja in the folder.
+        A chat_template.jinja in the folder sets another format, such as that of LLaVA on Llama 2 Chat.
         """
         if config.decoder.family == "mistral":
             template, end = CHATS["mistral_instruct"]

@@ -114,7 +114,7 @@ def vision_to_hf(encoder: VitConfig, merge: int) -> dict:
 
 
 def tokens_of(stated: dict) -> VisionTokenIds:
-    """From the values of TOKEN_FIELDS."""
+    """Token ids from the values of TOKEN_FIELDS."""
     return VisionTokenIds(
         image=stated["image_token_id"],
         video=stated["video_token_id"],
@@ -145,8 +145,10 @@ _BLOCK, _EXPERTS = "model.visual.blocks.{n}", "model.language_model.layers.{n}.m
 
 
 def _experts_rows(decoder: DecoderConfig) -> list[Row]:
-    """Rows of the experts of a layer, which lie in one tensor: transposed in published files, not as transformers 5
-    saves them. A tensor of equal sides is not transposed: so transformers 5 reads it."""
+    """Rows of the experts of a layer in one tensor: transposed in published files, but not as transformers 5 saves
+    them. A
+    tensor of equal sides is read as not transposed, like transformers 5 does.
+    """
     if (moe := decoder.moe) is None:
         return []
     gate_up = Row("mlp/experts_gate_up/w", f"{_EXPERTS}.gate_up_proj", **FUSED_GATE_UP)
@@ -232,7 +234,7 @@ class Qwen3Vl(Family):
         ]
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images, and every temporal patch of clips: each has a run of placeholders of its own."""
+        """Images, and every temporal patch of videos: each has its own run of placeholders."""
         names = {config.tokens.image: self.input_names[:2], config.tokens.video: self.input_names[2:]}
         return {
             token: [one_by_one((patch,), config.merge) for clip in read_videos(arrays, *pair) for patch in clip]

@@ -18,10 +18,11 @@ from mllm_jax.types import Vision, VisionTokens
 
 @dataclass(frozen=True)
 class MlpConnectorConfig(Config):
-    """
-    layers: linear layers, as wide as the decoder; 1 = a linear connector.
-    activation: between two of them.
-    newline: a learned token that stands at the end of every row of patches; a batch says where (`NEWLINE`).
+    """An MLP on every patch.
+
+    layers: number of linear layers, as wide as the decoder. 1: a linear connector.
+    activation: activation between two layers.
+    newline: whether a learned token ends every row of patches; a batch marks its places (`NEWLINE`).
     """
 
     layers: PositiveInt = 2

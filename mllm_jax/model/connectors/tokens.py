@@ -1,4 +1,4 @@
-"""What every connector does around its own layers: patches that stand together become a visual token."""
+"""Grouping of patches into visual tokens, which every connector does around its own layers."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from mllm_jax.sharding.activations import fold_rows, shard, unfold_rows
 def to_tokens(features, patches_per_token: int, layers: Callable, runtime: Runtime):
     """`layers` maps patches [rows M group D] of visual tokens to [rows M out]. [B R P D] -> [B (R M) out].
 
-    Inside, rows of patches lie over every device.
+    Inside, patch rows are sharded over all devices.
     """
     rules, own, count = runtime.rules, runtime.within("connector").rules, len(features)
     x = rearrange(fold_rows(features, rules), "BR (M group) D -> BR M group D", group=patches_per_token)

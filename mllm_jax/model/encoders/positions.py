@@ -1,6 +1,6 @@
-"""Where a patch stands in its image: a learned table resampled to images of any size, and rotary positions.
+"""Positions of patches: a learned table resampled to images of any size, and rotary positions.
 
-Sizes are traced values, so that one program serves all images. An image as large as the table reads it as it is.
+Sizes are traced values, so that one program serves all images. An image as large as the table reads it unchanged.
 """
 
 from functools import partial
@@ -56,7 +56,7 @@ def _weighted(axis_weights, table, places, grid):
 
 
 def _between(kernel, place, size, side: int):
-    """f32[... side] weights of a table's entries at a place of an axis; beyond its ends it goes on as at its ends."""
+    """f32[... side] weights of a table's entries at a place of an axis; beyond its ends it is constant."""
     source = (place + 0.5) * (side / size.astype(jnp.float32))
     weights = kernel(jnp.abs(jnp.arange(-2, side + 2) + 0.5 - source[..., None]))
     before, inside, after = jnp.split(weights, (2, side + 2), axis=-1)

@@ -30,27 +30,30 @@ from mllm_jax.types import Array, Vision
 
 @dataclass(frozen=True)
 class VitConfig(Config):
-    """
-    mlp: width of the feed-forward block; `gated`: it has a gate (SwiGLU, arXiv 2002.05202).
+    """A vision transformer.
+
+    mlp: width of the feed-forward block; `gated`: whether it has a gate (SwiGLU, arXiv 2002.05202).
     patch_bias, qkv_bias: whether the first linear layer, and those of queries, keys and values, have biases.
-    position_grid: side of the learned position table, resampled to each image's size; 0 = there is none.
-    image_size: side in pixels of the square images that the table is for, where it is not a whole number of patches,
-      so that a margin is not read; 0 = it is.
-    resampling: how, see `positions.resample`.
-    class_token: a learned token before the patches of an image; the table has one more place for it, before the grid.
-    registers: so many more, which have no places (arXiv 2309.16588).
-    mask_token: a learned patch that only self-supervised training puts in; kept, for the weights to be complete.
-    rope_theta: base of the rotary positions; None = there are none.
-    window: side in patches of the windows that attend within themselves; 0 = an image attends as a whole.
-    whole: layers (0-based) that attend to the whole image nevertheless.
+    position_grid: side of the learned position table, resampled to each image's size. 0: no table.
+    image_size: side in pixels of the square images of the table, if it is not a whole number of patches, so that a
+      margin is
+      not read. 0: it is.
+    resampling: resampling of the table, see `positions.resample`.
+    class_token: whether a learned token precedes the patches of an image; the table has a place for it, before the
+      grid.
+    registers: number of further learned tokens, which have no places (arXiv 2309.16588).
+    mask_token: whether the weights include a learned patch of self-supervised training, which the model does not use.
+    rope_theta: base of the rotary positions. None: no rotary positions.
+    window: side in patches of the attention windows. 0: attention over all of an image.
+    whole: layers (0-based) with attention over all of an image nevertheless.
     norm: "layer" or "rms"; norm_eps is that of all norms.
-    qk_norm: queries and keys are normalized over all heads together.
-    layer_scale: initial value of factors of what each block adds, one a channel (arXiv 2103.17239); None = no factors.
-    first_norm, last_norm: norms before and after all layers.
-    features: layers whose outputs, side by side on the channel axis and not normed, are the features; -1 is the last.
-      () = the output of all layers, after the last norm. Layers after the last of them are kept, and do not run.
-    deepstack_layers: layers (0-based) whose output is returned beside the features.
-    pixel_mean, pixel_std: of pixels in 0..1, per channel; applied to u8 patches only.
+    qk_norm: whether queries and keys are normalized over all heads together.
+    layer_scale: initial value of a factor per channel of each block's output (arXiv 2103.17239). None: no factors.
+    first_norm, last_norm: whether there are norms before and after all layers.
+    features: layers whose outputs, joined on the channel axis and not normalized, are the features; -1 is the last.
+      Later layers do not run, but keep their weights. (): the output of all layers, after the last norm.
+    deepstack_layers: layers (0-based) whose outputs are returned beside the features.
+    pixel_mean, pixel_std: per channel, of pixels in 0..1; applied to u8 patches only.
     """
 
     width: PositiveInt
@@ -135,7 +138,7 @@ class VitConfig(Config):
 
 
 class Features(NamedTuple):
-    """What every encoder returns."""
+    """The result of every encoder."""
 
     value: Array  # [B R P D]
     deepstack: Array  # [deepstack B R P D] outputs of the tapped layers

@@ -1,9 +1,9 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, through the family's weight table.
 
-PEFT keeps A as [rank in] and B as [out rank] of every linear layer of transformers' model, under the layer's name in
-its memory (sites.py). Where several of their layers are one of our weights (queries, keys and values of a tower), each
-has an A of its own if it was read so, and otherwise all have the same. Modules that are trained whole lie in the same
-file (`modules_to_save`).
+PEFT stores A as [rank in] and B as [out rank] of every linear layer of transformers' model, under the layer's module
+name (sites.py). If several of their layers are one of our weights (queries, keys and values of a tower), each has its
+own A if it was read so, and otherwise they share one. Modules that are trained in full are in the same file
+(`modules_to_save`).
 """
 
 import json
@@ -47,15 +47,16 @@ from mllm_jax.weights.streaming import gather
 
 
 def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
-    """The model with the adapters that PEFT, or `save_adapters`, wrote into a folder, in place of any that it has.
+    """Returns the model with the adapters that PEFT, or `save_adapters`, wrote into a folder, in place of its own.
 
-    They stay beside the weights; `merge_adapters` adds them. Layers that are one of our weights may differ in rank:
-    what one lacks is zero. Modules that were saved whole replace the model's; `config.lora.modules_to_save` then names
-    them.
+    Adapters stay separate from the weights; `merge_adapters` adds them. Layers that are one of our weights may differ
+    in
+    rank: smaller ones are padded with zeros. Modules that were saved in full replace the model's;
+    `config.lora.modules_to_save` then names them.
 
     Raises:
       FileNotFoundError: the folder has no adapter.
-      ValueError: it is none of plain LoRA, or does not fit the model; all that does not is listed.
+      ValueError: it is not plain LoRA, or does not fit the model; the message lists all faults.
     """
     folder, (base, _), boxes = Path(folder), split_adapters(vlm.params), flatten(_base_boxes(vlm.config))
     if not (folder / CONFIG).is_file() and (why := interrupted(folder)):
@@ -97,15 +98,16 @@ def load_adapters(vlm: Pretrained, folder: str | os.PathLike) -> Pretrained:
 
 
 def save_adapters(vlm: Pretrained, folder: str | os.PathLike, base: str | None = None) -> None:
-    """Writes the adapters of a model for PEFT and `load_adapters`; in a run of several processes all must call.
+    """Writes the adapters of a model for PEFT and `load_adapters`; in a run of several processes all must call it.
 
     Args:
-      folder: made where absent; an adapter that it held is replaced as a whole, or the folder is refused until the
-        next save where this one is ended in between.
+      folder: created if absent; an adapter in it is replaced atomically: if this save is killed, the folder is refused
+        until the next save.
       base: folder or hub name of the base model, for readers that are given none.
     Raises:
-      ValueError: the model has no adapters, or one beside what is no linear layer of transformers' model; or
-        `config.lora.modules_to_save`, which is written besides, names what is no weight or bias of a module there.
+      ValueError: the model has no adapters, or one of a weight that is not a linear layer of transformers' model; or
+        `config.lora.modules_to_save`, which is written too, names something other than a weight or bias of a module
+        there.
     """
     base_params, adapters = split_adapters(vlm.params)
     boxes = flatten(_base_boxes(vlm.config))
@@ -147,7 +149,7 @@ def merge_adapters(vlm: Pretrained) -> Pretrained:
 
 
 def unmerge_adapters(merged: Pretrained, adapted: Pretrained) -> Pretrained:
-    """The inverse of `merge_adapters`, but for rounding: the adapters of `adapted` lie beside the weights again."""
+    """The inverse of `merge_adapters` up to rounding: the adapters of `adapted` are separate from the weights again."""
     split = jax.jit(lambda params: add_products(params, _base_boxes(merged.config), -1))
     return replace(adapted, params=split(join(merged.params, split_adapters(adapted.params)[1])))
 
@@ -176,7 +178,7 @@ def _entries(config: Any, boxes: Mapping[str, Partitioned]) -> dict[str, table.E
 
 
 def _tied_embedding(config: Any, entries: Mapping[str, table.Entry]) -> str:
-    """The name of the embedding that is the head, too; empty where there is none."""
+    """Name of the embedding that is also the head. Empty: there is none."""
     if not isinstance(config, ModelConfig) or config.decoder is None or not config.decoder.tie_embeddings:
         return ""
     return next((name for name, entry in entries.items() if entry.parts[0].path == "decoder/embed"), "")
@@ -208,7 +210,7 @@ def _whole(
 def _read_whole(
     config: Any, boxes: Mapping[str, Partitioned], tensors: Mapping[str, Tensor], faults: list[str]
 ) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
-    """Modules that a file holds whole, as elements of our weights by path and index; what does not fit is a fault."""
+    """Modules that a file stores in full, as elements of our weights by path and index; misfits are faults."""
     entries, found = _entries(config, boxes) if tensors else {}, {}
     if embedding := _tied_embedding(config, entries):
         both = tensors.get(PREFIX + embedding), tensors.get(PREFIX + HEAD_WEIGHT)

@@ -120,9 +120,9 @@ def scales_of(stated: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, 
 
 
 def _first_matches(patterns: list[str], keys: list[str]) -> dict[str, str]:
-    """{key: the first pattern that matches it, as PEFT reads them}, without the keys that none matches.
+    """{key: the first pattern that matches it, as PEFT reads them}, without keys that no pattern matches.
 
-    A stranger wrote the patterns, and `re` has no limit of time, so a process of its own matches them.
+    The patterns are untrusted and `re` has no time limit, so a separate process matches them.
     """
     if not patterns:
         return {}
@@ -146,9 +146,9 @@ def make_config(
     base: str | None,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """What PEFT needs to know of sites with these (rank, alpha), of all those of a model.
+    """PEFT's config of sites with these (rank, alpha), out of all sites of a model.
 
-    whole: modules that are saved as they are. base: folder or hub name of the base model.
+    whole: modules that are saved in full. base: folder or hub name of the base model.
     tied: these are the embedding and the head, which stay one table.
     """
     rank, alpha = max(set(numbers.values()), key=list(numbers.values()).count)

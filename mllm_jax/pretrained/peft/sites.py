@@ -1,8 +1,8 @@
-"""Where PEFT puts A [rank in] and B [out rank] in transformers' model, and how these lie beside our weights.
+"""Sites of PEFT's A [rank in] and B [out rank] in transformers' model, and their relation to our weights.
 
 A site is a linear layer, or the weights of all experts of a layer, which transformers keeps in two parameters of one
 module. A linear layer may be one of several in one of our weights (queries, keys and values of a tower), or several of
-our weights in one (Phi-3's `qkv_proj`): these then have its A in common, and a part of its B each.
+our weights in one (Phi-3's `qkv_proj`): these then share its A, and have a part of its B each.
 """
 
 import re
@@ -37,11 +37,11 @@ class Layer(NamedTuple):
 
     @property
     def part(self) -> tuple[int, ...]:
-        """Its place on the first axes of our weight's outputs, where these are layers of their own."""
+        """Index on the first axes of our weight's outputs, where these are separate layers."""
         return self.entry.index[len(self.stack) :]
 
     def to_ours(self, down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A [rank in], B [out rank] of the whole layer -> [*inputs rank], [rank *outputs] of this part."""
+        """A [rank in], B [out rank] of the full layer -> [*inputs rank], [rank *outputs] of this part."""
         (into, inputs), (out, outputs), sizes, window = self._axes()
         try:
             down = rearrange(down, f"rank {into} -> {inputs} rank", **_of(into, sizes))
@@ -99,11 +99,11 @@ class Site(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What PEFT calls it in targets and patterns."""
+        """Its name in PEFT's targets and patterns."""
         return f"{self.name}.{self.parameter}" if self.parameter else self.name
 
     def rank(self, down: np.ndarray) -> int:
-        """That of an A."""
+        """Rank of an A."""
         return len(down) // (len(self.layers) if self.parameter else 1)
 
     def split(self, down: np.ndarray, up: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
