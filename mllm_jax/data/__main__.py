@@ -1,9 +1,9 @@
 """Prepares data.
 
-    python -m mllm_jax.data convert SOURCE FOLDER     any source to ArrayRecord shards, with the images inside
-    python -m mllm_jax.data inspect --config FILE     what the batches of a run hold, as a table and as a page
+    python -m mllm_jax.data convert SOURCE FOLDER     converts any source to ArrayRecord shards that contain the images
+    python -m mllm_jax.data inspect --config FILE     shows the batches of a run, as a table and as a page
 
-Each command says more under --help.
+`python -m mllm_jax.data COMMAND --help` describes each command.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def _value(text: str) -> Any:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of records, which is told how many are done."""
+    """A progress bar of records."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:

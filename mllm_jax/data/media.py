@@ -1,6 +1,6 @@
-"""From what a record or a message calls an image or a video to the path of its file, or its bytes.
+"""Resolves the name of an image or a video, in a record or a message, to the path of its file or its bytes.
 
-A name is a path, a `file://` URI, a `data:` URI, or base64 of a file. Nothing is fetched from elsewhere.
+A name is a path, a `file://` URI, a `data:` URI, or base64 of a file. Nothing is downloaded.
 """
 
 import base64
@@ -131,10 +131,10 @@ def _decoded(text: str) -> bytes:
 
 
 def _spellings(name: str) -> list[str]:
-    """Paths that a name may mean, the likeliest first; none for what is too long for a path.
+    """Paths that a name may mean, the most likely first; empty for a name too long for a path.
 
-    Names that were written elsewhere have backslashes (Windows), a `file://` before them, with or without `%20` for a
-    space, or letters and accents apart (macOS). Raises BadName for the address of another machine.
+    Names that other systems wrote have backslashes (Windows), a `file://` prefix, with or without `%20` for a space, or
+    decomposed letters and accents (macOS). Raises BadName for the address of another machine.
     """
     if name[: len(FILE)].lower() == FILE:
         rest = name[len(FILE) :]

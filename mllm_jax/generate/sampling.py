@@ -15,7 +15,7 @@ TopP = Annotated[float, Range(above=0, most=1, hint="Set 1 for all tokens.")]
 
 
 class Sampling(NamedTuple):
-    """Sampling settings of rows. A field that is None for all rows costs nothing; otherwise it has one value per row."""
+    """Sampling settings of rows. A field that is None for all rows costs nothing; others have one value per row."""
 
     temperature: Array | None = None  # f32[B] 0 = greedy; None = all greedy
     top_k: Array | None = None  # i32[B] only the k likeliest tokens; 0 = all

@@ -199,7 +199,7 @@ class Decoder(nn.Module):
             x = x + self._look_up(self.position_table, position[..., 0] + config.position_offset)
 
         def step(layer, carry, number):
-            """Runs a layer and adds DeepStack's features. The whole cache is carried, so that it is updated in place."""
+            """Runs a layer and adds DeepStack's features. The full cache is carried and updated in place."""
             x, kept = carry
             own = None if kept is None else (kept, number, *slots)
             x, kept, routing = layer(x, rope, segment, modality, own, prefix)

@@ -113,7 +113,7 @@ class ModelConfig(Config):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of empty patches before those of an image: its class token and registers, rounded up to visual tokens."""
+        """Number of empty patches before an image's own: class token and registers, rounded up to visual tokens."""
         return 0 if self.encoder is None else -(-self.encoder.num_prefix_tokens // self.merge**2) * self.merge**2
 
     @property

@@ -51,13 +51,13 @@ def packed(images: Sequence[ImagePatches], budget: Budget, count: int) -> DualBa
 
 
 def pairs_in_rows(rows: Sequence[Sequence[Example]], budget: Budget, length: int, values: int) -> DualBatch:
-    """Images and their texts, in the same order: image i belongs to text i, and where there is none, nothing.
+    """Lays out images and their texts in the same order: image i belongs to text i; missing pairs are padding.
 
     Args:
       rows: B lists of pairs: an example has one image, and as tokens its text with `length` tokens, padding included;
-        its weight says what of it is read.
-      budget: of a row. It has room for budget.tokens // length pairs.
-      values: of a patch.
+        its weight marks the tokens that are read.
+      budget: budget of a row, with room for budget.tokens // length pairs.
+      values: number of values in a patch.
     """
     count = budget.tokens // length
     batch = in_rows([[image for pair in row for image in pair.images] for row in rows], budget, count, values)

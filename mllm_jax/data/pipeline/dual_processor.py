@@ -1,4 +1,4 @@
-"""From images and strings to what a dual encoder reads."""
+"""Processes images and strings into the inputs of a dual encoder."""
 
 import dataclasses
 import pathlib
@@ -52,7 +52,7 @@ class DualProcessor(Config):
         return self._patches((pixels.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std))
 
     def _patches(self, pixels: np.ndarray) -> ImagePatches:
-        """Of pixels [h w c]; what is left over of its sides is not read."""
+        """Patches of pixels [h w c]; a remainder of its sides is not read."""
         grid = (pixels.shape[0] // self.patch, pixels.shape[1] // self.patch)
         patches = patchify(pixels[None], self.patch, 1, 1)
         return ImagePatches(
@@ -61,15 +61,15 @@ class DualProcessor(Config):
 
     @property
     def values(self) -> int:
-        """Of a patch."""
+        """Number of values in a patch."""
         return len(self.mean) * self.patch**2
 
     def example(self, record: dict[str, Any], budget: Budget) -> Example:
-        """A pair to learn from: the one image of a record, u8, and the text of its last message, cut to `length`.
+        """A training pair: the one image of a record, u8, and the text of its last message, truncated to `length`.
 
         Args:
           record: see data/records/records.py.
-          budget: of a row; an image whose rule has no size of its own gets at most so many patches.
+          budget: budget of a row; an image whose rule has no fixed size gets at most its patches.
         Raises:
           ValueError: not one image, or no text. TooLarge: an image of fixed size has more patches.
         """
@@ -122,7 +122,7 @@ class DualProcessor(Config):
         return self.tokenizer.id(special.get("pad_token") or special["eos_token"])
 
     def _plain(self, text: str) -> str:
-        """As the models were trained: small letters and, under the first SigLIP's tokenizer, no punctuation."""
+        """Normalizes a text as in training: lower case and, for the tokenizer of SigLIP 1, no punctuation."""
         text = text.lower()
         if self.tokenizer.config.get("tokenizer_class", "").startswith("SiglipTokenizer"):
             text = re.sub(r"\s+", " ", text.translate(_PUNCTUATION)).strip()

@@ -1,11 +1,11 @@
-"""From sources to packed batches with Grain: shuffle, process in workers, pack, batch, prefetch, and resume exactly.
+"""Loader from sources to packed batches with Grain: shuffle, process in workers, pack, batch, prefetch, resume exactly.
 
 The rows of a batch come from a fixed number of *streams*. Stream s of S reads every S-th record from s on and packs its
 own rows; a process runs the streams whose rows it feeds. So a batch depends on the seed and on its number alone, not on
 the number of processes or of workers.
 
 Everything before packing is a pure function of an index (a `grain.MapDataset`). So the position of a stream is one
-number for each source, the conversations that wait to be packed are a few, and restoring a state reads those few again.
+number per source and the few conversations that wait to be packed; restoring a state reads only those again.
 """
 
 import collections
@@ -35,7 +35,7 @@ OTHER = "more fields are not read"
 
 
 class Info(NamedTuple):
-    """What a batch holds, and what was left out since the beginning of the data."""
+    """Counts of a batch, and of the records skipped since the beginning of the data."""
 
     conversations: int
     tokens: int  # that are not padding
@@ -68,35 +68,37 @@ def make_loader(
     max_bad_fraction: float = 0.05,
     reading: Reading | None = None,
 ) -> grain.DatasetIterator:
-    """An iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is JSON.
+    """Returns an iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is
+    JSON.
 
-    Batches depend on the source and on the options down to `streams`, never on who makes them. The states of all
+    Batches depend on the source and on the options down to `streams`, not on processes or workers. The states of all
     processes, joined by `join_states`, are a state for any number of processes. At the end of the data the `value` of
-    StopIteration is the last state, which counts the records behind those of the last batch, too.
+    StopIteration is the last state, which also counts the records after those of the last batch.
 
     Args:
-        source: `len(source)` and `source[i] -> {"messages", "kind", "id"}`; a list of them, which are one set; or a
-            `Mixture`, which is drawn from by weight.
+        source: `len(source)` and `source[i] -> {"messages", "kind", "id"}`; a list of them, read as one set; or a
+            `Mixture`, which draws by weight.
         processor: makes an `Example` of a record, and a batch of rows of them; its kind is that of the model.
         budget: the shape of a batch row.
         batch_rows: B, over all processes.
-        epochs: None repeats forever. A number reads everything so often, and fills the last batches with padding rows.
-        window: rows' worth of conversations that wait to be packed in every stream (see `Packer`).
+        epochs: number of passes over the data, the last batches filled with padding rows. None: repeat forever.
+        window: number of rows whose conversations wait to be packed in every stream (see `Packer`).
         streams: S, which divides B; stream s feeds rows s B/S to (s + 1) B/S.
-        workers: threads that read and process; 0 does it in the thread that packs.
-        processes: processes that do so instead, where Python code takes the time. Sources must then be picklable, and
-            the program's main module importable.
-        prefetch: batches made ahead in the background; 0 makes them when asked.
-        process_index, process_count: which share of the rows, and so of the streams, this process makes. A process of
-            several goes on with rows of padding after the end of its data, since that of others may come later.
-        fail_on_bad_record: a broken or too large conversation is an error, instead of being skipped and counted.
-        max_bad_fraction: share of broken records, after the first 100, at which to stop.
-        reading: how records are read, where not as conversations to learn from: as `preference.Pairs`, `RewardPairs` or
-            `PpoPrompts`.
+        workers: number of threads that read and process. 0: the thread that packs.
+        processes: number of processes that do so instead, for slow Python code. Sources must then be picklable, and the
+            program's main module importable.
+        prefetch: number of batches made ahead in the background. 0: on demand.
+        process_index, process_count: the share of the rows, and so of the streams, that this process makes. One of
+          several
+            processes continues with rows of padding after the end of its data, since that of others may come later.
+        fail_on_bad_record: whether a broken or too large conversation is an error, instead of being skipped and
+          counted.
+        max_bad_fraction: fraction of broken records, after the first 100, above which the loader stops.
+        reading: how records are read: `preference.Pairs`, `RewardPairs` or `PpoPrompts`. None: as conversations.
 
     Raises:
         ValueError: options contradict each other.
-        BadData: while iterating, where more than `max_bad_fraction` of the records are broken or none is usable.
+        BadData: while iterating, if more than `max_bad_fraction` of the records are broken or none is usable.
     """
     mixed = isinstance(source, Mixture)
     sources = source.sources if mixed else list(source) if isinstance(source, (list, tuple)) else [source]
@@ -147,7 +149,7 @@ def make_loader(
 
 
 def join_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What every process's loader said of its streams, as the state of all streams."""
+    """Joins the states of all processes' loaders to the state of all streams."""
     states = list(states)
     streams = {name: stream for state in states for name, stream in state["streams"].items()}
     return {"streams": {name: streams[name] for name in sorted(streams, key=int)}, "data": states[0]["data"]}
@@ -166,7 +168,7 @@ class _Settings(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """What a stream reads."""
+    """The records that a stream reads."""
 
     examples: list[grain.MapDataset]  # of each source
     mixture: Mixture

@@ -54,9 +54,9 @@ def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
 
 
 def cost(example: Example) -> float:
-    """What a conversation adds to the work of its row, in pairs of tokens that see each other.
+    """Attention cost of a conversation, in pairs of text tokens.
 
-    The rest of the work depends on the shape of a row alone; of attention, kernels leave out what nobody sees.
+    The rest of a row's work depends only on its shape; attention kernels skip masked blocks.
     """
     seen = sum(size**2 for size in example.lengths or (len(example.tokens),))
     return seen + PAIR_OF_PATCHES * sum(len(image.patches) ** 2 for image in example.images)
@@ -98,17 +98,17 @@ def collate(
     """Lays out conversations as one batch.
 
     Args:
-        rows: B lists of conversations; an empty list makes a row of padding. Those of one Example lie side by side.
+        rows: B lists of conversations; an empty list makes a row of padding. Those of one Example are adjacent.
         budget: the shape of a row. Its P is a multiple of merge^2.
         merge: side of the square of patches that becomes one visual token.
-        values: C, values in a patch, known even where no conversation has an image.
-        prefix: whether the model has tokens that all tokens of their conversation see.
+        values: C, number of values in a patch, needed if no conversation has an image.
+        prefix: whether the model has tokens that all tokens of their conversation attend to.
         mixes: whether the model resamples grids of visual tokens.
-        references: whether examples bring log-probabilities of a reference model.
+        references: whether examples have log-probabilities of a reference model.
 
     Returns:
-        A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the images, uint8 where there are
-        none; `vision is None` where `budget.patch_rows == 0`.
+        A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the images, uint8 without images;
+        `vision is None` if `budget.patch_rows == 0`.
 
     Raises:
         TooLarge: a row is over the budget.
@@ -211,12 +211,12 @@ def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budg
 
 
 def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
-    """Where in a row the visual tokens lie that a conversation's index names; `own` are the places of all it has."""
+    """Places in a row of the visual tokens that a conversation's index names; `own` are the places of all it has."""
     return np.append(own, (newline, -1))[np.where(index >= 0, index, len(own) + (index != NEWLINE))]
 
 
 def _visual_tokens(images: Sequence[ImagePatches], firsts: Sequence[int], merge: int) -> np.ndarray:
-    """Where in a row every visual token of its images lies, the images end to end."""
+    """Place in a row of every visual token of its images, joined in order."""
     counts = [image.shown // merge**2 for image in images]
     tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]
     return np.concatenate([np.zeros(0, np.int32), *tokens])
@@ -225,17 +225,24 @@ def _visual_tokens(images: Sequence[ImagePatches], firsts: Sequence[int], merge:
 class Packer:
     """Fills rows from a look-ahead window of conversations, under both budgets at once.
 
-    Conversations wait in the order in which they were added. A row takes the one that waited longest (nobody starves),
-    then again and again the one that leaves the smallest remainder, both budgets counted as shares: the L2 greedy of
-    vector bin packing (Panigrahy et al., "Heuristics for Vector Bin Packing", 2011). What is left of the mean cost of a
-    row (see `cost`) is a third remainder, which counts less the fuller the row is: rows cost about the same, so that no
-    device waits for the one with the large images, and are as full as they would be. The choice depends on nothing
-    but the waiting conversations and their order, so the keys in `waiting` are the whole state.
+    Conversations wait in the order in which they were added. A row takes the one that waited longest (so that none
+    starves),
+    then repeatedly the one that leaves the smallest remainder, with both budgets as fractions: the L2 greedy of vector
+    bin
+    packing (Panigrahy et al., "Heuristics for Vector Bin Packing", 2011). The remainder of the mean cost of a row (see
+    `cost`) counts as a third one, with less weight the fuller the row is: rows then cost about the same, so that no
+    device
+    waits for the one with the large images, and are as full as without it. The choice depends only on the waiting
+    conversations and their order, so the keys in `waiting` are the complete state.
+
+    For example, with a budget of 10 tokens and the waiting conversations of 6, 5, 4 and 3 tokens, the first row takes 6
+    (it
+    waited longest) and then 4, which leaves no remainder.
 
     Args:
         budget: the shape of a row.
-        window: how many rows' worth of conversations wait before a row is filled; more fills rows better.
-        one_example_per_row: every row holds one.
+        window: number of rows whose conversations wait before a row is filled; more fills rows better.
+        one_example_per_row: whether every row holds one example.
     """
 
     def __init__(self, budget: Budget, window: float = 4.0, one_example_per_row: bool = False):

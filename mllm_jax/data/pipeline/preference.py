@@ -1,4 +1,4 @@
-"""A chosen and a rejected answer to one question, as an Example in which their images lie once. No jax."""
+"""A chosen and a rejected answer to one question, as an Example with their images only once. No jax."""
 
 import difflib
 import zlib
@@ -14,7 +14,7 @@ from mllm_jax.types import Example, TokenBlend
 
 
 class Reference(NamedTuple):
-    """What a reference model said of a record's answers, read as `content_hash` tells."""
+    """Log-probabilities of a reference model for a record's answers, and the `content_hash` of what it read."""
 
     content_hash: int
     log_probs: tuple[float, float]  # of the chosen answer, of the rejected one
@@ -22,10 +22,10 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs(Config):
-    """How a record with a chosen and a rejected answer is read.
+    """Reads a record with a chosen and a rejected answer.
 
     diff_token_weight: weight of the tokens in which the answers differ; of the others it is 1.
-    references: by the records' ids; None = there are none.
+    references: stored log-probabilities by record id. None: there are none.
     """
 
     diff_token_weight: Positive = 1.0

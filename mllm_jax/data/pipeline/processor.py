@@ -1,4 +1,4 @@
-"""From a conversation with images and videos to an `Example`: the numbers that a model reads."""
+"""Processes a conversation with images and videos into an `Example`, the input of a model."""
 
 import dataclasses
 import functools
@@ -81,20 +81,24 @@ class Processor:
     ) -> Example:
         """Reads one conversation in Hugging Face's layout: [{"role", "content": text, an item or a list of items}].
 
-        A single message of the role "document" goes through no chat template: every token of its texts is learned.
+        A single message of the role "document" uses no chat template: every token of its texts is a target.
 
         Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and
-        {"type": "video", "video": ...} (see `videos.open_video`), with "fps", "nframes" and "sampling" where wanted.
-        `fps` is the rate at which a file is to be sampled, or the rate at which the frames of an array or a list were
-        taken; without it they are all used. `nframes` is how many frames are read, whatever the rate, and `sampling`
-        how they are spread: "even" or "motion".
+        {"type": "video", "video": ...} (see `videos.open_video`), with optional "fps", "nframes" and "sampling".
+        `fps` is the rate at which a file is sampled, or at which the frames of an array or a list were taken; without
+        it all of
+        these are used. `nframes` is the number of frames to read, regardless of the rate, and `sampling` their
+        distribution:
+        "even" or "motion".
         `generate`: a prompt that ends where the answer begins, without loss.
-        `budget`: images are made smaller, all by one limit of pixels, until the conversation fits; they are never
-        cut. Raises TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
-        `others`: more conversations about the same images, in the same Example: the images lie there once, and of
-        all the conversations the last answer alone is learned.
+        `budget`: images are shrunk, all by one limit of pixels, until the conversation fits; they are never cropped.
+        Raises
+        TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
+        `others`: more conversations about the same images, in the same Example: it contains the images once, and of all
+        the
+        conversations only the last answer is a target.
         `tools`: descriptions of functions that the model may call, as JSON schemas. Messages may have "tool_calls" and
-        "reasoning_content", which are learned like the answer, and "weight", by which the loss of a turn is multiplied.
+        "reasoning_content", which are targets like the answer, and "weight", by which the loss of a turn is multiplied.
         """
         conversations = [_listed(conversation) for conversation in (messages, *others)]
         messages, *others = [grounding.written(each, self.spec.grounding) for each in conversations]
@@ -202,7 +206,7 @@ class Processor:
         ordered = []
 
         def fill(placeholders: list[str]) -> list[str]:
-            """What stands for images and videos is text in part: it is written before there are tokens."""
+            """Writes the text of images and videos, which is needed before tokenization."""
             ordered.extend(self._ordered(placeholders, visuals))
             return [self._markup(visual) for visual in ordered]
 
@@ -255,7 +259,7 @@ class Processor:
         return tokens, weights
 
     def _markup(self, visual: NativeImage | VideoFrames) -> str:
-        """What stands for an image or a video: a placeholder for every run, and what belongs around it."""
+        """Text of an image or a video: a placeholder for every run, and the tokens around it."""
         spec, token = self.spec, self.spec.video_token if visual.is_video else self.spec.image_token
         if not visual.is_video or spec.label is None:
             return f"{spec.vision_start}{token}{spec.vision_end}" if spec.brackets else token
@@ -265,9 +269,9 @@ class Processor:
         return spec.between.join(label + block for label in labels)
 
     def _plans(self, visuals: list, text_tokens: int, times: int, budget: Budget | None) -> list[Plan]:
-        """How every image and video is read: at its own size, or under the largest common limit that fits the budget.
+        """Plans of all images and videos: at their own size, or under the largest common limit that fits the budget.
 
-        The limit is one of pixels. The visual tokens stand in the text so many `times`.
+        The limit is one of pixels. The text contains the visual tokens this many `times`.
         """
         spec = self.spec
         if budget is None:
@@ -314,7 +318,7 @@ class Processor:
         return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
 
     def _firsts(self, plans: Sequence[Plan]) -> list[int]:
-        """For every run, the first visual token of its image or video, all of the conversation laid end to end."""
+        """For every run, the index in the conversation of the first visual token of its image or video."""
         counts = [sum(map(self.spec.tokens, plan.sizes)) for plan in plans]
         firsts = np.cumsum([0, *counts])
         return [int(first) for plan, first in zip(plans, firsts) for _ in plan.runs]

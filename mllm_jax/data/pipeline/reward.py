@@ -1,7 +1,7 @@
-"""What a reward model reads, and what PPO begins with: questions, answers, a turn that asks for a verdict. No jax.
+"""Inputs of reward models and prompts of PPO: questions, answers, a turn that asks for a verdict. No jax.
 
-A verdict is asked for as one more turn of the user, after the answer, in which the facts of a record stand (Fact-RLHF,
-arXiv 2309.14525). What stands before it is what the answering model reads, token by token.
+The verdict is asked for by one more user turn after the answer, with the facts of a record (Fact-RLHF, arXiv
+2309.14525). The tokens before it are those that the answering model reads.
 """
 
 from collections.abc import Mapping
@@ -33,9 +33,9 @@ def verdict(prompt: str, record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RewardPairs:
-    """A record with a chosen and a rejected answer, for a reward model: both go on with the turn of the verdict.
+    """Reads a record with a chosen and a rejected answer for a reward model: the verdict's turn follows both.
 
-    prompt: what the user says there; {facts} stands for the facts of the record.
+    prompt: text of that turn; {facts} stands for the facts of the record.
     """
 
     prompt: str

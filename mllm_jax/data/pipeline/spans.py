@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How an image or a video will be read."""
+    """Plan for reading an image or a video."""
 
     sizes: tuple[Size, ...]  # of each of its images, in pixels: itself, its tiles, or its temporal patches
     runs: tuple[Run, ...]
@@ -47,7 +47,7 @@ def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...]
 
 
 def _later(run: Run, tokens: int) -> Run:
-    """The same of an image that so many visual tokens stand before."""
+    """Shifts an order by a number of visual tokens before its image."""
     mix = run.mix and run.mix._replace(index=shifted(run.mix.index, tokens))
     return run._replace(order=shifted(run.order, tokens), mix=mix)
 
@@ -121,7 +121,7 @@ class VideoFrames:
 
     @classmethod
     def sampled(cls, video: Video, fps: float, spec: ProcessorSpec) -> "VideoFrames":
-        """Reads as many frames as `fps` a second come to, as far as the spec's bounds allow."""
+        """Samples frames at `fps` frames per second, within the spec's bounds."""
         count = cls.count(video, fps, spec)
         if spec.sampling == videos.MOTION:
             return cls(video, videos.moving_frames(video, count), even=False)

@@ -1,4 +1,4 @@
-"""What a model expects of its input, and the files in which Hugging Face's processors say it."""
+"""Settings of a model's input, and the files of Hugging Face's processors that contain them."""
 
 import dataclasses
 import math
@@ -39,9 +39,9 @@ from mllm_jax.data.vision.tiles import AnyRes, Tiles
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorSpec(Config):
-    """What a model expects of its input. The defaults are those published with Qwen3-VL.
+    """Settings of a model's input. The defaults are those published with Qwen3-VL.
 
-    A model of text alone has None for the tokens of vision; `end_of_turn` None is the tokenizer's end of text.
+    A text-only model has None for the tokens of vision; `end_of_turn` None is the tokenizer's end of text.
     """
 
     patch: PositiveInt = 16  # side in pixels
@@ -90,7 +90,7 @@ class ProcessorSpec(Config):
             raise ValueError(f"min_frames={self.min_frames} must not be more than max_frames={self.max_frames}")
 
     def asked(self, item: dict[str, Any]) -> "ProcessorSpec":
-        """With what a video in a message asks for itself: the number of frames and how they are spread."""
+        """The spec with a video's own settings in a message: number of frames and their distribution."""
         frames = {} if item.get("nframes") is None else dict.fromkeys(("min_frames", "max_frames"), item["nframes"])
         spread = {"sampling": item["sampling"]} if item.get("sampling") else {}
         return dataclasses.replace(self, **frames, **spread)
@@ -106,7 +106,7 @@ class ProcessorSpec(Config):
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What `data.pack.collate` must know to lay out batches."""
+        """Arguments of `data.pack.collate` that lay out batches for this model."""
         values = 3 * self.temporal_patch * self.patch**2
         return dict(merge=self.merge, values=values, prefix=self.prefix, mixes=self.mixes)
 
@@ -197,9 +197,9 @@ def _stated(stated: dict[str, Any], fields: dict[str, Field]) -> dict[str, Any]:
 
 
 def read_spec(folder: pathlib.Path, spec: ProcessorSpec) -> ProcessorSpec:
-    """`spec` with what the preprocessor configs of a folder say.
+    """`spec` updated with the preprocessor configs of a folder.
 
-    Raises ValueError, naming the file, for a field or a rule that is not known here.
+    Raises ValueError, naming the file, for an unknown field or rule.
     """
     path, image = read_processor(folder, "image_processor")
     _, video = read_processor(folder, "video_processor")
@@ -266,7 +266,7 @@ def _rule(image: dict[str, Any], spec: ProcessorSpec) -> Rule:
 
 
 def _side(size: dict[str, int] | None) -> int:
-    """Of a square, in all the ways that a file may say it."""
+    """Side of a square, in all forms that a file may have."""
     side = (size or {}).get("height", (size or {}).get("shortest_edge"))
     if side is None:
         raise FieldError("size", "must state height and width, or shortest_edge.", size)
@@ -306,7 +306,8 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
 
 
 def _counting(spec: ProcessorSpec) -> dict[str, Any]:
-    """By what transformers' processors of images with a rule count placeholders; each reads what it knows."""
+    """Fields by which transformers' processors of images with a rule count placeholders; each reads those that it
+    knows."""
     tokens = spec.tokens(spec.rule.sizes((1, 1))[0])  # of one tile
     said = {
         "patch_size": spec.patch,
@@ -323,7 +324,7 @@ def _counting(spec: ProcessorSpec) -> dict[str, Any]:
 
 
 def _sampling(spec: ProcessorSpec) -> dict[str, Any]:
-    """How frames are chosen, as the file of videos says it."""
+    """Sampling of frames, from the file of the video processor."""
     return {
         "fps": spec.fps,
         "min_frames": spec.min_frames,

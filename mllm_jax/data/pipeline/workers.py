@@ -1,4 +1,4 @@
-"""What data workers do, and the threads or processes that do it ahead and in order, for several streams. No jax."""
+"""Work of data workers, and the threads or processes that do it ahead and in order, for several streams. No jax."""
 
 import collections
 import itertools

@@ -88,7 +88,7 @@ NOT_READ = 'the field "{}" is not read'  # a note of what is left out of a recor
 
 
 class Bad(ValueError):
-    """Why the record at hand cannot be used: `Bad(reason, detail)`, where nobody knows the record's name."""
+    """Reason why a record cannot be used: `Bad(reason, detail)`, raised where the record's name is unknown."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,7 +132,7 @@ def _one_edit_apart(a: str, b: str) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Returns whether a value is null, an empty text, list or object, or holds nothing else."""
+    """Returns whether a value is null, or an empty text, list or object, or contains only such values."""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
     return _is_nothing(value) if inner is None else all(map(_is_nothing, inner))
 
@@ -144,7 +144,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 def present(fields: Mapping[str, Any], kept: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of an object that say something; of the `kept` ones all but those that are null."""
+    """The fields of an object that are not empty; of the `kept` ones all that are not null."""
     return {
         name: value for name, value in fields.items() if value is not None and (name in kept or not is_empty(value))
     }

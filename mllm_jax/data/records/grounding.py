@@ -1,4 +1,4 @@
-"""Boxes and points of images in texts, written as a model was trained to read and write them.
+"""Boxes and points of images in texts, in the format that a model was trained on.
 
 A record has them beside its messages, for the placeholders `<ref-object>` and `<bbox>` in its texts, as ms-swift does:
 
@@ -9,8 +9,8 @@ They become parts of a content, which a processor writes as text once it knows t
     {"type": "ref", "ref": "a cat"}
     {"type": "bbox", "bbox": [10, 20, 110, 220], "bbox_type": "real", "image_id": 0}
 
-A box is [x1, y1, x2, y2] and a point [x, y], in pixels of the upright image ("real": as it is shown, after any rotation
-that its EXIF data ask for) or as shares of its sides ("norm1"). `image_id` counts the images of a conversation from 0.
+A box is [x1, y1, x2, y2] and a point [x, y], in pixels of the upright image ("real": after any rotation by its EXIF
+data) or as fractions of its sides ("norm1"). `image_id` counts the images of a conversation from 0.
 """
 
 import functools
@@ -126,7 +126,7 @@ def with_objects(messages: Sequence[dict[str, Any]], objects: Any) -> list[dict[
 def at_placeholders(
     text: str, pattern: re.Pattern[str], queues: Mapping[str, Iterator[dict[str, Any]]]
 ) -> list[dict[str, Any]] | None:
-    """The parts of a text in which placeholders stand for the next part of their name; None where there are none."""
+    """The parts of a text, with the next part of its kind for each placeholder. None: the text has no placeholders."""
     pieces = pattern.split(text)  # text, name, text, name, text
     if len(pieces) == 1:
         return None
@@ -150,11 +150,11 @@ def checked(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> list[dict[str, Any]]:
-    """Messages with their names, boxes and points as text; of images, no more than the headers are read.
+    """Returns messages with their names, boxes and points as text. Only the headers of images are read.
 
-    Those that had some also have {CONTENT_TOKENS: True}: tags such as `<|box_start|>` are tokens there, whoever speaks.
+    Messages that had some also have {CONTENT_TOKENS: True}: tags such as `<|box_start|>` are tokens there in any role.
 
-    Raises ValueError: the model has no way to write them, or a box lies outside its image.
+    Raises ValueError: the model has no format for them, or a box lies outside its image.
     """
     contents = [message.get("content") if isinstance(message, Mapping) else None for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
@@ -203,7 +203,7 @@ def _texts_written(parts: Sequence[dict[str, Any]], grounding: Grounding, shares
 
 
 def _joined(parts: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Neighboring texts as one; a content of nothing else is a text."""
+    """Joins neighboring texts; a content of texts only becomes a text."""
     found = []
     for is_text, group in itertools.groupby(parts, lambda part: part["type"] == "text"):
         group = list(group)

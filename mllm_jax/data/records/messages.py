@@ -65,7 +65,7 @@ def normal_messages(turns: Sequence[Mapping[str, Any]]) -> tuple[Messages, tuple
 
 
 def with_system(messages: Messages, system: Any) -> Messages:
-    """Messages with the system prompt that stands beside them. Raises Bad where they have another one."""
+    """Messages with the system prompt of a separate field. Raises Bad if they have another one."""
     if system is None:
         return messages
     first = {"role": "system", "content": normal_parts(system, "system")}
@@ -146,7 +146,7 @@ def _json(value: Any) -> str:
 
 
 def _call_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """An assistant turn of a turn that is nothing but calls."""
+    """An assistant turn for a turn that contains only calls."""
     calls = _calls(_one_of(turn, "content", "value"), "function_call")
     return {"role": "assistant", "content": "", "tool_calls": calls} | _weight("assistant", turn)
 

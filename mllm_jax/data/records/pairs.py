@@ -83,6 +83,6 @@ def _asks(messages: Sequence[Any]) -> bool:
 
 
 def _same(rejected: Sequence[Any], chosen: Sequence[Any]) -> bool:
-    """Returns whether two conversations ask the same. A system prompt may stand beside one of them."""
+    """Returns whether two conversations ask the same, apart from a system prompt in one of them."""
     is_system = lambda turn: isinstance(turn, Mapping) and turn.get("role", turn.get("from")) == "system"
     return [turn for turn in rejected if not is_system(turn)] == [turn for turn in chosen if not is_system(turn)]

@@ -1,4 +1,4 @@
-"""Parts of a content: texts, images and videos, whether they stand in it or beside it, for placeholders."""
+"""Parts of a content: texts, images and videos, inside it or in separate fields, for placeholders."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ Find = Callable[[Any], Any]  # what a record calls a file -> its path or its byt
 
 
 def files_beside(record: Mapping[str, Any]) -> dict[str, list]:
-    """The images and videos of a record that stand beside its messages. Raises Bad where two fields name others."""
+    """Images and videos in separate fields of a record. Raises Bad if two fields name different ones."""
     found = {}
     for media in MEDIA:
         named = [_files(record[name]) for name in (media, f"{media}s") if name in record]
@@ -47,13 +47,14 @@ def file_parts(files: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def with_files(messages: Messages, files: Mapping[str, list], in_text: bool) -> Messages:
-    """Messages with the files that stand beside them.
+    """Messages with the files of separate fields.
 
-    Parts that name no file take one in turn, and so do placeholders in texts. Where there is neither, the files go
-    before the first question.
+    Parts without a file take the next one, and so do placeholders in texts. If there are neither, the files go before
+    the
+    first question.
 
     Args:
-        in_text: the layout has placeholders: without one, no file may stand beside the messages.
+        in_text: whether the layout has placeholders: without one, no separate file is allowed.
     """
     if any(isinstance(message["content"], list) for message in messages):
         return _filled(messages, files)
@@ -81,14 +82,14 @@ def unread_of_parts(messages: Messages) -> Iterator[str]:
 
 
 def found_parts(content: str | list[dict[str, Any]], find: Find) -> str | list[dict[str, Any]]:
-    """A content with its files found, and nothing but what a processor reads."""
+    """A content with its files resolved, and only the fields that a processor reads."""
     return content if isinstance(content, str) else [_found(part, find) for part in content]
 
 
 def with_asked(messages: Messages, record: Mapping[str, Any]) -> Messages:
-    """Messages whose videos ask for what their record does, for all of them or in a list, unless they say otherwise.
+    """Messages whose videos have the video settings of their record, one for all or a list, unless they set their own.
 
-    Raises Bad where a list has not one value for each video.
+    Raises Bad if a list does not have one value per video.
     """
     asked = {name: record[name] for name in ASKED if name in record}
     if not asked:
@@ -131,7 +132,7 @@ def _normal(part: Any) -> dict[str, Any]:
 
 
 def _filled(messages: Messages, files: Mapping[str, list]) -> Messages:
-    """Parts that name no file take those that stand beside the messages, in turn."""
+    """Assigns the files of separate fields, in order, to parts without a file."""
     lists = [message["content"] for message in messages if isinstance(message["content"], list)]
     is_open = lambda part: part["type"] in MEDIA and part["type"] not in part
     queues = _queues([part["type"] for parts in lists for part in parts if is_open(part)], files)
@@ -145,7 +146,7 @@ def _each_part(messages: Messages, change: Callable[[dict[str, Any]], dict[str, 
 
 
 def _queues(asked: Sequence[str], files: Mapping[str, list]) -> dict[str, Iterator[dict[str, Any]]]:
-    """A part for each file, in turn. Raises Bad unless so many are asked for."""
+    """A part for each file, in order. Raises Bad unless their number is the number that is needed."""
     for media, found in files.items():
         if asked.count(media) != len(found):
             detail = f"{asked.count(media)} <{media}> for {len(found)} files"
@@ -187,7 +188,7 @@ def _found(part: dict[str, Any], find: Find) -> dict[str, Any]:
 
 
 def _asked(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a part that say how its video is read, see ASKED."""
+    """The fields of a part that set how its video is read, see ASKED."""
     try:
         found = {name: kind(part[name]) for name, kind in ASKED.items() if part.get(name) is not None}
     except (TypeError, ValueError, OverflowError) as error:

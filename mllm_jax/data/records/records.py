@@ -1,4 +1,4 @@
-"""What a record says: the layouts in which conversations and documents are published, all read into one.
+"""Reads all published layouts of conversations and documents into one.
 
 The table of layouts, roles and fields is in docs/data.md. A record is a mapping; a field that is None counts as absent.
 
@@ -11,24 +11,24 @@ The table of layouts, roles and fields is in docs/data.md. A record is a mapping
     {"text_list": ["A cat.", ...], "image_info": [{"image_name": A, "matched_text_index": 0}]}
     {"images": [A], "text": "A cat."}, or "caption"
 
-The first is that of Qwen and OpenAI; parts of its content that name no file take those of "images" in turn. The second
-is LLaVA's: `<image>` and `<video>` stand for the files in "image" or "images", "video" or "videos", in turn. In the
-next three, files go before the first question, unless `<image>` or `<video>` say where. The others are documents, where
-nobody asks: interleaved as in OBELICS, as in MMC4, and a text with what it is about.
+The first is that of Qwen and OpenAI; parts of its content without a file take those of "images" in order. The second is
+LLaVA's: `<image>` and `<video>` stand for the files in "image" or "images", "video" or "videos", in order. In the next
+three, files go before the first question, unless `<image>` or `<video>` mark their places. The others are documents
+without questions: interleaved as in OBELICS, as in MMC4, and a text with its images.
 
-Of a pair of answers one is chosen and one rejected. To a conversation that ends with the chosen one "rejected" is
-added; or the answers stand beside the question, as TRL, RLHF-V, MMPR and ms-swift write them:
+Of a pair of answers one is chosen and one rejected. "rejected" is added to a conversation that ends with the chosen
+one; or the answers are beside the question, as TRL, RLHF-V, MMPR and ms-swift write them:
 
     {"images": [A], "messages": [..., {"role": "assistant", "content": "A cat."}], "rejected": "A dog."}
     {"images": [A], "prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
     {"image": A, "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
     {"image": A, "text": '{"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}'}
 
-Any of them may have "facts", a text or a list of texts that are true of its images, such as a caption by people: a
-reward model reads them beside an answer.
+Any of them may have "facts", a text or a list of texts that are true of its images, such as a human caption: a reward
+model reads them after an answer.
 
-A is the name of a file, its bytes, or {"bytes", "path"} as Hugging Face's datasets have it. A video may also be a list
-of images: as a part's "video", or beside the messages as "frames", each with "fps".
+A is the name of a file, its bytes, or {"bytes", "path"} as in Hugging Face's datasets. A video may also be a list of
+images: as a part's "video", or beside the messages as "frames", each with "fps".
 """
 
 import re
@@ -78,19 +78,21 @@ class BadData(RuntimeError):
 
 
 def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
-    """{"messages": [{"role", "content"}], "kind": str, "id": str} in Hugging Face's layout, of any layout above.
+    """Returns {"messages": [{"role", "content"}], "kind": str, "id": str} in Hugging Face's layout, from any layout
+    above.
 
     Messages are those of `mllm_jax.data.records.messages`; a document is one message of the role DOCUMENT. Images and
-    videos are what `find` says, or bytes. A pair of answers is a conversation that ends with the chosen one, and also
-    has {"rejected": str}. With facts it has {"facts": str}, with tools {"tools": [dict]}. {"notes": (str, ...)} says
-    what was left out of the record, in words that can be counted.
+    videos are results of `find`, or bytes. A pair of answers is a conversation that ends with the chosen one, and also
+    has {"rejected": str}. With facts it has {"facts": str}, with tools {"tools": [dict]}. {"notes": (str, ...)} lists
+    the
+    parts of the record that were left out, in words that can be counted.
 
     Args:
-        name: what the record is called where it has no id of its own.
-        find: of the name of a file, its path or its bytes; raises Bad.
+        name: name of the record if it has no id.
+        find: maps the name of a file to its path or its bytes; raises Bad.
 
     Raises:
-        BadRecord: it has no known layout, wrong roles or placeholders, fields that cannot be honored, or lacks a file.
+        BadRecord: it has an unknown layout, wrong roles or placeholders, unsupported fields, or lacks a file.
     """
     try:
         if not isinstance(record, Mapping):
@@ -119,7 +121,7 @@ def check_texts(value: Any) -> None:
 
 
 def labels(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The texts, numbers and truths of a record that belong to no layout: what tells records apart, as "split" does."""
+    """Texts, numbers and booleans of a record outside its layout, such as "split", by which records are selected."""
     return {key: x for key, x in record.items() if key not in FIELDS and isinstance(x, str | int | float)}
 
 

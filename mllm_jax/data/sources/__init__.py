@@ -1,4 +1,4 @@
-"""Sources of conversations and documents: what a path means follows from what is there.
+"""Sources of conversations and documents: the format of a path is detected.
 
     conversations.jsonl, llava.json            JSON, with images and videos beside it on disk; also .ndjson, .jsonl.gz
     questions.csv, questions.tsv               a table, with images beside it or as base64; also .csv.gz, .tsv.gz
@@ -7,9 +7,9 @@
     train-00000-of-00010.parquet               Parquet
     FOLDER with features.json, tfds:NAME       a dataset that TFDS has prepared
 
-A path may be a file, a pattern or a folder of files of one kind. Of a numbered set all files must be there, unless one
-file is named, or a part of them by a pattern with brackets: `data/train-0000[0-3]-*.tar`. All sources are read at
-random, can be sent to other processes, need no jax, and give the same items: see `mllm_jax.data.records.records`.
+A path may be a file, a pattern or a folder of files of one kind. Of a numbered set all files must exist, unless one
+file is named, or a part of them by a pattern with brackets: `data/train-0000[0-3]-*.tar`. All sources have random
+access, can be pickled, need no jax, and give the same items: see `mllm_jax.data.records.records`.
 """
 
 import glob
@@ -85,7 +85,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def kind_of(file: Path) -> str | None:
-    """The end of a file's name that says how it is read, of KINDS; None where nothing reads it."""
+    """The ending of a file's name, of KINDS, that selects its reader. None: no reader."""
     return next((ending for ending in KINDS if file.name.lower().endswith(ending)), None)
 
 

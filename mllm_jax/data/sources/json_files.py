@@ -1,4 +1,4 @@
-"""JSON Lines, and files that are one JSON array, with images and videos beside them on disk."""
+"""JSON Lines, and files of one JSON array, with images and videos beside them on disk."""
 
 import json
 from collections.abc import Iterator

@@ -55,13 +55,14 @@ class Mixture:
         return Conversations(self.sources)[index]
 
     def source(self, start: int, number: int, batch: int) -> int:
-        """Which source the record `number` of a stream is drawn from, after `batch` batches; `start` as `start_of`."""
+        """Index of the source from which record `number` of a stream is drawn, after `batch` batches; `start` as
+        `start_of`."""
         point = ((start + number * GOLDEN) % 2**64 >> 11) / 2**53
         return bisect.bisect_right(self._edges[bisect.bisect_right(self._begins, batch) - 1], point)
 
 
 def start_of(seed: int, stream: int) -> int:
-    """Where the points of a stream begin, in units of 2^-64."""
+    """First point of a stream, in units of 2^-64."""
     return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0])
 
 
@@ -76,6 +77,6 @@ def tempered(weights: Sequence[float], sizes: Sequence[int], temperature: float 
 
 
 def _edges(weights: Sequence[float]) -> list[float]:
-    """Where in [0, 1) the share of every source ends, without the last."""
+    """Ends of the sources' shares in [0, 1), without the last."""
     ends = list(itertools.accumulate(weights))
     return [end / ends[-1] for end in ends[:-1]]

@@ -47,7 +47,7 @@ class Shard(abc.ABC):
         """A record as it is written, and what finds the files that it names. Raises BadRecord."""
 
     def name(self, index: int) -> str:
-        """What a record without an id is called."""
+        """Name of a record without an id."""
         return f"{self.path.name}:{index}"
 
     def fields(self, names: Sequence[str]) -> Iterator[Any]:
@@ -81,11 +81,12 @@ class Shard(abc.ABC):
 class Conversations:
     """Conversations and documents of several shards, one after the other.
 
-    An item is {"messages", "kind", "id"}; see `read_record` of data/records/records.py, which also says what it raises.
+    An item is {"messages", "kind", "id"}; see `read_record` of data/records/records.py, also for its errors.
 
     Args:
-        where: keeps the records whose fields have these values, as in {"split": "train", "task": ("vqa", "ocr")}. It
-            takes one pass over all records to find them.
+        where: keeps the records whose fields have these values, as in {"split": "train", "task": ("vqa", "ocr")}.
+          Finding
+            them takes one pass over all records.
 
     Raises:
         ValueError: no record is left.
@@ -107,7 +108,7 @@ class Conversations:
         return shard[place]
 
     def labeled(self, index: int) -> dict[str, Any]:
-        """An item, and beside its fields those that `where` may ask for."""
+        """An item, and its fields that `where` may select by."""
         shard, place = self._place(index)
         record, item = shard.read_item(place)
         return labels(record) | item
@@ -121,7 +122,7 @@ class Conversations:
 
 
 def open_shards(kind: type[Shard], paths: Sequence[Path], root: Path | None) -> list[Shard]:
-    """The files at these paths, whose own folders are the roots unless one is told."""
+    """The files at these paths; their folders are the roots unless one is given."""
     opened = partial(_opened, kind, root)
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         return list(pool.map(opened, paths))

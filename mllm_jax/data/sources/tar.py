@@ -1,12 +1,11 @@
 """WebDataset: tar files whose members `KEY.json`, `KEY.jpg` ... are one record.
 
-Members of a key need not be neighbors; where an ending comes again, a new record of the same key begins. Endings count
-in small letters. Folders, links, members without an ending and hidden ones (`._KEY.jpg` of macOS) belong to no record.
+Members of a key need not be neighbors; if an ending repeats, a new record of the same key begins. Endings are compared
+in lower case. Folders, links, members without an ending and hidden ones (`._KEY.jpg` of macOS) belong to no record.
 
-`KEY.json` is a record in any layout of `mllm_jax.data.records.records`; without it `KEY.txt` is a text with what it is
-about.
-Files that the record names are members of the same key: `KEY.0.jpg`, or what follows the key, `0.jpg`. Where it names
-none, all images and videos of its key belong to it, in the order in which they lie in the tar.
+`KEY.json` is a record in any layout of `mllm_jax.data.records.records`; without it `KEY.txt` is the text of its images.
+Files that the record names are members of the same key: `KEY.0.jpg`, or the part after the key, `0.jpg`. If it names
+none, all images and videos of its key belong to it, in the order of the tar.
 """
 
 import io
@@ -37,10 +36,11 @@ BLOCKS = 512 * tarfile.BLOCKSIZE  # bytes that are read at once behind an archiv
 
 
 class Tar(Shard):
-    """One tar file, not compressed. A sample is one read, or one for each place where members of its key stand.
+    """One uncompressed tar file. A sample takes one read, or one for each place of members of its key.
 
-    Where samples stand is found by one pass over the headers, and kept in `SHARD.tar.index.npy` beside the file, or in
-    memory only where nothing can be written there.
+    One pass over the headers finds the places of samples, which are stored in `SHARD.tar.index.npy` beside the file, or
+    in
+    memory only if the folder is not writable.
 
     Raises:
         ValueError: the file is compressed, damaged or cut off.
@@ -195,7 +195,7 @@ def _scan(path: Path) -> np.ndarray:
 
 
 def _behind(file: BinaryIO, end: int) -> int | None:
-    """Start of the archive behind the end mark (a block of zeros) that must stand at `end`; None: there is none."""
+    """Start of the archive after the end mark (a block of zeros) that must be at `end`. None: there is none."""
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"damaged or cut off at byte {end}, where neither a member nor the end mark begins")

@@ -1,7 +1,7 @@
-"""Captions of scenes that name what is there, each beside one that names something else: pairs of answers.
+"""Captions of scenes that name their objects, each paired with one that names an absent object.
 
-What is true is known here, so that the share of false things that a model names can be counted (CHAIR, arXiv
-1809.02156), and falls where it learns to prefer the truthful one.
+The truth is known here, so that the fraction of false objects that a model names can be counted (CHAIR, arXiv
+1809.02156); it falls as the model learns to prefer truthful captions.
 """
 
 import math
@@ -19,9 +19,10 @@ class Captions:
     """A random-access set of {"messages": [user, assistant], "rejected", "facts": str, "kind": "caption", "id": str}.
 
     Args:
-        false: share of the captions that end with an absent thing, as many name some that are found in the wild. They
-            are for learning to say so: pairs are for `false=0`.
-        options: of `Scenes`.
+        false: fraction of captions that end with an absent object, as in web data. They are for supervised training:
+          pairs
+            need `false=0`.
+        options: arguments of `Scenes`.
     """
 
     def __init__(self, split: str = "train", seed: int = 0, false: float = 0.0, **options: Any):
@@ -46,7 +47,7 @@ class Captions:
 
 
 class Named(NamedTuple):
-    """What a caption names."""
+    """Objects that a caption names."""
 
     things: int
     false: int  # of these, the ones that are not there
@@ -63,19 +64,19 @@ class Share(NamedTuple):
 
 
 def count_named(said: str, true: str) -> Named:
-    """What is said beside what is true. A thing that is named twice and is there once is false once."""
+    """Counts named and true objects. An object that is named twice and exists once is false once."""
     said, true = (Counter(filter(None, map(str.strip, text.split(",")))) for text in (said, true))
     right = (said & true).total()
     return Named(said.total(), said.total() - right, true.total() - right)
 
 
 def false_share(captions: Sequence[Named]) -> Share:
-    """Of the things that captions name, those that are not there: CHAIR_i, where a thing is a color and a shape."""
+    """Fraction of named objects that do not exist: CHAIR_i, where an object is a color and a shape."""
     return _share([named.false for named in captions], [named.things for named in captions])
 
 
 def recall(captions: Sequence[Named]) -> Share:
-    """Of the things that are there, those that captions name."""
+    """Fraction of existing objects that captions name."""
     return _share([named.there - named.missed for named in captions], [named.there for named in captions])
 
 

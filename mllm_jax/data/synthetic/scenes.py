@@ -1,9 +1,9 @@
 """`scenes`: questions about images and videos that are drawn on the fly from a seed.
 
 An embedded default, so that training, evaluation and generation run anywhere without a download. It is not a benchmark:
-a small model learns the easy kinds from scratch in minutes, and what it scores says nothing about photographs.
-Train and held-out are disjoint by construction: a hash of what an image shows (its size, every thing in it, its
-movement; not the shade of its background, its noise or the question) decides to which of the two it belongs.
+a small model learns the easy kinds from random weights in minutes, and its scores tell nothing about photographs.
+Train and held-out splits are disjoint by construction: a hash of an image's content (its size, every object in it, its
+movement; not the shade of its background, its noise or the question) selects the split.
 """
 
 import json
@@ -49,7 +49,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What an image shows, before it is drawn. All in pixels."""
+    """Content of an image before it is drawn. All in pixels."""
 
     height: int
     width: int
@@ -133,7 +133,7 @@ class Scenes:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether what this image shows belongs to the held-out split."""
+    """Returns whether the content of this image belongs to the held-out split."""
     things = sorted(map(tuple, scene.things))  # the order of drawing does not show
     return zlib.crc32(repr((scene.height, scene.width, things, scene.step)).encode()) % HELD_OUT == 0
 
@@ -165,7 +165,7 @@ def _render(scene: Scene, background: tuple[int, ...], step: tuple[int, int], no
 
 
 def _scale(r: Random, height: int, width: int, cell: int) -> float:
-    """How much larger things are than in an image of at most 5 x 5 cells."""
+    """Size of objects relative to that in an image of at most 5 x 5 cells."""
     return r.uniform(1, max(1, min(height, width) / (5 * cell)))
 
 
@@ -271,7 +271,7 @@ KINDS = {
 
 
 def scenes_pair_tokenizer() -> Tokenizer:
-    """That of `scenes` for texts that stand alone: each ends in <|im_end|>."""
+    """The tokenizer of `scenes` for single texts: each ends in <|im_end|>."""
     tokenizer, end = scenes_tokenizer(), "<|im_end|>"
     special = [(end, tokenizer.token_to_id(end))]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=special)

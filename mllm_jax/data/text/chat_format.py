@@ -52,7 +52,7 @@ class ChatFormat:
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate, control: Iterable[str] = (), stop: Collection[int] = ()
     ):
-        """`control`: control tokens beside those that are found. `stop`: ids of tokens that are known to end a turn."""
+        """`control`: control tokens in addition to those detected. `stop`: ids of tokens that end a turn."""
         self.tokenizer, self.template = tokenizer, template
         added = tokenizer.added
         known = {*control, *tokenizer.special_tokens().values(), *_USUAL}
@@ -81,19 +81,20 @@ class ChatFormat:
     ) -> tuple[list[int], list[float]]:
         """Returns a conversation as tokens, and for each the loss weight of predicting it.
 
-        The weight is that of its message (1 unless "weight" says another) from the beginning of an assistant's text,
-        reasoning or calls of tools up to the token or text that ends its turn, and 0 elsewhere. Answers are tokenized
-        apart from the text before them, so that training sees the tokens that generation continues from.
+        The weight is that of its message (1 unless "weight" sets another) from the beginning of an assistant's text,
+        reasoning or tool calls up to the token or text that ends its turn, and 0 elsewhere. Answers are tokenized
+        separately
+        from the text before them, so that training has the tokens that generation continues from.
 
         Args:
-          messages: Hugging Face's, with "tool_calls" and "reasoning_content" where an assistant has them. A message
-            with "content_tokens": True has content tokens in its texts, whoever speaks.
+          messages: Hugging Face's, with "tool_calls" and "reasoning_content" of an assistant. A message with
+            "content_tokens": True has content tokens in its texts, in any role.
           generate: for prompts: the prompt for an answer is added, and all weights are 0.
           tools: descriptions of functions that the model may call, as JSON schemas.
-          placeholders: tokens that are written as something else.
-          fill: gets all placeholders of the rendered conversation in order, and returns what is written for each.
-          user_content_tokens: content tokens in the texts of users are read as tokens, as in answers.
-          variables: more that the template may ask for.
+          placeholders: tokens that are replaced by other text.
+          fill: maps all placeholders of the rendered conversation, in order, to their texts.
+          user_content_tokens: whether content tokens in the texts of users are read as tokens, as in answers.
+          variables: further variables of the template.
 
         Raises:
           ValueError: the template refuses the conversation or leaves out a part of it, or no end of a turn is known.
@@ -267,7 +268,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _weight(message: Mapping[str, Any], number: int) -> float:
-    """By what the loss of a message is multiplied. Raises ValueError where it is no number from 0 on."""
+    """Loss weight of a message. Raises ValueError if it is not a number of at least 0."""
     weight = message.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise ValueError(f"messages[{number}].weight={weight!r}: not a number from 0 on. Correct or remove it.")

@@ -24,15 +24,16 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, usual: str | None = None) -> "ChatTemplate":
-        """Reads the first template that a folder has, of the files in which Hugging Face's libraries store one.
+        """Reads the first template of a folder, from the files in which Hugging Face's libraries store one.
 
         These are chat_template.jinja, chat_template.json, processor_config.json and tokenizer_config.json, in this
-        order. Where several templates have names, it is "default", and "tool_use" beside it.
-        usual: a template that comes before that of a tokenizer, which may know texts alone.
+        order. Of
+        several named templates it is "default", and also "tool_use".
+        usual: a template with precedence over that of a tokenizer, which may support only text.
 
         Raises:
           FileNotFoundError: there is none.
-          ValueError: a file cannot be read, or the template has an error of syntax.
+          ValueError: a file cannot be read, or the template has a syntax error.
         """
         folder = pathlib.Path(folder)
         if (path := folder / JINJA).exists():
@@ -56,7 +57,7 @@ class ChatTemplate:
         return cls(source, tool_source)
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes chat_template.jinja, and beside it the one for conversations with tools."""
+        """Writes chat_template.jinja, and the template for conversations with tools if there is one."""
         folder = pathlib.Path(folder)
         (folder / JINJA).write_text(self.source, encoding="utf-8")
         (folder / TOOLS).unlink(missing_ok=True)

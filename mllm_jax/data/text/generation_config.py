@@ -22,7 +22,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> "GenerationDefaults":
-        """Reads the file of a folder; empty where there is none. Raises ValueError, which names the field."""
+        """Reads the file of a folder; empty if there is none. Raises ValueError, which names the field."""
         path = pathlib.Path(folder) / FILE
         defaults = cls(read_json(path))
         try:

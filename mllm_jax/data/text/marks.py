@@ -1,8 +1,8 @@
-"""Texts of a conversation found again in what a chat template made of it.
+"""Finds the texts of a conversation in the output of a chat template.
 
-A template may trim texts, put them in another order, write them twice, or leave them out. So the conversation is
-rendered a second time with invisible marks around its texts, which must change nothing but add the marks. Where they
-do, as marks around the white space that a template trims, they are put elsewhere and tried again.
+A template may trim texts, reorder them, write them twice, or leave them out. So the conversation is rendered a second
+time with invisible marks around its texts, and the output must be the same apart from the marks. If it is not, such as
+for marks around white space that a template trims, they are placed differently and it is rendered again.
 """
 
 import itertools
@@ -59,7 +59,7 @@ class Marked(NamedTuple):
     def places(self) -> dict[int, Place]:
         """Returns the first place of the texts of each message; a message without one is missing.
 
-        A second time is that of the name of a tool, which a template may repeat beside the result.
+        Only the name of a tool may occur twice, since a template may repeat it beside the result.
         """
         found: dict[int, list] = {}  # the fields of each Place
         seen: set[tuple[bool, int]] = set()
@@ -77,9 +77,9 @@ class Marked(NamedTuple):
 class _Placement(NamedTuple):
     """A rule for the places of marks.
 
-    outside: characters that stay outside of the marks where a text begins or ends with them.
-    apart: the parts of an answer between tags have marks of their own.
-    empty: texts of nothing have marks.
+    outside: characters at the ends of a text that stay outside of the marks.
+    apart: whether the parts of an answer between tags have separate marks.
+    empty: whether empty texts have marks.
     """
 
     outside: str

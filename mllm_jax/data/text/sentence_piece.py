@@ -17,13 +17,13 @@ def read_sentence_piece(path: pathlib.Path, config: Mapping[str, Any]) -> tokeni
     """The tokenizer of a file.
 
     Args:
-      config: of tokenizer_config.json: `add_bos_token` and `add_eos_token` say what stands around every text (absent:
-        the first alone), `legacy` whether a space is put before what follows a special token too, as before a text
-        (absent: it is).
+      config: tokenizer_config.json: `add_bos_token` and `add_eos_token` set the tokens around every text (absent: only
+        the
+        first), `legacy` whether a space is added after a special token too, as before a text (absent: it is).
 
     Raises:
-      ImportError: there is no SentencePiece.
-      ValueError: no such file, or one of another kind than Llama's: pairs that are merged, of text as it is.
+      ImportError: SentencePiece is not installed.
+      ValueError: no such file, or a model of another kind than Llama's: BPE of text without normalization.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2 as protocol
@@ -76,7 +76,7 @@ def _merges(scores: Mapping[str, float]) -> Sequence[tuple[str, str]]:
 
 
 def _put_spaces(tokenizer: tokenizers.Tokenizer, prefix: bool, legacy: bool) -> None:
-    """How spaces are written, and whether one stands before texts."""
+    """Sets how spaces are written, and whether texts get a leading one."""
     if legacy:
         written = normalizers.Replace(" ", SPACE)
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), written]) if prefix else written
@@ -87,7 +87,7 @@ def _put_spaces(tokenizer: tokenizers.Tokenizer, prefix: bool, legacy: bool) -> 
 
 
 def _put_around(tokenizer: tokenizers.Tokenizer, trainer: Any, config: Mapping[str, Any]) -> None:
-    """What stands around every text."""
+    """Sets the tokens around every text."""
     first = [trainer.bos_piece] if config.get("add_bos_token", True) else []
     last = [trainer.eos_piece] if config.get("add_eos_token", False) else []
     if around := first + last:

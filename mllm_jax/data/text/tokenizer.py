@@ -1,8 +1,8 @@
 """Text to tokens and back, with special tokens that only a chat template can write.
 
-What people write is data. A special token spelled out in a message (`<|im_end|>`, `<|image_pad|>`) becomes the
-ordinary tokens of its letters. To tell the two apart in a rendered conversation, texts of people carry invisible
-guards: Unicode noncharacters, which no text contains.
+Texts of people are data. A special token spelled out in a message (`<|im_end|>`, `<|image_pad|>`) becomes the ordinary
+tokens of its letters. To tell the two apart in a rendered conversation, texts of people have invisible guards: Unicode
+noncharacters, which no text contains.
 """
 
 import contextlib
@@ -34,11 +34,12 @@ _QWEN_WORDS = (
 class Tokenizer:
     """A `tokenizers` tokenizer that never reads special tokens out of text, unless asked to.
 
-    `config` is the content of tokenizer_config.json; it names the special tokens that templates ask for.
-    `outside` are tokens that templates write and no vocabulary has, with the ids they get; what follows one is cut as
-    a text of its own.
-    `added` maps the added tokens, of two characters and more, to whether they are special. `guard` marks a text that
-    people wrote, so that `pieces` finds no added token in it nor across its ends.
+    `config` is the content of tokenizer_config.json; it names the special tokens that templates use.
+    `outside` are tokens that templates write and no vocabulary has, with their ids; the text after one is tokenized
+    separately.
+    `added` maps the added tokens, of two characters and more, to whether they are special. `guard` marks a text of
+    people,
+    so that `pieces` finds no added token in it or across its ends.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, outside: Mapping[str, int] | None = None) -> "Tokenizer":
-        """Reads tokenizer.json, or vocab.json and merges.txt or tokenizer.model with the added tokens beside them."""
+        """Reads tokenizer.json, or vocab.json and merges.txt or tokenizer.model with their added tokens."""
         folder = pathlib.Path(folder)
         config = read_json(folder / "tokenizer_config.json")
         if (path := folder / "tokenizer.json").exists():
@@ -97,7 +98,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, folder: str | pathlib.Path, more: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; `more`: fields that the second has besides its own."""
+        """Writes tokenizer.json and tokenizer_config.json; `more`: further fields of the second."""
         folder = pathlib.Path(folder)
         self._full.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config | dict(more)
@@ -110,7 +111,7 @@ class Tokenizer:
         return self._full.get_vocab()
 
     def __len__(self) -> int:
-        """How many tokens there are, added ones included."""
+        """Number of tokens, including added ones."""
         return self._full.get_vocab_size()
 
     def __contains__(self, token: str | None) -> bool:
@@ -157,7 +158,7 @@ class Tokenizer:
         return tokens
 
     def begins_after(self, token: str) -> bool:
-        """Whether what follows a special token is cut as the beginning of a text is."""
+        """Returns whether the text after a special token is tokenized like the beginning of a text."""
         return token in self.outside or not self._first_alone
 
     def pieces(self, markup: str, begin: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int | None]]:
@@ -218,7 +219,7 @@ def _any_of(added: Sequence[tokenizers.AddedToken]) -> str:
 
 
 class Guard:
-    """Marks texts so that no token of a set can be found in them, nor across their ends in what stands beside them."""
+    """Marks texts so that no token of a set can be found in them, or across their ends."""
 
     def __init__(self, tokens: Iterable[str]):
         tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)  # templates trim blanks
@@ -238,7 +239,7 @@ def _listed_tokens(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def _tokens_beside(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """Those of added_tokens.json, where they stood before."""
+    """Tokens of added_tokens.json at their ids."""
     usual = {"special": True, "normalized": False}
     return {number: {"content": token, **usual} for token, number in read_json(folder / "added_tokens.json").items()}
 
@@ -264,7 +265,7 @@ def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
 
 
 def _prefixes_the_first_alone(tokenizer: dict[str, Any]) -> bool:
-    """Whether a space is put before a text, but not before what follows a special token within it."""
+    """Returns whether a text gets a leading space, but not the text after a special token within it."""
     return any(step.get("prepend_scheme") == "first" for step in _steps(tokenizer["pre_tokenizer"]))
 
 

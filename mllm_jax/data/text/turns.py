@@ -25,12 +25,12 @@ Probe = Callable[[Messages, bool], Marked | None]  # (messages, whether to gener
 class Turns:
     """Beginnings and ends of an assistant's turns.
 
-    last: the token behind an answer that nothing follows; None where there is none.
-    ends: tokens that end turns, with those that were known before.
-    end_text: what ends a turn where no token does.
-    unended: True where the template writes nothing that could end a turn.
-    headers: what stands before an answer, the longest first.
-    openers: tokens that begin a turn, or stand in its header.
+    last: the token after a final answer. None: there is none.
+    ends: tokens that end turns, including those known before.
+    end_text: text that ends a turn if no token does.
+    unended: whether the template writes nothing that could end a turn.
+    headers: texts before an answer, the longest first.
+    openers: tokens that begin a turn, or are in its header.
     """
 
     tokenizer: Tokenizer

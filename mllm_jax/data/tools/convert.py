@@ -1,8 +1,8 @@
-"""From any source to ArrayRecord, with the images inside: in parallel, and going on where it was interrupted.
+"""Converts any source to ArrayRecord, with the images inside: in parallel, and resumable.
 
-A conversion is a folder of numbered shards. Shard k holds the source's records from k x R on, in their order, without
-the broken ones. It is written under another name and renamed when it is whole, so that what bears a shard's name is
-whole, and what is missing is what remains to be done.
+A conversion is a folder of numbered shards. Shard k has the source's records from k x R on, in order, without broken
+ones. It is written under a temporary name and renamed when complete, so that a shard's name marks a complete one, and
+missing shards are the remaining work.
 """
 
 import collections
@@ -33,7 +33,7 @@ SECONDS = 0.2  # between two looks at the progress
 
 
 class Converted(NamedTuple):
-    """What a folder holds at the end."""
+    """Content of a folder after a conversion."""
 
     records: int
     shards: int
@@ -60,13 +60,13 @@ def convert(
     """Writes the missing shards of a conversion.
 
     Args:
-        about: what tells this conversion from others, as JSON has it; a folder of another one is refused.
-        records: R, of a shard.
-        processes: that work beside this one; 0 = this one does it.
-        progress: is told how many records of the source are done.
+        about: settings that identify this conversion, as JSON; the folder of another one is refused.
+        records: R, number of records in a shard.
+        processes: number of worker processes. 0: this process does the work.
+        progress: receives the number of source records done.
 
     Raises:
-        ValueError: the folder holds something else, or is being written; or not a single record can be used.
+        ValueError: the folder has other files, or is being written; or no record can be used.
     """
     parts = _parts(folder, len(source), records)
     about = about | {"source_records": len(source), "shard_records": records}

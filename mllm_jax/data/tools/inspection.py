@@ -1,4 +1,4 @@
-"""What batches hold: lengths, sizes and fill, and some rows and conversations as a model reads them. No jax."""
+"""Statistics of batches: lengths, sizes and fill, and some rows and conversations as a model reads them. No jax."""
 
 import collections
 from typing import NamedTuple
@@ -75,7 +75,7 @@ class Inspection:
         return sorted(found[: self._samples], key=lambda sample: sample.kind)
 
     def add(self, batch: Batch, info: Info, whole: bool = True) -> None:
-        """Adds a batch. whole: whether its fill counts, as it does not once the data have come to their end."""
+        """Adds a batch. whole: whether its fill counts, which is not so after the end of the data."""
         if whole:
             self.fill.append((info.fill["tokens"], info.fill["patches"]))
         for row, kinds in enumerate(info.kinds):

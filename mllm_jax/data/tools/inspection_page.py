@@ -1,6 +1,6 @@
-"""What batches hold as one HTML page: histograms, conversations with their images, and packed rows as colored bars.
+"""Batches as one HTML page: histograms, conversations with their images, and packed rows as colored bars.
 
-This file computes what is shown, in percent of a drawing's width and height; inspection.html says how it looks.
+This file computes the values, in percent of a drawing's width and height; inspection.html lays them out.
 """
 
 import os
@@ -34,14 +34,14 @@ def write_inspection(
     named: Sequence[str] = (),
     noted: Mapping[str, int] | None = None,
 ) -> Path:
-    """Writes a page that opens anywhere, whole or not at all, and returns its path.
+    """Writes a self-contained page atomically and returns its path.
 
     Args:
-      path: of the HTML file; its folder must exist.
+      path: HTML file in an existing folder.
       facts: summary numbers, name -> text.
-      sources: of a mixture: their `name`, `records`, `weight` and `drawn`, the last two as shares.
-      left_out: records by the reason why they cannot be used; named: what is wrong with some of them.
-      noted: records that were read in part, by what was left out of them.
+      sources: of a mixture: `name`, `records`, `weight` and `drawn` of each source, the last two as fractions.
+      left_out: number of unusable records by reason; named: errors of some of them.
+      noted: number of records that were read in part, by the part that was left out.
     """
     found = inspection
     histograms = [

@@ -29,9 +29,9 @@ def pyav():
 
 
 def open_container(source: str | bytes) -> Any:
-    """Opens a regular file, or the bytes of one, in one of `FORMATS`, and nothing else: no other file, no network.
+    """Opens a regular file, or the bytes of one, in one of `FORMATS`; never another file or the network.
 
-    Its tags may be in any encoding: they are not read. Raises FileNotFoundError or ValueError, naming the file.
+    Its tags are not read, since they may be in any encoding. Raises FileNotFoundError or ValueError, naming the file.
     """
     name, av = source_name(source), pyav()
     if isinstance(source, str):

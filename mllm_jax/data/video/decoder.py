@@ -108,7 +108,7 @@ class Timed:
         self._shown, self._coming = None, self._next()
 
     def _next(self) -> Any:
-        """The next frame that says when it is shown. None: the file has ended."""
+        """The next frame with a presentation time. None: the file has ended."""
         return next((frame for frame in self._decoder.frames if frame is not None and frame.pts is not None), None)
 
     def _advance(self, number: int) -> bool:
@@ -120,7 +120,7 @@ class Timed:
         return self._shown is not None and self._shown.pts >= low
 
     def _bounds(self, number: int) -> tuple[float, float]:
-        """The times between which a frame is nearer to `number` than to those beside it."""
+        """The times between which a frame is closer to `number` than to its neighbors."""
         before, time, after = (
             self._times.shown[place] if 0 <= place < len(self._times.shown) else math.copysign(math.inf, place)
             for place in (number - 1, number, number + 1)

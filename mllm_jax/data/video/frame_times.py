@@ -55,17 +55,18 @@ def even_times(first: int, gap: int, frames: int, tick: Fraction, stated: Sequen
 def measured_times(
     packets: Sequence[Packet], tick: Fraction, stated: Sequence[Fraction | None], reorders: bool
 ) -> FrameTimes:
-    """The times of a file's frames, from all its packets in the order in which they are stored.
+    """The times of a file's frames, from all its packets in stored order.
 
-    The rate is one of those that the file states if the packets' times agree with it, otherwise what the times say:
-    containers state the rate of another file, that of their clock, or none. Where frames follow one another evenly, it
-    is one over the time between two of them; otherwise all frames over the time from the first to the end of the last.
+    The rate is one that the file states if the packets' times agree with it, otherwise that of the times: containers
+    state
+    the rate of another file, that of their clock, or none. For evenly spaced frames it is one over their distance;
+    otherwise the number of frames over the time from the first to the end of the last.
 
     Args:
         packets: one per frame, at least one.
         tick: seconds of a unit of time.
         stated: the rates that the file states in frames per second, the most credible first.
-        reorders: True where the decoder puts frames in another order than their packets are in.
+        reorders: whether the decoder returns frames in another order than their packets.
 
     Raises ValueError if neither times nor durations nor a rate are stated.
     """

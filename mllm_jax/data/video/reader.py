@@ -45,12 +45,15 @@ class VideoFile:
         return source_name(self.source)
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """Yields the upright RGB frames on the screen at the times of these rising `indices`, see `FrameTimes`.
+        """Yields the upright RGB frames that are shown at the times of these rising `indices`, see `FrameTimes`.
 
-        What lies between distant frames is not decoded. A frame that cannot be decoded is replaced by the one before
-        it, and its number goes into `broken`. Raises ValueError, naming the file, if it ends too early or is broken
-        beyond that: at more than one place in a hundred frames, or so that more than a tenth of the wanted frames is
-        lost (one place and one frame are always allowed).
+        Frames between distant ones are not decoded. A frame that cannot be decoded is replaced by the one before it,
+        and its
+        number is added to `broken`. Raises ValueError, naming the file, if it ends too early or is more damaged: at
+        more than
+        one place in a hundred frames, or with more than a tenth of the requested frames lost (one place and one frame
+        are
+        always allowed).
         """
         numbers = self.times.numbers(indices)
         if numbers and indices[-1] >= self.times.frames:

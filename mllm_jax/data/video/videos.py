@@ -46,9 +46,10 @@ def open_video(source: Any, fps: float, track: int | None = None) -> Video:
     """Opens a video without reading its frames.
 
     `source`: the path of a video file, the bytes of one, an array u8[t h w 3], or a list of images (all of one size).
-    `fps`: frames per second of an array or a list; a file says its own.
-    `track`: number of the video track of a file that holds several. None: FFmpeg's choice.
-    Raises ValueError, naming the file, if it is no video, is empty or is damaged; FileNotFoundError if it is missing.
+    `fps`: frames per second of an array or a list; a file has its own.
+    `track`: number of the video track of a file with several. None: FFmpeg's choice.
+    Raises ValueError, naming the file, if it is not a video, is empty or is damaged; FileNotFoundError if it is
+    missing.
     """
     if isinstance(source, (str, os.PathLike, bytes)):
         file = open_file(source if isinstance(source, bytes) else os.fspath(source), track)
@@ -71,7 +72,7 @@ def open_video(source: Any, fps: float, track: int | None = None) -> Video:
 
 
 def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max_frames: int, multiple: int = 1) -> int:
-    """How many of a video's `frames` are read: `target_fps` a second, within the bounds and what there is.
+    """Number of a video's `frames` to read: `target_fps` per second, within the bounds and the video.
 
     `multiple` rounds the bounds inwards and the count down; it is 1 for Qwen3-VL, whose odd tail is padded instead.
     """

@@ -157,7 +157,7 @@ class _PngChunks(io.RawIOBase):
             offset, count = offset + size, count + 1
 
     def _tells(self, chunk: _Chunk) -> bool:
-        """Returns whether a chunk is whole and may state the orientation."""
+        """Returns whether a chunk is complete and may state the orientation."""
         kind, offset, size = chunk
         if kind not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") or size > self.LONGEST:
             return False

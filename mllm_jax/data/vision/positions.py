@@ -46,5 +46,5 @@ def on_a_grid(height: int, width: int, times: Sequence[int] = (0,)) -> Block:
 
 
 def patch_positions(count: int, rate: float, seconds: float) -> list[int]:
-    """Rotary positions of a video's temporal patches, `seconds` apart, at `rate` a second; rate 0 = one each."""
+    """Rotary positions of a video's temporal patches, `seconds` apart, at `rate` per second. rate 0: one per patch."""
     return [int(index * rate * seconds) if rate else index for index in range(count)]

@@ -46,9 +46,10 @@ def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int, int]:
-    """The largest (height, width) of whole patches, of nearly this aspect ratio, that at most `patches` patches cover.
+    """The largest (height, width) of whole patches, with nearly this aspect ratio, that at most `patches` patches
+    cover.
 
-    The rule of NaFlex (SigLIP 2, arXiv 2502.14786): a scale is searched by halving an interval, sides are rounded up.
+    The rule of NaFlex (SigLIP 2, arXiv 2502.14786): a scale is found by bisection, sides are rounded up.
     """
     low, high, precision = 1e-6, 100.0, 1e-5
 
@@ -62,32 +63,32 @@ def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int,
 
 
 class Rule(Config):
-    """What an image becomes, one or several (data/vision/tiles.py), and which of their visual tokens are read."""
+    """Resizing of an image, to one or several (data/vision/tiles.py), and selection of their visual tokens."""
 
     def among(self, count: int) -> "Rule":
-        """The rule for each of so many images of a conversation."""
+        """The rule for each of several images of a conversation."""
         del count
         return self
 
     def within(self, limit: float) -> "Rule":
-        """The same rule for images of at most so many pixels, as far as it can make them smaller."""
+        """The same rule for images of at most this many pixels, as far as it can shrink them."""
         del limit
         return self
 
     def mix(self, size: tuple[int, int], factor: int) -> TokenBlend | None:
-        """With what the visual tokens of `order` are mixed; None = each stands alone."""
+        """Blend of the visual tokens of `order`. None: there is no blend."""
         del size, factor
 
 
 class Whole(Rule):
-    """A rule that makes one image of an image: `sized` says how large, `read` gives its pixels u8[h w 3]."""
+    """A rule that makes one image of an image: `sized` returns its size, `read` its pixels u8[h w 3]."""
 
     def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """(height, width) of all images that an image of this size becomes."""
         return (self.sized(size),)
 
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
-        """Which visual tokens stand where, with tokens of `factor` pixels a side: i32[m]."""
+        """Order of visual tokens in the text, with tokens of `factor` pixels a side: i32[m]."""
         return np.arange(math.prod(side // factor for side in self.sized(size)), dtype=np.int32)
 
     def images(self, image: Image.Image) -> Iterator[np.ndarray]:
@@ -135,7 +136,7 @@ class Stretch(Whole):
 
 @dataclass(frozen=True)
 class Keep(Whole):
-    """SigLIP 2's NaFlex: all of it, in its aspect ratio, in at most so many patches."""
+    """The rule of SigLIP 2's NaFlex: the full image, in its aspect ratio, in at most this many patches."""
 
     patch: PositiveInt
     patches: PositiveInt
@@ -202,7 +203,7 @@ class Halved(Stretch):
 
 
 def mean_color(mean: Iterable[float]) -> tuple[int, int, int]:
-    """In levels of 255, of what a tower reads as nought."""
+    """The color, in 0..255, that a tower normalizes to zero."""
     red, green, blue = (int(255 * value) for value in mean)
     return red, green, blue
 

@@ -1,7 +1,7 @@
-"""How an image of any size becomes tiles of one size. PIL and numpy only.
+"""Splits images of any size into tiles of one size. PIL and numpy only.
 
-AnyRes (LLaVA-NeXT, llava/mm_utils.py of haotian-liu/LLaVA) lays an image on the best of a list of canvases and keeps
-its aspect ratio; the dynamic tiles of InternVL (arXiv 2404.16821, section 3.3) stretch it to the best grid.
+AnyRes (LLaVA-NeXT, llava/mm_utils.py of haotian-liu/LLaVA) places an image on the best of a list of canvases and keeps
+its aspect ratio; the dynamic tiles of InternVL (arXiv 2404.16821, section 3.3) resize it to the best grid.
 """
 
 import math
@@ -44,9 +44,9 @@ def fitted(size: Size, canvas: Size) -> Size:
 
 
 def anyres_tiles(image: Image.Image, canvas: Size, tile: int) -> np.ndarray:
-    """The whole image stretched to a tile, then the tiles of its canvas row by row: u8[tiles tile tile 3].
+    """The full image resized to a tile, then the tiles of its canvas row by row: u8[tiles tile tile 3].
 
-    The image stands in the middle of the canvas; around it is black.
+    The image is centered on the black canvas.
     """
     height, width = fitted((image.height, image.width), canvas)
     laid = np.zeros((*canvas, 3), np.uint8)
@@ -56,15 +56,16 @@ def anyres_tiles(image: Image.Image, canvas: Size, tile: int) -> np.ndarray:
 
 
 def anyres_tokens(size: Size, canvas: Size, tile: int, side: int, most: int = 0) -> Tokens:
-    """Which visual tokens stand where, for an image of `size` pixels.
+    """Order of the visual tokens of an image of `size` pixels.
 
-    First all tokens of the whole image, then the grid of all tiles row by row, without the rows or columns that lie
-    around the image, a NEWLINE after each row.
+    First all tokens of the full image, then the grid of all tiles row by row, without the rows or columns of the
+    padding
+    around the image, with a NEWLINE after each row.
 
     Args:
       tile: side of a tile in pixels.
       side: visual tokens along the side of a tile.
-      most: a grid of over 1.21 times the tokens of so many tiles is resampled to about as many; 0 = it stays.
+      most: number of tiles; a grid of over 1.21 times their tokens is resampled to about as many. 0: no resampling.
     """
     rows, columns = canvas[0] // tile, canvas[1] // tile
     tokens = np.arange((1 + rows * columns) * side**2, dtype=np.int32)[side**2 :]
@@ -104,7 +105,7 @@ def dynamic_grid(size: Size, low: int, high: int, tile: int) -> Size:
 
 
 def dynamic_tiles(image: Image.Image, grid: Size, tile: int) -> np.ndarray:
-    """The tiles of a grid, row by row; of several the last is the whole image: u8[tiles tile tile 3]."""
+    """The tiles of a grid, row by row; if there are several, the full image is last: u8[tiles tile tile 3]."""
     tiles = _cut(resized(image, (grid[0] * tile, grid[1] * tile)), tile)
     return tiles if len(tiles) == 1 else np.concatenate([tiles, resized(image, (tile, tile))[None]])
 
@@ -157,7 +158,7 @@ class AnyRes(Rule):
 
 @dataclass(frozen=True)
 class Tiles(Rule):
-    """InternVL's rule: `low` to `high` tiles of `tile` pixels a side, and the whole image."""
+    """InternVL's rule: `low` to `high` tiles of `tile` pixels a side, and the full image."""
 
     tile: PositiveInt
     low: PositiveInt = 1

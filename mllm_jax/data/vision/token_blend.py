@@ -1,6 +1,6 @@
-"""Which visual tokens stand in the text, and grids of them that are resampled: each then is a mean of four. numpy only.
+"""Order of visual tokens in the text, and resampled grids, in which each token is a mean of four. numpy only.
 
-An order is i32[m] of numbers of visual tokens, or NEWLINE; its TokenBlend, where there is one, says what each is mixed
+An order is i32[m] of indices of visual tokens, or NEWLINE; its optional TokenBlend has the tokens that each is blended
 with.
 """
 
@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
 
 
 def alone(index: np.ndarray) -> Tokens:
-    """Every token by itself: index i32[...]."""
+    """The blend of every token with weight 1: index i32[...]."""
     index = np.asarray(index, np.int32)
     share = np.zeros((*index.shape, 4), np.float32)
     share[..., 0] = 1
@@ -48,7 +48,7 @@ def resampled(grid: np.ndarray, size: tuple[int, int]) -> Tokens:
 
 
 def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every one of `new` places on an axis of `old`: the two that are mixed there, i32[new 2], and their shares."""
+    """For each of `new` places on an axis of `old`: the two entries that are blended, i32[new 2], and their weights."""
     at = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
     first = at.astype(np.int32)
     share = (at - first).astype(np.float32)

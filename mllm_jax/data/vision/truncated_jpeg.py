@@ -1,7 +1,7 @@
-"""JPEG files that are cut off: what is there of their pixels, and how much is missing.
+"""Reads truncated JPEG files: the pixels that they contain, and the fraction that is missing.
 
 Downloads end early, and some cameras leave out the end mark. PIL refuses both alike, or, by a switch of the whole
-process, shows both alike. Here the end mark is added to the bytes, and what is missing is measured: the same file is
+process, shows both alike. Here the end mark is added to the bytes, and the missing part is measured: the same file is
 decoded with two different continuations, and the rows in which they differ are those that its bytes do not determine.
 """
 

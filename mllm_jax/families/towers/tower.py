@@ -147,7 +147,7 @@ def joint_attention(theirs: str) -> list[Row]:
 
 
 def block(theirs: str, out: str, norms: tuple[str, str]) -> list[Row]:
-    """Rows of a layer other than queries, keys, values and the MLP: `out` of attention, and the names of its `norms`."""
+    """Rows of a layer without queries, keys, values and the MLP: `out` of attention, and the names of its `norms`."""
     return [
         *linear("encoder/layers/attention/out", f"{theirs}.{out}", "d (n h) -> n h d", ""),
         *layer_norm("encoder/layers/norm1", f"{theirs}.{norms[0]}"),

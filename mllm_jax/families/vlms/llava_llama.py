@@ -74,7 +74,7 @@ def _content(message: str) -> str:
 
 
 def _template(first: str, question: str, answer: str, prompt: str) -> str:
-    """A chat template in jinja2: its beginning, the texts around the CONTENT of a turn, and the prompt for an answer."""
+    """A chat template in jinja2: its beginning, the texts around the CONTENT of a turn, the prompt for an answer."""
     content = _content("message")
     return (
         f"{first}{{% for message in messages %}}{{% if message.role == 'user' %}}{question.replace('CONTENT', content)}"
