@@ -22,7 +22,7 @@ COMMANDS = {
     "mllm_jax.plan": "finds the mesh for a run, and what it takes, without the accelerators",
     "mllm_jax.plan certify": "proves that meshes change nothing in a training step",
 }
-LAUNCHERS = {  # beside the package, in a checkout
+LAUNCHERS = {  # outside the package, in a checkout
     "launch.demo": "trains, stops, resumes, evaluates, generates, exports and reports, in ten minutes",
     "launch.local": "trains in several processes on this machine",
     "launch.tpu_pod": "trains on a TPU pod, and watches the run",

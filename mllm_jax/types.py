@@ -52,10 +52,10 @@ class VisionSpan(NamedTuple):
     """One image or video as a person gave it: a run of m visual tokens in the text."""
 
     images: tuple[ImagePatches, ...]  # itself, its tiles, or its temporal patches
-    order: Array  # i32[m] which of the visual tokens of `images`, laid end to end, stands there; NEWLINE
+    order: Array  # i32[m] indices of visual tokens among those of `images`, joined in order; NEWLINE
     position: Array  # i32[m 3] rotary positions (t, y, x), counted from the first
     advance: int  # rotary position of what follows, counted from the first
-    mix: TokenBlend | None = None  # of `order`; None = every token stands alone
+    mix: TokenBlend | None = None  # blend of `order`. None: no blend
 
 
 NEWLINE = -2  # the connector's learned token that ends a row of patches
@@ -70,8 +70,8 @@ class Example(NamedTuple):
     vision_index: Array  # i32[n] which of the visual tokens of `images`, laid end to end; -1 = text; NEWLINE
     images: tuple[ImagePatches, ...]
     kind: str = ""  # the kind of question or the task, for reports
-    prefix: int = 0  # first tokens that all tokens of the conversation see, where a model has such
-    mix: TokenBlend | None = None  # of `vision_index`, [n ...]; None = every visual token stands alone
+    prefix: int = 0  # number of first tokens that all tokens of the conversation attend to, in models with a prefix
+    mix: TokenBlend | None = None  # blend of `vision_index`, [n ...]. None: no blend
     lengths: tuple[int, ...] = ()  # tokens of each of several conversations, laid end to end; () = it is one
     reference: Array | None = None  # f32[conversations] log-probabilities that a reference model gives their answers
     notes: tuple[str, ...] = ()  # what was left out of the record, in words that are counted
@@ -88,7 +88,7 @@ class Vision(NamedTuple):
     patches: Array  # u8 or f32 [B R P C]
     image: Array  # i32[B R P] number of the image that a patch belongs to, 1.. within a batch row; 0 = padding
     coords: Array  # i32[B R P 3] (t, y, x) in patches; t = -1, -2, ... in the empty ones that lead an image
-    grid: Array  # i32[B R P 2] (h, w) in patches, of the image that a patch belongs to; 1 where padding
+    grid: Array  # i32[B R P 2] (h, w) of a patch's image, in patches; 1 at padding
 
 
 class Experience(NamedTuple):
@@ -108,13 +108,13 @@ class Batch(NamedTuple):
     weight: Array  # f32[B T] loss weight of a target; 0 for padding and at the end of a conversation
     segment: Array  # i32[B T] 1.. within a row; 0 = padding
     position: Array  # i32[B T 3] rotary position (t, y, x), restarting in each conversation
-    vision_index: Array  # i32[B T] which of the row's M visual tokens stands here; M the connector's newline; -1 text
+    vision_index: Array  # i32[B T] index among the row's M visual tokens; M: the connector's newline; -1: text
     vision: Vision | None = None
     prefix: Array | None = None  # bool[B T] tokens that all tokens of their conversation see; None = causal throughout
     mix: TokenBlend | None = (
         None  # of `vision_index`, [B T ...], for models that resample grids; None = no token is a mean
     )
-    reference: Array | None = None  # f32[B T] in column s - 1 that of segment s, see `Example`; None = there is none
+    reference: Array | None = None  # f32[B T] in column s - 1 that of segment s, see `Example`. None: no reference
     experience: Experience | None = None  # of answers that the model gave itself, for PPO
 
     @property
@@ -126,9 +126,9 @@ class DualBatch(NamedTuple):
     """Input of the two towers of a dual encoder; without images or without texts these fields are None."""
 
     tokens: Array | None = None  # i32[texts T]
-    segment: Array | None = None  # i32[texts T] 1; 0 = padding that nothing reads
+    segment: Array | None = None  # i32[texts T] 1; 0: padding
     vision: Vision | None = None  # of B rows with at most k images each
-    first: Array | None = None  # i32[B k] where in its row, its patch rows end to end, each begins; -1 = no image
+    first: Array | None = None  # i32[B k] offset of each image in its row's patches, patch rows joined; -1: no image
     order: Array | None = None  # i32[images] which of the B k is the first image, the second ...; None = in order
 
     @property
@@ -168,10 +168,10 @@ class Routing(NamedTuple):
 
     counts: Array  # i32[B 3 E] choices of every expert, by MODALITIES
     probability: Array  # f32[B E] of every expert
-    sequence: Array  # f32[B] E * sum_i f_i P_i of every conversation by itself, summed over a row's conversations
+    sequence: Array  # f32[B] E * sum_i f_i P_i of each conversation, summed over a row's conversations
     square: Array  # f32[B] square of the log of the softmax's denominator
     dropped: Array  # i32[B] choices that found no room
-    choices: Array  # i32[B T k] the experts of every token, best first; those of padding mean nothing
+    choices: Array  # i32[B T k] the experts of every token, best first; meaningless at padding
 
 
 class Output(NamedTuple):
@@ -185,7 +185,7 @@ class Output(NamedTuple):
     hidden: Array | None = None  # [B T D] after the last norm
     cache: Cache | None = None
     routing: Routing | None = None  # of a model with experts
-    features: Array | None = None  # [B (R P) D] of a row's patches; class token and registers stand before an image's
+    features: Array | None = None  # [B (R P) D] of a row's patches, each image's after its class token and registers
     pooled: Array | None = None  # [B D] of a tower with a pool: one vector of the first image of every row
     image_embeddings: Array | None = None  # f32[images D]
     text_embeddings: Array | None = None  # f32[texts D]

@@ -110,7 +110,7 @@ def _field(value: Any, hint: Any) -> Any:
         return {name: FieldReference(x, field_type=object) for name, x in value.items() if name not in whole} | whole
     if hint is Any:
         return FieldReference(value, field_type=object)
-    if value is None:  # the type tells the command line how to read what replaces it
+    if value is None:  # the command line parses a new value by this type
         kinds = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and kind is not types.NoneType]
         return FieldReference(None, field_type=kinds[0] if len(kinds) == 1 else object)
     return value

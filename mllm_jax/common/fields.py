@@ -20,7 +20,7 @@ from typing import Any
 
 Json = Mapping[str, Any]
 REQUIRED = object()  # as a default: the field must be there; for null: it is refused
-_LARGEST = 2**31 - 1  # of a count that costs nothing before weights are compared
+_LARGEST = 2**31 - 1  # largest count that allocates nothing before weights are compared
 _TINY, _HUGE = 1e-30, 1e30  # between which fp32 can compute with a positive number
 MOST_LAYERS = MOST_EXPERTS = 1024  # every one of them has names that are listed before weights are compared
 

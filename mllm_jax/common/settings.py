@@ -27,7 +27,7 @@ import numpy as np
 
 from mllm_jax.common.errors import value_text
 
-LARGEST = 2**31 - 1  # of a whole number whose range has no other end: arrays are counted in int32
+LARGEST = 2**31 - 1  # upper bound of integers without another one: arrays are indexed by int32
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # sizes of numbers in fp32
 KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), str: (str, "a text")}
 

@@ -14,8 +14,8 @@ from mllm_jax.common.errors import error_text, suggestion
 from mllm_jax.common.files import write_whole
 
 CHECKPOINTS = "checkpoints"  # in the folder of a training run or of a stage
-CONFIG = "config.json"  # beside them, the config that the run began with
-PROCESSOR = "processor"  # the folder beside them, with the tokenizer and the chat template
+CONFIG = "config.json"  # the config that the run began with
+PROCESSOR = "processor"  # folder of the tokenizer and the chat template
 PROGRESS = "stages.json"  # in the folder of a run with stages: them in order, and the last step of those that ended
 EXAMPLE = '{"stages": ["align", "instruct"], "ended": {"align": 500}}'  # what PROGRESS looks like
 BEGIN_ANEW = "Put a copy of it back, or begin anew in another --workdir"  # a fix of what `read_note` refuses

@@ -18,8 +18,8 @@ LONGEST_PATH = 4096  # characters of a path on Linux
 FILE = "file://"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 DATA = re.compile(r"\s*data:([^,]*),", re.IGNORECASE)
-# How files begin that are given as base64 without a prefix: PNG, JPEG, GIF, RIFF (WebP, AVI), BMP, TIFF, Matroska, and
-# ISO media (MP4, HEIC, AVIF), behind the length of their first box.
+# First bytes of files that are given as base64 without a prefix: PNG, JPEG, GIF, RIFF (WebP, AVI), BMP, TIFF, Matroska,
+# and ISO media (MP4, HEIC, AVIF) after the length of their first box.
 SIGNATURES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM....\0\0|II\*\0|MM\0\*|\x1aE\xdf\xa3|\0...ftyp", re.DOTALL)
 URL_SAFE = str.maketrans("-_", "+/")
 

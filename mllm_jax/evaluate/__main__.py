@@ -66,7 +66,7 @@ def main() -> None:
     for kind, share in scores(answers).items():
         asked = sum(kind in ("all", answer.kind or "other") for answer in answers)
         print(f"{kind:12} {share:7.1%} of {asked}")
-    if OUTPUT.value:  # last: a full disk shall not take the shares away, too
+    if OUTPUT.value:  # last, so that a full disk does not prevent printing
         write_whole(OUTPUT.value, "".join(map(_line, answers)))
 
 

@@ -101,7 +101,7 @@ def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[st
 
 def _load(checkpoint: str, dtype: str) -> Pretrained:
     """A training run's folder, or a model in Hugging Face's format."""
-    # Training is slow to import, and a published model needs none of it: `mllm_jax` imports it where it is asked for.
+    # Training is slow to import and unused for published models, so `mllm_jax` imports it on demand.
     return mllm_jax.load_workdir(checkpoint) if is_run(checkpoint) else load_pretrained(checkpoint, dtype)
 
 

@@ -18,7 +18,7 @@ from mllm_jax.data.records.parts import MEDIA
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import answering_processor, read_prompts, stream_text
 
-with contextlib.suppress(ImportError):  # Windows has none
+with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401 (gives input() lines that can be edited, and a history)
 
 COMMANDS = {

@@ -19,7 +19,7 @@ from mllm_jax.types import Array
 
 
 class Weights(NamedTuple):
-    params: Any  # as the model takes them; without the decoder's layers where these are apart
+    params: Any  # parameters of the model; without the decoder's layers if these are unstacked
     layers: dict[str, tuple] | None = None  # each of the decoder's layers, by the name of their stack
     head: Array | None = None  # [D V]
 

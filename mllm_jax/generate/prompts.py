@@ -14,7 +14,7 @@ from mllm_jax.generate.requests import generate
 
 ANSWER = {"messages": {"role": "assistant", "content": "."}, "conversations": {"from": "gpt", "value": "."}}
 
-ANSWERS = ("chosen", "response", "completion")  # beside a prompt
+ANSWERS = ("chosen", "response", "completion")  # fields of answers to a prompt
 
 
 def answers(

@@ -63,7 +63,7 @@ def stream_text(processor: Any, stop: Sequence[int], write: Callable[[str], None
         nonlocal written
         tokens.append(int(token[0]))
         text = processor.decode(until(tokens, stop))
-        if not text.endswith("\ufffd"):  # a character of several tokens that is not whole yet
+        if not text.endswith("\ufffd"):  # an incomplete character of several tokens
             write(text[len(written) :])
             written = text
 

@@ -26,7 +26,7 @@ from mllm_jax.sharding.activations import shard
 from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import DualBatch, Output
 
-# Of every loss, the scale and the bias of the logits before training; None = there is no bias.
+# Per loss, the initial scale and bias of the logits. None: no bias.
 LOSSES = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}
 
 

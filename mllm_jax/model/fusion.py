@@ -28,7 +28,7 @@ def splice(x, visual, vision_index, mix: TokenBlend | None = None):
     return jnp.where((vision_index >= 0)[..., None], _at_text_positions(visual, vision_index, mix).astype(x.dtype), x)
 
 
-# Backward looks up again what stands where: saved, it would be a mask [B T D] and the features of every scanned layer.
+# Recompute the gather in the backward pass: saving it would take a mask [B T D] and features for every scanned layer.
 @partial(jax.checkpoint, prevent_cse=False)
 def deepstack(x, deep, vision_index, layer, mix: TokenBlend | None = None):
     """Add the features of tap `layer` to the visual positions of the residual stream (DeepStack, arXiv 2406.04334).

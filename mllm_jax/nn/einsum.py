@@ -45,7 +45,7 @@ class Einsum(nn.Module):
             return jax.lax.dot_general(x, w.astype(self.dtype), (axes, ((), ())), precision=precision_of(self.dtype))
 
         if self.has_variable("params", QUANTIZED):
-            # Made again in the backward pass, which else would keep a whole weight for every layer.
+            # Recomputed in the backward pass, which would otherwise save a full weight per layer.
             leaves = {name: leaf for name, leaf in self.variables["params"].items() if name.startswith("w_")}
             y = jax.checkpoint(lambda x, leaves: product(x, dequantize(leaves, matrix[0])))(
                 x.astype(self.dtype), leaves

@@ -143,7 +143,7 @@ def keep_arrays(params: Mapping, boxed: Any, config: LoraConfig, layout: Any) ->
 def _kept(path: str, box: Partitioned, config: LoraConfig) -> dict[str, Partitioned]:
     trained = not config.rank or any(re.search(pattern, path) for pattern in config.modules_to_save)
     parts = kept(path, box, "float32" if trained else config.base_dtype, config.quant_block_size)
-    beside = path.removesuffix(path.rpartition("/")[2])  # nothing, of a weight that is in no part
+    beside = path.removesuffix(path.rpartition("/")[2])  # empty for a weight at the top level
     return {beside + name: part for name, part in parts.items()}
 
 

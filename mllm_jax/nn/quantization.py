@@ -17,7 +17,7 @@ from mllm_jax.types import Array
 
 SCALE = "w_scale"
 KINDS = ("int8", "int4", "nf4")
-# Where a normal distribution is cut into parts of equal probability, -1, 0 and 1 among them: appendix E of the paper.
+# Quantiles of a normal distribution at equal probabilities, including -1, 0 and 1: appendix E of the paper.
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

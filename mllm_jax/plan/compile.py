@@ -33,7 +33,7 @@ LARGEST = 12  # arrays that are listed
 # Options for a look: most of the work goes into machine code of TPUs that nobody will run. A fifth of it is left. For
 # Qwen3-VL-8B on 64 v6e the peak is 1 % off, and an eighth more moves.
 QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}}
-ABSENT = {"gpu": {"xla_gpu_autotune_level": "0"}}  # besides the step's own options: no GPU can time kernels here
+ABSENT = {"gpu": {"xla_gpu_autotune_level": "0"}}  # added to the step's options: no GPU can time kernels here
 
 
 class Collective(NamedTuple):

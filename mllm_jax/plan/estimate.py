@@ -8,7 +8,7 @@ from mllm_jax.plan.comms import collectives
 from mllm_jax.plan.compile import Planned
 from mllm_jax.plan.device_workload import DeviceWorkload
 
-# What the backward kernels of attention do a second time, by platform, in FLOPs of forward: cuDNN's one product of
+# Recomputation in the backward kernels of attention, by platform, relative to forward: cuDNN's one product of
 # five, splash's two kernels three of seven.
 TWICE = {"gpu": 0.5, "tpu": 1.5}
 PLATFORM = {"NVIDIA": "gpu", "Tesla": "gpu", "TPU": "tpu", "TPU7x": "tpu"}  # by the first word of a device's kind
@@ -49,12 +49,12 @@ def _flops(portion: DeviceWorkload, remat: str, platform: str) -> tuple[dict[str
     names = [*portion.shapes.flops, *(["experts"] if portion.moe else [])]
     forward, again = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for part in portion.towers:
-        # Attention is split like its rows and, where these are whole, like its heads.
+        # Attention is sharded like its rows and, if these are not sharded, like its heads.
         heads = {axis for laid in portion.tower(part) for axis in laid.kept(range(len(laid.axes)))}
         heads &= set(portion.known[part]["heads"])
         spread = portion.size({*portion.rows[part].axes, *heads})
         attention = portion.shapes.attention[part] / portion.grad_accum_steps / spread
-        if platform == "tpu" and part == "decoder":  # blocks on the diagonal are computed whole
+        if platform == "tpu" and part == "decoder":  # blocks on the diagonal are computed in full
             attention *= 1 + SPLASH_BLOCK / portion.budget.tokens
         forward[part] += attention
         again[part] += attention * ((remat != "none") + TWICE.get(platform, 0.0))
@@ -119,6 +119,6 @@ def saved_bytes(portion: DeviceWorkload, part: str, remat: str) -> float:
         if remat == "none" or not laid.weight.of_experts:
             outputs += through * laid.sizes_of(laid.weight.product()[1]) * laid.weight.repeats
     if remat == "none":
-        # What lies between products (norms, rotations, activations) is kept too, about as much again.
+        # Values between products (norms, rotations, activations) are saved too, about as many.
         return portion.bytes * (2 * residual + 2 * outputs + exchanged)
     return portion.bytes * (residual + {"full": 0.0, "experts": exchanged, "dots": outputs}[remat])

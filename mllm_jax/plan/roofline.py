@@ -68,7 +68,7 @@ class Network:
 
         devices = self.mesh.devices
         places = np.array([place(device) for device in devices.flat]).reshape(*devices.shape, 4)
-        if chip.node:  # a node is a slice of its own, whatever the topology calls it
+        if chip.node:  # every node counts as a slice, regardless of the topology's naming
             places[..., 0], places[..., 1] = places[..., 0] * 10**6 + places[..., 1], 0
         return places
 
@@ -83,7 +83,7 @@ class Network:
         extent = self.places[..., 1:].reshape(-1, 3).max(axis=0) + 1
         rings = tuple(filter(None, (self._ring(own[:, d], int(extent[d])) for d in range(3))))
         if math.prod(ring.size for ring in rings) != len(np.unique(own, axis=0)) or not rings:
-            rings = (Ring(near, 2 * self.chip.link),)  # it winds through the torus, or lies within a chip
+            rings = (Ring(near, 2 * self.chip.link),)  # it winds through the torus, or is inside a chip
         return Group(near, far, rings)
 
     def _ring(self, coordinates: np.ndarray, extent: int) -> Ring | None:

@@ -19,7 +19,7 @@ from mllm_jax.plan.roofline import Network, Roofline, roofline
 from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
 from mllm_jax.train.runs.config import Run, with_rules
 
-# What may be changed in the rules of a run for its vision tower, whose width often does not divide among all devices.
+# Alternative rules of the vision tower, whose width often is not divisible by all devices.
 VISION: dict[str, dict[str, Any]] = {
     "as it is": {},
     "over fsdp": {"encoder_embed": "fsdp"},
@@ -51,7 +51,7 @@ class Candidate(NamedTuple):
     time: Roofline
     memory: float  # bytes that a device has
     compiled: bool = False
-    refused: str = ""  # what the compiler said
+    refused: str = ""  # the compiler's error
 
     @property
     def fits(self) -> bool:

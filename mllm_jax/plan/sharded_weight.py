@@ -26,7 +26,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     moments: float  # bytes of the optimizer for each value
     trained: bool
-    kept: float = 4.0  # bytes of each value where it rests
+    kept: float = 4.0  # bytes of each stored value
 
     @property
     def part(self) -> str:
@@ -65,8 +65,8 @@ class ShardedWeight(NamedTuple):
     weight: Weight
     axes: tuple[tuple[str, ...], ...]  # of the mesh, that split each dimension; without those of size 1
     gathered: tuple[str, ...]  # of these, over which it is gathered before it is used
-    sizes: tuple[int, ...]  # of a device's part, where it rests
-    used: tuple[int, ...]  # of a device's part, once gathered
+    sizes: tuple[int, ...]  # of a device's shard, as stored
+    used: tuple[int, ...]  # of a device's shard, once gathered
 
     @property
     def values(self) -> int:
@@ -138,7 +138,7 @@ def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...],
     axes = tuple(known[name] for name in weight.names)
     size = lambda split: math.prod(mesh.shape[axis] for axis in split)
     if any(whole % size(split) for whole, split in zip(weight.shape, axes)):
-        partition_spec(weight.names, rules, mesh, weight.shape, f"weight {weight.path}")  # says what to do
+        partition_spec(weight.names, rules, mesh, weight.shape, f"weight {weight.path}")  # raises with the fix
     apart = lambda name, axis: name != "expert" and (is_width(name) or axis in rows)
     gathered = tuple(axis for name, split in zip(weight.names, axes) for axis in split if apart(name, axis))
     kept = [[axis for axis in split if axis not in gathered] for split in axes]

@@ -45,7 +45,7 @@ class Pretrained:
     config: ModelConfig | DualConfig
     model: nn.Module
     params: Any  # nested dict of arrays
-    processor: Processor | DualProcessor | None = None  # None where the folder lacks a part of it, as a chat template
+    processor: Processor | DualProcessor | None = None  # None: the folder lacks a part of it, such as a chat template
 
 
 def load_pretrained(

@@ -1,15 +1,15 @@
-"""Sharding rules to begin with: the axis names of weights and activations, and meshes with the rules that suit them."""
+"""Presets of sharding: rules for the logical axes of weights and activations, and meshes with matching rules."""
 
 from typing import Any, TypedDict
 
 from mllm_jax.sharding.mesh import MESH_AXES
 
-# Of activations: batch expert_batch patch_row length residual; of weights: embed expert_embed head_dim latent q_latent
-# layers deepstack_layers patch position; of both: the rest. `residual` is the length of what one decoder layer hands to
-# the next.
+# Axes of activations: batch expert_batch patch_row length residual; of weights: embed expert_embed head_dim latent
+# q_latent layers deepstack_layers patch position; of both: the rest. `residual` is the length of the activations between
+# decoder layers.
 #
-# Inside the encoder a rule `encoder_embed` goes before `embed`, and so on; likewise `connector_`. There the rows are
-# rows of patches, which know nothing of each other: they lie over all devices, and no device does another's work.
+# Inside the encoder a rule `encoder_embed` takes precedence over `embed`, and so on; likewise `connector_`. Their rows
+# are independent patch rows, which are sharded over all devices, so that no device repeats another's work.
 LOGICAL_AXIS_RULES: dict[str, Any] = {
     "batch": ("data", "fsdp", "expert"),
     "length": "context",
@@ -44,21 +44,21 @@ class Preset(TypedDict):
     rules: dict[str, Any]  # all of them
 
 
-# Where to begin: a run names one and edits it. Every mesh has every axis, so one set of rules serves most mixtures of
-# them, and the sizes say which; a preset has rules of its own only where the usual ones would do worse.
+# A run names a preset and edits it. Every mesh has every axis, so one set of rules serves most combinations, which the
+# sizes select; a preset changes rules only where the default ones would be slower.
 PRESETS: dict[str, Preset] = {
-    # Each device keeps a part of every weight, and has rows of its own (ZeRO, arXiv 1910.02054).
+    # Weights and batch rows are sharded over all devices (ZeRO, arXiv 1910.02054).
     "fsdp": {"mesh": {"fsdp": -1}, "rules": LOGICAL_AXIS_RULES},
-    # Heads and mlp are split besides (Megatron, arXiv 1909.08053), and tokens between layers (arXiv 2205.05198).
+    # Also heads and mlp (Megatron, arXiv 1909.08053), and the tokens between layers (arXiv 2205.05198).
     "fsdp_tensor": {
         "mesh": {"fsdp": -1, "tensor": 4},
         "rules": LOGICAL_AXIS_RULES | {"residual": ("context", "tensor")},
     },
-    # Experts lie apart, and tokens travel (GShard, arXiv 2006.16668). A vision tower's width rarely divides as far.
+    # Experts are sharded and tokens sent to them (GShard, arXiv 2006.16668). Widths of vision towers rarely divide so far.
     "expert": {"mesh": {"fsdp": -1, "expert": 4}, "rules": LOGICAL_AXIS_RULES | {"encoder_embed": "fsdp"}},
-    # The tokens of a row lie on several devices, which exchange keys or heads (nn/attention/context_parallel.py).
+    # The tokens of a row are sharded; devices exchange keys or heads (nn/attention/context_parallel.py).
     "long_context": {"mesh": {"fsdp": -1, "context": 4}, "rules": LOGICAL_AXIS_RULES},
-    # Each device has all weights, and rows of its own: for models that are small.
+    # Replicated weights and sharded batch rows, for small models.
     "replicated": {
         "mesh": {"data": -1},
         "rules": dict.fromkeys(LOGICAL_AXIS_RULES)

@@ -58,7 +58,7 @@ def main() -> None:
     options = {"profile_steps": steps_of(PROFILE_STEPS.value), "debug_nans": DEBUG_NANS.value}
     try:
         ended = train_run(CONFIG.value, WORKDIR.value, STAGE.value, **options)
-    except DataEnded:  # in all processes: one tells it
+    except DataEnded:  # in all processes; one prints it
         if jax.process_index() == 0:
             raise
         sys.exit(1)

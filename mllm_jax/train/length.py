@@ -28,7 +28,7 @@ from mllm_jax.train.monitor.processes import meet
 from mllm_jax.train.runs.config import Run, updates_of
 from mllm_jax.train.step.optimizer import make_schedule
 
-SAMPLE = 4096  # records that are packed to estimate the length; where there are no more, all of them, and it is exact
+SAMPLE = 4096  # number of records packed to estimate the length, which is exact for smaller sets
 LIFE_SIGN = 10  # seconds between two lines on how far it is
 PATIENCE = 3600  # seconds that the other processes wait for the first one, which reads the sample
 EMPTY = "config.data: there are no records. Name others"
@@ -146,7 +146,7 @@ def _counted(run: Run, processor: Processor | DualProcessor, stopped: Callable[[
     _say(f"packing {SAMPLE:,} records, or all, to find the length of config.data.epochs={run.data.epochs}")
     loader = loader_of(run.data, processor, algorithm_of(run).reading())
     try:
-        with _quiet(loaders.log):  # training will say which records are left out
+        with _quiet(loaders.log):  # training will report the records that are left out
             found = count_updates(loader, run.data.epochs, progress=progress)
     finally:
         loader.close()

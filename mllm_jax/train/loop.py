@@ -190,7 +190,7 @@ class Training:
             last, stopping = upcoming is None, isinstance(upcoming, Interrupted)
             if last or _due(every.log_every, self.step - 1):
                 self.results.read(self.step - 1)
-            if last:  # in a read of its own: steps that are read together have no times of their own
+            if last:  # in a separate read: steps that are read together have no separate times
                 self.report.end(self.step)
                 self.results.read(self.step)
             if self.evaluate and (last or _due(every.evaluate_every, self.step)):

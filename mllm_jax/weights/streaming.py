@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 Window = tuple[tuple[int, int], ...]  # (start, stop) on each axis
-_PART = 16_000_000  # bytes that are moved at once; held beside a leaf up to three times: mapped, copied, sent
+_PART = 16_000_000  # bytes that are moved at once; held up to three times in addition to a leaf: mapped, copied, sent
 _SPLIT, _WHOLE = PartitionSpec("device"), PartitionSpec()
 
 

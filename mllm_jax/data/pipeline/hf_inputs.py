@@ -12,7 +12,7 @@ from mllm_jax.types import Batch, Example, ImagePatches, TokenBlend, VisionSpan
 
 TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 Arrays = dict[str, np.ndarray]
-Supply = dict[int, list[VisionSpan]]  # by the token that stands for it in the text
+Supply = dict[int, list[VisionSpan]]  # by its placeholder token in the text
 
 
 def as_arrays(inputs: Mapping[str, Any], vision: tuple[str, ...]) -> Arrays:

@@ -29,8 +29,8 @@ from mllm_jax.data.sources.mixture import Mixture, start_of
 from mllm_jax.types import Batch, DualBatch, Example
 
 log = logging.getLogger(__name__)
-ENOUGH = 100  # records read before a share of bad ones says anything
-NOTES = 64  # different notes that a stream counts apart
+ENOUGH = 100  # records to read before the fraction of bad ones is checked
+NOTES = 64  # largest number of different notes that a stream counts
 OTHER = "more fields are not read"
 
 
@@ -116,7 +116,7 @@ def make_loader(
 
     mixture, share = source if mixed else Mixture(orders, [1.0]), streams // process_count
     own = {
-        # Every stream has the whole mixture: how fast it reads must not change the weights.
+        # Every stream draws from the full mixture, so that its speed does not change the weights.
         stream: _Share([order[stream::streams].map(process) for order in orders], mixture, start_of(seed, stream))
         for stream in range(process_index * share, (process_index + 1) * share)
     }

@@ -25,7 +25,7 @@ class Budget(NamedTuple):
 # A pair of patches that see each other, in pairs of tokens: heads x their width x layers of the encoder over the
 # decoder's, twice since text is causal, are 0.38 in LLaVA-1.5-7B, 0.42 in Qwen3-VL-8B, 0.86 in Qwen3-VL-2B.
 PAIR_OF_PATCHES = 0.5
-BALANCE = 10.0  # what a row's cost counts beside its fill: more fills rows no better, less leaves them less alike
+BALANCE = 10.0  # weight of a row's cost relative to its fill: more does not even costs further, less evens them worse
 
 
 class TooLarge(ValueError):

@@ -57,7 +57,7 @@ class Processor:
         tokens = (spec.image_token, spec.vision_start, spec.vision_end)
         ids = (None if token is None else tokenizer.id(token) for token in tokens)
         self.image_id, self.vision_start_id, self.vision_end_id = ids
-        # where frames are images, the token of a video is its template's alone, and a tokenizer may lack it
+        # if frames are images, only the template uses the video token, and a tokenizer may lack it
         no_id = spec.video_token is None or spec.frame_token is not None
         self.video_id = None if no_id else tokenizer.id(spec.video_token)
         self._placeholders = [token for token in (self.image_id, self.video_id) if token is not None]

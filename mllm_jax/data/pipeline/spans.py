@@ -27,7 +27,7 @@ class Run(NamedTuple):
     order: np.ndarray  # i32[m] which of the visual tokens of the images, laid end to end; NEWLINE
     position: np.ndarray  # i32[m 3] rotary positions, counted from the first
     advance: int  # rotary position of what follows
-    mix: TokenBlend | None = None  # of `order`; None = every token stands alone
+    mix: TokenBlend | None = None  # blend of `order`. None: no blend
 
 
 class Plan(NamedTuple):
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
     sizes: tuple[Size, ...]  # of each of its images, in pixels: itself, its tiles, or its temporal patches
     runs: tuple[Run, ...]
-    rule: Any = None  # that made the sizes, where there is one
+    rule: Any = None  # rule that made the sizes, if any
 
 
 def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...] = (0,)) -> Run:

@@ -48,20 +48,20 @@ class ProcessorSpec(Config):
     temporal_patch: PositiveInt = 2  # frames
     merge: PositiveInt = 2  # a visual token is merge x merge patches
     num_prefix_tokens: NonNegativeInt = 0  # empty patches before an image's own
-    shown: NonNegativeInt = 0  # visual tokens that stand in these places: all of them, or none
+    shown: NonNegativeInt = 0  # visual tokens that represent these places: all of them, or 0
     rule: Rule | None = None  # how images get their sizes, or are cut (tiles.py); None = nearly as they are
     video_rule: Whole | None = None  # how each frame of a video does, all in one block; None = nearly as they are
-    min_pixels: PositiveInt = 65536  # of an image, where there is no other rule
+    min_pixels: PositiveInt = 65536  # of an image, without another rule
     max_pixels: PositiveInt = 16777216
     missing_rows: Fraction = 0.0  # largest share of its rows that a truncated JPEG may lack
-    video_min_pixels: PositiveInt = 4096  # of all frames of a video together; of each where a video is one block
+    video_min_pixels: PositiveInt = 4096  # of all frames of a video together, or of each if a video is one block
     video_max_pixels: PositiveInt = 25165824
     fps: Positive = 2.0  # at which videos are sampled
     sampling: Annotated[str, OneOf(SAMPLINGS)] = EVEN  # of `video.SAMPLINGS`: how the frames are spread
     min_frames: PositiveInt = 4
     max_frames: PositiveInt = 768
     label: str | None = "<{seconds:.1f} seconds>"  # before every temporal patch of a video; None = a video is one block
-    between: str = ""  # what stands between those of a video
+    between: str = ""  # text between the frames of a video
     frame_token: str | None = None  # after the label of each; None = the video token
     position_rate: NonNegative = 0.0  # rotary positions per second in such a block; 0 = one per temporal patch
     on_a_grid: bool = True  # rotary positions of rows and columns; or else visual tokens are counted like text
@@ -69,17 +69,17 @@ class ProcessorSpec(Config):
     mean: tuple[Finite, ...] = (0.5, 0.5, 0.5)  # the model reads (u8 / 255 - mean) / std
     std: tuple[Positive, ...] = (0.5, 0.5, 0.5)
     image_token: str | None = "<|image_pad|>"
-    image_id: Int | None = None  # of that, where no vocabulary has it
+    image_id: Int | None = None  # its id, if no vocabulary has it
     video_token: str | None = "<|video_pad|>"
     vision_start: str | None = "<|vision_start|>"
     vision_end: str | None = "<|vision_end|>"
     end_of_turn: str | None = "<|im_end|>"
-    prefix: bool = False  # all tokens see what stands before the answer
+    prefix: bool = False  # all tokens attend to the tokens before the answer
     mixes: bool = False  # grids of visual tokens are resampled
-    framed: bool = False  # what the tokenizer puts before every text stands before chats too
+    framed: bool = False  # the tokens that the tokenizer adds before a text also precede chats
     user_content_tokens: bool = False  # tokens as <think> are read in texts of users, as in answers
-    grounding: Grounding | None = QWEN3_VL  # how boxes and points are written; None = no published way is known
-    template: str | None = None  # of chats, in jinja2, where a folder has no file of its own for one
+    grounding: Grounding | None = QWEN3_VL  # format of boxes and points. None: there is no published one
+    template: str | None = None  # chat template in jinja2, for folders without a file of it
     processor_class: str = "Qwen3VLProcessor"  # names in Hugging Face's files
     image_processor_type: str = "Qwen2VLImageProcessor"
     video_processor_type: str | None = "Qwen3VLVideoProcessor"
@@ -112,7 +112,7 @@ class ProcessorSpec(Config):
 
 
 SEEING = ProcessorSpec()
-NATIVE = {"merge_size", "patch_size", "min_pixels", "max_pixels"}  # said of images that nearly keep their size
+NATIVE = {"merge_size", "patch_size", "min_pixels", "max_pixels"}  # settings of images that keep their approximate size
 NATIVE_SIZE = {"longest_edge", "min_pixels", "max_pixels"}  # and of the bounds of that size
 TEXT = ProcessorSpec(
     image_token=None, video_token=None, vision_start=None, vision_end=None, end_of_turn=None, grounding=None
@@ -256,9 +256,9 @@ def _rule(image: dict[str, Any], spec: ProcessorSpec) -> Rule:
         if odd := [size for size in pinpoints if len(size) != 2]:
             raise FieldError("image_grid_pinpoints", "must be pairs of numbers.", odd[0])
         size = image.get("crop_size") or image.get("size")
-        rest = spec.rule if isinstance(spec.rule, AnyRes) else AnyRes((), 0)  # what only config.json says
+        rest = spec.rule if isinstance(spec.rule, AnyRes) else AnyRes((), 0)  # settings that only config.json has
         return dataclasses.replace(rest, pinpoints=tuple(map(tuple, pinpoints)), tile=_side(size))
-    usual = spec.rule if isinstance(spec.rule, Tiles) else None  # InternVL's processors cut, whatever a file says
+    usual = spec.rule if isinstance(spec.rule, Tiles) else None  # InternVL's processors make tiles in any case
     if image.get("crop_to_patches") or usual:
         low, high = (usual.low, usual.high) if usual else (1, 12)
         return Tiles(_side(image.get("size")), image.get("min_patches", low), image.get("max_patches", high))
@@ -281,7 +281,7 @@ def write_spec(spec: ProcessorSpec, folder: pathlib.Path) -> None:
         "processor_class": spec.processor_class,
     }
     if spec.rule is not None:
-        # transformers' own defaults differ by class: what is done to the pixels is said in full
+        # transformers' defaults differ by class, so all pixel settings are written
         steps = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
         counting = _counting(spec)
         seen = {"image_seq_length": counting["image_seq_length"]}  # PaliGemma's processor looks for it here

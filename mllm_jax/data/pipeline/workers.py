@@ -39,7 +39,7 @@ class Skipped(NamedTuple):
 class WorkerLost(RuntimeError):
     """A worker process has ended from outside."""
 
-    exit_code = 75  # of a run that goes on with the same command, see `mllm_jax.train.monitor.processes.AGAIN`
+    exit_code = 75  # of a run that the same command resumes, see `mllm_jax.train.monitor.processes.AGAIN`
 
 
 class SkipBadRecords:
@@ -121,7 +121,7 @@ class Readers:
         self._together = TOGETHER if processes else 1
         parts = max(2, 2 * (processes or workers) // max(len(streams), 1)) if self._pool else 1
         self.ahead = parts * self._together  # elements of each stream that are worth knowing before they are needed
-        # Of each stream: (key, what will hold its part, its place there).
+        # Of each stream: (key, future of its part, index in that).
         self._coming: dict[int, collections.deque[tuple[int, Future, int]]] = {n: collections.deque() for n in streams}
 
     def next(self, stream: int, keys: Sequence[int]) -> Any:

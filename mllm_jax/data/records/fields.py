@@ -14,7 +14,7 @@ TURNS = ("messages", "conversations", "conversation")  # fields that hold a conv
 FILES = ("image", "images", "video", "videos", "frames")
 CLIPS = ("fps", "nframes", "sampling")  # of all videos of a record
 PAIR = ("chosen", "rejected", "rejected_response", "rejected_messages")
-ABOUT = ("system", "tools", "functions", "objects")  # what a conversation has beside its turns
+ABOUT = ("system", "tools", "functions", "objects")  # fields of a conversation other than its turns
 DOCUMENT = ("text", "caption", "texts", "text_list", "image_info")
 FIELDS = frozenset((*ANSWERS, *QUESTIONS, "history", *TURNS, *FILES, *CLIPS, *PAIR, *ABOUT, *DOCUMENT, "facts"))
 

@@ -32,7 +32,7 @@ def with_chosen(turns: Sequence[Any], record: Mapping[str, Any]) -> tuple[list[A
     if name is None:
         return turns, None, frozenset()
     rejected, chosen = record[name], record.get("chosen")
-    if isinstance(chosen, list) and _asks(chosen):  # whole conversations, whatever stands beside them
+    if isinstance(chosen, list) and _asks(chosen):  # complete conversations, regardless of other fields
         turns = list(chosen)
     elif chosen is not None and not _ends_with(turns, answer_text(chosen)):
         turns = [*turns, {"role": "assistant", "content": answer_text(chosen)}]

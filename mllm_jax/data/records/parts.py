@@ -116,7 +116,7 @@ def _normal(part: Any) -> dict[str, Any]:
         kind = kinds[0] if len(kinds) == 1 else None
     kind = TYPES.get(str(kind), str(kind).removesuffix("_url"))
     if kind not in READ:
-        unread(fields.PART, frozenset(part), frozenset())  # the field that tells may be misspelled
+        unread(fields.PART, frozenset(part), frozenset())  # the field that names the kind may be misspelled
         raise Bad("not a conversation", f"content of type {part.get('type')!r}")
     if kind == "text" and not isinstance(part.get("text"), str):
         raise Bad("not a conversation", 'a part of type "text" needs a text')

@@ -52,8 +52,8 @@ from mllm_jax.data.records.parts import (
     with_files,
 )
 
-DOCUMENT = "document"  # the role of the one message of a document: its whole text is to be learned
-LIKED = ("label", "kto_tag")  # false of an answer that people disliked
+DOCUMENT = "document"  # role of the only message of a document, all of whose tokens are targets
+LIKED = ("label", "kto_tag")  # false: an answer that people disliked
 ALWAYS = frozenset((*FILES, *CLIPS, "facts"))  # fields that every layout may have
 KEPT = FIELDS - {*FILES, *ABOUT, "input", "history", "facts"}  # fields whose empty text or list is no absence
 

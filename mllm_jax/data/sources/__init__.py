@@ -37,7 +37,7 @@ KINDS = {  # by the end of a file's name; what reads it is imported when it is n
     ".parquet": ("parquet", "Parquet"),
 }
 KINDS |= {ending + ".gz": KINDS[ending] for ending in (".jsonl", ".ndjson", ".csv", ".tsv")}
-ABOUT = (".json", ".csv", ".tsv")  # in a folder beside shards of another kind, these say something about them
+ABOUT = (".json", ".csv", ".tsv")  # in a folder of shards of another kind, these are metadata
 TFDS = "tfds:"
 NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)")  # how files of one set are called; TFDS puts it behind the ending
 PART = "["  # in a pattern that names a part of a set

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.lines import GZIP, Lines
 
-# A cell may hold an image as base64. The limit belongs to the whole process, and nothing else here reads CSV.
+# A cell may hold an image as base64. The limit applies to the process, in which no other code reads CSV.
 csv.field_size_limit(2**31 - 1)
 
 
@@ -43,7 +43,7 @@ class Table(Lines):
                 if ended or number > first or self.columns is None:  # a quote without its other one hides many rows
                     where = f"{self.path}: lines {first} to {number}"
                     raise ValueError(f"{where}: not a row of a table ({error}). Close or double the quote") from error
-                row = [str(error)]  # parse() says so again
+                row = [str(error)]  # parse() raises it again
             if not row:  # an empty line
                 continue
             if self.columns is None:

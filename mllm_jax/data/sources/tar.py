@@ -28,7 +28,7 @@ from mllm_jax.data.sources.shards import Shard, finding
 log = logging.getLogger(__name__)
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "heic", "heif", "avif", "jp2")
 VIDEOS = ("mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg")
-NAMING = {"image", "images", "video", "videos", "image_info"}  # fields that say which files belong to a record
+NAMING = {"image", "images", "video", "videos", "image_info"}  # fields that name the files of a record
 INDEX = ".index.npy"
 VERSION = 2  # of what is kept there
 DAMAGED = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError)  # what tarfile raises on a damaged header
@@ -66,7 +66,7 @@ class Tar(Shard):
             with tarfile.open(fileobj=data, mode="r:") as tar:
                 for member, key, extension in _members(tar):
                     name = f"{self.path.name}:{key}"
-                    if member.issparse():  # a block may say that it stands for any number of zeros
+                    if member.issparse():  # a block may represent any number of zeros
                         raise tarfile.ReadError(f"{member.name} is a sparse file")
                     members[extension] = tar.extractfile(member).read()
                 if tar.offset != data.getbuffer().nbytes:
@@ -143,12 +143,12 @@ def _index(path: Path) -> np.ndarray:
     kept, about = path.with_name(path.name + INDEX), path.stat()
     stamp = np.array([VERSION, about.st_size, about.st_mtime_ns], np.int64)
     try:
-        found = np.load(kept, mmap_mode="r")  # so that nothing is allocated for what a damaged one claims
+        found = np.load(kept, mmap_mode="r")  # so that a damaged file's claimed size is not allocated
         if found.ndim == 1 and found.dtype == np.int64 and len(found) % 3 == 0 and (found[:3] == stamp).all():
             extents = np.array(found[3:]).reshape(-1, 3)
             if _is_valid(extents, about.st_size):
                 return extents
-    except (OSError, ValueError, EOFError):  # there is none, or it was cut off
+    except (OSError, ValueError, EOFError):  # missing or truncated
         pass
     extents = _scan(path)
     temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
@@ -173,7 +173,7 @@ def _scan(path: Path) -> np.ndarray:
     """The index by the headers of all members. Raises ValueError where there is something else than a header."""
     extents, start, count = [], 0, 0
     with open(path, "rb") as file:
-        while start is not None:  # several archives may stand behind each other
+        while start is not None:  # several archives may be concatenated
             samples: dict[str, tuple[int, set[str]]] = {}  # by key: number, endings
             file.seek(start)
             try:

@@ -14,7 +14,7 @@ from mllm_jax.data.records.parts import Find
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
-SPLIT = "train"  # unless `where` says another
+SPLIT = "train"  # unless `where` sets another
 
 
 class TfdsSplit(Shard):
@@ -69,7 +69,7 @@ def prepared(name: str) -> Path:
         first = str(error).partition("\n")[0]
         raise FileNotFoundError(
             f"tfds:{name} is not prepared ({first}); its own builder does that"
-        ) from None  # it lists all that TFDS knows
+        ) from None  # it lists all datasets of TFDS
 
 
 class _Encoded(tfds.decode.SkipDecoding):

@@ -34,7 +34,7 @@ WORDS = tuple(
 )
 LARGE, SMALL = (16 / 16, 26 / 16), (9 / 16, 13 / 16)  # [low, high) sides of things, in cells
 NOISE = 4.0  # standard deviation, in levels of 255
-HELD_OUT = 8  # one in so many images belongs to the held-out split
+HELD_OUT = 8  # one in this many images belongs to the held-out split
 DEFAULT_KINDS = {"color": 0.06, "shape": 0.22, "place": 0.12, "count": 0.2, "presence": 0.28, "movement": 0.12}
 SCENES = "scenes"  # names the processor of the embedded set in `config.processor`
 SCENES_TEMPLATE = (Path(__file__).parent / "scenes.jinja").read_text(encoding="utf-8")
@@ -198,7 +198,7 @@ def _place(r: Random, height: int, width: int, cell: int) -> Question | None:
     scene = Scene(height, width, _things(r, height, width, cell, LARGE, 1))
     thing = scene.things[0]
     x, y = (thing.x + thing.size / 2) / width - 0.5, (thing.y + thing.size / 2) / height - 0.5
-    if abs(abs(x) - abs(y)) < 0.05:  # nobody could tell
+    if abs(abs(x) - abs(y)) < 0.05:  # ambiguous
         return None
     horizontal, vertical = ("left" if x < 0 else "right"), ("top" if y < 0 else "bottom")
     return Question(scene, "Where?", horizontal if abs(x) > abs(y) else vertical)
@@ -218,7 +218,7 @@ def _presence(r: Random, height: int, width: int, cell: int) -> Question:
 
 
 def _movement(r: Random, height: int, width: int, cell: int) -> Question:
-    height, width = 3 * cell, 4 * cell  # all videos alike: what moves is the question, not where it is
+    height, width = 3 * cell, 4 * cell  # one size for all videos: questions ask about movement, not places
     size, step = r.randrange(cell, cell * 22 // 16), r.randrange(cell * 10 // 16, cell * 20 // 16)
     answer = r.choice(list(MOVES))
     dx, dy = (step * d for d in MOVES[answer])

@@ -140,7 +140,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator_name, left, right)
 
     def call(self, context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        method = inspect.unwrap(function) if callable(function) else None  # the sandbox has a str.format of its own
+        method = inspect.unwrap(function) if callable(function) else None  # the sandbox wraps str.format
         name, text = getattr(method, "__name__", ""), getattr(method, "__self__", None)
         if isinstance(text, str):
             if name in _METHODS:

@@ -27,7 +27,7 @@ _SYSTEM = {"role": "system", "content": "system"}
 _FUNCTION = {"name": "look", "arguments": {"place": "here"}}
 _CALL = {"id": "call00000", "type": "function", "function": _FUNCTION}
 _RESULT = {"role": "tool", "name": "look", "tool_call_id": "call00000", "content": "result"}
-_ABOUT = ("weight", CONTENT_TOKENS)  # fields of a message that no template sees
+_ABOUT = ("weight", CONTENT_TOKENS)  # fields of a message that are hidden from templates
 _WRITTEN = ("content", "reasoning_content", "tool_calls")  # the fields of a message that an assistant writes
 
 
@@ -58,7 +58,7 @@ class ChatFormat:
         known = {*control, *tokenizer.special_tokens().values(), *_USUAL}
         known |= {token for token, special in added.items() if special and _VISION.search(token)}
         self._guard = tokenizer.guard  # of what an assistant writes
-        self._behind = ""  # what is written behind answers, where the template writes nothing
+        self._behind = ""  # text after answers, if the template writes none
         self._as_text, self._as_parts = self._read_forms()
         self._turns = Turns.learn(tokenizer, self._probe, {token for token in added if tokenizer.id(token) in stop})
         eos = tokenizer.special_tokens().get("eos_token")

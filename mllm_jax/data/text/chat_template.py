@@ -10,7 +10,7 @@ from mllm_jax.data.text import bounded_jinja
 from mllm_jax.data.text.json_files import read_json
 
 JINJA, TOOLS = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
-# A field of a message that no template sees: its texts may hold content tokens, whoever speaks.
+# A field of a message, hidden from templates: its texts may contain content tokens, in any role.
 CONTENT_TOKENS = "content_tokens"
 Messages = list[dict[str, Any]]
 
@@ -20,7 +20,7 @@ class ChatTemplate:
     """A chat template in jinja2, as published with a model, run in a sandbox that bounds its time and its text."""
 
     source: str
-    tool_source: str | None = None  # where another template is for conversations with tools
+    tool_source: str | None = None  # source of the template for conversations with tools, if it is another one
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, usual: str | None = None) -> "ChatTemplate":

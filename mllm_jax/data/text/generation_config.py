@@ -9,7 +9,7 @@ from typing import Any
 from mllm_jax.data.text.json_files import read_json, write_json
 
 FILE = "generation_config.json"
-_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' values where the file has none
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults
 # Fields that change which tokens are drawn, and the values with which they do not.
 _UNSUPPORTED = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mllm_jax.data.text.bounded_jinja import TooMuch
 from mllm_jax.data.text.chat_template import Messages
 
-# Noncharacters of Unicode, which are taken out of what people write (tokenizer.MARKS). A mark is OPEN or CLOSE, and
+# Noncharacters of Unicode, which are removed from texts of people (tokenizer.MARKS). A mark is OPEN or CLOSE, and
 # the number of its text in hexadecimal DIGITS.
 OPEN, CLOSE, DIGITS = "\ufdd1", "\ufdd2", "".join(map(chr, range(0xFDE0, 0xFDF0)))
 _MARK = re.compile(f"([{OPEN}{CLOSE}])([{DIGITS}]+)")
@@ -41,10 +41,10 @@ class Mark(NamedTuple):
 class Place(NamedTuple):
     """Offsets of the texts of a message in a rendered conversation."""
 
-    before: int  # where the text of another message ends, or the conversation begins
+    before: int  # end of the previous message's text, or start of the conversation
     start: int
     end: int
-    after: int  # where the text of another message begins, or the conversation ends
+    after: int  # start of the next message's text, or end of the conversation
     starts_with_content: bool  # at the start is the beginning of the message's content
     ends_with_content: bool
 
@@ -176,7 +176,7 @@ def _mark(text: str, about: Text, placement: _Placement, texts: list[Text]) -> I
     """The text with marks around it, or around each of its parts between tags."""
     parts = _TAG.split(text) if placement.apart else [text]
     if not any(part.strip() for part in parts[::2]):
-        parts = [text]  # nothing but tags
+        parts = [text]  # only tags
     before = ""
     for place, part in enumerate(parts):
         inner = part.strip(None if placement.outside == _EVERY else placement.outside)

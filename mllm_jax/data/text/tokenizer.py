@@ -25,7 +25,7 @@ GUARD = "\ufdd0"  # breaks a special token spelled out by people
 MARKS = dict.fromkeys(range(0xFDD0, 0xFDF0))  # the noncharacters that guards and other marks are made of
 _NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never"}
 
-# How Qwen's tokenizers cut text into words; needed where a folder has vocab.json and merges.txt only.
+# Pre-tokenization of Qwen's tokenizers, for folders with only vocab.json and merges.txt.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -102,7 +102,7 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         self._full.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config | dict(more)
-        config.pop("chat_template", None)  # templates have a file of their own
+        config.pop("chat_template", None)  # templates have their own file
         write_json(folder / "tokenizer_config.json", config)
 
     @property

@@ -18,7 +18,7 @@ from mllm_jax.data.text.marks import Marked, Place
 from mllm_jax.data.text.tokenizer import Tokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-Probe = Callable[[Messages, bool], Marked | None]  # (messages, whether to generate); None where the template refuses
+Probe = Callable[[Messages, bool], Marked | None]  # (messages, whether to generate). None: the template refuses
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Turns:
         last, followed = behind(1, QUESTION, ANSWER) or "", behind(1, QUESTION, ANSWER, QUESTION)
         followed = last if followed is None else followed
 
-        # What stands before answers: a prompt may begin a thought, which the last turn or those before it need not.
+        # Texts before answers: a prompt may open a thought that the last turn or earlier ones lack.
         header, common = prompt[len(turns._shared(asked, prompt)) :], []
         for answered in ([QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION]):
             written = turns._shared(prompt, behind(0, *answered) or "")
@@ -63,7 +63,7 @@ class Turns:
         forms = {form for text in (header, *common) for form in (text, text.rstrip(), text.strip()) if form}
         turns.headers = sorted(forms or {prompt}, key=len, reverse=True)
 
-        # What stands behind them: the first tokens, or without any a text, of which another turn makes no difference.
+        # Texts after answers: the first tokens, or without any a text, that another turn does not change.
         shared = turns._shared(last, followed)
         closing = turns._first_tokens(shared)
         opening = {token for text in common for *_, token in turns.tokens(text)} - set(closing)

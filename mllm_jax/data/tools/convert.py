@@ -215,7 +215,7 @@ def _packed(record: dict[str, Any]) -> bytes:
         raise BadRecord("cannot be stored", record["id"], str(error)) from error
 
 
-_shared: tuple[Any, ...]  # by the processes that write: what `_write` takes beside the part
+_shared: tuple[Any, ...]  # in writing processes: arguments of `_write` other than the part
 
 
 def _start(*shared: Any) -> None:

@@ -12,7 +12,7 @@ from mllm_jax.data.media import resolve
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.vision.images import load_image, open_image
 
-LARGEST = 2**28  # bytes of a video: a longer one would be read whole to show a few of its frames
+LARGEST = 2**28  # bytes of a video: a larger one would be read in full to show a few frames
 
 
 def embedded(record: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _part(part: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _image(source: Any) -> bytes:
     source = resolve(source)
-    open_image(source)  # raises ValueError where it is no image
+    open_image(source)  # raises ValueError if it is not an image
     if isinstance(source, bytes):
         return source
     if isinstance(source, str | os.PathLike):

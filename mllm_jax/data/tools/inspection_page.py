@@ -98,7 +98,7 @@ def histogram(title: str, values: Sequence[int]) -> dict[str, Any] | None:
     scale = np.log if log else np.asarray
     to_x = lambda x: 100 * (scale(x) - scale(low)) / (scale(high) - scale(low))
     most = int(counts.max())
-    single = high - low <= BINS  # then a bin is one value, whose label stands in its middle
+    single = high - low <= BINS  # a bin is one value, with its label in the middle
     bars = [
         {
             "left": round(float(to_x(a)), 3),

@@ -39,7 +39,7 @@ class FrameTimes:
         """Returns for every frame of the grid the place in `shown` of the frame that is then on the screen."""
         if self.shown is None or self.even:
             return list(indices)
-        # Half a tick, as `shown` is rounded to ticks and i / fps is not. Less, where a frame lasts about a tick.
+        # Half a tick, as `shown` is rounded to ticks and i / fps is not. Less if a frame lasts about a tick.
         rounding = min(0.5, self.gap / 10)
         times = np.asarray(indices, np.float64) / self.fps / float(self.tick)
         return (np.searchsorted(self.shown - self.shown[0], times + rounding, "right") - 1).tolist()
@@ -76,7 +76,7 @@ def measured_times(
     if times is None or not _rises(dts) or min(times) == max(times):
         return FrameTimes(frames, _rate_without_times(durations, tick, stated), tick, None, False)
     shown = np.unique(np.array(times, np.int64))
-    # AVI stores no times: made up from the order of the packets, they are wrong where the decoder changes the order.
+    # AVI stores no times: times from the order of the packets are wrong if the decoder changes the order.
     known = times is pts and not (reorders and _rises(pts))
     gap = int(shown[-1] - shown[0]) / max(frames - 1, 1)
     rounding = min(max(ROUNDED, MILLISECOND / float(tick)), gap / 4)

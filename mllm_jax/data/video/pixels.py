@@ -29,7 +29,7 @@ def orientation_of(frame: Any) -> Orientation:
     """
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # beside data of a kind that this PyAV does not know, such as EXIF, it tells the rotation alone
+    except ValueError:  # with data of a kind unknown to this PyAV, such as EXIF, only the rotation is readable
         turns = round(frame.rotation / 90) % 4  # counterclockwise
         return ((1, 1, False), (1, -1, True), (-1, -1, False), (-1, 1, True))[turns]
     if matrix is None:
@@ -46,7 +46,7 @@ def _rgb(frame: Any) -> np.ndarray:
     A frame without a matrix counts as BT.601 at any size, as in FFmpeg: videos of unknown origin are most often written
     by FFmpeg from RGB, and models were trained on what it reads.
     """
-    # What the conversion does not use must not stop it: some versions of PyAV refuse reserved values.
+    # Reset unused fields: some versions of PyAV refuse reserved values.
     frame.color_primaries = frame.color_trc = UNSPECIFIED
     if frame.colorspace in RESERVED:
         frame.colorspace = UNSPECIFIED

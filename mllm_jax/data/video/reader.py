@@ -93,7 +93,7 @@ def open_file(source: str | bytes, track: int | None) -> VideoFile:
         for packet in container.demux(stream):
             if first is None:
                 frames = decode(packet)
-                gap = None if frames is None else gap  # the time of the first frame is not known
+                gap = None if frames is None else gap  # the time of the first frame is unknown
                 first = next(iter(frames or ()), None)
                 if gap and first is not None and first.pts is not None:
                     times = even_times(first.pts, gap, stream.frames, stream.time_base, stated)

@@ -16,7 +16,7 @@ from mllm_jax.data.media import source_name
 from mllm_jax.data.video.reader import open_file
 from mllm_jax.data.vision.images import load_image, resized, shrunk_size, smart_resize
 
-EVEN, MOTION = SAMPLINGS = ("even", "motion")  # how frames are chosen: evenly spread, or denser where they differ
+EVEN, MOTION = SAMPLINGS = ("even", "motion")  # frames evenly spaced, or denser where they differ
 CANDIDATES, MOST = 8, 2048  # frames that are compared for each that is chosen, and in all
 SMALL = (32, 32)  # pixels at which they are
 

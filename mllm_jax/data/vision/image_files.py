@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from mllm_jax.data.vision.truncated_jpeg import ROOM, completed
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG2000", "PPM", "QOI", "TIFF", "WEBP")  # beside JPEG, PNG and HEIC
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG2000", "PPM", "QOI", "TIFF", "WEBP")  # in addition to JPEG, PNG and HEIC
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 HEIC = re.compile(rb"....ftyp(?!avi[fs])(?:hei[cfmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # types of EXIF whose values fit into an entry
@@ -75,7 +75,7 @@ def _stated(exif: bytes | None) -> int | None:
             tag, kind, values = struct.unpack_from(order + "HHI", exif, entry)
             if tag == ExifTags.Base.Orientation and values == 1:
                 return struct.unpack_from(order + NUMBERS[kind], exif, entry + 8)[0]
-    except (TypeError, KeyError, struct.error):  # there is none, it has another type, or it is cut off
+    except (TypeError, KeyError, struct.error):  # missing, of another type, or truncated
         pass
     return None
 

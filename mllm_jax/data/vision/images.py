@@ -20,7 +20,12 @@ MAX_BYTES = 2**29  # that the pixels of an image and their copies may take: a fi
 LARGE = 2**25  # pixels above which a JPEG may be decoded at a half, a quarter or an eighth of its sides
 BAND = 2**20  # pixels that are converted at once
 BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}  # of a pixel by mode; 4 in all others
-DECODERS = {"AVIF": 4, "HEIF": 4, "JPEG2000": 16, "WEBP": 4}  # bytes of a pixel that a decoder holds beside PIL's image
+DECODERS = {
+    "AVIF": 4,
+    "HEIF": 4,
+    "JPEG2000": 16,
+    "WEBP": 4,
+}  # bytes per pixel of a decoder, beyond PIL's image
 MAX_ASPECT = 200
 DISTORTED = 1.25  # times, from which another aspect ratio counts as distorted
 TRUNCATED = "rows of a truncated JPEG are missing"

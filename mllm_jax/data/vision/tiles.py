@@ -165,7 +165,7 @@ class Tiles(Rule):
     high: PositiveInt = 12
 
     def within(self, limit: float) -> "Tiles":
-        room = limit / self.tile**2  # several tiles take one more, for the whole image
+        room = limit / self.tile**2  # several tiles need one more, for the full image
         return replace(self, high=max(self.low, int(min(self.high, room - 1 if room >= 3 else 1))))
 
     def sizes(self, size: Size) -> tuple[Size, ...]:

@@ -148,7 +148,7 @@ class Deepseek(DecoderFamily):
     name = "DeepSeek"
     architectures = {V2: "DeepseekV2ForCausalLM", V3: "DeepseekV3ForCausalLM"}
     decoders = SIZES
-    # V3's extra layer that predicts a second token: published beside the model, and not part of it.
+    # V3's extra layer for multi-token prediction: in the published files, but not part of the model.
     ignore = (r"model\.layers\.61\..*",)
 
     def model_type(self, decoder: DecoderConfig) -> str:

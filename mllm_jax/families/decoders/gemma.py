@@ -67,7 +67,7 @@ class Gemma(DecoderFamily):
 
     def decoder_from_hf(self, text: dict) -> DecoderConfig:
         text = read(text, FIELDS)
-        # Files of before transformers 4.39 say "gelu" and mean its approximation.
+        # In files from before transformers 4.39, "gelu" means its tanh approximation.
         activation = "gelu_tanh" if text["hidden_act"] == "gelu" else activation_from_hf(text["hidden_act"])
         return decoder_of(text, activation)
 

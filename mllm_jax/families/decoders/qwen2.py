@@ -64,7 +64,7 @@ SEEING_FIELDS = (
         "max_window_layers": count(80, low=0),
     }
 )
-# M-RoPE where a config does not say it. "mrope" is what files of before transformers 5 call it.
+# Default of M-RoPE. Files from before transformers 5 call it "mrope".
 SEEING_ROPE = {"sections": (16, 24, 24), "layout": "chunked", "kinds": AS_NAMED | {"mrope": "default"}}
 
 

@@ -6,9 +6,9 @@ from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.stack import segments
 from mllm_jax.weights.table import Row
 
-# A head whose weights are tied is no leaf of its own: files may repeat the embedding's values under its name.
+# A tied head is not a separate leaf: files may repeat the embedding's values under its name.
 TIES = {"decoder/head/w": "decoder/embed"}
-# What files of before hold beside weights: numbers of positions, and tables of rotary positions.
+# Buffers in older files: position ids and tables of rotary positions.
 BUFFERS = (r"(.*\.)?position_ids", r".*\.(inv_freq|cos_cached|sin_cached)")
 # Names in files of transformers' models without a head.
 BARE = ((r"^(?=(embed_tokens|tok_embeddings|layers|norm)\.)", "model."),)

@@ -42,7 +42,7 @@ class Video(dual_encoders.DualFamily):
             tokens = dual_encoders.text_from_hf(text, _TEXT)
         with inside("vision_config"):
             encoder = CLIP.from_hf(vision)
-        # 2 is what files say that were written before the end of a text was looked for by its number.
+        # Older files have 2; there the end of a text is its highest token id.
         pool = TokenPool(width, "highest") if end == 2 else TokenPool(width, "end", end)
         return DualConfig(encoder, ClassPool(width), tokens, pool)
 

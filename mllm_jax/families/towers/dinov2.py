@@ -102,7 +102,7 @@ class Dinov2(TowerFamily):
         gated = stated["use_swiglu_ffn"]
         said = config | {"intermediate_size": _mlp(stated["hidden_size"], stated["mlp_ratio"], gated)}
         if gated:
-            said["hidden_act"] = "silu"  # whatever it says
+            said["hidden_act"] = "silu"  # regardless of its value
         return ModelConfig(TOWERS[config["model_type"]].from_hf(said), family=config["model_type"])
 
     def fields_to_hf(self, config: ModelConfig) -> dict:

@@ -30,4 +30,4 @@ class Siglip2(siglip.Siglip):
         return one_each(found, arrays["pixel_values"].shape[1] if found else 0)
 
     def rule(self, config: DualConfig) -> Keep:
-        return Keep(config.encoder.patch_size, config.encoder.position_grid**2)  # as many patches as positions
+        return Keep(config.encoder.patch_size, config.encoder.position_grid**2)  # the number of positions

@@ -11,7 +11,7 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.weights.table import Row
 
 ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu", "relu")} | {"gelu_pytorch_tanh": "gelu_tanh"}
-SAID = {  # what a config.json calls a field of ours, and its values where they differ
+SAID = {  # our field -> its name in config.json, and its values if they differ
     "hidden_size": ("width", None),
     "num_hidden_layers": ("layers", None),
     "num_attention_heads": ("heads", None),
@@ -21,7 +21,7 @@ SAID = {  # what a config.json calls a field of ours, and its values where they 
     "hidden_act": ("activation", ACTIVATIONS),
     "layer_norm_eps": ("norm_eps", None),
 }
-# What is a model's choice, or a processor's, and not the tower's.
+# Fields that a model or a processor sets, not the tower.
 CHOSEN = ("features", "deepstack_layers", "pixel_mean", "pixel_std")
 
 

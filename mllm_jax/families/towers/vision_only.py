@@ -88,7 +88,7 @@ class TowerFamily(Family):
 
     tower: Tower
     features: tuple[int, ...] = ()
-    ignore = (r"visual_projection\.weight",)  # it stands after CLIP's tower
+    ignore = (r"visual_projection\.weight",)  # a projection after CLIP's tower
     rename = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
     modules = ((r"^vision_model\.", ""),)
     input_names = SQUARE

@@ -25,7 +25,7 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
-DECODERS = ("llama", "internlm2", "phi3", "qwen2")  # those that OpenGVLab's code knows
+DECODERS = ("llama", "internlm2", "phi3", "qwen2")  # those of OpenGVLab's code
 ARCHITECTURES = {kind: by_model_type.TEXT[kind].architectures[kind] for kind in DECODERS}
 AFTER_IMAGE = 7  # a vocabulary ends in nine tokens that training adds, of which <IMG_CONTEXT> is the third
 
@@ -214,7 +214,7 @@ class InternvlChat(internvl.Internvl):
         ]
 
     def rule(self, config: ModelConfig) -> Tiles:
-        return Tiles(config.encoder.side, *config.inputs.tiles)  # config.json says it
+        return Tiles(config.encoder.side, *config.inputs.tiles)  # config.json sets them
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
         """As in other families, with the chat format. Raises ValueError for an unknown format."""

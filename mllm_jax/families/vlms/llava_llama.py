@@ -94,7 +94,7 @@ _VICUNA = (
 )
 _SYS = f"<<SYS>>\n{_content('messages[0]')}{{{{ '\n<</SYS>>\n\n' }}}}"
 _START, _END = "<|im_start|>", "<|im_end|>"
-CHATS = {  # llava/conversation.py's names -> template, end of a turn where it is not that of a text
+CHATS = {  # name in llava/conversation.py -> template, end of a turn if it is not the end of a text
     "vicuna_v1": (
         _template(f"{_system(_VICUNA)} ", "USER: CONTENT ", "ASSISTANT: CONTENT{{ eos_token }}", "ASSISTANT:"),
         None,
@@ -128,7 +128,7 @@ class LlavaLlama(llava.Llava):
     name = "LLaVA"
     architectures = {f"llava_{decoder}": architecture for decoder, architecture in ARCHITECTURES.items()}
     sizes = SIZES
-    # Of the tower's own files there is the tower of texts too.
+    # The tower's own files also contain the text tower.
     ignore = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale")
     rename = ((r"^vision_model\.", TOWER),)
     modules = ()
@@ -183,7 +183,7 @@ class LlavaLlama(llava.Llava):
             "mm_vision_select_feature": "patch",
             "mm_vision_select_layer": llava.features_to_hf(encoder.features),
             "mm_vision_tower": f"openai/{tower}",
-            "unfreeze_mm_vision_tower": True,  # says that the tower's weights are in the file
+            "unfreeze_mm_vision_tower": True,  # the tower's weights are in the file
             "use_mm_proj": True,
             **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if config.inputs.square else {}),
         }
@@ -205,7 +205,7 @@ class LlavaLlama(llava.Llava):
 
     def weights(self, config: ModelConfig) -> list[Row]:
         layers, theirs = config.connector.layers, "model.mm_projector"
-        names = [theirs] if layers == 1 else [f"{theirs}.{2 * i}" for i in range(layers)]  # between two stands a GELU
+        names = [theirs] if layers == 1 else [f"{theirs}.{2 * i}" for i in range(layers)]  # odd indices are GELUs
         return [
             *CLIP.rows(config.encoder, TOWER),
             *(row for i, name in enumerate(names) for row in linear(f"connector/linear{i}", name, "o i -> i o", "")),

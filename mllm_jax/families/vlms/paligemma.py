@@ -96,7 +96,7 @@ class Paligemma(Family):
             read(stated["vision_config"], {"model_type": word(SIGLIP.kind, (SIGLIP.kind,))})
             encoder = SIGLIP.from_hf(stated["vision_config"])
         with inside("text_config"):
-            # Its own masks decide who sees whom, whatever the decoder's config says of it.
+            # Its own masks override the decoder's setting.
             decoder = by_model_type.decoder_from_hf(
                 {"model_type": "gemma", **stated["text_config"], "use_bidirectional_attention": None}
             )

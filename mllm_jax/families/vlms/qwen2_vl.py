@@ -49,7 +49,7 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig
 from mllm_jax.weights.table import Row
 
-# Rotary positions alone say where a patch stands.
+# Patches have only rotary positions.
 _FIRST = VitConfig(
     1280, 32, 16, 5120, patch_size=14, patch_bias=False, position_grid=0, activation="quick_gelu", **CLIP_PIXELS
 )

@@ -211,7 +211,7 @@ class Vit(nn.Module):
         # All rows in one line: any number of devices that divides their number can share them.
         rows, count = ("batch", "length", None), len(vision.image)
         vision = Vision(*(fold_rows(x, self.runtime.rules) for x in vision))
-        leading = -1 - vision.coords[..., 0]  # 0, 1, ... where the tokens stand that lead an image
+        leading = -1 - vision.coords[..., 0]  # 0, 1, ... at the prefix tokens of an image
         image = jnp.where(leading < config.num_prefix_tokens, vision.image, 0)
         windows = window_segments(image, vision.coords, vision.grid, config.window) if config.window else None
         rope = None

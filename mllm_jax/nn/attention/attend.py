@@ -14,7 +14,7 @@ from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime
 from mllm_jax.sharding.logical_axes import divisible_axes
 
-SCORES = 2**18  # of one head and batch row: up to so many are computed at once, more in blocks
+SCORES = 2**18  # scores of one head and batch row that are computed at once; more are computed in blocks
 
 
 def attend(

@@ -20,7 +20,7 @@ from mllm_jax.nn.runtime import expect_runs
 from mllm_jax.types import Array
 
 BLOCK = 256  # tokens
-UNSEEN = -1e30  # as a score: finite, so that a query that sees nothing yields no NaN
+UNSEEN = -1e30  # a finite score, so that a query without keys yields no NaN
 _product = partial(einsum, out=jnp.float32)
 
 

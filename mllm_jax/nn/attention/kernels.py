@@ -15,7 +15,7 @@ from mllm_jax.sharding.activations import constrain
 from mllm_jax.sharding.logical_axes import divisible_axes
 
 SPLASH_BLOCK = 512
-PLANNED = 9.0  # compute capability of the GPUs that a step can be planned for, which are not there to tell it
+PLANNED = 9.0  # compute capability of the GPUs that a step is planned for, which are absent
 
 
 def kernel_for(q, k, spec: AttentionSpec, wanted: str) -> str:

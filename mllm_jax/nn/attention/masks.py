@@ -36,8 +36,8 @@ class AttentionSpec(NamedTuple):
 
 class QueryBounds(NamedTuple):
     segment: Array  # i32[B T]
-    first: Array | None  # i32[B T] the first place that it sees; None = every query sees from the beginning
-    last: Array | None  # i32[B T] the last place that it sees; None = every query sees to the end
+    first: Array | None  # i32[B T] the first place that it attends to. None: the beginning
+    last: Array | None  # i32[B T] the last place that it attends to. None: the end
 
 
 class KeyBounds(NamedTuple):
@@ -54,7 +54,7 @@ def mask_bounds(spec: AttentionSpec, q_segment, kv_segment, offset=None, prefix=
       prefix: bool[B T] first tokens of a conversation, which attend to each other; needs `spec.causal`.
     """
     slots = jnp.broadcast_to(jnp.arange(kv_segment.shape[1]), kv_segment.shape)
-    # In a cache padding may stand between a prompt and what continues it.
+    # A cache may have padding between a prompt and its continuation.
     place = jnp.cumsum(kv_segment > 0, axis=1) if spec.window and offset is not None else slots
     if not spec.causal:
         return QueryBounds(q_segment, None, None), KeyBounds(kv_segment, place)

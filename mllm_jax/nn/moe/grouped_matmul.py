@@ -84,7 +84,7 @@ def _loop(x, w, sizes):
     def body(i, y):
         group, start, _ = tiles(i)
         part = tiles.rows(padded, start)
-        # What a tile writes beyond the end of its group, the next group's tile overwrites.
+        # The next group's tile overwrites rows that a tile writes beyond the end of its group.
         return jax.lax.dynamic_update_slice_in_dim(y, _dot(part, _at(w, group)).astype(y.dtype), start, 0)
 
     y = jnp.zeros((padded.shape[0], w.shape[2]), x.dtype)

@@ -44,8 +44,8 @@ NVLINK = "https://www.nvidia.com/en-us/data-center/nvlink/"  # GB/s of a GPU, bo
 DGX = "https://docs.nvidia.com/dgx/dgx{0}-user-guide/"  # a node of 8 GPUs, and its adapters
 TAKEN = "https://docs.jax.dev/en/latest/gpu_memory_allocation.html"  # 75 % of a GPU's memory is taken
 DATA = "https://www.nvidia.com/en-us/data-center/{0}/"  # data sheets: peaks, memory, PCI Express
-# Of TPUs the memory is what XLA says when a program needs more (libtpu 0.0.52). The link is what the documents give as
-# bidirectional bandwidth of a chip, over its links (6 in three dimensions, 4 in two) and directions.
+# The memory of TPUs is that in XLA's error when a program needs more (libtpu 0.0.52). The link is the documented
+# bidirectional bandwidth of a chip, divided by its links (6 in three dimensions, 4 in two) and by 2 directions.
 CHIPS = {
     "v4": Chip(
         kind="TPU v4",

@@ -123,7 +123,7 @@ def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
         raise ConfigError(f"there is no topology {name!r}. {KNOWN}")
     if kind not in TPUS and slices > 1:
         raise ConfigError(f"topology {name!r}: only TPUs have slices; write the number of all devices, as in h200:64")
-    with contextlib.suppress(RuntimeError):  # too late where jax has begun already, which is well
+    with contextlib.suppress(RuntimeError):  # too late if jax is initialized, which is fine
         jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         return Topology(name, "cpu", _cpus(int(size)))

@@ -14,10 +14,10 @@ BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 
         "f8e4m3": 8, "f8e5m2": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f8e3m4": 8,
         "f8e8m0fnu": 8}  # fmt: skip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# How TPU programs name what goes between slices: a host sends it over the data-center network and receives the result.
+# Names of transfers between slices in TPU programs: a host sends over the data-center network and receives the result.
 BETWEEN_SLICES = {"ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
                   "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"}  # fmt: skip
-# What makes no array of its own, or hands on what a computation that is read too makes.
+# Instructions that allocate no array, or return that of a called computation.
 NO_ARRAY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
             "optimization-barrier", "partition-id", "after-all"}  # fmt: skip
 
@@ -76,7 +76,7 @@ class Transfer(NamedTuple):
     runs: float  # of a device, in one execution of the program
     bytes: float  # of the result on one device, in one run
     instruction: Instruction
-    computation: Computation  # in which it stands
+    computation: Computation  # that contains it
 
 
 def parse(text: str) -> Program:

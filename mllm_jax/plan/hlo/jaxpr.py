@@ -22,7 +22,7 @@ class Operation(NamedTuple):
     """An equation that calls no other."""
 
     equation: Any
-    scope: str  # where it comes from: transformations and named scopes
+    scope: str  # transformations and named scopes
     times: float  # how often it runs, on all devices together
 
 

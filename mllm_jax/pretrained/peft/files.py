@@ -14,10 +14,10 @@ from mllm_jax.pretrained.peft.sites import EXPERTS, Site
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-# Values of `init_lora_weights` under which a loaded adapter is B A beside the base model's own weights. Under others
+# Values of `init_lora_weights` for which an adapter belongs to the base model's own weights. With others
 # (pissa, olora, corda, loftq, lora_ga) A and B belong to a base that was changed when training began.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-# What PEFT does beside plain LoRA, and the value that says it does not. Empty values say so, too.
+# Extensions of plain LoRA in PEFT, and the value that turns each off. Empty values do, too.
 PLAIN = {
     "bias": "none",
     **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), False),
@@ -25,7 +25,7 @@ PLAIN = {
     **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"), None),
 }
 APPLIED = {"lora_alpha", "alpha_pattern", "use_rslora", "target_parameters", "init_lora_weights", "ensure_weight_tying"}
-# The tensors of the file say which modules have adapters and of which rank; what remains concerns training alone.
+# The tensors of the file determine the modules and their ranks; the remaining fields affect only training.
 NOT_NEEDED = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
@@ -133,7 +133,7 @@ def _first_matches(patterns: list[str], keys: list[str]) -> dict[str, str]:
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{CONFIG}: alpha_pattern: its patterns take over {SECONDS} s to match.") from error
-    except subprocess.CalledProcessError as error:  # such as (?i), which may stand at the beginning alone
+    except subprocess.CalledProcessError as error:  # such as (?i), which is allowed only at the beginning
         why = error.stderr.strip().rpartition("\n")[2]
         raise ValueError(f"{CONFIG}: alpha_pattern: PEFT cannot read its patterns: {why}") from error
     return {key: patterns[index] for key, index in json.loads(done.stdout).items()}

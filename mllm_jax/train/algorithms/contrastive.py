@@ -66,7 +66,7 @@ def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainSta
         params = {"params": join(trainable, fixed)}
         out = model.apply(params, batch)
         scale, bias = model.apply(params, method="temperature")
-        everywhere = config.runtime.within("encoder").rules  # pairs lie on all axes, as images do
+        everywhere = config.runtime.within("encoder").rules  # pairs are sharded over all axes, as images are
         embeddings = (out.image_embeddings, out.text_embeddings)
         value = contrastive_loss(config.loss, *embeddings, scale, bias, everywhere, real_pairs(batch))
         return value, dict(loss=value, scale=scale, bias=bias)

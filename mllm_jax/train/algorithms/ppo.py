@@ -47,7 +47,7 @@ class Ppo(Algorithm):
         return PpoPrompts(self.judge_run().algorithm.prompt)
 
     def cost(self) -> None:
-        return None  # a batch says nothing of the answers that it will get
+        return None  # unknown before the answers are generated
 
     def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple[FrozenModels]:
         """The reward model and, if configured, a frozen reference.

@@ -33,7 +33,7 @@ class Rollout(NamedTuple):
 
     judged: Batch  # as the reward model reads them
     policy: Batch  # as the model reads them: up to the end of the answer, whose tokens are the targets of weight 1
-    ended: Array  # bool[B] by itself, not for want of room
+    ended: Array  # bool[B] whether it ended with a stop token, not by its length
 
 
 def respond(config: ModelConfig, params, prompts: Batch, stop, count: int, key) -> Rollout:
@@ -59,7 +59,7 @@ def written(prompts: Batch, tokens, own, ended) -> Rollout:
     asked, rest = prompts.segment == 1, prompts.segment == 2
     start, size, left = (jnp.sum(x, axis=1)[:, None] for x in (asked, own, rest))
     column, end = jnp.arange(length + count), start + size
-    # Where the token of a column comes from: the prompt, the answer behind all prompts, or the rest behind the prompt.
+    # Source of each column's token: the prompt, the answer after all prompts, or the rest after the prompt.
     source = jnp.where(column < start, column, jnp.where(column < end, length + column - start, column - size))
 
     def laid(prompt, answer):

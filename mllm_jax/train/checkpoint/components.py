@@ -18,7 +18,7 @@ from mllm_jax.pretrained.api import load_params, published_config
 from mllm_jax.sharding.weights import Partitioned, shardings
 from mllm_jax.train.runs.config import Run
 
-# What a model chooses of a part, whatever the part was published for; the rest of its config is compared.
+# Fields that a model may set regardless of the published part; the others must be equal.
 CHOSEN = ("features", "deepstack_layers", "vocab", "prefix", "family")
 
 

@@ -21,7 +21,7 @@ from mllm_jax.common.files import FULL, says_full
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"
-# What tensorstore says of storage that may answer another time: the files are not to blame.
+# Errors of tensorstore about storage that may respond later: the files are not damaged.
 OF_STORAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|ABORTED")
 
 

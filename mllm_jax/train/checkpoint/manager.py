@@ -25,7 +25,7 @@ from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 from mllm_jax.train.checkpoint.orbax_manager import CheckpointManager
 from mllm_jax.train.step.state import TrainState
 
-# What a resumed run cannot change: the shapes of its state, and which conversations come next.
+# Fields that a resumed run cannot change: they determine the shapes of its state and the next conversations.
 FIXED = ("model.", "algorithm.type", "lora.", "optim.name", "optim.freeze", "processor", "data.")
 ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "fail_on_bad_record", "max_bad_fraction")
 FREE = ("model.runtime.", *(f"data.{name}" for name in ANY_DATA))

@@ -20,8 +20,8 @@ from mllm_jax.train.checkpoint.manager import Checkpoints, Restored, check_same_
 from mllm_jax.train.monitor.processes import Lost
 from mllm_jax.train.step.state import TrainState
 
-RUN_ID = "run_id"  # the file in the working directory that tells its local checkpoints from those of other runs
-DAMAGED = "damaged"  # folder in the working directory, and beside local checkpoints, of those that are not whole
+RUN_ID = "run_id"  # file in the working directory that identifies its local checkpoints
+DAMAGED = "damaged"  # folder of damaged checkpoints, in the working directory and beside local checkpoints
 
 
 class Tiers:

@@ -102,7 +102,7 @@ class InputPipeline:
         left_out |= {name: info.noted.get(note, 0) for note, name in TRIMMED.items()}
         about, explained = {name: number for name, number in left_out.items() if number}, ()
         if self._cost is not None:
-            processes = self._place.rows / batch.rows  # this one's share stands for all
+            processes = self._place.rows / batch.rows  # extrapolated from this process's share
             about["flops"] = self._cost.flops(batch, processes)
             explained = () if self._explained else tuple(self._cost.explain(batch, processes))
         self._explained = True

@@ -15,7 +15,7 @@ from mllm_jax.sharding.logical_axes import Rules, partition_spec
 from mllm_jax.train.runs.data import DataConfig
 from mllm_jax.types import Batch, DualBatch
 
-STREAMS = 64  # at most, unless a config says more: each has its own conversations waiting to be packed
+STREAMS = 64  # default maximum: each holds its own conversations that wait to be packed
 
 
 def open_data(

@@ -289,7 +289,7 @@ class _Head:
         self.rules, self.dtype, self.shape, self.softcap = rules, dtype, table.shape, softcap
         spread = num_shards(ROWS, rules, jax.sharding.get_abstract_mesh())
         self.groups = spread if rows % spread == 0 else 1
-        # Cast where it lies: else the partitioner may cast what it has gathered, of twice the bytes.
+        # Cast before the gather: otherwise the partitioner may gather twice the bytes and cast then.
         self.table = shard(shard(table.astype(dtype), ("vocab", "embed"), rules), ("vocab", None), rules)
 
     def _product(self, equation, x, y):

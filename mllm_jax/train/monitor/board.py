@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the only way to the key-value store of the service that holds the processes together
 
-COUNTS = "PREEMPTION_CURRENT_COUNTER/"  # where jax keeps, after a notice of preemption, how far each process was
+COUNTS = "PREEMPTION_CURRENT_COUNTER/"  # key under which jax stores each process's step after a preemption notice
 
 
 def stop_is_agreed() -> bool:

@@ -133,7 +133,7 @@ def count_flops(
         matrices = [path for path in params if path.endswith(MATRICES) and inside(path)]
         if part == "head":
             matrices = [path for path in params if path == head]
-        # whether backward gets as far as this part's input; before texts there is nothing
+        # whether the backward pass reaches this part's input; texts have no part before them
         reached = (reached and part != "text") or any(map(inside, trained))
         product = {path: 2 * multiplied[part] * params[path].size * _share(path, config) for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)

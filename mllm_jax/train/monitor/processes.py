@@ -24,13 +24,13 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.train.monitor.board import stop_is_agreed
 
 HEARTBEAT = 30  # seconds of silence after which jax counts a process as dead, and ends the others
-GOODBYE = 2  # seconds that the first process, without which jax ends the others, leaves them to tell their own errors
-AGAIN = 75  # exit code of a run that is not at its end, with which the same command goes on (EX_TEMPFAIL of sysexits.h)
+GOODBYE = 2  # seconds that the first process waits for the others to print their errors: jax ends them when it exits
+AGAIN = 75  # exit code of an incomplete run that the same command resumes (EX_TEMPFAIL of sysexits.h)
 COMPILING = 1800  # seconds that the slowest process may take longer to compile than the fastest
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
 OF_OTHERS = re.compile("gloo|nccl|connection|heartbeat|barrier|unavailable", re.IGNORECASE)
 
-_meetings = itertools.count()  # every one needs a name of its own, the same in all processes
+_meetings = itertools.count()  # each needs a unique name, equal in all processes
 
 
 class Lost(RuntimeError):
@@ -123,7 +123,7 @@ class StopSignal:
         return self._asked
 
     def _ask_jax(self, step: int) -> None:
-        if jax.process_count() > 1 and not self._asked:  # jax says yes only once
+        if jax.process_count() > 1 and not self._asked:  # jax answers yes only once
             self._asked = multihost_utils.reached_preemption_sync_point(step)
 
     @property

@@ -28,7 +28,7 @@ class Started(NamedTuple):
 
     step: int
     metrics: dict[str, jax.Array]
-    about: dict[str, float]  # what only the host knows of its batch
+    about: dict[str, float]  # host-side metrics of its batch
     position: dict[str, Any]  # in the data, after its batch
 
 

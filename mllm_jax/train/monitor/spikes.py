@@ -36,7 +36,7 @@ class SpikeRule:
         median = statistics.median(self._losses) if full else None
         if median is not None and loss > config.factor * median:
             return median
-        if config.factor and loss == loss:  # a step that is not finite changed nothing, and says nothing
+        if config.factor and loss == loss:  # ignore non-finite steps, which changed nothing
             self._losses.append(loss)
         return None
 

@@ -21,7 +21,7 @@ from mllm_jax.train.monitor.goodput import Clock
 from mllm_jax.train.monitor.processes import AGAIN, COMPILING, GOODBYE
 
 FOLDER = "stacks"
-LISTEN = 3.0  # seconds for the others to say what they do
+LISTEN = 3.0  # seconds to wait for the others' states
 ORDER = ("start", "compile", "input", "steps", "evaluate", "save")  # in which a process comes through a step
 SHORT = ("steps", "input", "evaluate")  # parts that give a sign of life with every step or batch
 
@@ -64,7 +64,7 @@ class Watchdog(threading.Thread):
         self._told = time.monotonic()
         try:
             self._board.post({"step": self.step, "part": self._clock.part, "at": time.time()})
-        except jax.errors.JaxRuntimeError:  # the first process has ended: the others learn it where they wait for it
+        except jax.errors.JaxRuntimeError:  # the first process has ended; the others notice where they wait for it
             pass
 
     def _end(self, part: str, since: float) -> None:

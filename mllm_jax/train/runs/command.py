@@ -128,7 +128,7 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
         raise
     except SyntaxError as error:
         raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except (AttributeError, KeyError) as error:  # what ConfigDict says to an unknown name: nothing but the name
+    except (AttributeError, KeyError) as error:  # ConfigDict's error for an unknown name, which has only the name
         if getattr(error, "name", None) == "get_config":
             raise ConfigError(f"{path} has no function get_config, which returns the config") from error
         raise _unknown_name(argv) or ConfigError(told(error)) from error

@@ -208,7 +208,7 @@ def run_config(run: Run) -> ConfigDict:
     )
     with config.unlocked():
         del config.model.runtime["rules"], config.model["lora"]
-        if "value_head" in config.model:  # of language models: what is learned says whether there are values
+        if "value_head" in config.model:  # of language models: the algorithm sets it
             del config.model["value_head"]
         for part, names in OF_PRESETS.items():
             for name in names:
@@ -272,7 +272,7 @@ def read_run(config: ConfigDict) -> Run:
     run = _with_all_of_preset(from_config_dict(Run, config, PARTS, "config"))
     if not isinstance(run.model, ModelConfig | DualConfig):
         raise ConfigError("config.model.type must be ModelConfig or DualConfig")
-    _check_algorithm(run, "config")  # of a run with stages, too, where each stage may have its own
+    _check_algorithm(run, "config")  # also for a run with stages, although each stage may have its own
     for path, family, known in _families(run.model):
         if family not in known:
             raise ConfigError(f"config.{path}={family!r}: must be one of {', '.join(known)}.")
@@ -289,7 +289,7 @@ def read_run(config: ConfigDict) -> Run:
     model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora, **values)
     trained = dataclasses.replace(
         run.lora, modules_to_save=(*run.lora.modules_to_save, f"^{VALUE_HEAD}/")
-    )  # beside adapters, too
+    )  # with adapters, too
     optim = dataclasses.replace(run.optim, freeze=(trained if values else run.lora).freezes(run.optim.freeze))
     return dataclasses.replace(run, model=model, optim=optim)
 

@@ -133,7 +133,7 @@ def _decays(params) -> dict:
     return map_with_paths(lambda path, _: path.endswith(("/w", "/lora_down", "/lora_up")), params)
 
 
-# Axes that a matrix reads and axes that it writes; axes not named (layers, q-k-v) hold matrices of their own.
+# Input and output axes of a matrix; along other axes (layers, q-k-v) matrices are stacked.
 MATRICES = (
     (r"attention/(q|k|v|qkv)/w$", MuonDimensionNumbers(-3, (-2, -1))),
     (r"attention/out/w$", MuonDimensionNumbers((-3, -2), -1)),

@@ -14,7 +14,7 @@ from mllm_jax.sharding.weights import shardings
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # i32[] batches seen, skipped ones included
+    step: jax.Array  # i32[] number of batches, including skipped ones
     params: Any  # fp32, frozen ones included
     opt_state: Any  # of the trainable parameters
     bad: jax.Array  # i32[] non-finite steps in a row, up to now
