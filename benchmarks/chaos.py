@@ -5,7 +5,7 @@
 
 A small model of text is trained by `launch.local` twice: once undisturbed, keeping every checkpoint, and once with
 SIGKILL at random moments, to one process or to all: while the run starts, between saves, and inside saves of both
-tiers, which come every other step and every step. After each kill the same command goes on, until it is killed again.
+tiers, which come every other step and every step. After each kill the same command resumes, until it is killed again.
 The shared checkpoints that it made until then are compared with the undisturbed run's, every array of the state and the
 position in the data, and in the end every loss is. Exit code 1 unless all are equal.
 """
@@ -183,7 +183,7 @@ class Runs:
 
     def _resumed(self) -> int:
         """The step from which the last life went on; -1 where it did not get as far."""
-        found = re.search(r" (?:begins|goes on) at step (\d+) of", self.log.read_text())
+        found = re.search(r" (?:begins|resumes) at step (\d+) of", self.log.read_text())
         return int(found[1]) if found else -1
 
     def _last_step(self) -> int:

@@ -38,7 +38,7 @@ def model() -> ModelConfig:
 
 def get_config(arg: str = "0"):
     if not (arg or "0").isdigit():
-        raise ConfigError(f"configs/ablate_freeze.py takes a seed, a whole number, not {arg!r}")
+        raise ConfigError(f"configs/ablate_freeze.py takes a seed, an integer, not {arg!r}")
     seed = int(arg or "0")
     data = ScenesData(batch=4, tokens=144, patch_rows=2, patches_per_row=160, window=8.0, min_pixels=256, seed=seed)
     tuned = OptimConfig(

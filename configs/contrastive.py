@@ -67,7 +67,7 @@ def published(arg: str) -> Run:
     family, _, size = arg.partition("/")
     if family not in DUALS:
         raise ConfigError(
-            f"configs/contrastive.py takes FAMILY/SIZE; {family!r} is no dual encoder; {suggestion(family, DUALS)}"
+            f"configs/contrastive.py takes FAMILY/SIZE; {family!r} is not a dual encoder; {suggestion(family, DUALS)}"
         )
     model = DUALS[family].config(size)
     count = PACKED if DUALS[family].tower.any_size else 1

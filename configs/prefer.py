@@ -31,7 +31,7 @@ LOSSES = {
 
 def get_config(arg: str = "0"):
     if not (arg or "0").isdigit():
-        raise ConfigError(f"configs/prefer.py takes a seed, a whole number, not {arg!r}")
+        raise ConfigError(f"configs/prefer.py takes a seed, an integer, not {arg!r}")
     seed = int(arg or "0")
     pairs = CaptionsData(
         batch=4, tokens=224, patch_rows=1, patches_per_row=208, window=8.0, min_pixels=256, max_cells=3, seed=seed

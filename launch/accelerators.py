@@ -91,7 +91,7 @@ def tpu(text: str) -> Tpu:
     if name not in TPUS:
         raise argparse.ArgumentTypeError(f"there is no TPU {name!r}; {suggestion(name, TPUS)}; write v6e:8x8")
     if written and not (slices.isdecimal() and int(slices)):
-        raise argparse.ArgumentTypeError(f"{text!r}: {slices!r} is no number of slices; write {name}:{topology}*2")
+        raise argparse.ArgumentTypeError(f"{text!r}: {slices!r} is not a number of slices; write {name}:{topology}*2")
     sides = topology.split("x")
     if TPUS[name].dimensions == 2:
         known, good = f"slices of {name} are {', '.join(FLAT)}", topology in FLAT

@@ -50,7 +50,7 @@ def read_training(command: Sequence[str]) -> Training:
       ConfigError: what is wrong with them.
     """
     if "--dry_run" in command:
-        raise ConfigError("--dry_run must stand before the --, or it is an argument of the training")
+        raise ConfigError("--dry_run must be before the --; after it, it is an argument of the training")
     values = flags.FlagValues()
     for name in ("workdir", "stage", "profile_steps", "coordinator", "processes", "process"):
         flags.DEFINE_string(name, None, "", flag_values=values)
@@ -185,7 +185,7 @@ def _check_path(name: str, path: str, files: Files) -> None:
         return
     if not files.mount:
         if not (ROOT / Path(path).expanduser()).exists():
-            raise ConfigError(f"{name}={path}: there is nothing. Name what all nodes see, or a folder of --host_folder")
+            raise ConfigError(f"{name}={path}: does not exist. Name a path of all nodes, or a folder of --host_folder")
     elif Path(path).is_absolute() or path.startswith("~"):
         raise ConfigError(
             f"{name}={path}: the hosts do not have it. Copy it into the bucket and name it below {files.mount}, "

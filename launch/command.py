@@ -24,7 +24,7 @@ def launcher(module: str, doc: str, actions: str = "") -> Parser:
         usage=f"python -m {module} {actions}[OPTIONS] {AFTER}",
         epilog=f"What follows -- are the arguments of python -m {MODULE}.",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands without running them")
     parser.add_argument(
         "--host_folder",
         type=absolute,
@@ -91,5 +91,5 @@ def run(command: Sequence[str], text: str | None = None, dry_run: bool = False) 
     try:
         return subprocess.run(command, input=text, text=True).returncode
     except FileNotFoundError:
-        print(f"error: {command[0]} is not installed here; --dry_run prints what it would be told", file=sys.stderr)
+        print(f"error: {command[0]} is not installed here; --dry_run prints its commands", file=sys.stderr)
         return 1

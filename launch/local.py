@@ -5,7 +5,7 @@
 What follows `--` is that of `python -m mllm_jax.train`. Each process has `--devices` virtual CPU devices, and they meet
 over the loopback (gloo). The first one's output is shown as it is, the others' lines begin with their number. SIGTERM
 and Ctrl-C are passed on: the run saves and ends. Where one process dies, the others cannot go on: they have `--grace`
-seconds to say so, and are killed. The exit code is the highest of all: 75 where the same command goes on, 128 + n where
+seconds to say so, and are killed. The exit code is the highest of all: 75 where the same command resumes, 128 + n where
 signal n killed a process.
 """
 
@@ -128,9 +128,9 @@ def watch(processes: Sequence[Process], grace: float, asked: Sequence[int]) -> i
             deadline = float("inf")
     failed = failed or next((process for process in processes if process.code), None)
     if failed and failed.code in FAILED_FOR_GOOD:
-        say(f"the run ended because {failed}; the same command would fail again: its last line says what to mend")
+        say(f"the run ended because {failed}; the same command would fail again: its last line has the fix")
     elif failed:
-        say(f"the run ended because {failed}; the same command goes on from its last checkpoint")
+        say(f"the run ended because {failed}; the same command resumes from its last checkpoint")
     return max(process.code for process in processes)
 
 

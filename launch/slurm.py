@@ -49,7 +49,7 @@ exit $code
 def duration(text: str) -> str:
     """A limit of time as Slurm reads it; for argparse."""
     if not re.fullmatch(r"\d+(:\d+){,2}|\d+-\d+(:\d+){,2}|(?i:infinite|unlimited)", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write [DAYS-]HOURS:MINUTES:SECONDS, as in 24:00:00")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write [DAYS-]HOURS:MINUTES:SECONDS, as in 24:00:00")
     return text
 
 

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return run_to_its_end(pod, options)
         except KeyboardInterrupt:
-            say("no longer watched; the run goes on, and the same command watches it again")
+            say("no longer watched; the run continues, and the same command watches it again")
             return INTERRUPTED
     each = {"logs": "tail -n 200 train.log", "stop": on_host("stop")}
     if options.action == "delete":
@@ -152,11 +152,11 @@ def run_to_its_end(pod: Pod, options: argparse.Namespace) -> int:
             say(f"the run failed and would fail again: python -m launch.tpu_pod logs --name {pod.name} ...")
             return 1
         else:
-            say(f"ended with exit code {now}; it goes on from its last checkpoint")
+            say(f"ended with exit code {now}; it resumes from its last checkpoint")
             steps, restarts = start(pod, options.command), restarts + 1
         failures = failures + 1 if any(run(step) for step in steps) else 0
         if failures == PATIENCE:
-            say(f"that did not work {PATIENCE} times; mend what gcloud says above, and start again")
+            say(f"that did not work {PATIENCE} times; fix the error of gcloud above, and start again")
             return 1
         time.sleep(options.poll)
     say(f"ended {restarts} times, which is more than --restarts")

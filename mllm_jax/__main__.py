@@ -10,7 +10,7 @@ from mllm_jax.common.cli import Parser, fail, run_command
 from mllm_jax.common.errors import suggestion
 
 COMMANDS = {
-    "mllm_jax.train": "trains a model, or goes on where a run stopped",
+    "mllm_jax.train": "trains a model, or resumes a run",
     "mllm_jax.train.algorithms.reference": "stores the log-probabilities that preference training compares with",
     "mllm_jax.evaluate": "asks a model held-out questions, and counts the right answers",
     "mllm_jax.generate": "answers questions about images and videos, and chats",
@@ -37,7 +37,7 @@ def main() -> None:
     commands = COMMANDS | (LAUNCHERS if importlib.util.find_spec("launch") else {})
     width = max(map(len, commands))
     lines = [f"    python -m {name:{width}}  {what}" for name, what in commands.items()]
-    parser = Parser("python -m mllm_jax", "\n".join(["Commands, each with a --help of its own:", "", *lines]))
+    parser = Parser("python -m mllm_jax", "\n".join(["Commands, each with --help:", "", *lines]))
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         named = sys.argv[1]
         fail(f"there is no command {named!r}; {suggestion(f'mllm_jax.{named}', commands)}; each is run by its name", 2)

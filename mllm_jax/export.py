@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {told(error)}")
         return 1
     except KeyboardInterrupt as interrupt:
-        state = "as it was before, or whole, or refused by readers until the next export"
+        state = "unchanged, complete, or refused by readers until the next export"
         raise KeyboardInterrupt(f"interrupted; {args.folder} is {state}") from interrupt
     size = sum(file.stat().st_size for file in Path(args.folder).glob("*.safetensors"))
     reader = "PEFT and mllm_jax.load_adapters read" if args.adapters_only else "transformers and load_pretrained read"
@@ -87,7 +87,7 @@ def _load(args: argparse.Namespace) -> Pretrained:
         folder = local_folder(args.checkpoint)
         vlm = load_pretrained(folder, "float32" if args.adapters else args.dtype)
     if args.adapters and split_adapters(vlm.params)[1]:
-        raise ValueError(f"--adapters={args.adapters}: {args.checkpoint} has adapters of its own. Export it first")
+        raise ValueError(f"--adapters={args.adapters}: {args.checkpoint} already has adapters. Export it first")
     return load_adapters(vlm, args.adapters) if args.adapters else vlm
 
 

@@ -29,7 +29,7 @@ from mllm_jax.common.errors import value_text
 
 LARGEST = 2**31 - 1  # upper bound of integers without another one: arrays are indexed by int32
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # sizes of numbers in fp32
-KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), str: (str, "a text")}
+KINDS = {int: (numbers.Integral, "an integer"), float: (numbers.Real, "a number"), str: (str, "a text")}
 
 
 class Constraint:
@@ -111,7 +111,7 @@ class Regex(Constraint):
         try:
             re.compile(value)
         except (re.error, OverflowError, RecursionError) as error:
-            return f"is no regular expression: {error}."
+            return f"is not a regular expression: {error}."
 
 
 Finite = Annotated[float, Range()]

@@ -34,7 +34,7 @@ CONVERT = """From any source to ArrayRecord: numbered shards with the images and
     python -m mllm_jax.data convert 'shards/*.tar' converted --processes=32
     python -m mllm_jax.data convert tfds:scenes converted --where split=heldout
 
-The same command goes on where it was interrupted. Broken records are left out, counted by reason, and named in the
+The same command resumes where it was interrupted. Broken records are left out, counted by reason, and named in the
 folder's broken.txt. A run reads the result with --config.data.path=FOLDER.
 """
 
@@ -133,7 +133,7 @@ def _convert(args: argparse.Namespace) -> int:
             held = convert(source, folder, about, args.records, args.processes, progress)
     except KeyboardInterrupt as interrupt:
         done = len(list(folder.glob("*.array_record")))
-        raise KeyboardInterrupt(f"interrupted: {done} shards are whole; the same command goes on") from interrupt
+        raise KeyboardInterrupt(f"interrupted: {done} shards are complete; the same command resumes") from interrupt
     print(f"{folder}: {held.records:,} records in {held.shards} shards; {ABOUT} says of what")
     if held.broken:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in held.broken.items())

@@ -46,7 +46,7 @@ def main() -> None:
     if (WORKDIR.value is None) == (CHECKPOINT.value is None):
         raise ConfigError("name what to evaluate: either --workdir or --checkpoint")
     if WORKDIR.value is None and CONFIG.value is None:
-        raise ConfigError("--checkpoint needs a --config that says where the questions are")
+        raise ConfigError("--checkpoint needs a --config that names the questions")
     if OUTPUT.value and not Path(OUTPUT.value).absolute().parent.is_dir():
         raise ConfigError(f"--output={OUTPUT.value} is in a folder that does not exist")
     folder = run_folder(WORKDIR.value, STAGE.value) if WORKDIR.value else None

@@ -49,7 +49,7 @@ def write_page(workdir: str | Path) -> Path:
         Path(workdir) / "report.html",
         runs,
         title=f"Stages of {Path(workdir).resolve().name}",
-        lead="Every line is one branch of stages, one behind the other; a mark says where a stage of the first begins.",
+        lead="Each line is one branch of stages in order; a mark shows where a stage of the first begins.",
         kinds=[Kind(kind) for kind in kinds],
         parts=count_params(read_run(config).model),
         facts={"Stages": ", ".join(ended(workdir)), "Steps in all": f"{sum(ended(workdir).values()):,}"},

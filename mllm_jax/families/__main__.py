@@ -89,7 +89,7 @@ def table(size: tuple[int, int], family: str | None = None) -> Table:
 def _size(text: str) -> tuple[int, int]:
     """(height, width) of an image that can be read; for argparse."""
     if not (match := re.fullmatch(r"([1-9]\d{,8})x([1-9]\d{,8})", text, re.ASCII)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of an image; write its width and height as in 1920x1080")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image size; write width and height, as in 1920x1080")
     width, height = int(match[1]), int(match[2])
     try:
         check_size(height, width)

@@ -86,7 +86,7 @@ def _answer_file(vlm: Pretrained, args: argparse.Namespace, settings: dict[str, 
         print(as_line(answer), flush=True)
         failed += "error" in answer
     if failed:
-        say(f"error: {failed} prompts could not be read; their lines say why")
+        say(f"error: {failed} prompts could not be read; their lines have the reasons")
     return int(failed > 0)
 
 
@@ -112,7 +112,7 @@ def _parser() -> Parser:
     add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format")
     add("--prompt", metavar="TEXT", help="what to ask; without it, on a terminal, a chat begins")
     add("--prompts", metavar="FILE", help="prompts to answer, one a line or as records")
-    add("--chat", action="store_true", help="answer several turns, also where stdin is no terminal")
+    add("--chat", action="store_true", help="answer several turns, also if stdin is not a terminal")
     add("--system", metavar="TEXT", help="message of the system, before all others")
     add("--image", action="append", default=[], metavar="FILE", help="an image; may be given several times")
     add("--video", action="append", default=[], metavar="FILE", help="a video; may be given several times")
@@ -128,7 +128,7 @@ def _parser() -> Parser:
     add(
         "--sample",
         action="store_true",
-        help="draw as the model's generation_config.json says, unless the next three do",
+        help="sample with the settings of generation_config.json, which the next three override",
     )
     add(
         "--temperature",

@@ -198,7 +198,7 @@ def _answer(chat: Chat, text: str) -> None:
         say(f"error: {first_line(error)}")
     print(flush=True)
     if not answer:
-        say("there is no answer; the question is withdrawn, with what was shown with it")
+        say("no answer; the question and its media are withdrawn")
 
 
 def _command(chat: Chat, name: str, rest: str) -> bool:

@@ -20,7 +20,7 @@ def check_run(run: Run) -> None:
     longest = _positions(run)
     if run.data.tokens > longest:
         raise ConfigError(
-            f"config.data.tokens={run.data.tokens} is longer than the {longest:.0f} positions that the model knows; "
+            f"config.data.tokens={run.data.tokens} is longer than the {longest:.0f} positions of the model; "
             "lower it, or choose a model for longer rows"
         )
     if not run.init or is_run(run.init):

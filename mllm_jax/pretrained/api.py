@@ -138,7 +138,7 @@ def load_params(
         folders = [folder] if tower is None else [folder, local_folder(tower)]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} lacks the weights of its vision tower; say where they are: load_pretrained(..., tower=FOLDER). "
+            f"{folder} lacks the weights of its vision tower. Name their folder: load_pretrained(..., tower=FOLDER). "
             f"{error}"
         ) from error
     rows = [row._replace(dtype=dtypes.get(row.ours, row.dtype)) for row in family.weights(config)]

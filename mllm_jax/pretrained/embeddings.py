@@ -45,7 +45,7 @@ def classify(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if odd := [prompt for prompt in prompts if "{}" not in prompt]:
-        raise ValueError(f"a prompt needs {{}} where the label stands: {odd[0]!r}")
+        raise ValueError(f"a prompt needs {{}} in place of the label: {odd[0]!r}")
     texts = encode_text(dual, [prompt.replace("{}", label) for label in labels for prompt in prompts])
     means = texts.reshape(len(labels), len(prompts), -1).mean(axis=1)
     means /= np.linalg.norm(means, axis=-1, keepdims=True)

@@ -5,7 +5,7 @@ from typing import Any, TypedDict
 from mllm_jax.sharding.mesh import MESH_AXES
 
 # Axes of activations: batch expert_batch patch_row length residual; of weights: embed expert_embed head_dim latent
-# q_latent layers deepstack_layers patch position; of both: the rest. `residual` is the length of the activations between
+# q_latent layers deepstack_layers patch position; of both: the rest. `residual` is the length of activations between
 # decoder layers.
 #
 # Inside the encoder a rule `encoder_embed` takes precedence over `embed`, and so on; likewise `connector_`. Their rows
@@ -54,7 +54,7 @@ PRESETS: dict[str, Preset] = {
         "mesh": {"fsdp": -1, "tensor": 4},
         "rules": LOGICAL_AXIS_RULES | {"residual": ("context", "tensor")},
     },
-    # Experts are sharded and tokens sent to them (GShard, arXiv 2006.16668). Widths of vision towers rarely divide so far.
+    # Experts are sharded and tokens sent to them (GShard, arXiv 2006.16668). Vision towers are narrower.
     "expert": {"mesh": {"fsdp": -1, "expert": 4}, "rules": LOGICAL_AXIS_RULES | {"encoder_embed": "fsdp"}},
     # The tokens of a row are sharded; devices exchange keys or heads (nn/attention/context_parallel.py).
     "long_context": {"mesh": {"fsdp": -1, "context": 4}, "rules": LOGICAL_AXIS_RULES},

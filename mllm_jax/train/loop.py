@@ -202,7 +202,7 @@ class Training:
         if upcoming is not None:
             stop.heeded = True
             done = f"saved at step {self.step}" if self.compiled else f"no step was taken after step {self.step}"
-            self.report.line(f"asked to stop: {done}, from which the same command goes on")
+            self.report.line(f"asked to stop: {done}, from which the same command resumes")
 
     def close(self) -> None:
         """Ends everything that runs beside the steps, also if one of its parts fails."""
@@ -286,7 +286,7 @@ class Training:
         sizes = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.model).items()}
         parts = [f"{part} {size}" for part, size in sizes.items() if size != "0.00M"]
         parts = "; ".join(filter(None, [", ".join(parts), trained_share(run)]))
-        began = "goes on" if self.resumed else "begins"
+        began = "resumes" if self.resumed else "begins"
         where = f"at step {self.step} of {run.optim.steps} on {mesh.size} x {device}"
         report.line(f"{self.workdir} {began} {where}: {parts}")
         return report
@@ -381,7 +381,7 @@ def made(workdir: str | Path) -> Path:
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"--workdir={workdir} is, or lies in, a file; name a folder") from error
+        raise ConfigError(f"--workdir={workdir} is a file or inside one; name a folder") from error
     return Path(workdir).resolve()
 
 

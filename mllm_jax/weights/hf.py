@@ -40,7 +40,7 @@ def local_folder(source: str | os.PathLike) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_file():
-        raise FileNotFoundError(f"{source} is a file. Name the folder that it lies in")
+        raise FileNotFoundError(f"{source} is a file. Name its folder")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
         raise FileNotFoundError(f"there is no folder {source}")
     import huggingface_hub

@@ -102,7 +102,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise BrokenCheckpoint(f"{path.name}: the safetensors header is damaged ({fault!r})") from None
     end = max((t.offset + t.nbytes for t in tensors.values()), default=start)
     if end != length:
-        raise BrokenCheckpoint(f"{path.name}: {length:,} bytes long, but its header tells of {end:,}; fetch it again")
+        raise BrokenCheckpoint(f"{path.name}: {length:,} bytes long, but its header describes {end:,}; fetch it again")
     end = start
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         bits = _bits(t.dtype)

@@ -114,7 +114,7 @@ def tensors_of(row: Row, shape: tuple[int, ...]) -> list[tuple[str, Entry]]:
         raise ValueError(f"{row.ours} {list(shape)} from {row.theirs}, {row.pattern!r}: {fault}") from None
     stands = [row.values.get(axis, range(size)) for axis, size in zip(axes, shape)]
     if wrong := [axis for axis, size, own in zip(axes, shape, stands) if len(own) != size]:
-        raise ValueError(f"{row.ours} {list(shape)}: the values of {wrong} are not as many as their axis")
+        raise ValueError(f"{row.ours} {list(shape)}: the values of {wrong} do not match the size of their axis")
     pattern = "" if row.pattern == "..." else row.pattern
     return [
         (

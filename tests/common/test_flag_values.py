@@ -23,9 +23,9 @@ SCENES = str(ROOT / "configs" / "scenes.py")
     [
         (data, ["convert", "a", "b", "--where", "split"], "argument --where: needs FIELD=VALUE, not 'split'"),
         (data, ["convert", "a", "b", "--where", "=x"], "argument --where: needs FIELD=VALUE, not '=x'"),
-        (data, ["convert", "a", "b", "--records=x"], "argument --records: 'x': needs a whole number"),
-        (slurm.main, ["--time=1week"], "argument --time: '1week' is no time; write [DAYS-]HOURS:MINUTES:SECONDS"),
-        (slurm.main, ["--time="], "argument --time: '' is no time; write [DAYS-]HOURS:MINUTES:SECONDS"),
+        (data, ["convert", "a", "b", "--records=x"], "argument --records: 'x': needs an integer"),
+        (slurm.main, ["--time=1week"], "argument --time: '1week' is not a time; write [DAYS-]HOURS:MINUTES:SECONDS"),
+        (slurm.main, ["--time="], "argument --time: '' is not a time; write [DAYS-]HOURS:MINUTES:SECONDS"),
         (xpk.main, ["--mount=runs"], "argument --mount: 'runs' is not a folder of the hosts: begin with /"),
         (gke.main, ["--gpu=h200:²"], "argument --gpu: 'h200:²': hosts have 8 GPUs; write h200:N"),
         (data, ["inspect", "--config", "a", "--html="], "argument --html: needs FILE, not an empty name"),
@@ -53,7 +53,7 @@ def test_times_of_slurm(text):
         ("data.kinds={'color': 1.0", "needs names with values, as in {'name': 1}, not \"{'color': 1.0\""),
         ("optim.freeze=(1,", "needs a list, as in ('first', 'second'), not (1,"),
         ("data.text_only=maybe", "needs true or false, not 'maybe'"),
-        ("optim.steps=1e3", "needs a whole number, not '1e3'"),
+        ("optim.steps=1e3", "needs an integer, not '1e3'"),
         ("optim.learning_rate=", "needs a number, not ''"),
     ],
 )

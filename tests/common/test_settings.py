@@ -229,7 +229,7 @@ def test_whatever_a_run_reads_is_checked():
             {"lr_multipliers": (("a", 1.0), ("b", -1.0))},
             r"config.optim.lr_multipliers\[1\]\[1\]=-1.0: must be at least 0.",
         ),
-        ({"freeze": ("(",)}, r"config.optim.freeze\[0\]='\(': is no regular expression: missing \)"),
+        ({"freeze": ("(",)}, r"config.optim.freeze\[0\]='\(': is not a regular expression: missing \)"),
         ({"eps": 1e-50}, "config.optim.eps=1e-50: must be more than 0 in fp32."),
         ({"b1": 0.99999999999}, "config.optim.b1=0.99999999999: must be at least 0 and less than 1 in fp32."),
         ({"steps": 10**400}, r"config.optim.steps=1000+\.\.\.: must be at least 0 and at most 2147483647."),
@@ -330,7 +330,7 @@ def test_numbers_of_command_lines_are_checked_alike():
     assert argument(PositiveInt)("3") == 3 and argument(Fraction)("1") == 1.0
     for hint, text, message in (
         (PositiveInt, "0", "0: must be at least 1."),
-        (PositiveInt, "1.5", "'1.5': needs a whole number."),
+        (PositiveInt, "1.5", "'1.5': needs an integer."),
         (Positive, "nan", "nan: must be finite and more than 0."),
         (NonNegative, "1e999", "inf: must be finite and at least 0."),
         (NonNegative, "much", "'much': needs a number."),

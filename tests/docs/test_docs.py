@@ -236,7 +236,7 @@ def test_a_small_recipe_runs(tmp_path):
 def test_small_commands_run_in_turn(tmp_path):
     outputs = in_turn(SMALL, tmp_path)
     assert len(outputs) == 4
-    assert "instruct goes on at step 8 of 12" in outputs[1]
+    assert "instruct resumes at step 8 of 12" in outputs[1]
     assert all(output.startswith("all") for output in outputs[2:])
 
 

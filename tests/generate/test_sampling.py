@@ -85,7 +85,7 @@ def test_what_is_off_costs_nothing():
         ({"temperature": [1, 1]}, "one per row"),
         ({"temperature": [0, 1, float("inf")]}, "temperature=inf: must be finite and at least 0"),
         ({"top_k": -2}, "top_k"),
-        ({"top_k": 1.5}, "top_k=1.5: needs a whole number"),
+        ({"top_k": 1.5}, "top_k=1.5: needs an integer"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
     ],

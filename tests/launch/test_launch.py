@@ -64,7 +64,7 @@ def test_what_does_not_exist_is_refused_with_what_does(capsys):
         "there is no TPU 'v6'; did you mean 'v6e'? Known here: tpu7x, v4, v5e, v5p, v6e": [*job, "--tpu", "v6:8x8"],
         "there is no slice 'v6e:3x3'; slices of v6e are 1x1, ": [*job, "--tpu", "v6e:3x3"],
         "slices of v5p are 2x2x1, 2x2x2, 2x2x4, 2x4x4 and those whose three sides": [*job, "--tpu", "v5p:8x8"],
-        "'two' is no number of slices; write v6e:8x8*2": [*job, "--tpu", "v6e:8x8*two"],
+        "'two' is not a number of slices; write v6e:8x8*2": [*job, "--tpu", "v6e:8x8*two"],
         "there is no GPU 'h20'; did you mean 'h200'?": [*job, "--gpu", "h20:8"],
         "'h200:12': hosts have 8 GPUs; write h200:N": [*job, "--gpu", "h200:12"],
         "'Scenes_1' is no name: lower-case letters": ["--name", "Scenes_1"],
@@ -279,7 +279,7 @@ def test_gpus_of_one_host_may_be_few():
 
 
 @pytest.mark.parametrize(
-    "code, said", [(1, "would fail again"), (2, "would fail again"), (75, "goes on"), (137, "goes on")]
+    "code, said", [(1, "would fail again"), (2, "would fail again"), (75, "resumes"), (137, "resumes")]
 )
 def test_a_run_that_would_fail_again_is_not_said_to_go_on(code, said, capsys):
     ended = SimpleNamespace(number=0, running=False, code=code)

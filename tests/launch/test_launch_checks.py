@@ -58,7 +58,7 @@ def refused(words, hosts) -> str:
         ("--workdir=/tmp/a is lost with its host: .* all hosts share is /runs", [SCENES[0], "--workdir=/tmp/a"]),
         ("--workdir=/runs/../a is lost", [SCENES[0], "--workdir=/runs/../a"]),
         ("--workdir=/runsome is lost", [SCENES[0], "--workdir=/runsome"]),
-        ("--config.optim.steps=many: needs a whole number", [*SPREAD, "--config.optim.steps=many"]),
+        ("--config.optim.steps=many: needs an integer", [*SPREAD, "--config.optim.steps=many"]),
         ("there is no flag --workdri", [*SPREAD, "--workdri=/runs/b"]),
         ("--processes is given by the launcher", [*SPREAD, "--processes=3"]),
         ("--distributed is given by the launcher", [*SPREAD, "--distributed"]),

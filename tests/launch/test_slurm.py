@@ -85,13 +85,13 @@ def test_canceled_and_requeued_it_goes_on_to_its_end(tmp_path, monkeypatch, capf
 
         slurm(environment, "scontrol", "requeue", job)
         without_delay()
-        begins(f"goes on at step {stopped[0]} of {STEPS} on 2 x cpu")
+        begins(f"resumes at step {stopped[0]} of {STEPS} on 2 x cpu")
         wait_for(lambda: reached() >= stopped[0] + 5, "five more steps", WAIT)
         slurm(environment, "scancel", "--batch", "--signal=TERM", job)  # as Slurm does before the time limit
         begins("ended with exit code 75; back into the queue")
         without_delay()
         stopped = [int(step) for step in re.findall(r"asked to stop: saved at step (\d+)", log())]
-        begins(f"goes on at step {stopped[1]} of {STEPS} on 2 x cpu")
+        begins(f"resumes at step {stopped[1]} of {STEPS} on 2 x cpu")
         wait_for(lambda: state() == "COMPLETED", "the end of the run", WAIT)
     steps = [line["step"] for line in read_metrics(workdir) if "loss" in line]
     assert steps == list(range(1, STEPS + 1)) and (workdir / "checkpoints" / str(STEPS)).is_dir()

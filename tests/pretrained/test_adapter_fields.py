@@ -162,16 +162,19 @@ def test_every_field_of_peft_is_known():
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq': "),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga': "),
         ({"lora_alpha": "six"}, "lora_alpha='six': needs a number"),
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern='\\(': is no regular expression"),
-        ({"alpha_pattern": {"(" * 9999 + ")" * 9999: 3}}, "is no regular expression: maximum recursion depth"),
-        ({"alpha_pattern": {"q_proj{99999999999}": 3}}, "is no regular expression: the repetition number is too large"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern='\\(': is not a regular expression"),
+        ({"alpha_pattern": {"(" * 9999 + ")" * 9999: 3}}, "is not a regular expression: maximum recursion depth"),
+        (
+            {"alpha_pattern": {"q_proj{99999999999}": 3}},
+            "is not a regular expression: the repetition number is too",
+        ),
         (
             {"alpha_pattern": {"(?i)q_proj": 3}},
             "alpha_pattern: PEFT cannot read its patterns: .*global flags",
         ),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj=None: needs a number"),
         ([], "needs an object with the fields of PEFT's LoraConfig"),
-        ("{", "adapter_config.json is no JSON"),
+        ("{", "adapter_config.json is not JSON"),
     ],
 )
 def test_other_files_are_refused_by_the_field(base, plain, tmp_path, change, message):

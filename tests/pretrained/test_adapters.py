@@ -176,7 +176,7 @@ def test_weights_that_are_no_module_are_not_saved_whole(case, tmp_path):
     _, vlm, _, folder, _ = case
     adapted = mllm_jax.load_adapters(vlm, folder / "adapter")
     lora = replace(adapted.config.lora, modules_to_save=("experts_down|class_token",))
-    with pytest.raises(ValueError, match=r"was trained whole, and PEFT saves modules alone: .* save_pretrained\("):
+    with pytest.raises(ValueError, match=r"was trained in full, and PEFT saves only modules: .* save_pretrained\("):
         mllm_jax.save_adapters(replace(adapted, config=replace(adapted.config, lora=lora)), tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -121,7 +121,7 @@ def test_refusals(pair):
     ours = pair[0]
     with pytest.raises(ValueError, match="a text has 4. tokens, the model reads 32; shorten 'aaaa"):
         mllm_jax.encode_text(ours, ["a" * 40])
-    with pytest.raises(ValueError, match="a prompt needs {} where the label stands: 'a photo'"):
+    with pytest.raises(ValueError, match="a prompt needs {} in place of the label: 'a photo'"):
         mllm_jax.classify(ours, images(), ["cat"], "a photo")
     with pytest.raises(ValueError, match="needs a list"):
         mllm_jax.encode_text(ours, "a cat")

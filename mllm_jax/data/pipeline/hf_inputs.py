@@ -45,7 +45,7 @@ def text_ids(inputs: Arrays, vocab: int, positions: int = 0, placeholders: Itera
     read = mask.astype(bool)
     odd = ids[read & ((ids < 0) | (ids >= vocab)) & ~np.isin(ids, list(placeholders))]
     if odd.size:
-        raise ValueError(f"input_ids hold {odd[0]}, which is no token: the model's vocabulary has {vocab}")
+        raise ValueError(f"input_ids hold {odd[0]}, which is not a token: the model's vocabulary has {vocab}")
     longest = int(read.sum(1).max(initial=0))
     if 0 < positions < longest:
         raise ValueError(f"input_ids have a text of {longest} tokens; the model has learned {positions} positions")

@@ -67,7 +67,7 @@ class Processor:
         self.chat = ChatFormat(tokenizer, template, own, {*ends, *generation.eos_token_id})
         ends = [tokenizer.id(token) for token in (spec.end_of_turn, self.chat.end, eos) if token is not None]
         if not ends:
-            raise ValueError("tokenizer_config.json names no eos_token, so that nothing says where an answer ends")
+            raise ValueError("tokenizer_config.json names no eos_token, so that the end of an answer is unknown")
         self.end_of_turn_id = ends[0]
 
     def __call__(

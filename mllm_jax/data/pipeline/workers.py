@@ -213,7 +213,7 @@ class Workers(multiprocessing.context.SpawnContext):
 
 def _lost() -> WorkerLost:
     return WorkerLost(
-        "a data worker was killed, perhaps because the memory of this machine is full. The same command goes on "
+        "a data worker was killed, perhaps because the memory of this machine is full. The same command resumes "
         "from the last checkpoint; fewer config.data.processes need less memory"
     )
 

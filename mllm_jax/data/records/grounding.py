@@ -175,7 +175,7 @@ def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> 
         sides = (1, 1) if part["bbox_type"] == "norm1" else size(part["image_id"])
         found = [x / side for x, side in zip(part["bbox"], itertools.cycle(sides))]
         if min(found) < -OUTSIDE or max(found) > 1 + OUTSIDE:
-            raise ValueError(f"the box {part['bbox']} lies outside of its image, {sides[0]} x {sides[1]}")
+            raise ValueError(f"the box {part['bbox']} is outside of its image, {sides[0]} x {sides[1]}")
         return found
 
     return [

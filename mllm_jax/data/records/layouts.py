@@ -163,7 +163,7 @@ def _mmc4(record: Mapping[str, Any]) -> Layout | None:
 
 def _document(read: Sequence[str], parts: Sequence[dict[str, Any]]) -> Layout:
     if not any(part["type"] == "text" and part["text"] for part in parts):
-        raise Bad("no text", "nothing of this document can be learned")
+        raise Bad("no text", "this document has no text to learn")
     return Layout(frozenset(read), parts=list(_joined(parts)))
 
 

@@ -116,7 +116,7 @@ def parsed(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise Bad("not valid JSON", f'"{name}" is a text that is no JSON: {error!s:.80}') from error
+        raise Bad("not valid JSON", f'"{name}" is a text that is not JSON: {error!s:.80}') from error
 
 
 def _one_of(turn: Mapping[str, Any], *names: str) -> Any:

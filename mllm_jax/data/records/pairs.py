@@ -19,7 +19,7 @@ def unpacked(record: dict[str, Any]) -> dict[str, Any]:
     try:
         return {key: value for key, value in record.items() if key != "text"} | json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise Bad("not a pair", f'"text" is no JSON: {error!s:.80}') from error
+        raise Bad("not a pair", f'"text" is not JSON: {error!s:.80}') from error
 
 
 def with_chosen(turns: Sequence[Any], record: Mapping[str, Any]) -> tuple[list[Any], str | None, frozenset[str]]:
@@ -38,7 +38,7 @@ def with_chosen(turns: Sequence[Any], record: Mapping[str, Any]) -> tuple[list[A
         turns = [*turns, {"role": "assistant", "content": answer_text(chosen)}]
     last = turns[-1] if turns else None
     if not isinstance(last, Mapping) or last.get("role", last.get("from")) not in ASSISTANTS:
-        raise Bad("not a pair", 'there is no chosen answer beside the rejected one, such as "chosen"')
+        raise Bad("not a pair", 'there is a rejected answer but no chosen one, such as "chosen"')
     if isinstance(rejected, list) and _asks(rejected) and not _same(rejected[:-1], turns[:-1]):
         raise Bad("not a pair", "the answers are to different questions")
     text = answer_text(rejected)

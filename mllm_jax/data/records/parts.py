@@ -160,7 +160,7 @@ def _inserted(messages: Messages, files: Mapping[str, list], in_text: bool) -> M
     if not asked and not in_text:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise Bad("wrong roles", "files stand beside the messages, and no user asks about them")
+            raise Bad("wrong roles", "the record has files, but no message of a user to show them")
         first["content"] = [*file_parts(files), {"type": "text", "text": first["content"]}]
         return messages
     if files["video"] and not files["image"] and "video" not in asked:  # as LLaVA-Video's records are published

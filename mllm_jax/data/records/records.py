@@ -157,7 +157,7 @@ def _conversation(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, 
     turns, rejected, pair = with_chosen(layout.turns, record)
     notes = _unread(record, layout.read | pair | {*ABOUT})
     if any(record.get(name) is False for name in LIKED):
-        raise Bad("answer not to be given", '"label" is false; such records are no pairs, and cannot be learned from')
+        raise Bad("answer not to be given", '"label" is false; such records are not pairs, and cannot be learned from')
     messages, left = normal_messages(turns)
     messages = with_files(messages, files_beside(record), layout.in_text)
     if boxes := "objects" in record:

@@ -70,7 +70,7 @@ class Tar(Shard):
                         raise tarfile.ReadError(f"{member.name} is a sparse file")
                     members[extension] = tar.extractfile(member).read()
                 if tar.offset != data.getbuffer().nbytes:
-                    raise tarfile.ReadError("no header stands where the index says")
+                    raise tarfile.ReadError("no header at the offset of the index")
         except DAMAGED as error:
             raise BadRecord("not readable", name, str(error)) from error
         return _record(members, name), _Members(name.partition(":")[2], members)
@@ -189,7 +189,7 @@ def _scan(path: Path) -> np.ndarray:
                             extents.append([number, member.offset, tar.offset])
                     start = _behind(file, tar.offset)
             except DAMAGED as error:
-                what = f"not a readable tar ({error}); it must be whole and not compressed"
+                what = f"not a readable tar ({error}); it must be complete and not compressed"
                 raise ValueError(f"{path}: {what}") from error
     return np.array(sorted(extents), np.int64).reshape(-1, 3)
 
@@ -198,7 +198,7 @@ def _behind(file: BinaryIO, end: int) -> int | None:
     """Start of the archive after the end mark (a block of zeros) that must be at `end`. None: there is none."""
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"damaged or cut off at byte {end}, where neither a member nor the end mark begins")
+        raise tarfile.ReadError(f"damaged or cut off at byte {end}, at which neither a member nor the end mark begins")
     while block := file.read(BLOCKS):
         if behind := block.lstrip(b"\0"):
             return (file.tell() - len(behind)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("python -m mllm_jax.data.synthetic.tfds_builder", __doc__.partition("\n")[0])
     sizes = {config.name: config for config in Scenes.BUILDER_CONFIGS}
     parser.add_argument("--size", choices=sizes, default="small", help="how many conversations (default small)")
-    parser.add_argument("--data_dir", metavar="FOLDER", help="where datasets of TFDS lie (default its own)")
+    parser.add_argument("--data_dir", metavar="FOLDER", help="folder of TFDS datasets (default that of TFDS)")
     args = parser.parse_args(arguments)
     builder = Scenes(config=args.size, data_dir=args.data_dir, file_format="array_record")
     builder.download_and_prepare()

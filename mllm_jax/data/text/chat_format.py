@@ -214,7 +214,7 @@ class ChatFormat:
                 raise ValueError(f"{name}: the chat template does not show where this answer is. Give it a text.")
             start = place.start if place.starts_with_content else self._turns.body_start(text, place)
             if start is None:
-                raise ValueError(f"{name}: nothing tells where this turn begins in the chat template. Give it a text.")
+                raise ValueError(f"{name}: the chat template does not show where this turn begins. Give it a text.")
             end = self._turns.end(text, place)
             if end is None:
                 raise ValueError(
@@ -271,7 +271,7 @@ def _weight(message: Mapping[str, Any], number: int) -> float:
     """Loss weight of a message. Raises ValueError if it is not a number of at least 0."""
     weight = message.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise ValueError(f"messages[{number}].weight={weight!r}: not a number from 0 on. Correct or remove it.")
+        raise ValueError(f"messages[{number}].weight={weight!r}: must be a number of at least 0. Correct or remove it.")
     return float(weight)
 
 

@@ -48,7 +48,7 @@ class GenerationDefaults:
         found = {name: self.content.get(name, usual) for name, usual in _SAMPLING.items()}
         for name, value in found.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r}: not a number from 0 on. Correct or remove it.")
+                raise ValueError(f"{name}={value!r}: must be a number of at least 0. Correct or remove it.")
         return found
 
     @property

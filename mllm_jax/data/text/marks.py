@@ -115,7 +115,7 @@ def render_marked(render: Callable[[Messages], str], messages: Messages) -> Mark
             continue  # the template looks into the text
         if found.rendered == rendered and _in_pairs(found.marks):
             return found
-    raise ValueError("the chat template changes the texts of messages, so that they cannot be told from what it adds")
+    raise ValueError("the chat template changes the texts of messages, so that they cannot be found in its output")
 
 
 def _in_pairs(marks: Sequence[Mark]) -> bool:

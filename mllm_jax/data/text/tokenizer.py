@@ -142,7 +142,7 @@ class Tokenizer:
     @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """The tokens that this tokenizer puts before and after every text."""
-        with _one_error("tokenizer.json does not say what stands around a text"):
+        with _one_error("tokenizer.json does not define the tokens around a text"):
             full = tokenizers.Tokenizer.from_str(self._full.to_str())
             full.no_padding()
             found = full.encode("a")

@@ -114,7 +114,7 @@ def _write_all(missing: Sequence[Part], source: Conversations, processes: int, p
             raise
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a process was ended, by lack of memory perhaps; the same command goes on"
+                "a worker process was killed, perhaps for lack of memory; the same command resumes"
             ) from error
         finally:
             stop.set()  # a shard takes minutes, and is not kept by halves

@@ -21,7 +21,7 @@ def rotary_positions(visual: np.ndarray, blocks: Sequence[Block]) -> np.ndarray:
         raise ValueError(f"{len(slots)} visual tokens in the text, but the images have {lengths.sum()}")
     ends = np.cumsum(lengths)
     if len(blocks) and np.any(slots[ends - 1] - slots[ends - lengths] != lengths - 1):
-        raise ValueError("text stands between the visual tokens of one image")
+        raise ValueError("text is between the visual tokens of one image")
     advance = np.where(visual, 0, 1)
     advance[slots[ends - 1]] = [advance for _, advance in blocks]
     counter = np.cumsum(advance) - advance

@@ -99,7 +99,7 @@ def windows_to_hf(decoder: DecoderConfig) -> dict[str, Any]:
     """The inverse of `windows_from_hf`. ValueError for windows of several sizes."""
     windows = [kind.window for kind in decoder.kinds]
     if len(sizes := set(windows) - {0}) > 1:
-        raise ValueError(f"a config.json knows one size of windows, not {sorted(sizes)}")
+        raise ValueError(f"a config.json has one window size, not {sorted(sizes)}")
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
     return {"sliding_window": max(windows) or None, "layer_types": kinds}
 

@@ -106,7 +106,7 @@ def rope_of(text: Json, kinds: Mapping[str, str] = AS_NAMED, partial: bool = Fal
             stated.setdefault(LENGTH, text["max_position_embeddings"])
             stated |= {} if text[LENGTH] is None else {LENGTH: text[LENGTH]}
         for name in sorted(stated.keys() - _KNOWN):
-            raise FieldError(name, "is not known. Remove it if it changes nothing.", stated[name])
+            raise FieldError(name, "is unknown. Remove it if it has no effect.", stated[name])
         sections = {"mrope_section": listed(count(low=0))} if "mrope_section" in stated else {}
         rope = read(stated, {"rope_theta": positive(), **_PART, **sections, **KINDS[kind]})
         if rope["partial_rotary_factor"] != 1 and not partial:

@@ -117,7 +117,7 @@ def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
     kind, _, size = name.partition(":")
     size, _, written = size.partition("*")
     if written and not (written.isdecimal() and int(written)):
-        raise ConfigError(f"topology {name!r}: {written!r} is no number of slices. {KNOWN}")
+        raise ConfigError(f"topology {name!r}: {written!r} is not a number of slices. {KNOWN}")
     slices = int(written or slices)
     if kind not in (*TPUS, *GPUS, "cpu") or not size or (kind not in TPUS and not size.isdecimal()):
         raise ConfigError(f"there is no topology {name!r}. {KNOWN}")
@@ -138,7 +138,7 @@ def _chips(name: str, kind: str, size: str) -> tuple[int, ...]:
     if len(sizes) != TPUS[kind]:
         raise ConfigError(f"topology {name!r}: the chips of {kind} lie in {TPUS[kind]} dimensions. {KNOWN}")
     if 0 in sizes:
-        raise ConfigError(f"topology {name!r}: {size!r} are no numbers of chips. {KNOWN}")
+        raise ConfigError(f"topology {name!r}: {size!r} are not numbers of chips. {KNOWN}")
     if f"{kind}:{size}" not in SINGLE and (sizes[0] % 2 or sizes[1] % 2):
         single = f", or one chip, {kind}:1x1" if f"{kind}:1x1" in SINGLE else ""
         raise ConfigError(f"topology {name!r}: a host has 2 x 2 chips; take even numbers on the first two axes{single}")

@@ -90,8 +90,8 @@ def replaced_scatters(platform: str, program: hlo_text.Program) -> Iterator[str]
             size += transfer.runs * hlo_text.shape_bytes(array.shape) * (uses == {"dynamic-slice"})
     if size > MIB:
         yield (
-            f"all-reduce for reduce-scatter: {size / MIB:.0f} MiB of a step are summed whole on every device, which "
-            "keeps a part of each; a reduce-scatter would send half"
+            f"all-reduce for reduce-scatter: {size / MIB:.0f} MiB of a step are summed in full on every device, "
+            "which keeps a shard of each; a reduce-scatter would send half"
         )
 
 

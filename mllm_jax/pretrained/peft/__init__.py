@@ -194,7 +194,7 @@ def _whole(
     experts = lambda name: any("expert" in boxes[part.path].names for part in entries[name].parts)
     if bare := [name for name in found if not name.endswith((".weight", ".bias")) or experts(name)]:
         raise ValueError(
-            f"{bare[0]} was trained whole, and PEFT saves modules alone: write the model with "
+            f"{bare[0]} was trained in full, and PEFT saves only modules: write the model with "
             "save_pretrained(merge_adapters(vlm), folder)"
         )
     modules, tensors = {name.rpartition(".")[0] for name in found}, {}
@@ -236,7 +236,7 @@ def _replaced(base: Mapping, found: Mapping[str, Mapping[tuple[int, ...], np.nda
     flat = flatten(base)
     for path, elements in found.items():
         if path not in flat:
-            raise ValueError(f"{path}, which the adapter brings whole, lies in few bits: read the model in full")
+            raise ValueError(f"{path}, which the adapter replaces, is quantized: read the model in full precision")
         for index, x in elements.items():
             flat[path] = jnp.asarray(flat[path]).at[index].set(jnp.asarray(x, flat[path].dtype))
     return unflatten(flat)

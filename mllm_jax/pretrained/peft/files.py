@@ -59,7 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(stated, dict):
         raise ValueError(f"{path}: needs an object with the fields of PEFT's LoraConfig.")
     if (kind := stated.get("peft_type")) != "LORA":

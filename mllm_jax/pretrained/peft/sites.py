@@ -75,7 +75,7 @@ class Layer(NamedTuple):
         split = entry.part and entry.part[0] in letters(outputs)
         if not into or not out or len(theirs) != 2 or bool(entry.part) != bool(split):
             raise ValueError(
-                f"{self.beside}w is no linear layer of its own in transformers' model: PEFT cannot adapt it"
+                f"{self.beside}w is not a separate linear layer of transformers' model, so PEFT cannot adapt it"
             )
         sizes, window = dict(entry.sizes), (slice(None),)
         if entry.part:

@@ -99,7 +99,7 @@ def saving(folder: Path) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         why = FULL if says_full(error) else f"{error_text(error)}; see to the disk"
         raise SaveFailed(
-            f"{folder}: a checkpoint could not be saved: {why}, and the same command goes on from the last whole one"
+            f"{folder}: a checkpoint could not be saved: {why}, and the same command resumes from the last complete one"
         ) from error
 
 

@@ -72,7 +72,7 @@ def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
     if before.rank and now.rank and before != now:
         told = ", ".join(f"{name} was {was!r}, is {is_now!r}" for name, was, is_now in differences(before, now))
         raise ConfigError(
-            f"config.lora: the adapters {whose} go on only as they are, and {told}: give the same, or rank=0 to merge "
+            f"config.lora: the adapters {whose} continue only unchanged, but {told}: give the same, or rank=0 to merge "
             "them and train the weights"
         )
 

@@ -89,7 +89,7 @@ class Tiers:
         tier, into = (self.local, self._local_damaged) if local else (self.shared, self._workdir / DAMAGED)
         if jax.process_count() > 1 and not fault.everywhere:  # the others wait for arrays that will not come
             place = set_aside(tier.folder / str(step), into)
-            raise Lost(f"{fault}. It was moved to {place}; the same command goes on from the checkpoint before it")
+            raise Lost(f"{fault}. It was moved to {place}; the same command resumes from the checkpoint before it")
         place = tier.set_aside(step, into)
         if local:
             self._vote()
@@ -109,7 +109,7 @@ class Tiers:
 
     def _all_damaged(self) -> str:
         return (
-            f"all checkpoints of {self._workdir} are damaged. Put a whole copy into {self.shared.folder}, or remove "
+            f"all checkpoints of {self._workdir} are damaged. Put an intact copy into {self.shared.folder}, or remove "
             f"{' and '.join(self._damaged_folders())} to begin anew"
         )
 

@@ -48,8 +48,8 @@ def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProc
         )
     if data.tokens % processor.length:
         raise ConfigError(
-            f"config.data.tokens={data.tokens} must be a multiple of the {processor.length} tokens of a text: so many "
-            "pairs of them lie in a row"
+            f"config.data.tokens={data.tokens} must be a multiple of the {processor.length} tokens of a text, so "
+            "that a row holds complete texts"
         )
     if not data.patch_rows or data.patches_per_row <= encoder.num_prefix_tokens:
         raise ConfigError(

@@ -152,7 +152,7 @@ def noticing_others() -> Iterator[None]:
             raise
         raise Lost(
             f"process {jax.process_index()} cannot reach another one, which has ended ({str(error).splitlines()[0]}). "
-            "The same command goes on from the last checkpoint"
+            "The same command resumes from the last checkpoint"
         ) from error
 
 

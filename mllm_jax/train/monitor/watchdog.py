@@ -91,7 +91,7 @@ class Watchdog(threading.Thread):
         silence = time.monotonic() - since
         print(
             f"error: process {number} gave no sign of life for {silence:.0f} s (train.watchdog={self._limit:g}), in "
-            f"{part!r} after step {self.step}. Stacks of its threads: {path}. The same command goes on from the last "
+            f"{part!r} after step {self.step}. Stacks of its threads: {path}. The same command resumes from the last "
             "checkpoint; if nothing hangs and steps are that slow, set a larger train.watchdog",
             file=sys.stderr,
             flush=True,

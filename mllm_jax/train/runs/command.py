@@ -22,7 +22,7 @@ from mllm_jax.data.records.records import BadData
 WORDS = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # of a flag: --max-new-tokens and --max_new_tokens are the same
 HELP = ("-h", "--help", "-help")
 UNREADABLE = {  # how the parsers of values word it, and the form that is needed
-    r"invalid literal for int\(\) with base 10:": "needs a whole number, not",
+    r"invalid literal for int\(\) with base 10:": "needs an integer, not",
     r"could not convert string to float:": "needs a number, not",
     r"\('Non-boolean argument to boolean flag', (.*)\)$": r"needs true or false, not \1",
     r"Failed to parse (.*) as a ConfigDict: .*": r"needs names with values, as in {'name': 1}, not \1",

@@ -318,7 +318,7 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
             f"{path}.train.grad_accum_steps={run.train.grad_accum_steps} must divide {path}.data.batch={run.data.batch}"
         )
     if whole.model.encoder is None and run.data.budget.patch_rows:
-        raise ConfigError(f"{path}.data.patch_rows must be 0: the model has no encoder, so that it sees no images")
+        raise ConfigError(f"{path}.data.patch_rows must be 0: the model has no encoder, so that it reads no images")
     if (
         isinstance(whole.model, ModelConfig)
         and run.data.budget.patch_rows

@@ -110,7 +110,7 @@ class ScenesData(DataConfig):
         if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise ValueError(f"kinds: there is no {unknown[0]!r}; {suggestion(unknown[0], KINDS)}")
         if not any(self.kinds.values()):
-            raise ValueError(f"kinds={dict(self.kinds)} ask nothing: give at least one kind a share above 0")
+            raise ValueError(f"kinds={dict(self.kinds)} no kind has a share above 0. Set one")
         _check_cells(self.min_cells, self.max_cells)
 
     def source(self, split: str = "train") -> Any:

@@ -114,7 +114,7 @@ def test_broken_pairs(record, words):
         ({"prompt": "Q?", "question": "R?", "answer": "A."}, "several columns", "prompt, question could"),
         ({"question": "Q?", "answer": 2}, "not a conversation", '"answer" must be a text or a list of messages'),
         ({"query": "Q?", "response": "A.", "history": ["Q?"]}, "not a conversation", '"history" must be a list of'),
-        ({"conversations": "hello"}, "not valid JSON", '"conversations" is a text that is no JSON'),
+        ({"conversations": "hello"}, "not valid JSON", '"conversations" is a text that is not JSON'),
         ({"messages": 5}, "not a conversation", '"messages" must be a list of messages'),
         ({"messages": ["a"]}, "not a conversation", '"messages" must be a list of messages'),
         ({"system": "S", "messages": [SYSTEM | {"content": "T"}, ASKED, ANSWER]}, "two system prompts", "differ"),
@@ -236,7 +236,7 @@ def test_tools_and_their_answers():
 @pytest.mark.parametrize(
     "call, words",
     (
-        ({"name": "f", "arguments": "x"}, '"arguments of f" is a text that is no JSON'),
+        ({"name": "f", "arguments": "x"}, '"arguments of f" is a text that is not JSON'),
         ({"name": "f", "arguments": [1]}, "the arguments of f must be an object"),
         ({"arguments": {}}, 'needs objects with a "name"'),
     ),

@@ -251,7 +251,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(saved):
         (saved / "checkpoints" / step / "about" / "metadata").write_text("{")
     for _ in range(2):  # the same at the next start
         checkpoints = tiers(saved)
-        with pytest.raises(ConfigError, match="all checkpoints of .* are damaged. Put a whole copy into"):
+        with pytest.raises(ConfigError, match="all checkpoints of .* are damaged. Put an intact copy into"):
             checkpoints.restore(CONFIG) if checkpoints.latest() is not None else checkpoints.check_new()
         checkpoints.close()
 

@@ -27,10 +27,13 @@ TRAIN = {
     "another name": ([*SCENES, *RUN, "--config.optim.stepz=1"], "config.optim has no 'stepz'; did you mean 'steps'?"),
     "another type": (
         [*SCENES, *RUN, "--config.optim.steps=many"],
-        "flag --config.optim.steps=many: needs a whole number, not 'many'",
+        "flag --config.optim.steps=many: needs an integer, not 'many'",
     ),
-    "a file for a folder": ([*SCENES, "--workdir", "odd.py"], "--workdir=odd.py is, or lies in, a file; name a folder"),
-    "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run is, or lies in, a file; name a folder"),
+    "a file for a folder": (
+        [*SCENES, "--workdir", "odd.py"],
+        "--workdir=odd.py is a file or inside one; name",
+    ),
+    "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run is a file or inside one; name a folder"),
     "no rows": ([*SCENES, *RUN, "--config.data.batch=0"], "config.data.batch=0: must be at least 1."),
     "less than none": ([*SCENES, *RUN, "--config.data.batch=-8"], "config.data.batch=-8: must be at least 1."),
     "no parts": (

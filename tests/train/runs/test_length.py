@@ -146,7 +146,7 @@ def test_a_run_of_two_epochs_has_their_schedule_and_goes_on_bit_equal(short, tmp
     assert Checkpoints(stopped).latest() == 3
     capsys.readouterr()
     monkeypatch.setattr(length, "count_updates", None)  # the checkpoint tells the length
-    assert train(short(), stopped) == steps and f"goes on at step 3 of {steps} on" in capsys.readouterr().out
+    assert train(short(), stopped) == steps and f"resumes at step 3 of {steps} on" in capsys.readouterr().out
     assert rates(stopped) == rates(whole)
     jax.tree.map(np.testing.assert_array_equal, restore_params(stopped)[1], restore_params(whole)[1])
     before = read_metrics(whole)

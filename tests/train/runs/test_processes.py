@@ -83,7 +83,7 @@ def assert_ended_together(launcher, killed):
     output, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 128 + signal.SIGKILL, errors
     assert f"launch.local: process {killed} was killed by SIGKILL; the others end within 10 s" in errors
-    assert "the same command goes on from its last checkpoint" in errors
+    assert "the same command resumes from its last checkpoint" in errors
     for number in range(int(launcher.args[3].partition("=")[2])):
         found = f"error: process {number} cannot reach another one, which has ended"
         waited = f"process {number} still waits for process {killed}, and is killed"
