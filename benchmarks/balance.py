@@ -1,10 +1,10 @@
-"""How evenly the rows of a batch cost, which devices share: of packing by fill alone, and by fill and cost.
+"""Balance of cost between the rows of a batch, for packing by fill alone and by fill and cost.
 
 python benchmarks/balance.py [--conversations 6000] [--devices 8 32]
 
-A row has a static shape: what its matrix products cost does not depend on what is in it. What attention costs does:
-kernels leave out blocks of which nobody sees anything. So what is counted here are blocks of 512 x 512 tokens, and of
-patches at their price, that a kernel works on. A step waits for its costliest device: attention takes max / mean.
+A row has a static shape, so that its matrix products cost the same for any content. The cost of attention differs:
+kernels skip masked blocks. So this counts the blocks of 512 x 512 tokens, and of patches at their price, that a kernel
+computes. A step waits for its most expensive device: attention takes max / mean.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def skewed_set(count: int, seed: int = 0):
 
 
 def blocks(lengths, starts, causal: bool) -> int:
-    """Blocks of a row that a kernel works on: those in which something sees something."""
+    """Number of blocks of a row that a kernel computes: those that are not fully masked."""
     touched = set()
     for start, length in zip(starts, lengths):
         first, last = start // BLOCK, (start + length - 1) // BLOCK
@@ -45,7 +45,7 @@ def work(row, budget: Budget) -> float:
     tokens = [len(example.tokens) for example in row]
     patches = [len(image.patches) for example in row for image in example.images]
     places = np.array(place(patches, budget) or [], int).reshape(-1, 2)
-    # A causal block counts half of a whole one's pairs, and the price of patches is that of whole ones.
+    # A causal block counts half of a full one's pairs, and the price of patches is that of full ones.
     total = 2 * blocks(tokens, np.cumsum([0, *tokens[:-1]]), causal=True)
     for number in range(budget.patch_rows):
         own = places[:, 0] == number

@@ -67,13 +67,13 @@ WHEN = ("start", "steps", "steps", "save", "save", "local save")
 
 
 class Kill(NamedTuple):
-    """What a kill found, and what became of it."""
+    """Progress at a kill, and its outcome."""
 
     whom: str
     aimed: str  # at which moment
-    step: int  # the last one that was told
+    step: int  # the last step reported
     unfinished: str  # saves that the kill left half-written
-    resumed: int = -1  # the step from which the run went on
+    resumed: int = -1  # the step from which the run resumed
     equal: bool = False  # what it then saved
 
 
@@ -182,7 +182,7 @@ class Runs:
         return int(found[0].split()[0]) if found else None
 
     def _resumed(self) -> int:
-        """The step from which the last life went on; -1 where it did not get as far."""
+        """The step from which the last life resumed; -1 if it did not start."""
         found = re.search(r" (?:begins|resumes) at step (\d+) of", self.log.read_text())
         return int(found[1]) if found else -1
 
@@ -203,7 +203,7 @@ class Runs:
         return ", ".join(name for name, found in tiers.items() if any(found))
 
     def _equal(self, step: int) -> bool:
-        """Whether both runs have the same state and the same place in the data."""
+        """Returns whether both runs have the same state and the same position in the data."""
         whole, killed = (restored(workdir, step) for workdir in self.workdirs.values())
         same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), whole.state, killed.state)
         return all(jax.tree.leaves(same)) and whole.position == killed.position

@@ -1,12 +1,12 @@
-"""Kills a program that saves a model and its adapters again and again: is what it leaves the old one or the new one?
+"""Kills a program that saves a model and its adapters again and again, and checks that the old or the new one remains.
 
     python benchmarks/chaos_saves.py              20 kills; prints the table of docs/reliability.md
     python benchmarks/chaos_saves.py --kills 4
 
 A child saves model 1, adapters 1, model 2, adapters 2 ... into the same two folders until SIGKILL ends it at a random
-moment, half of the times as soon as it moves files. Then both folders are loaded: each must hold, bit for bit, what was
-saved last or what was being saved, or be refused. The next child goes on in the same folders. Exit code 1 unless all
-are.
+moment, half of the times as soon as it moves files. Then both folders are loaded: each must be bit-equal to the last
+complete save or to the interrupted one, or be refused. The next child continues in the same folders. Exits with 1 if
+any check fails.
 """
 
 import itertools

@@ -1,10 +1,10 @@
-"""Saving and restoring a checkpoint with and without fingerprints of its arrays (train.verify), each in turn.
+"""Times saving and restoring a checkpoint with and without fingerprints of its arrays (train.verify), in turn.
 
     python benchmarks/checkpoints.py --rounds 7                 the state of training 45M parameters, below /tmp
     python benchmarks/checkpoints.py --rounds 7 --folder /mnt   the same on another disk
 
-A save is measured until steps may go on, and until it is on disk; a restore until the state is on the devices. Files
-that were just written come back from the memory of the host: where a disk is slower, fingerprints are a smaller share.
+A save is timed until steps may continue, and until it is on disk; a restore until the state is on the devices. Files
+that were just written come from the host's page cache: on a slower disk, fingerprints take a smaller fraction.
 """
 
 import os

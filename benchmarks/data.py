@@ -83,7 +83,7 @@ class Tfds(tfds.core.GeneratorBasedBuilder):
 
 
 class Theirs(torch.utils.data.Dataset):
-    """What a project with transformers has: JSON lines beside files, and a processor in __getitem__."""
+    """The baseline of a project with transformers: JSON lines with files, and a processor in __getitem__."""
 
     def __init__(self, folder: pathlib.Path, tokenizer: AutoTokenizer):
         lines = "".join(path.read_text() for path in sorted(folder.glob("*.jsonl"))).splitlines()
@@ -118,7 +118,7 @@ def padded(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def core_seconds() -> float:
-    """What this process and its ended children have worked so far."""
+    """CPU seconds of this process and its ended children so far."""
     return sum(os.times()[:4])
 
 

@@ -21,7 +21,7 @@ from mllm_jax.train.evaluators.base import Spread
 
 
 def captions(folder: Path, count: int) -> list[Answer]:
-    """What the model in a run's or a stage's folder says about `count` held-out images, and what is true."""
+    """Captions by the model in a run's or a stage's folder of `count` held-out images, and the truth."""
     images = Spread(read_config(folder).data.source("heldout"), count)
     return list(ask(load_workdir(folder), images, batch_size=50, max_new_tokens=24))
 

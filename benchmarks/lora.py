@@ -1,6 +1,6 @@
-"""A step of training all weights, adapters, and adapters beside a base in few bits: bytes, FLOPs and seconds.
+"""Bytes, FLOPs and seconds of a step that trains all weights, adapters, or adapters on a quantized base.
 
-    python benchmarks/lora.py                 bytes and FLOPs, of the compiled step and from its shapes; nothing runs
+    python benchmarks/lora.py                 bytes and FLOPs, of the compiled step and from its shapes; runs no step
     python benchmarks/lora.py --rounds 6      also seconds, each kind of step in turn
 
 A Qwen3-VL of 70M parameters, fp32, four rows of 512 tokens with an image of 1,024 patches each.

@@ -1,9 +1,9 @@
-"""A block of experts, forward and backward: every way to the experts here, beside transformers' block, in one run.
+"""A block of experts, forward and backward: every dispatch here and transformers' block, in one run.
 
     python benchmarks/moe.py                     on this machine, fp32, from the same weights
     python benchmarks/moe.py --device            ours alone on an accelerator, bf16, at the size of Qwen3-VL-30B-A3B
 
-The outputs are compared first. Memory is that of XLA's temporaries; torch does not tell its own.
+The outputs are compared first. Memory is that of XLA's temporaries; torch does not report its own.
 """
 
 import statistics
@@ -117,7 +117,7 @@ def on_an_accelerator(args):
 
 
 def temporaries(step, *args) -> int:
-    """Bytes that the compiled step holds beside its arguments and results."""
+    """Bytes that the compiled step holds in addition to its arguments and results."""
     return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 

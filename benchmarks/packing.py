@@ -1,4 +1,4 @@
-"""How full packed batches are on a mixed set, and images per second and core against transformers' PIL processor.
+"""Fill of packed batches on a mixed set, and images per second and core compared with transformers' PIL processor.
 
 python benchmarks/packing.py [--conversations 2000] [--images 40]
 """

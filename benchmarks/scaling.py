@@ -1,9 +1,9 @@
-"""How the cost of a training step grows: with tokens, rows of patches, experts and depth, one of them at a time.
+"""Growth of the cost of a training step with tokens, patch rows, experts and depth, one of them at a time.
 
     python benchmarks/scaling.py
 
-Prints seconds of a step, and of its compilation. A step should grow linearly with tokens (rows of them), with rows of
-patches and with depth, and not with the number of experts that a token does not choose; compilation with none of them.
+Prints seconds of a step, and of its compilation. A step should grow linearly with tokens (rows of them), with patch
+rows and with depth, and not with the number of experts that a token does not choose; compilation with none of them.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Vision towers forward and backward beside transformers', in turn, in one process; and what packing images saves.
+"""Vision towers forward and backward in turn with transformers', in one process; and the gain of packing images.
 
     python benchmarks/towers.py           widths and images as published, few layers, fp32, on two cores
-    python benchmarks/towers.py --real    whole towers in bf16 on an accelerator, with MFU; torch too where it has CUDA
+    python benchmarks/towers.py --real    full towers in bf16 on an accelerator, with MFU; torch too if it has CUDA
 
 Both sides have the same random weights, and must agree on features and on the length of the gradient first. Torch gets
 pixels; ours gets the same images cut into patches, as data workers leave them.

@@ -26,7 +26,7 @@ STEPS = 100  # of a stage
 
 
 def model() -> ModelConfig:
-    """That of configs/scenes.py, two thirds as wide."""
+    """The model of configs/scenes.py, two thirds as wide."""
     attention = AttentionConfig(heads=4, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
     return ModelConfig(
         encoder=VitConfig(width=64, layers=2, heads=4, mlp=128, patch_size=8, position_grid=8, deepstack_layers=(0,)),

@@ -1,7 +1,7 @@
-"""What `python -m mllm_jax.plan certify` compares: a tiny Qwen3-VL, dense and with experts, on five meshes.
+"""Models and meshes of `python -m mllm_jax.plan certify`: a tiny Qwen3-VL, dense and with experts, on five meshes.
 
 python -m mllm_jax.plan certify --config configs/certify.py
-python -m mllm_jax.plan certify --config configs/certify.py:experts     that one alone
+python -m mllm_jax.plan certify --config configs/certify.py:experts     only one of the models
 """
 
 from mllm_jax.common.config import ConfigError, to_config_dict

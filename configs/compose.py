@@ -1,11 +1,11 @@
-"""Any encoder before any connector and any decoder, chosen by name, trained on the embedded scenes from random weights.
+"""Trains any encoder with any connector and any decoder, by name, from random weights on the embedded scenes.
 
     python -m mllm_jax.train --config configs/compose.py:siglip,mlp,llama --workdir /tmp/llava
     python -m mllm_jax.train --config configs/compose.py:dinov2,pixel_shuffle,gemma2,prefix --workdir /tmp/other
 
-The argument is ENCODER,CONNECTOR,DECODER[,ENTRY]. Parts are those of the published families, made as small as
+The argument is ENCODER,CONNECTOR,DECODER[,ENTRY]. Parts are those of the published families, as small as those of
 configs/scenes.py: a visual token is 16 x 16 pixels of an image in its own size. The entry is "splice", or "prefix":
-visual tokens and the question are seen by all tokens, as in PaliGemma.
+all tokens attend to the visual tokens and the question, as in PaliGemma.
 """
 
 from dataclasses import replace

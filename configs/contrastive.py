@@ -28,7 +28,7 @@ from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS, LENGTH, SIDE = 96, 4, 16, 8
 DUALS = {name: family for name, family in FAMILIES.items() if isinstance(family, DualFamily)}
-PACKED = 4  # images of a row, where they differ in size
+PACKED = 4  # images per row, if they differ in size
 
 
 def small() -> DualConfig:

@@ -1,13 +1,12 @@
-"""Learns captions that often name what is not there, what makes a caption better, and to give better ones (PPO).
+"""Trains captions that often name absent objects, a reward model of captions, and better captions with PPO.
 
     python -m mllm_jax.train --config configs/ppo.py --workdir /tmp/ppo
     python -m mllm_jax.train --config configs/ppo.py --workdir /tmp/ppo --stage=ppo --config.stages.ppo.optim.steps=48
     python benchmarks/false_objects.py --workdir /tmp/ppo
 
-The first stage is that of `configs/prefer.py`. The second one begins with its weights and becomes a reward model: of
-two captions it prefers the truthful one, and reads beside them the facts, which are what is in the image. The third
-one begins with the weights of the first, too: it captions images, is told what the reward model thinks of that, and
-learns from it. See docs/preference.md.
+The first stage is that of `configs/prefer.py`. The second starts from its weights and trains a reward model, which
+prefers the truthful one of two captions and also reads the facts, the content of the image. The third starts from the
+weights of the first: it captions images, and PPO trains it with the rewards of the second. See docs/preference.md.
 """
 
 from dataclasses import replace

@@ -1,12 +1,12 @@
-"""Learns captions that often name what is not there, and then to prefer truthful ones, in minutes on two cores.
+"""Trains captions that often name absent objects, and then to prefer truthful ones, in minutes on two cores.
 
     python -m mllm_jax.train --config configs/prefer.py --workdir /tmp/prefer
     python -m mllm_jax.train --config configs/prefer.py:1 --workdir /tmp/prefer-1      another seed
     python benchmarks/false_objects.py --workdir /tmp/prefer
 
 The model is that of `configs/scenes.py` with fewer layers, the images are its smallest. In the first stage three of
-four captions end with a thing that is not in the image: the model learns to see, and to go on after that. The others
-begin with its weights and see pairs: a truthful caption, and one with a false thing more or in place of a true one. See
+four captions end with an absent object: the model learns to read images, and to add objects. The other stages start
+from its weights and read pairs: a truthful caption, and one with a false object added or exchanged. See
 `mllm_jax.data.synthetic.captions` and docs/preference.md.
 """
 
@@ -20,11 +20,11 @@ from mllm_jax.train.runs.data import CaptionsData
 from mllm_jax.train.step.optimizer import OptimConfig
 
 LOSSES = {
-    # Captions change where ratios do by a factor of three. With beta=0.1 DPO goes on, and some are no texts any more.
+    # Captions change once ratios change by a factor of three. With beta=0.1 DPO continues, and some captions degenerate.
     "dpo": PreferenceConfig(dpo=1.0, beta=1.0),
     "dense": PreferenceConfig(
         dpo=1.0, beta=0.5, diff_token_weight=3.0
-    ),  # where the captions differ tokens count three times
+    ),  # tokens in which the captions differ count three times
     "mpo": PreferenceConfig(dpo=0.8, bco=0.2, sft=1.0, beta=0.1),  # InternVL's weights
 }
 

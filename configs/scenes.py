@@ -64,7 +64,7 @@ def get_config(arg: str = ""):
         Run(
             model=model(experts=arg == "experts"),
             processor=SCENES,
-            # Without visual tokens as many conversations fit into fewer tokens.
+            # Without visual tokens the same number of conversations takes fewer tokens.
             data=ScenesData(
                 batch=8,
                 tokens=64 if blind else 144,

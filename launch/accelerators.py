@@ -12,10 +12,11 @@ from mllm_jax.common.errors import suggestion
 
 
 class Generation(NamedTuple):
-    """
-    prefix: of the accelerator's type. cores: of a chip, which the type counts.
-    dimensions: of the torus. software: of a TPU VM; empty where there are none but those of Kubernetes.
-    label: of Kubernetes' nodes. devices: number of jax devices of a chip.
+    """A generation of TPUs.
+
+    prefix: prefix of the accelerator's type. cores: cores of a chip, which the type counts.
+    dimensions: dimensions of the torus. software: version of a TPU VM. Empty: only Kubernetes has them.
+    label: label of Kubernetes' nodes. devices: number of jax devices per chip.
     """
 
     prefix: str
@@ -42,7 +43,7 @@ GPUS = {  # labels of Kubernetes' nodes with eight of them
 }
 GPUS_PER_HOST = 8
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # slices of v5e and v6e
-SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of the others, beside those of whole cubes of 4x4x4
+SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # further topologies, in addition to those of 4x4x4 cubes
 
 
 class Tpu(NamedTuple):
@@ -58,17 +59,17 @@ class Tpu(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Of a slice."""
+        """Number of chips of a slice."""
         return math.prod(map(int, self.topology.split("x")))
 
     @property
     def hosts(self) -> int:
-        """Of a slice. The small flat ones, up to 2x4, have one; all others one for four chips."""
+        """Number of hosts of a slice: one for small flat slices, up to 2x4, and otherwise one per four chips."""
         return 1 if self.generation.dimensions == 2 and self.chips <= 8 else max(1, self.chips // 4)
 
     @property
     def type(self) -> str:
-        """As in "v6e-64" or "v5p-128", which counts cores."""
+        """Accelerator type, such as "v6e-64" or "v5p-128", which counts cores."""
         return f"{self.generation.prefix}-{self.chips * self.generation.cores}"
 
 

@@ -1,6 +1,6 @@
-"""Finds what training would refuse on its hosts, from the words of its command: before any host is asked for.
+"""Checks the training command before any host is requested.
 
-What needs the hosts' files is left to them: whether data lie in a bucket, and what the records hold.
+Checks that need the hosts' files are left to them: whether data are in a bucket, and the content of records.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def check_training(training: Training, hosts: Hosts) -> None:
     _check_workdir(training.workdir, hosts.files)
     if hosts.files.mount:
         _check_sent(training.file, hosts.files)
-    with contextlib.suppress(RuntimeError):  # too late where jax has begun already, which is well
+    with contextlib.suppress(RuntimeError):  # too late if jax is initialized, which is fine
         jax.config.update("jax_platforms", "cpu")
     for path, run in _runs(training.config, training.stage):
         try:
@@ -132,7 +132,7 @@ def _check_mesh(run: Run, hosts: Hosts) -> None:
 
 
 def _shares(run: Run, mesh: AbstractMesh, processes: int) -> int:
-    """Number of processes with rows of their own, where neighbors hold the same rows; 1 where that is not so simple."""
+    """Number of processes with separate rows, if neighbors hold the same rows; otherwise 1."""
     rows = num_shards("batch", run.model.runtime.rules, mesh)
     return min(rows, processes) if max(rows, processes) % min(rows, processes) == 0 else 1
 

@@ -1,4 +1,4 @@
-"""What the launchers share: their command line, and the training command that all of them end in."""
+"""Shared parts of the launchers: their command line, and the training command that all of them run."""
 
 import argparse
 import shlex

@@ -1,9 +1,9 @@
-"""Everything once, on this machine: train, be killed, resume, evaluate, generate, export and report.
+"""Runs the full cycle on this machine: train, kill, resume, evaluate, generate, export and report.
 
     python -m launch.demo --workdir demo
 
-Trains configs/scenes.py with and without images, in at most ten minutes on two cores. Ends with 1 if a kind of
-question stays below its bar, or if the exported model does not say what the trained one says.
+Trains configs/scenes.py with and without images, in 10 to 15 minutes on two cores. Exits with 1 if a kind of question
+stays below its bar, or if the exported model answers differently from the trained one.
 """
 
 import logging
@@ -47,12 +47,12 @@ console = Console(highlight=False)
 
 
 class Failed(RuntimeError):
-    """The demo cannot go on; the message is for people."""
+    """The demo cannot continue; users read the message."""
 
 
 class Kill(NamedTuple):
-    step: int  # the last one that was seen
-    resumed: int  # the step of the checkpoint that the run goes on from
+    step: int  # the last step seen
+    resumed: int  # step of the checkpoint from which the run resumes
 
     def __str__(self) -> str:
         return f"killed after step {self.step:,}, resumed from {self.resumed:,}"
@@ -161,7 +161,7 @@ def settings_of(steps: int | None) -> tuple[int, list[str]]:
 
 @contextmanager
 def training(workdir: Path, settings: Sequence[str], blind: bool = False) -> Iterator[subprocess.Popen]:
-    """The command for training, running; its whole process group is gone afterwards."""
+    """Context with the running training command; its process group is killed afterwards."""
     config = "configs/scenes.py:blind" if blind else "configs/scenes.py"
     command = ["-m", "mllm_jax.train", "--config", config, "--workdir", str(workdir), *settings]
     console.print(shlex.join(["python", *command]), style="dim", soft_wrap=True, markup=False)
@@ -177,14 +177,14 @@ def training(workdir: Path, settings: Sequence[str], blind: bool = False) -> Ite
 
 
 def train(workdir: Path, settings: Sequence[str], blind: bool = False) -> None:
-    """Trains to the end; goes on where the run in `workdir` stopped."""
+    """Trains to the end; resumes the run in `workdir`."""
     with training(workdir, settings, blind) as process:
         if status := process.wait():
             raise Failed(f"training ended with status {status}, see the messages above")
 
 
 def train_until_killed(workdir: Path, settings: Sequence[str], step: int) -> Kill:
-    """Trains, and sends SIGKILL, which no program can catch, as soon as a checkpoint of `step` or later is whole."""
+    """Trains, and sends SIGKILL, which no program can catch, as soon as a checkpoint of `step` or later is complete."""
     with training(workdir, settings) as process:
         while (saved := max(saved_steps(workdir), default=0)) < step:
             if process.poll() is not None:
@@ -212,7 +212,7 @@ def answered(folder: Path, questions: int) -> Trained:
 
 
 def held_out(folder: Path, count: int) -> list[dict]:
-    """Held-out conversations, as the run in `folder` sees them: others than those that training was evaluated on."""
+    """Held-out conversations, read as by the run in `folder`; not those that evaluated training."""
     from mllm_jax.train.checkpoint.restore import read_config
 
     source = read_config(folder).data.source("heldout")
@@ -237,7 +237,7 @@ def passes(kind: Kind, trained: Trained) -> bool:
 
 
 def export_and_compare(trained: Trained, folder: Path) -> bool:
-    """Whether the model says the same of some images after it was exported to `folder` and loaded from there."""
+    """Returns whether the model answers some images alike after it was exported to `folder` and loaded from there."""
     import mllm_jax
 
     mllm_jax.save_pretrained(mllm_jax.load_workdir(trained.folder), folder)
@@ -268,7 +268,7 @@ def results(kinds: Sequence[Kind], seeing: Trained, blind: Trained) -> Table:
 def report(
     path: Path, seeing: Trained, blind: Trained, kinds: Sequence[Kind], kill: Kill, facts: dict[str, str]
 ) -> Path:
-    """Writes the page; `facts` are shown beside scores, size and speed."""
+    """Writes the page; it shows `facts` with scores, size and speed."""
     from mllm_jax.evaluate.metrics import exact_match
     from mllm_jax.model.vlm import count_params
     from mllm_jax.train.checkpoint.restore import read_config

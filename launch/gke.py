@@ -1,11 +1,12 @@
-"""A run on Google Kubernetes Engine, on TPU slices or GPUs, as one JobSet that restarts whole and goes on.
+"""A run on Google Kubernetes Engine, on TPU slices or GPUs, as one JobSet that restarts as a whole and resumes.
 
     python -m launch.gke --name scenes --tpu v6e:8x8 --image IMAGE --bucket BUCKET -- --config FILE --workdir /runs/a
     python -m launch.gke --name scenes --gpu h200:64 --image IMAGE --claim CLAIM   -- --config FILE --workdir /runs/a
 
-Writes the manifest and gives it to `kubectl apply`; with --dry_run it is only printed. The image is made from
-launch/tpu.Dockerfile or launch/gpu.Dockerfile. A bucket (through Cloud Storage FUSE) or the claim of a volume that many
-nodes write to (Filestore) is mounted at /runs. The cluster needs JobSet: https://jobset.sigs.k8s.io.
+Passes a manifest to `kubectl apply`; --dry_run only prints it. launch/tpu.Dockerfile and launch/gpu.Dockerfile build
+the
+image. A bucket (through Cloud Storage FUSE), or the claim of a volume that many nodes can write to (Filestore), is
+mounted at /runs. The cluster needs JobSet: https://jobset.sigs.k8s.io.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from launch.hosts import Hosts, gpu_hosts, in_image, tpu_hosts
 from mllm_jax.common.cli import run_command
 
 MOUNT = "/runs"
-PORT = 8476  # of process 0, where those of GPUs meet
+PORT = 8476  # coordinator port of process 0, on GPUs
 USER = 1000  # of the image
 JOB = "train"  # the replicated job
 SPOT = "cloud.google.com/gke-spot"

@@ -36,7 +36,7 @@ class Files:
         return any(file == plain or file.startswith(f"{plain}/") or fnmatch.fnmatch(file, plain) for file in self.sent)
 
     def is_within(self, path: str) -> bool:
-        """Returns whether this absolute path lies in a folder that all hosts have."""
+        """Returns whether an absolute path is inside a folder that all hosts have."""
         path = PurePosixPath(posixpath.normpath(path))
         return any(path.is_relative_to(folder) for folder in (self.mount, *self.folders) if folder)
 

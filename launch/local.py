@@ -1,12 +1,12 @@
-"""A training run of several processes on this machine, as on several hosts: to try things, and for tests.
+"""A training run of several processes on this machine, as on several hosts, for trials and tests.
 
     python -m launch.local --processes 4 --devices 2 -- --config configs/scenes.py --workdir DIR
 
-What follows `--` is that of `python -m mllm_jax.train`. Each process has `--devices` virtual CPU devices, and they meet
-over the loopback (gloo). The first one's output is shown as it is, the others' lines begin with their number. SIGTERM
-and Ctrl-C are passed on: the run saves and ends. Where one process dies, the others cannot go on: they have `--grace`
-seconds to say so, and are killed. The exit code is the highest of all: 75 where the same command resumes, 128 + n where
-signal n killed a process.
+The arguments after `--` are those of `python -m mllm_jax.train`. Each process has `--devices` virtual CPU devices, and
+they communicate over the loopback (gloo). The first one's output is printed as is, lines of the others begin with their
+number. SIGTERM and Ctrl-C are passed on: the run saves and ends. If one process dies, the others cannot continue: they
+have `--grace` seconds to report it, and are killed. The exit code is the highest of all: 75 if the same command
+resumes, 128 + n if signal n killed a process.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Process:
-    """One process of a run, in a session of its own: Ctrl-C reaches this program alone, which passes it on."""
+    """One process of a run, in its own session: Ctrl-C reaches only this program, which passes it on."""
 
     def __init__(self, number: int, count: int, devices: int, port: int, command: Sequence[str]):
         settings = {

@@ -1,11 +1,10 @@
-"""A run on a Slurm cluster of GPUs, one process for each, which goes on by itself after time limits and preemption.
+"""A run on a Slurm cluster of GPUs, one process each, which resumes after time limits and preemption.
 
     python -m launch.slurm --nodes 4 --gpus 8 --time 24:00:00 --partition gpu -- --config FILE --workdir DIR
 
-Submits a batch script from a folder that all nodes see, with the Python that runs this. Before the time limit Slurm
-sends SIGTERM, and before a preemption where the cluster gives a GraceTime: the run saves, and the job is put back into
-the queue, as it is when a process or a node is lost. `scancel JOB` saves and ends it; `scontrol requeue JOB`, or
-submitting it again, goes on.
+Submits a batch script, with this Python, from a folder that all nodes share. Slurm sends SIGTERM before the time limit,
+and before a preemption if the cluster has a GraceTime: the run saves, and the job is requeued, as it is after the loss
+of a process or a node. `scancel JOB` saves and ends it; `scontrol requeue JOB`, or submitting it again, resumes.
 """
 
 import argparse

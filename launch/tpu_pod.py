@@ -1,13 +1,14 @@
-"""A run on a Cloud TPU pod, from the request for one to the end of the run, through preemptions.
+"""A run on a Cloud TPU pod, from the request of the pod to the end of the run, through preemptions.
 
     python -m launch.tpu_pod run --name scenes --zone us-east5-b --tpu v6e:8x8 --spot --bucket BUCKET \\
         -- --config FILE --workdir /runs/scenes
     python -m launch.tpu_pod logs --name scenes --zone us-east5-b --tpu v6e:8x8     also: stop, delete
 
-`run` asks for a queued resource, waits until it is ACTIVE, sends what is committed here, mounts the bucket at /runs on
-every host, installs, starts the training in the background and looks at it every --poll seconds. It ends with the run.
-A pod that was taken away is asked for again, and the run goes on. Ctrl-C stops only the watching: the same command
-takes it up again. `stop` has the run save and end; `delete` gives the pod back. It needs gcloud, logged in.
+`run` requests a queued resource, waits until it is ACTIVE, sends the commit of this checkout, mounts the bucket at
+/runs
+on every host, installs, starts the training in the background and checks it every --poll seconds. It ends with the run.
+After a preemption it requests the pod again, and the run resumes. Ctrl-C stops only the watching: the same command
+continues it. `stop` saves and ends the run; `delete` releases the pod. It needs gcloud, logged in.
 """
 
 import argparse
@@ -35,7 +36,7 @@ ANSWERS = re.compile(r"^(none|running|\d+)$", re.MULTILINE)  # of tpu_vm.sh stat
 
 
 class Pod(NamedTuple):
-    """What to tell gcloud about a queued resource; each method gives one command."""
+    """gcloud commands for a queued resource; each method returns one."""
 
     name: str
     zone: str
@@ -176,7 +177,7 @@ def start(pod: Pod, command: Sequence[str]) -> list[list[str]]:
 
 
 def statuses(pod: Pod) -> set[str]:
-    """What the hosts say of the run: "none", "running", exit codes. Nothing where one of them does not answer."""
+    """Status of the run on every host: "none", "running" or an exit code. Empty: a host does not answer."""
     found = [answer(pod.ssh(node, f"{on_host('status')} || echo none")) for node in pod.nodes]
     return set() if None in found else {word for text in found for word in ANSWERS.findall(text)}
 
@@ -186,7 +187,7 @@ def on_host(*words: str) -> str:
 
 
 def answer(command: Sequence[str]) -> str | None:
-    """What a command prints; None where it fails, as that of a resource which is not there does."""
+    """Output of a command. None: it failed, for example since the resource does not exist."""
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 

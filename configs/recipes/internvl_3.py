@@ -29,7 +29,7 @@ def recipe(size: str) -> Run:
     shape = {"tokens": 16384, "patches_per_row": 4 * 1028}  # [2.5]
     mixed = {"text": Part(weight=1.0), "images": Part(weight=3.0)}  # [P] 1 to 3, of tokens; here of conversations
     data = MixtureData(batch=512, patch_rows=12, sources=mixed, **shape)  # [2.5]
-    own = FilesData(batch=128, patch_rows=4, **shape)  # [F] 128; 12 tiles and the whole in 16 places
+    own = FilesData(batch=128, patch_rows=4, **shape)  # [F] 128; 12 tiles and the full image in 16 places
     adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, schedule="cosine")  # [2.5]
     steps = int(TOKENS / (data.batch * data.tokens))
     joint = replace(adam, learning_rate=4e-5, weight_decay=0.01, steps=steps, warmup=round(0.03 * steps))  # [2.5]

@@ -51,7 +51,7 @@ def recipe(size: str, adapts: bool) -> Run:
         rank=128,  # [L] lora_r
         alpha=256.0,  # [L] lora_alpha
         dropout=0.05,  # [A]
-        modules_to_save=("^connector/",),  # [L] which has a learning rate of its own
+        modules_to_save=("^connector/",),  # [L] with its own learning rate
         base_dtype="bfloat16",  # [L] bf16
     )
     adapted = replace(

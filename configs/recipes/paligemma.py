@@ -33,7 +33,7 @@ def recipe(size: str) -> Run:
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
         init=f"google/paligemma{version}-{name}-pt-{pixels}",
-        # One question in a row: the image's tokens, up to 32 of text [V], and what stands between them.
+        # One question per row: the image's tokens, up to 32 of text [V], and separators.
         data=FilesData(batch=256, tokens=patches + 64, patch_rows=1, patches_per_row=patches),  # [V] 256
         train=TrainConfig(save_every=1000),  # [V]
         stages={
