@@ -20,7 +20,7 @@ from mllm_jax.train.runs.data import CaptionsData
 from mllm_jax.train.step.optimizer import OptimConfig
 
 LOSSES = {
-    # Captions change once ratios change by a factor of three. With beta=0.1 DPO continues, and some captions degenerate.
+    # Captions change once ratios change by a factor of three. With beta=0.1 they change further, and some degenerate.
     "dpo": PreferenceConfig(dpo=1.0, beta=1.0),
     "dense": PreferenceConfig(
         dpo=1.0, beta=0.5, diff_token_weight=3.0
