@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_is_one_line(published, trained, tmp_path, capsy
         "is the folder of a training run": ["--checkpoint", model, run],
         "is read from": ["--checkpoint", model, model],
         "has no adapter_config.json": ["--checkpoint", model, *adapters, str(new)],
-        "has adapters of its own": ["--checkpoint", run, *adapters, str(new)],
+        "already has adapters": ["--checkpoint", run, *adapters, str(new)],
         "--adapters_only writes what a run trained": ["--checkpoint", model, "--adapters_only", str(new)],
         "--step=3: ": ["--checkpoint", model, "--step=3", str(new)],
         "has no checkpoint 77": ["--checkpoint", run, "--step=77", str(new)],

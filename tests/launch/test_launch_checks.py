@@ -31,7 +31,7 @@ def test_every_launcher_refuses_and_does_nothing(main, checkout, tmp_path, capsy
     cases = {
         "--config and --workdir must be given to the training, as in: -- --config": [],
         "--workdir must be given": SCENES[:1],
-        "--dry_run must stand before the --": [*SPREAD, "--dry_run"],
+        "--dry_run must be before the --": [*SPREAD, "--dry_run"],
         "config.optim has no 'lr'": [*SPREAD, "--config.optim.lr=1"],
         "is not divisible by data=64": [*SPREAD, "--config.data.batch=48"],
         "config.data.path": [*FINE_TUNE, "--config.data.path=nothing.jsonl"],

@@ -309,16 +309,16 @@ def test_generate_is_a_function_whatever_was_imported(code):
 @pytest.mark.parametrize(
     ("kind", "size", "change", "message"),
     [
-        ("llama", "3.2-1b", {"input_ids": [[5, 128256]]}, "input_ids hold 128256, which is no token: .* has 128256"),
-        ("llama", "3.2-1b", {"input_ids": [[5, -3]]}, "input_ids hold -3, which is no token"),
-        ("llama", "3.2-1b", {"input_ids": [[5, 2**32 + 5]]}, "input_ids hold 4294967301, which is no token"),
+        ("llama", "3.2-1b", {"input_ids": [[5, 128256]]}, "input_ids hold 128256, which is not a token: .* has 128256"),
+        ("llama", "3.2-1b", {"input_ids": [[5, -3]]}, "input_ids hold -3, which is not a token"),
+        ("llama", "3.2-1b", {"input_ids": [[5, 2**32 + 5]]}, "input_ids hold 4294967301, which is not a token"),
         ("llama", "3.2-1b", {"input_ids": [[5.5, 6]]}, r"input_ids must be integers \[B T\], not float64 \[1, 2\]"),
         ("llama", "3.2-1b", {"input_ids": [5, 6]}, r"input_ids must be integers \[B T\], not int64 \[2\]"),
         ("llama", "3.2-1b", {"attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\), input_ids \(1, 2\)"),
         ("llama", "3.2-1b", {"input_ids": None}, "input_ids are missing"),
         ("gpt2", "124m", {"input_ids": np.full((1, 1025), 5)}, "a text of 1025 tokens; .* learned 1024 positions"),
         ("clip", "b16", {"input_ids": np.full((1, 78), 5)}, "a text of 78 tokens; the model has learned 77 positions"),
-        ("siglip", "base-16-224", {"input_ids": [[32000]]}, "input_ids hold 32000, which is no token"),
+        ("siglip", "base-16-224", {"input_ids": [[32000]]}, "input_ids hold 32000, which is not a token"),
         ("clip", "b16", {"input_ids": np.zeros((2, 0), int)}, r"must be \[texts T\], not \(2, 0\)"),
     ],
 )

@@ -94,8 +94,8 @@ def test_pairs(record):
 @pytest.mark.parametrize(
     "record, words",
     (
-        ({"messages": [ASKED], "rejected": "C."}, "no chosen answer beside the rejected one"),
-        ({"messages": [ASKED, CALLING, RESULT], "rejected": "C."}, "no chosen answer beside the rejected one"),
+        ({"messages": [ASKED], "rejected": "C."}, "a rejected answer but no chosen one"),
+        ({"messages": [ASKED, CALLING, RESULT], "rejected": "C."}, "a rejected answer but no chosen one"),
         ({"messages": [ASKED, ANSWER], "chosen": "D.", "rejected": "C."}, 'ends with another answer than "chosen"'),
         ({"messages": [ASKED, ANSWER | {"weight": 0}], "rejected": "C."}, "has a weight, and must have none"),
         ({"prompt": "Q?", "chosen": ANSWER | {"tool_calls": [CALL]}, "rejected": "C."}, "and not call a tool"),

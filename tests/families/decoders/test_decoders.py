@@ -275,7 +275,7 @@ def test_a_decoder_that_config_json_cannot_say():
         FAMILIES["gpt2"].to_hf(replace(config, decoder=replace(config.decoder, embed_scale=2.0)))
     with pytest.raises(ValueError, match="no text config of .* can represent all of this decoder"):
         by_model_type.decoder_to_hf(replace(config.decoder, embed_scale=2.0))
-    with pytest.raises(ValueError, match="one size of windows"):
+    with pytest.raises(ValueError, match="one window size"):
         FAMILIES["qwen2"].decoder_to_hf(replace(qwen2.SIZES["7b"], sliding_windows=(4, 8)))
     with pytest.raises(ValueError, match="DecoderConfig.norm='.*': must be one of rms"):
         replace(config.decoder, norm="batch")
