@@ -55,8 +55,12 @@ def work(row, budget: Budget) -> float:
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--conversations", type=int, default=6000, help="of each set (default 6000)")
-    parser.add_argument("--devices", type=int, nargs="+", default=[8, 32], help="of the data axis, a row each")
+    parser.add_argument(
+        "--conversations", type=int, default=6000, help="number of conversations in each set (default 6000)"
+    )
+    parser.add_argument(
+        "--devices", type=int, nargs="+", default=[8, 32], help="sizes of the data axis, with one row per device"
+    )
     args = parser.parse_args()
     usual = packing.BALANCE
     for name, make in (("mixed", mixed_set), ("skewed", skewed_set)):

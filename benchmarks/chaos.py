@@ -79,9 +79,9 @@ class Kill(NamedTuple):
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="default 20")
-    parser.add_argument("--processes", type=int, default=4, help="of the run (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default 20)")
+    parser.add_argument("--processes", type=int, default=4, help="number of processes (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times (default 0)")
     parser.add_argument("--workdir", help="an empty folder to keep both runs in (default: one that is removed)")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:

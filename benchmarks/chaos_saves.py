@@ -85,10 +85,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="default 20")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--save", metavar="FOLDER", help="be the child that saves there")
-    parser.add_argument("--number", type=int, default=1, help="the child's first (default 1)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times (default 0)")
+    parser.add_argument("--save", metavar="FOLDER", help="run as the child that saves to this folder")
+    parser.add_argument("--number", type=int, default=1, help="number of the child's first save (default 1)")
     options = parser.parse_args()
     if options.save:
         save_forever(Path(options.save), options.number)

@@ -37,7 +37,9 @@ POSITION = {"streams": {}, "data": {}}
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to write to (default %(default)s)")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="folder on the disk to measure (default %(default)s)"
+    )
     args = parser.parse_args()
     run, mesh = run_of(LoraConfig()), make_mesh({"fsdp": 1}, jax.devices()[:1])
     tokens = replace(run.model.tokens, image=7000, video=7001, start=7002, end=7003)

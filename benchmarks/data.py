@@ -124,7 +124,7 @@ def core_seconds() -> float:
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--conversations", type=int, default=64, help="of a timed run (default 64)")
+    parser.add_argument("--conversations", type=int, default=64, help="conversations in a timed run (default 64)")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side (default 5)")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -33,7 +33,7 @@ def shown(share: Share) -> str:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of a run of configs/prefer.py")
-    parser.add_argument("--count", type=int, default=400, help="images (default 400)")
+    parser.add_argument("--count", type=int, default=400, help="number of held-out images (default 400)")
     parser.add_argument("--examples", type=int, default=4, help="captions that are printed (default 4)")
     arguments = parser.parse_args()
     said = {stage: captions(arguments.workdir / stage, arguments.count) for stage in ended(arguments.workdir)}

@@ -52,7 +52,7 @@ def run_of(lora: LoraConfig) -> Run:
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=0, help="counted steps of each kind (default 0: nothing runs)")
+    parser.add_argument("--rounds", type=int, default=0, help="timed steps of each kind (default 0: no timing)")
     rounds, mesh, steps = parser.parse_args().rounds, make_mesh({"fsdp": 1}, jax.devices()[:1]), {}
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20
     print(f"{'':24}{'MiB: weights':>13}{'moments':>9}{'arguments':>11}{'temporaries':>13}{'GFLOP':>8}")

@@ -204,7 +204,7 @@ def packing(layers: int = 2, count: int = 12) -> None:
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--real", action="store_true", help="all layers in bf16, on the accelerator that jax finds")
-    parser.add_argument("--images", type=int, help="of a batch (default 2; with --real 32)")
+    parser.add_argument("--images", type=int, help="images in a batch (default 2; with --real 32)")
     parser.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")
     args = parser.parse_args()
     if args.real:

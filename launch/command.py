@@ -31,7 +31,7 @@ def launcher(module: str, doc: str, actions: str = "") -> Parser:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="with data or weights that every host has, besides those it is known to have; may be repeated",
+        help="folder with data or weights that every host has; may be repeated",
     )
     return parser
 

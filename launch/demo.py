@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m launch.demo", __doc__)
     parser.add_argument("--workdir", default="demo", help="folder of the results; an earlier demo there is deleted")
     parser.add_argument(
-        "--steps", type=argument(Annotated[int, Range(least=10)]), help="of both trainings, instead of the config's"
+        "--steps",
+        type=argument(Annotated[int, Range(least=10)]),
+        help="steps of both trainings, instead of the config's",
     )
     parser.add_argument(
         "--questions", type=argument(PositiveInt), default=1000, help="held-out questions of the final evaluation"

@@ -29,20 +29,22 @@ SPOT = "cloud.google.com/gke-spot"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = launcher("launch.gke", __doc__)
-    parser.add_argument("--name", type=name, required=True, help="of the JobSet")
+    parser.add_argument("--name", type=name, required=True, help="name of the JobSet")
     devices = parser.add_mutually_exclusive_group(required=True)
     devices.add_argument("--tpu", type=tpu, help="generation and topology, as in v6e:8x8; v6e:8x8*2 is two slices")
-    devices.add_argument("--gpu", type=gpu, help="kind and number of all, as in h200:64")
-    parser.add_argument("--image", required=True, help="of the container, with its registry")
+    devices.add_argument("--gpu", type=gpu, help="kind and total number of GPUs, as in h200:64")
+    parser.add_argument("--image", required=True, help="container image, with its registry")
     runs = parser.add_mutually_exclusive_group(required=True)
     runs.add_argument("--bucket", help=f"without gs://, mounted at {MOUNT}")
     runs.add_argument("--claim", type=name, help=f"a PersistentVolumeClaim (ReadWriteMany), mounted at {MOUNT}")
-    parser.add_argument("--namespace", type=name, default="default", help="(default: default)")
+    parser.add_argument("--namespace", type=name, default="default", help="Kubernetes namespace (default: default)")
     parser.add_argument("--account", type=name, help="Kubernetes' service account that may write to the bucket")
-    parser.add_argument("--queue", type=name, help="local queue of Kueue, where the cluster has one")
-    parser.add_argument("--spot", action="store_true", help="on nodes that may be taken away")
+    parser.add_argument("--queue", type=name, help="local queue of Kueue, if the cluster uses it")
+    parser.add_argument("--spot", action="store_true", help="use spot nodes, which may be preempted")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
-    parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
+    parser.add_argument(
+        "--restarts", type=positive, default=50, help="largest number of restarts of the run (default 50)"
+    )
     options = parse(parser, arguments)
     if options.bucket and "/" in options.bucket:
         parser.error(f"--bucket={options.bucket} must be the bare name of a bucket; folders go into --workdir")

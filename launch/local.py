@@ -28,12 +28,15 @@ PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m launch.local", __doc__)
-    parser.add_argument("--processes", type=argument(PositiveInt), default=2, help="of the run (default 2)")
+    parser.add_argument("--processes", type=argument(PositiveInt), default=2, help="number of processes (default 2)")
     parser.add_argument(
         "--devices", type=argument(PositiveInt), default=1, help="virtual CPU devices of each process (default 1)"
     )
     parser.add_argument(
-        "--grace", type=argument(NonNegative), default=10, help="seconds to end after another one died (default 10)"
+        "--grace",
+        type=argument(NonNegative),
+        default=10,
+        help="seconds that processes have to end after another one died (default 10)",
     )
     parser.add_argument("command", nargs="*", metavar="-- --config FILE --workdir DIR ...", help="what to train")
     options = parser.parse_args(arguments)

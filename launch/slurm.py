@@ -54,24 +54,31 @@ def duration(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = launcher("launch.slurm", __doc__)
-    parser.add_argument("--name", type=name, default="mllm-jax", help="of the job (default mllm-jax)")
-    parser.add_argument("--nodes", type=positive, default=1, help="(default 1)")
+    parser.add_argument("--name", type=name, default="mllm-jax", help="name of the job (default mllm-jax)")
+    parser.add_argument("--nodes", type=positive, default=1, help="number of nodes (default 1)")
     parser.add_argument(
         "--gpus",
         type=argument(NonNegativeInt),
         default=8,
-        help="of each node; 0: two CPU processes, to try (default 8)",
+        help="GPUs per node; 0: two CPU processes, for a trial (default 8)",
     )
-    parser.add_argument("--cpus", type=positive, help="cores of each process, for its data (default 8 beside a GPU)")
-    parser.add_argument("--time", type=duration, help="limit, as Slurm writes it: [DAYS-]HOURS:MINUTES:SECONDS")
-    parser.add_argument("--partition", help="of the cluster (default: its own)")
-    parser.add_argument("--account", help="that is charged (default: the user's)")
+    parser.add_argument("--cpus", type=positive, help="CPU cores per process, for data (default 8 with a GPU)")
+    parser.add_argument("--time", type=duration, help="time limit in Slurm's format: [DAYS-]HOURS:MINUTES:SECONDS")
+    parser.add_argument("--partition", help="partition (default: that of the cluster)")
+    parser.add_argument("--account", help="account to charge (default: the user's)")
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save before the limit (default 300)")
     parser.add_argument(
-        "--restarts", type=argument(NonNegativeInt), default=50, help="times that the job requeues itself (default 50)"
+        "--restarts",
+        type=argument(NonNegativeInt),
+        default=50,
+        help="largest number of requeues of the job (default 50)",
     )
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --constraint=h100"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, as --constraint=h100",
     )
     options = parse(parser, arguments)
     processes = options.nodes * (options.gpus or CPU_PROCESSES)

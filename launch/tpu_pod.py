@@ -84,17 +84,19 @@ class Pod(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = launcher("launch.tpu_pod", __doc__, "{run,logs,stop,delete} ")
     parser.add_argument("action", choices=("run", "logs", "stop", "delete"))
-    parser.add_argument("--name", type=name, required=True, help="of the queued resource and its nodes")
-    parser.add_argument("--zone", required=True, help="as in us-east5-b")
-    parser.add_argument("--project", help="(default: that of gcloud)")
+    parser.add_argument("--name", type=name, required=True, help="name of the queued resource and its nodes")
+    parser.add_argument("--zone", required=True, help="zone, as in us-east5-b")
+    parser.add_argument("--project", help="project (default: that of gcloud)")
     parser.add_argument("--tpu", type=tpu, required=True, help="generation and topology, as in v6e:8x8; *2: two slices")
     parser.add_argument("--bucket", help=f"without gs://, mounted at {MOUNT} on every host; run needs it")
     tier = parser.add_mutually_exclusive_group()
-    tier.add_argument("--spot", action="store_true", help="a pod that may be taken away")
-    tier.add_argument("--reserved", action="store_true", help="a pod of the project's reservation")
-    parser.add_argument("--poll", type=positive, default=60, help="seconds between looks at the run (default 60)")
-    parser.add_argument("--restarts", type=positive, default=50, help="of the run, also on new pods (default 50)")
-    parser.add_argument("--delete", action="store_true", help="give the pod back when the run is at its end")
+    tier.add_argument("--spot", action="store_true", help="use a spot pod, which may be preempted")
+    tier.add_argument("--reserved", action="store_true", help="use the project's reservation")
+    parser.add_argument("--poll", type=positive, default=60, help="seconds between checks of the run (default 60)")
+    parser.add_argument(
+        "--restarts", type=positive, default=50, help="largest number of restarts, also on new pods (default 50)"
+    )
+    parser.add_argument("--delete", action="store_true", help="release the pod when the run is complete")
     options = parse(parser, arguments)
     if not options.tpu.generation.software:
         parser.error(f"there are no {options.tpu.name} VMs in the Cloud TPU API; use launch.gke or launch.xpk")

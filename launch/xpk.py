@@ -19,18 +19,22 @@ from mllm_jax.common.cli import run_command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = launcher("launch.xpk", __doc__)
-    parser.add_argument("--name", type=name, required=True, help="of the workload")
-    parser.add_argument("--project", required=True, help="of Google Cloud")
-    parser.add_argument("--zone", required=True, help="as in us-east5-b")
-    parser.add_argument("--cluster", required=True, help="that xpk made")
+    parser.add_argument("--name", type=name, required=True, help="name of the workload")
+    parser.add_argument("--project", required=True, help="Google Cloud project")
+    parser.add_argument("--zone", required=True, help="zone, as in us-east5-b")
+    parser.add_argument("--cluster", required=True, help="cluster that xpk created")
     parser.add_argument("--tpu", type=tpu, required=True, help="generation and topology, as in v6e:8x8; *2: two slices")
-    parser.add_argument("--image", required=True, help="made from launch/tpu.Dockerfile")
-    parser.add_argument("--storage", required=True, help="XPK's name of the storage that is mounted at --mount")
-    parser.add_argument("--mount", type=absolute, default="/runs", help="(default /runs)")
+    parser.add_argument("--image", required=True, help="container image, built from launch/tpu.Dockerfile")
+    parser.add_argument("--storage", required=True, help="XPK's name of the storage to mount at --mount")
+    parser.add_argument("--mount", type=absolute, default="/runs", help="where the storage is mounted (default /runs)")
     levels = ["very-low", "low", "medium", "high", "very-high"]
-    parser.add_argument("--priority", default="medium", choices=levels, help="among the workloads of the cluster")
+    parser.add_argument(
+        "--priority", default="medium", choices=levels, help="priority among the workloads of the cluster"
+    )
     parser.add_argument("--grace", type=positive, default=300, help="seconds to save after SIGTERM (default 300)")
-    parser.add_argument("--restarts", type=positive, default=50, help="of the whole run (default 50)")
+    parser.add_argument(
+        "--restarts", type=positive, default=50, help="largest number of restarts of the run (default 50)"
+    )
     options = parse(parser, arguments)
     files = in_image("tpu.Dockerfile", options.mount, options.host_folder)
     checked(options.command, lambda: tpu_hosts(options.tpu, files))

@@ -106,12 +106,17 @@ def _merged(vlm: Pretrained, dtype: str) -> Pretrained:
 def _parser() -> Parser:
     parser = Parser("python -m mllm_jax.export", __doc__)
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="to write; a model or adapter that it holds is replaced")
+    add("folder", metavar="FOLDER", help="folder to write; a model or adapter in it is replaced")
     add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
     add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format, to merge into it")
     add("--adapters_only", action="store_true", help="write the adapters of a run alone, in PEFT's format")
-    add("--step", type=argument(NonNegativeInt), metavar="N", help="of the run's checkpoints (default: the newest)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of written weights (default float32)")
+    add("--step", type=argument(NonNegativeInt), metavar="N", help="step of the checkpoint (default: the newest)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the written weights (default float32)",
+    )
     return parser
 
 

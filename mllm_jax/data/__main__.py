@@ -28,7 +28,7 @@ from mllm_jax.data.tools.convert import ABOUT, BROKEN, convert
 
 INSPECT_COMMAND = "mllm_jax.train.inspect_command"  # imports jax, which the workers of `convert` never do
 
-CONVERT = """From any source to ArrayRecord: numbered shards with the images and videos inside, in the source's order.
+CONVERT = """Converts any source to ArrayRecord: numbered shards that contain images and videos, in order.
 
     python -m mllm_jax.data convert conversations.jsonl converted --root=images
     python -m mllm_jax.data convert 'shards/*.tar' converted --processes=32
@@ -39,14 +39,14 @@ folder's broken.txt. A run reads the result with --config.data.path=FOLDER.
 """
 
 
-INSPECT = """What the batches of a run hold: counts, lengths, fill, and what is left out for which reason.
+INSPECT = """Shows the batches of a run: counts, lengths, fill, and the skipped records by reason.
 
     python -m mllm_jax.data inspect --config configs/scenes.py
     python -m mllm_jax.data inspect --config configs/sft.py --config.init=FOLDER --config.data.path=conversations.jsonl
     python -m mllm_jax.data inspect --config configs/recipes/llava_1_5.py --stage=align --html=align.html
 
-Records are read, packed and counted as a run would, in its order. The page of --html shows histograms, conversations
-as the model reads them, with their images and with what the loss counts, and packed rows as colored bars.
+Records are read, packed and counted as in training, in its order. The page of --html shows histograms, conversations
+as the model reads them, with their images and loss weights, and packed rows as colored bars.
 """
 
 
@@ -66,34 +66,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser("python -m mllm_jax.data", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("convert", description=CONVERT, help="to ArrayRecord")
+    command = commands.add_parser("convert", description=CONVERT, help="convert a source to ArrayRecord")
     command.set_defaults(command=_convert)
     add = command.add_argument
     add("source", metavar="SOURCE", help="a file, a pattern, a folder or tfds:NAME, as config.data.path takes it")
-    add("folder", metavar="FOLDER", help="where the shards will be")
-    add("--root", metavar="FOLDER", help="that paths in records are relative to (default: the folder of their file)")
-    add("--where", metavar="FIELD=VALUE[,VALUE]", action="append", default=[], type=_where, help="keep only these")
-    add("--records", metavar="N", type=argument(PositiveInt), default=4096, help="of a shard (default 4096)")
+    add("folder", metavar="FOLDER", help="folder of the shards")
+    add("--root", metavar="FOLDER", help="folder of the paths in records (default: the folder of their file)")
+    add(
+        "--where",
+        metavar="FIELD=VALUE[,VALUE]",
+        action="append",
+        default=[],
+        type=_where,
+        help="keep only records with these fields",
+    )
+    add("--records", metavar="N", type=argument(PositiveInt), default=4096, help="records per shard (default 4096)")
     add(
         "--processes",
         metavar="N",
         type=argument(NonNegativeInt),
         default=os.cpu_count(),
-        help="that work (default: one for each core)",
+        help="number of worker processes (default: one per core)",
     )
-    command = commands.add_parser("inspect", description=INSPECT, epilog=REPLACES, help="what a run reads")
+    command = commands.add_parser("inspect", description=INSPECT, epilog=REPLACES, help="show the batches of a run")
     command.set_defaults(command=_inspect)
     add = command.add_argument
-    add("--config", metavar="FILE[:ARGUMENT]", required=True, help="of the run")
-    add("--stage", metavar="NAME", help="of a run with stages")
+    add("--config", metavar="FILE[:ARGUMENT]", required=True, help="config of the run")
+    add("--stage", metavar="NAME", help="stage of a run with stages")
     add(
         "--count",
         metavar="N",
         type=argument(PositiveInt),
         default=1000,
-        help="records to be packed, about (default 1000)",
+        help="approximate number of records to pack (default 1000)",
     )
-    add("--html", metavar="FILE", help="where to write the page")
+    add("--html", metavar="FILE", help="file of the page to write")
     return parser
 
 
@@ -134,7 +141,7 @@ def _convert(args: argparse.Namespace) -> int:
     except KeyboardInterrupt as interrupt:
         done = len(list(folder.glob("*.array_record")))
         raise KeyboardInterrupt(f"interrupted: {done} shards are complete; the same command resumes") from interrupt
-    print(f"{folder}: {held.records:,} records in {held.shards} shards; {ABOUT} says of what")
+    print(f"{folder}: {held.records:,} records in {held.shards} shards; {ABOUT} describes them")
     if held.broken:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in held.broken.items())
         print(f"{sum(held.broken.values())} broken records left out, named in {folder / BROKEN}: {reasons}")

@@ -31,14 +31,14 @@ from mllm_jax.train.runs import command
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import one_run
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Where the questions are; by default, that of the run.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the questions; by default that of the run.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run: its newest checkpoint is evaluated.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder or hub name of weights in Hugging Face's format.")
-STAGE = flags.DEFINE_string("stage", None, "Of a run with stages; by default the last one that came to its end.")
-SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Which of the config's conversations.")
+STAGE = flags.DEFINE_string("stage", None, "Stage of a run with stages; by default the last complete one.")
+SPLIT = flags.DEFINE_enum("split", "heldout", ["heldout", "train"], "Split of the config's conversations.")
 COUNT = flags.DEFINE_integer("count", 1000, "Number of conversations, spread evenly over the split.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Conversations that are answered at once.", lower_bound=1)
-LONGEST = flags.DEFINE_integer("max_new_tokens", 32, "Length of an answer.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Conversations answered at once.", lower_bound=1)
+LONGEST = flags.DEFINE_integer("max_new_tokens", 32, "Largest number of tokens of an answer.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", None, "File for all answers, as JSON Lines.")
 
 

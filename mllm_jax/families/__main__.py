@@ -108,8 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     parser = Parser("python -m mllm_jax.families", __doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--image", type=_size, default=(768, 1024), metavar="WIDTHxHEIGHT", help="in pixels (default 1024x768)")
-    add("--family", type=_family, help="only this one: a model_type, such as llava_next")
+    add(
+        "--image",
+        type=_size,
+        default=(768, 1024),
+        metavar="WIDTHxHEIGHT",
+        help="size of an image in pixels (default 1024x768)",
+    )
+    add("--family", type=_family, help="show only this family: a model_type, such as llava_next")
     args = parser.parse_args(arguments)
     console = Console()
     with console.status("counting parameters"):

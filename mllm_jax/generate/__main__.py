@@ -110,20 +110,26 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
     add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format")
-    add("--prompt", metavar="TEXT", help="what to ask; without it, on a terminal, a chat begins")
-    add("--prompts", metavar="FILE", help="prompts to answer, one a line or as records")
+    add("--prompt", metavar="TEXT", help="question; without it, on a terminal, a chat starts")
+    add("--prompts", metavar="FILE", help="file of prompts, one per line or as records")
     add("--chat", action="store_true", help="answer several turns, also if stdin is not a terminal")
-    add("--system", metavar="TEXT", help="message of the system, before all others")
+    add("--system", metavar="TEXT", help="system message")
     add("--image", action="append", default=[], metavar="FILE", help="an image; may be given several times")
     add("--video", action="append", default=[], metavar="FILE", help="a video; may be given several times")
-    add("--batch_size", type=argument(PositiveInt), default=8, metavar="N", help="of --prompts, answered at once")
+    add(
+        "--batch_size",
+        type=argument(PositiveInt),
+        default=8,
+        metavar="N",
+        help="number of --prompts answered at once (default 8)",
+    )
     add(
         "--max-new-tokens",
         "--max_new_tokens",
         type=argument(PositiveInt),
         default=256,
         metavar="N",
-        help="longest answer (default 256)",
+        help="largest number of tokens of an answer (default 256)",
     )
     add(
         "--sample",
@@ -134,12 +140,22 @@ def _parser() -> Parser:
         "--temperature",
         type=argument(Temperature),
         metavar="X",
-        help="0 = the likeliest answer (default); 1 = as likely",
+        help="0: greedy (default); 1: sample from the model's probabilities",
     )
-    add("--top-k", type=argument(TopK), metavar="N", help="draw among the N likeliest tokens (default 0 = all)")
-    add("--top-p", type=argument(TopP), metavar="X", help="draw among the likeliest that reach X (default 1)")
-    add("--seed", type=argument(Seed), default=0, metavar="N", help="of random draws (default 0)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of an exported model (default float32)")
+    add("--top-k", type=argument(TopK), metavar="N", help="sample from the N most likely tokens (default 0: all)")
+    add(
+        "--top-p",
+        type=argument(TopP),
+        metavar="X",
+        help="sample from the most likely tokens with total probability X (default 1)",
+    )
+    add("--seed", type=argument(Seed), default=0, metavar="N", help="seed of sampling (default 0)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of an exported model (default float32)",
+    )
     return parser
 
 

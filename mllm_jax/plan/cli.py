@@ -34,13 +34,17 @@ from mllm_jax.train.runs import command
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import one_run
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run: a Python file with get_config(argument).")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, as in v5p:4x8x8, v6e:16x16*2 or h200:64.")
-MESH = flags.DEFINE_string("mesh", None, "Sizes of its axes, as in fsdp=16,expert=16; one may be -1. None = the best.")
-STAGE = flags.DEFINE_string("stage", None, "The stage that is planned, of a config with stages.")
-TOP = flags.DEFINE_integer("top", 10, "Candidates that are listed.", lower_bound=1)
-COMPILE = flags.DEFINE_integer("compile", 1, "Candidates that are compiled; 0: none, and no compiler.", lower_bound=0)
-HTML = flags.DEFINE_string("html", None, "File for a page with drawings.")
+MESH = flags.DEFINE_string(
+    "mesh", None, "Sizes of the mesh axes, as in fsdp=16,expert=16; one may be -1. Default: search."
+)
+STAGE = flags.DEFINE_string("stage", None, "Stage to plan, of a config with stages.")
+TOP = flags.DEFINE_integer("top", 10, "Number of candidates to list.", lower_bound=1)
+COMPILE = flags.DEFINE_integer(
+    "compile", 1, "Number of candidates to compile. 0: estimates only, without a compiler.", lower_bound=0
+)
+HTML = flags.DEFINE_string("html", None, "HTML file to write, with charts.")
 WIDE = 160  # characters of a line in a file
 WITHIN = 90.0  # seconds after which no further candidate is compiled
 flags.mark_flags_as_required(["config", "topology"])

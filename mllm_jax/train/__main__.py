@@ -40,15 +40,15 @@ from mllm_jax.train.monitor.streams import survive_closed_streams
 from mllm_jax.train.run_stages import train_run
 from mllm_jax.train.runs import command
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config(argument).")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is continued.")
-STAGE = flags.DEFINE_string("stage", None, "The stage of the config that is trained; by default all that are left.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run: a Python file with get_config(argument).")
+WORKDIR = flags.DEFINE_string("workdir", None, "Working directory; a run in it is resumed.")
+STAGE = flags.DEFINE_string("stage", None, "Stage to train; by default all remaining ones.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes: TPU pod, Slurm, Open MPI.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where jax cannot find it by itself.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are; with --coordinator.", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0; with --coordinator.", lower_bound=0)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if jax cannot detect it.")
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes; with --coordinator.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0; with --coordinator.", lower_bound=0)
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, steps to trace to DIR/profile.")
-DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "End at the first step that is not finite, and name the layer.")
+DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "End at the first non-finite step, and name the layer.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command. `tfds build` does the same where TensorFlow is installed."""
     parser = Parser("python -m mllm_jax.data.synthetic.tfds_builder", __doc__.partition("\n")[0])
     sizes = {config.name: config for config in Scenes.BUILDER_CONFIGS}
-    parser.add_argument("--size", choices=sizes, default="small", help="how many conversations (default small)")
+    parser.add_argument("--size", choices=sizes, default="small", help="number of conversations (default small)")
     parser.add_argument("--data_dir", metavar="FOLDER", help="folder of TFDS datasets (default that of TFDS)")
     args = parser.parse_args(arguments)
     builder = Scenes(config=args.size, data_dir=args.data_dir, file_format="array_record")

@@ -20,7 +20,9 @@ from rich.table import Table
 from mllm_jax.plan.verify.certificate import Comparison, compare, devices, read_certificate
 from mllm_jax.train.runs import command
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to certify: a Python file with get_config(argument).")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config of the certificate: a Python file with get_config(argument)."
+)
 WIDE = 140  # characters of a line in a file
 flags.mark_flags_as_required(["config"])
 

@@ -132,8 +132,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The preference run: a Python file with get_config.")
-    STAGE = flags.DEFINE_string("stage", None, "The stage of the config that learns from pairs, where it has stages.")
-    OUTPUT = flags.DEFINE_string("output", None, "The file that is written.")
+    CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "Config of the preference run: a Python file with get_config."
+    )
+    STAGE = flags.DEFINE_string("stage", None, "Stage that trains on pairs, of a config with stages.")
+    OUTPUT = flags.DEFINE_string("output", None, "File to write.")
     flags.mark_flags_as_required(["config", "output"])
     command.run(main)
