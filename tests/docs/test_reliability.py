@@ -46,7 +46,7 @@ def test_the_flags_of_all_commands_in_one_short_run(tmp_path):
 
 
 def test_the_table_of_parts_is_complete():
-    table = TEXT.partition("| part | what it is |")[2].partition("\n\n")[0]
+    table = TEXT.partition("| part | contents |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == list(PARTS)
 
 
