@@ -405,14 +405,14 @@ def table(head):
 
 
 def test_the_page_lists_roles_and_fields():
-    roles = {name: row[0] for row in table("| role | also") for name in listed(row[1])}
+    roles = {name: row[0] for row in table("| role | names") for name in listed(row[1])}
     calls = dict.fromkeys(("function_call", "tool_call"), messages.CALL)
     assert messages.ROLES == roles | calls
-    text = PAGE.split("### Fields beside the texts", 1)[1].split("### Documents", 1)[0]
-    left_out = text.split("These are left out", 1)[1].split("\n\nThese")[0]
+    text = PAGE.split("### Other fields", 1)[1].split("### Documents", 1)[0]
+    left_out = text.split("These fields are ignored", 1)[1].split("\n\nThese")[0]
     ignored, refused_names = (
         [listed(item) for item in re.split(r"\n- of a \w+: ", block)[1:4]]
-        for block in (left_out, text.split("These change what", 1)[1].split("\n\nAn answer")[0])
+        for block in (left_out, text.split("These fields change", 1)[1].split("\n\nAnswers")[0])
     )
     kinds = fields.RECORD, fields.MESSAGE, fields.PART
     assert [kind.ignored for kind in kinds] == ignored
@@ -420,13 +420,13 @@ def test_the_page_lists_roles_and_fields():
     assert refused_names[0] == set(fields.RECORD.refused) | beside
     assert [set(kind.refused) for kind in kinds[1:]] == refused_names[1:]
     stated = {kind: set() for kind in ("record", "turn", "part")}
-    for kind, names, _ in table("| of | fields"):
+    for kind, names, _ in table("| in | fields"):
         stated[kind] |= listed(names)
     read_beside = {*fields.FILES, *fields.CLIPS, *fields.ABOUT, "facts", "id", "task", "kind"}
     assert stated["record"] == read_beside
     assert stated["turn"] == set().union(*messages.READ.values()) - {"role", "from", "content", "value"}
     assert stated["part"] == {"type", *parts.ASKED}
-    known = set().union(*(listed(row[0]) for row in table("| fields | what they hold")))
+    known = set().union(*(listed(row[0]) for row in table("| fields | contents")))
     assert known | read_beside | {"history"} == fields.FIELDS | {"id", "task", "kind"}
 
 
