@@ -266,7 +266,7 @@ def test_the_messages_of_the_pages_are_those_of_the_code():
     """In the table of what goes wrong, of what is in no other's words."""
     others = ("UNAVAILABLE", "TPU pod", "pods stay", "JobSet", "Kubernetes", "Slurm", "137", "the same step")
     sources = "".join(path.read_text() for path in (ROOT / "mllm_jax").rglob("*.py"))
-    rows = [line.split(" | ")[0] for line in PODS.partition("## What goes wrong")[2].splitlines() if line[:3] == "| `"]
+    rows = [line.split(" | ")[0] for line in PODS.partition("## Troubleshooting")[2].splitlines() if line[:3] == "| `"]
     ours = [row for row in rows if not any(word in row for word in others)]
     for row in ours:
         pieces = re.split(r"\b(?:N|X|A|B|\w+=\d+|\d+)\b|\(.*\)|\.\.\.|gs://|`", row.removeprefix("| "))
