@@ -48,7 +48,5 @@ def test_reliability():
     says("reliability.md", f"`train.patience` ({train.patience})", f"`train.watchdog` ({train.watchdog:g} s; 0: off)")
     says("reliability.md", f"the last {spikes.window} (`spikes.window`)", f"After {spikes.rewinds} returns")
     says("reliability.md", f"touches it every {lock.BEAT:g} s", f"heartbeat within {processes.HEARTBEAT} s")
-    says(
-        "reliability.md", "not touched for a minute", "may take 30 minutes", f"| {processes.AGAIN} | the same command"
-    )
+    says("reliability.md", "not touched for a minute", "may take 30 minutes", f"| {processes.AGAIN} | the same command")
     assert lock.STALE == 60

@@ -391,22 +391,28 @@ def test_two_processes_load_and_save_as_one(tmp_path):
 # --- memory
 
 MEMORY = """
-    import re, sys
+    import re, sys, threading
     import jax
     from mllm_jax.weights.hf import load_tensors, save_tensors
     from mllm_jax.common.trees import unflatten
 
-    def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-    def now(): return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-
+    def held():  # without pages of files, which the kernel drops and reads again as others need memory
+        status = open("/proc/self/status").read()
+        return sum(int(re.search(rf"{field}:\\s+(\\d+)", status)[1]) * 1024 for field in ("RssAnon", "VmSwap"))
     rows = [("embed", "embed"), ("layers/w", "layers.{n}.w", "(n h) d -> d n h")]
     def load(folder, layers, width):
         shapes = {"layers/w": (layers, width, width // 64, 64), "embed": (layers * width, width)}  # largest one last
         return load_tensors(folder, rows, unflatten({k: jax.ShapeDtypeStruct(v, "float32") for k, v in shapes.items()}))
     def measure(function, *args):
-        before = now()
-        open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-        return jax.block_until_ready(function(*args)), peak() - before
+        peak, done = [before := held()], threading.Event()
+        def watch():
+            while not done.wait(0.001):
+                peak.append(held())
+        (thread := threading.Thread(target=watch)).start()
+        result = jax.block_until_ready(function(*args))
+        done.set()
+        thread.join()
+        return result, max(peak) - before
 
     small, large, layers, width = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     save_tensors(load(small, 2, 128), rows, small + "/again")
@@ -417,7 +423,7 @@ MEMORY = """
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures resident memory as Linux tells it")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory of a process from Linux")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_grows_with_the_arrays_and_in_saving_with_the_largest_tensor(tmp_path, dtype):
     """Memory that the larger of two models (134 and 403 MB in fp32, half of it one tensor) needs above its arrays.
