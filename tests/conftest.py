@@ -1,5 +1,7 @@
 """Fixtures of the whole suite: eight virtual devices, jax's compilation cache, and the optional folder of real data."""
 
+import ctypes
+import gc
 import os
 import pathlib
 import shutil
@@ -16,7 +18,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+MEMORY = 2.5e9  # bytes of a process above which compiled programs are freed; without a limit a worker grows to 6 GB
 
 
 def pytest_configure():
@@ -28,6 +33,23 @@ def pytest_collection_modifyitems(items):
     """Refuses names of tests that differ between the workers of pytest-xdist, which would run none of them."""
     if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"the name of a test holds an address in memory: {changing[0]}")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process. 0: the system does not tell it, as on macOS."""
+    status = pathlib.Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Frees the compiled programs of earlier modules when they take too much memory, and returns it to the system."""
+    yield
+    if resident_bytes() > MEMORY:
+        jax.clear_caches()
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps freed blocks
+            trim(0)
 
 
 @pytest.fixture(scope="session")
