@@ -18,39 +18,41 @@ from mllm_jax.model.vlm import count_params
 HEIGHT, WIDTH = 768, 1024
 HEAD = f"""# Models
 
-Every family reads and writes its published weights, tensor by tensor, bit for bit. `benchmarks/models.py` made this
-from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
+This page lists all families, their errors against transformers, and the fields of config.json that are read.
+
+Every family reads and writes its published weights, tensor by tensor, bit for bit. `benchmarks/models.py` makes the
+table from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
 tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of an image of
-{WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.families` lists all sizes.
-Which files and layouts are read says `docs/weights.md`.
+{WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.families` lists all sizes, and
+`docs/weights.md` the files and layouts.
 
 | family | sizes | parameters | visual tokens | error | trained in a test | generates |
 |---|---|---|---|---|---|---|"""
 
 FOOT = """
-## What is read of config.json
+## Fields of config.json
 Each family lists the fields that it reads, with transformers' defaults (`mllm_jax/common/fields.py`). A field that is
-missing,
-has another type or is out of range is one error: `config.json: text_config.hidden_size=null: must be an integer of at
+missing, has another type or is out of range is an error: `config.json: text_config.hidden_size=null: must be an integer of at
 least 1 ...`. Absent and null differ where they do in transformers: Mistral without `sliding_window` has windows of
 4,096 tokens, with null it has none. At most 1,024 layers and 1,024 experts are read. Other fields are ignored.
 
-Rotary positions are read as transformers 5 fills in `rope_parameters`: `rope_scaling` counts before `rope_parameters`,
-a field inside one of these before `rope_theta` and `partial_rotary_factor` beside it, except for
-`original_max_position_embeddings`, which counts where it stands beside. `type` is the old name of `rope_type`. Kinds:
+Rotary positions are read as transformers 5 fills in `rope_parameters`: `rope_scaling` takes precedence over
+`rope_parameters`, and fields inside them over `rope_theta` and `partial_rotary_factor` beside them. Only
+`original_max_position_embeddings` beside them takes precedence over the one inside. `type` is the old name of
+`rope_type`. Kinds:
 
 | rope_type | fields |
 |---|---|
 | default |  |
 | linear, dynamic | factor |
 | llama3 | factor, low_freq_factor, high_freq_factor, original_max_position_embeddings |
-| yarn | those of longrope but the lists; beta_fast, beta_slow, mscale, mscale_all_dim, truncate |
+| yarn | those of longrope except the lists; beta_fast, beta_slow, mscale, mscale_all_dim, truncate |
 | longrope | short_factor, long_factor, factor, original_max_position_embeddings, attention_factor |
 
-All of them go together with `mrope_section`, so that the recipe in Qwen2.5-VL's and Qwen3-VL's own READMEs for long
-texts is read, `"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24], "factor": 3,
+All of them work with `mrope_section`, so that the setting for long texts in Qwen2.5-VL's and Qwen3-VL's READMEs
+is read: `"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24], "factor": 3,
 "original_max_position_embeddings": 32768}`. Refused by name: a field that no kind has, dicts of several layer types,
-`partial_rotary_factor` but in Phi-3, and in DeepSeek other kinds than yarn, or `mscale` without `mscale_all_dim`."""
+`partial_rotary_factor` except in Phi-3, and in DeepSeek other kinds than yarn, or `mscale` without `mscale_all_dim`."""
 
 
 def properties(paths: list[str]) -> dict[str, list[str]]:
