@@ -21,8 +21,8 @@ HEAD = f"""# Models
 This page lists all families, their errors against transformers, and the fields of config.json that are read.
 
 Every family reads and writes its published weights, tensor by tensor, bit for bit. `benchmarks/models.py` makes the
-table from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for a
-tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of an image of
+table from a run of the tests: the error is the largest absolute difference from transformers of logits (of features for
+a tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual tokens are those of an image of
 {WIDTH} x {HEIGHT} pixels, for the smallest and the largest size. `python -m mllm_jax.families` lists all sizes, and
 `docs/weights.md` the files and layouts.
 
@@ -32,8 +32,8 @@ tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visual
 FOOT = """
 ## Fields of config.json
 Each family lists the fields that it reads, with transformers' defaults (`mllm_jax/common/fields.py`). A field that is
-missing, has another type or is out of range is an error: `config.json: text_config.hidden_size=null: must be an integer of at
-least 1 ...`. Absent and null differ where they do in transformers: Mistral without `sliding_window` has windows of
+missing, has another type or is out of range is an error: `config.json: text_config.hidden_size=null: must be an integer of
+at least 1 ...`. Absent and null differ where they do in transformers: Mistral without `sliding_window` has windows of
 4,096 tokens, with null it has none. At most 1,024 layers and 1,024 experts are read. Other fields are ignored.
 
 Rotary positions are read as transformers 5 fills in `rope_parameters`: `rope_scaling` takes precedence over
