@@ -32,9 +32,9 @@ a tower, of embeddings for a dual encoder), in fp32 on random tiny weights. Visu
 FOOT = """
 ## Fields of config.json
 Each family lists the fields that it reads, with transformers' defaults (`mllm_jax/common/fields.py`). A field that is
-missing, has another type or is out of range is an error: `config.json: text_config.hidden_size=null: must be an integer of
-at least 1 ...`. Absent and null differ where they do in transformers: Mistral without `sliding_window` has windows of
-4,096 tokens, with null it has none. At most 1,024 layers and 1,024 experts are read. Other fields are ignored.
+missing, has another type or is out of range is an error: `config.json: text_config.hidden_size=null: must be an integer
+of at least 1 ...`. Absent and null differ where they do in transformers: Mistral without `sliding_window` has windows
+of 4,096 tokens, with null it has none. At most 1,024 layers and 1,024 experts are read. Other fields are ignored.
 
 Rotary positions are read as transformers 5 fills in `rope_parameters`: `rope_scaling` takes precedence over
 `rope_parameters`, and fields inside them over `rope_theta` and `partial_rotary_factor` beside them. Only

@@ -163,7 +163,7 @@ def packing(layers: int = 2, count: int = 12) -> None:
 
     import mllm_jax
     from mllm_jax.data.pipeline.hf_inputs import without_text
-    from mllm_jax.data.pipeline.packing import tightest
+    from mllm_jax.data.pipeline.packing import smallest_budget
     from mllm_jax.families import FAMILIES
 
     whole = FAMILIES["siglip2_vision_model"].config("base-16")
@@ -174,8 +174,8 @@ def packing(layers: int = 2, count: int = 12) -> None:
     collate = partial(mllm_jax.collate, merge=1, values=config.patch_values)
     each, together = [without_text((image,)) for image in images], without_text(tuple(images))
     batches = {
-        "padded": collate([[example] for example in each], tightest(each)),
-        "packed": collate([[together]], tightest([together])),
+        "padded": collate([[example] for example in each], smallest_budget(each)),
+        "packed": collate([[together]], smallest_budget([together])),
     }
     params = jax.jit(mllm_jax.init_params, static_argnums=0)(config, jax.random.key(0))
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.errors import suggestion, told
+from mllm_jax.common.errors import describe_error, suggestion
 from mllm_jax.common.workdir import is_run
 from mllm_jax.families import FAMILIES
 from mllm_jax.model.dual_encoder import DualConfig
@@ -76,7 +76,7 @@ def model_in(source: str) -> ModelConfig | DualConfig:
             return replace(without_values(read_config(source).model), lora=LoraConfig())
         return published_config(source)
     except (OSError, ValueError) as error:
-        family, fault = source.partition("/")[0], told(error)
+        family, fault = source.partition("/")[0], describe_error(error)
         if not Path(source).exists() and re.fullmatch(r"\w+", family):
             fault += f" There is no family {family!r}; {suggestion(family, FAMILIES)}"
         raise ConfigError(f"configs/sft.py:{source}: {fault}") from error

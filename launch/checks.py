@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from launch.hosts import ROOT, Files, Hosts
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.errors import told
+from mllm_jax.common.errors import describe_error
 from mllm_jax.data.sources import TFDS, find_files
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, abstract_params
 from mllm_jax.sharding.logical_axes import num_shards, partition_spec
@@ -173,7 +173,7 @@ def _check_data(name: str, path: str, files: Files) -> None:
                 find_files(path)
             return
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: {told(error)}") from error
+        raise ConfigError(f"{name}: {describe_error(error)}") from error
     _check_path(name, path, files)
 
 

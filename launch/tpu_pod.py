@@ -25,7 +25,7 @@ from launch.command import checked, launcher, name, parse, positive, run, traini
 from launch.exit_codes import FAILED_FOR_GOOD
 from launch.hosts import ROOT, committed, tpu_hosts, uncommitted
 from mllm_jax.common.cli import run_command
-from mllm_jax.common.errors import some
+from mllm_jax.common.errors import first_few
 from mllm_jax.common.interrupts import INTERRUPTED
 
 MOUNT = "/runs"
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("run needs --bucket=NAME, the bare name of a bucket; folders go into --workdir")
         checked(options.command, lambda: tpu_hosts(options.tpu, committed(MOUNT, options.host_folder)))
         if changed := uncommitted():
-            say(f"not sent, since not committed: {some(changed)}")
+            say(f"not sent, since not committed: {first_few(changed)}")
         try:
             return run_to_its_end(pod, options)
         except KeyboardInterrupt:

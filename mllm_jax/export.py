@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from mllm_jax.common.cli import Parser, run_command
-from mllm_jax.common.errors import told
+from mllm_jax.common.errors import describe_error
 from mllm_jax.common.settings import NonNegativeInt, argument
 from mllm_jax.common.status import say
 from mllm_jax.common.workdir import is_run
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             save_pretrained(_merged(vlm, args.dtype), args.folder)
     except (OSError, ValueError) as error:
-        say(f"error: {told(error)}")
+        say(f"error: {describe_error(error)}")
         return 1
     except KeyboardInterrupt as interrupt:
         state = "unchanged, complete, or refused by readers until the next export"

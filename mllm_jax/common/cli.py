@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from rich.text import Text
 
-from mllm_jax.common.errors import suggestion, told
-from mllm_jax.common.files import says_full
+from mllm_jax.common.errors import describe_error, suggestion
+from mllm_jax.common.files import is_disk_full
 from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
 from mllm_jax.common.printable import printable, printable_lines
 
@@ -110,9 +110,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main())
     except (OSError, RuntimeError) as error:
-        if not says_full(error):
+        if not is_disk_full(error):
             raise
-        fail(told(error), 1)
+        fail(describe_error(error), 1)
     except KeyboardInterrupt as interrupt:
         end_at_once(f"\n{str(interrupt) or 'interrupted'}", INTERRUPTED)
 

@@ -4,15 +4,15 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from mllm_jax.common.files import FULL, says_full
+from mllm_jax.common.files import DISK_FULL, is_disk_full
 
 MOST = 80  # characters of a value
 
 
-def told(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Text of an error for users: without the number of a system error, and with its file first."""
     if isinstance(error, OSError) and error.strerror:
-        why = FULL if says_full(error) else error.strerror
+        why = DISK_FULL if is_disk_full(error) else error.strerror
         return f"{error.filename}: {why}" if error.filename else why
     return str(error)
 
@@ -42,7 +42,7 @@ def value_text(value: Any) -> str:
     return text if len(text) <= MOST else f"{text[:MOST]}..."
 
 
-def some(names: Iterable[str], most: int = 3) -> str:
+def first_few(names: Iterable[str], most: int = 3) -> str:
     """The first names of a list, and how many more there are: "a, b, c and 4 more"."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

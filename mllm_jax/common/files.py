@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-FULL = "the disk is full; free some space"
+DISK_FULL = "the disk is full; free some space"
 _CODES = (errno.ENOSPC, errno.EDQUOT)
 _TEXTS = re.compile("No space left|Disk quota exceeded")  # of writers in C++; devices, too, have exhausted resources
 
@@ -17,7 +17,7 @@ class DiskFull(OSError):
     """A file that could not be written because its disk, or its owner's share of it, is full."""
 
 
-def says_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Returns whether an error, of Python or of a C++ library, reports a full disk."""
     return getattr(error, "errno", None) in _CODES or _TEXTS.search(str(error)) is not None
 
@@ -28,13 +28,13 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, DiskFull) or not says_full(error):
+        if isinstance(error, DiskFull) or not is_disk_full(error):
             raise
-        raise DiskFull(errno.ENOSPC, FULL, os.fspath(path)) from error
+        raise DiskFull(errno.ENOSPC, DISK_FULL, os.fspath(path)) from error
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[IO[str]]:
+def atomic_file(path: str | os.PathLike) -> Iterator[IO[str]]:
     """Opens a text file that gets its name once all is written; what it replaces stays until then.
 
     Devices and pipes, such as /dev/stdout, are written as they are.
@@ -61,7 +61,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file atomically, as `whole_file` does."""
-    with whole_file(path) as file:
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file atomically, as `atomic_file` does."""
+    with atomic_file(path) as file:
         file.write(text)

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from mllm_jax.common.files import write_whole
+from mllm_jax.common.files import write_atomically
 from mllm_jax.common.format import percent, short
 
 
@@ -30,7 +30,7 @@ def write_page(
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "short": short, "png": png} | dict(filters or {})
     page, path = environment.get_template(template).render(**values), Path(path)
-    write_whole(path, page)
+    write_atomically(path, page)
     return path.resolve()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mllm_jax.common.config import ConfigError
 from mllm_jax.common.errors import error_text, suggestion
-from mllm_jax.common.files import write_whole
+from mllm_jax.common.files import write_atomically
 
 CHECKPOINTS = "checkpoints"  # in the folder of a training run or of a stage
 CONFIG = "config.json"  # the config that the run began with
@@ -68,7 +68,7 @@ def all_ended(workdir: str | Path) -> bool:
 def note_ended(workdir: Path, order: list[str], steps: Mapping[str, int]) -> None:
     """Writes the file that `ended` reads, atomically."""
     steps = {name: steps[name] for name in order if name in steps}
-    write_whole(workdir / PROGRESS, json.dumps({"stages": order, "ended": steps}, indent=2) + "\n")
+    write_atomically(workdir / PROGRESS, json.dumps({"stages": order, "ended": steps}, indent=2) + "\n")
 
 
 def _progress(workdir: Path) -> dict[str, Any]:

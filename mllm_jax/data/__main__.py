@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mllm_jax.common.cli import REPLACES, Parser, run_command
-from mllm_jax.common.errors import told
+from mllm_jax.common.errors import describe_error
 from mllm_jax.common.printable import printable_lines
 from mllm_jax.common.settings import NonNegativeInt, PositiveInt, argument
 from mllm_jax.data.sources import open_source
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.command(args)
     except (OSError, ValueError) as error:
-        print(f"error: {printable_lines(told(error))}", file=sys.stderr)
+        print(f"error: {printable_lines(describe_error(error))}", file=sys.stderr)
         return 1
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import write_whole
+from mllm_jax.common.files import write_atomically
 from mllm_jax.common.workdir import run_folder
 from mllm_jax.evaluate.ask import ask
 from mllm_jax.evaluate.metrics import exact_match, scores
@@ -67,7 +67,7 @@ def main() -> None:
         asked = sum(kind in ("all", answer.kind or "other") for answer in answers)
         print(f"{kind:12} {share:7.1%} of {asked}")
     if OUTPUT.value:  # last, so that a full disk does not prevent printing
-        write_whole(OUTPUT.value, "".join(map(_line, answers)))
+        write_atomically(OUTPUT.value, "".join(map(_line, answers)))
 
 
 def _line(answer: Answer) -> str:

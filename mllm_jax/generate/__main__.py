@@ -18,7 +18,7 @@ import jax
 
 import mllm_jax
 from mllm_jax.common.cli import Parser, run_command
-from mllm_jax.common.errors import told
+from mllm_jax.common.errors import describe_error
 from mllm_jax.common.settings import PositiveInt, Seed, argument
 from mllm_jax.common.status import announced, say
 from mllm_jax.common.workdir import is_run
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         question = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
         stream_answer(vlm, [*system_message(args.system), question], write_answer, **settings)
     except (OSError, ValueError) as error:
-        say(f"error: {told(error)}")
+        say(f"error: {describe_error(error)}")
         return 1
     except jax.errors.JaxRuntimeError as error:  # such as too little memory
         say(f"error: {first_line(error)}")

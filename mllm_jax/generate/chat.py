@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mllm_jax.common.errors import suggestion, told
+from mllm_jax.common.errors import describe_error, suggestion
 from mllm_jax.common.printable import printable_lines
 from mllm_jax.common.status import announced, say
 from mllm_jax.data.records.parts import MEDIA
@@ -174,7 +174,7 @@ def talk(chat: Chat) -> None:
             say("\nCtrl-D ends the chat")
             continue
         except (OSError, ValueError) as error:
-            say(f"error: {told(error)}")
+            say(f"error: {describe_error(error)}")
             continue
         if line.strip():
             _answer(chat, line.strip())
@@ -182,7 +182,7 @@ def talk(chat: Chat) -> None:
 
 def first_line(error: Exception) -> str:
     """First line of an error's text, without the pages of XLA about memory."""
-    return next(iter(told(error).splitlines()), type(error).__name__)
+    return next(iter(describe_error(error).splitlines()), type(error).__name__)
 
 
 def write_answer(text: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.common.errors import told
+from mllm_jax.common.errors import describe_error
 from mllm_jax.data.records.content import texts_of
 from mllm_jax.data.records.messages import CALL, ROLES
 from mllm_jax.data.records.records import DOCUMENT, BadRecord, read_record
@@ -104,7 +104,7 @@ def _answered(vlm: Any, prompts: list[dict[str, Any]], settings: Mapping[str, An
         said = generate(vlm, [{name: prompt[name] for name in ("messages", "tools")} for prompt in prompts], **settings)
     except (OSError, ValueError) as error:
         if len(prompts) == 1:
-            yield {"id": prompts[0]["id"], "error": told(error)}
+            yield {"id": prompts[0]["id"], "error": describe_error(error)}
             return
         for prompt in prompts:
             yield from _answered(vlm, [prompt], settings)

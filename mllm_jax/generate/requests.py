@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, smallest_budget
 from mllm_jax.generate.decode import generate_ids
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.types import Array, Batch
@@ -52,7 +52,7 @@ def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
     """Conversations as a batch of prompts, one per row, no larger than the largest of them."""
     processor = answering_processor(vlm)
     examples = [processor(**_request(conversation), generate=True) for conversation in conversations]
-    return collate([[example] for example in examples], tightest(examples), **vlm.config.layout)
+    return collate([[example] for example in examples], smallest_budget(examples), **vlm.config.layout)
 
 
 def stream_text(processor: Any, stop: Sequence[int], write: Callable[[str], None]) -> Callable[[np.ndarray], None]:

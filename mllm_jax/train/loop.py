@@ -16,8 +16,8 @@ import jax
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, dump
-from mllm_jax.common.errors import told
-from mllm_jax.common.files import write_whole, writing
+from mllm_jax.common.errors import describe_error
+from mllm_jax.common.files import write_atomically, writing
 from mllm_jax.common.status import announced, say
 from mllm_jax.common.workdir import CONFIG, PROCESSOR
 from mllm_jax.model.vlm import count_params
@@ -84,7 +84,7 @@ def train(
                 raise ConfigError("the config has stages; mllm_jax.train.run_stages trains them")
             folder = made(workdir)
         except (ValueError, OSError) as error:
-            raise ConfigError(told(error)) from error
+            raise ConfigError(describe_error(error)) from error
         with locked(folder), noticing_others():
             return _train_in(folder, config, run, stop, profile_steps, debug_nans)
 
@@ -100,7 +100,7 @@ def _train_in(
     except DataEnded:
         raise
     except (ValueError, OSError) as error:  # all that a run is built from comes from its config
-        raise ConfigError(told(error)) from error
+        raise ConfigError(describe_error(error)) from error
     try:
         return training.run(stop)
     except (Lost, jax.errors.JaxRuntimeError) as error:
@@ -157,7 +157,7 @@ class Training:
         self.watchdog = Watchdog(self.clock, run.train.watchdog, workdir)
         self.tracer = Tracer(profile_steps, workdir / "profile")
         if jax.process_index() == 0:
-            write_whole(workdir / CONFIG, dump(config))
+            write_atomically(workdir / CONFIG, dump(config))
             with writing(workdir / PROCESSOR):
                 processor.save(workdir / PROCESSOR)
 

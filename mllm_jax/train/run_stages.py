@@ -8,8 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError, dump
-from mllm_jax.common.errors import told
-from mllm_jax.common.files import write_whole
+from mllm_jax.common.errors import describe_error
+from mllm_jax.common.files import write_atomically
 from mllm_jax.common.workdir import CONFIG, ended, note_ended
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.algorithms import algorithm_of
@@ -59,7 +59,7 @@ def _train_stages(
     config: ConfigDict, folder: Path, order: list[str], chosen: list[str], done: dict[str, int], alone: bool, **options
 ) -> bool:
     if jax.process_index() == 0:
-        write_whole(folder / CONFIG, dump(config))
+        write_atomically(folder / CONFIG, dump(config))
         note_ended(folder, order, done)
     for name in () if alone else done:
         _say(f"stage {name} has ended at step {done[name]}")
@@ -97,7 +97,7 @@ def _check(config: ConfigDict, name: str) -> None:
     except ConfigError as error:
         raise ConfigError(_of_stage(error, name)) from error
     except (ValueError, OSError) as error:
-        raise ConfigError(f"config.stages.{name}: {told(error)}") from error
+        raise ConfigError(f"config.stages.{name}: {describe_error(error)}") from error
 
 
 def _of_stage(error: ConfigError, name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from mllm_jax.common.errors import some
+from mllm_jax.common.errors import first_few
 from mllm_jax.common.trees import Tree, flatten, unflatten
 from mllm_jax.weights.matching import Ties, match, named, stored_rows
 from mllm_jax.weights.safetensors import FLOATS, all_finite, open_checkpoint, write_checkpoint
@@ -123,7 +123,7 @@ def load_tensors(
             leaves[path] = fill(tuple(leaf.shape), depths.get(path, 0), kind, places[path], read, advance, look)
     if broken:
         log.warning(
-            "the weights in %s hold inf or NaN, in %d parameters: %s", where, len(broken), some(sorted(broken), 5)
+            "the weights in %s hold inf or NaN, in %d parameters: %s", where, len(broken), first_few(sorted(broken), 5)
         )
     return unflatten(leaves)
 

@@ -15,7 +15,7 @@ import mllm_jax
 from mllm_jax import export
 from mllm_jax.common import cli
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import DiskFull, write_whole, writing
+from mllm_jax.common.files import DiskFull, write_atomically, writing
 from mllm_jax.common.html import write_page
 from mllm_jax.common.trees import join
 from mllm_jax.data.__main__ import main as data
@@ -109,11 +109,11 @@ def test_a_conversion_is_one_line_and_goes_on(processes, disk, tmp_path, capsys)
 def test_pages_and_texts_are_replaced_whole_or_not(disk):
     page, text = disk / "report.html", disk / "answers.jsonl"
     write_page(page, "common/page.html", title="t", lead="old")
-    write_whole(text, "old\n")
+    write_atomically(text, "old\n")
     leave(disk, 8192)
     before = content(disk)
     with pytest.raises(DiskFull, match=f"{text}"):
-        write_whole(text, "new\n" * 10_000)
+        write_atomically(text, "new\n" * 10_000)
     with pytest.raises(DiskFull, match=f"{page}"):
         write_page(page, "common/page.html", title="t", lead="new" * 10_000)
     assert content(disk) == before
@@ -121,14 +121,14 @@ def test_pages_and_texts_are_replaced_whole_or_not(disk):
 
 def test_links_and_devices_stay_what_they_are(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    write_whole(tmp_path / "link", "text")
+    write_atomically(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
     if os.path.exists("/dev/full"):
         with pytest.raises(DiskFull, match="/dev/full"):
-            write_whole("/dev/full", "text")
+            write_atomically("/dev/full", "text")
         assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
     with pytest.raises(FileNotFoundError, match="absent/file'$"):
-        write_whole(tmp_path / "absent" / "file", "text")
+        write_atomically(tmp_path / "absent" / "file", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 

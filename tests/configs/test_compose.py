@@ -11,7 +11,7 @@ from examples import random_params
 from tiny_run import load_config, load_module
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, smallest_budget
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.train.input.processors import chat_processor
 from mllm_jax.train.runs.config import read_run
@@ -43,7 +43,7 @@ def batch_of(model, count=3):
     processor = chat_processor(run.processor, model, run.data)
     source = run.data.source("train")
     examples = [processor(source[i]["messages"]) for i in range(count)]
-    return collate([[example] for example in examples], tightest(examples), **model.layout)
+    return collate([[example] for example in examples], smallest_budget(examples), **model.layout)
 
 
 def loss_of(model, params, batch):

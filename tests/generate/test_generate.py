@@ -14,7 +14,7 @@ from PIL import Image
 from reference import batch_of, prompt, tiny_qwen3_vl, to_torch
 
 import mllm_jax
-from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, smallest_budget
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.text.generation_config import GenerationDefaults
 from mllm_jax.generate import cpu_weights, decode
@@ -93,7 +93,7 @@ def test_prefill_and_decode_equal_a_whole_pass(runtime, cut):
     model, params = VLM(config), random_params(config)
     rng = np.random.default_rng(0)
     examples = [random_example(rng, 20, (4, 6)), random_example(rng, 26)]
-    batch = collate([[example] for example in examples], tightest(examples), merge=MERGE, values=VALUES)
+    batch = collate([[example] for example in examples], smallest_budget(examples), merge=MERGE, values=VALUES)
     whole = jax.jit(model.apply)({"params": params}, batch).logits
     length = batch.tokens.shape[1]
 
@@ -178,7 +178,7 @@ def test_similar_prompts_share_programs(vlm):
 
     def run(text, *grids, new=5):
         examples = [random_example(rng, text, *grids), random_example(rng, 9, (2, 4))]
-        budget = tightest(examples)
+        budget = smallest_budget(examples)
         generate_ids(vlm, collate([[e] for e in examples], budget, merge=MERGE, values=VALUES), new)
         return [program._cache_size() for program in programs]
 
@@ -189,7 +189,7 @@ def test_similar_prompts_share_programs(vlm):
 def test_rows_without_a_prompt_get_nothing(vlm):
     example = random_example(np.random.default_rng(0), 9, (2, 4))
     full, half = (
-        collate(rows, tightest([example]), merge=MERGE, values=VALUES) for rows in ([[example]], [[], [example]])
+        collate(rows, smallest_budget([example]), merge=MERGE, values=VALUES) for rows in ([[example]], [[], [example]])
     )
     ids = generate_ids(vlm, half, 6, stop=[3])
     assert (ids[0] == 3).all()
@@ -199,7 +199,7 @@ def test_rows_without_a_prompt_get_nothing(vlm):
 def test_bad_requests(vlm):
     rng = np.random.default_rng(0)
     examples = [random_example(rng, 9), random_example(rng, 7)]
-    budget = tightest(examples, tokens=16)
+    budget = smallest_budget(examples, tokens=16)
     one, two = (collate([row], budget, merge=MERGE, values=VALUES) for row in (examples[:1], examples))
     with pytest.raises(ValueError, match="several conversations"):
         generate_ids(vlm, two, 4)
@@ -215,7 +215,7 @@ def test_bucket():
 def test_padded_prompts_give_equal_logits(vlm):
     rng = np.random.default_rng(3)
     examples = [random_example(rng, 14, (4, 6), (8, 8), (2, 2)), random_example(rng, 9, (3, 4, 4))]
-    batch = collate([[e] for e in examples], tightest(examples), merge=MERGE, values=VALUES)
+    batch = collate([[e] for e in examples], smallest_budget(examples), merge=MERGE, values=VALUES)
     padded = pad_prompts(batch, MERGE)
     assert padded.vision.image.shape == (2, 2, 128) and padded.tokens.shape[1] % 64 == 0
     logits = [np.asarray(jax.jit(vlm.model.apply)({"params": vlm.params}, b).logits) for b in (batch, padded)]
@@ -234,7 +234,7 @@ def test_the_decode_loop_copies_no_weight(vlm):
 
     original, decode._decode = decode._decode, spy
     try:
-        generate_ids(vlm, collate([[example]] * 4, tightest([example]), merge=MERGE, values=VALUES), 3)
+        generate_ids(vlm, collate([[example]] * 4, smallest_budget([example]), merge=MERGE, values=VALUES), 3)
     finally:
         decode._decode = original
     config = vlm.config.decoder

@@ -12,7 +12,7 @@ from reference import batch_of, perturb, prompt, tiny_qwen3_vl, to_torch
 from tiny_llava import inputs_of, reference_of
 
 import mllm_jax
-from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, smallest_budget
 
 
 def assert_equal(model, inputs, folder):
@@ -59,8 +59,8 @@ def test_windows_and_caps(tmp_path):
 def packed(config):
     rng = np.random.default_rng(1)
     examples = [random_example(rng, 9, (4, 4)), random_example(rng, 6), random_example(rng, 12, (2, 6))]
-    alone = collate([[example] for example in examples], tightest(examples), **config.layout)
-    room = tightest(examples)._replace(tokens=64, patch_rows=2)
+    alone = collate([[example] for example in examples], smallest_budget(examples), **config.layout)
+    room = smallest_budget(examples)._replace(tokens=64, patch_rows=2)
     return examples, alone, collate([examples, []], room, **config.layout)
 
 

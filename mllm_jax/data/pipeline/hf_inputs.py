@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, smallest_budget
 from mllm_jax.data.vision.positions import rotary_positions
 from mllm_jax.data.vision.token_blend import spread
 from mllm_jax.types import Batch, Example, ImagePatches, TokenBlend, VisionSpan
@@ -77,7 +77,7 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
     for token, left in supply.items():
         if left:
             raise ValueError(f"{len(left)} images or videos have no placeholders (token {token}) in input_ids")
-    budget = tightest(examples, tokens=ids.shape[1])
+    budget = smallest_budget(examples, tokens=ids.shape[1])
     batch = collate([[example] for example in examples], budget, **config.layout)
     return _move_to(batch, mask)
 
@@ -85,7 +85,7 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
 def alone(config: Any, supply: Supply) -> Batch:
     """Images without text, for a tower alone: one a row."""
     examples = [without_text(visual.images) for visuals in supply.values() for visual in visuals]
-    return collate([[e] for e in examples], tightest(examples), **config.layout)
+    return collate([[e] for e in examples], smallest_budget(examples), **config.layout)
 
 
 def without_text(images: tuple[ImagePatches, ...]) -> Example:

@@ -53,7 +53,7 @@ def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
     return places
 
 
-def cost(example: Example) -> float:
+def attention_cost(example: Example) -> float:
     """Attention cost of a conversation, in pairs of text tokens.
 
     The rest of a row's work depends only on its shape; attention kernels skip masked blocks.
@@ -62,7 +62,7 @@ def cost(example: Example) -> float:
     return seen + PAIR_OF_PATCHES * sum(len(image.patches) ** 2 for image in example.images)
 
 
-def tightest(examples: Sequence[Example], tokens: int | None = None) -> Budget:
+def smallest_budget(examples: Sequence[Example], tokens: int | None = None) -> Budget:
     """The smallest budget that gives each conversation its own row; patch rows are as long as the largest image.
 
     Args:
@@ -278,7 +278,7 @@ class Packer:
             raise TooLarge(f"{len(example.tokens)} tokens and images of {sizes} patches do not fit {self.budget}")
         self._waiting.append((key, example))
         self._sizes.append((len(example.tokens), sum(sizes)))
-        self._costs.append(cost(example))
+        self._costs.append(attention_cost(example))
         self._total += self._sizes[-1]
 
     def take(self) -> list[tuple[int, Example]]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mllm_jax.common.files import write_whole, writing
+from mllm_jax.common.files import write_atomically, writing
 from mllm_jax.data.pipeline.workers import Workers, end_with_parent
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.array_record import pack
@@ -140,7 +140,7 @@ def _begin(folder: Path, about: dict[str, Any]) -> Converted | None:
     if not (file := folder / ABOUT).is_file():
         if any(path for path in folder.iterdir() if not path.name.endswith(PARTIAL)):
             raise ValueError(f"{folder} is not empty, and not a conversion: name a new folder")
-        write_whole(file, json.dumps(about, indent=2) + "\n")
+        write_atomically(file, json.dumps(about, indent=2) + "\n")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -163,12 +163,12 @@ def _finish(folder: Path, parts: Sequence[Part]) -> Converted:
     noted = sum((collections.Counter(shard["noted"]) for shard in shards), collections.Counter())
     used = parts[-1].last - len(broken)
     if broken:
-        write_whole(folder / BROKEN, "".join(f"{message}\n" for _, message in broken))
+        write_atomically(folder / BROKEN, "".join(f"{message}\n" for _, message in broken))
     if not used:
         raise ValueError(f"of {len(broken)} records none can be used: {dict(counts)}; see {folder / BROKEN}")
     held = Converted(used, len(parts), dict(counts.most_common()), dict(noted.most_common()))
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    write_whole(folder / ABOUT, json.dumps(about | {"done": held._asdict()}, indent=2) + "\n")
+    write_atomically(folder / ABOUT, json.dumps(about | {"done": held._asdict()}, indent=2) + "\n")
     for note in notes:
         note.unlink()
     return held
@@ -201,7 +201,7 @@ def _write(part: Part, source: Conversations, done: Any, stop: Any) -> None:
                     broken.append((error.reason, str(error)))
                 with done.get_lock():
                     done.value += 1
-        write_whole(_note(part.path), json.dumps({"broken": broken, "noted": noted}))
+        write_atomically(_note(part.path), json.dumps({"broken": broken, "noted": noted}))
         os.replace(partial, part.path)
     finally:
         partial.unlink(missing_ok=True)  # of a shard that was not finished

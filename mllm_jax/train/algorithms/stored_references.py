@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import whole_file
+from mllm_jax.common.files import atomic_file
 from mllm_jax.data.pipeline.preference import Reference
 
 
@@ -30,7 +30,7 @@ def write_references(path: Path, found: Iterable[tuple[str, Reference]]) -> int:
     Raises:
       ConfigError: two records with different answers have the same id.
     """
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         marks: dict[str, int] = {}
         for name, reference in found:
             if marks.setdefault(name, reference.content_hash) != reference.content_hash:

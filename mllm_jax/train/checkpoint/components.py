@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.errors import told
+from mllm_jax.common.errors import describe_error
 from mllm_jax.common.trees import differences, flatten, unflatten
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_boxed, init_params
@@ -51,7 +51,7 @@ def _matching(part: str, source: str, model: ModelConfig | DualConfig, boxed: An
     try:
         theirs = replace(published_config(source), runtime=model.runtime)
     except ValueError as error:
-        raise ConfigError(f"config.parts.{part}: {told(error)}") from error
+        raise ConfigError(f"config.parts.{part}: {describe_error(error)}") from error
     if part not in (there := abstract_boxed(theirs)):
         raise ConfigError(f"config.parts.{part}={source} is a model without that part; it has {', '.join(there)}")
     ours, found = flatten({part: boxed[part]}), flatten({part: there[part]})

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.errors import error_text, some
-from mllm_jax.common.files import FULL, says_full
+from mllm_jax.common.errors import error_text, first_few
+from mllm_jax.common.files import DISK_FULL, is_disk_full
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"
@@ -64,7 +64,7 @@ def verify(tree: Any, saved: Mapping[str, int | None], folder: Path) -> None:
     if None in saved.values():
         return
     if wrong := [name for name, found in fingerprints(tree).items() if found != saved[name]]:
-        raise Damaged(folder, f"{some(wrong)} do not hold the values that were saved", everywhere=True)
+        raise Damaged(folder, f"{first_few(wrong)} do not hold the values that were saved", everywhere=True)
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def saving(folder: Path) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        why = FULL if says_full(error) else f"{error_text(error)}; see to the disk"
+        why = DISK_FULL if is_disk_full(error) else f"{error_text(error)}; see to the disk"
         raise SaveFailed(
             f"{folder}: a checkpoint could not be saved: {why}, and the same command resumes from the last complete one"
         ) from error

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import write_whole
+from mllm_jax.common.files import write_atomically
 from mllm_jax.common.trees import flatten
 from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 
@@ -48,7 +48,7 @@ def verify_frozen_weights(file: Path, resumed: bool, *weights: tuple[str, str, d
     current = {role: None if params is None else int(fingerprint(params)) for role, _, params in weights}
     if not resumed:
         if jax.process_index() == 0:
-            write_whole(file, json.dumps(current) + "\n")
+            write_atomically(file, json.dumps(current) + "\n")
         return
     first = read_note(file, BEGIN_ANEW, **dict.fromkeys(current, (int, type(None))))
     for role, settings, _ in weights:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.errors import told
+from mllm_jax.common.errors import describe_error
 from mllm_jax.common.files import writing
 from mllm_jax.train.checkpoint.manager import from_all_processes
 from mllm_jax.train.monitor.processes import COMPILING, meet
@@ -41,7 +41,7 @@ def locked(workdir: Path) -> Iterator[None]:
         try:
             lock.take()
         except (ConfigError, OSError) as error:
-            refusal = told(error)
+            refusal = describe_error(error)
     meet(COMPILING)  # longer than a lock is watched
     if refusal := from_all_processes({"refusal": refusal})[0]["refusal"]:
         raise ConfigError(refusal)

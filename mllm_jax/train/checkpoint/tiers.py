@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.files import write_whole
+from mllm_jax.common.files import write_atomically
 from mllm_jax.train.checkpoint.damage import Damaged
 from mllm_jax.train.checkpoint.local import LocalCheckpoints
 from mllm_jax.train.checkpoint.manager import Checkpoints, Restored, check_same_run, from_all_processes, set_aside
@@ -150,5 +150,5 @@ def _run_id(workdir: Path) -> str:
     known = path.read_text().strip() if path.exists() else uuid.uuid4().hex[:12]
     known = from_all_processes({"id": known})[0]["id"]
     if jax.process_index() == 0 and not path.exists():
-        write_whole(path, known)
+        write_atomically(path, known)
     return known

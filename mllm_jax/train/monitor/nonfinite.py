@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.common.errors import some
+from mllm_jax.common.errors import first_few
 from mllm_jax.common.trees import flatten, join
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.nn.runtime import TAPS
@@ -51,7 +51,7 @@ def find_nonfinite(
     lines = [f"in part {part + 1} of {parts} of the batch:"] if parts > 1 else []
     name = lambda where: layer_name(*where, run.model)
     if weights:
-        lines.append(f"weights: {some(sorted(map(name, weights)))} hold values that are not finite")
+        lines.append(f"weights: {first_few(sorted(map(name, weights)))} hold values that are not finite")
     if outputs:
         lines.append(f"forward: the first output that is not finite is that of {name(min(outputs, key=place))}")
     elif not np.isfinite(loss):

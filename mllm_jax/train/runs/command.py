@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mllm_jax.common.cli import OVERRIDE, REPLACES, Parser, end_at_once, fail
 from mllm_jax.common.config import ConfigError, check_path
-from mllm_jax.common.errors import nearest, suggestion, told
+from mllm_jax.common.errors import describe_error, nearest, suggestion
 from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
 from mllm_jax.data.pipeline.workers import WorkerLost
 from mllm_jax.data.records.records import BadData
@@ -73,7 +73,7 @@ def _parser(main: Callable[[], None], command: str) -> Parser:
 
 def _told(error: Exception) -> str:
     """Text of an error. get_config raises errors with a traceback in their text; of these, the end."""
-    return re.split(r"^[\w.]+Error: ", told(error), flags=re.MULTILINE)[-1].strip()
+    return re.split(r"^[\w.]+Error: ", describe_error(error), flags=re.MULTILINE)[-1].strip()
 
 
 def _parse(argv: Sequence[str], parser: Parser, exit_code: int) -> list[str]:
@@ -131,7 +131,7 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
     except (AttributeError, KeyError) as error:  # ConfigDict's error for an unknown name, which has only the name
         if getattr(error, "name", None) == "get_config":
             raise ConfigError(f"{path} has no function get_config, which returns the config") from error
-        raise _unknown_name(argv) or ConfigError(told(error)) from error
+        raise _unknown_name(argv) or ConfigError(describe_error(error)) from error
     except flags.UnrecognizedFlagError as error:
         meant = nearest(f"--{error.flagname}", known, 0.75)
         hint = f"write {meant[0]}" if meant else f"settings of a run are {OVERRIDE}path.to=value"
@@ -139,7 +139,7 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
     except (flags.Error, TypeError, ValueError) as error:
         missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
         advice = f"{' and '.join(missing)} must be given; run with --help"
-        raise ConfigError(advice if missing else _told(ConfigError(_plain(told(error))))) from error
+        raise ConfigError(advice if missing else _told(ConfigError(_plain(describe_error(error))))) from error
 
 
 def _plain(text: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_jax.common.config import ConfigError
-from mllm_jax.common.errors import suggestion, told
+from mllm_jax.common.errors import describe_error, suggestion
 from mllm_jax.common.settings import Config, NonNegative, NonNegativeInt, Positive
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.sources.mixture import Mixture, tempered
@@ -46,7 +46,7 @@ class Files(Config):
         try:
             return open_source(path, self.root, where)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{name}: {told(error)}") from error
+            raise ConfigError(f"{name}: {describe_error(error)}") from error
 
 
 def _scenes(path: str, where: Mapping[str, Any], split: str, name: str) -> Scenes:

@@ -182,7 +182,7 @@ def test_rows_cost_about_the_same(monkeypatch):
     for balance in (0.0, pack_module.BALANCE):
         monkeypatch.setattr(pack_module, "BALANCE", balance)
         rows = [[e for _, e in row] for row in pack(examples, budget, window=4.0)][:-5]
-        costs = np.array([sum(map(pack_module.cost, row)) for row in rows])
+        costs = np.array([sum(map(pack_module.attention_cost, row)) for row in rows])
         tokens = sum(len(e.tokens) for row in rows for e in row) / len(rows) / budget.tokens
         found[balance] = costs.std() / costs.mean(), tokens
     (before, _), (after, full) = found.values()

@@ -15,7 +15,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, tightest
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, smallest_budget
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.text.chat_template import ChatTemplate
@@ -130,7 +130,7 @@ def test_messages_become_tiles_under_a_budget(rule, tmp_path):
         wanted = np.concatenate([rule.order((i.height, i.width), 8) for i in images]) if budget is None else None
         assert wanted is None or example.visual.sum() == len(wanted)
         assert example.vision_index.max() < 16 * len(example.images)
-        collate([[example]], budget or tightest([example]), merge=1, values=192)
+        collate([[example]], budget or smallest_budget([example]), merge=1, values=192)
     long = [{"type": "image", "image": Image.new("RGB", (20000, 3))}]
     with pytest.raises(ValueError, match="20000x3 has an aspect ratio over 200"):
         processor([{"role": "user", "content": long}])

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 import mllm_jax
-from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, tightest
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, smallest_budget
 from mllm_jax.data.pipeline.processor import Processor
 from mllm_jax.data.pipeline.spans import TimestampedFrames
 from mllm_jax.data.video.videos import Video
@@ -113,7 +113,7 @@ def test_frames_are_images_of_one_tile(vlm):
     mean, std = (np.array(x) for x in (spec.mean, spec.std))
     pixels = ((np.stack(tiles) / 255 - mean) / std).transpose(0, 3, 1, 2)
     given = mllm_jax.from_hf_inputs(vlm.config, {"input_ids": example.tokens[None], "pixel_values": pixels})
-    found = collate([[example]], tightest([example]), **vlm.config.layout)
+    found = collate([[example]], smallest_budget([example]), **vlm.config.layout)
     for name in ("tokens", "position", "vision_index"):
         np.testing.assert_array_equal(getattr(found, name), getattr(given, name), err_msg=name)
     scale = np.repeat(std, 16) * 255  # patches hold values in the order (c, t, y, x)

@@ -17,7 +17,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 import mllm_jax
-from mllm_jax.data.pipeline.packing import collate, tightest
+from mllm_jax.data.pipeline.packing import collate, smallest_budget
 from mllm_jax.data.pipeline.spans import frame_by_frame
 from mllm_jax.data.vision.tiles import best_canvas
 from mllm_jax.families import FAMILIES, spec_for
@@ -246,7 +246,7 @@ def test_messages_become_what_transformers_reads(read, sizes):
     example = read.processor(question("before", *images, "after"), generate=True)
     config = replace(read.config, decoder=replace(read.config.decoder, vocab=len(read.processor.tokenizer)))
     batch = mllm_jax.from_hf_inputs(config, arrays | {"input_ids": example.tokens[None]})
-    found = collate([[example]], tightest([example]), **read.config.layout)
+    found = collate([[example]], smallest_budget([example]), **read.config.layout)
     for name in ("tokens", "position", "vision_index"):
         np.testing.assert_array_equal(getattr(found, name), getattr(batch, name), err_msg=name)
     for one, two in zip(found.mix, batch.mix):
