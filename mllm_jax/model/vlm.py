@@ -123,7 +123,7 @@ class ModelConfig(Config):
 
     @property
     def prefix(self) -> bool:
-        """Whether the first tokens of a conversation are attended to by all its tokens."""
+        """True if all tokens of a conversation attend to its first tokens."""
         return self.decoder is not None and self.decoder.prefix
 
     @property

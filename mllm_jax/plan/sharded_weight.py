@@ -39,7 +39,7 @@ class Weight(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether this is the weight of a matrix product before the head."""
+        """True for the weight of a matrix product before the head."""
         return self.path.endswith("/w") and self.path not in VOCABULARY
 
     @property

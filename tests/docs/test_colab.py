@@ -130,7 +130,7 @@ def test_a_notebook_without_an_address_says_so(fresh, tmp_path):
 
 
 class ZMQInteractiveShell:
-    """What rich takes for a notebook's."""
+    """The class by which rich recognizes a notebook."""
 
 
 def test_a_training_cell_shows_one_live_line(monkeypatch, capsys):
@@ -218,7 +218,7 @@ def test_sharding_runs(tmp_path):
 
 
 def left(done):
-    """What a notebook showed and left behind."""
+    """Output and files of a notebook."""
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -182,7 +182,7 @@ def test_a_command_is_understood(page, command, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the readers of the pages have: their own conversations, pairs of answers, captions and tables."""
+    """Files of a reader of the pages: conversations, pairs of answers, captions and tables."""
     folder = tmp_path_factory.mktemp("docs")
     records = source_files.conversations()
     source_files.write_jsonl(folder / "plain", records)
@@ -213,7 +213,7 @@ def test_training_from_published_weights_gets_as_far_as_asking_for_them(command,
 
 
 def small(command):
-    """Whether a command trains something that needs no files, or reads what such a command left."""
+    """Returns whether a command trains something that needs no files, or reads the result of such a command."""
     return ":tiny" in command or ("mllm_jax.evaluate" in command and "/tmp/" in command)
 
 
@@ -221,7 +221,7 @@ SMALL = [command for page, command in COMMANDS if page == "docs/training.md" and
 
 
 def in_turn(commands, folder):
-    """What they print, in one folder, as somebody runs them who reads the page from its top."""
+    """Outputs of commands, run in one folder from the top of the page."""
     os.symlink(ROOT / "configs", folder / "configs")
     return [run(command.replace("/tmp/", f"{folder}/"), folder).stdout for command in commands]
 
@@ -277,7 +277,7 @@ def test_plans_are_made(command, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_run_on_this_machine_comes_to_its_end(tmp_path):
-    """Of docs/pods.md, as it stands."""
+    """Runs the command of docs/pods.md unchanged."""
     [command] = [command for page, command in OURS if page == "docs/pods.md" and "launch.local" in command]
     assert "step 20/20" in run(command.replace("/tmp/", f"{tmp_path}/"), ROOT).stdout
 

@@ -31,7 +31,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a reader of the page has, and what its commands leave, in turn."""
+    """Files of a reader of the page, and the results of its commands, in order."""
     folder = tmp_path_factory.mktemp("docs")
     records = [
         record | {"task": ("vqa", "ocr", "chat")[i % 3]} for i, record in enumerate(source_files.conversations())
@@ -69,7 +69,7 @@ def test_the_commands_run(folder, monkeypatch, capsys):
 
 
 def source_of(words):
-    """What a command of `mllm_jax.train` reads: its model is too large to train here."""
+    """Source of a command of `mllm_jax.train`, whose model is too large to train here."""
     values = flags.FlagValues()
     replaced = [word for word in words if word.startswith("--config.")]
     argv = ["", f"--config={words[words.index('--config') + 1]}", *replaced]

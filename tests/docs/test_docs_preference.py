@@ -1,4 +1,4 @@
-"""What docs/preference.md runs on configs/prefer.py: pairs teach what is true, and not to say less."""
+"""Commands of docs/preference.md on configs/prefer.py: pairs teach truthful captions, and not to say less."""
 
 import math
 import os
@@ -16,7 +16,7 @@ ROW = re.compile(r"(\w+) +│ +(\d+) +│ +([\d.]+)% ± ([\d.]+)% +│ +([\d.]+)
 
 @pytest.mark.slow
 def test_the_share_of_false_objects_falls(tmp_path):
-    """Of things named in 400 held-out captions; those that are there are still named."""
+    """Counts objects named in 400 held-out captions; true objects are still named."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
     for command in COMMANDS:
         words = shlex.split(command.replace("/tmp/prefer", str(tmp_path / "prefer")))

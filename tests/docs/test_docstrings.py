@@ -1,4 +1,4 @@
-"""Docstrings list arguments and fields that exist, also after one of them was renamed."""
+"""Docstrings list arguments and fields that exist, and start with a verb or a noun."""
 
 import ast
 import re
@@ -8,6 +8,8 @@ from paths import ROOT
 
 FILES = [path for folder in ("mllm_jax", "launch", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 ENTRY = re.compile(r"^( *)((?:\*{0,2}\w+)(?:, \*{0,2}\w+)*): ")
+FOLDERS = ("mllm_jax", "launch", "configs", "benchmarks", "tests")
+QUESTION = re.compile(r"(What|How|Of|Whether|Where|Which|Why|When|So many|So much)\b")
 SECTIONS = {"Args", "Returns", "Raises", "Attributes"}
 
 
@@ -51,3 +53,22 @@ def test_a_name_that_is_not_there_is_found():
     function = ast.parse("def f(new):\n    '''Does.\n\n    Args:\n        old: a number.\n    '''").body[0]
     node = ast.parse("@dataclass\nclass C:\n    '''\n    old, new: numbers.\n    '''\n    new: int = 1").body[0]
     assert unknown_arguments(function) == {"old"} and unknown_fields(node) == {"old"}
+
+
+def questions(tree: ast.AST) -> list[str]:
+    """Docstrings that start like a question or a fragment, such as "What a layer does." or "Of a layer."."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [text for text in texts if QUESTION.match(text)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_docstrings_start_with_a_verb_or_a_noun(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    found = {str(path): questions(ast.parse(path.read_text())) for path in files}
+    assert {path: texts for path, texts in found.items() if texts} == {}
+
+
+def test_a_question_is_found():
+    tree = ast.parse("def f():\n    'Whether it is.'\ndef g():\n    'Returns whether it is.'")
+    assert questions(tree) == ["Whether it is."]

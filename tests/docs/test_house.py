@@ -142,7 +142,7 @@ def test_metadata_names_what_is_imported():
 
 
 def test_tests_import_helpers_and_no_other_tests():
-    """What tests share is in tests/helpers/, which has none; a file there is imported by its name alone."""
+    """Shared code is in tests/helpers/, which contains no tests; a file there is imported by its name alone."""
     helpers = {path.stem for path in HELPERS.glob("*.py")}
     assert not {name for name in helpers if name.startswith("test_") or name in sys.stdlib_module_names}
     tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}

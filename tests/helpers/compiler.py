@@ -1,4 +1,4 @@
-"""How programs are compiled and run in tests, on virtual devices of a machine that may be busy."""
+"""Compilation and execution flags for tests, on virtual devices of a machine that may be busy."""
 
 from importlib.metadata import version
 

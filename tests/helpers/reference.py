@@ -72,7 +72,7 @@ def perturb(model):
 
 
 def assert_parity(record_property, family, found, expected):
-    """What a model gives equals transformers', in fp32; the error goes into the tests' report, for docs/models.md."""
+    """Asserts that outputs equal transformers' in fp32, and records the error for docs/models.md."""
     found = np.asarray(found)
     record_property("parity", f"{family} {np.abs(found - expected).max()}")
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)

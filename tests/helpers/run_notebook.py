@@ -24,7 +24,7 @@ PARAMETERS = "parameters"
 
 
 def stand_in(display) -> None:
-    """What the notebooks use of IPython."""
+    """Stand-in for the parts of IPython that the notebooks use."""
     module = types.ModuleType("IPython.display")
     module.HTML, module.display = str, display
     sys.modules |= {"IPython": types.ModuleType("IPython"), "IPython.display": module}

@@ -99,7 +99,7 @@ def daemon(command: list[str], folder: pathlib.Path, environment: dict[str, str]
 
 
 def slurm(environment: dict[str, str], *command: str) -> str:
-    """What a command prints; empty where the controller does not answer yet."""
+    """Output of a command; empty if the controller does not answer yet."""
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
 
 

@@ -14,7 +14,7 @@ from mllm_jax.train.runs.config import Run, Stage, read_run, run_config  # noqa:
 
 
 def on_one_device(patch) -> None:
-    """What is tested of stages does not depend on the mesh, and one device compiles and computes in less time."""
+    """Runs stages on one device, which compiles and computes faster; tests of stages do not depend on the mesh."""
     patch.setattr("mllm_jax.train.loop.make_mesh", lambda _: make_mesh({}, jax.devices()[:1]))
 
 

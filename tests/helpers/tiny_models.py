@@ -160,7 +160,7 @@ def inputs_of(kind: str, model) -> dict[str, np.ndarray]:
 
 
 def outputs_of(kind: str, model, inputs) -> list[np.ndarray]:
-    """What transformers' model gives: logits, embeddings, or features."""
+    """Outputs of transformers' model: logits, embeddings, or features."""
     with torch.no_grad():
         out = model(**to_torch(inputs))
     names = ("logits",) if "logits" in out else ("image_embeds", "text_embeds", "last_hidden_state")

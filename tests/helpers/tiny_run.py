@@ -15,7 +15,7 @@ def load_module(name: str):
 
 
 def load_config(name: str, argument: str = ""):
-    """What `configs/NAME.py` returns."""
+    """The config that `configs/NAME.py` returns."""
     module = load_module(name)
     return module.get_config(argument) if argument else module.get_config()
 

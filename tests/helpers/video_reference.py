@@ -1,7 +1,6 @@
-"""What transformers' video processors make of a small video, in a file that tests/data/video/test_video_pixels.py
-reads.
+"""Outputs of transformers' video processors for a small video, in a file for tests/data/video/test_video_pixels.py.
 
-They need torchvision, which nothing else here does. To make the file anew:
+They need torchvision, which no other code here does. To make the file again:
 
     python -m venv vision && vision/bin/pip install torch torchvision transformers
     vision/bin/python tests/helpers/video_reference.py
@@ -74,7 +73,7 @@ def main() -> None:
 
 
 def _ids(transformers, tiny_chat, kind, name, reader, given):
-    """Of a prompt with the video, by transformers' whole processor."""
+    """Token ids of a prompt with the video, from transformers' processor."""
     names = NAMES.get(name, NAMES["qwen"])
     with tempfile.TemporaryDirectory() as folder:
         folder = tiny_chat.write_tokenizer(pathlib.Path(folder))

@@ -1,4 +1,4 @@
-"""What training would refuse on its hosts is refused by every launcher, before anything is asked for."""
+"""Every launcher refuses what training would refuse on its hosts, before it requests anything."""
 
 import re
 import time
@@ -103,7 +103,7 @@ def test_what_can_run_is_let_through(words, checkout):
 
 
 def test_stages_are_checked_one_by_one(checkout):
-    """Of a mixture in a stage, too, the path in the config is named."""
+    """The error of a mixture in a stage also names the path in the config."""
     words = ["--config=configs/recipes/llava_1_5.py:tiny", "--workdir=/runs/a"]
     hosts = tpu_hosts(tpu("v6e:2x4"), committed("/runs"))
     recipe = [*words, "--config.mesh.data=-1", "--config.mesh.fsdp=1", "--config.data.batch=8"]
@@ -206,7 +206,7 @@ def test_flags_are_those_of_training():
 
 
 def test_it_takes_seconds(checkout):
-    """Of a model of 235 billion parameters, of which only shapes are looked at."""
+    """Checks a model of 235 billion parameters by its shapes alone."""
     words = ["--config=configs/qwen3_vl_235b_a22b.py", "--workdir=/runs/a", "--config.data.path=/runs/a.jsonl"]
     start = time.process_time()
     check_training(read_training(words), tpu_hosts(tpu("v5p:4x8x8"), committed("/runs")))

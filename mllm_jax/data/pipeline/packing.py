@@ -268,7 +268,7 @@ class Packer:
 
     @property
     def ready(self) -> bool:
-        """Whether the window is full."""
+        """True if the window is full."""
         return self.load >= self.window
 
     def add(self, key: int, example: Example) -> None:

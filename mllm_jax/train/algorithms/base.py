@@ -34,7 +34,7 @@ class Algorithm:
         """Raises ConfigError if an input of the algorithm beside data and `init` is missing or does not fit."""
 
     def reading(self) -> Reading | None:
-        """How records are read. None: as conversations."""
+        """Reading of records by the loader. None: as conversations."""
         return None
 
     def processor(self) -> Any:

@@ -59,7 +59,7 @@ class PreferenceConfig(AlgorithmConfig):
 
     @property
     def stored(self) -> bool:
-        """Whether the reference's log-probabilities come with the data."""
+        """True if the reference's log-probabilities come with the data."""
         return self.reference not in REFERENCES
 
     @property

@@ -53,7 +53,7 @@ class Results:
         self.bad = bad
 
     def running(self) -> bool:
-        """Whether the devices still run the last step."""
+        """True while the devices run the last step."""
         return not self._started[-1].metrics["loss"].is_ready()
 
     def wait(self) -> None:
