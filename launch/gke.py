@@ -4,8 +4,7 @@
     python -m launch.gke --name scenes --gpu h200:64 --image IMAGE --claim CLAIM   -- --config FILE --workdir /runs/a
 
 Passes a manifest to `kubectl apply`; --dry_run only prints it. launch/tpu.Dockerfile and launch/gpu.Dockerfile build
-the
-image. A bucket (through Cloud Storage FUSE), or the claim of a volume that many nodes can write to (Filestore), is
+the image. A bucket (through Cloud Storage FUSE), or the claim of a volume that many nodes can write to (Filestore), is
 mounted at /runs. The cluster needs JobSet: https://jobset.sigs.k8s.io.
 """
 

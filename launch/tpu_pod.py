@@ -5,10 +5,9 @@
     python -m launch.tpu_pod logs --name scenes --zone us-east5-b --tpu v6e:8x8     also: stop, delete
 
 `run` requests a queued resource, waits until it is ACTIVE, sends the commit of this checkout, mounts the bucket at
-/runs
-on every host, installs, starts the training in the background and checks it every --poll seconds. It ends with the run.
-After a preemption it requests the pod again, and the run resumes. Ctrl-C stops only the watching: the same command
-continues it. `stop` saves and ends the run; `delete` releases the pod. It needs gcloud, logged in.
+/runs on every host, installs, starts the training in the background and checks it every --poll seconds. It ends with
+the run. After a preemption it requests the pod again, and the run resumes. Ctrl-C stops only the watching: the same
+command continues it. `stop` saves and ends the run; `delete` releases the pod. It needs gcloud, logged in.
 """
 
 import argparse

@@ -70,8 +70,7 @@ class Chat:
         """Answers a question about the attached media, and passes the growing answer to `write`.
 
         If Ctrl-C ends an answer, its text so far stays in the conversation. Without any text, or after an error, the
-        question is
-        withdrawn with its media.
+        question is withdrawn with its media.
         """
         question, self.attached = _question(self.attached, text), []
         settings, parts = dict(self._settings), []

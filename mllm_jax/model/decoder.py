@@ -41,8 +41,7 @@ class DecoderConfig(Config):
     num_dense_layers: number of leading layers without experts.
     moe_layer_freq: every n-th layer has experts; with 2, the second is the first to have them.
     sliding_windows: attention window per layer in tokens, repeated cyclically over layers. 0: global attention. ():
-      global
-      attention in every layer.
+      global attention in every layer.
     norm: norm of nn/norm.py: "rms", "rms_offset" or "layer", with `norm_eps`.
     use_post_norm: whether the output of a block is normalized before it is added.
     embed_scale: factor of embedded tokens, not of visual ones.

@@ -1,9 +1,8 @@
 """Low-rank adapters of frozen weights (LoRA, arXiv 2106.09685): x W + scale * (x A) B, where scale = alpha / rank.
 
 The tree of parameters decides: if it has `lora_down` (A), `lora_up` (B) and `lora_scale` next to the `w` of an
-`Einsum`,
-that adds their product; a tree without them is the base model. For a weight with input axes I and output axes O, A is
-[I rank] and B [rank O], after any axes that the weight is stacked on.
+`Einsum`, that adds their product; a tree without them is the base model. For a weight with input axes I and output axes
+O, A is [I rank] and B [rank O], after any axes that the weight is stacked on.
 """
 
 import math
@@ -40,8 +39,7 @@ class LoraConfig(Config):
       adapter) or alpha.
     modules_to_save: patterns of other weights, which are trained in full; all others are frozen.
     base_dtype: storage of frozen weights: "float32"; "bfloat16"; or "int8", "int4" or "nf4" for the matrices of layers,
-      and
-      bfloat16 for other weights of two axes or more (see nn/quantization.py).
+      and bfloat16 for other weights of two axes or more (see nn/quantization.py).
     quant_block_size: values along an input axis that share a scale in four bits.
 
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".

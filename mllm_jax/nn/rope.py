@@ -35,8 +35,7 @@ class DynamicNtkRopeScaling(Config):
     """A base that grows with the text beyond `length` tokens ("dynamic NTK").
 
     The slowest slot then rotates as far over the full text as it did over `length` tokens, and slightly less if
-    `factor` is
-    over 1.
+    `factor` is over 1.
     """
 
     factor: Positive

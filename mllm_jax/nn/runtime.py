@@ -34,16 +34,14 @@ class Runtime(Config):
     context: exchange of tokens that the mesh axis "context" shards: "auto", "ring" or "ulysses", see
       nn/attention/context_parallel.py.
     moe_dispatch: dispatch of tokens to experts: "dropless" (sorted by expert), "capacity" (a buffer per expert) or
-      "dense"
-      (every expert reads every token: for tests).
+      "dense" (every expert reads every token: for tests).
     capacity_factor: capacity of an expert ("capacity"), or of a device's experts ("dropless" on several devices), as a
       multiple of the mean load. Tokens over it are dropped and counted. 0: room for any routing.
     all_to_all: exchange of tokens between devices: "auto" (by platform), "even" (full buffers) or "ragged" (only the
       tokens; TPU), see nn/moe/all_to_all.py.
     grouped: products with sorted tokens: "auto" (by platform), "loop", "megablox" (TPU) or "tokamax" (GPU).
     remat: recomputation in the backward pass: "none", "full" (every layer), "experts" (every layer, but not the
-      exchange of
-      tokens between devices) or "dots" (all but matrix products).
+      exchange of tokens between devices) or "dots" (all but matrix products).
     scan: whether a tower is one compiled layer (compile time independent of depth), or unrolled; same weights.
     rules: logical axis -> mesh axes, see sharding/presets.py.
     """

@@ -60,8 +60,7 @@ class Candidate(NamedTuple):
     @property
     def rank(self) -> tuple:
         """Sort key: candidates that fit first, then compiled ones, those with room for errors of the estimate, fast
-        ones, small
-        ones. Candidates that do not fit are ordered by size.
+        ones, small ones. Candidates that do not fit are ordered by size.
         """
         seconds, peak = float(f"{self.time.seconds:.3g}"), self.planned.peak
         if not self.fits:

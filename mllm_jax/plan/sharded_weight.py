@@ -129,8 +129,7 @@ def lay(weight: Weight, rules: Rules, mesh: AbstractMesh, rows: tuple[str, ...],
 
     Args:
       rows: axes that shard the activations of the weight. A weight sharded on one of these is gathered before use,
-        except
-        for experts, to which the rows are sent.
+        except for experts, to which the rows are sent.
       known: axes that shard each logical axis.
     Raises:
       ValueError: the mesh does not divide it.

@@ -176,8 +176,7 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
     """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits are in its order.
 
     For a vision tower a batch row has one image and no tokens; for a dual encoder one image per row, one text per row,
-    or
-    either alone.
+    or either alone.
 
     Args:
       config: its family defines the arrays and their meaning.
@@ -186,8 +185,7 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
         `input_ids` i[B T], optional `attention_mask` and `labels`, and those of images.
     Raises:
       ValueError: an unknown name, `input_ids` outside the vocabulary or beyond the learned positions, or placeholders
-        that
-        do not match the images.
+        that do not match the images.
     """
     family = FAMILIES[config.family]
     if isinstance(config, DualConfig):

@@ -15,11 +15,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
     """Returns a mesh with all MESH_AXES; absent ones have size 1 and one size may be -1 (all remaining devices).
 
     Without a shape every device is on `fsdp`. Neighbors on a later axis are closer: on a TPU the axes follow the torus,
-    one
-    of whose dimensions is split over several axes if the sizes require it. Between slices (TPU pods, or GPU hosts,
-    joined by
-    the slower data-center network) lies as much of `data` as possible, then of `fsdp`, `expert` and `context`; never
-    `tensor`.
+    one of whose dimensions is split over several axes if the sizes require it. Between slices (TPU pods, or GPU hosts,
+    joined by the slower data-center network) lies as much of `data` as possible, then of `fsdp`, `expert` and
+    `context`; never `tensor`.
 
     Args:
       devices: devices of this program, or of a topology to compile for. Default: all of this program.

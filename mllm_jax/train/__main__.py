@@ -6,8 +6,7 @@
 The config file sets model, data and algorithm. `--config FILE.py:argument` selects a variant of the file, and
 `--config.path.to=value` replaces any value. DIR receives checkpoints, metrics.jsonl, TensorBoard events, the config and
 the processor. The same command resumes a run: SIGTERM and Ctrl-C save and end it; after a crash it resumes from the
-last
-checkpoint.
+last checkpoint.
 
 A config with stages trains them one after the other, each in its own folder below DIR, starting from the weights of the
 stage before: `--stage=NAME` trains only one, `--config.stages.NAME.path.to=value` replaces a value of it. At the end a

@@ -52,8 +52,7 @@ def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done:
 
     Raises:
       ConfigError: the data or the processor cannot be opened, or the model does not generate answers. BadData: no
-        record is
-        usable.
+        record is usable.
     """
     if not isinstance(run.model, ModelConfig):
         raise ConfigError("only the conversations of a model that answers can be inspected")

@@ -63,10 +63,8 @@ def train(
     If `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.length`).
 
     The same call resumes from the newest checkpoint in `workdir`. The results are bit-equal to those of an
-    uninterrupted
-    run on the same mesh. `mllm_jax.train.run_stages` trains a config with stages: it calls this function for each, with
-    its
-    own `stop`. If no step ends for `config.train.watchdog` seconds, the process ends.
+    uninterrupted run on the same mesh. `mllm_jax.train.run_stages` trains a config with stages: it calls this function
+    for each, with its own `stop`. If no step ends for `config.train.watchdog` seconds, the process ends.
 
     Args:
       stop: signal handler of a caller that continues afterwards; it tells whether the run was stopped.

@@ -27,13 +27,11 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None,
     """Trains a run, or its stages one after the other, each in its own folder below `workdir`.
 
     The same call resumes the stage that was interrupted; completed stages are not touched. SIGTERM ends the current
-    stage,
-    which can be resumed, and no other begins.
+    stage, which can be resumed, and no other begins.
 
     Args:
       stage: name of the only stage to train, further if its `optim.steps` were raised. It starts from the weights of
-        the
-        stage before it if `workdir` has them, else from those of `config.init`.
+        the stage before it if `workdir` has them, else from those of `config.init`.
       options: arguments of `mllm_jax.train.loop.train`, for every stage.
     Returns:
       whether the run is complete; False if SIGTERM ended it before.

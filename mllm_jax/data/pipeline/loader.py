@@ -188,8 +188,7 @@ class _Stream:
     """One stream.
 
     State: how many records of each source were drawn, the batches made, the keys (see `Interleaved`) of what waits to
-      be
-    packed, and the counts of what was left out.
+      be packed, and the counts of what was left out.
     """
 
     def __init__(self, number: int, share: _Share, settings: _Settings):

@@ -226,18 +226,14 @@ class Packer:
     """Fills rows from a look-ahead window of conversations, under both budgets at once.
 
     Conversations wait in the order in which they were added. A row takes the one that waited longest (so that none
-    starves),
-    then repeatedly the one that leaves the smallest remainder, with both budgets as fractions: the L2 greedy of vector
-    bin
-    packing (Panigrahy et al., "Heuristics for Vector Bin Packing", 2011). The remainder of the mean cost of a row (see
-    `cost`) counts as a third one, with less weight the fuller the row is: rows then cost about the same, so that no
-    device
-    waits for the one with the large images, and are as full as without it. The choice depends only on the waiting
-    conversations and their order, so the keys in `waiting` are the complete state.
+    starves), then repeatedly the one that leaves the smallest remainder, with both budgets as fractions: the L2 greedy
+    of vector bin packing (Panigrahy et al., "Heuristics for Vector Bin Packing", 2011). The remainder of the mean cost
+    of a row (see `cost`) counts as a third one, with less weight the fuller the row is: rows then cost about the same,
+    so that no device waits for the one with the large images, and are as full as without it. The choice depends only on
+    the waiting conversations and their order, so the keys in `waiting` are the complete state.
 
     For example, with a budget of 10 tokens and the waiting conversations of 6, 5, 4 and 3 tokens, the first row takes 6
-    (it
-    waited longest) and then 4, which leaves no remainder.
+    (it waited longest) and then 4, which leaves no remainder.
 
     Args:
         budget: the shape of a row.

@@ -83,20 +83,17 @@ class Processor:
 
         A single message of the role "document" uses no chat template: every token of its texts is a target.
 
-        Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and
-        {"type": "video", "video": ...} (see `videos.open_video`), with optional "fps", "nframes" and "sampling".
-        `fps` is the rate at which a file is sampled, or at which the frames of an array or a list were taken; without
-        it all of
+        Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and {"type":
+        "video", "video": ...} (see `videos.open_video`), with optional "fps", "nframes" and "sampling". `fps` is the
+        rate at which a file is sampled, or at which the frames of an array or a list were taken; without it all of
         these are used. `nframes` is the number of frames to read, regardless of the rate, and `sampling` their
-        distribution:
-        "even" or "motion".
+        distribution: "even" or "motion".
         `generate`: a prompt that ends where the answer begins, without loss.
         `budget`: images are shrunk, all by one limit of pixels, until the conversation fits; they are never cropped.
         Raises
         TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
         `others`: more conversations about the same images, in the same Example: it contains the images once, and of all
-        the
-        conversations only the last answer is a target.
+        the conversations only the last answer is a target.
         `tools`: descriptions of functions that the model may call, as JSON schemas. Messages may have "tool_calls" and
         "reasoning_content", which are targets like the answer, and "weight", by which the loss of a turn is multiplied.
         """

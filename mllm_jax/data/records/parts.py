@@ -50,8 +50,7 @@ def with_files(messages: Messages, files: Mapping[str, list], in_text: bool) -> 
     """Messages with the files of separate fields.
 
     Parts without a file take the next one, and so do placeholders in texts. If there are neither, the files go before
-    the
-    first question.
+    the first question.
 
     Args:
         in_text: whether the layout has placeholders: without one, no separate file is allowed.

@@ -84,8 +84,7 @@ def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
     Messages are those of `mllm_jax.data.records.messages`; a document is one message of the role DOCUMENT. Images and
     videos are results of `find`, or bytes. A pair of answers is a conversation that ends with the chosen one, and also
     has {"rejected": str}. With facts it has {"facts": str}, with tools {"tools": [dict]}. {"notes": (str, ...)} lists
-    the
-    parts of the record that were left out, in words that can be counted.
+    the parts of the record that were left out, in words that can be counted.
 
     Args:
         name: name of the record if it has no id.

@@ -39,8 +39,7 @@ class Tar(Shard):
     """One uncompressed tar file. A sample takes one read, or one for each place of members of its key.
 
     One pass over the headers finds the places of samples, which are stored in `SHARD.tar.index.npy` beside the file, or
-    in
-    memory only if the folder is not writable.
+    in memory only if the folder is not writable.
 
     Raises:
         ValueError: the file is compressed, damaged or cut off.

@@ -83,8 +83,7 @@ class ChatFormat:
 
         The weight is that of its message (1 unless "weight" sets another) from the beginning of an assistant's text,
         reasoning or tool calls up to the token or text that ends its turn, and 0 elsewhere. Answers are tokenized
-        separately
-        from the text before them, so that training has the tokens that generation continues from.
+        separately from the text before them, so that training has the tokens that generation continues from.
 
         Args:
           messages: Hugging Face's, with "tool_calls" and "reasoning_content" of an assistant. A message with

@@ -27,8 +27,7 @@ class ChatTemplate:
         """Reads the first template of a folder, from the files in which Hugging Face's libraries store one.
 
         These are chat_template.jinja, chat_template.json, processor_config.json and tokenizer_config.json, in this
-        order. Of
-        several named templates it is "default", and also "tool_use".
+        order. Of several named templates it is "default", and also "tool_use".
         usual: a template with precedence over that of a tokenizer, which may support only text.
 
         Raises:

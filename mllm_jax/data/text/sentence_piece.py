@@ -18,8 +18,7 @@ def read_sentence_piece(path: pathlib.Path, config: Mapping[str, Any]) -> tokeni
 
     Args:
       config: tokenizer_config.json: `add_bos_token` and `add_eos_token` set the tokens around every text (absent: only
-        the
-        first), `legacy` whether a space is added after a special token too, as before a text (absent: it is).
+        the first), `legacy` whether a space is added after a special token too, as before a text (absent: it is).
 
     Raises:
       ImportError: SentencePiece is not installed.

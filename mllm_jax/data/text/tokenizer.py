@@ -34,12 +34,10 @@ _QWEN_WORDS = (
 class Tokenizer:
     """A `tokenizers` tokenizer that never reads special tokens out of text, unless asked to.
 
-    `config` is the content of tokenizer_config.json; it names the special tokens that templates use.
-    `outside` are tokens that templates write and no vocabulary has, with their ids; the text after one is tokenized
-    separately.
+    `config` is the content of tokenizer_config.json; it names the special tokens that templates use. `outside` are
+    tokens that templates write and no vocabulary has, with their ids; the text after one is tokenized separately.
     `added` maps the added tokens, of two characters and more, to whether they are special. `guard` marks a text of
-    people,
-    so that `pieces` finds no added token in it or across its ends.
+    people, so that `pieces` finds no added token in it or across its ends.
     """
 
     def __init__(

@@ -58,9 +58,8 @@ def measured_times(
     """The times of a file's frames, from all its packets in stored order.
 
     The rate is one that the file states if the packets' times agree with it, otherwise that of the times: containers
-    state
-    the rate of another file, that of their clock, or none. For evenly spaced frames it is one over their distance;
-    otherwise the number of frames over the time from the first to the end of the last.
+    state the rate of another file, that of their clock, or none. For evenly spaced frames it is one over their
+    distance; otherwise the number of frames over the time from the first to the end of the last.
 
     Args:
         packets: one per frame, at least one.

@@ -48,12 +48,9 @@ class VideoFile:
         """Yields the upright RGB frames that are shown at the times of these rising `indices`, see `FrameTimes`.
 
         Frames between distant ones are not decoded. A frame that cannot be decoded is replaced by the one before it,
-        and its
-        number is added to `broken`. Raises ValueError, naming the file, if it ends too early or is more damaged: at
-        more than
-        one place in a hundred frames, or with more than a tenth of the requested frames lost (one place and one frame
-        are
-        always allowed).
+        and its number is added to `broken`. Raises ValueError, naming the file, if it ends too early or is more
+        damaged: at more than one place in a hundred frames, or with more than a tenth of the requested frames lost (one
+        place and one frame are always allowed).
         """
         numbers = self.times.numbers(indices)
         if numbers and indices[-1] >= self.times.frames:
@@ -82,8 +79,8 @@ def open_file(source: str | bytes, track: int | None) -> VideoFile:
     follow one another evenly and are all shown (MP4, MOV and AVI of a constant rate, without hidden frames).
 
     `track`: number among the file's video tracks, of which attached images (covers) are none. None: FFmpeg's choice
-    (`av_find_best_stream`).
-    Raises ValueError, naming the file, if it is no video or is damaged; FileNotFoundError if it is missing.
+    (`av_find_best_stream`). Raises ValueError, naming the file, if it is no video or is damaged; FileNotFoundError if
+    it is missing.
     """
     name = source_name(source)
     with errors_of(name), open_container(source) as container:

@@ -238,11 +238,9 @@ def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tupl
     """The size of an image that must be smaller than the processor of its model sets.
 
     It is `shrunk_size`, unless that changes the aspect ratio by more than DISTORTED: it rounds both sides down, which
-    turns
-    a long image that should be 1.5 `factor` high into one that is 1 high and too long. Then it is the largest similar
-    size
-    with a better aspect ratio. If even one row of a better one exceeds `max_pixels`, it is that row, which does not
-    fit.
+    turns a long image that should be 1.5 `factor` high into one that is 1 high and too long. Then it is the largest
+    similar size with a better aspect ratio. If even one row of a better one exceeds `max_pixels`, it is that row, which
+    does not fit.
 
     Example: in units of `factor`, 20:1 is 1 x 20 instead of 1 x 30 within 45, and 1 x 16 instead of 1 x 4 within 1.
     """
@@ -278,8 +276,7 @@ def patchify(frames: np.ndarray, patch: int, temporal_patch: int, merge: int) ->
 
     Rows are in merge-block-major order (the merge x merge patches of a visual token are contiguous, blocks row by row),
     values in (channel, time, y, x) order. Missing frames repeat the last one: a still image is one frame. A remainder
-    of
-    the sides is not read.
+    of the sides is not read.
     """
     height, width = (side // (patch * merge) * patch * merge for side in frames.shape[1:3])
     frames = frames[np.minimum(np.arange(temporal_patch), len(frames) - 1)]

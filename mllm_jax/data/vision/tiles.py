@@ -59,8 +59,7 @@ def anyres_tokens(size: Size, canvas: Size, tile: int, side: int, most: int = 0)
     """Order of the visual tokens of an image of `size` pixels.
 
     First all tokens of the full image, then the grid of all tiles row by row, without the rows or columns of the
-    padding
-    around the image, with a NEWLINE after each row.
+    padding around the image, with a NEWLINE after each row.
 
     Args:
       tile: side of a tile in pixels.

@@ -3,8 +3,7 @@
 Tensor names are those of these files: the decoder's are those of its own family. Their config.json names the vision
 tower, and only NeXT's files contain its weights; the others' come from the tower's own files, see
 `mllm_jax.load_pretrained`. No token of the vocabulary represents an image: it is IMAGE. The layout of transformers is
-in
-families/vlms/llava.py.
+in families/vlms/llava.py.
 """
 
 import re

@@ -127,8 +127,7 @@ class LlavaOnevision(llava.Llava):
         """Images and videos in the arrays of its processor.
 
         `pixel_values` f[images tiles c h w] are tiles with `image_sizes` i[images 2]; `batch_num_images` i[n] is the
-        number of
-        images of each conversation that has any (absent: one), and of several each is only its first tile.
+        number of images of each conversation that has any (absent: one), and of several each is only its first tile.
         `pixel_values_videos` f[clips frames c h w].
         """
         pixels, sizes = arrays.get("pixel_values", np.zeros((0, 1, 1, 1, 1))), arrays.get("image_sizes", ())

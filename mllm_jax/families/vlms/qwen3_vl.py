@@ -146,8 +146,7 @@ _BLOCK, _EXPERTS = "model.visual.blocks.{n}", "model.language_model.layers.{n}.m
 
 def _experts_rows(decoder: DecoderConfig) -> list[Row]:
     """Rows of the experts of a layer in one tensor: transposed in published files, but not as transformers 5 saves
-    them. A
-    tensor of equal sides is read as not transposed, like transformers 5 does.
+    them. A tensor of equal sides is read as not transposed, like transformers 5 does.
     """
     if (moe := decoder.moe) is None:
         return []

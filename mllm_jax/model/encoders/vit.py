@@ -35,9 +35,8 @@ class VitConfig(Config):
     mlp: width of the feed-forward block; `gated`: whether it has a gate (SwiGLU, arXiv 2002.05202).
     patch_bias, qkv_bias: whether the first linear layer, and those of queries, keys and values, have biases.
     position_grid: side of the learned position table, resampled to each image's size. 0: no table.
-    image_size: side in pixels of the square images of the table, if it is not an integer of patches, so that a
-      margin is
-      not read. 0: it is.
+    image_size: side in pixels of the square images of the table, if it is not a whole number of patches, so that a
+      margin is not read. 0: it is.
     resampling: resampling of the table, see `positions.resample`.
     class_token: whether a learned token precedes the patches of an image; the table has a place for it, before the
       grid.

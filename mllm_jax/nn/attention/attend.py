@@ -51,8 +51,7 @@ def attend(
       [B T N H] in the dtype of q.
     Raises:
       ValueError: an implementation was selected by name that does not support this, or attention that is not causal has
-        a
-        window or a prefix.
+        a window or a prefix.
     """
     if not causal and (window or prefix is not None):
         raise ValueError("only causal attention has a window or a prefix")

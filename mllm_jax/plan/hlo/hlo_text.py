@@ -259,8 +259,7 @@ def largest_arrays(program: Program, count: int) -> list[tuple[str, str, int]]:
     memory.
 
     Arrays of one shape and scope are listed once, and copies are left out: the text does not tell which of them live at
-    the
-    same time.
+    the same time.
     """
     found: dict[tuple[str, str], int] = {}
     for instruction in _made(program, program.entry):

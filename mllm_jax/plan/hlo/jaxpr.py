@@ -38,10 +38,8 @@ def operations(jaxpr: Any, outer: Any = None, times: float = 1.0) -> Iterator[Op
     """Returns all operations of a (closed) jaxpr and of the jaxprs that it calls.
 
     The body of a scan counts times its length, that of `shard_map` times the devices, and of a `cond` the branch with
-    the
-    most FLOPs. A loop whose length depends on data counts as often as its scope states (`nn.runtime.expect_runs`), and
-    once
-    without a scope (see `unknown_loops`).
+    the most FLOPs. A loop whose length depends on data counts as often as its scope states (`nn.runtime.expect_runs`),
+    and once without a scope (see `unknown_loops`).
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params

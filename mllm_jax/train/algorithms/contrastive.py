@@ -52,8 +52,7 @@ def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainSta
     text i.
 
     No device holds the logits of all pairs, see train/losses/contrastive.py. A step whose loss or gradient is not
-    finite
-    changes only the counters.
+    finite changes only the counters.
 
     Returns:
       metrics, f32 scalars: loss (mean of a pair), scale and bias of the logits, grad_norm (before clipping),

@@ -54,8 +54,7 @@ class Ppo(Algorithm):
 
         Raises:
           ConfigError: there is no reward model, it reads conversations otherwise than the model, or a resumed run had
-            another
-            reward model.
+            another reward model.
         """
         if jax.process_count() > 1:
             raise ConfigError("config.algorithm: PPO runs as one process, on any number of its devices")

@@ -34,10 +34,8 @@ def first_params(run: Run, mesh: Mesh) -> dict:
     """Returns the initial fp32 parameters of a run, sharded on the mesh: random, or from `run.init` or `run.parts`.
 
     New adapters are added if the run has adapters and the source has none; the base is then stored as
-    `run.lora.base_dtype`
-    sets, and a base that is not fp32 is read in bf16. Adapters of an earlier run continue if this run has the same, and
-    are
-    merged if it has none. A value head starts at 0, and is left out if the run has none.
+    `run.lora.base_dtype` sets, and a base that is not fp32 is read in bf16. Adapters of an earlier run continue if this
+    run has the same, and are merged if it has none. A value head starts at 0, and is left out if the run has none.
 
     Raises:
       ConfigError: the source has another model or other adapters. FileNotFoundError: the source run has no checkpoint.

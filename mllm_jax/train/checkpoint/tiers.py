@@ -67,8 +67,7 @@ class Tiers:
 
         Raises:
           ConfigError: it is of another model, optimizer or data than `config`, or none is complete. Lost: a checkpoint
-            that
-            only this process could not read was set aside.
+            that only this process could not read was set aside.
         """
         while (step := self.latest()) is not None:
             try:

@@ -62,10 +62,8 @@ def token_loss(
     """Sum of weight * cross-entropy, f32[].
 
     The backward pass gets both gradients from the forward pass, which computes them with the loss, chunk by chunk:
-    three
-    matrix products instead of the four that recomputing the logits would take (Liger Kernel, arXiv 2410.10989). No
-    gradient
-    reaches `weight`.
+    three matrix products instead of the four that recomputing the logits would take (Liger Kernel, arXiv 2410.10989).
+    No gradient reaches `weight`.
 
     Args:
       hidden: [B T D] hidden states after the last norm.
@@ -155,8 +153,7 @@ def token_log_probs(
     """Log-probability of every target of non-zero weight, f32[B T]; 0 elsewhere.
 
     For losses that are functions of an answer's log-probability. The backward pass recomputes logits chunk by chunk, so
-    that
-    it holds no more than `token_loss`, which has the same arguments; `weight` only selects targets.
+    that it holds no more than `token_loss`, which has the same arguments; `weight` only selects targets.
     """
     rows = _Rows(targets.shape, rules)
     hidden, targets, weight = (rows.split(x) for x in (hidden, targets, weight))

@@ -31,13 +31,11 @@ class BalanceConfig(Config):
       "global": those of the whole batch, over all devices and accumulated parts (Qwen3, arXiv 2501.11873).
     aux_loss_weight: c; c * L is added to the loss.
     exact: with "global" and accumulated parts, whether f is that of the whole batch, which takes a forward pass over
-      all
-      parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873: it
+      all parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873: it
       approximates the whole batch's, best for the last part.
     z_loss_weight: weight of the mean squared log of the softmax's denominator (ST-MoE, arXiv 2202.08906).
     bias_update_rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much if
-      its
-      load was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
+      its load was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
     """
 
     loss: Annotated[str, OneOf(LOSSES)] = "none"

@@ -19,8 +19,7 @@ class RewardConfig(AlgorithmConfig):
 
     center: weight of the squared sum of a pair's rewards, which keeps them near zero (arXiv 2312.09244).
     prompt: user turn after an answer; {facts} stands for the "facts" of a record. Empty: no turn, and the reward is
-      read at
-      the end of the answer.
+      read at the end of the answer.
     """
 
     center: NonNegative = 0.001

@@ -32,8 +32,7 @@ class MetricsFile:
     """A file with one line of JSON per step, also when a run is killed and resumes from an earlier step.
 
     Opening drops the lines of steps after `step`, from which the run resumes. If any line but the last is damaged, a
-    copy
-    of the file is kept beside it.
+    copy of the file is kept beside it.
     """
 
     def __init__(self, folder: Path, step: int):

@@ -1,8 +1,7 @@
 """Joins a process to the others of its run, and ends it when it, or another one, fails.
 
 The processes of a run compute every step together, so none can continue when one dies. All end soon with the reason,
-and
-the same command resumes from the last checkpoint, on as many processes as there are then.
+and the same command resumes from the last checkpoint, on as many processes as there are then.
 """
 
 import itertools

@@ -2,8 +2,7 @@
 5.1).
 
 The rule reads losses, which all processes have, in the order of steps. So all processes decide alike, and an
-interrupted
-run decides like an uninterrupted one.
+interrupted run decides like an uninterrupted one.
 """
 
 import collections

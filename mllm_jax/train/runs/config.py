@@ -92,8 +92,7 @@ class TrainConfig(Config):
     verify: whether checkpoints store a fingerprint of every array, which restoring compares. It costs one pass over the
       state on the devices at every save.
     save_local_every, local: interval in steps, and folder, of checkpoints on each process's own disk. 0 or no folder:
-      none.
-      See mllm_jax/train/checkpoint/local.py.
+      none. See mllm_jax/train/checkpoint/local.py.
     spikes: detection of loss spikes, and the return to a checkpoint.
     patience: number of non-finite steps in a row that stops the run.
     watchdog: seconds without a finished step after which a hanging run is ended. 0: never.
@@ -147,15 +146,13 @@ class Run(Config):
     """A training run.
 
     model: ModelConfig, or DualConfig, which trains on pairs of an image and a text. Its runtime has the sharding rules
-      of
-      `rules`.
+      of `rules`.
     algorithm: the training algorithm: SupervisedConfig, PreferenceConfig, RewardConfig or PpoConfig; for a DualConfig
       ContrastiveConfig (see `mllm_jax.train.algorithms`).
     data: FilesData, MixtureData, ScenesData or CaptionsData.
     init: folder or hub name of published weights, or the folder of a run, to start from. Empty: random weights.
     parts: instead of `init`, folders or hub names of published models for single parts: "encoder", "connector",
-      "decoder";
-      of a DualConfig "encoder", "text" (see `mllm_jax.train.checkpoint.components`).
+      "decoder"; of a DualConfig "encoder", "text" (see `mllm_jax.train.checkpoint.components`).
     processor: folder or hub name of a tokenizer with its chat template, or "scenes". Empty: that of `init`, or of the
       decoder's folder.
     optim: optimizer. `optim.steps` is the length of the run. 0: as long as `data.epochs` last.
@@ -163,8 +160,7 @@ class Run(Config):
     preset: mesh and rules to start from (see `mllm_jax.sharding.presets`).
     mesh: number of devices along each mesh axis (see `mllm_jax.sharding.mesh.make_mesh`). -1: all that are left.
     rules: mesh axes of each logical axis of weights and activations (see `mllm_jax.sharding.presets`). A config file
-      sets
-      the differences of mesh and rules from the preset; `read_run` returns all of them.
+      sets the differences of mesh and rules from the preset; `read_run` returns all of them.
     stages: parts of the run that are trained one after the other. Empty: a run of one stage.
     """
 

@@ -32,19 +32,15 @@ class DataConfig(Config):
 
     batch: rows of a batch, over all processes and accumulated parts.
     tokens, patch_rows, patches_per_row: a row holds `tokens` tokens and `patch_rows` x `patches_per_row` patches; no
-      image
-      exceeds `patches_per_row`. For image-text pairs, each text takes as many tokens as the model reads.
+      image exceeds `patches_per_row`. For image-text pairs, each text takes as many tokens as the model reads.
     min_pixels, max_pixels: limits of an image's size before the budget shrinks it. None: those of the processor.
     missing_rows: largest fraction of its rows that a truncated JPEG may lack. Default 0: truncated images are dropped.
     fps, max_frames, sampling: frames per second and largest number of frames of a video, spread evenly ("even") or
-      denser
-      where they differ ("motion"). None: those of the processor. A video in a message may set its own.
+      denser where they differ ("motion"). None: those of the processor. A video in a message may set its own.
     user_content_tokens: whether texts of users may contain special tokens such as <|box_start|>, as answers may. None:
-      as
-      the processor sets.
+      as the processor sets.
     epochs: passes over the data. None: without end. They are the length of the run if optim.steps is 0; otherwise the
-      data
-      must not end before optim.steps.
+      data must not end before optim.steps.
     text_only: whether to leave all images and videos out, for a text-only baseline.
     streams: number of streams of conversations, each of which fills its own rows, so that the order of the data is the
       same on any number of processes that divides it. None: the largest divisor of `batch` up to 64.

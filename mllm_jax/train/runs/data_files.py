@@ -21,8 +21,7 @@ class Files(Config):
     """Conversations and documents in files: JSON, ArrayRecord, WebDataset, Parquet or TFDS.
 
     path: a file, a pattern, a folder or tfds:NAME, whose format is detected (see `mllm_jax.data.sources`). Or
-      scenes:KIND,
-      the embedded questions of a kind, with held-out ones (see `mllm_jax.data.synthetic.scenes`).
+      scenes:KIND, the embedded questions of a kind, with held-out ones (see `mllm_jax.data.synthetic.scenes`).
     root: folder of the images. Default: the folder of the files.
     where: fields that a record must have to be trained on, as in {"split": "train"}.
     heldout: another path to evaluate on. None: the same. heldout_where: the fields of held-out records.
@@ -78,16 +77,14 @@ class Part(Files):
 @dataclass(frozen=True, kw_only=True)
 class MixtureData(DataConfig):
     """Several sets, drawn from by weight, forever (see `mllm_jax.data.sources.mixture`). Weights count conversations,
-    not
-    tokens.
+    not tokens.
 
     sources: the sets by name.
     temperature: exponent of size: weights are multiplied with size^(1 / temperature). 1: by size, 2: by its square
       root,
       larger: more even. None: the weights alone.
     curriculum: (step, {name: weight}) pairs: weights that change after that number of steps. Sets that are not named
-      keep
-      their weights. Batches that are being packed then still hold records drawn before.
+      keep their weights. Batches that are being packed then still hold records drawn before.
     """
 
     sources: Mapping[str, Part] = field(default_factory=dict)

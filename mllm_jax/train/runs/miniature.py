@@ -32,8 +32,7 @@ def miniature(run: Run) -> Run:
     """Returns the run with a model of 0.1 million random weights, for 8 steps per stage.
 
     The model has an encoder, a connector and a decoder, with experts if that of `run` has some. Its tokenizer spells
-    any
-    text in bytes. Each set of the recipe's data is the embedded scenes until its path names another. The recipe's
+    any text in bytes. Each set of the recipe's data is the embedded scenes until its path names another. The recipe's
     optimizers, trained weights and losses stay.
     """
     stages = {name: _stage(stage) for name, stage in run.stages.items()}

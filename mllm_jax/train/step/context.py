@@ -23,8 +23,7 @@ class TrainContext:
     balance: load balancing of a model with experts.
     async_gathers: see `mllm_jax.train.step.compiler`.
     seed: seed of adapter dropout, which with the number of the step gives the same values on any mesh, and of random
-      draws
-      of an algorithm.
+      draws of an algorithm.
     optimizer: used instead of that of `optim`.
     """
 

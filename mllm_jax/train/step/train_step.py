@@ -28,11 +28,9 @@ def make_train_step(context: TrainContext, objective: Objective) -> Callable:
       objective: the objective to minimize. `frozen` holds the models that it needs beside state and batch.
     Returns:
       metrics, f32 scalars: loss (the mean of the objective's sums) and its other means, weight (the divisor of the
-      means),
-      grad_norm (before clipping), learning_rate, finite (1 or 0), tokens, targets, patches, images (counts without
-      padding). With experts also balance (L without its weight; absent without a loss), z, imbalance (the busiest
-      expert's
-      load over the mean), dropped (fraction of choices over the capacity).
+      means), grad_norm (before clipping), learning_rate, finite (1 or 0), tokens, targets, patches, images (counts
+      without padding). With experts also balance (L without its weight; absent without a loss), z, imbalance (the
+      busiest expert's load over the mean), dropped (fraction of choices over the capacity).
     """
     return compiled_step(make_pure_step(context, objective), context)
 
