@@ -175,6 +175,6 @@ def test_the_load_of_experts(tmp_path):
 def test_where_the_time_went(tmp_path):
     seconds = {"steps": 3725.0, "compile": 0.0, "lost": 1200.0, "down": 75.0}
     page = render(tmp_path, Run("killed", [{"step": 1, "seconds": {"steps": 1.0}}, {"step": 5, "seconds": seconds}]))
-    for word in ("Where the time went", "1:02:05", "74.5 %", "0:20:00", "24 %", "nothing ran"):
+    for word in ("Wall time", "1:02:05", "74.5 %", "0:20:00", "24 %", "nothing ran"):
         assert word in page.words, word
     assert "compile" not in page.words

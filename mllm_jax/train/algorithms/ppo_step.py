@@ -56,12 +56,12 @@ class PpoObjective(Objective):
 
 
 def make_ppo_step(context: TrainContext, ppo: PpoConfig, chunk: int = CHUNK) -> Callable:
-    """Returns a jitted `step(state, prompts, frozen) -> (state, metrics)`; the state is donated. A call counts as one
-    step.
+    """Returns a jitted `step(state, prompts, judge) -> (state, metrics)`; the state is donated. A call is one step.
 
     Args:
       context: its model has a value head; `optim` counts updates; `grad_accum_steps` is of an update. `seed` and the
-        number of the step determine the answers and their minibatches. Returns:
+        number of the step determine the answers and their minibatches.
+    Returns:
       metrics, f32 scalars: means over updates of the sums of `PpoObjective` and of grad_norm, the last learning_rate,
       finite (1 or 0: all updates were), statistics of the answers from `experience`, and counts of the rows with
       answers.
