@@ -39,8 +39,8 @@ MARKER = ".mllm_jax-demo"  # a folder with this file may be deleted by the next 
 TOGETHER = 50  # questions that are answered at once
 LONGEST = 8  # tokens of an answer
 
-LEAD = """A small Qwen3-VL was trained on this machine to answer questions about generated images and videos. It was killed
-half-way, resumed, exported in Hugging Face's format and loaded again. Generated images are an embedded example:
+LEAD = """A small Qwen3-VL was trained on this machine to answer questions about generated images and videos. It was
+killed half-way, resumed, exported in Hugging Face's format and loaded again. Generated images are an embedded example:
 scores tell nothing about photographs."""
 
 console = Console(highlight=False)

@@ -32,8 +32,8 @@ def attention_of(vlm: Any, batch: Batch, at: Array) -> jax.Array:
         where `weight` is above 0.
       at: i32[B Q] columns of the queries, Q in every row.
     Returns:
-      f32[L B N Q T] of every layer and head; each row sums to 1, and is 0 at other conversations and at padding. The row
-        of a query at padding has no meaning.
+      f32[L B N Q T] of every layer and head; each row sums to 1, and is 0 at other conversations and at padding. The
+        row of a query at padding has no meaning.
     Raises:
       ValueError: the model has no decoder or latent attention, or `at` are not columns of the batch.
     """
