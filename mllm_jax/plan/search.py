@@ -163,8 +163,7 @@ class Search:
         return candidate._replace(planned=planned, time=spent, compiled=True)
 
     def compile_best(self, found: Found, count: int, seconds: float, report: Callable[[str], None]) -> Found:
-        """Compiles the best candidates with low effort until `count` fit, or one more would likely exceed `seconds` in
-        all.
+        """Compiles the best candidates with low effort until `count` fit, or one more would likely exceed `seconds`.
 
         Args:
           report: receives the mesh that is compiled.

@@ -10,8 +10,7 @@ from mllm_jax.types import DualBatch, Example, ImagePatches
 
 
 def in_rows(rows: Sequence[Sequence[ImagePatches]], budget: Budget, count: int, values: int) -> DualBatch:
-    """Images in rows with room for `budget.patch_rows` x `budget.patches_per_row`, at most `count` in each;
-    embeddings come row by row.
+    """Lays out images in rows of the budget, at most `count` in each; embeddings come row by row.
 
     values: of a patch. Raises TooLarge where a row has more patches or images.
     """

@@ -68,12 +68,11 @@ def make_loader(
     max_bad_fraction: float = 0.05,
     reading: Reading | None = None,
 ) -> grain.DatasetIterator:
-    """Returns an iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)`, `close()`; the state is
-    JSON.
+    """Returns an iterator of (Batch or DualBatch, Info) with `get_state()`, `set_state(state)` and `close()`.
 
-    Batches depend on the source and on the options down to `streams`, not on processes or workers. The states of all
-    processes, joined by `join_states`, are a state for any number of processes. At the end of the data the `value` of
-    StopIteration is the last state, which also counts the records after those of the last batch.
+    The state is JSON. Batches depend on the source and on the options down to `streams`, not on processes or workers.
+    The states of all processes, joined by `join_states`, are a state for any number of processes. At the end of the
+    data the `value` of StopIteration is the last state, which also counts the records after those of the last batch.
 
     Args:
         source: `len(source)` and `source[i] -> {"messages", "kind", "id"}`; a list of them, read as one set; or a

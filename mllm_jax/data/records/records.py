@@ -78,8 +78,7 @@ class BadData(RuntimeError):
 
 
 def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
-    """Returns {"messages": [{"role", "content"}], "kind": str, "id": str} in Hugging Face's layout, from any layout
-    above.
+    """Returns a record of any layout above as {"messages": [{"role", "content"}], "kind": str, "id": str}.
 
     Messages are those of `mllm_jax.data.records.messages`; a document is one message of the role DOCUMENT. Images and
     videos are results of `find`, or bytes. A pair of answers is a conversation that ends with the chosen one, and also

@@ -46,8 +46,7 @@ def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int, int]:
-    """The largest (height, width) of whole patches, with nearly this aspect ratio, that at most `patches` patches
-    cover.
+    """The largest (height, width) of whole patches with nearly this aspect ratio, of at most `patches` patches.
 
     The rule of NaFlex (SigLIP 2, arXiv 2502.14786): a scale is found by bisection, sides are rounded up.
     """

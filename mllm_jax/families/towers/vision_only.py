@@ -36,8 +36,7 @@ def square_images(config: Any, arrays: Arrays) -> list[ImagePatches]:
 
 
 def images_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
-    """Images of NaFlex: `pixel_values` f[n p C] patches with values in (y, x, c) order, `spatial_shapes` i[n 2] in
-    patches.
+    """Images of NaFlex: `pixel_values` f[n p C] with values in (y, x, c) order, `spatial_shapes` i[n 2] in patches.
 
     `pixel_attention_mask` marks the padding, which follows from the shapes, and is only compared with them.
     """

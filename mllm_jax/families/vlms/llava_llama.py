@@ -191,8 +191,7 @@ class LlavaLlama(llava.Llava):
         return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
-        """As in other families, with the chat format, which follows from the decoder, since config.json does not have
-        it.
+        """As in other families, with the chat format of the decoder, which config.json does not have.
 
         A chat_template.jinja in the folder sets another format, such as that of LLaVA on Llama 2 Chat.
         """

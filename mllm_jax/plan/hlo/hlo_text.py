@@ -255,8 +255,7 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
 
 
 def largest_arrays(program: Program, count: int) -> list[tuple[str, str, int]]:
-    """Returns (shape, scope, bytes on a device) of the `count` largest arrays that the program makes in its main
-    memory.
+    """Returns (shape, scope, bytes on a device) of the `count` largest arrays that the program allocates.
 
     Arrays of one shape and scope are listed once, and copies are left out: the text does not tell which of them live at
     the same time.

@@ -48,8 +48,7 @@ class Contrastive(Algorithm):
 
 
 def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns a jitted `step(state, batch) -> (state, metrics)`; the state is donated. Image i of a batch belongs to
-    text i.
+    """Returns a jitted `step(state, batch) -> (state, metrics)`, which donates the state. Image i belongs to text i.
 
     No device holds the logits of all pairs, see train/losses/contrastive.py. A step whose loss or gradient is not
     finite changes only the counters.

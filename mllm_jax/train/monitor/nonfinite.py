@@ -31,8 +31,7 @@ STACK = re.compile(r"^(?P<stack>(?P<part>.*?)/?layers\d*(?:/slots_\d+)?)(?=/|$)(
 def find_nonfinite(
     run: Run, objective: Objective, state: TrainState, batch: Batch, mesh: Mesh, frozen: Any = None
 ) -> list[str]:
-    """Returns lines that name the non-finite values of a step from this state with this batch; `frozen` as steps take
-    it.
+    """Returns lines that name the non-finite values of a step from this state; `frozen` as steps take it.
 
     Weights come first, then the first output of the forward pass, then the first gradient of the backward pass; later
     ones follow from it.

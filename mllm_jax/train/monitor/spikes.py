@@ -1,5 +1,4 @@
-"""Handles a spike of the loss: resume from the last checkpoint with the data after the spike (PaLM, arXiv 2204.02311,
-5.1).
+"""Handles a loss spike: resume from the last checkpoint with the data after it (PaLM, arXiv 2204.02311, 5.1).
 
 The rule reads losses, which all processes have, in the order of steps. So all processes decide alike, and an
 interrupted run decides like an uninterrupted one.

@@ -1,5 +1,4 @@
-"""Ends a run that hangs, and names the process that hangs and its position; the same command resumes from the last
-save.
+"""Ends a run that hangs, and names the process that hangs; the same command resumes from the last save.
 
 A process that waits in a collective waits forever and cannot be interrupted. So a thread watches the clock and ends the
 process.

@@ -76,8 +76,7 @@ class Part(Files):
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureData(DataConfig):
-    """Several sets, drawn from by weight, forever (see `mllm_jax.data.sources.mixture`). Weights count conversations,
-    not tokens.
+    """Several sets, drawn from by weight, forever (see `mllm_jax.data.sources.mixture`). Weights count conversations.
 
     sources: the sets by name.
     temperature: exponent of size: weights are multiplied with size^(1 / temperature). 1: by size, 2: by its square
