@@ -76,7 +76,7 @@ class Llama3RopeScaling(Config):
 
 @dataclass(frozen=True)
 class LongRopeScaling(Config):
-    """A divisor per slot, one list for texts up to `length` tokens and one for longer ones (LongRoPE, arXiv 2402.13753).
+    """A divisor per slot, one list for texts up to `length` tokens, one for longer ones (LongRoPE, arXiv 2402.13753).
 
     short, long: H/2 divisors.
     table_scale: of cosines and sines.
