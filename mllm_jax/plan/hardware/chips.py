@@ -37,7 +37,9 @@ class Chip(Config):
     @property
     def peak(self) -> float:
         """bf16 FLOP/s."""
-        return peak_flops(self.kind)
+        if peak := peak_flops(self.kind):
+            return peak
+        raise ValueError(f"{self.kind!r} has no bf16 peak. Add it to PEAK_FLOPS in train/monitor/flops.py")
 
 
 NVLINK = "https://www.nvidia.com/en-us/data-center/nvlink/"  # GB/s of a GPU, both ways together: 600, 900, 1800
