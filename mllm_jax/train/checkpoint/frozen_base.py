@@ -1,6 +1,6 @@
-"""The frozen base of a run with adapters: checkpoints leave it out, and it comes again from where the run began.
+"""Leaves the frozen base weights of a run with adapters out of its checkpoints, and reloads them from their source.
 
-So that a run never goes on from other weights, a fingerprint of the base lies beside the checkpoints.
+A fingerprint of the base is stored next to the checkpoints, so that a run cannot resume from other weights.
 """
 
 import json
@@ -23,7 +23,11 @@ FILE = "base.json"
 
 
 def saved(run: Run, params: Any) -> dict:
-    """Of a tree like the parameters, what checkpoints hold: of a run with adapters what it changes, else all."""
+    """Returns the leaves that a checkpoint stores: all of them, or only those that change in a run with adapters.
+
+    Args:
+      params: a tree with the structure of the parameters.
+    """
     if not run.lora.rank:
         return params
     trained, frozen = split(params, run.optim.freeze)
@@ -31,33 +35,39 @@ def saved(run: Run, params: Any) -> dict:
 
 
 def completed(run: Run, workdir: Path, params: Any, begin: Callable[[], dict]) -> dict:
-    """The inverse of `saved` for a run in `workdir`. Raises ConfigError where the base is no longer the same.
+    """Returns all parameters of a run in `workdir` from the saved ones: the inverse of `saved`.
 
-    begin: gives the parameters that the run begins with, see `mllm_jax.train.checkpoint.restore`.
+    Args:
+      begin: returns the initial parameters of the run, see `mllm_jax.train.checkpoint.restore`.
+    Raises:
+      ConfigError: the base has changed.
     """
     if not run.lora.rank:
         return params
-    whole = begin()
-    note_base(run, workdir, whole, again=True)
-    return join(whole, params)
+    initial = begin()
+    note_base(run, workdir, initial, again=True)
+    return join(initial, params)
 
 
 def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None:
-    """Writes the fingerprint of the base into the run's folder, or compares it with that which is there."""
+    """Writes the fingerprint of the base into the run's folder or, if `again`, compares it with the one stored there.
+
+    Raises ConfigError if they differ.
+    """
     if not run.lora.rank:
         return
-    kept, file = flatten(saved(run, params)), Path(workdir) / FILE
-    base = partition(params, lambda path: path not in kept)[0]
-    found = {"init": run.init or run.taken, "fingerprint": int(fingerprint(base))}
+    stored, file = flatten(saved(run, params)), Path(workdir) / FILE
+    base = partition(params, lambda path: path not in stored)[0]
+    current = {"init": run.init or run.taken, "fingerprint": int(fingerprint(base))}
     if not again:
         if jax.process_index() == 0:
-            write_whole(file, json.dumps(found) + "\n")
+            write_whole(file, json.dumps(current) + "\n")
         return
-    began = read_note(file, BEGIN_ANEW, fingerprint=int)
-    if began["fingerprint"] != found["fingerprint"]:
-        named = f"config.init={run.init!r}" if run.init else f"config.parts={run.taken}" if run.taken else ""
-        source = named or f"config.train.seed={run.train.seed}"
+    initial = read_note(file, BEGIN_ANEW, fingerprint=int)
+    if initial["fingerprint"] != current["fingerprint"]:
+        setting = f"config.init={run.init!r}" if run.init else f"config.parts={run.taken}" if run.taken else ""
+        source = setting or f"config.train.seed={run.train.seed}"
         raise ConfigError(
-            f"{workdir} began with other weights (of {began['init'] or 'config.train.seed'!r}) than {source} gives; "
-            "its checkpoints hold what is trained alone: give it those weights again, or use another --workdir"
+            f"{workdir} began with other weights (of {initial['init'] or 'config.train.seed'!r}) than {source} gives, "
+            "and its checkpoints contain only the trained weights. Restore the first weights, or use another --workdir."
         )

@@ -68,7 +68,7 @@ def test_checkpoints_leave_the_base_out(trained):
 def test_a_run_needs_the_base_that_it_began_with(trained):
     config = a_config()
     config.train.seed = 5
-    with pytest.raises(ConfigError, match="began with other weights .* than config.train.seed=5 gives; "):
+    with pytest.raises(ConfigError, match="began with other weights .* than config.train.seed=5 gives, and its"):
         train(config, trained)
     config = a_config()
     config.lora.alpha = 3.0
