@@ -30,7 +30,7 @@ from mllm_jax.train.step.state import new_state
 
 MODEL = tiny_config()
 RUN = Run(MODEL, ScenesData(), OptimConfig(freeze=("encoder/patch_embed/.*",)))
-NOT_FINITE = "hold values that are not finite"
+NOT_FINITE = "contain values that are not finite"
 
 
 def find(run, *poisoned, nan_targets=()):
