@@ -72,7 +72,7 @@ def test_an_empty_value_is_not_taken_for_none():
 
 @pytest.mark.parametrize("text", ["nohost", "localhost:", "localhost:port", ":1234", "localhost:99999", "a:0", "a:1:2"])
 def test_a_coordinator_is_a_host_and_a_port(text):
-    with pytest.raises(ConfigError, match=r"^--coordinator=.* must be HOST:PORT, such as 10\.0\.0\.1:1234$"):
+    with pytest.raises(ConfigError, match=r"^--coordinator=.* must be HOST:PORT, such as 10\.0\.0\.1:1234\.$"):
         processes.join(text, 2, 0, detect=False)
 
 

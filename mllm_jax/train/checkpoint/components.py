@@ -1,4 +1,4 @@
-"""A model put together of published ones: a tower from one folder, a decoder from another, the rest random."""
+"""Assembles a model from published parts: a tower from one folder, a decoder from another, the rest random."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,21 +18,22 @@ from mllm_jax.pretrained.api import load_params, published_config
 from mllm_jax.sharding.weights import Partitioned, shardings
 from mllm_jax.train.runs.config import Run
 
-# Fields that a model may set regardless of the published part; the others must be equal.
+# Fields of a part's config that may differ from the published ones; a difference in any other field is printed.
 CHOSEN = ("features", "deepstack_layers", "vocab", "prefix", "family")
 
 
 def load_parts(run: Run, mesh: Mesh, dtypes: dict[str, str]) -> dict[str, Any]:
-    """The parameters of the base model, laid out for the mesh: of the parts `run.taken` those of their folders.
+    """Returns the base model's parameters, sharded over the mesh.
 
-    All else is random, as without them. Of a vocabulary that is larger than the folder's, the rows beyond are the mean
-    of the others: what `resize_token_embeddings` of transformers gives, but for its noise.
+    The parts in `run.taken` are loaded from their folders, all others are random. If the run's vocabulary is larger
+    than a folder's, each additional row is the mean of the published rows: `resize_token_embeddings` of transformers
+    without its noise.
 
     Args:
-      dtypes: of single parameters that shall not be fp32, by path.
+      dtypes: dtypes of parameters that are not kept in fp32, by path.
     Raises:
-      ConfigError: a folder is of no known model, lacks the part, or its weights have other names or shapes; each is
-        told. FileNotFoundError: there is no such folder or model.
+      ConfigError: a folder contains an unknown model, lacks the part, or its weights have other names or shapes; the
+        message lists them. FileNotFoundError: the folder or model does not exist.
     """
     model, sources = replace(run.model, lora=LoraConfig()), run.taken
     boxed, rules = abstract_boxed(model), model.runtime.rules
@@ -47,20 +48,25 @@ def load_parts(run: Run, mesh: Mesh, dtypes: dict[str, str]) -> dict[str, Any]:
 
 
 def _matching(part: str, source: str, model: ModelConfig | DualConfig, boxed: Any) -> ModelConfig | DualConfig:
-    """The published model of a folder. Raises ConfigError unless this part of it fits ours."""
+    """Returns the config of the published model in a folder. Raises ConfigError unless this part's weights fit ours."""
     try:
         theirs = replace(published_config(source), runtime=model.runtime)
     except ValueError as error:
         raise ConfigError(f"config.parts.{part}: {describe_error(error)}") from error
     if part not in (there := abstract_boxed(theirs)):
-        raise ConfigError(f"config.parts.{part}={source} is a model without that part; it has {', '.join(there)}")
-    ours, found = flatten({part: boxed[part]}), flatten({part: there[part]})
-    faults = [f"{path} is not there, {_shape(ours[path])} here" for path in ours.keys() - found.keys()]
-    faults += [f"{path} is {_shape(found[path])} there, not here" for path in found.keys() - ours.keys()]
+        raise ConfigError(
+            f"config.parts.{part}={source}: this model has no {part}. Choose a folder with that part; this one has "
+            f"{', '.join(there)}."
+        )
+    ours, published = flatten({part: boxed[part]}), flatten({part: there[part]})
+    faults = [f"{path} is not in the folder, {_shape(ours[path])} here" for path in ours.keys() - published.keys()]
     faults += [
-        f"{path} is {_shape(found[path])} there, {_shape(ours[path])} here"
-        for path in ours.keys() & found.keys()
-        if not _fits(found[path], ours[path])
+        f"{path} is {_shape(published[path])} in the folder, not here" for path in published.keys() - ours.keys()
+    ]
+    faults += [
+        f"{path} is {_shape(published[path])} in the folder, {_shape(ours[path])} here"
+        for path in ours.keys() & published.keys()
+        if not _fits(published[path], ours[path])
     ]
     if faults:
         lines = "\n  ".join(sorted(faults))
@@ -85,16 +91,17 @@ def _fits(theirs: Partitioned, ours: Partitioned) -> bool:
 
 
 def _load(part: str, source: str, theirs: Any, boxed: Any, layout: Any, dtypes: dict[str, str]) -> Any:
-    """The weights of one part, of the shapes and places of ours."""
-    boxes, places, found = flatten(boxed), flatten(layout), flatten(abstract_boxed(theirs)[part])
-    fewer = [path for path in boxes if boxes[path].value.shape != found[path].value.shape]
-    whole = {path: NamedSharding(places[path].mesh, PartitionSpec()) for path in fewer}  # any number may not divide
-    first = unflatten(places | whole)
-    params = flatten(load_params(source, theirs, {part: first}, dtypes=dtypes, part=part)[part])
-    for path in fewer:
+    """Loads the weights of one part, with the shapes and shardings of our model."""
+    boxes, targets, published = flatten(boxed), flatten(layout), flatten(abstract_boxed(theirs)[part])
+    resized = [path for path in boxes if boxes[path].value.shape != published[path].value.shape]
+    # Replicated until resized: the mesh may not divide the published number of rows.
+    replicated = {path: NamedSharding(targets[path].mesh, PartitionSpec()) for path in resized}
+    loaded = unflatten(targets | replicated)
+    params = flatten(load_params(source, theirs, {part: loaded}, dtypes=dtypes, part=part)[part])
+    for path in resized:
         axis = boxes[path].names.index("vocab")
         grow = partial(_with_means, axis=axis, size=boxes[path].value.shape[axis])
-        params[path] = jax.jit(grow, out_shardings=places[path])(params[path])
+        params[path] = jax.jit(grow, out_shardings=targets[path])(params[path])
     return unflatten(params)
 
 

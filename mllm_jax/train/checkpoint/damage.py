@@ -1,7 +1,7 @@
-"""Detects and names damaged files of a run when they are read.
+"""Detects damaged checkpoints when they are read.
 
-A checkpoint holds a fingerprint of every array and a checksum of everything else. A flipped bit in storage, or a copy
-that stopped half way, is found when the checkpoint is restored.
+A checkpoint contains a fingerprint of every array and a checksum of everything else. A flipped bit or an incomplete
+copy is therefore found when the checkpoint is restored.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from mllm_jax.common.files import DISK_FULL, is_disk_full
 from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 
 CHECKSUM = "sha256"
-# Errors of tensorstore about storage that may respond later: the files are not damaged.
+# Status codes of tensorstore for storage errors that may pass: the files themselves may be intact.
 OF_STORAGE = re.compile("PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|ABORTED")
 
 
 class Damaged(ConfigError):
-    """A checkpoint that cannot be read or does not hold what was saved.
+    """A checkpoint that cannot be read, or whose content differs from what was saved.
 
-    everywhere: every process of the run has found it.
+    everywhere: True if every process of the run has found the damage.
     """
 
     def __init__(self, folder: Path, why: str, everywhere: bool):
@@ -37,41 +37,44 @@ class Damaged(ConfigError):
 
 
 def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its own checksum."""
+    """Returns a copy of a JSON object with its checksum added under the key `CHECKSUM`."""
     return {**about, CHECKSUM: _checksum(about)}
 
 
 def read_sealed(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The inverse of `sealed`. Raises Damaged where the checksum is another one, or is not there."""
+    """Returns the object without its checksum: the inverse of `sealed`. Raises Damaged if it is wrong or missing."""
     about = dict(about)
     if about.pop(CHECKSUM, None) != _checksum(about):
-        raise Damaged(folder, "its config or its position in the data is not what was saved", everywhere=True)
+        raise Damaged(folder, "its config or its position in the data differs from what was saved", everywhere=True)
     return about
 
 
 def check_arrays(tree: Any, saved: Mapping[str, int | None], folder: Path) -> None:
-    """Raises ConfigError unless a tree, or its shapes, has leaves of the names that were `saved`."""
+    """Raises ConfigError unless every leaf of a tree (arrays or shapes) has its name among those `saved`."""
     wanted = set(names(tree))
-    if lacking := sorted(wanted - saved.keys()):
+    if missing := sorted(wanted - saved.keys()):
         raise ConfigError(
-            f"{folder} has no {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}: another version of "
-            "mllm_jax, jax or optax wrote it. Read it with that version, or use another --workdir"
+            f"{folder} has no {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: another version of "
+            "mllm_jax, jax or optax wrote it. Read it with that version, or use another --workdir."
         )
 
 
 def verify(tree: Any, saved: Mapping[str, int | None], folder: Path) -> None:
-    """Raises Damaged unless the arrays of a tree have the fingerprints that were saved; None = none was."""
+    """Raises Damaged unless the arrays of a tree have the saved fingerprints. Does nothing if a fingerprint is None."""
     if None in saved.values():
         return
-    if wrong := [name for name, found in fingerprints(tree).items() if found != saved[name]]:
-        raise Damaged(folder, f"{first_few(wrong)} do not hold the values that were saved", everywhere=True)
+    if wrong := [name for name, value in fingerprints(tree).items() if value != saved[name]]:
+        raise Damaged(folder, f"{first_few(wrong)} differ from the values that were saved", everywhere=True)
 
 
 @contextmanager
 def reading(folder: Path, everywhere: bool = False) -> Iterator[None]:
-    """Raises Damaged for whatever a reader of damaged files raises, but not where storage or memory fail.
+    """Turns the errors of reading a damaged checkpoint into Damaged, and errors of the storage into OSError.
 
-    everywhere: all processes read the same files, so that all of them fail.
+    Errors of memory and of jax, and ConfigErrors, pass unchanged.
+
+    Args:
+      everywhere: True if all processes read the same files, so that all of them fail.
     """
     _hide_late_errors()
     try:
@@ -90,16 +93,17 @@ class SaveFailed(OSError):
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """Raises SaveFailed, in one line, for what a writer of checkpoints raises where a disk is full or fails."""
+    """Turns the errors of writing a checkpoint to a full or failing disk into SaveFailed, in one line."""
     _hide_late_errors()
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        why = DISK_FULL if is_disk_full(error) else f"{error_text(error)}; see to the disk"
+        why = DISK_FULL if is_disk_full(error) else f"{error_text(error)}; repair the disk"
         raise SaveFailed(
-            f"{folder}: a checkpoint could not be saved: {why}, and the same command resumes from the last complete one"
+            f"{folder}: a checkpoint could not be saved: {why}, then rerun the same command: it resumes from the last "
+            "complete checkpoint."
         ) from error
 
 
@@ -108,7 +112,7 @@ def _checksum(about: Mapping[str, Any]) -> str:
 
 
 def _hide_late_errors() -> None:
-    """Silences errors that pending reads and writes print from their own threads after one of them has failed."""
+    """Suppresses "Event loop is closed", which threads of pending reads and writes print after one of them failed."""
     before = sys.unraisablehook
 
     def hook_of_reading(found):

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays: equal for equal values on any mesh, so that a checkpoint can be verified on another one."""
+"""Computes fingerprints of arrays that do not depend on the mesh, so that any mesh can verify a checkpoint."""
 
 import json
 import zlib
@@ -15,18 +15,18 @@ from mllm_jax.common.workdir import BEGIN_ANEW, read_note
 
 
 def names(tree: Any) -> list[str]:
-    """The paths of the leaves of a tree, in the order of its leaves."""
+    """Returns the paths of a tree's leaves, in the order of the leaves."""
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
-    """The fingerprint of every leaf by its path, as `fingerprint` defines it. Waits for the devices."""
+    """Returns the fingerprint of every leaf by its path, see `_of_array`. Waits for the devices."""
     return dict(zip(names(tree), map(int, jax.device_get(_of_leaves(jax.tree.leaves(tree))))))
 
 
 @jax.jit
 def fingerprint(params: dict[str, Any]) -> jax.Array:
-    """u32[]: one fingerprint of all leaves of a nested dict, and of their paths."""
+    """Returns one u32[] fingerprint of all leaves of a nested dict, and of their paths."""
     total = jnp.zeros((), jnp.uint32)
     for path, x in flatten(params).items():
         total += _of_array(x) * jnp.uint32(zlib.crc32(path.encode()) | 1)
@@ -65,10 +65,10 @@ def _of_leaves(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _of_array(x: jax.Array) -> jax.Array:
-    """u32[]: the sum, modulo 2^32, of the bits of every value times an odd number that depends on its place.
+    """Returns u32[]: the sum, modulo 2^32, of every value's bits times an odd factor that depends on its index.
 
-    A sum of integers does not depend on its order, thus not on the mesh. A change of one value of up to 32 bits always
-    changes the sum, because an odd factor has an inverse modulo 2^32; several changes go unseen once in 2^32.
+    A sum of integers does not depend on its order, and therefore not on the mesh. Changing one value of up to 32 bits
+    always changes the sum, because an odd factor has an inverse modulo 2^32. Several changes cancel once in 2^32.
     """
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

@@ -1,6 +1,6 @@
-"""The frozen base weights of a run with adapters, which checkpoints leave out.
+"""Leaves the frozen base weights of a run with adapters out of its checkpoints, and reloads them from their source.
 
-A resumed run reads them again from where the run began. A fingerprint beside the checkpoints verifies them.
+A fingerprint of the base is stored next to the checkpoints, so that a run cannot resume from other weights.
 """
 
 import re
@@ -17,9 +17,10 @@ FILE = "base.json"
 
 
 def saved(run: Run, params: Any) -> dict:
-    """Returns the leaves that a checkpoint stores: all of them, or only the trained ones when the run uses adapters.
+    """Returns the leaves that a checkpoint stores: all of them, or only those that change in a run with adapters.
 
-    params: the parameters, or any tree of their structure.
+    Args:
+      params: a tree with the structure of the parameters.
     """
     if not run.lora.rank:
         return params
@@ -28,21 +29,27 @@ def saved(run: Run, params: Any) -> dict:
 
 
 def completed(run: Run, workdir: Path, params: Any, begin: Callable[[], dict]) -> dict:
-    """The inverse of `saved` for a run in `workdir`. Raises ConfigError where the base is no longer the same.
+    """Returns all parameters of a run in `workdir` from the saved ones: the inverse of `saved`.
 
-    begin: gives the parameters that the run begins with, see `mllm_jax.train.checkpoint.restore`.
+    Args:
+      begin: returns the initial parameters of the run, see `mllm_jax.train.checkpoint.restore`.
+    Raises:
+      ConfigError: the base has changed.
     """
     if not run.lora.rank:
         return params
-    whole = begin()
-    note_base(run, workdir, whole, again=True)
-    return join(whole, params)
+    initial = begin()
+    note_base(run, workdir, initial, again=True)
+    return join(initial, params)
 
 
 def note_base(run: Run, workdir: Path, params: Any, again: bool = False) -> None:
-    """Writes the fingerprint of the base into the run's folder, or compares it with that which is there."""
+    """Writes the fingerprint of the base into the run's folder or, if `again`, compares it with the one stored there.
+
+    Raises ConfigError if they differ.
+    """
     if not run.lora.rank:
         return
-    kept, file = flatten(saved(run, params)), Path(workdir) / FILE
-    base = partition(params, lambda path: path not in kept)[0]
+    stored, file = flatten(saved(run, params)), Path(workdir) / FILE
+    base = partition(params, lambda path: path not in stored)[0]
     verify_frozen_weights(file, again, ("base", run.first_weights, base))

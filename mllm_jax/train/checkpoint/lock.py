@@ -1,7 +1,8 @@
-"""A lock file that keeps a working directory to one run at a time, and shows that its holder lives.
+"""Locks a working directory, so that only one run at a time writes to it.
 
-The file is created by a hard link, which is atomic on NFS too. Its holder touches it every few seconds. A second start
-on the same machine looks for the holder's process; on another machine it watches the file's modification time.
+The lock file identifies its holder, which touches it every `BEAT` seconds. It is created by a hard link, which is
+atomic on NFS too. A second run on the holder's machine checks that the holder's process exists; on another machine it
+watches the age of the file by the clock of the file system.
 """
 
 import contextlib
@@ -25,16 +26,18 @@ from mllm_jax.train.checkpoint.manager import from_all_processes
 from mllm_jax.train.monitor.processes import COMPILING, meet
 
 FILE = "run.lock"
-BEAT = 5.0  # seconds after which the holder touches the file again
-STALE = 60.0  # seconds without a touch after which its holder counts as dead
+BEAT = 5.0  # seconds between two touches of the file by its holder
+STALE = 60.0  # age of the file in seconds from which on its holder is considered dead
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the lock of a working directory; process 0 does it for all processes.
+    """Holds the lock of a working directory inside the block. Process 0 takes it for all processes of the run.
 
-    The lock of a process that has ended, or of a machine that gives no sign of life for a minute, is taken over.
-    Raises ConfigError in every process where another run holds it.
+    A lock is taken over if its process has ended, or if another machine has not touched it for `STALE` seconds.
+
+    Raises:
+      ConfigError: another run holds the lock. Every process raises it.
     """
     lock, refusal = Lock(workdir / FILE), ""
     if jax.process_index() == 0:
@@ -42,7 +45,7 @@ def locked(workdir: Path) -> Iterator[None]:
             lock.take()
         except (ConfigError, OSError) as error:
             refusal = describe_error(error)
-    meet(COMPILING)  # longer than a lock is watched
+    meet(COMPILING)  # a timeout that exceeds the time for which process 0 watches a lock
     if refusal := from_all_processes({"refusal": refusal})[0]["refusal"]:
         raise ConfigError(refusal)
     try:
@@ -52,14 +55,14 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 class Lock:
-    """The lock file at `path`, and the thread that touches it while it is held."""
+    """Lock file at `path`, with a thread that touches it while this process holds it."""
 
     def __init__(self, path: Path):
         self.path, self._token, self._done = path, uuid.uuid4().hex, threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def take(self) -> None:
-        """Waits where the holder may be dead. Raises ConfigError as soon as it is known to live."""
+        """Takes the lock; waits while its holder may be dead. Raises ConfigError once the holder proves to be alive."""
         while not self._create(self.path):
             self._wait_until_stale()
             self._remove_stale()
@@ -73,7 +76,7 @@ class Lock:
                 self.path.unlink(missing_ok=True)
 
     def _create(self, path: Path) -> bool:
-        """Creates a lock file atomically; returns False if there is one."""
+        """Creates a lock file atomically. Returns False if it exists."""
         own = path.with_name(f"{path.name}.{self._token}")
         try:
             with writing(path):
@@ -83,18 +86,18 @@ class Lock:
             own.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
-        """Content of the lock file; empty if it is gone or not readable."""
+        """Returns the content of the lock file, or {} if it is missing or unreadable."""
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def _holder(self) -> str | None:
         return self._read().get("token")
 
     def _age(self) -> float | None:
-        """Seconds since the last touch, by the clock of the file system; None where there is no lock."""
+        """Returns the seconds since the last touch, by the clock of the file system. None if there is no lock."""
         probe = self.path.with_name(f"{self.path.name}.{self._token}.now")
         probe.write_bytes(b"")
         try:
@@ -105,11 +108,15 @@ class Lock:
             probe.unlink()
 
     def _wait_until_stale(self) -> None:
-        """Returns when the holder has ended, or has not touched the lock for `STALE` seconds."""
+        """Returns when the holder has ended, or has not touched the lock for `STALE` seconds.
+
+        Raises:
+          ConfigError: the holder is alive.
+        """
         holder, oldest = self._read(), 0.0
         while (age := self._age()) is not None and self._holder() == holder.get("token"):
             lives = _lives(holder)
-            if lives or age < oldest - 1:  # touched while we looked
+            if lives or age < oldest - 1:  # touched since the last iteration
                 raise ConfigError(self._refusal(holder))
             if lives is False or age >= STALE:
                 return
@@ -120,11 +127,11 @@ class Lock:
             time.sleep(1.0)
 
     def _remove_stale(self) -> None:
-        """Removes a lock that is still stale; only one of several starts does, the others look again."""
+        """Removes the lock if it is still stale. Of several waiting runs only one does; the others try again."""
         guard = self.path.with_name(f"{self.path.name}.takeover")
         if not self._create(guard):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - guard.stat().st_mtime > STALE:  # its process was killed in the two lines below
+                if time.time() - guard.stat().st_mtime > STALE:  # its process was killed during the takeover below
                     guard.unlink()
             time.sleep(0.2)
             return
@@ -139,7 +146,7 @@ class Lock:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", 0)))
         return (
             f"--workdir={self.path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} since "
-            f"{since}. Wait until it ends, or use another --workdir"
+            f"{since}. Wait until it ends, or use another --workdir."
         )
 
     def _beat(self) -> None:
@@ -149,14 +156,14 @@ class Lock:
             with contextlib.suppress(OSError):  # a file system that does not answer now may answer later
                 if self.path.exists():
                     os.utime(self.path)
-                else:  # somebody has removed it
+                else:  # another process or a user has removed it
                     self._create(self.path)
 
     def _lose(self) -> None:
-        """Ends this process at once: it was asleep, and another run writes into the folder by now."""
+        """Ends this process at once: it was suspended, and another run now writes to the folder."""
         print(
-            f"error: another run has taken over {self.path.parent} while this process was stopped for {STALE:.0f} s or "
-            "longer; it ends here, and what the other one saves stays",
+            f"error: another run has taken over {self.path.parent} while this process was suspended for {STALE:.0f} s "
+            "or longer. This process ends without saving.",
             file=sys.stderr,
             flush=True,
         )
@@ -183,7 +190,7 @@ def _create_exclusively(path: Path, content: bytes) -> bool:
 
 
 def _machine() -> dict[str, str]:
-    """Host, its boot and its namespace of processes (a container's): where these are equal, process numbers compare."""
+    """Returns the host, its boot ID and its PID namespace. Process ids are comparable only if all three are equal."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return {
         "host": socket.gethostname(),
@@ -197,16 +204,16 @@ def _identity() -> dict[str, Any]:
 
 
 def _lives(holder: dict[str, Any]) -> bool | None:
-    """Returns whether the holder of a lock lives; None if it is, or was, on another machine."""
+    """Returns whether the holder of a lock is alive. None if it runs on another machine."""
     if {name: holder.get(name) for name in _machine()} != _machine():
         return None
     return _started(holder.get("pid")) == holder.get("started")
 
 
 def _started(pid: Any) -> str | None:
-    """Start of a process of this machine, in ticks since the machine's; None if there is no such process.
+    """Returns the start time of a local process in clock ticks since boot. None if there is no such process.
 
-    A number may be given to another process later, which has begun at another time.
+    The start time distinguishes the process from a later one with the same id.
     """
     if not isinstance(pid, int):
         return None
@@ -216,11 +223,11 @@ def _started(pid: Any) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else fields[19]  # one that has ended stays listed until its parent asks for it
+    return None if fields[0] in "ZX" else fields[19]  # Z, X: ended, but its parent has not yet reaped it
 
 
 def _answers(pid: int) -> str | None:
-    """Start time of a process on systems without /proc: "" if there is such a process, None if there is none."""
+    """Returns "" if a process exists, else None, on systems without /proc."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

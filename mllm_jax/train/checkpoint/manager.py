@@ -1,9 +1,8 @@
-"""Checkpoints of a run (Orbax): written in the background, atomic, readable on another mesh.
+"""Saves and restores the checkpoints of a run with Orbax: asynchronously, atomically, readable on any mesh.
 
-A checkpoint holds the training state, the run's config and the position in the data, for any number of processes. With
-adapters, it leaves out the frozen base (see `mllm_jax.train.checkpoint.frozen_base`).
-A save that is killed leaves a temporary folder, which is ignored and removed by the next run. Damage to a saved
-checkpoint is found when it is read (see `mllm_jax.train.checkpoint.damage`).
+A checkpoint contains the training state, the run's config and the position in the data, for any number of processes.
+Runs with adapters leave out the frozen base (see `mllm_jax.train.checkpoint.frozen_base`). The partial checkpoint of a
+killed save is ignored and deleted on the next start. Reading detects later damage (see `damage.py`).
 """
 
 import json
@@ -25,24 +24,25 @@ from mllm_jax.train.checkpoint.fingerprint import fingerprints, names
 from mllm_jax.train.checkpoint.orbax_manager import CheckpointManager
 from mllm_jax.train.step.state import TrainState
 
-# Fields that a resumed run cannot change: they determine the shapes of its state and the next conversations.
+# Settings that a resumed run cannot change: they determine the shapes of its state, or which conversations come next.
 FIXED = ("model.", "algorithm.type", "lora.", "optim.name", "optim.freeze", "processor", "data.")
 ANY_DATA = ("epochs", "root", "heldout", "workers", "processes", "prefetch", "fail_on_bad_record", "max_bad_fraction")
 FREE = ("model.runtime.", *(f"data.{name}" for name in ANY_DATA))
 
 
 class Restored(NamedTuple):
-    """Contents of a restored checkpoint."""
+    """Content of a checkpoint."""
 
     state: TrainState
-    position: dict[str, Any]  # the state of the loaders of all processes
-    notes: dict[str, Any]  # what else was saved
+    position: dict[str, Any]  # state of the loaders of all processes
+    notes: dict[str, Any]  # the `notes` passed to `save`
 
 
 class Checkpoints:
-    """The checkpoints below `workdir`; the newest `max_to_keep` stay.
+    """Checkpoints below `workdir`. The newest `max_to_keep` are kept.
 
-    verify: a checkpoint gets a fingerprint of every array.
+    Args:
+      verify: store a fingerprint of every array.
     """
 
     def __init__(self, workdir: str | Path, max_to_keep: int = 3, verify: bool = True):
@@ -51,7 +51,7 @@ class Checkpoints:
         self._manager = CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint. None: there is none."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(
@@ -60,8 +60,8 @@ class Checkpoints:
         """Starts to save; returns when the state is copied from the devices, so that the next step may overwrite it.
 
         Args:
-          data: the state of this process's loader.
-          notes: what else shall be found again, of values that JSON knows.
+          data: state of this process's loader.
+          notes: further values to restore, as JSON.
         """
         params, progress = _split(state)
         about = {"config": json.loads(dump(config)), "data": join_states(from_all_processes(data))}
@@ -77,19 +77,19 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints."""
+        """Returns the steps of all complete checkpoints, sorted."""
         return sorted(self._manager.all_steps())
 
     def set_aside(self, step: int, into: Path) -> Path:
-        """Moves a checkpoint out of the way, into a folder; returns where it is. All processes call."""
-        place = set_aside(self.folder / str(step), into) if jax.process_index() == 0 else into / str(step)
+        """Moves a checkpoint into the folder `into` and returns its new path. All processes must call it."""
+        path = set_aside(self.folder / str(step), into) if jax.process_index() == 0 else into / str(step)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set_aside")
         self._manager.reload()
-        return place
+        return path
 
     def drop_after(self, step: int) -> None:
-        """Removes what is newer."""
+        """Deletes checkpoints that are newer than `step`."""
         for newer in self.steps():
             if newer > step:
                 self._manager.delete(newer)
@@ -97,49 +97,50 @@ class Checkpoints:
     def restore(
         self, config: ConfigDict, abstract: TrainState, layout: TrainState, step: int | None = None
     ) -> Restored:
-        """Restores a checkpoint, by default the newest, with its state sharded on the mesh of `layout`.
+        """Restores a checkpoint, by default the newest, with its state sharded as in `layout`.
 
         Raises:
-          ConfigError: the checkpoint is of another model, optimizer or data than `config`. Damaged: it is not complete.
+          ConfigError: model, optimizer or data of the checkpoint differ from `config`. Damaged: the checkpoint is
+            damaged.
         """
         step = self.latest() if step is None else step
-        place = self.folder / str(step)
-        with reading(place, everywhere=True):
+        folder = self.folder / str(step)
+        with reading(folder, everywhere=True):
             about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-        about = read_sealed(about, place)
+        about = read_sealed(about, folder)
         check_same_run(about["config"], config, self.folder.parent)
         wanted = jax.tree.map(placed, abstract, layout)
-        check_arrays(wanted._asdict(), about["arrays"], place)
+        check_arrays(wanted._asdict(), about["arrays"], folder)
         params, progress = _split(wanted)
-        with reading(place):
-            found = self._manager.restore(
+        with reading(folder):
+            items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(params), progress=ocp.args.StandardRestore(progress)
                 ),
             )
-        state = TrainState(params=found.params, **found.progress)
-        verify(state._asdict(), about["arrays"], place)
+        state = TrainState(params=items.params, **items.progress)
+        verify(state._asdict(), about["arrays"], folder)
         return Restored(state, about["data"], about["notes"])
 
     def wait(self) -> None:
-        """Returns when the last save is on disk. Raises SaveFailed."""
+        """Waits until the last save is on disk. Raises SaveFailed."""
         with saving(self.folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save. Raises SaveFailed."""
+        """Waits for the last save and releases Orbax's resources. Raises SaveFailed."""
         with saving(self.folder):
             self._manager.close()
 
 
 def arrays_of(state: TrainState, verify: bool) -> dict[str, int | None]:
-    """The names of the arrays of a state, with their fingerprints where they are to be verified."""
+    """Returns {name: fingerprint} of the arrays of a state. The fingerprints are None unless `verify`."""
     return fingerprints(state._asdict()) if verify else dict.fromkeys(names(state._asdict()))
 
 
 def set_aside(folder: Path, into: Path) -> Path:
-    """Moves a folder into another one, under a name that is free; returns where it is."""
+    """Moves a folder into the folder `into`, with a number appended if its name is taken. Returns the new path."""
     into.mkdir(parents=True, exist_ok=True)
     taken = {path.name for path in into.iterdir()}
     name = next(name for name in (folder.name, *(f"{folder.name}.{n}" for n in range(1, 10**6))) if name not in taken)
@@ -147,13 +148,13 @@ def set_aside(folder: Path, into: Path) -> Path:
 
 
 def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
-    """Parameters, which generation reads alone, and all else."""
+    """Returns (parameters, other fields): generation reads only the parameters."""
     fields = state._asdict()
     return fields.pop("params"), fields
 
 
 def from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Gathers a value from every process, in the order of processes."""
+    """Gathers a JSON object from every process. Returns them in the order of processes. All processes must call it."""
     if jax.process_count() == 1:
         return [data]
     own = np.frombuffer(json.dumps(data).encode(), np.uint8)
@@ -163,16 +164,16 @@ def from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_same_run(before: dict, config: ConfigDict, workdir: Path) -> None:
-    """Raises ConfigError if a run of `config` cannot resume in `workdir` from a checkpoint of `before`."""
+    """Raises ConfigError if a run of `config` cannot resume in `workdir` from a checkpoint with the config `before`."""
     if changed := _changes(before, json.loads(dump(config))):
         raise ConfigError(
             f"{workdir} is of another run: {'; '.join(changed)}. Use another --workdir; --config.init={workdir} "
-            "begins it with the weights of this run"
+            "begins with the weights of this one."
         )
 
 
 def _changes(before: dict, now: dict) -> list[str]:
-    """Differences of two configs that a resumed run cannot have, as "path was x, is y"."""
+    """Returns the differences of two configs in settings that a resumed run cannot change, as "path was x, is y"."""
     before, now = flatten(before, "."), flatten(now, ".")
     paths = [path for path in sorted({*before, *now}) if path.startswith(FIXED) and not path.startswith(FREE)]
     different = [path for path in paths if before.get(path) != now.get(path)]
@@ -180,5 +181,5 @@ def _changes(before: dict, now: dict) -> list[str]:
 
 
 def placed(x, sharding) -> jax.ShapeDtypeStruct:
-    """The shape of an array with the sharding that it is restored with."""
+    """Returns the shape and dtype of an array with the sharding to restore it with."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,13 +1,13 @@
-"""Orbax's manager of checkpoints, which leaves the question of when to stop to the run."""
+"""Subclasses Orbax's CheckpointManager, so that only the run itself decides when to stop."""
 
 import orbax.checkpoint as ocp
 
 
 class CheckpointManager(ocp.CheckpointManager):
-    """A CheckpointManager that never asks jax's preemption service.
+    """A CheckpointManager that never queries jax's preemption service.
 
-    The service takes the number in the last question for the step that a process has begun, and answers yes only for
-    the next number. Orbax asks at every save, with its own numbers, so that the run would miss its stop.
+    The service treats the number of the last query as the step that a process has begun, and answers yes only to the
+    one agreed number. Orbax queries it at every save with other step numbers, so the run would miss its stop.
     """
 
     def reached_preemption(self, step: int) -> bool:

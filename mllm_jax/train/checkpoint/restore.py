@@ -1,4 +1,7 @@
-"""Initial weights of a run: published ones, those of another run (such as the stage before it), or random ones."""
+"""Loads the initial parameters of a run, and the models of finished runs.
+
+A run begins with published weights, the weights of another run (such as the stage before it), or random ones.
+"""
 
 import json
 import os
@@ -31,14 +34,14 @@ from mllm_jax.train.runs.config import Run, processor_source, read_run
 
 
 def first_params(run: Run, mesh: Mesh) -> dict:
-    """Returns the initial fp32 parameters of a run, sharded on the mesh: random, or from `run.init` or `run.parts`.
+    """Returns the initial parameters of a run, sharded over the mesh: from `run.parts`, `run.init`, or at random.
 
-    New adapters are added if the run has adapters and the source has none; the base is then stored as
-    `run.lora.base_dtype` sets, and a base that is not fp32 is read in bf16. Adapters of an earlier run continue if this
-    run has the same, and are merged if it has none. A value head starts at 0, and is left out if the run has none.
+    They are fp32, except the base weights under new adapters: `run.lora.base_dtype` sets their dtype, and those that
+    are not kept in fp32 are read in bf16. Adapters of a previous run are kept if this run has the same ones, and merged
+    into the weights if it has none. A missing value head is initialized to 0, a superfluous one is removed.
 
     Raises:
-      ConfigError: the source has another model or other adapters. FileNotFoundError: the source run has no checkpoint.
+      ConfigError: the previous run has another model or other adapters. FileNotFoundError: it has no checkpoint.
     """
     if run.taken:
         return _adapted(run, _valued(run, load_parts(run, mesh, _half(run)), mesh), mesh)
@@ -56,7 +59,9 @@ def first_params(run: Run, mesh: Mesh) -> dict:
         path = other[0]
         raise ConfigError(
             f"config.init={run.init} is a run of another model: {path} has the shape {theirs.get(path)} there, "
-            f"{ours.get(path)} here" + (f", and {len(other) - 1} more weights differ" if len(other) > 1 else "")
+            f"{ours.get(path)} here"
+            + (f", and {len(other) - 1} more weights differ" if len(other) > 1 else "")
+            + ". Set config.model to the model of that run, or choose another run."
         )
     check_adapters(before.lora, run.lora, f"of config.init={run.init}")
     params = _valued(run, restore_params(run.init, mesh=mesh)[1], mesh)
@@ -66,17 +71,22 @@ def first_params(run: Run, mesh: Mesh) -> dict:
 
 
 def check_adapters(before: LoraConfig, now: LoraConfig, whose: str) -> None:
-    """Raises ConfigError if a run can neither continue nor merge the adapters of the run before it."""
+    """Raises ConfigError if a run can neither continue the adapters of the previous one nor merge them.
+
+    Args:
+      before, now: adapters of the previous run and of this one.
+      whose: origin of the previous adapters, for the message.
+    """
     if before.rank and now.rank and before != now:
-        told = ", ".join(f"{name} was {was!r}, is {is_now!r}" for name, was, is_now in differences(before, now))
+        changes = ", ".join(f"{name} was {was!r}, is {is_now!r}" for name, was, is_now in differences(before, now))
         raise ConfigError(
-            f"config.lora: the adapters {whose} continue only unchanged, but {told}: give the same, or rank=0 to merge "
-            "them and train the weights"
+            f"config.lora: the adapters {whose} cannot change, and {changes}. Set the same values, or rank=0 to merge "
+            "them and train the weights."
         )
 
 
 def _half(run: Run) -> dict[str, str]:
-    """The weights that are read in bfloat16, by path: those that the run does not keep in fp32."""
+    """Returns {path: "bfloat16"} of the weights to read in bfloat16: those that the run does not keep in fp32."""
     if run.lora.base_dtype == "float32" or not run.lora.rank:
         return {}
     kept, base = (flatten(abstract_params(replace(run.model, lora=lora))) for lora in (run.lora, LoraConfig()))
@@ -84,7 +94,7 @@ def _half(run: Run) -> dict[str, str]:
 
 
 def _adapted(run: Run, params: dict, mesh: Mesh) -> dict:
-    """The base model's parameters, kept as the run keeps them, and new adapters."""
+    """Returns the base model's parameters in the dtypes of the run, with new adapters."""
     rules, boxed = run.model.runtime.rules, abstract_boxed(replace(run.model, lora=LoraConfig()))
     base, adapters = split_adapters(shardings(abstract_boxed(run.model), mesh, rules))
     fresh = jax.jit(partial(init_adapters, run.model), out_shardings=adapters)(jax.random.key(run.train.seed))
@@ -92,15 +102,15 @@ def _adapted(run: Run, params: dict, mesh: Mesh) -> dict:
 
 
 def _merged(run: Run, params: dict, mesh: Mesh) -> dict:
-    """The weights of a run before, fp32, with its adapters in them."""
+    """Returns the fp32 weights of a previous run with its adapters merged into them."""
     boxed = abstract_boxed(run.model)
-    whole = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
-    merge = lambda params: split_adapters(add_products(jax.tree.map(whole, params), boxed))[0]
+    to_fp32 = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    merge = lambda params: split_adapters(add_products(jax.tree.map(to_fp32, params), boxed))[0]
     return jax.jit(merge, out_shardings=shardings(boxed, mesh, run.model.runtime.rules))(params)
 
 
 def _valued(run: Run, params: dict, mesh: Mesh) -> dict:
-    """The parameters with a value head, theirs or a new one, where the run has one, and without where it has none."""
+    """Returns the parameters with a value head (the given one, or zeros) if the run's model has one, else without."""
     if run.model == without_values(run.model):
         return {part: x for part, x in params.items() if part != VALUE_HEAD}
     if VALUE_HEAD in params:
@@ -112,15 +122,18 @@ def _valued(run: Run, params: dict, mesh: Mesh) -> dict:
 
 
 def processor_of(run: Run) -> str:
-    """Folder or name of the run's processor: `config.processor`, or the source of its initial weights."""
+    """Returns the folder or name of the run's processor: `run.processor`, or the one next to its initial weights."""
     source = processor_source(run.processor, run.init, run.parts)
     return os.fspath(run_folder(source) / PROCESSOR) if source and is_run(source) else source
 
 
 def read_config(workdir: str | Path, step: int | None = None) -> Run:
-    """Reads the config of a checkpoint in `workdir`, by default the newest. Raises FileNotFoundError if there is none.
+    """Returns the run whose checkpoint is below `workdir`: at `step`, by default the newest.
 
-    A run with stages stands for its last completed stage.
+    For a run with stages, this and the functions below read the last stage that has ended.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
     """
     return read_run(_config(_about(workdir, step)[1]))
 
@@ -128,13 +141,13 @@ def read_config(workdir: str | Path, step: int | None = None) -> Run:
 def restore_params(
     workdir: str | Path, step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[ModelConfig | DualConfig, dict]:
-    """Returns a model and its fp32 parameters for generation and evaluation, without the optimizer's state.
+    """Restores a model and its fp32 parameters for generation and evaluation, without the optimizer's state.
 
     Args:
-      workdir: folder of a training run. step: step of the checkpoint, by default the newest.
-      mesh: mesh on which the run's rules shard the parameters. None: all on the first device.
+      workdir: folder of a training run. step: step of the checkpoint. Default: the newest.
+      mesh: mesh over which the run's rules shard the parameters. Default: the first device.
     Raises:
-      FileNotFoundError: there is no such checkpoint. Damaged: it is not complete.
+      FileNotFoundError: there is no such checkpoint. Damaged: the checkpoint is damaged.
     """
     step, about = _about(workdir, step)
     run = read_run(_config(about))
@@ -142,20 +155,19 @@ def restore_params(
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     layout = shardings(abstract_boxed(model), mesh, model.runtime.rules)
     wanted = saved(run, jax.tree.map(placed, abstract_params(model), layout))
-    place = run_folder(workdir) / CHECKPOINTS / str(step)
-    check_arrays({"params": wanted}, about["arrays"], place)
-    with _reader(workdir) as manager, reading(place):
-        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
-    verify({"params": found.params}, about["arrays"], place)
-    return model, completed(run, run_folder(workdir), found.params, partial(first_params, run, mesh))
+    folder = run_folder(workdir) / CHECKPOINTS / str(step)
+    check_arrays({"params": wanted}, about["arrays"], folder)
+    with _reader(workdir) as manager, reading(folder):
+        items = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted)))
+    verify({"params": items.params}, about["arrays"], folder)
+    return model, completed(run, run_folder(workdir), items.params, partial(first_params, run, mesh))
 
 
 def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Pretrained:
-    """A trained model with its processor, ready for generation, evaluation and `save_pretrained`.
+    """Loads a trained model with its processor, ready for generation, evaluation and `save_pretrained`.
 
-    A value head, which nothing of that needs, is left out; `restore_params` has it.
-
-    Args and errors are those of `restore_params`.
+    A value head is left out, since these do not use it; `restore_params` returns it. Arguments and errors are those of
+    `restore_params`.
     """
     model, params = restore_params(workdir, step, mesh)
     model, params = without_values(model), {part: x for part, x in params.items() if part != VALUE_HEAD}
@@ -165,7 +177,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, mesh: Mesh | None
 def _reader(workdir: str | Path) -> ocp.CheckpointManager:
     folder = run_folder(workdir).resolve() / CHECKPOINTS
     if not folder.is_dir():
-        raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no {CHECKPOINTS}/")
+        raise FileNotFoundError(f"{workdir} is not the folder of a training run: it has no folder {CHECKPOINTS}.")
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
 
 
@@ -174,13 +186,13 @@ def _about(workdir: str | Path, step: int | None) -> tuple[int, dict[str, Any]]:
         steps = manager.all_steps()
         step = manager.latest_step() if step is None else step
         if not steps:
-            raise FileNotFoundError(f"{workdir} has no checkpoint yet: its run ended, or was ended, before it saved")
+            raise FileNotFoundError(f"{workdir} has no checkpoint yet: its run ended before the first save.")
         if step not in steps:
-            raise FileNotFoundError(f"{workdir} has no checkpoint {step}; there are {sorted(steps)}")
-        place = run_folder(workdir) / CHECKPOINTS / str(step)
-        with reading(place, everywhere=True):
+            raise FileNotFoundError(f"{workdir} has no checkpoint {step}; there are {sorted(steps)}.")
+        folder = run_folder(workdir) / CHECKPOINTS / str(step)
+        with reading(folder, everywhere=True):
             about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-    return step, read_sealed(about, place)
+    return step, read_sealed(about, folder)
 
 
 def _config(about: dict[str, Any]) -> ConfigDict:

@@ -1,7 +1,7 @@
-"""Two tiers of checkpoints: infrequent ones on the shared file system, frequent ones on the disks of the hosts.
+"""Combines two tiers of checkpoints: infrequent ones on the shared file system, frequent ones on local disks.
 
-The newest complete checkpoint wins. In the local tier, the processes vote at the start on the newest one that all have.
-A damaged checkpoint is moved to the folder `damaged` beside the others, and the one before it is restored.
+A run resumes from the newest complete checkpoint of both tiers. A local one is complete if every process has its part,
+which a vote at the start decides. A damaged one is moved to the folder `damaged`, and the previous one is restored.
 """
 
 import sys
@@ -20,17 +20,17 @@ from mllm_jax.train.checkpoint.manager import Checkpoints, Restored, check_same_
 from mllm_jax.train.monitor.processes import Lost
 from mllm_jax.train.step.state import TrainState
 
-RUN_ID = "run_id"  # file in the working directory that identifies its local checkpoints
-DAMAGED = "damaged"  # folder of damaged checkpoints, in the working directory and beside local checkpoints
+RUN_ID = "run_id"  # file in the working directory that names the run's folder of local checkpoints
+DAMAGED = "damaged"  # folder for damaged checkpoints, in the working directory and next to local checkpoints
 
 
 class Tiers:
-    """The checkpoints of a run.
+    """Shared and local checkpoints of a run.
 
     Args:
-      workdir: of the run. keep: shared checkpoints that stay.
-      local: folder on each process's own disk; empty = no such tier.
-      verify: whether checkpoints get a fingerprint of every array.
+      workdir: folder of the run. keep: number of shared checkpoints to keep.
+      local: folder on each process's local disk. "": no local tier.
+      verify: store a fingerprint of every array.
       abstract, layout: shapes and shardings of the state.
     """
 
@@ -43,7 +43,7 @@ class Tiers:
             for step, fault in self.local.unreadable().items():
                 self._say_moved(fault, self.local.set_aside(step, self._local_damaged))
             self._vote()
-            if self.latest() is not None:  # else `check_new` decides
+            if self.latest() is not None:  # otherwise `check_new` decides
                 self.local.drop_after(-1 if self._newest_local is None else self._newest_local)
 
     def _vote(self) -> None:
@@ -51,23 +51,23 @@ class Tiers:
         self._newest_local = max(set.intersection(*(set(vote["steps"]) for vote in votes)), default=None)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint. None: there is none."""
+        """Returns the step of the newest complete checkpoint in either tier, or None."""
         return max((step for step in (self.shared.latest(), self._newest_local) if step is not None), default=None)
 
     def save(self, step: int, state: TrainState, config: ConfigDict, data: dict, notes: dict[str, Any]) -> None:
-        """Starts to save for all, see `Checkpoints.save`."""
+        """Starts to save a shared checkpoint, see `Checkpoints.save`."""
         self.shared.save(step, state, config, data, notes)
 
     def save_local(self, step: int, state: TrainState, config: ConfigDict, data: dict, notes: dict[str, Any]) -> None:
-        """Starts to save on this process's disk, see `Checkpoints.save`."""
+        """Starts to save on this process's local disk, see `LocalCheckpoints.save`."""
         self.local.save(step, state, config, data, notes)
 
     def restore(self, config: ConfigDict) -> Restored:
-        """Restores the newest complete checkpoint and sets damaged ones aside.
+        """Restores the newest intact checkpoint. Damaged ones are moved to `DAMAGED`.
 
         Raises:
-          ConfigError: it is of another model, optimizer or data than `config`, or none is complete. Lost: a checkpoint
-            that only this process could not read was set aside.
+          ConfigError: model, optimizer or data of the checkpoint differ from `config`, or all checkpoints are damaged.
+            Lost: only this process could not read its checkpoint, which was moved.
         """
         while (step := self.latest()) is not None:
             try:
@@ -86,21 +86,24 @@ class Tiers:
     def _set_aside(self, step: int, fault: Damaged) -> None:
         local = step == self._newest_local
         tier, into = (self.local, self._local_damaged) if local else (self.shared, self._workdir / DAMAGED)
-        if jax.process_count() > 1 and not fault.everywhere:  # the others wait for arrays that will not come
-            place = set_aside(tier.folder / str(step), into)
-            raise Lost(f"{fault}. It was moved to {place}; the same command resumes from the checkpoint before it")
-        place = tier.set_aside(step, into)
+        if jax.process_count() > 1 and not fault.everywhere:  # the others wait for arrays that this one cannot read
+            path = set_aside(tier.folder / str(step), into)
+            raise Lost(f"{fault}. It was moved to {path}. Rerun the same command to resume from the one before it.")
+        path = tier.set_aside(step, into)
         if local:
             self._vote()
         if jax.process_index() == 0:
-            self._say_moved(fault, place)
+            self._say_moved(fault, path)
 
     @staticmethod
     def _say_moved(fault: Damaged, place: Path) -> None:
-        print(f"warning: {fault}. It was moved to {place}", file=sys.stderr, flush=True)
+        print(f"warning: {fault}. It was moved to {place}.", file=sys.stderr, flush=True)
 
     def check_new(self) -> None:
-        """Raises ConfigError where a run would begin anew because all of its checkpoints are damaged. All call."""
+        """Raises ConfigError if a run would start over because all checkpoints are damaged. All processes must call it.
+
+        Otherwise deletes the local checkpoints.
+        """
         if self._damaged_folders():
             raise ConfigError(self._all_damaged())
         if self.local is not None:
@@ -109,7 +112,7 @@ class Tiers:
     def _all_damaged(self) -> str:
         return (
             f"all checkpoints of {self._workdir} are damaged. Put an intact copy into {self.shared.folder}, or remove "
-            f"{' and '.join(self._damaged_folders())} to begin anew"
+            f"{' and '.join(self._damaged_folders())} to start over."
         )
 
     @property
@@ -117,14 +120,14 @@ class Tiers:
         return self.local.folder.parent / DAMAGED
 
     def _damaged_folders(self) -> list[str]:
-        """Folders that hold damaged checkpoints: of the shared tier, and on the disks of all processes."""
-        own = [self._workdir / DAMAGED] + ([self._local_damaged] if self.local else [])
-        own = [str(folder) for folder in own if folder.is_dir() and any(folder.iterdir())]
-        every = [folder for found in from_all_processes({"folders": own}) for folder in found["folders"]]
-        return list(dict.fromkeys(every))
+        """Returns the folders with damaged checkpoints: of the shared tier, and on the disks of all processes."""
+        folders = [self._workdir / DAMAGED] + ([self._local_damaged] if self.local else [])
+        folders = [str(folder) for folder in folders if folder.is_dir() and any(folder.iterdir())]
+        gathered = [folder for note in from_all_processes({"folders": folders}) for folder in note["folders"]]
+        return list(dict.fromkeys(gathered))
 
     def back_to(self, step: int, config: ConfigDict) -> Restored:
-        """A shared checkpoint; newer ones, which it will make again, are forgotten."""
+        """Restores a shared checkpoint and deletes newer ones, which the run will write again."""
         self.wait()
         for tier in (self.shared, self.local):
             if tier is not None:
@@ -132,7 +135,7 @@ class Tiers:
         return self.shared.restore(config, self._abstract, self._layout, step)
 
     def wait(self) -> None:
-        """Returns when all saves are on disk; raises what went wrong with them."""
+        """Waits until all saves are on disk. Raises SaveFailed."""
         self.shared.wait()
         if self.local is not None:
             self.local.wait()
@@ -144,10 +147,10 @@ class Tiers:
 
 
 def _run_id(workdir: Path) -> str:
-    """The same for all processes and all starts of a run; another one where the working directory was made anew."""
+    """Returns the id of the run in `workdir`, the same for all processes and restarts. A new folder gets a new id."""
     path = workdir / RUN_ID
-    known = path.read_text().strip() if path.exists() else uuid.uuid4().hex[:12]
-    known = from_all_processes({"id": known})[0]["id"]
+    run_id = path.read_text().strip() if path.exists() else uuid.uuid4().hex[:12]
+    run_id = from_all_processes({"id": run_id})[0]["id"]
     if jax.process_index() == 0 and not path.exists():
-        write_atomically(path, known)
-    return known
+        write_atomically(path, run_id)
+    return run_id

@@ -1,6 +1,7 @@
-"""FLOPs of a training step by part of the model, from its shapes: compilers count a loop's body once and kernels not.
+"""Counts the FLOPs of a training step by part of the model, from the shapes of its weights.
 
-A multiplication with an addition is two. Only matrix products count: weights, the head, and both of attention.
+XLA's own count takes the body of a loop once and ignores kernels. A multiply-add is two FLOPs. Only matrix products
+are counted: those with weights and the head, and the two products of attention.
 """
 
 from collections.abc import Callable
@@ -20,14 +21,14 @@ PIXELS = "encoder/patch_embed/w"  # the weight whose input needs no gradient
 
 
 class Counts(NamedTuple):
-    """Amounts of work in a step. Pairs of query and key are those that attention needs: half of all if it is causal."""
+    """Sizes of a step's input. A pair is a query and a key that attention needs; causal attention needs half of all."""
 
     tokens: float
     token_pairs: float
     patches: float
     patch_pairs: float
     targets: float
-    near_pairs: float = 0.0  # of token_pairs, those inside a window, for layers that have one
+    near_pairs: float = 0.0  # token_pairs within the attention window, for layers that have one
 
 
 class Flops(NamedTuple):
@@ -40,9 +41,10 @@ class Flops(NamedTuple):
 
 
 def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
-    """Counts a batch of numpy arrays without padding: conversations or texts, images, and targets with a weight.
+    """Counts the real tokens, patches and targets in a batch of numpy arrays, without padding.
 
-    window: attention window in tokens of layers that have one (`DecoderConfig.window`).
+    Args:
+      window: attention window in tokens (`DecoderConfig.window`). 0: no layer has one.
     """
     conversations = _sizes(batch.segment)
     images = np.zeros(0) if batch.vision is None else _sizes(batch.vision.image)
@@ -57,7 +59,7 @@ def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
 
 
 def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
-    """Counts a full batch: every row one conversation, every patch row one image, a target at every token."""
+    """Counts a batch as if it were full: one conversation per row, one image per patch row, a target at each token."""
     rows, length = batch.tokens.shape
     row, patch_row, patches = (0, 0, 0) if batch.vision is None else batch.vision.image.shape
     return Counts(
@@ -71,17 +73,21 @@ def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
 
 
 def near_pairs(sizes: np.ndarray, window: int) -> float:
-    """Pairs of tokens within a window, for conversations of f64[n] tokens: all causal pairs less a triangle."""
+    """Returns the query-key pairs within a window, for conversations with `sizes` f64[n] tokens. 0 without a window.
+
+    A conversation of 10 tokens has 10^2 / 2 = 50 causal pairs. A window of 4 leaves out the pairs of a triangle:
+    (10^2 - (10 - 4)^2) / 2 = 32.
+    """
     return float((sizes**2 - np.maximum(sizes - window, 0) ** 2).sum() / 2) if window else 0.0
 
 
 def _sizes(numbers) -> np.ndarray:
-    """f64[n] how often each number but 0 stands in each row [B ...]."""
+    """Returns f64[n]: how often each number except 0 (padding) occurs in each row of `numbers` [B ...]."""
     return np.concatenate([np.bincount(np.ravel(row))[1:] for row in np.asarray(numbers)]).astype(np.float64)
 
 
 def rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
-    """Rows that the weights of every part of a language model multiply, the parts in their order."""
+    """Returns the rows (tokens, patches or targets) that each part of a language model multiplies, in forward order."""
     per_token = 1 if config.connector is None else config.connector.patches_per_token
     return dict(
         encoder=counts.patches,
@@ -92,7 +98,7 @@ def rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
 
 
 def rows_of_towers(config: DualConfig, counts: Counts) -> dict[str, float]:
-    """The same of a dual encoder."""
+    """Returns the rows that each tower of a dual encoder multiplies."""
     return dict(encoder=counts.patches, text=counts.tokens)
 
 
@@ -102,20 +108,20 @@ Rows = Callable[[Any, Counts], dict[str, float]]
 def count_flops(
     config: ModelConfig | DualConfig, counts: Counts, freeze: tuple[str, ...] = (), rows: Rows = rows_of_language
 ) -> dict[str, Flops]:
-    """Forward and backward FLOPs of "encoder", "connector", "decoder" and "head", or of a dual encoder's "encoder" and
-    "text", without its pools and the cosines of pairs.
+    """Returns forward and backward FLOPs by part: "encoder", "connector", "decoder" and "head".
 
-    Backward, a product costs as much as forward once for its weight's gradient if that weight is trained, and once for
-    its input's gradient if anything in its part or before it is trained. What remat repeats is not counted.
+    A dual encoder has the parts "encoder" and "text"; its pools and similarities are not counted. In the backward pass,
+    the gradient of a trained weight costs as much as the forward product, and so does the gradient of the input if
+    anything in or before this part is trained. Recomputation by remat is not counted.
 
     Args:
-      counts: of `useful`, for the FLOPs that serve, or of `padded`, for those that run.
+      counts: from `useful` for the FLOPs that are needed, or from `padded` for those that run.
       freeze: patterns of weights that are not trained (`OptimConfig.freeze`).
-      rows: `rows_of_language`, or of a dual encoder `rows_of_towers`.
+      rows: `rows_of_language`, or `rows_of_towers` for a dual encoder.
     """
     encoder, decoder = config.encoder, config.decoder
-    whole = abstract_params(in_full(config))
-    params, trained = flatten(whole), set(flatten(split(whole, freeze)[0]))
+    shapes = abstract_params(in_full(config))
+    params, trained = flatten(shapes), set(flatten(split(shapes, freeze)[0]))
     head = "decoder/head/w" if "decoder/head/w" in params else "decoder/embed"
     kinds = () if decoder is None else decoder.kinds
     multiplied = rows(config, counts)
@@ -133,32 +139,32 @@ def count_flops(
         matrices = [path for path in params if path.endswith(MATRICES) and inside(path)]
         if part == "head":
             matrices = [path for path in params if path == head]
-        # whether the backward pass reaches this part's input; texts have no part before them
+        # Whether the backward pass reaches this part's input. The text tower does not depend on the encoder.
         reached = (reached and part != "text") or any(map(inside, trained))
         product = {path: 2 * multiplied[part] * params[path].size * _share(path, config) for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)
         to_inputs = sum(product[path] for path in matrices if path != PIXELS)
-        own = attention.get(part, 0)
-        result[part] = Flops(own + sum(product.values()), to_weights + (2 * own + to_inputs) * reached)
+        pairs = attention.get(part, 0)
+        result[part] = Flops(pairs + sum(product.values()), to_weights + (2 * pairs + to_inputs) * reached)
     return result
 
 
 def _pairs(encoder: VitConfig, counts: Counts) -> float:
-    """Pairs of patches that meet in all layers. Windows count as full ones: those at the edges of images are less."""
+    """Returns the query-key pairs of patches, summed over layers. Windows count as full, also at image borders."""
     windowed = len(set(range(encoder.depth)) - set(encoder.whole)) if encoder.window else 0
     within = min(counts.patches * encoder.window**2, counts.patch_pairs)
     return (encoder.depth - windowed) * counts.patch_pairs + windowed * within
 
 
 def _share(path: str, config: ModelConfig) -> float:
-    """The share of a weight that rows meet: of a tower the layers that run, of experts those that a token chooses."""
+    """Returns the share of a weight that one row uses: the encoder's layers that run, the experts of one token."""
     if path.startswith("encoder/layers/"):
         return config.encoder.depth / config.encoder.layers
     return config.decoder.moe.top_k / config.decoder.moe.experts if "/experts_" in path else 1
 
 
-# bf16, dense, of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip are one device
-# together (megacore, docs.jax.dev: jax.experimental.pallas.tpu.ChipVersion), those of a TPU7x chip are two.
+# Dense bf16 FLOP/s of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip form one device
+# (megacore, docs.jax.dev: jax.experimental.pallas.tpu.ChipVersion); those of a TPU7x chip are two devices.
 PEAK_FLOPS = {
     "tpu v4": 275e12,
     "tpu v5 lite": 197e12,
@@ -168,7 +174,7 @@ PEAK_FLOPS = {
     "tpu v6 lite": 918e12,
     "tpu v6e": 918e12,
     "tpu7x": 1153.5e12,
-    "tesla t4": 8.1e12,  # in fp32: it has no bf16
+    "tesla t4": 8.1e12,  # fp32: the chip has no bf16
     "nvidia l4": 121e12,
     "nvidia a100": 312e12,
     "nvidia h100 pcie": 756e12,
@@ -179,13 +185,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bf16 FLOP/s of a device by its `device_kind`; None where it is not known, as for CPUs."""
+    """Returns the peak bf16 FLOP/s of a device by its `device_kind`. None if unknown, as for CPUs."""
     kind = device_kind.lower()
-    named = lambda name: kind.startswith(name) and not kind[len(name) :][:1].isalnum()  # an L40 is no L4
+    named = lambda name: kind.startswith(name) and not kind[len(name) :][:1].isalnum()  # an L40 is not an L4
     return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if named(name)), None)
 
 
 def mfu(flops: dict[str, Flops], seconds: float, devices: int, device_kind: str) -> float | None:
-    """Model FLOPs utilization of a step (arXiv 2204.02311): the share of the devices' peak; None where unknown."""
+    """Returns the model FLOPs utilization (arXiv 2204.02311): achieved share of the peak. None if that is unknown."""
     peak = peak_flops(device_kind)
     return peak and sum(part.total for part in flops.values()) / (seconds * devices * peak)

@@ -1,9 +1,9 @@
-"""Reports of a run: a line per interval, a progress bar on a terminal, TensorBoard events, and `metrics.jsonl`.
+"""Reports a run: a line per interval, a progress bar, TensorBoard events, and `metrics.jsonl`.
 
-`metrics.jsonl` has one object per step (loss, learning_rate, grad_norm, finite, counts without padding). The last step
-of an interval also has rates and the wall time by part (`goodput`, `seconds`). An evaluation adds one object under
-`heldout`, and a return to an earlier step one under `rewind`. Rates and times are measured; all other values are equal
-in every run of one config on one mesh, however often it was interrupted.
+`metrics.jsonl` contains one object per step (loss, learning_rate, grad_norm, finite, counts without padding), one per
+evaluation (`heldout`) and one per return to an earlier step (`rewind`). The last step of an interval also has rates and
+the run's time account (`goodput`, `seconds`). All but rates and times is the same in every run of one config on one
+mesh, however often it was interrupted.
 """
 
 import json
@@ -25,14 +25,14 @@ from mllm_jax.train.monitor.board import Board
 from mllm_jax.train.monitor.goodput import Clock, share
 
 FILE = "metrics.jsonl"
-JUDGED = ("accuracy", "reward", "kl")  # of runs that learn from judgements; the line of an interval has its last step's
+JUDGED = ("accuracy", "reward", "kl")  # metrics of preference and PPO runs; an interval's line has the last value
 
 
 class MetricsFile:
-    """A file with one line of JSON per step, also when a run is killed and resumes from an earlier step.
+    """`metrics.jsonl` of a run that starts or resumes at `step`, with one JSON object per line.
 
-    Opening drops the lines of steps after `step`, from which the run resumes. If any line but the last is damaged, a
-    copy of the file is kept beside it.
+    Opening the file drops the records of later steps. If lines other than the last are damaged, a copy of the file is
+    kept.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -40,9 +40,9 @@ class MetricsFile:
         fresh = path.with_suffix(".new")
         records, damaged = _read(path)
         if damaged:
-            kept = path.with_name(f"damaged-{FILE}")
-            shutil.copyfile(path, kept)
-            print(f"warning: {path}: {damaged} lines are damaged and left out. See {kept}", file=sys.stderr, flush=True)
+            copy = path.with_name(f"damaged-{FILE}")
+            shutil.copyfile(path, copy)
+            print(f"warning: {path}: {damaged} lines are damaged and left out. See {copy}", file=sys.stderr, flush=True)
         with writing(path), open(fresh, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in records if line["step"] <= step)
             file.flush()
@@ -55,12 +55,12 @@ class MetricsFile:
             self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
 
     def show(self) -> None:
-        """Lets other processes read all lines."""
+        """Makes all lines visible to other processes."""
         with writing(self._path):
             self._file.flush()
 
     def flush(self) -> None:
-        """Returns when all lines are on disk."""
+        """Waits until all lines are on disk."""
         with writing(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -71,12 +71,12 @@ class MetricsFile:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The records in a run's metrics.jsonl, damaged lines and a last one that was cut off left out; [] without it."""
+    """Returns the records in a run's metrics.jsonl without damaged or incomplete lines. [] if the file is missing."""
     return _read(Path(folder) / FILE)[0]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records, and the number of damaged lines, a last one that was cut off not counted."""
+    """Returns (records, number of damaged lines). An incomplete last line is not counted."""
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     found = [_record(line) for line in lines[:-1]]
     return [record for record in found if record is not None], found.count(None)
@@ -91,22 +91,22 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def last_written(folder: str | Path) -> float:
-    """Time of a run's last metrics, as `time.time()`; 0 if there are none."""
+    """Returns the time at which a run last wrote metrics, as `time.time()`. 0: never."""
     path = Path(folder) / FILE
     return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
+    """Replaces nan and infinity, which JSON lacks, with None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Meter:
-    """Adds up the steps of an interval and the time that they took, without that of evaluations and saves.
+    """Sums up the steps of an interval and their time, without evaluations and saves.
 
     Args:
-      capacity: tokens and patches that a batch has room for.
-      clock: of the process.
+      capacity: number of tokens and patches in a full batch.
+      clock: clock of this process.
     """
 
     def __init__(self, capacity: Mapping[str, int], clock: Clock):
@@ -115,7 +115,7 @@ class Meter:
         self.restart()
 
     def restart(self, skip: int = 0) -> None:
-        """An interval begins now. `skip`: steps that are not reported yet but were done before."""
+        """Begins an interval. `skip`: number of steps that were done before it but are reported later."""
         self._began, self._own, self._steps, self._skip = self.clock.seconds(), self.clock.own_seconds, 0, skip
         self._sums = dict.fromkeys(("loss", "tokens", "patches", "flops"), 0.0)
 
@@ -129,12 +129,13 @@ class Meter:
             self._sums[name] += record.get(name, 0.0)
 
     def rates(self, peak: float | None) -> dict[str, Any]:
-        """Means and rates of the interval, and where the run's time went; empty where no step was counted.
+        """Returns means and rates of the interval, and the run's time account. Empty if no step was counted.
 
-        Of several processes also which one kept its devices waiting longest, as far as they have told.
+        With several processes also the host time per step: the median and the slowest process, among those that have
+        reported.
 
         Args:
-          peak: FLOP/s of all devices, if known.
+          peak: peak FLOP/s of all devices together. None: unknown.
         """
         if not self._steps:
             return {}
@@ -156,7 +157,7 @@ class Meter:
         return rates | self._pace() | {"goodput": share(spent), "seconds": spent}
 
     def _pace(self) -> dict[str, float]:
-        """Seconds a step that hosts work while their devices wait for them, or could: median and the slowest one's."""
+        """Returns the seconds per step of the hosts' own work (`Clock.own_seconds`): the median and the slowest."""
         self._board.post({"seconds": (self.clock.own_seconds - self._own) / self._steps})
         pace = {process: note["seconds"] for process, note in self._board.read().items()}
         if len(pace) < 2:
@@ -167,9 +168,9 @@ class Meter:
 
 
 class Display:
-    """Lines on stdout, and below them a bar where stdout is a terminal.
+    """Prints lines to stdout, with a progress bar below them if stdout is a terminal.
 
-    In a notebook, where nothing scrolls away, the line of an interval replaces that of the one before.
+    In a notebook, the line of an interval replaces the previous one.
     """
 
     def __init__(self, steps: int, step: int):
@@ -187,18 +188,18 @@ class Display:
         self._console.file.flush()
 
     def step(self, step: int) -> None:
-        """Moves the bar."""
+        """Moves the bar to a step."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
     def end(self, step: int) -> None:
-        """The bar is full at this step."""
+        """Sets the step at which the bar is full."""
         self.steps = step
         if self._bar:
             self._bar.update(self._task, total=step)
 
     def interval(self, record: Mapping[str, float]) -> None:
-        """The line of an interval."""
+        """Prints the line of an interval."""
         left = max(0, self.steps - record["step"]) * record["seconds_per_step"]
         fill = "/".join(f"{record[name]:.0%}" for name in ("fill_tokens", "fill_patches") if name in record)
         parts = [
@@ -234,9 +235,9 @@ class Display:
 
 
 def _event_writer(folder: Path, step: int) -> Any:
-    """A writer of events that hides those after `step`, which an interrupted run left behind.
+    """Returns a writer of TensorBoard events that hides events after `step`, left behind by an interrupted run.
 
-    tensorboardX imports torch where it finds it, which takes seconds and is of no use here: so it does not find it.
+    torch is hidden during the import of tensorboardX, which would otherwise import it and take seconds.
     """
     hidden = sys.modules.setdefault("torch", None) is None
     try:
@@ -248,13 +249,14 @@ def _event_writer(folder: Path, step: int) -> Any:
 
 
 class Reporter:
-    """All reports together. Every process may call it; only process 0 (`writes`) has files and prints lines.
+    """Writes all reports of a run. Every process may call it; only the one with `writes` writes files and lines.
 
     Args:
       folder: the run's working directory.
-      step: step from which the run resumes; `steps` that at which it ends.
-      every: steps of an interval.
-      peak: FLOP/s of all devices together, if known.
+      step: step at which the run starts or resumes. steps: step at which it ends.
+      every: steps per interval. 0: one interval until the end.
+      peak: peak FLOP/s of all devices together. None: unknown.
+      writes: True on process 0.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, every: int, meter: Meter, peak: float | None, writes: bool):
@@ -265,13 +267,17 @@ class Reporter:
             self._display = Display(steps, step)
 
     def end(self, step: int) -> None:
-        """The run ends at this step, which may be another one than it was told."""
+        """Changes the step at which the run ends."""
         self.steps = step
         if self.writes:
             self._display.end(step)
 
     def rewind(self, step: int, why: str) -> None:
-        """Withdraws the reports of later steps, which will be repeated with other data."""
+        """Drops the records after `step`, since the run repeats those steps with other data.
+
+        Args:
+          why: reason, which is reported.
+        """
         self.meter.restart()
         if self.writes:
             self._file.close()
@@ -282,7 +288,7 @@ class Reporter:
         self.line(why)
 
     def step(self, record: dict[str, Any]) -> None:
-        """Takes the metrics of a finished step, in order."""
+        """Reports the metrics of a finished step. Steps must come in order."""
         self.meter.add(record)
         ends = record["step"] == self.steps or (self.every and record["step"] % self.every == 0)
         rates = self.meter.rates(self.peak) if ends else {}
@@ -298,7 +304,7 @@ class Reporter:
             self._file.show()
 
     def heldout(self, step: int, found: dict[str, Any]) -> None:
-        """Takes the result of an evaluation: numbers, and under the name of a measure its shares by kind."""
+        """Reports an evaluation. `found`: numbers, and a measure's name with a dict of its shares by kind."""
         if self.writes:
             self._file.write({"step": step, "heldout": found})
             measure, shares = next((name, value) for name, value in found.items() if isinstance(value, dict))
@@ -309,12 +315,12 @@ class Reporter:
             self._display.line(f"held-out {step}/{self.steps}  loss {found['loss']:.4f}  {measured}")
 
     def line(self, text: str) -> None:
-        """Says something."""
+        """Prints a line of text."""
         if self.writes:
             self._display.line(text)
 
     def flush(self) -> None:
-        """Returns when everything so far is on disk."""
+        """Waits until everything reported so far is on disk."""
         if self.writes:
             self._file.flush()
             self._events.flush()

@@ -1,4 +1,4 @@
-"""A trace of a few steps, which xprof and TensorBoard show: `--profile_steps=10:13`."""
+"""Traces a few steps for xprof and TensorBoard: `--profile_steps=10:13`."""
 
 import re
 from collections.abc import Callable
@@ -11,24 +11,24 @@ from mllm_jax.common.config import ConfigError
 
 
 def steps_of(text: str | None) -> range:
-    """ "10:13" -> steps 10, 11, 12 and 13; None -> none. Raises ConfigError."""
+    """Parses a range of steps: "10:13" -> steps 10, 11, 12 and 13, None -> no steps. Raises ConfigError."""
     if text is None:
         return range(0)
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ConfigError(f"--profile_steps={text} must be FIRST:LAST, steps from 1 on, such as 10:13")
+        raise ConfigError(f"--profile_steps={text} must be FIRST:LAST, steps from 1 on, such as 10:13.")
     return range(int(found[1]), int(found[2]) + 1)
 
 
 class Tracer:
-    """Traces `steps` into `folder`; of several processes the first one does."""
+    """Traces `steps` into `folder`. Only process 0 traces."""
 
     def __init__(self, steps: range, folder: Path):
         self._steps = steps if jax.process_index() == 0 else range(0)
         self._folder, self._on = folder, False
 
     def run(self, step: int, function: Callable, *arguments: Any) -> Any:
-        """`function(*arguments)`, traced as a step where it is one of those."""
+        """Returns `function(*arguments)`, traced if `step` is among the traced steps."""
         if step in self._steps and not self._on:
             jax.profiler.start_trace(self._folder)
             self._on = True
@@ -40,7 +40,7 @@ class Tracer:
         return out
 
     def close(self) -> None:
-        """Writes the trace, if one has begun."""
+        """Writes the trace if one was started."""
         if self._on:
             jax.profiler.stop_trace()
             self._on = False

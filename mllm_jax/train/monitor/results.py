@@ -1,4 +1,4 @@
-"""Reads, reports and checks the results of several finished steps at once."""
+"""Reads the metrics of finished steps, reports them, and ends a diverging run or detects loss spikes."""
 
 import collections
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,7 @@ from mllm_jax.train.runs.config import TrainConfig
 
 
 class SavedSteps(Protocol):
-    """Checkpoints, as far as they matter here."""
+    """Interface of the checkpoints that this module needs."""
 
     def latest(self) -> int | None: ...
 
@@ -20,23 +20,23 @@ class SavedSteps(Protocol):
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
+    """Too many consecutive steps were not finite."""
 
 
 class Started(NamedTuple):
-    """A step that the devices work at, or have done, and whose metrics nobody has read."""
+    """A started step, running or finished, whose metrics were not read yet."""
 
     step: int
     metrics: dict[str, jax.Array]
-    about: dict[str, float]  # host-side metrics of its batch
-    position: dict[str, Any]  # in the data, after its batch
+    about: dict[str, float]  # further metrics of its batch, computed on the host
+    position: dict[str, Any]  # position in the data after its batch
 
 
 class Results:
-    """The steps that were started and not yet read, in order.
+    """Queue of the steps that were started and not read yet.
 
     Attributes:
-      bad: steps in a row that were not finite, up to the last one that was read.
+      bad: number of consecutive non-finite steps, up to the last one read.
     """
 
     def __init__(self, settings: TrainConfig, report: Reporter, checkpoints: SavedSteps, clock: Clock, bad: int):
@@ -48,32 +48,32 @@ class Results:
         self._started.append(started)
 
     def forget(self, bad: int) -> None:
-        """Drops the results of steps that were started and will be repeated."""
+        """Drops all steps in the queue, which the run will repeat. `bad`: new count of non-finite steps."""
         self._started.clear()
         self.bad = bad
 
     def running(self) -> bool:
-        """True while the devices run the last step."""
+        """Returns whether the devices are still computing the last step."""
         return not self._started[-1].metrics["loss"].is_ready()
 
     def wait(self) -> None:
-        """Returns when at most one step is not done."""
+        """Waits until at most one step is unfinished."""
         if len(self._started) > 1:
             with self._clock.waiting():
                 jax.block_until_ready(self._started[-2].metrics)
             self._clock.tick()
 
     def last_is_finite(self) -> bool:
-        """Waits for the last step."""
+        """Waits for the last step, and returns whether it was finite."""
         with self._clock.waiting():
             return bool(jax.device_get(self._started[-1].metrics["finite"]))
 
     def read(self, upto: int) -> None:
-        """Reports the steps up to `upto`. Raises Diverged, or Spike."""
+        """Reads and reports the steps up to `upto`. Raises Diverged or Spike."""
         done = [self._started.popleft() for _ in range(len(self._started)) if self._started[0].step <= upto]
         with self._clock.waiting():
-            found = jax.device_get([started.metrics for started in done])
-        for (step, _, about, position), metrics in zip(done, found):
+            fetched = jax.device_get([started.metrics for started in done])
+        for (step, _, about, position), metrics in zip(done, fetched):
             values = {name: float(value) for name, value in metrics.items()}
             self._report.step({"step": step} | values | about)
             self._look_for_spike(step, values["loss"], position)
@@ -82,15 +82,14 @@ class Results:
                 self._report.flush()
                 raise Diverged(
                     f"the loss or the gradient was not finite in {self.bad} steps in a row, up to step {step}. They "
-                    f"changed nothing; the checkpoint of step {self._checkpoints.latest()} is kept. A lower "
-                    "optim.learning_rate, optim.max_grad_norm or another data.seed may help; --debug_nans names the "
-                    "layer"
+                    f"changed no weight; the checkpoint of step {self._checkpoints.latest()} is kept. Try a lower "
+                    "optim.learning_rate or optim.max_grad_norm, or another data.seed; --debug_nans names the layer."
                 )
 
     def _look_for_spike(self, step: int, loss: float, position: dict[str, Any]) -> None:
-        """Raises Spike where the loss of a step is one and there is a checkpoint to go back to.
+        """Raises Spike if the loss of a step is a spike and there is a checkpoint to return to. Otherwise reports it.
 
-        Only steps at which every run saves count, so that one that was stopped in between goes back as far.
+        Only checkpoints at multiples of `save_every` count, so that an interrupted run returns to the same step.
         """
         median = self.spikes.median_if_spike(loss)
         if median is None:
@@ -99,5 +98,5 @@ class Results:
         saved = [saved for saved in self._checkpoints.steps() if saved < step and every and saved % every == 0]
         if saved and self.spikes.rewinds < self.spikes.config.rewinds:
             raise Spike(step, loss, median, max(saved), position)
-        why = f"train.spikes.rewinds={self.spikes.rewinds} are done" if saved else "there is no checkpoint before it"
+        why = f"all train.spikes.rewinds={self.spikes.rewinds} are used up" if saved else "no earlier checkpoint exists"
         self._report.line(f"{Spike(step, loss, median, step, position)}; {why}")

@@ -1,7 +1,7 @@
-"""Handles a loss spike: resume from the last checkpoint with the data after it (PaLM, arXiv 2204.02311, 5.1).
+"""Detects loss spikes, after which a run returns to a checkpoint and skips the data (PaLM, arXiv 2204.02311, 5.1).
 
-The rule reads losses, which all processes have, in the order of steps. So all processes decide alike, and an
-interrupted run decides like an uninterrupted one.
+The rule depends only on the losses in the order of steps, which all processes have. All of them therefore decide alike,
+and so does a resumed run.
 """
 
 import collections
@@ -12,29 +12,29 @@ from mllm_jax.train.runs.config import SpikeConfig
 
 
 class Spike(Exception):
-    """A loss that is too high, at a step before which there is a checkpoint to go back to."""
+    """A loss that is too high. `back`: step of the checkpoint to return to."""
 
     def __init__(self, step: int, loss: float, median: float, back: int, position: dict[str, Any]):
         super().__init__(f"step {step} has a loss of {loss:.4f}, {loss / median:.1f} times the median of {median:.4f}")
-        self.step, self.back = step, back  # the step of the checkpoint
-        self.position = position  # in the data, after the batch of the spike
+        self.step, self.back = step, back
+        self.position = position  # position in the data after the batch of the spike
 
 
 class SpikeRule:
-    """The losses so far, as far as they matter, and how often the run went back."""
+    """Keeps the last `config.window` losses, and counts how often the run returned to a checkpoint (`rewinds`)."""
 
     def __init__(self, config: SpikeConfig):
         self.config, self.rewinds = config, 0
         self._losses: collections.deque[float] = collections.deque(maxlen=config.window)
 
     def median_if_spike(self, loss: float) -> float | None:
-        """Takes the loss of the next step. The median before it, if that makes it a spike, else None."""
+        """Adds the loss of the next step. Returns the median of the losses before it if it is a spike, else None."""
         config = self.config
         full = config.factor and len(self._losses) == config.window
         median = statistics.median(self._losses) if full else None
         if median is not None and loss > config.factor * median:
             return median
-        if config.factor and loss == loss:  # ignore non-finite steps, which changed nothing
+        if config.factor and loss == loss:  # a step with a nan loss changed no weight
             self._losses.append(loss)
         return None
 

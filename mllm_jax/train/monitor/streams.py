@@ -1,4 +1,4 @@
-"""Keeps a run alive when its terminal or pipe is closed."""
+"""Keeps a run going, and saving, after its terminal or pipe was closed."""
 
 import os
 import sys
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def survive_closed_streams() -> None:
-    """Drops everything written to a closed stdout or stderr from now on, instead of ending the program."""
+    """Makes writes to a closed stdout or stderr have no effect, instead of ending the program."""
     sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)
 
 
 class Surviving:
-    """A text stream. From the first write that finds its reader gone, it writes to the null device."""
+    """Text stream that redirects itself to the null device at the first write after its reader is gone."""
 
     def __init__(self, stream: Any):
         self._stream = stream

@@ -232,7 +232,7 @@ def test_notes_without_their_checksum_are_damaged(tmp_path):
     about = sealed({"step": 7})
     assert read_sealed(about, tmp_path) == {"step": 7}
     about["sha257"] = about.pop("sha256")
-    with pytest.raises(Damaged, match="is damaged: its config or its position in the data is not what was saved"):
+    with pytest.raises(Damaged, match="is damaged: its config or its position in the data differs from what was saved"):
         read_sealed(about, tmp_path)
 
 
@@ -266,7 +266,7 @@ def test_neither_does_one_whose_local_checkpoints_are_all_that_there_was(state, 
     (damaged,) = [path / "damaged" for path in (tmp_path / "disk").iterdir()]
     for _ in range(2):  # the same at the next start
         checkpoints = tiers(tmp_path)
-        with pytest.raises(ConfigError, match=f"all checkpoints of .* or remove {damaged} to begin anew"):
+        with pytest.raises(ConfigError, match=f"all checkpoints of .* or remove {damaged} to start over"):
             checkpoints.restore(CONFIG) if checkpoints.latest() is not None else checkpoints.check_new()
         checkpoints.close()
     said = capsys.readouterr().err.splitlines()

@@ -107,9 +107,9 @@ def test_parts_that_do_not_fit_are_told(folders):
     wider = replace(run.model, decoder=replace(run.model.decoder, mlp=64, vocab=300))
     cases = (
         (replace(run, model=wider), r"config.parts.decoder=.*llama does not fit config.model.decoder:\n"
-         r"  decoder/embed is \[301, 64\] there, \[300, 64\] here\n"
-         r"(.*\n)*  decoder/layers/mlp/gate/w is \[2, 64, 96\] there, \[2, 64, 64\] here"),
-        (replace(run, parts={"decoder": f"{root}/clip"}), "decoder=.*clip is a model without that part; it has"),
+         r"  decoder/embed is \[301, 64\] in the folder, \[300, 64\] here\n"
+         r"(.*\n)*  decoder/layers/mlp/gate/w is \[2, 64, 96\] in the folder, \[2, 64, 64\] here"),
+        (replace(run, parts={"decoder": f"{root}/clip"}), "decoder=.*clip: this model has no decoder. Choose a"),
         (replace(run, parts={"encodr": "x"}), "config.parts: there is no 'encodr'; did you mean 'encoder'"),
         (replace(run, init="x"), "config.parts=.* is in place of config.init='x': leave one of them empty"),
         (replace(run, parts={"encoder": str(root)}), "has no config.json"),

@@ -132,8 +132,8 @@ def test_a_run_says_what_exact_balance_costs():
     *_, said = BatchCost(run, rows_of_language).explain(batch, processes=4)
     flops = count_flops(run.model, useful(batch))
     counting = 4 * sum(part.forward for part in flops.values()) - 4 * flops["head"].forward
-    assert said.startswith("train.balance.exact: a forward pass") and f"{with_prefix(counting)}FLOP" in said
-    share = int(re.search(r"or (\d+)% besides", said)[1])
+    assert said.startswith("train.balance.exact: an additional forward pass") and f"{with_prefix(counting)}FLOP" in said
+    share = int(re.search(r"FLOP, (\d+)%\)", said)[1])
     assert 27 < share < 34 and share == round(25 * counting / sum(part.total for part in flops.values()))
     for other in (TrainConfig(balance=BalanceConfig("global")), replace(balanced, balance=BalanceConfig("micro"))):
         assert len(list(BatchCost(replace(run, train=other), rows_of_language).explain(batch))) == 1

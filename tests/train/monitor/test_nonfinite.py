@@ -30,7 +30,7 @@ from mllm_jax.train.step.state import new_state
 
 MODEL = tiny_config()
 RUN = Run(MODEL, ScenesData(), OptimConfig(freeze=("encoder/patch_embed/.*",)))
-NOT_FINITE = "hold values that are not finite"
+NOT_FINITE = "contain values that are not finite"
 
 
 def find(run, *poisoned, nan_targets=()):
@@ -88,7 +88,9 @@ def test_layers_of_a_pattern_are_found():
 def test_a_loss_and_a_gradient_that_alone_are_not_finite(monkeypatch):
     in_parts = dataclasses.replace(RUN, train=TrainConfig(grad_accum_steps=2))
     first, *found = find(in_parts, nan_targets=[1])
-    assert first == "in part 2 of 2 of the batch:" and found[0].startswith("forward: every layer is finite, the loss")
+    assert first == "in part 2 of 2 of the batch:" and found[0].startswith(
+        "forward: every layer is finite, but not the loss"
+    )
 
     @jax.custom_vjp
     def silu(x):

@@ -110,7 +110,7 @@ def test_without_adapters_a_stage_begins_with_what_they_came_to(chain):
 
 def test_what_adapters_cannot_become_is_told_before_the_first_stage(chain, tmp_path):
     refused = (
-        ("config.stages.more.lora: the adapters of stage instruct continue only unchanged, but rank was 2, is 3:",
+        ("config.stages.more.lora: the adapters of stage instruct cannot change, and rank was 2, is 3. ",
          {"more": Stage(lora=replace(LORA, rank=3))}),
         ("config.stages.instruct: lora.target_modules: 'decodr' matches no weight",
          {"instruct": Stage(lora=replace(LORA, target_modules=("decodr",))), "more": None}),
