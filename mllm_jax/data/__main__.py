@@ -1,9 +1,9 @@
 """Prepares data.
 
-    python -m mllm_jax.data convert SOURCE FOLDER     converts any source to ArrayRecord shards that contain the images
-    python -m mllm_jax.data inspect --config FILE     shows the batches of a run, as a table and as a page
+    python -m mllm_jax.data convert SOURCE FOLDER     writes any source as ArrayRecord shards, images included
+    python -m mllm_jax.data inspect --config FILE     shows the batches of a run as a table or an HTML page
 
-`python -m mllm_jax.data COMMAND --help` describes each command.
+Use COMMAND --help for details.
 """
 
 import argparse
@@ -28,30 +28,30 @@ from mllm_jax.data.tools.convert import ABOUT, BROKEN, convert
 
 INSPECT_COMMAND = "mllm_jax.train.inspect_command"  # imports jax, which the workers of `convert` never do
 
-CONVERT = """Converts any source to ArrayRecord: numbered shards that contain images and videos, in order.
+CONVERT = """Converts any source to numbered ArrayRecord shards, with images and videos inside, in the source's order.
 
     python -m mllm_jax.data convert conversations.jsonl converted --root=images
     python -m mllm_jax.data convert 'shards/*.tar' converted --processes=32
     python -m mllm_jax.data convert tfds:scenes converted --where split=heldout
 
-The same command resumes where it was interrupted. Broken records are left out, counted by reason, and named in the
-folder's broken.txt. A run reads the result with --config.data.path=FOLDER.
+Repeat the same command to resume after an interruption. Broken records are left out, counted by reason, and listed in
+the folder's broken.txt. A run reads the result with --config.data.path=FOLDER.
 """
 
 
-INSPECT = """Shows the batches of a run: counts, lengths, fill, and the skipped records by reason.
+INSPECT = """Shows the batches of a run: counts, lengths, fill, and the records that are left out, by reason.
 
     python -m mllm_jax.data inspect --config configs/scenes.py
     python -m mllm_jax.data inspect --config configs/sft.py --config.init=FOLDER --config.data.path=conversations.jsonl
     python -m mllm_jax.data inspect --config configs/recipes/llava_1_5.py --stage=align --html=align.html
 
-Records are read, packed and counted as in training, in its order. The page of --html shows histograms, conversations
-as the model reads them, with their images and loss weights, and packed rows as colored bars.
+Records are read, packed and counted as in the run, in the same order. The page of --html shows histograms,
+conversations with their images and loss weights as the model reads them, and packed rows as colored bars.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 1 where something is wrong that the user can mend, told in one line."""
+    """Runs the command. Returns its exit status: 1 after an error of one line that the user can fix."""
     parser = _parser()
     args, args.settings = parser.parse_with_overrides(arguments)
     if args.settings and args.command is not _inspect:
@@ -66,20 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser("python -m mllm_jax.data", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("convert", description=CONVERT, help="convert a source to ArrayRecord")
+    command = commands.add_parser("convert", description=CONVERT, help="convert to ArrayRecord")
     command.set_defaults(command=_convert)
     add = command.add_argument
-    add("source", metavar="SOURCE", help="a file, a pattern, a folder or tfds:NAME, as config.data.path takes it")
-    add("folder", metavar="FOLDER", help="folder of the shards")
-    add("--root", metavar="FOLDER", help="folder of the paths in records (default: the folder of their file)")
-    add(
-        "--where",
-        metavar="FIELD=VALUE[,VALUE]",
-        action="append",
-        default=[],
-        type=_where,
-        help="keep only records with these fields",
-    )
+    add("source", metavar="SOURCE", help="file, pattern, folder or tfds:NAME, as in config.data.path")
+    add("folder", metavar="FOLDER", help="folder that the shards are written to")
+    add("--root", metavar="FOLDER", help="folder of relative paths in records (default: the folder of their file)")
+    add("--where", metavar="FIELD=VALUE[,VALUE]", action="append", default=[], type=_where, help="records to keep")
     add("--records", metavar="N", type=argument(PositiveInt), default=4096, help="records per shard (default 4096)")
     add(
         "--processes",
@@ -92,7 +85,7 @@ def _parser() -> Parser:
     command.set_defaults(command=_inspect)
     add = command.add_argument
     add("--config", metavar="FILE[:ARGUMENT]", required=True, help="config of the run")
-    add("--stage", metavar="NAME", help="stage of a run with stages")
+    add("--stage", metavar="NAME", help="stage, for a run with stages")
     add(
         "--count",
         metavar="N",
@@ -100,7 +93,7 @@ def _parser() -> Parser:
         default=1000,
         help="approximate number of records to pack (default 1000)",
     )
-    add("--html", metavar="FILE", help="file of the page to write")
+    add("--html", metavar="FILE", help="HTML page to write")
     return parser
 
 
@@ -113,7 +106,7 @@ def _where(text: str) -> tuple[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, true, false or a quoted text as JSON has it; otherwise the text."""
+    """Returns the text parsed as JSON (a number, true, false, a quoted text), or unchanged if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -122,7 +115,7 @@ def _value(text: str) -> Any:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of records."""
+    """Shows a progress bar of records; yields a function that sets the number of records done."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
@@ -137,15 +130,15 @@ def _convert(args: argparse.Namespace) -> int:
     about = {"source": args.source, "root": args.root, "where": where, "source_bytes": size}
     try:
         with _progress(len(source)) as progress:
-            held = convert(source, folder, about, args.records, args.processes, progress)
+            result = convert(source, folder, about, args.records, args.processes, progress)
     except KeyboardInterrupt as interrupt:
         done = len(list(folder.glob("*.array_record")))
-        raise KeyboardInterrupt(f"interrupted: {done} shards are complete; the same command resumes") from interrupt
-    print(f"{folder}: {held.records:,} records in {held.shards} shards; {ABOUT} describes them")
-    if held.broken:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in held.broken.items())
-        print(f"{sum(held.broken.values())} broken records left out, named in {folder / BROKEN}: {reasons}")
-    for note, count in held.noted.items():
+        raise KeyboardInterrupt(f"interrupted: {done} shards are complete. Repeat the command to go on.") from interrupt
+    print(f"{folder}: {result.records:,} records in {result.shards} shards, described in {ABOUT}.")
+    if result.broken:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in result.broken.items())
+        print(f"{sum(result.broken.values())} broken records left out, listed in {folder / BROKEN}: {reasons}")
+    for note, count in result.noted.items():
         print(f"{note}: {count:,} records")
     return 0
 

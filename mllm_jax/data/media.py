@@ -1,4 +1,4 @@
-"""Resolves the name of an image or a video, in a record or a message, to the path of its file or its bytes.
+"""Resolves the name of an image or a video, as a record or a message gives it, to a path or to bytes.
 
 A name is a path, a `file://` URI, a `data:` URI, or base64 of a file. Nothing is downloaded.
 """
@@ -18,18 +18,18 @@ LONGEST_PATH = 4096  # characters of a path on Linux
 FILE = "file://"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 DATA = re.compile(r"\s*data:([^,]*),", re.IGNORECASE)
-# First bytes of files that are given as base64 without a prefix: PNG, JPEG, GIF, RIFF (WebP, AVI), BMP, TIFF, Matroska,
-# and ISO media (MP4, HEIC, AVIF) after the length of their first box.
+# First bytes of the formats that are accepted as base64 without a prefix: PNG, JPEG, GIF, RIFF (WebP, AVI), BMP, TIFF,
+# Matroska, and ISO media (MP4, HEIC, AVIF) after the length of their first box.
 SIGNATURES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM....\0\0|II\*\0|MM\0\*|\x1aE\xdf\xa3|\0...ftyp", re.DOTALL)
 URL_SAFE = str.maketrans("-_", "+/")
 
 
 class BadName(ValueError):
-    """A name that leads to no file: `BadName(reason, detail)`, where the reason is one of a few short phrases."""
+    """Error for a name that resolves to no file: `BadName(reason, detail)`, with one of a few short reasons."""
 
 
 def source_name(source: Any) -> str:
-    """The name of an image or a video in an error: its path, shortened where it is long, or what it is."""
+    """Returns the name of an image or a video for errors: its path, shortened if long, or a description in `<>`."""
     if isinstance(source, Image.Image):
         source = getattr(source, "filename", "") or f"<{source.mode} image {source.width}x{source.height}>"
     if not isinstance(source, str | os.PathLike):
@@ -42,10 +42,10 @@ def source_name(source: Any) -> str:
 
 
 def resolve(source: Any) -> Any:
-    """The source of a message with its text resolved: bytes of a data URI or of base64, the path of a `file://` URI.
+    """Resolves the image or video of a message: a data URI or base64 to bytes, the name of an existing file to a path.
 
-    Anything else is returned as it is. Raises ValueError, naming the source, for the address of another machine and for
-    a damaged data URI.
+    Returns any other source unchanged. Raises ValueError, naming the source, for a URL of another machine and for a
+    damaged data URI.
     """
     if not isinstance(source, str):
         return source
@@ -61,11 +61,11 @@ def resolve(source: Any) -> Any:
 
 
 def locate(root: Path, name: Any) -> str | bytes:
-    """The absolute path of an existing file below `root`, or the bytes that the name itself holds. Raises BadName.
+    """Returns the absolute path of an existing file below `root`, or the bytes that the name encodes. Raises BadName.
 
     Args:
-        root: resolved, that is, without symbolic links.
-        name: a path relative to `root`, or an absolute one; links may lead to other places below `root`, not out of it.
+        root: resolved path, that is, without symbolic links.
+        name: absolute path or path relative to `root`. Links must stay below `root`.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise BadName("not a path", repr(name)[:LONGEST_NAME])
@@ -90,7 +90,7 @@ def locate(root: Path, name: Any) -> str | bytes:
 
 
 def embedded_file(name: Any) -> bytes | None:
-    """The bytes that a name itself holds, as a data URI or as base64; None for any other name. Raises BadName."""
+    """Returns the bytes that a name encodes as a data URI or as base64; None for any other name. Raises BadName."""
     if not isinstance(name, str):
         raise BadName("not a path", repr(name)[:LONGEST_NAME])
     data = _of_data_uri(name)
@@ -98,7 +98,7 @@ def embedded_file(name: Any) -> bytes | None:
 
 
 def _of_data_uri(name: str) -> bytes | None:
-    """The bytes of a data URI, whatever type it claims; None where it is none. Raises BadName where it is damaged."""
+    """Returns the bytes of a data URI of any type; None for any other name. Raises BadName if it is damaged."""
     if (match := DATA.match(name)) is None:
         return None
     data = urllib.parse.unquote_to_bytes(name[match.end() :])
@@ -113,7 +113,7 @@ def _of_data_uri(name: str) -> bytes | None:
 
 
 def _of_base64(text: str) -> bytes | None:
-    """The bytes of base64 without a prefix, if they begin as an image or a video does; else None."""
+    """Returns the bytes of base64 without a prefix if they begin like an image or a video; else None."""
     try:
         head = "".join(text[:64].split())[:16]
         return _decoded(text) if SIGNATURES.match(_decoded(head)) else None
@@ -122,7 +122,7 @@ def _of_base64(text: str) -> bytes | None:
 
 
 def _decoded(text: str) -> bytes:
-    """The bytes of base64: with line breaks, in the alphabet for URLs, and without padding, too. Raises ValueError."""
+    """Decodes base64, also with line breaks, in the URL-safe alphabet, or without padding. Raises ValueError."""
     text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -131,10 +131,10 @@ def _decoded(text: str) -> bytes:
 
 
 def _spellings(name: str) -> list[str]:
-    """Paths that a name may mean, the most likely first; empty for a name too long for a path.
+    """Returns the paths that a name may mean, the likeliest first; none if it is too long for a path.
 
-    Names that other systems wrote have backslashes (Windows), a `file://` prefix, with or without `%20` for a space, or
-    decomposed letters and accents (macOS). Raises BadName for the address of another machine.
+    Names from other systems have backslashes (Windows), a `file://` prefix with or without `%20` for a space, or
+    decomposed accents (macOS). Raises BadName for a URL of another machine.
     """
     if name[: len(FILE)].lower() == FILE:
         rest = name[len(FILE) :]

@@ -1,8 +1,8 @@
-"""jinja2 for templates that strangers wrote: what one may compute, for how long, and how much text it may make.
+"""Runs untrusted jinja2 templates with limits on operations, time and output.
 
-jinja's sandbox keeps a template from Python's objects, but not from loops within loops, nor from `'x' * 10**10`. Here
-each turn of a loop and each macro looks at the time, and each operation that makes a text or a list pays for its
-length, before it is made where it can be much longer than what it is made of.
+jinja's sandbox keeps a template from Python's objects, but not from nested loops or `'x' * 10**10`. Here each
+iteration of a loop and each call of a macro checks the time. Each operation that creates a text or a list pays for its
+length, in advance if the result can be much longer than the operands.
 """
 
 import datetime
@@ -21,20 +21,20 @@ import jinja2.nodes
 import jinja2.sandbox
 import jinja2.visitor
 
-SECONDS = 10.0  # of processor time for a conversation
-LENGTH = 1 << 28  # characters, and items of lists, that a template may make for a conversation in all
-SOURCE = 1 << 20  # characters of a template
-_UNBOUNDED = ("center", "wordwrap", "xmlattr", "urlize", "pprint", "sum")  # filters that no chat needs
+SECONDS = 10.0  # limit of CPU time per conversation
+LENGTH = 1 << 28  # limit of characters and list items that a template creates per conversation, in total
+SOURCE = 1 << 20  # limit of a template's length in characters
+_UNBOUNDED = ("center", "wordwrap", "xmlattr", "urlize", "pprint", "sum")  # filters that chat templates do not need
 _METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format", "format_map")
-_WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{4}|\*)")  # a field of 1000 characters and more, or of any number
+_WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{4}|\*)")  # field width of 4 digits, or `*`
 
 
 class TooMuch(jinja2.TemplateError):
-    """A template runs for too long, or makes too much text."""
+    """Error of a template that exceeds a limit of time, output or operations."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """Templates may enclose answers in {% generation %}. It adds nothing: the weights come from the messages."""
+    """Parses {% generation %} around answers and ignores it: loss weights come from the messages."""
 
     tags = {"generation"}
 
@@ -45,7 +45,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Paying(jinja2.visitor.NodeTransformer):
-    """Texts that are joined by `~` pay for their length."""
+    """Makes the operator `~` pay for the length of its result."""
 
     def visit_Concat(self, node, *args, **kwargs):
         joined = jinja2.nodes.EnvironmentAttribute("joined")
@@ -53,19 +53,19 @@ class _Paying(jinja2.visitor.NodeTransformer):
 
 
 class _Spent(threading.local):
-    """Time and characters that a rendering may still use."""
+    """Remaining budget of a rendering."""
 
-    until = 0.0
-    length = 0
+    until = 0.0  # CPU time of the thread at which the rendering is stopped
+    length = 0  # characters and list items left
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox that keeps count."""
+    """Sandbox that enforces the limits."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self):
-        # Constants are not computed beforehand: that would be before anything is counted.
+        # optimized=False: constant folding at compile time would bypass the limits.
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[jinja2.ext.loopcontrols, _Generation]
         )
@@ -79,21 +79,21 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
 
     def compiled(self, source: str) -> jinja2.Template:
-        """A template of a text. Raises jinja2.TemplateSyntaxError."""
+        """Compiles a template. Raises jinja2.TemplateSyntaxError."""
         if len(source) > SOURCE:
-            raise jinja2.TemplateSyntaxError(f"{len(source)} characters are more than the {SOURCE} of a template", 1)
+            raise jinja2.TemplateSyntaxError(f"{len(source)} characters exceed the limit of {SOURCE}", 1)
         try:
             tree = _Paying().visit(self.parse(source))
             for node in tree.find_all((jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)):
-                look = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("look"), [], [], None, None)
-                node.body.insert(0, jinja2.nodes.ExprStmt(look))
+                check_time = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("look"), [], [], None, None)
+                node.body.insert(0, jinja2.nodes.ExprStmt(check_time))
             tree.set_environment(self)
             return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
         except (RecursionError, MemoryError, OverflowError) as error:
             raise jinja2.TemplateSyntaxError(f"too deeply nested ({type(error).__name__})", 1) from error
 
     def rendered(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
-        """The text that a template makes. Raises jinja2.TemplateError, whatever goes wrong in it."""
+        """Renders a template. Raises jinja2.TemplateError for any error in it."""
         self.spent.until, self.spent.length = time.thread_time() + SECONDS, LENGTH
         try:
             return self.concat(template.root_render_func(template.new_context(variables)))
@@ -103,27 +103,27 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise jinja2.TemplateError(str(error) or type(error).__name__) from error
 
     def look(self) -> None:
-        """Looks at the time."""
+        """Checks the time limit."""
         if time.thread_time() > self.spent.until:
             raise TooMuch(f"it takes longer than {SECONDS:g} seconds")
 
     def pay(self, length: int) -> None:
-        """Pays for a text or a list before it is made."""
+        """Subtracts the length of a text or a list from the budget, and checks both limits."""
         self.spent.length -= length
         if self.spent.length < 0:
-            raise TooMuch(f"it makes more than {LENGTH} characters")
+            raise TooMuch(f"it creates more than {LENGTH} characters")
         self.look()
 
     def concat(self, parts: Iterable[str]) -> str:
-        """The text of what a template, a macro or a block writes."""
-        found = []
+        """Joins the output of a template, a macro or a block."""
+        texts = []
         for part in parts:
             self.pay(len(part))
-            found.append(part)
-        return "".join(found)
+            texts.append(part)
+        return "".join(texts)
 
     def joined(self, *parts: Any) -> str:
-        """The result of the operator `~`."""
+        """Computes the operator `~`."""
         return self.concat(map(str, parts))
 
     def call_binop(self, context, operator_name: str, left: Any, right: Any) -> Any:
@@ -144,14 +144,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         name, text = getattr(method, "__name__", ""), getattr(method, "__self__", None)
         if isinstance(text, str):
             if name in _METHODS:
-                raise TooMuch(f"it calls str.{name}, which no chat needs")
+                raise TooMuch(f"it calls str.{name}, which is not allowed")
             self._check(name, text, args)
-        found = super().call(context, function, *args, **kwargs)
-        self.pay(_length(found))
-        return found
+        result = super().call(context, function, *args, **kwargs)
+        self.pay(_length(result))
+        return result
 
     def _check(self, name: str, value: Any, args: tuple) -> None:
-        """Pays for what a filter or a method makes of a text, where that can be much longer."""
+        """Pays in advance for filters and methods whose result can be much longer than their text."""
         if name == "replace" and len(args) > 1:
             text, old, new = str(value), str(args[0]), str(args[1])
             self.pay(text.count(old) * len(new))
@@ -162,7 +162,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.pay((str(value).count("\n") + 1) * (len(width) if isinstance(width, str) else _number(width)))
 
     def _paying(self, name: str, function: Any) -> Any:
-        """A filter that pays for what it returns."""
+        """Wraps a filter so that it pays for its result."""
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
         @functools.wraps(function)
@@ -173,9 +173,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 self.pay(len(value) * len(str(rest[0])))
                 args = (*args[:first], value, *args[first + 1 :])
             self._check(name, value, rest)
-            found = function(*args, **kwargs)
-            self.pay(_length(found))
-            return found
+            result = function(*args, **kwargs)
+            self.pay(_length(result))
+            return result
 
         return filtered
 
@@ -207,10 +207,10 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def check(source: str) -> None:
-    """Raises jinja2.TemplateSyntaxError where a text is no template."""
+    """Raises jinja2.TemplateSyntaxError if a template does not compile."""
     _compiled(source)
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
-    """The text that a template makes of variables. Raises jinja2.TemplateError, and TooMuch where it is bounded."""
+    """Renders a template with variables. Raises jinja2.TemplateError, or TooMuch if it exceeds a limit."""
     return _ENVIRONMENT.rendered(_compiled(source), variables)

@@ -1,7 +1,7 @@
-"""Conversations to tokens and loss weights, by any chat template.
+"""Converts conversations to tokens and loss weights, with any chat template.
 
-What people write is data: a control token spelled out in a message (`<|im_end|>`, `<|image_pad|>`) becomes the ordinary
-tokens of its letters; only the template itself writes control tokens.
+Text of users is data: a control token spelled out in a message (`<|im_end|>`, `<|image_pad|>`) becomes the ordinary
+tokens of its letters. Only the template writes control tokens.
 """
 
 import datetime
@@ -19,7 +19,7 @@ from mllm_jax.data.text.marks import Marked, render_marked
 from mllm_jax.data.text.tokenizer import MARKS, Guard, Tokenizer
 from mllm_jax.data.text.turns import ANSWER, QUESTION, Turns
 
-# Control tokens, in whatever tokenizer they are.
+# Control tokens of every tokenizer that has them.
 _USUAL = {"<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "<mask>", "[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"}
 _USUAL |= {"<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>"}
 _VISION = re.compile(r"image|img|video|vision|audio", re.IGNORECASE)
@@ -32,33 +32,39 @@ _WRITTEN = ("content", "reasoning_content", "tool_calls")  # the fields of a mes
 
 
 class _Span(NamedTuple):
-    """Characters of a rendered conversation that a model learns to write."""
+    """Characters of a rendered conversation that are trained on."""
 
     start: int
     end: int
-    weight: float
+    weight: float  # loss weight
 
 
 class ChatFormat:
-    """A chat template together with the tokenizer that cuts what it writes.
+    """Chat template together with the tokenizer of its output.
 
-    `control` are the added tokens that never come out of what people write: those that the template writes outside of
-    answers, the placeholders of images and videos, and those for the beginning, the end and the padding of texts. The
-    other added tokens are content, as `<think>` or `<|box_start|>`: answers may consist of them.
-    `ends` are the control tokens that end a turn, and `end` is the one behind an answer; None where none is. Where
-    the template ends no turn, the tokenizer's end of text is written behind each answer.
+    control: added tokens that texts of messages never produce: tokens that the template writes outside of answers,
+      placeholders of images and videos, and tokens for the beginning, end and padding of texts. Other added tokens,
+      such as `<think>` or `<|box_start|>`, are content: answers may contain them.
+    ends: control tokens that end a turn. If the template ends no turn, the tokenizer's eos_token is appended to each
+      answer.
+    end: token after the last answer. None: the template writes none.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate, control: Iterable[str] = (), stop: Collection[int] = ()
     ):
-        """`control`: control tokens in addition to those detected. `stop`: ids of tokens that end a turn."""
+        """Learns the tokens of the template.
+
+        Args:
+          control: further control tokens.
+          stop: ids of tokens that end a turn in any case.
+        """
         self.tokenizer, self.template = tokenizer, template
         added = tokenizer.added
-        known = {*control, *tokenizer.special_tokens().values(), *_USUAL}
-        known |= {token for token, special in added.items() if special and _VISION.search(token)}
-        self._guard = tokenizer.guard  # of what an assistant writes
-        self._behind = ""  # text after answers, if the template writes none
+        always = {*control, *tokenizer.special_tokens().values(), *_USUAL}
+        always |= {token for token, special in added.items() if special and _VISION.search(token)}
+        self._guard = tokenizer.guard  # for texts of the assistant
+        self._behind = ""  # appended to answers if the template does not end turns
         self._as_text, self._as_parts = self._read_forms()
         self._turns = Turns.learn(tokenizer, self._probe, {token for token in added if tokenizer.id(token) in stop})
         eos = tokenizer.special_tokens().get("eos_token")
@@ -66,7 +72,7 @@ class ChatFormat:
             self._behind, self._turns.last = eos, eos
             self._turns.ends.add(eos)
         self.ends, self.end = self._turns.ends, self._turns.last
-        self.control = frozenset(added.keys() & (known | self.ends | self._structure()))
+        self.control = frozenset(added.keys() & (always | self.ends | self._structure()))
         self._guard = Guard(self.control)
 
     def tokenize(
@@ -79,24 +85,24 @@ class ChatFormat:
         user_content_tokens: bool = False,
         **variables,
     ) -> tuple[list[int], list[float]]:
-        """Returns a conversation as tokens, and for each the loss weight of predicting it.
+        """Returns the tokens of a conversation, and for each the loss weight of predicting it.
 
-        The weight is that of its message (1 unless "weight" sets another) from the beginning of an assistant's text,
-        reasoning or tool calls up to the token or text that ends its turn, and 0 elsewhere. Answers are tokenized
-        separately from the text before them, so that training has the tokens that generation continues from.
+        An assistant's turn has the "weight" of its message (default 1), from the beginning of its text, reasoning or
+        tool calls through the token or text that ends it. All other tokens have weight 0. Answers are tokenized
+        separately from the text before them, so that training and generation have the same prompt tokens.
 
         Args:
-          messages: Hugging Face's, with "tool_calls" and "reasoning_content" of an assistant. A message with
-            "content_tokens": True has content tokens in its texts, in any role.
-          generate: for prompts: the prompt for an answer is added, and all weights are 0.
+          messages: conversation in Hugging Face's format; "tool_calls" and "reasoning_content" are supported. A message
+            with "content_tokens": True may contain content tokens, whatever its role.
+          generate: whether to append the prompt for an answer. All weights are 0 then.
           tools: descriptions of functions that the model may call, as JSON schemas.
-          placeholders: tokens that are replaced by other text.
-          fill: maps all placeholders of the rendered conversation, in order, to their texts.
-          user_content_tokens: whether content tokens in the texts of users are read as tokens, as in answers.
+          placeholders: tokens that `fill` replaces.
+          fill: takes all placeholders of the rendered conversation in order, and returns the replacement of each.
+          user_content_tokens: whether texts of users may contain content tokens, as answers do.
           variables: further variables of the template.
 
         Raises:
-          ValueError: the template refuses the conversation or leaves out a part of it, or no end of a turn is known.
+          ValueError: the template refuses the conversation or omits or repeats a part of it, or writes no end of turn.
         """
         weights = [_weight(message, number) for number, message in enumerate(messages)]
         messages = [self._fitted(message) for message in messages]
@@ -116,7 +122,7 @@ class ChatFormat:
     ) -> Marked:
         guarded = [self._guarded(message, user_content_tokens) for message in messages]
         tools = _each_text(tools, self.tokenizer.guard)
-        now = {"strftime_now": datetime.datetime.now().strftime}  # the same for all renderings that are compared
+        now = {"strftime_now": datetime.datetime.now().strftime}  # one clock for all renderings that are compared
         variables = now | self.tokenizer.special_tokens() | variables
 
         def render(messages: Messages) -> str:
@@ -125,7 +131,7 @@ class ChatFormat:
         return render_marked(render, guarded)
 
     def _ended(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message with the end of its turn, where it is an answer and the template writes none."""
+        """Returns a message with the end of its turn, if it is an answer and the template does not write one."""
         content = message.get("content")
         if not self._behind or message.get("role") != "assistant" or content is None or message.get("tool_calls"):
             return message
@@ -136,14 +142,14 @@ class ChatFormat:
         return message | {"content": [written(*each) for each in enumerate(content)]}
 
     def _guarded(self, message: dict[str, Any], user_content_tokens: bool) -> dict[str, Any]:
-        """A message whose texts have guards: of all added tokens, or where content is allowed of control tokens."""
-        every, speakers = self.tokenizer.guard, ["assistant", "user"][: 1 + user_content_tokens]
+        """Returns a message with guarded texts: against control tokens if it may contain content tokens, else all."""
+        full, speakers = self.tokenizer.guard, ["assistant", "user"][: 1 + user_content_tokens]
         allowed = message.get("role") in speakers or message.get(CONTENT_TOKENS)
-        guard = lambda key: self._guard if allowed and key in _WRITTEN else every
+        guard = lambda key: self._guard if allowed and key in _WRITTEN else full
         return {key: _each_text(value, guard(key)) for key, value in message.items() if key not in _ABOUT}
 
     def _fitted(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message whose content has the form that the template reads: a text, or a list of parts."""
+        """Returns a message whose content has the form that the template supports: a text, or a list of parts."""
         content, role = message.get("content"), message.get("role")
         if isinstance(content, str) and role in self._as_parts - self._as_text:
             return message | {"content": [{"type": "text", "text": content}]}
@@ -153,7 +159,7 @@ class ChatFormat:
         return message
 
     def _read_forms(self) -> tuple[set[str], set[str]]:
-        """The roles whose contents the template reads as texts, and those of which it reads lists of parts."""
+        """Returns the roles whose content may be a text, and the roles whose content may be a list of parts."""
         self._as_text, self._as_parts = forms = set(), set()
         as_text = lambda message: message
         as_parts = lambda message: message | {"content": [{"type": "text", "text": message["content"]}]}
@@ -166,7 +172,7 @@ class ChatFormat:
         return forms
 
     def _probe(self, messages: Messages, generate: bool = False, fitted: bool = False) -> Marked | None:
-        """A small conversation; None where the template refuses it."""
+        """Renders a small conversation; returns None if the template refuses it."""
         try:
             return self._render(messages if fitted else [self._fitted(one) for one in messages], generate)
         except ValueError as error:
@@ -175,7 +181,7 @@ class ChatFormat:
             return None
 
     def _structure(self) -> set[str]:
-        """The added tokens that the template writes outside of what an assistant writes."""
+        """Returns the added tokens that the template writes outside of the assistant's turns."""
         calls = [_CALL, _CALL | {"function": _FUNCTION | {"arguments": '{"place": "here"}'}}]
         thought = {"role": "assistant", "reasoning_content": "reason"}
         called = [thought | {"tool_calls": [call], "content": text} for call in calls for text in ("", None, "so")]
@@ -196,24 +202,24 @@ class ChatFormat:
             if any(None in body for body in bodies):
                 continue
             for start, end, token in self._turns.tokens(marked.rendered):
-                own = any(first <= start and end <= last for first, last in bodies)
-                (inside if own and token not in self.ends else outside).add(token)
+                in_body = any(first <= start and end <= last for first, last in bodies)
+                (inside if in_body and token not in self.ends else outside).add(token)
         source = self.template.source + (self.template.tool_source or "")
         special = {token for token, special in self.tokenizer.added.items() if special and token in source}
         return {token for token in outside | (special - inside) if token.strip()}
 
     def _spans(self, messages: Messages, marked: Marked, weights: Sequence[float]) -> Iterator[_Span]:
-        """Yields the span that is learned of every answer with a weight."""
+        """Yields the trained span of every answer whose weight is not 0."""
         places, text = marked.places(), marked.rendered
         for number, (message, weight) in enumerate(zip(messages, weights)):
             if message.get("role") != "assistant" or not weight:
                 continue
             name = f"messages[{number}]={value_text(message.get('content'))}"
             if (place := places.get(number)) is None:
-                raise ValueError(f"{name}: the chat template does not show where this answer is. Give it a text.")
+                raise ValueError(f"{name}: this answer cannot be located in the rendered conversation. Give it a text.")
             start = place.start if place.starts_with_content else self._turns.body_start(text, place)
             if start is None:
-                raise ValueError(f"{name}: the chat template does not show where this turn begins. Give it a text.")
+                raise ValueError(f"{name}: the chat template writes no header before this turn. Give it a text.")
             end = self._turns.end(text, place)
             if end is None:
                 raise ValueError(
@@ -229,22 +235,22 @@ class ChatFormat:
         placeholders: Collection[str | None],
         fill: Callable[[list[str]], Iterable[str]],
     ) -> tuple[str, list[_Span]]:
-        """The text with what stands for its placeholders, and its spans there."""
-        found = [token for token in self._turns.tokens(text) if token[2] in placeholders]
-        written = list(fill([token for *_, token in found]))
-        parts, end, ends, grown = [], 0, [0], [0]
-        for (start, stop, _), new in zip(found, written, strict=True):
-            parts += [text[end:start], new]
+        """Replaces the placeholders of a text; returns it with its spans moved accordingly."""
+        slots = [token for token in self._turns.tokens(text) if token[2] in placeholders]
+        replacements = list(fill([token for *_, token in slots]))
+        parts, end, ends, shifts = [], 0, [0], [0]
+        for (start, stop, _), replacement in zip(slots, replacements, strict=True):
+            parts += [text[end:start], replacement]
             end = stop
             ends.append(stop)
-            grown.append(grown[-1] + len(new) - (stop - start))
-        moved = lambda offset: offset + grown[bisect_right(ends, offset) - 1]
+            shifts.append(shifts[-1] + len(replacement) - (stop - start))
+        moved = lambda offset: offset + shifts[bisect_right(ends, offset) - 1]
         spans = [span._replace(start=moved(span.start), end=moved(span.end)) for span in spans]
         return "".join([*parts, text[end:]]), spans
 
     def _cut(self, text: str, spans: Sequence[_Span]) -> tuple[list[int], list[float]]:
-        """The tokens of a rendered text, cut where spans begin and end, and their weights."""
-        # A space before an answer belongs to its first word.
+        """Tokenizes a rendered text, split at the bounds of spans; returns its tokens and their loss weights."""
+        # The space before an answer is tokenized with its first word.
         spans = [span._replace(start=span.start - text.endswith(" ", 0, span.start)) for span in spans]
         bounds = sorted((offset, weight) for span in spans for offset, weight in ((span[0], span[2]), (span[1], 0.0)))
         tokens, weights, weight, begins, place = [], [], 0.0, True, 0
@@ -254,10 +260,10 @@ class ChatFormat:
                     weight, place = bounds[place][1], place + 1
                 stop = end if special is not None or place == len(bounds) else min(end, bounds[place][0])
                 piece = text[start:stop]
-                own = [special] if special is not None else self.tokenizer.encode(piece.translate(MARKS), begins)
-                begins = self.tokenizer.begins_after(piece) if special is not None else begins and not own
-                tokens += own
-                weights += [weight] * len(own)
+                ids = [special] if special is not None else self.tokenizer.encode(piece.translate(MARKS), begins)
+                begins = self.tokenizer.begins_after(piece) if special is not None else begins and not ids
+                tokens += ids
+                weights += [weight] * len(ids)
                 start = stop
         return tokens, weights
 
@@ -267,21 +273,22 @@ def _is_text(part: Any) -> bool:
 
 
 def _weight(message: Mapping[str, Any], number: int) -> float:
-    """Loss weight of a message. Raises ValueError if it is not a number of at least 0."""
+    """Returns the loss weight of a message. Raises ValueError unless it is a finite number >= 0."""
     weight = message.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise ValueError(f"messages[{number}].weight={weight!r}: must be a number of at least 0. Correct or remove it.")
+        raise ValueError(f"messages[{number}].weight={weight!r}: not a number >= 0. Correct or remove it.")
     return float(weight)
 
 
 _TWICE = "the chat template writes it twice. Use a chat template that writes it once."
-_LEFT_OUT = "the chat template leaves it out. Use a chat template that writes it, or remove it."
+_LEFT_OUT = "the chat template leaves it out. Remove it, or use a chat template that writes it."
 
 
 def _check_all_written(messages: Messages, marked: Marked, generate: bool) -> None:
-    """Raises ValueError where a rendered conversation lacks a part of its messages, or has it twice.
+    """Raises ValueError if a rendered conversation lacks a text of its messages, or contains it twice.
 
-    Reasoning that a question follows may be missing, as in prompts, where a template leaves out that of earlier turns.
+    A template may leave out texts of an answer before the last question, or in a prompt, such as earlier reasoning, if
+    it writes other texts of that answer.
     """
     times = Counter(mark.text for mark in marked.marks if mark.opens)
     asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
@@ -289,7 +296,7 @@ def _check_all_written(messages: Messages, marked: Marked, generate: bool) -> No
     for number, text in enumerate(marked.texts):
         answer = messages[text.message]["role"] == "assistant"
         past = answer and text.field != "tool_calls" and (generate or text.message < asked) and text.message in written
-        twice = times[number] > 1 and text.field != "tool_calls"  # a result may have the name of its tool
+        twice = times[number] > 1 and text.field != "tool_calls"  # a result may repeat the name of its tool
         if twice or not (times[number] or past or text.empty):
             name = f"messages[{text.message}].{text.field} ({messages[text.message]['role']})"
             about = f"{name}={value_text(messages[text.message][text.field])}"
@@ -297,7 +304,7 @@ def _check_all_written(messages: Messages, marked: Marked, generate: bool) -> No
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of nested dicts and lists with every text changed, and every key that is no plain word."""
+    """Returns a copy of nested dicts and lists with `change` applied to texts and to keys that are no identifiers."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

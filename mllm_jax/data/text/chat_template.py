@@ -1,4 +1,4 @@
-"""Conversations to text by the chat template that a model was trained with."""
+"""Renders conversations as text with the chat template that a model was trained with."""
 
 import dataclasses
 import pathlib
@@ -10,28 +10,30 @@ from mllm_jax.data.text import bounded_jinja
 from mllm_jax.data.text.json_files import read_json
 
 JINJA, TOOLS = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
-# A field of a message, hidden from templates: its texts may contain content tokens, in any role.
+# Field of a message, hidden from templates: content tokens in its texts are allowed for any role.
 CONTENT_TOKENS = "content_tokens"
 Messages = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template in jinja2, as published with a model, run in a sandbox that bounds its time and its text."""
+    """A published jinja2 chat template, run in a sandbox that limits its time and output."""
 
     source: str
-    tool_source: str | None = None  # source of the template for conversations with tools, if it is another one
+    tool_source: str | None = None  # template for conversations with tools; None: `source`
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, usual: str | None = None) -> "ChatTemplate":
-        """Reads the first template of a folder, from the files in which Hugging Face's libraries store one.
+        """Reads the first chat template of a folder, from the files in which Hugging Face's libraries store one.
 
         These are chat_template.jinja, chat_template.json, processor_config.json and tokenizer_config.json, in this
-        order. Of several named templates it is "default", and also "tool_use".
-        usual: a template with precedence over that of a tokenizer, which may support only text.
+        order. Of several named templates, "default" is used, and "tool_use" for conversations with tools.
+
+        Args:
+          usual: template that takes precedence over tokenizer_config.json, whose template may support text only.
 
         Raises:
-          FileNotFoundError: there is none.
+          FileNotFoundError: the folder has no template.
           ValueError: a file cannot be read, or the template has a syntax error.
         """
         folder = pathlib.Path(folder)
@@ -44,7 +46,7 @@ class ChatTemplate:
                 return cls(usual)
             if sources := _sources(folder / name):
                 return cls._read(folder / name, sources["default"], sources.get("tool_use"))
-        raise FileNotFoundError(f"{folder}: holds no chat template ({JINJA})")
+        raise FileNotFoundError(f"{folder}: no chat template. Add {JINJA}.")
 
     @classmethod
     def _read(cls, path: pathlib.Path, source: str, tool_source: str | None) -> "ChatTemplate":
@@ -70,30 +72,32 @@ class ChatTemplate:
         """Returns the conversation as one text.
 
         Args:
-          generate: the prompt for an answer is added.
+          generate: whether to append the prompt for an answer.
           tools: descriptions of functions that the model may call, as JSON schemas.
-          variables: more that the template may ask for, such as bos_token.
+          variables: further variables of the template, such as bos_token.
 
         Raises:
-          ValueError: the template refuses the conversation, or runs for too long, see bounded_jinja.py.
+          ValueError: the template refuses the conversation, or exceeds the limits of bounded_jinja.py.
         """
         source = self.source if tools is None else self.tool_source or self.source
-        known = {"documents": None, "tools": tools, "add_generation_prompt": generate}  # as transformers names them
+        standard = {"documents": None, "tools": tools, "add_generation_prompt": generate}  # names of transformers
         try:
-            return bounded_jinja.render(source, {"messages": messages, **known, **variables})
+            return bounded_jinja.render(source, {"messages": messages, **standard, **variables})
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not accept this conversation: {error}") from error
 
 
 def _sources(path: pathlib.Path) -> dict[str, str]:
-    """The templates in a JSON file by name; empty where it has none. Raises ValueError where none is the default."""
-    found = read_json(path).get("chat_template") or {}
-    if isinstance(found, str):
-        return {"default": found}
+    """Returns the templates of a JSON file by name; {} if it has none. Raises ValueError if "default" is missing."""
+    templates = read_json(path).get("chat_template") or {}
+    if isinstance(templates, str):
+        return {"default": templates}
     try:
-        named = found if isinstance(found, dict) else {entry["name"]: entry["template"] for entry in found}
+        named = templates if isinstance(templates, dict) else {each["name"]: each["template"] for each in templates}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: chat_template must be a text, or texts by name.") from error
+        raise ValueError(f"{path}: chat_template is malformed. Make it a string, or an object of strings.") from error
     if named and not isinstance(named.get("default"), str):
-        raise ValueError(f"{path}: chat_template names {', '.join(map(str, named))}, but no default. Name one so.")
+        raise ValueError(
+            f"{path}: chat_template has {', '.join(map(str, named))}, but no default. Name one of them default."
+        )
     return named

@@ -1,4 +1,4 @@
-"""generation_config.json of published models: end tokens and defaults of sampling."""
+"""Reads and writes generation_config.json of published models: end tokens and sampling defaults."""
 
 import math
 import pathlib
@@ -9,20 +9,20 @@ from typing import Any
 from mllm_jax.data.text.json_files import read_json, write_json
 
 FILE = "generation_config.json"
-_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults
-# Fields that change which tokens are drawn, and the values with which they do not.
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # defaults of transformers
+# Fields that change sampling, and the values that disable them.
 _UNSUPPORTED = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """The content of a generation_config.json. A field that is null counts as absent."""
+    """Content of a generation_config.json. Null fields count as absent."""
 
     content: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> "GenerationDefaults":
-        """Reads the file of a folder; empty if there is none. Raises ValueError, which names the field."""
+        """Reads the file of a folder; empty if it is missing. Raises ValueError, which names the field."""
         path = pathlib.Path(folder) / FILE
         defaults = cls(read_json(path))
         try:
@@ -33,33 +33,31 @@ class GenerationDefaults:
 
     @property
     def eos_token_id(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        found = self.content.get("eos_token_id", [])
-        found = found if isinstance(found, list) else [found]
-        if not all(type(token) is int and token >= 0 for token in found):
-            raise ValueError(f"eos_token_id={found}: not the id of a token. Name one, or a list.")
-        return tuple(found)
+        """Ids of the tokens that end an answer."""
+        tokens = self.content.get("eos_token_id", [])
+        tokens = tokens if isinstance(tokens, list) else [tokens]
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise ValueError(f"eos_token_id={tokens}: not a token id. Set it to an id or a list of ids.")
+        return tuple(tokens)
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """`temperature`, `top_k` and `top_p` for `generate`; empty, which is greedy, unless `do_sample` is true."""
+        """`temperature`, `top_k` and `top_p` for `generate`; empty (greedy decoding) unless `do_sample` is true."""
         if not self.content.get("do_sample"):
             return {}
-        found = {name: self.content.get(name, usual) for name, usual in _SAMPLING.items()}
-        for name, value in found.items():
+        settings = {name: self.content.get(name, default) for name, default in _SAMPLING.items()}
+        for name, value in settings.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r}: must be a number of at least 0. Correct or remove it.")
-        return found
+                raise ValueError(f"{name}={value!r}: not a number >= 0. Correct or remove it.")
+        return settings
 
     @property
     def unsupported(self) -> dict[str, Any]:
-        """Fields that `generate` cannot honor, and that change which tokens transformers draws."""
-        return {
-            name: self.content[name] for name, usual in _UNSUPPORTED.items() if self.content.get(name, usual) != usual
-        }
+        """Fields that change sampling in transformers and that `generate` does not support."""
+        return {name: self.content[name] for name, off in _UNSUPPORTED.items() if self.content.get(name, off) != off}
 
     def save(self, folder: str | pathlib.Path, stop: Sequence[int], pad: int) -> None:
-        """Writes the file with the tokens that end an answer; `pad` follows them, unless the file names another."""
+        """Writes the file; `stop` are the ids that end an answer, `pad` the padding id unless `content` has one."""
         ends = {"eos_token_id": list(stop)}
         write_json(pathlib.Path(folder) / FILE, {"pad_token_id": pad} | dict(self.content) | ends)
 

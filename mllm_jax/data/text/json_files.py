@@ -1,4 +1,4 @@
-"""JSON files of published models."""
+"""Reads and writes JSON files of published models."""
 
 import json
 import pathlib
@@ -6,18 +6,18 @@ from typing import Any
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The object that a JSON file holds, or {} if there is no file. ValueError for anything else, naming the file."""
+    """Returns the object that a JSON file contains, or {} if there is no file. Raises ValueError, naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold an object in braces, not {type(content).__name__}.")
+        raise ValueError(f"{path}: must contain an object in braces, not {type(content).__name__}.")
     return content
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """`read_object` without fields that are null: in files of tokenizers and processors, null means absent."""
+    """Reads an object without its null fields: in files of tokenizers and processors, null means absent."""
     return _without_nulls(read_object(path))
 
 

@@ -1,6 +1,6 @@
-"""A SentencePiece model (tokenizer.model), as Llama and InternLM2 were published with, as a tokenizer of `tokenizers`.
+"""Converts a SentencePiece model (tokenizer.model), as published with Llama and InternLM2, to `tokenizers`.
 
-SentencePiece is imported when a file is read.
+SentencePiece is an optional dependency, imported when a file is read.
 """
 
 import pathlib
@@ -14,30 +14,31 @@ SPACE = "▁"
 
 
 def read_sentence_piece(path: pathlib.Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of a file.
+    """Reads a tokenizer.model file.
 
     Args:
-      config: tokenizer_config.json: `add_bos_token` and `add_eos_token` set the tokens around every text (absent: only
-        the first), `legacy` whether a space is added after a special token too, as before a text (absent: it is).
+      config: content of tokenizer_config.json. `add_bos_token` (default True) and `add_eos_token` (default False) add
+        the tokens around every text. `legacy` (default True) puts a space before text after a special token, too, and
+        not only before a text.
 
     Raises:
       ImportError: SentencePiece is not installed.
-      ValueError: no such file, or a model of another kind than Llama's: BPE of text without normalization.
+      ValueError: the file is missing, no SentencePiece model, or not BPE without normalization as Llama's.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2 as protocol
     except ImportError as error:
-        raise ImportError(f"reading {path} needs SentencePiece: pip install -e '.[sentencepiece]'") from error
+        raise ImportError(f"{path}: needs SentencePiece. Run pip install -e '.[sentencepiece]'.") from error
     proto = protocol.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's own kind of error has moved between its versions
+    except Exception as error:  # protobuf's error class has moved between versions
         raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
     trainer, rules, kinds = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
     if trainer.model_type != trainer.BPE or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
         raise ValueError(
-            f"{path}: only SentencePiece models of merged pairs (BPE) that change no characters are read; "
-            "save the tokenizer as tokenizer.json, for example with transformers' AutoTokenizer"
+            f"{path}: only SentencePiece models of type BPE without normalization are supported. "
+            "Save the tokenizer as tokenizer.json, for example with transformers' AutoTokenizer."
         )
     pieces = {piece.piece: piece for piece in proto.pieces}
     tokenizer = tokenizers.Tokenizer(
@@ -63,7 +64,7 @@ def read_sentence_piece(path: pathlib.Path, config: Mapping[str, Any]) -> tokeni
 
 
 def _merges(scores: Mapping[str, float]) -> Sequence[tuple[str, str]]:
-    """The pairs that are merged, the first first: SentencePiece scores what comes out of them."""
+    """Returns the merges of BPE in order of priority, from SentencePiece's scores of the merged pieces."""
     numbers = {piece: number for number, piece in enumerate(scores)}
     pairs = (
         (-score, numbers[piece[:end]], numbers[piece[end:]], piece[:end], piece[end:])
@@ -75,7 +76,7 @@ def _merges(scores: Mapping[str, float]) -> Sequence[tuple[str, str]]:
 
 
 def _put_spaces(tokenizer: tokenizers.Tokenizer, prefix: bool, legacy: bool) -> None:
-    """Sets how spaces are written, and whether texts get a leading one."""
+    """Sets the normalizer or pre-tokenizer, and the decoder, for spaces; `prefix` puts one before texts."""
     if legacy:
         written = normalizers.Replace(" ", SPACE)
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), written]) if prefix else written
@@ -86,7 +87,7 @@ def _put_spaces(tokenizer: tokenizers.Tokenizer, prefix: bool, legacy: bool) -> 
 
 
 def _put_around(tokenizer: tokenizers.Tokenizer, trainer: Any, config: Mapping[str, Any]) -> None:
-    """Sets the tokens around every text."""
+    """Sets the special tokens that are put around every text."""
     first = [trainer.bos_piece] if config.get("add_bos_token", True) else []
     last = [trainer.eos_piece] if config.get("add_eos_token", False) else []
     if around := first + last:

@@ -1,8 +1,8 @@
-"""Text to tokens and back, with special tokens that only a chat template can write.
+"""Converts text to tokens and back, with special tokens that only a chat template can write.
 
-Texts of people are data. A special token spelled out in a message (`<|im_end|>`, `<|image_pad|>`) becomes the ordinary
-tokens of its letters. To tell the two apart in a rendered conversation, texts of people have invisible guards: Unicode
-noncharacters, which no text contains.
+Text of users is data: a special token spelled out in a message (`<|im_end|>`, `<|image_pad|>`) becomes the ordinary
+tokens of its letters. Invisible guards mark such texts in a rendered conversation. They are Unicode noncharacters,
+which are removed from users' texts.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from mllm_jax.data.text.json_files import read_json, write_json
 from mllm_jax.data.text.sentence_piece import read_sentence_piece
 
-GUARD = "\ufdd0"  # breaks a special token spelled out by people
-MARKS = dict.fromkeys(range(0xFDD0, 0xFDF0))  # the noncharacters that guards and other marks are made of
+GUARD = "\ufdd0"  # inserted into special tokens that a user spelled out
+MARKS = dict.fromkeys(range(0xFDD0, 0xFDF0))  # noncharacters of guards and other marks; `str.translate` removes them
 _NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never"}
 
-# Pre-tokenization of Qwen's tokenizers, for folders with only vocab.json and merges.txt.
+# Pre-tokenizer pattern of Qwen's tokenizers, needed if a folder has vocab.json and merges.txt only.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer that never reads special tokens out of text, unless asked to.
+    """Wrapper of a `tokenizers` tokenizer that parses special tokens only where asked to.
 
-    `config` is the content of tokenizer_config.json; it names the special tokens that templates use. `outside` are
-    tokens that templates write and no vocabulary has, with their ids; the text after one is tokenized separately.
-    `added` maps the added tokens, of two characters and more, to whether they are special. `guard` marks a text of
-    people, so that `pieces` finds no added token in it or across its ends.
+    config: content of tokenizer_config.json, with the special tokens that templates use.
+    outside: ids of tokens that templates write but that no vocabulary has. Text after one is encoded as a new text.
+    added: added tokens of two or more characters, each mapped to whether it is special.
+    guard: marks a user's text, so that `pieces` finds no added token in it or across its ends.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Tokenizer:
         self._first_alone = _prefixes_the_first_alone(fields)
         if (without := _without_prefix(fields)) != fields:
             self._inner = tokenizers.Tokenizer.from_str(json.dumps(without))
-        # A single character cannot be broken by a guard; such an added token is treated as a part of the text.
+        # A guard cannot split a single character, so such an added token is treated as text.
         added = [token for token in tokenizer.get_added_tokens_decoder().values() if len(token.content) > 1]
         added += [tokenizers.AddedToken(token) for token in self.outside]
         added.sort(key=lambda token: -len(token.content))
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, outside: Mapping[str, int] | None = None) -> "Tokenizer":
-        """Reads tokenizer.json, or vocab.json and merges.txt or tokenizer.model with their added tokens."""
+        """Reads tokenizer.json; else vocab.json with merges.txt, or tokenizer.model, and the folder's added tokens."""
         folder = pathlib.Path(folder)
         config = read_json(folder / "tokenizer_config.json")
         if (path := folder / "tokenizer.json").exists():
@@ -70,7 +70,7 @@ class Tokenizer:
             known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
             listed = _listed_tokens(config).items()
             _add_tokens(tokenizer, {n: fields for n, fields in listed if fields["content"] not in known}, folder)
-            with _one_error(f"{path}: not a tokenizer that can be used"):
+            with _one_error(f"{path}: not a usable tokenizer"):
                 return cls(tokenizer, config, outside)
         files = [folder / name for name in ("vocab.json", "merges.txt")]
         if all(file.exists() for file in files):
@@ -79,14 +79,14 @@ class Tokenizer:
             tokenizer = read_sentence_piece(path, config)
         else:
             raise FileNotFoundError(
-                f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no tokenizer.model"
+                f"{folder}: no tokenizer found. Add tokenizer.json, vocab.json with merges.txt, or tokenizer.model."
             )
         _add_tokens(tokenizer, _listed_tokens(config) or _tokens_beside(folder), folder)
         return cls(tokenizer, config, outside)
 
     @staticmethod
     def _of_pairs(*files: pathlib.Path) -> tokenizers.Tokenizer:
-        """Qwen's, from vocab.json and merges.txt."""
+        """Builds Qwen's tokenizer from vocab.json and merges.txt."""
         tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*map(str, files)))
         tokenizer.normalizer = normalizers.NFC()
         words = pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), "isolated")
@@ -96,37 +96,37 @@ class Tokenizer:
         return tokenizer
 
     def save(self, folder: str | pathlib.Path, more: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; `more`: further fields of the second."""
+        """Writes tokenizer.json and tokenizer_config.json; `more` are additional fields of the second."""
         folder = pathlib.Path(folder)
         self._full.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config | dict(more)
-        config.pop("chat_template", None)  # templates have their own file
+        config.pop("chat_template", None)  # saved in chat_template.jinja
         write_json(folder / "tokenizer_config.json", config)
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """The id of every token, added ones included."""
+        """Ids of all tokens, added ones included."""
         return self._full.get_vocab()
 
     def __len__(self) -> int:
-        """Number of tokens, including added ones."""
+        """Returns the number of tokens, added ones included."""
         return self._full.get_vocab_size()
 
     def __contains__(self, token: str | None) -> bool:
         return token in self.outside or (token is not None and self._full.token_to_id(token) is not None)
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
-        """The tokens of a text that people wrote: special tokens in it are letters like any other.
+        """Encodes a user's text; special tokens spelled out in it are ordinary letters.
 
-        begins: it is the beginning of a text, before which some tokenizers put a space.
+        begins: whether this is the beginning of a text, where some tokenizers put a space.
         """
-        with _one_error("the tokenizer fails on a text"):
+        with _one_error("the tokenizer cannot encode a text"):
             return (self._plain if begins else self._inner).encode(text, add_special_tokens=False).ids
 
     def encode_framed(self, text: str, length: int | None = None) -> list[int]:
-        """The tokens of a text that people wrote, between those that this tokenizer puts around every text.
+        """Encodes a user's text with the tokens that this tokenizer puts around every text (`frame`).
 
-        length: of all together at most; what is too much is left out of the text. None = any.
+        length: maximum number of tokens, including the frame; the text is truncated to it. None: no limit.
         """
         before, after = self.frame
         room = None if length is None else length - len(before) - len(after)
@@ -134,21 +134,21 @@ class Tokenizer:
 
     @functools.cached_property
     def longest(self) -> int:
-        """Characters of the longest token of the vocabulary."""
+        """Length of the longest token of the vocabulary, in characters."""
         return max(map(len, self.vocabulary), default=1)
 
     @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:
-        """The tokens that this tokenizer puts before and after every text."""
+        """Tokens that this tokenizer puts before and after every text, such as BOS and EOS."""
         with _one_error("tokenizer.json does not define the tokens around a text"):
             full = tokenizers.Tokenizer.from_str(self._full.to_str())
             full.no_padding()
-            found = full.encode("a")
-            own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
-            return found.ids[: own[0]], found.ids[own[-1] + 1 :]
+            encoding = full.encode("a")
+            letters = [offset for offset, special in enumerate(encoding.special_tokens_mask) if not special]
+            return encoding.ids[: letters[0]], encoding.ids[letters[-1] + 1 :]
 
     def encode_markup(self, text: str) -> list[int]:
-        """The tokens of a text that a template wrote, special tokens included."""
+        """Encodes a text that a template wrote, special tokens included."""
         tokens, begins = [], True
         for start, end, special in self.pieces(text):
             tokens += self.encode(text[start:end], begins) if special is None else [special]
@@ -156,13 +156,14 @@ class Tokenizer:
         return tokens
 
     def begins_after(self, token: str) -> bool:
-        """Returns whether the text after a special token is tokenized like the beginning of a text."""
+        """Returns whether the text after an added token is encoded like the beginning of a text."""
         return token in self.outside or not self._first_alone
 
     def pieces(self, markup: str, begin: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int | None]]:
-        """Cuts a rendered text at its added tokens: (start, end, id) for each, (start, end, None) for the text between.
+        """Splits `markup[begin:stop]` at its added tokens.
 
-        White space that a token takes in is in no piece. `begin`, `stop`: of the part of the text that is cut.
+        Yields (start, end, id) for each added token and (start, end, None) for the text between them. White space
+        that an added token absorbs (`lstrip`, `rstrip`) belongs to no piece.
         """
         end, stop = begin, len(markup) if stop is None else stop
         for match in self._added.finditer(markup, begin, stop):
@@ -174,19 +175,19 @@ class Tokenizer:
             yield end, stop, None
 
     def decode(self, ids, special: bool = False) -> str:
-        """The text of tokens, without the special ones unless they are asked for."""
-        known = [int(token) for token in ids if token not in self.outside.values()]
-        return self._full.decode(known, skip_special_tokens=not special)
+        """Returns the text of tokens; special tokens are skipped unless `special` is True."""
+        tokens = [int(token) for token in ids if token not in self.outside.values()]
+        return self._full.decode(tokens, skip_special_tokens=not special)
 
     def id(self, token: str) -> int:
-        """The id of one token; raises ValueError if there is none."""
+        """Returns the id of a token. Raises ValueError if it has none."""
         number = self.outside.get(token, self._full.token_to_id(token))
         if number is None:
-            raise ValueError(f"the tokenizer has no token {token!r}")
+            raise ValueError(f"the tokenizer has no token {token!r}. Add it to the tokenizer, or use another one.")
         return number
 
     def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and so on, as chat templates name them."""
+        """Returns the special tokens by the names that chat templates use: bos_token, eos_token and so on."""
         named = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in self.config.items()
@@ -197,7 +198,7 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _one_error(what: str) -> Iterator[None]:
-    """Turns what goes wrong in `tokenizers` into a ValueError: its errors are of no class, and panics no Exception."""
+    """Raises errors of `tokenizers` as ValueError: they have no class in common, and its panics are no `Exception`."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -207,9 +208,9 @@ def _one_error(what: str) -> Iterator[None]:
 
 
 def _any_of(added: Sequence[tokenizers.AddedToken]) -> str:
-    """A regular expression that finds added tokens, each in a group, with the white space that it takes in."""
+    """Returns a regular expression that finds added tokens, each in a group, with the white space that they absorb."""
     if not any(token.lstrip or token.rstrip for token in added):
-        return f"({'|'.join(re.escape(token.content) for token in added)})" if added else "(?!)"  # much the fastest
+        return f"({'|'.join(re.escape(token.content) for token in added)})" if added else "(?!)"  # the fastest form
     strip = {False: "", True: r"\s*"}
     one_of = (f"{strip[token.lstrip]}({re.escape(token.content)}){strip[token.rstrip]}" for token in added)
     first = "".join(sorted({re.escape(token.content[0]) for token in added}))
@@ -217,10 +218,15 @@ def _any_of(added: Sequence[tokenizers.AddedToken]) -> str:
 
 
 class Guard:
-    """Marks texts so that no token of a set can be found in them, or across their ends."""
+    """Marks texts so that no token of a set is found in them, or across their ends together with adjacent text.
+
+    Example for the token `<s>`, with the guard written as `|`: `a<s>b` becomes `a<|s>b`, `a<s` becomes `a<s|`, and
+    `s>b` becomes `|s>b`.
+    """
 
     def __init__(self, tokens: Iterable[str]):
-        tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)  # templates trim blanks
+        # Without white space: a guard in it would keep templates from trimming it.
+        tokens = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
         self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
         self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
         start_of_any = "|".join(map(re.escape, tokens)) or "(?!)"
@@ -232,54 +238,56 @@ class Guard:
 
 
 def _listed_tokens(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The added tokens, by id, that tokenizer_config.json lists."""
+    """Returns the added tokens that tokenizer_config.json lists, by id."""
     return {int(number): fields for number, fields in (config.get("added_tokens_decoder") or {}).items()}
 
 
 def _tokens_beside(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """Tokens of added_tokens.json at their ids."""
+    """Returns the added tokens of added_tokens.json, the file of older tokenizers, by id."""
     usual = {"special": True, "normalized": False}
     return {number: {"content": token, **usual} for token, number in read_json(folder / "added_tokens.json").items()}
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, listed: Mapping[int, dict[str, Any]], folder: pathlib.Path) -> None:
-    """Adds tokens, given by their ids. Raises ValueError where one cannot have its id."""
+    """Adds tokens under the ids given. Raises ValueError if a token cannot have its id."""
     for number, fields in sorted(listed.items()):
         tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
         if tokenizer.token_to_id(fields["content"]) != number:
-            raise ValueError(f"{folder}: added token {fields['content']!r} cannot have the id {number}")
+            raise ValueError(
+                f"{folder}: added token {fields['content']!r} cannot have the id {number}. Correct its added tokens."
+            )
 
 
 def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """A copy, as JSON, that cannot produce a special token: neither as an added one nor as a word of its vocabulary."""
+    """Returns the tokenizer as JSON without special tokens, both as added tokens and as words of its vocabulary."""
     fields = json.loads(tokenizer.to_str())
     special = {token["content"] for token in fields["added_tokens"] if token["special"]}
     fields |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     vocabulary = fields["model"]["vocab"]
     if isinstance(vocabulary, dict):
-        special.discard(fields["model"].get("unk_token"))  # what a word outside the vocabulary becomes
+        special.discard(fields["model"].get("unk_token"))  # unknown words need it
         fields["model"]["vocab"] = {token: number for token, number in vocabulary.items() if token not in special}
     return fields
 
 
 def _prefixes_the_first_alone(tokenizer: dict[str, Any]) -> bool:
-    """Returns whether a text gets a leading space, but not the text after a special token within it."""
+    """Returns whether a space is put before a text, but not before text after a special token within it."""
     return any(step.get("prepend_scheme") == "first" for step in _steps(tokenizer["pre_tokenizer"]))
 
 
 def _without_prefix(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """One that puts no space before a text."""
+    """Returns a copy that puts no space before a text."""
     words = copy.deepcopy(tokenizer["pre_tokenizer"])
     for step in _steps(words):
         step |= {name: never for name, never in _NO_PREFIX.items() if name in step}
-    letters, kept = tokenizer["normalizer"], [s for s in _steps(tokenizer["normalizer"]) if s["type"] != "Prepend"]
-    if kept != _steps(letters):
-        letters = {"type": "Sequence", "normalizers": kept}
-    return tokenizer | {"pre_tokenizer": words, "normalizer": letters}
+    normalizer, steps = tokenizer["normalizer"], [s for s in _steps(tokenizer["normalizer"]) if s["type"] != "Prepend"]
+    if steps != _steps(normalizer):
+        normalizer = {"type": "Sequence", "normalizers": steps}
+    return tokenizer | {"pre_tokenizer": words, "normalizer": normalizer}
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer or a pre-tokenizer, as JSON."""
+    """Returns the steps of a normalizer or a pre-tokenizer, as JSON."""
     if part is None or part["type"] != "Sequence":
         return [] if part is None else [part]
     return [step for each in part.get("normalizers", part.get("pretokenizers")) for step in _steps(each)]

@@ -1,12 +1,11 @@
-"""Text that a chat template writes around the answers of an assistant, and the characters that are learned.
+"""Finds what a chat template writes around the answers of an assistant, from small conversations that it renders.
 
-Nothing is known of a template but what it makes of small conversations: what it writes between a question and its
-answer, and behind an answer that is the last, or that another question follows. As an example, of
+The text between a question and its answer is the header of an answer, and the text after an answer ends its turn:
 
     <|user|>question<|end|><|assistant|>answer<|end|><|endoftext|>
     <|user|>question<|end|><|assistant|>answer<|end|><|user|>question<|end|><|endoftext|>
 
-`<|assistant|>` stands before answers, and `<|end|>` ends a turn: it is the first token behind an answer.
+Here `<|assistant|>` precedes answers, and `<|end|>` ends a turn: it is the first token after both answers.
 """
 
 import os
@@ -18,19 +17,19 @@ from mllm_jax.data.text.marks import Marked, Place
 from mllm_jax.data.text.tokenizer import Tokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-Probe = Callable[[Messages, bool], Marked | None]  # (messages, whether to generate). None: the template refuses
+Probe = Callable[[Messages, bool], Marked | None]  # (messages, generate) -> None if the template refuses the messages
 
 
 @dataclass
 class Turns:
-    """Beginnings and ends of an assistant's turns.
+    """Text and tokens at the beginning and the end of an assistant's turns.
 
-    last: the token after a final answer. None: there is none.
-    ends: tokens that end turns, including those known before.
+    last: token after the last answer of a conversation. None: the template writes none.
+    ends: tokens that end a turn, including those given to `learn`.
     end_text: text that ends a turn if no token does.
     unended: whether the template writes nothing that could end a turn.
-    headers: texts before an answer, the longest first.
-    openers: tokens that begin a turn, or are in its header.
+    headers: variants of the text before an answer, the longest first.
+    openers: tokens that begin a turn or occur in its header.
     """
 
     tokenizer: Tokenizer
@@ -43,27 +42,31 @@ class Turns:
 
     @classmethod
     def learn(cls, tokenizer: Tokenizer, probe: Probe, known: Collection[str]) -> "Turns":
-        """Learns them from what a template makes of conversations. `known`: tokens that end a turn."""
+        """Infers the text around answers from conversations that `probe` renders.
 
-        def behind(message: int, *messages: dict, generate: bool = False) -> str | None:
+        Args:
+          known: tokens that end a turn in any case.
+        """
+
+        def text_after(message: int, *messages: dict, generate: bool = False) -> str | None:
             marked = probe(list(messages), generate)
             place = marked and marked.places().get(message)
             return marked.rendered[place.end : place.after] if place else None
 
         turns = cls(tokenizer, ends=set(known))
-        asked, prompt = behind(0, QUESTION) or "", behind(0, QUESTION, generate=True) or ""
-        last, followed = behind(1, QUESTION, ANSWER) or "", behind(1, QUESTION, ANSWER, QUESTION)
+        asked, prompt = text_after(0, QUESTION) or "", text_after(0, QUESTION, generate=True) or ""
+        last, followed = text_after(1, QUESTION, ANSWER) or "", text_after(1, QUESTION, ANSWER, QUESTION)
         followed = last if followed is None else followed
 
-        # Texts before answers: a prompt may open a thought that the last turn or earlier ones lack.
+        # Headers. A prompt may open a thought that the last turn or earlier turns lack.
         header, common = prompt[len(turns._shared(asked, prompt)) :], []
         for answered in ([QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION]):
-            written = turns._shared(prompt, behind(0, *answered) or "")
+            written = turns._shared(prompt, text_after(0, *answered) or "")
             common.append(written[len(turns._shared(asked, written)) :] if header.strip() else written)
         forms = {form for text in (header, *common) for form in (text, text.rstrip(), text.strip()) if form}
         turns.headers = sorted(forms or {prompt}, key=len, reverse=True)
 
-        # Texts after answers: the first tokens, or without any a text, that another turn does not change.
+        # Ends: the first tokens after an answer, or else the text, that do not depend on a turn that follows.
         shared = turns._shared(last, followed)
         closing = turns._first_tokens(shared)
         opening = {token for text in common for *_, token in turns.tokens(text)} - set(closing)
@@ -78,23 +81,23 @@ class Turns:
         return turns
 
     def _first_tokens(self, text: str) -> list[str]:
-        """The first added token in a text, and those that follow at once."""
-        found: list[str] = []
+        """Returns the first added token of a text and the added tokens that follow it without a gap."""
+        tokens: list[str] = []
         end = 0
         for start, stop, token in self.tokens(text):
-            if found and start != end:
+            if tokens and start != end:
                 break
-            found, end = [*found, token], stop
-        return found
+            tokens, end = [*tokens, token], stop
+        return tokens
 
     def tokens(self, text: str, begin: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, str]]:
-        """The added tokens in a rendered text, or a part of it: start, end, token."""
+        """Yields (start, end, token) of the added tokens in `text[begin:stop]`."""
         for start, end, number in self.tokenizer.pieces(text, begin, stop):
             if number is not None:
                 yield start, end, text[start:end]
 
     def body_start(self, text: str, place: Place) -> int | None:
-        """Start of all that an assistant wrote, behind the header of its turn; None if it cannot be found."""
+        """Returns the start of the assistant's text, after the header of its turn; None if no header is found."""
         for header in self.headers:
             start = text.rfind(header, place.before, place.start)
             if start >= 0:
@@ -102,7 +105,7 @@ class Turns:
         return None
 
     def end(self, text: str, place: Place) -> int | None:
-        """End of the token or text that closes the turn of an answer; None if it cannot be found."""
+        """Returns the end of the token or text that ends the turn of an answer; None if neither is found."""
         for _, end, token in self.tokens(text, place.end, place.after):
             if token in self.openers:
                 break
@@ -114,7 +117,7 @@ class Turns:
         return start + len(self.end_text) if start >= 0 else None
 
     def _shared(self, one: str, other: str) -> str:
-        """The beginning of two texts that is the same; no token is cut."""
+        """Returns the longest common prefix of two texts that splits no added token."""
         end = len(os.path.commonprefix([one, other]))
         for text in (one, other):
             end = min([end, *(start for start, stop, _ in self.tokens(text) if start < end < stop)])

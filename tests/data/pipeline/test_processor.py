@@ -473,7 +473,7 @@ def test_null_is_absent(tmp_path, stated):
         ({"image_std": [0, 0, 0]}, "image_std.0.=0: must be a number"),
         ({"do_normalize": False}, "do_normalize=false: must be true"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0: must be a number"),
-        ([], "must hold an object in braces, not list"),
+        ([], "must contain an object in braces, not list"),
     ],
     ids=str,
 )

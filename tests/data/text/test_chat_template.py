@@ -253,7 +253,7 @@ def test_where_templates_are_found(tmp_path):
         (tmp_path / name).write_text(json.dumps({"chat_template": found}))
         if template is not None:
             assert ChatTemplate.from_folder(tmp_path) == template
-    with pytest.raises(ValueError, match="chat_template.json: chat_template names rag, but no default"):
+    with pytest.raises(ValueError, match="chat_template.json: chat_template has rag, but no default"):
         (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": {"rag": "r"}}))
         ChatTemplate.from_folder(tmp_path)
     (tmp_path / "chat_template.json").unlink()

@@ -238,7 +238,7 @@ def test_files_that_are_not_read(model, tmp_path, monkeypatch):
         sentence_iterator=iter(CORPUS), model_prefix=str(folder / "tokenizer"), model_type="unigram", vocab_size=60,
         minloglevel=2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="only SentencePiece models of merged pairs .*save the tokenizer as tokenizer"):
+    with pytest.raises(ValueError, match="only SentencePiece models of type BPE .*Save the tokenizer as tokenizer"):
         Tokenizer.from_folder(folder)
     with pytest.raises(ValueError, match="added token '<s>' cannot have the id 400"):
         Tokenizer.from_folder(write_folder(tmp_path / "ids", model, ["<s>"]))
@@ -251,5 +251,7 @@ def test_files_that_are_not_read(model, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"tokenizer.model needs SentencePiece: pip install -e '\.\[sentencepiece\]'"):
+    with pytest.raises(
+        ImportError, match=r"tokenizer.model: needs SentencePiece. Run pip install -e '\.\[sentencepiece\]'"
+    ):
         Tokenizer.from_folder(write_folder(tmp_path / "none", model))

@@ -180,7 +180,7 @@ def test_mistakes_in_the_command(tmp_path, capsys):
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["convert", "--help"])
-    assert ended.value.code == 0 and "resumes where it was interrupted" in capsys.readouterr().out
+    assert ended.value.code == 0 and "to resume after an interruption" in capsys.readouterr().out
 
 
 def test_a_killed_conversion_of_several_processes_goes_on(tmp_path):

@@ -161,7 +161,7 @@ def test_an_interrupted_conversion_tells_what_is_done_in_one_line(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of its processes
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and errors.count("\n") == 2, errors
-    assert re.fullmatch(r"\ninterrupted: \d+ shards are complete; the same command resumes\n", errors)
+    assert re.fullmatch(r"\ninterrupted: \d+ shards are complete\. Repeat the command to go on\.\n", errors)
 
 
 def test_processes_end_with_their_launcher(tmp_path):
