@@ -1,7 +1,7 @@
-"""How long a planned step takes at best: a roofline of compute, memory and communication. Nothing here is measured.
+"""Computes a lower bound of a planned step's time: a roofline of compute, memory and communication.
 
-Bandwidths of collectives are those of the "How to Scale Your Model" book (jax-ml.github.io/scaling-book): rings along
-the dimensions of a torus, a switch within a node of GPUs, and the data-center network between slices or nodes.
+Bandwidths of collectives follow the book "How to Scale Your Model" (jax-ml.github.io/scaling-book): rings along the
+dimensions of a torus, a switch within a GPU node, and the data-center network between slices or nodes.
 """
 
 import math
@@ -22,15 +22,15 @@ class Ring(NamedTuple):
     """Devices along one dimension of a torus."""
 
     size: int
-    bandwidth: float  # bytes/s that each of them can receive
+    bandwidth: float  # bytes/s that each device can receive
 
 
 class Group(NamedTuple):
-    """Devices that a collective joins."""
+    """Devices of a collective."""
 
-    near: int  # within a slice or a node
-    far: int  # slices or nodes
-    rings: tuple[Ring, ...]  # within a slice; a switch is one ring
+    near: int  # devices within a slice or a node
+    far: int  # number of slices or nodes
+    rings: tuple[Ring, ...]  # rings within a slice; a switch is one ring
 
     @property
     def size(self) -> int:
@@ -43,13 +43,13 @@ class Group(NamedTuple):
 
 
 class Network:
-    """How the devices of a mesh reach one another."""
+    """Network between the devices of a mesh."""
 
     def __init__(self, mesh: Mesh, chip: Chip):
         self.mesh, self.chip, self._groups = mesh, chip, {}
 
     def group(self, axes: Sequence[str]) -> Group:
-        """The devices that differ in these axes of the mesh alone."""
+        """Returns the group of devices that a collective over these mesh axes connects."""
         axes = tuple(axis for axis in self.mesh.axis_names if axis in axes)
         if axes not in self._groups:
             index = tuple(slice(None) if axis in axes else 0 for axis in self.mesh.axis_names)
@@ -58,7 +58,7 @@ class Network:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """Of every device of the mesh (slice or node, x, y, z)."""
+        """(slice or node, x, y, z) of every device, with the shape of the mesh."""
         chip = self.chip
 
         def place(device):
@@ -68,7 +68,7 @@ class Network:
 
         devices = self.mesh.devices
         places = np.array([place(device) for device in devices.flat]).reshape(*devices.shape, 4)
-        if chip.node:  # a node is a slice of its own, whatever the topology calls it
+        if chip.node:  # treat every node as a slice
             places[..., 0], places[..., 1] = places[..., 0] * 10**6 + places[..., 1], 0
         return places
 
@@ -83,11 +83,14 @@ class Network:
         extent = self.places[..., 1:].reshape(-1, 3).max(axis=0) + 1
         rings = tuple(filter(None, (self._ring(own[:, d], int(extent[d])) for d in range(3))))
         if math.prod(ring.size for ring in rings) != len(np.unique(own, axis=0)) or not rings:
-            rings = (Ring(near, 2 * self.chip.link),)  # it winds through the torus, or lies within a chip
+            rings = (Ring(near, 2 * self.chip.link),)  # the group winds through the torus, or is within a chip
         return Group(near, far, rings)
 
     def _ring(self, coordinates: np.ndarray, extent: int) -> Ring | None:
-        """Groups whose members are several chips apart share the links between them."""
+        """Returns the ring of a group along one torus dimension. None if the group has one coordinate there.
+
+        Groups with a stride of several chips share the links between them, which divides the bandwidth.
+        """
         along = np.unique(coordinates)
         if len(along) == 1:
             return None
@@ -97,10 +100,11 @@ class Network:
 
 
 def seconds(collective: Collective, network: Network) -> float:
-    """Of a step, for one collective: as long as its bytes need over the slowest part of their way.
+    """Returns the seconds of a collective in one step: the time of its bytes on the slowest network that they cross.
 
-    An all-gather of R bytes moves R (n - 1) / n to each of n devices; a reduce-scatter as much the other way, an
-    all-reduce both. An all-to-all of R bytes on a ring of n moves R n / 4 over each link, in both directions.
+    An all-gather of R bytes moves R (n - 1) / n to each of n devices. A reduce-scatter moves as much in the other
+    direction, an all-reduce both. An all-to-all of R bytes on a ring of n moves R n / 4 over each link, in both
+    directions.
     """
     group, chip = network.group(collective.axes), network.chip
     if group.size == 1:
@@ -121,29 +125,31 @@ def seconds(collective: Collective, network: Network) -> float:
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step. `compute`, `memory` and `communication` are what each needs by itself."""
+    """Times of a step in seconds. `compute`, `memory` and `communication` are the times of each resource alone."""
 
     compute: float
     memory: float
     communication: float
-    waited: float  # the part of communication that a layer waits for
-    axes: dict[tuple[str, ...], float]  # communication by the axes of the mesh
+    waited: float  # the part of communication that does not overlap with compute
+    axes: dict[tuple[str, ...], float]  # communication by mesh axes
     mfu: float
 
     @property
     def seconds(self) -> float:
-        """Weights are gathered and gradients reduced beside compute; a layer waits for its activations."""
+        """Time of the step. Communication of weights and gradients overlaps with compute, that of activations not."""
         return max(self.compute, self.memory, self.communication - self.waited) + self.waited
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """Name of the resource that takes longest."""
         return max(("compute", "memory", "communication"), key=lambda name: getattr(self, name))
 
 
 def roofline(planned: Planned, network: Network, traffic: float) -> Roofline:
-    """Args:
-    traffic: bytes that a device reads and writes in its memory (`mllm_jax.plan.estimate.traffic`).
+    """Computes the roofline of a planned step.
+
+    Args:
+      traffic: bytes that a device reads and writes in its memory (`mllm_jax.plan.comms.traffic`).
     """
     chip, axes, waited = network.chip, {}, 0.0
     for collective in planned.collectives:
@@ -157,10 +163,10 @@ def roofline(planned: Planned, network: Network, traffic: float) -> Roofline:
         waited=waited,
         axes=axes,
     )
-    found = Roofline(**rows, mfu=0.0)
-    return found._replace(mfu=planned.useful / chip.peak / found.seconds)
+    result = Roofline(**rows, mfu=0.0)
+    return result._replace(mfu=planned.useful / chip.peak / result.seconds)
 
 
 def _is_waited_for(collective: Collective) -> bool:
-    """Activations, that is: tokens that change their device, and all that crosses `tensor`."""
+    """Returns whether a layer waits for a collective of activations: an exchange of tokens, or any over `tensor`."""
     return collective.kind in (*EXCHANGES, "collective-permute") or "tensor" in collective.axes
