@@ -1,4 +1,4 @@
-"""Plans a run on accelerators that need not be there, or checks one that are.
+"""Plans a run for accelerators that this machine need not have, or certifies meshes on virtual devices.
 
 python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8
 python -m mllm_jax.plan certify --config configs/certify.py

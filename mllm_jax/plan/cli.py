@@ -1,16 +1,16 @@
-"""Plans the training of a config on accelerators that need not be there.
+"""Plans the training of a config on accelerators that this machine need not have.
 
-    python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8                  which mesh is best?
-    python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8 --mesh fsdp=64   what does this take?
-    python -m mllm_jax.plan certify --help                                                      is a mesh right?
+    python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8                  rank all meshes
+    python -m mllm_jax.plan --config configs/qwen3_vl_8b.py --topology v6e:8x8 --mesh fsdp=64   plan one mesh in detail
+    python -m mllm_jax.plan certify --help                                                      check results of a mesh
 
-The step that training runs is compiled for the topology: TPUs as v5p:4x8x8 (chips along each axis; v6e:16x16*2 is two
-slices), GPUs as h200:64. Without --mesh every mesh and remat policy is estimated, and the best are compiled, for TPUs
-with little effort; what --mesh names is compiled as for training. Every value of the config can be replaced, as in
---config.path.to=value: sharding rules by --config.preset=fsdp, fsdp_tensor, expert, long_context or replicated, and by
---config.rules.vocab=None. All that is said here is planned: nothing is measured.
+Compiles the training step for a topology: TPUs as v5p:4x8x8 (chips along each axis; v6e:16x16*2 is two slices), GPUs as
+h200:64. Without --mesh, all meshes and remat policies are estimated and the best are compiled, with reduced effort for
+TPUs; the mesh of --mesh is compiled as for training. --config.path.to=value replaces a value of the config: sharding
+rules by --config.preset=fsdp, fsdp_tensor, expert, long_context or replicated, and by --config.rules.vocab=None. All
+results are planned, not measured.
 
-The exit code is 0 where the run fits, 1 where it does not, and 2 where it cannot be planned.
+Exit codes: 0 if the run fits, 1 if it does not fit, 2 if it cannot be planned.
 """
 
 import sys
@@ -34,30 +34,27 @@ from mllm_jax.train.runs import command
 from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import one_run
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run: a Python file with get_config(argument).")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config to train: a Python file with get_config(argument).")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, as in v5p:4x8x8, v6e:16x16*2 or h200:64.")
-MESH = flags.DEFINE_string(
-    "mesh", None, "Sizes of the mesh axes, as in fsdp=16,expert=16; one may be -1. Default: search."
-)
-STAGE = flags.DEFINE_string("stage", None, "Stage to plan, of a config with stages.")
+MESH = flags.DEFINE_string("mesh", None, "Sizes of mesh axes, as in fsdp=16,expert=16; one may be -1. None: search.")
+STAGE = flags.DEFINE_string("stage", None, "Stage to plan, for a config with stages.")
 TOP = flags.DEFINE_integer("top", 10, "Number of candidates to list.", lower_bound=1)
-COMPILE = flags.DEFINE_integer(
-    "compile", 1, "Number of candidates to compile. 0: estimates only, without a compiler.", lower_bound=0
-)
-HTML = flags.DEFINE_string("html", None, "HTML file to write, with charts.")
-WIDE = 160  # characters of a line in a file
+COMPILE = flags.DEFINE_integer("compile", 1, "Number of candidates to compile. 0: estimate only.", lower_bound=0)
+HTML = flags.DEFINE_string("html", None, "File for an HTML page with figures.")
+WIDE = 160  # characters per line if the output is not a terminal
 WITHIN = 90.0  # seconds after which no further candidate is compiled
 flags.mark_flags_as_required(["config", "topology"])
 
 
 def main() -> None:
-    """The command. Ends the process: exit code 1 where nothing fits, 2 where the input is wrong."""
+    """Runs the command. Ends the process with exit code 1 if no candidate fits, 2 if the input is wrong."""
     command.run(plan, exit_code=2)
 
 
 def plan() -> None:
+    """Plans the run of the flags, prints tables and a summary, and ends the process."""
     if HTML.value and not Path(HTML.value).parent.is_dir():
-        raise ConfigError(f"--html: there is no folder {Path(HTML.value).parent}")
+        raise ConfigError(f"--html={HTML.value}: there is no folder {Path(HTML.value).parent}. Create it first.")
     run, console = read_run(one_run(CONFIG.value, STAGE.value)), Console(highlight=False)
     check_run(run)
     topology = get_topology(TOPOLOGY.value, compiler=COMPILE.value > 0)
@@ -72,7 +69,11 @@ def plan() -> None:
         console.print(table)
     if found.impossible:
         (reason, _), *_ = found.impossible.most_common(1)
-        console.print(f"{found.impossible.total()} meshes are impossible: {reason}; ...", style="dim", soft_wrap=True)
+        console.print(
+            f"{found.impossible.total()} meshes are impossible. Most frequent reason: {reason}",
+            style="dim",
+            soft_wrap=True,
+        )
     for warning in best.planned.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     console.print(lead, style="bold", soft_wrap=True)
@@ -101,7 +102,7 @@ def _searched(search: Search, progress: Progress) -> Found:
 
 
 def _given(search: Search, text: str, progress: Progress) -> Found:
-    """The one candidate of --mesh, with the remat policy and the rules of the config."""
+    """Returns the single candidate of --mesh, with the remat policy and the rules of the config."""
     runtime = search.run.model.runtime
     try:
         mesh = tuple((axis, size) for axis, size in read_mesh(text, search.topology).items() if size > 1)
@@ -139,20 +140,20 @@ def _ranking(found: Found) -> Table:
 
 
 def _parts(best: Candidate, search: Search) -> list[Table]:
-    """The detailed table of one mesh."""
+    """Returns the tables of one mesh: times, FLOPs, memory and collectives."""
     time, planned, network = best.time, best.planned, search.network(best.choice.mesh)
-    waited = f"of it {duration(time.waited)} for activations" if time.waited else ""
+    waited = f"including {duration(time.waited)} for activations" if time.waited else ""
     tables = [
-        _table("time by itself", [
+        _table("time of each resource alone", [
             ("compute", duration(time.compute), f"{planned.recomputed / 1e12:.1f} of "
-             f"{sum(planned.flops.values()) / 1e12:.1f} TFLOP computed again"),
+             f"{sum(planned.flops.values()) / 1e12:.1f} TFLOP recomputed"),
             ("memory", duration(time.memory), ""),
             ("communication", duration(time.communication), waited),
             *([("compiler", duration(planned.compile_seconds), f"with {gib(planned.host_bytes)} of this machine")]
               if best.compiled else []),
         ]),
-        _table("FLOPs of a device", [(part, f"{value / 1e12:.1f} TFLOP", "") for part, value in planned.flops.items()]),
-        _table("memory of a device", [
+        _table("FLOPs per device", [(part, f"{value / 1e12:.1f} TFLOP", "") for part, value in planned.flops.items()]),
+        _table("memory per device", [
             ("arguments", gib(planned.arguments), ""),
             ("temporary", gib(planned.peak - planned.arguments), ""),
             *((f"  {name}", size_text(size), "") for name, size in planned.largest[:6]),

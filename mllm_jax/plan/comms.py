@@ -1,9 +1,9 @@
-"""Estimated traffic of a step: between devices, and between a device and its memory.
+"""Estimates the data that moves in a step: between devices, and between a device and its memory.
 
-Weights that are sharded over axes which also shard the rows are all-gathered before use, and their gradients are
-reduce-scattered (ZeRO, arXiv 1910.02054). Over other axes weights stay sharded and activations are all-reduced
-(Megatron, arXiv 1909.08053). Tokens are sent to the devices of their experts and back (GShard, arXiv 2006.16668).
-Attention over a sharded row is in `mllm_jax.nn.attention.context_parallel`.
+Weights sharded over an axis that also shards rows are all-gathered before use, and their gradients reduce-scattered
+(ZeRO, arXiv 1910.02054). Other weight shardings stay, and activations are all-reduced over them (Megatron, arXiv
+1909.08053). Tokens go to the devices of their experts and back (GShard, arXiv 2006.16668). Attention over a sharded
+length exchanges tokens as in `mllm_jax.nn.attention.context_parallel`.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,18 +18,18 @@ Add = Callable[[str, Iterable[str], float, float, int], None]
 
 
 def collectives(portion: DeviceWorkload, remat: str, platform: str) -> list[Collective]:
-    """Collectives of one micro-batch, with the bytes of their results on one device of a platform."""
-    found: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
+    """Returns the collectives of one micro-batch, with the bytes of their results on one device."""
+    sums: dict[tuple[str, tuple[str, ...]], tuple[float, float]] = {}
 
     def add(kind: str, axes, runs: float, values: float, width: int = portion.bytes) -> None:
-        """Adds a collective with a result of this many values, run `runs` times."""
+        """Adds `runs` collectives whose result on a device has `values` values of `width` bytes."""
         axes = tuple(axis for axis in portion.mesh.axis_names if axis in axes and portion.mesh.shape[axis] > 1)
         if axes and runs:
-            before = found.get((kind, axes), (0, 0.0))
-            found[kind, axes] = before[0] + runs, before[1] + runs * values * width
+            before = sums.get((kind, axes), (0, 0.0))
+            sums[kind, axes] = before[0] + runs, before[1] + runs * values * width
 
     for laid in portion.laid:
-        counts = laid.weight.is_matrix or laid.weight.path in VOCABULARY  # all others are too small
+        counts = laid.weight.is_matrix or laid.weight.path in VOCABULARY  # all others are small enough to ignore
         if counts and portion.rows[laid.weight.part].count:
             _move_weight(portion, laid, add)
     for part in portion.towers:
@@ -41,14 +41,14 @@ def collectives(portion: DeviceWorkload, remat: str, platform: str) -> list[Coll
     _move_context(portion, remat, add)
     if "connector" in portion.rows:
         _move_visual(portion, add)
-    return [Collective(kind, axes, runs, size) for (kind, axes), (runs, size) in sorted(found.items())]
+    return [Collective(kind, axes, runs, size) for (kind, axes), (runs, size) in sorted(sums.items())]
 
 
 def _move_weight(portion: DeviceWorkload, laid: ShardedWeight, add: Add) -> None:
-    """Gathered before it is used, forward and backward; its gradient added up where it rests."""
+    """Adds the all-gathers of a weight for forward and backward, and the reduction of its gradient."""
     weight, rows = laid.weight, portion.rows[laid.weight.part].axes
     trains = portion.trains(weight.part)
-    vocabulary = weight.path in VOCABULARY  # gathered once
+    vocabulary = weight.path in VOCABULARY  # gathered once per step
     add("all-gather", laid.gathered, weight.repeats * (1 + (trains and not vocabulary)), laid.layer)
     if weight.trained:
         width = 4 if vocabulary else portion.bytes
@@ -59,32 +59,33 @@ def _move_weight(portion: DeviceWorkload, laid: ShardedWeight, add: Add) -> None
 
 
 def _move_rows(portion: DeviceWorkload, part: str, block: list[ShardedWeight], remat: str, add: Add) -> None:
-    """The results of a sharded product are summed; in the backward pass, so are the gradients of its input.
+    """Adds the reductions of activations over axes that shard a weight while it is used (tensor parallelism).
 
-    With sequence parallelism each device sums its own tokens, and all tokens are gathered for the next product (arXiv
-    2205.05198). Outputs of experts are summed in full.
+    Forward, the outputs of a sharded product are summed; backward, the gradients of its inputs. If tokens are sharded
+    between layers, the sum is a reduce-scatter, and an all-gather precedes the next product (arXiv 2205.05198). Blocks
+    of experts use all-reduce.
     """
     values, trains, layers = (
         portion.rows[part].count * portion.width(part),
         portion.trains(part),
         block[0].weight.repeats,
     )
-    parted, whole = portion.parted(part), any(laid.weight.of_experts for laid in block)
+    between, has_experts = portion.parted(part), any(laid.weight.of_experts for laid in block)
     out = {axis for laid in block for axis in laid.kept(laid.weight.product()[0])}
     into = {axis for laid in block for axis in laid.kept(laid.weight.product()[1])}
-    # Attention's sum is computed again; that of the block after it is the next layer's input, which is kept.
+    # Remat recomputes the sum of attention. The sum of the MLP is the next layer's input, which is saved.
     again = trains and remat in ("full", "experts") and block[0].weight.block.endswith("attention")
     for axes, runs in ((out, layers * (1 + again)), (into, layers * trains)):
-        own = [axis for axis in axes if axis in parted and not whole]
-        add("reduce-scatter", own, runs, values / portion.size(own))
-        add("all-reduce", axes.difference(own), runs, values)
-    # Forward what goes into a product, backward it again and the gradient of what came out.
+        scattered = [axis for axis in axes if axis in between and not has_experts]
+        add("reduce-scatter", scattered, runs, values / portion.size(scattered))
+        add("all-reduce", axes.difference(scattered), runs, values)
+    # Forward the input of a product; backward the gradient of its output and, with remat, the input again.
     gathered = layers * (1 + trains * (1 + (remat != "none")))
-    add("all-gather", (out | into).intersection(parted), gathered, values)
+    add("all-gather", (out | into).intersection(between), gathered, values)
 
 
 def _move_tokens(portion: DeviceWorkload, layers: int, remat: str, platform: str, add: Add) -> None:
-    """Tokens to their experts and back: all room for them, or where the exchange is ragged those that there are."""
+    """Adds the exchange of tokens with their experts: of the full buffers or, if ragged, of the real tokens only."""
     trains, rows = portion.trains("decoder"), portion.exchanged()
     passes = 2 + 2 * trains + 2 * (trains and remat in ("full", "dots"))
     kind = "all-to-all"
@@ -112,7 +113,7 @@ def _move_context(portion: DeviceWorkload, remat: str, add: Add) -> None:
 
 
 def _move_visual(portion: DeviceWorkload, add: Add) -> None:
-    """Visual tokens, computed on any device, are sent to the rows that contain them."""
+    """Adds the all-gather of visual tokens, which may be computed on other devices than the row that they belong to."""
     axes = [axis for axis in portion.rows["connector"].axes if axis not in portion.text["batch"]]
     encoder, connector = portion.run.model.encoder, portion.run.model.connector
     visual = (
@@ -123,10 +124,10 @@ def _move_visual(portion: DeviceWorkload, add: Add) -> None:
 
 
 def traffic(portion: DeviceWorkload, remat: str) -> float:
-    """Bytes that a device reads and writes in its memory in a step, at least.
+    """Returns a lower bound of the bytes that a device reads and writes in its memory in a step.
 
-    Weights, moments and gradients once each way; weights as they are used, made once for forward and once for backward,
-    read by every product; what goes into and comes out of every product.
+    Counted are: reading and writing weights, moments and gradients once; writing the weights in compute dtype once for
+    forward and once for backward, and reading them in every product; the inputs and outputs of every product.
     """
     rests = lambda weight: weight.kept + weight.moments + 4 * weight.trained
     state = sum(laid.values * 2 * rests(laid.weight) for laid in portion.laid)

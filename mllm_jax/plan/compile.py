@@ -1,7 +1,7 @@
-"""Compiles the step that training runs, for devices that need not be there, and reads what it will take.
+"""Compiles the training step for devices that this machine need not have, and reads its memory, FLOPs and collectives.
 
-Nothing is measured: every number is of the compiler, of the traced program, or of the text of the compiled one. No
-weight is ever made.
+Nothing is measured: all numbers come from the compiler, the traced program or the text of the compiled program. No
+weight is allocated.
 """
 
 import math
@@ -29,20 +29,20 @@ from mllm_jax.train.runs.config import Run, train_context
 from mllm_jax.train.step.state import TrainState
 from mllm_jax.types import Batch
 
-LARGEST = 12  # arrays that are listed
-# Options for a look: most of the work goes into machine code of TPUs that nobody will run. A fifth of it is left. For
-# Qwen3-VL-8B on 64 v6e the peak is 1 % off, and an eighth more moves.
+LARGEST = 12  # number of arrays to list
+# Compiler options for a quick plan: they skip most optimization of TPU code, which takes 80 % of the time. For
+# Qwen3-VL-8B on 64 v6e the peak is 1 % off, and collectives move an eighth more bytes.
 QUICK = {"tpu": {"exec_time_optimization_effort": -1.0}}
-ABSENT = {"gpu": {"xla_gpu_autotune_level": "0"}}  # added to the step's options: no GPU can time kernels here
+ABSENT = {"gpu": {"xla_gpu_autotune_level": "0"}}  # no autotuning, which needs a GPU
 
 
 class Collective(NamedTuple):
-    """Exchanges of one kind along the same axes of the mesh, in one step, of one device.
+    """Collectives of one kind over the same mesh axes, on one device in one step.
 
     kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all" or "collective-permute".
-    axes: of the mesh, along which the devices differ that meet.
-    runs: how many there are.
-    bytes: of their results, added up over the runs.
+    axes: mesh axes over which the collective communicates.
+    runs: number of executions.
+    bytes: bytes of the results, summed over the runs.
     """
 
     kind: str
@@ -52,20 +52,19 @@ class Collective(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """Planned (not measured) cost of a training step on each device.
+    """Planned resources of a training step on each device. Nothing is measured.
 
-    mesh: size of every axis. devices: their number. device_kind: as jax names it.
+    mesh: size of every axis. devices: number of devices. device_kind: name of the device in jax.
     arguments: bytes of the state and of a batch.
-    temporaries: bytes held in addition at the peak.
-    peak: all bytes held at the peak; a compiler compares this with the memory of a device.
+    temporaries: bytes allocated in addition at the peak.
+    peak: highest number of allocated bytes, which the compiler compares with the memory of a device.
     largest: (name, bytes) of the largest groups of arguments and arrays of the program, largest first.
-    flops: FLOPs of the matrix products that a step runs, by part: encoder, connector, decoder, experts, head,
-      optimizer.
-    useful: FLOPs that a step with a full batch needs: forward and backward, without recomputation.
+    flops: FLOPs of all matrix products that run, by part: encoder, connector, decoder, experts, head, optimizer.
+    useful: FLOPs that a step with a full batch needs, without recomputation.
     recomputed: FLOPs that repeat others to save memory.
-    collectives: by kind and axes.
-    warnings: each begins with its name (see `mllm_jax.plan.hlo.checks`).
-    compile_seconds: of tracing, lowering and compiling. host_bytes: peak memory of this process.
+    collectives: collectives by kind and axes.
+    warnings: texts that begin with the name of their check (see `mllm_jax.plan.hlo.checks`).
+    compile_seconds: seconds of tracing, lowering and compiling. host_bytes: peak memory of this process.
     """
 
     mesh: dict[str, int]
@@ -85,18 +84,18 @@ class Planned(NamedTuple):
 
 
 class TooLarge(ConfigError):
-    """The compiler found that the step needs more memory than a device has."""
+    """The step needs more memory than a device has, according to the compiler."""
 
 
 def plan_step(run: Run, topology: Topology, mesh: Mapping[str, int] | None = None, quick: bool = False) -> Planned:
     """Compiles the training step of a run for a topology.
 
     Args:
-      run: of `read_run`. Where it leaves a kernel to the platform ("auto"), it is that of the topology.
-      mesh: sizes of axes, as in `Run.mesh`; None takes that of the run.
-      quick: compile with less effort than a run would (see `QUICK`), to compare meshes.
+      run: result of `read_run`. Kernels set to "auto" are chosen for the topology.
+      mesh: sizes of axes, as in `Run.mesh`. None: the run's mesh.
+      quick: compile with less effort than for a run (see `QUICK`), to compare meshes.
     Raises:
-      ConfigError: the run does not fit the topology. TooLarge: nor the memory of a device.
+      ConfigError: the topology or its compiler cannot run the step. TooLarge: the step exceeds a device's memory.
     """
     began = time.perf_counter()
     with targeting(topology):
@@ -135,9 +134,9 @@ def plan_step(run: Run, topology: Topology, mesh: Mapping[str, int] | None = Non
 
 
 def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
-    """(the jitted step, its state, its batch): what the loop would run, with shapes and shardings in place of arrays.
+    """Returns (jitted step, state, batch) as in training, with shapes and shardings instead of arrays.
 
-    Raises ValueError where something does not divide over the mesh.
+    Raises ValueError if the mesh does not divide an axis.
     """
     algorithm, context = algorithm_of(run), train_context(run, mesh)
     algorithm.check_plannable()
@@ -155,24 +154,24 @@ def _compile(traced: Any, topology: Topology, options: dict[str, Any]) -> Any:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
             raise TooLarge(
-                f"{topology.name}: {reason.partition(': ')[2]}; spread the run over more devices, or lower data.batch, "
-                "raise train.grad_accum_steps, or set runtime.remat='full'"
+                f"{topology.name}: {reason.partition(': ')[2]}; use more devices, lower data.batch, raise "
+                "train.grad_accum_steps, or set runtime.remat='full'."
             ) from error
         raise ConfigError(f"the compiler for {topology.name} refuses the step: {reason}") from error
 
 
 def _memory(compiled: Any, platform: str) -> tuple[int, int]:
-    """Bytes of the arguments, and of all that is held when most is."""
+    """Returns (bytes of the arguments, bytes at the peak)."""
     stats = compiled.memory_analysis()
     if platform != "cpu":
         return stats.argument_size_in_bytes, stats.peak_memory_in_bytes
-    # For CPUs XLA leaves temporaries out of its peak: they are one block.
+    # For CPUs XLA's peak leaves out temporaries, which are one block.
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return stats.argument_size_in_bytes, stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
 
 
 def _flops(steps: list, devices: int) -> tuple[dict[str, float], float]:
-    """On each of the devices: by part, and recomputed of them."""
+    """Returns (FLOPs by part, recomputed FLOPs) of one device."""
     parts: dict[str, float] = defaultdict(float)
     recomputed = 0.0
     for product in products(steps):
@@ -182,7 +181,7 @@ def _flops(steps: list, devices: int) -> tuple[dict[str, float], float]:
 
 
 def collectives(program: hlo_text.Program, mesh: Mesh) -> tuple[Collective, ...]:
-    """Collectives of a compiled program by kind and axes of the mesh, most bytes first."""
+    """Returns the collectives of a compiled program by kind and mesh axes, most bytes first."""
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
     across = tuple(name for axis, name in enumerate(mesh.axis_names) if np.ptp(slices, axis=axis).any())
@@ -190,12 +189,12 @@ def collectives(program: hlo_text.Program, mesh: Mesh) -> tuple[Collective, ...]
         total = sums[transfer.kind, axes_of(transfer.instruction, mesh.shape, across)]
         total[0] += transfer.runs
         total[1] += transfer.runs * transfer.bytes
-    found = [Collective(kind, axes, int(runs), size) for (kind, axes), (runs, size) in sums.items()]
-    return tuple(sorted(found, key=lambda collective: -collective.bytes))
+    merged = [Collective(kind, axes, int(runs), size) for (kind, axes), (runs, size) in sums.items()]
+    return tuple(sorted(merged, key=lambda collective: -collective.bytes))
 
 
 def argument_groups(state: TrainState, batch: Batch) -> dict[str, int]:
-    """Bytes on one device of parameters and moments by part of the model, and of a batch."""
+    """Returns the bytes on one device of parameters and optimizer state by part of the model, and of a batch."""
     groups: dict[str, int] = defaultdict(int)
     for path, leaf in jax.tree_util.tree_leaves_with_path({"state": state._asdict(), "batch": batch._asdict()}):
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -214,8 +213,8 @@ def _group(names: list[str]) -> str:
 
 def _largest(groups: dict[str, int], program: hlo_text.Program) -> tuple[tuple[str, int], ...]:
     arrays = {f"{shape} {place(scope)}": size for shape, scope, size in hlo_text.largest_arrays(program, 4 * LARGEST)}
-    found = [*groups.items(), *arrays.items()]
-    return tuple(sorted(found, key=lambda item: -item[1])[:LARGEST])
+    items = [*groups.items(), *arrays.items()]
+    return tuple(sorted(items, key=lambda item: -item[1])[:LARGEST])
 
 
 def _host_bytes() -> int:

@@ -1,4 +1,4 @@
-"""One device's portion of a step: which rows and which parts of weights it has."""
+"""Computes the workload of one device in a step: its rows, and its shards of the weights."""
 
 import math
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ TOWERS = ("encoder", "decoder")
 
 
 class Shapes(NamedTuple):
-    """Quantities of a run that do not depend on mesh, remat policy or rules. Every row of its batch counts as full."""
+    """Properties of a run that do not depend on mesh, remat policy and sharding rules. All batch rows count as full."""
 
     weights: tuple[Weight, ...]
-    flops: dict[str, Flops]  # of a step, on all devices together
-    attention: dict[str, float]  # of these, those of attention, forward
+    flops: dict[str, Flops]  # FLOPs of a step by part, on all devices together
+    attention: dict[str, float]  # FLOPs of attention in the forward pass, by part
 
 
 def read_shapes(run: Run) -> Shapes:
-    """Raises ValueError where the optimizer's patterns fit no weight."""
+    """Computes the shapes of a run. Raises ValueError if a pattern of the optimizer matches no weight."""
     data, budget = run.data, run.data.budget
     patch_rows = data.batch * budget.patch_rows
     counts = Counts(
@@ -44,16 +44,16 @@ def read_shapes(run: Run) -> Shapes:
 
 
 class Rows(NamedTuple):
-    """Input rows of a part on one device."""
+    """Input of one part of the model on one device."""
 
     count: float  # tokens or patches of a micro-batch
-    axes: tuple[str, ...]  # of the mesh, that split them
+    axes: tuple[str, ...]  # mesh axes that shard them
 
 
 class DeviceWorkload:
-    """The work of one device in one of the `grad_accum_steps` micro-batches of a step.
+    """Workload of one device for one of the `grad_accum_steps` micro-batches of a step.
 
-    Raises ValueError if the mesh does not divide a weight, the batch or its tokens; the message names the change.
+    Raises ValueError if the mesh does not divide a weight, the batch or its tokens; the message contains a fix.
     """
 
     def __init__(self, shapes: Shapes, run: Run, sizes: Mapping[str, int]):
@@ -86,7 +86,10 @@ class DeviceWorkload:
         self._matrices = {part: [laid for laid in self.laid if inside(laid.weight, part)] for part in self.towers}
 
     def _patch_rows(self, part: str, batch: int, length: int) -> Rows:
-        """Rows of patches, or of visual tokens, of `length`: all of them in one line (see model/encoders/vit.py)."""
+        """Returns a device's patches or visual tokens, from patch rows of `length`.
+
+        Batch rows and patch rows form one axis, as in model/encoders/vit.py.
+        """
         names, sizes = ("batch", "length"), (batch * self.budget.patch_rows, length)
         axes = [axis for n, x in zip(names, sizes) for axis in divisible_axes(n, x, self.rules[part], self.mesh)]
         return Rows(math.prod(sizes) / self.size(axes), tuple(axes))
@@ -97,16 +100,16 @@ class DeviceWorkload:
 
     @property
     def text(self) -> dict[str | None, tuple[str, ...]]:
-        """The axes of the mesh that split each named axis of the decoder."""
+        """Mesh axes that shard each named axis of the decoder."""
         return self.known["decoder"]
 
     def parted(self, part: str) -> tuple[str, ...]:
-        """The axes that split the tokens of a tower between its layers, and not inside of them."""
+        """Returns the axes that shard a tower's tokens between layers, but not within them (sequence parallelism)."""
         return tuple(axis for axis in self.text["residual"] if part == "decoder" and axis not in self.rows[part].axes)
 
     @property
     def patches(self) -> float:
-        """Patches of the rows that the device is given."""
+        """Number of patches in the device's batch rows."""
         return self.batch * self.budget.patch_rows * self.budget.patches_per_row
 
     @property
@@ -114,23 +117,23 @@ class DeviceWorkload:
         return math.prod(self.mesh.shape.values())
 
     def size(self, axes) -> int:
-        """Devices along these axes together."""
+        """Returns the number of devices along these axes together."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def rows_through(self, laid: ShardedWeight) -> float:
-        """Rows that meet a weight: of experts, every token once for each expert that it chooses."""
+        """Returns the rows that a weight multiplies. For experts, a token counts once per expert that it chooses."""
         rows = self.rows[laid.weight.part].count
         return rows * self.moe.top_k if laid.weight.of_experts else rows
 
     def exchanged(self) -> float:
-        """Rows that all devices together send to the experts of this one, in one layer."""
+        """Returns the rows that all devices together send to the experts of this one, in one layer."""
         devices, rows, runtime = self.size(self.text["expert"]), self.rows["decoder"].count, self.run.model.runtime
         most = rows * min(self.moe.top_k, self.moe.experts / devices)
         room = runtime.capacity_factor * rows * self.moe.top_k / devices if runtime.capacity_factor else most
         return devices * min(most, room)
 
     def tower(self, part: str) -> list[ShardedWeight]:
-        """The matrices of the layers of a tower."""
+        """Returns the matrices in the layers of a tower."""
         return self._matrices[part]
 
     def width(self, part: str) -> int:

@@ -1,6 +1,6 @@
-"""Estimates a step from shapes, axis names and rules alone, in milliseconds per mesh, so that many can be ranked.
+"""Estimates the resources of a step from shapes, axis names and sharding rules, in milliseconds per mesh.
 
-It models the step of `mllm_jax.train.step.train_step` as XLA compiles it.
+The estimate models the training step (`mllm_jax.train.step.train_step`) and the way in which XLA compiles it.
 """
 
 from mllm_jax.nn.attention.kernels import SPLASH_BLOCK
@@ -8,14 +8,14 @@ from mllm_jax.plan.comms import collectives
 from mllm_jax.plan.compile import Planned
 from mllm_jax.plan.device_workload import DeviceWorkload
 
-# Recomputation in the backward kernels of attention, by platform, relative to forward: cuDNN's one product of
-# five, splash's two kernels three of seven.
+# FLOPs that the backward kernels of attention recompute, as a multiple of the forward FLOPs, by platform: cuDNN repeats
+# one of its five products, the two kernels of splash three of their seven.
 TWICE = {"gpu": 0.5, "tpu": 1.5}
-PLATFORM = {"NVIDIA": "gpu", "Tesla": "gpu", "TPU": "tpu", "TPU7x": "tpu"}  # by the first word of a device's kind
+PLATFORM = {"NVIDIA": "gpu", "Tesla": "gpu", "TPU": "tpu", "TPU7x": "tpu"}  # by the first word of `device_kind`
 
 
 def estimate(portion: DeviceWorkload, remat: str, device_kind: str = "") -> Planned:
-    """The plan of a step under a remat policy, roughly: no compiler saw it."""
+    """Estimates the plan of a step under a remat policy, without a compiler."""
     platform = PLATFORM.get(device_kind.partition(" ")[0], "cpu")
     forward, again = _flops(portion, remat, platform)
     flops = portion.shapes.flops
@@ -45,16 +45,16 @@ def estimate(portion: DeviceWorkload, remat: str, device_kind: str = "") -> Plan
 
 
 def _flops(portion: DeviceWorkload, remat: str, platform: str) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs of a micro-batch by part: the forward pass, and the recomputation in the backward pass."""
+    """Returns ({part: forward FLOPs}, {part: FLOPs recomputed in the backward pass}) of a micro-batch."""
     names = [*portion.shapes.flops, *(["experts"] if portion.moe else [])]
     forward, again = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for part in portion.towers:
-        # Attention is sharded like its rows and, if these are not sharded, like its heads.
+        # Attention is sharded like its rows and, over other axes, like its heads.
         heads = {axis for laid in portion.tower(part) for axis in laid.kept(range(len(laid.axes)))}
         heads &= set(portion.known[part]["heads"])
-        spread = portion.size({*portion.rows[part].axes, *heads})
-        attention = portion.shapes.attention[part] / portion.grad_accum_steps / spread
-        if platform == "tpu" and part == "decoder":  # blocks on the diagonal are computed in full
+        shards = portion.size({*portion.rows[part].axes, *heads})
+        attention = portion.shapes.attention[part] / portion.grad_accum_steps / shards
+        if platform == "tpu" and part == "decoder":  # splash computes the masked half of blocks on the diagonal too
             attention *= 1 + SPLASH_BLOCK / portion.budget.tokens
         forward[part] += attention
         again[part] += attention * ((remat != "none") + TWICE.get(platform, 0.0))
@@ -67,18 +67,18 @@ def _flops(portion: DeviceWorkload, remat: str, platform: str) -> tuple[dict[str
         forward[part] += product
         if "layers" not in weight.names:
             continue
-        # Nothing that backward needs comes after the last product of a layer, but for the weights of experts.
+        # The output of a layer's last product is not needed in the backward pass, except for experts.
         last = weight.path.split("/")[-2] == "down"
         if (remat in ("full", "experts") and not last) or (remat == "dots" and weight.of_experts):
             again[part] += product
-    spread = portion.size((*portion.rows["decoder"].axes, *portion.text["vocab"]))
-    forward["head"] = portion.shapes.flops["head"].forward / portion.grad_accum_steps / spread
+    shards = portion.size((*portion.rows["decoder"].axes, *portion.text["vocab"]))
+    forward["head"] = portion.shapes.flops["head"].forward / portion.grad_accum_steps / shards
     trains = {part: portion.trains("decoder" if part == "experts" else part) for part in again}
     return forward, {part: again[part] * trains[part] for part in again}
 
 
 def _memory(portion: DeviceWorkload, remat: str) -> tuple[float, dict[str, float]]:
-    """Bytes of the step's arguments, and of what else is alive when most is."""
+    """Returns (bytes of the step's arguments, {name: bytes} of other arrays alive at the peak)."""
     run, width = portion.run, portion.bytes
     arguments = sum(laid.values * (laid.weight.kept + laid.weight.moments) for laid in portion.laid)
     arguments += portion.grad_accum_steps * portion.patches * run.model.patch_values
@@ -101,12 +101,12 @@ def _memory(portion: DeviceWorkload, remat: str) -> tuple[float, dict[str, float
             "logits of a chunk": 2 * 4 * chunk,
         },
     )
-    alive = max(phases, key=lambda phase: sum(phase.values()))  # one after the other
+    alive = max(phases, key=lambda phase: sum(phase.values()))  # the phases do not overlap
     return arguments, {"saved activations": saved, **alive}
 
 
 def saved_bytes(portion: DeviceWorkload, part: str, remat: str) -> float:
-    """Bytes that a tower's forward pass keeps for backward, all layers together."""
+    """Returns the bytes that a tower's forward pass saves for the backward pass, in all layers together."""
     rows, layers = portion.rows[part].count, portion.layers(part)
     residual = rows * portion.width(part) * layers / portion.size(portion.parted(part))
     outputs = exchanged = 0.0
@@ -119,6 +119,6 @@ def saved_bytes(portion: DeviceWorkload, part: str, remat: str) -> float:
         if remat == "none" or not laid.weight.of_experts:
             outputs += through * laid.sizes_of(laid.weight.product()[1]) * laid.weight.repeats
     if remat == "none":
-        # Values between products (norms, rotations, activations) are saved too, about as many.
+        # Results between products (norms, rotations, activations) are saved too, about as many bytes again.
         return portion.bytes * (2 * residual + 2 * outputs + exchanged)
     return portion.bytes * (residual + {"full": 0.0, "experts": exchanged, "dots": outputs}[remat])

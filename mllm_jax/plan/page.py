@@ -1,7 +1,7 @@
-"""Writes a search as one HTML page: speed and bound of the meshes that fit, and the sharding of every weight.
+"""Writes a plan as an HTML page: candidates, times, memory, collectives, and the sharding of every weight.
 
-This file computes the figures, in percent of a drawing's width and height; page.html has the layout. The page needs no
-network and no script.
+This module computes the figures, with coordinates in percent of their width and height; page.html contains the markup.
+The page needs neither network nor scripts.
 """
 
 import math
@@ -19,25 +19,25 @@ from mllm_jax.plan.search import Candidate, Found, mesh_text
 from mllm_jax.plan.sharded_weight import STACKED, VOCABULARY, ShardedWeight
 from mllm_jax.sharding.mesh import MESH_AXES
 
-TALL, SLOW = 1.35, 4.0  # how much of what does not fit, and of what is slow, the plot shows
-COLUMNS, ROWS = 16, 8  # of a grid at most
-X_LABEL, Y_LABEL = 14.0, 6.0  # percent of the plot that a tick's text takes on a phone
+TALL, SLOW = 1.35, 4.0  # limits of the plot: multiples of a device's memory and of the shortest step
+COLUMNS, ROWS = 16, 8  # maximum size of a weight's grid
+X_LABEL, Y_LABEL = 14.0, 6.0  # size of a tick label on a phone, in percent of the plot
 
 
 class Chosen(NamedTuple):
-    """The candidate that the page is about."""
+    """Candidate that the page describes in detail."""
 
     candidate: Candidate
-    laid: Sequence[ShardedWeight]  # its weights
+    laid: Sequence[ShardedWeight]  # weights on the candidate's mesh
     network: Network
 
 
 def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, found: Found, chip: Chip) -> Path:
-    """Writes a self-contained page, atomically, and returns its path.
+    """Writes a self-contained page atomically. Returns its path.
 
     Args:
-      path: HTML file in an existing folder.
-      lead: one sentence of summary.
+      path: path of the HTML file. Its folder must exist.
+      lead: summary in one sentence.
       found: all candidates, best first.
     """
     best = chosen.candidate
@@ -64,7 +64,10 @@ def write_page(path: str | os.PathLike, title: str, lead: str, chosen: Chosen, f
 
 
 def _plot(candidates: Sequence[Candidate], best: Candidate, chip: Chip) -> dict[str, Any]:
-    """Peak memory over step time, both logarithmic, of what is not too slow and not much too big, and of the best."""
+    """Returns the plot of peak memory over step time, both logarithmic, without candidates beyond `TALL` and `SLOW`.
+
+    The best candidate is always shown.
+    """
     tall = TALL * max(chip.memory, _peak(best))
     small = [candidate for candidate in candidates if _peak(candidate) <= tall]
     slow = SLOW * min(map(_seconds, small))
@@ -102,7 +105,7 @@ def _plot(candidates: Sequence[Candidate], best: Candidate, chip: Chip) -> dict[
 def _labels(
     place: Callable[[float], float], values: list[float], best: float, text: Callable[[float], str], room: float
 ) -> list[tuple[float, str, bool]]:
-    """Returns (position in percent, text, whether it is the best's) of the best candidate's tick and of round ticks."""
+    """Returns (place in percent, text, is best) of the ticks: the best candidate's, and round ones `room` away."""
     round_ones = [(place(value), text(value), False) for value in values if abs(place(value) - place(best)) > room]
     return [*round_ones, (place(best), text(best), True)]
 
@@ -124,28 +127,28 @@ def _peak(candidate: Candidate) -> float:
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both coordinates, from left to right."""
-    found: list[tuple[float, float]] = []
+    """Returns the Pareto frontier: the points that no other point beats in both coordinates, from left to right."""
+    frontier: list[tuple[float, float]] = []
     for point in sorted(points):
-        if not found or point[1] < found[-1][1]:
-            found.append(point)
-    return found
+        if not frontier or point[1] < frontier[-1][1]:
+            frontier.append(point)
+    return frontier
 
 
 def _memory(best: Candidate) -> list[dict[str, Any]]:
-    """The parts of a device's memory, as shares of it or, if they are more, of themselves."""
+    """Returns the parts of a device's memory, as shares of the larger of its memory and the planned peak."""
     planned = best.planned
     parts = [("weights, moments and batch", planned.arguments)]
     if best.compiled:
         parts.append(("temporary arrays", planned.peak - planned.arguments))
     else:
         parts += planned.largest
-    whole = max(best.memory, planned.peak)
-    return [dict(name=name, bytes=size, share=size / whole) for name, size in parts if size > 0]
+    total = max(best.memory, planned.peak)
+    return [dict(name=name, bytes=size, share=size / total) for name, size in parts if size > 0]
 
 
 def _moves(best: Candidate, network: Network) -> list[dict[str, Any]]:
-    """Collectives, those that take longest first."""
+    """Returns the collectives, slowest first."""
     rows = [
         dict(kind=move.kind, axes=" × ".join(move.axes), runs=move.runs, bytes=move.bytes, time=seconds(move, network))
         for move in best.planned.collectives
@@ -154,7 +157,7 @@ def _moves(best: Candidate, network: Network) -> list[dict[str, Any]]:
 
 
 def _weights(laid: Sequence[ShardedWeight]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Sharding of each weight by part of the model: a grid for large ones, with the filled block of one device."""
+    """Returns the drawings of the matrices, embeddings and heads by part of the model, largest first."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for one in sorted(laid, key=lambda one: (MODEL.index(one.weight.part), -math.prod(one.weight.shape))):
         if one.weight.is_matrix or one.weight.path.endswith("embed") or one.weight.path in VOCABULARY:
@@ -176,7 +179,7 @@ def _weight(one: ShardedWeight) -> dict[str, Any]:
         )
         for name, whole, own, axes in zip(weight.names, weight.shape, one.sizes, one.axes)
     ]
-    # Drawn are the two dimensions that are split most, or else the largest, in their order.
+    # Draw the two dimensions with the most shards, or else the largest, in their order.
     inner = [n for n, name in enumerate(weight.names) if name not in STACKED]
     drawn = sorted(sorted(inner, key=lambda n: (-dimensions[n]["ways"], -weight.shape[n]))[:2])
     down, across = (dimensions[n] for n in drawn)
@@ -194,7 +197,7 @@ def _weight(one: ShardedWeight) -> dict[str, Any]:
 
 
 def _grid(dimension: dict[str, Any], most: int) -> dict[str, Any]:
-    """Lines that cut a dimension into `most` parts or fewer, and the share that one device has."""
+    """Returns the lines that divide a dimension into at most `most` parts, and one device's share in percent."""
     ways = dimension["ways"]
     drawn = min(ways, most)
     axis = dimension["axes"][0]["name"] if dimension["axes"] else ""

@@ -1,7 +1,7 @@
-"""Lower bound of the time of a planned step: a roofline of compute, memory and communication. Nothing is measured.
+"""Computes a lower bound of a planned step's time: a roofline of compute, memory and communication.
 
-Bandwidths of collectives are those of the "How to Scale Your Model" book (jax-ml.github.io/scaling-book): rings along
-the dimensions of a torus, a switch within a node of GPUs, and the data-center network between slices or nodes.
+Bandwidths of collectives follow the book "How to Scale Your Model" (jax-ml.github.io/scaling-book): rings along the
+dimensions of a torus, a switch within a GPU node, and the data-center network between slices or nodes.
 """
 
 import math
@@ -22,15 +22,15 @@ class Ring(NamedTuple):
     """Devices along one dimension of a torus."""
 
     size: int
-    bandwidth: float  # bytes/s that each of them can receive
+    bandwidth: float  # bytes/s that each device can receive
 
 
 class Group(NamedTuple):
-    """Devices that a collective joins."""
+    """Devices of a collective."""
 
-    near: int  # within a slice or a node
-    far: int  # slices or nodes
-    rings: tuple[Ring, ...]  # within a slice; a switch is one ring
+    near: int  # devices within a slice or a node
+    far: int  # number of slices or nodes
+    rings: tuple[Ring, ...]  # rings within a slice; a switch is one ring
 
     @property
     def size(self) -> int:
@@ -43,13 +43,13 @@ class Group(NamedTuple):
 
 
 class Network:
-    """Links between the devices of a mesh."""
+    """Network between the devices of a mesh."""
 
     def __init__(self, mesh: Mesh, chip: Chip):
         self.mesh, self.chip, self._groups = mesh, chip, {}
 
     def group(self, axes: Sequence[str]) -> Group:
-        """The devices that differ in these axes of the mesh alone."""
+        """Returns the group of devices that a collective over these mesh axes connects."""
         axes = tuple(axis for axis in self.mesh.axis_names if axis in axes)
         if axes not in self._groups:
             index = tuple(slice(None) if axis in axes else 0 for axis in self.mesh.axis_names)
@@ -58,7 +58,7 @@ class Network:
 
     @cached_property
     def places(self) -> np.ndarray:
-        """(slice or node, x, y, z) of every device of the mesh."""
+        """(slice or node, x, y, z) of every device, with the shape of the mesh."""
         chip = self.chip
 
         def place(device):
@@ -68,7 +68,7 @@ class Network:
 
         devices = self.mesh.devices
         places = np.array([place(device) for device in devices.flat]).reshape(*devices.shape, 4)
-        if chip.node:  # every node counts as a slice, regardless of the topology's naming
+        if chip.node:  # treat every node as a slice
             places[..., 0], places[..., 1] = places[..., 0] * 10**6 + places[..., 1], 0
         return places
 
@@ -83,11 +83,14 @@ class Network:
         extent = self.places[..., 1:].reshape(-1, 3).max(axis=0) + 1
         rings = tuple(filter(None, (self._ring(own[:, d], int(extent[d])) for d in range(3))))
         if math.prod(ring.size for ring in rings) != len(np.unique(own, axis=0)) or not rings:
-            rings = (Ring(near, 2 * self.chip.link),)  # it winds through the torus, or is inside a chip
+            rings = (Ring(near, 2 * self.chip.link),)  # the group winds through the torus, or is within a chip
         return Group(near, far, rings)
 
     def _ring(self, coordinates: np.ndarray, extent: int) -> Ring | None:
-        """Ring through these coordinates. Groups whose members are several chips apart share the links between them."""
+        """Returns the ring of a group along one torus dimension. None if the group has one coordinate there.
+
+        Groups with a stride of several chips share the links between them, which divides the bandwidth.
+        """
         along = np.unique(coordinates)
         if len(along) == 1:
             return None
@@ -97,10 +100,11 @@ class Network:
 
 
 def seconds(collective: Collective, network: Network) -> float:
-    """Returns the seconds of one collective in a step: its bytes over the slowest link of its path.
+    """Returns the seconds of a collective in one step: the time of its bytes on the slowest network that they cross.
 
-    An all-gather of R bytes moves R (n - 1) / n to each of n devices; a reduce-scatter as much the other way, an
-    all-reduce both. An all-to-all of R bytes on a ring of n moves R n / 4 over each link, in both directions.
+    An all-gather of R bytes moves R (n - 1) / n to each of n devices. A reduce-scatter moves as much in the other
+    direction, an all-reduce both. An all-to-all of R bytes on a ring of n moves R n / 4 over each link, in both
+    directions.
     """
     group, chip = network.group(collective.axes), network.chip
     if group.size == 1:
@@ -121,29 +125,31 @@ def seconds(collective: Collective, network: Network) -> float:
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step; `compute`, `memory` and `communication` are the times of each alone."""
+    """Times of a step in seconds. `compute`, `memory` and `communication` are the times of each resource alone."""
 
     compute: float
     memory: float
     communication: float
-    waited: float  # the part of communication that a layer waits for
-    axes: dict[tuple[str, ...], float]  # communication by the axes of the mesh
+    waited: float  # the part of communication that does not overlap with compute
+    axes: dict[tuple[str, ...], float]  # communication by mesh axes
     mfu: float
 
     @property
     def seconds(self) -> float:
-        """Total time: weight gathers and gradient reductions overlap with compute, activations do not."""
+        """Time of the step. Communication of weights and gradients overlaps with compute, that of activations not."""
         return max(self.compute, self.memory, self.communication - self.waited) + self.waited
 
     @property
     def bound(self) -> str:
-        """The longest of the times."""
+        """Name of the resource that takes longest."""
         return max(("compute", "memory", "communication"), key=lambda name: getattr(self, name))
 
 
 def roofline(planned: Planned, network: Network, traffic: float) -> Roofline:
-    """Args:
-    traffic: bytes that a device reads and writes in its memory (`mllm_jax.plan.estimate.traffic`).
+    """Computes the roofline of a planned step.
+
+    Args:
+      traffic: bytes that a device reads and writes in its memory (`mllm_jax.plan.comms.traffic`).
     """
     chip, axes, waited = network.chip, {}, 0.0
     for collective in planned.collectives:
@@ -157,10 +163,10 @@ def roofline(planned: Planned, network: Network, traffic: float) -> Roofline:
         waited=waited,
         axes=axes,
     )
-    found = Roofline(**rows, mfu=0.0)
-    return found._replace(mfu=planned.useful / chip.peak / found.seconds)
+    result = Roofline(**rows, mfu=0.0)
+    return result._replace(mfu=planned.useful / chip.peak / result.seconds)
 
 
 def _is_waited_for(collective: Collective) -> bool:
-    """Activations, that is: tokens that change their device, and all that crosses `tensor`."""
+    """Returns whether a layer waits for a collective of activations: an exchange of tokens, or any over `tensor`."""
     return collective.kind in (*EXCHANGES, "collective-permute") or "tensor" in collective.axes

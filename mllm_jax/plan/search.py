@@ -1,4 +1,4 @@
-"""Searches for the mesh, remat policy and vision rule of a run on a topology: estimates all, compiles the best few."""
+"""Searches mesh, remat policy and vision rule for a run on a topology: estimates all, and compiles the best few."""
 
 import dataclasses
 import time
@@ -19,26 +19,25 @@ from mllm_jax.plan.roofline import Network, Roofline, roofline
 from mllm_jax.sharding.mesh import MESH_AXES, make_mesh
 from mllm_jax.train.runs.config import Run, with_rules
 
-# Alternative rules of the vision tower, whose width often is not divisible by all devices.
+# Changes of the run's sharding rules for its vision tower, whose width is often not divisible by all devices.
 VISION: dict[str, dict[str, Any]] = {
     "as it is": {},
     "over fsdp": {"encoder_embed": "fsdp"},
     "whole": {"encoder_embed": None},
 }
 
-
-ROOM = 0.85  # estimates of memory are trusted to within a factor: of a device's memory, this share surely fits
+ROOM = 0.85  # share of a device's memory up to which an estimated peak counts as sure to fit
 
 
 class Choice(NamedTuple):
-    """One point of the search."""
+    """Point in the search space."""
 
     mesh: tuple[tuple[str, int], ...]  # without axes of size 1
     remat: str
     vision: str
 
     def run(self, run: Run) -> Run:
-        """The run under this choice."""
+        """Returns the run with this mesh, remat policy and vision rule."""
         rules = {**run.rules, **VISION[self.vision]}
         runtime = dataclasses.replace(run.model.runtime, remat=self.remat)
         model = with_rules(dataclasses.replace(run.model, runtime=runtime), rules)
@@ -49,9 +48,9 @@ class Candidate(NamedTuple):
     choice: Choice
     planned: Planned
     time: Roofline
-    memory: float  # bytes that a device has
+    memory: float  # memory of a device, bytes
     compiled: bool = False
-    refused: str = ""  # the compiler's error
+    refused: str = ""  # error of the compiler
 
     @property
     def fits(self) -> bool:
@@ -59,8 +58,9 @@ class Candidate(NamedTuple):
 
     @property
     def rank(self) -> tuple:
-        """Sort key: candidates that fit first, then compiled ones, those with room for errors of the estimate, fast
-        ones, small ones. Candidates that do not fit are ordered by size.
+        """Sort key, best first. Candidates that fit are sorted by: compiled, peak within `ROOM`, step time, peak.
+
+        Candidates that do not fit follow, sorted by peak.
         """
         seconds, peak = float(f"{self.time.seconds:.3g}"), self.planned.peak
         if not self.fits:
@@ -69,14 +69,14 @@ class Candidate(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Candidates, best first, and why other meshes are impossible: reason -> how many."""
+    """Result of a search."""
 
-    candidates: list[Candidate]
-    impossible: Counter
+    candidates: list[Candidate]  # best first
+    impossible: Counter  # reason -> number of meshes
 
 
 def meshes(devices: int, axes: tuple[str, ...] = MESH_AXES) -> Iterator[dict[str, int]]:
-    """All ways to spread devices over axes of a mesh."""
+    """Yields all factorizations of a number of devices over mesh axes."""
     if len(axes) == 1:
         yield {axes[0]: devices}
         return
@@ -86,32 +86,32 @@ def meshes(devices: int, axes: tuple[str, ...] = MESH_AXES) -> Iterator[dict[str
 
 
 class Search:
-    """The choices of a run on a topology.
-
-    Raises ConfigError for a topology without published figures, and for patterns that match no weight.
+    """Searches the choices of a run on a topology.
 
     Args:
-      topology: of `get_topology`.
+      topology: result of `get_topology`.
+    Raises:
+      ConfigError: the chip has no published figures, or a pattern matches no weight.
     """
 
     def __init__(self, run: Run, topology: Topology):
         self.run, self.topology, self.chip = run, topology, chip_of(topology)
         try:
             self.shapes = read_shapes(run)
-        except ValueError as error:  # of patterns that no weight has
+        except ValueError as error:  # a pattern of the optimizer matches no weight
             raise ConfigError(str(error)) from error
 
     def rank(self, report: Callable[[float], None] = lambda share: None) -> Found:
-        """Estimates every mesh with every remat policy, in seconds, each under the first vision rule that divides.
+        """Estimates every mesh with every remat policy, under the first vision rule that divides. Takes seconds.
 
         Args:
-          report: receives the fraction done.
+          report: function that receives the share of meshes done.
         Raises:
           ConfigError: no mesh is possible.
         """
         moe = self.run.model.decoder.moe
         policies = [name for name in REMAT if name != "experts" or moe]
-        # Without experts their axis is another name for fsdp.
+        # Without experts, the axis "expert" acts like "fsdp".
         axes = tuple(axis for axis in MESH_AXES if axis != "expert" or moe)
         every, candidates, impossible = list(meshes(len(self.topology.devices), axes)), [], Counter()
         for number, sizes in enumerate(every):
@@ -127,9 +127,9 @@ class Search:
         return Found(sorted(candidates, key=lambda candidate: candidate.rank), impossible)
 
     def estimate(self, mesh: tuple[tuple[str, int], ...], policies: list[str], rules: list[str]) -> list[Candidate]:
-        """A mesh under remat policies and the first of the vision rules that is possible.
+        """Estimates a mesh with remat policies, under the first vision rule that divides.
 
-        Raises ValueError where none is: the reason of the first.
+        Raises ValueError if none does, with the reason of the first rule.
         """
         refused = None
         for vision in rules:
@@ -138,12 +138,12 @@ class Search:
             except ValueError as error:
                 refused = refused or error
                 continue
-            found, network = [], self.network(mesh)
+            candidates, network = [], self.network(mesh)
             for remat in policies:
                 planned = estimate(portion, remat, self.chip.kind)
-                spent = roofline(planned, network, traffic(portion, remat))
-                found.append(Candidate(Choice(mesh, remat, vision), planned, spent, self.chip.memory))
-            return found
+                times = roofline(planned, network, traffic(portion, remat))
+                candidates.append(Candidate(Choice(mesh, remat, vision), planned, times, self.chip.memory))
+            return candidates
         raise refused
 
     def network(self, mesh: tuple[tuple[str, int], ...]) -> Network:
@@ -153,20 +153,20 @@ class Search:
         return DeviceWorkload(self.shapes, choice.run(self.run), dict(choice.mesh))
 
     def compile(self, candidate: Candidate, quick: bool = False) -> Candidate:
-        """Compiles a candidate, with low effort if `quick`."""
+        """Compiles a candidate and returns it with the compiler's plan. `quick`: as in `plan_step`."""
         choice = candidate.choice
         try:
             planned = plan_step(choice.run(self.run), self.topology, dict(choice.mesh), quick)
         except TooLarge as error:
             return candidate._replace(compiled=True, refused=str(error))
-        spent = roofline(planned, self.network(choice.mesh), traffic(self.portion(choice), choice.remat))
-        return candidate._replace(planned=planned, time=spent, compiled=True)
+        times = roofline(planned, self.network(choice.mesh), traffic(self.portion(choice), choice.remat))
+        return candidate._replace(planned=planned, time=times, compiled=True)
 
     def compile_best(self, found: Found, count: int, seconds: float, report: Callable[[str], None]) -> Found:
-        """Compiles the best candidates with low effort until `count` fit, or one more would likely exceed `seconds`.
+        """Compiles the best candidates with `quick` until `count` fit or the next one would likely exceed `seconds`.
 
         Args:
-          report: receives the mesh that is compiled.
+          report: function that receives the mesh being compiled, as text.
         """
         candidates, began, longest = list(found.candidates), time.monotonic(), 0.0
         while sum(candidate.compiled and candidate.fits for candidate in candidates) < count:
@@ -177,7 +177,7 @@ class Search:
             report(mesh_text(left[0].choice.mesh))
             try:
                 compiled = self.compile(left[0], quick=True)
-            except ConfigError as error:  # what the estimate did not foresee
+            except ConfigError as error:  # a failure that the estimate did not foresee
                 compiled = left[0]._replace(compiled=True, refused=str(error))
             candidates[candidates.index(left[0])] = compiled
             longest = max(longest, time.monotonic() - began - spent)
@@ -185,33 +185,34 @@ class Search:
 
 
 def chip_of(topology: Topology) -> Chip:
+    """Returns the figures of a topology's chip. Raises ConfigError if there are none."""
     name = topology.name.partition(":")[0]
     if name not in CHIPS:
-        raise ConfigError(f"{topology.name} has no published figures to plan with; {', '.join(CHIPS)} have")
+        raise ConfigError(f"{topology.name} has no published figures to plan with. Choose one of {', '.join(CHIPS)}.")
     return CHIPS[name]
 
 
 def mesh_text(mesh: Any) -> str:
-    """The sizes of a mesh's axes above 1: "fsdp=16 expert=16"."""
+    """Returns the sizes of a mesh's axes above 1: "fsdp=16 expert=16"."""
     return " ".join(f"{axis}={size}" for axis, size in dict(mesh).items() if size > 1) or "one device"
 
 
 def read_mesh(text: str, topology: Topology) -> dict[str, int]:
-    """Sizes of all axes from "fsdp=16,expert=-1". Raises ValueError for what is no mesh of the topology."""
+    """Parses sizes such as "fsdp=16,expert=-1" to those of all axes. Raises ValueError if the mesh is impossible."""
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if not size.lstrip("-").isdecimal() or axis in sizes:
-            raise ValueError("a mesh is written as in fsdp=16,expert=16")
+            raise ValueError("a mesh is written as in fsdp=16,expert=16.")
         sizes[axis] = int(size)
     return dict(make_mesh(sizes, topology.devices).shape)
 
 
 def summary(best: Candidate, tokens: int) -> str:
-    """A sentence: whether it fits, how fast it is at best, what bounds it.
+    """Returns a sentence about the best candidate: whether it fits, its planned speed and its bottleneck.
 
     Args:
-      tokens: of a step.
+      tokens: number of tokens in a step.
     """
     time, planned = best.time, best.planned
     what = f"{mesh_text(best.choice.mesh)} with remat {best.choice.remat}"
@@ -222,8 +223,8 @@ def summary(best: Candidate, tokens: int) -> str:
     origin = "compiled" if best.compiled else "estimated, not compiled"
     if not best.fits:
         return (
-            f"does not fit: {what} {where} ({origin}) needs {gib(planned.peak)} of {gib(best.memory)}; spread the run "
-            "over more devices, lower data.batch, or raise train.grad_accum_steps"
+            f"does not fit: {what} {where} ({origin}) needs {gib(planned.peak)} of {gib(best.memory)}; use more "
+            "devices, lower data.batch, or raise train.grad_accum_steps"
         )
     return (
         f"fits: {what} {where} ({origin}) needs {gib(planned.peak)} of {gib(best.memory)}; planned step "

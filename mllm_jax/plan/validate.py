@@ -1,4 +1,4 @@
-"""Checks that no mesh can satisfy: rows longer than the model's positions, weights of another model."""
+"""Finds errors of a run that no mesh can fix: rows longer than the model's positions, or weights of another model."""
 
 import json
 from pathlib import Path
@@ -14,32 +14,35 @@ PARTS = ("encoder", "connector", "decoder")
 
 
 def check_run(run: Run) -> None:
-    """Raises ConfigError, with the fix, if a run cannot be trained on any devices."""
+    """Raises ConfigError if a run cannot be planned, or cannot be trained on any devices."""
     if not isinstance(run.model, ModelConfig):
-        raise ConfigError("config.model is a dual encoder; plans are made of models that answer")
+        raise ConfigError("config.model is a dual encoder, which cannot be planned. Choose a language model.")
     longest = _positions(run)
     if run.data.tokens > longest:
         raise ConfigError(
-            f"config.data.tokens={run.data.tokens} is longer than the {longest:.0f} positions of the model; "
-            "lower it, or choose a model for longer rows"
+            f"config.data.tokens={run.data.tokens} is longer than the {longest:.0f} positions of the model. Lower it, "
+            "or choose a model with more positions."
         )
     if not run.init or is_run(run.init):
         return
     folder = Path(run.init)
     if not folder.is_dir():
-        if folder.is_absolute() or run.init.startswith("."):  # the others are names of the hub
-            raise ConfigError(f"config.init: there is no folder {run.init}")
+        if folder.is_absolute() or run.init.startswith("."):  # other values are names on the Hugging Face Hub
+            raise ConfigError(f"config.init={run.init}: there is no such folder. Set it to an existing one.")
         return
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"config.init: {run.init} has no config.json; name a folder in Hugging Face's format")
+        raise ConfigError(f"config.init={run.init} has no config.json. Choose a folder in Hugging Face's format.")
     stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES.get(kind_of(stated))
     if family is None:
-        raise ConfigError(f"config.init: {run.init} is of model_type {stated.get('model_type')!r}, not of this model")
+        raise ConfigError(
+            f"config.init={run.init} is of model_type {stated.get('model_type')!r}, not of this model. Choose weights "
+            "of this model."
+        )
     try:
         published = family.from_hf(stated)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"config.init: {run.init}/config.json cannot be read: {error}") from error
+        raise ConfigError(f"config.init={run.init}: its config.json cannot be read: {error}") from error
     other = [
         f"{path} is {in_words(theirs)} there and {in_words(ours)} here"
         for part in PARTS
@@ -48,13 +51,13 @@ def check_run(run: Run) -> None:
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise ConfigError(
-            f"config.init: {run.init} is another model than config.model: {'; '.join(other[:3])}{more}; "
-            "name the weights of this size, or choose the size of these weights"
+            f"config.init={run.init} is another model than config.model: {'; '.join(other[:3])}{more}. "
+            "Choose the weights of this size, or set config.model to the size of these weights."
         )
 
 
 def _positions(run: Run) -> float:
-    """Infinity for a model of one's own, which no published config describes."""
+    """Returns the number of positions in the published config. Infinity for a model without one."""
     try:
         stated = FAMILIES[run.model.family].to_hf(run.model)
     except (KeyError, ValueError):

@@ -83,7 +83,7 @@ def test_the_default_config_holds_on_all_meshes(model):
     assert set(MESHES) == ISSUED
     done = certify(f"--config=configs/certify.py:{model}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" ok") == 5 and "no drift: all is within 1e-05" in done.stdout
+    assert done.stdout.count(" ok") == 5 and "no drift: all results are within 1e-05" in done.stdout
 
 
 def test_what_drifts_is_named():
@@ -118,7 +118,7 @@ main = certify.main
 """
     done = certify(code=drifting)
     assert done.returncode == 1, done.stderr
-    assert "gradient decoder/embed" in done.stdout and "drift: not all is within 1e-05" in done.stdout
+    assert "gradient decoder/embed" in done.stdout and "drift: not all results are within 1e-05" in done.stdout
     done = certify("--config.meshes=('fsdp=2;tensor=4',)")
     assert done.returncode == 2 and "'fsdp=2;tensor=4' is not written as in 'fsdp=2,tensor=4'" in done.stderr
 

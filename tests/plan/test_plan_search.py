@@ -269,7 +269,7 @@ def test_adapters_are_weighed_beside_a_base_in_few_bits(base):
     assert plan(run, fsdp=1).arguments == expected
 
 
-# What moves.
+# Communication.
 
 
 def bytes_of(planned, kind: str, *axes: str) -> float:
@@ -461,7 +461,7 @@ def test_no_mesh_is_an_error(fake):
     run = a_run(data={"batch": 1, "tokens": 61})
     with pytest.raises(ConfigError, match="no mesh of 64 devices is possible: .*"):
         Search(run, a_topology()).rank()
-    with pytest.raises(ConfigError, match="cpu:8 has no published figures to plan with; v4, "):
+    with pytest.raises(ConfigError, match="cpu:8 has no published figures to plan with. Choose one of v4, "):
         Search(run, SimpleNamespace(name="cpu:8"))
     with pytest.raises(ConfigError, match="optim.freeze: 'decodr' matches no weight; the nearest names are decoder"):
         Search(a_run(optim={"freeze": ("decodr",)}), a_topology())
@@ -490,7 +490,7 @@ def test_a_summary_says_whether_it_fits(found):
     assert summary(found.candidates[0]._replace(refused="no room"), 1).endswith(": no room")
 
 
-# What no mesh can mend.
+# Errors that no mesh can fix.
 
 
 def test_rows_longer_than_the_positions_of_a_model_are_refused():
@@ -506,7 +506,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     check_run(named("Qwen/Qwen3-VL-8B-Instruct"))
     for size, problem in {
         "8b": None,
-        "2b": "encoder.width is 1024 there and 1152 here.* more; name the weights",
+        "2b": r"encoder.width is 1024 there and 1152 here.* more\. Choose the weights",
     }.items():
         folder = tmp_path / size
         folder.mkdir()
@@ -515,7 +515,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
             check_run(named(folder))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for folder, problem in {
-        tmp_path / "absent": "there is no folder",
+        tmp_path / "absent": "absent: there is no such folder",
         tmp_path: "is of model_type 'bert', not of this model",
     }.items():
         with pytest.raises(ConfigError, match=problem):
@@ -561,7 +561,7 @@ def test_the_page_shows_every_candidate_and_every_matrix(fake, search, found, tm
     assert not any(tag in ("script", "link", "img") for tag, _ in tags.seen)
     circles = [attrs for tag, attrs in tags.seen if tag == "circle"]
     assert sum("compiled" in attrs["class"] for attrs in circles) == 2
-    shown = len(circles) + int(re.search(r"(\d+) that are far slower", text)[1])
+    shown = len(circles) + int(re.search(r"(\d+) candidates that are much slower", text)[1])
     assert shown == len(found.candidates)
     for attrs in circles:
         assert all(0 <= float(attrs[name].rstrip("%")) <= 100 for name in ("cx", "cy"))

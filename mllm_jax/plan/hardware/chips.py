@@ -1,4 +1,4 @@
-"""Facts of accelerators, as their makers publish them: what a roofline is drawn with."""
+"""Lists memory and bandwidths of accelerators, as published by their vendors, for the roofline."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,17 @@ CLOUD = "https://docs.cloud.google.com/tpu/docs"
 
 @dataclass(frozen=True)
 class Chip(Config):
-    """Figures of one jax device: a chip, or half a chip on TPU7x.
+    """Properties of one jax device: a chip, or half a chip on TPU7x.
 
-    kind: `device_kind` as jax reports it; `mllm_jax.train.monitor.flops` has its bf16 peak.
+    kind: `device_kind` in jax, by which `mllm_jax.train.monitor.flops` finds the bf16 peak.
     memory: bytes that a program may use.
     memory_bandwidth: bytes/s.
-    link: bytes/s, one way, of a link to a neighbor in the torus. 0: devices are joined by a switch.
-    wraps: a torus dimension is a ring if its number of chips is a multiple of this.
-    switch: bytes/s, one way, from a device into the switch (NVLink or PCI Express) of its node. 0: a torus.
-    node: number of devices that a switch joins.
-    network: bytes/s, one way, from a device to other nodes or slices.
-    sources: pages that publish these figures.
+    link: one-way bandwidth of a torus link to a neighbor, bytes/s. 0: no torus.
+    wraps: number of chips of whose multiples a torus dimension wraps around to a ring.
+    switch: one-way bandwidth of a device to the switch of its node (NVLink or PCI Express), bytes/s. 0: a torus.
+    node: number of devices on a switch.
+    network: one-way bandwidth of a device to other nodes or slices, bytes/s.
+    sources: publications of these figures.
     """
 
     kind: str
@@ -42,12 +42,12 @@ class Chip(Config):
         raise ValueError(f"{self.kind!r} has no bf16 peak. Add it to PEAK_FLOPS in train/monitor/flops.py")
 
 
-NVLINK = "https://www.nvidia.com/en-us/data-center/nvlink/"  # GB/s of a GPU, both ways together: 600, 900, 1800
-DGX = "https://docs.nvidia.com/dgx/dgx{0}-user-guide/"  # a node of 8 GPUs, and its adapters
-TAKEN = "https://docs.jax.dev/en/latest/gpu_memory_allocation.html"  # 75 % of a GPU's memory is taken
+NVLINK = "https://www.nvidia.com/en-us/data-center/nvlink/"  # GB/s of a GPU, both directions: 600, 900, 1800
+DGX = "https://docs.nvidia.com/dgx/dgx{0}-user-guide/"  # nodes of 8 GPUs and their network adapters
+TAKEN = "https://docs.jax.dev/en/latest/gpu_memory_allocation.html"  # jax allocates 75 % of a GPU's memory
 DATA = "https://www.nvidia.com/en-us/data-center/{0}/"  # data sheets: peaks, memory, PCI Express
-# The memory of TPUs is that in XLA's error when a program needs more (libtpu 0.0.52). The link is the documented
-# bidirectional bandwidth of a chip, divided by its links (6 in three dimensions, 4 in two) and by 2 directions.
+# The memory of TPUs is the limit in XLA's error about too large programs (libtpu 0.0.52). The bandwidth of a link is
+# the published bidirectional bandwidth of a chip, divided by its links (6 in 3-D, 4 in 2-D) and by two directions.
 CHIPS = {
     "v4": Chip(
         kind="TPU v4",
@@ -131,9 +131,9 @@ CHIPS = {
         kind="NVIDIA H100 PCIe",
         memory=0.75 * 80e9,
         memory_bandwidth=2000e9,
-        switch=128e9 / 2,  # PCI Express: bridges of NVLink join pairs alone
+        switch=128e9 / 2,  # PCI Express: NVLink bridges connect only pairs of GPUs
         node=8,
-        network=400e9 / 2 / 8,  # an adapter for two GPUs
+        network=400e9 / 2 / 8,  # one adapter per two GPUs
         sources=(
             DATA.format("h100"),
             "https://docs.nvidia.com/ai-enterprise/reference-architecture/latest/compute-node-hardware.html",

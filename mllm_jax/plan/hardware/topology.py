@@ -1,4 +1,4 @@
-"""Devices that are not there: topologies of accelerators, as their compilers know them."""
+"""Creates the devices of accelerator topologies that this machine does not have, for compilation ahead of time."""
 
 import contextlib
 import importlib.util
@@ -16,14 +16,14 @@ from mllm_jax.common.config import ConfigError
 from mllm_jax.nn.attention import kernels
 from mllm_jax.plan.hardware.chips import CHIPS
 
-TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of their torus
-CORES = {"tpu7x": 2}  # of a chip, each a device; the two of a v4 or v5p chip are one device together
-SINGLE = ("v5e:1x1", "v6e:1x1")  # slices of one chip, whose host has no other
-OPTIONS = {"v4": {"chip_config_name": "megacore"}}  # which the compiler takes for granted of v5p alone
+TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # number of torus dimensions
+CORES = {"tpu7x": 2}  # devices per chip; the two cores of a v4 or v5p chip are one device
+SINGLE = ("v5e:1x1", "v6e:1x1")  # slices of one chip on a host with one chip
+OPTIONS = {"v4": {"chip_config_name": "megacore"}}  # the compiler's default only for v5p
 
 
 class Gpu(NamedTuple):
-    """Properties of a GPU for XLA: memory in bytes, its bandwidth in bytes/s, shared memory and L2 in bytes."""
+    """Properties of a GPU for XLA: memory, L2 and shared memory in bytes, memory bandwidth in bytes/s."""
 
     name: str
     capability: str
@@ -32,18 +32,18 @@ class Gpu(NamedTuple):
     multiprocessors: int
     clock: float  # GHz
     l2: int
-    shared: int = 233472  # of a multiprocessor
-    threads: int = 2048  # of a multiprocessor
-    units: int = 128  # of a multiprocessor, for fp32
+    shared: int = 233472  # per multiprocessor
+    threads: int = 2048  # per multiprocessor
+    units: int = 128  # fp32 units per multiprocessor
 
     @property
     def block(self) -> int:
-        """Bytes of shared memory that one block can have."""
+        """Maximum shared memory of a block, in bytes."""
         return self.shared - (1024 if float(self.capability) >= 8 else 0)
 
 
-# From XLA's own specifications (xla/tools/hlo_opt/gpu_specs). Those of T4 and L4 are from their data sheets and from
-# the table of compute capabilities in CUDA's programming guide.
+# Values from XLA's specifications (xla/tools/hlo_opt/gpu_specs), except T4 and L4: from their data sheets and the table
+# of compute capabilities in the CUDA programming guide.
 GPUS = {
     "t4": Gpu("Tesla T4", "7.5", 15843721216, 320064000000, 40, 1.59, 4 << 20, 65536, 1024, 64),
     "l4": Gpu("NVIDIA L4", "8.9", 23787470848, 300096000000, 58, 2.04, 48 << 20, 102400, 1536),
@@ -57,7 +57,7 @@ GPUS = {
 GPUS_PER_HOST = 8
 KNOWN = (
     f"TPUs are {', '.join(TPUS)} with the chips along each axis, as in v5p:4x8x8 or v6e:16x16 (v6e:16x16*2 is two "
-    f"slices); GPUs are {', '.join(GPUS)} with their number, as in h200:64"
+    f"slices); GPUs are {', '.join(GPUS)} with their number, as in h200:64."
 )
 TARGET = """
 gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -68,14 +68,14 @@ gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_mem
   registers_per_block_limit: 65536 cuda_compute_capability {{ major: {major} minor: {minor} }} }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 }}
 device_description_str: "{gpu.name}"
-"""  # a GpuTargetConfigProto of XLA, in text
-CUDNN = 91200  # as in TARGET
-LOWERED = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # platforms, as jax's lowering names them
+"""  # XLA's GpuTargetConfigProto in text format
+CUDNN = 91200  # the cuDNN version in TARGET
+LOWERED = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # platform -> its name in jax's lowering
 
 
 @dataclass(frozen=True)
 class Place:
-    """A device that nothing can be compiled for: where it is. Its fields are those of jax's devices."""
+    """Location of a device, for estimates without a compiler. The fields are those of jax's devices."""
 
     id: int
     platform: str
@@ -87,10 +87,12 @@ class Place:
 
 
 class Topology(NamedTuple):
-    """
-    name: as in "v5p:4x8x8".
-    platform: "tpu", "gpu" or "cpu", as `jax.default_backend()` would answer there.
-    devices: to make a mesh of; those of TPUs and GPUs can be compiled for, but hold nothing.
+    """Accelerator devices for planning.
+
+    name: name such as "v5p:4x8x8".
+    platform: "tpu", "gpu" or "cpu", like `jax.default_backend()` on these devices.
+    devices: devices for a mesh. Programs can be compiled for those of TPUs and GPUs, but not run.
+    slices: number of TPU slices.
     """
 
     name: str
@@ -106,13 +108,13 @@ class Topology(NamedTuple):
 def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
     """Returns the devices of a TPU slice ("v5p:4x8x8"), of GPU hosts ("h200:64") or of this machine's CPU ("cpu:8").
 
-    No accelerator is needed: TPUs need libtpu, GPUs jax's CUDA plugin. Everything else of jax then runs on the CPU.
+    No accelerator is needed: TPUs need libtpu, GPUs jax's CUDA plugin. Sets jax's platform to the CPU.
 
     Args:
-      slices: number of TPU slices, joined by the data-center network; "v6e:16x16*2" means the same.
-      compiler: make devices that can be compiled for. False: coordinates alone, which need neither package.
+      slices: number of TPU slices, connected by the data-center network. "v6e:16x16*2" in `name` overrides it.
+      compiler: return devices for which programs can be compiled. False: only their locations, without these packages.
     Raises:
-      ConfigError: the topology does not exist, or the package that it needs is not installed.
+      ConfigError: the topology does not exist, or a package that it needs is not installed.
     """
     kind, _, size = name.partition(":")
     size, _, written = size.partition("*")
@@ -122,8 +124,8 @@ def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
     if kind not in (*TPUS, *GPUS, "cpu") or not size or (kind not in TPUS and not size.isdecimal()):
         raise ConfigError(f"there is no topology {name!r}. {KNOWN}")
     if kind not in TPUS and slices > 1:
-        raise ConfigError(f"topology {name!r}: only TPUs have slices; write the number of all devices, as in h200:64")
-    with contextlib.suppress(RuntimeError):  # too late if jax is initialized, which is fine
+        raise ConfigError(f"topology {name!r}: only TPUs have slices. Write the number of all devices, as in h200:64.")
+    with contextlib.suppress(RuntimeError):  # jax is already initialized, and keeps its platform
         jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         return Topology(name, "cpu", _cpus(int(size)))
@@ -133,15 +135,15 @@ def get_topology(name: str, slices: int = 1, compiler: bool = True) -> Topology:
 
 
 def _chips(name: str, kind: str, size: str) -> tuple[int, ...]:
-    """The chips along each axis of a slice. Raises ConfigError where no slice has this shape."""
+    """Returns the number of chips along each axis of a slice. Raises ConfigError if no slice has this shape."""
     sizes = tuple(int(part) if part.isdecimal() else 0 for part in size.split("x"))
     if len(sizes) != TPUS[kind]:
-        raise ConfigError(f"topology {name!r}: the chips of {kind} lie in {TPUS[kind]} dimensions. {KNOWN}")
+        raise ConfigError(f"topology {name!r}: the torus of {kind} has {TPUS[kind]} dimensions. {KNOWN}")
     if 0 in sizes:
-        raise ConfigError(f"topology {name!r}: {size!r} are not numbers of chips. {KNOWN}")
+        raise ConfigError(f"topology {name!r}: {size!r} does not contain numbers of chips. {KNOWN}")
     if f"{kind}:{size}" not in SINGLE and (sizes[0] % 2 or sizes[1] % 2):
         single = f", or one chip, {kind}:1x1" if f"{kind}:1x1" in SINGLE else ""
-        raise ConfigError(f"topology {name!r}: a host has 2 x 2 chips; take even numbers on the first two axes{single}")
+        raise ConfigError(f"topology {name!r}: a host has 2 x 2 chips. Use even numbers on the first two axes{single}.")
     return sizes
 
 
@@ -151,8 +153,8 @@ def _cpus(count: int) -> tuple:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ConfigError(
-            f"cpu:{count} needs {count} devices, jax has begun with {len(devices)}; "
-            f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            f"cpu:{count} needs {count} devices, but jax was initialized with {len(devices)}. "
+            f"Set XLA_FLAGS=--xla_force_host_platform_device_count={count}."
         )
     return tuple(devices[:count])
 
@@ -164,9 +166,9 @@ def _tpus(kind: str, sizes: tuple[int, ...], slices: int, compiler: bool) -> tup
         places = [((*reversed(place), 0, 0)[:3], core, slice_) for slice_, *place, core in every]
         return tuple(Place(number, "tpu", CHIPS[kind].kind, *place) for number, place in enumerate(places))
     if not _installed("libtpu"):
-        raise ConfigError(f"{name} needs the TPU compiler: pip install -e '.[plan]'; --compile=0 estimates without it")
-    # There is no TPU to ask for its metadata, nor one that a second process could disturb. Without a type and a host
-    # libtpu complains; neither is looked at.
+        raise ConfigError(f"{name} needs the TPU compiler. Run pip install -e '.[plan]', or estimate with --compile=0.")
+    # There is no TPU whose metadata libtpu could query, and none that a second process could disturb. Without an
+    # accelerator type and a host name libtpu complains, although it does not use them here.
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
@@ -189,11 +191,13 @@ def _gpus(kind: str, count: int, compiler: bool) -> tuple:
     gpu = GPUS[kind]
     hosts, rest = divmod(count, GPUS_PER_HOST)
     if count < 1 or (hosts and rest):
-        raise ConfigError(f"{kind}:{count}: hosts have {GPUS_PER_HOST} GPUs; take fewer or a multiple of them")
+        raise ConfigError(f"{kind}:{count}: a host has {GPUS_PER_HOST} GPUs. Use fewer, or a multiple of them.")
     if not compiler:
         return tuple(Place(n, "gpu", gpu.name, process_index=n // GPUS_PER_HOST) for n in range(count))
     if not any(map(_installed, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"))):
-        raise ConfigError(f"{kind} needs jax's CUDA plugin: pip install -e '.[cuda]'; --compile=0 estimates without it")
+        raise ConfigError(
+            f"{kind} needs jax's CUDA plugin. Run pip install -e '.[cuda]', or estimate with --compile=0."
+        )
     shape = f"1x{hosts}x{GPUS_PER_HOST}" if hosts else f"1x1x{count}"
     major, minor = gpu.capability.split(".")
     target = TARGET.format(gpu=gpu, major=major, minor=minor)
@@ -204,13 +208,13 @@ def _gpus(kind: str, count: int, compiler: bool) -> tuple:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it is absent too
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 @contextlib.contextmanager
 def _cuda_by_name() -> Iterator[None]:
-    """Without a GPU jax has the plugin, but refuses its name (jax issue 23971)."""
+    """Lets jax accept the platform name "cuda" on machines without a GPU, where it refuses it (jax issue 23971)."""
     from jax._src import xla_bridge
 
     known = xla_bridge.canonicalize_platform
@@ -221,7 +225,7 @@ def _cuda_by_name() -> Iterator[None]:
 
 @contextlib.contextmanager
 def targeting(topology: Topology) -> Iterator[None]:
-    """Context in which jax reports the topology's platform, so that code chooses its kernels."""
+    """Makes jax report the topology's platform inside the block, so that code chooses the kernels of that platform."""
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value))
         patch(jax, "default_backend", lambda: topology.platform)

@@ -1,14 +1,14 @@
 """Checks for silent compiler problems, in the traced and in the compiled program.
 
-Each finding is one line that begins with its name:
+Each warning is one line that begins with the name of its check:
 
-    all-reduce for all-gather       weights are joined by adding zeros, which sends twice as much (TPU, 3-D torus)
-    all-reduce for reduce-scatter   gradients are summed in full though each device keeps a shard: twice as much is sent
-    head in every chunk             the head's weights are exchanged for every chunk of the loss
-    dense expert gradient           the weight gradient of the experts costs as if each read every token
+    all-reduce for all-gather       weights are gathered by adding zeros, which sends twice the bytes (TPU, 3-D torus)
+    all-reduce for reduce-scatter   gradients are all-reduced although a device needs a slice: twice the bytes
+    head in every chunk             the head's weight is communicated for every chunk of the loss
+    dense expert gradient           the weight gradient of the experts costs as if every expert read every token
     dense mask                      attention reads a mask of all queries times all keys
     attention on XLA                attention does not run in the kernel of the platform
-    unknown loop                    a loop of unknown length is counted once
+    unknown loop                    a loop of unknown length is counted as one run
 """
 
 import math
@@ -23,20 +23,20 @@ from mllm_jax.plan.hlo.jaxpr import Operation, part_of, place, unknown_loops
 from mllm_jax.sharding.logical_axes import num_shards
 from mllm_jax.train.runs.config import Run
 
-MASK = 2**20  # pairs of a query and a key from which on a mask is worth a warning
+MASK = 2**20  # smallest number of query-key pairs in a mask that gives a warning
 MIB = 2**20
 KERNEL = {"tpu": "splash", "gpu": "cuDNN"}
-SAME = ("copy", "copy-start", "copy-done", "bitcast", "convert", "transpose", "reshape")  # hand on what they are given
+SAME = ("copy", "copy-start", "copy-done", "bitcast", "convert", "transpose", "reshape")  # pass on the same values
 PARTS = ("get-tuple-element", "all-reduce-done", "optimization-barrier")
 
 
 def warnings_of(
     run: Run, platform: str, steps: list[Operation], program: hlo_text.Program, mesh: Mesh
 ) -> tuple[str, ...]:
-    """The findings of all checks.
+    """Returns the warnings of all checks.
 
     Args:
-      steps: operations of the traced step. program: the compiled one.
+      steps: operations of the traced step. program: the compiled step.
     """
     found = [
         *replaced_gathers(program),
@@ -51,7 +51,7 @@ def warnings_of(
 
 
 def replaced_gathers(program: hlo_text.Program) -> Iterator[str]:
-    """All-reduces of arrays in which a device's own part stands among zeros."""
+    """Finds all-reduces of arrays that contain a device's shard among zeros: gathers in disguise."""
     size = 0.0
     for transfer in hlo_text.transfers(program):
         if transfer.kind == "all-reduce":
@@ -61,13 +61,12 @@ def replaced_gathers(program: hlo_text.Program) -> Iterator[str]:
     if size > MIB:
         yield (
             f"all-reduce for all-gather: {size / MIB:.0f} MiB of a step are gathered by adding zeros, which sends twice"
-            " as much; spread that axis of the mesh over less of the torus, or see train.async_gathers"
+            " the bytes. Let that mesh axis span less of the torus, or see train.async_gathers."
         )
 
 
 def _origin(program: hlo_text.Program, computation: hlo_text.Computation, name: str) -> hlo_text.Instruction:
-    """Returns the instruction that makes an operand, looking through copies and layout changes; of a fusion, its last
-    one."""
+    """Returns the instruction that computes an operand, behind copies and layout changes. For a fusion: its root."""
     instruction = computation.instructions[name]
     while instruction.opcode in SAME:
         instruction = computation.instructions[instruction.operands[0]]
@@ -77,21 +76,21 @@ def _origin(program: hlo_text.Program, computation: hlo_text.Computation, name: 
 
 
 def replaced_scatters(platform: str, program: hlo_text.Program) -> Iterator[str]:
-    """Returns all-reduces of which every device then keeps only a shard. (XLA's CPU compiler always emits these.)"""
+    """Finds all-reduces of which every device only reads a slice. Skips CPUs, where XLA always emits them."""
     size = 0.0
     for transfer in hlo_text.transfers(program) if platform != "cpu" else ():
         if transfer.kind != "all-reduce":
             continue
-        whole = [transfer.instruction]
+        arrays = [transfer.instruction]
         if transfer.instruction.shape.startswith("("):
-            whole = _readers(transfer.computation, transfer.instruction.name)
-        for array in whole:
+            arrays = _readers(transfer.computation, transfer.instruction.name)
+        for array in arrays:
             uses = set(_uses(program, transfer.computation, array.name))
             size += transfer.runs * hlo_text.shape_bytes(array.shape) * (uses == {"dynamic-slice"})
     if size > MIB:
         yield (
-            f"all-reduce for reduce-scatter: {size / MIB:.0f} MiB of a step are summed in full on every device, "
-            "which keeps a shard of each; a reduce-scatter would send half"
+            f"all-reduce for reduce-scatter: {size / MIB:.0f} MiB of a step are all-reduced, but each device needs "
+            "only a slice. A reduce-scatter would send half the bytes."
         )
 
 
@@ -100,7 +99,7 @@ def _readers(computation: hlo_text.Computation, name: str) -> list[hlo_text.Inst
 
 
 def _uses(program: hlo_text.Program, computation: hlo_text.Computation, name: str) -> Iterator[str]:
-    """The opcodes of what reads an array, seen through copies, changes of layout and fusions."""
+    """Yields the opcodes of the instructions that read an array, ignoring copies, layout changes and fusions."""
     for reader in _readers(computation, name):
         if reader.opcode in (*SAME, *PARTS):
             yield from _uses(program, computation, reader.name)
@@ -115,7 +114,7 @@ def _uses(program: hlo_text.Program, computation: hlo_text.Computation, name: st
 
 
 def head_exchanges(run: Run, program: hlo_text.Program, mesh: Mesh) -> Iterator[str]:
-    """Exchanges of the head's table, or of its gradient, within the loop over chunks."""
+    """Finds collectives of the head's weight, or of its gradient, inside the loop over chunks of the loss."""
     table = head_table(abstract_params(run.model))
     part = table.size // num_shards("vocab", run.model.runtime.rules, mesh)
     for transfer in hlo_text.transfers(program):
@@ -129,16 +128,16 @@ def head_exchanges(run: Run, program: hlo_text.Program, mesh: Mesh) -> Iterator[
 
 
 def dense_expert_gradients(platform: str, steps: list[Operation]) -> Iterator[str]:
-    """`ragged_dot`: XLA expands its weight gradient on TPUs, and all of it on GPUs."""
+    """Finds `ragged_dot`, of which XLA expands the weight gradient on TPUs, and every product on GPUs."""
     for step in steps:
         if step.equation.primitive.name == "ragged_dot_general":
             numbers = step.equation.params["ragged_dot_dimension_numbers"]
             if platform == "gpu" or (platform == "tpu" and not numbers.rhs_group_dimensions):
-                yield f"dense expert gradient: {step.scope} is ragged_dot; use a grouped kernel (runtime.grouped)"
+                yield f"dense expert gradient: {step.scope} is ragged_dot. Use a grouped kernel (runtime.grouped)."
 
 
 def dense_masks(steps: list[Operation]) -> Iterator[str]:
-    """Masks [... T S] that an operation of attention makes."""
+    """Finds masks bool[... T S] that an operation of attention creates."""
     for step in steps:
         if "attention" not in step.scope:
             continue
@@ -150,16 +149,16 @@ def dense_masks(steps: list[Operation]) -> Iterator[str]:
 
 
 def attention_on_xla(platform: str, steps: list[Operation]) -> Iterator[str]:
-    """Products of queries with keys outside of a kernel."""
+    """Finds products of queries and keys outside of a kernel."""
     if platform not in KERNEL:
         return
     for step in steps:
         if step.equation.primitive.name == "dot_general" and "attention" in step.scope and _of_pairs(step.equation):
-            yield f"attention on XLA: {_layer(step.scope)} does not run in {KERNEL[platform]}; see runtime.attention"
+            yield f"attention on XLA: {_layer(step.scope)} does not run in {KERNEL[platform]}. See runtime.attention."
 
 
 def _of_pairs(equation: Any) -> bool:
-    """Returns whether a product has batch dimensions (heads or rows), queries on one side and keys on the other."""
+    """Returns whether a product has batch dimensions (rows, heads) and free ones on both sides (queries, keys)."""
     numbers = equation.params["dimension_numbers"]
     sides = [variable.aval.ndim for variable in equation.invars]
     free = [ndim - len(joined) - len(batch) for ndim, joined, batch in zip(sides, *numbers)]
@@ -167,5 +166,5 @@ def _of_pairs(equation: Any) -> bool:
 
 
 def _layer(scope: str) -> str:
-    """Returns the path of the layer from a scope inside its attention."""
+    """Returns the attention module of a scope inside it: "decoder/layers/attention/q" -> "decoder/layers/attention"."""
     return place(scope).partition("attention")[0] + "attention"

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: its collectives with how often they run, and its largest arrays.
+"""Parses the text of a compiled program, and finds its collectives, their number of runs, and its largest arrays.
 
-The text is XLA's optimized HLO: one program for all devices, in which shapes are those of one device. Loops are bodies
-that stand there once, and TPU programs repeat a collective in all the parts that it was spread over: both are undone.
+The text is XLA's optimized HLO: one program for all devices, with the shapes of one device. The body of a loop occurs
+once, and TPU programs repeat a collective in every fusion that it is split over. The parser corrects for both.
 """
 
 import math
@@ -14,10 +14,10 @@ BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 
         "f8e4m3": 8, "f8e5m2": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f8e3m4": 8,
         "f8e8m0fnu": 8}  # fmt: skip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# Names of transfers between slices in TPU programs: a host sends over the data-center network and receives the result.
+# Names in TPU programs of transfers between slices, which hosts send over the data-center network.
 BETWEEN_SLICES = {"ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
                   "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"}  # fmt: skip
-# Instructions that allocate no array, or return that of a called computation.
+# Instructions that allocate no array, or only return arrays of a computation that is read separately.
 NO_ARRAY = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
             "optimization-barrier", "partition-id", "after-all"}  # fmt: skip
 
@@ -32,14 +32,14 @@ _BRACKETS = re.compile(r"[()]")
 class Instruction(NamedTuple):
     name: str
     opcode: str
-    shape: str  # of the result, as it is written
-    operands: tuple[str, ...]  # names; of a constant its value, of a parameter its number
-    attributes: str  # all that follows the operands
+    shape: str  # shape of the result, as in the text
+    operands: tuple[str, ...]  # names; for a constant its value, for a parameter its number
+    attributes: str  # text after the operands
     root: bool
 
     @property
     def between_slices(self) -> str | None:
-        """The kind of collective whose result the host receives from other slices of a TPU, if it is that."""
+        """Kind of the collective between TPU slices that this `recv` belongs to. None for other instructions."""
         found = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.attributes)
         return BETWEEN_SLICES.get(found[1], found[1].lower()) if found and self.opcode == "recv" else None
 
@@ -50,7 +50,7 @@ class Instruction(NamedTuple):
         return found[1] if found else ""
 
     def called(self, *roles: str) -> list[str]:
-        """The computations that it calls as `body`, `calls`, ..."""
+        """Returns the computations that the instruction calls in these roles: `body`, `calls`, ..."""
         found = re.findall(rf"\b(?:{'|'.join(roles)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return [name for group in found for name in re.findall(r"[\w.\-]+", group)]
 
@@ -72,15 +72,15 @@ class Program(NamedTuple):
 class Transfer(NamedTuple):
     """A collective of the program."""
 
-    kind: str  # of KINDS
-    runs: float  # of a device, in one execution of the program
-    bytes: float  # of the result on one device, in one run
+    kind: str  # one of KINDS
+    runs: float  # runs on a device in one execution of the program
+    bytes: float  # bytes of the result on one device in one run
     instruction: Instruction
-    computation: Computation  # that contains it
+    computation: Computation  # the computation that contains the instruction
 
 
 def parse(text: str) -> Program:
-    """The computations of an HLO module's text. Raises ValueError where it cannot be read."""
+    """Parses the text of an HLO module. Raises ValueError if it is not one."""
     computations: dict[str, Computation] = {}
     entry, current, lines = "", None, []
 
@@ -104,7 +104,7 @@ def parse(text: str) -> Program:
         elif lines:  # attributes of TPU programs span lines
             lines.append(line)
     if not entry:
-        raise ValueError("this is not the text of an HLO module: it has no ENTRY")
+        raise ValueError("the text is not an HLO module: it has no ENTRY.")
     return Program(entry, computations)
 
 
@@ -120,38 +120,38 @@ def _instruction(text: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Returns the position of the bracket that closes the one at `opening`."""
+    """Returns the index at which the parenthesis at `opening` closes."""
     depth = 0
     for bracket in _BRACKETS.finditer(text, opening):
         depth += 1 if bracket[0] == "(" else -1
         if not depth:
             return bracket.start()
-    raise ValueError(f"a bracket of HLO stays open: {text[:200]!r}")
+    raise ValueError(f"unclosed parenthesis in HLO: {text[:200]!r}")
 
 
 def shape_bytes(shape: str) -> float:
-    """Bytes of all arrays of a written shape, without what tiled layouts pad."""
+    """Returns the bytes of all arrays in a shape's text, without the padding of tiled layouts."""
     sizes = ((kind, [int(size) for size in sizes.split(",") if size]) for kind, sizes, _ in _ARRAY.findall(shape))
     return sum(BITS.get(kind, 0) * math.prod(sizes) for kind, sizes in sizes) / 8
 
 
 def array_sizes(shape: str) -> list[int]:
-    """Numbers of values in the arrays of a written shape."""
+    """Returns the number of values of each array in a shape's text."""
     return [math.prod(int(size) for size in sizes.split(",") if size) for _, sizes, _ in _ARRAY.findall(shape)]
 
 
 def transfers(program: Program) -> list[Transfer]:
-    """Returns every collective that one execution of the program runs.
+    """Returns all collectives of one execution of the program.
 
-    The condition of a loop gives its length. If it depends on data, the loop's scope gives it
-    (`nn.runtime.expect_runs`); without a scope the loop counts once. Of a conditional, the branch that moves most
-    counts.
+    The condition of a loop gives its number of runs. If it depends on data, the loop's scope does
+    (`nn.runtime.expect_runs`); without such a scope the loop counts once. For a conditional, the branch that moves the
+    most bytes counts.
     """
     return _merge_parts(_transfers(program, program.entry, fused=False))
 
 
 def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer, bool]]:
-    """Yields (collective, whether it is inside a fusion) of a computation and all that it calls."""
+    """Returns (collective, whether it is in a fusion) for a computation and all that it calls."""
     found, computation = [], program.computations[name]
     for instruction in computation.instructions.values():
         opcode = instruction.opcode.removesuffix("-start")
@@ -171,7 +171,7 @@ def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer,
             found += max(branches, key=lambda branch: sum(transfer.runs * transfer.bytes for transfer, _ in branch))
         elif opcode == "fusion":
             inner = [x for called in instruction.called("calls") for x in _transfers(program, called, True)]
-            if "all-reduce-scatter" in "".join(instruction.called("calls")):  # how TPU programs write a reduce-scatter
+            if "all-reduce-scatter" in "".join(instruction.called("calls")):  # a reduce-scatter in TPU programs
                 inner = [
                     (x._replace(kind="reduce-scatter", bytes=shape_bytes(instruction.shape)), deep) for x, deep in inner
                 ]
@@ -183,8 +183,7 @@ def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer,
 
 
 def _merge_parts(found: list[tuple[Transfer, bool]]) -> list[Transfer]:
-    """Counts a collective once if it is fused with other computations and repeated in several parts: one channel is
-    one."""
+    """Merges the repetitions of a collective that is fused with several computations: they share a channel."""
     kept: list[Transfer] = []
     parts: dict[tuple[str, str], Transfer] = {}
     for transfer, fused in found:
@@ -199,21 +198,20 @@ def _merge_parts(found: list[tuple[Transfer, bool]]) -> list[Transfer]:
 
 
 def _result_bytes(instruction: Instruction) -> float:
-    """Bytes of a collective's result; the shape of an asynchronous start also has operands and buffers (not all-
-    reduce)."""
+    """Returns the bytes of a collective's result. A `-start`, except all-reduce-start, has operands in its shape."""
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         return shape_bytes(_elements(instruction.shape)[1])
     return shape_bytes(instruction.shape)
 
 
 def _filled(kind: str, instruction: Instruction) -> float:
-    """The fraction of a result that is sent: for a ragged all-to-all, that of its scope (`nn.runtime.expect_share`)."""
-    said = re.findall(r"\bshare_(\d+(?:\.\d+)?)", instruction.scope) if kind == "ragged-all-to-all" else []
-    return float(said[-1]) if said else 1.0
+    """Returns the share of a result that is sent: below 1 only for a ragged exchange with `nn.runtime.expect_share`."""
+    shares = re.findall(r"\bshare_(\d+(?:\.\d+)?)", instruction.scope) if kind == "ragged-all-to-all" else []
+    return float(shares[-1]) if shares else 1.0
 
 
 def _elements(shape: str) -> list[str]:
-    """The written shapes in a tuple's."""
+    """Splits a tuple's shape into its elements: "(f32[2], (s8[3], u8[]))" -> ["f32[2]", "(s8[3], u8[])"]."""
     parts, depth, begin = [], 0, 1
     for place, letter in enumerate(shape):
         depth += (letter in "([{") - (letter in ")]}")
@@ -224,7 +222,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def trips(program: Program, computation: Computation, loop: Instruction) -> float:
-    """Number of iterations of a `while` of a computation."""
+    """Returns the number of iterations of a `while` loop in a computation."""
     if known := re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
         return int(known[1])
     (condition,) = (program.computations[name] for name in loop.called("condition"))
@@ -237,7 +235,7 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
         outer = None
 
     def value(name: str) -> int | None:
-        """Value of a constant, also of one passed into a loop or a fusion."""
+        """Returns the value of a constant, also of one that is passed to the loop or to a fusion. None otherwise."""
         found = place.instructions[name]
         if outer is not None and found.opcode == "parameter":
             found = condition.instructions[outer.operands[int(found.operands[0])]]
@@ -255,16 +253,15 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
 
 
 def largest_arrays(program: Program, count: int) -> list[tuple[str, str, int]]:
-    """Returns (shape, scope, bytes on a device) of the `count` largest arrays that the program allocates.
+    """Returns (shape, scope, bytes on a device) of the `count` largest arrays that the program creates in main memory.
 
-    Arrays of one shape and scope are listed once, and copies are left out: the text does not tell which of them live at
-    the same time.
+    Arrays with equal shape and scope are listed once, since the text does not tell which are alive at the same time.
     """
     found: dict[tuple[str, str], int] = {}
     for instruction in _made(program, program.entry):
         for kind, sizes, layout in _ARRAY.findall(instruction.shape):
             shape = f"{kind}[{sizes}]"
-            elsewhere = re.search(r"S\([1-9]\d*\)", layout)  # in another memory than the main one
+            elsewhere = re.search(r"S\([1-9]\d*\)", layout)  # in a memory space other than main memory
             if instruction.scope and not elsewhere:
                 found[shape, instruction.scope] = int(shape_bytes(shape))
     ranked = sorted(found.items(), key=lambda item: -item[1])
@@ -272,7 +269,7 @@ def largest_arrays(program: Program, count: int) -> list[tuple[str, str, int]]:
 
 
 def _made(program: Program, name: str) -> Iterator[Instruction]:
-    """The instructions that leave arrays in memory: not those inside fusions."""
+    """Yields the instructions that allocate arrays, which excludes those inside fusions."""
     for instruction in program.computations[name].instructions.values():
         if instruction.opcode not in NO_ARRAY:
             yield instruction

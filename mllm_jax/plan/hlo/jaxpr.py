@@ -1,7 +1,7 @@
-"""FLOPs of a traced program, by part of the model: exact for matrix products, whose shapes the trace knows.
+"""Counts the FLOPs of a traced program by part of the model, exactly for matrix products.
 
-XLA's own count takes a loop's body once and a kernel as nothing, so it is not asked. A multiplication with an addition
-is two; what is no matrix product is not counted.
+XLA's own count takes the body of a loop once and ignores kernels. A multiply-add is two FLOPs. Only matrix products are
+counted.
 """
 
 import math
@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-PARTS = ("experts", "encoder", "connector", "decoder")  # scopes of the model, the inner one first
+PARTS = ("experts", "encoder", "connector", "decoder")  # scopes of the model, inner ones first
 NOISE = re.compile(
     r"|VLM.*|while|body|closed_call|checkpoint|rematted_computation|\w+\.body|jit\(.*|(?:times|share)_.*"
-)  # of scopes
+)  # components of a scope that are not shown
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
 
 class Operation(NamedTuple):
-    """An equation that calls no other."""
+    """An equation of a jaxpr that calls no other jaxpr."""
 
     equation: Any
-    scope: str  # transformations and named scopes
-    times: float  # how often it runs, on all devices together
+    scope: str  # transformations and named scopes around it
+    times: float  # number of runs, on all devices together
 
 
 class Product(NamedTuple):
@@ -31,15 +31,15 @@ class Product(NamedTuple):
 
     part: str
     flops: float
-    recomputed: float  # of them, what repeats earlier ones to save memory
+    recomputed: float  # FLOPs among them that repeat earlier ones to save memory
 
 
 def operations(jaxpr: Any, outer: Any = None, times: float = 1.0) -> Iterator[Operation]:
-    """Returns all operations of a (closed) jaxpr and of the jaxprs that it calls.
+    """Yields all operations of a (closed) jaxpr and of the jaxprs that it calls.
 
-    The body of a scan counts times its length, that of `shard_map` times the devices, and of a `cond` the branch with
-    the most FLOPs. A loop whose length depends on data counts as often as its scope states (`nn.runtime.expect_runs`),
-    and once without a scope (see `unknown_loops`).
+    The body of a scan is multiplied by its length, and the body of a `shard_map` by the number of devices. For a
+    `cond`, the branch with the most FLOPs counts. A loop whose length depends on data is multiplied by the number in
+    its scope (`nn.runtime.expect_runs`), and counts once without such a scope (see `unknown_loops`).
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
@@ -55,17 +55,17 @@ def operations(jaxpr: Any, outer: Any = None, times: float = 1.0) -> Iterator[Op
         else:
             yield Operation(equation, str(stack), times)
         if name == "while":
-            yield Operation(equation, str(stack), times)  # itself too, for `unknown_loops`
+            yield Operation(equation, str(stack), times)  # for `unknown_loops`
 
 
 def _called(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs among the parameters of an equation."""
+    """Returns the jaxprs among the parameters of an equation."""
     flat = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
     return [x for x in flat if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
 
 
 def _runs(name: str, params: dict[str, Any], scope: str) -> float:
-    """Returns how often the body of an equation runs, on all devices together, per run of the equation."""
+    """Returns the number of runs of a called jaxpr per run of its equation, on all devices together."""
     if name == "scan":
         return params["length"]
     if name == "shard_map":
@@ -74,28 +74,24 @@ def _runs(name: str, params: dict[str, Any], scope: str) -> float:
 
 
 def used_share(scope: str) -> float:
-    """The share of the rows of grouped products that is used where batches are full (`nn.runtime.expect_share`)."""
+    """Returns the share of the rows of grouped products that a full batch uses (`nn.runtime.expect_share`)."""
     return _expected("share", scope) or 1
 
 
 def _expected(what: str, scope: str) -> float | None:
-    """Returns the number in the innermost scope, as in "times_8.0/while" (`nn.runtime.expect_runs`)."""
-    found = re.findall(rf"\b{what}_(\d+(?:\.\d+)?)", scope)
-    return float(found[-1]) if found else None
+    """Returns the number in the innermost scope named `what`: ("times", "times_8.0/while") -> 8.0. None without one."""
+    numbers = re.findall(rf"\b{what}_(\d+(?:\.\d+)?)", scope)
+    return float(numbers[-1]) if numbers else None
 
 
 def unknown_loops(steps: list[Operation]) -> list[str]:
-    """Returns the scopes of loops of unknown length, which were counted once."""
+    """Returns the scopes of loops that were counted once because their number of runs is unknown."""
     loops = {step.scope for step in steps if step.equation.primitive.name == "while"}
     return sorted(scope for scope in loops if _expected("times", scope) is None)
 
 
 def products(steps: list[Operation]) -> list[Product]:
-    """The matrix products among operations.
-
-    Those outside of encoder, connector and decoder belong to the "head" (logits and loss) where they are part of what
-    is differentiated, else to the "optimizer".
-    """
+    """Returns the matrix products among operations, see `part_of` for their parts."""
     found = []
     for step in steps:
         once, again = flops(step)
@@ -106,13 +102,17 @@ def products(steps: list[Operation]) -> list[Product]:
 
 
 def part_of(scope: str) -> str:
-    """The part of the model that an operation belongs to."""
+    """Returns the part of the model that a scope belongs to.
+
+    Scopes outside of encoder, connector and decoder belong to the "head" (logits and loss) if they are differentiated,
+    else to the "optimizer".
+    """
     words = set(re.findall(r"\w+", scope))
     return next((part for part in PARTS if part in words), "head" if words & {"jvp", "transpose"} else "optimizer")
 
 
 def place(scope: str) -> str:
-    """A scope for people: "decoder/layers/attention/q, recomputed" for all that jax and XLA write around it."""
+    """Returns a readable scope, such as "decoder/layers/attention/q, recomputed", without the names that jax adds."""
     phase = "recomputed" if "rematted_computation" in scope else "backward" if "transpose(" in scope else ""
     words = re.sub(r"jit\(step\)/|\b(?:jvp|transpose|vmap)\(|\)", "", scope).split("/")
     kept = "/".join(word for word in words if not NOISE.fullmatch(word))
@@ -121,7 +121,7 @@ def place(scope: str) -> str:
 
 
 def flops(step: Operation) -> tuple[float, float]:
-    """FLOPs of one run of an operation on one device: (new ones, those that a kernel does a second time)."""
+    """Returns (new FLOPs, FLOPs that a kernel recomputes) of one run of an operation on one device."""
     equation = step.equation
     name, shapes = equation.primitive.name, [getattr(x.aval, "shape", ()) for x in equation.invars]
     if name == "dot_general":
@@ -140,7 +140,7 @@ def flops(step: Operation) -> tuple[float, float]:
 
 
 def _ragged_dot(equation: Any, shapes: list) -> float:
-    """Each row of the left side meets the columns of one group alone."""
+    """Returns the FLOPs of a ragged product, in which each row of the left side uses the matrix of one group."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     taken = {*contracted, *batch, *numbers.rhs_group_dimensions}
@@ -148,7 +148,7 @@ def _ragged_dot(equation: Any, shapes: list) -> float:
 
 
 def _cudnn(equation: Any, shapes: list) -> tuple[float, float]:
-    """cuDNN's attention, q [B T N H]; it leaves out what a causal mask hides."""
+    """Returns the FLOPs of cuDNN's attention, q [B T N H], which skips the pairs that a causal mask hides."""
     (rows, length, heads, head_dim), (_, keys, *_), (*_, value_dim) = shapes[:3]
     causal = "causal" in str(equation.params["mask_type"]).lower()
     pairs = rows * heads * length * keys * (0.5 if causal else 1)
@@ -156,7 +156,11 @@ def _cudnn(equation: Any, shapes: list) -> tuple[float, float]:
 
 
 def _pallas(equation: Any, share: float) -> tuple[float, float]:
-    """Work of a kernel: its cost estimate (a grouped product with all its rows), or a count for splash attention."""
+    """Returns the FLOPs of a Pallas kernel: from its cost estimate or, for splash attention, from its shapes.
+
+    Args:
+      share: share of the rows of a grouped product that is used; its cost estimate counts all rows.
+    """
     kernel = SPLASH.match(equation.params["name"] or "")
     if kernel is None:
         cost = equation.params["cost_estimate"]
@@ -164,22 +168,25 @@ def _pallas(equation: Any, share: float) -> tuple[float, float]:
     q, k, v = [x.aval.shape for x in equation.invars if x.aval.ndim > 2 and x.aval.dtype.kind not in "iub"][:3]
     grid = equation.params["grid_mapping"].grid[-2:]
     queries, keys = grid if kernel[1] != "dkv" else grid[::-1]
-    # Segments come in pairs; a causal mask is computed from one array more, the order of the queries.
+    # Segments are two arrays; a causal mask needs one more, the positions of the queries.
     causal = len([x for x in equation.invars if x.aval.dtype == "int32" and x.aval.ndim > 1]) % 2
-    seen = _causal_blocks(queries, keys) / (queries * keys) if causal else 1
-    return _attention(kernel[1], math.prod(q[:-1]) * k[-2] * seen, q[-1], v[-1])
+    share_of_blocks = _causal_blocks(queries, keys) / (queries * keys) if causal else 1
+    return _attention(kernel[1], math.prod(q[:-1]) * k[-2] * share_of_blocks, q[-1], v[-1])
 
 
 def _causal_blocks(queries: int, keys: int) -> int:
-    """Returns the number of `queries` x `keys` blocks that contain a pair whose key is not after its query."""
+    """Returns the number of blocks on or below the diagonal in a grid of `queries` x `keys` blocks.
+
+    2 x 4 blocks: the first row of blocks has 2, the second 4, together 6.
+    """
     return sum(math.ceil((block + 1) * keys / queries) for block in range(queries))
 
 
 def _attention(phase: str, pairs: float, head_dim: int, value_dim: int) -> tuple[float, float]:
-    """Products of a flash kernel (arXiv 2205.14135): (scores, values of a pair), and those done again.
+    """Returns (new FLOPs, recomputed FLOPs) of a flash attention kernel (arXiv 2205.14135).
 
-    Forward q k and p v. Backward do v, ds k, ds q and p do are new; q k is done again, and both it and do v twice where
-    the gradients of queries ("dq") and of keys ("dkv") are two kernels.
+    The forward pass computes q k and p v. In the backward pass do v, ds k, ds q and p do are new, and q k is repeated.
+    If two kernels compute the gradients of queries ("dq") and of keys ("dkv"), both compute q k and do v.
     """
     new, again = {
         "fwd": ((1, 1), (0, 0)),

@@ -1,7 +1,7 @@
-"""Groups of devices that a collective of a compiled program joins, and the mesh axes that they span.
+"""Finds the mesh axes over which a collective of a compiled program communicates, from its replica groups.
 
-XLA writes groups of devices as lists, as a transposed range, or as axes of its own mesh
-(xla/hlo/ir/replica_group.cc, mesh_and_axis.cc); it numbers devices in the order of the program's mesh.
+XLA writes groups of devices as lists, as a transposed range, or as axes of a mesh that it defines
+(xla/hlo/ir/replica_group.cc, mesh_and_axis.cc). It numbers devices in the order of the program's mesh.
 """
 
 import math
@@ -14,10 +14,10 @@ from mllm_jax.plan.hlo.hlo_text import Instruction
 
 
 def axes_of(instruction: Instruction, mesh: Mapping[str, int], across: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The axes of the mesh along which the devices differ that a collective joins.
+    """Returns the mesh axes along which the devices of a collective's groups differ.
 
     Args:
-      across: the axes that slices of a TPU are laid along.
+      across: mesh axes along which TPU slices differ, returned for transfers between slices.
     """
     if instruction.between_slices:
         return across
@@ -29,7 +29,7 @@ def axes_of(instruction: Instruction, mesh: Mapping[str, int], across: tuple[str
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
-    """i[groups members] numbers of the devices that meet, in the order of the mesh."""
+    """Returns i[groups members]: the device numbers of each group, in the order of the mesh."""
     if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
         return _numbers(found[1]).reshape(-1, 2)
     if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
@@ -39,12 +39,15 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
         return _iota(found[2]).reshape(_numbers(found[1]))
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?\s*\{([^}]*)\}", attributes):
         return _mesh_groups(*found.groups())
-    return np.arange(devices)[None]  # all of them
+    return np.arange(devices)[None]  # no groups: one group of all devices
 
 
 def _mesh_groups(axes: str, ids: str | None, joined: str) -> np.ndarray:
-    """Groups that are written as axes of a mesh of the compiler's own, or as parts of them: `'a':(2)4` is the part of
-    size 4 of axis a that has a part of size 2 before it."""
+    """Returns the groups that are written as axes of the compiler's mesh, or as factors of axes.
+
+    `'a':(2)4` is the factor of size 4 of axis a that follows a factor of size 2: an axis of size 16 is read as
+    2 x 4 x 2, and the groups join devices along the middle factor.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"([^=,]+)=(\d+)", axes)}
     devices = np.arange(math.prod(sizes.values())) if ids is None else _iota(ids) if "[" in ids else _numbers(ids)
     wanted: dict[str, list[tuple[int, int]]] = {}
@@ -64,7 +67,7 @@ def _mesh_groups(axes: str, ids: str | None, joined: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Expands `[4,2]T(1,0)`: 0, 1, ... in that shape, transposed, flat."""
+    """Expands an iota list: `[4,2]T(1,0)` is 0, 1, ... 7 in shape (4, 2), transposed and flattened: 0 2 4 6 1 3 5 7."""
     shape, order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     array = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return (array.transpose(_numbers(order)) if order else array).ravel()

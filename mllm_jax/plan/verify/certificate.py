@@ -1,4 +1,4 @@
-"""Compares a step on several meshes with one device: logits, gradients, losses and routing must not change."""
+"""Compares a training step on meshes with the same step on one device: logits, gradients, losses and routing."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,18 +31,18 @@ from mllm_jax.train.step.train_step import make_train_step
 from mllm_jax.types import Batch
 
 MESHES = ("fsdp=8", "fsdp=2,tensor=4", "data=2,expert=4", "fsdp=2,context=4", "data=2,fsdp=2,tensor=2")
-QUICKLY = {"xla_backend_optimization_level": 0}  # machine code of CPUs that is compiled in half the time
-PERTURBATION = 0.1  # standard deviation of what is added to all weights: some would begin with zero or one
+QUICKLY = {"xla_backend_optimization_level": 0}  # halves the compile time on CPUs
+PERTURBATION = 0.1  # standard deviation of noise on all weights, since some are initialized to zero or one
 
 
 @dataclass(frozen=True)
 class Certificate(Config):
-    """Settings of a certificate.
+    """Config of a certification.
 
-    models: models by name. data, processor: as in a run.
-    balance: balance losses of the models with experts.
-    meshes: sizes of axes, as in "fsdp=2,tensor=4"; the largest sets the number of devices.
-    tolerance: largest relative difference that passes.
+    models: models by name. data, processor: as in `Run`.
+    balance: balance loss of models with experts.
+    meshes: sizes of axes, such as "fsdp=2,tensor=4". The largest mesh determines the number of devices.
+    tolerance: largest relative difference that does not count as drift.
     """
 
     models: Mapping[str, ModelConfig]
@@ -56,17 +56,17 @@ class Certificate(Config):
 class Measured(NamedTuple):
     """Results of a step, on the host."""
 
-    tensors: dict[str, np.ndarray]  # the logits of real tokens, and the gradient of every weight
-    losses: dict[str, float]  # by name; with experts also those that balance them
-    choices: np.ndarray | None  # i32[Lm n k] the experts that real tokens chose, in every layer that has some
+    tensors: dict[str, np.ndarray]  # logits of real tokens, and the gradient of every weight
+    losses: dict[str, float]  # losses by name, including the balance losses of models with experts
+    choices: np.ndarray | None  # i32[Lm n k] experts chosen by the n real tokens in each of Lm layers with experts
 
 
 class Comparison(NamedTuple):
     """Differences between one mesh and one device."""
 
     mesh: str
-    differences: dict[str, float]  # of every tensor and loss, relative
-    decisions: int | None  # tokens, in each layer anew, that chose other experts; None without experts
+    differences: dict[str, float]  # relative difference of every tensor and loss
+    decisions: int | None  # number of tokens with other experts, summed over layers. None: no experts
 
     @property
     def worst(self) -> str:
@@ -77,7 +77,11 @@ class Comparison(NamedTuple):
 
 
 def read_certificate(config: ConfigDict, name: str = "run") -> Certificate:
-    """Reads the config of a certificate, or of a run, which is certified on `MESHES`. Raises ConfigError."""
+    """Reads a certificate from its config, or makes one for the config of a run, with `MESHES`. Raises ConfigError.
+
+    Args:
+      name: name of the run's model in reports.
+    """
     if "models" in config:
         return from_config_dict(Certificate, config, PARTS, "config")
     run = read_run(config)
@@ -87,7 +91,7 @@ def read_certificate(config: ConfigDict, name: str = "run") -> Certificate:
 
 
 def compare(certificate: Certificate, name: str) -> Iterator[Comparison]:
-    """One model, on every mesh. Raises ConfigError for a mesh that the model or its batch does not divide into."""
+    """Compares one model on every mesh with one device. Raises ConfigError if a mesh does not divide model or batch."""
     model = certificate.models[name]
     batch = packed_batch(certificate, model)
     meshes = {text: make_mesh(read_mesh(text), jax.devices()[: devices(text)]) for text in certificate.meshes}
@@ -98,14 +102,14 @@ def compare(certificate: Certificate, name: str) -> Iterator[Comparison]:
         except ValueError as error:
             raise ConfigError(f"config.meshes: {text} with {name}: {error}") from error
     run = partial(measure, model, random_params(model), batch, certificate.balance)
-    alone = run(make_mesh({}, jax.devices()[:1]))
+    reference = run(make_mesh({}, jax.devices()[:1]))
     for text, mesh in meshes.items():
-        found = run(mesh)
-        yield Comparison(text, differences(found, alone), decisions(found, alone))
+        measured = run(mesh)
+        yield Comparison(text, differences(measured, reference), decisions(measured, reference))
 
 
 def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, mesh: Mesh) -> Measured:
-    """The forward pass and one training step on a mesh, in fp32."""
+    """Runs the forward pass and one training step on a mesh, in fp32."""
     model = replace(model, runtime=replace(model.runtime, dtype="float32"))
     rules, experts = model.runtime.rules, model.decoder.moe is not None
     optim = OptimConfig(schedule="constant", max_grad_norm=0.0)
@@ -130,13 +134,13 @@ def measure(model: ModelConfig, params, batch: Batch, balance: BalanceConfig, me
 
 
 def gradient_as_state() -> optax.GradientTransformation:
-    """Changes no weight; its state is the last gradient."""
+    """Returns an optimizer that changes no weight and whose state is the last gradient."""
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
 
 
 def packed_batch(certificate: Certificate, model: ModelConfig) -> Batch:
-    """The first batch of the data."""
+    """Returns the first batch of the data."""
     data = certificate.data
     loader = make_loader(
         data.source(),
@@ -153,14 +157,14 @@ def packed_batch(certificate: Certificate, model: ModelConfig) -> Batch:
 
 
 def random_params(model: ModelConfig):
-    """Weights on the host, none of which is zero or one."""
-    params = jax.jit(partial(init_params, model))(jax.random.key(0, impl="rbg"))  # compiles in a tenth of the time
+    """Returns random weights on the host, with noise so that none stays at an initial zero or one."""
+    params = jax.jit(partial(init_params, model))(jax.random.key(0, impl="rbg"))  # rbg compiles ten times faster
     noise = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + PERTURBATION * noise.standard_normal(x.shape, np.float32), jax.device_get(params))
 
 
 def differences(found: Measured, alone: Measured) -> dict[str, float]:
-    """Largest difference of every tensor and loss relative to its largest value; infinite if a value is not finite."""
+    """Returns the largest difference of every tensor and loss relative to its largest value. inf if not finite."""
     pairs = {name: (found.tensors[name], value) for name, value in alone.tensors.items()}
     pairs |= {name: (np.float32(found.losses[name]), np.float32(value)) for name, value in alone.losses.items()}
     relative = {name: np.max(np.abs(a - b)) / (np.max(np.abs(b)) or 1) for name, (a, b) in pairs.items()}
@@ -168,21 +172,21 @@ def differences(found: Measured, alone: Measured) -> dict[str, float]:
 
 
 def decisions(found: Measured, alone: Measured) -> int | None:
-    """Number of tokens, counted per layer, that chose other experts, in any order."""
+    """Returns the number of tokens that chose another set of experts, summed over layers. None without experts."""
     if alone.choices is None:
         return None
     return int((np.sort(found.choices) != np.sort(alone.choices)).any(axis=-1).sum())
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """Sizes of axes from "fsdp=2,tensor=4". ConfigError for what is no mesh."""
+    """Parses sizes of axes such as "fsdp=2,tensor=4". Raises ConfigError if they are not a mesh."""
     parts = [part.partition("=") for part in text.split(",")]
     if not all(axis in MESH_AXES and size.isdecimal() and int(size) for axis, _, size in parts):
         axes = ", ".join(MESH_AXES)
-        raise ConfigError(f"config.meshes: {text!r} is not written as in 'fsdp=2,tensor=4'; the axes are {axes}")
+        raise ConfigError(f"config.meshes: {text!r} is not written as in 'fsdp=2,tensor=4'. The axes are {axes}.")
     return {axis: int(size) for axis, _, size in parts}
 
 
 def devices(text: str) -> int:
-    """Number of devices of a mesh."""
+    """Returns the number of devices of a mesh such as "fsdp=2,tensor=4"."""
     return int(np.prod(list(read_mesh(text).values())))

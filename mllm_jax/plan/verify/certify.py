@@ -1,11 +1,11 @@
-"""Certifies that meshes change nothing: the training step on many devices against the same step on one.
+"""Certifies that meshes do not change results: compares the training step on many devices with the step on one.
 
     python -m mllm_jax.plan certify --config configs/certify.py
     python -m mllm_jax.plan certify --config configs/certify.py --config.meshes="('fsdp=8', 'data=2,tensor=4')"
 
-Runs on virtual CPU devices, in fp32, on one packed batch of images, videos and text, with weights that are random
-everywhere. Differences are relative to the largest value of each tensor. The config may also be that of a run. The exit
-code is 1 where something drifts by more than the tolerance, or a router decides otherwise.
+Runs on virtual CPU devices, in fp32, on one packed batch of the data, with random weights. Differences are relative to
+the largest value of each tensor. The config may also be that of a run. The exit code is 1 if a difference exceeds the
+tolerance or a router chooses other experts.
 """
 
 import sys
@@ -20,15 +20,13 @@ from rich.table import Table
 from mllm_jax.plan.verify.certificate import Comparison, compare, devices, read_certificate
 from mllm_jax.train.runs import command
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config of the certificate: a Python file with get_config(argument)."
-)
-WIDE = 140  # characters of a line in a file
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config to certify: a Python file with get_config(argument).")
+WIDE = 140  # characters per line if the output is not a terminal
 flags.mark_flags_as_required(["config"])
 
 
 def main() -> None:
-    """The command. Ends the process: exit code 1 where a mesh drifts, 2 where the input is wrong."""
+    """Runs the command. Ends the process with exit code 1 if a mesh drifts, 2 if the input is wrong."""
     command.run(_certify, exit_code=2, command="certify")
 
 
@@ -44,12 +42,14 @@ def _certify() -> None:
         for column in ("mesh", "logits", "gradients", "balance", "decisions", "worst tensor", "", ""):
             table.add_column(column, no_wrap=column != "worst tensor", overflow="fold")
         with Console(stderr=True).status(f"{name}: one device, and {len(certificate.meshes)} meshes"):
-            for found in compare(certificate, name):
-                drift = found.drifts(certificate.tolerance) or drift
-                table.add_row(*_cells(found, certificate.tolerance))
+            for comparison in compare(certificate, name):
+                drift = comparison.drifts(certificate.tolerance) or drift
+                table.add_row(*_cells(comparison, certificate.tolerance))
         console.print(table, "")
     within = f"within {certificate.tolerance:g} of one device, relative to each tensor's largest value"
-    console.print(f"drift: not all is {within}" if drift else f"no drift: all is {within}", soft_wrap=True)
+    console.print(
+        f"drift: not all results are {within}" if drift else f"no drift: all results are {within}", soft_wrap=True
+    )
     sys.exit(int(drift))
 
 
