@@ -64,8 +64,8 @@ class DeviceWorkload:
         what = (
             "config.data.batch" if self.grad_accum_steps == 1 else "config.data.batch / config.train.grad_accum_steps"
         )
-        whole = run.data.batch // self.grad_accum_steps
-        partition_spec(("batch",), rules, self.mesh, (whole,), what)
+        micro_batch = run.data.batch // self.grad_accum_steps
+        partition_spec(("batch",), rules, self.mesh, (micro_batch,), what)
         partition_spec(("length",), rules, self.mesh, (self.budget.tokens,), "config.data.tokens")
         self.rules = {part: rules_of(part, rules) for part in ("encoder", "connector", "decoder")}
         self.known = {
@@ -73,13 +73,13 @@ class DeviceWorkload:
             for part, own in self.rules.items()
         }
         text = self.known["decoder"]
-        self.batch = whole / self.size(text["batch"])
+        self.batch = micro_batch / self.size(text["batch"])
         tokens = self.batch * self.budget.tokens / self.size(text["length"])
         self.rows = {"decoder": Rows(tokens, (*text["batch"], *text["length"]))}
         if run.model.encoder is not None:
             visual = self.budget.patches_per_row // run.model.connector.patches_per_token
-            self.rows["encoder"] = self._patch_rows("encoder", whole, self.budget.patches_per_row)
-            self.rows["connector"] = self._patch_rows("connector", whole, visual)
+            self.rows["encoder"] = self._patch_rows("encoder", micro_batch, self.budget.patches_per_row)
+            self.rows["connector"] = self._patch_rows("connector", micro_batch, visual)
         self.towers = [part for part in TOWERS if part in self.rows]
         self.laid = [self._lay(weight) for weight in shapes.weights]
         inside = lambda weight, part: weight.is_matrix and weight.part == part and "layers" in weight.names

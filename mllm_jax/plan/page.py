@@ -159,9 +159,9 @@ def _moves(best: Candidate, network: Network) -> list[dict[str, Any]]:
 def _weights(laid: Sequence[ShardedWeight]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Returns the drawings of the matrices, embeddings and heads by part of the model, largest first."""
     parts: dict[str, list[dict[str, Any]]] = {}
-    for one in sorted(laid, key=lambda one: (MODEL.index(one.weight.part), -math.prod(one.weight.shape))):
-        if one.weight.is_matrix or one.weight.path.endswith("embed") or one.weight.path in VOCABULARY:
-            parts.setdefault(one.weight.part, []).append(_weight(one))
+    for sharded in sorted(laid, key=lambda one: (MODEL.index(one.weight.part), -math.prod(one.weight.shape))):
+        if sharded.weight.is_matrix or sharded.weight.path.endswith("embed") or sharded.weight.path in VOCABULARY:
+            parts.setdefault(sharded.weight.part, []).append(_weight(sharded))
     return list(parts.items())
 
 

@@ -75,14 +75,14 @@ class Network:
     def _describe(self, places: np.ndarray) -> Group:
         far = len(np.unique(places[:, 0]))
         near = len(places) // far
-        own = places[places[:, 0] == places[0, 0], 1:]
+        members = places[places[:, 0] == places[0, 0], 1:]
         if near == 1:
             return Group(near, far, ())
         if self.chip.switch:
             return Group(near, far, (Ring(near, self.chip.switch),))
         extent = self.places[..., 1:].reshape(-1, 3).max(axis=0) + 1
-        rings = tuple(filter(None, (self._ring(own[:, d], int(extent[d])) for d in range(3))))
-        if math.prod(ring.size for ring in rings) != len(np.unique(own, axis=0)) or not rings:
+        rings = tuple(filter(None, (self._ring(members[:, d], int(extent[d])) for d in range(3))))
+        if math.prod(ring.size for ring in rings) != len(np.unique(members, axis=0)) or not rings:
             rings = (Ring(near, 2 * self.chip.link),)  # the group winds through the torus, or is within a chip
         return Group(near, far, rings)
 
@@ -118,9 +118,9 @@ def seconds(collective: Collective, network: Network) -> float:
         if chip.link:
             inside = max([inside, *(stays * ring.size / 4 / ring.bandwidth for ring in group.rings)])
         return max(inside, (result - stays) / chip.network)
-    whole = result * group.size if kind == "reduce-scatter" else result
-    inside = whole * (group.near - 1) / group.near / group.bandwidth if group.rings else 0.0
-    outside = whole / group.near * (group.far - 1) / group.far / chip.network
+    total = result * group.size if kind == "reduce-scatter" else result
+    inside = total * (group.near - 1) / group.near / group.bandwidth if group.rings else 0.0
+    outside = total / group.near * (group.far - 1) / group.far / chip.network
     return max(inside, outside) * (2 if kind == "all-reduce" else 1)
 
 
@@ -153,9 +153,9 @@ def roofline(planned: Planned, network: Network, traffic: float) -> Roofline:
     """
     chip, axes, waited = network.chip, {}, 0.0
     for collective in planned.collectives:
-        spent = seconds(collective, network)
-        axes[collective.axes] = axes.get(collective.axes, 0.0) + spent
-        waited += spent * _is_waited_for(collective)
+        duration = seconds(collective, network)
+        axes[collective.axes] = axes.get(collective.axes, 0.0) + duration
+        waited += duration * _is_waited_for(collective)
     rows = dict(
         compute=sum(planned.flops.values()) / chip.peak,
         memory=traffic / chip.memory_bandwidth,

@@ -32,15 +32,15 @@ def check_run(run: Run) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ConfigError(f"config.init={run.init} has no config.json. Choose a folder in Hugging Face's format.")
-    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = FAMILIES.get(kind_of(stated))
+    hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = FAMILIES.get(kind_of(hf_config))
     if family is None:
         raise ConfigError(
-            f"config.init={run.init} is of model_type {stated.get('model_type')!r}, not of this model. Choose weights "
-            "of this model."
+            f"config.init={run.init} is of model_type {hf_config.get('model_type')!r}, not of this model. Choose "
+            "weights of this model."
         )
     try:
-        published = family.from_hf(stated)
+        published = family.from_hf(hf_config)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"config.init={run.init}: its config.json cannot be read: {error}") from error
     other = [
@@ -59,7 +59,7 @@ def check_run(run: Run) -> None:
 def _positions(run: Run) -> float:
     """Returns the number of positions in the published config. Infinity for a model without one."""
     try:
-        stated = FAMILIES[run.model.family].to_hf(run.model)
+        hf_config = FAMILIES[run.model.family].to_hf(run.model)
     except (KeyError, ValueError):
         return float("inf")
-    return stated.get("text_config", stated).get("max_position_embeddings", float("inf"))
+    return hf_config.get("text_config", hf_config).get("max_position_embeddings", float("inf"))

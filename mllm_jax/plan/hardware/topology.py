@@ -217,8 +217,8 @@ def _cuda_by_name() -> Iterator[None]:
     """Lets jax accept the platform name "cuda" on machines without a GPU, where it refuses it (jax issue 23971)."""
     from jax._src import xla_bridge
 
-    known = xla_bridge.canonicalize_platform
-    name = lambda platform: "cuda" if platform in ("gpu", "cuda") else known(platform)
+    canonicalize = xla_bridge.canonicalize_platform
+    name = lambda platform: "cuda" if platform in ("gpu", "cuda") else canonicalize(platform)
     with mock.patch.object(xla_bridge, "canonicalize_platform", name):
         yield
 

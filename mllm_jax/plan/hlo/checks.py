@@ -38,7 +38,7 @@ def warnings_of(
     Args:
       steps: operations of the traced step. program: the compiled step.
     """
-    found = [
+    warnings = [
         *replaced_gathers(program),
         *replaced_scatters(platform, program),
         *head_exchanges(run, program, mesh),
@@ -47,7 +47,7 @@ def warnings_of(
         *attention_on_xla(platform, steps),
         *(f"unknown loop: {place(scope) or scope} is counted as one run" for scope in unknown_loops(steps)),
     ]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(warnings))
 
 
 def replaced_gathers(program: hlo_text.Program) -> Iterator[str]:
@@ -106,9 +106,9 @@ def _uses(program: hlo_text.Program, computation: hlo_text.Computation, name: st
         elif reader.opcode == "fusion":
             inner = program.computations[reader.called("calls")[0]]
             numbers = [str(number) for number, operand in enumerate(reader.operands) if operand == name]
-            for given in inner.instructions.values():
-                if given.opcode == "parameter" and given.operands[0] in numbers:
-                    yield from _uses(program, inner, given.name)
+            for instruction in inner.instructions.values():
+                if instruction.opcode == "parameter" and instruction.operands[0] in numbers:
+                    yield from _uses(program, inner, instruction.name)
         else:
             yield reader.opcode
 

@@ -40,19 +40,19 @@ class Instruction(NamedTuple):
     @property
     def between_slices(self) -> str | None:
         """Kind of the collective between TPU slices that this `recv` belongs to. None for other instructions."""
-        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.attributes)
-        return BETWEEN_SLICES.get(found[1], found[1].lower()) if found and self.opcode == "recv" else None
+        match = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.attributes)
+        return BETWEEN_SLICES.get(match[1], match[1].lower()) if match and self.opcode == "recv" else None
 
     @property
     def scope(self) -> str:
         """Names of jax's scopes, down to the operation."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     def called(self, *roles: str) -> list[str]:
         """Returns the computations that the instruction calls in these roles: `body`, `calls`, ..."""
-        found = re.findall(rf"\b(?:{'|'.join(roles)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
-        return [name for group in found for name in re.findall(r"[\w.\-]+", group)]
+        groups = re.findall(rf"\b(?:{'|'.join(roles)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return [name for group in groups for name in re.findall(r"[\w.\-]+", group)]
 
 
 class Computation(NamedTuple):
@@ -152,49 +152,51 @@ def transfers(program: Program) -> list[Transfer]:
 
 def _transfers(program: Program, name: str, fused: bool) -> list[tuple[Transfer, bool]]:
     """Returns (collective, whether it is in a fusion) for a computation and all that it calls."""
-    found, computation = [], program.computations[name]
+    collectives, computation = [], program.computations[name]
     for instruction in computation.instructions.values():
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in KINDS:
             size = _result_bytes(instruction) * _filled(opcode, instruction)
-            found.append((Transfer(opcode, 1, size, instruction, computation), fused))
+            collectives.append((Transfer(opcode, 1, size, instruction, computation), fused))
         elif between := instruction.between_slices:
             size = shape_bytes(_elements(instruction.shape)[0])
-            found.append((Transfer(between, 1, size, instruction, computation), fused))
+            collectives.append((Transfer(between, 1, size, instruction, computation), fused))
         elif opcode == "while":
             times = trips(program, computation, instruction)
             inner = [x for body in instruction.called("body") for x in _transfers(program, body, fused)]
-            found += [(transfer._replace(runs=transfer.runs * times), deep) for transfer, deep in inner]
+            collectives += [(transfer._replace(runs=transfer.runs * times), deep) for transfer, deep in inner]
         elif opcode == "conditional":
             names = instruction.called("branch_computations", "true_computation", "false_computation")
             branches = [_transfers(program, branch, fused) for branch in names]
-            found += max(branches, key=lambda branch: sum(transfer.runs * transfer.bytes for transfer, _ in branch))
+            collectives += max(
+                branches, key=lambda branch: sum(transfer.runs * transfer.bytes for transfer, _ in branch)
+            )
         elif opcode == "fusion":
             inner = [x for called in instruction.called("calls") for x in _transfers(program, called, True)]
             if "all-reduce-scatter" in "".join(instruction.called("calls")):  # a reduce-scatter in TPU programs
                 inner = [
                     (x._replace(kind="reduce-scatter", bytes=shape_bytes(instruction.shape)), deep) for x, deep in inner
                 ]
-            found += inner
+            collectives += inner
         elif opcode in ("call", "async", "custom-call"):
             for called in instruction.called("to_apply", "calls", "called_computations"):
-                found += _transfers(program, called, fused)
-    return found
+                collectives += _transfers(program, called, fused)
+    return collectives
 
 
 def _merge_parts(found: list[tuple[Transfer, bool]]) -> list[Transfer]:
     """Merges the repetitions of a collective that is fused with several computations: they share a channel."""
-    kept: list[Transfer] = []
+    separate: list[Transfer] = []
     parts: dict[tuple[str, str], Transfer] = {}
     for transfer, fused in found:
         channel = re.search(r"channel_id=(\d+)", transfer.instruction.attributes)
         if not (fused and channel):
-            kept.append(transfer)
+            separate.append(transfer)
             continue
         key = transfer.kind, channel[1]
         if key not in parts or transfer.runs * transfer.bytes > parts[key].runs * parts[key].bytes:
             parts[key] = transfer
-    return kept + list(parts.values())
+    return separate + list(parts.values())
 
 
 def _result_bytes(instruction: Instruction) -> float:
@@ -223,8 +225,8 @@ def _elements(shape: str) -> list[str]:
 
 def trips(program: Program, computation: Computation, loop: Instruction) -> float:
     """Returns the number of iterations of a `while` loop in a computation."""
-    if known := re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
-        return int(known[1])
+    if match := re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
+        return int(match[1])
     (condition,) = (program.computations[name] for name in loop.called("condition"))
     before = computation.instructions[loop.operands[0]]
     compare, place = condition.root, condition
@@ -236,13 +238,13 @@ def trips(program: Program, computation: Computation, loop: Instruction) -> floa
 
     def value(name: str) -> int | None:
         """Returns the value of a constant, also of one that is passed to the loop or to a fusion. None otherwise."""
-        found = place.instructions[name]
-        if outer is not None and found.opcode == "parameter":
-            found = condition.instructions[outer.operands[int(found.operands[0])]]
-        if found.opcode == "get-tuple-element" and before.opcode == "tuple":
-            index = int(re.search(r"index=(\d+)", found.attributes)[1])
-            found = computation.instructions[before.operands[index]]
-        return int(found.operands[0]) if found.opcode == "constant" else None
+        instruction = place.instructions[name]
+        if outer is not None and instruction.opcode == "parameter":
+            instruction = condition.instructions[outer.operands[int(instruction.operands[0])]]
+        if instruction.opcode == "get-tuple-element" and before.opcode == "tuple":
+            index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
+            instruction = computation.instructions[before.operands[index]]
+        return int(instruction.operands[0]) if instruction.opcode == "constant" else None
 
     if compare.opcode == "compare" and "direction=LT" in compare.attributes:
         begin, end = map(value, compare.operands)

@@ -92,13 +92,13 @@ def unknown_loops(steps: list[Operation]) -> list[str]:
 
 def products(steps: list[Operation]) -> list[Product]:
     """Returns the matrix products among operations, see `part_of` for their parts."""
-    found = []
+    results = []
     for step in steps:
         once, again = flops(step)
         if once + again:
             repeated = once + again if "rematted_computation" in step.scope else again
-            found.append(Product(part_of(step.scope), step.times * (once + again), step.times * repeated))
-    return found
+            results.append(Product(part_of(step.scope), step.times * (once + again), step.times * repeated))
+    return results
 
 
 def part_of(scope: str) -> str:
@@ -115,9 +115,9 @@ def place(scope: str) -> str:
     """Returns a readable scope, such as "decoder/layers/attention/q, recomputed", without the names that jax adds."""
     phase = "recomputed" if "rematted_computation" in scope else "backward" if "transpose(" in scope else ""
     words = re.sub(r"jit\(step\)/|\b(?:jvp|transpose|vmap)\(|\)", "", scope).split("/")
-    kept = "/".join(word for word in words if not NOISE.fullmatch(word))
-    kept = f"head/{kept}" if part_of(scope) == "head" else kept
-    return f"{kept}, {phase}" if phase else kept
+    path = "/".join(word for word in words if not NOISE.fullmatch(word))
+    path = f"head/{path}" if part_of(scope) == "head" else path
+    return f"{path}, {phase}" if phase else path
 
 
 def flops(step: Operation) -> tuple[float, float]:

@@ -30,15 +30,15 @@ def axes_of(instruction: Instruction, mesh: Mapping[str, int], across: tuple[str
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
     """Returns i[groups members]: the device numbers of each group, in the order of the mesh."""
-    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
-        return _numbers(found[1]).reshape(-1, 2)
-    if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
-        rows = [_numbers(row) for row in re.findall(r"\{([\d,]*)\}", found[1])]
+    if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
+        return _numbers(match[1]).reshape(-1, 2)
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
+        rows = [_numbers(row) for row in re.findall(r"\{([\d,]*)\}", match[1])]
         return np.stack([row for row in rows if len(row) == len(rows[0])])
-    if found := re.search(r"replica_groups=\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
-        return _iota(found[2]).reshape(_numbers(found[1]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?\s*\{([^}]*)\}", attributes):
-        return _mesh_groups(*found.groups())
+    if match := re.search(r"replica_groups=\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _iota(match[2]).reshape(_numbers(match[1]))
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?\s*\{([^}]*)\}", attributes):
+        return _mesh_groups(*match.groups())
     return np.arange(devices)[None]  # no groups: one group of all devices
 
 
@@ -61,9 +61,9 @@ def _mesh_groups(axes: str, ids: str | None, joined: str) -> np.ndarray:
             chosen.append(len(shape) - 1)
             done = before * part
         shape.append(size // done)
-    kept = [axis for axis in range(len(shape)) if axis not in chosen]
+    others = [axis for axis in range(len(shape)) if axis not in chosen]
     members = math.prod(shape[axis] for axis in chosen)
-    return devices.reshape(shape).transpose(kept + chosen).reshape(-1, members)
+    return devices.reshape(shape).transpose(others + chosen).reshape(-1, members)
 
 
 def _iota(text: str) -> np.ndarray:

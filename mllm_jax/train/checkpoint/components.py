@@ -52,13 +52,13 @@ def _matching(part: str, source: str, model: ModelConfig | DualConfig, boxed: An
     try:
         theirs = replace(published_config(source), runtime=model.runtime)
     except ValueError as error:
-        raise ConfigError(f"config.parts.{part}: {describe_error(error)}") from error
-    if part not in (there := abstract_boxed(theirs)):
+        raise ConfigError(f"config.parts.{part}: {told(error)}") from error
+    if part not in (parts := abstract_boxed(theirs)):
         raise ConfigError(
             f"config.parts.{part}={source}: this model has no {part}. Choose a folder with that part; this one has "
-            f"{', '.join(there)}."
+            f"{', '.join(parts)}."
         )
-    ours, published = flatten({part: boxed[part]}), flatten({part: there[part]})
+    ours, published = flatten({part: boxed[part]}), flatten({part: parts[part]})
     faults = [f"{path} is not in the folder, {_shape(ours[path])} here" for path in ours.keys() - published.keys()]
     faults += [
         f"{path} is {_shape(published[path])} in the folder, not here" for path in published.keys() - ours.keys()

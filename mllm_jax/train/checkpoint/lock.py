@@ -77,13 +77,15 @@ class Lock:
 
     def _create(self, path: Path) -> bool:
         """Creates a lock file atomically. Returns False if it exists."""
-        own = path.with_name(f"{path.name}.{self._token}")
+        draft = path.with_name(f"{path.name}.{self._token}")
         try:
             with writing(path):
-                own.write_text(json.dumps(_identity() | {"token": self._token, "since": time.time()}), encoding="utf-8")
-            return _link(own, path)
+                draft.write_text(
+                    json.dumps(_identity() | {"token": self._token, "since": time.time()}), encoding="utf-8"
+                )
+            return _link(draft, path)
         finally:
-            own.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         """Returns the content of the lock file, or {} if it is missing or unreadable."""

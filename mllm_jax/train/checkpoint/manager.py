@@ -157,9 +157,9 @@ def from_all_processes(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Gathers a JSON object from every process. Returns them in the order of processes. All processes must call it."""
     if jax.process_count() == 1:
         return [data]
-    own = np.frombuffer(json.dumps(data).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(own)))
-    texts = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - len(own))))
+    encoded = np.frombuffer(json.dumps(data).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(encoded)))
+    texts = multihost_utils.process_allgather(np.pad(encoded, (0, int(sizes.max()) - len(encoded))))
     return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes)]
 
 

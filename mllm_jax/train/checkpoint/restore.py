@@ -89,8 +89,8 @@ def _half(run: Run) -> dict[str, str]:
     """Returns {path: "bfloat16"} of the weights to read in bfloat16: those that the run does not keep in fp32."""
     if run.lora.base_dtype == "float32" or not run.lora.rank:
         return {}
-    kept, base = (flatten(abstract_params(replace(run.model, lora=lora))) for lora in (run.lora, LoraConfig()))
-    return {path: "bfloat16" for path in base if path not in kept or kept[path].dtype != "float32"}
+    stored, base = (flatten(abstract_params(replace(run.model, lora=lora))) for lora in (run.lora, LoraConfig()))
+    return {path: "bfloat16" for path in base if path not in stored or stored[path].dtype != "float32"}
 
 
 def _adapted(run: Run, params: dict, mesh: Mesh) -> dict:

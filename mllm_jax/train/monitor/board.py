@@ -36,5 +36,5 @@ class Board:
         """Returns the notes written so far, by process."""
         if self._client is None:
             return self._own
-        found = self._client.key_value_dir_get(self._folder)
-        return {int(key.rsplit("/", 1)[-1]): json.loads(note) for key, note in found}
+        notes = self._client.key_value_dir_get(self._folder)
+        return {int(key.rsplit("/", 1)[-1]): json.loads(note) for key, note in notes}

@@ -49,10 +49,10 @@ def check_memory(memory: Memory, mesh: Mesh) -> None:
 
     Gradients and activations are not counted, so a refused run cannot fit.
     """
-    own = mesh.local_devices
-    limit, where, count = device_limit(own[0]), f"a {own[0].device_kind}", 1
-    if own[0].platform == "cpu":  # CPU devices share the memory of the host
-        limit, where, count = host_limit(), "this host", len(own)
+    devices = mesh.local_devices
+    limit, where, count = device_limit(devices[0]), f"a {devices[0].device_kind}", 1
+    if devices[0].platform == "cpu":  # CPU devices share the memory of the host
+        limit, where, count = host_limit(), "this host", len(devices)
     if limit is None or count * memory.kept <= limit:
         return
     raise ConfigError(

@@ -78,8 +78,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Returns (records, number of damaged lines). An incomplete last line is not counted."""
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    found = [_record(line) for line in lines[:-1]]
-    return [record for record in found if record is not None], found.count(None)
+    records = [_record(line) for line in lines[:-1]]
+    return [record for record in records if record is not None], records.count(None)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -139,9 +139,9 @@ class Meter:
         """
         if not self._steps:
             return {}
-        spent = self.clock.seconds()
-        waited = spent["input"] - self._began["input"]
-        seconds = max(spent["steps"] - self._began["steps"] + waited, 1e-9)
+        account = self.clock.seconds()
+        waited = account["input"] - self._began["input"]
+        seconds = max(account["steps"] - self._began["steps"] + waited, 1e-9)
         rates = {
             "mean_loss": self._sums["loss"] / self._steps,
             "seconds_per_step": seconds / self._steps,
@@ -154,7 +154,7 @@ class Meter:
                 rates[f"fill_{name}"] = self._sums[name] / (room * self._steps)
         if peak and self._sums["flops"]:
             rates["mfu"] = self._sums["flops"] / seconds / peak
-        return rates | self._pace() | {"goodput": share(spent), "seconds": spent}
+        return rates | self._pace() | {"goodput": share(account), "seconds": account}
 
     def _pace(self) -> dict[str, float]:
         """Returns the seconds per step of the hosts' own work (`Clock.own_seconds`): the median and the slowest."""

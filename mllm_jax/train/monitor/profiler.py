@@ -14,10 +14,10 @@ def steps_of(text: str | None) -> range:
     """Parses a range of steps: "10:13" -> steps 10, 11, 12 and 13, None -> no steps. Raises ConfigError."""
     if text is None:
         return range(0)
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--profile_steps={text} must be FIRST:LAST, steps from 1 on, such as 10:13.")
-    return range(int(found[1]), int(found[2]) + 1)
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 class Tracer:
