@@ -201,7 +201,7 @@ def test_files_that_transformers_does_not_know():
         ({"hidden_size": "64"}, 'hidden_size="64": must be an integer'),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=NaN: must be a number"),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, 'rope_scaling.factor="4": must be a number'),
-        ({"rope_scaling": {"type": "linear", "stretch": 4}}, "rope_scaling.stretch=4: is not known"),
+        ({"rope_scaling": {"type": "linear", "stretch": 4}}, "rope_scaling.stretch=4: is unknown"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: is missing. Add it"),
         ({"model_type": ["llama"]}, "model_type None is not supported"),
     ],

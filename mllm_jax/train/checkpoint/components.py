@@ -52,7 +52,7 @@ def _matching(part: str, source: str, model: ModelConfig | DualConfig, boxed: An
     try:
         theirs = replace(published_config(source), runtime=model.runtime)
     except ValueError as error:
-        raise ConfigError(f"config.parts.{part}: {told(error)}") from error
+        raise ConfigError(f"config.parts.{part}: {describe_error(error)}") from error
     if part not in (parts := abstract_boxed(theirs)):
         raise ConfigError(
             f"config.parts.{part}={source}: this model has no {part}. Choose a folder with that part; this one has "

@@ -5,6 +5,7 @@ and so does a resumed run.
 """
 
 import collections
+import math
 import statistics
 from typing import Any
 
@@ -30,12 +31,13 @@ class SpikeRule:
     def median_if_spike(self, loss: float) -> float | None:
         """Adds the loss of the next step. Returns the median of the losses before it if it is a spike, else None."""
         config = self.config
-        full = config.factor and len(self._losses) == config.window
+        if not config.factor or not math.isfinite(loss):  # a step that is not finite changed no weight
+            return None
+        full = len(self._losses) == config.window
         median = statistics.median(self._losses) if full else None
         if median is not None and loss > config.factor * median:
             return median
-        if config.factor and loss == loss:  # a step with a nan loss changed no weight
-            self._losses.append(loss)
+        self._losses.append(loss)
         return None
 
     def get_state(self) -> dict[str, Any]:

@@ -87,7 +87,10 @@ def test_data_that_spike_are_skipped_also_where_the_run_was_stopped_in_between(t
 def test_a_spike_is_a_multiple_of_the_median_before_it():
     rule = SpikeRule(SpikeConfig(factor=2.0, window=3))
     assert [rule.median_if_spike(loss) for loss in (9.0, 1.0, 1.2)] == [None] * 3, "too few to say"
-    assert rule.median_if_spike(2.3) is None and rule.median_if_spike(float("nan")) is None
+    assert (
+        rule.median_if_spike(2.3) is None
+        and rule.median_if_spike(float("nan")) is rule.median_if_spike(float("inf")) is None
+    )
     assert rule.median_if_spike(2.5) == 1.2
     assert rule.get_state() == {"losses": [1.0, 1.2, 2.3], "rewinds": 0}, "spikes are no measure for later ones"
     again = SpikeRule(rule.config)
