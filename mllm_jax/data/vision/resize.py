@@ -46,7 +46,7 @@ def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int, int]:
-    """Returns the largest (height, width) in multiples of `patch`, of nearly this aspect ratio, within `patches` patches.
+    """Returns the largest (height, width) in multiples of `patch`, near this aspect ratio, with <= `patches` patches.
 
     This is NaFlex (SigLIP 2, arXiv 2502.14786): the scale is found by bisection, and sides are rounded up.
     """
