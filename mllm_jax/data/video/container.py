@@ -1,6 +1,6 @@
-"""Video containers, opened by PyAV at this one place, and the choice of the track.
+"""Opens video containers with PyAV and selects the video track.
 
-PyAV is imported when a file is opened, so that videos which are already in memory do not need it.
+PyAV is imported when a file is opened, so that videos in memory do not need it.
 """
 
 import contextlib
@@ -11,35 +11,35 @@ from typing import Any
 
 from mllm_jax.data.media import source_name
 
-# FFmpeg's names of containers and streams that hold their frames themselves. Playlists (HLS, DASH, ffconcat, SDP, ...)
-# open other files and sockets, scripts run programs, and images and their patterns (image2) are no videos.
+# FFmpeg's names of formats that contain their frames. Playlists (HLS, DASH, ffconcat, SDP, ...) are excluded since they
+# open other files and sockets, scripts since they run programs, and image formats (image2) since they are no videos.
 FORMATS = (
     *("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf", "ogg", "mxf", "nut", "ivf", "rm", "dv", "wtv", "gif"),
     *("apng", "h264", "hevc", "obu", "m4v", "mpegvideo", "mjpeg", "yuv4mpegpipe"),
 )
-IMAGES = ("bmp", "mjpeg", "png", "tiff", "webp")  # codecs of a cover that is not marked as one
+IMAGES = ("bmp", "mjpeg", "png", "tiff", "webp")  # codecs of covers that are not marked as attached
 
 
 def pyav():
     try:
         import av
     except ImportError as error:
-        raise ImportError("reading video files needs PyAV: pip install -e '.[video]'") from error
+        raise ImportError("Video files need PyAV. Run pip install -e '.[video]'.") from error
     return av
 
 
 def open_container(source: str | bytes) -> Any:
-    """Opens a regular file, or the bytes of one, in one of `FORMATS`; never another file or the network.
+    """Opens a regular file, or the bytes of one, in one of `FORMATS`, without access to other files or the network.
 
-    Its tags are not read, since they may be in any encoding. Raises FileNotFoundError or ValueError, naming the file.
+    Its metadata may have any encoding, since it is not used. Raises FileNotFoundError or ValueError, naming the file.
     """
     name, av = source_name(source), pyav()
     if isinstance(source, str):
         if not os.path.exists(source):
-            raise FileNotFoundError(f"{name}: no such video")
+            raise FileNotFoundError(f"{name}: no such video. Correct its path.")
         if not os.path.isfile(source):  # a pipe or a device may never end
             raise ValueError(f"{name}: not a readable video (no regular file)")
-    # Without a prefix, a path may name another protocol ("concat:a|b").
+    # The prefix keeps FFmpeg from parsing a path as another protocol ("concat:a|b").
     file, protocols = (io.BytesIO(source), "") if isinstance(source, bytes) else (f"file:{source}", "file")
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": protocols}
     try:
@@ -51,7 +51,7 @@ def open_container(source: str | bytes) -> Any:
 
 @contextlib.contextmanager
 def errors_of(name: str) -> Iterator[None]:
-    """Names the file in FFmpeg's errors, and in those of PyAV where a damaged file changes its number of streams."""
+    """Names the file in errors of FFmpeg, and in PyAV's IndexError if a damaged file changes its number of streams."""
     try:
         yield
     except (pyav().FFmpegError, IndexError) as error:
@@ -59,11 +59,11 @@ def errors_of(name: str) -> Iterator[None]:
 
 
 def video_stream(container: Any, track: int | None, name: str) -> Any:
-    """The video track with this number, or FFmpeg's choice among those that are no images and can be decoded."""
+    """Returns the video track with this number, or FFmpeg's choice among decodable tracks that are no images."""
     attached = pyav().stream.Disposition.attached_pic
     tracks = [stream for stream in container.streams.video if not stream.disposition & attached]
     if not tracks:
-        raise ValueError(f"{name}: holds no video track")
+        raise ValueError(f"{name}: no video track. Use a file that has one.")
     if track is None:
         decodable = [stream for stream in tracks if stream.codec_context is not None]
         films = [stream for stream in decodable if stream.codec_context.name not in IMAGES] or decodable
@@ -79,11 +79,10 @@ def video_stream(container: Any, track: int | None, name: str) -> Any:
 
 
 def indexed_gap(container: Any, stream: Any) -> int | None:
-    """Ticks between two frames by the container's index. None where it does not list all frames at an even distance.
+    """Returns the ticks between frames by the container's index; None unless it lists all frames at equal distances.
 
-    It holds the times at which frames are decoded. Where these are even, those at which they are shown are even too,
-    except in AVI, which states none of the latter. An index of key frames alone answers nothing, nor does one with
-    frames that an edit list hides.
+    The index contains decoding times. If they are even, presentation times are even, too, except in AVI, which stores
+    no presentation times. An index of key frames only, or with frames that an edit list hides, is not used.
     """
     entries = stream.index_entries
     if len(entries) < 2 or len(entries) != stream.frames:

@@ -1,4 +1,4 @@
-"""Decoding of the wanted frames of a video file, by their times or by their numbers."""
+"""Decodes selected frames of a video file, by their times or by their numbers."""
 
 import contextlib
 import math
@@ -8,24 +8,24 @@ from typing import Any
 from mllm_jax.data.video.container import open_container, pyav
 from mllm_jax.data.video.frame_times import FrameTimes
 
-FAR = 24  # frames ahead from which on it is quicker to seek
-END = object()  # of a file's frames
+FAR = 24  # number of frames ahead above which seeking is faster than decoding
+END = object()  # end of a file's frames
 
 
 def decode(packet: Any) -> list[Any] | None:
-    """The frames that a packet completes. None: it is broken."""
+    """Returns the frames that a packet completes; None if it is broken."""
     try:
         return packet.decode()
-    except pyav().error.EOFError:  # the decoder gave its last frame
+    except pyav().error.EOFError:  # the decoder has no more frames
         return []
     except pyav().FFmpegError:
         return None
 
 
 class Decoder:
-    """Decodes an open file in the order in which frames are shown.
+    """Decodes a file in presentation order.
 
-    breaks: places at which packets are broken, one or several in a row, by the times of the first.
+    breaks: (dts, pts) of the first packet of each run of broken packets.
     """
 
     def __init__(self, source: str | bytes, track: int):
@@ -36,9 +36,9 @@ class Decoder:
         self._files.close()
 
     def start(self, threads: str) -> None:
-        """Goes to the first frame. `threads`: SLICE, or AUTO, which is faster.
+        """Goes to the first frame. `threads`: "SLICE", or "AUTO", which is faster.
 
-        With AUTO, what comes after a broken frame at the end of a file is lost.
+        With "AUTO", frames after a broken frame at the end of a file are lost.
         """
         self._files.close()
         self._container = self._files.enter_context(open_container(self._source))
@@ -47,21 +47,21 @@ class Decoder:
         self.frames, self.breaks = self._frames(seeking=False), set()
 
     def seek(self, time: int) -> None:
-        """Goes to the last key frame before `time`, in ticks; in some containers, to one before or after it."""
+        """Goes to the last key frame before `time` in ticks; in some containers, to an earlier or later key frame."""
         self._container.seek(time, stream=self._stream)
         self.frames = self._frames(seeking=True)
 
     def _frames(self, seeking: bool) -> Iterator[Any]:
-        """Yields frames, and None where one is broken. `seeking`: what is before a key frame cannot be decoded."""
-        whole = True
+        """Yields frames, and None for a broken packet. `seeking`: skips packets up to the first key frame."""
+        intact = True
         for packet in self._container.demux(self._stream):
             if seeking and not packet.is_keyframe:
                 continue
             seeking, frames = False, decode(packet)
-            if frames is None and whole:
+            if frames is None and intact:
                 self.breaks.add((packet.dts, packet.pts))
-            whole = frames is not None
-            yield from frames if whole else [None]
+            intact = frames is not None
+            yield from frames if intact else [None]
 
 
 class Counted:
@@ -69,10 +69,10 @@ class Counted:
 
     def __init__(self, decoder: Decoder):
         self._decoder, self._number, self._shown, self._exact = decoder, -1, None, False
-        decoder.start("SLICE")  # no frame may be lost without notice
+        decoder.start("SLICE")  # "AUTO" may lose frames, which would shift the numbers
 
     def __call__(self, number: int) -> tuple[Any, bool]:
-        """Returns frame `number`, or the last before it that can be decoded, and whether it is the frame itself."""
+        """Returns (frame, exact): frame `number`, or the last one before it that can be decoded."""
         while self._number < number:
             frame = next(self._decoder.frames, END)
             if frame is END:
@@ -91,10 +91,7 @@ class Timed:
         self._begin()
 
     def __call__(self, number: int) -> tuple[Any, bool]:
-        """Returns the frame at place `number` of the file's times, or the nearest that can be decoded.
-
-        And whether it is the frame itself.
-        """
+        """Returns (frame, exact): the frame at index `number` of the times, or the nearest that can be decoded."""
         if number - self._number > self._far:
             self._seek(number)
         exact = self._advance(number)
@@ -108,11 +105,11 @@ class Timed:
         self._shown, self._coming = None, self._next()
 
     def _next(self) -> Any:
-        """The next frame with a presentation time. None: the file has ended."""
+        """Returns the next frame with a presentation time; None at the end of the file."""
         return next((frame for frame in self._decoder.frames if frame is not None and frame.pts is not None), None)
 
     def _advance(self, number: int) -> bool:
-        """Reads on until the next frame is later than `number`. Returns whether that frame itself is on the screen."""
+        """Decodes until the next frame is later than `number`. Returns whether the current frame is frame `number`."""
         low, high = self._bounds(number)
         while self._coming is not None and self._coming.pts < high:
             self._shown, self._coming = self._coming, self._next()
@@ -120,7 +117,7 @@ class Timed:
         return self._shown is not None and self._shown.pts >= low
 
     def _bounds(self, number: int) -> tuple[float, float]:
-        """The times between which a frame is closer to `number` than to its neighbors."""
+        """Returns the interval of times that are nearer to frame `number` than to its neighbors."""
         before, time, after = (
             self._times.shown[place] if 0 <= place < len(self._times.shown) else math.copysign(math.inf, place)
             for place in (number - 1, number, number + 1)
@@ -128,7 +125,7 @@ class Timed:
         return (before + time) / 2, (time + after) / 2
 
     def _seek(self, number: int) -> None:
-        """Goes to a key frame at or before frame `number`, or to the beginning where none is found."""
+        """Goes to a key frame at or before frame `number`, or to the beginning if none is found."""
         (_, high), time = self._bounds(number), int(self._times.shown[number])
         here, back = self._coming and self._coming.pts, 0
         while time - back > self._times.shown[0]:
@@ -138,7 +135,7 @@ class Timed:
                 break
             self._begin()
             if self._coming is not None and self._coming.pts < high:
-                if here is not None and self._coming.pts <= here:  # key frames are rarer than that
+                if here is not None and self._coming.pts <= here:  # no progress: key frames are rarer than `_far`
                     self._far *= 2
                 return
             back = 2 * back or math.ceil(FAR * self._times.gap)

@@ -1,4 +1,4 @@
-"""Video files: their frames at any times, opened, timed and decoded by PyAV."""
+"""Opens video files with PyAV and reads their frames at given times."""
 
 import contextlib
 import dataclasses
@@ -13,23 +13,22 @@ from mllm_jax.data.video.decoder import Counted, Decoder, Timed, decode
 from mllm_jax.data.video.frame_times import FrameTimes, even_times, measured_times
 from mllm_jax.data.video.pixels import Orientation, has_known_matrix, orientation_of, upright
 
-PER_BREAK, PER_LOST = (
-    100,
-    10,
-)  # frames of a video for which one break is allowed, wanted frames of which one may be lost
+PER_BREAK = 100  # one broken place is allowed per this number of frames of a video
+PER_LOST = 10  # one lost frame is allowed per this number of requested frames
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoFile:
-    """A video file whose frames are not decoded yet.
+    """Video file whose frames are not decoded yet.
 
     source: path, or bytes of the file.
-    track: place of the video track among the file's streams.
-    height, width: pixels of an upright frame.
-    orientation: how its frames are turned and mirrored, see `orientation_of`.
-    broken: wanted frames that could not be decoded, by number. Filled by `read`.
+    track: index of the video track among the file's streams.
+    height, width: size of an upright frame in pixels.
+    orientation: rotation and mirroring of its frames, see `orientation_of`.
+    times: presentation times of its frames.
+    broken: numbers of requested frames that could not be decoded. Filled by `read`.
     """
 
     source: str | bytes
@@ -45,16 +44,18 @@ class VideoFile:
         return source_name(self.source)
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """Yields the upright RGB frames that are shown at the times of these rising `indices`, see `FrameTimes`.
+        """Yields the upright RGB frames shown at the times of the increasing `indices`, see `FrameTimes`.
 
-        Frames between distant ones are not decoded. A frame that cannot be decoded is replaced by the one before it,
-        and its number is added to `broken`. Raises ValueError, naming the file, if it ends too early or is more
-        damaged: at more than one place in a hundred frames, or with more than a tenth of the requested frames lost (one
-        place and one frame are always allowed).
+        Frames between distant indices are skipped by seeking. A frame that cannot be decoded is replaced by the one
+        before it, and its index is added to `broken`.
+
+        Raises:
+          ValueError: the file ends too early, has more than one broken place per 100 frames, or lacks more than a tenth
+            of the requested frames (one place and one frame are always allowed). The message names the file.
         """
         numbers = self.times.numbers(indices)
         if numbers and indices[-1] >= self.times.frames:
-            raise ValueError(f"{self.name}: ends before frame {indices[-1]}")
+            raise ValueError(f"{self.name}: ends before frame {indices[-1]}. Request earlier frames.")
         lost, most, breaks = set(), max(1, len(set(numbers)) // PER_LOST), max(1, self.times.frames // PER_BREAK)
         with errors_of(self.name), contextlib.closing(Decoder(self.source, self.track)) as decoder:
             frame_at = Timed(decoder, self.times) if self.times.shown is not None else Counted(decoder)
@@ -64,23 +65,29 @@ class VideoFile:
                     self.broken.add(index)
                     lost.add(number)
                 if frame is None or len(lost) > most:
-                    raise ValueError(f"{self.name}: ends before frame {index}, or is broken there")
+                    raise ValueError(f"{self.name}: ends before frame {index}, or is broken there. Restore the file.")
                 if len(decoder.breaks) > breaks:
-                    raise ValueError(f"{self.name}: broken at {len(decoder.breaks)} places up to frame {index}")
+                    raise ValueError(
+                        f"{self.name}: broken at {len(decoder.breaks)} places up to frame {index}. Restore the file."
+                    )
                 yield upright(frame, self.orientation)
         if lost:
-            log.warning("%s: %d broken frames, shown as the frames before them", self.name, len(lost))
+            log.warning("%s: %d broken frames, replaced by the frames before them", self.name, len(lost))
 
 
 def open_file(source: str | bytes, track: int | None) -> VideoFile:
-    """Opens a video file and finds when its frames are shown. One frame is decoded.
+    """Opens a video file and determines the presentation times of its frames. Decodes one frame.
 
-    All packets are read, and not decoded, for their times, unless the container has an index of all frames and they
-    follow one another evenly and are all shown (MP4, MOV and AVI of a constant rate, without hidden frames).
+    Reads the times of all packets without decoding them, unless the container has an index of all frames at equal
+    distances and without hidden frames (MP4, MOV and AVI of a constant rate).
 
-    `track`: number among the file's video tracks, of which attached images (covers) are none. None: FFmpeg's choice
-    (`av_find_best_stream`). Raises ValueError, naming the file, if it is no video or is damaged; FileNotFoundError if
-    it is missing.
+    Args:
+      track: number among the file's video tracks, without attached images (covers). None: FFmpeg's choice
+        (`av_find_best_stream`).
+
+    Raises:
+      ValueError: the file is no video or damaged. The message names the file.
+      FileNotFoundError: the file is missing.
     """
     name = source_name(source)
     with errors_of(name), open_container(source) as container:
@@ -99,13 +106,13 @@ def open_file(source: str | bytes, track: int | None) -> VideoFile:
                 packets.append((packet.pts, packet.dts, packet.duration))
         else:
             if first is None or not packets:
-                raise ValueError(f"{name}: no frame of its video track can be decoded")
+                raise ValueError(f"{name}: no frame of its video track can be decoded. Restore the file.")
             try:
                 times = measured_times(packets, stream.time_base, stated, stream.codec_context.has_b_frames > 0)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}. Store it as MP4 or Matroska.") from error
         if not has_known_matrix(first):
-            raise ValueError(f"{name}: its color matrix {first.colorspace} cannot be read. Convert it to BT.709.")
+            raise ValueError(f"{name}: its color matrix {first.colorspace} is not supported. Convert it to BT.709.")
         orientation = orientation_of(first)
         height, width = (first.width, first.height) if orientation[2] else (first.height, first.width)
         return VideoFile(source, stream.index, height, width, orientation, times)

@@ -1,6 +1,6 @@
-"""Videos: a video file, an array or a list of images to a few resized frames and their times.
+"""Reads videos (files, arrays or lists of images) as a few resized frames with their times.
 
-Frames are read one by one and resized at once, so a video is never held in full size.
+Each frame is resized as soon as it is read, so that a video is never held at full size.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ from mllm_jax.data.media import source_name
 from mllm_jax.data.video.reader import open_file
 from mllm_jax.data.vision.images import load_image, resized, shrunk_size, smart_resize
 
-EVEN, MOTION = SAMPLINGS = ("even", "motion")  # frames evenly spaced, or denser where they differ
-CANDIDATES, MOST = 8, 2048  # frames that are compared for each that is chosen, and in all
-SMALL = (32, 32)  # pixels at which they are
+EVEN, MOTION = SAMPLINGS = ("even", "motion")  # selection of frames: evenly spread, or denser where they differ
+CANDIDATES, MOST = 8, 2048  # number of compared frames per selected frame, and limit of their total
+SMALL = (32, 32)  # size in pixels at which frames are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video whose pixels are not read yet.
+    """Video whose pixels are not read yet.
 
-    frames, fps: number of frames, and frames per second. Frame i of a file is what it shows i / fps seconds after its
-        first frame (up to the rounding of its times), also where its rate varies.
-    height, width: pixels of an upright frame.
-    name: path, or what the video is.
-    read: yields the frames of these rising numbers, upright RGB.
-    broken: frames that could not be decoded and were replaced by those before them, by number. Filled by `read`.
+    frames, fps: number of frames, and frames per second. Frame i of a file is the frame shown i / fps seconds after the
+        first one (up to the rounding of its times), also if the frame rate varies.
+    height, width: size of an upright frame in pixels.
+    name: path, or a description of the video.
+    read: yields the frames with the given increasing numbers, as upright RGB.
+    broken: numbers of frames that could not be decoded and were replaced by the frames before them. Filled by `read`.
     """
 
     frames: int
@@ -45,11 +45,14 @@ class Video:
 def open_video(source: Any, fps: float, track: int | None = None) -> Video:
     """Opens a video without reading its frames.
 
-    `source`: the path of a video file, the bytes of one, an array u8[t h w 3], or a list of images (all of one size).
-    `fps`: frames per second of an array or a list; a file has its own.
-    `track`: number of the video track of a file with several. None: FFmpeg's choice.
-    Raises ValueError, naming the file, if it is not a video, is empty or is damaged; FileNotFoundError if it is
-    missing.
+    Args:
+      source: path or bytes of a video file, an array u8[t h w 3], or a list of images of one size.
+      fps: frames per second of an array or a list. Files contain their own rate.
+      track: number of the video track of a file with several. None: FFmpeg's choice.
+
+    Raises:
+      ValueError: the source is no video, is empty or damaged. The message names the file.
+      FileNotFoundError: the file is missing.
     """
     if isinstance(source, (str, os.PathLike, bytes)):
         file = open_file(source if isinstance(source, bytes) else os.fspath(source), track)
@@ -58,23 +61,26 @@ def open_video(source: Any, fps: float, track: int | None = None) -> Video:
     if not isinstance(source, (np.ndarray, list, tuple)) or len(source) == 0:
         raise ValueError(f"a video must be a path, bytes, u8[t h w 3] or a list of images, got {source_name(source)}")
     if fps <= 0:
-        raise ValueError(f"a video needs a positive fps, got {fps}")
+        raise ValueError(f"fps={fps}: not positive. Set it to the frame rate of the video.")
     first = load_image(source[0])
 
     def read(indices):
         for index in indices:
             frame = load_image(source[index])
             if frame.size != first.size:
-                raise ValueError(f"frame {index} of a video is {frame.size}, its first frame is {first.size}")
+                raise ValueError(
+                    f"frame {index} of a video is {frame.size}, but its first frame is {first.size}. Resize its frames."
+                )
             yield frame
 
     return Video(len(source), float(fps), first.height, first.width, source_name(source), read)
 
 
 def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max_frames: int, multiple: int = 1) -> int:
-    """Number of a video's `frames` to read: `target_fps` per second, within the bounds and the video.
+    """Returns the number of frames to read: `target_fps` per second, within `min_frames`, `max_frames` and `frames`.
 
-    `multiple` rounds the bounds inwards and the count down; it is 1 for Qwen3-VL, whose odd tail is padded instead.
+    The bounds are rounded inwards to multiples of `multiple`, and the number is rounded down. `multiple` is 1 for
+    Qwen3-VL, where the tail is padded instead.
     """
     low = math.ceil(min_frames / multiple) * multiple
     high = math.floor(min(max_frames, frames) / multiple) * multiple
@@ -82,15 +88,15 @@ def frame_count(frames: int, fps: float, target_fps: float, min_frames: int, max
 
 
 def sample_frames(frames: int, count: int) -> list[int]:
-    """`count` frame numbers spread evenly from the first to the last of `frames` (halves round to even)."""
+    """Returns `count` frame numbers spread evenly from the first to the last of `frames` (halves round to even)."""
     return np.linspace(0, frames - 1, count).round().astype(int).tolist()
 
 
 def moving_frames(video: Video, count: int) -> list[int]:
-    """`count` rising frame numbers from the first to the last, denser where frames differ.
+    """Returns `count` increasing frame numbers from the first to the last, denser where frames differ.
 
-    Half of them are spread by time and half by motion, which is the mean absolute difference between frames that follow
-    one another among candidates: `CANDIDATES` times as many, evenly spread, read once and made small at once.
+    Half of the density follows time and half motion, the mean absolute difference between consecutive candidates.
+    Candidates are `CANDIDATES * count` evenly spread frames (at most MOST), read once and reduced to SMALL.
     """
     candidates = sample_frames(video.frames, min(video.frames, max(count, min(CANDIDATES * count, MOST))))
     motion, before = np.zeros(len(candidates)), None
@@ -108,7 +114,7 @@ def moving_frames(video: Video, count: int) -> list[int]:
 
 
 def patch_times(indices: Sequence[int], fps: float, temporal_patch: int) -> list[float]:
-    """Seconds at the middle of every temporal patch: the mean of its first and last frame, the tail's last repeated."""
+    """Returns the time of every temporal patch in seconds: mean of its first and last frame, also in a short tail."""
     last = len(indices) - 1
     starts = range(0, len(indices), temporal_patch)
     return [(indices[start] / fps + indices[min(start + temporal_patch - 1, last)] / fps) / 2 for start in starts]
@@ -117,10 +123,10 @@ def patch_times(indices: Sequence[int], fps: float, temporal_patch: int) -> list
 def video_size(
     frames: int, height: int, width: int, factor: int, temporal_patch: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """(height, width) at which the frames of a video are read; the bounds count the pixels of all `frames` together.
+    """Returns the (height, width) of a video's frames; `min_pixels` and `max_pixels` bound all `frames` together.
 
-    `smart_resize` for videos, as in Qwen3-VL (arXiv 2511.21631): sides under `factor` are first scaled up to it.
-    Raises ValueError for an aspect ratio over 200.
+    This is `smart_resize` for videos, as in Qwen3-VL (arXiv 2511.21631): frames with a side under `factor` are first
+    scaled up to it. Raises ValueError for an aspect ratio over 200.
     """
     frames = max(frames, temporal_patch)
     if height < factor or width < factor:
@@ -139,7 +145,7 @@ def video_size(
 def read_video(
     video: Video, indices: Sequence[int], size: tuple[int, int], temporal_patch: int
 ) -> Iterator[np.ndarray]:
-    """Yields the temporal patches of a video, u8[t h w 3] at `size`; t is `temporal_patch`, or less in the tail."""
+    """Yields the temporal patches of a video, u8[t h w 3] at `size`; t is `temporal_patch`, or less in the last one."""
     frames = []
     for frame in video.read(indices):
         frames.append(resized(frame, size))

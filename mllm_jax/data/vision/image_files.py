@@ -1,8 +1,8 @@
-"""Image files to PIL images whose pixels are not decoded yet, and the orientation that their EXIF states.
+"""Opens image files as PIL images without decoding their pixels, and reads their EXIF orientation.
 
-Readers are chosen by how a file begins, from a list of formats that are decoded in this process; none starts a program.
-PIL refuses some files that every browser shows. What it stumbles over is kept from it here, without its process-wide
-switches, which threads that decode other images would see, too.
+The first bytes of a file select its reader, among formats that are decoded in this process; none starts a program.
+PIL refuses some files that every browser shows. The causes are filtered out here, since PIL's process-wide switches
+would also affect threads that decode other images.
 """
 
 import bisect
@@ -19,16 +19,16 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from mllm_jax.data.vision.truncated_jpeg import ROOM, completed
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG2000", "PPM", "QOI", "TIFF", "WEBP")  # in addition to JPEG, PNG and HEIC
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG2000", "PPM", "QOI", "TIFF", "WEBP")  # besides JPEG, PNG and HEIC
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 HEIC = re.compile(rb"....ftyp(?!avi[fs])(?:hei[cfmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
-NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # types of EXIF whose values fit into an entry
+NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # struct formats of EXIF types that fit into an entry
 
 
 def open_file(source: str | os.PathLike | bytes) -> Image.Image:
     """Opens an image file without decoding its pixels.
 
-    Raises ValueError where the package for HEIC is missing, and whatever PIL's readers raise on a damaged file.
+    Raises ValueError if the package for HEIC is missing, and any error of PIL's readers for a damaged file.
     """
     opened = lambda: io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0)
     with opened() as file:
@@ -46,7 +46,7 @@ def open_file(source: str | os.PathLike | bytes) -> Image.Image:
 
 
 def truncated_image(image: Image.Image) -> tuple[Image.Image, float] | None:
-    """A JPEG file that lacks its end, decoded, and the share of its rows that are missing; None: it lacks no end."""
+    """Decodes a truncated JPEG file; returns it with the missing share of its rows, or None if it is not truncated."""
     if not isinstance(image, JpegImageFile) or image.fp is None:
         return None
     image.fp.seek(0)
@@ -54,9 +54,9 @@ def truncated_image(image: Image.Image) -> tuple[Image.Image, float] | None:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8, as far as the header tells; anything else counts as upright."""
+    """Returns the EXIF orientation in the header, 1 (upright) to 8; missing or invalid values count as upright."""
     try:
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own decodes the pixels first
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's override decodes the pixels first
     except Exception:
         value = None
     if value is None:
@@ -65,7 +65,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _stated(exif: bytes | None) -> int | None:
-    """The orientation of EXIF by its entry alone: PIL's reader ends at the first damaged one."""
+    """Returns the orientation from its EXIF entry only: PIL's reader stops at the first damaged entry."""
     try:
         exif = re.sub(rb"^(Exif\0\0)+", b"", exif)
         order = {b"II": "<", b"MM": ">"}[exif[:2]]
@@ -75,15 +75,15 @@ def _stated(exif: bytes | None) -> int | None:
             tag, kind, values = struct.unpack_from(order + "HHI", exif, entry)
             if tag == ExifTags.Base.Orientation and values == 1:
                 return struct.unpack_from(order + NUMBERS[kind], exif, entry + 8)[0]
-    except (TypeError, KeyError, struct.error):  # missing, of another type, or truncated
+    except (TypeError, KeyError, struct.error):  # it is missing, of another type, or cut off
         pass
     return None
 
 
 class _Jpeg(JpegImageFile):
-    """A JPEG, or the first image of an MPO.
+    """JPEG, or the first image of an MPO.
 
-    Its resolution is not looked for: an odd one would fail the image. One that ends in zeros counts as truncated.
+    The resolution is not read, since an invalid one would fail the image. A file ending in zeros counts as truncated.
     """
 
     def _read_dpi_from_exif(self) -> None:
@@ -101,33 +101,33 @@ def _heic(source: str | os.PathLike | BinaryIO) -> Image.Image:
     try:
         import pillow_heif
     except ImportError as error:
-        raise ValueError("HEIC needs pillow-heif; install it by pip install -e '.[heic]'") from error
+        raise ValueError("HEIC needs pillow-heif. Run pip install -e '.[heic]'.") from error
     return pillow_heif.HeifImageFile(source)
 
 
 class _Chunk(NamedTuple):
-    kind: bytes | None  # None: the signature, or what is behind a damaged chunk
+    kind: bytes | None  # None: the signature, or all data from a damaged chunk on
     offset: int  # in the file
-    size: int  # with its head and its checksum
+    size: int  # bytes, including header and checksum
 
 
 class _Segment(NamedTuple):
-    first: int  # byte of what is read
+    first: int  # position of its first byte in the filtered stream
     offset: int  # in the file
     size: int
 
 
 class _PngChunks(io.RawIOBase):
-    """The bytes of a PNG file without the chunks that neither pixels nor orientation need.
+    """Bytes of a PNG file without the chunks that neither pixels nor orientation need.
 
     PIL fails an image for a text or a color profile of more than 1 MB, and for a wrong checksum of such a chunk.
-    EXIF and XMP that stand behind the pixels are moved before them: they are needed before these are decoded.
+    EXIF and XMP after the pixels are moved before them, since the orientation is needed before the pixels are decoded.
     """
 
     NEEDED = {None, b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-    TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # that may state the orientation
-    LONGEST = 2**20  # bytes of such a text, unpacked
-    MOST = 2**17  # chunks that are looked at; what is behind them is read as it is
+    TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may contain the orientation
+    LONGEST = 2**20  # limit of such a text in bytes, uncompressed
+    MOST = 2**17  # limit of chunks that are parsed; later data is kept unfiltered
 
     def __init__(self, file: BinaryIO):
         super().__init__()
@@ -157,7 +157,7 @@ class _PngChunks(io.RawIOBase):
             offset, count = offset + size, count + 1
 
     def _tells(self, chunk: _Chunk) -> bool:
-        """Returns whether a chunk is complete and may state the orientation."""
+        """Returns whether a chunk is intact and may contain the orientation."""
         kind, offset, size = chunk
         if kind not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") or size > self.LONGEST:
             return False

@@ -1,4 +1,4 @@
-"""Rules by which an image gets a size that a tower reads: cut from its middle, pulled to a square, or as it is."""
+"""Rules that resize an image for a tower: center crop, stretch, padding to a square, or native aspect ratio."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,22 +13,22 @@ from mllm_jax.data.vision.images import MAX_ASPECT, check_bytes
 from mllm_jax.data.vision.token_blend import Tokens, joined, resampled
 from mllm_jax.types import NEWLINE, TokenBlend
 
-Filter = Annotated[int, Range(least=0, most=5)]  # of PIL
+Filter = Annotated[int, Range(least=0, most=5)]  # PIL's Resampling
 Level = Annotated[int, Range(least=0, most=255)]
 Color = tuple[Level, Level, Level]
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 
 
 def resize(image: Image.Image, size: tuple[int, int], filter: int = BICUBIC) -> np.ndarray:
-    """An RGB image at `size` (height, width): u8[h w 3]."""
+    """Resizes an RGB image to `size` (height, width): u8[h w 3]."""
     height, width = size
     return np.asarray(image.resize((width, height), Image.Resampling(filter)))
 
 
 def short_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
-    """(height, width) of the same aspect ratio, the short side `edge` pixels, the long one rounded down.
+    """Returns (height, width) of the same aspect ratio, the short side `edge` pixels and the long side rounded down.
 
-    Raises ValueError if one side is more than 200 times the other: enlarged, it would fill the memory.
+    Raises ValueError if one side is more than 200 times the other: the enlarged image would fill the memory.
     """
     short, long = sorted((height, width))
     if long > MAX_ASPECT * short:
@@ -38,7 +38,7 @@ def short_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
 
 
 def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The middle (height, width) of pixels [h w c]; where there are fewer, black pixels are put around them."""
+    """Crops the middle (height, width) of pixels [h w c]; smaller images are padded with black on all sides."""
     missing = [max(wanted - side, 0) for side, wanted in zip(pixels.shape, size)]
     pixels = np.pad(pixels, [*((-(-count // 2), count // 2) for count in missing), (0, 0)])
     top, left = ((side - wanted) // 2 for side, wanted in zip(pixels.shape, size))
@@ -46,9 +46,9 @@ def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int, int]:
-    """The largest (height, width) of whole patches with nearly this aspect ratio, of at most `patches` patches.
+    """Returns the largest (height, width) in multiples of `patch`, near this aspect ratio, with <= `patches` patches.
 
-    The rule of NaFlex (SigLIP 2, arXiv 2502.14786): a scale is found by bisection, sides are rounded up.
+    This is NaFlex (SigLIP 2, arXiv 2502.14786): the scale is found by bisection, and sides are rounded up.
     """
     low, high, precision = 1e-6, 100.0, 1e-5
 
@@ -62,42 +62,42 @@ def naflex_size(height: int, width: int, patch: int, patches: int) -> tuple[int,
 
 
 class Rule(Config):
-    """Resizing of an image, to one or several (data/vision/tiles.py), and selection of their visual tokens."""
+    """Rule that turns an image into one or several images (data/vision/tiles.py) and selects their visual tokens."""
 
     def among(self, count: int) -> "Rule":
-        """The rule for each of several images of a conversation."""
+        """Returns the rule for each image of a conversation with `count` images."""
         del count
         return self
 
     def within(self, limit: float) -> "Rule":
-        """The same rule for images of at most this many pixels, as far as it can shrink them."""
+        """Returns the rule with outputs of at most `limit` pixels, as far as it can reduce them."""
         del limit
         return self
 
     def mix(self, size: tuple[int, int], factor: int) -> TokenBlend | None:
-        """Blend of the visual tokens of `order`. None: there is no blend."""
+        """Returns the blend of the visual tokens in `order`. None: no tokens are blended."""
         del size, factor
 
 
 class Whole(Rule):
-    """A rule that makes one image of an image: `sized` returns its size, `read` its pixels u8[h w 3]."""
+    """Rule that turns an image into one image: `sized` returns its (height, width), `read` its pixels u8[h w 3]."""
 
     def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """(height, width) of all images that an image of this size becomes."""
+        """Returns (height, width) of all images that an image of this size becomes."""
         return (self.sized(size),)
 
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
-        """Order of visual tokens in the text, with tokens of `factor` pixels a side: i32[m]."""
+        """Returns the indices of the visual tokens in the text, with tokens of `factor` pixels a side: i32[m]."""
         return np.arange(math.prod(side // factor for side in self.sized(size)), dtype=np.int32)
 
     def images(self, image: Image.Image) -> Iterator[np.ndarray]:
-        """u8[h w 3] of all of them."""
+        """Yields the pixels u8[h w 3] of all images that `image` becomes."""
         yield self.read(image)
 
 
 @dataclass(frozen=True)
 class Crop(Whole):
-    """CLIP's: the short side to `edge`, then the middle `size` of it."""
+    """Rule of CLIP: resizes the short side to `edge`, then crops the middle `size`."""
 
     edge: PositiveInt
     size: tuple[PositiveInt, PositiveInt]
@@ -117,7 +117,7 @@ class Crop(Whole):
 
 @dataclass(frozen=True)
 class Stretch(Whole):
-    """SigLIP's: all of it, whatever its aspect ratio."""
+    """Rule of SigLIP: resizes the image to `size`, whatever its aspect ratio."""
 
     size: tuple[PositiveInt, PositiveInt]
     filter: Filter = BICUBIC
@@ -135,7 +135,7 @@ class Stretch(Whole):
 
 @dataclass(frozen=True)
 class Keep(Whole):
-    """The rule of SigLIP 2's NaFlex: the full image, in its aspect ratio, in at most this many patches."""
+    """Rule of SigLIP 2 (NaFlex): keeps the aspect ratio, with at most `patches` patches."""
 
     patch: PositiveInt
     patches: PositiveInt
@@ -157,7 +157,7 @@ class Keep(Whole):
 
 @dataclass(frozen=True)
 class Square(Whole):
-    """LLaVA 1.5's (arXiv 2310.03744): put in the middle of a square of a color."""
+    """Rule of LLaVA 1.5 (arXiv 2310.03744): centers the image on a square of `color`, resized to `side`."""
 
     side: PositiveInt
     color: Color
@@ -168,9 +168,9 @@ class Square(Whole):
     def read(self, image: Image.Image) -> np.ndarray:
         long = max(image.size)
         check_bytes(4 * long**2, f"{image.width}x{image.height} pixels on a square")
-        laid = Image.new("RGB", (long, long), self.color)
-        laid.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
-        return resize(laid, self.sized(image.size))
+        square = Image.new("RGB", (long, long), self.color)
+        square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+        return resize(square, self.sized(image.size))
 
     def to_hf(self) -> dict[str, Any]:
         crop = Crop(self.side, self.sized((0, 0))).to_hf()
@@ -179,7 +179,7 @@ class Square(Whole):
 
 @dataclass(frozen=True)
 class EndedSquare(Square):
-    """LLaVA-OneVision's for one of several images: a NEWLINE ends it."""
+    """Rule of LLaVA-OneVision for one of several images: a square followed by a NEWLINE."""
 
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
         return np.append(super().order(size, factor), np.int32(NEWLINE))
@@ -187,7 +187,7 @@ class EndedSquare(Square):
 
 @dataclass(frozen=True)
 class Halved(Stretch):
-    """LLaVA-OneVision's for frames of videos: of the grid of visual tokens half as many rows and columns, resampled."""
+    """Rule of LLaVA-OneVision for video frames: halves the rows and columns of the grid of visual tokens."""
 
     def order(self, size: tuple[int, int], factor: int) -> np.ndarray:
         return self._tokens(factor).order
@@ -202,17 +202,17 @@ class Halved(Stretch):
 
 
 def mean_color(mean: Iterable[float]) -> tuple[int, int, int]:
-    """The color, in 0..255, that a tower normalizes to zero."""
+    """Returns the RGB color (0 to 255) that normalization with `mean` maps to zero."""
     red, green, blue = (int(255 * value) for value in mean)
     return red, green, blue
 
 
 def rule_from_hf(config: Mapping[str, Any]) -> Rule:
-    """The rule that a preprocessor_config.json states. ValueError for one that is not known here."""
+    """Returns the rule of a preprocessor_config.json. Raises ValueError for an unsupported one."""
     if "max_num_patches" in config:
         return Keep(config.get("patch_size", 16), config["max_num_patches"], config.get("resample", BILINEAR))
     size, crop, filter = config.get("size"), config.get("crop_size"), config.get("resample", BICUBIC)
-    size = {"shortest_edge": size} if isinstance(size, int) else size or {}  # a number before transformers 4.22
+    size = {"shortest_edge": size} if isinstance(size, int) else size or {}  # an int before transformers 4.22
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     if "shortest_edge" in size and config.get("do_pad") and config.get("image_mean"):
         return Square(size["shortest_edge"], mean_color(config["image_mean"]))
@@ -221,6 +221,6 @@ def rule_from_hf(config: Mapping[str, Any]) -> Rule:
     if size.keys() >= {"height", "width"} and not config.get("do_center_crop", False):
         return Stretch((size["height"], size["width"]), filter)
     raise ValueError(
-        "a preprocessor_config.json must state size.shortest_edge with crop_size (CLIP), size.height and size.width "
-        f"(SigLIP) or max_num_patches (SigLIP 2); this one has size={config.get('size')}, crop_size={crop}"
+        f"preprocessor_config.json: size={config.get('size')} and crop_size={crop} are not supported. Set "
+        "size.shortest_edge with crop_size (CLIP), size.height and size.width (SigLIP) or max_num_patches (SigLIP 2)."
     )

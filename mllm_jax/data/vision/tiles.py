@@ -1,7 +1,7 @@
-"""Splits images of any size into tiles of one size. PIL and numpy only.
+"""Cuts images of any size into tiles of one size. PIL and numpy only.
 
-AnyRes (LLaVA-NeXT, llava/mm_utils.py of haotian-liu/LLaVA) places an image on the best of a list of canvases and keeps
-its aspect ratio; the dynamic tiles of InternVL (arXiv 2404.16821, section 3.3) resize it to the best grid.
+AnyRes (LLaVA-NeXT, llava/mm_utils.py of haotian-liu/LLaVA) centers an image on the best of several canvases and keeps
+its aspect ratio. The dynamic tiles of InternVL (arXiv 2404.16821, section 3.3) stretch it to the best grid.
 """
 
 import math
@@ -23,7 +23,7 @@ Size = tuple[int, int]  # (height, width)
 
 
 def best_canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The canvas on which an image keeps most of its pixels; of several the one that wastes least, then the first."""
+    """Returns the canvas that keeps most pixels of an image; ties go to the least waste, then to the first canvas."""
     height, width = size
 
     def worth(canvas: Size) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def best_canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def fitted(size: Size, canvas: Size) -> Size:
-    """The largest size of this aspect ratio that a canvas holds, sides rounded up."""
+    """Returns the largest size of this aspect ratio within a canvas, with sides rounded up."""
     height, width = size
     tall, wide = canvas[0] / height, canvas[1] / width
     if wide < tall:
@@ -44,27 +44,29 @@ def fitted(size: Size, canvas: Size) -> Size:
 
 
 def anyres_tiles(image: Image.Image, canvas: Size, tile: int) -> np.ndarray:
-    """The full image resized to a tile, then the tiles of its canvas row by row: u8[tiles tile tile 3].
+    """Returns the image stretched to one tile, then the tiles of its canvas row by row: u8[tiles tile tile 3].
 
-    The image is centered on the black canvas.
+    The image is centered on the canvas, with black around it.
     """
     height, width = fitted((image.height, image.width), canvas)
-    laid = np.zeros((*canvas, 3), np.uint8)
+    padded = np.zeros((*canvas, 3), np.uint8)
     top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
-    laid[top : top + height, left : left + width] = resized(image, (height, width))
-    return np.concatenate([resized(image, (tile, tile))[None], _cut(laid, tile)])
+    padded[top : top + height, left : left + width] = resized(image, (height, width))
+    return np.concatenate([resized(image, (tile, tile))[None], _cut(padded, tile)])
 
 
 def anyres_tokens(size: Size, canvas: Size, tile: int, side: int, most: int = 0) -> Tokens:
-    """Order of the visual tokens of an image of `size` pixels.
+    """Returns the visual tokens of an image of `size` pixels on a canvas, in the order of the text.
 
-    First all tokens of the full image, then the grid of all tiles row by row, without the rows or columns of the
-    padding around the image, with a NEWLINE after each row.
+    All tokens of the overview tile come first. Then the grid of all tiles follows row by row, without the rows or
+    columns of padding around the image, and with a NEWLINE after each row.
+
+    Example with canvas 2 x 2 tiles, side=1, and an image that fills it: 0, 1 2 NEWLINE, 3 4 NEWLINE.
 
     Args:
       tile: side of a tile in pixels.
       side: visual tokens along the side of a tile.
-      most: number of tiles; a grid of over 1.21 times their tokens is resampled to about as many. 0: no resampling.
+      most: number of tiles. A grid with over 1.21 times their tokens is resampled to about their number. 0: never.
     """
     rows, columns = canvas[0] // tile, canvas[1] // tile
     tokens = np.arange((1 + rows * columns) * side**2, dtype=np.int32)[side**2 :]
@@ -79,7 +81,7 @@ def anyres_tokens(size: Size, canvas: Size, tile: int, side: int, most: int = 0)
 
 
 def _uncovered(grid: np.ndarray, size: Size) -> np.ndarray:
-    """The part of a grid of tokens that an image of `size`, in its middle, covers."""
+    """Returns the part of a grid of tokens that a centered image of `size` covers."""
     (height, width), (rows, columns) = size, grid.shape
     if width / height > columns / rows:
         edge = (rows - int(round(height * (columns / width), 7))) // 2
@@ -89,9 +91,9 @@ def _uncovered(grid: np.ndarray, size: Size) -> np.ndarray:
 
 
 def dynamic_grid(size: Size, low: int, high: int, tile: int) -> Size:
-    """(rows, columns) of `low` to `high` tiles whose aspect ratio is closest to the image's.
+    """Returns (rows, columns) of `low` to `high` tiles with the aspect ratio closest to the image's.
 
-    Of equally close ones the later in the order of their number, as long as they are not twice the image's area.
+    Among equally close grids, a larger one is chosen if the image has over half of its area.
     """
     height, width = size
     grids = [(r, c) for c in range(1, high + 1) for r in range(1, high + 1) if low <= r * c <= high]
@@ -104,19 +106,19 @@ def dynamic_grid(size: Size, low: int, high: int, tile: int) -> Size:
 
 
 def dynamic_tiles(image: Image.Image, grid: Size, tile: int) -> np.ndarray:
-    """The tiles of a grid, row by row; if there are several, the full image is last: u8[tiles tile tile 3]."""
+    """Returns the tiles of a grid row by row; if there are several, also an overview tile: u8[tiles tile tile 3]."""
     tiles = _cut(resized(image, (grid[0] * tile, grid[1] * tile)), tile)
     return tiles if len(tiles) == 1 else np.concatenate([tiles, resized(image, (tile, tile))[None]])
 
 
 @dataclass(frozen=True)
 class AnyRes(Rule):
-    """LLaVA-NeXT's rule, and LLaVA-OneVision's (arXiv 2408.03326).
+    """Rule of LLaVA-NeXT and of LLaVA-OneVision (arXiv 2408.03326).
 
-    pinpoints: canvases in pixels; tile: the side of a tile.
-    most: tiles' worth of visual tokens to which larger grids are resampled; 0 = any number.
-    color: around an image that is one of several of a conversation, each of which is a single tile; None = they are
-      cut like one.
+    pinpoints: canvases (height, width) in pixels.
+    tile: side of a tile in pixels.
+    most: number of tiles to whose visual tokens larger grids are resampled. 0: no limit.
+    color: color around images in conversations with several, which become one tile each. None: they are cut into tiles.
     """
 
     pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...]
@@ -157,14 +159,14 @@ class AnyRes(Rule):
 
 @dataclass(frozen=True)
 class Tiles(Rule):
-    """InternVL's rule: `low` to `high` tiles of `tile` pixels a side, and the full image."""
+    """Rule of InternVL: `low` to `high` tiles of `tile` pixels a side, and an overview tile if there are several."""
 
     tile: PositiveInt
     low: PositiveInt = 1
     high: PositiveInt = 12
 
     def within(self, limit: float) -> "Tiles":
-        room = limit / self.tile**2  # several tiles need one more, for the full image
+        room = limit / self.tile**2  # several tiles need an overview tile, too
         return replace(self, high=max(self.low, int(min(self.high, room - 1 if room >= 3 else 1))))
 
     def sizes(self, size: Size) -> tuple[Size, ...]:

@@ -1,8 +1,8 @@
-"""Reads truncated JPEG files: the pixels that they contain, and the fraction that is missing.
+"""Decodes truncated JPEG files and measures how many of their rows are missing.
 
-Downloads end early, and some cameras leave out the end mark. PIL refuses both alike, or, by a switch of the whole
-process, shows both alike. Here the end mark is added to the bytes, and the missing part is measured: the same file is
-decoded with two different continuations, and the rows in which they differ are those that its bytes do not determine.
+Downloads end early, and some cameras omit the end marker. PIL refuses both, or accepts both by a process-wide switch.
+Here the end marker is appended, and the same file is decoded with two different continuations. Rows in which the two
+results differ are not determined by the bytes of the file: they are missing.
 """
 
 import io
@@ -14,28 +14,29 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 END_OF_IMAGE = b"\xff\xd9"
-ROOM = b"\0\0"  # how a file ends whose download had room for all of it; as codes, zeros are pixels
-CONTINUATION = bytes(number * 167 % 255 for number in range(1, 255))  # any bytes without a marker
-SCAN = re.compile(rb"\xff\xda..([\x01-\x04])", re.DOTALL)  # a marker, a length, a number of components
-DETAILS = 64  # coefficients of a block
+ROOM = b"\0\0"  # end of a partial download whose space was allocated in advance; as codes, zeros are valid pixels
+CONTINUATION = bytes(number * 167 % 255 for number in range(1, 255))  # arbitrary bytes without a marker
+SCAN = re.compile(rb"\xff\xda..([\x01-\x04])", re.DOTALL)  # marker, length, number of components
+DETAILS = 64  # DCT coefficients per block
 
 
 def completed(data: bytes, opened: Callable[[io.BytesIO], JpegImageFile]) -> tuple[Image.Image, float] | None:
-    """A JPEG that lacks its end, with its pixels decoded, and the share of its rows that are not determined.
+    """Decodes a truncated JPEG; returns the image and the share of its rows that are missing (gray or without detail).
 
-    Those rows are gray or lack detail. None where the file does not lack its end, so that something else is wrong.
+    Returns None if the file has its end marker, so that it is damaged in another way.
 
     Args:
-        opened: opens a JPEG from a file.
+        data: content of the JPEG file.
+        opened: opens a JPEG from a file object.
 
     Raises:
-        OSError: it cannot be decoded.
+        OSError: the file cannot be decoded.
     """
     written = data.rstrip(b"\0")
     if written.endswith(END_OF_IMAGE):
         return None
-    data = written + b"\0" if data.endswith(ROOM) else data  # one zero may well be a part of the pixels
-    data = data.rstrip(b"\xff")  # half of a marker
+    data = written + b"\0" if data.endswith(ROOM) else data  # a single zero may belong to the pixels
+    data = data.rstrip(b"\xff")  # the first half of a marker
     image, other = (opened(io.BytesIO(data + more + END_OF_IMAGE)) for more in (b"", CONTINUATION))
     pixels, others = np.asarray(image), np.asarray(other)
     if not _has_all_scans(data, [component for component, *_ in image.layer]):
@@ -45,7 +46,7 @@ def completed(data: bytes, opened: Callable[[io.BytesIO], JpegImageFile]) -> tup
 
 
 def _has_all_scans(data: bytes, components: list[int]) -> bool:
-    """Returns whether all details of all components are complete; progressive files send them one by one."""
+    """Returns whether the scans contain all coefficients of all components; progressive files store them in steps."""
     bits = dict.fromkeys(components, np.full(DETAILS, 16))
     for scan in SCAN.finditer(data):
         count = scan[1][0]

@@ -56,5 +56,5 @@ def test_layouts_of_older_files():
     assert rule_from_hf({"size": 224, "crop_size": 224, "resample": 3}) == Crop(224, (224, 224))
     assert rule_from_hf({"size": {"height": 384, "width": 384}, "resample": 2}) == Stretch((384, 384), 2)
     assert rule_from_hf({"patch_size": 16, "max_num_patches": 256}) == Keep(16, 256)
-    with pytest.raises(ValueError, match="must state size.shortest_edge with crop_size"):
+    with pytest.raises(ValueError, match="Set size.shortest_edge with crop_size"):
         rule_from_hf({"size": {"shortest_edge": 256}, "do_center_crop": False})
