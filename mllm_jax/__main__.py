@@ -23,7 +23,7 @@ COMMANDS = {
     "mllm_jax.plan certify": "proves that meshes change nothing in a training step",
 }
 LAUNCHERS = {  # outside the package, in a checkout
-    "launch.demo": "trains, stops, resumes, evaluates, generates, exports and reports, in ten minutes",
+    "launch.demo": "trains, stops, resumes, evaluates, generates, exports and reports, in a quarter of an hour",
     "launch.local": "trains in several processes on this machine",
     "launch.tpu_pod": "trains on a TPU pod, and watches the run",
     "launch.slurm": "trains on the nodes of a Slurm cluster",
