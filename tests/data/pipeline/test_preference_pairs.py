@@ -83,7 +83,7 @@ def test_layouts(layout):
         ({"chosen": [USER, GOOD], "rejected": [USER | {"content": "?"}, BAD]}, "to different questions"),
         ({"chosen": CHOSEN, "rejected": REJECTED}, 'answers need a "prompt"'),
         ({"prompt": ASKED, "chosen": CHOSEN, "rejected": [{"role": "assistant", "content": 3}]}, "must be a text"),
-        ({"text": '{"rejected": '}, "is no JSON"),
+        ({"text": '{"rejected": '}, "is not JSON"),
     ),
 )
 def test_broken_pairs(layout, reason):
