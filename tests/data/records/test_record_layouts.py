@@ -98,7 +98,10 @@ def test_pairs(record):
         ({"messages": [ASKED, CALLING, RESULT], "rejected": "C."}, "the chosen answer is missing"),
         ({"messages": [ASKED, ANSWER], "chosen": "D.", "rejected": "C."}, 'ends with another answer than "chosen"'),
         ({"messages": [ASKED, ANSWER | {"weight": 0}], "rejected": "C."}, "chosen answer has a weight; remove it"),
-        ({"prompt": "Q?", "chosen": ANSWER | {"tool_calls": [CALL]}, "rejected": "C."}, "must be a text without tool calls"),
+        (
+            {"prompt": "Q?", "chosen": ANSWER | {"tool_calls": [CALL]}, "rejected": "C."},
+            "must be a text without tool calls",
+        ),
         ({"prompt": [ASKED], "chosen": [ANSWER, ANSWER], "rejected": "C."}, "an answer must be one message"),
     ),
 )
