@@ -98,8 +98,8 @@ QWEN3_VL = Grounding(  # the 2D grounding cookbook of Qwen3-VL
 def with_objects(messages: Sequence[dict[str, Any]], objects: Any) -> list[dict[str, Any]]:
     """Replaces placeholders in messages by parts of the record's objects. Raises Bad if they do not match."""
     if not isinstance(objects, Mapping) or (unknown := objects.keys() - {"ref", "bbox", "bbox_type", "image_id"}):
-        what = "must be an object" if not isinstance(objects, Mapping) else f"has the unknown field {min(unknown)!r}"
-        raise Bad("not boxes", f'"objects" {what}; it has "ref", "bbox", "bbox_type" and "image_id"')
+        fault = "must be an object" if not isinstance(objects, Mapping) else f"has the unknown field {min(unknown)!r}"
+        raise Bad("not boxes", f'"objects" {fault}; it has "ref", "bbox", "bbox_type" and "image_id"')
     names, boxes = (objects.get(name) or [] for name in TYPES)
     images = objects.get("image_id") or 0
     lists = isinstance(names, list) and isinstance(boxes, list)
@@ -111,8 +111,8 @@ def with_objects(messages: Sequence[dict[str, Any]], objects: Any) -> list[dict[
         "ref-object": [{"type": "ref", "ref": name} for name in names],
         "bbox": [{"type": "bbox", "bbox": b, "bbox_type": kind, "image_id": i} for b, i in zip(boxes, images)],
     }
-    shown = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
-    count = sum(part["type"] == "image" for part in shown)
+    existing = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+    count = sum(part["type"] == "image" for part in existing)
     if kind == "real" and (missing := [image for image in images if isinstance(image, int) and image >= count]):
         raise Bad("not boxes", f"a box of image {missing[0]}: there are {count} images, counted from 0")
     texts = [text for message in messages for text in texts_of(message["content"])]

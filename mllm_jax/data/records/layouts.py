@@ -73,14 +73,14 @@ def _columns(record: Mapping[str, Any]) -> Layout | None:
     answers = [] if pair else [name for name in ANSWERS if name in record]
     if not questions or not (answers or pair):
         return None
-    question, *more = questions
-    if more not in ([], ["input"]) or len(answers) > 1:
-        names = questions if more not in ([], ["input"]) else answers
+    question, *others = questions
+    if others not in ([], ["input"]) or len(answers) > 1:
+        names = questions if others not in ([], ["input"]) else answers
         raise Bad("several columns", f"{', '.join(names)} have the same meaning: rename all but one")
     if unread := [name for name in COMPLETING if name in record]:
         raise Bad("unsupported field", f'"{unread[0]}": make it a part of "{question}"')
     first = record[question]
-    if "input" in more:
+    if "input" in others:
         if not isinstance(first, str) or not isinstance(record["input"], str):
             raise Bad("not a conversation", f'"{question}" and "input" must be texts')
         first = f"{first}\n{record['input']}"

@@ -131,11 +131,11 @@ def _message(role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
     content = _one_of(turn, "content", "value")
     if role == "tool" and isinstance(content, Mapping) and not content.keys() & {"type", "text", "image", "video"}:
         content = _json(content)  # a tool's result given as an object
-    more = dict(_of_assistant(turn)) if role == "assistant" else {}
-    content = "" if content is None and "tool_calls" in more else content
+    fields_of_role = dict(_of_assistant(turn)) if role == "assistant" else {}
+    content = "" if content is None and "tool_calls" in fields_of_role else content
     if role == "tool":
-        more = {name: str(turn[name]) for name in ("name", "tool_call_id") if name in turn}
-    return {"role": role, "content": normal_parts(content)} | more | _weight(role, turn)
+        fields_of_role = {name: str(turn[name]) for name in ("name", "tool_call_id") if name in turn}
+    return {"role": role, "content": normal_parts(content)} | fields_of_role | _weight(role, turn)
 
 
 def _json(value: Any) -> str:

@@ -155,18 +155,18 @@ def _queues(asked: Sequence[str], files: Mapping[str, list]) -> dict[str, Iterat
 
 def _inserted(messages: Messages, files: Mapping[str, list], in_text: bool) -> Messages:
     """Replaces placeholders by the record's files; without placeholders, puts the files before the first question."""
-    asked = [media for message in messages for media in PLACEHOLDER.findall(message["content"])]
-    if not asked and not in_text:
+    placeholders = [media for message in messages for media in PLACEHOLDER.findall(message["content"])]
+    if not placeholders and not in_text:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise Bad("wrong roles", "the record has files, but no message of a user to put them into")
         first["content"] = [*file_parts(files), {"type": "text", "text": first["content"]}]
         return messages
-    if files["video"] and not files["image"] and "video" not in asked:  # LLaVA-Video writes <image> for videos
-        queues = _queues(["video"] * len(asked), files)
+    if files["video"] and not files["image"] and "video" not in placeholders:  # LLaVA-Video writes <image> for videos
+        queues = _queues(["video"] * len(placeholders), files)
         queues["image"] = queues["video"]
     else:
-        queues = _queues(asked, files)
+        queues = _queues(placeholders, files)
     placed = lambda text: grounding.at_placeholders(text, PLACEHOLDER, queues) or text
     return [message | {"content": placed(message["content"])} for message in messages]
 

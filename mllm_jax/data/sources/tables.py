@@ -41,8 +41,8 @@ class Table(Lines):
                 row = next(rows, None)
             except csv.Error as error:
                 if ended or number > first or self.columns is None:  # an open quote hides many rows
-                    where = f"{self.path}: lines {first} to {number}"
-                    raise ValueError(f"{where}: not a row of a table ({error}). Close or double the quote.") from error
+                    place = f"{self.path}: lines {first} to {number}"
+                    raise ValueError(f"{place}: not a row of a table ({error}). Close or double the quote.") from error
                 row = [str(error)]  # parse() raises the error for this row
             if not row:  # an empty line
                 continue
