@@ -1,6 +1,6 @@
-"""Names of the fields that records, messages and parts of a content may have: read, ignored, refused, misspelled.
+"""Classifies the fields of records, messages and parts by name: read, ignored, refused or misspelled.
 
-Values are not looked at here, so that a set of names is judged once however many records have it.
+Values do not matter here, so that each set of names is checked once, and the result is cached.
 """
 
 import functools
@@ -10,11 +10,11 @@ from typing import Any
 
 ANSWERS = ("response", "completion", "output", "answer")  # columns of an answer, in Alpaca's and other tables
 QUESTIONS = ("query", "prompt", "instruction", "question", "input")
-TURNS = ("messages", "conversations", "conversation")  # fields that hold a conversation turn by turn
+TURNS = ("messages", "conversations", "conversation")  # fields that contain the list of turns
 FILES = ("image", "images", "video", "videos", "frames")
-CLIPS = ("fps", "nframes", "sampling")  # of all videos of a record
+CLIPS = ("fps", "nframes", "sampling")  # sampling options for all videos of a record
 PAIR = ("chosen", "rejected", "rejected_response", "rejected_messages")
-ABOUT = ("system", "tools", "functions", "objects")  # fields of a conversation other than its turns
+ABOUT = ("system", "tools", "functions", "objects")  # fields of a conversation besides its turns and files
 DOCUMENT = ("text", "caption", "texts", "text_list", "image_info")
 FIELDS = frozenset((*ANSWERS, *QUESTIONS, "history", *TURNS, *FILES, *CLIPS, *PAIR, *ABOUT, *DOCUMENT, "facts"))
 
@@ -28,13 +28,13 @@ _LABELS = (
 
 @dataclass(frozen=True, eq=False)
 class Names:
-    """Meanings of the fields of one kind of object.
+    """Known field names of one kind of object.
 
-    ignored: fields that are left out without a word.
-    refused: fields that change the meaning and cannot be honored, name -> what to do instead.
-    renamed: other names of a field, refused unless the field is there, too.
+    ignored: fields that are ignored without a note.
+    refused: unsupported fields that change the meaning, name -> advice for the user.
+    renamed: wrong name -> right name of a field. Refused unless the right name is present, too.
     guarded: fields whose misspelling is refused.
-    plain: names that are near a guarded one, and known to mean something else.
+    plain: names that are similar to guarded ones but mean something else.
     """
 
     ignored: frozenset[str]
@@ -44,16 +44,16 @@ class Names:
     plain: frozenset[str] = frozenset()
 
 
-_SOUND = "remove the record, sound is not read"
+_SOUND = "remove the record, audio is not supported"
 _WEIGHT = 'give assistant turns a "weight"'
 _SIZE = "set config.data.min_pixels and config.data.max_pixels"
-_CUT = "cut the video beforehand"
+_CUT = "cut the video before training"
 _PARTS = 'make it a part of the content, {"type": "image", "image": ...}'
 
 RECORD = Names(
     ignored=frozenset(_LABELS.split()),
     refused=dict.fromkeys(("audio", "audios"), _SOUND)
-    | dict.fromkeys(("mask", "masks"), "remove the record, segmentation masks are not read")
+    | dict.fromkeys(("mask", "masks"), "remove the record, segmentation masks are not supported")
     | dict.fromkeys(("weight", "loss_weight", "loss_mask"), _WEIGHT)
     | {"input_ids": "give the text, not its tokens", "rejected_images": "both answers must be about the same images"},
     renamed=dict.fromkeys("img image_path image_file image_url image".split(), "image")
@@ -69,8 +69,8 @@ MESSAGE = Names(
     refused=dict.fromkeys(("audio", "audios"), _SOUND)
     | dict.fromkeys(("image", "images", "video", "videos"), _PARTS)
     | dict.fromkeys(("loss_scale", "loss_weight", "loss_mask", "mask", "train_detail"), _WEIGHT)
-    | {"objects": 'make it a field of the record, beside "messages"', "refusal": "make it the content of the message"}
-    | {"tools": 'make it a field of the record, beside "messages"'},
+    | {"objects": 'make it a field of the record, next to "messages"', "refusal": "make it the content of the message"}
+    | {"tools": 'make it a field of the record, next to "messages"'},
     renamed={},
     guarded=frozenset(("role", "content", "value", "weight", "tool_calls", "reasoning_content")),
 )
@@ -84,35 +84,36 @@ PART = Names(
 )
 
 
-NOT_READ = 'the field "{}" is not read'  # a note of what is left out of a record
+NOT_READ = 'the field "{}" is not read'  # note of a record
 
 
 class Bad(ValueError):
-    """Reason why a record cannot be used: `Bad(reason, detail)`, raised where the record's name is unknown."""
+    """Reason why a record cannot be used: `Bad(reason, detail)`, without the record's name."""
 
 
 @functools.lru_cache(maxsize=4096)
 def unread(names: Names, fields: frozenset[str], read: frozenset[str]) -> tuple[str, ...]:
-    """The fields that are neither read nor known to be ignorable, in order.
+    """Returns the fields that are neither read nor ignored, sorted.
 
     Args:
-        fields: those that an object has and that are not empty.
-        read: those whose values are used.
+        names: known names of this kind of object.
+        fields: names of the object's fields that are not empty.
+        read: names of the fields whose values are used.
 
     Raises:
-        Bad: a field changes the meaning and cannot be honored, or is a misspelled one.
+        Bad: a field is unsupported and changes the meaning, or is misspelled.
     """
-    rest = sorted(fields - read - names.ignored)
-    for field in rest:
+    others = sorted(fields - read - names.ignored)
+    for field in others:
         if field in names.refused:
             raise Bad("unsupported field", f'"{field}": {names.refused[field]}')
         if (meant := _meant(names, field)) and meant not in fields:
             raise Bad("misspelled field", f'"{field}": did you mean "{meant}"?')
-    return tuple(rest)
+    return tuple(others)
 
 
 def _meant(names: Names, field: str) -> str | None:
-    """The field that a name stands for, where it is none itself."""
+    """Returns the field that a wrong name probably means; None if the name is right or similar to no field."""
     if field in names.renamed:
         return names.renamed[field]
     lowered = field.lower()
@@ -122,7 +123,7 @@ def _meant(names: Names, field: str) -> str | None:
 
 
 def _one_edit_apart(a: str, b: str) -> bool:
-    """Returns whether a letter was added, left out or replaced, or two neighboring letters were swapped."""
+    """Returns whether one letter was inserted, deleted or replaced, or two neighboring letters were swapped."""
     longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
     start = next((i for i, (x, y) in enumerate(zip(longer, shorter)) if x != y), len(shorter))
     rest, other = longer[start:], shorter[start:]
@@ -132,7 +133,7 @@ def _one_edit_apart(a: str, b: str) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Returns whether a value is null, or an empty text, list or object, or contains only such values."""
+    """Returns whether a value is null, an empty text, list or object, or contains only such values."""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
     return _is_nothing(value) if inner is None else all(map(_is_nothing, inner))
 
@@ -144,7 +145,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 def present(fields: Mapping[str, Any], kept: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of an object that are not empty; of the `kept` ones all that are not null."""
+    """Returns the fields of an object that are not empty; those in `kept` unless they are null."""
     return {
         name: value for name, value in fields.items() if value is not None and (name in kept or not is_empty(value))
     }

@@ -1,6 +1,6 @@
-"""Boxes and points of images in texts, in the format that a model was trained on.
+"""Writes boxes and points of images in texts, in the notation that a model was trained on.
 
-A record has them beside its messages, for the placeholders `<ref-object>` and `<bbox>` in its texts, as ms-swift does:
+A record contains them in "objects", for the placeholders `<ref-object>` and `<bbox>` in its texts, as in ms-swift:
 
     {"objects": {"ref": ["a cat"], "bbox": [[10, 20, 110, 220]]}, "messages": [..., "<ref-object><bbox> sleeps."]}
 
@@ -9,8 +9,8 @@ They become parts of a content, which a processor writes as text once it knows t
     {"type": "ref", "ref": "a cat"}
     {"type": "bbox", "bbox": [10, 20, 110, 220], "bbox_type": "real", "image_id": 0}
 
-A box is [x1, y1, x2, y2] and a point [x, y], in pixels of the upright image ("real": after any rotation by its EXIF
-data) or as fractions of its sides ("norm1"). `image_id` counts the images of a conversation from 0.
+A box is [x1, y1, x2, y2] and a point [x, y], in pixels of the image after its EXIF rotation ("real") or in fractions of
+its sides ("norm1"). `image_id` is the index of the image in the conversation, from 0.
 """
 
 import functools
@@ -31,20 +31,21 @@ TYPES = ("ref", "bbox")
 BOX_TYPES = ("real", "norm1")
 FIELDS = {"ref": frozenset(("type", "ref")), "bbox": frozenset(("type", "bbox", "bbox_type", "image_id"))}
 PLACEHOLDER = re.compile("<(ref-object|bbox)>")
-OUTSIDE = 0.01  # of a side, by which a box may leave its image, as rounded ones do
+OUTSIDE = 0.01  # fraction of a side by which a box may exceed its image, due to rounding
 
 
 @dataclass(frozen=True)
 class Grounding:
-    """Spelling of names, boxes and points in a model's texts, as templates of `str.format`.
+    """Notation of names, boxes and points in a model's texts, as templates of `str.format`.
 
-    box: a box of {x1}, {y1}, {x2}, {y2}.
-    point: a point of {x}, {y}. None: the model was trained on none.
-    scale: what a side of the image measures in these numbers. None: pixels of the image as the model reads it.
-    largest: largest number.
-    name: the {name} of a thing.
-    boxes: {boxes} that stand together; `between` joins them.
-    named_box, named_point: a {box} right after its {name}, which as JSON is {json}. None: the name, then the box.
+    box: template of a box with {x1}, {y1}, {x2}, {y2}.
+    point: template of a point with {x}, {y}. None: the model has no notation of points.
+    scale: length of a side of the image in coordinates. None: pixels of the resized image.
+    largest: largest coordinate.
+    name: template of a name with {name}.
+    boxes: template of consecutive boxes with {boxes}, which `between` joins.
+    between: separator of consecutive boxes.
+    named_box, named_point: template of a {box} right after its {name}, which is {json} as JSON. None: name, then box.
     """
 
     box: str
@@ -58,27 +59,27 @@ class Grounding:
     named_point: str | None = None
 
     def write(self, name: str | None, places: Sequence[Sequence[float]]) -> str:
-        """The text of boxes and points that stand together, shares of the sides of their image, after their name.
+        """Returns the text of a name, if any, and of consecutive boxes and points in fractions of the image's sides.
 
-        Raises ValueError: the model has no such way to write them.
+        Raises ValueError if the model has no notation for them.
         """
-        written = [self._place(place) for place in places]
-        if name is not None and written:
-            named = [self.named_box if len(place) == 4 else self.named_point for place in places]
-            if None not in named:
+        texts = [self._place(place) for place in places]
+        if name is not None and texts:
+            templates = [self.named_box if len(place) == 4 else self.named_point for place in places]
+            if None not in templates:
                 text = json.dumps(name, ensure_ascii=False)
-                return self.between.join(n.format(name=name, json=text, box=box) for n, box in zip(named, written))
-        boxes = self.boxes.format(boxes=self.between.join(written)) if written else ""
+                return self.between.join(t.format(name=name, json=text, box=box) for t, box in zip(templates, texts))
+        boxes = self.boxes.format(boxes=self.between.join(texts)) if texts else ""
         return ("" if name is None else self.name.format(name=name)) + boxes
 
     def _place(self, place: Sequence[float]) -> str:
         if self.scale is None:
             raise ValueError(
-                "this model writes boxes in pixels of the image as it reads it, whose size depends on the rest of the "
-                "conversation; write such boxes into the texts, and set config.data.min_pixels and max_pixels"
+                "this model writes boxes in pixels of the resized image, whose size depends on the rest of the "
+                "conversation. Write such boxes into the texts, and set config.data.min_pixels and max_pixels."
             )
         if len(place) == 2 and self.point is None:
-            raise ValueError("this model has no published way to write points; give a box, or leave the record out")
+            raise ValueError("this model has no published notation of points. Use a box, or remove the record.")
         numbers = [min(max(round(share * self.scale), 0), self.largest) for share in place]
         if len(place) == 2:
             return self.point.format(**dict(zip(("x", "y"), numbers)))
@@ -95,10 +96,10 @@ QWEN3_VL = Grounding(  # the 2D grounding cookbook of Qwen3-VL
 
 
 def with_objects(messages: Sequence[dict[str, Any]], objects: Any) -> list[dict[str, Any]]:
-    """Messages whose placeholders are parts, of the objects of a record. Raises Bad where they do not fit."""
+    """Replaces placeholders in messages by parts of the record's objects. Raises Bad if they do not match."""
     if not isinstance(objects, Mapping) or (unknown := objects.keys() - {"ref", "bbox", "bbox_type", "image_id"}):
-        what = "must be an object" if not isinstance(objects, Mapping) else f"has the unknown field {min(unknown)!r}"
-        raise Bad("not boxes", f'"objects" {what}; it has "ref", "bbox", "bbox_type" and "image_id"')
+        fault = "must be an object" if not isinstance(objects, Mapping) else f"has the unknown field {min(unknown)!r}"
+        raise Bad("not boxes", f'"objects" {fault}; it has "ref", "bbox", "bbox_type" and "image_id"')
     names, boxes = (objects.get(name) or [] for name in TYPES)
     images = objects.get("image_id") or 0
     lists = isinstance(names, list) and isinstance(boxes, list)
@@ -110,23 +111,27 @@ def with_objects(messages: Sequence[dict[str, Any]], objects: Any) -> list[dict[
         "ref-object": [{"type": "ref", "ref": name} for name in names],
         "bbox": [{"type": "bbox", "bbox": b, "bbox_type": kind, "image_id": i} for b, i in zip(boxes, images)],
     }
-    shown = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
-    count = sum(part["type"] == "image" for part in shown)
-    if kind == "real" and (lost := [image for image in images if isinstance(image, int) and image >= count]):
-        raise Bad("not boxes", f"a box of image {lost[0]}: there are {count} images, counted from 0")
+    existing = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+    count = sum(part["type"] == "image" for part in existing)
+    if kind == "real" and (missing := [image for image in images if isinstance(image, int) and image >= count]):
+        raise Bad("not boxes", f"a box of image {missing[0]}: there are {count} images, counted from 0")
     texts = [text for message in messages for text in texts_of(message["content"])]
-    asked = [name for text in texts for name in PLACEHOLDER.findall(text)]
-    for name, found in parts.items():
-        if asked.count(name) != len(found):
-            raise Bad("placeholders and objects differ in number", f"{asked.count(name)} <{name}> for {len(found)}")
-    queues = {name: iter(found) for name, found in parts.items()}
+    placeholders = [name for text in texts for name in PLACEHOLDER.findall(text)]
+    for name, entries in parts.items():
+        if placeholders.count(name) != len(entries):
+            detail = f"{placeholders.count(name)} <{name}> for {len(entries)}"
+            raise Bad("placeholders and objects differ in number", detail)
+    queues = {name: iter(entries) for name, entries in parts.items()}
     return [message | {"content": _placed(message["content"], queues)} for message in messages]
 
 
 def at_placeholders(
     text: str, pattern: re.Pattern[str], queues: Mapping[str, Iterator[dict[str, Any]]]
 ) -> list[dict[str, Any]] | None:
-    """The parts of a text, with the next part of its kind for each placeholder. None: the text has no placeholders."""
+    """Splits a text into parts, with each placeholder replaced by the next part of its name; None without any.
+
+    Example with queues of a box B: "a <bbox>." becomes text "a ", B, text ".".
+    """
     pieces = pattern.split(text)  # text, name, text, name, text
     if len(pieces) == 1:
         return None
@@ -135,7 +140,7 @@ def at_placeholders(
 
 
 def checked(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a name, a box or a point with all its fields. Raises Bad where one is wrong."""
+    """Returns a part of type "ref" or "bbox" with all its fields. Raises Bad if one is invalid."""
     if part["type"] == "ref":
         if not isinstance(part.get("ref"), str):
             raise Bad("not boxes", 'a part of type "ref" needs a text')
@@ -150,11 +155,11 @@ def checked(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> list[dict[str, Any]]:
-    """Returns messages with their names, boxes and points as text. Only the headers of images are read.
+    """Returns messages with names, boxes and points written as text. Reads only the headers of images.
 
-    Messages that had some also have {CONTENT_TOKENS: True}: tags such as `<|box_start|>` are tokens there in any role.
+    Messages that had any also get {CONTENT_TOKENS: True}: tags such as `<|box_start|>` are tokens there for any role.
 
-    Raises ValueError: the model has no format for them, or a box lies outside its image.
+    Raises ValueError if the model has no notation for them, or a box lies outside its image.
     """
     contents = [message.get("content") if isinstance(message, Mapping) else None for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
@@ -162,7 +167,9 @@ def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> 
     if not has_boxes(parts):
         return list(messages)
     if grounding is None:
-        raise ValueError("there are boxes in this conversation, and no published way for this model to write them")
+        raise ValueError(
+            "this conversation has boxes, but this model has no published notation of boxes. Write them into the texts."
+        )
     images = [part["image"] for part in parts if part.get("type") == "image"]
 
     @functools.cache
@@ -173,10 +180,12 @@ def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> 
 
     def shares(part: Mapping[str, Any]) -> list[float]:
         sides = (1, 1) if part["bbox_type"] == "norm1" else size(part["image_id"])
-        found = [x / side for x, side in zip(part["bbox"], itertools.cycle(sides))]
-        if min(found) < -OUTSIDE or max(found) > 1 + OUTSIDE:
-            raise ValueError(f"the box {part['bbox']} is outside of its image, {sides[0]} x {sides[1]}")
-        return found
+        fractions = [x / side for x, side in zip(part["bbox"], itertools.cycle(sides))]
+        if min(fractions) < -OUTSIDE or max(fractions) > 1 + OUTSIDE:
+            raise ValueError(
+                f"the box {part['bbox']} lies outside of its image, {sides[0]} x {sides[1]}. Correct it, or remove it."
+            )
+        return fractions
 
     return [
         message | {"content": _joined(_texts_written(content, grounding, shares)), CONTENT_TOKENS: True}
@@ -187,7 +196,7 @@ def written(messages: Sequence[dict[str, Any]], grounding: Grounding | None) -> 
 
 
 def _texts_written(parts: Sequence[dict[str, Any]], grounding: Grounding, shares: Any) -> Iterator[dict[str, Any]]:
-    """Parts with texts in place of names, boxes and points; a name takes those that stand right after it."""
+    """Yields parts with texts in place of names, boxes and points; a name includes the boxes right after it."""
     place = 0
     while place < len(parts):
         part = parts[place]
@@ -196,19 +205,19 @@ def _texts_written(parts: Sequence[dict[str, Any]], grounding: Grounding, shares
             place += 1
             continue
         name = part["ref"] if part["type"] == "ref" else None
-        after = itertools.takewhile(lambda other: other["type"] == "bbox", parts[place + (name is not None) :])
-        boxes = [shares(box) for box in after]
+        following = itertools.takewhile(lambda other: other["type"] == "bbox", parts[place + (name is not None) :])
+        boxes = [shares(box) for box in following]
         yield {"type": "text", "text": grounding.write(name, boxes)}
         place += (name is not None) + len(boxes)
 
 
 def _joined(parts: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Joins neighboring texts; a content of texts only becomes a text."""
-    found = []
+    """Joins neighboring texts; returns a content of a single text as a text."""
+    joined = []
     for is_text, group in itertools.groupby(parts, lambda part: part["type"] == "text"):
         group = list(group)
-        found += [{"type": "text", "text": "".join(part["text"] for part in group)}] if is_text else group
-    return found[0]["text"] if len(found) == 1 and found[0]["type"] == "text" else found
+        joined += [{"type": "text", "text": "".join(part["text"] for part in group)}] if is_text else group
+    return joined[0]["text"] if len(joined) == 1 and joined[0]["type"] == "text" else joined
 
 
 def _placed(content: Any, queues: Mapping[str, Iterator[dict[str, Any]]]) -> Any:

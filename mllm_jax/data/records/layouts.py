@@ -1,4 +1,4 @@
-"""Layouts of records: where a published record has its turns, its question and answer, or its text."""
+"""Recognizes the layout of a record, and returns its turns, its question and answer, or its document."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ from mllm_jax.data.records.fields import ANSWERS, QUESTIONS, TURNS, Bad
 from mllm_jax.data.records.messages import parsed
 from mllm_jax.data.records.parts import file_parts, files_beside
 
-PARAGRAPH = "\n\n"  # between neighboring texts of a document
-COMPLETING = ("choices", "options", "context", "hint")  # columns that belong to a question, in no layout's way
+PARAGRAPH = "\n\n"  # separator of neighboring texts of a document
+COMPLETING = ("choices", "options", "context", "hint")  # columns that belong to a question and that no layout reads
 
 
 class Layout(NamedTuple):
-    """Content of a record, as it was published.
+    """Content of a record, not yet normalized.
 
-    read: names of the fields that hold it.
-    turns: of a conversation; those of a pair of answers may end before the answer.
-    parts: of a document, which has no turns.
-    in_text: whether placeholders stand for every file.
+    read: names of the fields that contain it.
+    turns: turns of a conversation. Those of a pair may end before the answer.
+    parts: parts of a document, which has no turns. None: a conversation.
+    in_text: whether every file has a placeholder in the texts.
     """
 
     read: frozenset[str]
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
 
 def read_layout(record: Mapping[str, Any]) -> Layout:
-    """The layout of a record, of the first kind that it fits. Raises Bad where it fits none."""
+    """Returns the first layout that matches a record. Raises Bad if none does."""
     for read in (_turns, _pairs_of_texts, _mmc4, _interleaved, _columns, _whole_conversations, _caption):
         if (layout := read(record)) is not None:
             return layout
@@ -42,7 +42,7 @@ def _turns(record: Mapping[str, Any]) -> Layout | None:
         return None
     turns = parsed(record[name], name)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise Bad("not a conversation", f'"{name}" must be a list of messages, or the same as JSON text')
+        raise Bad("not a conversation", f'"{name}" must be a list of messages, or its JSON text')
     if [turn.get("role") for turn in turns] == ["document"]:
         return Layout(frozenset((name,)), parts=parts_of(turns[0].get("content")))
     turns = [each for turn in turns for each in _by_role(turn)]
@@ -50,7 +50,7 @@ def _turns(record: Mapping[str, Any]) -> Layout | None:
 
 
 def _by_role(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The turns of {"human": ..., "assistant": ...}, whose other fields are those of the last; a message as it is."""
+    """Splits {"human": ..., "assistant": ...} into turns, the last with the other fields; keeps a message unchanged."""
     names = [name for name in ("system", "human", "user", "tool", "assistant") if turn.get(name) is not None]
     if turn.keys() & {"role", "from"} or not names:
         return [turn]
@@ -59,7 +59,7 @@ def _by_role(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _pairs_of_texts(record: Mapping[str, Any]) -> Layout | None:
-    """The Cauldron's."""
+    """Reads the layout of The Cauldron."""
     texts = record.get("texts")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, Mapping) for text in texts):
         return None
@@ -67,31 +67,31 @@ def _pairs_of_texts(record: Mapping[str, Any]) -> Layout | None:
 
 
 def _columns(record: Mapping[str, Any]) -> Layout | None:
-    """A table with a question, and an answer or a pair of answers: of ms-swift, Alpaca, TRL and others."""
-    asked = [name for name in QUESTIONS if name in record]
-    pair = {"chosen", "rejected"} <= record.keys()  # whatever else is called an answer is not one of the two
+    """Reads columns of a question, and of an answer or a pair of answers: ms-swift, Alpaca, TRL and others."""
+    questions = [name for name in QUESTIONS if name in record]
+    pair = {"chosen", "rejected"} <= record.keys()  # a pair takes precedence over other answer columns
     answers = [] if pair else [name for name in ANSWERS if name in record]
-    if not asked or not (answers or pair):
+    if not questions or not (answers or pair):
         return None
-    question, *more = asked
-    if more not in ([], ["input"]) or len(answers) > 1:
-        names = asked if more not in ([], ["input"]) else answers
-        raise Bad("several columns", f"{', '.join(names)} could each be it: rename those that are not meant")
-    if left := [name for name in COMPLETING if name in record]:
-        raise Bad("unsupported field", f'"{left[0]}": make it a part of "{question}"')
+    question, *others = questions
+    if others not in ([], ["input"]) or len(answers) > 1:
+        names = questions if others not in ([], ["input"]) else answers
+        raise Bad("several columns", f"{', '.join(names)} have the same meaning: rename all but one")
+    if unread := [name for name in COMPLETING if name in record]:
+        raise Bad("unsupported field", f'"{unread[0]}": make it a part of "{question}"')
     first = record[question]
-    if "input" in more:
+    if "input" in others:
         if not isinstance(first, str) or not isinstance(record["input"], str):
             raise Bad("not a conversation", f'"{question}" and "input" must be texts')
         first = f"{first}\n{record['input']}"
     turns = [*_history(record.get("history", [])), *_messages(first, "user", question)]
     if answers:
         turns += _messages(record[answers[0]], "assistant", answers[0])
-    return Layout(frozenset((*asked, *answers, "history")), turns)
+    return Layout(frozenset((*questions, *answers, "history")), turns)
 
 
 def _messages(value: Any, role: str, name: str) -> list[Any]:
-    """A column of one text, or of messages."""
+    """Returns the messages of a column that contains a text, a message or a list of messages."""
     if isinstance(value, list):
         return value
     if isinstance(value, Mapping):
@@ -110,7 +110,7 @@ def _history(history: Any) -> Iterator[dict[str, Any]]:
 
 
 def _whole_conversations(record: Mapping[str, Any]) -> Layout | None:
-    """A pair of conversations, which have their question in common."""
+    """Reads a pair of conversations that share their question."""
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if chosen is None or rejected is None:
         return None
@@ -127,13 +127,16 @@ def _caption(record: Mapping[str, Any]) -> Layout | None:
 
 
 def _interleaved(record: Mapping[str, Any]) -> Layout | None:
-    """OBELICS': each place has a text or an image."""
+    """Reads the layout of OBELICS: two lists of the same length, with a text or an image at each index."""
     texts = record.get("texts")
     if not isinstance(texts, list) or not all(isinstance(text, str | None) for text in texts):
         return None
     images = record.get("images", [None] * len(texts))
     if not isinstance(images, list) or len(images) != len(texts):
-        raise Bad("texts and images differ in number", f"{len(texts)} places of texts")
+        raise Bad(
+            "texts and images differ in number",
+            f'"images" must be a list of {len(texts)} entries, like "texts"',
+        )
     parts = []
     for text, image in zip(texts, images):
         parts += [] if image is None else [{"type": "image", "image": image}]
@@ -142,7 +145,7 @@ def _interleaved(record: Mapping[str, Any]) -> Layout | None:
 
 
 def _mmc4(record: Mapping[str, Any]) -> Layout | None:
-    """MMC4's: images go before the text that they were matched to."""
+    """Reads the layout of MMC4: an image is put before the text that it was matched to."""
     texts, images = record.get("text_list"), record.get("image_info", [])
     if not isinstance(texts, list):
         return None
@@ -151,7 +154,7 @@ def _mmc4(record: Mapping[str, Any]) -> Layout | None:
         for image in images:
             place = image["matched_text_index"]
             if not 0 <= place < len(texts):
-                raise Bad("not a document", "an image is matched to a text that is not there")
+                raise Bad("not a document", f"matched_text_index={place}: there are {len(texts)} texts, counted from 0")
             before[place].append({"type": "image", "image": image["image_name"]})
     except (KeyError, TypeError) as error:
         raise Bad("not a document", '"image_info" needs image_name and matched_text_index') from error
@@ -168,7 +171,7 @@ def _document(read: Sequence[str], parts: Sequence[dict[str, Any]]) -> Layout:
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Neighboring texts as one."""
+    """Joins neighboring texts by PARAGRAPH, and drops empty ones."""
     texts: list[str] = []
     for part in [*parts, None]:
         if part is not None and part["type"] == "text":

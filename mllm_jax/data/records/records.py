@@ -1,6 +1,6 @@
-"""Reads all published layouts of conversations and documents into one.
+"""Reads records in all layouts in which conversations and documents are published, and converts them to one layout.
 
-The table of layouts, roles and fields is in docs/data.md. A record is a mapping; a field that is None counts as absent.
+The table of layouts, roles and fields is in docs/data.md. A record is a mapping; None fields count as absent.
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": ...}]}, ...]}
     {"image": A, "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": ...}]}
@@ -11,24 +11,24 @@ The table of layouts, roles and fields is in docs/data.md. A record is a mapping
     {"text_list": ["A cat.", ...], "image_info": [{"image_name": A, "matched_text_index": 0}]}
     {"images": [A], "text": "A cat."}, or "caption"
 
-The first is that of Qwen and OpenAI; parts of its content without a file take those of "images" in order. The second is
-LLaVA's: `<image>` and `<video>` stand for the files in "image" or "images", "video" or "videos", in order. In the next
-three, files go before the first question, unless `<image>` or `<video>` mark their places. The others are documents
-without questions: interleaved as in OBELICS, as in MMC4, and a text with its images.
+The first layout is that of Qwen and OpenAI; parts of its content without a file take the files of "images" in order.
+The second is LLaVA's: `<image>` and `<video>` are replaced by the files in "image" or "images", "video" or "videos", in
+order. In the next three, files are put before the first question unless the text contains `<image>` or `<video>`. The
+others are documents without questions: interleaved as in OBELICS, as in MMC4, and a text with images or videos.
 
-Of a pair of answers one is chosen and one rejected. "rejected" is added to a conversation that ends with the chosen
-one; or the answers are beside the question, as TRL, RLHF-V, MMPR and ms-swift write them:
+A pair has a chosen and a rejected answer. Either a conversation ends with the chosen answer and has a field "rejected",
+or the record has a question and both answers, as in TRL, RLHF-V, MMPR and ms-swift:
 
     {"images": [A], "messages": [..., {"role": "assistant", "content": "A cat."}], "rejected": "A dog."}
     {"images": [A], "prompt": [{"role": "user", ...}], "chosen": [{"role": "assistant", ...}], "rejected": [...]}
     {"image": A, "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
     {"image": A, "text": '{"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}'}
 
-Any of them may have "facts", a text or a list of texts that are true of its images, such as a human caption: a reward
-model reads them after an answer.
+Any layout may have "facts", a text or a list of texts that are true of its images, such as a human caption. A reward
+model reads them together with an answer.
 
 A is the name of a file, its bytes, or {"bytes", "path"} as in Hugging Face's datasets. A video may also be a list of
-images: as a part's "video", or beside the messages as "frames", each with "fps".
+images: as "video" of a part, or as "frames" of the record, each with "fps".
 """
 
 import re
@@ -52,17 +52,17 @@ from mllm_jax.data.records.parts import (
     with_files,
 )
 
-DOCUMENT = "document"  # role of the only message of a document, all of whose tokens are targets
-LIKED = ("label", "kto_tag")  # false: an answer that people disliked
+DOCUMENT = "document"  # role of the single message of a document, which is trained on completely
+LIKED = ("label", "kto_tag")  # false marks an answer that people disliked
 ALWAYS = frozenset((*FILES, *CLIPS, "facts"))  # fields that every layout may have
-KEPT = FIELDS - {*FILES, *ABOUT, "input", "history", "facts"}  # fields whose empty text or list is no absence
+KEPT = FIELDS - {*FILES, *ABOUT, "input", "history", "facts"}  # fields that count as present even if empty
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used. `reason` is one of a few short phrases, to be counted; `id` names the record."""
+    """Error of an unusable record. `reason` is one of a few short phrases that are counted; `id` names the record."""
 
     def __init__(self, reason: str, id: str, detail: str = ""):
         id, detail = printable(id), printable(detail)
@@ -70,43 +70,43 @@ class BadRecord(ValueError):
         self.reason, self.id, self.detail = reason, id, detail
 
     def __reduce__(self):
-        return BadRecord, (self.reason, self.id, self.detail)  # it is raised in worker processes, too
+        return BadRecord, (self.reason, self.id, self.detail)  # for errors from worker processes
 
 
 class BadData(RuntimeError):
-    """Too many records are broken, none can be used, or they are not those that the run counts on."""
+    """Error of a run whose records are too often broken, all unusable, or not the expected ones."""
 
 
 def read_record(record: Any, name: str, find: Find) -> dict[str, Any]:
-    """Returns a record of any layout above as {"messages": [{"role", "content"}], "kind": str, "id": str}.
+    """Converts a record of any layout above to {"messages": [{"role", "content"}], "kind": str, "id": str}.
 
-    Messages are those of `mllm_jax.data.records.messages`; a document is one message of the role DOCUMENT. Images and
-    videos are results of `find`, or bytes. A pair of answers is a conversation that ends with the chosen one, and also
-    has {"rejected": str}. With facts it has {"facts": str}, with tools {"tools": [dict]}. {"notes": (str, ...)} lists
-    the parts of the record that were left out, in words that can be counted.
+    Messages have Hugging Face's layout, see `mllm_jax.data.records.messages`; a document is one message with the role
+    DOCUMENT. Images and videos are results of `find`, or bytes. Optional fields: "rejected" (str) of a pair, whose
+    messages end with the chosen answer, "facts" (str), "tools" ([dict]), and "notes" ((str, ...)), which list omitted
+    parts of the record as texts that runs count.
 
     Args:
-        name: name of the record if it has no id.
-        find: maps the name of a file to its path or its bytes; raises Bad.
+        name: name of a record without an id.
+        find: returns the path or the bytes of a named file; raises Bad.
 
     Raises:
-        BadRecord: it has an unknown layout, wrong roles or placeholders, unsupported fields, or lacks a file.
+        BadRecord: the layout is unknown, roles or placeholders are wrong, a field is unsupported, or a file is missing.
     """
     try:
         if not isinstance(record, Mapping):
             raise Bad("not a conversation", f"a {type(record).__name__}, not an object")
         record = unpacked(present(record, KEPT))
         name = str(record.get("id", name))
-        found = _read(record, find)
-        check_texts(found)
+        item = _read(record, find)
+        check_texts(item)
     except Bad as error:
         raise BadRecord(error.args[0], name, *error.args[1:]) from error.__cause__
     kind = printable(str(record.get("task") or record.get("kind") or ""))
-    return {"messages": found.pop("messages"), "kind": kind, "id": printable(name)} | found
+    return {"messages": item.pop("messages"), "kind": kind, "id": printable(name)} | item
 
 
 def check_texts(value: Any) -> None:
-    """Raises Bad where a text of a record is no Unicode, as JSON's "\\ud800" is none: tokenizers take no such text."""
+    """Raises Bad if a text of a record is invalid Unicode, such as JSON's "\\ud800", which tokenizers refuse."""
     if isinstance(value, str):
         if not value.isascii() and _SURROGATE.search(value):
             raise Bad("not a text", f"a lone surrogate in {printable(value)!r:.80}")
@@ -119,19 +119,19 @@ def check_texts(value: Any) -> None:
 
 
 def labels(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Texts, numbers and booleans of a record outside its layout, such as "split", by which records are selected."""
+    """Returns the fields of a record, such as "split", that belong to no layout and are texts, numbers or booleans."""
     return {key: x for key, x in record.items() if key not in FIELDS and isinstance(x, str | int | float)}
 
 
 def _read(record: dict[str, Any], find: Find) -> dict[str, Any]:
     layout = _layout(record)
-    found, notes = (_conversation if layout.parts is None else _document)(record, layout)
-    messages = found["messages"]
+    item, notes = (_conversation if layout.parts is None else _document)(record, layout)
+    messages = item["messages"]
     notes += [NOT_READ.format(f"content.{name}") for name in unread_of_parts(messages)]
     messages = with_asked(messages, record)
     messages = [message | {"content": found_parts(message["content"], find)} for message in messages]
-    found |= {"messages": messages, "facts": _facts(record.get("facts")), "notes": tuple(dict.fromkeys(notes)) or None}
-    return {field: value for field, value in found.items() if value is not None}
+    item |= {"messages": messages, "facts": _facts(record.get("facts")), "notes": tuple(dict.fromkeys(notes)) or None}
+    return {field: value for field, value in item.items() if value is not None}
 
 
 def _layout(record: Mapping[str, Any]) -> Layout:
@@ -143,20 +143,20 @@ def _layout(record: Mapping[str, Any]) -> Layout:
 
 
 def _document(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
-    """A document as one message, and what is left out of its record."""
-    if asked := [name for name in ABOUT if name in record]:
-        raise Bad("unsupported field", f'"{asked[0]}": a document has none, only a conversation')
+    """Returns a document as one message, and notes about omitted fields."""
+    if unsupported := [name for name in ABOUT if name in record]:
+        raise Bad("unsupported field", f'"{unsupported[0]}": only conversations may have it; remove it')
     notes = _unread(record, layout.read)
     return {"messages": [{"role": DOCUMENT, "content": normal_parts(layout.parts)}]}, notes
 
 
 def _conversation(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
-    """A conversation, and what is left out of its record."""
+    """Returns a conversation, and notes about omitted parts of its record."""
     turns, rejected, pair = with_chosen(layout.turns, record)
     notes = _unread(record, layout.read | pair | {*ABOUT})
     if any(record.get(name) is False for name in LIKED):
-        raise Bad("answer not to be given", '"label" is false; such records are not pairs, and cannot be learned from')
-    messages, left = normal_messages(turns)
+        raise Bad("answer not to be given", '"label" or "kto_tag" is false; remove the record, or make it a pair')
+    messages, omitted = normal_messages(turns)
     messages = with_files(messages, files_beside(record), layout.in_text)
     if boxes := "objects" in record:
         messages = with_objects(messages, parsed(record["objects"], "objects"))
@@ -164,10 +164,10 @@ def _conversation(record: Mapping[str, Any], layout: Layout) -> tuple[dict[str, 
     if boxes and rejected is not None and PLACEHOLDER.search(rejected):
         raise Bad("not a pair", "boxes of a rejected answer must be written in its text")
     if boxes and trimmed:
-        raise Bad("boxes in a trimmed conversation", f"{trimmed[0]}, so that images may be counted otherwise")
+        raise Bad("boxes in a trimmed conversation", f"{trimmed[0]}, which may change the indices of images")
     if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
         raise Bad("nothing to learn", "every answer has the weight 0")
-    notes += [*(NOT_READ.format(f"messages.{name}") for name in left), *trimmed]
+    notes += [*(NOT_READ.format(f"messages.{name}") for name in omitted), *trimmed]
     return {"messages": messages, "rejected": rejected, "tools": tools_beside(record)}, notes
 
 
@@ -176,7 +176,7 @@ def _unread(record: Mapping[str, Any], read: frozenset[str]) -> list[str]:
 
 
 def _facts(facts: Any) -> str | None:
-    """Facts as one text, a line each."""
+    """Returns facts as one text with a line for each."""
     if isinstance(facts, list) and all(isinstance(fact, str) for fact in facts):
         return "\n".join(facts)
     if not isinstance(facts, str | None):

@@ -1,15 +1,15 @@
-"""Sources of conversations and documents: the format of a path is detected.
+"""Opens sources of conversations and documents; the files at a path determine their format.
 
-    conversations.jsonl, llava.json            JSON, with images and videos beside it on disk; also .ndjson, .jsonl.gz
-    questions.csv, questions.tsv               a table, with images beside it or as base64; also .csv.gz, .tsv.gz
+    conversations.jsonl, llava.json            JSON, with images and videos as files on disk; also .ndjson, .jsonl.gz
+    questions.csv, questions.tsv               a table, with images as files or as base64; also .csv.gz, .tsv.gz
     records-00000-of-00010.array_record        ArrayRecord
     shard-00000.tar                            WebDataset
     train-00000-of-00010.parquet               Parquet
     FOLDER with features.json, tfds:NAME       a dataset that TFDS has prepared
 
-A path may be a file, a pattern or a folder of files of one kind. Of a numbered set all files must exist, unless one
-file is named, or a part of them by a pattern with brackets: `data/train-0000[0-3]-*.tar`. All sources have random
-access, can be pickled, need no jax, and give the same items: see `mllm_jax.data.records.records`.
+A path may be a file, a pattern or a folder of files of one kind. A numbered set must be complete, unless the path is a
+single file or a pattern with brackets: `data/train-0000[0-3]-*.tar`. All sources have random access, can be pickled,
+do not import jax, and return the same items: see `mllm_jax.data.records.records`.
 """
 
 import glob
@@ -25,7 +25,7 @@ from mllm_jax.data.sources.shards import Conversations, Shard, open_shards
 
 __all__ = ["BadRecord", "Conversations", "open_source"]
 
-KINDS = {  # by the end of a file's name; what reads it is imported when it is needed
+KINDS = {  # ending of a file's name -> module and class of its reader, imported on demand
     ".jsonl": ("json_files", "JsonLines"),
     ".ndjson": ("json_files", "JsonLines"),
     ".json": ("json_files", "JsonArray"),
@@ -37,25 +37,26 @@ KINDS = {  # by the end of a file's name; what reads it is imported when it is n
     ".parquet": ("parquet", "Parquet"),
 }
 KINDS |= {ending + ".gz": KINDS[ending] for ending in (".jsonl", ".ndjson", ".csv", ".tsv")}
-ABOUT = (".json", ".csv", ".tsv")  # in a folder of shards of another kind, these are metadata
+ABOUT = (".json", ".csv", ".tsv")  # metadata if a folder also has shards of another kind
 TFDS = "tfds:"
-NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)")  # how files of one set are called; TFDS puts it behind the ending
-PART = "["  # in a pattern that names a part of a set
-LARGE = 20  # names in an error
+NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)")  # names of the files of one set; TFDS puts the numbers after the ending
+PART = "["  # marks a pattern that selects a part of a set
+LARGE = 20  # limit of names in an error
 
 
 def open_source(path: str | Path, root: str | Path | None = None, where: Mapping[str, Any] | None = None):
-    """The conversations and documents at a path, as `len(source)` and `source[i] -> {"messages", "kind", "id"}`.
+    """Opens the conversations and documents at a path: `len(source)`, `source[i] -> {"messages", "kind", "id"}`.
 
     Args:
-        path: see above.
-        root: folder that the paths in records are relative to, and must not leave; their file's own by default.
-        where: keeps the records whose fields have these values, as in {"split": "train", "task": ("vqa", "ocr")}. Of a
-            dataset of TFDS, "split" names the split that is read.
+        path: file, pattern, folder or "tfds:NAME", see above.
+        root: folder of relative paths in records, which must stay below it. Default: the folder of their file.
+        where: field values of the records to keep, as in {"split": "train", "task": ("vqa", "ocr")}. For a dataset of
+            TFDS, "split" selects the split.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: files of several kinds or sets, one that is missing in a
-            numbered set or cannot be read, or no record.
+        FileNotFoundError: the path matches no file.
+        ValueError: the files are of several kinds or sets, a numbered set is incomplete, a file is unreadable, or no
+            record is left.
     """
     if (folder := _tfds_folder(str(path))) is not None:
         tfds, where = _tfds(), dict(where or {})
@@ -65,47 +66,51 @@ def open_source(path: str | Path, root: str | Path | None = None, where: Mapping
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that a path means, in order. Raises what `open_source` does."""
+    """Returns the files at a path, sorted. Raises the errors of `open_source`."""
     if "://" in path:
-        raise ValueError(f"{path} is not a local path; mount the bucket (gcsfuse BUCKET /mnt/data) and name it there")
-    whole = Path(path)
-    if whole.is_dir():
-        found = [file for file in whole.iterdir() if kind_of(file) and not file.name.startswith(".")]
-        found = [file for file in found if kind_of(file) not in ABOUT] or found
+        raise ValueError(f"{path}: not a local path. Mount the bucket (gcsfuse BUCKET /mnt/data) and use that path.")
+    location = Path(path)
+    if location.is_dir():
+        files = [file for file in location.iterdir() if kind_of(file) and not file.name.startswith(".")]
+        files = [file for file in files if kind_of(file) not in ABOUT] or files
     else:
-        found = [whole] if whole.is_file() else [Path(name) for name in glob.glob(path, recursive=True)]
-    if not found:
-        raise FileNotFoundError(f"{path}: there is no such file, and no file there that ends in {', '.join(KINDS)}")
-    found.sort()
-    if not whole.is_file():
-        _check_set(path, found, whole.is_dir())
-    elif kind_of(whole) is None:
-        raise ValueError(f"{whole} is of no known kind: names of files end in {', '.join(KINDS)}")
-    return found
+        files = [location] if location.is_file() else [Path(name) for name in glob.glob(path, recursive=True)]
+    if not files:
+        raise FileNotFoundError(
+            f"{path}: no such file, and no file in it that ends in {', '.join(KINDS)}. Correct the path."
+        )
+    files.sort()
+    if not location.is_file():
+        _check_set(path, files, location.is_dir())
+    elif kind_of(location) is None:
+        raise ValueError(f"{location}: unknown kind of file. Use a file whose name ends in {', '.join(KINDS)}.")
+    return files
 
 
 def kind_of(file: Path) -> str | None:
-    """The ending of a file's name, of KINDS, that selects its reader. None: no reader."""
+    """Returns the ending of a file's name that is in KINDS; None for an unsupported file."""
     return next((ending for ending in KINDS if file.name.lower().endswith(ending)), None)
 
 
 def _check_set(path: str, files: Sequence[Path], folder: bool) -> None:
-    """Raises ValueError unless these are files of one kind, of one set where a folder is read, and none is missing."""
+    """Raises ValueError unless the files are of one kind, of one set if a folder is read, and complete."""
     if unknown := [file.name for file in files if kind_of(file) is None]:
-        raise ValueError(f"{unknown[0]} is of no known kind: file names end in {', '.join(KINDS)}")
+        raise ValueError(f"{unknown[0]}: unknown kind of file. Use files whose names end in {', '.join(KINDS)}.")
     if len(kinds := sorted({kind_of(file) for file in files})) > 1:
-        raise ValueError(f"{path} has files of several kinds, {', '.join(kinds)}: name one, as in {path}/*{kinds[0]}")
+        raise ValueError(f"{path}: files of several kinds, {', '.join(kinds)}. Select one, as in {path}/*{kinds[0]}")
     sets: dict[tuple[Path, str, str], set[int]] = {}
     for file in files:
         if match := NUMBERED.fullmatch(file.name[: -len(kind_of(file))]):
             sets.setdefault((file.parent, match[1], match[3]), set()).add(int(match[2]))
     if folder and len(sets) > 1:
         names = ", ".join(sorted({name for _, name, _ in sets}))
-        raise ValueError(f"{path} has several sets ({names}): name one, as in {path}/{min(sets)[1]}-*{kinds[0]}")
+        raise ValueError(f"{path}: several sets ({names}). Select one, as in {path}/{min(sets)[1]}-*{kinds[0]}")
     for (_, name, count), numbers in sets.items() if folder or PART not in path else ():
         if missing := sorted(set(range(int(count))) - numbers):
             listed = ", ".join(map(str, missing[:LARGE]))
-            raise ValueError(f"{path}: of the {int(count)} files {name}-*-of-{count} these are missing: {listed}")
+            raise ValueError(
+                f"{path}: of the {int(count)} files {name}-*-of-{count} these are missing: {listed}. Restore them."
+            )
 
 
 def _reader(file: Path) -> type[Shard]:

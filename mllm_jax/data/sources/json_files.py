@@ -1,4 +1,4 @@
-"""JSON Lines, and files of one JSON array, with images and videos beside them on disk."""
+"""Reads JSON Lines and JSON arrays, whose images and videos are files on disk."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from mllm_jax.data.sources.shards import Shard
 
 
 class JsonLines(Lines):
-    """One record a line."""
+    """File with one record per line."""
 
     def begins(self, file: BinaryIO) -> Iterator[tuple[int, int]]:
         position = 0
@@ -29,7 +29,7 @@ class JsonLines(Lines):
 
 
 class JsonArray(Shard):
-    """One file that is a list of records, as LLaVA's are published. It is held in memory, by every process."""
+    """File that contains one list of records, as LLaVA's. Every process holds it in memory."""
 
     def __init__(self, path: Path, root: Path):
         super().__init__(path, root)
@@ -52,7 +52,9 @@ class JsonArray(Shard):
         try:
             records = json.loads(self.path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{self.path}: not valid JSON ({error}); one record a line is a .jsonl file") from error
+            raise ValueError(
+                f"{self.path}: not valid JSON ({error}). Correct it, or name it .jsonl if it has one record per line."
+            ) from error
         if not isinstance(records, list):
-            raise ValueError(f"{self.path}: needs a list of records, not a {type(records).__name__}")
+            raise ValueError(f"{self.path}: is a {type(records).__name__}. Make it a list of records.")
         return records

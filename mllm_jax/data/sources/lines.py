@@ -1,4 +1,4 @@
-"""Text files of records, one behind the other, read at random by where they begin; also compressed by gzip."""
+"""Random access to text files of consecutive records by their offsets, also for files compressed by gzip."""
 
 import abc
 import contextlib
@@ -21,10 +21,10 @@ GZIP = ".gz"
 
 
 class Lines(Shard):
-    """One file of records that take a line each, or several. Only where they begin is held in memory.
+    """One file of records of one or several lines each. Only their offsets are held in memory.
 
-    gzip allows no random access. So a file that ends in .gz is unpacked once by every process that reads it, into a
-    temporary file without a name in $TMPDIR, which vanishes with the process.
+    gzip has no random access. So every process that reads a .gz file decompresses it once into an unnamed temporary
+    file in $TMPDIR, which is deleted with the process.
     """
 
     def __init__(self, path: Path, root: Path):
@@ -39,11 +39,11 @@ class Lines(Shard):
 
     @abc.abstractmethod
     def begins(self, file: BinaryIO) -> Iterator[tuple[int, int]]:
-        """(where it begins, in bytes; number of its line, from 1) of every record. Raises ValueError."""
+        """Yields (offset in bytes, number of its first line, from 1) of every record. Raises ValueError."""
 
     @abc.abstractmethod
     def parse(self, data: bytes, name: str) -> Any:
-        """The record of these lines, called by this name. Raises BadRecord."""
+        """Returns the record in these lines; `name` is for errors. Raises BadRecord."""
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -69,7 +69,7 @@ class Lines(Shard):
 
     @contextlib.contextmanager
     def _descriptor(self) -> Iterator[int]:
-        """A file is opened each time, so that sets of many files do not hold all of them open."""
+        """Opens the file for each read, so that sets of many files do not keep all of them open."""
         if self._unpacked is not None:
             yield self._unpacked.fileno()
         else:
@@ -84,7 +84,7 @@ class Lines(Shard):
 
 
 def _unpacked(path: Path) -> BinaryIO | None:
-    """The contents of a file that gzip has compressed, in a temporary one; None where it is not compressed."""
+    """Decompresses a .gz file to a temporary file; returns None for other files."""
     if path.suffix.lower() != GZIP:
         return None
     unpacked = tempfile.TemporaryFile()
@@ -93,7 +93,7 @@ def _unpacked(path: Path) -> BinaryIO | None:
             shutil.copyfileobj(file, unpacked, 2**20)
         unpacked.flush()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: not a readable gzip file ({error})") from error
+        raise ValueError(f"{path}: not a readable gzip file ({error}). Restore the file.") from error
     except OSError as error:
-        raise ValueError(f"{path}: unpacking into {tempfile.gettempdir()} failed ({error}). Set $TMPDIR") from error
+        raise ValueError(f"{path}: unpacking into {tempfile.gettempdir()} failed ({error}). Set $TMPDIR.") from error
     return unpacked

@@ -1,4 +1,4 @@
-"""Parquet with images inside, as public instruction sets are published. A row group is read at a time."""
+"""Reads Parquet with embedded images, as in public instruction sets, one row group at a time."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -13,21 +13,21 @@ from mllm_jax.data.records.parts import Find
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
-ROW_GROUPS = 4  # of all files that a process holds: they may have hundreds of megabytes of images each
+ROW_GROUPS = 4  # limit of cached row groups per process; each may have hundreds of megabytes of images
 
 
 class Parquet(Shard):
-    """One file. In order its row groups are read once; at random, one for nearly every record."""
+    """One file. Sequential access reads each row group once; random access reads one for nearly every record."""
 
     def __init__(self, path: Path, root: Path):
         super().__init__(path, root)
         try:
-            about = parquet.read_metadata(path)
+            metadata = parquet.read_metadata(path)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+            raise ValueError(f"{path}: not a readable Parquet file ({error}). Restore the file.") from error
         stat = path.stat()
-        self._version = (stat.st_mtime_ns, stat.st_size)  # another file may get the same name
-        self._ends = np.cumsum([about.row_group(group).num_rows for group in range(about.num_row_groups)])
+        self._version = (stat.st_mtime_ns, stat.st_size)  # part of the cache key: the file may be replaced
+        self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -42,9 +42,9 @@ class Parquet(Shard):
 
     def fields(self, names: Sequence[str]) -> Iterator[Any]:
         with parquet.ParquetFile(self.path) as file:
-            there = [name for name in names if name in file.schema_arrow.names]
-            for rows in file.iter_batches(columns=there):
-                yield from rows.to_pylist() if there else [{}] * len(rows)
+            columns = [name for name in names if name in file.schema_arrow.names]
+            for rows in file.iter_batches(columns=columns):
+                yield from rows.to_pylist() if columns else [{}] * len(rows)
 
 
 @lru_cache(maxsize=ROW_GROUPS)

@@ -1,4 +1,4 @@
-"""Random access to the records of files, whatever their format: what a format must offer, and many files as one set."""
+"""Random access to the records of files: the interface of a file format, and sets of many files."""
 
 import abc
 import contextlib
@@ -21,7 +21,7 @@ OPENED_AT_ONCE = 16
 
 @contextlib.contextmanager
 def finding() -> Iterator[None]:
-    """A record is bad that names a file by a name which leads to none."""
+    """Raises BadName, for a name that resolves to no file, as Bad, the error of a record."""
     try:
         yield
     except BadName as error:
@@ -29,11 +29,11 @@ def finding() -> Iterator[None]:
 
 
 class Shard(abc.ABC):
-    """The records of one file. It can be sent to another process, and several threads may read it.
+    """Records of one file. Shards can be pickled, and are safe for reads from several threads.
 
     Args:
-        path: the file.
-        root: folder that the paths in records are relative to, and must not leave.
+        path: path of the file.
+        root: folder of relative paths in records, which must stay below it.
     """
 
     def __init__(self, path: Path, root: Path):
@@ -44,14 +44,14 @@ class Shard(abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: int) -> tuple[Any, Find]:
-        """A record as it is written, and what finds the files that it names. Raises BadRecord."""
+        """Returns a record as stored, and a function that finds the files that it names. Raises BadRecord."""
 
     def name(self, index: int) -> str:
-        """Name of a record without an id."""
+        """Returns the name of a record without an id."""
         return f"{self.path.name}:{index}"
 
     def fields(self, names: Sequence[str]) -> Iterator[Any]:
-        """At least the named fields of every record, in order; None of one that cannot be read."""
+        """Yields at least the named fields of every record, in order; None for an unreadable record."""
         for index in range(len(self)):
             try:
                 yield self.read(index)[0]
@@ -62,31 +62,31 @@ class Shard(abc.ABC):
         return self.read_item(index)[1]
 
     def read_item(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """A record as it is written, and as an item. Raises BadRecord, whatever is wrong with it."""
+        """Returns a record as stored and as an item. Raises BadRecord for any fault of the record."""
         try:
             record, find = self.read(index)
             return record, read_record(record, self.name(index), find)
         except BadRecord:
             raise
-        except Exception as error:  # what strangers wrote may raise anything, and must not end a run
+        except Exception as error:  # a malformed record may raise anything, and must not end a run
             detail = f"{type(error).__name__}: {error!s:.200}"
             raise BadRecord("not readable", self.name(index), detail) from error
 
     def find(self, value: Any) -> str | bytes:
-        """The path of a file below the root, or the bytes that a data URI holds."""
+        """Returns the path of a file below the root, or the bytes of a data URI or of base64."""
         with finding():
             return locate(self.root, value)
 
 
 class Conversations:
-    """Conversations and documents of several shards, one after the other.
+    """Concatenated conversations and documents of several shards.
 
-    An item is {"messages", "kind", "id"}; see `read_record` of data/records/records.py, also for its errors.
+    An item is {"messages", "kind", "id"}; see `read_record` of data/records/records.py for its fields and errors.
 
     Args:
-        where: keeps the records whose fields have these values, as in {"split": "train", "task": ("vqa", "ocr")}.
-          Finding
-            them takes one pass over all records.
+        shards: shards, in order.
+        where: field values of the records to keep, as in {"split": "train", "task": ("vqa", "ocr")}. Finding these
+            records takes one pass over all records.
 
     Raises:
         ValueError: no record is left.
@@ -98,7 +98,7 @@ class Conversations:
         self._kept = None if not where else np.array(list(_matching(self.shards, where)), np.int64)
         if not len(self):
             names = ", ".join(str(shard.path) for shard in self.shards[:3])
-            raise ValueError(f"{names} has no record" + (f" where {dict(where)}" if where else ""))
+            raise ValueError(f"{names}: no records" + (f" where {dict(where)}. Change `where`." if where else "."))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._kept is None else len(self._kept)
@@ -108,7 +108,7 @@ class Conversations:
         return shard[place]
 
     def labeled(self, index: int) -> dict[str, Any]:
-        """An item, and its fields that `where` may select by."""
+        """Returns an item together with the fields of its record that `where` may select by."""
         shard, place = self._place(index)
         record, item = shard.read_item(place)
         return labels(record) | item
@@ -122,7 +122,7 @@ class Conversations:
 
 
 def open_shards(kind: type[Shard], paths: Sequence[Path], root: Path | None) -> list[Shard]:
-    """The files at these paths; their folders are the roots unless one is given."""
+    """Opens the files at these paths. `root` None: the root of each file is its folder."""
     opened = partial(_opened, kind, root)
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         return list(pool.map(opened, paths))
@@ -133,7 +133,7 @@ def _opened(kind: type[Shard], root: Path | None, path: Path) -> Shard:
 
 
 def _matching(shards: Sequence[Shard], where: Mapping[str, Any]) -> Iterator[int]:
-    """Numbers of the records that have the wanted fields. A broken one does: it shall be counted when it is read."""
+    """Yields the numbers of records with the wanted fields, and of broken records, which are counted when read."""
     listed = lambda value: tuple(value) if isinstance(value, tuple | list | set) else (value,)
     wanted = {key: listed(value) for key, value in where.items()}
     records = itertools.chain.from_iterable(shard.fields(list(wanted)) for shard in shards)

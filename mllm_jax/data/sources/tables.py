@@ -1,4 +1,4 @@
-"""Tables as text: CSV and TSV, whose first line names the columns. A row is a record of texts."""
+"""Reads CSV and TSV tables, whose first line contains the names of columns. A row is a record of texts."""
 
 import csv
 import io
@@ -8,15 +8,15 @@ from typing import Any, BinaryIO
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.lines import GZIP, Lines
 
-# A cell may hold an image as base64. The limit applies to the process, in which no other code reads CSV.
+# A cell may contain an image as base64. The limit is process-wide; only this module reads CSV.
 csv.field_size_limit(2**31 - 1)
 
 
 class Table(Lines):
-    """One row a record: {column: text, or None where the cell is empty}; columns without a name are numbers of rows.
+    """Table with a record per row: {column: text, or None for an empty cell}. Columns without a name are dropped.
 
-    Cells with line breaks, quotes or separators stand in quotes, which are doubled within. Columns of a .tsv file are
-    separated by tabs, those of a .csv file by commas, or by semicolons or tabs where its first line has no comma.
+    Cells with line breaks, quotes or separators must be quoted, with quotes inside doubled. Columns of a .tsv file are
+    separated by tabs, those of a .csv file by commas, or by semicolons or tabs if its first line has no comma.
     """
 
     def begins(self, file: BinaryIO) -> Iterator[tuple[int, int]]:
@@ -40,10 +40,10 @@ class Table(Lines):
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                if ended or number > first or self.columns is None:  # a quote without its other one hides many rows
-                    where = f"{self.path}: lines {first} to {number}"
-                    raise ValueError(f"{where}: not a row of a table ({error}). Close or double the quote") from error
-                row = [str(error)]  # parse() raises it again
+                if ended or number > first or self.columns is None:  # an open quote hides many rows
+                    place = f"{self.path}: lines {first} to {number}"
+                    raise ValueError(f"{place}: not a row of a table ({error}). Close or double the quote.") from error
+                row = [str(error)]  # parse() raises the error for this row
             if not row:  # an empty line
                 continue
             if self.columns is None:
@@ -68,5 +68,5 @@ class Table(Lines):
     def _named(self, header: list[str]) -> list[str]:
         columns = [name.strip() for name in header]
         if repeated := sorted({name for name in columns if name and columns.count(name) > 1}):
-            raise ValueError(f"{self.path}: several columns are called {', '.join(repeated)}. Rename all but one")
+            raise ValueError(f"{self.path}: several columns are called {', '.join(repeated)}. Rename all but one.")
         return columns

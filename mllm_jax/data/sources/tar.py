@@ -1,11 +1,11 @@
-"""WebDataset: tar files whose members `KEY.json`, `KEY.jpg` ... are one record.
+"""Reads WebDataset: tar files whose members `KEY.json`, `KEY.jpg` ... form one record.
 
-Members of a key need not be neighbors; if an ending repeats, a new record of the same key begins. Endings are compared
-in lower case. Folders, links, members without an ending and hidden ones (`._KEY.jpg` of macOS) belong to no record.
+Members of a key need not be adjacent; a repeated ending starts a new record of the same key. Endings are lowercased.
+Folders, links, members without an ending and hidden ones (`._KEY.jpg` of macOS) are ignored.
 
-`KEY.json` is a record in any layout of `mllm_jax.data.records.records`; without it `KEY.txt` is the text of its images.
-Files that the record names are members of the same key: `KEY.0.jpg`, or the part after the key, `0.jpg`. If it names
-none, all images and videos of its key belong to it, in the order of the tar.
+`KEY.json` is a record in any layout of `mllm_jax.data.records.records`; without it, `KEY.txt` is a text about the
+images. A record names files of its key as `KEY.0.jpg` or `0.jpg`. If it names none, it has all images and videos of its
+key, in the order of the tar.
 """
 
 import io
@@ -30,16 +30,16 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "hei
 VIDEOS = ("mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg")
 NAMING = {"image", "images", "video", "videos", "image_info"}  # fields that name the files of a record
 INDEX = ".index.npy"
-VERSION = 2  # of what is kept there
-DAMAGED = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError)  # what tarfile raises on a damaged header
-BLOCKS = 512 * tarfile.BLOCKSIZE  # bytes that are read at once behind an archive
+VERSION = 2  # version of the index file
+DAMAGED = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError)  # errors of tarfile for damaged headers
+BLOCKS = 512 * tarfile.BLOCKSIZE  # bytes per read after the end of an archive
 
 
 class Tar(Shard):
-    """One uncompressed tar file. A sample takes one read, or one for each place of members of its key.
+    """One uncompressed tar file. Reading a sample takes one read per run of adjacent members of its key.
 
-    One pass over the headers finds the places of samples, which are stored in `SHARD.tar.index.npy` beside the file, or
-    in memory only if the folder is not writable.
+    Offsets of samples are determined by one pass over the headers, and saved in `SHARD.tar.index.npy` next to the file,
+    or kept in memory if the folder is read-only.
 
     Raises:
         ValueError: the file is compressed, damaged or cut off.
@@ -48,7 +48,8 @@ class Tar(Shard):
     def __init__(self, path: Path, root: Path):
         super().__init__(path, root)
         self._extents = _index(path)
-        self._firsts = np.flatnonzero(np.diff(self._extents[:, 0], prepend=-1, append=-1))  # the last is the end
+        # First extent of every sample, and the number of extents.
+        self._firsts = np.flatnonzero(np.diff(self._extents[:, 0], prepend=-1, append=-1))
 
     def __len__(self) -> int:
         return max(0, len(self._firsts) - 1)
@@ -65,18 +66,18 @@ class Tar(Shard):
             with tarfile.open(fileobj=data, mode="r:") as tar:
                 for member, key, extension in _members(tar):
                     name = f"{self.path.name}:{key}"
-                    if member.issparse():  # a block may represent any number of zeros
+                    if member.issparse():  # a small block may claim any number of zeros
                         raise tarfile.ReadError(f"{member.name} is a sparse file")
                     members[extension] = tar.extractfile(member).read()
                 if tar.offset != data.getbuffer().nbytes:
-                    raise tarfile.ReadError("no header at the offset of the index")
+                    raise tarfile.ReadError(f"the index does not match the file; delete {self.path.name}{INDEX}")
         except DAMAGED as error:
             raise BadRecord("not readable", name, str(error)) from error
         return _record(members, name), _Members(name.partition(":")[2], members)
 
 
 class _Members:
-    """Finds files by the name of a member, or by what follows its key; also those that a name itself holds."""
+    """Finds files by the name of a member, or by the part after its key; also decodes data URIs and base64."""
 
     def __init__(self, key: str, members: Mapping[str, bytes]):
         self.key, self.members = PurePosixPath(key).name, members
@@ -86,10 +87,10 @@ class _Members:
             if (data := embedded_file(name)) is not None:
                 return data
         key, _, extension = PurePosixPath(name.replace("\\", "/")).name.partition(".")
-        found = (extension if key == self.key else name).lower()
-        if found not in self.members:
+        member = (extension if key == self.key else name).lower()
+        if member not in self.members:
             raise Bad("missing file", f"{source_name(name)}; the sample has {', '.join(self.members)}")
-        return self.members[found]
+        return self.members[member]
 
 
 def _record(members: Mapping[str, bytes], name: str) -> Any:
@@ -124,9 +125,9 @@ def _names_files(record: dict[str, Any]) -> bool:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """The files of an archive that have a key, their keys, and what follows these up to the end of the name.
+    """Yields (member, key, ending in lower case) of the files of an archive that have a key.
 
-    A name is cut at the first dot after its folders.
+    A name is split at the first dot after its folders: "a/b.0.JPG" has the key "a/b" and the ending "0.jpg".
     """
     for member in tar:
         if tar.offset <= member.offset:
@@ -138,25 +139,30 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]
 
 
 def _index(path: Path) -> np.ndarray:
-    """i64[extents 3]: number of the sample, and where in the file some of its members begin and end; by sample."""
-    kept, about = path.with_name(path.name + INDEX), path.stat()
-    stamp = np.array([VERSION, about.st_size, about.st_mtime_ns], np.int64)
+    """Loads or creates the index i64[extents 3]: sample number, start and end in the file of a run of its members.
+
+    Sorted by sample. Example: the members of sample 0 at bytes 0..4096 and 8192..9216, those of sample 1 between them:
+
+        [[0, 0, 4096], [0, 8192, 9216], [1, 4096, 8192]]
+    """
+    index_path, stat = path.with_name(path.name + INDEX), path.stat()
+    stamp = np.array([VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
     try:
-        found = np.load(kept, mmap_mode="r")  # so that a damaged file's claimed size is not allocated
-        if found.ndim == 1 and found.dtype == np.int64 and len(found) % 3 == 0 and (found[:3] == stamp).all():
-            extents = np.array(found[3:]).reshape(-1, 3)
-            if _is_valid(extents, about.st_size):
+        saved = np.load(index_path, mmap_mode="r")  # a damaged file may claim any size; mmap allocates nothing for it
+        if saved.ndim == 1 and saved.dtype == np.int64 and len(saved) % 3 == 0 and (saved[:3] == stamp).all():
+            extents = np.array(saved[3:]).reshape(-1, 3)
+            if _is_valid(extents, stat.st_size):
                 return extents
     except (OSError, ValueError, EOFError):  # missing or truncated
         pass
     extents = _scan(path)
-    temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
+    temporary = index_path.with_name(f".{index_path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             np.save(file, np.concatenate([stamp, extents.ravel()]))
-        os.replace(temporary, kept)
+        os.replace(temporary, index_path)
     except OSError as error:
-        log.info("%s is not kept: %s", kept, error)
+        log.info("%s is not saved: %s", index_path, error)
     finally:
         temporary.unlink(missing_ok=True)
     return extents
@@ -169,11 +175,11 @@ def _is_valid(extents: np.ndarray, size: int) -> bool:
 
 
 def _scan(path: Path) -> np.ndarray:
-    """The index by the headers of all members. Raises ValueError where there is something else than a header."""
+    """Creates the index from the headers of all members. Raises ValueError if the file is damaged."""
     extents, start, count = [], 0, 0
     with open(path, "rb") as file:
-        while start is not None:  # several archives may be concatenated
-            samples: dict[str, tuple[int, set[str]]] = {}  # by key: number, endings
+        while start is not None:  # a file may consist of several concatenated archives
+            samples: dict[str, tuple[int, set[str]]] = {}  # key -> number, endings
             file.seek(start)
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -188,17 +194,17 @@ def _scan(path: Path) -> np.ndarray:
                             extents.append([number, member.offset, tar.offset])
                     start = _behind(file, tar.offset)
             except DAMAGED as error:
-                what = f"not a readable tar ({error}); it must be complete and not compressed"
-                raise ValueError(f"{path}: {what}") from error
+                fault = f"not a readable tar ({error}). Use a complete, uncompressed file."
+                raise ValueError(f"{path}: {fault}") from error
     return np.array(sorted(extents), np.int64).reshape(-1, 3)
 
 
 def _behind(file: BinaryIO, end: int) -> int | None:
-    """Start of the archive after the end mark (a block of zeros) that must be at `end`. None: there is none."""
+    """Returns the start of the next archive after the end mark (a block of zeros) at `end`; None if there is none."""
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"damaged or cut off at byte {end}, at which neither a member nor the end mark begins")
     while block := file.read(BLOCKS):
-        if behind := block.lstrip(b"\0"):
-            return (file.tell() - len(behind)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        if rest := block.lstrip(b"\0"):
+            return (file.tell() - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
     return None

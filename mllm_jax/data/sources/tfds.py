@@ -1,7 +1,6 @@
-"""Datasets of TFDS, prepared as ArrayRecord: read at random, without TensorFlow.
+"""Reads datasets of TFDS that are prepared as ArrayRecord, with random access and without TensorFlow.
 
-Their features must be fields of a layout of `mllm_jax.data.records.records`. Images and frames stay as they were
-encoded.
+Their features must be fields of a layout of `mllm_jax.data.records.records`. Images and frames stay encoded.
 """
 
 from pathlib import Path
@@ -14,15 +13,15 @@ from mllm_jax.data.records.parts import Find
 from mllm_jax.data.records.records import BadRecord
 from mllm_jax.data.sources.shards import Shard
 
-SPLIT = "train"  # unless `where` sets another
+SPLIT = "train"  # default, unless `where` selects another one
 
 
 class TfdsSplit(Shard):
-    """One split.
+    """One split of a dataset.
 
     Args:
-        path: the folder of a version of a prepared dataset: that with features.json.
-        split: as TFDS writes it: "train", "train[:10%]" ...
+        path: folder of a version of a prepared dataset, which contains features.json.
+        split: split in TFDS's notation: "train", "train[:10%]" ...
     """
 
     def __init__(self, path: Path, split: str):
@@ -53,27 +52,27 @@ class TfdsSplit(Shard):
         builder = tfds.builder_from_directory(self.path)
         if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
             kind = builder.info.file_format
-            raise ValueError(f"{self.path} is {kind}: prepare it with file_format='array_record' for random access")
+            raise ValueError(f"{self.path}: is {kind}. Prepare it with file_format='array_record' for random access.")
         try:
             self._source = builder.as_data_source(split=self.split, decoders=_decoders(builder.info.features))
         except (KeyError, ValueError) as error:
-            known = ", ".join(builder.info.splits)
-            raise ValueError(f"{self.path} has no split {self.split!r}; it has {known}") from error
+            splits = ", ".join(builder.info.splits)
+            raise ValueError(f"{self.path}: has no split {self.split!r}. Use one of {splits}.") from error
 
 
 def prepared(name: str) -> Path:
-    """The folder of a dataset by its name, as in "scenes" or "scenes:1.0.0". FileNotFoundError: it is not prepared."""
+    """Returns the folder of a dataset such as "scenes" or "scenes:1.0.0". Raises FileNotFoundError if not prepared."""
     try:
         return Path(tfds.builder(name, try_gcs=False).data_path)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"tfds:{name} is not prepared ({first}); its own builder does that"
-        ) from None  # it lists all datasets of TFDS
+            f"tfds:{name}: not prepared ({first}). Prepare it with its builder."
+        ) from None  # the original error lists all datasets of TFDS
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Leaves images as the bytes of their files, in sequences, too."""
+    """Keeps images as the bytes of their files, also in sequences."""
 
     def decode_example(self, serialized_example: Any) -> Any:
         return serialized_example
@@ -93,7 +92,7 @@ def _shows(feature: tfds.features.FeatureConnector) -> bool:
 
 
 def _plain(feature: tfds.features.FeatureConnector, value: Any) -> Any:
-    """Values as JSON has them: texts, numbers, lists and mappings; images as bytes."""
+    """Converts a value to JSON types (texts, numbers, lists and mappings), and images to bytes."""
     if isinstance(feature, tfds.features.FeaturesDict):
         return {name: _plain(part, value[name]) for name, part in feature.items()}
     if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.FeaturesDict):

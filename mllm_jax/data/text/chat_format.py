@@ -122,8 +122,8 @@ class ChatFormat:
     ) -> Marked:
         guarded = [self._guarded(message, user_content_tokens) for message in messages]
         tools = _each_text(tools, self.tokenizer.guard)
-        now = {"strftime_now": datetime.datetime.now().strftime}  # one clock for all renderings that are compared
-        variables = now | self.tokenizer.special_tokens() | variables
+        clock = {"strftime_now": datetime.datetime.now().strftime}  # one clock for all renderings that are compared
+        variables = clock | self.tokenizer.special_tokens() | variables
 
         def render(messages: Messages) -> str:
             return self.template.render([*map(self._ended, messages)], generate, tools, **variables)
@@ -138,8 +138,8 @@ class ChatFormat:
         if isinstance(content, str):
             return message | {"content": content + self._behind}
         last = max((place for place, part in enumerate(content) if _is_text(part)), default=None)
-        written = lambda place, part: part | {"text": part["text"] + self._behind} if place == last else part
-        return message | {"content": [written(*each) for each in enumerate(content)]}
+        ended = lambda place, part: part | {"text": part["text"] + self._behind} if place == last else part
+        return message | {"content": [ended(*each) for each in enumerate(content)]}
 
     def _guarded(self, message: dict[str, Any], user_content_tokens: bool) -> dict[str, Any]:
         """Returns a message with guarded texts: against control tokens if it may contain content tokens, else all."""
@@ -291,16 +291,18 @@ def _check_all_written(messages: Messages, marked: Marked, generate: bool) -> No
     it writes other texts of that answer.
     """
     times = Counter(mark.text for mark in marked.marks if mark.opens)
-    asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    written = {text.message for number, text in enumerate(marked.texts) if times[number]}
+    question = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    rendered = {text.message for number, text in enumerate(marked.texts) if times[number]}
     for number, text in enumerate(marked.texts):
         answer = messages[text.message]["role"] == "assistant"
-        past = answer and text.field != "tool_calls" and (generate or text.message < asked) and text.message in written
+        past = (
+            answer and text.field != "tool_calls" and (generate or text.message < question) and text.message in rendered
+        )
         twice = times[number] > 1 and text.field != "tool_calls"  # a result may repeat the name of its tool
         if twice or not (times[number] or past or text.empty):
             name = f"messages[{text.message}].{text.field} ({messages[text.message]['role']})"
-            about = f"{name}={value_text(messages[text.message][text.field])}"
-            raise ValueError(f"{about}: {_TWICE if twice else _LEFT_OUT}")
+            field = f"{name}={value_text(messages[text.message][text.field])}"
+            raise ValueError(f"{field}: {_TWICE if twice else _LEFT_OUT}")
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:

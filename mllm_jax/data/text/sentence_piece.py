@@ -78,8 +78,8 @@ def _merges(scores: Mapping[str, float]) -> Sequence[tuple[str, str]]:
 def _put_spaces(tokenizer: tokenizers.Tokenizer, prefix: bool, legacy: bool) -> None:
     """Sets the normalizer or pre-tokenizer, and the decoder, for spaces; `prefix` puts one before texts."""
     if legacy:
-        written = normalizers.Replace(" ", SPACE)
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), written]) if prefix else written
+        spaces = normalizers.Replace(" ", SPACE)
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first" if prefix else "never", split=False)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -67,9 +67,9 @@ class Tokenizer:
         if (path := folder / "tokenizer.json").exists():
             with _one_error(f"{path}: not a readable tokenizer"):
                 tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+            present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
             listed = _listed_tokens(config).items()
-            _add_tokens(tokenizer, {n: fields for n, fields in listed if fields["content"] not in known}, folder)
+            _add_tokens(tokenizer, {n: fields for n, fields in listed if fields["content"] not in present}, folder)
             with _one_error(f"{path}: not a usable tokenizer"):
                 return cls(tokenizer, config, outside)
         files = [folder / name for name in ("vocab.json", "merges.txt")]

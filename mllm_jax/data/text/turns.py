@@ -61,8 +61,8 @@ class Turns:
         # Headers. A prompt may open a thought that the last turn or earlier turns lack.
         header, common = prompt[len(turns._shared(asked, prompt)) :], []
         for answered in ([QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION]):
-            written = turns._shared(prompt, text_after(0, *answered) or "")
-            common.append(written[len(turns._shared(asked, written)) :] if header.strip() else written)
+            prefix = turns._shared(prompt, text_after(0, *answered) or "")
+            common.append(prefix[len(turns._shared(asked, prefix)) :] if header.strip() else prefix)
         forms = {form for text in (header, *common) for form in (text, text.rstrip(), text.strip()) if form}
         turns.headers = sorted(forms or {prompt}, key=len, reverse=True)
 

@@ -251,7 +251,7 @@ def fitted_size(height: int, width: int, factor: int, max_pixels: float) -> tupl
     Example: in units of `factor`, 20:1 is 1 x 20 instead of 1 x 30 within 45, and 1 x 16 instead of 1 x 4 within 1.
     """
     aspect, most = max(height, width) / min(height, width), max(1, int(max_pixels / factor**2))
-    shorts = {max(1, math.floor(math.sqrt(most / aspect)) + more) for more in (0, 1)}
+    shorts = {max(1, math.floor(math.sqrt(most / aspect)) + extra) for extra in (0, 1)}
     sizes = {(short, long) for short in shorts for long in (math.floor(short * aspect), math.ceil(short * aspect))}
     sizes = {(short, min(long, most // short)) for short, long in sizes if short <= most}
     shrunk = sorted(side // factor for side in shrunk_size(height, width, factor, max_pixels))

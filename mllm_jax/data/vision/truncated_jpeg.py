@@ -32,12 +32,12 @@ def completed(data: bytes, opened: Callable[[io.BytesIO], JpegImageFile]) -> tup
     Raises:
         OSError: the file cannot be decoded.
     """
-    written = data.rstrip(b"\0")
-    if written.endswith(END_OF_IMAGE):
+    stripped = data.rstrip(b"\0")
+    if stripped.endswith(END_OF_IMAGE):
         return None
-    data = written + b"\0" if data.endswith(ROOM) else data  # a single zero may belong to the pixels
+    data = stripped + b"\0" if data.endswith(ROOM) else data  # a single zero may belong to the pixels
     data = data.rstrip(b"\xff")  # the first half of a marker
-    image, other = (opened(io.BytesIO(data + more + END_OF_IMAGE)) for more in (b"", CONTINUATION))
+    image, other = (opened(io.BytesIO(data + continuation + END_OF_IMAGE)) for continuation in (b"", CONTINUATION))
     pixels, others = np.asarray(image), np.asarray(other)
     if not _has_all_scans(data, [component for component, *_ in image.layer]):
         return image, 1.0

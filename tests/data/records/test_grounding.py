@@ -78,7 +78,7 @@ def test_boxes_as_families_write_them(spec, one, two, point):
     if point:
         assert texts(asked, spec)[1] == point
     else:
-        with pytest.raises(ValueError, match="no published way to write points"):
+        with pytest.raises(ValueError, match="no published notation of points"):
             texts(asked, spec)
 
 
@@ -96,7 +96,7 @@ def test_a_name_or_a_box_alone():
 def test_models_without_a_way_refuse():
     record = read("<bbox>", {"bbox": [BOX]})
     for spec in (llava.SPEC, TEXT):
-        with pytest.raises(ValueError, match="no published way for this model to write them"):
+        with pytest.raises(ValueError, match="no published notation of boxes"):
             texts(record, spec)
     plain = [{"role": "user", "content": [{"type": "text", "text": "<bbox>"}]}]
     assert written(plain, None) == plain
@@ -106,7 +106,7 @@ def test_the_kind_of_qwen_follows_from_its_config():
     second, third = spec_for(FAMILIES["qwen2_vl"].config("2.5-3b")), spec_for(FAMILIES["qwen3_vl"].config("2b"))
     assert spec_for(FAMILIES["qwen2_vl"].config("2b")).grounding == qwen2_vl.SPEC.grounding
     assert texts(read("<bbox>", {"bbox": [BOX]}), third)[1] == "[80, 400, 801, 1000]"
-    with pytest.raises(ValueError, match="in pixels of the image as it reads it"):
+    with pytest.raises(ValueError, match="in pixels of the resized image"):
         texts(read("<bbox>", {"bbox": [BOX]}), second)
 
 
@@ -142,7 +142,7 @@ def test_shares_several_images_and_rounding():
         ("<bbox>", {"bbox": [BOX], "bbox_type": "norm1000"}, "one of real, norm1"),
         ("<bbox>", {"bbox": [BOX], "image_id": [0, 1]}, "must be lists, the last two of one length"),
         ("<bbox>", {"bbox": [BOX], "angle": 3}, "has the unknown field 'angle'"),
-        ("<bbox>", "[1", "is not JSON"),
+        ("<bbox>", "[1", "not JSON"),
         ("<ref-object>", {"ref": [3]}, "needs a text"),
     ),
 )

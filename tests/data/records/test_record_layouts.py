@@ -94,11 +94,14 @@ def test_pairs(record):
 @pytest.mark.parametrize(
     "record, words",
     (
-        ({"messages": [ASKED], "rejected": "C."}, "a rejected answer but no chosen one"),
-        ({"messages": [ASKED, CALLING, RESULT], "rejected": "C."}, "a rejected answer but no chosen one"),
+        ({"messages": [ASKED], "rejected": "C."}, "the chosen answer is missing"),
+        ({"messages": [ASKED, CALLING, RESULT], "rejected": "C."}, "the chosen answer is missing"),
         ({"messages": [ASKED, ANSWER], "chosen": "D.", "rejected": "C."}, 'ends with another answer than "chosen"'),
-        ({"messages": [ASKED, ANSWER | {"weight": 0}], "rejected": "C."}, "has a weight, and must have none"),
-        ({"prompt": "Q?", "chosen": ANSWER | {"tool_calls": [CALL]}, "rejected": "C."}, "and not call a tool"),
+        ({"messages": [ASKED, ANSWER | {"weight": 0}], "rejected": "C."}, "chosen answer has a weight; remove it"),
+        (
+            {"prompt": "Q?", "chosen": ANSWER | {"tool_calls": [CALL]}, "rejected": "C."},
+            "must be a text without tool calls",
+        ),
         ({"prompt": [ASKED], "chosen": [ANSWER, ANSWER], "rejected": "C."}, "an answer must be one message"),
     ),
 )
@@ -110,11 +113,11 @@ def test_broken_pairs(record, words):
 @pytest.mark.parametrize(
     "record, reason, words",
     (
-        ({"prompt": "Q?", "response": "A.", "output": "B."}, "several columns", "response, output could each be it"),
-        ({"prompt": "Q?", "question": "R?", "answer": "A."}, "several columns", "prompt, question could"),
+        ({"prompt": "Q?", "response": "A.", "output": "B."}, "several columns", "response, output have the same"),
+        ({"prompt": "Q?", "question": "R?", "answer": "A."}, "several columns", "prompt, question have"),
         ({"question": "Q?", "answer": 2}, "not a conversation", '"answer" must be a text or a list of messages'),
         ({"query": "Q?", "response": "A.", "history": ["Q?"]}, "not a conversation", '"history" must be a list of'),
-        ({"conversations": "hello"}, "not valid JSON", '"conversations" is a text that is not JSON'),
+        ({"conversations": "hello"}, "not valid JSON", '"conversations" is a text, but not JSON'),
         ({"messages": 5}, "not a conversation", '"messages" must be a list of messages'),
         ({"messages": ["a"]}, "not a conversation", '"messages" must be a list of messages'),
         ({"system": "S", "messages": [SYSTEM | {"content": "T"}, ASKED, ANSWER]}, "two system prompts", "differ"),
@@ -126,7 +129,7 @@ def test_broken_pairs(record, words):
         ({"messages": [ASKED | {"value": "R?"}, ANSWER]}, "not a conversation", "content and value of a message"),
         ({"messages": [ASKED]}, "wrong roles", "needs a question and an answer, got user"),
         ({"messages": [ANSWER]}, "wrong roles", "needs a question and an answer, got assistant"),
-        ({"messages": []}, "wrong roles", "got nobody"),
+        ({"messages": []}, "wrong roles", "got no turns"),
         ({"messages": [ASKED, ANSWER], "label": False}, "answer not to be given", "is false"),
         ({"foo": 1}, "not a conversation", "another layout of docs/data.md, has foo"),
         ({"messages": [ASKED, ANSWER | {"content": None}]}, "not a conversation", '"content" must be a text, a part'),
@@ -236,7 +239,7 @@ def test_tools_and_their_answers():
 @pytest.mark.parametrize(
     "call, words",
     (
-        ({"name": "f", "arguments": "x"}, '"arguments of f" is a text that is not JSON'),
+        ({"name": "f", "arguments": "x"}, '"arguments of f" is a text, but not JSON'),
         ({"name": "f", "arguments": [1]}, "the arguments of f must be an object"),
         ({"arguments": {}}, 'needs objects with a "name"'),
     ),
@@ -466,10 +469,10 @@ def test_what_a_record_asks_of_each_of_its_videos():
 @pytest.mark.parametrize(
     "part, words",
     (
-        ({"type": "image", "image": "a.png", "image_url": {"url": "b.png"}}, 'has another "image_url"'),
-        ({"type": "text", "text": "Q?", "image": "a.png"}, 'has another "image"'),
-        ({"type": "text", "text": "Q?", "video_url": "a.mp4"}, 'has another "video_url"'),
-        ({"type": "image", "image": "a.png", "text": "Q?"}, 'has another "text"'),
+        ({"type": "image", "image": "a.png", "image_url": {"url": "b.png"}}, 'also has "image_url"'),
+        ({"type": "text", "text": "Q?", "image": "a.png"}, 'also has "image"'),
+        ({"type": "text", "text": "Q?", "video_url": "a.mp4"}, 'also has "video_url"'),
+        ({"type": "image", "image": "a.png", "text": "Q?"}, 'also has "text"'),
         ({"type": "video", "video": "a.mp4", "fps": 0}, "fps must be over 0"),
         ({"type": "video", "video": "a.mp4", "nframes": 2.5}, "nframes 1 to 100,000"),
     ),

@@ -95,7 +95,7 @@ def test_filters_and_line_names(folder):
     assert [records[i]["id"] for i in range(len(records))] == ["set.jsonl:3", "set.jsonl:4"]
     assert [records[i]["kind"] for i in range(len(records))] == ["ocr", "caption"]
     assert pickle.loads(pickle.dumps(records))[1] == records[1]
-    with pytest.raises(ValueError, match="no record where"):
+    with pytest.raises(ValueError, match="no records where"):
         open_source(folder / "set.jsonl", where={"split": "validation"})
 
 

@@ -87,7 +87,7 @@ def test_an_interrupted_conversion_goes_on_with_the_missing_shards(tmp_path):
     assert sorted(p.name for p in folder.glob("*.array_record")) == [
         f"conversations-0000{i}-of-00005.array_record" for i in range(2)
     ]
-    with pytest.raises(ValueError, match="of the 5 files .* these are missing: 2, 3, 4"):
+    with pytest.raises(ValueError, match="of the 5 files .* these are missing: 2, 3, 4. Restore them."):
         open_source(folder)
     (folder / "conversations-00000-of-00005.array_record").unlink()
     source = Numbers(23, broken=(3, 20))
