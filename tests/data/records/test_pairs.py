@@ -196,7 +196,7 @@ def test_published_dual_encoders(arg):
         max(h * w for h, w in family.rule(run.model).sizes((300, 200))) // side**2 + run.model.encoder.num_prefix_tokens
     )
     assert images * most <= run.data.patches_per_row
-    with pytest.raises(ConfigError, match="'llava' is no dual encoder"):
+    with pytest.raises(ConfigError, match="'llava' is not a dual encoder"):
         load_config("contrastive", "llava/1.5-7b")
 
 
