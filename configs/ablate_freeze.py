@@ -1,12 +1,12 @@
-"""Shall the encoder be tuned? The same tiny model with the encoder frozen, tuned late, and tuned throughout.
+"""Compares three ways to train an encoder: frozen, tuned in the second half, and tuned throughout.
 
     python -m mllm_jax.train --config configs/ablate_freeze.py --workdir /tmp/freeze
     python -m mllm_jax.train --config configs/ablate_freeze.py:1 --workdir /tmp/freeze-1       another seed
 
-A model is trained from random weights to name colors and shapes. From there three branches learn all kinds of
-questions in two halves of one schedule each: `frozen` keeps the encoder as it is, `late` tunes it in the second half,
-`throughout` in both. The command ends with a table of all stages, and with a page that draws the branches, report.html
-in the folder.
+The argument is a seed (default 0). Stage `pretrain` trains a tiny model from random weights to name colors and shapes.
+Three branches continue from it with all kinds of questions, in two stages each: `frozen` never tunes the encoder,
+`late` tunes it in the second stage, `throughout` in both. The command prints a table of all stages and writes
+report.html, which draws the branches, to the workdir.
 """
 
 from dataclasses import replace
@@ -22,11 +22,11 @@ from mllm_jax.train.runs.config import Run, Stage, TrainConfig, run_config
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import OptimConfig
 
-STEPS = 100  # of a stage
+STEPS = 100  # per stage
 
 
 def model() -> ModelConfig:
-    """The model of configs/scenes.py, two thirds as wide."""
+    """Returns the model of configs/scenes.py at two thirds of its width."""
     attention = AttentionConfig(heads=4, kv_heads=2, head_dim=16, rope_theta=10_000.0, rope_sections=(4, 2, 2))
     return ModelConfig(
         encoder=VitConfig(width=64, layers=2, heads=4, mlp=128, patch_size=8, position_grid=8, deepstack_layers=(0,)),
@@ -38,7 +38,7 @@ def model() -> ModelConfig:
 
 def get_config(arg: str = "0"):
     if not (arg or "0").isdigit():
-        raise ConfigError(f"configs/ablate_freeze.py takes a seed, an integer, not {arg!r}")
+        raise ConfigError(f"configs/ablate_freeze.py: the seed {arg!r} is not a number. Pass a whole number.")
     seed = int(arg or "0")
     data = ScenesData(batch=4, tokens=144, patch_rows=2, patches_per_row=160, window=8.0, min_pixels=256, seed=seed)
     tuned = OptimConfig(

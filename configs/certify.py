@@ -1,7 +1,9 @@
-"""Models and meshes of `python -m mllm_jax.plan certify`: a tiny Qwen3-VL, dense and with experts, on five meshes.
+"""Compares a training step of a tiny Qwen3-VL, dense and with experts, on five meshes with that on one device.
 
-python -m mllm_jax.plan certify --config configs/certify.py
-python -m mllm_jax.plan certify --config configs/certify.py:experts     only one of the models
+    python -m mllm_jax.plan certify --config configs/certify.py
+    python -m mllm_jax.plan certify --config configs/certify.py:experts     only the model with experts
+
+The argument is "dense" or "experts". Without one, both models are compared.
 """
 
 from mllm_jax.common.config import ConfigError, to_config_dict
@@ -30,7 +32,7 @@ def model(moe: MoeConfig | None) -> ModelConfig:
 
 def get_config(arg: str = ""):
     if arg not in ("", *EXPERTS):
-        raise ConfigError(f"configs/certify.py takes no argument, 'dense' or 'experts', not {arg!r}")
+        raise ConfigError(f"configs/certify.py: unknown argument {arg!r}. Pass 'dense', 'experts' or no argument.")
     models = {name: model(moe) for name, moe in EXPERTS.items() if arg in ("", name)}
     data = ScenesData(batch=8, tokens=64, patch_rows=1, patches_per_row=112, min_pixels=256)
     return to_config_dict(Certificate(models, data))

@@ -1,11 +1,12 @@
-"""Trains any encoder with any connector and any decoder, by name, from random weights on the embedded scenes.
+"""Trains any encoder, connector and decoder, chosen by name, on the embedded scenes from random weights.
 
     python -m mllm_jax.train --config configs/compose.py:siglip,mlp,llama --workdir /tmp/llava
     python -m mllm_jax.train --config configs/compose.py:dinov2,pixel_shuffle,gemma2,prefix --workdir /tmp/other
 
-The argument is ENCODER,CONNECTOR,DECODER[,ENTRY]. Parts are those of the published families, as small as those of
-configs/scenes.py: a visual token is 16 x 16 pixels of an image in its own size. The entry is "splice", or "prefix":
-all tokens attend to the visual tokens and the question, as in PaliGemma.
+The argument is ENCODER,CONNECTOR,DECODER[,ENTRY] (default "siglip,mlp,llama"). The parts have the architectures of
+published families at the size of configs/scenes.py: images keep their size, and a visual token covers 16 x 16 pixels.
+The entry is "splice" (the default) or "prefix", where all tokens of a conversation attend to its visual tokens and
+question, as in PaliGemma.
 """
 
 from dataclasses import replace
@@ -62,39 +63,39 @@ ENTRIES = ("splice", "prefix")
 
 
 def encoder(name: str, merge: int, deepstack: bool) -> VitConfig:
-    """A published encoder, small; videos are read two frames at a time."""
-    whole = _named("encoder", name, ENCODERS)
-    small = {"width": WIDTH, "layers": 2, "heads": HEADS, "mlp": 2 * WIDTH, "whole": (1,) if whole.window else ()}
+    """Returns a small encoder of a published architecture. It reads two frames of a video as one temporal patch."""
+    published = _named("encoder", name, ENCODERS)
+    small = {"width": WIDTH, "layers": 2, "heads": HEADS, "mlp": 2 * WIDTH, "whole": (1,) if published.window else ()}
     return replace(
-        whole,
+        published,
         **small,
         patch_size=PIXELS // merge,
         temporal_patch_size=2,
-        position_grid=whole.position_grid and 8,
-        window=whole.window and 2 * merge,
-        deepstack_layers=(0,) if whole.deepstack_layers and deepstack else (),
+        position_grid=published.position_grid and 8,
+        window=published.window and 2 * merge,
+        deepstack_layers=(0,) if published.deepstack_layers and deepstack else (),
     )
 
 
 def decoder(name: str, prefix: bool) -> DecoderConfig:
-    """A published decoder, small."""
-    whole = _named("decoder", name, DECODERS)
-    head = WIDTH // HEADS
-    rows = (4, 4, 4) if whole.attention.rope_sections[1] else (head // 2, 0, 0)
+    """Returns a small decoder of a published architecture."""
+    published = _named("decoder", name, DECODERS)
+    head_dim = WIDTH // HEADS
+    sections = (4, 4, 4) if published.attention.rope_sections[1] else (head_dim // 2, 0, 0)
     attention = replace(
-        whole.attention, heads=HEADS, kv_heads=HEADS // 2, head_dim=head, scale=None, rope_sections=rows
+        published.attention, heads=HEADS, kv_heads=HEADS // 2, head_dim=head_dim, scale=None, rope_sections=sections
     )
     if attention.rope_theta is not None:
         attention = replace(attention, rope_theta=10_000.0)
     return replace(
-        whole,
+        published,
         vocab=VOCAB,
         width=WIDTH,
         layers=4,
         mlp=3 * WIDTH,
         attention=attention,
-        embed_scale=WIDTH**0.5 if whole.embed_scale != 1 else 1.0,
-        positions=whole.positions and 512,
+        embed_scale=WIDTH**0.5 if published.embed_scale != 1 else 1.0,
+        positions=published.positions and 512,
         prefix=prefix,
     )
 
@@ -114,17 +115,17 @@ def model(encoder_name: str, connector_name: str, decoder_name: str, entry: str 
 def get_config(arg: str = "siglip,mlp,llama"):
     parts = (arg or "siglip,mlp,llama").split(",")
     if len(parts) not in (3, 4):
-        raise ConfigError(f"configs/compose.py takes ENCODER,CONNECTOR,DECODER[,ENTRY], not {arg!r}")
-    made = model(*parts)
+        raise ConfigError(f"configs/compose.py: {arg!r} names no model. Pass ENCODER,CONNECTOR,DECODER[,ENTRY].")
+    composed = model(*parts)
     return run_config(
         Run(
-            model=made,
+            model=composed,
             processor=SCENES,
             data=ScenesData(
                 batch=8,
                 tokens=144,
                 patch_rows=2,
-                patches_per_row=40 * made.merge**2 + 8 * made.num_prefix_tokens,
+                patches_per_row=40 * composed.merge**2 + 8 * composed.num_prefix_tokens,
                 min_pixels=256,
             ),
             optim=OptimConfig(

@@ -1,13 +1,13 @@
-"""Trains a dual encoder on pairs of an image and a text.
+"""Trains a dual encoder (CLIP, SigLIP, SigLIP 2) on pairs of an image and a text.
 
     python -m mllm_jax.train --config configs/contrastive.py --workdir /tmp/pairs
     python -m mllm_jax.train --config configs/contrastive.py:siglip2/base-16 --workdir DIR \
         --config.init=google/siglip2-base-patch16-naflex --config.data.path=pairs.jsonl --config.data.root=IMAGES
 
 Without an argument, a small SigLIP 2 learns captions of the embedded scenes from random weights, in minutes on two
-cores. FAMILY/SIZE is a published dual encoder (clip, siglip or siglip2, see `python -m mllm_jax.families`) for your own
-pairs: a line of JSON is {"image": "a.png", "text": "A cat."}; conversations serve too, with their last answer as text.
-SigLIP 2 packs images in their own aspect ratio, several to a row.
+cores. The argument FAMILY/SIZE is a published dual encoder (clip, siglip or siglip2; `python -m mllm_jax.families`
+lists their sizes) to train on your pairs. A pair is a line of JSON, {"image": "a.png", "text": "A cat."}, or a
+conversation whose last answer is the text. SigLIP 2 keeps the aspect ratio of images and packs several into a row.
 """
 
 from dataclasses import replace
@@ -28,11 +28,11 @@ from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS, LENGTH, SIDE = 96, 4, 16, 8
 DUALS = {name: family for name, family in FAMILIES.items() if isinstance(family, DualFamily)}
-PACKED = 4  # images per row, if they differ in size
+PACKED = 4  # images per row if the tower reads images of any size
 
 
 def small() -> DualConfig:
-    """A SigLIP 2 of 0.4 million parameters: images of at most 64 patches of 8 x 8 pixels."""
+    """Returns a SigLIP 2 with 0.4 million parameters, for images of at most 64 patches of 8 x 8 pixels."""
     sizes = {"width": WIDTH, "heads": HEADS, "mlp": 2 * WIDTH}
     tower = replace(in_vlms.NAFLEX.sizes["base-16"], layers=2, patch_size=8, position_grid=SIDE, **sizes)
     text = siglip.TEXTS["base"]
@@ -67,7 +67,7 @@ def published(arg: str) -> Run:
     family, _, size = arg.partition("/")
     if family not in DUALS:
         raise ConfigError(
-            f"configs/contrastive.py takes FAMILY/SIZE; {family!r} is not a dual encoder; {suggestion(family, DUALS)}"
+            f"configs/contrastive.py: {family!r} is not a dual encoder. Pass FAMILY/SIZE; {suggestion(family, DUALS)}"
         )
     model = DUALS[family].config(size)
     count = PACKED if DUALS[family].tower.any_size else 1

@@ -1,10 +1,10 @@
-"""Fine-tunes any published model on pairs of a chosen and a rejected answer: DPO, or another loss of its kind.
+"""Fine-tunes any published model on pairs of a chosen and a rejected answer, with DPO or a related loss.
 
     python -m mllm_jax.train --config configs/dpo.py:FOLDER --workdir DIR \
         --config.data.path=pairs.jsonl --config.data.root=IMAGES
 
-The argument is that of configs/sft.py. `--config.algorithm.NAME=VALUE` chooses the loss and what answers are compared
-with, see docs/preference.md.
+The argument is the model, as in configs/sft.py. `--config.algorithm.NAME=VALUE` sets the loss and the reference, see
+docs/preference.md.
 """
 
 from dataclasses import replace

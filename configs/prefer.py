@@ -1,13 +1,13 @@
-"""Trains captions that often name absent objects, and then to prefer truthful ones, in minutes on two cores.
+"""Trains a captioner that often names absent things, then teaches it to prefer truthful captions.
 
     python -m mllm_jax.train --config configs/prefer.py --workdir /tmp/prefer
     python -m mllm_jax.train --config configs/prefer.py:1 --workdir /tmp/prefer-1      another seed
     python benchmarks/false_objects.py --workdir /tmp/prefer
 
-The model is that of `configs/scenes.py` with fewer layers, the images are its smallest. In the first stage three of
-four captions end with an absent object: the model learns to read images, and to add objects. The other stages start
-from its weights and read pairs: a truthful caption, and one with a false object added or exchanged. See
-`mllm_jax.data.synthetic.captions` and docs/preference.md.
+The argument is a seed (default 0). The model is that of `configs/scenes.py` with fewer layers, on its smallest images;
+all stages take minutes on two cores. In stage `learn`, three of four captions end with a thing that is not in the
+image. The other stages, one for each of LOSSES, start from its weights and train on pairs: a truthful caption, and one
+with a false thing added or in place of a true one. See `mllm_jax.data.synthetic.captions` and docs/preference.md.
 """
 
 from dataclasses import replace
@@ -20,18 +20,17 @@ from mllm_jax.train.runs.data import CaptionsData
 from mllm_jax.train.step.optimizer import OptimConfig
 
 LOSSES = {
-    # Captions change once ratios change by a factor of three. With beta=0.1 they change further, and some degenerate.
+    # Captions change once ratios change by a factor of three. With beta=0.1, DPO goes on until some are gibberish.
     "dpo": PreferenceConfig(dpo=1.0, beta=1.0),
-    "dense": PreferenceConfig(
-        dpo=1.0, beta=0.5, diff_token_weight=3.0
-    ),  # tokens in which the captions differ count three times
+    # Tokens in which the two captions differ count three times.
+    "dense": PreferenceConfig(dpo=1.0, beta=0.5, diff_token_weight=3.0),
     "mpo": PreferenceConfig(dpo=0.8, bco=0.2, sft=1.0, beta=0.1),  # InternVL's weights
 }
 
 
 def get_config(arg: str = "0"):
     if not (arg or "0").isdigit():
-        raise ConfigError(f"configs/prefer.py takes a seed, an integer, not {arg!r}")
+        raise ConfigError(f"configs/prefer.py: the seed {arg!r} is not a number. Pass a whole number.")
     seed = int(arg or "0")
     pairs = CaptionsData(
         batch=4, tokens=224, patch_rows=1, patches_per_row=208, window=8.0, min_pixels=256, max_cells=3, seed=seed

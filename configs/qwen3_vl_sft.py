@@ -1,11 +1,12 @@
-"""Fine-tunes Qwen3-VL on your conversations: JSON Lines with images and videos beside them.
+"""Fine-tunes Qwen3-VL on your conversations, in JSON Lines that name files of images and videos.
 
     python -m mllm_jax.train --config configs/qwen3_vl_sft.py:2b --workdir DIR --config.data.path=conversations.jsonl \\
         --config.data.root=IMAGES --config.init=FOLDER_OF_PUBLISHED_WEIGHTS
 
-The argument is a size: "2b", "4b", "8b" or "32b" starts from published weights (a folder, or the hub's by default),
-"115m" from random ones, for trials; it needs `--config.processor=FOLDER` with Qwen's tokenizer and chat template.
-`--config.data.heldout_where="{'split': 'test'}"` (with `where` for the others) keeps records for evaluation.
+The argument is a size of the family. "2b", "4b", "8b" or "32b" starts from published weights, by default those on the
+hub. "115m" (the default) starts from random weights, for experiments, and needs `--config.processor=FOLDER` with
+Qwen's tokenizer and chat template. `--config.data.heldout_where="{'split': 'test'}"` holds out records for evaluation;
+exclude them from training with `--config.data.where`.
 """
 
 from mllm_jax.families import FAMILIES

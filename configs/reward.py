@@ -1,9 +1,9 @@
-"""Trains a reward model, from any published model and pairs of a chosen and a rejected answer.
+"""Trains a reward model from any published model, on pairs of a chosen and a rejected answer.
 
     python -m mllm_jax.train --config configs/reward.py:FOLDER --workdir DIR \
         --config.data.path=pairs.jsonl --config.data.root=IMAGES
 
-The argument is that of configs/sft.py. See docs/preference.md.
+The argument is the model, as in configs/sft.py. See docs/preference.md.
 """
 
 from dataclasses import replace

@@ -1,9 +1,10 @@
-"""Improves the answers that a model gives itself by PPO, with a reward model of configs/reward.py.
+"""Trains a model with PPO on answers that it samples, scored by a reward model of configs/reward.py.
 
     python -m mllm_jax.train --config configs/rlhf.py:FOLDER --workdir DIR \
         --config.data.path=questions.jsonl --config.data.root=IMAGES --config.algorithm.reward_model=REWARD_DIR
 
-The argument is that of configs/sft.py. See docs/preference.md.
+The argument is the model, as in configs/sft.py. REWARD_DIR is the workdir of the reward-model run. See
+docs/preference.md.
 """
 
 from dataclasses import replace

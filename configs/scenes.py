@@ -1,11 +1,12 @@
-"""Learns to answer questions about drawn images and videos, from random weights, in minutes on two cores.
+"""Trains a small Qwen3-VL to answer questions about drawn images and videos, in minutes on two cores.
 
     python -m mllm_jax.train --config configs/scenes.py --workdir /tmp/scenes
-    python -m mllm_jax.train --config configs/scenes.py:blind --workdir /tmp/blind     the same without images
-    python -m mllm_jax.train --config configs/scenes.py:experts --workdir /tmp/experts with experts in place of MLPs
+    python -m mllm_jax.train --config configs/scenes.py:blind --workdir /tmp/blind       the same without images
+    python -m mllm_jax.train --config configs/scenes.py:experts --workdir /tmp/experts   with experts instead of MLPs
 
-A Qwen3-VL of a million parameters: a visual token is 16 x 16 pixels, images have 3-5 x 3-5 of them. A row holds about
-four conversations, a batch 32. See `mllm_jax.data.synthetic.scenes` for what the questions are, and are not.
+The argument is "blind", "experts" or absent. The model has a million random parameters. A visual token covers 16 x 16
+pixels, and images have 3-5 x 3-5 of them. A row holds about four conversations, a batch 32.
+`mllm_jax.data.synthetic.scenes` describes the questions and what their scores do not show.
 """
 
 from mllm_jax.common.config import ConfigError
@@ -23,7 +24,7 @@ from mllm_jax.train.step.optimizer import OptimConfig
 
 WIDTH, HEADS = 96, 4
 HEAD_DIM = WIDTH // HEADS
-VOCAB = 384  # those of the tokenizer, and some that make it divisible
+VOCAB = 384  # vocabulary of the tokenizer, padded to a size that meshes divide
 
 
 def model(experts: bool = False) -> ModelConfig:
@@ -46,7 +47,7 @@ def model(experts: bool = False) -> ModelConfig:
                 heads=HEADS,
                 kv_heads=HEADS // 2,
                 head_dim=HEAD_DIM,
-                rope_theta=10_000.0,  # slow slots let "any red?" match colors at any distance
+                rope_theta=10_000.0,  # low rotary frequencies let "any red?" match colors at any distance
                 rope_sections=(4, 4, 4),
             ),
             mlp=3 * WIDTH,
@@ -58,13 +59,13 @@ def model(experts: bool = False) -> ModelConfig:
 
 def get_config(arg: str = ""):
     if arg not in ("", "blind", "experts"):
-        raise ConfigError(f"configs/scenes.py takes no argument, 'blind' or 'experts', not {arg!r}")
+        raise ConfigError(f"configs/scenes.py: unknown argument {arg!r}. Pass 'blind', 'experts' or no argument.")
     blind = arg == "blind"
     return run_config(
         Run(
             model=model(experts=arg == "experts"),
             processor=SCENES,
-            # Without visual tokens the same number of conversations takes fewer tokens.
+            # Text-only rows need fewer tokens for the same number of conversations.
             data=ScenesData(
                 batch=8,
                 tokens=64 if blind else 144,

@@ -1,21 +1,21 @@
-"""Fine-tunes any published model on your conversations: files of any kind that `mllm_jax.data.sources` reads.
+"""Fine-tunes any published model on your conversations, in any file format that `mllm_jax.data.sources` reads.
 
     python -m mllm_jax.train --config configs/sft.py:FOLDER --workdir DIR \
         --config.data.path=conversations.jsonl --config.data.root=IMAGES
 
-The argument is the model to begin with: a folder in Hugging Face's format, the hub's name of one, or the folder of a
-training run. Its architecture, weights, tokenizer and chat template are used.
-`--config.optim.freeze="('encoder',)"` leaves the tower as it is. A model without a tower learns from texts.
+The argument is the model to start from: a folder in Hugging Face's format, its name on the hub, or the workdir of a
+training run. The run takes its architecture, weights, tokenizer and chat template. Models without an encoder train on
+texts. `--config.optim.freeze="('encoder',)"` freezes the encoder.
 
     --config configs/sft.py:llava_next/next-mistral-7b --config.init=llava-hf/llava-v1.6-mistral-7b-hf
 
-FAMILY/SIZE, as `python -m mllm_jax.families` lists them, is the architecture alone: `--config.init` names the weights.
+FAMILY/SIZE, as listed by `python -m mllm_jax.families`, sets the architecture only; `--config.init` names the weights.
 
     --config configs/sft.py:FOLDER,charts,texts
         --config.data.sources.charts.path='charts/*.parquet' --config.data.sources.texts.path=texts.jsonl
         --config.data.sources.texts.weight=0.5
 
-Names after it are those of a mixture's sources.
+Names after the model are the sources of a mixture.
 """
 
 import re
@@ -36,7 +36,7 @@ from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
 from mllm_jax.train.step.optimizer import OptimConfig
 
-TOKENS, PATCHES = 4096, 4096  # of a row, about
+TOKENS, PATCHES = 4096, 4096  # per row, and per patch row; rounded to the model's positions and whole images
 
 
 def get_config(arg: str = "llava/1.5-7b"):
@@ -44,19 +44,18 @@ def get_config(arg: str = "llava/1.5-7b"):
 
 
 def run(arg: str = "") -> Run:
-    """The run of an argument; configs/dpo.py, reward.py and rlhf.py change its algorithm."""
+    """Returns the run of an argument. configs/dpo.py, reward.py and rlhf.py change its algorithm."""
     named, *sources = (arg or "llava/1.5-7b").split(",")
     family, _, size = named.partition("/")
     is_size = family in FAMILIES
     model = FAMILIES[family].config(size) if is_size else model_in(named)
     if not isinstance(model, ModelConfig) or model.decoder is None:
-        raise ConfigError(f"configs/sft.py:{named}: the model does not answer questions. Name one with a decoder")
-    tokens = min(TOKENS, model.decoder.positions or TOKENS)  # a conversation has no more than positions are learned
+        raise ConfigError(f"configs/sft.py:{named}: the model does not answer questions. Name one with a decoder.")
+    tokens = min(TOKENS, model.decoder.positions or TOKENS)  # learned positions limit a conversation
     shape = {"batch": 8, "tokens": tokens, "patch_rows": 0, "patches_per_row": 0}
     if model.encoder is not None:
-        image = model.num_prefix_tokens + max(
-            1, model.encoder.position_grid**2
-        )  # as its table of positions, if there is one
+        # Patches of an image of the size that the position table was learned for.
+        image = model.num_prefix_tokens + max(1, model.encoder.position_grid**2)
         shape |= {"patch_rows": 2, "patches_per_row": image * max(1, PATCHES // image)}
     source = "" if is_size else named
     return Run(
@@ -70,7 +69,7 @@ def run(arg: str = "") -> Run:
 
 
 def model_in(source: str) -> ModelConfig | DualConfig:
-    """Returns the model of a folder, of the hub or of a training run. ConfigError where none can be read."""
+    """Returns the model in a folder, on the hub or of a training run. Raises ConfigError if it cannot be read."""
     try:
         if is_run(source):
             return replace(without_values(read_config(source).model), lora=LoraConfig())

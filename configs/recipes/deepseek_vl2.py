@@ -1,14 +1,14 @@
-"""DeepSeek-VL2 Small (arXiv 2412.10302): alignment without the decoder, joint pre-training, instructions.
+"""Trains DeepSeek-VL2 Small (arXiv 2412.10302): alignment with a frozen decoder, joint pre-training, instructions.
 
     python -m mllm_jax.train --config configs/recipes/deepseek_vl2.py --workdir DIR --config.processor=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl \
         --config.data.sources.images.path='images/*.parquet' --config.data.sources.text.path=texts.jsonl
 
-The published numbers on the parts that exist here, from random weights: DeepSeek-V2-Lite's decoder, which is that of
-the Small, with Qwen's vocabulary, SigLIP-SO400M, and pixel shuffle for the paper's 2 x 2 unfolding. Its tiles do not
-exist: images go in in their own size. The argument is "small", or "tiny" (see `mllm_jax.train.runs.miniature`).
-Source: [2] Table 2 of the paper. Warm-up is not published, nor over which tokens experts are balanced: here over a
-  sequence.
+The argument is "small" (the default), or "tiny" (see `mllm_jax.train.runs.miniature`). The published hyperparameters
+are applied to similar parts with random weights: SigLIP-SO400M, pixel shuffle instead of the paper's 2 x 2 unfolding,
+and the paper's decoder, DeepSeek-V2-Lite, with Qwen's vocabulary. Images keep their size instead of being tiled.
+Source: [2] Table 2 of the paper. Not published: the warm-up, and the tokens over which experts are balanced (here a
+  sequence).
 """
 
 from dataclasses import replace
@@ -30,16 +30,16 @@ SIZES = ("small",)
 
 def recipe() -> Run:
     shape = {"tokens": 4096, "patch_rows": 2, "patches_per_row": 4096}  # [2] 4,096 tokens
-    mixed = {"images": Part(weight=0.7), "text": Part(weight=0.3)}  # [2] 70 to 30, of tokens; here of conversations
-    few = FilesData(batch=256, **shape)  # [2]
-    data = MixtureData(batch=2304, sources=mixed, **shape)  # [2]
-    fewest = FilesData(batch=64, **shape)  # [2]
+    sources = {"images": Part(weight=0.7), "text": Part(weight=0.3)}  # [2] 70 to 30 of tokens; here of conversations
+    captions = FilesData(batch=256, **shape)  # [2]
+    data = MixtureData(batch=2304, sources=sources, **shape)  # [2]
+    instructions = FilesData(batch=64, **shape)  # [2]
     adam = OptimConfig(
         b1=0.9,  # [2]
         b2=0.95,  # [2]
         weight_decay=0.1,  # [2]
         max_grad_norm=1.0,  # [2]
-        lr_multipliers=(("encoder", 0.1),),  # [2] the tower learns at a tenth
+        lr_multipliers=(("encoder", 0.1),),  # [2] a tenth of the learning rate for the tower
     )
     stage = lambda data, tokens, rate, schedule, **more: Stage(
         data=data,
@@ -53,9 +53,9 @@ def recipe() -> Run:
         data=data,
         train=TrainConfig(save_every=1000, balance=BalanceConfig("sequence", aux_loss_weight=0.001)),  # [2] 0.001
         stages={
-            "align": stage(few, 2.0e9, 4.2e-4, "cosine", freeze=("decoder",)),  # [2]
+            "align": stage(captions, 2.0e9, 4.2e-4, "cosine", freeze=("decoder",)),  # [2]
             "pretrain": stage(data, 808.9e9, 4.2e-4, "step"),  # [2]
-            "instruct": stage(fewest, 20e9, 1.4e-5, "constant"),  # [2] about 20B tokens
+            "instruct": stage(instructions, 20e9, 1.4e-5, "constant"),  # [2] about 20B tokens
         },
     )
 

@@ -1,13 +1,14 @@
-"""InternVL 3 (arXiv 2504.10479): text and images are learned together, in one stage, by all weights.
+"""Trains InternVL 3 (arXiv 2504.10479): all weights on text and images in one stage, then your own data.
 
     python -m mllm_jax.train --config configs/recipes/internvl_3.py:8b --workdir DIR --config.init=FOLDER \
         --config.data.sources.text.path=texts.jsonl --config.data.sources.images.path='images/*.parquet' \
         --config.stages.finetune.data.path=conversations.jsonl
 
-The argument is a size of the family without "3-", or "tiny" (see `mllm_jax.train.runs.miniature`). Sources: [P] the
-paper, section 2.2; [F] internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_1b_dynamic_res_2nd_finetune_full.sh of
-OpenGVLab/InternVL, for data of one's own; [2.5] configs/recipes/internvl_2_5.py, whose second stage stands in for the
-learning rate, batch and decay of joint training, which are not published. V2PE, its positions, does not exist here.
+The argument is a size of the family without "3-" (default "8b"), or "tiny" (see `mllm_jax.train.runs.miniature`).
+Sources: [P] the paper, section 2.2; [F] OpenGVLab/InternVL's script for your own data,
+internvl_chat/shell/internvl3.0/2nd_finetune/internvl3_1b_dynamic_res_2nd_finetune_full.sh; [2.5]
+configs/recipes/internvl_2_5.py: learning rate, batch and decay of joint training are not published, so those of its
+second stage are used. The paper's positions (V2PE) are not implemented.
 """
 
 from dataclasses import replace
@@ -27,9 +28,9 @@ TOKENS = 200e9  # [P] about 200B
 
 def recipe(size: str) -> Run:
     shape = {"tokens": 16384, "patches_per_row": 4 * 1028}  # [2.5]
-    mixed = {"text": Part(weight=1.0), "images": Part(weight=3.0)}  # [P] 1 to 3, of tokens; here of conversations
-    data = MixtureData(batch=512, patch_rows=12, sources=mixed, **shape)  # [2.5]
-    own = FilesData(batch=128, patch_rows=4, **shape)  # [F] 128; 12 tiles and the full image in 16 places
+    sources = {"text": Part(weight=1.0), "images": Part(weight=3.0)}  # [P] 1 to 3 of tokens; here of conversations
+    data = MixtureData(batch=512, patch_rows=12, sources=sources, **shape)  # [2.5]
+    conversations = FilesData(batch=128, patch_rows=4, **shape)  # [F] 128; room for 16 tiles: 12 and the overview
     adam = OptimConfig(b1=0.9, b2=0.999, eps=1e-8, max_grad_norm=1.0, schedule="cosine")  # [2.5]
     steps = int(TOKENS / (data.batch * data.tokens))
     joint = replace(adam, learning_rate=4e-5, weight_decay=0.01, steps=steps, warmup=round(0.03 * steps))  # [2.5]
@@ -37,7 +38,7 @@ def recipe(size: str) -> Run:
         adam,
         learning_rate=1e-5,  # [F]
         weight_decay=0.05,  # [F]
-        steps=1000,  # those of one epoch [F] of one's own data
+        steps=1000,  # set this to one epoch [F] of your data
         warmup=30,  # [F] 0.03
         freeze=("encoder",),  # [F] freeze_backbone
     )
@@ -53,7 +54,7 @@ def recipe(size: str) -> Run:
         stages={
             "joint": Stage(optim=joint),  # [P] nothing is frozen
             "finetune": Stage(
-                algorithm=SupervisedConfig(), data=own, optim=finetune, train=TrainConfig(save_every=200)
+                algorithm=SupervisedConfig(), data=conversations, optim=finetune, train=TrainConfig(save_every=200)
             ),  # [F] 200
         },
     )

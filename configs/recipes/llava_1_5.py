@@ -1,12 +1,12 @@
-"""LLaVA-1.5 (arXiv 2310.03744): the connector learns captions, then connector and decoder learn instructions.
+"""Trains LLaVA-1.5 (arXiv 2310.03744): the connector on captions, then connector and decoder on instructions.
 
     python -m mllm_jax.train --config configs/recipes/llava_1_5.py:7b --workdir DIR --config.init=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
 
-The argument is "7b", "13b", or "tiny" (see `mllm_jax.train.runs.miniature`), each also with "-lora": instructions are
-learned by adapters of the decoder, and by the connector. Sources: [T] the tables in README.md of haotian-liu/LLaVA;
-[P], [F], [L] its scripts/v1_5/pretrain.sh, finetune.sh and finetune_lora.sh; [A] defaults of llava/train/train.py and
-[D] of transformers' Trainer, which the scripts leave. What has no source is ours.
+The argument is "7b" (the default), "13b", or "tiny" (see `mllm_jax.train.runs.miniature`). With "-lora" appended, the
+second stage trains adapters of the decoder, and the connector. Sources: [T] the tables in README.md of
+haotian-liu/LLaVA; [P], [F], [L] its scripts/v1_5/pretrain.sh, finetune.sh and finetune_lora.sh; defaults that the
+scripts keep, [A] of llava/train/train.py and [D] of transformers' Trainer. Values without a source are ours.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ INSTRUCT = 665_000 // 128  # [F] llava_v1_5_mix665k, [T] once, 128 at a time
 
 
 def recipe(size: str, adapts: bool) -> Run:
-    # One conversation with an image in a row, as there: an image is 577 patches with its class token, 576 tokens.
+    # As in LLaVA, a row holds one conversation with an image: 577 patches with the class token, 576 visual tokens.
     captions = FilesData(batch=256, tokens=768, patch_rows=1, patches_per_row=577)  # [T] 256; a caption is short
     instructions = replace(captions, batch=128, tokens=2048)  # [T]
     adam = OptimConfig(
@@ -45,22 +45,22 @@ def recipe(size: str, adapts: bool) -> Run:
         learning_rate=2e-5,  # [T]
         steps=INSTRUCT,
         warmup=round(0.03 * INSTRUCT),  # [F] 0.03
-        freeze=("encoder",),  # the tower stays as it was published, in both stages
+        freeze=("encoder",),  # the tower is frozen in both stages
     )
     lora = LoraConfig(
         rank=128,  # [L] lora_r
         alpha=256.0,  # [L] lora_alpha
         dropout=0.05,  # [A]
-        modules_to_save=("^connector/",),  # [L] with its own learning rate
+        modules_to_save=("^connector/",),  # [L] trained in full, with a separate learning rate
         base_dtype="bfloat16",  # [L] bf16
     )
     adapted = replace(
         instruct,
         learning_rate=2e-4,  # [L]
         lr_multipliers=(("^connector/", 2e-5 / 2e-4),),  # [L] mm_projector_lr 2e-5
-        freeze=(),  # all but adapters and the connector
+        freeze=(),  # LoRA trains only the adapters and the connector
     )
-    learned = Stage(data=instructions, **({"optim": adapted, "lora": lora} if adapts else {"optim": instruct}))
+    second = Stage(data=instructions, **({"optim": adapted, "lora": lora} if adapts else {"optim": instruct}))
     return Run(
         model=replace(
             FAMILIES["llava"].config(f"1.5-{size}"),
@@ -69,7 +69,7 @@ def recipe(size: str, adapts: bool) -> Run:
         init=f"llava-hf/llava-1.5-{size}-hf",
         data=captions,
         train=TrainConfig(save_every=500),
-        stages={"align": Stage(data=captions, optim=align), "instruct": learned},
+        stages={"align": Stage(data=captions, optim=align), "instruct": second},
     )
 
 

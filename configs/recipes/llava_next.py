@@ -1,14 +1,13 @@
-"""LLaVA-NeXT: as LLaVA-1.5, with images in tiles, and the tower tuned too, at a fifth of the learning rate.
+"""Trains LLaVA-NeXT: as LLaVA-1.5, but with tiled images and a tower tuned at a fifth of the learning rate.
 
     python -m mllm_jax.train --config configs/recipes/llava_next.py:mistral-7b --workdir DIR --config.init=FOLDER \
         --config.stages.align.data.path=captions.jsonl --config.stages.instruct.data.path=instructions.jsonl
 
-The argument is "vicuna-7b", "vicuna-13b", "mistral-7b", "34b", or "tiny" (see `mllm_jax.train.runs.miniature`).
-Sources:
-[P], [F] scripts/train/pretrain_clip.sh and finetune_clip.sh of LLaVA-VL/LLaVA-NeXT, which are for CLIP-L/14-336 and
-Qwen2-7B; [D] defaults of transformers' Trainer, which they leave; [1.5] configs/recipes/llava_1_5.py: they leave the
-global batch to the number of GPUs; [B] llava-vl.github.io/blog/2024-01-30-llava-next, the column "Data (IT)" of its
-results. What has no source is ours.
+The argument is "vicuna-7b", "vicuna-13b", "mistral-7b" (the default), "34b", or "tiny" (see
+`mllm_jax.train.runs.miniature`). Sources: [P], [F] scripts/train/pretrain_clip.sh and finetune_clip.sh of
+LLaVA-VL/LLaVA-NeXT, for CLIP-L/14-336 and Qwen2-7B; [D] defaults of transformers' Trainer, which the scripts keep;
+[1.5] configs/recipes/llava_1_5.py, because the global batch of the scripts depends on the number of GPUs; [B] column
+"Data (IT)" of the results in llava-vl.github.io/blog/2024-01-30-llava-next. Values without a source are ours.
 """
 
 from dataclasses import replace
@@ -26,7 +25,7 @@ INSTRUCT = 760_000 // 128  # [B] 760K; [F] 1 epoch; [1.5] 128
 
 
 def recipe(size: str) -> Run:
-    # One image of up to four tiles and itself in a row: 5 x 577 patches, at most 2,928 tokens.
+    # A row holds one image as up to four tiles and an overview: 5 x 577 patches, at most 2,928 visual tokens.
     captions = FilesData(batch=256, tokens=4096, patch_rows=1, patches_per_row=5 * 577)  # [1.5] 256
     instructions = replace(captions, batch=128)  # [1.5] 128
     adam = OptimConfig(
@@ -37,7 +36,7 @@ def recipe(size: str) -> Run:
         learning_rate=1e-3,  # [P]
         steps=ALIGN,
         warmup=round(0.03 * ALIGN),  # [P] 0.03
-        freeze=("encoder", "decoder"),  # [P] mm_tunable_parts: the adapter
+        freeze=("encoder", "decoder"),  # [P] mm_tunable_parts: the connector ("mm_mlp_adapter")
     )
     instruct = replace(
         adam,

@@ -1,13 +1,13 @@
-"""MM1.5-like (arXiv 2409.20566): one stage of instructions in which all weights learn, over large images.
+"""Trains a model like MM1.5 (arXiv 2409.20566): all weights in one stage of instructions with large images.
 
     python -m mllm_jax.train --config configs/recipes/mm1_5.py --workdir DIR --config.processor=FOLDER \
         --config.data.path=instructions.jsonl
 
-No weights or code of MM1.5 are public. This is its shape with the parts that exist here, from random weights: a CLIP
-ViT-H/14, pooling of 2 x 2 patches for its C-Abstractor, Qwen2.5-3B for its decoder of 3B. Images are not cut: one has
-as many pixels as four sub-images and the overview. The argument is "3b", or "tiny" (see
-`mllm_jax.train.runs.miniature`).
-Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning rate and the number of steps are ours.
+The argument is "3b" (the default), or "tiny" (see `mllm_jax.train.runs.miniature`). Neither weights nor code of MM1.5
+are public. This recipe has its size, with similar parts and random weights: a CLIP ViT-H/14, 2 x 2 average pooling
+instead of the C-Abstractor, and Qwen2.5-3B instead of its decoder of 3B. Images are not tiled: one may have as many
+pixels as the paper's four sub-images and overview. Sources: [P] the paper; [1] MM1, arXiv 2403.09611. The learning
+rate and the number of steps are ours.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ PIXELS = (1 + 4) * 378**2  # [P] an overview and four sub-images of 378 x 378
 
 def recipe() -> Run:
     tower = replace(CLIP.sizes["h14"], position_grid=27)  # [P] 378 / 14
-    patches = 4 * 1024  # PIXELS / 14**2 = 3,645, and a class token
+    patches = 4 * 1024  # an image has at most PIXELS / 14**2 = 3,645 patches and a class token
     return Run(
         model=ModelConfig(
             tower,

@@ -1,12 +1,13 @@
-"""PaliGemma (arXiv 2407.07726): transfer of a pre-trained model to one task, here VQAv2; all weights learn.
+"""Fine-tunes all weights of a pre-trained PaliGemma (arXiv 2407.07726) on one task, here VQAv2.
 
     python -m mllm_jax.train --config configs/recipes/paligemma.py:3b-224 --workdir DIR --config.init=FOLDER \
         --config.data.path=vqav2.jsonl
 
-The argument is a size of the family with 224 or 448 pixels, or "tiny" (see `mllm_jax.train.runs.miniature`). Sources:
-[V] big_vision/configs/proj/paligemma/transfers/vqav2.py of google-research/big_vision, `sweep_best` and `get_config`;
-[O] its optax.py, where decay is not multiplied by the learning rate, as it is here; [S] visualqa.org/download.html:
-443,757 questions to train on and 214,354 to validate, of which [V] keeps 10,240 aside.
+The argument is a size of the family with 224 or 448 pixels (default "3b-224"), or "tiny" (see
+`mllm_jax.train.runs.miniature`). Sources: [V] big_vision/configs/proj/paligemma/transfers/vqav2.py of
+google-research/big_vision, `sweep_best` and `get_config`; [O] its optax.py, which does not multiply the weight decay by
+the learning rate, while this library does; [S] visualqa.org/download.html: 443,757 questions for training and 214,354
+for validation, of which [V] holds out 10,240.
 """
 
 from dataclasses import replace
@@ -33,7 +34,7 @@ def recipe(size: str) -> Run:
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),
         init=f"google/paligemma{version}-{name}-pt-{pixels}",
-        # One question per row: the image's tokens, up to 32 of text [V], and separators.
+        # A row holds one question: the tokens of an image, up to 32 of text [V], and separators.
         data=FilesData(batch=256, tokens=patches + 64, patch_rows=1, patches_per_row=patches),  # [V] 256
         train=TrainConfig(save_every=1000),  # [V]
         stages={
@@ -44,8 +45,8 @@ def recipe(size: str) -> Run:
                     steps=STEPS,
                     warmup=round(0.05 * STEPS),  # [V] warmup_percent
                     weight_decay=1e-6 / rate if pixels == "224" else 0.0,  # [V] 1e-6 and 0, [O]
-                    b1=0.9,  # optax's default, which [V] leaves
-                    b2=0.999,  # the same
+                    b1=0.9,  # optax's default, which [V] keeps
+                    b2=0.999,  # optax's default
                     max_grad_norm=1.0,  # [V]
                 )
             )
