@@ -126,7 +126,7 @@ def test_shares_several_images_and_rounding():
     place = lambda share: Grounding("", "{x}").write(None, [[share, 0]])
     halves = (0.0005, 0.0015, 0.0025, 0.9995, 1.004)  # to the even number
     assert [place(share) for share in halves] == ["0", "2", "2", "1000", "1000"]
-    with pytest.raises(ValueError, match=r"the box \[0.0, 0.0, 210.0, 50.0\] is outside of its image, 200 x 50"):
+    with pytest.raises(ValueError, match=r"the box \[0.0, 0.0, 210.0, 50.0\] lies outside of its image, 200 x 50"):
         texts(read("<bbox>", {"bbox": [[0, 0, 210, 50]]}), SEEING)
     assert texts(read("<bbox>", {"bbox": [[0, 0, 200.4, 50.2]]}), SEEING)[1] == "[0, 0, 1000, 1000]"
 

@@ -19,7 +19,7 @@ TRAIN = {
     "surplus words": ([*SCENES, *RUN, "now"], "'now' belongs to no flag"),
     "another file": (["--config=configs/scenez.py", *RUN], "there is no config file configs/scenez.py; did you mean "),
     "another place": (["--config", "scenes.py:blind", *RUN], "there is no config file scenes.py; did you mean "),
-    "another argument": (["--config", "configs/scenes.py:blnd", *RUN], "configs/scenes.py takes "),
+    "another argument": (["--config", "configs/scenes.py:blnd", *RUN], "configs/scenes.py: unknown argument "),
     "another size": (["--config", "configs/qwen3_vl_sft.py:3b", *RUN], "Qwen3-VL has no size '3b'; sizes: 2b, "),
     "no function": (["--config", "without.py", *RUN, "--config.a=1"], "without.py has no function get_config"),
     "no Python": (["--config", "broken.py", *RUN], "broken.py, line 2: invalid syntax"),
