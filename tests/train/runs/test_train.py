@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_run_is_refused(uninterrupted):
         train(config, uninterrupted)
     config = get_config()
     config.data.seed = 5
-    said = f"config.data.seed was 0, is 5. Use another --workdir; --config.init={uninterrupted} begins it"
+    said = f"config.data.seed was 0, is 5. Use another --workdir; --config.init={uninterrupted} begins with"
     with pytest.raises(ConfigError, match=said):
         train(config, uninterrupted)
 
