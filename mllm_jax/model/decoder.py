@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from mllm_jax.nn.moe.layer import Moe, MoeConfig
 from mllm_jax.nn.norm import NORMS
 from mllm_jax.nn.precision import einsum
 from mllm_jax.nn.runtime import Runtime, rematted
-from mllm_jax.nn.stack import scan_segment, segments
+from mllm_jax.nn.stack import layers_of, scan_segment, segments
 from mllm_jax.sharding.activations import shard
 from mllm_jax.sharding.weights import partitioned
 from mllm_jax.types import Cache
@@ -111,29 +112,14 @@ class DecoderLayer(nn.Module):
         attention = config.attention.build(config.norm_eps, self.kind.window, runtime, name="attention")
         y, kept = attention(whole(norm("norm1")(x)), rope, segment, cache, prefix)
         x, routing = x + after("post_norm1")(parted(y)), None
-        y = whole(norm("norm2")(x))
+        y, sizes = whole(norm("norm2")(x)), (config.mlp, config.width, config.activation, runtime.dtype)
         if self.kind.experts:
             y, routing = Moe(config.moe, runtime, name="mlp")(y, segment, modality)
         elif config.mlp_gated:
-            y = GatedMlp(config.mlp, config.activation, runtime.dtype, bias=config.mlp_bias, name="mlp")(y)
+            y = GatedMlp(*sizes, bias=config.mlp_bias, name="mlp")(y)
         else:
-            y = Mlp(config.mlp, config.width, config.activation, runtime.dtype, bias=config.mlp_bias, name="mlp")(y)
+            y = Mlp(*sizes, bias=config.mlp_bias, name="mlp")(y)
         return x + after("post_norm2")(parted(y)), kept, routing
-
-
-class Pattern(nn.Module):
-    """Layers of several kinds that repeat together."""
-
-    config: DecoderConfig
-    runtime: Runtime
-    kinds: tuple[LayerKind, ...]
-
-    def setup(self):
-        self.slots = [_layer(self.config, self.runtime, kind) for kind in self.kinds]
-
-
-def _layer(config: DecoderConfig, runtime: Runtime, kind: LayerKind) -> nn.Module:
-    return rematted(DecoderLayer, runtime)(config, runtime, kind)
 
 
 class Decoder(nn.Module):
@@ -145,9 +131,7 @@ class Decoder(nn.Module):
         init = nn.initializers.normal(config.width**-0.5)
         self.table = self.param("embed", partitioned(init, "vocab", "embed"), (config.vocab, config.width))
         for part in segments(config.kinds):
-            one = len(part.pattern) == 1
-            layers = _layer(config, runtime, *part.pattern) if one else Pattern(config, runtime, part.pattern)
-            setattr(self, part.name, layers)
+            setattr(self, part.name, layers_of(partial(rematted(DecoderLayer, runtime), config, runtime), part))
         self.norm = NORMS[config.norm](config.norm_eps)
         if config.positions:
             shape = (config.positions + config.position_offset, config.width)

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.nn.einsum import Einsum
@@ -12,6 +13,7 @@ ACTIVATIONS = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
 }
 
@@ -34,9 +36,10 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). x [... D] -> [... D]."""
+    """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). x [... D] -> [... out]."""
 
     mlp: int
+    out: int
     activation: str
     dtype: str
     bias: bool = False
@@ -46,5 +49,5 @@ class GatedMlp(nn.Module):
         width = x.shape[-1]
         gate = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=self.bias, name="gate")
         up = Einsum("...D,DF->...F", (width, self.mlp), ("embed", "mlp"), self.dtype, bias=self.bias, name="up")
-        down = Einsum("...F,FD->...D", (self.mlp, width), ("mlp", "embed"), self.dtype, bias=self.bias, name="down")
+        down = Einsum("...F,FD->...D", (self.mlp, self.out), ("mlp", "embed"), self.dtype, bias=self.bias, name="down")
         return down(ACTIVATIONS[self.activation](gate(x)) * up(x))

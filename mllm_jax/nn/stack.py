@@ -1,6 +1,6 @@
 """A tower of layers of several kinds: what repeats is scanned, so that compile time does not grow with depth."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import NamedTuple
 
@@ -53,6 +53,23 @@ def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
     found = best(0)[2]
     names = ["layers"] if len(found) == 1 else [f"layers{i}" for i in range(len(found))]
     return tuple(Segment(name, *part) for name, part in zip(names, found))
+
+
+class Pattern(nn.Module):
+    """Layers of several kinds that repeat together: `build(kind)` for each of them."""
+
+    build: Callable[[Hashable], nn.Module]
+    kinds: tuple[Hashable, ...]
+
+    def setup(self):
+        self.slots = [self.build(kind) for kind in self.kinds]
+
+
+def layers_of(build: Callable[[Hashable], nn.Module], segment: Segment, name: str | None = None) -> nn.Module:
+    """Returns the module that `scan_segment` scans: `build(kind)`, or a `Pattern` where several kinds repeat."""
+    if len(segment.pattern) == 1:
+        return build(*segment.pattern, name=name)
+    return Pattern(build, segment.pattern, name=name)
 
 
 def scan_segment(step, layers: nn.Module, carry, segment: Segment, runtime: Runtime):

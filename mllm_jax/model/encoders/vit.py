@@ -187,7 +187,7 @@ class VitLayer(nn.Module):
         config, dtype, norm = self.config, self.runtime.dtype, NORMS[self.config.norm]
         attention = VitAttention(config, self.runtime, name="attention")
         if config.gated:
-            mlp = GatedMlp(config.mlp, config.activation, dtype, bias=True, name="mlp")
+            mlp = GatedMlp(config.mlp, config.width, config.activation, dtype, bias=True, name="mlp")
         else:
             mlp = Mlp(config.mlp, config.width, config.activation, dtype, name="mlp")
         x = x + self._scaled("scale1", attention(norm(config.norm_eps, name="norm1")(x), segment, rope))
@@ -209,7 +209,7 @@ class Vit(nn.Module):
         config, runtime = self.config, self.runtime.within("encoder")
         # All rows in one line: any number of devices that divides their number can share them.
         rows, count = ("batch", "length", None), len(vision.image)
-        vision = Vision(*(fold_rows(x, self.runtime.rules) for x in vision))
+        vision = jax.tree.map(partial(fold_rows, rules=self.runtime.rules), vision)
         leading = -1 - vision.coords[..., 0]  # 0, 1, ... at the prefix tokens of an image
         image = jnp.where(leading < config.num_prefix_tokens, vision.image, 0)
         windows = window_segments(image, vision.coords, vision.grid, config.window) if config.window else None

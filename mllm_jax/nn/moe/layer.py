@@ -71,5 +71,6 @@ class Moe(nn.Module):
         experts, weights, probability = route(logits, bias, config)
         y, dropped = dispatch(x, experts, weights, segment > 0, params, ACTIVATIONS[config.activation], runtime)
         if config.shared_expert_dim:
-            y = y + GatedMlp(config.shared_expert_dim, config.activation, runtime.dtype, name="shared")(x)
+            sizes = (config.shared_expert_dim, x.shape[-1], config.activation, runtime.dtype)
+            y = y + GatedMlp(*sizes, name="shared")(x)
         return y, summarize(logits, experts, probability, segment, modality, dropped)
