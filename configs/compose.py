@@ -20,7 +20,10 @@ from mllm_jax.families.vlms import qwen2_vl, qwen3_vl
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.connectors.perceiver import PerceiverConfig
 from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.connectors.position_aware import PositionAwareConfig
+from mllm_jax.model.connectors.qformer import QFormerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
@@ -28,7 +31,7 @@ from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data import ScenesData
 from mllm_jax.train.step.optimizer import OptimConfig
 
-WIDTH, HEADS, VOCAB, PIXELS = 96, 4, 384, 16
+WIDTH, HEADS, VOCAB, PIXELS, QUERIES = 96, 4, 384, 16, 25
 
 ENCODERS = {
     "clip": in_vlms.CLIP.sizes["b16"],
@@ -47,6 +50,9 @@ CONNECTORS = {
     "average_pool": AveragePoolConfig(),
     "pixel_shuffle": PixelShuffleConfig(),
     "patch_merger": PatchMergerConfig(),
+    "perceiver": PerceiverConfig(QUERIES, WIDTH, 2, HEADS, HEADS, WIDTH // HEADS, 2 * WIDTH),
+    "qformer": QFormerConfig(QUERIES, WIDTH, 2, HEADS, 2 * WIDTH),
+    "position_aware": PositionAwareConfig(QUERIES, WIDTH, HEADS),
 }
 DECODERS = {
     "llama": llama.SIZES["7b"],
@@ -126,6 +132,7 @@ def get_config(arg: str = "siglip,mlp,llama"):
                 tokens=144,
                 patch_rows=2,
                 patches_per_row=40 * composed.merge**2 + 8 * composed.num_prefix_tokens,
+                images_per_row=4 if composed.queries else 0,
                 min_pixels=256,
             ),
             optim=OptimConfig(

@@ -5,6 +5,7 @@ Legend, used in einsums, comments and docstrings of all files:
     B batch rows          T query positions     S key positions       V vocabulary
     R patch rows per batch row                  P patches in a patch row
     M visual tokens of a batch row              C values in a patch
+    I slots for the images of a patch row       Q queries, which are the visual tokens of an image
     D width     N heads     K key-value heads     G = N / K     H head dim     F mlp width     L layers
     E experts   k experts that a token chooses          Z values of a latent
 
@@ -39,6 +40,10 @@ class ImagePatches(NamedTuple):
     def shown(self) -> int:
         """Patches that visual tokens are made of."""
         return len(self.patches) - self.hidden
+
+    def num_tokens(self, merge: int, queries: int = 0) -> int:
+        """Number of visual tokens: `queries`, or where that is 0 one of every merge x merge patches."""
+        return queries or self.shown // merge**2
 
 
 class TokenBlend(NamedTuple):
@@ -89,6 +94,7 @@ class Vision(NamedTuple):
     image: Array  # i32[B R P] number of the image that a patch belongs to, 1.. within a batch row; 0 = padding
     coords: Array  # i32[B R P 3] (t, y, x) in patches; t = -1, -2, ... in the empty ones that lead an image
     grid: Array  # i32[B R P 2] (h, w) of a patch's image, in patches; 1 at padding
+    slots: Array | None = None  # i32[B R I] numbers of a patch row's images, for connectors with queries; 0: no image
 
 
 class Experience(NamedTuple):

@@ -112,6 +112,7 @@ class Family(ABC):
             patch=encoder.patch_size,
             temporal_patch=encoder.temporal_patch_size,
             merge=config.merge,
+            queries=config.queries,
             num_prefix_tokens=config.num_prefix_tokens,
             shown=config.shown,
             mean=encoder.pixel_mean,

@@ -17,12 +17,13 @@ def bucket(size: int, unit: int = 1) -> int:
     return unit * (power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power)
 
 
-def pad_prompts(batch: Batch, merge: int) -> Batch:
+def pad_prompts(batch: Batch, merge: int, queries: int = 0) -> Batch:
     """The prompts of a batch in a bucketed shape: padding is added on the right, and fields of training are left out.
 
     Args:
       batch: rows of at most one conversation, padded on any side.
       merge: side of the square of patches that becomes one visual token.
+      queries: visual tokens of an image. 0: they are made of squares of patches.
     """
     tokens, segment, position, index = (
         np.asarray(x) for x in (batch.tokens, batch.segment, batch.position, batch.vision_index)
@@ -32,16 +33,25 @@ def pad_prompts(batch: Batch, merge: int) -> Batch:
     if vision is not None:
         _, count, patches = vision.image.shape
         rows, longer = bucket(count), bucket(patches, math.lcm(PATCHES, merge**2))
-        old, new = (np.prod(shape) // merge**2 for shape in ((count, patches), (rows, longer)))
+        images = 0 if vision.slots is None else vision.slots.shape[-1]
+        slots = images and bucket(images)
+        old, new = (images * queries, slots * queries) if queries else (patches // merge**2, longer // merge**2)
 
         def moved(index):
-            row, place = np.divmod(np.asarray(index), patches // merge**2)
-            moved = np.where(index >= 0, row * (longer // merge**2) + place, -1)
-            return np.where(index == old, new, moved)  # the connector's newline stays behind all visual tokens
+            """The index in rows of `new` visual tokens in place of `old` ones."""
+            row, place = np.divmod(np.asarray(index), old)
+            moved = np.where(index >= 0, row * new + place, -1)
+            # The connector's newline stays behind all visual tokens.
+            return np.where(index == count * old, rows * new, moved)
 
         index, mix = moved(index), mix and mix._replace(index=moved(mix.index))
-        vision = Vision(*(_pad(x, rows, longer) for x in vision))
-        vision = vision._replace(grid=np.maximum(vision.grid, 1))
+        vision = Vision(
+            patches=_pad(vision.patches, rows, longer),
+            image=_pad(vision.image, rows, longer),
+            coords=_pad(vision.coords, rows, longer),
+            grid=np.maximum(_pad(vision.grid, rows, longer), 1),
+            slots=vision.slots if vision.slots is None else _pad(vision.slots, rows, slots),
+        )
     return Batch(
         tokens=_pad(tokens, length),
         targets=None,

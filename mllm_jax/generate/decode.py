@@ -78,7 +78,7 @@ def generate_ids(
             f"the prompts and max_new_tokens={max_new_tokens} need {longest} positions; the model has learned "
             f"{vlm.config.decoder.positions}. Shorten the one or the other"
         )
-    batch = pad_prompts(batch, vlm.config.merge)
+    batch = pad_prompts(batch, vlm.config.merge, vlm.config.queries)
     rows, length = batch.tokens.shape
     slots = bucket(length + max_new_tokens, TOKENS)
     choice = Choice(

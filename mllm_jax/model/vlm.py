@@ -93,7 +93,7 @@ class ModelConfig(Config):
                 f"inputs.pinpoints={pinpoints} need a newline after every row of tiles, which {self.connector} has "
                 "not: use MlpConnectorConfig(newline=True), or inputs.pinpoints=()"
             )
-        if self.inputs.shows_prefix_tokens and (self.merge > 1 or pinpoints):
+        if self.inputs.shows_prefix_tokens and (self.merge > 1 or self.queries or pinpoints):
             raise ValueError(
                 "inputs.shows_prefix_tokens makes visual tokens of a class token and registers, which neither a "
                 "connector that "
@@ -105,6 +105,11 @@ class ModelConfig(Config):
     def merge(self) -> int:
         """Side of the square of patches that becomes one visual token. 1: the model reads no images."""
         return 1 if self.connector is None else self.connector.merge
+
+    @property
+    def queries(self) -> int:
+        """Visual tokens of an image, whatever its size. 0: they are made of squares of patches."""
+        return 0 if self.connector is None else self.connector.queries
 
     @property
     def patch_values(self) -> int:
@@ -129,7 +134,13 @@ class ModelConfig(Config):
     @property
     def layout(self) -> dict[str, Any]:
         """Arguments of `data.pack.collate` that lay out batches for this model."""
-        return dict(merge=self.merge, values=self.patch_values, prefix=self.prefix, mixes=self.inputs.most_tiles > 0)
+        return dict(
+            merge=self.merge,
+            values=self.patch_values,
+            prefix=self.prefix,
+            mixes=self.inputs.most_tiles > 0,
+            queries=self.queries,
+        )
 
     def build(self) -> nn.Module:
         return VLM(self)
@@ -140,7 +151,8 @@ class ModelConfig(Config):
         if self.encoder is None:
             vision_index, vision = np.full((1, 2), -1, np.int32), None
         else:
-            vision_index, vision = np.array([[-1, 0]], np.int32), example_image(self.patch_values, self.merge**2)
+            vision_index = np.array([[-1, 0]], np.int32)
+            vision = example_image(self.patch_values, self.merge**2, slots=self.queries > 0)
         return Batch(
             tokens=text,
             targets=text,
@@ -153,13 +165,14 @@ class ModelConfig(Config):
         )
 
 
-def example_image(values: int, patches: int) -> Vision:
-    """One row with one image of this many patches of this many values."""
+def example_image(values: int, patches: int, slots: bool = False) -> Vision:
+    """One row with one image of this many patches of this many values; `slots`: for a connector with queries."""
     return Vision(
         patches=np.zeros((1, 1, patches, values), np.float32),
         image=np.ones((1, 1, patches), np.int32),
         coords=np.zeros((1, 1, patches, 3), np.int32),
         grid=np.ones((1, 1, patches, 2), np.int32),
+        slots=np.ones((1, 1, 1), np.int32) if slots else None,
     )
 
 

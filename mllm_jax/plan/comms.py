@@ -116,9 +116,8 @@ def _move_visual(portion: DeviceWorkload, add: Add) -> None:
     """Adds the all-gather of visual tokens, which may be computed on other devices than the row that they belong to."""
     axes = [axis for axis in portion.rows["connector"].axes if axis not in portion.text["batch"]]
     encoder, connector = portion.run.model.encoder, portion.run.model.connector
-    visual = (
-        portion.patches / connector.patches_per_token * (1 + len(encoder.deepstack_layers)) * portion.width("decoder")
-    )
+    tokens = connector.num_tokens(portion.patches, portion.images)
+    visual = tokens * (1 + len(encoder.deepstack_layers)) * portion.width("decoder")
     add("all-gather", axes, 1, visual)
     add("reduce-scatter", axes, portion.trains("connector"), visual / portion.size(axes))
 

@@ -34,6 +34,7 @@ def read_shapes(run: Run) -> Shapes:
         patch_pairs=float(patch_rows * budget.patches_per_row**2),
         targets=float(data.batch * budget.tokens),
         near_pairs=near_pairs(np.full(data.batch, float(budget.tokens)), run.model.decoder.window),
+        images=float(patch_rows * budget.images_per_row),
     )
     flops = count_flops(run.model, counts, run.optim.freeze)
     without = count_flops(
@@ -77,7 +78,8 @@ class DeviceWorkload:
         tokens = self.batch * self.budget.tokens / self.size(text["length"])
         self.rows = {"decoder": Rows(tokens, (*text["batch"], *text["length"]))}
         if run.model.encoder is not None:
-            visual = self.budget.patches_per_row // run.model.connector.patches_per_token
+            sizes = self.budget.patches_per_row, self.budget.images_per_row
+            visual = int(run.model.connector.num_tokens(*sizes))
             self.rows["encoder"] = self._patch_rows("encoder", micro_batch, self.budget.patches_per_row)
             self.rows["connector"] = self._patch_rows("connector", micro_batch, visual)
         self.towers = [part for part in TOWERS if part in self.rows]
@@ -111,6 +113,11 @@ class DeviceWorkload:
     def patches(self) -> float:
         """Number of patches in the device's batch rows."""
         return self.batch * self.budget.patch_rows * self.budget.patches_per_row
+
+    @property
+    def images(self) -> float:
+        """Number of images that the device's batch rows hold, for connectors with queries."""
+        return self.batch * self.budget.patch_rows * self.budget.images_per_row
 
     @property
     def devices(self) -> int:

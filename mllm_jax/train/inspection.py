@@ -134,7 +134,8 @@ def facts(found: Found) -> dict[str, str]:
     """The summary, name -> text."""
     seen, data = found.inspection, found.data
     tokens, visual, learned = (sum(values) for values in (seen.tokens, seen.visual, seen.learned))
-    fill = np.mean(seen.fill, axis=0) if seen.fill else [None, None]
+    fill = {name: np.mean([batch[name] for batch in seen.fill]) for name in seen.fill[0]} if seen.fill else {}
+    slots = {"images of a patch row": f"{data.images_per_row}", "fill of images": percent(fill.get("images"))}
     return {
         "records read": f"{found.records:,}{_of_all(found)}",
         "left out": f"{sum(found.left_out.values()):,}",
@@ -142,8 +143,9 @@ def facts(found: Found) -> dict[str, str]:
         "images": f"{seen.sizes.total():,}",
         "tokens of a row": f"{data.budget.tokens:,}",
         "patches of a row": f"{data.budget.patch_rows} × {data.patches_per_row:,}" if data.budget.patch_rows else "–",
-        "fill of tokens": percent(fill[0]),
-        "fill of patches": percent(fill[1]) if data.budget.patch_rows else "–",
+        "fill of tokens": percent(fill.get("tokens")),
+        "fill of patches": percent(fill.get("patches")) if data.budget.patch_rows else "–",
+        **(slots if "images" in fill else {}),
         "visual tokens": percent(visual / max(tokens, 1)),
         "learned tokens": percent(learned / max(tokens, 1)),
     }

@@ -21,7 +21,7 @@ compose = load_module("compose")
 ENCODERS, CONNECTORS, DECODERS = (list(parts) for parts in (compose.ENCODERS, compose.CONNECTORS, compose.DECODERS))
 # All pairs of an encoder and a connector, and all of a connector and a decoder; an encoder and a decoder never meet.
 PAIRS = [
-    (encoder, connector, decoder, compose.ENTRIES[(i + j) % 2])
+    (encoder, connector, decoder, compose.ENTRIES[(i // 2 + j) % 2])
     for i, (encoder, decoder) in enumerate(zip(ENCODERS, DECODERS, strict=True))
     for j, connector in enumerate(CONNECTORS)
 ]

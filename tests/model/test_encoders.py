@@ -186,7 +186,9 @@ def test_windows_are_those_of_a_loop_over_images():
     side, merge, grids = 4, 2, [(8, 8), (6, 10), (2, 14), (12, 4), (2, 2)]
     example = without_text(tuple(ImagePatches(np.zeros((h * w, 1), np.float32), (h, w)) for h, w in grids))
     vision = collate([[example]], Budget(1, 2, 160), merge=merge, values=1).vision
-    got = np.asarray(jax.jit(window_segments, static_argnums=3)(*(x[0] for x in vision[1:]), side))
+    got = np.asarray(
+        jax.jit(window_segments, static_argnums=3)(*(x[0] for x in (vision.image, vision.coords, vision.grid)), side)
+    )
     for image, coords, mine in zip(vision.image[0], vision.coords[0], got):
         windows = {}
         for number, (_, y, x), segment in zip(image, coords, mine):

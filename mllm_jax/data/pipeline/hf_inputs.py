@@ -73,7 +73,7 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
     suffix = inputs.get("token_type_ids", np.ones_like(ids))
     supply = {token: list(visuals) for token, visuals in supply.items()}
     rows = zip(ids, mask, labels, suffix, strict=True)
-    examples = [_example(row[keep], label[keep], after[keep], supply, config.merge) for row, keep, label, after in rows]
+    examples = [_example(row[keep], label[keep], after[keep], supply, config) for row, keep, label, after in rows]
     for token, left in supply.items():
         if left:
             raise ValueError(f"{len(left)} images or videos have no placeholders (token {token}) in input_ids")
@@ -93,7 +93,7 @@ def without_text(images: tuple[ImagePatches, ...]) -> Example:
     return Example(none, none, np.zeros((0, 3), np.int32), none, images)
 
 
-def _example(tokens, label, suffix, supply: Supply, merge: int) -> Example:
+def _example(tokens, label, suffix, supply: Supply, config: Any) -> Example:
     """A row without its padding; takes the images of its placeholders off the supply."""
     visual = np.isin(tokens, list(supply))
     slots = np.flatnonzero(visual)
@@ -105,7 +105,7 @@ def _example(tokens, label, suffix, supply: Supply, merge: int) -> Example:
         item = waiting.pop(0)
         taken.append(item)
         firsts.append(first)
-        first += sum(image.shown for image in item.images) // merge**2
+        first += sum(image.num_tokens(config.merge, config.queries) for image in item.images)
         filled += len(item.order)
     position = rotary_positions(visual, [(item.position, item.advance) for item in taken])
     index, mix = spread(visual, [(item.order, item.mix) for item in taken], firsts)

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from mllm_jax.data.vision.token_blend import alone
-from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, ImagePatches, Vision
+from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, Vision
 
 
 class Budget(NamedTuple):
@@ -20,6 +20,15 @@ class Budget(NamedTuple):
     tokens: int  # T
     patch_rows: int = 0  # R patch rows
     patches_per_row: int = 0  # P patches in a patch row: no image is larger
+    images_per_row: int = 0  # I images in a patch row, for connectors with queries. 0: any number
+
+
+class Place(NamedTuple):
+    """The place of an image in a batch row."""
+
+    row: int  # patch row
+    offset: int  # of its first patch in that row
+    slot: int  # number of images before it in that row
 
 
 # A pair of patches that see each other, in pairs of tokens: heads x their width x layers of the encoder over the
@@ -32,24 +41,27 @@ class TooLarge(ValueError):
     """A conversation that does not fit an empty batch row."""
 
 
-def place(sizes: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
-    """Finds a patch row and an offset for every image, first-fit decreasing.
+def place(sizes: Sequence[int], budget: Budget) -> list[Place] | None:
+    """Finds a place for every image, first-fit decreasing.
 
     Args:
         sizes: patches of each image.
-        budget: R rows of P patches.
+        budget: R rows of P patches and at most I images.
 
     Returns:
-        (patch row, offset) per image in the order of `sizes`; None where they do not fit. Images are never cut.
+        Places in the order of `sizes`; None where they do not fit. Images are never cut.
     """
-    used = [0] * budget.patch_rows
-    places = [(0, 0)] * len(sizes)
+    rows, slots = range(budget.patch_rows), budget.images_per_row or len(sizes)
+    patches, images = [0] * budget.patch_rows, [0] * budget.patch_rows
+    places = [Place(0, 0, 0)] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((r for r, u in enumerate(used) if u + sizes[i] <= budget.patches_per_row), None)
+        fits = (r for r in rows if patches[r] + sizes[i] <= budget.patches_per_row and images[r] < slots)
+        row = next(fits, None)
         if row is None:
             return None
-        places[i] = (row, used[row])
-        used[row] += sizes[i]
+        places[i] = Place(row, patches[row], images[row])
+        patches[row] += sizes[i]
+        images[row] += 1
     return places
 
 
@@ -94,6 +106,7 @@ def collate(
     prefix: bool = False,
     mixes: bool = False,
     references: bool = False,
+    queries: int = 0,
 ) -> Batch:
     """Lays out conversations as one batch.
 
@@ -105,6 +118,8 @@ def collate(
         prefix: whether the model has tokens that all tokens of their conversation attend to.
         mixes: whether the model resamples grids of visual tokens.
         references: whether examples have log-probabilities of a reference model.
+        queries: Q, visual tokens of every image. 0: one of every merge x merge patches. With queries, the batch has
+            `budget.images_per_row` slots per patch row; where that is 0, as many as its fullest patch row needs.
 
     Returns:
         A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the images, uint8 without images;
@@ -124,34 +139,45 @@ def collate(
         segment=np.zeros(text, np.int32),
         position=np.zeros((*text, 3), np.int32),
         vision_index=np.full(text, -1, np.int32),
-        vision=_empty_vision(rows, budget, values) if budget.patch_rows else None,
+        vision=_empty_vision(rows, budget, values, queries) if budget.patch_rows else None,
         prefix=np.zeros(text, bool) if prefix else None,
         mix=alone(np.full(text, -1)).mix if mixes else None,
         reference=np.zeros(text, np.float32) if references else None,
     )
     for b, examples in enumerate(rows):
         _fill_text(batch, b, examples)
-        _fill_images(batch, b, examples, budget, merge)
+        _fill_images(batch, b, examples, budget, merge, queries)
     return batch
 
 
 def fill(batch: Batch | DualBatch) -> dict[str, float]:
-    """Share of a batch that is not padding: {"tokens": 0..1, "patches": 0..1}; patches is 1.0 without patch rows."""
+    """Returns the shares of a batch that are not padding, 0..1: "tokens", "patches" (1.0 without patch rows) and, where
+    patch rows have slots for images, "images"."""
     patches = 1.0 if batch.vision is None else float((batch.vision.image > 0).mean())
-    return {"tokens": float((batch.segment > 0).mean()), "patches": patches}
+    slots = None if batch.vision is None else batch.vision.slots
+    images = {} if slots is None else {"images": float((slots > 0).mean())}
+    return {"tokens": float((batch.segment > 0).mean()), "patches": patches, **images}
 
 
-def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int) -> Vision:
+def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int, queries: int) -> Vision:
     dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.images}
     if len(dtypes) > 1:
         raise ValueError(f"images of one batch must share a dtype (raw uint8 or normalized float32), got {dtypes}")
     shape = (len(rows), budget.patch_rows, budget.patches_per_row)
+    slots = budget.images_per_row or fullest_row(rows, budget)
     return Vision(
         patches=np.zeros((*shape, values), dtypes.pop() if dtypes else np.uint8),
         image=np.zeros(shape, np.int32),
         coords=np.zeros((*shape, 3), np.int32),
         grid=np.ones((*shape, 2), np.int32),
+        slots=np.zeros((*shape[:2], slots), np.int32) if queries else None,
     )
+
+
+def fullest_row(rows: Sequence[Sequence[Example]], budget: Budget) -> int:
+    """Returns the number of images in the patch row that has the most, at least 1."""
+    placed = (place([len(image.patches) for example in row for image in example.images], budget) for row in rows)
+    return max((one.slot + 1 for places in placed for one in places or ()), default=1)
 
 
 def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
@@ -176,16 +202,17 @@ def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
             start = here.stop
 
 
-def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int) -> None:
+def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int, queries: int) -> None:
     images = [p for e in examples for p in e.images]
     places = place([len(p.patches) for p in images], budget)
     if places is None:
         sizes = [len(p.patches) for p in images]
         raise TooLarge(
             f"row {b}: images of {sizes} patches do not fit {budget.patch_rows} rows of {budget.patches_per_row}"
+            f"{_with_slots(budget)}"
         )
     firsts = []  # visual tokens of every image
-    for number, (image, (row, offset)) in enumerate(zip(images, places), 1):
+    for number, (image, (row, offset, slot)) in enumerate(zip(images, places), 1):
         lead, here = image.num_prefix_tokens, (b, row, slice(offset, offset + len(image.patches)))
         batch.vision.patches[here] = image.patches
         batch.vision.image[here] = number
@@ -193,12 +220,17 @@ def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budg
         batch.vision.coords[here][:lead, 0] = -1 - np.arange(lead)
         batch.vision.coords[here][lead:, 1:] = patch_coords(tuple(image.grid), merge)
         batch.vision.grid[here] = image.grid
-        firsts.append((row * budget.patches_per_row + offset + image.hidden) // merge**2)
-    tokens, start = _visual_tokens(images, firsts, merge), 0
+        if queries:
+            batch.vision.slots[b, row, slot] = number
+            firsts.append((row * batch.vision.slots.shape[-1] + slot) * queries)
+        else:
+            firsts.append((row * budget.patches_per_row + offset + image.hidden) // merge**2)
+    counts = [image.num_tokens(merge, queries) for image in images]
+    tokens, start = _visual_tokens(firsts, counts), 0
     newline = budget.patch_rows * budget.patches_per_row // merge**2
     for number, example in enumerate(examples, 1):
         index = np.asarray(example.vision_index)
-        count = sum(image.shown for image in example.images) // merge**2
+        count = sum(image.num_tokens(merge, queries) for image in example.images)
         if index.max(initial=-1) >= count:
             raise ValueError(f"row {b}, segment {number}: visual token {index.max()}, but the images have {count}")
         own, tokens = tokens[:count], tokens[count:]
@@ -215,9 +247,13 @@ def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
     return np.append(own, (newline, -1))[np.where(index >= 0, index, len(own) + (index != NEWLINE))]
 
 
-def _visual_tokens(images: Sequence[ImagePatches], firsts: Sequence[int], merge: int) -> np.ndarray:
+def _with_slots(budget: Budget) -> str:
+    """Text about the images of a patch row, for an error."""
+    return f" and {budget.images_per_row} images" if budget.images_per_row else ""
+
+
+def _visual_tokens(firsts: Sequence[int], counts: Sequence[int]) -> np.ndarray:
     """Place in a row of every visual token of its images, joined in order."""
-    counts = [image.shown // merge**2 for image in images]
     tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]
     return np.concatenate([np.zeros(0, np.int32), *tokens])
 

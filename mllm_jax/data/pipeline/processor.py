@@ -294,6 +294,7 @@ class Processor:
                 f"a conversation needs {tokens} tokens, and patch rows for {len(patches)} images of {sum(patches)} "
                 f"patches (the largest {max(patches, default=0)}) at the smallest sizes, {sizes}; there is room for "
                 f"{budget.tokens} tokens and {budget.patch_rows} rows of {budget.patches_per_row} patches"
+                + (f" and {budget.images_per_row} images" if budget.images_per_row else "")
             )
         while high - low > spec.factor**2:
             middle = (low + high) // 2
@@ -310,8 +311,8 @@ class Processor:
     def _needed(self, plans: Sequence[Plan], text_tokens: int, times: int) -> tuple[int, list[int]]:
         """Tokens of the conversation, and patches of every image."""
         spec = self.spec
-        before = spec.num_prefix_tokens - spec.shown
-        patches = [before + spec.tokens(size) * spec.merge**2 for plan in plans for size in plan.sizes]
+        sizes = [size for plan in plans for size in plan.sizes]
+        patches = [spec.num_prefix_tokens + spec.squares(size) * spec.merge**2 for size in sizes]
         return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
 
     def _firsts(self, plans: Sequence[Plan]) -> list[int]:

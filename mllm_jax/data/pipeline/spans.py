@@ -41,8 +41,8 @@ class Plan(NamedTuple):
 def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...] = (0,)) -> Run:
     """All visual tokens of images of one size, from the `first` on."""
     height, width = (side // spec.factor for side in size)
-    count = height * width * len(times)
-    place = on_a_grid(height, width, times) if spec.on_a_grid else in_a_line(count)
+    count = spec.tokens(size) * len(times)
+    place = on_a_grid(height, width, times) if spec.on_a_grid and not spec.queries else in_a_line(count)
     return Run(np.arange(first, first + count), *place)
 
 
@@ -95,6 +95,9 @@ class TiledImage(NativeImage):
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
         images.check_aspect(self.height, self.width)
         rule, size = self.rule.within(limit), (self.height, self.width)
+        if spec.queries:
+            sizes = rule.sizes(size)
+            return Plan(sizes, (_run(spec, sizes[0], 0, (0,) * len(sizes)),), rule)
         order = rule.order(size, spec.factor)
         order = np.concatenate([np.arange(spec.shown, dtype=order.dtype), order + spec.shown]) if spec.shown else order
         return Plan(rule.sizes(size), (Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor)),), rule)

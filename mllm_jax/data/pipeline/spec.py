@@ -47,6 +47,7 @@ class ProcessorSpec(Config):
     patch: PositiveInt = 16  # side in pixels
     temporal_patch: PositiveInt = 2  # frames
     merge: PositiveInt = 2  # a visual token is merge x merge patches
+    queries: NonNegativeInt = 0  # visual tokens of every image; 0 = as many as it has squares of merge x merge patches
     num_prefix_tokens: NonNegativeInt = 0  # empty patches before an image's own
     shown: NonNegativeInt = 0  # visual tokens that represent these places: all of them, or 0
     rule: Rule | None = None  # how images get their sizes, or are cut (tiles.py); None = nearly as they are
@@ -102,13 +103,17 @@ class ProcessorSpec(Config):
 
     def tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of an image of this (height, width)."""
-        return self.shown + math.prod(side // self.factor for side in size)
+        return self.queries or self.shown + self.squares(size)
+
+    def squares(self, size: tuple[int, int]) -> int:
+        """Squares of merge x merge patches in an image of this (height, width)."""
+        return math.prod(side // self.factor for side in size)
 
     @property
     def layout(self) -> dict[str, Any]:
         """Arguments of `data.pack.collate` that lay out batches for this model."""
         values = 3 * self.temporal_patch * self.patch**2
-        return dict(merge=self.merge, values=values, prefix=self.prefix, mixes=self.mixes)
+        return dict(merge=self.merge, values=values, prefix=self.prefix, mixes=self.mixes, queries=self.queries)
 
 
 SEEING = ProcessorSpec()

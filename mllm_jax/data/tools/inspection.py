@@ -8,6 +8,7 @@ from PIL import Image
 
 from mllm_jax.data.pipeline.loader import Info
 from mllm_jax.data.pipeline.processor import Processor
+from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.vision.images import unpatchify
 from mllm_jax.types import Batch
 
@@ -61,7 +62,7 @@ class Inspection:
         self.tokens, self.visual, self.learned, self.images = [], [], [], []  # of every conversation
         self.kinds: collections.Counter[str] = collections.Counter()  # conversations
         self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()  # images of (width, height) pixels
-        self.fill: list[tuple[float, float]] = []  # of every batch: shares of tokens and patches
+        self.fill: list[dict[str, float]] = []  # of every batch, see `packing.fill`
         self.rows: list[Row] = []
         self._wanted = rows
         self._first: list[Sample] = []
@@ -77,14 +78,14 @@ class Inspection:
     def add(self, batch: Batch, info: Info, whole: bool = True) -> None:
         """Adds a batch. whole: whether its fill counts, which is not so after the end of the data."""
         if whole:
-            self.fill.append((info.fill["tokens"], info.fill["patches"]))
+            self.fill.append(info.fill)
         for row, kinds in enumerate(info.kinds):
             self._add_row(Batch(*(None if x is None else _row(x, row) for x in batch)), kinds)
 
     def _add_row(self, row: Batch, kinds: list[str]) -> None:
         """`row`: a batch without its first axis."""
         count, visual = len(kinds), row.vision_index != -1
-        image, of_token = _images(row, self.processor.spec.merge)
+        image, of_token = _images(row, self.processor.spec)
         pairs = np.unique(np.stack([row.segment, of_token])[:, of_token > 0], axis=1)
         counted = lambda segments: np.bincount(segments, minlength=count + 1)[1:].tolist()
         self.tokens += counted(row.segment)
@@ -134,16 +135,21 @@ class Inspection:
 
 def _row(value, row: int):
     """One row of an array, or of all arrays of a tuple."""
-    return type(value)(*(part[row] for part in value)) if isinstance(value, tuple) else value[row]
+    if isinstance(value, tuple):
+        return type(value)(*(part if part is None else part[row] for part in value))
+    return value[row]
 
 
-def _images(row: Batch, merge: int) -> tuple[np.ndarray, np.ndarray]:
+def _images(row: Batch, spec: ProcessorSpec) -> tuple[np.ndarray, np.ndarray]:
     """i32[R P] the image of each patch, and i32[T] that of each visual token; 0 = none."""
     if row.vision is None:
         return np.zeros((0, 0), np.int32), np.zeros_like(row.tokens)
-    flat = row.vision.image.reshape(-1)
-    shown = (row.vision_index >= 0) & (row.vision_index < flat.size // merge**2)  # the last one is a newline
-    return row.vision.image, np.where(shown, flat[np.where(shown, row.vision_index * merge**2, 0)], 0)
+    if spec.queries:
+        of_visual = np.repeat(row.vision.slots.reshape(-1), spec.queries)
+    else:
+        of_visual = row.vision.image.reshape(-1)[:: spec.merge**2]
+    shown = (row.vision_index >= 0) & (row.vision_index < len(of_visual))  # the last one is a newline
+    return row.vision.image, np.where(shown, of_visual[np.where(shown, row.vision_index, 0)], 0)
 
 
 def _drawn(row: Batch, code: np.ndarray, image: np.ndarray, of_token: np.ndarray) -> Row:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mllm_jax.common.settings import Config, PositiveInt
+from mllm_jax.common.settings import PositiveInt
+from mllm_jax.model.connectors.base import ConnectorConfig
 from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.runtime import Runtime
@@ -13,14 +14,10 @@ from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class AveragePoolConfig(Config):
+class AveragePoolConfig(ConnectorConfig):
     """merge: side of the square of patches that becomes a visual token."""
 
     merge: PositiveInt = 2
-
-    @property
-    def patches_per_token(self) -> int:
-        return self.merge**2
 
     def build(self, out: int, runtime: Runtime, name: str | None) -> nn.Module:
         return AveragePool(self, out, runtime, name=name)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.common.settings import Config, OneOf, PositiveInt
+from mllm_jax.common.settings import OneOf, PositiveInt
+from mllm_jax.model.connectors.base import ConnectorConfig
 from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.einsum import Einsum
 from mllm_jax.nn.mlp import ACTIVATIONS
@@ -17,7 +18,7 @@ from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class MlpConnectorConfig(Config):
+class MlpConnectorConfig(ConnectorConfig):
     """An MLP on every patch.
 
     layers: number of linear layers, as wide as the decoder. 1: a linear connector.
@@ -28,9 +29,6 @@ class MlpConnectorConfig(Config):
     layers: PositiveInt = 2
     activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu"
     newline: bool = False
-
-    merge = 1
-    patches_per_token = 1
 
     def build(self, out: int, runtime: Runtime, name: str | None) -> nn.Module:
         return MlpConnector(self, out, runtime, name=name)

@@ -9,7 +9,8 @@ from typing import Annotated
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.common.settings import Config, OneOf, Positive, PositiveInt
+from mllm_jax.common.settings import OneOf, Positive, PositiveInt
+from mllm_jax.model.connectors.base import ConnectorConfig
 from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.mlp import Mlp
 from mllm_jax.nn.norm import NORMS
@@ -18,7 +19,7 @@ from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class PatchMergerConfig(Config):
+class PatchMergerConfig(ConnectorConfig):
     """
     merge: side of the square of patches that becomes a visual token.
     norm: "layer" or "rms".
@@ -27,10 +28,6 @@ class PatchMergerConfig(Config):
     merge: PositiveInt = 2
     norm: Annotated[str, OneOf(tuple(NORMS))] = "layer"
     norm_eps: Positive = 1e-6
-
-    @property
-    def patches_per_token(self) -> int:
-        return self.merge**2
 
     def build(self, out: int, runtime: Runtime, name: str) -> nn.Module:
         return PatchMerger(self, out, runtime, name=name)

@@ -6,7 +6,8 @@ from typing import Annotated
 from einops import rearrange
 from flax import linen as nn
 
-from mllm_jax.common.settings import Config, OneOf, Positive, PositiveInt
+from mllm_jax.common.settings import OneOf, Positive, PositiveInt
+from mllm_jax.model.connectors.base import ConnectorConfig
 from mllm_jax.model.connectors.tokens import to_tokens
 from mllm_jax.nn.mlp import ACTIVATIONS, Mlp
 from mllm_jax.nn.norm import LayerNorm
@@ -15,16 +16,12 @@ from mllm_jax.types import Vision, VisionTokens
 
 
 @dataclass(frozen=True)
-class PixelShuffleConfig(Config):
+class PixelShuffleConfig(ConnectorConfig):
     """merge: side of the square of patches that becomes a visual token."""
 
     merge: PositiveInt = 2
     activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu"
     norm_eps: Positive = 1e-5
-
-    @property
-    def patches_per_token(self) -> int:
-        return self.merge**2
 
     def build(self, out: int, runtime: Runtime, name: str | None) -> nn.Module:
         return PixelShuffle(self, out, runtime, name=name)

@@ -97,6 +97,7 @@ def _checked(processor: Processor, model: ModelConfig) -> Processor:
             "patch_size": (spec.patch, wanted.patch),
             "temporal_patch_size": (spec.temporal_patch, wanted.temporal_patch),
             "merge": (spec.merge, wanted.merge),
+            "queries": (spec.queries, wanted.queries),
             "the number of values in a patch": (spec.layout["values"], model.patch_values),
             "the id of image tokens": (_id(processor.image_id), model.tokens.image),
             "the id of video tokens": (_id(processor.video_id), model.tokens.video),

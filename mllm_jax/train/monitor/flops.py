@@ -29,6 +29,7 @@ class Counts(NamedTuple):
     patch_pairs: float
     targets: float
     near_pairs: float = 0.0  # token_pairs within the attention window, for layers that have one
+    images: float = 0.0  # images that connectors with queries read
 
 
 class Flops(NamedTuple):
@@ -55,6 +56,7 @@ def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
         patch_pairs=float((images**2).sum()),
         targets=float(np.count_nonzero(getattr(batch, "weight", 0))),
         near_pairs=near_pairs(conversations, window),
+        images=0.0 if batch.vision is None or batch.vision.slots is None else float(len(images)),
     )
 
 
@@ -69,6 +71,7 @@ def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
         patch_pairs=float(row * patch_row * patches**2),
         targets=float(rows * length),
         near_pairs=near_pairs(np.full(rows, float(length)), window),
+        images=0.0 if batch.vision is None or batch.vision.slots is None else float(batch.vision.slots.size),
     )
 
 
@@ -88,10 +91,10 @@ def _sizes(numbers) -> np.ndarray:
 
 def rows_of_language(config: ModelConfig, counts: Counts) -> dict[str, float]:
     """Returns the rows (tokens, patches or targets) that each part of a language model multiplies, in forward order."""
-    per_token = 1 if config.connector is None else config.connector.patches_per_token
+    connector = config.connector
     return dict(
         encoder=counts.patches,
-        connector=counts.patches / per_token,
+        connector=0.0 if connector is None else connector.num_tokens(counts.patches, counts.images),
         decoder=counts.tokens,
         head=counts.targets,
     )
@@ -133,6 +136,8 @@ def count_flops(
         decoder=of_tokens,
         text=of_tokens,
     )
+    if getattr(config, "connector", None) is not None:
+        attention["connector"] = config.connector.attention_flops(counts.patches, counts.images)
     result, reached = {}, False
     for part in multiplied:
         inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
@@ -141,7 +146,7 @@ def count_flops(
             matrices = [path for path in params if path == head]
         # Whether the backward pass reaches this part's input. The text tower does not depend on the encoder.
         reached = (reached and part != "text") or any(map(inside, trained))
-        product = {path: 2 * multiplied[part] * params[path].size * _share(path, config) for path in matrices}
+        product = {path: 2 * _rows(path, multiplied[part], config, counts) * params[path].size for path in matrices}
         to_weights = sum(product[path] for path in matrices if path in trained)
         to_inputs = sum(product[path] for path in matrices if path != PIXELS)
         pairs = attention.get(part, 0)
@@ -156,11 +161,17 @@ def _pairs(encoder: VitConfig, counts: Counts) -> float:
     return (encoder.depth - windowed) * counts.patch_pairs + windowed * within
 
 
-def _share(path: str, config: ModelConfig) -> float:
-    """Returns the share of a weight that one row uses: the encoder's layers that run, the experts of one token."""
+def _rows(path: str, rows: float, config: ModelConfig, counts: Counts) -> float:
+    """Returns the rows that a weight multiplies, of `rows` in its part of the model.
+
+    Layers of the encoder that do not run and experts that a token does not choose multiply none: a stack of weights
+    counts with the share of them that a row uses.
+    """
+    if path.startswith("connector/"):
+        return config.connector.weight_rows(path.removeprefix("connector/"), counts.patches, counts.images)
     if path.startswith("encoder/layers/"):
-        return config.encoder.depth / config.encoder.layers
-    return config.decoder.moe.top_k / config.decoder.moe.experts if "/experts_" in path else 1
+        return rows * config.encoder.depth / config.encoder.layers
+    return rows * config.decoder.moe.top_k / config.decoder.moe.experts if "/experts_" in path else rows
 
 
 # Dense bf16 FLOP/s of one jax device, from the vendors' data sheets. The two cores of a v4 or v5p chip form one device

@@ -20,7 +20,10 @@ from mllm_jax.families.decoders.by_model_type import TEXT
 from mllm_jax.model.connectors.average_pool import AveragePoolConfig
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
 from mllm_jax.model.connectors.patch_merger import PatchMergerConfig
+from mllm_jax.model.connectors.perceiver import PerceiverConfig
 from mllm_jax.model.connectors.pixel_shuffle import PixelShuffleConfig
+from mllm_jax.model.connectors.position_aware import PositionAwareConfig
+from mllm_jax.model.connectors.qformer import QFormerConfig
 from mllm_jax.model.dual_encoder import AttentionPool, ClassPool, DualConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig
@@ -55,6 +58,7 @@ PARTS = {
     for part in (
         *(ModelConfig, DualConfig, ClassPool, AttentionPool),
         *(VitConfig, AveragePoolConfig, MlpConnectorConfig, PatchMergerConfig, PixelShuffleConfig),
+        *(PerceiverConfig, PositionAwareConfig, QFormerConfig),
         *(AttentionConfig, MlaConfig),
         *(LinearRopeScaling, DynamicNtkRopeScaling, Llama3RopeScaling, LongRopeScaling, YarnRopeScaling),
         *(FilesData, MixtureData, ScenesData, CaptionsData),
@@ -324,6 +328,12 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
             f"{path}.data.patches_per_row={run.data.patches_per_row} must be a multiple of {whole.model.merge**2}: "
             f"config.model.connector makes a visual token of {whole.model.merge} x {whole.model.merge} patches"
         )
+    if isinstance(whole.model, ModelConfig) and whole.model.queries and run.data.budget.patch_rows:
+        if not run.data.images_per_row:
+            raise ConfigError(
+                f"{path}.data.images_per_row=0: config.model.connector has {whole.model.queries} queries for every "
+                "image and needs to know how many images a patch row may hold. Set a number, such as 8"
+            )
     if isinstance(whole.model, ModelConfig) and 0 < getattr(whole.model.decoder, "positions", 0) < run.data.tokens:
         raise ConfigError(
             f"{path}.data.tokens={run.data.tokens}: must be at most config.model.decoder.positions="

@@ -53,7 +53,9 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
         return Batch(**text)
     divides = batch.vision.image.shape[1] % num_shards("patch_row", rules, mesh) == 0
     names = ("patch_row",) if divides else ()
-    vision = {name: of(names, f"batch.vision.{name}", x) for name, x in batch.vision._asdict().items()}
+    vision = {
+        name: x if x is None else of(names, f"batch.vision.{name}", x) for name, x in batch.vision._asdict().items()
+    }
     return Batch(**text, vision=Vision(**vision))
 
 

@@ -168,7 +168,7 @@ def test_numbers_are_those_of_the_conversations():
     seen.add(batch, info, whole=False)
     assert seen.tokens == [14, 5, 9] * 2 and seen.visual == [7, 0, 6] * 2 and seen.images == [2, 0, 1] * 2
     assert seen.learned == [13, 4, 8] * 2 and seen.kinds == {"a": 4, "b": 2}
-    assert seen.sizes == {(6, 4): 4, (2, 2): 2} and seen.fill == [(28 / 96, 52 / 192)]
+    assert seen.sizes == {(6, 4): 4, (2, 2): 2} and seen.fill == [{"tokens": 28 / 96, "patches": 52 / 192}]
     first, second = seen.rows
     assert [(s.kind, s.first, s.count, s.number) for s in first.tokens] == [
         ("text", 0, 1, 1), ("learned text", 1, 6, 1), ("image", 7, 7, 1), ("text", 14, 1, 2),
@@ -187,7 +187,7 @@ class _Sizes:
     video_id = None
 
     class spec:
-        patch, merge = 1, MERGE
+        patch, merge, queries = 1, MERGE, 0
 
     class tokenizer:
         decode = staticmethod(lambda tokens, special: str(tokens))

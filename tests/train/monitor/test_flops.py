@@ -12,6 +12,9 @@ from traced_flops import dot_flops
 from mllm_jax.common.format import with_prefix
 from mllm_jax.common.trees import join
 from mllm_jax.data.pipeline.packing import Budget, collate
+from mllm_jax.model.connectors.perceiver import PerceiverConfig
+from mllm_jax.model.connectors.position_aware import PositionAwareConfig
+from mllm_jax.model.connectors.qformer import QFormerConfig
 from mllm_jax.model.vlm import abstract_params
 from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.train.losses.load_balance import BalanceConfig
@@ -70,6 +73,35 @@ FROZEN = {
     "all but connector": ("^encoder/", "^decoder/"),
     "all but decoder": ("^encoder/", "^connector/"),
 }
+
+
+QUERIED = {  # connector, FLOPs of its products that are neither with weights nor of attention
+    "perceiver": (
+        PerceiverConfig(4, width=24, layers=2, heads=4, kv_heads=2, head_dim=5, mlp=40, input_mlp=28),
+        0,
+    ),
+    "perceiver of the encoder's width": (
+        PerceiverConfig(4, width=64, layers=1, heads=4, kv_heads=4, mlp=40, gated=True),
+        0,
+    ),
+    "qformer": (QFormerConfig(4, width=24, layers=3, heads=4, mlp=40), 0),
+    "position_aware": (PositionAwareConfig(4, width=24, heads=4), 2 * 128 * 4 * 24),  # sinusoids at 128 patches
+}
+
+
+@pytest.mark.parametrize(("connector", "others"), QUERIED.values(), ids=QUERIED)
+def test_count_of_connectors_with_queries_equals_the_traced_program(connector, others):
+    """With one image per patch row, where the padded program computes no pair of two images."""
+    config = tiny_config()
+    config = replace(config, encoder=replace(config.encoder, deepstack_layers=()), connector=connector)
+    rng = np.random.default_rng(0)
+    rows = [[random_example(rng, 20)], [random_example(rng, 9)]]
+    batch = collate(rows, Budget(48, 2, 32, images_per_row=1), **config.layout)
+    batch = batch._replace(weight=np.ones_like(batch.weight))
+    forward = jax.make_jaxpr(lambda params: loss_sum(config, params, batch)[0])(abstract_params(config))
+    counts = padded(batch)
+    flops = count_flops(config, counts._replace(token_pairs=2 * counts.token_pairs))
+    assert dot_flops(forward.jaxpr) - others == sum(part.forward for part in flops.values())
 
 
 @pytest.mark.parametrize("freeze", FROZEN.values(), ids=FROZEN)
