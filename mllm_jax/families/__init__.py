@@ -13,6 +13,7 @@ from mllm_jax.families.towers.dinov2 import Dinov2
 from mllm_jax.families.towers.siglip import Siglip
 from mllm_jax.families.towers.siglip2 import Siglip2
 from mllm_jax.families.towers.vision_only import ClipTower, Siglip2Tower, SiglipTower
+from mllm_jax.families.vlms.blip2 import Blip2
 from mllm_jax.families.vlms.internvl import Internvl
 from mllm_jax.families.vlms.internvl_chat import InternvlChat
 from mllm_jax.families.vlms.llava import Llava
@@ -33,6 +34,7 @@ _ALL = (
     SiglipTower(),
     Siglip2(),
     Siglip2Tower(),
+    Blip2(),
     Internvl(),
     InternvlChat(),
     Llava(),

@@ -68,6 +68,17 @@ MODELS = {  # model_type -> how transformers' classes begin, how the model's end
     ),
     "internvl": ("InternVL", CONDITIONAL, _seeing(INTERN, "qwen2", image_token_id=IMAGE)),
     "paligemma": ("PaliGemma", CONDITIONAL, _seeing(SIGLIP, "gemma", image_token_index=IMAGE, projection_dim=32)),
+    "blip-2": (
+        "Blip2",
+        CONDITIONAL,
+        dict(
+            vision_config=SQUARE | dict(layer_norm_eps=1e-6),
+            qformer_config=SIZES | dict(num_hidden_layers=3, encoder_hidden_size=32),
+            text_config=dict(model_type="opt", **TEXT, **NO_TOKENS, ffn_dim=48, word_embed_proj_dim=32),
+            num_query_tokens=5,
+            image_token_index=IMAGE,
+        ),
+    ),
     "qwen2_vl": (
         "Qwen2VL",
         CONDITIONAL,
@@ -149,7 +160,7 @@ def inputs_of(kind: str, model) -> dict[str, np.ndarray]:
     if last == CONDITIONAL:
         tiles = 3 if kind in ("llava_next", "llava_onevision") else 1  # one of each half of 20 x 30, and the whole
         pixels = {"pixel_values": rng.standard_normal((tiles, 3, 16, 16)).astype(np.float32)}
-        count = {"internvl": 4}.get(kind, 16)
+        count = {"internvl": 4, "blip-2": 5}.get(kind, 16)
         if tiles > 1:
             pixels = {"pixel_values": pixels["pixel_values"][None], "image_sizes": np.array([[16, 30]])}
             with torch.no_grad():

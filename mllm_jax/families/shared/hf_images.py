@@ -45,7 +45,7 @@ def whole(config: Any, pixels: np.ndarray) -> VisionSpan:
     """An image, or a tile, that is read as one: pixels [c h w]; `config` is a ModelConfig."""
     image = cut(pixels, config.encoder.patch_size, config.num_prefix_tokens, config.merge)
     image = image._replace(shows_prefix_tokens=config.inputs.shows_prefix_tokens)
-    return counted_like_text((image,), np.arange(image.shown // config.merge**2))
+    return counted_like_text((image,), np.arange(image.num_tokens(config.merge, config.queries)))
 
 
 def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> ImagePatches:

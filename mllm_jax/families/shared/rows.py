@@ -1,6 +1,7 @@
 """Rows that many tables of weights share; see weights/table.py."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 
 from mllm_jax.model.decoder import DecoderConfig, LayerKind
 from mllm_jax.nn.stack import segments
@@ -95,10 +96,20 @@ def joint_gate_up(ours: str, theirs: str, mlp: int, bias: str | None = None) -> 
 
 
 def layers(config: DecoderConfig, rows: Callable[[LayerKind], Iterable[Row]]) -> list[Row]:
-    """Rows of all layers: `rows(kind)` are those of a layer, ours without the path of layers, theirs with `{n}`."""
+    """Rows of all layers of a decoder, see `stacked`."""
+    return stacked("decoder", config.kinds, rows)
+
+
+def stacked(part: str, kinds: tuple[Hashable, ...], rows: Callable[[Any], Iterable[Row]]) -> list[Row]:
+    """Returns the rows of all layers of a part of the model.
+
+    Args:
+      kinds: kind of every layer.
+      rows: `rows(kind)` are those of a layer, ours without the path of layers, theirs with `{n}`.
+    """
     return [
-        row._replace(ours=f"decoder/{name}/{row.ours}", values={**row.values, "n": numbers})
-        for segment in segments(config.kinds)
+        row._replace(ours=f"{part}/{name}/{row.ours}", values={**row.values, "n": numbers})
+        for segment in segments(kinds)
         for name, numbers, kind in segment.slots()
         for row in rows(kind)
     ]
