@@ -318,6 +318,7 @@ def _counting(spec: ProcessorSpec) -> dict[str, Any]:
         "patch_size": spec.patch,
         "image_seq_length": tokens,
         "num_image_tokens": tokens,
+        "num_query_tokens": spec.queries or None,
         "num_additional_image_tokens": spec.num_prefix_tokens,
         "vision_feature_select_strategy": "default" if spec.num_prefix_tokens > spec.shown else "full",
         "image_token": spec.image_token,

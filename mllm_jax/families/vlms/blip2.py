@@ -8,7 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from mllm_jax.common.fields import check_heads, count, inside, layers, nullable, only, positive, read, section, word
+from mllm_jax.common.fields import (
+    FieldError,
+    check_heads,
+    count,
+    inside,
+    layers,
+    nullable,
+    only,
+    positive,
+    read,
+    section,
+    word,
+)
 from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.data.vision.resize import Stretch
@@ -69,10 +81,10 @@ SPEC = ProcessorSpec(
         "{%- set said = message.content -%}"
         "{%- set content = [{'type': 'text', 'text': said}] if said is string else said -%}"
         "{%- for item in content if item.type == 'image' -%}<image>{%- endfor -%}"
-        "{{ bos_token if loop.first else '' }}"
-        "{{ 'Question: ' if message.role == 'user' else ' ' }}"
-        "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}"
-        "{{ ' Answer:' if message.role == 'user' else eos_token }}"
+        "{{ (bos_token or '') if loop.first else '' }}"
+        "{%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
+        "{%- if message.role == 'assistant' -%}{{ ' ' + text + eos_token }}"
+        "{%- elif text -%}{{ 'Question: ' + text + ' Answer:' }}{%- endif -%}"
         "{%- endfor -%}"
     ),
     processor_class="Blip2Processor",
@@ -85,6 +97,9 @@ def qformer_from_hf(stated: dict, queries: int, patches: int) -> QFormerConfig:
     """Reads a `qformer_config` for features of `patches` values."""
     fields = read({"encoder_hidden_size": patches, **stated}, QFORMER)
     check_heads(fields, "hidden_size", "num_attention_heads")
+    if fields["encoder_hidden_size"] != patches:
+        wrong = f"must be vision_config.hidden_size={patches}."
+        raise FieldError("encoder_hidden_size", wrong, fields["encoder_hidden_size"])
     return QFormerConfig(
         queries=queries,
         width=fields["hidden_size"],
