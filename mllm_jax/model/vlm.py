@@ -130,7 +130,7 @@ class ModelConfig(Config):
 
     @property
     def prefix(self) -> bool:
-        """Whether all tokens of a conversation attend to its first tokens (`DecoderConfig.prefix`)."""
+        """True if all tokens of a conversation attend to its first tokens (`DecoderConfig.prefix`)."""
         return self.decoder is not None and self.decoder.prefix
 
     @property
