@@ -1,4 +1,4 @@
-"""A few static shapes for prompts of every size, so that few programs are compiled."""
+"""Bucketed shapes: prompts are padded to a few static sizes, so that few programs are compiled."""
 
 import math
 
@@ -6,23 +6,26 @@ import numpy as np
 
 from mllm_jax.types import Batch, TokenBlend, Vision
 
-TOKENS = 64  # lengths are multiples of these
-PATCHES = 128  # what splash attention asks for
+TOKENS = 64  # lengths of prompts are multiples of it
+PATCHES = 128  # lengths of patch rows are multiples of it, as splash attention requires
 
 
 def bucket(size: int, unit: int = 1) -> int:
-    """The smallest of unit x (1, 2, 3, 4, 6, 8, 12, 16, ...) that holds `size`: at most half is added."""
+    """Returns the smallest of unit x (1, 2, 3, 4, 6, 8, 12, 16, ...) that is at least `size`: it adds at most half."""
     count = math.ceil(size / unit)
     power = 1 << max(count - 1, 0).bit_length()
     return unit * (power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power)
 
 
 def pad_prompts(batch: Batch, merge: int) -> Batch:
-    """The prompts of a batch in a bucketed shape: padding is added on the right, and fields of training are left out.
+    """Pads a batch of prompts on the right to bucketed shapes, and drops the fields that only training reads.
+
+    Example: 70 tokens in a row become 128; two patch rows of 300 patches become two of 384, and `vision_index` is
+    renumbered accordingly.
 
     Args:
-      batch: rows of at most one conversation, padded on any side.
-      merge: side of the square of patches that becomes one visual token.
+      batch: rows of at most one conversation each, padded on any side.
+      merge: side in patches of the square that becomes one visual token.
     """
     tokens, segment, position, index = (
         np.asarray(x) for x in (batch.tokens, batch.segment, batch.position, batch.vision_index)
@@ -31,16 +34,16 @@ def pad_prompts(batch: Batch, merge: int) -> Batch:
     vision, mix = batch.vision, batch.mix
     if vision is not None:
         _, count, patches = vision.image.shape
-        rows, longer = bucket(count), bucket(patches, math.lcm(PATCHES, merge**2))
-        old, new = (np.prod(shape) // merge**2 for shape in ((count, patches), (rows, longer)))
+        rows, padded = bucket(count), bucket(patches, math.lcm(PATCHES, merge**2))
+        old, new = (np.prod(shape) // merge**2 for shape in ((count, patches), (rows, padded)))
 
-        def moved(index):
-            row, place = np.divmod(np.asarray(index), patches // merge**2)
-            moved = np.where(index >= 0, row * (longer // merge**2) + place, -1)
-            return np.where(index == old, new, moved)  # the connector's newline stays behind all visual tokens
+        def renumber(index):
+            row, column = np.divmod(np.asarray(index), patches // merge**2)
+            renumbered = np.where(index >= 0, row * (padded // merge**2) + column, -1)
+            return np.where(index == old, new, renumbered)  # the newline's index is the number of visual tokens
 
-        index, mix = moved(index), mix and mix._replace(index=moved(mix.index))
-        vision = Vision(*(_pad(x, rows, longer) for x in vision))
+        index, mix = renumber(index), mix and mix._replace(index=renumber(mix.index))
+        vision = Vision(*(_pad(x, rows, padded) for x in vision))
         vision = vision._replace(grid=np.maximum(vision.grid, 1))
     return Batch(
         tokens=_pad(tokens, length),
@@ -56,7 +59,7 @@ def pad_prompts(batch: Batch, merge: int) -> Batch:
 
 
 def _pad(x, *sizes: int) -> np.ndarray:
-    """Zeros behind axes 1, 2, ... up to `sizes`."""
+    """Pads axes 1, 2, ... with zeros at the end to `sizes`."""
     x = np.asarray(x)
-    added = [size - have for size, have in zip(sizes, x.shape[1:])]
-    return np.pad(x, [(0, 0), *((0, n) for n in added), *((0, 0),) * (x.ndim - 1 - len(sizes))])
+    padding = [size - old_size for size, old_size in zip(sizes, x.shape[1:])]
+    return np.pad(x, [(0, 0), *((0, n) for n in padding), *((0, 0),) * (x.ndim - 1 - len(sizes))])
