@@ -55,7 +55,7 @@ def generate_ids(
 
     Args:
       vlm: object with `config`, `model` and `params`, such as the result of `mllm_jax.load_pretrained`.
-      batch: one prompt per row, padded on any side (`from_hf_inputs`, `collate`). Rows without tokens are not continued.
+      batch: one prompt per row, padded on any side (`from_hf_inputs`, `collate`). Rows without tokens stay empty.
       max_new_tokens: number of new tokens per row. Generation ends earlier when every row has stopped.
       temperature: divisor of the logits, one number or one per row. 0: greedy.
       top_k: number of most likely tokens that are sampled, one number or one per row. 0: all.

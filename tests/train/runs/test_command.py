@@ -42,7 +42,7 @@ TRAIN = {
     ),
 }
 EVALUATE = {
-    "nothing to evaluate": (SCENES, "name what to evaluate: either --workdir or --checkpoint"),
+    "nothing to evaluate": (SCENES, "--workdir, --checkpoint: exactly one is needed"),
     "another family": (
         ["--checkpoint", "other", *SCENES],
         "other/config.json: model_type 'mamba' is not supported; the nearest that is: 'llama'",
