@@ -88,7 +88,7 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], acros
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns an HTML table of rows with equal keys, which head the columns. Numbers are shortened and right-aligned."""
+    """Returns an HTML table of rows with equal keys, its column headers. Numbers are shortened and right-aligned."""
     is_number = lambda value: isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
     def cell(value: Any, kind: str = "td", right: bool = False) -> str:

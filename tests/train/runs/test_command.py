@@ -49,7 +49,7 @@ EVALUATE = {
     ),
     "no folder for answers": (
         ["--checkpoint", "other", *SCENES, "--output=none/a.jsonl"],
-        "--output=none/a.jsonl is in",
+        "--output=none/a.jsonl: its folder does not exist",
     ),
     "dashes in a flag": (["--checkpoint=other", *SCENES, "--max-new-tokens=0"], "flag --max_new_tokens=0: "),
     "a run that never saved": (["--workdir", "young"], "young has no checkpoint yet: its run ended"),
