@@ -1,4 +1,4 @@
-"""Comparison of answers with the truth."""
+"""Scores answers against the true ones."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ from mllm_jax.train.evaluators.base import shares
 
 
 def normalize(text: str) -> str:
-    """Lower case, single blanks, no full stop at the end."""
+    """Returns the text in lower case, with single spaces and without a final full stop."""
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()
 
 
@@ -19,6 +19,6 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 
 def scores(answers: Sequence[Answer]) -> dict[str, float]:
-    """Share of exact matches of every kind of question and, as "all", of all."""
-    right = Counter(answer.kind for answer in answers if exact_match(answer.answer, answer.truth))
-    return shares(right, Counter(answer.kind for answer in answers))
+    """Returns the share of exact matches per kind of question, and of all questions as "all"."""
+    matches = Counter(answer.kind for answer in answers if exact_match(answer.answer, answer.truth))
+    return shares(matches, Counter(answer.kind for answer in answers))

@@ -1,6 +1,7 @@
-"""A run as one HTML page: scores with a baseline, images with answers, curves. It needs no network and no script.
+"""Report of a run as one HTML page: scores beside a baseline, images with answers, and curves.
 
-This file computes the values (in percent of a chart's width and height); report.html lays them out.
+This file computes the values, in percent of a chart's width and height, and report.html lays them out. The page needs
+no network and no scripts.
 """
 
 import math
@@ -18,45 +19,45 @@ from mllm_jax.common.html import log_ticks, ticks, write_page
 from mllm_jax.train.monitor.goodput import PARTS
 from mllm_jax.types import MODALITIES
 
-LABEL_HEIGHT = 15  # pixels that the label of a line needs
-POINTS = 500  # of a line at most; a page of a long run stays small
+LABEL_HEIGHT = 15  # height of a line's label in pixels
+POINTS = 500  # maximum number of points of a line, which limits the size of the page
 
 
 class Kind(NamedTuple):
-    """One kind of question. Shares are in 0..1."""
+    """A kind of question. Shares are in 0..1."""
 
     name: str
-    questions: int = 0
-    chance: float | None = None  # of a guess
-    bar: float | None = None  # to be reached by the first run
+    questions: int = 0  # number of questions
+    chance: float | None = None  # share of right answers by guessing
+    bar: float | None = None  # share that the first run should reach
 
 
 class Run(NamedTuple):
     """Results of one training run. The first run of a report is its subject."""
 
     name: str
-    records: Sequence[Mapping[str, Any]] = ()  # of `mllm_jax.train.monitor.metrics.read_metrics`
-    exact_match: Mapping[str, float] = {}  # kind -> share of right answers in the end
-    marks: Sequence[tuple[int, str]] = ()  # (step, what happened then)
+    records: Sequence[Mapping[str, Any]] = ()  # result of `mllm_jax.train.monitor.metrics.read_metrics`
+    exact_match: Mapping[str, float] = {}  # kind -> final share of right answers
+    marks: Sequence[tuple[int, str]] = ()  # (step, label of an event)
 
 
 class Answer(NamedTuple):
-    """A question of the held-out set and what the model said."""
+    """A held-out question with the true answer and the model's answer."""
 
     kind: str
     question: str
-    truth: str
-    answer: str
-    image: Any = None  # a PIL image, a video u8[t h w 3], or None
+    truth: str  # true answer
+    answer: str  # answer of the model
+    image: Any = None  # PIL image, video u8[t h w 3], or None
 
 
 class Line(NamedTuple):
-    """A line of a chart. Points with a value that is not finite break it."""
+    """A line of a chart. Points with a value that is not finite interrupt it."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    tone: int = 0  # which of the page's colors
-    end: str = ""  # label at its end
+    tone: int = 0  # index of the page's colors
+    end: str = ""  # label at the end of the line
 
 
 def write_report(
@@ -72,21 +73,24 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     config: str = "",
 ) -> Path:
-    """Writes a self-contained page and returns its path.
+    """Writes a self-contained page and returns its path. Sections without content are left out.
 
     Args:
       path: HTML file in an existing folder, written atomically.
-      runs: the subject of the page, then the runs that it is compared with (up to three).
+      runs: the subject of the page, then up to three runs that it is compared with.
+      title: title of the page.
+      lead: first paragraph.
       kinds: rows of the table of scores. Empty: the kinds of the first run's scores.
-      answers: images with questions and answers. right: returns whether an answer agrees with the truth.
-      parts: part of the model -> number of parameters.
-      facts: summary numbers, name -> text, at the top.
-      config: the configuration as text.
-
-    Anything may be missing: a section without content is left out. Raises ValueError if there is no run.
+      answers: images with questions and answers.
+      right: function of (answer, truth) that returns whether the answer is right.
+      parts: number of parameters by part of the model.
+      facts: summary values by name, at the top.
+      config: configuration as text.
+    Raises:
+      ValueError: `runs` is empty.
     """
     if not runs:
-        raise ValueError("a report needs at least one run")
+        raise ValueError("runs=(): a report needs at least one run. Pass the run that it describes.")
     kinds = kinds or [Kind(name) for name in runs[0].exact_match]
     runs = [run._replace(exact_match={k: v for k, v in run.exact_match.items() if math.isfinite(v)}) for run in runs]
     return write_page(
@@ -120,24 +124,27 @@ def chart(
     marks: Iterable[tuple[int, str]] = (),
     rules: Iterable[tuple[float, str]] = (),
 ) -> dict[str, Any] | None:
-    """Places lines in a chart whose width is the reader's. None where no line has a point.
+    """Computes the layout of a line chart of any width.
 
     Args:
-      height: of the plot, in pixels.
-      low, high: range of y that is shown at least; a logarithmic axis needs no low.
-      text: writes the labels of the y axis.
+      title: title of the chart.
+      lines: lines of the chart.
+      height: height of the plot in pixels.
+      low, high: range of y that the axis includes at least. None: the range of the lines.
+      log: whether the y axis is logarithmic.
+      text: function that formats labels of the y axis.
       marks: (x, text) of vertical lines.
       rules: (y, text) of horizontal lines.
-
-    Returns positions in percent, from the left and from the top.
+    Returns:
+      Values for report.html, with positions in percent from the left and the top. None: no line has a point.
     """
-    usable = lambda y: math.isfinite(y) and (y > 0 or not log)
-    lines = [line._replace(points=[(x, y if usable(y) else None) for x, y in line.points]) for line in lines]
+    is_valid = lambda y: math.isfinite(y) and (y > 0 or not log)
+    lines = [line._replace(points=[(x, y if is_valid(y) else None) for x, y in line.points]) for line in lines]
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:
         return None
-    seen = [y for line in lines for _, y in line.points if y is not None] + [y for y in (low, high) if y is not None]
-    low, high = min(seen), max(seen)
+    values = [y for line in lines for _, y in line.points if y is not None] + [y for y in (low, high) if y is not None]
+    low, high = min(values), max(values)
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
     right = max([x for line in lines for x, _ in line.points] + [1])
@@ -151,34 +158,39 @@ def chart(
         pieces = [" ".join(f"{to_x(x)},{to_y(y)}" for x, y in piece) for piece in _pieces(line.points)]
         ends = {"x": to_x(last_x), "y": to_y(last_y), "end": line.end}
         drawn.append({"name": line.name, "tone": line.tone, "pieces": pieces, **ends})
-    _part(drawn, 100 * LABEL_HEIGHT / height)
+    _separate_labels(drawn, 100 * LABEL_HEIGHT / height)
     return {
         "title": title,
         "height": height,
         "lines": drawn,
         "x_ticks": [(to_x(x), short(x)) for x in ticks(0, right, 4)],
         "y_ticks": [(to_y(y), text(y)) for y in (log_ticks if log else ticks)(low, high)],
-        "marks": [(to_x(x), note) for x, note in marks if 0 <= x <= right],
-        "rules": [(to_y(y), note) for y, note in rules if low <= y <= high],
-        "wide": max(len(line.end) for line in lines),  # characters to the right of the plot
+        "marks": [(to_x(x), label) for x, label in marks if 0 <= x <= right],
+        "rules": [(to_y(y), label) for y, label in rules if low <= y <= high],
+        "wide": max(len(line.end) for line in lines),  # number of characters to the right of the plot
     }
 
 
 def _pieces(points):
-    """Splits a line where a value is missing; long lines are thinned out, their ends kept."""
+    """Splits a line at missing values. Long lines are subsampled to about `POINTS` points, including the last one."""
     stride = -(-len(points) // POINTS)
-    kept = [point for i, point in enumerate(points) if i % stride == 0 or i == len(points) - 1 or point[1] is None]
+    sampled = [point for i, point in enumerate(points) if i % stride == 0 or i == len(points) - 1 or point[1] is None]
     piece: list = []
-    for x, y in [*kept, (0, None)]:
+    for x, y in [*sampled, (0, None)]:
         if y is not None:
             piece.append((x, y))
         elif piece:
-            yield piece if len(piece) > 1 else piece * 2  # a line of no length is drawn as a dot
+            yield piece if len(piece) > 1 else piece * 2  # a single point is drawn as a dot
             piece = []
 
 
-def _part(lines: list[dict[str, Any]], gap: float) -> None:
-    """Separates the labels at the ends of lines, so that none covers another: sets "label", percent from the top."""
+def _separate_labels(lines: list[dict[str, Any]], gap: float) -> None:
+    """Sets "label", the label's position in percent from the top, so that labels at the ends of lines do not overlap.
+
+    Args:
+      lines: lines with "y", the position of the end in percent.
+      gap: minimum distance of two labels in percent.
+    """
     ordered = sorted(lines, key=lambda line: line["y"])
     for i, line in enumerate(ordered):
         line["label"] = line["y"] if i == 0 else max(line["y"], ordered[i - 1]["label"] + gap)
@@ -188,7 +200,7 @@ def _part(lines: list[dict[str, Any]], gap: float) -> None:
 
 
 def _series(run: Run, *names: str) -> list[tuple[float, float]]:
-    """(step, value) of the records that hold a value under these nested names."""
+    """Returns (step, value) of the records that have a number under these nested keys."""
     points = []
     for record in run.records:
         value: Any = record
@@ -211,7 +223,7 @@ def _accuracy(runs: Sequence[Run], kinds: Sequence[Kind]):
         for tone, run in enumerate(runs):
             points = _series(run, "heldout", "exact_match", kind.name)
             lines.append(Line(run.name, points, tone, percent(points[-1][1]) if points else ""))
-        rules = [(y, note) for y, note in ((kind.chance, "chance"), (kind.bar, "bar")) if y is not None]
+        rules = [(y, label) for y, label in ((kind.chance, "chance"), (kind.bar, "bar")) if y is not None]
         charts.append(chart(kind.name, lines, height=140, low=0.0, high=1.0, text=percent, rules=rules))
     return [drawn for drawn in charts if drawn]
 
@@ -236,23 +248,23 @@ def _shares(parts: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def _time(run: Run) -> list[dict[str, Any]]:
-    """Wall time by part, up to the last record that has it; parts without time are left out."""
-    told = [record["seconds"] for record in run.records if isinstance(record.get("seconds"), Mapping)]
-    spent = {name: seconds for name, seconds in (told[-1] if told else {}).items() if seconds > 0}
-    total = sum(spent.values())
+    """Returns the wall time by part, from the last record that has it. Parts without time are left out."""
+    times = [record["seconds"] for record in run.records if isinstance(record.get("seconds"), Mapping)]
+    parts = {name: seconds for name, seconds in (times[-1] if times else {}).items() if seconds > 0}
+    total = sum(parts.values())
     return [
         {"name": name, "means": PARTS.get(name, ""), "spent": hours(seconds), "share": seconds / total}
-        for name, seconds in spent.items()
+        for name, seconds in parts.items()
     ]
 
 
 def _loads(run: Run) -> list[dict[str, Any]]:
-    """Load of each layer's experts in the last evaluation, for every kind of token: 1 is the mean."""
-    found = [record.get("heldout") for record in run.records]
-    loads = [known["expert_load"] for known in found if isinstance(known, Mapping) and "expert_load" in known]
+    """Returns the load of each layer's experts in the last evaluation, by kind of token, as a multiple of the mean."""
+    heldout = [record.get("heldout") for record in run.records]
+    loads = [scores["expert_load"] for scores in heldout if isinstance(scores, Mapping) and "expert_load" in scores]
     if not loads:
         return []
-    counts = np.array(loads[-1], float)  # [Lm 3 E]
+    counts = np.array(loads[-1], float)  # [layers with experts, 3 modalities, E]
     panels = [("all tokens", counts.sum(axis=1)), *((name, counts[:, i]) for i, name in enumerate(MODALITIES))]
     relative = lambda part: part / np.maximum(part.mean(axis=-1, keepdims=True), 1e-9)
     return [
@@ -263,11 +275,11 @@ def _loads(run: Run) -> list[dict[str, Any]]:
 
 
 def frames_of(image) -> list[Image.Image]:
-    """An image, or the frames of a video without those that repeat the one before."""
+    """Returns an image, or the frames of a video u8[t h w 3] without repetitions of the previous frame; [] for None."""
     if image is None:
         return []
     if isinstance(image, Image.Image):
         return [image.convert("RGB")]
     frames = np.asarray(image)
-    new = [i for i in range(len(frames)) if i == 0 or (frames[i] != frames[i - 1]).any()]
-    return [Image.fromarray(frames[i]) for i in new]
+    indices = [i for i in range(len(frames)) if i == 0 or (frames[i] != frames[i - 1]).any()]
+    return [Image.fromarray(frames[i]) for i in indices]

@@ -1,4 +1,4 @@
-"""Comparison of a run's stages: a table, and a page on which every branch of stages is one line."""
+"""Compares the stages of a run: in a table, and on a page where every branch of stages is one line."""
 
 import json
 from collections.abc import Mapping
@@ -20,28 +20,28 @@ from mllm_jax.train.runs.config import read_run
 from mllm_jax.train.runs.stages import branch, stage_config
 from mllm_jax.train.step.optimizer import split
 
-SHOWN = 4  # branches on a page
+SHOWN = 4  # maximum number of branches on a page
 
 
 def table(workdir: str | Path) -> Table:
-    """A row for every stage that came to its end: its length, what it trained, and its last evaluation."""
-    config, found = _config(workdir), {name: _last(Path(workdir) / name) for name in ended(workdir)}
-    kinds = _kinds(found.values())
-    shown = Table(box=None, pad_edge=False, header_style="dim")
+    """Returns a table of the complete stages: steps, number of trained parameters and last evaluation."""
+    config, evaluations = _config(workdir), {name: _last(Path(workdir) / name) for name in ended(workdir)}
+    kinds = _kinds(evaluations.values())
+    result = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("stage", "after"):
-        shown.add_column(name, no_wrap=True, min_width=max(map(len, ("stage", *config.stages))))
+        result.add_column(name, no_wrap=True, min_width=max(map(len, ("stage", *config.stages))))
     for name in ("steps", "trained", "held-out loss", *kinds):
-        shown.add_column(cell(name), justify="right", no_wrap=True)
+        result.add_column(cell(name), justify="right", no_wrap=True)
     for name, steps in ended(workdir).items():
-        loss = found[name].get("loss")
-        scores = [percent(found[name].get("exact_match", {}).get(kind)) for kind in kinds]
-        size = ["–" if loss is None else f"{loss:.4f}", *scores]
-        shown.add_row(name, config.stages[name].after or "–", f"{steps:,}", short(_trained(config, name)), *size)
-    return shown
+        loss = evaluations[name].get("loss")
+        scores = [percent(evaluations[name].get("exact_match", {}).get(kind)) for kind in kinds]
+        cells = ["–" if loss is None else f"{loss:.4f}", *scores]
+        result.add_row(name, config.stages[name].after or "–", f"{steps:,}", short(_num_trained(config, name)), *cells)
+    return result
 
 
 def write_page(workdir: str | Path) -> Path:
-    """Writes report.html, and returns its path: a line for each of the last four branches, from its first stage on."""
+    """Writes report.html with a line for each of the last four branches, from their first stage. Returns its path."""
     runs = branches(workdir)[-SHOWN:]
     config = _config(workdir)
     kinds = _kinds(record["heldout"] for run in runs for record in run.records if "heldout" in record)
@@ -49,7 +49,7 @@ def write_page(workdir: str | Path) -> Path:
         Path(workdir) / "report.html",
         runs,
         title=f"Stages of {Path(workdir).resolve().name}",
-        lead="Each line is one branch of stages in order; a mark shows where a stage of the first begins.",
+        lead="Each line is one branch of stages in order. Vertical marks show where stages of the first branch begin.",
         kinds=[Kind(kind) for kind in kinds],
         parts=count_params(read_run(config).model),
         facts={"Stages": ", ".join(ended(workdir)), "Steps in all": f"{sum(ended(workdir).values()):,}"},
@@ -58,7 +58,7 @@ def write_page(workdir: str | Path) -> Path:
 
 
 def branches(workdir: str | Path) -> list[Run]:
-    """Every branch of stages that came to their end, as one run: steps count on from stage to stage."""
+    """Returns every branch of complete stages as one run, whose steps continue from stage to stage."""
     steps = ended(workdir)
     after = {name: stage.after for name, stage in _config(workdir).stages.items()}
     leaves = [name for name in steps if not any(after[other] == name for other in steps)]
@@ -66,13 +66,14 @@ def branches(workdir: str | Path) -> list[Run]:
 
 
 def _branch(workdir: Path, names: list[str], steps: Mapping[str, int]) -> Run:
-    records, marks, before = [], [], 0
+    """Returns the stages `names` as one run."""
+    records, marks, offset = [], [], 0
     for name in names:
         records += [
-            record | {"step": before + record["step"], "stage": name} for record in read_metrics(workdir / name)
+            record | {"step": offset + record["step"], "stage": name} for record in read_metrics(workdir / name)
         ]
-        marks += [(before, f"{name} begins")] if before else []
-        before += steps[name]
+        marks += [(offset, f"{name} begins")] if offset else []
+        offset += steps[name]
     return Run(names[-1], records, _last(workdir / names[-1]).get("exact_match", {}), marks)
 
 
@@ -82,16 +83,16 @@ def _config(workdir: str | Path) -> ConfigDict:
 
 
 def _last(folder: Path) -> dict[str, Any]:
-    """The last evaluation of a stage; empty where there was none."""
+    """Returns the last evaluation of a stage. Empty: there was none."""
     return next((record["heldout"] for record in reversed(read_metrics(folder)) if "heldout" in record), {})
 
 
 def _kinds(evaluations) -> list[str]:
-    """The kinds of questions in the order in which they turn up; "all" first."""
-    return list(dict.fromkeys(kind for found in evaluations for kind in found.get("exact_match", {})))
+    """Returns the kinds of questions in order of their first occurrence; "all" is first."""
+    return list(dict.fromkeys(kind for evaluation in evaluations for kind in evaluation.get("exact_match", {})))
 
 
-def _trained(config: ConfigDict, name: str) -> int:
-    """Number of parameters that a stage trains."""
+def _num_trained(config: ConfigDict, name: str) -> int:
+    """Returns the number of parameters that a stage trains."""
     run = read_run(stage_config(config, name))
     return sum(leaf.size for leaf in jax.tree.leaves(split(abstract_params(run.model), run.optim.freeze)[0]))

@@ -1,7 +1,7 @@
 """Generation: `mllm_jax.generate(vlm, conversations)` in Python, `python -m mllm_jax.generate` in a shell.
 
-Function and package share a name. Whoever imports anything from the package binds `mllm_jax.generate` to it, so the
-package itself can be called, and then is the function.
+The function and the package share a name, and importing anything from the package binds `mllm_jax.generate` to the
+package. The package is therefore callable: calling it calls the function.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Asks a model about images and videos, and writes its answer as it is generated.
+"""Asks a model about images and videos, and prints the answer as it is generated.
 
     python -m mllm_jax.generate --checkpoint FOLDER --image a.png --prompt "What is in the image?"
     python -m mllm_jax.generate --checkpoint FOLDER                              a chat, on a terminal
     python -m mllm_jax.generate --checkpoint FOLDER --prompts questions.jsonl    a line of JSON for each answer
 
-A chat keeps its earlier turns; /help lists its commands. A file of prompts has one prompt per line, or records with or
-without answers, of any format and layout that training reads; paths of images are relative to it.
+A chat continues one conversation; /help lists its commands. A file of prompts has one prompt per line, or records of
+any format and layout that training reads, with or without answers. Paths of images are relative to the file.
 """
 
 import argparse
@@ -33,15 +33,15 @@ from mllm_jax.pretrained.peft import load_adapters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 1 where something is wrong that the user can mend, told in one line."""
+    """Runs the command. Returns its exit status: 1 after an error that the user can fix, which one line reports."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    given = [args.prompt is not None, args.prompts is not None, args.chat]
-    if sum(given) > 1 or not (any(given) or sys.stdin.isatty()):
+    modes = [args.prompt is not None, args.prompts is not None, args.chat]
+    if sum(modes) > 1 or not (any(modes) or sys.stdin.isatty()):
         parser.error("give one of --prompt, --prompts and --chat")
     media = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(args, kind)]
     if media and args.prompts is not None:
-        parser.error("--prompts names its images and videos itself; leave out --image and --video")
+        parser.error("--prompts: its records name their images and videos. Remove --image and --video.")
     try:
         _check_files(args)
         with announced(f"reading {args.checkpoint}"):
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         say(f"error: {describe_error(error)}")
         return 1
-    except jax.errors.JaxRuntimeError as error:  # such as too little memory
+    except jax.errors.JaxRuntimeError as error:  # such as out of memory
         say(f"error: {first_line(error)}")
         return 1
     print()
@@ -70,52 +70,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """Raises OSError or ValueError for a file that is not there, before minutes go into reading the weights."""
-    named = [("prompts", path) for path in [args.prompts] if path is not None]
-    named += [(kind, path) for kind in ("image", "video") for path in getattr(args, kind)]
-    for flag, path in named:
-        found = path if flag == "prompts" else resolve(path)
-        if isinstance(found, str) and not Path(found).exists():
-            raise FileNotFoundError(f"--{flag}={path}: there is no such file")
+    """Raises OSError or ValueError if a file does not exist, before the weights are read, which may take minutes."""
+    files = [("prompts", path) for path in [args.prompts] if path is not None]
+    files += [(kind, path) for kind in ("image", "video") for path in getattr(args, kind)]
+    for flag, path in files:
+        file = path if flag == "prompts" else resolve(path)
+        if isinstance(file, str) and not Path(file).exists():
+            raise FileNotFoundError(f"--{flag}={path}: the file does not exist. Correct the path.")
 
 
 def _answer_file(vlm: Pretrained, args: argparse.Namespace, settings: dict[str, Any]) -> int:
-    """Prints an answer a line. Returns 1 where a prompt has none."""
+    """Prints one line of JSON per answer. Returns 1 if a prompt could not be answered, otherwise 0."""
     failed = 0
     for answer in answers(vlm, args.prompts, system_message(args.system), args.batch_size, settings):
         print(as_line(answer), flush=True)
         failed += "error" in answer
     if failed:
-        say(f"error: {failed} prompts could not be read; their lines have the reasons")
+        say(f"error: {failed} prompts could not be read; their lines state the reasons")
     return int(failed > 0)
 
 
 def _sampling(args: argparse.Namespace, defaults: GenerationDefaults) -> dict[str, float]:
-    """Sampling settings: those of the command, else with --sample those of the model's file, else greedy."""
-    asked = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    """Returns the sampling settings: the flags, with --sample over those of generation_config.json. Empty: greedy."""
+    flags = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     if args.sample and defaults.unsupported:
-        say(f"note: {FILE} asks for {defaults.unsupported}, which is not done")
-    usual = defaults.sampling if args.sample else {}
-    return usual | {name: value for name, value in asked.items() if value is not None}
+        say(f"note: {FILE} sets {defaults.unsupported}, which is not supported and has no effect")
+    sampling = defaults.sampling if args.sample else {}
+    return sampling | {name: value for name, value in flags.items() if value is not None}
 
 
 def _load(checkpoint: str, dtype: str) -> Pretrained:
-    """A training run's folder, or a model in Hugging Face's format."""
-    # Training is slow to import and unused for published models, so `mllm_jax` imports it on demand.
+    """Reads a training run's folder, or a model in Hugging Face's format."""
+    # `mllm_jax` imports the training code only on demand: it is slow to import, and published models do not need it.
     return mllm_jax.load_workdir(checkpoint) if is_run(checkpoint) else load_pretrained(checkpoint, dtype)
 
 
 def _parser() -> Parser:
     parser = Parser("python -m mllm_jax.generate", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FOLDER", help="a training run, or a model in Hugging Face's format")
-    add("--adapters", metavar="FOLDER", help="an adapter (LoRA) of the model, in PEFT's format")
-    add("--prompt", metavar="TEXT", help="question; without it, on a terminal, a chat starts")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="FOLDER",
+        help="folder of a training run, or of a model in Hugging Face's format",
+    )
+    add("--adapters", metavar="FOLDER", help="folder of LoRA adapters of the model in PEFT's format")
+    add("--prompt", metavar="TEXT", help="question; without one, a chat starts on a terminal")
     add("--prompts", metavar="FILE", help="file of prompts, one per line or as records")
     add("--chat", action="store_true", help="answer several turns, also if stdin is not a terminal")
     add("--system", metavar="TEXT", help="system message")
-    add("--image", action="append", default=[], metavar="FILE", help="an image; may be given several times")
-    add("--video", action="append", default=[], metavar="FILE", help="a video; may be given several times")
+    add("--image", action="append", default=[], metavar="FILE", help="image; may be repeated")
+    add("--video", action="append", default=[], metavar="FILE", help="video; may be repeated")
     add(
         "--batch_size",
         type=argument(PositiveInt),
@@ -129,12 +134,12 @@ def _parser() -> Parser:
         type=argument(PositiveInt),
         default=256,
         metavar="N",
-        help="largest number of tokens of an answer (default 256)",
+        help="maximum number of tokens of an answer (default 256)",
     )
     add(
         "--sample",
         action="store_true",
-        help="sample with the settings of generation_config.json, which the next three override",
+        help="sample with the settings of generation_config.json; the next three flags override them",
     )
     add(
         "--temperature",
@@ -147,7 +152,7 @@ def _parser() -> Parser:
         "--top-p",
         type=argument(TopP),
         metavar="X",
-        help="sample from the most likely tokens with total probability X (default 1)",
+        help="sample from the smallest set of most likely tokens with total probability X (default 1: all)",
     )
     add("--seed", type=argument(Seed), default=0, metavar="N", help="seed of sampling (default 0)")
     add(

@@ -1,4 +1,4 @@
-"""A conversation in a shell: questions are read from a terminal, answers are written as they come."""
+"""Chat in a terminal: reads questions and commands from stdin, and prints answers as they are generated."""
 
 import contextlib
 import os
@@ -19,46 +19,49 @@ from mllm_jax.generate.decode import generate_ids
 from mllm_jax.generate.requests import answering_processor, read_prompts, stream_text
 
 with contextlib.suppress(ImportError):  # not on Windows
-    import readline  # noqa: F401 (gives input() lines that can be edited, and a history)
+    import readline  # noqa: F401 (adds line editing and a history to input())
 
 COMMANDS = {
-    "image": "/image PATH    show an image with the next question",
-    "video": "/video PATH    show a video with the next question",
-    "reset": "/reset         begin a new conversation",
+    "image": "/image PATH    attach an image to the next question",
+    "video": "/video PATH    attach a video to the next question",
+    "reset": "/reset         start a new conversation",
     "help": "/help          list the commands",
-    "exit": "/exit          end, as Ctrl-D does",
+    "exit": "/exit          end the chat, like Ctrl-D",
 }
-NOTES = ("Ctrl-C ends an answer.", "A question that begins with / is written with a blank first.")
+NOTES = ("Ctrl-C stops an answer.", "Start a question with a space if its first character is /.")
 
 
 class Chat:
-    """A conversation that grows by a question and its answer.
+    """A conversation to which every question and its answer are appended.
 
     Attributes:
-      messages: of the conversation so far, in Hugging Face's layout.
+      messages: messages of the conversation, in Hugging Face's layout.
       attached: images and videos of the next question, as items of its content.
 
     Args:
-      vlm: of `mllm_jax.load_pretrained`.
-      system: text of the system's message, if any.
-      settings: arguments of `generate_ids`, "key" among them.
+      vlm: model from `mllm_jax.load_pretrained`.
+      system: text of the system message. None: no system message.
+      settings: arguments of `generate_ids`, including "key".
     """
 
-    def __init__(self, vlm: Any, system: str | None = None, settings: Mapping[str, Any] = {}):  # noqa: B006 (nobody changes it)
+    def __init__(self, vlm: Any, system: str | None = None, settings: Mapping[str, Any] = {}):  # noqa: B006 (never mutated)
         self._vlm, self._processor, self._settings = vlm, answering_processor(vlm), dict(settings)
-        self._start = system_message(system)
-        self._asked = 0
+        self._system_messages = system_message(system)
+        self._num_questions = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything but the system's message."""
-        self.messages, self.attached = list(self._start), []
+        """Removes all messages but the system message, and all attached media."""
+        self.messages, self.attached = list(self._system_messages), []
 
     def attach(self, kind: str, path: str) -> int:
-        """Shows an "image" or a "video" with the next question. Returns how many tokens it takes.
+        """Attaches an image or a video to the next question. Returns its number of visual tokens.
 
+        Args:
+          kind: "image" or "video".
+          path: path of the file.
         Raises:
-          OSError, ValueError: the file cannot be read, or the model reads no such thing.
+          OSError, ValueError: the file cannot be read, or the model does not read this kind of media.
         """
         item = {"type": kind, kind: os.path.abspath(os.path.expanduser(path))}
         with announced(f"reading {path}"):
@@ -67,22 +70,22 @@ class Chat:
         return int(np.sum(example.vision_index >= 0))
 
     def ask(self, text: str, write: Callable[[str], None]) -> str:
-        """Answers a question about the attached media, and passes the growing answer to `write`.
+        """Answers a question with its attached media. Returns the answer, and passes its text to `write` in pieces.
 
-        If Ctrl-C ends an answer, its text so far stays in the conversation. Without any text, or after an error, the
-        question is withdrawn with its media.
+        If Ctrl-C stops the answer, its text so far stays in the conversation. If there is no text yet, or after an
+        error, the question and its media are dropped.
         """
         question, self.attached = _question(self.attached, text), []
         settings, parts = dict(self._settings), []
-        settings["key"] = jax.random.fold_in(settings.get("key", jax.random.key(0)), self._asked)
-        self._asked += 1
+        settings["key"] = jax.random.fold_in(settings.get("key", jax.random.key(0)), self._num_questions)
+        self._num_questions += 1
 
-        def listen(text: str) -> None:
+        def on_text(text: str) -> None:
             parts.append(text)
             write(text)
 
         with ended_by_interrupt() as interrupted:
-            stream_answer(self._vlm, [*self.messages, question], listen, interrupted, **settings)
+            stream_answer(self._vlm, [*self.messages, question], on_text, interrupted, **settings)
         answer = "".join(parts)
         if answer:
             self.messages += [question, {"role": "assistant", "content": answer}]
@@ -90,7 +93,7 @@ class Chat:
 
 
 def system_message(text: str | None) -> list[dict[str, str]]:
-    """Returns the messages that a conversation begins with."""
+    """Returns the first messages of a conversation: the system message, or none without a text."""
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -99,7 +102,7 @@ def _question(media: list[dict[str, Any]], text: str) -> dict[str, Any]:
 
 
 class _Ended(Exception):
-    """Leaves generation where an answer was ended."""
+    """Ends the generation of an answer."""
 
 
 def stream_answer(
@@ -109,17 +112,19 @@ def stream_answer(
     ended: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> None:
-    """Passes the answer to a conversation to `write` as it grows.
+    """Generates the answer to a conversation, and passes its text to `write` in pieces.
 
-    Life signs go to stderr where the answer does not begin soon.
+    Prints the current phase to stderr if the answer does not start soon.
 
     Args:
-      vlm: of `mllm_jax.load_pretrained`.
-      ended: is asked at every token; where it is true, the answer stops there.
-      settings: of `generate_ids`, "max_new_tokens" among them.
+      vlm: model from `mllm_jax.load_pretrained`.
+      messages: messages of the conversation, in Hugging Face's layout.
+      write: function that receives each new piece of text.
+      ended: function that is called after every token; the answer stops when it returns True.
+      settings: arguments of `generate_ids`, including "max_new_tokens".
     """
     processor = answering_processor(vlm)
-    with announced("reading the question and what it shows"):
+    with announced("reading the question and its media"):
         batch = read_prompts(vlm, [messages])
     stream = stream_text(processor, processor.stop_ids, write)
     size = f"{int(np.sum(batch.segment > 0)):,} tokens"
@@ -139,22 +144,22 @@ def stream_answer(
 
 @contextlib.contextmanager
 def ended_by_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed; a second one raises KeyboardInterrupt."""
-    pressed = []
+    """Yields a function that returns whether Ctrl-C was pressed. A second Ctrl-C raises KeyboardInterrupt."""
+    signals = []
 
-    def note(number: int, frame: Any) -> None:
-        pressed.append(number)
+    def handler(number: int, frame: Any) -> None:
+        signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, handler)
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(signals)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def talk(chat: Chat) -> None:
-    """Reads questions and commands from stdin to its end, and prints the answers."""
+    """Reads questions and commands from stdin until its end, and prints the answers."""
     interactive = sys.stdin.isatty()
     if interactive:
         say("Type a question, or /help. Ctrl-D ends the chat.")
@@ -180,12 +185,12 @@ def talk(chat: Chat) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's text, without the pages of XLA about memory."""
+    """Returns the first line of an error's text, without XLA's long memory reports."""
     return next(iter(describe_error(error).splitlines()), type(error).__name__)
 
 
 def write_answer(text: str) -> None:
-    """Writes a part of an answer to stdout. On a terminal, a model's control characters are shown as escapes."""
+    """Writes a piece of an answer to stdout. On a terminal, control characters are printed as escapes."""
     print(printable_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
@@ -197,21 +202,21 @@ def _answer(chat: Chat, text: str) -> None:
         say(f"error: {first_line(error)}")
     print(flush=True)
     if not answer:
-        say("no answer; the question and its media are withdrawn")
+        say("no answer; the question and its media were dropped")
 
 
-def _command(chat: Chat, name: str, rest: str) -> bool:
+def _command(chat: Chat, name: str, argument: str) -> bool:
     """Runs a command. Returns whether the chat continues."""
-    path = rest.strip().strip("'\"")
+    path = argument.strip().strip("'\"")
     if name not in COMMANDS:
-        raise ValueError(f"there is no command /{name}; {suggestion(name, COMMANDS)}")
+        raise ValueError(f"/{name}: unknown command; {suggestion(name, COMMANDS)}")
     if name in MEDIA:
         if not path:
-            raise ValueError(f"/{name} needs the path of a file")
-        say(f"{Path(path).name}: {chat.attach(name, path):,} tokens, shown with the next question")
+            raise ValueError(f"/{name}: the path is missing. Write /{name} PATH.")
+        say(f"{Path(path).name}: {chat.attach(name, path):,} tokens, attached to the next question")
     elif name == "reset":
         chat.reset()
-        say("a new conversation")
+        say("started a new conversation")
     elif name == "help":
         say("\n".join([*COMMANDS.values(), *NOTES]))
     return name != "exit"

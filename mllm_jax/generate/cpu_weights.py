@@ -1,9 +1,9 @@
-"""Layout of weights on CPU while tokens are decoded one by one.
+"""Weight layout for fast decoding on CPU.
 
-A decoding step is bound by reading every weight once. XLA on CPU copies a layer out of a stack before it can multiply
-with it, and packs a [V D] head anew in every product of several rows: both cost more than the reading. So on CPU the
-layers are unstacked and the head is transposed once per call. Inside a program they are stacked again: XLA cancels a
-slice of a stack, and a transposition of a transposition, and nothing is moved.
+A decoding step is bound by reading every weight once. XLA on CPU copies each layer out of the stacked weights before it
+multiplies, and repacks a [V D] head in every product of several rows; both cost more than the reading itself.
+Therefore, on CPU, the layers are unstacked and the head is transposed once per call. The decoding program stacks and
+transposes them again, which costs nothing: XLA cancels a slice of a stack, and a double transposition.
 """
 
 import dataclasses
@@ -19,43 +19,45 @@ from mllm_jax.types import Array
 
 
 class Weights(NamedTuple):
-    params: Any  # parameters of the model; without the decoder's layers if these are unstacked
-    layers: dict[str, tuple] | None = None  # each of the decoder's layers, by the name of their stack
-    head: Array | None = None  # [D V]
+    """Parameters of a decoder in the layout for decoding."""
+
+    params: Any  # parameters of the model, without the decoder's layers if these are unstacked
+    layers: dict[str, tuple] | None = None  # unstacked layers of the decoder, by the name of their stack
+    head: Array | None = None  # [D V] transposed head. None: `params` contains it
 
 
 def lay_out(model: VLM, params, rows: int) -> tuple[VLM, Weights]:
-    """The weights for decoding `rows` rows, and the model that reads them fast. On CPU the decoder is copied."""
+    """Returns a model and the weights with which it decodes `rows` rows fast. On CPU they are a copy of the decoder."""
     if jax.default_backend() != "cpu":
         return model, Weights({"decoder": params["decoder"]})
     runtime = dataclasses.replace(model.config.runtime, scan=False, remat="none")
     model = VLM(dataclasses.replace(model.config, runtime=runtime))
     names = tuple(segment.name for segment in segments(model.config.decoder.kinds))
-    return model, _apart({"decoder": params["decoder"]}, names, turn_head=rows > 1)
+    return model, _unstack({"decoder": params["decoder"]}, names, transpose_head=rows > 1)
 
 
 def for_hidden(weights: Weights):
-    """Parameters that `model.apply` takes."""
+    """Returns the parameters for `model.apply(..., hidden=True)`."""
     if weights.layers is None:
         return weights.params
-    stacked = {name: jax.tree.map(lambda *parts: jnp.stack(parts), *apart) for name, apart in weights.layers.items()}
+    stacked = {name: jax.tree.map(lambda *parts: jnp.stack(parts), *layers) for name, layers in weights.layers.items()}
     return {"decoder": {**weights.params["decoder"], **stacked}}
 
 
 def for_logits(weights: Weights):
-    """Parameters that `model.apply(..., method="logits")` takes."""
+    """Returns the parameters for `model.apply(..., method="logits")`."""
     if weights.head is None:
         return weights.params
     decoder = weights.params["decoder"]
-    own = {"head": {"w": weights.head.T}} if "head" in decoder else {"embed": weights.head.T}
-    return {"decoder": {**decoder, **own}}
+    head = {"head": {"w": weights.head.T}} if "head" in decoder else {"embed": weights.head.T}
+    return {"decoder": {**decoder, **head}}
 
 
-@functools.partial(jax.jit, static_argnames=("names", "turn_head"))
-def _apart(params, names: tuple[str, ...], turn_head: bool) -> Weights:
+@functools.partial(jax.jit, static_argnames=("names", "transpose_head"))
+def _unstack(params, names: tuple[str, ...], transpose_head: bool) -> Weights:
     decoder, layers = dict(params["decoder"]), {}
     for name in names:
         stacked = decoder.pop(name)
         depth = len(jax.tree.leaves(stacked)[0])
         layers[name] = tuple(jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(depth))
-    return Weights({"decoder": decoder}, layers, head_table(params).T if turn_head else None)
+    return Weights({"decoder": decoder}, layers, head_table(params).T if transpose_head else None)

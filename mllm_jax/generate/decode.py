@@ -1,7 +1,7 @@
-"""Tokens from prompts: one compiled pass over the prompts, then a compiled loop that adds a token to every row.
+"""Token generation: a compiled pass over the prompts, then a compiled loop that adds one token per row and step.
 
-All rows write the same slots of the cache, from the end of the padded prompt on; a row's own length shows only in its
-rotary positions and in the segments of its slots.
+All rows write the same cache slots, starting behind the padded prompts. Only rotary positions and the segments of the
+slots depend on the length of a row.
 """
 
 import functools
@@ -21,21 +21,21 @@ from mllm_jax.types import Array, Batch, Cache
 
 
 class State(NamedTuple):
-    """Between two tokens."""
+    """State of the decoding loop between two steps."""
 
-    cache: Cache  # of all but the latest tokens
-    token: Array  # i32[B] the latest
+    cache: Cache  # keys and values of all tokens but the newest
+    token: Array  # i32[B] newest tokens
     done: Array  # bool[B] rows that have stopped
-    count: Array  # i32[] how many tokens were chosen
+    count: Array  # i32[] number of generated tokens per row
 
 
 class Choice(NamedTuple):
-    """Selection of tokens, and the end of a row."""
+    """Settings of token selection."""
 
     sampling: Sampling
-    key: Array
+    key: Array  # random key; step i uses `fold_in(key, i)`
     stop: Array  # i32[n] tokens that end a row
-    fill: Array  # i32[] what follows in a row that has ended
+    fill: Array  # i32[] token that fills a row after its end
 
 
 def generate_ids(
@@ -49,34 +49,33 @@ def generate_ids(
     key: Array | None = None,
     on_token: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Continues every row of a batch.
+    """Generates a continuation of every row of a batch.
 
-    Shapes are bucketed, so that prompts of similar sizes share their compiled programs.
+    Shapes are bucketed, so that prompts of similar sizes share compiled programs.
 
     Args:
-      vlm: anything with `model` and `params` (`mllm_jax.load_pretrained`).
-      batch: one prompt per row, padded on any side (`from_hf_inputs`, `collate`); a row without tokens gets none.
-      max_new_tokens: that many, unless every row stops before.
-      temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
-      top_k: draws among the k likeliest only; 0 = all.
-      top_p: draws among the fewest likeliest tokens that reach this probability; 1 = all.
-        All three: one number, or one per row.
-      stop: tokens that end a row. They are returned; after one the row is filled with `stop[0]`.
-      key: of the random draws, `jax.random.key(seed)`; None = seed 0.
-      on_token: is called with i32[B] for every token as soon as it is known; slower, since each is waited for.
+      vlm: object with `config`, `model` and `params`, such as the result of `mllm_jax.load_pretrained`.
+      batch: one prompt per row, padded on any side (`from_hf_inputs`, `collate`). Rows without tokens stay empty.
+      max_new_tokens: number of new tokens per row. Generation ends earlier when every row has stopped.
+      temperature: divisor of the logits, one number or one per row. 0: greedy.
+      top_k: number of most likely tokens that are sampled, one number or one per row. 0: all.
+      top_p: total probability of the most likely tokens that are sampled, one number or one per row. 1: all.
+      stop: ids of tokens that end a row. They are returned; the rest of the row is filled with `stop[0]`.
+      key: random key, `jax.random.key(seed)`. None: seed 0.
+      on_token: function that is called with i32[B] after every step. This is slower, because the host waits for each.
     Returns:
       i32[B max_new_tokens].
     Raises:
-      ValueError: a setting is out of range, a row holds several conversations, or learned positions do not suffice.
+      ValueError: a setting is out of range, a row has several conversations, or there are too few learned positions.
     """
     check(PositiveInt, max_new_tokens, "max_new_tokens")
     if np.max(batch.segment, initial=0) > 1:
-        raise ValueError("a row holds several conversations; generation continues one per row")
+        raise ValueError("batch: a row has several conversations. Put one prompt in each row.")
     longest = int(np.max(batch.position[..., 0], initial=-1)) + max_new_tokens
     if 0 < vlm.config.decoder.positions < longest:
         raise ValueError(
-            f"the prompts and max_new_tokens={max_new_tokens} need {longest} positions; the model has learned "
-            f"{vlm.config.decoder.positions}. Shorten the one or the other"
+            f"max_new_tokens={max_new_tokens}: needs {longest} positions with the longest prompt, but the model has "
+            f"learned {vlm.config.decoder.positions}. Shorten the prompts or reduce max_new_tokens."
         )
     batch = pad_prompts(batch, vlm.config.merge, vlm.config.queries)
     rows, length = batch.tokens.shape
@@ -103,39 +102,42 @@ def generate_ids(
 
 
 def sample_ids(model: VLM, params, batch: Batch, count: int, stop, key: Array) -> tuple[Array, Array]:
-    """Draws a continuation of every row as likely as the model finds it: `generate_ids` as a part of other programs.
+    """Samples a continuation of every row at temperature 1. Unlike `generate_ids`, it can be traced in other programs.
 
     Args:
-      batch: one prompt per row, padded on the right; a row without tokens gets none.
-      count: tokens of the longest continuation.
+      model: module of the model.
+      params: its parameters.
+      batch: one prompt per row, padded on the right. A row without tokens is not continued.
+      count: maximum number of tokens of a continuation.
       stop: i32[n] tokens that end a row.
+      key: random key.
     Returns:
-      (i32[B count], bool[B count] which of these belong to the continuation, the token that ends it among them).
+      (i32[B count] tokens, bool[B count] True at tokens of the continuation, including the one that ends it).
     """
     rows, length = batch.tokens.shape
     choice = Choice(Sampling(jnp.ones(rows)), key, stop, stop[0])
     state = _prefill(model, params, batch, choice, length + count)
-    reader, weights = lay_out(model, params, rows)
-    _, tokens = _decode(reader, weights, state, choice, jnp.int32(count), count)
+    decode_model, weights = lay_out(model, params, rows)
+    _, tokens = _decode(decode_model, weights, state, choice, jnp.int32(count), count)
     ends = jnp.isin(tokens, stop)
-    own = (jnp.cumsum(ends, axis=1) - ends == 0) & jnp.any(batch.segment > 0, axis=1)[:, None]
-    return tokens, own
+    mask = (jnp.cumsum(ends, axis=1) - ends == 0) & jnp.any(batch.segment > 0, axis=1)[:, None]
+    return tokens, mask
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
 def _prefill(model: VLM, params, batch: Batch, choice: Choice, slots: int) -> State:
-    """Reads the prompts and chooses the first token. Logits are computed where a prompt ends, nowhere else."""
+    """Computes the cache of the prompts and selects the first token. Logits are computed at the last token only."""
     rows, length = batch.tokens.shape
     cache = init_cache(model.config, rows, slots)
     out = model.apply({"params": params}, batch, cache, hidden=True)
-    real = batch.segment > 0
-    last = jnp.max(jnp.where(real, jnp.arange(length), 0), axis=1)
+    mask = batch.segment > 0
+    last = jnp.max(jnp.where(mask, jnp.arange(length), 0), axis=1)
     hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
     logits = model.apply({"params": params}, hidden, method="logits")
-    return _chosen(logits, out.cache, ~jnp.any(real, axis=1), jnp.int32(0), choice)
+    return _select(logits, out.cache, ~jnp.any(mask, axis=1), jnp.int32(0), choice)
 
 
-def _chosen(logits, cache: Cache, done, count, choice: Choice) -> State:
+def _select(logits, cache: Cache, done, count, choice: Choice) -> State:
     token = sample(logits, choice.sampling, jax.random.fold_in(choice.key, count))
     token = jnp.where(done, choice.fill, token)
     return State(cache, token, done | jnp.isin(token, choice.stop), count + 1)
@@ -153,19 +155,20 @@ def _next(model: VLM, weights: Weights, state: State, choice: Choice) -> State:
     )
     out = model.apply({"params": for_hidden(weights)}, batch, state.cache, hidden=True)
     logits = model.apply({"params": for_logits(weights)}, out.hidden[:, 0], method="logits")
-    return _chosen(logits, out.cache, state.done, state.count, choice)
+    return _select(logits, out.cache, state.done, state.count, choice)
 
 
 _step = jax.jit(_next, static_argnames="model", donate_argnames="state")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "room"), donate_argnames="state")
-def _decode(model: VLM, weights: Weights, state: State, choice: Choice, limit, room: int):
-    """(last state, all tokens i32[B room]); the first is chosen already. Stops at `limit`, or when every row has.
+@functools.partial(jax.jit, static_argnames=("model", "max_tokens"), donate_argnames="state")
+def _decode(model: VLM, weights: Weights, state: State, choice: Choice, limit, max_tokens: int):
+    """Returns the last state and all tokens i32[B max_tokens], including the first, which `state` contains.
 
-    The state is returned so that its donated cache is the one that the loop writes.
+    Stops after `limit` tokens, or when every row has stopped. The state is returned so that the loop updates the
+    donated cache in place.
     """
-    tokens = jnp.full((len(state.token), room), choice.fill).at[:, 0].set(state.token)
+    tokens = jnp.full((len(state.token), max_tokens), choice.fill).at[:, 0].set(state.token)
 
     def unfinished(carry):
         state, _ = carry
@@ -173,7 +176,7 @@ def _decode(model: VLM, weights: Weights, state: State, choice: Choice, limit, r
 
     def add(carry):
         state, tokens = carry
-        new = _next(model, weights, state, choice)
-        return new, jax.lax.dynamic_update_slice_in_dim(tokens, new.token[:, None], state.count, axis=1)
+        next_state = _next(model, weights, state, choice)
+        return next_state, jax.lax.dynamic_update_slice_in_dim(tokens, next_state.token[:, None], state.count, axis=1)
 
     return jax.lax.while_loop(unfinished, add, (state, tokens))

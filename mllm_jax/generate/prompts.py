@@ -1,4 +1,4 @@
-"""Prompts of a file, answered one after the other."""
+"""Answers the prompts of a file."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,42 +14,45 @@ from mllm_jax.generate.requests import generate
 
 ANSWER = {"messages": {"role": "assistant", "content": "."}, "conversations": {"from": "gpt", "value": "."}}
 
-ANSWERS = ("chosen", "response", "completion")  # fields of answers to a prompt
+ANSWERS = ("chosen", "response", "completion")  # fields that contain the answer to a "prompt"
 
 
 def answers(
     vlm: Any, path: str, start: list[dict[str, Any]], batch_size: int, settings: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Answers every prompt of a file, in its order.
+    """Answers the prompts of a file in order.
 
     Args:
-      vlm: of `mllm_jax.load_pretrained`.
-      path: a text with one prompt a line, or records of any kind and layout that `mllm_jax.data.sources` reads. An
-        answer at the end of a record is not read, and may be absent.
-      start: messages before those of each prompt.
-      batch_size: prompts that are answered at once.
-      settings: of `generate`.
+      vlm: model from `mllm_jax.load_pretrained`.
+      path: text file with one prompt per line, or records of any format and layout that `mllm_jax.data.sources` reads.
+        An answer at the end of a record is ignored, and may be missing.
+      start: messages that precede those of each prompt, unless it has a system message.
+      batch_size: number of prompts per batch.
+      settings: arguments of `generate`.
     Yields:
-      {"id", "prompt", "answer"}, or {"id", "error"} where a prompt cannot be read.
+      {"id", "prompt", "answer"}, or {"id", "error"} if a prompt cannot be read.
     Raises:
       OSError, ValueError: the file cannot be read.
     """
-    waiting: list[dict[str, Any]] = []
-    for read in read_prompt_file(path, start):
-        if "error" in read:
-            yield from _answered(vlm, waiting, settings)
-            yield read
-            waiting = []
+    pending: list[dict[str, Any]] = []
+    for prompt in read_prompt_file(path, start):
+        if "error" in prompt:
+            yield from _generate_answers(vlm, pending, settings)
+            yield prompt
+            pending = []
         else:
-            waiting.append(read)
-        if len(waiting) == batch_size:
-            yield from _answered(vlm, waiting, settings)
-            waiting = []
-    yield from _answered(vlm, waiting, settings)
+            pending.append(prompt)
+        if len(pending) == batch_size:
+            yield from _generate_answers(vlm, pending, settings)
+            pending = []
+    yield from _generate_answers(vlm, pending, settings)
 
 
 def read_prompt_file(path: str, start: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The prompts of a file, as {"id", "messages", "tools"} or {"id", "error"}; arguments and errors of `answers`."""
+    """Yields the prompts of a file as {"id", "messages", "tools"} or {"id", "error"}.
+
+    Args and Raises: as in `answers`.
+    """
     if Path(path).is_file() and kind_of(Path(path)) is None:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
@@ -64,19 +67,19 @@ def read_prompt_file(path: str, start: list[dict[str, Any]]) -> Iterator[dict[st
         for index in range(len(shard)):
             try:
                 record, find = shard.read(index)
-                read = read_record(_with_answer(record), shard.name(index), find)
-                if read["messages"][0]["role"] == DOCUMENT:
-                    raise BadRecord("no question", read["id"], "it is a document")
+                conversation = read_record(_add_answer(record), shard.name(index), find)
+                if conversation["messages"][0]["role"] == DOCUMENT:
+                    raise BadRecord("no question", conversation["id"], "it is a document")
             except BadRecord as error:
                 yield {"id": error.id, "error": str(error)}
                 continue
-            own = read["messages"][:-1]
-            before = [] if own[0]["role"] == "system" else start
-            yield {"id": read["id"], "messages": [*before, *own], "tools": read.get("tools")}
+            messages = conversation["messages"][:-1]
+            first = [] if messages[0]["role"] == "system" else start
+            yield {"id": conversation["id"], "messages": [*first, *messages], "tools": conversation.get("tools")}
 
 
-def _with_answer(record: Any) -> Any:
-    """The record with an answer, which layouts need, where it ends with a question."""
+def _add_answer(record: Any) -> Any:
+    """Returns the record with a placeholder answer if it ends with a question, because `read_record` needs one."""
     if isinstance(record, str):
         record = {"prompt": record}
     if not isinstance(record, Mapping):
@@ -96,24 +99,26 @@ def _with_answer(record: Any) -> Any:
     return record
 
 
-def _answered(vlm: Any, prompts: list[dict[str, Any]], settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The prompts with their answers; one that cannot be read leaves the others theirs."""
+def _generate_answers(vlm: Any, prompts: list[dict[str, Any]], settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the prompts with their answers. After an error, each prompt is answered alone to find the faulty ones."""
     if not prompts:
         return
     try:
-        said = generate(vlm, [{name: prompt[name] for name in ("messages", "tools")} for prompt in prompts], **settings)
+        texts = generate(
+            vlm, [{name: prompt[name] for name in ("messages", "tools")} for prompt in prompts], **settings
+        )
     except (OSError, ValueError) as error:
         if len(prompts) == 1:
             yield {"id": prompts[0]["id"], "error": describe_error(error)}
             return
         for prompt in prompts:
-            yield from _answered(vlm, [prompt], settings)
+            yield from _generate_answers(vlm, [prompt], settings)
         return
-    for prompt, answer in zip(prompts, said):
-        asked = texts_of(prompt["messages"][-1].get("content") or "")
-        yield {"id": prompt["id"], "prompt": " ".join(asked), "answer": answer}
+    for prompt, answer in zip(prompts, texts):
+        question = texts_of(prompt["messages"][-1].get("content") or "")
+        yield {"id": prompt["id"], "prompt": " ".join(question), "answer": answer}
 
 
 def as_line(answer: Mapping[str, Any]) -> str:
-    """An answer as one line of JSON."""
+    """Returns an answer as one line of JSON."""
     return json.dumps(answer, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Answers to conversations: messages in, text out."""
+"""Generates answers to conversations: reads messages, returns texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,23 +23,25 @@ def generate(
     key: Array | None = None,
     content_tokens: bool = True,
 ) -> list[str]:
-    """The answer to every conversation; all are read and answered as one batch.
+    """Returns the answer to every conversation; all are answered as one batch.
 
     Args:
-      vlm: of `mllm_jax.load_pretrained`.
+      vlm: model from `mllm_jax.load_pretrained`.
       conversations: each a list of messages ([{"role": "user", "content": [{"type": "image", "image": "a.png"},
-        {"type": "text", "text": "What is it?"}]}]), a string, which is a message of the user, or {"messages", "tools"}
-        where the model may call functions.
-      max_new_tokens: of each answer; it ends before at a token that ends a turn.
-      temperature, top_k, top_p, key: see `generate_ids`. Greedy by default; `**vlm.processor.generation.sampling` is
-        what the model's generation_config.json asks for.
-      content_tokens: answers show tokens as `<|box_start|>`, see `Processor.decode`.
+        {"type": "text", "text": "What is it?"}]}]), a string (one user message), or {"messages", "tools"} if the model
+        may call functions.
+      max_new_tokens: maximum number of tokens of an answer. A token that ends the turn ends the answer earlier.
+      temperature, top_k, top_p, key: as in `generate_ids`. Default: greedy. `**vlm.processor.generation.sampling`
+        passes the settings of the model's generation_config.json.
+      content_tokens: whether answers include tokens such as `<|box_start|>`, see `Processor.decode`.
     Raises:
       ValueError: the model has no processor, or a conversation cannot be read.
     """
     single = conversations and isinstance(conversations[0], dict) and "messages" not in conversations[0]
     if isinstance(conversations, str | Mapping) or single:
-        raise ValueError("conversations is a list of conversations, each a string or a list of messages")
+        raise ValueError(
+            "conversations: is a single conversation. Pass a list of them, each a string or a list of messages."
+        )
     if not conversations:
         return []
     stop = answering_processor(vlm).stop_ids
@@ -49,21 +51,24 @@ def generate(
 
 
 def read_prompts(vlm: Any, conversations: Sequence[Conversation]) -> Batch:
-    """Conversations as a batch of prompts, one per row, no larger than the largest of them."""
+    """Returns the conversations as a batch of prompts, one per row, as long as the longest of them."""
     processor = answering_processor(vlm)
     examples = [processor(**_request(conversation), generate=True) for conversation in conversations]
     return collate([[example] for example in examples], smallest_budget(examples), **vlm.config.layout)
 
 
 def stream_text(processor: Any, stop: Sequence[int], write: Callable[[str], None]) -> Callable[[np.ndarray], None]:
-    """An `on_token` for one row, which writes its text as it grows: complete characters, up to the stop token."""
+    """Returns an `on_token` for a batch of one row that passes new text to `write`, up to the stop token.
+
+    Text is passed in complete characters; a character may consist of several tokens.
+    """
     tokens, written = [], ""
 
     def on_token(token: np.ndarray) -> None:
         nonlocal written
         tokens.append(int(token[0]))
         text = processor.decode(until(tokens, stop))
-        if not text.endswith("\ufffd"):  # an incomplete character of several tokens
+        if not text.endswith("\ufffd"):  # an incomplete character
             write(text[len(written) :])
             written = text
 
@@ -71,21 +76,21 @@ def stream_text(processor: Any, stop: Sequence[int], write: Callable[[str], None
 
 
 def until(tokens, stop: Sequence[int]):
-    """The tokens before the first one that stops."""
+    """Returns the tokens before the first one that is in `stop`."""
     end = np.flatnonzero(np.isin(tokens, stop))
     return tokens[: end[0]] if len(end) else tokens
 
 
 def answering_processor(vlm: Any) -> Any:
-    """Returns the processor of a model. ValueError where it writes no texts or reads no messages."""
+    """Returns the processor of a model. Raises ValueError if the model cannot generate texts or read messages."""
     if isinstance(vlm.config, DualConfig):
         raise ValueError(
-            f"a dual encoder, of family {vlm.config.family}, writes no texts; see encode_image and classify"
+            f"config.family={vlm.config.family}: a dual encoder cannot generate texts. Use encode_image or classify."
         )
     if vlm.processor is None:
         raise ValueError(
-            "the model was loaded from a folder without a tokenizer and chat template, so it cannot read messages: put "
-            "tokenizer.json and chat_template.jinja beside config.json, or call generate_ids with tokens"
+            "processor=None: the model's folder lacks a tokenizer or chat template, so it cannot read messages. Add "
+            "tokenizer.json and chat_template.jinja beside config.json, or call generate_ids with tokens."
         )
     return vlm.processor
 

@@ -1,4 +1,4 @@
-"""Attention weights of the decoder for a few queries, which no attention implementation stores."""
+"""Attention weights of the decoder for a few queries; the model itself never stores them."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,49 +21,54 @@ NOTED = "probabilities"
 
 
 def attention_of(vlm: Any, batch: Batch, at: Array) -> jax.Array:
-    """Attention weights of all decoder heads at the tokens `at`.
+    """Returns the attention weights of all decoder layers and heads for the query tokens `at`.
 
-    A pure function: it runs the model again and computes the rows of these queries in each layer. The result does not
-    depend on the model's attention implementation, remat policy or scan.
+    Runs the model again and computes the rows of these queries in each layer. The result does not depend on the
+    attention implementation, remat policy or scan.
 
     Args:
-      vlm: anything with `config`, `model` and `params` (`mllm_jax.load_pretrained`).
-      batch: conversations, packed or one per row. The prediction of an answer's token is made at the column before it,
+      vlm: object with `config`, `model` and `params`, such as the result of `mllm_jax.load_pretrained`.
+      batch: conversations, packed or one per row. The query that predicts an answer's token is the column before it,
         where `weight` is above 0.
       at: i32[B Q] columns of the queries, Q in every row.
     Returns:
-      f32[L B N Q T] of every layer and head; each row sums to 1, and is 0 at other conversations and at padding. The
-        row of a query at padding has no meaning.
+      f32[L B N Q T] attention weights. They sum to 1 over T, and are 0 at other conversations and at padding. Rows of
+        queries at padding are meaningless.
     Raises:
-      ValueError: the model has no decoder or latent attention, or `at` are not columns of the batch.
+      ValueError: the model has no decoder or uses latent attention, or `at` is not i[B Q] or outside the batch.
     """
     config = vlm.config
     if not isinstance(config, ModelConfig) or config.decoder is None:
-        raise ValueError(f"attention_of reads the decoder of a language model; family {config.family} has none here")
+        raise ValueError(f"config.family={config.family}: attention_of needs a decoder. Pass a language model.")
     if not isinstance(config.decoder.attention, AttentionConfig):
-        raise ValueError("attention_of cannot read latent attention, whose heads share one latent of each token")
+        raise ValueError("attention_of does not support latent attention (MLA). Pass a model with AttentionConfig.")
     rows, length = batch.tokens.shape
     at = np.asarray(at)
     if at.ndim != 2 or len(at) != rows or not np.issubdtype(at.dtype, np.integer) or ((at < 0) | (at >= length)).any():
-        raise ValueError(f"at must be whole numbers [{rows}, any] from 0 to {length - 1}; it is {at.dtype}{at.shape}")
-    plain = VLM(replace(config, runtime=replace(config.runtime, remat="none")))
-    return _listened(plain, vlm.params, batch, jnp.asarray(at))
+        raise ValueError(
+            f"at={at.dtype}{list(at.shape)}: not columns of the batch. "
+            f"Pass integers [{rows}, any] from 0 to {length - 1}."
+        )
+    model = VLM(replace(config, runtime=replace(config.runtime, remat="none")))
+    return _record(model, vlm.params, batch, jnp.asarray(at))
 
 
 @partial(jax.jit, static_argnames="model")
-def _listened(model: VLM, params, batch: Batch, at) -> jax.Array:
-    def note(method, arguments, options, context):
-        if isinstance(context.module, Attention) and context.method_name == "attend":
-            q, k, _ = arguments
-            about = {name: value for name, value in options.items() if name != "offset"}
-            found = probabilities(q, k, at, **about)
-            context.module.sow(TAPS, NOTED, found, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-        return method(*arguments, **options)
+def _record(model: VLM, params, batch: Batch, at) -> jax.Array:
+    """Runs the model and records the attention weights of every `Attention.attend` call. Returns f32[L B N Q T]."""
 
-    with nn.intercept_methods(note):
+    def record(method, args, kwargs, context):
+        if isinstance(context.module, Attention) and context.method_name == "attend":
+            q, k, _ = args
+            mask_args = {name: value for name, value in kwargs.items() if name != "offset"}
+            weights = probabilities(q, k, at, **mask_args)
+            context.module.sow(TAPS, NOTED, weights, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(record):
         _, taps = model.apply({"params": params}, batch, hidden=True, mutable=[TAPS])
-    noted, layers = flatten(taps[TAPS]["decoder"]), {}
-    for part in segments(model.config.decoder.kinds):
-        for name, numbers, _ in part.slots():
-            layers |= dict(zip(numbers, noted[f"{name}/attention/{NOTED}"]))
-    return jnp.stack([layers[number] for number in sorted(layers)])
+    recorded, layers = flatten(taps[TAPS]["decoder"]), {}
+    for segment in segments(model.config.decoder.kinds):
+        for name, indices, _ in segment.slots():
+            layers |= dict(zip(indices, recorded[f"{name}/attention/{NOTED}"]))
+    return jnp.stack([layers[index] for index in sorted(layers)])

@@ -1,6 +1,6 @@
-"""Dual encoders: images and texts as vectors of one space (CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343).
+"""Dual encoders: embeddings of images and texts in one space (CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343).
 
-A tower of images and the layers of a language model, each with a pool that makes one vector of what they give.
+A vision transformer encodes images, a decoder stack encodes texts; a pool reduces the features of each to one vector.
 """
 
 import math
@@ -32,7 +32,7 @@ LOSSES = {"softmax": (1 / 0.07, None), "sigmoid": (10.0, -10.0)}
 
 @dataclass(frozen=True)
 class ClassPool(Config):
-    """The class token of an image, projected to `width` values."""
+    """Class token of an image, projected to `width` values."""
 
     width: PositiveInt
 
@@ -42,7 +42,13 @@ class ClassPool(Config):
 
 @dataclass(frozen=True)
 class AttentionPool(Config):
-    """A learned query that attends to all patches of an image, and a feed-forward block (arXiv 2106.04560, MAP)."""
+    """A learned query that attends to all patches of an image, then a feed-forward block (MAP, arXiv 2106.04560).
+
+    heads: number of attention heads.
+    mlp: width of the feed-forward block.
+    activation: activation of the feed-forward block.
+    norm_eps: epsilon of the layer norm before it.
+    """
 
     heads: PositiveInt
     mlp: PositiveInt
@@ -55,10 +61,13 @@ class AttentionPool(Config):
 
 @dataclass(frozen=True)
 class TokenPool(Config):
-    """One token of a text, projected to `width` values.
+    """Hidden state of one token of a text, projected to `width` values.
 
-    token: "end" is the first `end`, "highest" the one of the highest id, "last" the last one, padding or not.
-    bias: whether the projection has one.
+    width: size of the embedding.
+    token: "end": the first token with id `end`. "highest": the token with the highest id. "last": the last column,
+      even if it is padding.
+    end: id of the end token for "end".
+    bias: whether the projection has a bias.
     """
 
     width: PositiveInt
@@ -67,7 +76,7 @@ class TokenPool(Config):
     bias: bool = False
 
 
-TOKENS = {  # tokens i32[texts T] -> places i32[texts]
+TOKENS = {  # tokens i32[texts T] -> columns i32[texts]
     "end": lambda tokens, end: jnp.argmax(tokens == end, axis=1),
     "highest": lambda tokens, end: jnp.argmax(tokens, axis=1),
     "last": lambda tokens, end: jnp.full(len(tokens), tokens.shape[1] - 1),
@@ -76,13 +85,16 @@ TOKENS = {  # tokens i32[texts T] -> places i32[texts]
 
 @dataclass(frozen=True)
 class DualConfig(Config):
-    """A tower and a pool for images, and for texts; the types of the configs choose the parts.
+    """An encoder and a pool for images, and for texts; the type of each config selects the module.
 
-    encoder, image_pool: of images; the pool is a ClassPool or an AttentionPool.
-    text, text_pool: of texts; with `text.prefix` all tokens of a text see each other.
-    loss: what the logits are made for: "softmax" over all texts (or images), or a "sigmoid" of every pair.
-    family: the table of weight names (families/), used for reading and writing only.
-    lora: the adapters that parameters are made with; given ones bring their own.
+    encoder: vision transformer.
+    image_pool: ClassPool or AttentionPool.
+    text: text encoder. With `prefix`, all tokens of a text attend to each other.
+    text_pool: selection and projection of a text's token.
+    loss: contrastive loss of the logits: "softmax" over all texts (and images), or "sigmoid" of every pair.
+    runtime: execution of the model.
+    family: name of the weight table (families/), for reading and writing only.
+    lora: adapters that `init_params` creates; `load_adapters` replaces them.
     """
 
     encoder: Any
@@ -96,14 +108,14 @@ class DualConfig(Config):
 
     @property
     def decoder(self) -> DecoderConfig:
-        """The text tower, by the name that it has in a ModelConfig."""
+        """The text encoder, under the name that a ModelConfig uses."""
         return self.text
 
     def build(self) -> nn.Module:
         return DualEncoder(self)
 
     def example(self) -> DualBatch:
-        """The smallest batch that touches every weight: an image of one patch, a text of one token."""
+        """Returns the smallest batch that uses every weight: an image of one patch and a text of one token."""
         return DualBatch(
             tokens=np.zeros((1, 1), np.int32),
             segment=np.ones((1, 1), np.int32),
@@ -128,25 +140,25 @@ class DualEncoder(nn.Module):
         self.bias = None if bias is None else scalar("bias", bias)
 
     def encode_image(self, batch: DualBatch):
-        """Images -> f32[images D] of unit length; `apply(..., method="encode_image")`."""
+        """Returns image embeddings f32[images D] of unit length; `apply(..., method="encode_image")`."""
         x = rearrange(self.encoder(batch.vision).value, "B R P D -> B (R P) D")
         image = rearrange(batch.vision.image, "B R P -> B (R P)")
         pooled = rearrange(self.image_pool(x, image, batch.first), "B k D -> (B k) D")
         return _unit(pooled if batch.order is None else pooled[batch.order])
 
     def encode_text(self, batch: DualBatch):
-        """Texts -> f32[texts D] of unit length; `apply(..., method="encode_text")`."""
+        """Returns text embeddings f32[texts D] of unit length; `apply(..., method="encode_text")`."""
         tokens, segment, pool = batch.tokens, batch.segment, self.config.text_pool
         position = repeat(jnp.arange(tokens.shape[1]), "T -> B T 3", B=len(tokens))
         modality = jnp.zeros_like(tokens)
         prefix = segment > 0 if self.config.text.prefix else None
         x, _, _ = self.text(self.text.embed(tokens), position, segment, modality, prefix=prefix)
         token = jnp.take_along_axis(x, TOKENS[pool.token](tokens, pool.end)[:, None, None], axis=1)
-        token = shard(token, ("batch", None, None), self.config.runtime.rules)  # or its gradient would be replicated
+        token = shard(token, ("batch", None, None), self.config.runtime.rules)  # else its gradient is replicated
         return _unit(self.text_pool(token[:, 0]))
 
     def __call__(self, batch: DualBatch) -> Output:
-        """A pure function of parameters and batch; of what the batch lacks nothing is returned, as are no logits."""
+        """Returns the embeddings of a batch's images and texts, and their logits if it has both."""
         images = None if batch.vision is None else self.encode_image(batch)
         texts = None if batch.tokens is None else self.encode_text(batch)
         if images is None or texts is None:
@@ -154,24 +166,29 @@ class DualEncoder(nn.Module):
         return Output(self.similarity(images, texts), image_embeddings=images, text_embeddings=texts)
 
     def similarity(self, images, texts):
-        """Embeddings -> logits f32[images texts]; `apply(..., method="similarity")`."""
+        """Returns logits f32[images texts] of [images D] and [texts D]; `apply(..., method="similarity")`."""
         cosine = jnp.einsum("iD,jD->ij", images, texts, precision=jax.lax.Precision.HIGHEST)
         scale, bias = self.temperature()
         return scale * cosine + bias
 
     def temperature(self):
-        """The factor of a cosine and what is added, f32[]: a logit. `apply(..., method="temperature")`."""
+        """Returns scale and bias, f32[], of logit = scale * cosine + bias; `apply(..., method="temperature")`."""
         bias = jnp.zeros(()) if self.bias is None else self.bias
         return jnp.exp(self.log_scale.astype(jnp.float32)), bias.astype(jnp.float32)
 
 
 def probabilities(logits, loss: str):
-    """Probability that a text belongs to an image, from logits f32[images texts] of a model trained with this loss."""
+    """Returns the probability f32[images texts] that a text belongs to an image.
+
+    Args:
+      logits: f32[images texts].
+      loss: loss that the model was trained with, see LOSSES.
+    """
     return jax.nn.softmax(logits, axis=-1) if loss == "softmax" else jax.nn.sigmoid(logits)
 
 
 def _unit(x):
-    """Scales to unit length; the zeros of missing images stay zero and have no gradient."""
+    """Scales vectors [... D] to unit length in f32; zero vectors of missing images stay zero and have no gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-30))
 
@@ -182,7 +199,7 @@ class _ClassPool(nn.Module):
 
     @nn.compact
     def __call__(self, x, image, first):
-        """x [B P D], image i32[B P], first i32[B k] -> [B k width]."""
+        """Returns [B k width] of x [B P D], image numbers i32[B P] and first patches of images i32[B k]."""
         token = jnp.take_along_axis(x, first[..., None], axis=1)
         shape = (x.shape[-1], self.config.width)
         return Einsum("...D,DE->...E", shape, ("embed", None), self.runtime.dtype, name="projection")(token)
@@ -194,7 +211,7 @@ class _AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x, image, first):
-        """x [B P D], image i32[B P], first i32[B k] -> [B k D]."""
+        """Returns [B k D] of x [B P D], image numbers i32[B P] and first patches of images i32[B k] (-1: no image)."""
         config, dtype, width = self.config, self.runtime.dtype, x.shape[-1]
         heads, head_dim = config.heads, width // config.heads
         probe = self.param("probe", partitioned(nn.initializers.normal(width**-0.5), "embed"), (width,))
@@ -204,8 +221,8 @@ class _AttentionPool(nn.Module):
         q, kv = project(probe)[0], project(x)
         q = jnp.broadcast_to(q, (*first.shape, heads, head_dim))
         k, v = (kv[..., i, :, :] for i in (1, 2))
-        own = jnp.where(first < 0, -1, jnp.take_along_axis(image, first, axis=1))
-        out = attend(q, k, v, q_segment=own, kv_segment=image, causal=False, runtime=self.runtime)
+        segment = jnp.where(first < 0, -1, jnp.take_along_axis(image, first, axis=1))
+        out = attend(q, k, v, q_segment=segment, kv_segment=image, causal=False, runtime=self.runtime)
         axes = ("heads", "head_dim", "embed")
         out = Einsum("...NH,NHD->...D", (heads, head_dim, width), axes, dtype, bias=True, name="out")(out)
         mlp = Mlp(config.mlp, width, config.activation, dtype, name="mlp")

@@ -1,4 +1,4 @@
-"""Fusion of vision into the decoder: pure functions of arrays."""
+"""Functions that write visual features into the decoder's hidden states."""
 
 from functools import partial
 
@@ -9,36 +9,41 @@ from mllm_jax.types import TokenBlend
 
 
 def _at_text_positions(visual, vision_index, mix: TokenBlend | None):
-    """Row-wise gather [B M D] -> [B T D]; where the index is -1 the result is meaningless.
+    """Gathers visual tokens [B M D] per row to [B T D]; the result is meaningless where the index is -1.
 
-    A gather, not a scatter: its inverse runs only backward, and rows of text cost nothing.
+    A gather, so that the slower scatter runs only in the backward pass, and rows of text cost nothing.
     """
 
-    def at(index):
+    def gather(index):
         return jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)
 
     if mix is None:
-        return at(vision_index)
+        return gather(vision_index)
     indices = (vision_index, *jnp.unstack(mix.index, axis=-1))
-    return sum(share[..., None] * at(index) for share, index in zip(jnp.unstack(mix.weight, axis=-1), indices))
+    return sum(weight[..., None] * gather(index) for weight, index in zip(jnp.unstack(mix.weight, axis=-1), indices))
 
 
 def splice(x, visual, vision_index, mix: TokenBlend | None = None):
-    """Text embeddings [B T D] with visual tokens [B M D], or their mixes, where vision_index i32[B T] is not -1."""
+    """Replaces text embeddings [B T D] by visual tokens [B M D], or their blends, where i32[B T] `vision_index` >= 0.
+
+    Example of one row: x = [t0 t1 t2 t3] and vision_index = [-1 0 1 -1] -> [t0 v0 v1 t3].
+    """
     return jnp.where((vision_index >= 0)[..., None], _at_text_positions(visual, vision_index, mix).astype(x.dtype), x)
 
 
 # Recompute the gather in the backward pass: saving it would take a mask [B T D] and features for every scanned layer.
 @partial(jax.checkpoint, prevent_cse=False)
 def deepstack(x, deep, vision_index, layer, mix: TokenBlend | None = None):
-    """Add the features of tap `layer` to the visual positions of the residual stream (DeepStack, arXiv 2406.04334).
+    """Adds features of an encoder layer to the residual stream at visual tokens (DeepStack, arXiv 2406.04334).
 
     Args:
       x: [B T D] output of decoder layer `layer`.
-      deep: [deepstack B M D]; layers from `deep.shape[0]` on get nothing, and compute nothing.
-      vision_index: i32[B T].
-      layer: i32[] 0-based, may be traced.
-      mix: of `vision_index`.
+      deep: [deepstack B M D] features of the tapped layers; decoder layers from `len(deep)` on return x unchanged.
+      vision_index: i32[B T] index of the visual token, -1 at text.
+      layer: i32[] index of the decoder layer, from 0; may be traced.
+      mix: blend of the visual tokens at `vision_index`. None: no blend.
+    Returns:
+      [B T D].
     """
     layers = deep.shape[0]
 

@@ -1,4 +1,4 @@
-"""One model for all families: encode -> connect -> fuse -> decode. The types of the configs select the parts."""
+"""The model of all families: encoder, connector and decoder, each selected by the type of its config."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -25,9 +25,12 @@ TEXT, IMAGE, VIDEO = range(len(MODALITIES))
 
 @dataclass(frozen=True)
 class VisionTokenIds(Config):
-    """Ids of the tokens that represent vision in a prompt: placeholders of images and videos, and their brackets.
+    """Ids of the vision tokens in a prompt.
 
-    -1: the model has no such token. An `image` outside the vocabulary is negative, too.
+    image: placeholder of a visual token of an image. Negative: not in the vocabulary.
+    video: placeholder of a visual token of a video. -1: none.
+    start: token before the visual tokens of an image or video. -1: none.
+    end: token after them. -1: none.
     """
 
     image: Int
@@ -38,17 +41,15 @@ class VisionTokenIds(Config):
 
 @dataclass(frozen=True)
 class InputRules(Config):
-    """Settings of a config.json that affect only how conversations become batches: no part of the model reads them.
+    """Settings of a config.json that only the processor reads; they affect batches, not the model.
 
-    pinpoints: (height, width) in pixels of the canvases that images are placed on and split into tiles (AnyRes), see
-      data/vision/tiles.py.
+    pinpoints: (height, width) in pixels of the canvases on which images are tiled (AnyRes, data/vision/tiles.py).
     square: whether images are padded to a square with the encoder's mean color.
-    tiles: smallest and largest number of tiles of an image. (): those of the processor's files.
+    tiles: smallest and largest number of tiles of an image. (): the numbers in the processor's files.
     most_tiles: number of tiles above which a grid of visual tokens is resampled, and videos are pooled. 0: never.
-    shows_prefix_tokens: whether the class token and the registers of an image are visual tokens too, before its
-      patches.
+    shows_prefix_tokens: whether an image's class token and registers become visual tokens, before its patches.
     position_rate: rotary positions per second of a video. 0: one per temporal patch.
-    chat: name of the chat format. "": a template in the processor's files.
+    chat: name of the chat format. "": the template in the processor's files.
     """
 
     pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
@@ -62,14 +63,18 @@ class InputRules(Config):
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
-    """An encoder, a connector and a decoder, each a config whose type chooses the module; any may be exchanged.
+    """An encoder, a connector and a decoder; the type of each config selects the module.
 
-    A model of text alone has None for the first two and for `tokens`; a tower alone has None for all but the first.
-    pool: of a tower alone: what makes one vector of an image (see dual.py), in addition to its features.
-    value_head: a head that gives every token a number, for reward models and for PPO; runs set it where they need it.
-    family: the table of weight names and the rules of the processor (families/), used for reading and writing only.
-    inputs: rules of the processor that stand in config.json.
-    lora: the adapters that parameters are made with; given ones bring their own.
+    encoder: vision transformer. None: a text-only model.
+    connector: module between encoder and decoder. None: a text-only model or an encoder alone.
+    decoder: language model. None: an encoder alone.
+    tokens: ids of the vision tokens. None: a text-only model or an encoder alone.
+    runtime: execution of the model.
+    family: name of the weight table and processor rules (families/), for reading and writing only.
+    inputs: settings of the processor that config.json stores.
+    pool: pool of an encoder alone (dual_encoder.py), which adds one vector per image to its output. None: no pool.
+    value_head: whether a linear head predicts a scalar per token, for reward models and PPO. Runs set it.
+    lora: adapters that `init_params` creates; `load_adapters` replaces them.
     """
 
     encoder: Any
@@ -86,24 +91,26 @@ class ModelConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.encoder is not None and self.decoder is not None and self.connector is None:
-            raise ValueError("a model of an encoder and a decoder needs a connector between them; it is None")
+            raise ValueError(
+                "connector=None: a model with an encoder and a decoder needs a connector. Set one, such as "
+                "MlpConnectorConfig()."
+            )
         pinpoints = self.inputs.pinpoints
         if pinpoints and not getattr(self.connector, "newline", False):
             raise ValueError(
-                f"inputs.pinpoints={pinpoints} need a newline after every row of tiles, which {self.connector} has "
-                "not: use MlpConnectorConfig(newline=True), or inputs.pinpoints=()"
+                f"inputs.pinpoints={pinpoints}: rows of tiles end with a newline, which {self.connector} does not "
+                "have. Set connector=MlpConnectorConfig(newline=True), or inputs.pinpoints=()."
             )
         if self.inputs.shows_prefix_tokens and (self.merge > 1 or self.queries or pinpoints):
             raise ValueError(
-                "inputs.shows_prefix_tokens makes visual tokens of a class token and registers, which neither a "
-                "connector that "
-                "merges patches nor images in tiles (inputs.pinpoints) have a place for; set "
-                "inputs.shows_prefix_tokens=False"
+                "inputs.shows_prefix_tokens=True: neither a connector that merges patches nor tiled images "
+                "(inputs.pinpoints) support visual tokens of class token and registers. Set "
+                "inputs.shows_prefix_tokens=False."
             )
 
     @property
     def merge(self) -> int:
-        """Side of the square of patches that becomes one visual token. 1: the model reads no images."""
+        """Side in patches of the square that becomes one visual token. 1 without a connector."""
         return 1 if self.connector is None else self.connector.merge
 
     @property
@@ -113,27 +120,27 @@ class ModelConfig(Config):
 
     @property
     def patch_values(self) -> int:
-        """Number of values in a patch. 0: the model reads no images."""
+        """Number of values in a patch. 0: no encoder."""
         return 0 if self.encoder is None else self.encoder.patch_values
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of empty patches before an image's own: class token and registers, rounded up to visual tokens."""
+        """Number of empty patches before an image: class token and registers, rounded up to whole visual tokens."""
         return 0 if self.encoder is None else -(-self.encoder.num_prefix_tokens // self.merge**2) * self.merge**2
 
     @property
     def shown(self) -> int:
-        """Visual tokens of an image that stand before those of its patches."""
+        """Number of visual tokens of class token and registers, before those of an image's patches."""
         return self.num_prefix_tokens if self.inputs.shows_prefix_tokens else 0
 
     @property
     def prefix(self) -> bool:
-        """True if all tokens of a conversation attend to its first tokens."""
+        """True if all tokens of a conversation attend to its first tokens (`DecoderConfig.prefix`)."""
         return self.decoder is not None and self.decoder.prefix
 
     @property
     def layout(self) -> dict[str, Any]:
-        """Arguments of `data.pack.collate` that lay out batches for this model."""
+        """Arguments of `packing.collate` (data/pipeline/) that depend on the model."""
         return dict(
             merge=self.merge,
             values=self.patch_values,
@@ -146,7 +153,7 @@ class ModelConfig(Config):
         return VLM(self)
 
     def example(self) -> Batch:
-        """The smallest batch that touches every weight: one row, one image of one visual token."""
+        """Returns the smallest batch that uses every weight: one row of two tokens, one of them visual."""
         text = np.zeros((1, 2), np.int32)
         if self.encoder is None:
             vision_index, vision = np.full((1, 2), -1, np.int32), None
@@ -166,7 +173,10 @@ class ModelConfig(Config):
 
 
 def example_image(values: int, patches: int, slots: bool = False) -> Vision:
-    """One row with one image of this many patches of this many values; `slots`: for a connector with queries."""
+    """Returns a batch row with one image of `patches` patches of `values` values.
+
+    slots: whether the row has a slot for it, as connectors with queries need.
+    """
     return Vision(
         patches=np.zeros((1, 1, patches, values), np.float32),
         image=np.ones((1, 1, patches), np.int32),
@@ -193,26 +203,26 @@ class VLM(nn.Module):
             self.value_head = ValueHead()
 
     def encode(self, vision: Vision) -> VisionTokens:
-        """Packed images -> visual tokens [B M D]. ValueError where the connector makes nothing of the DeepStack
-        features."""
+        """Returns the visual tokens [B M D] of packed images. Raises ValueError if DeepStack features have no use."""
         config, tokens = self.config, self.connector(self.encoder(vision), vision)
         deepstack, layers = config.encoder.deepstack_layers, config.decoder.layers
         if deepstack and (tokens.deep is None or len(deepstack) > layers):
             raise ValueError(
-                f"encoder.deepstack_layers={deepstack} are features for as many decoder layers; there are {layers}, "
-                "behind "
-                "the "
-                f"connector {config.connector}: use PatchMergerConfig, or encoder.deepstack_layers=()"
+                f"encoder.deepstack_layers={deepstack}: needs a connector with DeepStack mergers and as many decoder "
+                f"layers; the model has {config.connector} and decoder.layers={layers}. Use PatchMergerConfig, or "
+                "encoder.deepstack_layers=()."
             )
         return tokens
 
     def __call__(self, batch: Batch, cache: Cache | None = None, hidden: bool = False) -> Output:
-        """A pure function of parameters, batch and cache.
+        """Runs the model on a batch.
 
         Args:
-          batch: rows of packed conversations; all of it but targets and weight is read.
-          cache: keys and values so far; the batch continues it. See `init_cache`.
-          hidden: return hidden states instead of logits (a loss in chunks, or the last position alone, needs no more).
+          batch: rows of packed conversations; `targets` and `weight` are not read.
+          cache: keys and values of the previous tokens (`init_cache`). None: the batch is complete.
+          hidden: whether to return hidden states instead of logits (a chunked loss computes logits itself).
+        Returns:
+          Output: logits or hidden states, the extended cache and the routing; of an encoder alone, features and pooled.
         """
         if self.config.decoder is None:
             features = rearrange(self.encoder(batch.vision).value, "B R P D -> B (R P) D")
@@ -243,7 +253,7 @@ class VLM(nn.Module):
         return Output(logits=self.decoder.logits(x), cache=cache, routing=routing, value=value)
 
     def _pooled(self, features, vision: Vision):
-        """One vector [B D] of the first image of every row; None without a pool."""
+        """Returns one vector [B D] of the first image of every row, or None without a pool."""
         if self.config.pool is None:
             return None
         image = rearrange(vision.image, "B R P -> B (R P)")
@@ -251,22 +261,22 @@ class VLM(nn.Module):
         return self.pool(features, image, first[:, None])[:, 0]
 
     def logits(self, hidden):
-        """Hidden states [... D] -> f32[... V]; `apply(..., method="logits")`."""
+        """Returns logits f32[... V] of hidden states [... D]; `apply(..., method="logits")`."""
         return self.decoder.logits(hidden)
 
     def values(self, hidden):
-        """Hidden states [... D] -> f32[...] of the value head; `apply(..., method="values")`."""
+        """Returns the value head's scalars f32[...] of hidden states [... D]; `apply(..., method="values")`."""
         return self.value_head(hidden)
 
 
 def head_table(params) -> jax.Array:
-    """The weight [V D] that turns hidden states into logits: the head's own, or the tied embedding."""
+    """Returns the weight [V D] that maps hidden states to logits: the head, or the tied embedding."""
     decoder = params["decoder"]
     return decoder["head"]["w"] if "head" in decoder else decoder["embed"]
 
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: str | None = None) -> Cache:
-    """An empty cache for `rows` rows of `slots` tokens."""
+    """Returns an empty cache for `rows` rows of `slots` tokens. dtype: of keys and values. None: the runtime's."""
     layers, dtype = config.decoder.layers, dtype or config.runtime.dtype
     k, v = (jnp.zeros((layers, rows, heads, slots, values), dtype) for heads, values in config.decoder.attention.cached)
     return Cache(
@@ -279,50 +289,50 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: str | None = N
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str | None = None) -> int:
-    """Bytes that a cache keeps of one token, over all layers."""
+    """Returns the bytes of a cache per token, over all layers."""
     values = sum(heads * values for heads, values in config.decoder.attention.cached)
     return config.decoder.layers * values * jnp.dtype(dtype or config.runtime.dtype).itemsize
 
 
 def init_boxed(config: ModelConfig, key):
-    """Random parameters, every weight in a box with the names of its axes. Under `jax.eval_shape` it costs nothing."""
+    """Returns random parameters, each a Partitioned with the names of its axes. Under `jax.eval_shape` it is free."""
     base = config.build().init(key, jax.tree.map(jnp.asarray, config.example()))["params"]
     return join(keep_base(base, config.lora), make_adapters(base, config.lora, key))
 
 
-@functools.lru_cache(maxsize=16)  # a trace of a large model takes half a second, and planning asks a dozen times
+@functools.lru_cache(maxsize=16)  # tracing a large model takes half a second, and the planner needs it a dozen times
 def abstract_boxed(config: ModelConfig):
-    """The boxed tree of ShapeDtypeStructs, without computing anything."""
+    """Returns the tree of `init_boxed` with ShapeDtypeStructs in place of arrays, without computing any."""
     return jax.eval_shape(lambda: init_boxed(config, jax.random.key(0)))
 
 
 def init_params(config: ModelConfig, key):
-    """Random fp32 parameters as a nested dict of arrays."""
+    """Returns random fp32 parameters as a nested dict of arrays."""
     return meta.unbox(init_boxed(config, key))
 
 
 def init_adapters(config: ModelConfig, key):
-    """The adapters of `init_params` alone, to be joined with a base model's parameters."""
+    """Returns only the adapters of `init_params`, to be joined with a base model's parameters."""
     base = abstract_boxed(replace(config, lora=LoraConfig()))
     return meta.unbox(make_adapters(base, config.lora, key))
 
 
 def abstract_params(config: ModelConfig):
-    """Shapes and dtypes of the parameters as a nested dict."""
+    """Returns the shapes and dtypes of the parameters as a nested dict."""
     return meta.unbox(abstract_boxed(config))
 
 
 def without_values(config: Any) -> Any:
-    """The config of the same model without its value head; one that cannot have any stays."""
+    """Returns the config without a value head. Configs of dual encoders, which have none, are returned unchanged."""
     return replace(config, value_head=False) if isinstance(config, ModelConfig) else config
 
 
 def in_full(config: ModelConfig) -> ModelConfig:
-    """The config with every weight as one array of its own shape, which quantized weights do not have."""
+    """Returns the config without quantization, so that every weight is one array of its own shape."""
     return replace(config, lora=replace(config.lora, base_dtype="float32"))
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters of each part."""
+    """Returns the number of parameters of each part ("encoder", "connector", "decoder", ...)."""
     shapes = abstract_params(in_full(config))
     return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}

@@ -1,4 +1,4 @@
-"""Published models in and out: a folder in Hugging Face's format <-> config, parameters and processor."""
+"""Reads and writes published models: folders in Hugging Face's format <-> config, parameters and processor."""
 
 import dataclasses
 import json
@@ -40,12 +40,14 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A model with all that its use needs: `vlm.model.apply({"params": vlm.params}, batch)`."""
+    """A model with its parameters and processor; `vlm.model.apply({"params": vlm.params}, batch)` runs it."""
 
     config: ModelConfig | DualConfig
     model: nn.Module
     params: Any  # nested dict of arrays
-    processor: Processor | DualProcessor | None = None  # None: the folder lacks a part of it, such as a chat template
+    processor: Processor | DualProcessor | None = (
+        None  # None: the folder lacks one of its files, such as a chat template
+    )
 
 
 def load_pretrained(
@@ -55,19 +57,18 @@ def load_pretrained(
     runtime: Runtime | None = None,
     tower: str | os.PathLike | None = None,
 ) -> Pretrained:
-    """Reads a model in Hugging Face's format; weights are streamed, so that host memory never holds all of them.
+    """Reads a model in Hugging Face's format. Weights are streamed, so that host memory never holds all of them.
 
     Args:
-      source: a folder with config.json and *.safetensors, or the name of a model on the Hugging Face hub.
+      source: folder with config.json and *.safetensors, or name of a model on the Hugging Face hub.
       dtype: dtype of parameters and computation, "float32" or "bfloat16".
       mesh: mesh on which the rules of `runtime` shard the parameters. None: all on one device.
       runtime: execution of the model; `dtype` overrides its dtype.
-      tower: source of the vision tower's weights, if `source` lacks them, as the authors' files of LLaVA 1.0 and 1.5
-        do.
-        Default: the one that config.json names. `save_pretrained` writes all in one folder.
+      tower: source of the vision tower's weights, if `source` lacks them (the authors' files of LLaVA 1.0 and 1.5).
+        None: the source that config.json names. `save_pretrained` writes all weights to one folder.
     Raises:
-      FileNotFoundError: no such folder or model, or no config.json in it.
-      ValueError: the config is of another family or cannot be read, or the weights do not fit it.
+      FileNotFoundError: the folder, the model or its config.json does not exist.
+      ValueError: the config is invalid or of an unknown family, or the weights do not match it.
     """
     folder = local_folder(source)
     runtime = dataclasses.replace(runtime or Runtime(), dtype=dtype)
@@ -78,41 +79,41 @@ def load_pretrained(
 
 
 def published_config(source: str | os.PathLike) -> ModelConfig | DualConfig:
-    """The model that the config.json of a folder, or of the hub's model, describes; errors as of `load_pretrained`.
+    """Returns the config that config.json of a folder or hub model describes. Raises the errors of `load_pretrained`.
 
-    A head that config.json ties to the embedding is not tied if the weights hold one with other values, as in
-    transformers 5; this is logged.
+    If config.json ties the head to the embedding but the weights contain a different head, the head is untied, as in
+    transformers 5, and a warning is logged.
     """
     folder = local_folder(source)
-    stated = _read_config(folder)
-    if stated.get("quantization_config"):
-        raise ValueError(f"{folder} holds quantized weights, which cannot be read; load a copy in bf16, fp16 or fp32")
-    kind = kind_of(stated)
+    hf_config = _read_config(folder)
+    if hf_config.get("quantization_config"):
+        raise ValueError(f"{folder}: quantized weights are not supported. Load a copy in bf16, fp16 or fp32.")
+    kind = kind_of(hf_config)
     if kind not in FAMILIES:
         raise ValueError(f"{folder / CONFIG}: {unsupported('model_type', kind, FAMILIES)}")
     family = FAMILIES[kind]
     try:
-        config = family.from_hf(stated)
+        config = family.from_hf(hf_config)
     except KeyError as missing:
-        raise ValueError(f"{folder / CONFIG} lacks the key {missing}") from None
-    except ValueError as fault:
-        raise ValueError(f"{folder / CONFIG}: {fault}") from None
-    return _with_own_head(folder, config)
+        raise ValueError(f"{folder / CONFIG}: the key {missing} is missing. Add it.") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    return _untie_head(folder, config)
 
 
-def _with_own_head(folder: Path, config: ModelConfig | DualConfig) -> ModelConfig | DualConfig:
-    """The config of a folder, untied where the folder's weights hold a head that differs from the embedding."""
+def _untie_head(folder: Path, config: ModelConfig | DualConfig) -> ModelConfig | DualConfig:
+    """Returns the config, with the head untied if the folder's weights contain a head that is not the embedding."""
     decoder, family = getattr(config, "decoder", None), FAMILIES[config.family]
     if decoder is None or not decoder.tie_embeddings:
         return config
     try:
-        found = named(open_checkpoint(folder), family.rename)
+        tensors = named(open_checkpoint(folder), family.rename)
     except BrokenCheckpoint:
-        return config  # loading the weights reports it
-    if not (differing := untied(found, family.weights(config), TIES)):
+        return config  # reported when the weights are loaded
+    if not (differing := untied(tensors, family.weights(config), TIES)):
         return config
     if jax.process_index() == 0:
-        log.warning("%s ties %s to %s, which differs: the head is kept as its own", folder / CONFIG, *differing[0])
+        log.warning("%s ties %s to %s, but their values differ: the head is untied", folder / CONFIG, *differing[0])
     return dataclasses.replace(config, decoder=dataclasses.replace(decoder, tie_embeddings=False))
 
 
@@ -122,14 +123,19 @@ def load_params(
     layout: Any = None,
     dtype: str = "float32",
     tower: str | os.PathLike | None = None,
-    dtypes: Mapping[str, str] = {},  # noqa: B006 (nobody changes it)
+    dtypes: Mapping[str, str] = {},  # noqa: B006 (never mutated)
     part: str = "",
 ) -> dict[str, Any]:
-    """The weights of `source` as parameters of a config; arguments and errors are those of `load_pretrained`.
+    """Reads the weights of a folder or hub model as parameters of a config.
 
-    layout: nested dict of jax.sharding.Sharding; None = all on the default device.
-    dtypes: of single parameters, by path, that shall have another than `dtype`.
-    part: the one part of the model that is read, such as "encoder", and returned as {part: ...}; "" = all.
+    Args:
+      source, dtype, tower: as in `load_pretrained`.
+      config: config of the model, such as the result of `published_config`.
+      layout: nested dict of jax.sharding.Sharding. None: all on the default device.
+      dtypes: dtypes of single parameters by path, if they differ from `dtype`.
+      part: part of the model to read, such as "encoder", returned as {part: ...}. "": all.
+    Raises:
+      FileNotFoundError, ValueError: as `load_pretrained`.
     """
     folder, family = local_folder(source), FAMILIES[config.family]
     if tower is None and part in ("", "encoder"):
@@ -138,8 +144,8 @@ def load_params(
         folders = [folder] if tower is None else [folder, local_folder(tower)]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} lacks the weights of its vision tower. Name their folder: load_pretrained(..., tower=FOLDER). "
-            f"{error}"
+            f"{folder}: the weights of its vision tower are missing. Name their folder: load_pretrained(..., "
+            f"tower=FOLDER). {error}"
         ) from error
     rows = [row._replace(dtype=dtypes.get(row.ours, row.dtype)) for row in family.weights(config)]
     shapes, ignore = abstract_params(config), (*BUFFERS, *family.ignore)
@@ -149,18 +155,21 @@ def load_params(
 
 
 def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
-    """Writes weights, config and the processor's files, generation config too, for transformers and `load_pretrained`.
+    """Writes weights, config and the processor's files for transformers and `load_pretrained`.
 
-    Everything is complete on disk before anything gets its final name. A model that the folder held before is replaced,
-    its other files stay. Where a save is ended, the folder holds the old model, the new one, or is refused until the
-    next save, which finishes it.
-    In a run of several processes all must call. ValueError where it has adapters, which are no part of such a folder.
+    All files are complete on disk before they are renamed. They replace the model in the folder; other files stay.
+    After an interrupted save, the folder contains the old model or the new one, or is refused until the next save.
+    All processes of a run must call this function.
+
+    Raises:
+      FileExistsError: `folder` is a file.
+      ValueError: the model has adapters, which Hugging Face's format cannot store.
     """
     if split_adapters(vlm.params)[1]:
-        raise ValueError("the model has adapters: save them with save_adapters, or save what merge_adapters returns")
+        raise ValueError("the model has adapters. Save them with save_adapters, or save the result of merge_adapters.")
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name a folder to save to")
+        raise FileExistsError(f"{folder} is a file. Name a folder to save to.")
     stage, family = unfinished(folder), FAMILIES[vlm.config.family]
     first = jax.process_index() == 0
     with new_files(folder) if first else nullcontext():
@@ -173,16 +182,14 @@ def save_pretrained(vlm: Pretrained, folder: str | os.PathLike) -> None:
 
 
 def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) -> Batch | DualBatch:
-    """Hugging Face's arrays -> Batch with B, T of `input_ids`, so that logits are in its order.
+    """Returns a batch from the arrays of a Hugging Face processor, with the B and T of `input_ids`.
 
-    For a vision tower a batch row has one image and no tokens; for a dual encoder one image per row, one text per row,
-    or either alone.
+    A batch row of a vision tower has one image and no tokens. A row of a dual encoder has an image, a text, or both.
 
     Args:
-      config: its family defines the arrays and their meaning.
-      inputs: numpy arrays (or anything that `numpy.asarray` takes) under the names of this family's Hugging Face
-        processor:
-        `input_ids` i[B T], optional `attention_mask` and `labels`, and those of images.
+      config: config of the model, whose family defines the names and meaning of the arrays.
+      inputs: arrays that `numpy.asarray` accepts, by the names of the family's processor: `input_ids` i[B T], optional
+        `attention_mask` and `labels`, and arrays of images.
     Raises:
       ValueError: an unknown name, `input_ids` outside the vocabulary or beyond the learned positions, or placeholders
         that do not match the images.
@@ -192,28 +199,30 @@ def from_hf_inputs(config: ModelConfig | DualConfig, inputs: Mapping[str, Any]) 
         arrays = as_arrays(inputs, family.input_names)
         text, reads_padding = config.text, config.text_pool.token == "last"
         return with_texts(family.images(config, arrays), arrays, text.vocab, text.positions, reads_padding)
-    sees = config.encoder is not None
-    arrays = as_arrays(inputs, family.input_names if sees else ())
+    has_vision = config.encoder is not None
+    arrays = as_arrays(inputs, family.input_names if has_vision else ())
     if config.decoder is None:
         return alone(config, family.visuals(config, arrays))
-    return assemble(config, arrays, family.visuals(config, arrays) if sees else {})
+    return assemble(config, arrays, family.visuals(config, arrays) if has_vision else {})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if is_run(folder):
         raise ValueError(
             f"{folder} is the folder of a training run, not a model in Hugging Face's format. Read it with "
-            f"mllm_jax.load_workdir, or write the model with python -m mllm_jax.export --checkpoint {folder} FOLDER"
+            f"mllm_jax.load_workdir, or export the model with python -m mllm_jax.export --checkpoint {folder} FOLDER"
         )
     if not (folder / CONFIG).is_file():
-        if why := interrupted(folder):
-            raise FileNotFoundError(f"{folder} is not complete: {why}.")
-        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not a model in Hugging Face's format")
+        if reason := interrupted(folder):
+            raise FileNotFoundError(f"{folder} is not complete: {reason}.")
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}: it is not a model in Hugging Face's format. Name a folder of a published model."
+        )
     return read_object(folder / CONFIG)
 
 
 def load_processor(folder: Path, config: ModelConfig | DualConfig) -> Processor | DualProcessor:
-    """The processor in a folder, of the kind that the model is. FileNotFoundError where a part of it is missing."""
+    """Reads the processor of a model from its folder. Raises FileNotFoundError if one of its files is missing."""
     if isinstance(config, DualConfig):
         return DualProcessor.from_folder(folder, config)
     return Processor.from_folder(folder, spec_for(config))
@@ -230,6 +239,6 @@ def _write_texts(vlm: Pretrained, folder: Path) -> None:
     dtype = jax.tree.leaves(vlm.params)[0].dtype.name
     if vlm.processor is not None:
         vlm.processor.save(folder)
-    plain = dataclasses.replace(vlm.config, lora=LoraConfig())  # of a base model, its adapters were taken away
-    content = FAMILIES[plain.family].to_hf(plain) | {"dtype": dtype}
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config = dataclasses.replace(vlm.config, lora=LoraConfig())  # the parameters have no adapters
+    hf_config = FAMILIES[config.family].to_hf(config) | {"dtype": dtype}
+    (folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")

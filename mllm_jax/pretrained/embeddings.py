@@ -1,4 +1,4 @@
-"""Images and texts as embeddings of a dual encoder, and which of some labels an image has."""
+"""Embeddings of images and texts with a dual encoder, and zero-shot classification."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,40 +12,51 @@ from mllm_jax.model.dual_encoder import DualConfig, probabilities
 from mllm_jax.pretrained.api import Pretrained
 from mllm_jax.types import DualBatch
 
-BATCH = 32  # images, or texts, at once
+BATCH = 32  # images or texts per call of the model
 
 
 def encode_image(dual: Pretrained, images: Sequence[Any]) -> np.ndarray:
-    """Embeddings f32[images D] of unit length, so that the cosine of two is their product.
+    """Returns image embeddings f32[images D] of unit length, so that a dot product is a cosine similarity.
 
     Args:
-      dual: of `load_pretrained`, a dual encoder (CLIP, SigLIP, SigLIP 2).
+      dual: dual encoder (CLIP, SigLIP, SigLIP 2) from `load_pretrained`.
       images: paths, bytes, arrays u8[h w 3] or PIL images, of any sizes.
     Raises:
-      ValueError: another kind of model, a folder without its processor, no images, or an image that cannot be read.
+      ValueError: the model is no dual encoder or has no processor, `images` is empty, or an image cannot be read.
     """
     return _embed(dual, "encode_image", _processor(dual).images, images)
 
 
 def encode_text(dual: Pretrained, texts: Sequence[str]) -> np.ndarray:
-    """Embeddings f32[texts D] of unit length. Raises ValueError as `encode_image`, and for a text that is too long."""
+    """Returns text embeddings f32[texts D] of unit length.
+
+    Args:
+      dual: dual encoder from `load_pretrained`.
+      texts: texts of any lengths that the model's positions allow.
+    Raises:
+      ValueError: the model is no dual encoder or has no processor, `texts` is empty, or a text is too long.
+    """
     return _embed(dual, "encode_text", _processor(dual).texts, texts)
 
 
 def classify(
     dual: Pretrained, images: Sequence[Any], labels: Sequence[str], prompts: str | Sequence[str] = "a photo of a {}."
 ) -> np.ndarray:
-    """Zero-shot classification (arXiv 2103.00020, section 3.1): the probability of every label, f32[images labels].
-
-    Of a model that was trained with a softmax they add up to 1 over the labels; of one with a sigmoid each stands for
-    itself.
+    """Returns the probability of every label for every image (zero-shot, arXiv 2103.00020, section 3.1).
 
     Args:
-      prompts: a sentence with {} for the label, or several, whose embeddings are averaged.
+      dual: dual encoder from `load_pretrained`.
+      images: as in `encode_image`.
+      labels: names of the classes.
+      prompts: sentence with {} in place of the label, or several, whose embeddings are averaged.
+    Returns:
+      f32[images labels]. Probabilities of a softmax model sum to 1 over labels; those of a sigmoid model do not.
+    Raises:
+      ValueError: a prompt has no {}, or as `encode_image` and `encode_text`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if odd := [prompt for prompt in prompts if "{}" not in prompt]:
-        raise ValueError(f"a prompt needs {{}} in place of the label: {odd[0]!r}")
+    if invalid := [prompt for prompt in prompts if "{}" not in prompt]:
+        raise ValueError(f"prompts: {invalid[0]!r} has no {{}}. Write {{}} in place of the label.")
     texts = encode_text(dual, [prompt.replace("{}", label) for label in labels for prompt in prompts])
     means = texts.reshape(len(labels), len(prompts), -1).mean(axis=1)
     means /= np.linalg.norm(means, axis=-1, keepdims=True)
@@ -56,24 +67,24 @@ def classify(
 def _processor(dual: Pretrained) -> Any:
     if not isinstance(dual.config, DualConfig):
         raise ValueError(
-            f"this needs a dual encoder, such as CLIP or SigLIP, not a model of family {dual.config.family}"
+            f"config.family={dual.config.family}: is no dual encoder. Load a model such as CLIP or SigLIP."
         )
     if dual.processor is None:
-        raise ValueError("the folder of this model has no tokenizer.json or no preprocessor_config.json; add them")
+        raise ValueError("the folder of the model lacks tokenizer.json or preprocessor_config.json. Add the files.")
     return dual.processor
 
 
 def _embed(dual: Pretrained, method: str, read: Any, items: Sequence[Any]) -> np.ndarray:
-    """Batches have few sizes, so that they share programs: the last item fills up the last batch."""
+    """Embeds items in batches of a power of two, so that few programs are compiled. The last item pads a batch."""
     if isinstance(items, str) or not len(items):
-        raise ValueError(f"{method} needs a list with something in it, not {items!r}")
+        raise ValueError(f"{method}({items!r}): is not a list of items. Pass a list with at least one item.")
     size = min(BATCH, 1 << (len(items) - 1).bit_length())
-    found = []
+    embeddings = []
     for start in range(0, len(items), size):
-        own = list(items[start : start + size])
-        batch = read(own + own[-1:] * (size - len(own)))
-        found.append(np.asarray(_apply(dual.model, method, dual.params, batch))[: len(own)])
-    return np.concatenate(found)
+        chunk = list(items[start : start + size])
+        batch = read(chunk + chunk[-1:] * (size - len(chunk)))
+        embeddings.append(np.asarray(_apply(dual.model, method, dual.params, batch))[: len(chunk)])
+    return np.concatenate(embeddings)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -118,8 +118,8 @@ def test_the_command_chats(model, image, monkeypatch, capsys):
     answer = said(vlm, first)
     then = said(vlm, [*first, {"role": "assistant", "content": answer}, user("/reset is a word")])
     assert told.out == f"{answer}\n{then}\n"
-    assert "error: /image needs the path of a file" in told.err and "did you mean 'image'" in told.err
-    assert "a b.png: " in told.err and "a new conversation" in told.err
+    assert "error: /image: the path is missing" in told.err and "did you mean 'image'" in told.err
+    assert "a b.png: " in told.err and "started a new conversation" in told.err
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello there.\n"))
     words = ["--checkpoint", str(folder), "--chat", "--image", image, "--max-new-tokens", str(NEW)]
     assert main(words) == 0

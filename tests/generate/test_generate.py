@@ -288,7 +288,7 @@ def test_generate_stops_at_the_end_of_a_turn(chat):
 
 
 def test_generate_needs_a_processor_and_a_list(chat, vlm):
-    with pytest.raises(ValueError, match="without a tokenizer"):
+    with pytest.raises(ValueError, match="lacks a tokenizer"):
         generate(replace(chat[0], processor=None), ["Hello"])
     for wrong in ("Hello", conversations()[1]):
         with pytest.raises(ValueError, match="list of conversations"):
@@ -343,7 +343,7 @@ def test_command(chat, tmp_path, capsys):
     for flag in ("--image", "--video"):  # before the weights are read
         assert main([*arguments, flag, str(tmp_path / "absent.png")]) == 1
         told = capsys.readouterr().err
-        assert told == f"error: {flag}={tmp_path / 'absent.png'}: there is no such file\n"
+        assert told == f"error: {flag}={tmp_path / 'absent.png'}: the file does not exist. Correct the path.\n"
     assert main(["--checkpoint", str(tmp_path / "absent"), "--prompt", "What?"]) == 1
     assert capsys.readouterr().err.startswith("error: there is no folder")
     assert main(["--checkpoint", str(tmp_path), "--prompt", "What?"]) == 1

@@ -152,15 +152,15 @@ def test_bad_attention(change, message):
         ({"connector": None}, "needs a connector"),
         (
             {"inputs": InputRules(pinpoints=((32, 32),))},
-            "pinpoints=.* need a newline .*, which PatchMergerConfig.* has not",
+            "pinpoints=.*: rows of tiles end with a newline, which PatchMergerConfig.* does not have",
         ),
         (
             {"connector": MlpConnectorConfig()},
-            "encoder.deepstack_layers=.* the connector MlpConnectorConfig.*encoder.deepstack_layers=..",
+            "encoder.deepstack_layers=.* the model has MlpConnectorConfig.*encoder.deepstack_layers=..",
         ),
         (
             {"decoder": replace(TINY.decoder, layers=1)},
-            "encoder.deepstack_layers=.0, 1. .* as many decoder layers; there are 1",
+            "encoder.deepstack_layers=.0, 1.: .* as many decoder layers.* decoder.layers=1",
         ),
     ],
 )

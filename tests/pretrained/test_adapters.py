@@ -167,7 +167,7 @@ def test_our_own_adapters_survive_the_format(case, tmp_path):
     read = mllm_jax.load_adapters(vlm, tmp_path)
     weights = (mllm_jax.merge_adapters(x).params for x in (own, read))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *weights)
-    with pytest.raises(ValueError, match="has adapters: save them with save_adapters"):
+    with pytest.raises(ValueError, match="has adapters. Save them with save_adapters"):
         mllm_jax.save_pretrained(own, tmp_path / "whole")
 
 
@@ -176,7 +176,9 @@ def test_weights_that_are_no_module_are_not_saved_whole(case, tmp_path):
     _, vlm, _, folder, _ = case
     adapted = mllm_jax.load_adapters(vlm, folder / "adapter")
     lora = replace(adapted.config.lora, modules_to_save=("experts_down|class_token",))
-    with pytest.raises(ValueError, match=r"was trained in full, and PEFT saves only modules: .* save_pretrained\("):
+    with pytest.raises(
+        ValueError, match=r"was trained in full, but PEFT saves only whole modules. .* save_pretrained\("
+    ):
         mllm_jax.save_adapters(replace(adapted, config=replace(adapted.config, lora=lora)), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -184,7 +186,7 @@ def test_weights_that_are_no_module_are_not_saved_whole(case, tmp_path):
 def test_adapters_that_do_not_fit_are_told(case, tmp_path):
     _, vlm, _, folder, _ = case
     folder = folder / "adapter"
-    with pytest.raises(FileNotFoundError, match="no adapter_config.json: it holds no adapter in PEFT's format"):
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json: it is not an adapter in PEFT's format"):
         mllm_jax.load_adapters(vlm, tmp_path)
     with pytest.raises(ValueError, match="the model has no adapters"):
         mllm_jax.save_adapters(vlm, tmp_path / "none")
@@ -195,10 +197,10 @@ def test_adapters_that_do_not_fit_are_told(case, tmp_path):
     odd[second] = np.zeros((), np.float32)
     save_file(odd, tmp_path / WEIGHTS)
     for changes, message in (
-        ({"use_dora": True}, "use_dora=True: only False can be read"),
-        ({"peft_type": "IA3"}, "peft_type='IA3': only 'LORA' can be read"),
+        ({"use_dora": True}, "use_dora=True: only False is supported"),
+        ({"peft_type": "IA3"}, "peft_type='IA3': only 'LORA' is supported"),
         ({}, "(?s)_proj.*: A and B do not fit each other and a weight.*\n  unexpected: base_model.modle"),
-        ({}, "_proj: A has no two axes\n"),
+        ({}, "_proj: A has fewer than two axes\n"),
     ):
         write(**changes)
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The mean of neighboring patches, then a linear layer (MM1, arXiv 2403.09611, section 3.1)."""
+"""Average pooling of neighboring patches, then a linear layer (MM1, arXiv 2403.09611, section 3.1)."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from mllm_jax.types import Vision, VisionTokens
 
 @dataclass(frozen=True)
 class AveragePoolConfig(ConnectorConfig):
-    """merge: side of the square of patches that becomes a visual token."""
+    """merge: side in patches of the square that becomes a visual token."""
 
     merge: PositiveInt = 2
 
@@ -30,7 +30,7 @@ class AveragePool(nn.Module):
 
     @nn.compact
     def __call__(self, features, vision: Vision) -> VisionTokens:
-        del vision  # padding needs no care: nobody reads its tokens
+        del vision  # visual tokens of padding are never read
 
         def layers(x):
             x, shape = jnp.mean(x, axis=-2), (x.shape[-1], self.out)

@@ -1,4 +1,4 @@
-"""A linear layer, or an MLP, on every patch (LLaVA arXiv 2304.08485, 2310.03744), with the newline of LLaVA-NeXT."""
+"""Linear layer or MLP on every patch (LLaVA arXiv 2304.08485, 2310.03744), with the newline token of LLaVA-NeXT."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -21,9 +21,9 @@ from mllm_jax.types import Vision, VisionTokens
 class MlpConnectorConfig(ConnectorConfig):
     """An MLP on every patch.
 
-    layers: number of linear layers, as wide as the decoder. 1: a linear connector.
-    activation: activation between two layers.
-    newline: whether a learned token ends every row of patches; a batch marks its places (`NEWLINE`).
+    layers: number of linear layers, each as wide as the decoder. 1: a linear connector.
+    activation: activation between linear layers.
+    newline: whether a learned token ends every row of patches, at the places that a batch marks with NEWLINE.
     """
 
     layers: PositiveInt = 2
@@ -41,7 +41,7 @@ class MlpConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features, vision: Vision) -> VisionTokens:
-        del vision  # padding needs no care: nobody reads its tokens
+        del vision  # visual tokens of padding are never read
         config, out = self.config, self.out
 
         def layers(x):
@@ -52,9 +52,9 @@ class MlpConnector(nn.Module):
                 x = Einsum("...D,DF->...F", shape, axes, self.runtime.dtype, bias=True, name=f"linear{i}")(x)
             return x
 
-        value = to_tokens(features.value, 1, layers, self.runtime)
+        embeddings = to_tokens(features.value, 1, layers, self.runtime)
         if config.newline:
             newline = self.param("newline", partitioned(nn.initializers.normal(out**-0.5), "embed"), (out,))
-            line = jnp.broadcast_to(newline.astype(value.dtype), (len(value), 1, out))
-            value = jnp.concatenate([value, line], axis=1)
-        return VisionTokens(value)
+            newline = jnp.broadcast_to(newline.astype(embeddings.dtype), (len(embeddings), 1, out))
+            embeddings = jnp.concatenate([embeddings, newline], axis=1)
+        return VisionTokens(embeddings)

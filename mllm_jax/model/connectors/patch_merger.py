@@ -1,6 +1,6 @@
 """Patch merger (Qwen2-VL arXiv 2409.12191) with DeepStack mergers (Qwen3-VL arXiv 2511.21631).
 
-merge x merge neighboring patches, which stand next to each other in a patch row, become one visual token.
+Each block of merge x merge neighboring patches, which is contiguous in a patch row, becomes one visual token.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ from mllm_jax.types import Vision, VisionTokens
 @dataclass(frozen=True)
 class PatchMergerConfig(ConnectorConfig):
     """
-    merge: side of the square of patches that becomes a visual token.
-    norm: "layer" or "rms".
+    merge: side in patches of the square that becomes a visual token.
+    norm: norm of nn/norm.py: "layer" or "rms".
+    norm_eps: epsilon of the norm.
     """
 
     merge: PositiveInt = 2
@@ -34,7 +35,10 @@ class PatchMergerConfig(ConnectorConfig):
 
 
 class Merger(nn.Module):
-    """Norm before or after the patches are joined, then a two-layer MLP. [B R P D] -> [B M out]."""
+    """Norm and a two-layer MLP on joined patches, [B R P D] -> [B M out].
+
+    norm_joined: whether patches are normalized after they are joined (DeepStack), or before (main merger).
+    """
 
     config: PatchMergerConfig
     out: int
@@ -60,10 +64,10 @@ class PatchMerger(nn.Module):
 
     @nn.compact
     def __call__(self, features, vision: Vision) -> VisionTokens:
-        del vision  # padding needs no care: nobody reads its tokens
-        value = Merger(self.config, self.out, False, self.runtime, name="main")(features.value)
+        del vision  # visual tokens of padding are never read
+        embeddings = Merger(self.config, self.out, False, self.runtime, name="main")(features.value)
         if not features.deepstack.shape[0]:
-            return VisionTokens(value)
+            return VisionTokens(embeddings)
         mergers = nn.vmap(
             Merger,
             in_axes=0,
@@ -72,5 +76,5 @@ class PatchMerger(nn.Module):
             metadata_params={nn.PARTITION_NAME: "deepstack_layers"},
         )
         return VisionTokens(
-            value, mergers(self.config, self.out, True, self.runtime, name="deepstack")(features.deepstack)
+            embeddings, mergers(self.config, self.out, True, self.runtime, name="deepstack")(features.deepstack)
         )

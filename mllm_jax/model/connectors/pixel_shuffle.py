@@ -1,4 +1,4 @@
-"""Pixel shuffle and an MLP (InternVL 1.5, arXiv 2404.16821): neighboring patches, joined, become a visual token."""
+"""Pixel shuffle and an MLP (InternVL 1.5, arXiv 2404.16821): joins neighboring patches into a visual token."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,7 +17,11 @@ from mllm_jax.types import Vision, VisionTokens
 
 @dataclass(frozen=True)
 class PixelShuffleConfig(ConnectorConfig):
-    """merge: side of the square of patches that becomes a visual token."""
+    """
+    merge: side in patches of the square that becomes a visual token.
+    activation: activation of the MLP.
+    norm_eps: epsilon of the layer norm before it.
+    """
 
     merge: PositiveInt = 2
     activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu"
@@ -34,7 +38,7 @@ class PixelShuffle(nn.Module):
 
     @nn.compact
     def __call__(self, features, vision: Vision) -> VisionTokens:
-        del vision  # padding needs no care: nobody reads its tokens
+        del vision  # visual tokens of padding are never read
         config = self.config
 
         def layers(x):

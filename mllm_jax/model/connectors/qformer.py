@@ -45,7 +45,7 @@ class QFormerConfig(ConnectorConfig):
 
     @property
     def kinds(self) -> tuple[bool, ...]:
-        """Whether each layer attends to the patches."""
+        """True for the layers that attend to the patches."""
         return tuple(number % self.cross_every == 0 for number in range(self.layers))
 
     def weight_rows(self, path: str, patches: float, images: float) -> float:

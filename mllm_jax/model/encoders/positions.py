@@ -1,6 +1,6 @@
 """Positions of patches: a learned table resampled to images of any size, and rotary positions.
 
-Sizes are traced values, so that one program serves all images. An image as large as the table reads it unchanged.
+Image sizes are traced values, so that one program serves all images. An image of the table's size reads it unchanged.
 """
 
 from functools import partial
@@ -14,22 +14,24 @@ from mllm_jax.nn.rope import rope_table
 
 
 def resample(table, coords, grid, kind: str):
-    """A learned table [Y X D], Y = X, at every patch of images of any size.
+    """Resamples a learned position table to the patches of images of any size.
 
     Args:
-      coords: i32[... 3] (t, y, x); grid: i32[... 2] (h, w) of the patch's image.
-      kind: "bilinear_aligned", whose corners are those of the table; or, as torch's `interpolate` without aligned
-        corners, "bicubic", or "bilinear_antialias" and "bicubic_antialias", which average where images are smaller.
+      table: [Y X D] with Y = X.
+      coords: i32[... 3] coordinates (t, y, x) of each patch in its image.
+      grid: i32[... 2] size (h, w) of each patch's image, in patches.
+      kind: "bilinear_aligned" (aligned corners), or torch's `interpolate` without aligned corners: "bicubic",
+        "bilinear_antialias" or "bicubic_antialias". The last two average entries if an image is smaller than the table.
     Returns:
       f32[... D].
     """
     return RESAMPLING[kind](table, coords[..., 1:], grid)
 
 
-def _aligned(table, places, grid):
-    """Gathers four entries a patch: for large tables and rows, weights of all entries would be larger than features."""
+def _aligned(table, coords, grid):
+    """Gathers four entries per patch: weights of all entries (`_weighted`) may take more memory than the features."""
     side = table.shape[0]
-    source = places * ((side - 1) / jnp.maximum(grid - 1, 1).astype(jnp.float32))
+    source = coords * ((side - 1) / jnp.maximum(grid - 1, 1).astype(jnp.float32))
     low = jnp.floor(source).astype(jnp.int32)
     high = jnp.minimum(low + 1, side - 1)
     fraction = source - low
@@ -48,25 +50,25 @@ def _aligned(table, places, grid):
     )
 
 
-def _weighted(axis_weights, table, places, grid):
-    """One product with the weights of all entries: how many count depends on an image's size, this shape does not."""
-    y, x = (axis_weights(places[..., axis], grid[..., axis], table.shape[axis]) for axis in (0, 1))
+def _weighted(axis_weights, table, coords, grid):
+    """Multiplies the table by weights of all its entries, so that no shape depends on the size of an image."""
+    y, x = (axis_weights(coords[..., axis], grid[..., axis], table.shape[axis]) for axis in (0, 1))
     weights = rearrange(y[..., :, None] * x[..., None, :], "... Y X -> ... (Y X)")
     return jnp.matmul(weights, rearrange(table, "Y X D -> (Y X) D"), precision=jax.lax.Precision.HIGHEST)
 
 
-def _between(kernel, place, size, side: int):
-    """f32[... side] weights of a table's entries at a place of an axis; beyond its ends it is constant."""
-    source = (place + 0.5) * (side / size.astype(jnp.float32))
+def _between(kernel, coord, size, side: int):
+    """Returns interpolation weights f32[... side] of the entries on an axis; the table is constant beyond its ends."""
+    source = (coord + 0.5) * (side / size.astype(jnp.float32))
     weights = kernel(jnp.abs(jnp.arange(-2, side + 2) + 0.5 - source[..., None]))
     before, inside, after = jnp.split(weights, (2, side + 2), axis=-1)
     return inside.at[..., 0].add(jnp.sum(before, axis=-1)).at[..., -1].add(jnp.sum(after, axis=-1))
 
 
-def _averaged(kernel, place, size, side: int):
-    """f32[... side] weights of a table's entries; on a shorter axis the kernel is as wide as a place of it."""
+def _averaged(kernel, coord, size, side: int):
+    """Returns antialiasing weights f32[... side] of the entries on an axis: smaller images have wider kernels."""
     scale = side / size.astype(jnp.float32)
-    source, width = (place + 0.5) * scale, jnp.maximum(scale, 1)
+    source, width = (coord + 0.5) * scale, jnp.maximum(scale, 1)
     weights = kernel(jnp.abs(jnp.arange(side) + 0.5 - source[..., None]) / width[..., None])
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
@@ -76,13 +78,13 @@ def _linear(distance):
 
 
 def _cubic(a: float, distance):
-    """Keys's convolution kernel (IEEE Transactions on Acoustics, Speech, and Signal Processing 29, 1981)."""
+    """Cubic convolution kernel of Keys (IEEE Transactions on Acoustics, Speech, and Signal Processing 29, 1981)."""
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
     return jnp.where(distance <= 1, near, jnp.where(distance < 2, far, 0))
 
 
-RESAMPLING = {  # the slope of a cubic kernel is torch's, which is another one with antialiasing
+RESAMPLING = {  # cubic kernels have torch's slopes: -0.75, or -0.5 with antialiasing
     "bilinear_aligned": _aligned,
     "bilinear_antialias": partial(_weighted, partial(_averaged, _linear)),
     "bicubic": partial(_weighted, partial(_between, partial(_cubic, -0.75))),
@@ -91,7 +93,13 @@ RESAMPLING = {  # the slope of a cubic kernel is torch's, which is another one w
 
 
 def patch_rope(coords, head_dim: int, theta: float):
-    """2-D RoPE: half of the frequency slots read the row, half the column."""
+    """Returns the cosines and sines of 2-D RoPE: half of the frequencies rotate by the row, half by the column.
+
+    Args:
+      coords: i32[... 3] coordinates (t, y, x) of each patch.
+      head_dim: values of a head, a multiple of 4.
+      theta: base of the frequencies.
+    """
     slots = head_dim // 4
     axes = np.repeat([1, 2], slots)
     frequencies = theta ** (-np.arange(slots, dtype=np.float32) / slots)

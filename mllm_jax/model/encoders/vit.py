@@ -1,7 +1,7 @@
-"""Vision transformer over packed images of any size (arXiv 2010.11929, 2307.06304), of which all towers are kinds.
+"""Vision transformer over packed images of any size (arXiv 2010.11929, 2307.06304); every vision tower is one.
 
-Patches of many images share a row. Everything that depends on an image's size comes from traced coordinates, so one
-compiled program serves any mix of sizes, videos, or no image at all.
+Patches of several images share a row. Image sizes enter only as traced coordinates, so that one compiled program serves
+any mix of image sizes and videos, or no image.
 """
 
 from dataclasses import dataclass
@@ -32,27 +32,36 @@ from mllm_jax.types import Array, Vision
 class VitConfig(Config):
     """A vision transformer.
 
-    mlp: width of the feed-forward block; `gated`: whether it has a gate (SwiGLU, arXiv 2002.05202).
-    patch_bias, qkv_bias: whether the first linear layer, and those of queries, keys and values, have biases.
-    position_grid: side of the learned position table, resampled to each image's size. 0: no table.
-    image_size: side in pixels of the square images of the table, if it is not a whole number of patches, so that a
-      margin is not read. 0: it is.
+    width: size of hidden states.
+    layers: number of layers.
+    heads: number of attention heads.
+    mlp: width of the feed-forward block.
+    patch_size: side of a patch in pixels.
+    temporal_patch_size: number of frames in a patch.
+    channels: number of color channels.
+    patch_bias: whether the patch embedding has a bias.
+    position_grid: side of the learned position table, which is resampled to each image's size. 0: no table.
+    image_size: side in pixels of the table's images, if it is not a multiple of `patch_size`. 0: `position_grid *
+      patch_size`.
     resampling: resampling of the table, see `positions.resample`.
-    class_token: whether a learned token precedes the patches of an image; the table has a place for it, before the
-      grid.
-    registers: number of further learned tokens, which have no places (arXiv 2309.16588).
-    mask_token: whether the weights include a learned patch of self-supervised training, which the model does not use.
+    class_token: whether a learned token precedes an image's patches; its position is the first row of the table.
+    registers: number of further learned tokens, which have no positions (arXiv 2309.16588).
+    mask_token: whether the weights include the mask token of self-supervised training, which the model does not use.
     rope_theta: base of the rotary positions. None: no rotary positions.
-    window: side in patches of the attention windows. 0: attention over all of an image.
-    whole: layers (0-based) with attention over all of an image nevertheless.
-    norm: "layer" or "rms"; norm_eps is that of all norms.
-    qk_norm: whether queries and keys are normalized over all heads together.
+    window: side of the attention windows in patches. 0: global attention.
+    whole: layers (0-based) with global attention, if `window` is set.
+    qkv_bias: whether the projections to queries, keys and values have biases.
+    qk_norm: whether queries and keys are normalized, over all heads together.
+    norm: norm of nn/norm.py: "layer" or "rms".
+    norm_eps: epsilon of all norms.
+    activation: activation of the feed-forward block.
+    gated: whether the feed-forward block has a gate (SwiGLU, arXiv 2002.05202).
     layer_scale: initial value of a factor per channel of each block's output (arXiv 2103.17239). None: no factors.
-    first_norm, last_norm: whether there are norms before and after all layers.
-    features: layers whose outputs, joined on the channel axis and not normalized, are the features; -1 is the last.
-      Later layers do not run, but keep their weights. (): the output of all layers, after the last norm.
+    first_norm, last_norm: whether there is a norm before all layers, and after them.
+    features: layers whose outputs, not normalized, are concatenated as the features. -1: the last. Later layers do not
+      run, but keep their weights. (): the output of the last norm.
     deepstack_layers: layers (0-based) whose outputs are returned beside the features.
-    pixel_mean, pixel_std: per channel, of pixels in 0..1; applied to u8 patches only.
+    pixel_mean, pixel_std: mean and standard deviation per channel of pixels in 0..1, for u8 patches.
     """
 
     width: PositiveInt
@@ -89,20 +98,26 @@ class VitConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.width % self.heads:
-            raise ValueError(f"encoder.width={self.width} is not a multiple of encoder.heads={self.heads}")
+            raise ValueError(
+                f"encoder.width={self.width}: is not a multiple of encoder.heads={self.heads}. Change either."
+            )
         if self.rope_theta is not None and self.head_dim % 4:
             raise ValueError(
-                f"encoder.width={self.width} over encoder.heads={self.heads} must be a multiple of 4: rotary positions "
-                "turn pairs by row and by column"
+                f"encoder.width={self.width}: width / heads is {self.head_dim}, which is not a multiple of 4 as rotary "
+                f"positions need. Change encoder.width or encoder.heads={self.heads}, or set encoder.rope_theta=None."
             )
         for name in ("pixel_mean", "pixel_std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(
-                    f"encoder.{name}={getattr(self, name)} must have encoder.channels={self.channels} values"
+                    f"encoder.{name}={getattr(self, name)}: is not one value per channel. "
+                    f"Give encoder.channels={self.channels} values."
                 )
         for name in ("features", "deepstack_layers", "whole"):
             if not all(-self.layers <= layer < self.layers for layer in getattr(self, name)):
-                raise ValueError(f"encoder.{name}={getattr(self, name)}: there are only {self.layers} layers")
+                raise ValueError(
+                    f"encoder.{name}={getattr(self, name)}: the encoder has only {self.layers} layers. Use integers "
+                    f"from {-self.layers} to {self.layers - 1}."
+                )
 
     @property
     def head_dim(self) -> int:
@@ -110,17 +125,17 @@ class VitConfig(Config):
 
     @property
     def side(self) -> int:
-        """Side in pixels of the square images that the position table is for."""
+        """Side in pixels of the square images of the position table."""
         return self.image_size or self.position_grid * self.patch_size
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens that stand before the patches of an image: the class token and registers."""
+        """Number of tokens before an image's patches: class token and registers."""
         return self.class_token + self.registers
 
     @property
     def depth(self) -> int:
-        """Layers that run."""
+        """Number of layers that run."""
         return (
             1 + max(layer % self.layers for layer in self.features + self.deepstack_layers)
             if self.features
@@ -129,7 +144,7 @@ class VitConfig(Config):
 
     @property
     def patch_values(self) -> int:
-        """C, the values in a patch."""
+        """C, the number of values in a patch."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
 
     def build(self, runtime: Runtime, name: str) -> nn.Module:
@@ -137,14 +152,14 @@ class VitConfig(Config):
 
 
 class Features(NamedTuple):
-    """The result of every encoder."""
+    """Output of an encoder."""
 
     value: Array  # [B R P D]
-    deepstack: Array  # [deepstack B R P D] outputs of the tapped layers
+    deepstack: Array  # [deepstack B R P D] outputs of the layers `deepstack_layers`
 
 
 def normalize(patches, config: VitConfig):
-    """u8 pixels [... C] in (c, t, y, x) order -> f32, (pixel / 255 - mean) / std; floats are taken as normalized."""
+    """Returns u8 pixels [... C], in (c, t, y, x) order, as f32 (pixel / 255 - mean) / std; floats pass unchanged."""
     if patches.dtype != jnp.uint8:
         return patches
     mean, std = (
@@ -207,43 +222,46 @@ class Vit(nn.Module):
     @nn.compact
     def __call__(self, vision: Vision) -> Features:
         config, runtime = self.config, self.runtime.within("encoder")
-        # All rows in one line: any number of devices that divides their number can share them.
-        rows, count = ("batch", "length", None), len(vision.image)
+        # Patch rows of all batch rows on one axis, which more numbers of devices divide.
+        axes, count = ("batch", "length", None), len(vision.image)
         vision = jax.tree.map(partial(fold_rows, rules=self.runtime.rules), vision)
-        leading = -1 - vision.coords[..., 0]  # 0, 1, ... at the prefix tokens of an image
-        image = jnp.where(leading < config.num_prefix_tokens, vision.image, 0)
+        prefix_index = -1 - vision.coords[..., 0]  # 0, 1, ... at the prefix tokens of an image, negative at its patches
+        image = jnp.where(prefix_index < config.num_prefix_tokens, vision.image, 0)
         windows = window_segments(image, vision.coords, vision.grid, config.window) if config.window else None
         rope = None
         if config.rope_theta is not None:
             rope = patch_rope(vision.coords, config.head_dim, config.rope_theta)
-        x = self._embed(vision, leading)
+        x = self._embed(vision, prefix_index)
         norm = NORMS[config.norm]
         if config.first_norm:
             x = norm(config.norm_eps, name="first_norm")(x)
-        x = shard(x, rows, runtime.rules)
+        x = shard(x, axes, runtime.rules)
 
-        kept = list(dict.fromkeys(layer % config.layers for layer in config.deepstack_layers + config.features))
-        slots = np.full(config.layers, len(kept), np.int32)
-        slots[kept] = np.arange(len(kept))
-        whole = np.isin(np.arange(config.layers), config.whole)
+        tapped = list(dict.fromkeys(layer % config.layers for layer in config.deepstack_layers + config.features))
+        slots = np.full(config.layers, len(tapped), np.int32)
+        slots[tapped] = np.arange(len(tapped))
+        is_global = np.isin(np.arange(config.layers), config.whole)
 
         def body(layer, carry, per_layer):
-            """Untapped layers write a slot that nobody reads. The write is linear: backward saves nothing for it."""
-            (x, outputs), (slot, whole) = carry, per_layer
-            segment = image if windows is None else jnp.where(whole, image, windows)
-            x = shard(layer(x, segment, rope), rows, runtime.rules)
+            """Runs a layer and stores its output; layers that are not tapped write to an extra slot.
+
+            The write is linear, so that the backward pass needs no residuals of it.
+            """
+            (x, outputs), (slot, is_global) = carry, per_layer
+            segment = image if windows is None else jnp.where(is_global, image, windows)
+            x = shard(layer(x, segment, rope), axes, runtime.rules)
             return (x, jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)), None
 
         depth = config.layers if self.is_initializing() else config.depth
         first = lambda tree: jax.tree.map(lambda leaf: leaf[:depth], tree)
 
         def run(layer, carry):
-            per_layer = (jnp.asarray(slots), jnp.asarray(whole))
+            per_layer = (jnp.asarray(slots), jnp.asarray(is_global))
             return scan_layers(body, layer, carry, first(per_layer), depth, runtime)[0]
 
         layer = rematted(VitLayer, runtime)(config, runtime, name="layers")
         run = run if depth == config.layers else nn.map_variables(run, "params", first)
-        x, outputs = run(layer, (x, jnp.zeros((len(kept) + 1, *x.shape), x.dtype)))
+        x, outputs = run(layer, (x, jnp.zeros((len(tapped) + 1, *x.shape), x.dtype)))
         if config.last_norm:
             x = norm(config.norm_eps, name="last_norm")(x)
         if config.features:
@@ -251,33 +269,33 @@ class Vit(nn.Module):
         split = partial(unfold_rows, count=count, rules=self.runtime.rules)
         return Features(split(x), jax.vmap(split)(outputs[: len(config.deepstack_layers)]))
 
-    def _embed(self, vision: Vision, leading):
-        """Patches [rows P C] -> [rows P D], with learned positions; in the first places of an image its tokens."""
+    def _embed(self, vision: Vision, prefix_index):
+        """Returns patch embeddings [rows P D] with learned positions, and the prefix tokens at their places."""
         config, runtime = self.config, self.runtime.within("encoder")
         shape, axes, side = (config.patch_values, config.width), ("patch", "embed"), config.position_grid
         patches = normalize(shard(vision.patches, ("batch", "length", None), runtime.rules), config)
         embed = Einsum("...C,CD->...D", shape, axes, runtime.dtype, bias=config.patch_bias, name="patch_embed")
         x = embed(patches)
         if side:
-            places = self._learned("position_embed", "position", config.class_token + side**2)
-            grid = rearrange(places[config.class_token :], "(Y X) D -> Y X D", Y=side)
+            positions = self._learned("position_embed", "position", config.class_token + side**2)
+            grid = rearrange(positions[config.class_token :], "(Y X) D -> Y X D", Y=side)
             x = x + resample(grid, vision.coords, vision.grid, config.resampling).astype(runtime.dtype)
         if config.mask_token:
             self._learned("mask_token")
         tokens = []
         if config.class_token:
             token = self._learned("class_token")[None]
-            tokens += [token + places[:1] if side else token]
+            tokens += [token + positions[:1] if side else token]
         if config.registers:
             tokens += [self._learned("registers", None, config.registers)]
         if not tokens:
             return x
         tokens = jnp.concatenate(tokens).astype(runtime.dtype)
-        own = jnp.take(tokens, jnp.clip(leading, 0, config.num_prefix_tokens - 1), axis=0)
-        return jnp.where((leading >= 0)[..., None], own, x)
+        prefix = jnp.take(tokens, jnp.clip(prefix_index, 0, config.num_prefix_tokens - 1), axis=0)
+        return jnp.where((prefix_index >= 0)[..., None], prefix, x)
 
     def _learned(self, name: str, axis: str | None = None, *sizes: int):
-        """f32[*sizes D]. Gathered first, or its gradient would gather all patches."""
+        """Returns a parameter f32[*sizes D], all-gathered; otherwise its gradient would all-gather all patches."""
         axes, shape = (axis,) if sizes else (), (*sizes, self.config.width)
         weight = self.param(name, partitioned(nn.initializers.normal(shape[-1] ** -0.5), *axes, "embed"), shape)
         return shard(weight, (None,) * len(shape), self.runtime.within("encoder").rules)

@@ -1,4 +1,4 @@
-"""adapter_config.json, and the names in adapter_model.safetensors, as PEFT has them."""
+"""PEFT's file format: fields of adapter_config.json and tensor names in adapter_model.safetensors."""
 
 import json
 import re
@@ -14,10 +14,10 @@ from mllm_jax.pretrained.peft.sites import EXPERTS, Site
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-# Values of `init_lora_weights` for which an adapter belongs to the base model's own weights. With others
-# (pissa, olora, corda, loftq, lora_ga) A and B belong to a base that was changed when training began.
+# Values of `init_lora_weights` that leave the base model unchanged. Others (pissa, olora, corda, loftq, lora_ga) modify
+# its weights when training begins, and A and B fit only the modified ones.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-# Extensions of plain LoRA in PEFT, and the value that turns each off. Empty values do, too.
+# PEFT's extensions of plain LoRA, and the value that disables each. Empty values disable them, too.
 PLAIN = {
     "bias": "none",
     **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), False),
@@ -32,7 +32,7 @@ NOT_NEEDED = {
     *("layers_pattern", "modules_to_save", "lora_dropout", "fan_in_fan_out", "megatron_config", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
 }
-SECONDS = 10  # that all patterns may take to match the names of all modules
+SECONDS = 10  # time limit for matching all patterns with the names of all modules
 _MATCH = r"""
 import json, re, sys
 patterns, keys = json.load(sys.stdin)
@@ -41,58 +41,62 @@ first = {key: next((n for n, pattern in enumerate(compiled) if pattern.match(key
 json.dump({key: n for key, n in first.items() if n is not None}, sys.stdout)
 """
 CHECKED = {"lora_alpha": Finite, "alpha_pattern": Mapping[str, Finite]}
-PARAMETERS = tuple(parameter for parameter, _ in EXPERTS.values())  # in the order of a module
-HEAD_WEIGHT = "lm_head.weight"  # in transformers' memory, of every model that writes texts
-OUTER = ".base_layer"  # of two parameters that are adapted, PEFT has the second around the first
+PARAMETERS = tuple(parameter for parameter, _ in EXPERTS.values())  # in the order in which a module defines them
+HEAD_WEIGHT = "lm_head.weight"  # name of the head in every loaded language model of transformers
+OUTER = ".base_layer"  # if two parameters of a module are adapted, PEFT's wrapper of the second contains the first's
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """PEFT's config of an adapter, with the defaults of the fields that are applied.
+    """Reads the PEFT config of an adapter, with defaults for the fields in APPLIED that it lacks.
 
     Raises:
-      FileNotFoundError: there is no adapter.
-      ValueError: it does what is not done here; the message names the field.
+      FileNotFoundError: the folder has no adapter.
+      ValueError: the config is invalid or uses an unsupported feature; the message names the field.
     """
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} has no {missing[0]}: it holds no adapter in PEFT's format")
+        raise FileNotFoundError(
+            f"{folder} has no {missing[0]}: it is not an adapter in PEFT's format. Name the folder of one."
+        )
     path = folder / CONFIG
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(stated, dict):
+        raise ValueError(f"{path} is not JSON: {error}. Save the adapter again.") from error
+    if not isinstance(config, dict):
         raise ValueError(f"{path}: needs an object with the fields of PEFT's LoraConfig.")
-    if (kind := stated.get("peft_type")) != "LORA":
-        raise ValueError(f"{path}: peft_type={kind!r}: only 'LORA' can be read.")
-    for name, value in stated.items():
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"{path}: peft_type={kind!r}: only 'LORA' is supported.")
+    for name, value in config.items():
         if not value or name in APPLIED | NOT_NEEDED:
             continue
         if name in PLAIN and value != PLAIN[name]:
-            raise ValueError(f"{path}: {name}={value!r}: only {PLAIN[name]!r} can be read.")
+            raise ValueError(f"{path}: {name}={value!r}: only {PLAIN[name]!r} is supported.")
         if name not in PLAIN:
             raise ValueError(
-                f"{path}: {name}={value!r}: a field that is not known here. Remove it if results do not depend on it."
+                f"{path}: {name}={value!r}: the field is unknown. Remove it if results do not depend on it."
             )
-    start = stated.get("init_lora_weights", True)
+    start = config.get("init_lora_weights", True)
     if (start.lower() if isinstance(start, str) else start) not in (*PLAIN_STARTS, None):
         raise ValueError(
-            f"{path}: init_lora_weights={start!r}: these A and B belong to a base model that was changed when training "
-            "began. Save the adapter with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), "
-            "which makes plain LoRA of it."
+            f"{path}: init_lora_weights={start!r}: A and B belong to a base model that was modified when training "
+            "began. Convert them to plain LoRA with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    stated = {"lora_alpha": 8} | {name: value for name, value in stated.items() if value is not None}
+    config = {"lora_alpha": 8} | {name: value for name, value in config.items() if value is not None}
     for name, hint in CHECKED.items():
-        if name in stated:
-            check(hint, stated[name], f"{path}: {name}")
-    for pattern in stated.get("alpha_pattern", ()):  # a mapping by now
+        if name in config:
+            check(hint, config[name], f"{path}: {name}")
+    for pattern in config.get("alpha_pattern", ()):  # checked above to be a mapping
         check(Pattern, pattern, f"{path}: alpha_pattern")
-    return stated
+    return config
 
 
 def module_names(sites: Iterable[Site], adapted: Iterable[str]) -> dict[str, str]:
-    """The names that modules have in a file -> keys of sites.
+    """Returns {name of a module in the file: key of its site}.
 
-    adapted: those parameters that are adapted, as full names or the ends of such.
+    Args:
+      sites: sites of the model.
+      adapted: names of the adapted parameters, complete or their ends ("experts.down_proj").
     """
     names, modules, ends = {}, {}, tuple(adapted)
     for site in sites:
@@ -100,43 +104,46 @@ def module_names(sites: Iterable[Site], adapted: Iterable[str]) -> dict[str, str
             names[site.name] = site.key
         elif any(site.key == end or site.key.endswith(f".{end}") for end in ends):
             modules.setdefault(site.name, []).append(site)
-    for name, own in modules.items():
-        own.sort(key=lambda site: PARAMETERS.index(site.parameter), reverse=True)
-        names |= {name + OUTER * depth: site.key for depth, site in enumerate(own)}
+    for name, parameters in modules.items():
+        parameters.sort(key=lambda site: PARAMETERS.index(site.parameter), reverse=True)
+        names |= {name + OUTER * depth: site.key for depth, site in enumerate(parameters)}
     return names
 
 
 def scales_of(stated: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """alpha / rank of each site, or by rsLoRA (arXiv 2312.03732) alpha / sqrt(rank).
+    """Returns the scale of each site by key: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
 
     Args:
-      ranks: {name in PEFT: rank} of the sites.
+      stated: PEFT's config, from `read_config`.
+      ranks: {key: rank} of the sites.
     Raises:
-      ValueError: the patterns of `alpha_pattern` take too long to match, or are none inside the one that PEFT builds.
+      ValueError: patterns of `alpha_pattern` take too long to match, or are invalid in the expression that PEFT builds.
     """
-    own = _first_matches(list(stated.get("alpha_pattern", ())), list(ranks))
-    alphas = {key: stated["alpha_pattern"][own[key]] if key in own else stated["lora_alpha"] for key in ranks}
+    matches = _first_matches(list(stated.get("alpha_pattern", ())), list(ranks))
+    alphas = {key: stated["alpha_pattern"][matches[key]] if key in matches else stated["lora_alpha"] for key in ranks}
     return {key: alphas[key] / (rank**0.5 if stated.get("use_rslora") else rank) for key, rank in ranks.items()}
 
 
 def _first_matches(patterns: list[str], keys: list[str]) -> dict[str, str]:
-    """{key: the first pattern that matches it, as PEFT reads them}, without keys that no pattern matches.
+    """Returns {key: first pattern that matches it under PEFT's rules}, without keys that no pattern matches.
 
-    The patterns are untrusted and `re` has no time limit, so a separate process matches them.
+    A separate process with a time limit matches them, because the patterns are untrusted.
     """
     if not patterns:
         return {}
     command = [sys.executable, "-I", "-S", "-c", _MATCH]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command, input=json.dumps([patterns, keys]), capture_output=True, text=True, timeout=SECONDS, check=True
         )
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{CONFIG}: alpha_pattern: its patterns take over {SECONDS} s to match.") from error
-    except subprocess.CalledProcessError as error:  # such as (?i), which is allowed only at the beginning
-        why = error.stderr.strip().rpartition("\n")[2]
-        raise ValueError(f"{CONFIG}: alpha_pattern: PEFT cannot read its patterns: {why}") from error
-    return {key: patterns[index] for key, index in json.loads(done.stdout).items()}
+        raise ValueError(
+            f"{CONFIG}: alpha_pattern: its patterns take over {SECONDS} s to match. Simplify them."
+        ) from error
+    except subprocess.CalledProcessError as error:  # such as (?i), which is allowed only at the start
+        reason = error.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"{CONFIG}: alpha_pattern: PEFT cannot read its patterns: {reason}") from error
+    return {key: patterns[index] for key, index in json.loads(result.stdout).items()}
 
 
 def make_config(
@@ -146,16 +153,20 @@ def make_config(
     base: str | None,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """PEFT's config of sites with these (rank, alpha), out of all sites of a model.
+    """Returns PEFT's config of adapters.
 
-    whole: modules that are saved in full. base: folder or hub name of the base model.
-    tied: these are the embedding and the head, which stay one table.
+    Args:
+      numbers: (rank, alpha) of each adapted site, by key.
+      sites: all sites of the model, by key.
+      whole: modules that are saved in full.
+      base: folder or hub name of the base model. None: not stored.
+      tied: whether `whole` contains the embedding, which is also the head.
     """
     rank, alpha = max(set(numbers.values()), key=list(numbers.values()).count)
-    ours = {key for key in numbers if sites[key].parameter}
-    parameters = _targets(ours, [key for key, site in sites.items() if site.parameter], 3)
-    modules = _targets(numbers.keys() - ours, [key for key, site in sites.items() if not site.parameter], 1)
-    stated = {
+    expert_keys = {key for key in numbers if sites[key].parameter}
+    parameters = _targets(expert_keys, [key for key, site in sites.items() if site.parameter], 3)
+    modules = _targets(numbers.keys() - expert_keys, [key for key, site in sites.items() if not site.parameter], 1)
+    config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base,
@@ -165,19 +176,20 @@ def make_config(
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": modules,
-        "rank_pattern": {_exactly(key): own for key, (own, _) in numbers.items() if own != rank},
-        "alpha_pattern": {_exactly(key): own for key, (_, own) in numbers.items() if own != alpha},
+        "rank_pattern": {_pattern(key): site_rank for key, (site_rank, _) in numbers.items() if site_rank != rank},
+        "alpha_pattern": {_pattern(key): site_alpha for key, (_, site_alpha) in numbers.items() if site_alpha != alpha},
     }
-    more = {"target_parameters": parameters, "modules_to_save": sorted(whole), "ensure_weight_tying": tied}
-    return stated | {name: value for name, value in more.items() if value}
+    optional = {"target_parameters": parameters, "modules_to_save": sorted(whole), "ensure_weight_tying": tied}
+    return config | {name: value for name, value in optional.items() if value}
 
 
-def _targets(keys: set[str], known: Iterable[str], parts: int) -> list[str]:
-    """The last `parts` of keys, where these mean no other known key, else the keys."""
+def _targets(keys: set[str], all_keys: Iterable[str], parts: int) -> list[str]:
+    """Returns the last `parts` components of keys if no other key of `all_keys` ends in them, else the full keys."""
     end = lambda key: ".".join(key.split(".")[-parts:])
     ends = {end(key) for key in keys}
-    return sorted(ends if {key for key in known if end(key) in ends} == keys else keys)
+    return sorted(ends if {key for key in all_keys if end(key) in ends} == keys else keys)
 
 
-def _exactly(key: str) -> str:
+def _pattern(key: str) -> str:
+    """Returns the regular expression with which PEFT finds only this key."""
     return "^" + re.escape(key)

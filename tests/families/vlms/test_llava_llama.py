@@ -122,7 +122,7 @@ def test_where_the_tower_is(tower, tmp_path):
     published = as_published(reference("1.5", tensors), with_tower=False)
     own = write(tmp_path / "own", "1.5", published, "nobody/clip-tiny")
     with pytest.raises(
-        FileNotFoundError, match="lacks the weights of its vision tower.*tower=FOLDER.*nobody/clip-tiny"
+        FileNotFoundError, match="the weights of its vision tower are missing.*tower=FOLDER.*nobody/clip-tiny"
     ):
         mllm_jax.load_pretrained(own)
     found = mllm_jax.load_pretrained(own, tower=folder).params["encoder"]["class_token"]

@@ -42,14 +42,14 @@ TRAIN = {
     ),
 }
 EVALUATE = {
-    "nothing to evaluate": (SCENES, "name what to evaluate: either --workdir or --checkpoint"),
+    "nothing to evaluate": (SCENES, "--workdir, --checkpoint: exactly one is needed"),
     "another family": (
         ["--checkpoint", "other", *SCENES],
         "other/config.json: model_type 'mamba' is not supported; the nearest that is: 'llama'",
     ),
     "no folder for answers": (
         ["--checkpoint", "other", *SCENES, "--output=none/a.jsonl"],
-        "--output=none/a.jsonl is in",
+        "--output=none/a.jsonl: its folder does not exist",
     ),
     "dashes in a flag": (["--checkpoint=other", *SCENES, "--max-new-tokens=0"], "flag --max_new_tokens=0: "),
     "a run that never saved": (["--workdir", "young"], "young has no checkpoint yet: its run ended"),
