@@ -6,6 +6,7 @@ Legend, used in einsums, comments and docstrings of all files:
     R patch rows per batch row                  P patches in a patch row
     M visual tokens of a batch row              C values in a patch
     I slots for the images of a patch row       Q queries, which are the visual tokens of an image
+    W tokens of an image's instruction
     D width     N heads     K key-value heads     G = N / K     H head dim     F mlp width     L layers
     E experts   k experts that a token chooses          Z values of a latent
 
@@ -25,6 +26,7 @@ class ImagePatches(NamedTuple):
     grid: tuple[int, int]  # (h, w) in patches; p = h * w, and before them `num_prefix_tokens` empty ones
     time: int = 0  # index of the temporal patch within its video
     shows_prefix_tokens: bool = False  # whether the tokens in those places are visual tokens too, the first ones
+    instruction: Array | None = None  # i32[w] tokens of the text that the connector reads with it
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -40,6 +42,11 @@ class ImagePatches(NamedTuple):
     def shown(self) -> int:
         """Patches that visual tokens are made of."""
         return len(self.patches) - self.hidden
+
+    @property
+    def instruction_length(self) -> int:
+        """Number of tokens of its instruction."""
+        return 0 if self.instruction is None else len(self.instruction)
 
     def num_tokens(self, merge: int, queries: int = 0) -> int:
         """Number of visual tokens: `queries`, or where that is 0 one of every merge x merge patches."""
@@ -95,6 +102,7 @@ class Vision(NamedTuple):
     coords: Array  # i32[B R P 3] (t, y, x) in patches; t = -1, -2, ... in the empty ones that lead an image
     grid: Array  # i32[B R P 2] (h, w) of a patch's image, in patches; 1 at padding
     slots: Array | None = None  # i32[B R I] numbers of a patch row's images, for connectors with queries; 0: no image
+    instruction: Array | None = None  # i32[B R I W] tokens of the text that belongs to each of them; -1: padding
 
 
 class Experience(NamedTuple):

@@ -14,6 +14,7 @@ from mllm_jax.families.towers.siglip import Siglip
 from mllm_jax.families.towers.siglip2 import Siglip2
 from mllm_jax.families.towers.vision_only import ClipTower, Siglip2Tower, SiglipTower
 from mllm_jax.families.vlms.blip2 import Blip2
+from mllm_jax.families.vlms.instructblip import Instructblip
 from mllm_jax.families.vlms.internvl import Internvl
 from mllm_jax.families.vlms.internvl_chat import InternvlChat
 from mllm_jax.families.vlms.llava import Llava
@@ -35,6 +36,7 @@ _ALL = (
     Siglip2(),
     Siglip2Tower(),
     Blip2(),
+    Instructblip(),
     Internvl(),
     InternvlChat(),
     Llava(),

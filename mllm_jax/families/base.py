@@ -113,6 +113,7 @@ class Family(ABC):
             temporal_patch=encoder.temporal_patch_size,
             merge=config.merge,
             queries=config.queries,
+            instruction_positions=config.connector.positions if config.reads_instructions else 0,
             num_prefix_tokens=config.num_prefix_tokens,
             shown=config.shown,
             mean=encoder.pixel_mean,

@@ -8,6 +8,7 @@ from mllm_jax.types import Batch, TokenBlend, Vision
 
 TOKENS = 64  # lengths of prompts are multiples of it
 PATCHES = 128  # lengths of patch rows are multiples of it, as splash attention requires
+INSTRUCTION = 32  # and of instructions, in tokens
 
 
 def bucket(size: int, unit: int = 1) -> int:
@@ -53,6 +54,7 @@ def pad_prompts(batch: Batch, merge: int, queries: int = 0) -> Batch:
             coords=_pad(vision.coords, rows, padded),
             grid=np.maximum(_pad(vision.grid, rows, padded), 1),
             slots=None if vision.slots is None else _pad(vision.slots, rows, slots),
+            instruction=_pad_instruction(vision.instruction, rows, slots),
         )
     return Batch(
         tokens=_pad(tokens, length),
@@ -65,6 +67,13 @@ def pad_prompts(batch: Batch, merge: int, queries: int = 0) -> Batch:
         prefix=None if batch.prefix is None else _pad(batch.prefix, length),
         mix=mix and TokenBlend(*(_pad(x, length) for x in mix)),
     )
+
+
+def _pad_instruction(instruction, rows: int, slots: int) -> np.ndarray | None:
+    """Pads instructions i32[B R I W] to bucketed shapes with -1."""
+    if instruction is None:
+        return None
+    return _pad(instruction + 1, rows, slots, bucket(instruction.shape[-1], INSTRUCTION)) - 1
 
 
 def _pad(x, *sizes: int) -> np.ndarray:

@@ -119,6 +119,11 @@ class ModelConfig(Config):
         return 0 if self.connector is None else self.connector.queries
 
     @property
+    def reads_instructions(self) -> bool:
+        """True if the visual tokens of an image depend on a text."""
+        return self.connector is not None and self.connector.reads_instructions
+
+    @property
     def patch_values(self) -> int:
         """Number of values in a patch. 0: no encoder."""
         return 0 if self.encoder is None else self.encoder.patch_values
@@ -147,6 +152,7 @@ class ModelConfig(Config):
             prefix=self.prefix,
             mixes=self.inputs.most_tiles > 0,
             queries=self.queries,
+            instructions=self.reads_instructions,
         )
 
     def build(self) -> nn.Module:
@@ -159,7 +165,7 @@ class ModelConfig(Config):
             vision_index, vision = np.full((1, 2), -1, np.int32), None
         else:
             vision_index = np.array([[-1, 0]], np.int32)
-            vision = example_image(self.patch_values, self.merge**2, slots=self.queries > 0)
+            vision = example_image(self.patch_values, self.merge**2, self.queries > 0, self.reads_instructions)
         return Batch(
             tokens=text,
             targets=text,
@@ -172,10 +178,10 @@ class ModelConfig(Config):
         )
 
 
-def example_image(values: int, patches: int, slots: bool = False) -> Vision:
+def example_image(values: int, patches: int, slots: bool = False, instruction: bool = False) -> Vision:
     """Returns a batch row with one image of `patches` patches of `values` values.
 
-    slots: whether the row has a slot for it, as connectors with queries need.
+    slots, instruction: whether the row has a slot for it, and an instruction of one token, as some connectors need.
     """
     return Vision(
         patches=np.zeros((1, 1, patches, values), np.float32),
@@ -183,6 +189,7 @@ def example_image(values: int, patches: int, slots: bool = False) -> Vision:
         coords=np.zeros((1, 1, patches, 3), np.int32),
         grid=np.ones((1, 1, patches, 2), np.int32),
         slots=np.ones((1, 1, 1), np.int32) if slots else None,
+        instruction=np.zeros((1, 1, 1, 1), np.int32) if instruction else None,
     )
 
 

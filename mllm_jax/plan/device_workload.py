@@ -35,6 +35,7 @@ def read_shapes(run: Run) -> Shapes:
         targets=float(data.batch * budget.tokens),
         near_pairs=near_pairs(np.full(data.batch, float(budget.tokens)), run.model.decoder.window),
         images=float(patch_rows * budget.images_per_row),
+        instruction_tokens=float(patch_rows * budget.images_per_row * budget.instruction_tokens),
     )
     flops = count_flops(run.model, counts, run.optim.freeze)
     without = count_flops(

@@ -79,6 +79,18 @@ MODELS = {  # model_type -> how transformers' classes begin, how the model's end
             image_token_index=IMAGE,
         ),
     ),
+    "instructblip": (
+        "InstructBlip",
+        CONDITIONAL,
+        dict(
+            vision_config=SQUARE | dict(layer_norm_eps=1e-6),
+            qformer_config=SIZES
+            | dict(num_hidden_layers=3, encoder_hidden_size=32, vocab_size=60, max_position_embeddings=12),
+            text_config=dict(model_type="llama", **TEXT, **NO_TOKENS),
+            num_query_tokens=5,
+            image_token_index=IMAGE,
+        ),
+    ),
     "qwen2_vl": (
         "Qwen2VL",
         CONDITIONAL,
@@ -160,11 +172,14 @@ def inputs_of(kind: str, model) -> dict[str, np.ndarray]:
     if last == CONDITIONAL:
         tiles = 3 if kind in ("llava_next", "llava_onevision") else 1  # one of each half of 20 x 30, and the whole
         pixels = {"pixel_values": rng.standard_normal((tiles, 3, 16, 16)).astype(np.float32)}
-        count = {"internvl": 4, "blip-2": 5}.get(kind, 16)
+        count = {"internvl": 4, "blip-2": 5, "instructblip": 5}.get(kind, 16)
         if tiles > 1:
             pixels = {"pixel_values": pixels["pixel_values"][None], "image_sizes": np.array([[16, 30]])}
             with torch.no_grad():
                 count = len(model.model.get_image_features(**to_torch(pixels)).pooler_output[0])
+        if kind == "instructblip":
+            texts = np.array([[*rng.integers(1, 60, 7), 0, 0]])
+            pixels |= {"qformer_input_ids": texts, "qformer_attention_mask": (texts > 0).astype(np.int64)}
         tokens = [[*tokens[0], *[IMAGE] * count, *tokens[1]]]
     ids = np.array(tokens)
     return pixels | {"input_ids": ids, "attention_mask": np.ones_like(ids)}

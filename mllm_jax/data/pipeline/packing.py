@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from mllm_jax.data.vision.token_blend import alone
-from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, Vision
+from mllm_jax.types import NEWLINE, Batch, DualBatch, Example, ImagePatches, Vision
 
 
 class Budget(NamedTuple):
@@ -21,6 +21,7 @@ class Budget(NamedTuple):
     patch_rows: int = 0  # R patch rows
     patches_per_row: int = 0  # P patches in a patch row: no image is larger
     images_per_row: int = 0  # I images in a patch row, for connectors with queries. 0: any number
+    instruction_tokens: int = 0  # W tokens of an image's instruction, for connectors that read one. 0: any number
 
 
 class Place(NamedTuple):
@@ -39,6 +40,13 @@ BALANCE = 10.0  # weight of a row's cost relative to its fill: more does not eve
 
 class TooLarge(ValueError):
     """A conversation that does not fit an empty batch row."""
+
+
+def check_instructions(images: Sequence[ImagePatches], budget: Budget) -> None:
+    """Raises TooLarge for an instruction that is longer than the budget."""
+    longest = max((image.instruction_length for image in images), default=0)
+    if 0 < budget.instruction_tokens < longest:
+        raise TooLarge(f"an instruction has {longest} tokens, the budget is {budget.instruction_tokens}")
 
 
 def place(sizes: Sequence[int], budget: Budget) -> list[Place] | None:
@@ -107,6 +115,7 @@ def collate(
     mixes: bool = False,
     references: bool = False,
     queries: int = 0,
+    instructions: bool = False,
 ) -> Batch:
     """Lays out conversations as one batch.
 
@@ -120,6 +129,8 @@ def collate(
         references: whether examples have log-probabilities of a reference model.
         queries: Q, visual tokens of every image. 0: one of every merge x merge patches. With queries, the batch has
             `budget.images_per_row` slots per patch row; where that is 0, as many as its fullest patch row needs.
+        instructions: whether the connector reads the images' instructions, of `budget.instruction_tokens` tokens; where
+            that is 0, as many as the longest has.
 
     Returns:
         A Batch of numpy arrays: tokens [B T]; patches [B R P C] in the dtype of the images, uint8 without images;
@@ -139,7 +150,7 @@ def collate(
         segment=np.zeros(text, np.int32),
         position=np.zeros((*text, 3), np.int32),
         vision_index=np.full(text, -1, np.int32),
-        vision=_empty_vision(rows, budget, values, queries) if budget.patch_rows else None,
+        vision=_empty_vision(rows, budget, values, queries, instructions) if budget.patch_rows else None,
         prefix=np.zeros(text, bool) if prefix else None,
         mix=alone(np.full(text, -1)).mix if mixes else None,
         reference=np.zeros(text, np.float32) if references else None,
@@ -159,25 +170,34 @@ def fill(batch: Batch | DualBatch) -> dict[str, float]:
     return {"tokens": float((batch.segment > 0).mean()), "patches": patches, **images}
 
 
-def _empty_vision(rows: Sequence[Sequence[Example]], budget: Budget, values: int, queries: int) -> Vision:
+def _empty_vision(
+    rows: Sequence[Sequence[Example]], budget: Budget, values: int, queries: int, instructions: bool
+) -> Vision:
     dtypes = {np.asarray(p.patches).dtype for examples in rows for e in examples for p in e.images}
     if len(dtypes) > 1:
         raise ValueError(f"images of one batch must share a dtype (raw uint8 or normalized float32), got {dtypes}")
     shape = (len(rows), budget.patch_rows, budget.patches_per_row)
-    slots = budget.images_per_row or fullest_row(rows, budget)
+    slots = (*shape[:2], budget.images_per_row or _fullest_row(rows, budget))
+    length = budget.instruction_tokens or _longest_instruction(rows)
     return Vision(
         patches=np.zeros((*shape, values), dtypes.pop() if dtypes else np.uint8),
         image=np.zeros(shape, np.int32),
         coords=np.zeros((*shape, 3), np.int32),
         grid=np.ones((*shape, 2), np.int32),
-        slots=np.zeros((*shape[:2], slots), np.int32) if queries else None,
+        slots=np.zeros(slots, np.int32) if queries else None,
+        instruction=np.full((*slots, length), -1, np.int32) if instructions else None,
     )
 
 
-def fullest_row(rows: Sequence[Sequence[Example]], budget: Budget) -> int:
+def _fullest_row(rows: Sequence[Sequence[Example]], budget: Budget) -> int:
     """Returns the number of images in the patch row that has the most, at least 1."""
     placed = (place([len(image.patches) for example in row for image in example.images], budget) for row in rows)
     return max((one.slot + 1 for places in placed for one in places or ()), default=1)
+
+
+def _longest_instruction(rows: Sequence[Sequence[Example]]) -> int:
+    """Returns the number of tokens of the longest instruction of an image, at least 1."""
+    return max((image.instruction_length for row in rows for example in row for image in example.images), default=1)
 
 
 def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
@@ -204,6 +224,7 @@ def _fill_text(batch: Batch, b: int, examples: Sequence[Example]) -> None:
 
 def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budget, merge: int, queries: int) -> None:
     images = [p for e in examples for p in e.images]
+    check_instructions(images, budget)
     places = place([len(p.patches) for p in images], budget)
     if places is None:
         sizes = [len(p.patches) for p in images]
@@ -223,6 +244,8 @@ def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budg
         if queries:
             batch.vision.slots[b, row, slot] = number
             firsts.append((row * batch.vision.slots.shape[-1] + slot) * queries)
+            if batch.vision.instruction is not None and image.instruction is not None:
+                batch.vision.instruction[b, row, slot, : len(image.instruction)] = image.instruction
         else:
             firsts.append((row * budget.patches_per_row + offset + image.hidden) // merge**2)
     counts = [image.num_tokens(merge, queries) for image in images]
@@ -306,6 +329,7 @@ class Packer:
     def add(self, key: int, example: Example) -> None:
         """Lets a conversation wait. Raises TooLarge where it fits no row."""
         sizes = [len(p.patches) for p in example.images]
+        check_instructions(example.images, self.budget)
         if len(example.tokens) > self.budget.tokens or place(sizes, self.budget) is None:
             raise TooLarge(f"{len(example.tokens)} tokens and images of {sizes} patches do not fit {self.budget}")
         self._waiting.append((key, example))

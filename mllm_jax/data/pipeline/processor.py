@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.media import resolve
-from mllm_jax.data.pipeline.packing import Budget, TooLarge, collate, place
+from mllm_jax.data.pipeline.packing import Budget, TooLarge, check_instructions, collate, place
 from mllm_jax.data.pipeline.preference import together
 from mllm_jax.data.pipeline.spans import (
     NativeImage,
@@ -37,6 +37,7 @@ from mllm_jax.data.vision.token_blend import spread
 from mllm_jax.types import Batch, Example, ImagePatches
 
 COMPOSED = 4  # characters that a normalizer may join to one, and more than it does
+INSTRUCTIONS = "qformer_tokenizer"  # folder of the tokenizer of instructions, by its name in transformers
 USER_CONTENT = "user_content_tokens"  # in tokenizer_config.json, whose other readers pass over it
 
 
@@ -49,11 +50,13 @@ class Processor:
         template: ChatTemplate,
         spec: ProcessorSpec,
         generation: GenerationDefaults = NO_DEFAULTS,
+        instruction_tokenizer: Tokenizer | None = None,
     ):
         self.tokenizer = tokenizer
         self.template = template
         self.spec = spec
         self.generation = generation
+        self.instruction_tokenizer = instruction_tokenizer
         tokens = (spec.image_token, spec.vision_start, spec.vision_end)
         ids = (None if token is None else tokenizer.id(token) for token in tokens)
         self.image_id, self.vision_start_id, self.vision_end_id = ids
@@ -110,7 +113,9 @@ class Processor:
         plans = self._plans(visuals, text, len(written), budget)
         conversations = [self._laid_out(tokens, weight, plans) for tokens, weight, _ in written]
         example = together(conversations) if others else conversations[0]
-        images = tuple(self._images(visuals, plans))
+        images = tuple(self._images(visuals, plans, self._instructions(messages, opened)))
+        if budget is not None:
+            check_instructions(images, budget)
         notes = tuple(note for visual in visuals for note in visual.notes)
         return example._replace(images=images, kind=kind, notes=notes)
 
@@ -321,14 +326,39 @@ class Processor:
         firsts = np.cumsum([0, *counts])
         return [int(first) for plan, first in zip(plans, firsts) for _ in plan.runs]
 
-    def _images(self, visuals: list, plans: Sequence[Plan]) -> Iterator[ImagePatches]:
+    def _instructions(self, messages: Messages, opened: Sequence) -> dict[int, np.ndarray]:
+        """Returns the tokens of the text beside each image or video in its message, by the `id` of what was opened.
+
+        ValueError where there are more than the connector has positions.
+        """
+        if not self.spec.instruction_positions:
+            return {}
+        instructions, visuals = {}, iter(opened)
+        for message in messages:
+            items = parts_of(message["content"])
+            text = "".join(item["text"] for item in items if item["type"] == "text")
+            for _ in [item for item in items if item["type"] != "text"]:
+                tokens = np.array(self.instruction_tokenizer.encode_framed(text), np.int32)
+                if len(tokens) > self.spec.instruction_positions:
+                    raise ValueError(
+                        f"the text beside an image has {len(tokens)} tokens for the connector, which has "
+                        f"{self.spec.instruction_positions} positions; shorten it: {text!r:.60}"
+                    )
+                instructions[id(next(visuals))] = tokens
+        return instructions
+
+    def _images(
+        self, visuals: list, plans: Sequence[Plan], instructions: dict[int, np.ndarray]
+    ) -> Iterator[ImagePatches]:
         spec = self.spec
         for visual, plan in zip(visuals, plans, strict=True):
+            instruction = instructions.get(id(visual))
             for index, (frames, (height, width)) in enumerate(zip(visual.frames(spec, plan), plan.sizes, strict=True)):
                 patches = images.patchify(frames, spec.patch, spec.temporal_patch, spec.merge)
                 patches = np.concatenate([np.zeros((spec.num_prefix_tokens, patches.shape[1]), patches.dtype), patches])
                 grid = (height // spec.patch, width // spec.patch)
-                yield ImagePatches(patches, grid, index if visual.is_video else 0, spec.shown > 0)
+                time = index if visual.is_video else 0
+                yield ImagePatches(patches, grid, time, spec.shown > 0, instruction)
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":
@@ -342,11 +372,14 @@ class Processor:
         generation = GenerationDefaults.from_folder(folder)
         tokenizer, spec = Tokenizer.from_folder(folder, outside), read_spec(folder, spec)
         asked = tokenizer.config.get(USER_CONTENT, spec.user_content_tokens)
-        return cls(tokenizer, template, dataclasses.replace(spec, user_content_tokens=asked), generation)
+        spec = dataclasses.replace(spec, user_content_tokens=asked)
+        instructions = Tokenizer.from_folder(folder / INSTRUCTIONS) if spec.instruction_positions else None
+        return cls(tokenizer, template, spec, generation, instructions)
 
     def with_spec(self, **changes: Any) -> "Processor":
         """A processor with other values of its spec."""
-        return Processor(self.tokenizer, self.template, dataclasses.replace(self.spec, **changes), self.generation)
+        spec = dataclasses.replace(self.spec, **changes)
+        return Processor(self.tokenizer, self.template, spec, self.generation, self.instruction_tokenizer)
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the files that `from_folder` and transformers read."""
@@ -356,6 +389,8 @@ class Processor:
         self.template.save(folder)
         pad = self.tokenizer.special_tokens().get("pad_token")
         self.generation.save(folder, self.stop_ids, self.stop_ids[0] if pad is None else self.tokenizer.id(pad))
+        if self.instruction_tokenizer is not None:
+            self.instruction_tokenizer.save(folder / INSTRUCTIONS)
         if spec.image_token is not None:
             write_spec(spec, folder)
 

@@ -50,6 +50,7 @@ class ProcessorSpec(Config):
     queries: NonNegativeInt = 0  # visual tokens of every image; 0 = as many as it has squares of merge x merge patches
     num_prefix_tokens: NonNegativeInt = 0  # empty patches before an image's own
     shown: NonNegativeInt = 0  # visual tokens that represent these places: all of them, or 0
+    instruction_positions: NonNegativeInt = 0  # tokens of the text that the connector may read with an image; 0 = none
     rule: Rule | None = None  # how images get their sizes, or are cut (tiles.py); None = nearly as they are
     video_rule: Whole | None = None  # how each frame of a video does, all in one block; None = nearly as they are
     min_pixels: PositiveInt = 65536  # of an image, without another rule
@@ -113,7 +114,14 @@ class ProcessorSpec(Config):
     def layout(self) -> dict[str, Any]:
         """Arguments of `data.pack.collate` that lay out batches for this model."""
         values = 3 * self.temporal_patch * self.patch**2
-        return dict(merge=self.merge, values=values, prefix=self.prefix, mixes=self.mixes, queries=self.queries)
+        return dict(
+            merge=self.merge,
+            values=values,
+            prefix=self.prefix,
+            mixes=self.mixes,
+            queries=self.queries,
+            instructions=self.instruction_positions > 0,
+        )
 
 
 SEEING = ProcessorSpec()

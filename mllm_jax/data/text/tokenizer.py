@@ -98,6 +98,7 @@ class Tokenizer:
     def save(self, folder: str | pathlib.Path, more: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Writes tokenizer.json and tokenizer_config.json; `more` are additional fields of the second."""
         folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         self._full.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config | dict(more)
         config.pop("chat_template", None)  # saved in chat_template.jinja

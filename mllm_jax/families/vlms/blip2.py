@@ -4,11 +4,13 @@ Visual tokens come first, then the token that begins a text, as in its processor
 safetensors files.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from mllm_jax.common.fields import (
+    Field,
     FieldError,
     check_heads,
     count,
@@ -62,40 +64,50 @@ QFORMER = {
     "layer_norm_eps": positive(1e-12),
     "cross_attention_frequency": count(2),
     "encoder_hidden_size": count(1408),
-    "use_qformer_text_input": only(False),
 }
 
 
-SPEC = ProcessorSpec(
-    grounding=None,
-    image_token="<image>",
-    video_token=None,
-    vision_start=None,
-    vision_end=None,
-    end_of_turn=None,
-    template=(
-        "{%- for message in messages -%}"
-        "{%- if message.role not in ('user', 'assistant') -%}"
-        "{{ raise_exception('BLIP-2 reads no messages of the role ' + message.role) }}"
-        "{%- endif -%}"
-        "{%- set said = message.content -%}"
-        "{%- set content = [{'type': 'text', 'text': said}] if said is string else said -%}"
-        "{%- for item in content if item.type == 'image' -%}<image>{%- endfor -%}"
-        "{{ (bos_token or '') if loop.first else '' }}"
-        "{%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
-        "{%- if message.role == 'assistant' -%}{{ ' ' + text + eos_token }}"
-        "{%- elif text -%}{{ 'Question: ' + text + ' Answer:' }}{%- endif -%}"
-        "{%- endfor -%}"
-    ),
-    processor_class="Blip2Processor",
-    image_processor_type="BlipImageProcessor",
-    video_processor_type=None,
-)
+def spec_of(name: str, user: str, **settings: str) -> ProcessorSpec:
+    """Returns the spec of a processor that writes images first, then the token that begins a text.
+
+    Args:
+      name: name of the models, for errors of the chat template.
+      user: what the template writes for a `text` of the user.
+      settings: names of Hugging Face's classes.
+    """
+    return ProcessorSpec(
+        grounding=None,
+        image_token="<image>",
+        video_token=None,
+        vision_start=None,
+        vision_end=None,
+        end_of_turn=None,
+        template=(
+            "{%- for message in messages -%}"
+            "{%- if message.role not in ('user', 'assistant') -%}"
+            "{{ raise_exception('" + name + " reads no messages of the role ' + message.role) }}"
+            "{%- endif -%}"
+            "{%- set said = message.content -%}"
+            "{%- set content = [{'type': 'text', 'text': said}] if said is string else said -%}"
+            "{%- for item in content if item.type == 'image' -%}<image>{%- endfor -%}"
+            "{{ (bos_token or '') if loop.first else '' }}"
+            "{%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
+            "{%- if message.role == 'assistant' -%}{{ ' ' + text + eos_token }}"
+            "{%- elif text -%}" + user + "{%- endif -%}"
+            "{%- endfor -%}"
+        ),
+        image_processor_type="BlipImageProcessor",
+        video_processor_type=None,
+        **settings,
+    )
 
 
-def qformer_from_hf(stated: dict, queries: int, patches: int) -> QFormerConfig:
-    """Reads a `qformer_config` for features of `patches` values."""
-    fields = read({"encoder_hidden_size": patches, **stated}, QFORMER)
+SPEC = spec_of("BLIP-2", "{{ 'Question: ' + text + ' Answer:' }}", processor_class="Blip2Processor")
+
+
+def qformer_from_hf(stated: dict, queries: int, patches: int, others: Mapping[str, Field]) -> QFormerConfig:
+    """Reads a `qformer_config` for features of `patches` values; `others` are its fields beside QFORMER."""
+    fields = read({"encoder_hidden_size": patches, **stated}, {**QFORMER, **others})
     check_heads(fields, "hidden_size", "num_attention_heads")
     if fields["encoder_hidden_size"] != patches:
         wrong = f"must be vision_config.hidden_size={patches}."
@@ -109,12 +121,14 @@ def qformer_from_hf(stated: dict, queries: int, patches: int) -> QFormerConfig:
         cross_every=fields["cross_attention_frequency"],
         activation=activation_from_hf(fields["hidden_act"]),
         norm_eps=fields["layer_norm_eps"],
+        vocab=fields.get("vocab_size", 0),
+        positions=fields.get("max_position_embeddings", 0),
     )
 
 
 def qformer_to_hf(connector: QFormerConfig, patches: int) -> dict:
-    return {
-        "model_type": "blip_2_qformer",
+    instructions = {"vocab_size": connector.vocab, "max_position_embeddings": connector.positions}
+    return (instructions if connector.vocab else {}) | {
         "hidden_size": connector.width,
         "num_hidden_layers": connector.layers,
         "num_attention_heads": connector.heads,
@@ -127,7 +141,7 @@ def qformer_to_hf(connector: QFormerConfig, patches: int) -> dict:
 
 
 def qformer_rows(connector: QFormerConfig) -> list[Row]:
-    """Rows of a Q-Former, its queries and the linear layer to the decoder's width."""
+    """Rows of a Q-Former, its queries, the linear layer to the decoder's width and what it needs for instructions."""
     layer = "qformer.encoder.layer.{n}"
 
     def attention(ours: str, theirs: str, norm: str) -> list[Row]:
@@ -151,18 +165,34 @@ def qformer_rows(connector: QFormerConfig) -> list[Row]:
             *linear("mlp/up", f"{layer}.intermediate_query.dense", "f d -> d f", ""),
             *linear("mlp/down", f"{layer}.output_query.dense", "d f -> f d", ""),
             *layer_norm("norm2", f"{layer}.output_query.LayerNorm"),
+            *linear("mlp_text/up", f"{layer}.intermediate.dense", "f d -> d f", ""),
+            *linear("mlp_text/down", f"{layer}.output.dense", "d f -> f d", ""),
+            *layer_norm("norm_text", f"{layer}.output.LayerNorm"),
         ]
 
+    embeddings = "qformer.embeddings" if connector.vocab else "qformer"
     return [
         Row("connector/queries/tokens", "query_tokens", "1 q d -> q d"),
-        *layer_norm("connector/norm", "qformer.layernorm"),
+        Row("connector/instructions/words", "qformer.embeddings.word_embeddings.weight"),
+        Row("connector/instructions/positions", "qformer.embeddings.position_embeddings.weight"),
+        *layer_norm("connector/norm", f"{embeddings}.layernorm"),
         *stacked("connector", connector.kinds, rows),
         *linear("connector/output", "language_projection", "o i -> i o", ""),
     ]
 
 
 class Blip2(Family):
+    """BLIP-2, and the base of families that differ in their Q-Former and their prompts.
+
+    kind: model_type of config.json.
+    part: beginning of the model_type of its parts.
+    qformer: fields of `qformer_config` beside QFORMER.
+    """
+
     name = "BLIP-2"
+    kind = "blip-2"
+    part = "blip_2"
+    qformer: Mapping[str, Field] = {"use_qformer_text_input": only(False)}
     architectures = {"blip-2": "Blip2ForConditionalGeneration"}
     sizes = SIZES
     ignore = (r"qformer\.embeddings\.position_ids",)
@@ -174,21 +204,28 @@ class Blip2(Family):
         with inside("vision_config"):
             encoder = EVA.from_hf(stated["vision_config"])
         with inside("qformer_config"):
-            connector = qformer_from_hf(stated["qformer_config"], stated["num_query_tokens"], encoder.width)
+            connector = qformer_from_hf(
+                stated["qformer_config"], stated["num_query_tokens"], encoder.width, self.qformer
+            )
         with inside("text_config"):
             decoder = by_model_type.decoder_from_hf({"model_type": "opt", **stated["text_config"]})
         image = stated["image_token_id"] if stated["image_token_index"] is None else stated["image_token_index"]
-        return ModelConfig(encoder, connector, decoder, VisionTokenIds(-2 if image is None else image), family="blip-2")
+        return ModelConfig(
+            encoder, connector, decoder, VisionTokenIds(-2 if image is None else image), family=self.kind
+        )
 
     def fields_to_hf(self, config: ModelConfig) -> dict:
         return {
-            "model_type": "blip-2",
+            "model_type": self.kind,
             "num_query_tokens": config.connector.queries,
             "image_token_index": config.tokens.image if config.tokens.image >= 0 else None,
             "tie_word_embeddings": config.decoder.tie_embeddings,
             "text_config": by_model_type.decoder_to_hf(config.decoder),
-            "vision_config": part_to_hf(config.encoder),
-            "qformer_config": qformer_to_hf(config.connector, config.encoder.width),
+            "vision_config": part_to_hf(config.encoder) | {"model_type": f"{self.part}_vision_model"},
+            "qformer_config": {
+                "model_type": f"{self.part}_qformer",
+                **qformer_to_hf(config.connector, config.encoder.width),
+            },
         }
 
     def weights(self, config: ModelConfig) -> list[Row]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mllm_jax.common.settings import NonNegativeInt, OneOf, Positive, PositiveInt
-from mllm_jax.model.connectors.base import ConnectorConfig
+from mllm_jax.model.connectors.base import ConnectorConfig, ImageCounts
 from mllm_jax.model.connectors.queries import Queries, fitted, to_query_tokens
 from mllm_jax.nn.attention.cross import CrossAttention
 from mllm_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
@@ -51,14 +51,14 @@ class PerceiverConfig(ConnectorConfig):
         if self.heads % self.kv_heads:
             raise ValueError(f"connector.heads={self.heads} is not a multiple of connector.kv_heads={self.kv_heads}")
 
-    def weight_rows(self, path: str, patches: float, images: float) -> float:
+    def weight_rows(self, path: str, counts: ImageCounts) -> float:
         if path.startswith("input/"):
-            return patches
+            return counts.patches
         keys = path.startswith(("layers/attention/k/", "layers/attention/v/"))
-        return images * self.queries + patches * keys
+        return counts.images * self.queries + counts.patches * keys
 
-    def attention_flops(self, patches: float, images: float) -> float:
-        pairs = self.queries * (patches + images * self.queries)
+    def attention_flops(self, counts: ImageCounts) -> float:
+        pairs = self.queries * (counts.patches + counts.images * self.queries)
         return 4 * self.layers * self.heads * self.head_dim * pairs
 
     def build(self, out: int, runtime: Runtime, name: str | None) -> nn.Module:

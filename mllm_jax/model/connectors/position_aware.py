@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from flax import linen as nn
 
 from mllm_jax.common.settings import Positive, PositiveInt
-from mllm_jax.model.connectors.base import ConnectorConfig
+from mllm_jax.model.connectors.base import ConnectorConfig, ImageCounts
 from mllm_jax.model.connectors.queries import Queries, to_query_tokens
 from mllm_jax.model.encoders.positions import resample
 from mllm_jax.nn.attention.cross import CrossAttention
@@ -46,12 +46,12 @@ class PositionAwareConfig(ConnectorConfig):
         """Side of the grid of queries."""
         return math.isqrt(self.queries)
 
-    def weight_rows(self, path: str, patches: float, images: float) -> float:
+    def weight_rows(self, path: str, counts: ImageCounts) -> float:
         keys = path.startswith(("input/", "attention/k/", "attention/v/"))
-        return patches if keys else images * self.queries
+        return counts.patches if keys else counts.images * self.queries
 
-    def attention_flops(self, patches: float, images: float) -> float:
-        return 4 * self.width * self.queries * patches
+    def attention_flops(self, counts: ImageCounts) -> float:
+        return 4 * self.width * self.queries * counts.patches
 
     def build(self, out: int, runtime: Runtime, name: str | None) -> nn.Module:
         return PositionAware(self, out, runtime, name=name)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mllm_jax.common.trees import flatten
+from mllm_jax.model.connectors.base import ImageCounts
 from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import ModelConfig, abstract_params, in_full
@@ -30,6 +31,11 @@ class Counts(NamedTuple):
     targets: float
     near_pairs: float = 0.0  # token_pairs within the attention window, for layers that have one
     images: float = 0.0  # images that connectors with queries read
+    instruction_tokens: float = 0.0  # tokens of instructions that connectors read
+
+    @property
+    def of_images(self) -> ImageCounts:
+        return ImageCounts(self.patches, self.images, self.instruction_tokens)
 
 
 class Flops(NamedTuple):
@@ -57,6 +63,7 @@ def useful(batch: Batch | DualBatch, window: int = 0) -> Counts:
         targets=float(np.count_nonzero(getattr(batch, "weight", 0))),
         near_pairs=near_pairs(conversations, window),
         images=0.0 if batch.vision is None or batch.vision.slots is None else float(len(images)),
+        instruction_tokens=_instruction_tokens(batch, lambda tokens: np.count_nonzero(tokens >= 0)),
     )
 
 
@@ -72,7 +79,14 @@ def padded(batch: Batch | DualBatch, window: int = 0) -> Counts:
         targets=float(rows * length),
         near_pairs=near_pairs(np.full(rows, float(length)), window),
         images=0.0 if batch.vision is None or batch.vision.slots is None else float(batch.vision.slots.size),
+        instruction_tokens=_instruction_tokens(batch, np.size),
     )
+
+
+def _instruction_tokens(batch: Batch | DualBatch, count: Callable[[np.ndarray], int]) -> float:
+    """Returns the `count` of the tokens of all instructions. 0: the batch has none."""
+    tokens = None if batch.vision is None else batch.vision.instruction
+    return 0.0 if tokens is None else float(count(tokens))
 
 
 def near_pairs(sizes: np.ndarray, window: int) -> float:
@@ -137,7 +151,7 @@ def count_flops(
         text=of_tokens,
     )
     if getattr(config, "connector", None) is not None:
-        attention["connector"] = config.connector.attention_flops(counts.patches, counts.images)
+        attention["connector"] = config.connector.attention_flops(counts.of_images)
     result, reached = {}, False
     for part in multiplied:
         inside = lambda path, part=part: path.startswith(f"{part}/") and path != "decoder/head/w"
@@ -168,7 +182,7 @@ def _rows(path: str, rows: float, config: ModelConfig, counts: Counts) -> float:
     counts with the share of them that a row uses.
     """
     if path.startswith("connector/"):
-        return config.connector.weight_rows(path.removeprefix("connector/"), counts.patches, counts.images)
+        return config.connector.weight_rows(path.removeprefix("connector/"), counts.of_images)
     if path.startswith("encoder/layers/"):
         return rows * config.encoder.depth / config.encoder.layers
     return rows * config.decoder.moe.top_k / config.decoder.moe.experts if "/experts_" in path else rows

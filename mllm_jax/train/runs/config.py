@@ -334,6 +334,11 @@ def _check(whole: Run, run: Run | Stage, path: str) -> None:
                 f"{path}.data.images_per_row=0: config.model.connector has {whole.model.queries} queries for every "
                 "image and needs to know how many images a patch row may hold. Set a number, such as 8"
             )
+        if whole.model.reads_instructions and not 0 < run.data.instruction_tokens <= whole.model.connector.positions:
+            raise ConfigError(
+                f"{path}.data.instruction_tokens={run.data.instruction_tokens}: config.model.connector reads an "
+                f"instruction with every image. Set a number up to {whole.model.connector.positions}, such as 64"
+            )
     if isinstance(whole.model, ModelConfig) and 0 < getattr(whole.model.decoder, "positions", 0) < run.data.tokens:
         raise ConfigError(
             f"{path}.data.tokens={run.data.tokens}: must be at most config.model.decoder.positions="

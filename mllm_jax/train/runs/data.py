@@ -35,6 +35,8 @@ class DataConfig(Config):
       image exceeds `patches_per_row`. For image-text pairs, each text takes as many tokens as the model reads.
     images_per_row: largest number of images (or temporal patches) in a patch row, which connectors with queries need.
       0: any number.
+    instruction_tokens: largest number of tokens of the text that the connector reads with an image, which connectors
+      that read one need. 0: any number.
     min_pixels, max_pixels: limits of an image's size before the budget shrinks it. None: those of the processor.
     missing_rows: largest fraction of its rows that a truncated JPEG may lack. Default 0: truncated images are dropped.
     fps, max_frames, sampling: frames per second and largest number of frames of a video, spread evenly ("even") or
@@ -55,6 +57,7 @@ class DataConfig(Config):
     patch_rows: NonNegativeInt = 4
     patches_per_row: NonNegativeInt = 4096
     images_per_row: NonNegativeInt = 0
+    instruction_tokens: NonNegativeInt = 0
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     missing_rows: Fraction = 0.0
@@ -85,7 +88,7 @@ class DataConfig(Config):
     @property
     def budget(self) -> Budget:
         rows = 0 if self.text_only else self.patch_rows
-        return Budget(self.tokens, rows, self.patches_per_row, self.images_per_row)
+        return Budget(self.tokens, rows, self.patches_per_row, self.images_per_row, self.instruction_tokens)
 
 
 Cells = Annotated[int, Range(least=3)]  # of a side of a drawn image
