@@ -142,7 +142,7 @@ def test_transformers_reads_the_processor(tmp_path):
 
 
 def test_instructions(tmp_path):
-    """Every image has the text of its turn, in tokens of the Q-Former's own tokenizer, as in transformers' processor."""
+    """Every image has the text of its turn, in tokens of the Q-Former's tokenizer, as in transformers' processor."""
     config = FAMILIES["instructblip"].config("vicuna-7b")
     spec = replace(spec_for(config), instruction_positions=9)
     tiny_chat.write_tokenizer(tmp_path)
