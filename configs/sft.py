@@ -36,6 +36,7 @@ from mllm_jax.train.runs.config import Run, TrainConfig, run_config
 from mllm_jax.train.runs.data_files import FilesData, MixtureData, Part
 from mllm_jax.train.step.optimizer import OptimConfig
 
+INSTRUCTION = 128  # tokens of the text that a connector reads with an image
 TOKENS, PATCHES = 4096, 4096  # per row, and per patch row; rounded to the model's positions and whole images
 
 
@@ -56,7 +57,10 @@ def run(arg: str = "") -> Run:
     if model.encoder is not None:
         # Patches of an image of the size that the position table was learned for.
         image = model.num_prefix_tokens + max(1, model.encoder.position_grid**2)
-        shape |= {"patch_rows": 2, "patches_per_row": image * max(1, PATCHES // image)}
+        images = max(1, PATCHES // image)
+        shape |= {"patch_rows": 2, "patches_per_row": image * images, "images_per_row": images if model.queries else 0}
+    if model.reads_instructions:
+        shape["instruction_tokens"] = min(INSTRUCTION, model.connector.positions)
     source = "" if is_size else named
     return Run(
         model=replace(model, runtime=Runtime(dtype="bfloat16", remat="full")),

@@ -219,7 +219,6 @@ class Blip2(Family):
             "model_type": self.kind,
             "num_query_tokens": config.connector.queries,
             "image_token_index": config.tokens.image if config.tokens.image >= 0 else None,
-            "tie_word_embeddings": config.decoder.tie_embeddings,
             "text_config": by_model_type.decoder_to_hf(config.decoder),
             "vision_config": part_to_hf(config.encoder) | {"model_type": f"{self.part}_vision_model"},
             "qformer_config": {
