@@ -39,7 +39,7 @@ TEXT: dict[str, DecoderFamily] = {
 def decoder_from_hf(text: dict) -> DecoderConfig:
     """The decoder that a text config describes. Raises ValueError for a model_type that is not known."""
     if not isinstance(kind := text.get("model_type"), str) or kind not in TEXT:
-        raise unsupported("the text config's model_type", kind, TEXT)
+        raise unsupported("decoder model_type", kind, TEXT)
     return replace(TEXT[kind].decoder_from_hf(text), family=kind)
 
 

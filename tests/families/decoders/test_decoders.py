@@ -246,7 +246,7 @@ def test_a_run_states_every_field(decoder):
 @pytest.mark.parametrize(
     "family, change, message",
     [
-        ("llama", {"hidden_act": "xielu"}, "activation 'xielu' is not supported; the nearest that is: 'silu'"),
+        ("llama", {"hidden_act": "xielu"}, "activation='xielu': not supported. Did you mean 'silu'"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "proportional"}},
@@ -295,9 +295,9 @@ def test_the_model_type_of_a_decoder():
         alike = by_model_type.decoder_to_hf(replace(decoder, family=""))["model_type"]
         assert by_model_type.decoder_to_hf(decoder)["model_type"] == kind != alike  # others have the same layers
         assert by_model_type.decoder_from_hf(by_model_type.decoder_to_hf(decoder)).family == kind
-    with pytest.raises(ValueError, match="decoder.family 'lama' is not supported; the nearest that is: 'llama'"):
+    with pytest.raises(ValueError, match="decoder.family='lama': not supported. Did you mean 'llama'"):
         by_model_type.decoder_to_hf(replace(llama.SIZES["7b"], family="lama"))
-    with pytest.raises(ValueError, match="model_type 'bloom' is not supported; .*, all: gemma, .*qwen3"):
+    with pytest.raises(ValueError, match="model_type='bloom': not supported.*Supported: gemma, .*qwen3"):
         by_model_type.decoder_from_hf({"model_type": "bloom"})
 
 

@@ -292,7 +292,7 @@ def test_refused_configs():
         FAMILIES["siglip"].from_hf({"model_type": "siglip", "vision_config": {"vision_use_head": False}})
     with pytest.raises(ValueError, match="projection_size=96 must be vision_config.hidden_size=768"):
         FAMILIES["siglip"].from_hf({"model_type": "siglip", "text_config": {"projection_size": 96}})
-    with pytest.raises(ValueError, match="no size 'b64'; sizes: b32"):
+    with pytest.raises(ValueError, match="no size 'b64'. Choose one of b32"):
         FAMILIES["clip"].config("b64")
     with pytest.raises(
         ValueError,
