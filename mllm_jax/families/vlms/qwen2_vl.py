@@ -111,9 +111,9 @@ def _qwen2_encoder(vision: dict) -> VitConfig:
 
 
 def _qwen2_5_encoder(vision: dict) -> VitConfig:
-    merge, whole = vision["spatial_merge_size"], vision["fullatt_block_indexes"]
+    merge, full_layers = vision["spatial_merge_size"], vision["fullatt_block_indexes"]
     window = vision["window_size"] // merge // vision["patch_size"] * merge
-    if invalid := [layer for layer in whole if layer >= vision["depth"]]:
+    if invalid := [layer for layer in full_layers if layer >= vision["depth"]]:
         raise FieldError("fullatt_block_indexes", f"must be below depth={vision['depth']}.", invalid)
     if not window:
         raise FieldError(
@@ -123,7 +123,7 @@ def _qwen2_5_encoder(vision: dict) -> VitConfig:
         _QWEN2_5,
         mlp=vision["intermediate_size"],
         window=window,
-        whole=tuple(whole),
+        whole=tuple(full_layers),
         **encoder_fields(vision, "hidden_size"),
     )
 
