@@ -1,4 +1,4 @@
-"""Published models by the model_type of their config.json; `base.py` defines what a family provides."""
+"""Families of published models by the model_type of config.json; `base.py` defines their interface."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -52,14 +52,14 @@ FAMILIES: dict[str, Family] = dict(
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
-    """The name in FAMILIES that a config.json is of: its model_type."""
+    """Returns the name of a config.json's family in FAMILIES: its model_type. None: it has none."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         return None
-    # LLaVA's authors and transformers gave one name to two formats
+    # LLaVA's authors and transformers both use "llava", for different formats.
     return "llava_llama" if kind == "llava" and "mm_vision_tower" in config else kind
 
 
 def spec_for(config: ModelConfig) -> ProcessorSpec:
-    """Settings of a model's input that its family and its config determine."""
+    """Returns the processor spec of a model: settings of its inputs that its family and config determine."""
     return TEXT_ONLY if config.encoder is None else FAMILIES[config.family].processor_spec(config)

@@ -1,4 +1,4 @@
-"""Published models by name: their parts, their parameters, and what an image costs them.
+"""List published models with their parts, parameters, and the tokens and memory of an image.
 
 python -m mllm_jax.families --image 1920x1080
 """
@@ -21,22 +21,22 @@ from mllm_jax.types import NEWLINE
 
 
 class Tokens(NamedTuple):
-    """Tokens of an image in the text: visual tokens of patches, and learned tokens that end their rows."""
+    """Numbers of an image's tokens in the text: visual tokens of patches, and learned tokens that end their rows."""
 
     patches: int
     newlines: int
 
 
 def published(family: str | None = None) -> Iterator[tuple[str, Any]]:
-    """(name of a size, config) of all published models, or of one family, by the model_type of its config.json."""
-    for each in dict.fromkeys(FAMILIES.values()):  # some have several model_types
-        for name, config in each.sizes.items():
+    """Yields (size name, config) of all published models, or of one family, given by its model_type."""
+    for models in dict.fromkeys(FAMILIES.values()):  # a family with several model_types is listed once
+        for name, config in models.sizes.items():
             if family in (None, config.family):
                 yield name, config
 
 
 def image_tokens(config: Any, height: int, width: int) -> Tokens | None:
-    """Visual tokens of an image of height x width pixels. None: the model does not put images into text."""
+    """Returns the tokens of an image of height x width pixels. None: the model does not put images into text."""
     if getattr(config, "connector", None) is None:
         return None
     spec = spec_for(config)
@@ -47,9 +47,9 @@ def image_tokens(config: Any, height: int, width: int) -> Tokens | None:
 
 
 def parts(config: Any) -> str:
-    """The kinds of its parts: encoder, connector, decoder."""
-    found = (getattr(config, name, None) for name in ("encoder", "connector", "decoder"))
-    return ", ".join(_kind(part) for part in found if part is not None)
+    """Returns a summary of encoder, connector and decoder, such as "Vit 24x1024, MlpConnector, Decoder 32x4096"."""
+    components = (getattr(config, name, None) for name in ("encoder", "connector", "decoder"))
+    return ", ".join(_kind(part) for part in components if part is not None)
 
 
 def generates(config: Any) -> bool:
@@ -63,18 +63,22 @@ def _kind(part: Any) -> str:
 
 
 def table(size: tuple[int, int], family: str | None = None) -> Table:
-    """Table of all published models; `size` is (height, width) of an image in pixels."""
+    """Returns a table of all published models, or of one family.
+
+    Args:
+      size: (height, width) in pixels of the image whose tokens and cache memory are shown.
+    """
     height, width = size
     title = f"Published models, and an image of {width} x {height} pixels"
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    listing = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for name in ("family", "size", "made of"):
-        made.add_column(name, overflow="fold")
+        listing.add_column(name, overflow="fold")
     for name in ("parameters", "visual\ntokens", "KV cache,\nKiB/token", "MiB of\nimage"):
-        made.add_column(name, justify="right", no_wrap=True)  # a narrow terminal folds names, and cuts no number
+        listing.add_column(name, justify="right", no_wrap=True)  # a narrow terminal wraps names, never numbers
     for name, config in published(family):
         tokens = image_tokens(config, height, width)
         cache = generates(config) and cache_bytes_per_token(config, "bfloat16")
-        made.add_row(
+        listing.add_row(
             config.family,
             name,
             parts(config),
@@ -83,18 +87,18 @@ def table(size: tuple[int, int], family: str | None = None) -> Table:
             f"{cache / 2**10:.0f}" if cache else "",
             f"{cache * sum(tokens) / 2**20:.0f}" if cache and tokens else "",
         )
-    return made
+    return listing
 
 
 def _size(text: str) -> tuple[int, int]:
-    """(height, width) of an image that can be read; for argparse."""
+    """Parses "WIDTHxHEIGHT" to (height, width) for argparse. Rejects sizes that no model reads."""
     if not (match := re.fullmatch(r"([1-9]\d{,8})x([1-9]\d{,8})", text, re.ASCII)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an image size; write width and height, as in 1920x1080")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image size. Write width and height, as in 1920x1080.")
     width, height = int(match[1]), int(match[2])
     try:
         check_size(height, width)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; no model reads it") from error
+        raise argparse.ArgumentTypeError(f"{error}. Choose another size.") from error
     return height, width
 
 
@@ -105,7 +109,7 @@ def _family(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
+    """Runs the command. Returns its exit status."""
     parser = Parser("python -m mllm_jax.families", __doc__.partition("\n")[0])
     add = parser.add_argument
     add(
@@ -119,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     console = Console()
     with console.status("counting parameters"):
-        made = table(args.image, args.family)
-    Console(width=None if console.is_terminal else 160).print(made)
+        listing = table(args.image, args.family)
+    Console(width=None if console.is_terminal else 160).print(listing)
     return 0
 
 

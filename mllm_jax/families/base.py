@@ -18,24 +18,24 @@ from mllm_jax.model.dual_encoder import DualConfig
 from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.weights.table import Row
 
-# Fields of a model that no config.json holds: how it is computed, what training adds, and the name of its family.
+# Fields of a ModelConfig that no config.json contains: runtime, additions of training, and the family's name.
 NOT_WRITTEN = ("runtime", "family", "value", "lora")
 Renames = tuple[tuple[str, str], ...]
 
 
 class Family(ABC):
-    """Published models that share a form of config.json and names of tensors.
+    """Published models that share a config.json format and tensor names.
 
-    A subclass is all that loading, saving, adapters, processors and the list of models know of a family. It sets the
-    attributes, implements `from_hf`, `fields_to_hf` and `weights`, and overrides the other methods where its models
-    differ from the defaults. A model that reads images also sets `input_names` and implements `visuals`.
+    Loading, saving, adapters, processors and the list of models use a family only through this interface. A subclass
+    sets the attributes, implements `from_hf`, `fields_to_hf` and `weights`, and overrides the other methods where its
+    models differ from the defaults. A family that reads images also sets `input_names` and implements `visuals`.
 
     name: name of the models in error messages.
-    architectures: model_type of config.json -> class of transformers, or of the authors if transformers has none.
-    sizes: published sizes by name.
+    architectures: class name in transformers (or in the authors' code) by model_type of config.json.
+    sizes: configs of the published sizes by name.
     ignore: regular expressions of tensors in files that the model does not use, beside buffers and tied heads.
-    rename: (regular expression, replacement) pairs that turn former names of tensors into those of `weights`.
-    modules: the same from the names of `weights` to the module names in transformers' memory, where they differ.
+    rename: (regular expression, replacement) pairs that map former tensor names to those of `weights`.
+    modules: pairs that map the names of `weights` to transformers' module names, where they differ.
     input_names: names of the vision arrays of its Hugging Face processor.
     spec: settings of its processor that no config.json contains.
     """
@@ -50,9 +50,9 @@ class Family(ABC):
     spec: ProcessorSpec = SEEING
 
     def config(self, size: str) -> Any:
-        """The config of a published size. Raises ValueError for a size that is not in `sizes`."""
+        """Returns the config of a published size. Raises ValueError for a size that is not in `sizes`."""
         if size not in self.sizes:
-            raise ValueError(f"{self.name} has no size {size!r}; sizes: {', '.join(self.sizes)}")
+            raise ValueError(f"{self.name} has no size {size!r}. Choose one of {', '.join(self.sizes)}.")
         return self.sizes[size]
 
     @abstractmethod
@@ -61,48 +61,48 @@ class Family(ABC):
 
     @abstractmethod
     def fields_to_hf(self, config: Any) -> dict[str, Any]:
-        """Returns config.json of a model, with its model_type and without "architectures"."""
+        """Returns the config.json of a model, with its model_type and without "architectures"."""
 
     def to_hf(self, config: Any) -> dict[str, Any]:
-        """Returns config.json of a model. Raises ValueError if `from_hf` would not read the same model from it."""
-        written = self.fields_to_hf(config)
-        written = {"architectures": [self.architectures[written["model_type"]]], **written}
-        check_read_back(self.name, config, self.from_hf(written))
-        return written
+        """Returns the config.json of a model. Raises ValueError if `from_hf` would not read the same model from it."""
+        fields = self.fields_to_hf(config)
+        fields = {"architectures": [self.architectures[fields["model_type"]]], **fields}
+        check_read_back(self.name, config, self.from_hf(fields))
+        return fields
 
     @abstractmethod
     def weights(self, config: Any) -> list[Row]:
-        """Returns the table of weights of a model; see `mllm_jax/weights/table.py`."""
+        """Returns the weight table of a model; see `mllm_jax/weights/table.py`."""
 
     def tower_source(self, config: Json, names: Iterable[str]) -> str | None:
-        """Returns the published model that has the vision tower's weights. None: the files have them.
+        """Returns the published model that contains the vision tower's weights. None: the model's own files do.
 
         Args:
           config: config.json.
-          names: names of the tensors in the files.
+          names: names of the tensors in the model's files.
         """
         return None
 
     def module_name(self, name: str) -> str:
-        """Returns the name of a module in transformers' memory, from its present or former name in files."""
+        """Returns transformers' module name from a present or former tensor name in files."""
         for old, new in (*self.rename, *self.modules):
             name = re.sub(old, new, name)
         return name
 
     def visuals(self, config: Any, arrays: Arrays) -> Supply:
-        """Returns the images and clips in arrays of `input_names`, by the token that stands for them in the text."""
-        raise NotImplementedError(f"{self.name} reads no images")
+        """Returns the images and videos in the arrays of `input_names`, by their placeholder token."""
+        raise NotImplementedError(f"{self.name} reads no images. Pass only text.")
 
     def rule(self, config: Any) -> Rule | None:
-        """Returns the resizing or cutting of images without a preprocessor_config.json. None: nearly their own size."""
+        """Returns the default resizing or tiling of images. None: images keep nearly their own size."""
         return None
 
     def video_rule(self, config: Any) -> Whole | None:
-        """Returns the resizing of frames where the processor's files set none. None: nearly their own size."""
+        """Returns the default resizing of video frames. None: frames keep nearly their own size."""
         return None
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
-        """Returns the spec of the processor of a model that reads images."""
+        """Returns the processor spec of a model that reads images."""
         encoder, attention = config.encoder, config.decoder and config.decoder.attention
         sections = getattr(attention, "rope_theta", None) and getattr(attention, "rope_sections", (0,))[1:]
         return replace(
@@ -126,9 +126,9 @@ class Family(ABC):
 
 
 class DecoderFamily(Family):
-    """Models of text alone, whose decoders may also stand in multimodal models (`decoders/by_model_type.py`).
+    """Text-only models, whose decoders may also be parts of multimodal models (`decoders/by_model_type.py`).
 
-    decoders: decoders of the published sizes.
+    decoders: decoders of the published sizes by name.
     """
 
     decoders: Mapping[str, DecoderConfig]
@@ -143,24 +143,24 @@ class DecoderFamily(Family):
         return ModelConfig(None, None, decoder, family=model_type)
 
     def model_type(self, decoder: DecoderConfig) -> str:
-        """Returns the model_type of a decoder's config.json. A family that has several overrides this."""
+        """Returns the model_type of a decoder's config.json. A family with several model_types overrides this."""
         (model_type,) = self.architectures
         return model_type
 
     @abstractmethod
     def decoder_from_hf(self, text: Json) -> DecoderConfig:
-        """Reads a config.json, or a text config, with its model_type. Raises ValueError for an unsupported value."""
+        """Reads a config.json or text_config, with its model_type. Raises ValueError for an unsupported value."""
 
     @abstractmethod
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict[str, Any]:
         """Returns the text config of a decoder, without its model_type; the inverse of `decoder_from_hf`."""
 
     def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
-        """Returns the table of a decoder's weights.
+        """Returns the weight table of a decoder.
 
         Args:
-          prefix: beginning of the names of all tensors but the head's.
-          head: name of the head.
+          prefix: prefix of all tensor names except the head's.
+          head: tensor name of the head.
         """
         return rows.decoder(decoder, prefix, head)
 
@@ -176,19 +176,19 @@ class DecoderFamily(Family):
 
 
 def check_read_back(name: str, written: Any, read: Any, path: str = "") -> None:
-    """Raises ValueError, with the fields that differ, unless what was read is what was written.
+    """Raises ValueError, listing the fields that differ, if a saved config would load differently.
 
     Args:
-      name: whose config.json it is.
-      written, read: dataclasses of one type; their fields NOT_WRITTEN are not compared.
-      path: where they stand in the model.
+      name: family or tower, for the message.
+      written, read: the saved and the loaded config, of one type. Fields in NOT_WRITTEN are not compared.
+      path: path of both in the model.
     """
-    found = [(where, ours, theirs) for where, theirs, ours in differences(read, written, path=path)]
-    odd = [(where, *map(in_words, values)) for where, *values in found if where.split(".")[0] not in NOT_WRITTEN]
-    if odd:
+    pairs = [(field, ours, theirs) for field, theirs, ours in differences(read, written, path=path)]
+    changes = [(field, *map(in_words, values)) for field, *values in pairs if field.split(".")[0] not in NOT_WRITTEN]
+    if changes:
         raise ValueError(
             f"{name}'s config.json cannot represent this model: saving "
-            f"{', '.join(f'{where}={ours}' for where, ours, _ in odd)} would load as "
-            f"{', '.join(f'{where}={theirs}' for where, _, theirs in odd)}. "
-            f"Change these fields: {', '.join(where for where, *_ in odd)}."
+            f"{', '.join(f'{field}={ours}' for field, ours, _ in changes)} would load as "
+            f"{', '.join(f'{field}={theirs}' for field, _, theirs in changes)}. "
+            f"Change these fields: {', '.join(field for field, *_ in changes)}."
         )

@@ -203,7 +203,7 @@ def test_files_that_transformers_does_not_know():
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, 'rope_scaling.factor="4": must be a number'),
         ({"rope_scaling": {"type": "linear", "stretch": 4}}, "rope_scaling.stretch=4: is unknown"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: is missing. Add it"),
-        ({"model_type": ["llama"]}, "model_type None is not supported"),
+        ({"model_type": ["llama"]}, "model_type=None: not supported"),
     ],
     ids=str,
 )

@@ -46,9 +46,9 @@ def test_command(capsys):
     [
         *((["--image", size], "1920x1080") for size in ("0x7", "0x5", "10x", "abc", "", "4x4x4", "1e3x2", "９x９")),
         (["--image=-3x4"], "1920x1080"),
-        (["--image", "80000x40"], "80000x40 has an aspect ratio over 200; no model reads it"),
-        (["--image", "1x100000"], "1x100000 has an aspect ratio over 200; no model reads it"),
-        (["--image", "100000x100000"], "100000x100000 has over 134217728 pixels; no model reads it"),
+        (["--image", "80000x40"], "80000x40 has an aspect ratio over 200. Choose another size"),
+        (["--image", "1x100000"], "1x100000 has an aspect ratio over 200. Choose another size"),
+        (["--image", "100000x100000"], "100000x100000 has over 134217728 pixels. Choose another size"),
         (["--family", "lava"], "did you mean 'llava'"),
     ],
 )

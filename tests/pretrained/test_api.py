@@ -253,18 +253,18 @@ def test_adapters_never_mix_with_those_before(tmp_path, monkeypatch):
     [
         (None, FileNotFoundError, "has no config.json"),
         ("{", ValueError, "not readable JSON"),
-        ('{"model_type": "mllama"}', ValueError, "model_type 'mllama'.* nearest that is: 'llama', all: .*qwen3_vl"),
+        ('{"model_type": "mllama"}', ValueError, "model_type='mllama': .*Did you mean 'llama'.*Supported: .*qwen3_vl"),
         ('{"model_type": "qwen3_vl"}', ValueError, "config.json: text_config: is missing"),
         (
             '{"model_type": "llava", "text_config": {}, "vision_config": {"model_type": "mlcd_vision_model"}}',
             ValueError,
-            "vision_config.model_type 'mlcd_vision_model' is not supported; the nearest that is: 'clip_vision_model'",
+            "vision_config.model_type='mlcd_vision_model': not supported. Did you mean 'clip_vision_model'",
         ),
         (
             '{"model_type": "llava_onevision", "vision_config": {"model_type": "siglip_vision_model"},'
             ' "text_config": {"model_type": "qwen2_moe"}}',
             ValueError,
-            "config.json: the text config's model_type 'qwen2_moe' is not .*; the nearest that is: 'qwen3_moe', all: g",
+            "config.json: decoder model_type='qwen2_moe': not .*Did you mean 'qwen3_moe'.*Supported: g",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The decoders of published models, by the model_type of a text config, for families that put any of them in."""
+"""Decoder families by model_type, for multimodal families that accept any decoder."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from mllm_jax.families.shared.suggestions import unsupported
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.weights.table import Row
 
-# The first that can represent a decoder writes one that names no family.
+# In order of preference: the first family that can represent a decoder without a family writes it.
 TEXT: dict[str, DecoderFamily] = {
     model_type: family
     for family in (
@@ -37,37 +37,37 @@ TEXT: dict[str, DecoderFamily] = {
 
 
 def decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder that a text config describes. Raises ValueError for a model_type that is not known."""
+    """Returns the decoder of a text_config. Raises ValueError for an unknown model_type."""
     if not isinstance(kind := text.get("model_type"), str) or kind not in TEXT:
-        raise unsupported("the text config's model_type", kind, TEXT)
+        raise unsupported("decoder model_type", kind, TEXT)
     return replace(TEXT[kind].decoder_from_hf(text), family=kind)
 
 
 def decoder_to_hf(decoder: DecoderConfig) -> dict:
-    """The inverse: the text config, with its model_type. Raises ValueError where its family's cannot represent it."""
-    return _written(decoder)[1]
+    """Inverse of `decoder_from_hf`: returns a text_config with its model_type. Raises ValueError if none fits."""
+    return _family_and_config(decoder)[1]
 
 
 def decoder_weights(decoder: DecoderConfig, prefix: str, head: str) -> list[Row]:
-    """Rows of a decoder with the names of its family's tensors; they begin with `prefix`, `head` is the head's."""
-    return _written(decoder)[0].decoder_weights(decoder, prefix, head)
+    """Rows of a decoder with its family's tensor names, after `prefix`; `head` is the tensor name of the head."""
+    return _family_and_config(decoder)[0].decoder_weights(decoder, prefix, head)
 
 
 def whole_weights(decoder: DecoderConfig, before: str) -> list[Row]:
-    """Rows of a decoder with all names that its family's own files have, the head's too, after `before`."""
-    return [row._replace(theirs=before + row.theirs) for row in _written(decoder)[0].decoder_weights(decoder)]
+    """Rows of a decoder with the full tensor names of its family's own files, the head included, after `before`."""
+    return [row._replace(theirs=before + row.theirs) for row in _family_and_config(decoder)[0].decoder_weights(decoder)]
 
 
-def _written(decoder: DecoderConfig) -> tuple[DecoderFamily, dict]:
-    """The decoder's family, or the first that can represent all of it, and the text config."""
+def _family_and_config(decoder: DecoderConfig) -> tuple[DecoderFamily, dict]:
+    """Returns the decoder's family, or the first that can represent it, and its text_config."""
     kinds = [decoder.family] if decoder.family else list(TEXT)
     if unknown := set(kinds) - set(TEXT):
         raise unsupported("decoder.family", unknown.pop(), TEXT)
     for kind in kinds:
         try:
-            written = {"model_type": kind, **TEXT[kind].decoder_to_hf(decoder)}
-            if TEXT[kind].decoder_from_hf(written) == decoder:
-                return TEXT[kind], written
-        except (ValueError, AttributeError):  # AttributeError: of a part that the family does not know
+            fields = {"model_type": kind, **TEXT[kind].decoder_to_hf(decoder)}
+            if TEXT[kind].decoder_from_hf(fields) == decoder:
+                return TEXT[kind], fields
+        except (ValueError, AttributeError):  # AttributeError: a part that the family does not support
             continue
-    raise ValueError(f"no text config of {', '.join(kinds)} can represent all of this decoder: {decoder}")
+    raise ValueError(f"decoder: no text_config of {', '.join(kinds)} can represent it. Change its fields: {decoder}")

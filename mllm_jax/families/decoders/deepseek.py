@@ -1,5 +1,6 @@
-"""DeepSeek-V2, V2-Lite (arXiv 2405.04434) and V3 (arXiv 2412.19437): latent attention, and experts in all but the first
-layers. Tensor names as in the published safetensors files.
+"""DeepSeek-V2, V2-Lite (arXiv 2405.04434) and V3 (arXiv 2412.19437): latent attention, and experts after dense layers.
+
+Tensor names follow the published safetensors files.
 """
 
 from dataclasses import replace
@@ -80,7 +81,7 @@ _EXPERTS = {
     "v_head_dim": count(128),
     "routed_scaling_factor": positive(1.0),
 }
-FIELDS = {  # by the model_type
+FIELDS = {  # by model_type
     V2: decoder_fields(vocab=102400, width=4096, mlp=11008, depth=32, heads=32, kv_heads=None, length=2048)
     | _EXPERTS
     | {
@@ -93,7 +94,7 @@ FIELDS = {  # by the model_type
         "topk_method": word("greedy", ("greedy", "group_limited_greedy")),
         "n_group": nullable(count(None)),
         "topk_group": nullable(count(None)),
-        "norm_topk_prob": only(False),  # transformers ignores it, DeepSeek's own code does not
+        "norm_topk_prob": only(False),  # ignored by transformers, used by DeepSeek's code
     },
     V3: decoder_fields(vocab=129280, width=7168, mlp=18432, depth=61, heads=128, kv_heads=128, length=4096)
     | _EXPERTS
@@ -116,7 +117,7 @@ def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
     grouped = bias or config["topk_method"] == "group_limited_greedy"
     for name in ("n_group", "topk_group") if grouped else ():
         if config[name] is None:
-            raise FieldError(name, "must be an integer where experts are chosen in groups.", None)
+            raise FieldError(name, "must be an integer if experts are chosen in groups.", None)
     groups, experts, top_k = (
         config["n_group"] if grouped else 1,
         config["n_routed_experts"],
@@ -127,8 +128,8 @@ def _moe_from_hf(config: Json, bias: bool) -> MoeConfig:
         raise FieldError("n_group", f"must divide n_routed_experts={experts}.", groups)
     if topk_group > groups:
         raise FieldError("topk_group", f"must be at most n_group={groups}.", topk_group)
-    if top_k > (most := experts // groups * topk_group):
-        raise FieldError("num_experts_per_tok", f"must be at most {most}, the experts of topk_group groups.", top_k)
+    if top_k > (limit := experts // groups * topk_group):
+        raise FieldError("num_experts_per_tok", f"must be at most {limit}, the experts of topk_group groups.", top_k)
     return MoeConfig(
         experts=experts,
         top_k=top_k,
@@ -148,7 +149,7 @@ class Deepseek(DecoderFamily):
     name = "DeepSeek"
     architectures = {V2: "DeepseekV2ForCausalLM", V3: "DeepseekV3ForCausalLM"}
     decoders = SIZES
-    # V3's extra layer for multi-token prediction: in the published files, but not part of the model.
+    # V3's published files contain a layer for multi-token prediction, which the model does not use.
     ignore = (r"model\.layers\.61\..*",)
 
     def model_type(self, decoder: DecoderConfig) -> str:
@@ -162,9 +163,9 @@ class Deepseek(DecoderFamily):
         rope = rope_of(config, {"default": "default", "yarn": "yarn"})
         if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
             raise FieldError(
-                "mscale", "has no agreed meaning without mscale_all_dim. State both or none.", rope["mscale"]
+                "mscale", "has no agreed meaning without mscale_all_dim. Set both or neither.", rope["mscale"]
             )
-        turns = config["qk_rope_head_dim"]
+        rope_dim = config["qk_rope_head_dim"]
         return DecoderConfig(
             vocab=config["vocab_size"],
             width=config["hidden_size"],
@@ -173,11 +174,11 @@ class Deepseek(DecoderFamily):
                 heads=config["num_attention_heads"],
                 kv_rank=config["kv_lora_rank"],
                 nope_dim=config["qk_nope_head_dim"],
-                rope_dim=turns,
+                rope_dim=rope_dim,
                 v_dim=config["v_head_dim"],
                 q_rank=config["q_lora_rank"] or 0,
                 rope_theta=float(rope["rope_theta"]),
-                rope_scaling=stretch_from_hf(rope, config["max_position_embeddings"], turns // 2),
+                rope_scaling=stretch_from_hf(rope, config["max_position_embeddings"], rope_dim // 2),
             ),
             mlp=config["intermediate_size"],
             moe=_moe_from_hf(config, bias=kind == V3),
@@ -189,11 +190,13 @@ class Deepseek(DecoderFamily):
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
         attention, moe = decoder.attention, decoder.moe
         if not isinstance(attention, MlaConfig) or moe is None:
-            raise ValueError(f"DeepSeek's config.json describes latent attention and experts, not {decoder}")
+            raise ValueError(
+                f"decoder: DeepSeek's config.json requires latent attention and experts. Change its fields: {decoder}"
+            )
         kind, yarn = self.model_type(decoder), attention.rope_scaling
         rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(yarn)}
         method = {V3: "noaux_tc", V2: "group_limited_greedy" if moe.n_group > 1 else "greedy"}[kind]
-        written = {
+        fields = {
             "vocab_size": decoder.vocab,
             "hidden_size": decoder.width,
             "num_hidden_layers": decoder.layers,
@@ -223,18 +226,18 @@ class Deepseek(DecoderFamily):
             "norm_topk_prob": moe.norm_topk_prob,
             "routed_scaling_factor": moe.scale,
         }
-        return written | ({"num_nextn_predict_layers": 0} if kind == V3 else {})
+        return fields | ({"num_nextn_predict_layers": 0} if kind == V3 else {})
 
     def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "lm_head.weight") -> list[Row]:
         layer = f"{prefix}.layers.{{n}}"
-        theirs, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
 
         def rows(kind: LayerKind) -> list[Row]:
             block = common.gated_mlp("mlp", mlp)
             if kind.experts:
                 block = [
                     Row("mlp/router/w", f"{mlp}.gate.weight", "e d -> d e"),
-                    # Beside scores below one it is large, and its steps are small: bf16 would change who is selected.
+                    # float32: in bf16, rounding of this bias would change which experts are selected.
                     Row("mlp/bias", f"{mlp}.gate.e_score_correction_bias", dtype="float32"),
                     *common.experts_one_by_one("mlp", f"{mlp}.experts"),
                     *common.gated_mlp("mlp/shared", f"{mlp}.shared_experts"),
@@ -242,14 +245,14 @@ class Deepseek(DecoderFamily):
             return [
                 Row("norm1/scale", f"{layer}.input_layernorm.weight"),
                 Row("norm2/scale", f"{layer}.post_attention_layernorm.weight"),
-                *common.linear("attention/q", f"{theirs}.q_proj", "(n h) d -> d n h"),
-                *common.linear("attention/q_down", f"{theirs}.q_a_proj", "z d -> d z"),
-                Row("attention/q_norm/scale", f"{theirs}.q_a_layernorm.weight"),
-                *common.linear("attention/q_up", f"{theirs}.q_b_proj", "(n h) z -> z n h"),
-                *common.linear("attention/kv_down", f"{theirs}.kv_a_proj_with_mqa", "z d -> d z"),
-                Row("attention/kv_norm/scale", f"{theirs}.kv_a_layernorm.weight"),
-                *common.linear("attention/kv_up", f"{theirs}.kv_b_proj", "(n h) z -> z n h"),
-                *common.linear("attention/out", f"{theirs}.o_proj", "d (n h) -> n h d"),
+                *common.linear("attention/q", f"{attention}.q_proj", "(n h) d -> d n h"),
+                *common.linear("attention/q_down", f"{attention}.q_a_proj", "z d -> d z"),
+                Row("attention/q_norm/scale", f"{attention}.q_a_layernorm.weight"),
+                *common.linear("attention/q_up", f"{attention}.q_b_proj", "(n h) z -> z n h"),
+                *common.linear("attention/kv_down", f"{attention}.kv_a_proj_with_mqa", "z d -> d z"),
+                Row("attention/kv_norm/scale", f"{attention}.kv_a_layernorm.weight"),
+                *common.linear("attention/kv_up", f"{attention}.kv_b_proj", "(n h) z -> z n h"),
+                *common.linear("attention/out", f"{attention}.o_proj", "d (n h) -> n h d"),
                 *block,
             ]
 

@@ -38,7 +38,7 @@ SIZES = {
         embed_scale=3072**0.5,
     ),
 }
-COMMON = {  # of Gemma and Gemma 2
+COMMON = {  # fields of Gemma and Gemma 2
     "head_dim": count(256),
     "attention_bias": only(False),
     "use_bidirectional_attention": nullable(only(False), False),
@@ -54,7 +54,7 @@ FIELDS = (
 
 
 def decoder_of(text: dict, activation: str, **fields) -> DecoderConfig:
-    """The decoder of the fields that a text config states, with what all of Gemma's have."""
+    """Returns the decoder of a text_config's values, with the settings that all Gemma models share."""
     return read_decoder(
         text, activation=activation, norm="rms_offset", embed_scale=text["hidden_size"] ** 0.5, **fields
     )

@@ -52,7 +52,7 @@ FIELDS = (
     | WINDOWS
     | {
         "num_key_value_heads": count(4),
-        "hidden_act": word("silu"),  # which is not read
+        "hidden_act": word("silu"),  # ignored in favor of hidden_activation
         "hidden_activation": word("gelu_pytorch_tanh"),
         "query_pre_attn_scalar": positive(256),
         "final_logit_softcapping": nullable(positive(30.0)),
@@ -83,9 +83,9 @@ class Gemma2(gemma.Gemma):
         )
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
-        written, attention = super().decoder_to_hf(decoder), decoder.attention
-        return written | {
-            "hidden_activation": written["hidden_act"],
+        fields, attention = super().decoder_to_hf(decoder), decoder.attention
+        return fields | {
+            "hidden_activation": fields["hidden_act"],
             "query_pre_attn_scalar": round(attention.scale**-2) if attention.scale else attention.head_dim,
             "attn_logit_softcapping": attention.softcap or None,
             "final_logit_softcapping": decoder.logit_softcap or None,

@@ -62,8 +62,8 @@ class Gpt2(DecoderFamily):
     name = "GPT-2"
     architectures = {"gpt2": "GPT2LMHeadModel"}
     decoders = SIZES
-    ignore = (r".*\.attn\.(masked_)?bias",)  # masks, in old files
-    rename = ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)  # published files have the names without their head's
+    ignore = (r".*\.attn\.(masked_)?bias",)  # causal masks in old files
+    rename = ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)  # published files have no prefix
 
     def decoder_from_hf(self, text: dict) -> DecoderConfig:
         text = read(text, FIELDS)
@@ -98,7 +98,7 @@ class Gpt2(DecoderFamily):
     def decoder_weights(
         self, decoder: DecoderConfig, prefix: str = "transformer", head: str = "lm_head.weight"
     ) -> list[Row]:
-        # Weights are [in, out].
+        # GPT-2's weights are [in, out], unlike torch.nn.Linear.
         layer = f"{prefix}.h.{{n}}"
 
         def rows(kind: LayerKind) -> list[Row]:

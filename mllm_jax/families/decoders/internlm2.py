@@ -1,6 +1,6 @@
-"""InternLM2 (arXiv 2403.17297): Llama's layers under other names, and with queries, keys and values in one tensor.
+"""InternLM2 (arXiv 2403.17297): Llama's layers with other tensor names, and queries, keys and values in one tensor.
 
-Transformers has no class for it; its config.json is in the words of the published one.
+Transformers has no class for it; config.json follows the published one.
 """
 
 from dataclasses import replace
@@ -51,13 +51,13 @@ class Internlm2(DecoderFamily):
         return read_decoder(read(text, FIELDS))
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
-        written = write_decoder(decoder, length=32768) | {"hidden_act": "silu", "bias": False}
-        rope = written.pop("rope_parameters")
+        fields = write_decoder(decoder, length=32768) | {"hidden_act": "silu", "bias": False}
+        rope = fields.pop("rope_parameters")
         theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-        return written | {"rope_theta": theta, "rope_scaling": {"type": kind, **rope} if kind != "default" else None}
+        return fields | {"rope_theta": theta, "rope_scaling": {"type": kind, **rope} if kind != "default" else None}
 
     def decoder_weights(self, decoder: DecoderConfig, prefix: str = "model", head: str = "output.weight") -> list[Row]:
-        # For every key-value head, `wqkv` has the queries that read it, then its key, then its value.
+        # For each key-value head, `wqkv` contains its group of queries, then its key, then its value.
         layer = f"{prefix}.layers.{{n}}"
         group = decoder.attention.heads // decoder.attention.kv_heads
 

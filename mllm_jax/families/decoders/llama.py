@@ -1,4 +1,4 @@
-"""Llama 1 to 3.2 (arXiv 2302.13971, 2307.09288, 2407.21783) and what has its layers: Vicuna, Yi (arXiv 2403.04652)."""
+"""Llama 1 to 3.2 (arXiv 2302.13971, 2307.09288, 2407.21783), Vicuna, and Yi (arXiv 2403.04652)."""
 
 from dataclasses import replace
 
@@ -16,34 +16,34 @@ from mllm_jax.nn.attention.layer import AttentionConfig
 from mllm_jax.nn.rope import Llama3RopeScaling
 
 _HEAD = dict(head_dim=128, rope_sections=(64, 0, 0), qk_norm=False)
-_STRETCH = Llama3RopeScaling(factor=8.0, length=8192)
+_ROPE_SCALING = Llama3RopeScaling(factor=8.0, length=8192)
 
 
-def _first(width: int, layers: int, heads: int, mlp: int, eps: float = 1e-6) -> DecoderConfig:
+def _llama1(width: int, layers: int, heads: int, mlp: int, eps: float = 1e-6) -> DecoderConfig:
     return DecoderConfig(
         32000, width, layers, AttentionConfig(heads, heads, rope_theta=1e4, **_HEAD), mlp, norm_eps=eps, family="llama"
     )
 
 
-def _third(width: int, layers: int, heads: int, mlp: int) -> DecoderConfig:
+def _llama3(width: int, layers: int, heads: int, mlp: int) -> DecoderConfig:
     attention = AttentionConfig(heads, 8, rope_theta=5e5, **_HEAD)
     return DecoderConfig(128256, width, layers, attention, mlp, norm_eps=1e-5, family="llama")
 
 
-def _stretched(decoder: DecoderConfig, factor: float = 8.0) -> DecoderConfig:
-    return replace(decoder, attention=replace(decoder.attention, rope_scaling=replace(_STRETCH, factor=factor)))
+def _with_rope_scaling(decoder: DecoderConfig, factor: float = 8.0) -> DecoderConfig:
+    return replace(decoder, attention=replace(decoder.attention, rope_scaling=replace(_ROPE_SCALING, factor=factor)))
 
 
-_2_7B, _2_13B = _first(4096, 32, 32, 11008, 1e-5), _first(5120, 40, 40, 13824, 1e-5)
-_2_70B = replace(_first(8192, 80, 64, 28672, 1e-5), attention=AttentionConfig(64, 8, rope_theta=1e4, **_HEAD))
-_3_8B, _3_70B = _third(4096, 32, 32, 14336), _third(8192, 80, 64, 28672)
-_SMALL = _stretched(replace(_third(2048, 16, 32, 8192), tie_embeddings=True), 32.0)
+_2_7B, _2_13B = _llama1(4096, 32, 32, 11008, 1e-5), _llama1(5120, 40, 40, 13824, 1e-5)
+_2_70B = replace(_llama1(8192, 80, 64, 28672, 1e-5), attention=AttentionConfig(64, 8, rope_theta=1e4, **_HEAD))
+_3_8B, _3_70B = _llama3(4096, 32, 32, 14336), _llama3(8192, 80, 64, 28672)
+_SMALL = _with_rope_scaling(replace(_llama3(2048, 16, 32, 8192), tie_embeddings=True), 32.0)
 
 SIZES = {
-    "7b": _first(4096, 32, 32, 11008),
-    "13b": _first(5120, 40, 40, 13824),
-    "33b": _first(6656, 60, 52, 17920),
-    "65b": _first(8192, 80, 64, 22016, 1e-5),
+    "7b": _llama1(4096, 32, 32, 11008),
+    "13b": _llama1(5120, 40, 40, 13824),
+    "33b": _llama1(6656, 60, 52, 17920),
+    "65b": _llama1(8192, 80, 64, 22016, 1e-5),
     "2-7b": _2_7B,
     "2-13b": _2_13B,
     "2-70b": _2_70B,
@@ -54,9 +54,9 @@ SIZES = {
     ),
     "3-8b": _3_8B,
     "3-70b": _3_70B,
-    "3.1-8b": _stretched(_3_8B),
-    "3.1-70b": _stretched(_3_70B),
-    "3.1-405b": _stretched(_third(16384, 126, 128, 53248)),
+    "3.1-8b": _with_rope_scaling(_3_8B),
+    "3.1-70b": _with_rope_scaling(_3_70B),
+    "3.1-405b": _with_rope_scaling(_llama3(16384, 126, 128, 53248)),
     "3.2-1b": replace(_SMALL, attention=replace(_SMALL.attention, head_dim=64, rope_sections=(32, 0, 0))),
     "3.2-3b": replace(_SMALL, width=3072, layers=28, attention=replace(_SMALL.attention, heads=24)),
 }

@@ -1,4 +1,4 @@
-"""OPT (arXiv 2205.01068), but for its 350M, whose norms stand after the sums."""
+"""OPT (arXiv 2205.01068), except the 350M, which has post-norms."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ FIELDS = {
     "activation_function": word("relu"),
     "tie_word_embeddings": flag(True),
     "word_embed_proj_dim": nullable(count(None)),
-    "do_layer_norm_before": only(True),  # these are what the 350M has not
+    "do_layer_norm_before": only(True),  # this and the fields below rule out the 350M
     "_remove_final_layer_norm": only(False),
     "layer_norm_elementwise_affine": only(True),
     "enable_bias": only(True),
@@ -67,7 +67,7 @@ class Opt(DecoderFamily):
     name = "OPT"
     architectures = {"opt": "OPTForCausalLM"}
     decoders = SIZES
-    rename = ((r"^decoder\.", "model.decoder."),)  # of files of before 2023
+    rename = ((r"^decoder\.", "model.decoder."),)  # files from before 2023
 
     def decoder_from_hf(self, text: dict) -> DecoderConfig:
         text = read(text, FIELDS)

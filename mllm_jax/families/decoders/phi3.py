@@ -1,4 +1,4 @@
-"""Phi-3 (arXiv 2404.14219) and Phi-4 (arXiv 2412.08905): Llama's layers, with joint projections."""
+"""Phi-3 (arXiv 2404.14219) and Phi-4 (arXiv 2412.08905): Llama's layers with joint projections."""
 
 from dataclasses import replace
 
@@ -37,7 +37,12 @@ FIELDS = decoder_fields(
     "sliding_window": nullable(count(None)),
     LENGTH: count(4096),
 }
-ROPE = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}  # the last two: old names
+ROPE = {
+    "default": "default",
+    "longrope": "longrope",
+    "su": "longrope",
+    "yarn": "longrope",
+}  # "su" and "yarn" are former names
 
 
 class Phi3(DecoderFamily):
@@ -52,7 +57,11 @@ class Phi3(DecoderFamily):
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
         window = decoder.sliding_windows[0] if decoder.sliding_windows else None
-        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or those of a larger vocabulary
+        tokens = {
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }  # transformers' defaults may exceed the vocabulary
         length = 131072 if decoder.attention.rope_scaling else 16384
         return write_decoder(decoder, length) | {"hidden_act": "silu", "sliding_window": window, **tokens}
 

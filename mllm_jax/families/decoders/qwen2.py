@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2 (arXiv 2407.10671) and Qwen2.5 (arXiv 2412.15115): text alone, and the decoder of Qwen2-VL."""
+"""Qwen1.5, Qwen2 (arXiv 2407.10671) and Qwen2.5 (arXiv 2412.15115): text-only models, and the decoder of Qwen2-VL."""
 
 from dataclasses import replace
 
@@ -19,9 +19,9 @@ from mllm_jax.nn.attention.layer import AttentionConfig
 _TEXT = AttentionConfig(28, 4, 128, rope_theta=1e6, rope_sections=(64, 0, 0), qk_norm=False, qkv_bias=True)
 
 
-def _size(width: int, layers: int, heads: tuple[int, int], mlp: int, vocab: int = 152064, **more) -> DecoderConfig:
+def _size(width: int, layers: int, heads: tuple[int, int], mlp: int, vocab: int = 152064, **fields) -> DecoderConfig:
     attention = replace(_TEXT, heads=heads[0], kv_heads=heads[1])
-    return DecoderConfig(vocab, width, layers, attention, mlp, family="qwen2", **more)
+    return DecoderConfig(vocab, width, layers, attention, mlp, family="qwen2", **fields)
 
 
 _TIED = dict(vocab=151936, tie_embeddings=True)
@@ -64,12 +64,12 @@ SEEING_FIELDS = (
         "max_window_layers": count(80, low=0),
     }
 )
-# Default of M-RoPE. Files from before transformers 5 call it "mrope".
+# Default M-RoPE. Files from before transformers 5 have rope_type "mrope".
 SEEING_ROPE = {"sections": (16, 24, 24), "layout": "chunked", "kinds": AS_NAMED | {"mrope": "default"}}
 
 
 def seeing_decoder_from_hf(text: dict) -> DecoderConfig:
-    """The decoder of a text config of model_type "qwen2_vl_text" or "qwen2_5_vl_text"; errors as above."""
+    """Returns the decoder of a text_config of Qwen2-VL or Qwen2.5-VL. Raises ValueError for unsupported values."""
     return _decoder(read(text, SEEING_FIELDS), SEEING_ROPE)
 
 

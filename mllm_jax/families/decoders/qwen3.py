@@ -1,4 +1,4 @@
-"""Qwen3, dense and with experts (arXiv 2505.09388): text alone, and the decoder of Qwen3-VL.
+"""Qwen3, dense and with experts (arXiv 2505.09388): text-only models, and the decoder of Qwen3-VL.
 
 Tensor names as in the published safetensors files.
 """
@@ -51,7 +51,7 @@ SIZES = {
 def _experts(experts: int, top_k: int, mlp: int) -> dict:
     return {
         "num_experts": count(experts, low=0, high=MOST_EXPERTS),
-        "num_local_experts": count(None, low=0, high=MOST_EXPERTS),  # the name that transformers 5 writes
+        "num_local_experts": count(None, low=0, high=MOST_EXPERTS),  # name of num_experts in transformers 5
         "num_experts_per_tok": count(top_k),
         "moe_intermediate_size": count(mlp),
         "decoder_sparse_step": count(1),
@@ -60,7 +60,7 @@ def _experts(experts: int, top_k: int, mlp: int) -> dict:
 
 
 _COMMON = {"attention_bias": only(False), "use_sliding_window": only(False)}
-FIELDS = {  # by the model_type of a model of text alone
+FIELDS = {  # by model_type of a text-only model
     "qwen3": decoder_fields(vocab=151936, width=4096, mlp=22016, depth=32, heads=32, kv_heads=32, length=32768)
     | _COMMON
     | {"head_dim": count(128), "layer_types": nullable(listed(only("full_attention"), None))},
@@ -69,7 +69,7 @@ FIELDS = {  # by the model_type of a model of text alone
     | _experts(128, 8, 768)
     | {"num_key_value_heads": count(4), "norm_topk_prob": flag(False)},
 }
-SEEING_FIELDS = {  # by the model_type of the whole model
+SEEING_FIELDS = {  # by model_type of the multimodal model
     "qwen3_vl": decoder_fields(
         vocab=151936, width=4096, mlp=22016, depth=32, heads=32, kv_heads=32, length=128000, theta=5e5
     )
@@ -85,7 +85,11 @@ SEEING_FIELDS = {  # by the model_type of the whole model
 
 
 def seeing_decoder_from_hf(text: dict, kind: str) -> DecoderConfig:
-    """The decoder of the `text_config` of a model of model_type "qwen3_vl" or "qwen3_vl_moe"; errors as above."""
+    """Returns the decoder of a text_config of Qwen3-VL; `kind` is the model_type of the multimodal model.
+
+    Raises:
+      ValueError: an unsupported value.
+    """
     return _decoder(read(text, SEEING_FIELDS[kind]), {"sections": (24, 20, 20)})
 
 
@@ -108,8 +112,10 @@ def _decoder(text: dict, rope: dict) -> DecoderConfig:
         mlp=text["moe_intermediate_size"],
         norm_topk_prob=text["norm_topk_prob"],
     )
-    every = text["decoder_sparse_step"]
-    return read_decoder(text, rope=rope, qk_norm=True, moe=moe, num_dense_layers=len(dense), moe_layer_freq=every)
+    moe_layer_freq = text["decoder_sparse_step"]
+    return read_decoder(
+        text, rope=rope, qk_norm=True, moe=moe, num_dense_layers=len(dense), moe_layer_freq=moe_layer_freq
+    )
 
 
 class Qwen3(DecoderFamily):
@@ -125,10 +131,10 @@ class Qwen3(DecoderFamily):
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
         moe = decoder.moe
-        written = write_decoder(decoder, length=262144) | {"hidden_act": "silu", "attention_bias": False}
+        fields = write_decoder(decoder, length=262144) | {"hidden_act": "silu", "attention_bias": False}
         if moe is None:
-            return written
-        return written | {
+            return fields
+        return fields | {
             "num_experts": moe.experts,
             "num_experts_per_tok": moe.top_k,
             "moe_intermediate_size": moe.mlp,

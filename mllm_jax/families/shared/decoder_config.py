@@ -1,4 +1,4 @@
-"""Most of a published decoder's config.json, which many families have in common."""
+"""Fields of a decoder's config.json that many families share, in both directions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,11 +40,11 @@ def activation_from_hf(name: str) -> str:
 
 
 def activation_to_hf(name: str, spelling: str) -> str:
-    """`spelling`, if it means our `name`; else the first that does."""
-    return spelling if ACTIVATIONS[spelling] == name else next(t for t, ours in ACTIVATIONS.items() if ours == name)
+    """Returns the preferred `spelling` of an activation if it means `name`, else the first name that does."""
+    return spelling if ACTIVATIONS[spelling] == name else next(key for key, ours in ACTIVATIONS.items() if ours == name)
 
 
-WINDOWS = {  # of families whose layers may differ in what they see
+WINDOWS = {  # fields of families whose layers may differ in their attention window
     "sliding_window": nullable(count(4096)),
     "layer_types": nullable(listed(word(choices=("sliding_attention", "full_attention")), None)),
 }
@@ -63,10 +63,11 @@ def decoder_fields(
     norm_eps: float = 1e-6,
     tie: bool = False,
 ) -> dict[str, Field]:
-    """The fields that `read_decoder` reads, with their defaults.
+    """Returns the fields that `read_decoder` reads, with a family's defaults.
 
-    kv_heads: None: the number of heads.
-    length: largest number of tokens of a text.
+    Args:
+      kv_heads: number of key-value heads. None: `heads`.
+      length: maximum number of tokens of a text.
     """
     return {
         "vocab_size": count(vocab),
@@ -85,8 +86,10 @@ def decoder_fields(
 
 
 def windows_from_hf(text: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int, ...]:
-    """`DecoderConfig.sliding_windows`, as short as can be, of layers that are "sliding_attention" or
-    "full_attention"."""
+    """Returns `DecoderConfig.sliding_windows`: the shortest repeated pattern of the windows of all layers.
+
+    Four layers that alternate "sliding_attention" and "full_attention" with sliding_window=4096 give (4096, 0).
+    """
     if len(kinds) != text["num_hidden_layers"]:
         raise FieldError("layer_types", f"must name {text['num_hidden_layers']} layers, not {len(kinds)}.")
     windows = tuple((text["sliding_window"] or 0) if kind == "sliding_attention" else 0 for kind in kinds)
@@ -96,21 +99,23 @@ def windows_from_hf(text: Mapping[str, Any], kinds: Sequence[str]) -> tuple[int,
 
 
 def windows_to_hf(decoder: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `windows_from_hf`. ValueError for windows of several sizes."""
+    """Inverse of `windows_from_hf`. Raises ValueError for windows of several sizes."""
     windows = [kind.window for kind in decoder.kinds]
     if len(sizes := set(windows) - {0}) > 1:
-        raise ValueError(f"a config.json has one window size, not {sorted(sizes)}")
+        raise ValueError(f"decoder.sliding_windows={sorted(sizes)}: config.json has only one window size. Choose one.")
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
     return {"sliding_window": max(windows) or None, "layer_types": kinds}
 
 
 def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None, **fields: Any) -> DecoderConfig:
-    """The decoder of a text config that has the usual names.
+    """Returns the decoder of a text_config with Llama's field names.
 
     Args:
-      text: the values of `decoder_fields`.
-      rope: further arguments of `rope_from_hf`.
-      fields: fields of DecoderConfig, or of AttentionConfig, that the config has under other names or not at all.
+      text: values of `decoder_fields`.
+      rope: additional arguments of `rope_from_hf`.
+      fields: fields of DecoderConfig or AttentionConfig that the config lacks or names differently.
+    Raises:
+      FieldError: invalid head_dim, num_key_value_heads or rotary positions.
     """
     heads = text["num_attention_heads"]
     head_dim = text["head_dim"] or text["hidden_size"] // heads
@@ -140,19 +145,23 @@ def read_decoder(text: Mapping[str, Any], *, rope: dict[str, Any] | None = None,
 
 
 def tied_at_the_top(decoder: DecoderConfig, config: Mapping[str, Any], default: bool = False) -> DecoderConfig:
-    """The decoder of a multimodal config.json, tied as its top level sets, regardless of the text config."""
+    """Returns the decoder with `tie_embeddings` from the top level of config.json, not from its text_config."""
     return replace(decoder, tie_embeddings=bool(config.get("tie_word_embeddings", default)))
 
 
 def tied_at_either(decoder: DecoderConfig, config: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder of a multimodal config.json, tied if its top level or its text config sets it."""
+    """Returns the decoder with `tie_embeddings` set if the top level of config.json or its text_config sets it."""
     return replace(decoder, tie_embeddings=decoder.tie_embeddings or bool(config.get("tie_word_embeddings")))
 
 
 def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:
-    """The inverse of `read_decoder`: what transformers needs. `length`: tokens that texts are said to have at most."""
-    attention, stretch = decoder.attention, decoder.attention.rope_scaling
-    written = {
+    """Inverse of `read_decoder`: returns the fields that transformers needs.
+
+    Args:
+      length: `max_position_embeddings`, unless the rope scaling determines it.
+    """
+    attention, rope_scaling = decoder.attention, decoder.attention.rope_scaling
+    fields = {
         "vocab_size": decoder.vocab,
         "hidden_size": decoder.width,
         "num_hidden_layers": decoder.layers,
@@ -161,10 +170,10 @@ def write_decoder(decoder: DecoderConfig, length: int) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "intermediate_size": decoder.mlp,
         "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": stretch.length if isinstance(stretch, DynamicNtkRopeScaling) else length,
+        "max_position_embeddings": rope_scaling.length if isinstance(rope_scaling, DynamicNtkRopeScaling) else length,
         "tie_word_embeddings": decoder.tie_embeddings,
         "rope_parameters": rope_to_hf(attention),
     }
-    if isinstance(stretch, LongRopeScaling):
-        written["original_max_position_embeddings"] = stretch.length
-    return written
+    if isinstance(rope_scaling, LongRopeScaling):
+        fields["original_max_position_embeddings"] = rope_scaling.length
+    return fields

@@ -1,4 +1,4 @@
-"""Rotary positions in config.json, in the layouts before and since transformers 5, in both directions."""
+"""Rotary positions in config.json, in the layouts of transformers 4 and 5, in both directions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ YARN = {
 BLENDED = {"factor": "factor", "length": LENGTH, "slow": "low_freq_factor", "fast": "high_freq_factor"}
 _PART = {"partial_rotary_factor": number(1.0, 0, 1)}
 _SLOTS = listed(positive())
-KINDS: dict[str, dict[str, Field]] = {  # the fields of each kind of rotary positions
+KINDS: dict[str, dict[str, Field]] = {  # fields of each kind of rope scaling
     "default": {},
     "linear": {"factor": positive()},
     "dynamic": {"factor": positive()},
@@ -71,7 +71,7 @@ _KNOWN |= {"rope_type", "type", "rope_theta", "mrope_section", "mrope_interleave
 
 
 def rope_fields(theta: float) -> dict[str, Field]:
-    """The fields of a text config for rotary positions; `theta` is the default of transformers' class."""
+    """Returns the fields of a text_config for rotary positions; `theta` is the default of transformers' class."""
     return {
         "rope_parameters": nullable(section(None)),
         "rope_scaling": nullable(section(None)),
@@ -82,33 +82,35 @@ def rope_fields(theta: float) -> dict[str, Field]:
 
 
 def rope_of(text: Json, kinds: Mapping[str, str] = AS_NAMED, partial: bool = False) -> dict[str, Any]:
-    """Rotary positions of a text config in one dict, as transformers 5 fills in its `rope_parameters`.
+    """Returns the rotary positions of a text_config as one dict, like `rope_parameters` of transformers 5.
 
-    `rope_scaling` takes precedence over `rope_parameters`, and fields inside them over fields beside them, except for
-    LENGTH, whose value beside them takes precedence.
+    `rope_scaling` takes precedence over `rope_parameters`, and fields inside them over fields of the text_config,
+    except for LENGTH, where the text_config takes precedence. For example, {"rope_theta": 1e4, "rope_scaling": {"type":
+    "linear", "factor": 2.0}} gives {"rope_type": "linear", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+    "factor": 2.0}.
 
     Args:
-      text: the values of `rope_fields` and `max_position_embeddings`.
-      kinds: supported values of `rope_type`, each with one of KINDS.
-      partial: whether heads may be rotated in part.
+      text: values of `rope_fields` and `max_position_embeddings`.
+      kinds: one of KINDS by supported value of `rope_type`.
+      partial: whether only part of each head may be rotated.
     Returns:
-      `rope_type`, `rope_theta`, `partial_rotary_factor`, `mrope_section` if it is set, and the kind's own fields.
+      `rope_type`, `rope_theta`, `partial_rotary_factor`, `mrope_section` if set, and the fields of KINDS[rope_type].
     Raises:
-      FieldError: a kind that is not in `kinds`, a field that no kind has, or an invalid value.
+      FieldError: a rope_type that is not in `kinds`, an unknown field, or an invalid value.
     """
-    where = "rope_scaling" if text["rope_scaling"] else "rope_parameters"
-    beside = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if text[name] is not None}
-    stated = beside | (text[where] or {})
-    stated.setdefault("rope_type", stated.get("type", "default"))
-    with inside(where):
-        kind = kinds[read(stated, {"rope_type": word(choices=kinds)})["rope_type"]]
+    path = "rope_scaling" if text["rope_scaling"] else "rope_parameters"
+    defaults = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if text[name] is not None}
+    fields = defaults | (text[path] or {})
+    fields.setdefault("rope_type", fields.get("type", "default"))
+    with inside(path):
+        kind = kinds[read(fields, {"rope_type": word(choices=kinds)})["rope_type"]]
         if LENGTH in KINDS[kind]:
-            stated.setdefault(LENGTH, text["max_position_embeddings"])
-            stated |= {} if text[LENGTH] is None else {LENGTH: text[LENGTH]}
-        for name in sorted(stated.keys() - _KNOWN):
-            raise FieldError(name, "is unknown. Remove it if it has no effect.", stated[name])
-        sections = {"mrope_section": listed(count(low=0))} if "mrope_section" in stated else {}
-        rope = read(stated, {"rope_theta": positive(), **_PART, **sections, **KINDS[kind]})
+            fields.setdefault(LENGTH, text["max_position_embeddings"])
+            fields |= {} if text[LENGTH] is None else {LENGTH: text[LENGTH]}
+        for name in sorted(fields.keys() - _KNOWN):
+            raise FieldError(name, "is unknown. Remove it if it has no effect.", fields[name])
+        sections = {"mrope_section": listed(count(low=0))} if "mrope_section" in fields else {}
+        rope = read(fields, {"rope_theta": positive(), **_PART, **sections, **KINDS[kind]})
         if rope["partial_rotary_factor"] != 1 and not partial:
             raise FieldError("partial_rotary_factor", "must be 1 in this family.", rope["partial_rotary_factor"])
     return rope | {"rope_type": kind}
@@ -122,47 +124,47 @@ def rope_from_hf(
     kinds: Mapping[str, str] = AS_NAMED,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """The fields of AttentionConfig for rotary positions.
+    """Returns the fields of AttentionConfig for rotary positions.
 
     Args:
       text: see `rope_of`.
-      sections: sections of M-RoPE if the config has none. Empty: all slots read the one position of text in any case.
-      layout: layout of M-RoPE.
+      sections: M-RoPE sections if the config has none. Empty: plain RoPE, even if the config has sections.
+      layout: layout of the M-RoPE sections.
       kinds, partial: see `rope_of`.
     Raises:
       FieldError: see `rope_of`.
     """
     rope = rope_of(text, kinds, partial)
-    turns = int(head_dim * rope["partial_rotary_factor"])
+    rope_dim = int(head_dim * rope["partial_rotary_factor"])
     if sections:
         sections = tuple(rope.get("mrope_section", sections))
-        if len(sections) != 3 or sum(sections) * 2 != turns:
-            raise FieldError("mrope_section", f"must be three numbers that add up to {turns // 2}.", sections)
+        if len(sections) != 3 or sum(sections) * 2 != rope_dim:
+            raise FieldError("mrope_section", f"must be three numbers that add up to {rope_dim // 2}.", sections)
     return {
         "rope_theta": float(rope["rope_theta"]),
-        "rope_sections": sections or (turns // 2, 0, 0),
+        "rope_sections": sections or (rope_dim // 2, 0, 0),
         "rope_layout": layout if any(sections[1:]) else AttentionConfig.rope_layout,
-        "rope_dim": 0 if turns == head_dim else turns,
-        "rope_scaling": stretch_from_hf(rope, text["max_position_embeddings"], turns // 2),
+        "rope_dim": 0 if rope_dim == head_dim else rope_dim,
+        "rope_scaling": stretch_from_hf(rope, text["max_position_embeddings"], rope_dim // 2),
     }
 
 
 def axial_theta(vision: Json) -> float:
-    """The base of rotary positions of rows and columns in a `vision_config`: the values of `rope_fields`."""
+    """Returns the base of the axial (row and column) rotary positions from a vision_config's `rope_fields`."""
     return float(rope_of(vision, {"default": "default", "axial": "default"})["rope_theta"])
 
 
 def axial_to_hf(theta: float | None) -> dict[str, Any]:
-    """The inverse: `rope_parameters` of transformers 5."""
+    """Inverse of `axial_theta`: returns `rope_parameters` of transformers 5."""
     return {"rope_parameters": {"rope_type": "axial", "rope_theta": theta}}
 
 
 def stretch_from_hf(rope: Json, longest: int, slots: int) -> Any:
-    """The extension of rotary positions beyond the length of pretraining: one of nn/rope.py, or None.
+    """Returns the rope scaling, a class of nn/rope.py. None: unscaled.
 
     Args:
       rope: result of `rope_of`.
-      longest: largest number of tokens of a text, `max_position_embeddings`.
+      longest: `max_position_embeddings`, the maximum number of tokens of a text.
       slots: number of frequencies of a head.
     """
     kind = rope["rope_type"]
@@ -174,16 +176,16 @@ def stretch_from_hf(rope: Json, longest: int, slots: int) -> Any:
         return DynamicNtkRopeScaling(float(rope["factor"]), longest)
     if kind == "llama3":
         return Llama3RopeScaling(**_numbers(rope, BLENDED))
-    grown = longest / rope[LENGTH] if rope["factor"] is None else rope["factor"]
+    factor = longest / rope[LENGTH] if rope["factor"] is None else rope["factor"]
     if kind == "yarn":
         fast, slow = rope["beta_fast"] or 32.0, rope["beta_slow"] or 1.0
-        return YarnRopeScaling(**_numbers(rope | {"factor": grown, "beta_fast": fast, "beta_slow": slow}, YARN))
+        return YarnRopeScaling(**_numbers(rope | {"factor": factor, "beta_fast": fast, "beta_slow": slow}, YARN))
     for name in ("short_factor", "long_factor"):
         if len(rope[name]) != slots:
             raise FieldError(name, f"must be {slots} numbers, not {len(rope[name])}.")
     scale = rope["attention_factor"]
     if scale is None:
-        scale = math.sqrt(1 + math.log(grown) / math.log(rope[LENGTH])) if grown > 1 else 1.0
+        scale = math.sqrt(1 + math.log(factor) / math.log(rope[LENGTH])) if factor > 1 else 1.0
     short, long = (tuple(map(float, rope[f"{name}_factor"])) for name in ("short", "long"))
     return LongRopeScaling(short, long, rope[LENGTH], float(scale))
 
@@ -194,7 +196,7 @@ def _numbers(rope: Json, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def rope_to_hf(attention: AttentionConfig) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5."""
+    """Inverse of `rope_from_hf`: returns `rope_parameters` of transformers 5."""
     rope = {"rope_type": "default", "rope_theta": attention.rope_theta, **stretch_to_hf(attention.rope_scaling)}
     if any(attention.rope_sections[1:]):
         rope |= {"mrope_section": list(attention.rope_sections)}
@@ -205,7 +207,7 @@ def rope_to_hf(attention: AttentionConfig) -> dict[str, Any]:
 
 
 def stretch_to_hf(stretch: Any) -> dict[str, Any]:
-    """The inverse of `stretch_from_hf`; what "dynamic" takes from `max_position_embeddings` is not in it."""
+    """Inverse of `stretch_from_hf`, without `max_position_embeddings`, which the kind "dynamic" also needs."""
     if stretch is None:
         return {}
     if isinstance(stretch, LinearRopeScaling):
@@ -217,7 +219,7 @@ def stretch_to_hf(stretch: Any) -> dict[str, Any]:
         return {"rope_type": "longrope", LENGTH: stretch.length, "attention_factor": stretch.table_scale, **lists}
     if isinstance(stretch, Llama3RopeScaling):
         return {"rope_type": "llama3", **{theirs: getattr(stretch, ours) for ours, theirs in BLENDED.items()}}
-    written = {theirs: getattr(stretch, ours) for ours, theirs in YARN.items()}
-    unsaid = {"mscale": 0, "mscale_all_dim": 0, "attention_factor": None, "truncate": True}
-    kept = {name: value for name, value in written.items() if name not in unsaid or value != unsaid[name]}
-    return {"rope_type": "yarn", **kept}
+    fields = {theirs: getattr(stretch, ours) for ours, theirs in YARN.items()}
+    defaults = {"mscale": 0, "mscale_all_dim": 0, "attention_factor": None, "truncate": True}
+    fields = {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
+    return {"rope_type": "yarn", **fields}

@@ -1,4 +1,4 @@
-"""Errors for values in a file that are not supported, with suggestions."""
+"""Errors for unsupported values in a file, with suggestions."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,10 +6,12 @@ from typing import Any
 
 
 def unsupported(named: str, name: Any, known: Iterable[str]) -> ValueError:
-    """The error for a `name` that is not one of `known`: the nearest of them, and all.
+    """Returns the error for a value that is not one of `known`; it names the nearest supported value and all of them.
 
-    named: what the file calls it, such as "vision_config.model_type".
+    Args:
+      named: path of the field, such as "vision_config.model_type".
+      name: its value.
     """
     known = sorted(known)
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-    return ValueError(f"{named} {name!r} is not supported; the nearest that is: {nearest!r}, all: {', '.join(known)}")
+    return ValueError(f"{named}={name!r}: not supported. Did you mean {nearest!r}? Supported: {', '.join(known)}.")

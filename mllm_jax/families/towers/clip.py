@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020), OpenAI's and OpenCLIP's (arXiv 2212.07143): published sizes, config.json, weight names."""
+"""CLIP (arXiv 2103.00020) and OpenCLIP (arXiv 2212.07143): published sizes, config.json, weight table."""
 
 from mllm_jax.common.fields import Json, count, inside, nullable, read, section
 from mllm_jax.data.vision.resize import Crop
@@ -14,7 +14,7 @@ _L = dual_encoders.text_tower(768, 12, 12, 3072, activation="quick_gelu", **_TOK
 _H = dual_encoders.text_tower(1024, 24, 16, 4096, activation="gelu", **_TOKENS)
 _BIGG = dual_encoders.text_tower(1280, 32, 20, 5120, activation="gelu", **_TOKENS)
 TEXTS = {"b32": _TEXT, "b16": _TEXT, "l14": _L, "l14-336": _L, "h14": _H, "bigg14": _BIGG}
-END = 49407  # the end of a text, and the highest number of all tokens
+END = 49407  # end-of-text token, the highest id of the vocabulary
 
 
 SIZES = {
@@ -23,7 +23,7 @@ SIZES = {
 }
 PART = nullable(section({}), {})
 PARTS = ("text_config", "vision_config")
-# The second are of old files, and count before the first.
+# Old files also have text_config_dict and vision_config_dict, which take precedence.
 FIELDS = {"projection_dim": count(512)} | {name: PART for part in PARTS for name in (part, f"{part}_dict")}
 
 
@@ -34,17 +34,17 @@ class Video(dual_encoders.DualFamily):
     tower = CLIP
 
     def from_hf(self, config: Json) -> DualConfig:
-        stated = read(config, FIELDS)
-        text, vision = (stated[f"{part}_dict"] or stated[part] for part in PARTS)
-        width = stated["projection_dim"]
+        fields = read(config, FIELDS)
+        text, vision = (fields[f"{part}_dict"] or fields[part] for part in PARTS)
+        width = fields["projection_dim"]
         with inside("text_config"):
             end = read(text, {"eos_token_id": count(END, low=0)})["eos_token_id"]
-            tokens = dual_encoders.text_from_hf(text, _TEXT)
+            text_tower = dual_encoders.text_from_hf(text, _TEXT)
         with inside("vision_config"):
             encoder = CLIP.from_hf(vision)
-        # Older files have 2; there the end of a text is its highest token id.
+        # Old files have the wrong id 2; the end of a text is then its highest token id.
         pool = TokenPool(width, "highest") if end == 2 else TokenPool(width, "end", end)
-        return DualConfig(encoder, ClassPool(width), tokens, pool)
+        return DualConfig(encoder, ClassPool(width), text_tower, pool)
 
     def fields_to_hf(self, config: DualConfig) -> dict:
         width, pool = config.image_pool.width, config.text_pool

@@ -1,4 +1,4 @@
-"""DINOv2 (arXiv 2304.07193), with registers too (arXiv 2309.16588): a tower alone, whose output is features.
+"""DINOv2 (arXiv 2304.07193), also with registers (arXiv 2309.16588): a vision tower whose output is features.
 
 Tensor names as in the published safetensors files.
 """
@@ -20,9 +20,9 @@ _LAYER = "encoder.layer.{n}"
 def _rows(encoder: VitConfig, prefix: str) -> list[Row]:
     layer, mlp = f"{prefix}{_LAYER}", f"{prefix}{_LAYER}.mlp"
     joint = joint_gate_up("encoder/layers/mlp", f"{mlp}.weights_in", encoder.mlp, "f -> f")
-    apart = [row.theirs.replace("weights_in", f"{row.ours.split('/')[-2]}_proj") for row in joint]
+    separate = [row.theirs.replace("weights_in", f"{row.ours.split('/')[-2]}_proj") for row in joint]
     gated = [
-        *(row._replace(others=[{"theirs": theirs, "part": None}]) for row, theirs in zip(joint, apart)),
+        *(row._replace(others=[{"theirs": theirs, "part": None}]) for row, theirs in zip(joint, separate)),
         *linear("encoder/layers/mlp/down", f"{mlp}.weights_out", "d f -> f d", ""),
     ]
     return [
@@ -61,8 +61,8 @@ REGISTERS = Tower(
 )
 TOWERS = {tower.kind: tower for tower in (PLAIN, REGISTERS)}
 SIZES = {
-    f"{name}{suffix}": replace(_BASE, **widths, **more)
-    for suffix, more in {"": {}, "-registers": _WITH_REGISTERS}.items()
+    f"{name}{suffix}": replace(_BASE, **widths, **registers)
+    for suffix, registers in {"": {}, "-registers": _WITH_REGISTERS}.items()
     for name, widths in _WIDTHS.items()
 }
 
@@ -72,9 +72,9 @@ def _kind(encoder: VitConfig) -> str:
 
 
 def _mlp(width: int, ratio: int, gated: bool) -> int:
-    """A gated MLP has two thirds of the width, in eights, so that it has as many weights."""
-    plain = int(width * ratio)
-    return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
+    """Returns the MLP's width. A gated MLP has 2/3 of it, rounded up to a multiple of 8, for as many weights."""
+    mlp = int(width * ratio)
+    return (int(mlp * 2 / 3) + 7) // 8 * 8 if gated else mlp
 
 
 class Dinov2(TowerFamily):
@@ -82,7 +82,7 @@ class Dinov2(TowerFamily):
     architectures = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
     sizes = {name: ModelConfig(encoder, family=_kind(encoder)) for name, encoder in SIZES.items()}
     ignore = ()
-    rename = (  # names that transformers 5 has in memory
+    rename = (  # module names of transformers 5
         (r"\.attention\.q_proj\.", ".attention.attention.query."),
         (r"\.attention\.k_proj\.", ".attention.attention.key."),
         (r"\.attention\.v_proj\.", ".attention.attention.value."),
@@ -98,24 +98,24 @@ class Dinov2(TowerFamily):
     )
 
     def from_hf(self, config: dict) -> ModelConfig:
-        stated = read(config, {"use_swiglu_ffn": flag(False), "hidden_size": count(_BASE.width), "mlp_ratio": count(4)})
-        gated = stated["use_swiglu_ffn"]
-        said = config | {"intermediate_size": _mlp(stated["hidden_size"], stated["mlp_ratio"], gated)}
+        fields = read(config, {"use_swiglu_ffn": flag(False), "hidden_size": count(_BASE.width), "mlp_ratio": count(4)})
+        gated = fields["use_swiglu_ffn"]
+        vision = config | {"intermediate_size": _mlp(fields["hidden_size"], fields["mlp_ratio"], gated)}
         if gated:
-            said["hidden_act"] = "silu"  # regardless of its value
-        return ModelConfig(TOWERS[config["model_type"]].from_hf(said), family=config["model_type"])
+            vision["hidden_act"] = "silu"  # transformers ignores the file's value
+        return ModelConfig(TOWERS[config["model_type"]].from_hf(vision), family=config["model_type"])
 
     def fields_to_hf(self, config: ModelConfig) -> dict:
         encoder = config.encoder
-        written = TOWERS[_kind(encoder)].to_hf(encoder)
-        width = written.pop("intermediate_size")
+        fields = TOWERS[_kind(encoder)].to_hf(encoder)
+        width = fields.pop("intermediate_size")
         ratio = next((ratio for ratio in range(1, 17) if _mlp(encoder.width, ratio, encoder.gated) == width), None)
         if ratio is None:
             raise ValueError(
                 f"encoder.mlp={width}: DINOv2's config.json cannot represent it. Choose a multiple of "
                 f"encoder.width={encoder.width}, or two thirds of one for a gated MLP."
             )
-        return written | {"mlp_ratio": ratio}
+        return fields | {"mlp_ratio": ratio}
 
     def weights(self, config: ModelConfig) -> list[Row]:
         return _rows(config.encoder, "")

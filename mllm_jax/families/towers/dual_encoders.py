@@ -20,7 +20,7 @@ from mllm_jax.weights.table import Row
 
 
 class DualFamily(Family):
-    """Models with a tower for images and one for texts.
+    """Models with an image tower and a text tower.
 
     tower: kind of the vision tower.
     """
@@ -36,7 +36,7 @@ class DualFamily(Family):
 def text_tower(
     width: int, layers: int, heads: int, mlp: int, vocab: int, positions: int, **fields: Any
 ) -> DecoderConfig:
-    """Layers with biases, LayerNorm and learned positions, without a head."""
+    """Returns a text tower: layers with biases, LayerNorm and learned positions, without a head."""
     attention = AttentionConfig(
         heads, heads, width // heads, rope_theta=None, qk_norm=False, qkv_bias=True, out_bias=True
     )
@@ -51,32 +51,32 @@ SAID = {"hidden_size": "width", "num_hidden_layers": "layers", "intermediate_siz
 
 
 def text_from_hf(text: Mapping[str, Any], base: DecoderConfig) -> DecoderConfig:
-    """The text tower that a `text_config` describes; `base` gives the defaults."""
+    """Returns the text tower of a text_config; `base` sets the defaults."""
     kinds = {"layer_norm_eps": positive, "num_hidden_layers": count_layers}
-    stated = read(
+    fields = read(
         text,
         {theirs: kinds.get(theirs, count)(getattr(base, ours)) for theirs, ours in SAID.items()}
         | {"num_attention_heads": count(base.attention.heads)}
         | {"hidden_act": word(activation_to_hf(base.activation, "gelu_pytorch_tanh"))},
     )
-    check_heads(stated, "hidden_size", "num_attention_heads")
+    check_heads(fields, "hidden_size", "num_attention_heads")
     return text_tower(
-        **{ours: stated[theirs] for theirs, ours in SAID.items()},
-        heads=stated["num_attention_heads"],
-        activation=activation_from_hf(stated["hidden_act"]),
+        **{ours: fields[theirs] for theirs, ours in SAID.items()},
+        heads=fields["num_attention_heads"],
+        activation=activation_from_hf(fields["hidden_act"]),
         prefix=base.prefix,
     )
 
 
 def text_to_hf(text: DecoderConfig, kind: str) -> dict[str, Any]:
-    """The inverse: a `text_config` of model_type `kind`."""
-    said = {theirs: getattr(text, ours) for theirs, ours in SAID.items()}
+    """Inverse of `text_from_hf`: returns a text_config of model_type `kind`."""
+    fields = {theirs: getattr(text, ours) for theirs, ours in SAID.items()}
     activation = activation_to_hf(text.activation, "gelu_pytorch_tanh")
-    return {"model_type": kind, "num_attention_heads": text.attention.heads, "hidden_act": activation, **said}
+    return {"model_type": kind, "num_attention_heads": text.attention.heads, "hidden_act": activation, **fields}
 
 
 def weights(config: DualConfig, tower: Tower, theirs: str = "text_model") -> list[Row]:
-    """Rows of both towers and of the logits' scale; those of the pools are a family's own."""
+    """Rows of both towers; a family adds those of the pools and of the logit scale."""
     layer = f"{theirs}.encoder.layers.{{n}}"
     block = plain_layer(layer, ("layer_norm1", "layer_norm2"), f"{layer}.mlp.fc")
     text = [

@@ -1,6 +1,6 @@
-"""Vision towers that several families share: published sizes, their part of a config.json, weight names.
+"""Vision towers that several families share: published sizes, vision_config, weight tables.
 
-Tensor names as in the published safetensors files, after a family's own prefix.
+Tensor names follow the published safetensors files, after a family's own prefix.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def _clip_rows(encoder: VitConfig, prefix: str) -> list[Row]:
 
 
 def _naflex_rows(encoder: VitConfig, prefix: str) -> list[Row]:
-    """Patches come as lists of pixels, to a linear layer."""
+    """Rows of CLIP, with a linear patch embedding of pixels in (y, x, c) order instead of a convolution."""
     weight, sizes = "encoder/patch_embed/w", {"c": encoder.channels, "y": encoder.patch_size}
     theirs = f"{prefix}embeddings.patch_embedding.weight"
     rows = [row for row in _clip_rows(encoder, prefix) if row.ours != weight]
@@ -71,14 +71,14 @@ def _eva_rows(encoder: VitConfig, prefix: str) -> list[Row]:
     ]
 
 
-_STILL = partial(VitConfig, temporal_patch_size=1, rope_theta=None, resampling="bicubic")
-_B = _STILL(768, 12, 12, 3072, patch_size=16, position_grid=14)
+_IMAGE_VIT = partial(VitConfig, temporal_patch_size=1, rope_theta=None, resampling="bicubic")
+_B = _IMAGE_VIT(768, 12, 12, 3072, patch_size=16, position_grid=14)
 _CLIP = replace(
     _B, patch_size=32, position_grid=7, patch_bias=False, class_token=True, norm_eps=1e-5, activation="quick_gelu",
     first_norm=True, last_norm=True, **CLIP_PIXELS,
 )  # fmt: skip
 _CLIP_L = replace(_CLIP, width=1024, layers=24, heads=16, mlp=4096, patch_size=14, position_grid=16)
-_OPEN = replace(_CLIP_L, activation="gelu")
+_OPENCLIP_L = replace(_CLIP_L, activation="gelu")
 CLIP = Tower(
     "clip_vision_model",
     _CLIP,
@@ -88,8 +88,8 @@ CLIP = Tower(
         "b16": replace(_CLIP, patch_size=16, position_grid=14),
         "l14": _CLIP_L,
         "l14-336": replace(_CLIP_L, position_grid=24),
-        "h14": replace(_OPEN, width=1280, layers=32, mlp=5120),  # OpenCLIP's
-        "bigg14": replace(_OPEN, width=1664, layers=48, mlp=8192),
+        "h14": replace(_OPENCLIP_L, width=1280, layers=32, mlp=5120),  # OpenCLIP
+        "bigg14": replace(_OPENCLIP_L, width=1664, layers=48, mlp=8192),
     },
 )
 
@@ -99,8 +99,8 @@ _SO400M = replace(_SIGLIP, width=1152, layers=27, heads=16, mlp=4304, patch_size
 _GIANT = replace(_SIGLIP, width=1536, layers=40, heads=16, mlp=6144)
 
 
-def _at(encoder: VitConfig, patch: int, *images: int) -> dict[str, VitConfig]:
-    """Sizes "patch-image", for square images of these sides in pixels."""
+def _image_sizes(encoder: VitConfig, patch: int, *images: int) -> dict[str, VitConfig]:
+    """Returns encoders named "patch-side" for square images with these sides in pixels."""
     sizes = {f"{patch}-{side}": (side // patch, side if side % patch else 0) for side in images}
     return {
         name: replace(encoder, patch_size=patch, position_grid=grid, image_size=size)
@@ -116,10 +116,10 @@ SIGLIP = Tower(
     sizes={
         f"{name}-{size}": encoder
         for name, sizes in {
-            "base": _at(_SIGLIP, 16, 224, 256, 384, 512) | _at(_SIGLIP, 32, 256),
-            "large": _at(_SIGLIP_L, 16, 256, 384, 512),
-            "so400m": _at(_SO400M, 14, 224, 384) | _at(_SO400M, 16, 256, 384, 512),
-            "giant": _at(_GIANT, 16, 256, 384),
+            "base": _image_sizes(_SIGLIP, 16, 224, 256, 384, 512) | _image_sizes(_SIGLIP, 32, 256),
+            "large": _image_sizes(_SIGLIP_L, 16, 256, 384, 512),
+            "so400m": _image_sizes(_SO400M, 14, 224, 384) | _image_sizes(_SO400M, 16, 256, 384, 512),
+            "giant": _image_sizes(_GIANT, 16, 256, 384),
         }.items()
         for size, encoder in sizes.items()
     },
@@ -134,7 +134,7 @@ NAFLEX = Tower(
     sizes={"base-16": _NAFLEX, "so400m-16": replace(_NAFLEX, width=1152, layers=27, heads=16, mlp=4304)},
 )
 
-_INTERN = _STILL(
+_INTERN = _IMAGE_VIT(
     1024, 24, 16, 4096, patch_size=14, position_grid=32, class_token=True, qkv_bias=False, activation="gelu",
     layer_scale=0.1, **IMAGENET_PIXELS,
 )  # fmt: skip
@@ -154,7 +154,7 @@ INTERN = Tower(
     sizes={"300m": replace(_INTERN, qkv_bias=True), "6b": _6B, "6b-224": replace(_6B, layers=48, position_grid=16)},
 )
 
-_EVA = _STILL(
+_EVA = _IMAGE_VIT(
     1408, 39, 16, 6144, patch_size=14, position_grid=16, class_token=True, activation="gelu", last_norm=True,
     **CLIP_PIXELS,
 )  # fmt: skip
@@ -164,7 +164,7 @@ TOWERS = {tower.kind: tower for tower in (CLIP, SIGLIP, NAFLEX, INTERN, EVA)}
 
 
 def tower_for(vision: Mapping[str, Any]) -> Tower:
-    """The kind of tower that a `vision_config` is of."""
+    """Returns the kind of tower of a vision_config. Raises ValueError for an unsupported model_type."""
     kind = vision.get("model_type")
     if not isinstance(kind, str) or kind not in TOWERS:
         raise unsupported("vision_config.model_type", kind, TOWERS)
@@ -172,14 +172,16 @@ def tower_for(vision: Mapping[str, Any]) -> Tower:
 
 
 def part_to_hf(encoder: VitConfig) -> dict[str, Any]:
-    """The `vision_config` of a tower in a larger model: without the head that would make one vector of an image."""
+    """Returns the vision_config of a tower in a larger model, without its pooling head."""
     tower = tower_of(encoder)
     return tower.to_hf(encoder) | ({"vision_use_head": False} if tower.head else {})
 
 
 def tower_of(encoder: VitConfig) -> Tower:
-    """The kind of tower whose config.json can represent an encoder."""
+    """Returns the first kind of tower whose config.json can represent an encoder. Raises ValueError if none can."""
     for tower in TOWERS.values():
         if tower.says(encoder):
             return tower
-    raise ValueError(f"no kind of vision tower, {', '.join(TOWERS)}, has an encoder like {encoder}")
+    raise ValueError(
+        f"encoder: no kind of vision tower ({', '.join(TOWERS)}) can represent it. Change its fields: {encoder}"
+    )

@@ -1,4 +1,4 @@
-"""SigLIP (arXiv 2303.15343), and SigLIP 2 (arXiv 2502.14786) for square images: sizes, config.json, weight names."""
+"""SigLIP (arXiv 2303.15343), and SigLIP 2 (arXiv 2502.14786) for square images: sizes, config.json, weight table."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,14 +18,14 @@ TEXT = dual_encoders.text_tower(768, 12, 12, 3072, **_TOKENS)
 _LARGE = dual_encoders.text_tower(1024, 24, 16, 4096, **_TOKENS)
 _SO400M = dual_encoders.text_tower(1152, 27, 16, 4304, **_TOKENS)
 TEXTS = {"base": TEXT, "large": _LARGE, "so400m": _SO400M, "giant": _SO400M}
-GEMMA = 256000  # tokens of SigLIP 2's vocabulary
+GEMMA = 256000  # vocabulary size of SigLIP 2
 
 
 def _size(name: str) -> DualConfig:
-    """The config of a published size; SigLIP 2's begin with "2-"."""
-    own = name.removeprefix("2-")
-    encoder, text = SIGLIP.sizes[own], TEXTS[own.partition("-")[0]]
-    if name != own:
+    """Returns the config of a published size; names of SigLIP 2 begin with "2-"."""
+    base = name.removeprefix("2-")
+    encoder, text = SIGLIP.sizes[base], TEXTS[base.partition("-")[0]]
+    if name != base:
         text = replace(text, vocab=GEMMA)
     elif name == "so400m-14-224":
         text = replace(text, positions=16)
@@ -33,9 +33,9 @@ def _size(name: str) -> DualConfig:
 
 
 def dual(encoder: VitConfig, text: Any, width: int, family: str) -> DualConfig:
-    """Both towers with SigLIP's pools; `width` is that of texts, which must be that of images."""
+    """Returns a dual encoder with SigLIP's pools. Raises ValueError unless the text `width` is the encoder's."""
     if width != encoder.width:
-        raise ValueError(f"text_config.projection_size={width} must be vision_config.hidden_size={encoder.width}")
+        raise ValueError(f"text_config.projection_size={width}: must be vision_config.hidden_size={encoder.width}.")
     return DualConfig(
         encoder, pool_of(encoder), text, TokenPool(width, "last", bias=True), loss="sigmoid", family=family
     )
@@ -54,16 +54,16 @@ class Siglip(dual_encoders.DualFamily):
 
     def from_hf(self, config: Json) -> DualConfig:
         part = nullable(section({}), {})
-        stated = read(config, {"text_config": part, "vision_config": part})
+        fields = read(config, {"text_config": part, "vision_config": part})
         with inside("vision_config"):
-            if not read(stated["vision_config"], {"vision_use_head": flag(True)})["vision_use_head"]:
-                message = "must be true: without it there are no embeddings of images."
+            if not read(fields["vision_config"], {"vision_use_head": flag(True)})["vision_use_head"]:
+                message = "must be true: the head computes the image embeddings."
                 raise FieldError("vision_use_head", message, False)
-            encoder = self.tower.from_hf(stated["vision_config"])
+            encoder = self.tower.from_hf(fields["vision_config"])
         with inside("text_config"):
-            tokens = dual_encoders.text_from_hf(stated["text_config"], TEXT)
-            width = read(stated["text_config"], {"projection_size": nullable(count(None))})["projection_size"]
-        return dual(encoder, tokens, width or tokens.width, config["model_type"])
+            text = dual_encoders.text_from_hf(fields["text_config"], TEXT)
+            width = read(fields["text_config"], {"projection_size": nullable(count(None))})["projection_size"]
+        return dual(encoder, text, width or text.width, config["model_type"])
 
     def fields_to_hf(self, config: DualConfig) -> dict[str, Any]:
         (kind,) = self.architectures

@@ -1,4 +1,4 @@
-"""SigLIP 2 for images of any size, NaFlex (arXiv 2502.14786): published sizes and how its images come."""
+"""SigLIP 2 for images of any size, NaFlex (arXiv 2502.14786): published sizes and image inputs."""
 
 from dataclasses import replace
 
@@ -25,9 +25,9 @@ class Siglip2(siglip.Siglip):
     input_names = ANY_SIZE
 
     def images(self, config: DualConfig, arrays: Arrays) -> DualBatch:
-        """Images, one per row, in rows as long as the processor made them."""
-        found = images_of_any_size(config, arrays)
-        return one_each(found, arrays["pixel_values"].shape[1] if found else 0)
+        """Returns the images, one per row, in rows of the length that the processor chose."""
+        images = images_of_any_size(config, arrays)
+        return one_each(images, arrays["pixel_values"].shape[1] if images else 0)
 
     def rule(self, config: DualConfig) -> Keep:
-        return Keep(config.encoder.patch_size, config.encoder.position_grid**2)  # the number of positions
+        return Keep(config.encoder.patch_size, config.encoder.position_grid**2)  # at most one patch per position

@@ -1,4 +1,4 @@
-"""Kinds of vision towers: their part of a config.json, both ways, and rows that many tables of weights share."""
+"""Kinds of vision towers: their vision_config in both directions, and rows that several weight tables share."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.weights.table import Row
 
 ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "silu", "relu")} | {"gelu_pytorch_tanh": "gelu_tanh"}
-SAID = {  # our field -> its name in config.json, and its values if they differ
+SAID = {  # field of config.json -> (field of VitConfig, map of their values to ours; None: equal values)
     "hidden_size": ("width", None),
     "num_hidden_layers": ("layers", None),
     "num_attention_heads": ("heads", None),
@@ -21,7 +21,7 @@ SAID = {  # our field -> its name in config.json, and its values if they differ
     "hidden_act": ("activation", ACTIVATIONS),
     "layer_norm_eps": ("norm_eps", None),
 }
-# Fields that a model or a processor sets, not the tower.
+# Fields of VitConfig that a model or a processor sets, not the tower.
 CHOSEN = ("features", "deepstack_layers", "pixel_mean", "pixel_std")
 
 
@@ -29,12 +29,12 @@ CHOSEN = ("features", "deepstack_layers", "pixel_mean", "pixel_std")
 class Tower:
     """A kind of vision tower.
 
-    kind: the model_type of its config.json.
-    base: the tower of a config.json without fields, with the values that none can have.
-    rows: rows of an encoder's weights, theirs after a prefix.
-    said: fields of config.json beside SAID, in the same form.
-    sizes: published sizes.
-    head: whether the published tower ends in a head that pools an image to one vector, unless its config.json has none.
+    kind: model_type of its config.json.
+    base: encoder of an empty config.json; also sets the fields that config.json cannot represent.
+    rows: returns the rows of an encoder, given the prefix of the tensor names.
+    said: fields of config.json in addition to SAID, in the same format.
+    sizes: encoders of the published sizes by name.
+    head: whether the published tower has a head that pools an image to one vector. config.json may disable it.
     """
 
     kind: str
@@ -45,58 +45,58 @@ class Tower:
     head: bool = False
 
     def from_hf(self, vision: Mapping[str, Any]) -> VitConfig:
-        """The tower that a `vision_config` describes. Raises ValueError for what the encoder cannot do."""
-        stated, changes = read(vision, self.fields), {}
-        check_heads(stated, "hidden_size", "num_attention_heads")
-        for name in stated.keys() & {"image_size", "patch_size"}:
-            stated[name] = _side(name, stated[name])
+        """Returns the encoder of a vision_config. Raises ValueError for unsupported values."""
+        fields, changes = read(vision, self.fields), {}
+        check_heads(fields, "hidden_size", "num_attention_heads")
+        for name in fields.keys() & {"image_size", "patch_size"}:
+            fields[name] = _side(name, fields[name])
         for name, (ours, values) in {**SAID, **self.said}.items():
-            changes[ours] = stated[name] if values is None else values[stated[name]]
+            changes[ours] = fields[name] if values is None else values[fields[name]]
         encoder = replace(self.base, **changes)
         if self.any_size:
-            grid = round(stated["num_patches"] ** 0.5)
-            if grid**2 != stated["num_patches"]:
-                raise FieldError("num_patches", "must be a square.", stated["num_patches"])
+            grid = round(fields["num_patches"] ** 0.5)
+            if grid**2 != fields["num_patches"]:
+                raise FieldError("num_patches", "must be a square.", fields["num_patches"])
             return replace(encoder, position_grid=grid)
-        grid, rest = divmod(stated["image_size"], encoder.patch_size)
+        grid, remainder = divmod(fields["image_size"], encoder.patch_size)
         if not grid:
-            raise FieldError("image_size", f"must be at least patch_size={encoder.patch_size}.", stated["image_size"])
-        return replace(encoder, position_grid=grid, image_size=stated["image_size"] if rest else 0)
+            raise FieldError("image_size", f"must be at least patch_size={encoder.patch_size}.", fields["image_size"])
+        return replace(encoder, position_grid=grid, image_size=fields["image_size"] if remainder else 0)
 
     @property
     def any_size(self) -> bool:
-        """Images are read at nearly their own size, and its config.json counts positions, not pixels."""
+        """True for towers that read images at nearly their own size: config.json has `num_patches`, no `image_size`."""
         return self.base.resampling == "bilinear_antialias"
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Fields of its config.json."""
-        base, said = self.base, {**SAID, **self.said}
-        exact = {
+        """The fields of config.json with their defaults."""
+        base, names = self.base, {**SAID, **self.said}
+        fields = {
             "num_hidden_layers": layers(base.layers),
             "patch_size": listed(count(), [base.patch_size], lone=True),
             "image_size": listed(count(), [base.side], lone=True),
         }
         if self.any_size:
-            del exact["image_size"]
-            exact["num_patches"] = count(base.position_grid**2)
+            del fields["image_size"]
+            fields["num_patches"] = count(base.position_grid**2)
         if self.head:
-            exact["vision_use_head"] = flag(True)
-        return {name: _field(getattr(base, ours), values) for name, (ours, values) in said.items()} | exact
+            fields["vision_use_head"] = flag(True)
+        return {name: _field(getattr(base, ours), values) for name, (ours, values) in names.items()} | fields
 
     def to_hf(self, encoder: VitConfig) -> dict[str, Any]:
-        """The inverse of `from_hf`. Raises ValueError for what a config.json of this kind cannot represent."""
-        written: dict[str, Any] = {"model_type": self.kind}
+        """Inverse of `from_hf`. Raises ValueError if a config.json of this kind cannot represent the encoder."""
+        fields: dict[str, Any] = {"model_type": self.kind}
         for name, (ours, values) in {**SAID, **self.said}.items():
-            own = getattr(encoder, ours)
-            written[name] = own if values is None else next((key for key, value in values.items() if value == own), own)
+            value = getattr(encoder, ours)
+            fields[name] = value if values is None else next((key for key, v in values.items() if v == value), value)
         if self.any_size:
-            written["num_patches"] = encoder.position_grid**2
+            fields["num_patches"] = encoder.position_grid**2
         else:
-            written["image_size"] = encoder.side
+            fields["image_size"] = encoder.side
         plain = replace(encoder, **{name: getattr(self.base, name) for name in CHOSEN})
-        check_read_back(self.kind, plain, self.from_hf(written), "encoder")
-        return written
+        check_read_back(self.kind, plain, self.from_hf(fields), "encoder")
+        return fields
 
     def says(self, encoder: VitConfig) -> bool:
         """Returns whether a config.json of this kind can represent an encoder."""
@@ -107,20 +107,20 @@ class Tower:
 
 
 def _side(name: str, value: list[int]) -> int:
-    """The one side that a size, side or [side, side], has."""
+    """Returns the side of a square size, given as [side] or [side, side]."""
     if len(set(value)) != 1:
         raise FieldError(name, "must be one number, or the same number twice.", value)
     return value[0]
 
 
-def _field(usual: Any, values: Mapping[Any, Any] | None) -> Field:
-    """The field of config.json for one of VitConfig that is usually `usual`; `values` are theirs and ours."""
+def _field(default: Any, values: Mapping[Any, Any] | None) -> Field:
+    """Returns the field of config.json for a field of VitConfig with a default; `values` maps their values to ours."""
     if values is not None:
-        default = next(theirs for theirs, ours in values.items() if ours == usual)
-        return Field(type(default), default, choices=tuple(values))
-    if isinstance(usual, bool):
-        return flag(usual)
-    return positive(usual) if isinstance(usual, float) else count(usual, low=min(usual, 1))
+        theirs = next(theirs for theirs, ours in values.items() if ours == default)
+        return Field(type(theirs), theirs, choices=tuple(values))
+    if isinstance(default, bool):
+        return flag(default)
+    return positive(default) if isinstance(default, float) else count(default, low=min(default, 1))
 
 
 def patches(encoder: VitConfig, theirs: str) -> list[Row]:
@@ -133,7 +133,7 @@ def patches(encoder: VitConfig, theirs: str) -> list[Row]:
 
 
 def attention(theirs: str, names: Iterable[str]) -> list[Row]:
-    """Rows of separate queries, keys and values: `theirs` with `{part}` for their names."""
+    """Rows of separate queries, keys and values; `{part}` in `theirs` stands for their `names`."""
     values = {"part": tuple(names)}
     return [
         Row("encoder/layers/attention/qkv/w", f"{theirs}.weight", "(n h) d -> d n h", values=values),
@@ -142,12 +142,12 @@ def attention(theirs: str, names: Iterable[str]) -> list[Row]:
 
 
 def joint_attention(theirs: str) -> list[Row]:
-    """Rows of queries, keys and values joined in one tensor."""
+    """Rows of queries, keys and values concatenated in one tensor."""
     return linear("encoder/layers/attention/qkv", theirs, "(c n h) d -> c d n h", "(c n h) -> c n h")
 
 
 def block(theirs: str, out: str, norms: tuple[str, str]) -> list[Row]:
-    """Rows of a layer without queries, keys, values and the MLP: `out` of attention, and the names of its `norms`."""
+    """Rows of a layer's norms and of its attention output, named `out`; without qkv and MLP."""
     return [
         *linear("encoder/layers/attention/out", f"{theirs}.{out}", "d (n h) -> n h d", ""),
         *layer_norm("encoder/layers/norm1", f"{theirs}.{norms[0]}"),

@@ -1,5 +1,6 @@
-"""Towers of images alone, out of CLIP, SigLIP and SigLIP 2: features are transformers' `last_hidden_state`, and what
-SigLIP's head makes of them is its `pooler_output`.
+"""Vision towers of CLIP, SigLIP and SigLIP 2 as models of their own.
+
+Their features are transformers' `last_hidden_state`; the output of SigLIP's head is its `pooler_output`.
 """
 
 from dataclasses import replace
@@ -28,30 +29,33 @@ ANY_SIZE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
 def square_images(config: Any, arrays: Arrays) -> list[ImagePatches]:
-    """`pixel_values` f[n c h w], images of one size; `config` has an encoder."""
+    """Returns the images of `pixel_values` f[n c h w], all of one size; `config` has an encoder."""
     pixels, encoder = arrays.get("pixel_values", np.zeros((0, 0, 0, 0))), config.encoder
     if pixels.ndim != 4:
-        raise ValueError(f"pixel_values must be [images c h w], not {pixels.shape}")
+        raise ValueError(
+            f"pixel_values: shape {pixels.shape} is not [images c h w]. Pass images of one size in one array."
+        )
     return [cut(image, encoder.patch_size, encoder.num_prefix_tokens) for image in pixels]
 
 
 def images_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
-    """Images of NaFlex: `pixel_values` f[n p C] with values in (y, x, c) order, `spatial_shapes` i[n 2] in patches.
+    """Returns the images in arrays of NaFlex processors.
 
-    `pixel_attention_mask` marks the padding, which follows from the shapes, and is only compared with them.
+    `pixel_values` f[n p C] has values in (y, x, c) order, `spatial_shapes` i[n 2] is in patches. The padding follows
+    from the shapes; `pixel_attention_mask` [n p] is only compared with them.
     """
-    given = [name for name in ANY_SIZE if name in arrays]
-    if not given:
+    names = [name for name in ANY_SIZE if name in arrays]
+    if not names:
         return []
-    if missing := {"pixel_values", "spatial_shapes"} - set(given):
-        raise ValueError(f"pixel_values and spatial_shapes belong together; {missing.pop()} is missing")
+    if missing := {"pixel_values", "spatial_shapes"} - set(names):
+        raise ValueError(f"{missing.pop()}: is missing. Pass pixel_values and spatial_shapes together.")
     pixels, shapes = arrays["pixel_values"], arrays["spatial_shapes"]
     counts = shapes.prod(axis=1)
     mask = arrays.get("pixel_attention_mask", np.arange(pixels.shape[1]) < counts[:, None])
     if pixels.ndim != 3 or len(shapes) != len(pixels) or (mask.sum(axis=1) != counts).any():
         raise ValueError(
-            f"pixel_values {pixels.shape} must be [images patches values], with as many of each image's patches in "
-            f"pixel_attention_mask as in spatial_shapes: {mask.sum(axis=1).tolist()}, {counts.tolist()}"
+            f"pixel_values: shape {pixels.shape}, with {mask.sum(axis=1).tolist()} patches in pixel_attention_mask and "
+            f"{counts.tolist()} in spatial_shapes. Pass [images patches values] with as many patches in both."
         )
     side = config.encoder.patch_size
     values = rearrange(pixels.astype(np.float32), "n p (y x c) -> n p (c y x)", y=side, x=side)
@@ -61,7 +65,7 @@ def images_of_any_size(config: Any, arrays: Arrays) -> list[ImagePatches]:
 
 
 def pool_of(encoder: VitConfig) -> AttentionPool:
-    """SigLIP's head, which has the widths of its tower."""
+    """Returns SigLIP's head, which has the widths of its tower."""
     return AttentionPool(encoder.heads, encoder.mlp, encoder.activation, encoder.norm_eps)
 
 
@@ -81,13 +85,13 @@ def attention_pool(ours: str, theirs: str) -> list[Row]:
 class TowerFamily(Family):
     """A vision tower as a model.
 
-    tower: its kind.
-    features: features of the encoder, see VitConfig.
+    tower: kind of the tower.
+    features: layers whose features the encoder returns, see VitConfig.
     """
 
     tower: Tower
     features: tuple[int, ...] = ()
-    ignore = (r"visual_projection\.weight",)  # a projection after CLIP's tower
+    ignore = (r"visual_projection\.weight",)  # projection after CLIP's tower
     rename = ((r"^(?!vision_model\.)(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_model.\1."),)
     modules = ((r"^vision_model\.", ""),)
     input_names = SQUARE
@@ -101,8 +105,8 @@ class TowerFamily(Family):
         return ModelConfig(replace(encoder, features=self.features), family=self.tower.kind, pool=pool)
 
     def from_hf(self, config: Json) -> ModelConfig:
-        stated = read(config, {"vision_use_head": flag(True)})
-        return self._model(self.tower.from_hf(config), self.tower.head and stated["vision_use_head"])
+        fields = read(config, {"vision_use_head": flag(True)})
+        return self._model(self.tower.from_hf(config), self.tower.head and fields["vision_use_head"])
 
     def fields_to_hf(self, config: ModelConfig) -> dict[str, Any]:
         head = {"vision_use_head": config.pool is not None} if self.tower.head else {}
@@ -113,7 +117,7 @@ class TowerFamily(Family):
         return square_images(config, arrays)
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images, which stand for themselves: there is no text."""
+        """Returns the images under the placeholder 0, as there is no text."""
         images = self.images(config, arrays)
         return {
             0: [counted_like_text((image,), range(len(image.patches) - image.num_prefix_tokens)) for image in images]

@@ -1,4 +1,4 @@
-"""InternVL 2.5 and 3 (arXiv 2412.05271, 2504.10479): InternViT, pixel shuffle with an MLP, Qwen2.5 or any decoder.
+"""InternVL 2.5 and 3 (arXiv 2412.05271, 2504.10479): InternViT, a pixel-shuffle connector, Qwen2.5 or any decoder.
 
 Tensor names as in the published safetensors files of OpenGVLab's "-hf" models.
 """
@@ -50,20 +50,20 @@ FIELDS = {
     "downsample_ratio": number(0.5, 0.01, 1),
     "projector_hidden_act": word("gelu"),
     "vision_feature_layer": feature_layers(-1),
-    "vision_feature_select_strategy": word("default", ("default",)),  # which drops the class token of the tower
+    "vision_feature_select_strategy": word("default", ("default",)),  # drops the class token
 }
 
 
 def features_of(encoder: VitConfig, layers: list[int]) -> VitConfig:
-    """The encoder that gives the features of these layers, as a file numbers them; the last one has its last norm."""
+    """Returns the encoder with the features of these layers, in config.json's numbers. [-1]: its last norm's output."""
     return encoder if layers == [-1] else replace(encoder, features=features_from_hf(layers, encoder.layers))
 
 
-def merge_of(stated: dict) -> int:
-    """Number of patches a side that become one visual token."""
-    merge = 1 / stated["downsample_ratio"]
+def merge_of(fields: dict) -> int:
+    """Returns the number of patches per side of a visual token."""
+    merge = 1 / fields["downsample_ratio"]
     if abs(merge - round(merge)) > 1e-9:
-        raise FieldError("downsample_ratio", "must be 1, 1/2, 1/3 and so on.", stated["downsample_ratio"])
+        raise FieldError("downsample_ratio", "must be 1, 1/2, 1/3 and so on.", fields["downsample_ratio"])
     return round(merge)
 
 
@@ -78,7 +78,7 @@ SPEC = ProcessorSpec(
     label="Frame{number}: ",
     between="\n",
     fps=1.0,
-    min_frames=8,  # the bounds of internvl_chat/internvl/train/internvl_chat_finetune.py
+    min_frames=8,  # bounds from internvl_chat/internvl/train/internvl_chat_finetune.py
     max_frames=32,
     vision_start="<img>",
     vision_end="</img>",
@@ -92,24 +92,24 @@ class Internvl(Family):
     name = "InternVL"
     architectures = {"internvl": "InternVLForConditionalGeneration"}
     sizes = SIZES
-    # Names since transformers 4.52.
+    # Tensor names since transformers 4.52.
     rename = (*llava.RENAME_TEXT, (r"^model\.(?=vision_tower|multi_modal_projector)", ""))
     modules = llava.MODULES
     input_names = ("pixel_values",)
     spec = SPEC
 
     def from_hf(self, config: dict) -> ModelConfig:
-        stated = read(config, FIELDS)
+        fields = read(config, FIELDS)
         with inside("vision_config"):
-            read(stated["vision_config"], {"model_type": word(INTERN.kind, (INTERN.kind,))})
-            encoder = features_of(INTERN.from_hf(stated["vision_config"]), stated["vision_feature_layer"])
+            read(fields["vision_config"], {"model_type": word(INTERN.kind, (INTERN.kind,))})
+            encoder = features_of(INTERN.from_hf(fields["vision_config"]), fields["vision_feature_layer"])
         with inside("text_config"):
-            decoder = by_model_type.decoder_from_hf({"model_type": "qwen2", **stated["text_config"]})
+            decoder = by_model_type.decoder_from_hf({"model_type": "qwen2", **fields["text_config"]})
         return ModelConfig(
             encoder,
-            PixelShuffleConfig(merge_of(stated), activation_from_hf(stated["projector_hidden_act"])),
+            PixelShuffleConfig(merge_of(fields), activation_from_hf(fields["projector_hidden_act"])),
             tied_at_the_top(decoder, config, default=True),
-            VisionTokenIds(stated["image_token_id"]),
+            VisionTokenIds(fields["image_token_id"]),
             family="internvl",
         )
 
@@ -144,6 +144,6 @@ class Internvl(Family):
         return Stretch((config.encoder.side,) * 2)  # each frame is one tile
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Tiles f[tiles c h w] of all images, and frames: each has its own placeholders."""
+        """Returns the tiles f[tiles c h w] of images and the frames of videos; each has its own placeholders."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         return {config.tokens.image: [whole(config, tile) for tile in pixels]}

@@ -1,7 +1,7 @@
 """InternVL 1.5 to 3 (arXiv 2404.16821, 2412.05271, 2504.10479) in OpenGVLab's files, of model_type "internvl_chat".
 
-Tensor names are those of the published safetensors files: the decoder's are those of its own family after
-"language_model.". The layout of transformers is in families/vlms/internvl.py.
+Tensor names follow the published safetensors files; the decoder's are those of its own family after "language_model.".
+The format of transformers is in families/vlms/internvl.py.
 """
 
 import json
@@ -25,9 +25,9 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
-DECODERS = ("llama", "internlm2", "phi3", "qwen2")  # those of OpenGVLab's code
+DECODERS = ("llama", "internlm2", "phi3", "qwen2")  # supported by OpenGVLab's code
 ARCHITECTURES = {kind: by_model_type.TEXT[kind].architectures[kind] for kind in DECODERS}
-AFTER_IMAGE = 7  # a vocabulary ends in nine tokens that training adds, of which <IMG_CONTEXT> is the third
+AFTER_IMAGE = 7  # training appends nine tokens to the vocabulary; the third is <IMG_CONTEXT>
 
 
 def _rows(encoder: VitConfig, prefix: str) -> list[Row]:
@@ -47,7 +47,7 @@ def _rows(encoder: VitConfig, prefix: str) -> list[Row]:
 
 
 TOWER = Tower(
-    "intern_vit_6b",  # of the 300M too
+    "intern_vit_6b",  # also the model_type of the 300M
     INTERN.sizes["6b-224"],
     _rows,
     said={
@@ -70,7 +70,7 @@ def _size(tower: str, decoder: DecoderConfig, vocab: int, chat: str) -> ModelCon
     )
 
 
-# Tokens, with those that training adds: nine, of which Yi's vocabulary has two.
+# Vocabulary sizes with the nine tokens that training adds; Yi's vocabulary already has two of them.
 _INTERNLM2, _QWEN2, _QWEN2_5, _YI, _LLAMA3 = 92553, 151655, 151674, 64007, 128265
 SIZES = {
     "1.5-26b": _size("6b", internlm2.SIZES["20b"], _INTERNLM2, "internlm2-chat"),
@@ -113,16 +113,27 @@ FIELDS = {
 }
 
 
-_FIRST = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-_SECOND = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+_SYSTEM_1_5 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
 
 
 def _template(first: str, system: str, head: str, tail: str, end: str) -> str:
-    """A chat template in jinja2: a turn begins with its role between `head` and `tail`; `first` precedes all turns."""
-    own, answer = f"{head}{{{{ message.role }}}}{tail}", f"{head}assistant{tail}"
+    """Returns a chat template in jinja2.
+
+    Args:
+      first: text before all turns.
+      system: system message of a conversation without one.
+      head, tail: texts before and after the role at the start of each turn.
+      end: text at the end of each turn.
+    """
+    start, answer = f"{head}{{{{ message.role }}}}{tail}", f"{head}assistant{tail}"
     return (
         f"{first}{{% if messages[0].role != 'system' %}}{head}system{tail}{system}{end}{{% endif %}}"
-        f"{{% for message in messages %}}{own}"
+        f"{{% for message in messages %}}{start}"
         "{% if message.content is string %}{{ message.content }}{% else %}"
         "{% for item in message.content %}"
         "{{ item.text if item.type == 'text' else '<IMG_CONTEXT>\n' }}"
@@ -132,11 +143,11 @@ def _template(first: str, system: str, head: str, tail: str, end: str) -> str:
 
 
 _CHATML, _PHI = ("<|im_start|>", "\n"), ("<|", "|>\n")
-CHATS = {  # the names that config.json has for them -> template, end of a turn
-    "Hermes-2": (_template("", _FIRST, *_CHATML, "<|im_end|>"), "<|im_end|>"),
-    "internlm2-chat": (_template("{{ bos_token }}", _FIRST, *_CHATML, "<|im_end|>"), "<|im_end|>"),
-    "phi3-chat": (_template("", _FIRST, *_PHI, "<|end|>"), "<|end|>"),
-    "internvl2_5": (_template("{{ bos_token }}", _SECOND, *_CHATML, "<|im_end|>\n"), "<|im_end|>"),
+CHATS = {  # (template, end of a turn) by `template` in config.json
+    "Hermes-2": (_template("", _SYSTEM_1_5, *_CHATML, "<|im_end|>"), "<|im_end|>"),
+    "internlm2-chat": (_template("{{ bos_token }}", _SYSTEM_1_5, *_CHATML, "<|im_end|>"), "<|im_end|>"),
+    "phi3-chat": (_template("", _SYSTEM_1_5, *_PHI, "<|end|>"), "<|end|>"),
+    "internvl2_5": (_template("{{ bos_token }}", _SYSTEM_2_5, *_CHATML, "<|im_end|>\n"), "<|im_end|>"),
 }
 
 
@@ -146,39 +157,42 @@ class InternvlChat(internvl.Internvl):
     sizes = SIZES
     rename = ()
     modules = ()
-    spec = replace(internvl.SPEC, video_token=internvl.SPEC.image_token)  # their tokenizers have no other
+    spec = replace(internvl.SPEC, video_token=internvl.SPEC.image_token)  # the tokenizer has no video token
 
     def from_hf(self, config: dict) -> ModelConfig:
         """Reads a config.json. Raises ValueError for an unsupported value.
 
-        The file does not name the image token: it is AFTER_IMAGE before the end of the vocabulary, unless
-        `img_context_token_id`, which we write, has another.
+        Published files do not contain the image token: it is `vocab - AFTER_IMAGE`. Files that we write set it in
+        `img_context_token_id`.
         """
-        stated = read(config, FIELDS)
-        for name, needed in (("ps_version", "v2"), ("dynamic_image_size", True), ("use_thumbnail", True)):
-            if stated[name] != needed:
-                raise FieldError(name, f"must be {json.dumps(needed)}, as in InternVL from 1.5 on.", stated[name])
+        fields = read(config, FIELDS)
+        for name, required in (("ps_version", "v2"), ("dynamic_image_size", True), ("use_thumbnail", True)):
+            if fields[name] != required:
+                raise FieldError(name, f"must be {json.dumps(required)}, as in InternVL 1.5 and later.", fields[name])
         with inside("vision_config"):
-            encoder = features_of(TOWER.from_hf(stated["vision_config"]), stated["select_layer"])
+            encoder = features_of(TOWER.from_hf(fields["vision_config"]), fields["select_layer"])
         with inside("llm_config"):
-            decoder = by_model_type.decoder_from_hf(stated["llm_config"])
+            decoder = by_model_type.decoder_from_hf(fields["llm_config"])
         side = encoder.position_grid * encoder.patch_size
-        if stated["force_image_size"] not in (None, side):
-            raise FieldError("force_image_size", f"must be the tower's {side}.", stated["force_image_size"])
-        image, tiles = stated["img_context_token_id"], (stated["min_dynamic_patch"], stated["max_dynamic_patch"])
+        if fields["force_image_size"] not in (None, side):
+            raise FieldError("force_image_size", f"must be the tower's {side}.", fields["force_image_size"])
+        image, tiles = fields["img_context_token_id"], (fields["min_dynamic_patch"], fields["max_dynamic_patch"])
         return ModelConfig(
             encoder,
-            PixelShuffleConfig(merge_of(stated)),
+            PixelShuffleConfig(merge_of(fields)),
             decoder,
             VisionTokenIds(decoder.vocab - AFTER_IMAGE if image is None else image),
             family="internvl_chat",
-            inputs=InputRules(tiles=tiles, chat=stated["template"]),
+            inputs=InputRules(tiles=tiles, chat=fields["template"]),
         )
 
     def fields_to_hf(self, config: ModelConfig) -> dict:
         encoder, decoder = config.encoder, by_model_type.decoder_to_hf(config.decoder)
         if decoder["model_type"] not in ARCHITECTURES:
-            raise ValueError(f"OpenGVLab's files know no {decoder['model_type']}, only {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"decoder model_type={decoder['model_type']!r}: not supported in OpenGVLab's files. "
+                f"Choose one of {', '.join(ARCHITECTURES)}."
+            )
         low, high = config.inputs.tiles
         return {
             "model_type": "internvl_chat",
@@ -214,11 +228,11 @@ class InternvlChat(internvl.Internvl):
         ]
 
     def rule(self, config: ModelConfig) -> Tiles:
-        return Tiles(config.encoder.side, *config.inputs.tiles)  # config.json sets them
+        return Tiles(config.encoder.side, *config.inputs.tiles)  # from config.json
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
-        """As in other families, with the chat format. Raises ValueError for an unknown format."""
+        """Returns the processor spec with the model's chat template. Raises ValueError for an unknown template."""
         if config.inputs.chat not in CHATS:
-            raise unsupported("the chat format of config.json", config.inputs.chat, CHATS)
+            raise unsupported("template", config.inputs.chat, CHATS)
         template, end = CHATS[config.inputs.chat]
         return replace(super().processor_spec(config), template=template, end_of_turn=end)

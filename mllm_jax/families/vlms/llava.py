@@ -1,4 +1,4 @@
-"""LLaVA 1.5 (arXiv 2310.03744) and LLaVA-NeXT: a CLIP or SigLIP tower, an MLP, any decoder.
+"""LLaVA 1.5 (arXiv 2310.03744) and LLaVA-NeXT: a CLIP or SigLIP tower, an MLP connector, any decoder.
 
 Tensor names as in the published safetensors files of llava-hf.
 """
@@ -47,12 +47,12 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _TOWER = replace(CLIP.sizes["l14-336"], features=(-2,))
 
 
-def _second(decoder: DecoderConfig) -> ModelConfig:
+def _llava(decoder: DecoderConfig) -> ModelConfig:
     decoder = replace(decoder, vocab=32064)
     return ModelConfig(_TOWER, MlpConnectorConfig(), decoder, VisionTokenIds(32000), family="llava")
 
 
-def _next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
+def _llava_next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
     decoder = replace(decoder, vocab=vocab)
     return ModelConfig(
         _TOWER,
@@ -65,28 +65,28 @@ def _next(decoder: DecoderConfig, vocab: int, image: int) -> ModelConfig:
 
 
 SIZES = {
-    "1.5-7b": _second(llama.SIZES["vicuna-7b"]),
-    "1.5-13b": _second(llama.SIZES["vicuna-13b"]),
-    "next-vicuna-7b": _next(llama.SIZES["vicuna-7b"], 32064, 32000),
-    "next-vicuna-13b": _next(llama.SIZES["vicuna-13b"], 32064, 32000),
-    "next-mistral-7b": _next(mistral.SIZES["7b-v0.2"], 32064, 32000),
-    "next-34b": _next(llama.SIZES["yi-34b"], 64064, 64000),
-    "next-llama3-8b": _next(llama.SIZES["3-8b"], 128320, 128256),
-    "next-72b": _next(qwen2.SIZES["1.5-72b"], 152064, 151646),
-    "next-110b": _next(qwen2.SIZES["1.5-110b"], 152064, 151646),
+    "1.5-7b": _llava(llama.SIZES["vicuna-7b"]),
+    "1.5-13b": _llava(llama.SIZES["vicuna-13b"]),
+    "next-vicuna-7b": _llava_next(llama.SIZES["vicuna-7b"], 32064, 32000),
+    "next-vicuna-13b": _llava_next(llama.SIZES["vicuna-13b"], 32064, 32000),
+    "next-mistral-7b": _llava_next(mistral.SIZES["7b-v0.2"], 32064, 32000),
+    "next-34b": _llava_next(llama.SIZES["yi-34b"], 64064, 64000),
+    "next-llama3-8b": _llava_next(llama.SIZES["3-8b"], 128320, 128256),
+    "next-72b": _llava_next(qwen2.SIZES["1.5-72b"], 152064, 151646),
+    "next-110b": _llava_next(qwen2.SIZES["1.5-110b"], 152064, 151646),
 }
 
 
 def feature_layers(*usual: int) -> Field:
-    """A number of a layer, or several: what `features_from_hf` reads."""
+    """Returns the field of one or several layer numbers, as `features_from_hf` reads them."""
     return listed(count(low=-MOST_LAYERS, high=MOST_LAYERS), list(usual), lone=True)
 
 
-GRID = listed(listed(count()), None)  # sizes of images
+GRID = listed(listed(count()), None)  # image sizes in pixels
 FIELDS = {
     "text_config": section(),
     "vision_config": section(),
-    "image_token_id": count(None, low=0),  # two names of one number
+    "image_token_id": count(None, low=0),  # another name of image_token_index
     "image_token_index": count(32000, low=0),
     "projector_hidden_act": word("gelu"),
     "vision_feature_select_strategy": word("default", ("default", "full")),
@@ -96,19 +96,22 @@ FIELDS = {
 }
 
 
-def image_token(stated: Json) -> int:
-    """The number of the token that stands for an image, which has two names."""
-    return stated["image_token_index"] if stated["image_token_id"] is None else stated["image_token_id"]
+def image_token(fields: Json) -> int:
+    """Returns the id of the image token, from either of its two names."""
+    return fields["image_token_index"] if fields["image_token_id"] is None else fields["image_token_id"]
 
 
 def pinpoints_from_hf(sizes: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    if odd := [size for size in sizes if len(size) != 2]:
-        raise FieldError("image_grid_pinpoints", "must be pairs of numbers.", odd[0])
+    if invalid := [size for size in sizes if len(size) != 2]:
+        raise FieldError("image_grid_pinpoints", "must be pairs of numbers.", invalid[0])
     return tuple((first, second) for first, second in sizes)
 
 
 def features_from_hf(layers: Sequence[int], depth: int) -> tuple[int, ...]:
-    """The features of a tower of `depth` layers: theirs count what goes into the first as 0, from the end as we do."""
+    """Returns the encoder's `features` from transformers' layer numbers.
+
+    Theirs count the embeddings as layer 0, so layer 1 is our 0; negative numbers are equal.
+    """
     if not layers or any(layer == 0 or abs(layer) > depth for layer in layers):
         raise FieldError("vision_feature_layer", f"must be from 1 to {depth}, or from -{depth} to -1.", layers)
     return tuple(layer - 1 if layer > 0 else layer for layer in layers)
@@ -131,7 +134,7 @@ SPEC = ProcessorSpec(
 )
 
 
-# Names since transformers 4.52, and how layers are called in its memory.
+# Tensor names since transformers 4.52.
 RENAME_TEXT = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^language_model\.model\.model\.", "language_model.model."),
@@ -160,26 +163,26 @@ class Llava(Family):
     spec = SPEC
 
     def from_hf(self, config: Json) -> ModelConfig:
-        stated = read(config, FIELDS)
+        fields = read(config, FIELDS)
         with inside("vision_config"):
-            vision = {"model_type": CLIP.kind, **stated["vision_config"]}
+            vision = {"model_type": CLIP.kind, **fields["vision_config"]}
             encoder = tower_for(vision).from_hf(vision)
-        encoder = replace(encoder, features=features_from_hf(stated["vision_feature_layer"], encoder.layers))
-        strategy = stated["vision_feature_select_strategy"]
-        if strategy == "default" and encoder.num_prefix_tokens != 1:  # which drops the first feature, whatever it is
+        encoder = replace(encoder, features=features_from_hf(fields["vision_feature_layer"], encoder.layers))
+        strategy = fields["vision_feature_select_strategy"]
+        if strategy == "default" and encoder.num_prefix_tokens != 1:  # "default" drops the first feature
             raise FieldError("vision_feature_select_strategy", "needs a class token and no registers.", strategy)
         newline = config["model_type"] == "llava_next"
         with inside("text_config"):
-            decoder = by_model_type.decoder_from_hf({"model_type": "llama", **stated["text_config"]})
+            decoder = by_model_type.decoder_from_hf({"model_type": "llama", **fields["text_config"]})
         tied = tied_at_the_top if newline else tied_at_either
         return ModelConfig(
             encoder,
-            MlpConnectorConfig(activation=activation_from_hf(stated["projector_hidden_act"]), newline=newline),
+            MlpConnectorConfig(activation=activation_from_hf(fields["projector_hidden_act"]), newline=newline),
             tied(decoder, config),
-            VisionTokenIds(image_token(stated)),
+            VisionTokenIds(image_token(fields)),
             family=config["model_type"],
             inputs=InputRules(
-                pinpoints=pinpoints_from_hf(stated["image_grid_pinpoints"] or PINPOINTS) if newline else (),
+                pinpoints=pinpoints_from_hf(fields["image_grid_pinpoints"] or PINPOINTS) if newline else (),
                 shows_prefix_tokens=strategy == "full" and encoder.num_prefix_tokens > 0,
             ),
         )
@@ -218,13 +221,13 @@ class Llava(Family):
         return AnyRes(pinpoints, side) if pinpoints else Crop(side, (side, side))
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images f[images c h w], or with newlines their tiles f[images tiles c h w] and sizes i[images 2]."""
+        """Returns images f[images c h w], or for LLaVA-NeXT tiles f[images tiles c h w] with sizes i[images 2]."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         if not config.connector.newline:
             return {config.tokens.image: [whole(config, image) for image in pixels]}
         sizes = arrays.get("image_sizes", ())
         if len(pixels) != len(sizes):
-            raise ValueError(f"{len(pixels)} images need as many image_sizes, not {len(sizes)}")
+            raise ValueError(f"image_sizes: has {len(sizes)} sizes for {len(pixels)} images. Pass one size per image.")
         return {
             config.tokens.image: [
                 self._tiled(config, tiles, (int(height), int(width)))
@@ -233,7 +236,7 @@ class Llava(Family):
         }
 
     def _tiled(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int]) -> VisionSpan:
-        """An image of `size` (height, width) as AnyRes cuts it up: tiles [tiles c h w], more of them than it has."""
-        patch, own = config.encoder.patch_size, self.rule(config)
-        images = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
-        return counted_like_text(images, own.order(size, patch))
+        """Returns an AnyRes image of `size` (height, width) in pixels; `tiles` [tiles c h w] are padded at the end."""
+        patch, rule = config.encoder.patch_size, self.rule(config)
+        images = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(rule.sizes(size))])
+        return counted_like_text(images, rule.order(size, patch))

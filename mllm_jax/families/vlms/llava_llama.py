@@ -1,9 +1,8 @@
 """LLaVA 1.0, 1.5 and NeXT (arXiv 2304.08485, 2310.03744) in their authors' files (haotian-liu/LLaVA).
 
-Tensor names are those of these files: the decoder's are those of its own family. Their config.json names the vision
-tower, and only NeXT's files contain its weights; the others' come from the tower's own files, see
-`mllm_jax.load_pretrained`. No token of the vocabulary represents an image: it is IMAGE. The layout of transformers is
-in families/vlms/llava.py.
+Tensor names follow these files; the decoder's are those of its own family. config.json names the vision tower, whose
+weights only NeXT's files contain; otherwise `mllm_jax.load_pretrained` reads them from the tower's own files. The image
+token is IMAGE, which is not in the vocabulary. The format of transformers is in families/vlms/llava.py.
 """
 
 import re
@@ -24,7 +23,7 @@ from mllm_jax.model.vlm import InputRules, ModelConfig, VisionTokenIds
 from mllm_jax.weights.table import Row
 
 IMAGE = -200  # llava/constants.py
-DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}  # by the model_type
+DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}  # by model_type
 ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
 TOWERS = {"clip-vit-large-patch14": CLIP.sizes["l14"], "clip-vit-large-patch14-336": CLIP.sizes["l14-336"]}
 
@@ -40,17 +39,17 @@ def _size(tower: str, layers: int, decoder: DecoderConfig, inputs: InputRules) -
     )
 
 
-_SMALL, _LARGE = TOWERS
-_MIDDLE, _SQUARE, _TILES = InputRules(), InputRules(square=True), InputRules(pinpoints=llava.PINPOINTS)
+_L14, _L14_336 = TOWERS
+_CROP, _SQUARE, _TILES = InputRules(), InputRules(square=True), InputRules(pinpoints=llava.PINPOINTS)
 SIZES = {
-    "1.0-7b": _size(_SMALL, 1, llama.SIZES["7b"], _MIDDLE),
-    "1.0-13b": _size(_SMALL, 1, llama.SIZES["13b"], _MIDDLE),
-    "1.5-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], _SQUARE),
-    "1.5-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], _SQUARE),
-    "next-vicuna-7b": _size(_LARGE, 2, llama.SIZES["vicuna-7b"], _TILES),
-    "next-vicuna-13b": _size(_LARGE, 2, llama.SIZES["vicuna-13b"], _TILES),
-    "next-mistral-7b": _size(_LARGE, 2, mistral.SIZES["7b-v0.2"], _TILES),
-    "next-34b": _size(_LARGE, 2, llama.SIZES["yi-34b"], _TILES),
+    "1.0-7b": _size(_L14, 1, llama.SIZES["7b"], _CROP),
+    "1.0-13b": _size(_L14, 1, llama.SIZES["13b"], _CROP),
+    "1.5-7b": _size(_L14_336, 2, llama.SIZES["vicuna-7b"], _SQUARE),
+    "1.5-13b": _size(_L14_336, 2, llama.SIZES["vicuna-13b"], _SQUARE),
+    "next-vicuna-7b": _size(_L14_336, 2, llama.SIZES["vicuna-7b"], _TILES),
+    "next-vicuna-13b": _size(_L14_336, 2, llama.SIZES["vicuna-13b"], _TILES),
+    "next-mistral-7b": _size(_L14_336, 2, mistral.SIZES["7b-v0.2"], _TILES),
+    "next-34b": _size(_L14_336, 2, llama.SIZES["yi-34b"], _TILES),
 }
 
 
@@ -66,14 +65,20 @@ FIELDS = {
 
 
 def _content(message: str) -> str:
-    """The content of a message, a text or parts, in jinja2."""
+    """Returns jinja2 code that prints the content of a message, a string or a list of parts."""
     content, part = f"{message}.content", "{{ item.text if item.type == 'text' else '<image>\n' }}"
     parts = f"{{% for item in {content} %}}{part}{{% endfor %}}"
     return f"{{% if {content} is string %}}{{{{ {content} }}}}{{% else %}}{parts}{{% endif %}}"
 
 
 def _template(first: str, question: str, answer: str, prompt: str) -> str:
-    """A chat template in jinja2: its beginning, the texts around the CONTENT of a turn, the prompt for an answer."""
+    """Returns a chat template in jinja2.
+
+    Args:
+      first: text before all turns.
+      question, answer: texts of a user's and an assistant's turn, with CONTENT in place of the message.
+      prompt: text that starts an answer.
+    """
     content = _content("message")
     return (
         f"{first}{{% for message in messages %}}{{% if message.role == 'user' %}}{question.replace('CONTENT', content)}"
@@ -82,9 +87,9 @@ def _template(first: str, question: str, answer: str, prompt: str) -> str:
     )
 
 
-def _system(usual: str) -> str:
-    """The system message of a conversation that has none."""
-    return f"{{% if messages[0].role == 'system' %}}{_content('messages[0]')}{{% else %}}{usual}{{% endif %}}"
+def _system(default: str) -> str:
+    """Returns jinja2 code that prints the system message, or `default` if the conversation has none."""
+    return f"{{% if messages[0].role == 'system' %}}{_content('messages[0]')}{{% else %}}{default}{{% endif %}}"
 
 
 _VICUNA = (
@@ -93,7 +98,7 @@ _VICUNA = (
 )
 _SYS = f"<<SYS>>\n{_content('messages[0]')}{{{{ '\n<</SYS>>\n\n' }}}}"
 _START, _END = "<|im_start|>", "<|im_end|>"
-CHATS = {  # name in llava/conversation.py -> template, end of a turn if it is not the end of a text
+CHATS = {  # (template, end of a turn. None: end of text) by name in llava/conversation.py
     "vicuna_v1": (
         _template(f"{_system(_VICUNA)} ", "USER: CONTENT ", "ASSISTANT: CONTENT{{ eos_token }}", "ASSISTANT:"),
         None,
@@ -134,26 +139,27 @@ class LlavaLlama(llava.Llava):
     spec = replace(llava.SPEC, image_id=IMAGE, framed=True)
 
     def from_hf(self, config: Json) -> ModelConfig:
-        """Reads a config.json of model_type "llava_llama", "llava_mistral" or, before, "llava"."""
-        stated = read(config, FIELDS)
-        tower, kind = stated["mm_vision_tower"].rstrip("/").rpartition("/")[2], stated["mm_projector_type"]
+        """Reads a config.json of model_type "llava_llama", "llava_mistral" or, in old files, "llava"."""
+        fields = read(config, FIELDS)
+        tower, kind = fields["mm_vision_tower"].rstrip("/").rpartition("/")[2], fields["mm_projector_type"]
         if tower not in TOWERS:
-            raise unsupported("mm_vision_tower", stated["mm_vision_tower"], TOWERS)
+            raise unsupported("mm_vision_tower", fields["mm_vision_tower"], TOWERS)
         layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
         if layers is None and kind != "linear":
             raise FieldError("mm_projector_type", 'must be "linear" or "mlp2x_gelu".', kind)
-        newline, aspect = "unpad" in stated["mm_patch_merge_type"], stated["image_aspect_ratio"]
+        newline, aspect = "unpad" in fields["mm_patch_merge_type"], fields["image_aspect_ratio"]
         if newline != (aspect == "anyres"):
             raise ValueError(
-                "mm_patch_merge_type spatial_unpad and image_aspect_ratio anyres belong together in config.json"
+                f"mm_patch_merge_type={fields['mm_patch_merge_type']}, image_aspect_ratio={aspect}: "
+                "spatial_unpad and anyres require each other. Set both or neither."
             )
         encoder, decoder = TOWERS[tower], DECODERS[config["model_type"]]
-        if newline and not stated["image_grid_pinpoints"]:
+        if newline and not fields["image_grid_pinpoints"]:
             raise FieldError("image_grid_pinpoints", "is missing. Add it to the file.")
-        # Theirs are (width, height).
-        pinpoints = llava.pinpoints_from_hf(stated["image_grid_pinpoints"]) if newline else ()
+        # Pinpoints in these files are (width, height).
+        pinpoints = llava.pinpoints_from_hf(fields["image_grid_pinpoints"]) if newline else ()
         return ModelConfig(
-            replace(encoder, features=llava.features_from_hf(stated["mm_vision_select_layer"], encoder.layers)),
+            replace(encoder, features=llava.features_from_hf(fields["mm_vision_select_layer"], encoder.layers)),
             MlpConnectorConfig(1 if layers is None else int(layers[1]), newline=newline),
             by_model_type.decoder_from_hf({**config, "model_type": decoder}),
             VisionTokenIds(IMAGE),
@@ -163,12 +169,12 @@ class LlavaLlama(llava.Llava):
 
     def fields_to_hf(self, config: ModelConfig) -> dict[str, Any]:
         encoder, connector, decoder = config.encoder, config.connector, by_model_type.decoder_to_hf(config.decoder)
-        alike = (name for name, known in TOWERS.items() if replace(known, features=encoder.features) == encoder)
-        tower = next(alike, None)
+        names = (name for name, vit in TOWERS.items() if replace(vit, features=encoder.features) == encoder)
+        tower = next(names, None)
         if tower is None or decoder["model_type"] not in ARCHITECTURES:
             raise ValueError(
-                f"LLaVA's own config.json names one of the towers {', '.join(TOWERS)} and has a decoder of "
-                f"{' or '.join(ARCHITECTURES)}; this model has others: {config}"
+                f"LLaVA's own config.json supports only the towers {', '.join(TOWERS)} and the decoders "
+                f"{', '.join(ARCHITECTURES)}. Choose one of each; this model has others: {config}"
             )
         tiles = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
         tiles |= {"image_grid_pinpoints": [[width, height] for height, width in config.inputs.pinpoints]}
@@ -182,7 +188,7 @@ class LlavaLlama(llava.Llava):
             "mm_vision_select_feature": "patch",
             "mm_vision_select_layer": llava.features_to_hf(encoder.features),
             "mm_vision_tower": f"openai/{tower}",
-            "unfreeze_mm_vision_tower": True,  # the tower's weights are in the file
+            "unfreeze_mm_vision_tower": True,  # files contain the tower's weights
             "use_mm_proj": True,
             **(tiles if connector.newline else {"image_aspect_ratio": "pad"} if config.inputs.square else {}),
         }
@@ -191,9 +197,9 @@ class LlavaLlama(llava.Llava):
         return None if any("vision_tower." in name for name in names) else config["mm_vision_tower"]
 
     def processor_spec(self, config: ModelConfig) -> ProcessorSpec:
-        """As in other families, with the chat format of the decoder, which config.json does not have.
+        """Returns the processor spec with the chat template of the decoder, which config.json lacks.
 
-        A chat_template.jinja in the folder sets another format, such as that of LLaVA on Llama 2 Chat.
+        A chat_template.jinja in the folder overrides it, for example for LLaVA on Llama 2 Chat.
         """
         if config.decoder.family == "mistral":
             template, end = CHATS["mistral_instruct"]

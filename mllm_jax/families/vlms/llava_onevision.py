@@ -1,4 +1,4 @@
-"""LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with up to 36 tiles, whose grid is resampled, several images, clips.
+"""LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with up to 36 tiles, resampled tokens, multiple images, and videos.
 
 Tensor names as in the published safetensors files of llava-hf.
 """
@@ -63,7 +63,7 @@ SPEC = ProcessorSpec(
     vision_start=None,
     vision_end=None,
     end_of_turn="<|im_end|>",
-    fps=1.0,  # LLaVA-NeXT's llava/train/train.py: one frame a second, of longer clips 32
+    fps=1.0,  # llava/train/train.py of LLaVA-NeXT: one frame per second, at most 32 per video
     min_frames=1,
     max_frames=32,
     label=None,
@@ -80,13 +80,13 @@ class LlavaOnevision(llava.Llava):
     spec = SPEC
 
     def from_hf(self, config: dict) -> ModelConfig:
-        stated = read(config, FIELDS)
-        aspect = stated["vision_aspect_ratio"]
-        if not (most := re.fullmatch(r"anyres_max_([1-9]\d{0,3})", aspect)):
+        fields = read(config, FIELDS)
+        aspect = fields["vision_aspect_ratio"]
+        if not (match := re.fullmatch(r"anyres_max_([1-9]\d{0,3})", aspect)):
             raise FieldError("vision_aspect_ratio", 'must be "anyres_max_9" or with another number.', aspect)
-        said = {"model_type": "qwen2", **stated["text_config"]}
+        text = {"model_type": "qwen2", **fields["text_config"]}
         with inside("text_config"):
-            decoder = tied_at_either(by_model_type.decoder_from_hf(said), config)
+            decoder = tied_at_either(by_model_type.decoder_from_hf(text), config)
         model = super().from_hf(
             {
                 "vision_feature_layer": -1,
@@ -94,27 +94,27 @@ class LlavaOnevision(llava.Llava):
                 "image_token_index": 151646,
                 **config,
                 "image_grid_pinpoints": config.get("image_grid_pinpoints") or PINPOINTS,
-                "vision_config": {"model_type": SIGLIP.kind, **stated["vision_config"]},
+                "vision_config": {"model_type": SIGLIP.kind, **fields["vision_config"]},
                 "model_type": "llava_next",
-                "text_config": said,
+                "text_config": text,
                 "tie_word_embeddings": decoder.tie_embeddings,
             }
         )
-        video = stated["video_token_index"] if stated["video_token_id"] is None else stated["video_token_id"]
+        video = fields["video_token_index"] if fields["video_token_id"] is None else fields["video_token_id"]
         tokens = replace(model.tokens, video=video)
-        inputs = replace(model.inputs, most_tiles=int(most[1]))
+        inputs = replace(model.inputs, most_tiles=int(match[1]))
         return replace(model, tokens=tokens, family="llava_onevision", inputs=inputs)
 
     def fields_to_hf(self, config: ModelConfig) -> dict:
         tokens, inputs = VisionTokenIds(config.tokens.image), replace(config.inputs, most_tiles=0)
-        alike = replace(config, tokens=tokens, family="llava_next", inputs=inputs)
-        written = super().fields_to_hf(alike) | {
+        llava_next = replace(config, tokens=tokens, family="llava_next", inputs=inputs)
+        fields = super().fields_to_hf(llava_next) | {
             "model_type": "llava_onevision",
             "video_token_index": config.tokens.video,
             "vision_aspect_ratio": f"anyres_max_{config.inputs.most_tiles}",
         }
-        del written["image_seq_length"]
-        return written
+        del fields["image_seq_length"]
+        return fields
 
     def rule(self, config: ModelConfig) -> AnyRes:
         color = mean_color(config.encoder.pixel_mean)
@@ -124,35 +124,37 @@ class LlavaOnevision(llava.Llava):
         return Halved((config.encoder.side,) * 2)
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images and videos in the arrays of its processor.
+        """Returns the images and videos in the processor's arrays.
 
-        `pixel_values` f[images tiles c h w] are tiles with `image_sizes` i[images 2]; `batch_num_images` i[n] is the
-        number of images of each conversation that has any (absent: one), and of several each is only its first tile.
-        `pixel_values_videos` f[clips frames c h w].
+        pixel_values: tiles f[images tiles c h w].
+        image_sizes: (height, width) in pixels, i[images 2].
+        batch_num_images: number of images of each conversation with images, i[n]. Absent: 1 each. An image among
+          several is only its first tile.
+        pixel_values_videos: frames f[videos frames c h w].
         """
         pixels, sizes = arrays.get("pixel_values", np.zeros((0, 1, 1, 1, 1))), arrays.get("image_sizes", ())
         counts = arrays.get("batch_num_images", np.ones(len(pixels), int))
         if pixels.ndim != 5 or not len(pixels) == len(sizes) == sum(counts):
             raise ValueError(
-                f"pixel_values {pixels.shape} must be [images tiles c h w], with as many image_sizes ({len(sizes)}) "
-                f"and as many images in batch_num_images ({sum(counts)})"
+                f"pixel_values: shape {pixels.shape}, with {len(sizes)} image_sizes and {sum(counts)} images in "
+                "batch_num_images. Pass [images tiles c h w] and as many images in all three arrays."
             )
-        among = np.repeat(counts, counts)
+        num_images = np.repeat(counts, counts)
         images = [
             self._image(config, tiles, (int(height), int(width)), int(count))
-            for tiles, (height, width), count in zip(pixels, sizes, among, strict=True)
+            for tiles, (height, width), count in zip(pixels, sizes, num_images, strict=True)
         ]
-        videos = [self._clip(config, frames) for frames in arrays.get("pixel_values_videos", ())]
+        videos = [self._video(config, frames) for frames in arrays.get("pixel_values_videos", ())]
         return {config.tokens.image: images, config.tokens.video: videos}
 
     def _image(self, config: ModelConfig, tiles: np.ndarray, size: tuple[int, int], count: int) -> VisionSpan:
-        """One of `count` images of a conversation, of `size` (height, width): its tiles [tiles c h w], or more."""
-        own, patch = self.rule(config).among(count), config.encoder.patch_size
-        images = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(own.sizes(size))])
-        return counted_like_text(images, own.order(size, patch), own.mix(size, patch))
+        """Returns one of a conversation's `count` images, of `size` (height, width); `tiles` are padded at the end."""
+        rule, patch = self.rule(config).among(count), config.encoder.patch_size
+        images = tuple(cut(pixels, patch, config.num_prefix_tokens) for pixels in tiles[: len(rule.sizes(size))])
+        return counted_like_text(images, rule.order(size, patch), rule.mix(size, patch))
 
-    def _clip(self, config: ModelConfig, frames: np.ndarray) -> VisionSpan:
-        """A clip of frames [t c h w]."""
+    def _video(self, config: ModelConfig, frames: np.ndarray) -> VisionSpan:
+        """Returns a video with frames [t c h w]."""
         patch, size = config.encoder.patch_size, frames.shape[-2:]
         images = (
             cut(pixels, patch, config.num_prefix_tokens)._replace(time=time) for time, pixels in enumerate(frames)

@@ -1,6 +1,6 @@
 """PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555): a SigLIP tower, a linear layer, Gemma or Gemma 2.
 
-The tokens of images and prompt (`token_type_ids` 0) see each other; those of the answer (1) what came before.
+Tokens of images and prompt (`token_type_ids` 0) attend to each other, answer tokens (1) to all earlier tokens.
 Tensor names as in the published safetensors files.
 """
 
@@ -45,7 +45,7 @@ SIZES = {f"{name}-{pixels}": _size(_DECODERS[name], pixels) for name in _DECODER
 FIELDS = {
     "text_config": section(),
     "vision_config": section(),
-    "image_token_id": count(None, low=0),  # two names of one number
+    "image_token_id": count(None, low=0),  # another name of image_token_index
     "image_token_index": count(256000, low=0),
 }
 
@@ -91,20 +91,20 @@ class Paligemma(Family):
     spec = SPEC
 
     def from_hf(self, config: dict) -> ModelConfig:
-        stated = read(config, FIELDS)
+        fields = read(config, FIELDS)
         with inside("vision_config"):
-            read(stated["vision_config"], {"model_type": word(SIGLIP.kind, (SIGLIP.kind,))})
-            encoder = SIGLIP.from_hf(stated["vision_config"])
+            read(fields["vision_config"], {"model_type": word(SIGLIP.kind, (SIGLIP.kind,))})
+            encoder = SIGLIP.from_hf(fields["vision_config"])
         with inside("text_config"):
-            # Its own masks override the decoder's setting.
+            # PaliGemma's prefix mask replaces this setting of Gemma.
             decoder = by_model_type.decoder_from_hf(
-                {"model_type": "gemma", **stated["text_config"], "use_bidirectional_attention": None}
+                {"model_type": "gemma", **fields["text_config"], "use_bidirectional_attention": None}
             )
         return ModelConfig(
             encoder,
             MlpConnectorConfig(layers=1),
             replace(tied_at_the_top(decoder, config, default=True), prefix=True),
-            VisionTokenIds(llava.image_token(stated)),
+            VisionTokenIds(llava.image_token(fields)),
             family="paligemma",
         )
 
@@ -134,6 +134,6 @@ class Paligemma(Family):
         return Stretch((side, side))
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images f[images c h w], in the order of their placeholders."""
+        """Returns the images f[images c h w], in the order of their placeholders."""
         pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         return {config.tokens.image: [whole(config, image) for image in pixels]}

@@ -1,4 +1,4 @@
-"""Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): published sizes, config.json both ways, weight names.
+"""Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): published sizes, config.json, weight table.
 
 Tensor names as in the published safetensors files.
 """
@@ -49,16 +49,16 @@ from mllm_jax.model.encoders.vit import VitConfig
 from mllm_jax.model.vlm import InputRules, ModelConfig
 from mllm_jax.weights.table import Row
 
-# Patches have only rotary positions.
-_FIRST = VitConfig(
+# Patches have rotary positions only, no position embeddings.
+_QWEN2 = VitConfig(
     1280, 32, 16, 5120, patch_size=14, patch_bias=False, position_grid=0, activation="quick_gelu", **CLIP_PIXELS
 )
-_SECOND = replace(_FIRST, mlp=3420, norm="rms", gated=True, activation="silu", window=8, whole=(7, 15, 23, 31))
-_WIDER = replace(_SECOND, mlp=3456)
+_QWEN2_5 = replace(_QWEN2, mlp=3420, norm="rms", gated=True, activation="silu", window=8, whole=(7, 15, 23, 31))
+_QWEN2_5_LARGE = replace(_QWEN2_5, mlp=3456)
 
 
 def _decoder(name: str) -> DecoderConfig:
-    """Qwen2's decoder with the rotary positions of images."""
+    """Returns Qwen2's decoder with M-RoPE."""
     text = qwen2.SIZES[name]
     attention = replace(text.attention, rope_sections=(16, 24, 24), rope_layout="chunked")
     return replace(text, attention=attention, norm_eps=1e-6)
@@ -80,23 +80,23 @@ def _kind(encoder: VitConfig) -> str:
 
 
 SIZES = {
-    "2b": _size(_FIRST, "1.5b"),
-    "7b": _size(_FIRST, "7b"),
-    "72b": _size(_FIRST, "72b"),
-    "2.5-3b": _size(_SECOND, "2.5-3b"),
-    "2.5-7b": _size(_SECOND, "2.5-7b"),
-    "2.5-32b": _size(_WIDER, "2.5-32b"),
-    "2.5-72b": _size(_WIDER, "2.5-72b"),
+    "2b": _size(_QWEN2, "1.5b"),
+    "7b": _size(_QWEN2, "7b"),
+    "72b": _size(_QWEN2, "72b"),
+    "2.5-3b": _size(_QWEN2_5, "2.5-3b"),
+    "2.5-7b": _size(_QWEN2_5, "2.5-7b"),
+    "2.5-32b": _size(_QWEN2_5_LARGE, "2.5-32b"),
+    "2.5-72b": _size(_QWEN2_5_LARGE, "2.5-72b"),
 }
 
 
-_ALIKE = VISION_FIELDS | {"depth": layers(32), "patch_size": count(14), "hidden_size": count(3584)}
-FIRST_FIELDS = _ALIKE | {
+_COMMON = VISION_FIELDS | {"depth": layers(32), "patch_size": count(14), "hidden_size": count(3584)}
+FIRST_FIELDS = _COMMON | {
     "embed_dim": count(1280),
     "mlp_ratio": positive(4),
     "hidden_act": word("quick_gelu", ACTIVATIONS),
 }
-SECOND_FIELDS = _ALIKE | {
+SECOND_FIELDS = _COMMON | {
     "intermediate_size": count(3420),
     "out_hidden_size": count(3584),
     "window_size": count(112),
@@ -106,31 +106,31 @@ SECOND_FIELDS = _ALIKE | {
 }
 
 
-def _first(vision: dict) -> VitConfig:
-    return replace(_FIRST, mlp=int(vision["embed_dim"] * vision["mlp_ratio"]), **encoder_fields(vision, "embed_dim"))
+def _qwen2_encoder(vision: dict) -> VitConfig:
+    return replace(_QWEN2, mlp=int(vision["embed_dim"] * vision["mlp_ratio"]), **encoder_fields(vision, "embed_dim"))
 
 
-def _second(vision: dict) -> VitConfig:
-    merge, whole = vision["spatial_merge_size"], vision["fullatt_block_indexes"]
+def _qwen2_5_encoder(vision: dict) -> VitConfig:
+    merge, full_layers = vision["spatial_merge_size"], vision["fullatt_block_indexes"]
     window = vision["window_size"] // merge // vision["patch_size"] * merge
-    if over := [layer for layer in whole if layer >= vision["depth"]]:
-        raise FieldError("fullatt_block_indexes", f"must be below depth={vision['depth']}.", over)
+    if invalid := [layer for layer in full_layers if layer >= vision["depth"]]:
+        raise FieldError("fullatt_block_indexes", f"must be below depth={vision['depth']}.", invalid)
     if not window:
         raise FieldError(
-            "window_size", "must be at least a visual token, patch_size * spatial_merge_size.", vision["window_size"]
+            "window_size", "must be at least patch_size * spatial_merge_size, one visual token.", vision["window_size"]
         )
     return replace(
-        _SECOND,
+        _QWEN2_5,
         mlp=vision["intermediate_size"],
         window=window,
-        whole=tuple(whole),
+        whole=tuple(full_layers),
         **encoder_fields(vision, "hidden_size"),
     )
 
 
-PIXELS = replace(QWEN3_VL, scale=None)  # Qwen2.5-VL's numbers are pixels of the image as it is read
+PIXELS = replace(QWEN3_VL, scale=None)  # Qwen2.5-VL's coordinates are pixels of the resized image
 SPEC = ProcessorSpec(
-    grounding=Grounding(  # section 2.2 of the paper: numbers in [0, 1000)
+    grounding=Grounding(  # section 2.2 of the paper: coordinates in [0, 1000)
         "<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
         "<|box_start|>({x},{y})<|box_end|>",
         largest=999,
@@ -156,7 +156,7 @@ class Qwen2Vl(Family):
         "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     }
     sizes = SIZES
-    # Names since transformers 4.52 moved both towers under `model.`.
+    # Tensor names since transformers 4.52, which moved the encoder and the decoder under `model.`.
     rename = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."), (r"^model\.model\.", "model."))
     modules = ((r"^visual\.", "model.visual."), (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."))
     input_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
@@ -164,18 +164,18 @@ class Qwen2Vl(Family):
 
     def from_hf(self, config: dict) -> ModelConfig:
         second = config["model_type"] == "qwen2_5_vl"
-        stated = read(config, {"vision_config": section(), "text_config": nullable(section(None))} | TOKEN_FIELDS)
+        fields = read(config, {"vision_config": section(), "text_config": nullable(section(None))} | TOKEN_FIELDS)
         with inside("vision_config"):
-            vision = read(stated["vision_config"], SECOND_FIELDS if second else FIRST_FIELDS)
-            encoder = _second(vision) if second else _first(vision)
-        text = config if stated["text_config"] is None else stated["text_config"]  # old files have one level
-        with nullcontext() if stated["text_config"] is None else inside("text_config"):
+            vision = read(fields["vision_config"], SECOND_FIELDS if second else FIRST_FIELDS)
+            encoder = _qwen2_5_encoder(vision) if second else _qwen2_encoder(vision)
+        text = config if fields["text_config"] is None else fields["text_config"]  # old files have no text_config
+        with nullcontext() if fields["text_config"] is None else inside("text_config"):
             decoder = tied_at_either(qwen2.seeing_decoder_from_hf(text), config)
         out = "out_hidden_size" if second else "hidden_size"
         if vision[out] != decoder.width:
             raise FieldError(f"vision_config.{out}", f"must be the decoder's hidden_size={decoder.width}.", vision[out])
         rate = float(vision["tokens_per_second"]) if second else 0.0
-        return _model(encoder, vision["spatial_merge_size"], decoder, tokens_of(stated), rate)
+        return _model(encoder, vision["spatial_merge_size"], decoder, tokens_of(fields), rate)
 
     def fields_to_hf(self, config: ModelConfig) -> dict:
         encoder, decoder, kind = config.encoder, config.decoder, _kind(config.encoder)
@@ -225,13 +225,15 @@ class Qwen2Vl(Family):
         return replace(spec, grounding=PIXELS) if config.encoder.gated else spec
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images and clips; a clip is one run of placeholders, whatever its number of temporal patches."""
+        """Returns the images and videos. All temporal patches of a video share one run of placeholders."""
         images, videos = (read_videos(arrays, *self.input_names[i : i + 2]) for i in (0, 2))
         seconds = arrays.get("second_per_grid_ts", np.ones(len(videos)))
         if len(seconds) != len(videos):
-            raise ValueError(f"second_per_grid_ts has {len(seconds)} values for {len(videos)} clips")
-        times = [patch_positions(len(clip), config.inputs.position_rate, step) for clip, step in zip(videos, seconds)]
+            raise ValueError(
+                f"second_per_grid_ts: has {len(seconds)} values for {len(videos)} videos. Pass one per video."
+            )
+        times = [patch_positions(len(video), config.inputs.position_rate, step) for video, step in zip(videos, seconds)]
         return {
             config.tokens.image: [one_by_one(patches, config.merge) for patches in images],
-            config.tokens.video: [one_by_one(clip, config.merge, steps) for clip, steps in zip(videos, times)],
+            config.tokens.video: [one_by_one(video, config.merge, steps) for video, steps in zip(videos, times)],
         }

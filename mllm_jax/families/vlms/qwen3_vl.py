@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense and with experts (arXiv 2511.21631): published sizes, config.json both ways, weight names.
+"""Qwen3-VL, dense and with experts (arXiv 2511.21631): published sizes, config.json, weight table.
 
 Tensor names as in the published safetensors files.
 """
@@ -35,7 +35,7 @@ def _dense(width: int, layers: int, heads: int, mlp: int, tie: bool = False) -> 
 
 
 def _experts(name: str) -> DecoderConfig:
-    """Qwen3's decoder with the rotary positions of images."""
+    """Returns Qwen3's decoder with M-RoPE."""
     text = qwen3.SIZES[name]
     return replace(text, attention=AttentionConfig(text.attention.heads, text.attention.kv_heads, 128))
 
@@ -65,7 +65,7 @@ TOKEN_FIELDS = {
     "vision_start_token_id": count(TOKENS.start, low=0),
     "vision_end_token_id": count(TOKENS.end, low=0),
 }
-VISION_FIELDS = {  # which Qwen2-VL's have too
+VISION_FIELDS = {  # shared with Qwen2-VL
     "depth": layers(27),
     "num_heads": count(16),
     "patch_size": count(16),
@@ -85,8 +85,8 @@ VISION = VISION_FIELDS | {
 
 
 def encoder_fields(vision: dict, width: str = "hidden_size") -> dict:
-    """Fields of the encoder, from the values of VISION_FIELDS, `width` and `hidden_act`."""
-    check_heads(vision, width, "num_heads", multiple=4)  # rotary positions turn pairs by row and column
+    """Returns fields of VitConfig from the values of VISION_FIELDS, `hidden_act`, and the width named `width`."""
+    check_heads(vision, width, "num_heads", multiple=4)  # axial RoPE rotates pairs, by row and by column
     return {
         "width": vision[width],
         "layers": vision["depth"],
@@ -100,7 +100,7 @@ def encoder_fields(vision: dict, width: str = "hidden_size") -> dict:
 
 
 def vision_to_hf(encoder: VitConfig, merge: int) -> dict:
-    """The inverse, without the width."""
+    """Inverse of `encoder_fields`, without the width."""
     return {
         "depth": encoder.layers,
         "num_heads": encoder.heads,
@@ -113,18 +113,18 @@ def vision_to_hf(encoder: VitConfig, merge: int) -> dict:
     }
 
 
-def tokens_of(stated: dict) -> VisionTokenIds:
-    """Token ids from the values of TOKEN_FIELDS."""
+def tokens_of(fields: dict) -> VisionTokenIds:
+    """Returns the token ids from the values of TOKEN_FIELDS."""
     return VisionTokenIds(
-        image=stated["image_token_id"],
-        video=stated["video_token_id"],
-        start=stated["vision_start_token_id"],
-        end=stated["vision_end_token_id"],
+        image=fields["image_token_id"],
+        video=fields["video_token_id"],
+        start=fields["vision_start_token_id"],
+        end=fields["vision_end_token_id"],
     )
 
 
 def tokens_to_hf(tokens: VisionTokenIds) -> dict:
-    """The inverse of `tokens_of`."""
+    """Inverse of `tokens_of`."""
     return {
         "image_token_id": tokens.image,
         "video_token_id": tokens.video,
@@ -145,8 +145,10 @@ _BLOCK, _EXPERTS = "model.visual.blocks.{n}", "model.language_model.layers.{n}.m
 
 
 def _experts_rows(decoder: DecoderConfig) -> list[Row]:
-    """Rows of the experts of a layer in one tensor: transposed in published files, but not as transformers 5 saves
-    them. A tensor of equal sides is read as not transposed, like transformers 5 does.
+    """Rows of a layer's experts, joined in one tensor.
+
+    Published files contain them transposed, files saved by transformers 5 do not. A tensor with equal sides is read as
+    not transposed, as in transformers 5.
     """
     if (moe := decoder.moe) is None:
         return []
@@ -167,7 +169,7 @@ class Qwen3Vl(Family):
         "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     }
     sizes = SIZES
-    # Names before transformers 4.57 moved both towers under `model.`.
+    # Tensor names before transformers 4.57, which moved the encoder and the decoder under `model.`.
     rename = (
         (r"^visual\.", "model.visual."),
         (r"^model\.(?=layers|embed_tokens|norm)", "model.language_model."),
@@ -176,17 +178,19 @@ class Qwen3Vl(Family):
     input_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
     def from_hf(self, config: dict) -> ModelConfig:
-        stated = read(config, SECTIONS | TOKEN_FIELDS)
+        fields = read(config, SECTIONS | TOKEN_FIELDS)
         with inside("vision_config"):
-            vision = read(stated["vision_config"], VISION)
+            vision = read(fields["vision_config"], VISION)
             if (grid := round(vision["num_position_embeddings"] ** 0.5)) ** 2 != vision["num_position_embeddings"]:
                 raise FieldError("num_position_embeddings", "must be a square.", vision["num_position_embeddings"])
-            fields = encoder_fields(vision)
-            if taps := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
-                raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", taps)
-        taps = tuple(vision["deepstack_visual_indexes"])
-        encoder = VitConfig(mlp=vision["intermediate_size"], position_grid=grid, deepstack_layers=taps, **fields)
-        text = stated["text_config"]
+            shared = encoder_fields(vision)
+            if invalid := [layer for layer in vision["deepstack_visual_indexes"] if layer >= vision["depth"]]:
+                raise FieldError("deepstack_visual_indexes", f"must be below depth={vision['depth']}.", invalid)
+        deepstack_layers = tuple(vision["deepstack_visual_indexes"])
+        encoder = VitConfig(
+            mlp=vision["intermediate_size"], position_grid=grid, deepstack_layers=deepstack_layers, **shared
+        )
+        text = fields["text_config"]
         with inside("text_config"):
             decoder = tied_at_the_top(qwen3.seeing_decoder_from_hf(text, config["model_type"]), config)
         if vision["out_hidden_size"] != decoder.width:
@@ -196,7 +200,7 @@ class Qwen3Vl(Family):
                 vision["out_hidden_size"],
             )
         merger = PatchMergerConfig(merge=vision["spatial_merge_size"])
-        return ModelConfig(encoder, merger, decoder, tokens_of(stated), family=_family(decoder))
+        return ModelConfig(encoder, merger, decoder, tokens_of(fields), family=_family(decoder))
 
     def fields_to_hf(self, config: ModelConfig) -> dict:
         encoder, decoder, kind = config.encoder, config.decoder, _family(config.decoder)
@@ -233,9 +237,9 @@ class Qwen3Vl(Family):
         ]
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images, and every temporal patch of videos: each has its own run of placeholders."""
+        """Returns the images and every temporal patch of videos; each has its own run of placeholders."""
         names = {config.tokens.image: self.input_names[:2], config.tokens.video: self.input_names[2:]}
         return {
-            token: [one_by_one((patch,), config.merge) for clip in read_videos(arrays, *pair) for patch in clip]
+            token: [one_by_one((patch,), config.merge) for video in read_videos(arrays, *pair) for patch in video]
             for token, pair in names.items()
         }

@@ -279,7 +279,7 @@ def test_refusals(pair):
         refused += [({"attention_mask": np.array([[1] * 12, [1] * 11 + [0]])}, "read its padding")]
     if config.family == "siglip2":
         refused += [
-            ({"spatial_shapes": None}, "belong together"),
+            ({"spatial_shapes": None}, "spatial_shapes: is missing"),
             ({"spatial_shapes": np.ones((3, 2), int)}, "as many"),
         ]
     for change, message in refused:
@@ -290,9 +290,9 @@ def test_refusals(pair):
 def test_refused_configs():
     with pytest.raises(ValueError, match="vision_config.vision_use_head=false: must be true"):
         FAMILIES["siglip"].from_hf({"model_type": "siglip", "vision_config": {"vision_use_head": False}})
-    with pytest.raises(ValueError, match="projection_size=96 must be vision_config.hidden_size=768"):
+    with pytest.raises(ValueError, match="projection_size=96: must be vision_config.hidden_size=768"):
         FAMILIES["siglip"].from_hf({"model_type": "siglip", "text_config": {"projection_size": 96}})
-    with pytest.raises(ValueError, match="no size 'b64'; sizes: b32"):
+    with pytest.raises(ValueError, match="no size 'b64'. Choose one of b32"):
         FAMILIES["clip"].config("b64")
     with pytest.raises(
         ValueError,

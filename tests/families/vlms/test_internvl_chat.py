@@ -200,7 +200,7 @@ def test_published_sizes():
         (dict(downsample_ratio=0.3), "downsample_ratio=0.3: must be 1, 1/2"),
         (
             dict(llm_config=dict(LLM, model_type="internlm3")),
-            "'internlm3' is not .*; the nearest that is: 'internlm2'",
+            "'internlm3': not .*Did you mean 'internlm2'",
         ),
     ],
     ids=str,

@@ -145,10 +145,10 @@ def test_published_sizes():
     [
         (
             dict(mm_vision_tower="openai/clip-vit-large-patch14-224"),
-            "mm_vision_tower 'openai/clip-.*-224' is not supported; the nearest that is: 'clip-vit-large-patch14'",
+            "mm_vision_tower='openai/clip-.*-224': not supported. Did you mean 'clip-vit-large-patch14'",
         ),
         (dict(mm_projector_type="mlp2x_res"), 'mm_projector_type="mlp2x_res": must be'),
-        (dict(mm_patch_merge_type="spatial_unpad"), "image_aspect_ratio anyres belong together"),
+        (dict(mm_patch_merge_type="spatial_unpad"), "spatial_unpad and anyres require each other"),
         (dict(mm_vision_select_feature="cls_patch"), 'mm_vision_select_feature="cls_patch": must be "patch"'),
     ],
     ids=str,

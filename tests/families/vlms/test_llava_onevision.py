@@ -301,7 +301,7 @@ def test_bad_inputs(pair):
     stated = FAMILIES["llava_onevision"].to_hf(config)
     with pytest.raises(ValueError, match='vision_aspect_ratio=.* must be "anyres_max_9"'):
         FAMILIES["llava_onevision"].from_hf(stated | {"vision_aspect_ratio": "square"})
-    with pytest.raises(ValueError, match="no size '8b'; sizes: 0.5b, 7b, 72b"):
+    with pytest.raises(ValueError, match="no size '8b'. Choose one of 0.5b, 7b, 72b"):
         FAMILIES["llava_onevision"].config("8b")
 
 

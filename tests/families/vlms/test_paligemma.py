@@ -147,7 +147,7 @@ def test_a_config_json_that_says_little():
     assert FAMILIES["paligemma"].from_hf(published) == FAMILIES["paligemma"].config("3b-224")
     with pytest.raises(ValueError, match='vision_config.model_type="clip_vision_model": must be "siglip_vision_model"'):
         FAMILIES["paligemma"].from_hf(published | {"vision_config": {"model_type": "clip_vision_model"}})
-    with pytest.raises(ValueError, match="PaliGemma has no size '7b'; sizes: 3b-224"):
+    with pytest.raises(ValueError, match="PaliGemma has no size '7b'. Choose one of 3b-224"):
         FAMILIES["paligemma"].config("7b")
 
 

@@ -120,7 +120,7 @@ def test_what_follows_a_clip_comes_after_all_of_it(pair):
 def test_bad_inputs(pair):
     vlm, _, _ = pair
     inputs = inputs_of(vlm)
-    with pytest.raises(ValueError, match="second_per_grid_ts has 1 values for 2 clips"):
+    with pytest.raises(ValueError, match="second_per_grid_ts: has 1 values for 2 videos"):
         mllm_jax.from_hf_inputs(vlm.config, inputs | {"second_per_grid_ts": np.ones(1)})
     with pytest.raises(ValueError, match="no size '3b'"):
         FAMILIES["qwen2_vl"].config("3b")

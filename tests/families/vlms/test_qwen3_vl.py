@@ -144,9 +144,9 @@ def test_config_round_trip(shared):
     [
         ({"input_ids": np.zeros(3, int)}, "must be"),
         ({"pixels": np.zeros(3)}, "unknown inputs"),
-        ({"image_grid_thw": np.array([[1, 4, 4]])}, "counts 16 patches"),
+        ({"image_grid_thw": np.array([[1, 4, 4]])}, "adds up to 16 patches"),
         ({"image_grid_thw": None, "pixel_values": None}, "placeholders more"),
-        ({"pixel_values": None}, "belong together"),
+        ({"pixel_values": None}, "only one of them"),
         ({"attention_mask": np.ones((1, 2))}, "attention_mask has shape"),
     ],
 )

@@ -213,7 +213,7 @@ def test_a_model_that_config_json_cannot_say():
     odd = replace(config.decoder, moe=replace(config.decoder.moe, bias=True))
     with pytest.raises(ValueError, match="cannot represent this model: saving decoder.moe.bias=True would load"):
         FAMILIES["deepseek_v3"].to_hf(replace(config, decoder=odd))
-    with pytest.raises(ValueError, match="describes latent attention and experts"):
+    with pytest.raises(ValueError, match="requires latent attention and experts"):
         FAMILIES["deepseek_v3"].to_hf(FAMILIES["qwen3"].config("30b-a3b"))
     with pytest.raises(ValueError, match="must be even"):
         MlaConfig(heads=2, rope_dim=7)

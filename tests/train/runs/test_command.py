@@ -20,7 +20,7 @@ TRAIN = {
     "another file": (["--config=configs/scenez.py", *RUN], "there is no config file configs/scenez.py; did you mean "),
     "another place": (["--config", "scenes.py:blind", *RUN], "there is no config file scenes.py; did you mean "),
     "another argument": (["--config", "configs/scenes.py:blnd", *RUN], "configs/scenes.py: unknown argument "),
-    "another size": (["--config", "configs/qwen3_vl_sft.py:3b", *RUN], "Qwen3-VL has no size '3b'; sizes: 2b, "),
+    "another size": (["--config", "configs/qwen3_vl_sft.py:3b", *RUN], "Qwen3-VL has no size '3b'. Choose one of 2b, "),
     "no function": (["--config", "without.py", *RUN, "--config.a=1"], "without.py has no function get_config"),
     "no Python": (["--config", "broken.py", *RUN], "broken.py, line 2: invalid syntax"),
     "no config": (["--config", "odd.py", *RUN], "get_config of odd.py must return what run_config does, not a dict"),
@@ -45,7 +45,7 @@ EVALUATE = {
     "nothing to evaluate": (SCENES, "--workdir, --checkpoint: exactly one is needed"),
     "another family": (
         ["--checkpoint", "other", *SCENES],
-        "other/config.json: model_type 'mamba' is not supported; the nearest that is: 'llama'",
+        "other/config.json: model_type='mamba': not supported. Did you mean 'llama'",
     ),
     "no folder for answers": (
         ["--checkpoint", "other", *SCENES, "--output=none/a.jsonl"],
