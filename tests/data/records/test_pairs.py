@@ -170,7 +170,7 @@ def test_recall():
             "config.processor must name a folder",
         ),
         ({"model": {"text": {"vocab": 100}}}, "config.model.text.vocab=100 is less than the processor's"),
-        ({"train": {"grad_accum_steps": 2}}, "config.train.grad_accum_steps must be 1"),
+        ({"train": {"grad_accum_steps": 2}}, "config.train.grad_accum_steps=2: contrastive losses compare"),
         ({"model": {"type": "VitConfig"}}, "config.model"),
     ],
     ids=str,

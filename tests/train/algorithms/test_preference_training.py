@@ -102,7 +102,7 @@ def test_a_run_against_its_base(tmp_path, few_captions):
 
 
 def test_what_a_run_refuses():
-    with pytest.raises(ConfigError, match="reference='base' is the model without its adapters, which needs"):
+    with pytest.raises(ConfigError, match="reference='base': the model without its adapters, which needs"):
         read_run(a_config("base"))
     with pytest.raises(ConfigError, match="a step with a frozen reference cannot be planned"):
         abstract_step(read_run(a_config("first")), make_mesh())

@@ -188,7 +188,7 @@ def test_settings_that_contradict_each_other(settings, message):
 def test_what_a_run_refuses(monkeypatch, tmp_path):
     config = a_config()
     config.lora.update(rank=2, dropout=0.1)
-    with pytest.raises(ConfigError, match="config.lora.dropout must be 0 for PPO"):
+    with pytest.raises(ConfigError, match="config.lora.dropout=0.1: PPO has no dropout"):
         read_run(config)
     run = read_run(a_config())
     with pytest.raises(
