@@ -43,7 +43,7 @@ def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh:
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharding_of(path, leaf):
-        """Returns the sharding of the parameter with the same shape whose path ends that of the leaf, else replicated."""
+        """Returns the sharding of the parameter with this shape whose path ends the leaf's path, else replicated."""
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         for start in range(len(names)):
             shape, sharding = params_by_path.get("/".join(names[start:]), (None, None))
