@@ -21,7 +21,7 @@ SETTINGS = ("min_pixels", "max_pixels", "missing_rows", "fps", "max_frames", "sa
 
 
 def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProcessor:
-    """Returns the processor of a dual encoder: a folder, a hub name or `scenes`. Raises ConfigError if it does not fit."""
+    """Returns a dual encoder's processor, from a folder, the hub or `scenes`. Raises ConfigError if it does not fit."""
     encoder = model.encoder
     if source == SCENES:
         processor = DualProcessor(
@@ -63,7 +63,7 @@ def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProc
 
 
 def chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
-    """Returns the processor of a language model: a folder, a hub name or `scenes`. Raises ConfigError if it does not fit."""
+    """Returns a chat model's processor, from a folder, the hub or `scenes`. Raises ConfigError if it does not fit."""
     limits = {name: getattr(data, name) for name in SETTINGS}
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
