@@ -9,17 +9,17 @@ the processor. The same command resumes a run: SIGTERM and Ctrl-C save and end i
 last checkpoint.
 
 A config with stages trains them one after the other, each in its own folder below DIR, starting from the weights of the
-stage before: `--stage=NAME` trains only one, `--config.stages.NAME.path.to=value` replaces a value of it. At the end a
-table compares the stages, and report.html in DIR plots them.
+previous stage. `--stage=NAME` trains only one, `--config.stages.NAME.path.to=value` replaces a value of it. At the end
+a table compares the stages, and report.html in DIR plots them.
 
 `--profile_steps=10:13` writes a trace of steps 10 to 13 to DIR/profile, for xprof or TensorBoard. `--debug_nans` ends
-the run at the first non-finite step and names the layer; it runs steps one by one.
+the run at the first non-finite step and names the layer; steps then run one by one.
 
 A run of several processes is the same command on each host: with `--distributed` if jax detects the others (TPU pod,
 Slurm, Open MPI), else with `--coordinator=HOST:PORT --processes=N --process=I`, the address of process 0.
 
-Exit codes: 0: the run is complete. 75: the run was saved before its end, or lost another process; start it again. 1: it
-would fail again; the message has the fix.
+Exit codes: 0: the run is complete. 75: the run was saved before its end, or lost another process; start it again. 1:
+an error that would happen again; the message has the fix.
 """
 
 import sys
@@ -57,7 +57,7 @@ def main() -> None:
     options = {"profile_steps": steps_of(PROFILE_STEPS.value), "debug_nans": DEBUG_NANS.value}
     try:
         ended = train_run(CONFIG.value, WORKDIR.value, STAGE.value, **options)
-    except DataEnded:  # in all processes; one prints it
+    except DataEnded:  # all processes raise it, one prints it
         if jax.process_index() == 0:
             raise
         sys.exit(1)

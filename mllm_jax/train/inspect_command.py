@@ -1,4 +1,4 @@
-"""The command `python -m mllm_jax.data inspect`: what the batches of a run hold, as a table and as a page."""
+"""The command `python -m mllm_jax.data inspect`: statistics of the batches of a run as tables and a page."""
 
 import argparse
 from collections.abc import Callable
@@ -15,21 +15,21 @@ from mllm_jax.train.runs.stages import one_run
 
 
 def main(args: argparse.Namespace, progress: Callable[[int], AbstractContextManager]) -> int:
-    """Prints the tables, and writes the page that `args.html` names. Returns the exit status.
+    """Prints the tables and writes the page `args.html`. Returns the exit status.
 
     Raises:
-      ValueError, OSError: something is wrong that the user can mend.
+      ValueError, OSError: errors that the user can fix.
     """
     if args.html and not Path(args.html).absolute().parent.is_dir():
-        raise ValueError(f"--html={args.html} is in a folder that does not exist")
+        raise ValueError(f"--html={args.html}: its folder does not exist. Create {Path(args.html).parent}.")
     run = read_run(one_run(read_config(["--config", args.config, *args.settings]), args.stage))
     try:
         with progress(args.count) as advance:
-            found = inspect(run, args.count, advance)
+            inspection = inspect(run, args.count, advance)
     except BadData as error:
         raise ValueError(str(error)) from error
-    Console().print(tables(found))
+    Console().print(tables(inspection))
     if args.html:
-        named = args.config + (f", stage {args.stage}" if args.stage else "")
-        print(write_page(args.html, f"Data of {named}", found))
+        name = args.config + (f", stage {args.stage}" if args.stage else "")
+        print(write_page(args.html, f"Data of {name}", inspection))
     return 0

@@ -1,4 +1,4 @@
-"""Statistics of the batches of a run, read as training reads them, as tables and as an HTML page."""
+"""Inspects the data of a run, packed as in training: statistics as tables and as an HTML page."""
 
 import collections
 import dataclasses
@@ -27,8 +27,8 @@ from mllm_jax.train.runs.config import Run
 from mllm_jax.train.runs.data import DataConfig
 from mllm_jax.train.runs.data_files import MixtureData
 
-COUNTS = ("left_out", "noted")  # in the state of a stream
-NAMED = 50  # records that are left out for a reason and named
+COUNTS = ("left_out", "noted")  # counters in the state of a stream
+NAMED = 50  # largest number of left-out records that are listed per reason
 
 
 class Found(NamedTuple):
@@ -36,64 +36,68 @@ class Found(NamedTuple):
 
     data: DataConfig
     inspection: Inspection
-    records: int  # that were read, those included that are broken or wait to be packed
-    total: int | None  # records that the run has; None: a mixture, whose records have no end
-    left_out: dict[str, int]  # records by reason
-    named: dict[str, list[str]]  # what is wrong with the first of them, by reason
-    noted: dict[str, int]  # records that were read in part, by what was left out of them
-    sources: list[dict[str, Any]]  # of a mixture: name, records, and shares `weight` and `drawn`
+    records: int  # number of records read, including broken ones and those that wait to be packed
+    total: int | None  # number of records of the run. None: a mixture, which has no end
+    left_out: dict[str, int]  # number of left-out records by reason
+    named: dict[str, list[str]]  # messages for the first left-out records, by reason
+    noted: dict[str, int]  # number of records read in part, by the omitted content
+    sources: list[dict[str, Any]]  # sources of a mixture: name, records, fractions `weight` and `drawn`
 
 
-def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda done: None) -> Found:
-    """Packs at least `count` records, or all, as the run would from its beginning; each is read once.
+def inspect(run: Run, count: int, progress: Callable[[int], None] = lambda num_done: None) -> Found:
+    """Packs at least `count` records, or all, as the run does from its start. Reads each record once.
 
     Args:
-      progress: receives the number of records that were packed or left out.
+      progress: called with the number of records packed or left out.
 
     Raises:
-      ConfigError: the data or the processor cannot be opened, or the model does not generate answers. BadData: no
-        record is usable.
+      ConfigError: the data or the processor cannot be opened, or the model is a dual encoder. BadData: no record is
+        usable.
     """
     if not isinstance(run.model, ModelConfig):
-        raise ConfigError("only the conversations of a model that answers can be inspected")
+        raise ConfigError(
+            "config.model.type=DualConfig: its data cannot be inspected. Use a config with a ModelConfig."
+        )
     algorithm = algorithm_of(run)
     processor = algorithm.processor()
-    mixed = isinstance(run.data, MixtureData)
+    is_mixture = isinstance(run.data, MixtureData)
     source = run.data.source()
-    total = sum(map(len, source.sources)) if mixed else len(source)
-    data = dataclasses.replace(run.data, epochs=None if mixed else 1, fail_on_bad_record=False, max_bad_fraction=1.0)
+    total = sum(map(len, source.sources)) if is_mixture else len(source)
+    data = dataclasses.replace(
+        run.data, epochs=None if is_mixture else 1, fail_on_bad_record=False, max_bad_fraction=1.0
+    )
     inspection = Inspection(processor)
-    with _heard(loader.log) as named:
+    with _CollectMessages(loader.log) as named:
         batches = loader_of(data, processor, algorithm.reading())
         try:
             while True:
                 batch, info = next(batches)
-                read = _read(batches.get_state())
-                ended = not mixed and sum(read.drawn) >= total
+                totals = _read(batches.get_state())
+                ended = not is_mixture and sum(totals.drawn) >= total
                 inspection.add(batch, info, whole=not ended)
-                done = len(inspection.tokens) + read.left_out.total()
-                progress(done)
-                if done >= count and not ended:
+                num_done = len(inspection.tokens) + totals.left_out.total()
+                progress(num_done)
+                if num_done >= count and not ended:
                     break
         except StopIteration as end:
-            read = _read(end.value)
+            totals = _read(end.value)
         except loader.BadData as error:
             raise loader.BadData("; ".join([str(error), *itertools.chain(*named.values())][:4])) from error
         finally:
             batches.close()
-    left_out, noted = dict(read.left_out.most_common()), dict(read.noted.most_common())
-    named = {reason: named[reason][:number] for reason, number in left_out.items()}  # without those read ahead
-    sources = _sources(run.data, source, read.drawn) if mixed else []
-    known = None if mixed else total
-    return Found(data, inspection, int(sum(read.drawn)), known, left_out, named, noted, sources)
+    left_out, noted = dict(totals.left_out.most_common()), dict(totals.noted.most_common())
+    named = {reason: named[reason][:number] for reason, number in left_out.items()}  # without records read ahead
+    sources = _sources(run.data, source, totals.drawn) if is_mixture else []
+    num_records = None if is_mixture else total
+    return Found(data, inspection, int(sum(totals.drawn)), num_records, left_out, named, noted, sources)
 
 
 class _Read(NamedTuple):
     """Totals over all streams of a loader."""
 
-    drawn: np.ndarray  # i64[sources] records
-    left_out: collections.Counter[str]  # by reason
-    noted: collections.Counter[str]  # by what was left out of them
+    drawn: np.ndarray  # i64[sources] number of records
+    left_out: collections.Counter[str]  # number of records by reason
+    noted: collections.Counter[str]  # number of records by the omitted content
 
 
 def _read(state: Mapping[str, Any]) -> _Read:
@@ -102,8 +106,8 @@ def _read(state: Mapping[str, Any]) -> _Read:
     return _Read(np.sum([stream["drawn"] for stream in streams], axis=0), *counts)
 
 
-class _heard(logging.Handler):
-    """Collects a log's lines about records that are left out, by reason, instead of printing them."""
+class _CollectMessages(logging.Handler):
+    """Collects the log messages on left-out records, by reason, instead of printing them."""
 
     def __init__(self, log: logging.Logger):
         super().__init__()
@@ -127,11 +131,13 @@ class _heard(logging.Handler):
 def _sources(data: MixtureData, mixture: Mixture, drawn: np.ndarray) -> list[dict[str, Any]]:
     weights, sizes = np.array(mixture.weights[0]), map(len, mixture.sources)
     shares = zip(data.sources, sizes, weights / weights.sum(), drawn / max(drawn.sum(), 1))
-    return [{"name": name, "records": size, "weight": weight, "drawn": own} for name, size, weight, own in shares]
+    return [
+        {"name": name, "records": size, "weight": weight, "drawn": fraction} for name, size, weight, fraction in shares
+    ]
 
 
 def facts(found: Found) -> dict[str, str]:
-    """The summary, name -> text."""
+    """Returns the summary, name -> text."""
     seen, data = found.inspection, found.data
     tokens, visual, learned = (sum(values) for values in (seen.tokens, seen.visual, seen.learned))
     fill = {name: np.mean([batch[name] for batch in seen.fill]) for name in seen.fill[0]} if seen.fill else {}
@@ -158,37 +164,37 @@ def _of_all(found: Found) -> str:
 
 
 def tables(found: Found) -> Group:
-    """Everything but the images, for the terminal."""
+    """Returns all statistics, without images, as tables for the terminal."""
     seen = found.inspection
-    about = _table("", "")
+    summary = _table("", "")
     for name, text in facts(found).items():
-        about.add_row(name, cell(text))
+        summary.add_row(name, cell(text))
     lengths = _table("of a conversation", "least", "median", "mean", "95 %", "most")
     columns = {"tokens": seen.tokens, "visual": seen.visual, "learned": seen.learned, "images": seen.images}
     for name, values in columns.items():
         if values:
-            known = (np.min(values), np.median(values), np.mean(values), np.percentile(values, 95), np.max(values))
-            lengths.add_row(name, *(short(float(value)) for value in known))
-    shown = [about, lengths]
+            statistics = (np.min(values), np.median(values), np.mean(values), np.percentile(values, 95), np.max(values))
+            lengths.add_row(name, *(short(float(value)) for value in statistics))
+    parts = [summary, lengths]
     if found.sources:
         sources = _table("source", "records", "weight", "drawn")
         for source in found.sources:
             shares = percent(source["weight"]), percent(source["drawn"])
             sources.add_row(cell(source["name"]), f"{source['records']:,}", *shares)
-        shown.append(sources)
+        parts.append(sources)
     if len(seen.kinds) > 1:
         kinds = _table("kind", "conversations")
         for kind, number in seen.kinds.most_common():
             kinds.add_row(cell(kind or "other"), f"{number:,}")
-        shown.append(kinds)
+        parts.append(kinds)
     if found.left_out:
-        shown.append(_left_out(found.left_out, found.named))
+        parts.append(_left_out(found.left_out, found.named))
     if found.noted:
         noted = _table("read in part", "records")
         for note, number in found.noted.items():
             noted.add_row(cell(note), f"{number:,}")
-        shown.append(noted)
-    return Group(*(part for table in shown for part in (table, "")))
+        parts.append(noted)
+    return Group(*(part for table in parts for part in (table, "")))
 
 
 def _left_out(left_out: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Table:
@@ -207,8 +213,8 @@ def _table(*names: str) -> Table:
 
 
 def write_page(path: str | os.PathLike, title: str, found: Found) -> Path:
-    """Writes the page, and returns its path."""
-    which = (
+    """Writes the HTML page and returns its path."""
+    selection = (
         "All records"
         if found.records == found.total
         else f"The first {found.records:,} records in the order of training"
@@ -217,7 +223,7 @@ def write_page(path: str | os.PathLike, title: str, found: Found) -> Path:
         path,
         found.inspection,
         title=title,
-        lead=f"{which}, packed as training packs them.",
+        lead=f"{selection}, packed as training packs them.",
         facts=facts(found),
         sources=found.sources,
         left_out=found.left_out,

@@ -1,8 +1,8 @@
-"""The length of a run that lasts as long as its data: `config.optim.steps=0` and `config.data.epochs`.
+"""Finds the number of steps of a run that lasts `config.data.epochs`, with `config.optim.steps=0`.
 
-Conversations are packed, so that their number alone does not give the number of updates. The schedule needs it before
-the run begins, so the run packs a sample of its records as it will train on them. Checkpoints store the number, so that
-a resumed run keeps its schedule.
+Conversations are packed, so their number does not determine the number of steps. The schedule needs it before the run
+begins, so the run first packs a sample of its records as it will train on them. Checkpoints store the result, so that a
+resumed run keeps its schedule.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ from mllm_jax.train.monitor.processes import meet
 from mllm_jax.train.runs.config import Run, updates_of
 from mllm_jax.train.step.optimizer import make_schedule
 
-SAMPLE = 4096  # number of records packed to estimate the length, which is exact for smaller sets
-LIFE_SIGN = 10  # seconds between two lines on how far it is
-PATIENCE = 3600  # seconds that the other processes wait for the first one, which reads the sample
-EMPTY = "config.data: there are no records. Name others"
+SAMPLE = 4096  # number of records packed to estimate the length, which is exact for smaller data sets
+LIFE_SIGN = 10  # seconds between two progress lines
+PATIENCE = 3600  # seconds that other processes wait for the first one, which packs the sample
+EMPTY = "config.data: there are no records. Set other data."
 
 
 class StoppedEarly(Exception):
@@ -39,51 +39,51 @@ class StoppedEarly(Exception):
 
 
 class DataEnded(ConfigError):
-    """The data end before the steps that the config asks for. Every process of the run raises it."""
+    """The data end before `config.optim.steps`. Every process of the run raises it."""
 
 
 class Length(NamedTuple):
-    """Updates that `epochs` passes over the data make; `sampled` of `records` were packed to find it."""
+    """Number of updates in `epochs` passes over the data, estimated from `sampled` of `records`."""
 
     epochs: int
     updates: int
     sampled: int
-    records: int  # of all passes
+    records: int  # number of records in all passes
 
 
 def find_length(
     run: Run, processor: Processor | DualProcessor, noted: Mapping[str, int] | None, stopped: Callable[[], bool]
 ) -> Length | None:
-    """Returns the length of a run that lasts as long as its data, equal on all processes. None: `optim.steps` sets it.
+    """Returns the length of a run, equal on all processes. None: `optim.steps` sets it.
 
-    The first process packs a sample, and all use its result.
+    The first process packs a sample, and all processes use its result.
 
     Args:
-      noted: a Length as a dict, from a checkpoint of the run. It is used unless `data.epochs` was changed.
+      noted: a Length as a dict, from a checkpoint of the run. It is used unless `data.epochs` has changed.
       stopped: returns whether the run was asked to stop.
     Raises:
-      StoppedEarly: the run was asked to stop. DataEnded: the data end before the first update or within the warm-up.
-        BadData: see loader.
+      StoppedEarly: the run was asked to stop. DataEnded: the data end before the first update or within the warmup.
+        BadData: too many records are broken, see `make_loader`.
     """
     if run.optim.steps:
         return None
     if noted and noted["epochs"] == run.data.epochs:
         return Length(**noted)
-    found = _counted(run, processor, stopped)._asdict() if jax.process_index() == 0 else {}
+    length = _counted(run, processor, stopped)._asdict() if jax.process_index() == 0 else {}
     meet(PATIENCE)
-    found = Length(**from_all_processes(found)[0])
-    if not found.updates:
+    length = Length(**from_all_processes(length)[0])
+    if not length.updates:
         raise DataEnded(EMPTY)
-    if run.optim.warmup > found.updates:
+    if run.optim.warmup > length.updates:
         raise DataEnded(
-            f"config.optim.warmup={run.optim.warmup}: longer than the run, which has {_said(found)}. Set at most "
-            f"{found.updates}, such as {found.updates // 20}"
+            f"config.optim.warmup={run.optim.warmup}: longer than the run, which has {_text_of(length)}. Set at most "
+            f"{length.updates}, such as {length.updates // 20}."
         )
-    return found
+    return length
 
 
 def with_length(run: Run, length: Length | None) -> Run:
-    """The run, whose `optim.steps` are the updates that were found."""
+    """Returns the run with `optim.steps` set to the updates of the length. None: the run itself."""
     if length is None:
         return run
     return dataclasses.replace(run, optim=dataclasses.replace(run.optim, steps=length.updates))
@@ -94,16 +94,19 @@ def count_updates(
 ) -> Length:
     """Counts the batches of a new loader of all streams, which makes `epochs` passes.
 
-    Once `sample` records are packed and more are left, the rest is extrapolated in three steps:
+    After `sample` packed records, the number for the remaining ones is extrapolated in three steps:
 
-    - The records read so far fill the current batches, and waiting ones will fill rows as full as these.
-    - The number of batches per record is the mean over all streams.
-    - The run ends with its last stream. Streams have equally many records, but not equally long ones: over n times as
-    many
-      records the deviation of their batches is sqrt(n) times as large, and the expected largest of S is known.
+    - Batches for the records read so far: the current ones, plus rows for waiting records, filled as the rows so far.
+    - Mean for all records: the same number of batches per record.
+    - The last stream determines the end. Streams have equally many records, of different lengths: over n times as many
+      records, the standard deviation of their batches is sqrt(n) times as large. The end is the expected maximum over
+      the streams.
+
+    Example: 4096 of 409,600 records in 100 batches have the mean 10,000. If the packed records per stream deviate by
+    10 % of their mean, 64 streams end after 10,000 * (1 + 2.34 * 0.1 * sqrt(4096 / 409,600)) = 10,234 batches.
 
     Args:
-      progress: receives, after every batch, the number of packed records and their total.
+      progress: called after every batch with the number of packed records and their total.
     """
     batches, records, fill = 0, 0, np.zeros(2)
     for batches, (batch, info) in enumerate(loader, 1):
@@ -114,48 +117,51 @@ def count_updates(
         fill += info.fill["tokens"], info.fill["patches"] if batch.vision is not None else 0
         progress(packed.sum(), records)
         if sample <= packed.sum() < records:
-            waiting = info.waiting / (fill.max() / batches) * len(drawn) / state["data"]["rows"]  # in batches
+            waiting = info.waiting / (fill.max() / batches) * len(drawn) / state["data"]["rows"]  # number of batches
             mean = (batches + waiting) / drawn.sum() * records
-            last = mean * (1 + _largest(len(drawn)) * _deviation(packed) * math.sqrt(packed.sum() / records))
-            return Length(epochs, math.ceil(last), int(packed.sum()), records)
+            end = mean * (1 + _largest(len(drawn)) * _deviation(packed) * math.sqrt(packed.sum() / records))
+            return Length(epochs, math.ceil(end), int(packed.sum()), records)
     return Length(epochs, batches, records, records)
 
 
 def _deviation(packed: np.ndarray) -> float:
-    """Standard deviation over the streams, as a share of the mean."""
+    """Returns the standard deviation over the streams relative to the mean."""
     return packed.std(ddof=1) / packed.mean() if len(packed) > 1 else 0.0
 
 
 def _largest(count: int) -> float:
-    """Expected largest of `count` numbers of a standard normal distribution (Blom's approximation)."""
+    """Returns the expected maximum of `count` standard normal numbers (Blom's approximation)."""
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def _counted(run: Run, processor: Processor | DualProcessor, stopped: Callable[[], bool]) -> Length:
-    began = told = time.monotonic()
+    began = last_line = time.monotonic()
 
-    def progress(done: int, of: int) -> None:
-        nonlocal told
+    def progress(done: int, total: int) -> None:
+        nonlocal last_line
         if stopped():
-            _say("asked to stop: nothing is trained yet, and the same command begins anew")
+            _print("asked to stop: nothing is trained yet, and the same command begins anew")
             raise StoppedEarly
-        if time.monotonic() - told > LIFE_SIGN:
-            told = time.monotonic()
-            _say(f"packed {done:,} of {min(of, SAMPLE):,} records to find the length of the run, {told - began:.0f} s")
+        if time.monotonic() - last_line > LIFE_SIGN:
+            last_line = time.monotonic()
+            _print(
+                f"packed {done:,} of {min(total, SAMPLE):,} records to find the length of the run, "
+                f"{last_line - began:.0f} s"
+            )
 
-    _say(f"packing {SAMPLE:,} records, or all, to find the length of config.data.epochs={run.data.epochs}")
+    _print(f"packing {SAMPLE:,} records, or all, to find the length of config.data.epochs={run.data.epochs}")
     loader = loader_of(run.data, processor, algorithm_of(run).reading())
     try:
         with _quiet(loaders.log):  # training will report the records that are left out
-            found = count_updates(loader, run.data.epochs, progress=progress)
+            length = count_updates(loader, run.data.epochs, progress=progress)
     finally:
         loader.close()
-    _say(f"the run has {_said(found)}, found in {time.monotonic() - began:.0f} s")
-    return found
+    _print(f"the run has {_text_of(length)}, found in {time.monotonic() - began:.0f} s")
+    return length
 
 
 def check_end(run: Run, step: int) -> None:
-    """Raises DataEnded where a run that has ended at `step` was to take more steps."""
+    """Raises DataEnded if a run that ended at `step` has fewer than `optim.steps` steps."""
     data, optim = run.data, updates_of(run)
     if step >= run.optim.steps:
         return
@@ -163,31 +169,32 @@ def check_end(run: Run, step: int) -> None:
         raise DataEnded(EMPTY)
     schedule = make_schedule(dataclasses.replace(optim, learning_rate=1.0))
     rate = float(schedule(step * (optim.steps // run.optim.steps) - 1))
-    enough = 2 * math.ceil(run.optim.steps * data.epochs / step)  # twice, as the last batches of the data were not full
+    epochs = 2 * math.ceil(run.optim.steps * data.epochs / step)  # doubled, because the last batches were not full
     raise DataEnded(
         f"config.data.epochs={data.epochs}: the data ended at step {step} of config.optim.steps={run.optim.steps}, "
-        f"where the learning rate is {rate:.0%} of its peak. The step is saved. Set config.data.epochs={enough} to go "
-        "on from it to the last, or config.optim.steps=0 and another --workdir for a schedule that ends with the data"
+        f"where the learning rate is {rate:.0%} of its peak. The step is saved. Set config.data.epochs={epochs} to "
+        "continue to the last step, or config.optim.steps=0 and another --workdir for a schedule that ends with the "
+        "data."
     )
 
 
-def _said(length: Length) -> str:
-    about, how = "", f"counted, {length.records:,} records"
+def _text_of(length: Length) -> str:
+    prefix, method = "", f"counted, {length.records:,} records"
     if length.sampled < length.records:
-        about, how = "about ", f"estimated by {length.sampled:,} of {length.records:,} records"
-    return f"{about}{length.updates:,} updates (config.data.epochs={length.epochs}, {how})"
+        prefix, method = "about ", f"estimated by {length.sampled:,} of {length.records:,} records"
+    return f"{prefix}{length.updates:,} updates (config.data.epochs={length.epochs}, {method})"
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 
 @contextmanager
 def _quiet(log: logging.Logger) -> Iterator[None]:
-    """Silences a log."""
-    nothing = lambda record: False
-    log.addFilter(nothing)
+    """Silences a logger."""
+    reject = lambda record: False
+    log.addFilter(reject)
     try:
         yield
     finally:
-        log.removeFilter(nothing)
+        log.removeFilter(reject)

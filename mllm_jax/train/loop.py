@@ -1,7 +1,7 @@
-"""The training loop: starts or resumes a run, and ends with everything saved, whatever stops it.
+"""The training loop: starts or resumes a run, trains, evaluates and saves it.
 
-The host runs at most two steps ahead of the devices. While they work it transfers the next batch and reads metrics of
-finished steps, so that they never wait for it.
+The host runs at most two steps ahead of the devices. Meanwhile it transfers the next batch and reads the metrics of
+finished steps, so that the devices need not wait.
 """
 
 import re
@@ -46,8 +46,8 @@ from mllm_jax.train.step.context import TrainContext, state_from_params
 from mllm_jax.train.step.state import TrainState
 from mllm_jax.types import Batch
 
-LISTEN = 0.5  # seconds between two looks at whether the run was asked to stop, while it waits for a batch
-ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, also what Path makes of them
+LISTEN = 0.5  # seconds between checks for a stop signal while waiting for a batch
+ADDRESS = re.compile(r"\w[\w+.-]+:/")  # gs://bucket, s3://bucket, and gs:/bucket after Path
 
 
 def train(
@@ -58,28 +58,28 @@ def train(
     profile_steps: range = range(0),
     debug_nans: bool = False,
 ) -> int:
-    """Trains until `config.optim.steps` and returns the step that was reached, which is less after SIGTERM.
+    """Trains until `config.optim.steps`, or until SIGTERM, and returns the last step.
 
     If `config.optim.steps` is 0, it trains until the end of the data (see `mllm_jax.train.length`).
 
     The same call resumes from the newest checkpoint in `workdir`. The results are bit-equal to those of an
     uninterrupted run on the same mesh. `mllm_jax.train.run_stages` trains a config with stages: it calls this function
-    for each, with its own `stop`. If no step ends for `config.train.watchdog` seconds, the process ends.
+    for each stage, with its own `stop`. If no step ends for `config.train.watchdog` seconds, the process ends.
 
     Args:
-      stop: signal handler of a caller that continues afterwards; it tells whether the run was stopped.
-      profile_steps: steps of which a trace is written to `workdir/profile`.
-      debug_nans: whether the first non-finite step ends the run with the name of the layer; steps run one by one.
+      stop: stop signal of a caller that continues afterwards. None: a new one.
+      profile_steps: steps to trace to `workdir/profile`.
+      debug_nans: end the run at the first non-finite step, with the name of the layer. Steps run one by one.
     Raises:
-      ConfigError: the config, or a checkpoint of another run. Diverged: the loss or the gradient stays non-finite.
-      BadData: too many records of the data are broken. Lost: another process of the run has ended.
-      DataEnded: the data ended before `config.optim.steps`; the last step is saved.
+      ConfigError: the config is invalid, or `workdir` has a checkpoint of another run. Diverged: the loss or the
+        gradient stays non-finite. BadData: too many records are broken. Lost: another process of the run has ended.
+        DataEnded: the data ended before `config.optim.steps`; the last step is saved.
     """
     with nullcontext(stop) if stop else StopSignal() as stop:
         try:
             run = read_run(config)
             if run.stages:
-                raise ConfigError("the config has stages; mllm_jax.train.run_stages trains them")
+                raise ConfigError("the config has stages. Train them with mllm_jax.train.run_stages.")
             folder = made(workdir)
         except (ValueError, OSError) as error:
             raise ConfigError(describe_error(error)) from error
@@ -97,7 +97,7 @@ def _train_in(
         return 0
     except DataEnded:
         raise
-    except (ValueError, OSError) as error:  # all that a run is built from comes from its config
+    except (ValueError, OSError) as error:  # everything that a run is built from comes from its config
         raise ConfigError(describe_error(error)) from error
     try:
         return training.run(stop)
@@ -109,11 +109,11 @@ def _train_in(
 
 
 class Interrupted:
-    """Stands for a batch that the run does not train on: it was asked to stop."""
+    """Marker in place of a batch: the run was asked to stop."""
 
 
 class Training:
-    """The parts of a run, and where it is."""
+    """A run in progress: its components, its state and its position in the data."""
 
     def __init__(
         self,
@@ -129,29 +129,29 @@ class Training:
         self.algorithm = algorithm = algorithm_of(run)
         if debug_nans and algorithm.objective() is None:
             name = type(run.algorithm).__name__
-            raise ConfigError(f"--debug_nans looks into updates of language models, which steps of {name} are not")
+            raise ConfigError(f"--debug_nans: does not support steps of {name}. Remove the flag.")
         processor, heldout = algorithm.processor(), run.data.source("heldout")
         self.mesh = mesh = make_mesh(run.mesh)
-        context = train_context(run, mesh)  # the state does not depend on the length, which is found below
+        context = train_context(run, mesh)  # the state does not depend on the length, which is computed below
         self.feed = self._open_feed(processor)
         self.evaluate = None if heldout is None else algorithm.evaluator(mesh, processor, heldout)
         states = context.state, context.state_shardings
         self._check_memory(*states)
-        parts = (state._replace(params=saved(run, state.params)) for state in states)
-        self.checkpoints = Tiers(workdir, run.train.max_to_keep, run.train.local, run.train.verify, *parts)
+        saved_parts = (state._replace(params=saved(run, state.params)) for state in states)
+        self.checkpoints = Tiers(workdir, run.train.max_to_keep, run.train.local, run.train.verify, *saved_parts)
         self.resumed = self.checkpoints.latest() is not None
-        found = self._resume() if self.resumed else self._begin(context)
-        self.length = find_length(run, processor, found.notes.get("length"), stopped)
+        restored = self._resume() if self.resumed else self._begin(context)
+        self.length = find_length(run, processor, restored.notes.get("length"), stopped)
         self.settings = run = with_length(run, self.length)
         if self.length is not None:
             context = train_context(run, mesh)
         self.train_step = compiled_together(algorithm.step(context))
         self.frozen = algorithm.frozen(mesh, workdir, self.resumed)
-        self.state, self.position, self.step = found.state, found.position, int(found.state.step)
+        self.state, self.position, self.step = restored.state, restored.position, int(restored.state.step)
         self.compiled, self.lost = False, False
         self.report = self._reporter()
-        self.results = Results(run.train, self.report, self.checkpoints.shared, self.clock, int(found.state.bad))
-        self.results.spikes.set_state(found.notes["spikes"])
+        self.results = Results(run.train, self.report, self.checkpoints.shared, self.clock, int(restored.state.bad))
+        self.results.spikes.set_state(restored.notes["spikes"])
         self.watchdog = Watchdog(self.clock, run.train.watchdog, workdir)
         self.tracer = Tracer(profile_steps, workdir / "profile")
         if jax.process_index() == 0:
@@ -160,12 +160,12 @@ class Training:
                 processor.save(workdir / PROCESSOR)
 
     def run(self, stop: StopSignal) -> int:
-        """Steps until the end, or until somebody asks to stop. Returns the step."""
+        """Trains until the end of the run or until it is asked to stop. Returns the last step."""
         self.clock.enter("steps")
         self.watchdog.watch()
         while True:
             try:
-                self._go_on(stop)
+                self._train(stop)
                 break
             except Spike as spike:
                 self._rewind(spike)
@@ -176,26 +176,26 @@ class Training:
             check_end(self.settings, self.step)
         return self.step
 
-    def _go_on(self, stop: StopSignal) -> None:
-        every = self.settings.train
+    def _train(self, stop: StopSignal) -> None:
+        intervals = self.settings.train
         with self._announced("waiting for the first batch"):
             upcoming = self._fetch(stop)
         while isinstance(upcoming, DeviceBatch):
-            self._take(upcoming)
+            self._take_step(upcoming)
             if self.debug_nans:
-                self._look_into(upcoming.batch)
+                self._check_finite(upcoming.batch)
             upcoming = self._fetch_while_computing(stop)
             last, stopping = upcoming is None, isinstance(upcoming, Interrupted)
-            if last or _due(every.log_every, self.step - 1):
+            if last or _due(intervals.log_every, self.step - 1):
                 self.results.read(self.step - 1)
-            if last:  # in a separate read: steps that are read together have no separate times
+            if last:  # a separate read, because steps that are read together share one time
                 self.report.end(self.step)
                 self.results.read(self.step)
-            if self.evaluate and (last or _due(every.evaluate_every, self.step)):
+            if self.evaluate and (last or _due(intervals.evaluate_every, self.step)):
                 self._evaluate()
-            if last or stopping or _due(every.save_every, self.step):
+            if last or stopping or _due(intervals.save_every, self.step):
                 self._save(self.checkpoints.save, always=last or stopping, ended=last)
-            elif _due(every.save_local_every, self.step):
+            elif _due(intervals.save_local_every, self.step):
                 self._save(self.checkpoints.save_local)
         if upcoming is not None:
             stop.heeded = True
@@ -203,12 +203,12 @@ class Training:
             self.report.line(f"asked to stop: {done}, from which the same command resumes")
 
     def close(self) -> None:
-        """Ends everything that runs beside the steps, also if one of its parts fails."""
-        with ExitStack() as parts:
-            if not self.lost:  # a save would wait for the process that has ended
-                parts.callback(self.checkpoints.close)
-            for part in (self.report, self.feed, self.tracer, self.watchdog):
-                parts.callback(part.close)
+        """Closes all components, even if one of them fails."""
+        with ExitStack() as stack:
+            if not self.lost:  # closing would wait for the lost process
+                stack.callback(self.checkpoints.close)
+            for component in (self.report, self.feed, self.tracer, self.watchdog):
+                stack.callback(component.close)
 
     def _open_feed(self, processor: Any) -> InputPipeline:
         run, mesh, rules = self.settings, self.mesh, self.settings.model.runtime.rules
@@ -218,14 +218,14 @@ class Training:
         return InputPipeline(loader, place, self.algorithm.cost(), ends_apart)
 
     def _check_memory(self, state: TrainState, layout: TrainState) -> None:
-        """Tells what a device needs for certain, before it is allocated. Raises ConfigError where that is not there."""
+        """Prints the memory that a device certainly needs, before allocation. Raises ConfigError if it has less."""
         memory = memory_of(self.settings, state, layout)
         check_memory(memory, self.mesh)
         if jax.process_index() == 0:
             say(f"{self.workdir}: {describe(memory)}")
 
     def _announced(self, text: str) -> AbstractContextManager:
-        """Tells that something takes long, if it does; of several processes the first one."""
+        """Returns a context that announces a step if it takes long, on the first process."""
         return announced(f"{self.workdir}: {text}") if jax.process_index() == 0 else nullcontext()
 
     def _begin(self, context: TrainContext) -> Restored:
@@ -240,37 +240,37 @@ class Training:
 
     def _resume(self) -> Restored:
         with self._announced("reading the newest checkpoint"):
-            found = self._whole(self.checkpoints.restore(self.config))
-        self.feed.set_state(found.position)
-        self.clock.resume(found.notes["account"], last_written(self.workdir))
-        return found
+            restored = self._add_base(self.checkpoints.restore(self.config))
+        self.feed.set_state(restored.position)
+        self.clock.resume(restored.notes["account"], last_written(self.workdir))
+        return restored
 
-    def _whole(self, found: Restored) -> Restored:
-        """Returns the state with the weights that checkpoints leave out."""
-        run, params = self.settings, found.state.params
+    def _add_base(self, restored: Restored) -> Restored:
+        """Adds the weights that checkpoints do not contain."""
+        run, params = self.settings, restored.state.params
         params = completed(run, self.workdir, params, partial(first_params, run, self.mesh))
-        return found._replace(state=found.state._replace(params=params))
+        return restored._replace(state=restored.state._replace(params=params))
 
     def _rewind(self, spike: Spike) -> None:
-        """To the checkpoint before a spike, and in the data to the batch after it."""
+        """Restores the checkpoint before a spike, and continues with the data after it."""
         spikes, rewinds = self.results.spikes, self.results.spikes.rewinds + 1
         with self.clock.within("start"):
-            found = self._whole(self.checkpoints.back_to(spike.back, self.config))
+            restored = self._add_base(self.checkpoints.back_to(spike.back, self.config))
             self.feed.set_state(spike.position)
-        self.clock.lose(found.notes["account"]["seconds"])
-        self.state, self.position, self.step = found.state, spike.position, spike.back
-        self.results.forget(int(found.state.bad))
-        spikes.set_state(found.notes["spikes"] | {"rewinds": rewinds})
+        self.clock.lose(restored.notes["account"]["seconds"])
+        self.state, self.position, self.step = restored.state, spike.position, spike.back
+        self.results.forget(int(restored.state.bad))
+        spikes.set_state(restored.notes["spikes"] | {"rewinds": rewinds})
         skipped = f"the data of {spike.step - spike.back} steps are skipped"
-        said = f"{spike}: back to step {spike.back}, {skipped} ({rewinds} of {spikes.config.rewinds})"
-        self.report.rewind(self.step, said)
+        message = f"{spike}: back to step {spike.back}, {skipped} ({rewinds} of {spikes.config.rewinds})"
+        self.report.rewind(self.step, message)
 
     def _reporter(self) -> Reporter:
         run, mesh, device = self.settings, self.mesh, self.mesh.devices.flat[0].device_kind
-        room, peak = run.data.budget, peak_flops(device)
+        budget, peak = run.data.budget, peak_flops(device)
         capacity = {
-            "tokens": run.data.batch * room.tokens,
-            "patches": run.data.batch * room.patch_rows * room.patches_per_row,
+            "tokens": run.data.batch * budget.tokens,
+            "patches": run.data.batch * budget.patch_rows * budget.patches_per_row,
         }
         report = Reporter(
             self.workdir,
@@ -281,18 +281,18 @@ class Training:
             peak and peak * mesh.size,
             writes=jax.process_index() == 0,
         )
-        sizes = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.model).items()}
-        parts = [f"{part} {size}" for part, size in sizes.items() if size != "0.00M"]
-        parts = "; ".join(filter(None, [", ".join(parts), trained_share(run)]))
-        began = "resumes" if self.resumed else "begins"
-        where = f"at step {self.step} of {run.optim.steps} on {mesh.size} x {device}"
-        report.line(f"{self.workdir} {began} {where}: {parts}")
+        part_sizes = {part: f"{count / 1e6:.2f}M" for part, count in count_params(run.model).items()}
+        sizes = [f"{part} {size}" for part, size in part_sizes.items() if size != "0.00M"]
+        sizes = "; ".join(filter(None, [", ".join(sizes), trained_share(run)]))
+        verb = "resumes" if self.resumed else "begins"
+        progress = f"at step {self.step} of {run.optim.steps} on {mesh.size} x {device}"
+        report.line(f"{self.workdir} {verb} {progress}: {sizes}")
         return report
 
     def _fetch(self, stop: StopSignal) -> DeviceBatch | Interrupted | None:
-        """The next batch, on its way to the devices; None at the end of the run or of the data.
+        """Returns the next batch, in transfer to the devices. None: the run or the data have ended.
 
-        Interrupted where somebody asked the run to stop, perhaps while the batch was awaited.
+        Interrupted: the run was asked to stop, before or while it waited for the batch.
         """
         if self.length is None and self.step >= self.settings.optim.steps:
             return None
@@ -301,27 +301,27 @@ class Training:
             while not self.feed.wait(LISTEN):
                 if stop.asked_meanwhile():
                     return Interrupted()
-            fetched = self.feed.take()
-            if fetched is None:
+            batch = self.feed.take()
+            if batch is None:
                 return None
-            if stop.asked():  # first: who asks the others whether their data have ended waits for all of them
+            if stop.asked():  # before `all_ended`, which waits for all processes
                 return Interrupted()
             with self.clock.waiting():
-                if self.feed.all_ended(fetched):
+                if self.feed.all_ended(batch):
                     return None
-        for line in fetched.explained:
+        for line in batch.explained:
             self.report.line(line)
-        return fetched
+        return batch
 
     def _fetch_while_computing(self, stop: StopSignal) -> DeviceBatch | Interrupted | None:
-        before = self.clock.seconds()["input"]
+        input_seconds = self.clock.seconds()["input"]
         upcoming = self._fetch(stop)
-        if self.results.running():  # the devices were busy all the time
-            self.clock.move(self.clock.seconds()["input"] - before, "input", "steps")
+        if self.results.running():  # the devices were busy throughout
+            self.clock.move(self.clock.seconds()["input"] - input_seconds, "input", "steps")
         self.results.wait()
         return upcoming
 
-    def _take(self, fetched: DeviceBatch) -> None:
+    def _take_step(self, fetched: DeviceBatch) -> None:
         """Starts a step on the devices."""
         self.step += 1
         self.watchdog.step = self.step
@@ -341,15 +341,15 @@ class Training:
             self.compiled = True
             self.report.meter.restart(skip=1)
 
-    def _look_into(self, batch: Batch) -> None:
-        """Raises Diverged where the step that was just taken, of this batch, is not finite. It changed no weight."""
+    def _check_finite(self, batch: Batch) -> None:
+        """Raises Diverged if the last step, on `batch`, is not finite. Such a step has changed no weight."""
         if not self.results.last_is_finite():
             with self.clock.within("compile"):
-                found = find_nonfinite(
+                report = find_nonfinite(
                     self.settings, self.algorithm.objective(), self.state, batch, self.mesh, *self.frozen
                 )
             self.results.read(self.step - 1)
-            raise Diverged("\n  ".join([f"step {self.step} is not finite:", *found]))
+            raise Diverged("\n  ".join([f"step {self.step} is not finite:", *report]))
 
     def _evaluate(self) -> None:
         self.results.read(self.step)
@@ -357,29 +357,29 @@ class Training:
             self.report.heldout(self.step, self.evaluate(self.state.params, self.clock.tick))
 
     def _save(self, save: Callable, always: bool = False, ended: bool = False) -> None:
-        """Saves, unless the run is in trouble: what the last good checkpoint holds is then as good."""
+        """Saves a checkpoint, unless recent steps are non-finite: they have not changed the weights."""
         self.results.read(self.step)
         if self.results.bad and not always:
             return
         with self.clock.within("save"):
-            self.report.flush()  # first: a checkpoint must not know of steps that the files do not
+            self.report.flush()  # first, so that the files contain all steps of the checkpoint
             notes = {"account": self.clock.account(ended), "spikes": self.results.spikes.get_state()}
             notes["length"] = self.length and self.length._asdict()
-            part = self.state._replace(params=saved(self.settings, self.state.params))
-            save(self.step, part, self.config, self.position, notes)
+            state = self.state._replace(params=saved(self.settings, self.state.params))
+            save(self.step, state, self.config, self.position, notes)
 
 
 def made(workdir: str | Path) -> Path:
-    """The folder, which is there afterwards. ConfigError where it cannot be one."""
+    """Creates the folder and returns its absolute path. Raises ConfigError if it cannot be a folder."""
     if ADDRESS.match(str(workdir)):
         raise ConfigError(
             f"--workdir={workdir} is not a folder. A run writes plain files: use a file system that all hosts share "
-            "(NFS, Filestore), or mount the bucket (gcsfuse BUCKET /mnt/runs) and use a folder in it"
+            "(NFS, Filestore), or mount the bucket (gcsfuse BUCKET /mnt/runs) and use a folder in it."
         )
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"--workdir={workdir} is a file or inside one; name a folder") from error
+        raise ConfigError(f"--workdir={workdir}: is a file or inside one. Name a folder.") from error
     return Path(workdir).resolve()
 
 

@@ -1,4 +1,4 @@
-"""Trains a run at once, or stage by stage if its config has stages (see `mllm_jax.train.runs.stages`)."""
+"""Trains a run, or its stages one after the other (see `mllm_jax.train.runs.stages`)."""
 
 import re
 from pathlib import Path
@@ -26,17 +26,17 @@ from mllm_jax.train.step.optimizer import make_optimizer
 def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None, **options: Any) -> bool:
     """Trains a run, or its stages one after the other, each in its own folder below `workdir`.
 
-    The same call resumes the stage that was interrupted; completed stages are not touched. SIGTERM ends the current
-    stage, which can be resumed, and no other begins.
+    The same call resumes an interrupted stage and skips completed ones. SIGTERM saves and ends the current stage, and
+    no other begins.
 
     Args:
-      stage: name of the only stage to train, further if its `optim.steps` were raised. It starts from the weights of
-        the stage before it if `workdir` has them, else from those of `config.init`.
+      stage: name of the only stage to train, also a completed one whose `optim.steps` were raised. It starts from the
+        weights of the previous stage if `workdir` has them, else from those of `config.init`. None: all stages.
       options: arguments of `mllm_jax.train.loop.train`, for every stage.
     Returns:
-      whether the run is complete; False if SIGTERM ended it before.
+      True if the run is complete, False if SIGTERM ended it.
     Raises:
-      The errors of `mllm_jax.train.loop.train`. ConfigError of any stage comes before the first one begins.
+      The errors of `mllm_jax.train.loop.train`. ConfigError of any stage is raised before the first one begins.
     """
     if not config.get("stages"):
         with StopSignal() as stop:
@@ -45,64 +45,70 @@ def train_run(config: ConfigDict, workdir: str | Path, stage: str | None = None,
     read_run(config)
     order = names_in_order(config)
     done = ended(workdir)
-    chosen = [stage] if stage else [name for name in order if name not in done]
-    for name in chosen:
+    names = [stage] if stage else [name for name in order if name not in done]
+    for name in names:
         _check(config, name)
     folder = made(workdir)
     with locked(folder):
-        return _train_stages(config, folder, order, chosen, done, alone=stage is not None, **options)
+        return _train_stages(config, folder, order, names, done, single_stage=stage is not None, **options)
 
 
 def _train_stages(
-    config: ConfigDict, folder: Path, order: list[str], chosen: list[str], done: dict[str, int], alone: bool, **options
+    config: ConfigDict,
+    folder: Path,
+    order: list[str],
+    names: list[str],
+    done: dict[str, int],
+    single_stage: bool,
+    **options,
 ) -> bool:
     if jax.process_index() == 0:
         write_atomically(folder / CONFIG, dump(config))
         note_ended(folder, order, done)
-    for name in () if alone else done:
-        _say(f"stage {name} has ended at step {done[name]}")
+    for name in () if single_stage else done:
+        _print(f"stage {name} has ended at step {done[name]}")
     with StopSignal() as stop:
-        for name in chosen:
+        for name in names:
             run = stage_config(config, name, folder)
             sources = [run.init] if run.init else [source for source in run.parts.values() if source]
             origin = f"the weights of {' and '.join(sources)}" if sources else "random weights"
-            _say(f"stage {name}, {order.index(name) + 1} of {len(order)}, from {origin}")
+            _print(f"stage {name}, {order.index(name) + 1} of {len(order)}, from {origin}")
             try:
                 step = train(run, folder / name, stop, **options)
             except DataEnded as error:
-                raise DataEnded(_of_stage(error, name)) from error
+                raise DataEnded(_error_text(error, name)) from error
             if stop.heeded:
                 return False
             done = done | {name: step}
             if jax.process_index() == 0:
                 note_ended(folder, order, done)
-            if name != chosen[-1] and stop.asked():
+            if name != names[-1] and stop.asked():
                 return False
     return True
 
 
 def _check(config: ConfigDict, name: str) -> None:
-    """Raises ConfigError for what would end a stage before its first step, hours after the chain began."""
-    alone = lambda name: read_run(stage_config(config, name))
-    run, after = alone(name), config.stages[name].after
+    """Raises ConfigError for faults that would end a stage at its start, hours after the first one began."""
+    run_of = lambda name: read_run(stage_config(config, name))
+    run, after = run_of(name), config.stages[name].after
     try:
         if after:
-            check_adapters(alone(after).lora, run.lora, f"of stage {after}")
+            check_adapters(run_of(after).lora, run.lora, f"of stage {after}")
         make_optimizer(run.optim, abstract_params(run.model))
         run.data.source("train")
         if not any(getattr(run.algorithm, field) in config.stages for field in run.algorithm.runs):
             algorithm_of(run).check_sources()
     except ConfigError as error:
-        raise ConfigError(_of_stage(error, name)) from error
+        raise ConfigError(_error_text(error, name)) from error
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.stages.{name}: {describe_error(error)}") from error
 
 
-def _of_stage(error: ConfigError, name: str) -> str:
-    """Text of an ordinary run's error with the paths of the stage."""
+def _error_text(error: ConfigError, name: str) -> str:
+    """Returns the text of an ordinary run's error with the setting paths of the stage."""
     return re.sub(rf"\bconfig\.(?=({'|'.join(PARTS_OF_STAGES)})\b)", f"config.stages.{name}.", str(error))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if jax.process_index() == 0:
         print(text, flush=True)

@@ -66,7 +66,7 @@ def test_a_value_of_a_config_of_another_form_is_one_line(override, said):
 def test_an_empty_value_is_not_taken_for_none():
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "A folder.", flag_values=values)
-    with pytest.raises(ConfigError, match="^--workdir is empty; give it a value, or leave it out$"):
+    with pytest.raises(ConfigError, match="^--workdir is empty\. Give it a value, or leave it out\.$"):
         read_config(["--config", SCENES, "--workdir=", "--config.init="], values)
 
 

@@ -233,7 +233,7 @@ def test_whatever_a_run_reads_is_checked():
         ({"eps": 1e-50}, "config.optim.eps=1e-50: must be more than 0 in fp32."),
         ({"b1": 0.99999999999}, "config.optim.b1=0.99999999999: must be at least 0 and less than 1 in fp32."),
         ({"steps": 10**400}, r"config.optim.steps=1000+\.\.\.: must be at least 0 and at most 2147483647."),
-        ({"warmup": 2000}, "config.optim: warmup=2000 is longer than the run, steps=1000. Set warmup=100"),
+        ({"warmup": 2000}, "config.optim: warmup=2000: longer than the run, steps=1000. Set warmup=100"),
     ],
 )
 def test_a_run_names_the_path(change, message):

@@ -68,7 +68,7 @@ def test_a_processor_of_another_model_is_refused():
     run = read_run(load_config("qwen3_vl_sft"))
     with pytest.raises(ConfigError, match="the id of image tokens is"):
         chat_processor("scenes", run.model, run.data)
-    with pytest.raises(ConfigError, match="config.processor must name a folder"):
+    with pytest.raises(ConfigError, match="config.processor is empty. Set it to a folder"):
         chat_processor("", run.model, run.data)
 
 

@@ -112,7 +112,7 @@ def test_a_small_recipe_has_embedded_questions_where_no_file_is_named(own):
     assert {train[0]["kind"], heldout[0]["kind"]} == {"color"} and train[0] != heldout[0]
     with pytest.raises(ConfigError, match="scenes:colour: there is no 'colour'; did you mean 'color'?"):
         replace(run.data, path="scenes:colour").source()
-    with pytest.raises(ConfigError, match="scenes:color has no fields to choose by"):
+    with pytest.raises(ConfigError, match="scenes:color has no fields to select by"):
         replace(run.data, where={"split": "train"}).source()
     assert replace(run.data, path=str(own / "own.jsonl")).source("heldout") is None
 

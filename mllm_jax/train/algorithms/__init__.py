@@ -24,5 +24,5 @@ ALGORITHMS: dict[type[AlgorithmConfig], type[Algorithm]] = {
 
 
 def algorithm_of(run: Run) -> Algorithm:
-    """Returns the algorithm of a run."""
+    """Returns the algorithm that `run.algorithm` configures."""
     return ALGORITHMS[type(run.algorithm)](run)

@@ -1,4 +1,4 @@
-"""The base of algorithms: all that depends on what a run learns, and from what."""
+"""Base class of training algorithms: everything that depends on the objective of a run and its data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,55 +22,55 @@ from mllm_jax.train.step.train_step import make_train_step
 
 
 class Algorithm:
-    """An algorithm of one run. What a subclass does not override is that of a language model with an objective.
+    """The algorithm of one run. The defaults train a language model on the `objective` of a subclass.
 
-    A new one is a file in this folder, with a config and a loss in `mllm_jax.train.losses`, and a line in ALGORITHMS.
+    To add one, write a file in this folder, its config and loss in `mllm_jax.train.losses`, and a line in ALGORITHMS.
     """
 
     def __init__(self, run: Run):
         self.run, self.config = run, run.algorithm
 
     def check_sources(self) -> None:
-        """Raises ConfigError if an input of the algorithm beside data and `init` is missing or does not fit."""
+        """Raises ConfigError if another input of the algorithm than data and `init` is missing or does not fit."""
 
     def reading(self) -> Reading | None:
-        """Reading of records by the loader. None: as conversations."""
+        """Returns how the loader reads records. None: as conversations."""
         return None
 
     def processor(self) -> Any:
-        """The processor of the run, which fits its model. Raises ConfigError."""
+        """Returns the processor of the run's model. Raises ConfigError if it does not fit the data settings."""
         return chat_processor(processor_of(self.run), self.run.model, self.run.data)
 
     def batch_shardings(self, batch: Any, mesh: Mesh) -> Any:
-        """NamedSharding of every array of a batch. Raises ValueError where the batch does not divide over the mesh."""
+        """Returns a NamedSharding per array of a batch. Raises ValueError if a size does not divide over the mesh."""
         return batch_shardings(batch, mesh, self.run.model.runtime.rules)
 
     def padding(self) -> Any:
-        """A batch of one row without conversations."""
+        """Returns a batch of one row without conversations."""
         return collate([[]], self.run.data.budget, **self.run.model.layout)
 
     def cost(self) -> BatchCost | None:
-        """The FLOPs of a batch; None where a batch does not tell them."""
+        """Returns the counter of FLOPs per batch. None: they do not follow from the batch."""
         return BatchCost(self.run, rows_of_language)
 
     def objective(self) -> Objective | None:
-        """The objective that a step minimizes. None: a step is not a single update of a language model."""
+        """Returns the objective that a step minimizes. None: a step is not a single update of a language model."""
         return None
 
     def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple:
-        """Frozen models that a step takes beside state and batch. Empty: none.
+        """Returns the frozen models that a step takes after state and batch. Empty: none.
 
-        Checkpoints leave them out; they are read again from where the run began. Raises ConfigError if these changed.
+        Checkpoints do not contain them: they are loaded again from their source. Raises ConfigError if it has changed.
         """
         return ()
 
     def check_plannable(self) -> None:
-        """Raises ConfigError where a step cannot be compiled ahead of time."""
+        """Raises ConfigError if the step cannot be compiled ahead of time."""
 
     def step(self, context: TrainContext) -> Callable:
-        """Jitted `step(state, batch, *frozen) -> (state, metrics)`, see `make_train_step`."""
+        """Returns the jitted `step(state, batch, *frozen) -> (state, metrics)`, see `make_train_step`."""
         return make_train_step(context, self.objective())
 
     def evaluator(self, mesh: Mesh, processor: Any, source: Any) -> Evaluator:
-        """Evaluator of the run on the held-out records of `source`."""
+        """Returns the evaluator of the run on the held-out records of `source`."""
         return AnswerEvaluator(self.run, processor, mesh, source)

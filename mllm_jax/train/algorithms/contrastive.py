@@ -1,4 +1,4 @@
-"""Training a dual encoder on pairs of an image and its text."""
+"""Contrastive training of a dual encoder on pairs of an image and its text."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from mllm_jax.train.step.train_step import compiled_step
 from mllm_jax.train.step.update import update
 from mllm_jax.types import DualBatch
 
-LARGEST_SCALE = 100.0  # of logits under a softmax (arXiv 2103.00020, section 2.5)
+LARGEST_SCALE = 100.0  # bound on the scale of softmax logits (arXiv 2103.00020, section 2.5)
 
 
 class Contrastive(Algorithm):
@@ -48,37 +48,37 @@ class Contrastive(Algorithm):
 
 
 def make_contrastive_step(context: TrainContext) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns a jitted `step(state, batch) -> (state, metrics)`, which donates the state. Image i belongs to text i.
+    """Returns a jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
-    No device holds the logits of all pairs, see train/losses/contrastive.py. A step whose loss or gradient is not
-    finite changes only the counters.
+    Image i belongs to text i. No device holds the logits of all pairs, see train/losses/contrastive.py. A step with a
+    non-finite loss or gradient changes only the counters.
 
     Returns:
-      metrics, f32 scalars: loss (mean of a pair), scale and bias of the logits, grad_norm (before clipping),
+      metrics, f32 scalars: loss (mean over pairs), scale and bias of the logits, grad_norm (before clipping),
       learning_rate, finite (1 or 0), pairs, tokens, patches (counts without padding).
     """
     config, optim = context.model, context.optim
-    model, (pinned, _) = config.build(), split(context.state_shardings.params, optim.freeze)
+    model, (grad_shardings, _) = config.build(), split(context.state_shardings.params, optim.freeze)
 
-    def loss(trainable, fixed, batch: DualBatch):
-        params = {"params": join(trainable, fixed)}
+    def loss(trainable, frozen_params, batch: DualBatch):
+        params = {"params": join(trainable, frozen_params)}
         out = model.apply(params, batch)
         scale, bias = model.apply(params, method="temperature")
-        everywhere = config.runtime.within("encoder").rules  # pairs are sharded over all axes, as images are
+        rules = config.runtime.within("encoder").rules  # pairs are sharded over all axes, as images are
         embeddings = (out.image_embeddings, out.text_embeddings)
-        value = contrastive_loss(config.loss, *embeddings, scale, bias, everywhere, real_pairs(batch))
-        return value, dict(loss=value, scale=scale, bias=bias)
+        mean_loss = contrastive_loss(config.loss, *embeddings, scale, bias, rules, real_pairs(batch))
+        return mean_loss, dict(loss=mean_loss, scale=scale, bias=bias)
 
-    def bounded(params):
+    def clip_scale(params):
         if config.loss != "softmax":
             return params
         return params | {"log_scale": jnp.minimum(params["log_scale"], math.log(LARGEST_SCALE))}
 
     def step(state: TrainState, batch: DualBatch, frozen=None):
-        (_, found), grads = jax.value_and_grad(loss, has_aux=True)(*split(state.params, optim.freeze), batch)
-        grads = jax.lax.with_sharding_constraint(grads, pinned)
-        state, about = update(state, grads, found, context.tx, optim, bounded)
-        metrics = found | about | count_pairs(batch)
+        (_, loss_metrics), grads = jax.value_and_grad(loss, has_aux=True)(*split(state.params, optim.freeze), batch)
+        grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
+        state, update_metrics = update(state, grads, loss_metrics, context.tx, optim, clip_scale)
+        metrics = loss_metrics | update_metrics | count_pairs(batch)
         return state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     return compiled_step(step, context)

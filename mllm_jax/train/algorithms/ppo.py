@@ -1,4 +1,4 @@
-"""PPO: learning from answers of the model's own, which a reward model judges that reads as the model does."""
+"""PPO: trains a model on its own answers, with rewards of a reward model that uses the same processor."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,69 +21,70 @@ from mllm_jax.train.losses.reward import RewardConfig
 from mllm_jax.train.runs.config import Run
 from mllm_jax.train.step.context import TrainContext
 
-FILE = "judge.json"  # in the folder of a run of PPO: fingerprints of the weights that it began with, and of its judge
+FILE = "judge.json"  # in the folder of a PPO run: fingerprints of its initial weights and of its reward model
 
 
 class Ppo(Algorithm):
-    """Learns from answers of the model's own, see `PpoConfig`."""
+    """Trains a model on its own answers, see `PpoConfig`."""
 
     def check_sources(self) -> None:
         self.judge_run()
 
     def judge_run(self) -> Run:
-        """The run that trained the reward model. Raises ConfigError where it did not."""
+        """Returns the run that trained the reward model. Raises ConfigError if `reward_model` is not such a run."""
         folder = self.config.reward_model
-        what = f"config.algorithm.reward_model={folder!r}"
+        setting = f"config.algorithm.reward_model={folder!r}"
         try:
-            found = read_config(folder)
+            run = read_config(folder)
         except FileNotFoundError as error:
-            raise ConfigError(f"{what} must be the folder of a run that trained a reward model: {error}") from error
-        if not isinstance(found.algorithm, RewardConfig):
-            raise ConfigError(f"{what} did not train a reward model; train one with algorithm=RewardConfig()")
-        return found
+            raise ConfigError(f"{setting}: must be the folder of a run that trained a reward model: {error}") from error
+        if not isinstance(run.algorithm, RewardConfig):
+            raise ConfigError(f"{setting}: did not train a reward model. Train one with algorithm=RewardConfig().")
+        return run
 
     def reading(self) -> PpoPrompts:
-        """Reads records as prompts, with the turn that asks for a verdict as the reward model was trained on it."""
+        """Returns the reading of records as prompts, followed by the reward model's own prompt for a verdict."""
         return PpoPrompts(self.judge_run().algorithm.prompt)
 
     def cost(self) -> None:
         return None  # unknown before the answers are generated
 
     def frozen(self, mesh: Mesh, workdir: Path, resumed: bool) -> tuple[FrozenModels]:
-        """The reward model and, if configured, a frozen reference.
+        """Returns the reward model and, if configured, a frozen reference.
 
         Raises:
-          ConfigError: there is no reward model, it reads conversations otherwise than the model, or a resumed run had
-            another reward model.
+          ConfigError: the reward model is missing, processes conversations differently than the policy, or is not the
+            one that a resumed run began with; or the answers exceed the model's positions.
         """
         if jax.process_count() > 1:
-            raise ConfigError("config.algorithm: PPO runs as one process, on any number of its devices")
-        run, judged, ppo = self.run, self.judge_run(), self.config
-        own, other = (chat_processor(processor_of(one), one.model, one.data) for one in (run, judged))
-        if differ := differences(run, judged, own, other):
-            listed = "; ".join(differ)
+            raise ConfigError("config.algorithm: PPO runs as one process. Start a single process with all devices.")
+        run, judge_run, ppo = self.run, self.judge_run(), self.config
+        own, other = (chat_processor(processor_of(x), x.model, x.data) for x in (run, judge_run))
+        if faults := differences(run, judge_run, own, other):
+            faults = "; ".join(faults)
             raise ConfigError(
-                f"config.algorithm.reward_model={ppo.reward_model!r} reads otherwise than the model: {listed}"
+                f"config.algorithm.reward_model={ppo.reward_model!r}: processes inputs differently than the policy: "
+                f"{faults}. Train it with the same processor."
             )
-        room, positions = run.data.tokens + ppo.response_length, run.model.decoder.positions
-        if 0 < positions < room:
+        length, positions = run.data.tokens + ppo.response_length, run.model.decoder.positions
+        if 0 < positions < length:
             raise ConfigError(
-                f"config.data.tokens and config.algorithm.response_length are {room} tokens, and the model has learned "
-                f"{positions} positions: lower the one or the other"
+                f"config.data.tokens + config.algorithm.response_length is {length}: the model has only {positions} "
+                "positions. Lower either."
             )
-        first = first_params(run, mesh) if ppo.reference == FIRST else None
+        first_weights = first_params(run, mesh) if ppo.reference == FIRST else None
         model, reward = restore_params(ppo.reward_model, mesh=mesh)
         verify_frozen_weights(
             Path(workdir) / FILE,
             resumed,
-            ("reference", run.first_weights, first),
+            ("reference", run.first_weights, first_weights),
             ("reward model's", f"config.algorithm.reward_model={ppo.reward_model!r}", reward),
         )
-        return (FrozenModels(reward, jnp.asarray(own.stop_ids, jnp.int32), first, model),)
+        return (FrozenModels(reward, jnp.asarray(own.stop_ids, jnp.int32), first_weights, model),)
 
     def check_plannable(self) -> None:
         raise ConfigError(
-            "steps of PPO are not planned; plan one with algorithm=SupervisedConfig(), and add generation"
+            "config.algorithm: PPO steps cannot be planned. Plan with algorithm=SupervisedConfig(), and add generation."
         )
 
     def step(self, context: TrainContext) -> Callable:
@@ -91,7 +92,7 @@ class Ppo(Algorithm):
 
 
 def differences(run: Run, judged: Run, own: Processor, other: Processor) -> list[str]:
-    """Differences between how a reward model and a model read the same conversation, as texts."""
+    """Returns the differences between how the policy (`own`) and the reward model (`other`) process conversations."""
     pairs = {
         "the tokenizers": (own.tokenizer.vocabulary, other.tokenizer.vocabulary),
         "the chat templates": (own.template, other.template),

@@ -1,4 +1,4 @@
-"""Learning from pairs of answers: from packed rows to the losses of train/losses/preference.py, and back."""
+"""Preference training on pairs of answers: applies the losses of train/losses/preference.py to packed rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +24,15 @@ from mllm_jax.train.step.forward import answer_log_probs
 from mllm_jax.train.step.objective import Objective, Sums
 from mllm_jax.types import Array, Batch
 
-FILE = "reference.json"  # in the folder of a run with a frozen copy: the fingerprint of its weights
+FILE = "reference.json"  # in the folder of a run with a frozen reference: fingerprint of its weights
 
 
 @dataclass(frozen=True)
 class PairObjective(Objective):
-    """The loss of pairs in segments 2k - 1 (chosen) and 2k of rows.
+    """The preference loss of pairs in segments 2k - 1 (chosen) and 2k (rejected) of a row.
 
-    Summed over pairs are loss, reward_chosen, reward_rejected, and accuracy: the chosen one has the larger reward. The
-    shift of BCO is the mean reward of the batches before, so that the parts of a batch need not wait for each other.
+    Sums over pairs: loss, reward_chosen, reward_rejected, and accuracy (pairs whose chosen answer has the larger
+    reward). The shift of BCO is the mean reward of all previous batches, so the parts of a batch stay independent.
     """
 
     config: ModelConfig
@@ -40,15 +40,15 @@ class PairObjective(Objective):
     chunk: int = CHUNK
 
     def weights(self, batch: Batch) -> Array:
-        answered = sum_segments(batch.weight != 0, batch.segment) > 0
-        return jnp.all(in_pairs(answered), axis=-1).astype(jnp.float32)
+        has_answer = sum_segments(batch.weight != 0, batch.segment) > 0
+        return jnp.all(in_pairs(has_answer), axis=-1).astype(jnp.float32)
 
     def sums(self, params, batch: Batch, key=None, frozen=None, rewards=None) -> Sums:
         policy, routing = answer_log_probs(self.config, params, batch, self.chunk, key)
         real, size = self.weights(batch) > 0, in_pairs(sum_segments(batch.weight, batch.segment))
         size = jnp.where(real[..., None], size, 1)
-        given = jax.lax.stop_gradient(in_pairs(self.reference_of(params, batch, frozen)))
-        loss, reward = preference_loss(self.preference, in_pairs(policy), given, size, rewards[0])
+        reference = jax.lax.stop_gradient(in_pairs(self.reference_of(params, batch, frozen)))
+        loss, reward = preference_loss(self.preference, in_pairs(policy), reference, size, rewards[0])
         total = lambda x: jnp.sum(jnp.where(real, x, 0))
         sums = dict(
             loss=total(loss),
@@ -62,18 +62,18 @@ class PairObjective(Objective):
         return running_mean(rewards, (means["reward_chosen"] + means["reward_rejected"]) / 2, 2 * weight)
 
     def reference_of(self, params, batch: Batch, frozen: Any) -> Array:
-        """f32[B T] of the reference, like `answer_log_probs`; `frozen` are the parameters of a frozen copy."""
+        """Returns f32[B T] log-probabilities of the reference, see `answer_log_probs`. frozen: its parameters."""
         kind = self.preference.reference
         if kind == NONE:
             return jnp.zeros(batch.tokens.shape)
         if kind not in (BASE, FIRST):
             return batch.reference
-        known = split_adapters(params)[0] if kind == BASE else frozen
-        return answer_log_probs(self.config, known, batch, self.chunk)[0]
+        reference_params = split_adapters(params)[0] if kind == BASE else frozen
+        return answer_log_probs(self.config, reference_params, batch, self.chunk)[0]
 
 
 class Preference(Algorithm):
-    """Learns from pairs of answers, see `PreferenceConfig`."""
+    """Trains on pairs of answers, see `PreferenceConfig`."""
 
     def reading(self) -> Pairs:
         stored = read_references(self.config.reference) if self.config.stored else None
@@ -96,6 +96,6 @@ class Preference(Algorithm):
     def check_plannable(self) -> None:
         if self.config.reference == FIRST:
             raise ConfigError(
-                "a step against a frozen copy of the first weights is not planned; plan it with "
-                "algorithm.reference='none', and add the bytes of the weights and a forward pass"
+                f"config.algorithm.reference={FIRST!r}: a step with a frozen reference cannot be planned. Plan with "
+                "algorithm.reference='none', and add the bytes of the weights and a forward pass."
             )

@@ -1,7 +1,7 @@
 """Training of reward models on pairs of a chosen and a rejected answer (arXiv 2203.02155, 2309.14525).
 
-A reward is the output of the value head at the last token of a conversation, which ends with the answer, or with a turn
-that states the facts and asks for a verdict (see `mllm_jax.data.pipeline.reward`).
+The reward is the output of the value head at the last token of a conversation, which ends with the answer, or with a
+turn that states the facts and asks for a verdict (see `mllm_jax.data.pipeline.reward`).
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,10 @@ from mllm_jax.types import Array, Batch
 
 @dataclass(frozen=True)
 class RewardObjective(Objective):
-    """The loss of pairs in segments 2k - 1 (chosen) and 2k of rows.
+    """The pairwise loss of pairs in segments 2k - 1 (chosen) and 2k (rejected) of a row.
 
-    Summed over pairs are loss, reward_chosen, reward_rejected, and accuracy: the chosen one has the larger reward.
+    Sums over pairs: loss, reward_chosen, reward_rejected, and accuracy (pairs whose chosen answer has the larger
+    reward).
     """
 
     config: ModelConfig
@@ -38,8 +39,8 @@ class RewardObjective(Objective):
         return jnp.all(in_pairs(present), axis=-1).astype(jnp.float32)
 
     def sums(self, params, batch: Batch, key=None, frozen=None, rewards=None) -> Sums:
-        found, routing = scores(self.config, params, batch, key)
-        reward, real = in_pairs(found), self.weights(batch) > 0
+        segment_scores, routing = scores(self.config, params, batch, key)
+        reward, real = in_pairs(segment_scores), self.weights(batch) > 0
         total = lambda x: jnp.sum(jnp.where(real, x, 0))
         sums = dict(
             loss=total(pairwise_loss(reward, self.reward.center)),

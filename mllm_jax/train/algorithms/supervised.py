@@ -1,4 +1,4 @@
-"""Supervised training: the loss of every target of conversations and documents."""
+"""Supervised training: cross-entropy of the targets of conversations and documents."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from mllm_jax.types import Array, Batch
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """The loss of every target.
+    """Cross-entropy of every target.
 
     weighting: see `sample_weights`. chunk: see `token_loss`.
     """
@@ -30,7 +30,7 @@ class CrossEntropy(Objective):
 
 
 class Supervised(Algorithm):
-    """Learns answers, see `SupervisedConfig`."""
+    """Trains on the answers of conversations, see `SupervisedConfig`."""
 
     def objective(self) -> CrossEntropy:
         return CrossEntropy(self.run.model, self.config.weighting, self.run.train.loss_chunk)

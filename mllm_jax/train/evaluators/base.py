@@ -1,4 +1,4 @@
-"""Evaluation of a run on held-out records, while it is trained: the loop that all evaluators share."""
+"""Base class of evaluators, which measure a run on held-out records during training."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,12 +15,12 @@ from mllm_jax.train.step.batches import batch_shardings
 
 
 class Evaluator:
-    """`evaluator(params)` evaluates on the same records every time, in batches of the shape of training.
+    """Evaluates parameters on the same records every time, in batches of the shape of training.
 
-    A subclass defines the step, the initial totals, the update of the totals by a batch, and the results.
+    A subclass defines the step, the initial totals, how a batch is added to them, and the results.
     """
 
-    reading: Reading | None = None  # how records are read, as in `make_loader`
+    reading: Reading | None = None  # see `make_loader`
 
     def __init__(self, run: Run, processor: Any, mesh: Mesh, source: Any):
         self.run, self.processor, self.mesh = run, processor, mesh
@@ -28,7 +28,7 @@ class Evaluator:
         self._step = compiled_together(self.make_step())
 
     def __call__(self, params: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """The results by name, such as {"loss": 1.5}; `after_batch` is called after each batch."""
+        """Returns the results by name, such as {"loss": 1.5}. after_batch: called after each batch."""
         totals = self.no_records()
         rows = self.run.data.batch // self.run.train.grad_accum_steps
         for batch, info in batches(self.source, self.processor, self.run.data, rows, self.reading):
@@ -37,28 +37,28 @@ class Evaluator:
         return self.results(totals)
 
     def shardings(self, batch: Any) -> Any:
-        """NamedSharding of every array of a batch."""
+        """Returns the NamedSharding of every array of a batch."""
         return batch_shardings(batch, self.mesh, self.run.model.runtime.rules)
 
     def make_step(self) -> Callable[[Any, Any], Any]:
-        """Jitted `step(params, batch)` -> what `add` takes, the same on all devices."""
+        """Returns a jitted `step(params, batch)`, whose replicated results `add` receives."""
         raise NotImplementedError
 
     def no_records(self) -> Any:
-        """Totals that `add` changes."""
+        """Returns the initial totals, which `add` updates in place."""
         raise NotImplementedError
 
     def add(self, totals: Any, found: Any, batch: Any, info: Info) -> None:
-        """Adds a batch to the totals; `found` are the results of its step, on the host."""
+        """Adds a batch to the totals. found: results of its step, on the host."""
         raise NotImplementedError
 
     def results(self, totals: Any) -> dict[str, Any]:
-        """Results by name, from the totals."""
+        """Returns the results by name."""
         raise NotImplementedError
 
 
 class Spread:
-    """`count` records of a source, evenly spread over it; all where it has fewer."""
+    """Selects `count` records at even distances from a source, or all if it has fewer."""
 
     def __init__(self, source: Any, count: int):
         self.source, self.count = source, min(count, len(source))
@@ -73,13 +73,13 @@ class Spread:
 
 
 def placed(batch: Any, layout: Any) -> Any:
-    """A batch on the devices: every process has made all of it, and transfers the shards of its devices."""
+    """Puts a batch, which every process has in full, on the devices. Each process transfers its own shards."""
     place = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     return jax.tree.map(place, batch, layout)
 
 
 def shares(right: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, float]:
-    """Share of right answers of every kind and, as "all", of all."""
+    """Returns the fraction of right answers per kind and, as "all", over all kinds."""
     by_kind = {kind or "other": right[kind] / asked[kind] for kind in sorted(asked)}
     return {"all": sum(right.values()) / max(sum(asked.values()), 1), **by_kind}
 
@@ -87,7 +87,7 @@ def shares(right: Mapping[str, int], asked: Mapping[str, int]) -> dict[str, floa
 def batches(
     source: Any, processor: Any, data: DataConfig, rows: int, reading: Reading | None = None
 ) -> Iterator[tuple[Any, Info]]:
-    """All records of a source once, in batches of the shape of training; `reading`: see `make_loader`."""
+    """Yields all records of a source once, in batches of the shape of training. reading: see `make_loader`."""
     loader = make_loader(
         source,
         processor,

@@ -1,7 +1,7 @@
-"""Exact match on held-out conversations, by kind of question, during training.
+"""Exact match on held-out conversations, by kind of question.
 
-One forward pass decides it: greedy decoding repeats the true answer exactly if and only if every token of the answer is
-the most likely one given the true tokens before it.
+One forward pass measures it: greedy decoding reproduces the true answer if and only if each of its tokens is the most
+likely one given the true tokens before it.
 """
 
 import collections
@@ -16,10 +16,10 @@ from mllm_jax.train.step.train_step import make_eval_step
 
 
 class AnswerEvaluator(Evaluator):
-    """Finds {"loss": mean per token, "conversations": number, "exact_match": {kind: share of right ones, "all": all}}.
+    """Computes {"loss": mean per token, "conversations": number, "exact_match": {kind: fraction, "all": fraction}}.
 
-    With experts also {"expert_load": how often each was chosen, by layer and MODALITIES, nested lists [Lm][3][E]}.
-    A conversation is right where every target is; in one of several turns, given the true turns before.
+    A conversation matches if all its targets do, each given the true tokens before it. With experts also
+    {"expert_load": choices per layer, modality (MODALITIES) and expert, nested lists [Lm][3][E]}.
     """
 
     def make_step(self) -> Callable:

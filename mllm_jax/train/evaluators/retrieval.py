@@ -1,4 +1,4 @@
-"""Recall of the text of a held-out image, and of the image of a text, during training."""
+"""Retrieval recall on held-out pairs: of the text of an image, and of the image of a text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from mllm_jax.types import DualBatch
 
 
 class RetrievalEvaluator(Evaluator):
-    """Returns {"loss": mean of a pair within its batch, "pairs": number, "recall_at_1": see `recall_at_1`}.
+    """Computes {"loss": mean over pairs, within batches, "pairs": number, "recall_at_1": see `recall_at_1`}.
 
     Pairs with equal texts count as one class.
     """
@@ -45,11 +45,11 @@ class RetrievalEvaluator(Evaluator):
 
 
 def recall_at_1(images: np.ndarray, texts: np.ndarray, names: list[Any]) -> dict[str, float]:
-    """Fraction of nearest neighbors that are right: the "text" of every image, the "image" of every text.
+    """Returns the fraction of right nearest neighbors: {"text": of images, "image": of texts}.
 
     Args:
       images, texts: f32[n D] of unit length.
-      names: name of every pair; any pair of the same name is right.
+      names: class of every pair; a neighbor of the same class is right.
     """
     similarity, names = images @ texts.T, np.unique(names, return_inverse=True)[1]
     right = lambda axis: float(np.mean(names[similarity.argmax(axis)] == names))
@@ -57,15 +57,15 @@ def recall_at_1(images: np.ndarray, texts: np.ndarray, names: list[Any]) -> dict
 
 
 def make_embedding_step(config: DualConfig, mesh: Mesh):
-    """Jitted `embed(params, batch) -> {"images", "texts": f32[n D], "loss": f32[] mean of a pair}`."""
+    """Returns a jitted `embed(params, batch) -> {"images", "texts": f32[n D], "loss": f32[] mean over pairs}`."""
     model = config.build()
 
     def embed(params, batch: DualBatch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             out = model.apply({"params": params}, batch)
             scale, bias = model.apply({"params": params}, method="temperature")
-            about = (scale, bias, config.runtime.within("encoder").rules, real_pairs(batch))
-            loss = contrastive_loss(config.loss, out.image_embeddings, out.text_embeddings, *about)
+            options = (scale, bias, config.runtime.within("encoder").rules, real_pairs(batch))
+            loss = contrastive_loss(config.loss, out.image_embeddings, out.text_embeddings, *options)
             return {"images": out.image_embeddings, "texts": out.text_embeddings, "loss": jnp.asarray(loss)}
 
     return jax.jit(embed, out_shardings=NamedSharding(mesh, PartitionSpec()))

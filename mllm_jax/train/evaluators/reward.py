@@ -1,4 +1,4 @@
-"""Fraction of held-out pairs whose chosen answer has the higher reward, by kind of question, during training."""
+"""Fraction of held-out pairs whose chosen answer has the higher reward, by kind of question."""
 
 import collections
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from mllm_jax.types import Batch
 
 
 class RewardEvaluator(Evaluator):
-    """Finds {"loss": mean of a pair, "pairs": number, "preferred": {kind: share of pairs, "all": of all}}.
+    """Computes {"loss": mean over pairs, "pairs": number, "preferred": {kind: fraction, "all": fraction}}.
 
-    Of these the chosen answer has the larger reward.
+    preferred: fraction of the pairs whose chosen answer has the larger reward.
     """
 
     @property

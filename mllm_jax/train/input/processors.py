@@ -1,4 +1,4 @@
-"""Processors of runs, which must fit their models."""
+"""Creates the processors of runs and checks that they fit the models."""
 
 import dataclasses
 from typing import Any
@@ -16,12 +16,12 @@ from mllm_jax.model.vlm import ModelConfig
 from mllm_jax.train.runs.data import DataConfig
 from mllm_jax.weights.hf import local_folder
 
-# settings of data that belong to a processor
+# fields of the data config that set processor options
 SETTINGS = ("min_pixels", "max_pixels", "missing_rows", "fps", "max_frames", "sampling", "user_content_tokens")
 
 
 def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProcessor:
-    """Returns the processor of a dual encoder, from a folder, the hub or `scenes`. ConfigError unless it fits."""
+    """Returns a dual encoder's processor, from a folder, the hub or `scenes`. Raises ConfigError if it does not fit."""
     encoder = model.encoder
     if source == SCENES:
         processor = DualProcessor(
@@ -35,7 +35,9 @@ def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProc
             model.text_pool.token == "last",
         )
     elif not source:
-        raise ConfigError("config.processor must name a folder with a tokenizer and a preprocessor_config.json")
+        raise ConfigError(
+            "config.processor is empty. Set it to a folder with a tokenizer and a preprocessor_config.json."
+        )
     else:
         try:
             processor = DualProcessor.from_folder(local_folder(source), model)
@@ -43,42 +45,42 @@ def pair_processor(source: str, model: DualConfig, data: DataConfig) -> DualProc
             raise ConfigError(f"config.processor: {error}") from error
     if (processor.mean, processor.std) != (encoder.pixel_mean, encoder.pixel_std):
         raise ConfigError(
-            f"config.processor has pixels of mean {processor.mean} and deviation {processor.std}, "
-            f"config.model.encoder of {encoder.pixel_mean} and {encoder.pixel_std}"
+            f"config.processor: pixel mean {processor.mean} and deviation {processor.std} differ from those of "
+            f"config.model.encoder. Set its pixel_mean={processor.mean} and pixel_std={processor.std}."
         )
     if data.tokens % processor.length:
         raise ConfigError(
-            f"config.data.tokens={data.tokens} must be a multiple of the {processor.length} tokens of a text, so "
-            "that a row holds complete texts"
+            f"config.data.tokens={data.tokens}: must be a multiple of the {processor.length} tokens of a text, so "
+            "that a row holds complete texts."
         )
     if not data.patch_rows or data.patches_per_row <= encoder.num_prefix_tokens:
         raise ConfigError(
             f"config.data: patch_rows={data.patch_rows} of patches_per_row={data.patches_per_row} have no room for an "
-            "image"
+            "image. Increase them."
         )
-    _check_words(len(processor.tokenizer), model.text.vocab, "config.model.text")
+    _check_vocab(len(processor.tokenizer), model.text.vocab, "config.model.text")
     return dataclasses.replace(processor, missing_rows=data.missing_rows)
 
 
 def chat_processor(source: str, model: ModelConfig, data: DataConfig) -> Processor:
-    """Returns the processor of a language model, from a folder, the hub or `scenes`. ConfigError unless it fits."""
+    """Returns a chat model's processor, from a folder, the hub or `scenes`. Raises ConfigError if it does not fit."""
     limits = {name: getattr(data, name) for name in SETTINGS}
     limits = {name: value for name, value in limits.items() if value is not None}
     spec = spec_for(model)
     if source == SCENES:
         tokenizer = Tokenizer(scenes_tokenizer(), {"eos_token": SEEING.end_of_turn})
-        return _checked(_limited(Processor(tokenizer, ChatTemplate(SCENES_TEMPLATE), spec), limits), model)
+        return _checked(_with_limits(Processor(tokenizer, ChatTemplate(SCENES_TEMPLATE), spec), limits), model)
     if not source:
-        raise ConfigError("config.processor must name a folder with a tokenizer and a chat template")
+        raise ConfigError("config.processor is empty. Set it to a folder with a tokenizer and a chat template.")
     try:
         published = Processor.from_folder(local_folder(source), spec)
     except FileNotFoundError as error:
         raise ConfigError(f"config.processor: {error}") from error
-    return _checked(_limited(published, limits), model)
+    return _checked(_with_limits(published, limits), model)
 
 
-def _limited(processor: Processor, limits: dict[str, Any]) -> Processor:
-    """The processor with what `config.data` sets of its spec."""
+def _with_limits(processor: Processor, limits: dict[str, Any]) -> Processor:
+    """Returns the processor with the spec fields that `config.data` sets."""
     try:
         return processor.with_spec(**limits)
     except ValueError as error:
@@ -90,24 +92,30 @@ def _id(token: int | None) -> int:
 
 
 def _checked(processor: Processor, model: ModelConfig) -> Processor:
-    words, pairs = len(processor.tokenizer), {}
+    num_tokens, pairs = len(processor.tokenizer), {}
     if model.encoder is not None:
-        wanted, spec = spec_for(model), processor.spec
+        model_spec, spec = spec_for(model), processor.spec
         pairs = {
-            "patch_size": (spec.patch, wanted.patch),
-            "temporal_patch_size": (spec.temporal_patch, wanted.temporal_patch),
-            "merge": (spec.merge, wanted.merge),
-            "queries": (spec.queries, wanted.queries),
+            "patch_size": (spec.patch, model_spec.patch),
+            "temporal_patch_size": (spec.temporal_patch, model_spec.temporal_patch),
+            "merge": (spec.merge, model_spec.merge),
+            "queries": (spec.queries, model_spec.queries),
             "the number of values in a patch": (spec.layout["values"], model.patch_values),
             "the id of image tokens": (_id(processor.image_id), model.tokens.image),
             "the id of video tokens": (_id(processor.video_id), model.tokens.video),
         }
-    if wrong := [f"{name} is {ours}, the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]:
-        raise ConfigError(f"config.processor does not fit config.model: {'; '.join(wrong)}")
-    _check_words(words, model.decoder.vocab, "config.model.decoder")
+    if mismatches := [
+        f"{name} is {value}, the model's {expected}" for name, (value, expected) in pairs.items() if value != expected
+    ]:
+        raise ConfigError(
+            f"config.processor: does not fit config.model: {'; '.join(mismatches)}. Set the model's processor."
+        )
+    _check_vocab(num_tokens, model.decoder.vocab, "config.model.decoder")
     return processor
 
 
-def _check_words(words: int, vocab: int, where: str) -> None:
-    if words > vocab:
-        raise ConfigError(f"{where}.vocab={vocab} is less than the processor's {words} tokens")
+def _check_vocab(num_tokens: int, vocab: int, path: str) -> None:
+    if num_tokens > vocab:
+        raise ConfigError(
+            f"{path}.vocab={vocab}: must be at least {num_tokens}, the number of tokens of the processor."
+        )

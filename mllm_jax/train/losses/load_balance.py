@@ -1,8 +1,8 @@
-"""Keeping experts evenly loaded: losses that are values of what the routers did, and the bias that needs no gradient.
+"""Load balancing of experts: auxiliary losses on the routing, and the router bias that is updated without gradient.
 
-All are 1 where experts are chosen evenly, whatever the number of layers and experts: a loss is a mean over layers, and
-the fractions f of an expert's choices, f_i, sum to one, as do its probabilities, P_i: L = E * sum_i f_i P_i (Switch,
-arXiv 2101.03961). Padding counts nowhere. Gradients flow through P alone.
+A loss is the mean over layers of L = E * sum_i f_i P_i (Switch, arXiv 2101.03961), with f_i the fraction of choices of
+expert i and P_i its mean probability; both sum to 1 over the E experts. L is 1 for an even load, whatever E. Padding is
+ignored. Gradients flow through P alone.
 """
 
 import re
@@ -25,17 +25,17 @@ LOSSES = ("none", "micro", "sequence", "global")
 class BalanceConfig(Config):
     """Load balancing of experts.
 
-    loss: the tokens over which f and P are taken.
-      "micro": those of one batch row, averaged over rows.
-      "sequence": those of one conversation, averaged over conversations (DeepSeek-V2, arXiv 2405.04434).
-      "global": those of the whole batch, over all devices and accumulated parts (Qwen3, arXiv 2501.11873).
-    aux_loss_weight: c; c * L is added to the loss.
-    exact: with "global" and accumulated parts, whether f is that of the whole batch, which takes a forward pass over
-      all parts beforehand. Otherwise a part takes the f of the parts up to its own, the buffer of arXiv 2501.11873: it
-      approximates the whole batch's, best for the last part.
-    z_loss_weight: weight of the mean squared log of the softmax's denominator (ST-MoE, arXiv 2202.08906).
-    bias_update_rate: gamma of loss-free balancing: after a step the bias of an expert rises or falls by this much if
-      its load was below or above the mean (arXiv 2408.15664). For models whose routers have a bias.
+    loss: tokens over which f and P are computed.
+      "none": no loss.
+      "micro": tokens of one batch row, averaged over rows.
+      "sequence": tokens of one conversation, averaged over conversations (DeepSeek-V2, arXiv 2405.04434).
+      "global": tokens of the whole batch, over all devices and accumulated parts (Qwen3, arXiv 2501.11873).
+    aux_loss_weight: weight of L in the loss.
+    exact: compute f of "global" over all accumulated parts, with an extra forward pass. False: each part uses f of the
+      parts so far, the buffer of arXiv 2501.11873, an approximation that is best for the last part.
+    z_loss_weight: weight of the mean squared log of the softmax denominator (ST-MoE, arXiv 2202.08906).
+    bias_update_rate: step of loss-free balancing (arXiv 2408.15664): each update raises the bias of experts with less
+      than the mean load and lowers that of the others. For routers with a bias.
     """
 
     loss: Annotated[str, OneOf(LOSSES)] = "none"
@@ -45,30 +45,30 @@ class BalanceConfig(Config):
     bias_update_rate: NonNegative = 0.0
 
     def counts_first(self, grad_accum_steps: int) -> bool:
-        """Returns whether a forward pass counts the choices of the whole batch before any gradient."""
+        """Returns True if an extra forward pass counts the choices of the whole batch before the gradients."""
         return self.loss == "global" and self.exact and grad_accum_steps > 1
 
 
 class Totals(NamedTuple):
-    """Amounts of a whole batch, f32[], by which the sums of its parts are divided; 1 if it has none."""
+    """Totals of a whole batch, f32[], by which the sums of its parts are divided. 1 instead of 0."""
 
     weight: Array  # sum of the loss weights
-    tokens: Array
-    rows: Array  # that hold a token
-    conversations: Array
+    tokens: Array  # number of tokens without padding
+    rows: Array  # number of rows with tokens
+    conversations: Array  # number of conversations
 
 
 def totals(batch: Batch, weight) -> Totals:
-    """Totals of a batch, with the loss weights f32[B T] of its targets."""
+    """Returns the totals of a batch. weight: f32[B T] loss weights of its targets."""
     conversations = jnp.max(batch.segment, axis=1)
     counts = (jnp.sum(weight), jnp.sum(batch.segment > 0), jnp.sum(conversations > 0), jnp.sum(conversations))
     return Totals(*(jnp.where(count == 0, 1, count).astype(jnp.float32) for count in counts))
 
 
 class Load(NamedTuple):
-    """Number of choices of each expert, from which the f of the global loss follows."""
+    """Load of the experts, from which f of the global loss is computed."""
 
-    choices: Array  # f32[Lm E]
+    choices: Array  # f32[Lm E] number of choices of each expert in each MoE layer
 
     @classmethod
     def of(cls, routing: Routing) -> "Load":
@@ -84,13 +84,14 @@ class Load(NamedTuple):
 
 
 def balance_loss(routing: Routing, segment, load: Load, whole: Totals, kind: str):
-    """L of BalanceConfig's `kind`, f32[]: for a part of a batch its share, so that the shares of all parts add up.
+    """Returns the contribution of a part to L of the whole batch, f32[]. The contributions of all parts add up to L.
 
     Args:
       routing: routing of the part, fields [Lm B ...].
-      segment: i32[B T] of the part.
-      load: load from which f of "global" is taken.
+      segment: i32[B T] segments of the part.
+      load: load that f of "global" is computed from.
       whole: totals of the whole batch.
+      kind: `BalanceConfig.loss`.
     """
     layers, _, _, experts = routing.counts.shape
     if kind == "sequence":
@@ -99,18 +100,18 @@ def balance_loss(routing: Routing, segment, load: Load, whole: Totals, kind: str
         probability = jnp.sum(routing.probability, axis=1) / whole.tokens
         return experts * jnp.sum(load.fraction * probability) / layers
     tokens = jnp.maximum(jnp.sum(segment > 0, axis=1), 1)
-    chosen = jnp.sum(routing.counts, axis=2)
-    fraction = chosen / jnp.maximum(jnp.sum(chosen, axis=-1, keepdims=True), 1)
+    choices = jnp.sum(routing.counts, axis=2)
+    fraction = choices / jnp.maximum(jnp.sum(choices, axis=-1, keepdims=True), 1)
     return experts * jnp.sum(fraction * routing.probability / tokens[:, None]) / (layers * whole.rows)
 
 
 def z_loss(routing: Routing, whole: Totals):
-    """The part's share of the mean over tokens and layers, f32[]."""
+    """Returns the contribution of a part to the mean z-loss over tokens and layers of the whole batch, f32[]."""
     return jnp.sum(routing.square) / (routing.square.shape[0] * whole.tokens)
 
 
 def imbalance(load: Load):
-    """The busiest expert's load over the mean, in the layer where it is greatest, f32[]: 1 is even."""
+    """Returns the largest load of an expert relative to the mean of its layer, f32[]. 1: even."""
     return jnp.max(load.fraction) * load.choices.shape[-1]
 
 
@@ -118,14 +119,16 @@ BIAS = re.compile(r"^decoder/(layers\d*(?:/slots_\d+)?)/mlp/bias$")
 
 
 def move_biases(params: dict, load: Load, config: DecoderConfig, bias_update_rate: float) -> dict:
-    """Parameters whose routers' biases have moved by `bias_update_rate` towards an even load."""
-    numbers = config.expert_layers
-    slots = {name: layers for part in segments(config.kinds) for name, layers, _ in part.slots()}
+    """Returns the parameters with router biases moved by `bias_update_rate` towards an even load."""
+    expert_layers = config.expert_layers
+    layers_of_slot = {
+        name: layers for layer_segment in segments(config.kinds) for name, layers, _ in layer_segment.slots()
+    }
 
-    def moved(path, leaf):
-        if not (found := BIAS.match(path)):
+    def move(path, leaf):
+        if not (match := BIAS.match(path)):
             return leaf
-        own = load.choices[jnp.array([numbers.index(layer) for layer in slots[found.group(1)]])]
-        return leaf + bias_update_rate * jnp.sign(jnp.mean(own, axis=-1, keepdims=True) - own)
+        choices = load.choices[jnp.array([expert_layers.index(layer) for layer in layers_of_slot[match.group(1)]])]
+        return leaf + bias_update_rate * jnp.sign(jnp.mean(choices, axis=-1, keepdims=True) - choices)
 
-    return map_with_paths(moved, params)
+    return map_with_paths(move, params)

@@ -1,8 +1,8 @@
-"""Losses of pairs of answers of which one is preferred: pure functions of their log-probabilities.
+"""Preference losses on pairs of a chosen and a rejected answer: pure functions of their log-probabilities.
 
-Arrays end in an axis of two: the chosen answer, the rejected one. An answer's log-probability is sum_i w_i log p_i over
-its tokens; w is 1, or more where the two answers differ (dense DPO of RLHF-V, arXiv 2312.00849). Its ratio
-is that log-probability less the reference's. All losses are elementwise over what stands before the last axis.
+Arrays have a last axis of two, [chosen, rejected]; losses are elementwise over the other axes. An answer's
+log-probability is sum_i w_i log p_i over its tokens, with w = 1, or more where the two answers differ (dense DPO of
+RLHF-V, arXiv 2312.00849). Its ratio is that log-probability minus the reference's.
 """
 
 from dataclasses import dataclass
@@ -24,19 +24,18 @@ from mllm_jax.types import Array
 
 @dataclass(frozen=True)
 class PreferenceConfig(AlgorithmConfig):
-    """Learns from pairs of a chosen and a rejected answer.
+    """Trains on pairs of a chosen and a rejected answer.
 
-    dpo, ipo, bco, sft: weights of the losses, of which a run minimizes the sum. DPO is dpo=1, MPO of InternVL dpo=0.8,
-      bco=0.2, sft=1 (arXiv 2411.10442).
-    beta: how far answers may go from the reference: less is further.
-    label_smoothing: share of pairs whose preference is taken to be wrong (cDPO).
-    simpo_gamma: by which a chosen answer's reward shall be the larger one, of `dpo` (SimPO's gamma).
-    length_normalize: log-probabilities are divided by the sum of their weights, |y| where these are 1.
-    diff_token_weight: weight of the tokens in which a pair's answers differ (RLHF-V's gamma); with `length_normalize`,
-      as in its paper.
-    reference: "base", the model without its adapters; "first", a frozen copy of the weights that the run begins with;
-      "none", nothing (SimPO has none, an average and a margin); or a file of `python -m
-      mllm_jax.train.algorithms.reference`.
+    dpo, ipo, bco, sft: weights of the losses in the sum. DPO: dpo=1. MPO of InternVL: dpo=0.8, bco=0.2, sft=1 (arXiv
+      2411.10442).
+    beta: strength of the pull to the reference: a smaller value lets answers move further from it.
+    label_smoothing: assumed share of pairs with the wrong preference (cDPO).
+    simpo_gamma: margin by which `dpo` wants the chosen reward to exceed the rejected one (SimPO's gamma).
+    length_normalize: divide log-probabilities by the sum of the token weights (the length, if these are 1).
+    diff_token_weight: weight of the tokens in which the answers of a pair differ (RLHF-V's gamma, with
+      `length_normalize`).
+    reference: "base", the model without its adapters; "first", a frozen copy of the initial weights; "none" (as in
+      SimPO); or a file of `python -m mllm_jax.train.algorithms.reference`.
     """
 
     dpo: NonNegative = 0.0
@@ -53,13 +52,13 @@ class PreferenceConfig(AlgorithmConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.reference:
-            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, or a file")
+            raise ValueError(f"reference is empty. Set one of {', '.join(REFERENCES)}, or a file.")
         if not any((self.dpo, self.ipo, self.bco, self.sft)):
-            raise ValueError("no loss has a weight. Set one of dpo, ipo, bco and sft, such as dpo=1")
+            raise ValueError("no loss has a weight. Set one of dpo, ipo, bco and sft, such as dpo=1.")
 
     @property
     def stored(self) -> bool:
-        """True if the reference's log-probabilities come with the data."""
+        """True if the reference's log-probabilities are read from a file."""
         return self.reference not in REFERENCES
 
     @property
@@ -71,9 +70,9 @@ class PreferenceConfig(AlgorithmConfig):
 
 
 def dpo(ratio, beta: float, label_smoothing: float = 0.0, simpo_gamma: float = 0.0) -> Array:
-    """-(1 - s) log sigmoid(x) - s log sigmoid(-x) where x = beta (ratio_w - ratio_l) - simpo_gamma, f32[...].
+    """Returns -(1 - s) log sigmoid(x) - s log sigmoid(-x) with x = beta (ratio_w - ratio_l) - simpo_gamma, f32[...].
 
-    arXiv 2305.18290, equation 7. s = label_smoothing: conservative DPO (ericmitchell.ai/cdpo.pdf). margin: gamma
+    arXiv 2305.18290, equation 7. s = label_smoothing: conservative DPO (ericmitchell.ai/cdpo.pdf). simpo_gamma: margin
     of SimPO (arXiv 2405.14734, equation 6), whose ratio is a mean log-probability without a reference.
     """
     x = beta * (ratio[..., 0] - ratio[..., 1]) - simpo_gamma
@@ -81,35 +80,35 @@ def dpo(ratio, beta: float, label_smoothing: float = 0.0, simpo_gamma: float = 0
 
 
 def ipo(ratio, beta: float) -> Array:
-    """(ratio_w - ratio_l - 1 / (2 beta))^2, f32[...]: arXiv 2310.12036, equation 17, whose tau is beta.
+    """Returns (ratio_w - ratio_l - 1 / (2 beta))^2, f32[...]: arXiv 2310.12036, equation 17, with tau = beta.
 
-    With sums of log-probabilities it grows with the answers' lengths; means are what its authors used.
+    Its authors use mean log-probabilities (`length_normalize`); with sums the loss grows with the answers' lengths.
     """
     return jnp.square(ratio[..., 0] - ratio[..., 1] - 1 / (2 * beta))
 
 
 def bco(ratio, beta: float, shift) -> Array:
-    """-log sigmoid(beta ratio_w - shift) - log sigmoid(-(beta ratio_l - shift)), f32[...].
+    """Returns -log sigmoid(beta ratio_w - shift) - log sigmoid(-(beta ratio_l - shift)), f32[...].
 
     Binary classifier optimization, arXiv 2404.04656, and the quality loss of MPO (arXiv 2411.10442).
 
-    shift: f32[], the mean of rewards so far, delta; no gradient flows through it.
+    shift: f32[], delta: running mean of the rewards, without gradient.
     """
     reward = beta * ratio - jax.lax.stop_gradient(shift)
     return -jax.nn.log_sigmoid(reward[..., 0]) - jax.nn.log_sigmoid(-reward[..., 1])
 
 
 def sft(policy, size) -> Array:
-    """-log p(chosen) / |chosen|, f32[...]: the generation loss of MPO (arXiv 2411.10442)."""
+    """Returns -log p(chosen) / |chosen|, f32[...]: the generation loss of MPO (arXiv 2411.10442)."""
     return -policy[..., 0] / size[..., 0]
 
 
 def preference_loss(config: PreferenceConfig, policy, reference, size, shift) -> tuple[Array, Array]:
-    """Weighted sum of a run's losses, f32[...], and the rewards beta * ratio without gradient, f32[... 2].
+    """Returns the weighted sum of the losses, f32[...], and the rewards beta * ratio without gradient, f32[... 2].
 
     Args:
       policy, reference: f32[... 2] log-probabilities; the reference is 0 if the run has none.
-      size: f32[... 2] sums of the weights of the tokens, more than 0.
+      size: f32[... 2] sums of the token weights, more than 0.
       shift: f32[], see `bco`.
     """
     ratio = policy - jax.lax.stop_gradient(reference)
@@ -121,17 +120,17 @@ def preference_loss(config: PreferenceConfig, policy, reference, size, shift) ->
         (config.bco, lambda: bco(ratio, config.beta, shift)),
         (config.sft, lambda: sft(policy, size)),
     )
-    loss = sum(weight * of() for weight, of in losses if weight)
+    loss = sum(weight * loss() for weight, loss in losses if weight)
     return loss, config.beta * jax.lax.stop_gradient(ratio)
 
 
 def running_mean(mean_and_count, mean, count) -> Array:
-    """f32[2]: mean and count of numbers, updated with further numbers of a given mean and count."""
-    before, number = mean_and_count
-    whole = number + count
-    return jnp.stack([before + (mean - before) * count / jnp.maximum(whole, 1), whole])
+    """Returns a running (mean, count), f32[2], updated with `count` more numbers of mean `mean`."""
+    old_mean, old_count = mean_and_count
+    total = old_count + count
+    return jnp.stack([old_mean + (mean - old_mean) * count / jnp.maximum(total, 1), total])
 
 
 def in_pairs(x):
-    """[B T] of segments -> [B T/2 2] of pairs."""
+    """[B T] values of segments -> [B T/2 2] values of pairs. An odd last column is dropped."""
     return rearrange(x[:, : x.shape[1] // 2 * 2], "B (k two) -> B k two", two=2)

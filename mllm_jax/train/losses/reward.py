@@ -1,4 +1,4 @@
-"""The loss of reward models: a number for an answer, the larger the better (arXiv 2203.02155)."""
+"""Pairwise loss of reward models, which score an answer with a number (arXiv 2203.02155)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,8 +18,8 @@ class RewardConfig(AlgorithmConfig):
     """Trains a reward model on pairs of a chosen and a rejected answer.
 
     center: weight of the squared sum of a pair's rewards, which keeps them near zero (arXiv 2312.09244).
-    prompt: user turn after an answer; {facts} stands for the "facts" of a record. Empty: no turn, and the reward is
-      read at the end of the answer.
+    prompt: user turn after an answer, with {facts} for the "facts" of a record. "": no turn; the reward is read at the
+      end of the answer.
     """
 
     center: NonNegative = 0.001
@@ -29,9 +29,12 @@ class RewardConfig(AlgorithmConfig):
 
 
 def pairwise_loss(reward, center: float = 0.0) -> Array:
-    """-log sigmoid(r_w - r_l) + center * (r_w + r_l)^2, f32[...], of rewards f32[... 2].
+    """Returns -log sigmoid(r_w - r_l) + center * (r_w + r_l)^2, f32[...].
 
-    The chosen answer's comes first. The first term is equation 1 of arXiv 2203.02155, for two answers.
+    The first term is equation 1 of arXiv 2203.02155 for two answers.
+
+    Args:
+      reward: f32[... 2] rewards [chosen, rejected].
     """
     chosen, rejected = reward[..., 0], reward[..., 1]
     return -jax.nn.log_sigmoid(chosen - rejected) + center * jnp.square(chosen + rejected)

@@ -1,6 +1,6 @@
-"""The config of a run: one tree of dataclasses, which a config file returns.
+"""The config of a run: a tree of dataclasses.
 
-`configs/*.py` return `run_config(Run(...))`; the loop, evaluation and generation read it back with `read_run`.
+`configs/*.py` return `run_config(Run(...))`; training, evaluation and generation read it with `read_run`.
 """
 
 import dataclasses
@@ -65,17 +65,17 @@ PARTS = {
         *(SupervisedConfig, PreferenceConfig, RewardConfig, PpoConfig, ContrastiveConfig),
     )
 }
-AxisSize = Annotated[int, Range(least=1, also=(-1,))]  # of a mesh
+AxisSize = Annotated[int, Range(least=1, also=(-1,))]  # size of a mesh axis
 PARTS_OF_STAGES = ("algorithm", "data", "optim", "lora", "train", "mesh")
 
 
 @dataclass(frozen=True)
 class SpikeConfig(Config):
-    """A rule for spikes of the loss, see `mllm_jax.train.monitor.spikes`.
+    """Detection of loss spikes, see `mllm_jax.train.monitor.spikes`.
 
-    factor: a loss above this multiple of the median of recent losses is a spike. 0: off.
-    window: number of losses in the median; nothing is a spike until there are as many.
-    rewinds: largest number of returns to a checkpoint in a run; later spikes are only reported.
+    factor: multiple of the median of recent losses above which a loss is a spike. 0: no detection.
+    window: number of losses in the median. Detection starts after as many steps.
+    rewinds: maximum number of rewinds to a checkpoint. Later spikes are only reported.
     """
 
     factor: Annotated[float, Range(above=1, also=(0,), hint="Set 3.0, say, or 0 for no rule.")] = 0.0
@@ -87,21 +87,21 @@ class SpikeConfig(Config):
 class TrainConfig(Config):
     """Settings of the training loop.
 
-    seed: seed of random parameters and of dropout.
-    grad_accum_steps: number of parts in which a batch is processed to save memory, with the result of the full batch.
-    loss_chunk: targets of a row whose logits are held at once.
-    log_every, evaluate_every, save_every: intervals in steps. 0: at the end only.
-    num_eval_examples: number of held-out conversations to evaluate on.
+    seed: seed of initial parameters, of dropout and of sampling.
+    grad_accum_steps: number of parts in which a batch is processed to save memory. It does not change the result.
+    loss_chunk: largest number of targets per row whose logits are held at once.
+    log_every, evaluate_every, save_every: intervals in steps. 0: only at the end.
+    num_eval_examples: number of held-out records to evaluate on.
     max_to_keep: number of checkpoints to keep.
-    verify: whether checkpoints store a fingerprint of every array, which restoring compares. It costs one pass over the
-      state on the devices at every save.
-    save_local_every, local: interval in steps, and folder, of checkpoints on each process's own disk. 0 or no folder:
-      none. See mllm_jax/train/checkpoint/local.py.
-    spikes: detection of loss spikes, and the return to a checkpoint.
-    patience: number of non-finite steps in a row that stops the run.
-    watchdog: seconds without a finished step after which a hanging run is ended. 0: never.
-    balance: load balancing of experts, in models that have them.
-    async_gathers: whether TPUs gather weights with compiler options that only some accept; at your risk, see
+    verify: store a fingerprint of every array in checkpoints, and compare it when restoring. Costs one pass over the
+      state on the devices per save.
+    save_local_every, local: interval in steps and folder of checkpoints on each process's own disk. 0: no local
+      checkpoints. See mllm_jax/train/checkpoint/local.py.
+    spikes: detection of loss spikes, and rewinds to a checkpoint.
+    patience: number of consecutive non-finite steps that ends the run.
+    watchdog: seconds without a finished step after which a hanging run is ended. 0: no watchdog.
+    balance: load balancing of experts.
+    async_gathers: gather weights on TPUs with unsupported compiler options, at your own risk. See
       mllm_jax/train/step/compiler.py.
     """
 
@@ -125,15 +125,17 @@ class TrainConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.save_local_every and not self.local:
-            raise ValueError("save_local_every needs local=FOLDER, on a disk of each process's own")
+            raise ValueError(
+                f"save_local_every={self.save_local_every}: needs a folder. Set local to one on each process's disk."
+            )
 
 
 @dataclass(frozen=True)
 class Stage(Config):
-    """Differences of a stage from the run; None is the run's own value (see `mllm_jax.train.runs.stages`).
+    """Settings in which a stage differs from the run (see `mllm_jax.train.runs.stages`). None: the run's value.
 
-    after: name of the stage whose weights it starts from. "": those of `init`. None: the stage before it.
-    algorithm, data, optim, lora, train, mesh: as in a `Run`. `optim.steps`, or `data.epochs`, is the stage's length.
+    after: name of the stage whose weights it starts from. "": the weights of `init`. None: the previous stage.
+    algorithm, data, optim, lora, train, mesh: as in a `Run`. `optim.steps`, or `data.epochs`, sets the stage's length.
     """
 
     after: str | None = None
@@ -149,23 +151,23 @@ class Stage(Config):
 class Run(Config):
     """A training run.
 
-    model: ModelConfig, or DualConfig, which trains on pairs of an image and a text. Its runtime has the sharding rules
-      of `rules`.
-    algorithm: the training algorithm: SupervisedConfig, PreferenceConfig, RewardConfig or PpoConfig; for a DualConfig
+    model: ModelConfig, or DualConfig for image-text pairs. `rules` sets the sharding rules of its runtime.
+    algorithm: training algorithm: SupervisedConfig, PreferenceConfig, RewardConfig or PpoConfig; for a DualConfig
       ContrastiveConfig (see `mllm_jax.train.algorithms`).
     data: FilesData, MixtureData, ScenesData or CaptionsData.
-    init: folder or hub name of published weights, or the folder of a run, to start from. Empty: random weights.
-    parts: instead of `init`, folders or hub names of published models for single parts: "encoder", "connector",
-      "decoder"; of a DualConfig "encoder", "text" (see `mllm_jax.train.checkpoint.components`).
-    processor: folder or hub name of a tokenizer with its chat template, or "scenes". Empty: that of `init`, or of the
+    init: initial weights: folder or hub name of published weights, or folder of a run. "": random weights.
+    parts: instead of `init`, folder or hub name per part: "encoder", "connector", "decoder"; for a DualConfig
+      "encoder", "text" (see `mllm_jax.train.checkpoint.components`).
+    processor: folder or hub name of a tokenizer with its chat template, or "scenes". "": that of `init`, or of the
       decoder's folder.
-    optim: optimizer. `optim.steps` is the length of the run. 0: as long as `data.epochs` last.
-    lora: adapters to train in place of the weights (see `mllm_jax.nn.lora`). Rank 0: none.
+    optim: optimizer. `optim.steps` sets the length of the run. 0: `data.epochs` sets it.
+    lora: adapters to train instead of the weights (see `mllm_jax.nn.lora`). Rank 0: none.
     preset: mesh and rules to start from (see `mllm_jax.sharding.presets`).
-    mesh: number of devices along each mesh axis (see `mllm_jax.sharding.mesh.make_mesh`). -1: all that are left.
+    mesh: number of devices along each mesh axis (see `mllm_jax.sharding.mesh.make_mesh`). -1: all remaining
+      devices.
     rules: mesh axes of each logical axis of weights and activations (see `mllm_jax.sharding.presets`). A config file
-      sets the differences of mesh and rules from the preset; `read_run` returns all of them.
-    stages: parts of the run that are trained one after the other. Empty: a run of one stage.
+      sets only differences of mesh and rules from the preset; `read_run` returns all of them.
+    stages: stages of the run, trained one after the other. Empty: a run without stages.
     """
 
     model: Any
@@ -184,37 +186,40 @@ class Run(Config):
 
     @property
     def taken(self) -> dict[str, str]:
-        """The parts that come from their own folders."""
+        """The entries of `parts` with a folder."""
         return {part: source for part, source in self.parts.items() if source}
 
     @property
     def first_weights(self) -> str:
-        """The setting that gives the weights which the run begins with, as in `config.init='folder'`."""
+        """The setting that determines the initial weights, such as `config.init='folder'`, for messages."""
         if self.taken:
             return f"config.parts={self.taken}"
         return f"config.init={self.init!r}" if self.init else f"config.train.seed={self.train.seed}"
 
 
 def run_config(run: Run) -> ConfigDict:
-    """A run as the ConfigDict that a config file returns. What its model takes from the run stands there alone.
+    """Returns a run as the ConfigDict that a config file returns.
 
-    Every axis of the mesh and every rule has a field; those in which the run equals its preset follow `config.preset`.
-    Every stage has all of its fields; those in which it equals the run follow what the command line sets there.
+    Every mesh axis and rule has a field; those equal to the preset's follow `config.preset`. Every stage has all its
+    fields; those equal to the run's follow the run's, which the command line may set. Model fields that `read_run` sets
+    (rules, adapters, value head) are left out.
     """
     run = _with_all_of_preset(dataclasses.replace(run, parts=dict.fromkeys(_parts_of(run), "") | run.parts))
-    before = dict(zip(run.stages, ["", *run.stages]))
+    previous = dict(zip(run.stages, ["", *run.stages]))
     config = to_config_dict(
-        dataclasses.replace(run, stages={name: filled(run, stage, before[name]) for name, stage in run.stages.items()})
+        dataclasses.replace(
+            run, stages={name: filled(run, stage, previous[name]) for name, stage in run.stages.items()}
+        )
     )
     with config.unlocked():
         del config.model.runtime["rules"], config.model["lora"]
-        if "value_head" in config.model:  # of language models: the algorithm sets it
+        if "value_head" in config.model:  # of language models; the algorithm sets it
             del config.model["value_head"]
         for part, names in OF_PRESETS.items():
             for name in names:
-                usual = partial(_of_preset, part, name)
-                if config[part][name] == usual(run.preset):
-                    config[part][name] = following(config.get_ref("preset"), usual)
+                of_preset = partial(_of_preset, part, name)
+                if config[part][name] == of_preset(run.preset):
+                    config[part][name] = following(config.get_ref("preset"), of_preset)
         for stage in config.stages.values():
             for part in PARTS_OF_STAGES:
                 follow(stage[part], config[part])
@@ -225,7 +230,7 @@ OF_PRESETS = {"mesh": MESH_AXES, "rules": tuple(LOGICAL_AXIS_RULES)}
 
 
 def _of_preset(part: str, name: str, preset: str) -> Any:
-    """The value that a preset has for a mesh axis or a rule."""
+    """Returns the value of a mesh axis or a rule in a preset."""
     if preset not in PRESETS:
         raise ConfigError(f"config.preset: there is no {preset!r}; {suggestion(preset, PRESETS)}")
     return PRESETS[preset][part].get(name, 1 if part == "mesh" else None)
@@ -233,12 +238,14 @@ def _of_preset(part: str, name: str, preset: str) -> Any:
 
 def _with_all_of_preset(run: Run) -> Run:
     """Returns the run with the preset's values for the mesh axes and rules that it does not set."""
-    usual = {part: {name: _of_preset(part, name, run.preset) for name in names} for part, names in OF_PRESETS.items()}
-    return dataclasses.replace(run, **{part: values | getattr(run, part) for part, values in usual.items()})
+    of_preset = {
+        part: {name: _of_preset(part, name, run.preset) for name in names} for part, names in OF_PRESETS.items()
+    }
+    return dataclasses.replace(run, **{part: values | getattr(run, part) for part, values in of_preset.items()})
 
 
 def filled(run: Run, stage: Stage, before: str) -> Stage:
-    """Returns the stage with unset values taken from the run and from the stage before it; a mesh gets all axes."""
+    """Returns the stage with unset values taken from the run, `after` from `before`, and all mesh axes."""
     parts = {part: getattr(stage, part) for part in PARTS_OF_STAGES}
     parts = {part: getattr(run, part) if value is None else value for part, value in parts.items()}
     parts["mesh"] = dict.fromkeys(run.mesh, 1) | dict(parts["mesh"])
@@ -246,17 +253,17 @@ def filled(run: Run, stage: Stage, before: str) -> Stage:
 
 
 def _parts_of(run: Run) -> tuple[str, ...]:
-    """Names of the parts of the run's model that may come from their own folders."""
+    """Returns the names of the model parts that `parts` may set."""
     return ("encoder", "text") if isinstance(run.model, DualConfig) else ("encoder", "connector", "decoder")
 
 
 def processor_source(processor: str, init: str, parts: Mapping[str, str]) -> str:
-    """Folder or name of the processor of a run with these fields."""
+    """Returns the folder or hub name of the processor of a run with these fields."""
     return processor or init or parts.get("decoder") or parts.get("text") or ""
 
 
 def follow(section: ConfigDict, leader: ConfigDict) -> None:
-    """Lets every value of `section` that equals the leader's be the leader's, until it is set itself."""
+    """Makes every value of `section` that equals the leader's a reference to it, until it is set itself."""
     for name in section:
         if name not in leader or type(section[name]) is not type(leader[name]):
             continue
@@ -268,103 +275,104 @@ def follow(section: ConfigDict, leader: ConfigDict) -> None:
 
 
 def read_run(config: ConfigDict) -> Run:
-    """The inverse of `run_config`. Raises ConfigError, which names the path of what is wrong."""
+    """Inverts `run_config`. Raises ConfigError with the path of an invalid setting."""
     run = _with_all_of_preset(from_config_dict(Run, config, PARTS, "config"))
     if not isinstance(run.model, ModelConfig | DualConfig):
-        raise ConfigError("config.model.type must be ModelConfig or DualConfig")
-    _check_algorithm(run, "config")  # also for a run with stages, although each stage may have its own
-    for path, family, known in _families(run.model):
-        if family not in known:
-            raise ConfigError(f"config.{path}={family!r}: must be one of {', '.join(known)}.")
+        raise ConfigError("config.model.type: must be ModelConfig or DualConfig.")
+    _check_algorithm(run, "config")  # of a run with stages too, although each stage may have another algorithm
+    for path, family, names in _families(run.model):
+        if family not in names:
+            raise ConfigError(f"config.{path}={family!r}: must be one of {', '.join(names)}.")
     run = dataclasses.replace(run, stages={name: filled(run, stage, "") for name, stage in run.stages.items()})
     if unknown := sorted(set(run.parts) - set(_parts_of(run))):
         raise ConfigError(f"config.parts: there is no {unknown[0]!r}; {suggestion(unknown[0], _parts_of(run))}")
     if run.init and run.taken:
-        raise ConfigError(f"config.parts={run.taken} is in place of config.init={run.init!r}: leave one of them empty")
+        raise ConfigError(f"config.parts={run.taken}: config.init={run.init!r} is set too. Leave one of them empty.")
     for name, stage in run.stages.items():
         _check(run, stage, f"config.stages.{name}")
     if not run.stages:
         _check(run, run, "config")
     values = {"value_head": True} if run.algorithm.value_head else {}
     model = dataclasses.replace(with_rules(run.model, run.rules), lora=run.lora, **values)
-    trained = dataclasses.replace(
+    lora = dataclasses.replace(
         run.lora, modules_to_save=(*run.lora.modules_to_save, f"^{VALUE_HEAD}/")
-    )  # with adapters, too
-    optim = dataclasses.replace(run.optim, freeze=(trained if values else run.lora).freezes(run.optim.freeze))
+    )  # the value head is trained with adapters, too
+    optim = dataclasses.replace(run.optim, freeze=(lora if values else run.lora).freezes(run.optim.freeze))
     return dataclasses.replace(run, model=model, optim=optim)
 
 
 def _families(model: ModelConfig | DualConfig) -> Iterator[tuple[str, str, Iterable[str]]]:
-    """Fields of a model that name its family, with their values and the values that are allowed."""
+    """Yields the fields of a model that name a family, with their values and the allowed values."""
     yield "model.family", model.family, FAMILIES
     if isinstance(model, ModelConfig) and model.decoder is not None and model.decoder.family:
         yield "model.decoder.family", model.decoder.family, TEXT
 
 
-def _check(whole: Run, run: Run | Stage, path: str) -> None:
-    _check_algorithm(run, path)
-    if not isinstance(whole.model, run.algorithm.model):
+def _check(run: Run, stage: Run | Stage, path: str) -> None:
+    _check_algorithm(stage, path)
+    if not isinstance(run.model, stage.algorithm.model):
         raise ConfigError(
-            f"{path}.algorithm.type={type(run.algorithm).__name__}: trains a {run.algorithm.model.__name__}, and "
-            f"config.model is a {type(whole.model).__name__}. Set {' or '.join(_algorithms(type(whole.model)))}"
+            f"{path}.algorithm.type={type(stage.algorithm).__name__}: trains a {stage.algorithm.model.__name__}, and "
+            f"config.model is a {type(run.model).__name__}. Set {' or '.join(_algorithms(type(run.model)))}."
         )
-    if not isinstance(run.data, DataConfig):
-        raise ConfigError(f"{path}.data.type must be FilesData, MixtureData, ScenesData or CaptionsData")
-    if not run.optim.steps and run.data.epochs is None:
-        or_epochs = "" if isinstance(run.data, MixtureData) else f" or {path}.data.epochs"
-        raise ConfigError(f"{path}.optim.steps=0: the data have no end. Set {path}.optim.steps{or_epochs}")
-    if run.data.batch % run.train.grad_accum_steps:
+    if not isinstance(stage.data, DataConfig):
+        raise ConfigError(f"{path}.data.type: must be FilesData, MixtureData, ScenesData or CaptionsData.")
+    if not stage.optim.steps and stage.data.epochs is None:
+        or_epochs = "" if isinstance(stage.data, MixtureData) else f" or {path}.data.epochs"
+        raise ConfigError(f"{path}.optim.steps=0: the data have no end. Set {path}.optim.steps{or_epochs}.")
+    if stage.data.batch % stage.train.grad_accum_steps:
         raise ConfigError(
-            f"{path}.train.grad_accum_steps={run.train.grad_accum_steps} must divide {path}.data.batch={run.data.batch}"
+            f"{path}.train.grad_accum_steps={stage.train.grad_accum_steps} must divide "
+            f"{path}.data.batch={stage.data.batch}."
         )
-    if whole.model.encoder is None and run.data.budget.patch_rows:
-        raise ConfigError(f"{path}.data.patch_rows must be 0: the model has no encoder, so that it reads no images")
+    if run.model.encoder is None and stage.data.budget.patch_rows:
+        raise ConfigError(f"{path}.data.patch_rows={stage.data.patch_rows}: the model has no encoder. Set it to 0.")
     if (
-        isinstance(whole.model, ModelConfig)
-        and run.data.budget.patch_rows
-        and run.data.patches_per_row % whole.model.merge**2
+        isinstance(run.model, ModelConfig)
+        and stage.data.budget.patch_rows
+        and stage.data.patches_per_row % run.model.merge**2
     ):
         raise ConfigError(
-            f"{path}.data.patches_per_row={run.data.patches_per_row} must be a multiple of {whole.model.merge**2}: "
-            f"config.model.connector makes a visual token of {whole.model.merge} x {whole.model.merge} patches"
+            f"{path}.data.patches_per_row={stage.data.patches_per_row}: must be a multiple of {run.model.merge**2}: "
+            f"config.model.connector makes a visual token of {run.model.merge} x {run.model.merge} patches."
         )
-    if isinstance(whole.model, ModelConfig) and whole.model.queries and run.data.budget.patch_rows:
-        if not run.data.images_per_row:
+    if isinstance(run.model, ModelConfig) and run.model.queries and stage.data.budget.patch_rows:
+        if not stage.data.images_per_row:
             raise ConfigError(
-                f"{path}.data.images_per_row=0: config.model.connector has {whole.model.queries} queries for every "
-                "image and needs to know how many images a patch row may hold. Set a number, such as 8"
+                f"{path}.data.images_per_row=0: config.model.connector has {run.model.queries} queries for every image "
+                "and needs the largest number of images in a patch row. Set it, for example to 8."
             )
-        if whole.model.reads_instructions and not 0 < run.data.instruction_tokens <= whole.model.connector.positions:
+        if run.model.reads_instructions and not 0 < stage.data.instruction_tokens <= run.model.connector.positions:
             raise ConfigError(
-                f"{path}.data.instruction_tokens={run.data.instruction_tokens}: config.model.connector reads an "
-                f"instruction with every image. Set a number up to {whole.model.connector.positions}, such as 64"
+                f"{path}.data.instruction_tokens={stage.data.instruction_tokens}: config.model.connector reads an "
+                f"instruction with every image. Set a number up to {run.model.connector.positions}, for example 64."
             )
-    if isinstance(whole.model, ModelConfig) and 0 < getattr(whole.model.decoder, "positions", 0) < run.data.tokens:
+    if isinstance(run.model, ModelConfig) and 0 < getattr(run.model.decoder, "positions", 0) < stage.data.tokens:
         raise ConfigError(
-            f"{path}.data.tokens={run.data.tokens}: must be at most config.model.decoder.positions="
-            f"{whole.model.decoder.positions}, which are learned: a conversation may fill a row"
+            f"{path}.data.tokens={stage.data.tokens}: must be at most config.model.decoder.positions="
+            f"{run.model.decoder.positions}, because positions are learned and a conversation may fill a row."
         )
-    run.algorithm.check(run, path)
+    stage.algorithm.check(stage, path)
 
 
 def _check_algorithm(run: Run | Stage, path: str) -> None:
     if not isinstance(run.algorithm, AlgorithmConfig):
-        raise ConfigError(f"{path}.algorithm.type must be one of {', '.join(_algorithms(AlgorithmConfig))}")
+        raise ConfigError(f"{path}.algorithm.type: must be one of {', '.join(_algorithms(AlgorithmConfig))}.")
 
 
 def _algorithms(model: type) -> list[str]:
-    """Types of `config.algorithm` that train models of a type; all of them for AlgorithmConfig."""
-    known = [(name, part) for name, part in PARTS.items() if issubclass(part, AlgorithmConfig)]
-    return [name for name, part in known if model is AlgorithmConfig or part.model is model]
+    """Returns the types of `config.algorithm` that train models of a type, or all types for AlgorithmConfig."""
+    types = [(name, part) for name, part in PARTS.items() if issubclass(part, AlgorithmConfig)]
+    return [name for name, part in types if model is AlgorithmConfig or part.model is model]
 
 
 def with_rules(model: ModelConfig | DualConfig, rules: Mapping[str, Any]) -> ModelConfig | DualConfig:
-    """The model under other sharding rules."""
+    """Returns the model with other sharding rules."""
     return dataclasses.replace(model, runtime=dataclasses.replace(model.runtime, rules=freeze_rules(rules)))
 
 
 def updates_of(run: Run) -> OptimConfig:
-    """The run's `optim`, whose steps and warm-up are updates of the weights: of PPO a step has several."""
+    """Returns the run's `optim` with steps and warmup in weight updates, of which a PPO step has several."""
     optim, count = run.optim, run.algorithm.updates_per_step
     return dataclasses.replace(optim, steps=optim.steps * count, warmup=optim.warmup * count)
 

@@ -1,4 +1,4 @@
-"""Data of a run: the shape of its batches, and the embedded sets."""
+"""Data settings of a run: the shape of its batches, and the embedded data sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,26 +28,27 @@ Readers = Annotated[int, Range(least=0, most=1024)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Shape of a batch, and reading of conversations.
+    """Shape of batches, and how records are read.
 
-    batch: rows of a batch, over all processes and accumulated parts.
-    tokens, patch_rows, patches_per_row: a row holds `tokens` tokens and `patch_rows` x `patches_per_row` patches; no
-      image exceeds `patches_per_row`. For image-text pairs, each text takes as many tokens as the model reads.
-    images_per_row: largest number of images (or temporal patches) in a patch row, which connectors with queries need.
-      0: any number.
-    instruction_tokens: largest number of tokens of the text that the connector reads with an image, which connectors
-      that read one need. 0: any number.
-    min_pixels, max_pixels: limits of an image's size before the budget shrinks it. None: those of the processor.
-    missing_rows: largest fraction of its rows that a truncated JPEG may lack. Default 0: truncated images are dropped.
-    fps, max_frames, sampling: frames per second and largest number of frames of a video, spread evenly ("even") or
-      denser where they differ ("motion"). None: those of the processor. A video in a message may set its own.
-    user_content_tokens: whether texts of users may contain special tokens such as <|box_start|>, as answers may. None:
-      as the processor sets.
-    epochs: passes over the data. None: without end. They are the length of the run if optim.steps is 0; otherwise the
-      data must not end before optim.steps.
-    text_only: whether to leave all images and videos out, for a text-only baseline.
-    streams: number of streams of conversations, each of which fills its own rows, so that the order of the data is the
-      same on any number of processes that divides it. None: the largest divisor of `batch` up to 64.
+    batch: number of rows of a batch, over all processes and accumulated parts.
+    tokens, patch_rows, patches_per_row: budget of a row: `tokens` tokens and `patch_rows` x `patches_per_row` patches.
+      An image has at most `patches_per_row`. In image-text pairs, each text takes the model's text length.
+    images_per_row: largest number of images (or temporal patches) in a patch row. Connectors with queries need it. 0:
+      unlimited.
+    instruction_tokens: largest number of tokens of the instruction of an image. Connectors that read instructions need
+      it. 0: unlimited.
+    min_pixels, max_pixels: limits to which images are resized, before the budget applies. None: the processor's.
+    missing_rows: largest fraction of rows that a truncated JPEG may lack. 0: truncated images are rejected.
+    fps, max_frames, sampling: frames per second and maximum number of frames of a video, sampled evenly ("even") or
+      denser at motion ("motion"). None: the processor's. A video in a message may override them.
+    user_content_tokens: allow special tokens such as <|box_start|> in texts of users, as in answers. None: the
+      processor's setting.
+    seed: seed of the order of the data.
+    epochs: number of passes over the data. None: unlimited. Sets the length of the run if optim.steps is 0; otherwise
+      the data must last for optim.steps.
+    text_only: remove all images and videos, for a text-only baseline.
+    streams: number of streams, each of which fills rows of its own. The order of the data is the same on any number of
+      processes that divides it. None: the largest divisor of `batch` up to 64.
     window, workers, processes, prefetch, fail_on_bad_record, max_bad_fraction: see
       `mllm_jax.data.pipeline.loader.make_loader`.
     """
@@ -79,11 +80,11 @@ class DataConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.batch * self.tokens > LARGEST:
-            raise ValueError(f"batch={self.batch} rows of tokens={self.tokens} must be at most {LARGEST} tokens")
+            raise ValueError(f"batch={self.batch} rows of tokens={self.tokens} must be at most {LARGEST} tokens.")
         if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels={self.min_pixels} must not be more than max_pixels={self.max_pixels}")
+            raise ValueError(f"min_pixels={self.min_pixels} must be at most max_pixels={self.max_pixels}.")
         if self.streams is not None and self.batch % self.streams:
-            raise ValueError(f"streams={self.streams} must divide batch={self.batch}")
+            raise ValueError(f"streams={self.streams} must divide batch={self.batch}.")
 
     @property
     def budget(self) -> Budget:
@@ -91,17 +92,22 @@ class DataConfig(Config):
         return Budget(self.tokens, rows, self.patches_per_row, self.images_per_row, self.instruction_tokens)
 
 
-Cells = Annotated[int, Range(least=3)]  # of a side of a drawn image
+Cells = Annotated[int, Range(least=3)]  # cells per side of a drawn image
 
 
 def _check_cells(least: int, most: int) -> None:
     if least > most:
-        raise ValueError(f"min_cells={least} must not be more than max_cells={most}")
+        raise ValueError(f"min_cells={least} must be at most max_cells={most}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesData(DataConfig):
-    """Images and videos that are drawn on the fly (see `mllm_jax.data.synthetic.scenes`)."""
+    """Questions on images and videos that are drawn on the fly (see `mllm_jax.data.synthetic.scenes`).
+
+    kinds: relative weight of each kind of question.
+    cell: side of a cell, pixels.
+    min_cells, max_cells: limits of the number of cells per side of an image.
+    """
 
     kinds: Mapping[str, NonNegative] = field(default_factory=lambda: dict(DEFAULT_KINDS))
     cell: PositiveInt = 16
@@ -113,20 +119,21 @@ class ScenesData(DataConfig):
         if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise ValueError(f"kinds: there is no {unknown[0]!r}; {suggestion(unknown[0], KINDS)}")
         if not any(self.kinds.values()):
-            raise ValueError(f"kinds={dict(self.kinds)} no kind has a share above 0. Set one")
+            raise ValueError(f"kinds={dict(self.kinds)}: no kind has a weight above 0. Set one.")
         _check_cells(self.min_cells, self.max_cells)
 
     def source(self, split: str = "train") -> Any:
-        """The conversations of "train" or "heldout"."""
+        """Returns the conversations of "train" or "heldout"."""
         sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
         return Scenes(split, self.seed, self.kinds, images=not self.text_only, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsData(DataConfig):
-    """Captions of such images, truthful and false (see `mllm_jax.data.synthetic.captions`).
+    """True and false captions of drawn images (see `mllm_jax.data.synthetic.captions`).
 
-    false: share of the captions to train on that name an absent thing; held-out ones are true.
+    false: fraction of training captions that name an absent object. Held-out captions are true.
+    cell, min_cells, max_cells: as in `ScenesData`.
     """
 
     false: Fraction = 0.0
@@ -139,14 +146,14 @@ class CaptionsData(DataConfig):
         _check_cells(self.min_cells, self.max_cells)
 
     def source(self, split: str = "train") -> Any:
-        """The captions of "train" or "heldout"."""
+        """Returns the captions of "train" or "heldout"."""
         sizes = {"cell": self.cell, "min_cells": self.min_cells, "max_cells": self.max_cells}
         false = self.false if split == "train" else 0.0
         return Captions(split, self.seed, false, images=not self.text_only, **sizes)
 
 
 class WithoutImages:
-    """A source of the same questions and answers, without what they are about."""
+    """A source without its images and videos, for a text-only baseline."""
 
     def __init__(self, source: Any):
         self.source = source
@@ -159,9 +166,11 @@ class WithoutImages:
 
 
 def without_images(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without the images and videos of its messages."""
+    """Returns the record without the images and videos of its messages."""
 
-    def texts(content: Any) -> Any:
+    def without_media(content: Any) -> Any:
         return content if isinstance(content, str) else [part for part in content if part["type"] not in MEDIA]
 
-    return record | {"messages": [message | {"content": texts(message["content"])} for message in record["messages"]]}
+    return record | {
+        "messages": [message | {"content": without_media(message["content"])} for message in record["messages"]]
+    }

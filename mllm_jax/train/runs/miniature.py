@@ -1,8 +1,8 @@
-"""A recipe made so small that it can be watched: its stages, frozen parts, factors, schedules and losses.
+"""Miniatures of recipes: the same stages, frozen weights, schedules and losses with a tiny model and 8 steps.
 
     python -m mllm_jax.train --config configs/recipes/llava_1_5.py:tiny --workdir DIR
 
-It trains on the embedded scenes, or on the files that the same words name as for the recipe's own sizes.
+They train on the embedded scenes, or on the files that the recipe's data settings name.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,21 +23,21 @@ from mllm_jax.nn.moe.layer import MoeConfig
 from mllm_jax.train.runs.config import PARTS_OF_STAGES, Run, Stage, run_config
 from mllm_jax.train.runs.data_files import EMBEDDED, FilesData, MixtureData
 
-STEPS = 8  # of a stage, at most
-RANK = 4  # of adapters, at most
+STEPS = 8  # maximum number of steps of a stage
+RANK = 4  # maximum rank of adapters
 QUESTIONS = f"{EMBEDDED}color"
 
 
 def miniature(run: Run) -> Run:
-    """Returns the run with a model of 0.1 million random weights, for 8 steps per stage.
+    """Returns the run with a model of 0.1 million random weights and at most 8 steps per stage.
 
-    The model has an encoder, a connector and a decoder, with experts if that of `run` has some. Its tokenizer spells
-    any text in bytes. Each set of the recipe's data is the embedded scenes until its path names another. The recipe's
-    optimizers, trained weights and losses stay.
+    The model has an encoder, a connector and a decoder, with experts if that of `run` has them. Its tokenizer encodes
+    any text as bytes. Every data set becomes the embedded scenes, unless its path is set again. Optimizers, trained
+    weights and losses stay those of the recipe.
     """
     stages = {name: _stage(stage) for name, stage in run.stages.items()}
-    small = replace(run, model=_model(run.model.decoder.moe is not None), init="", processor=SCENES, stages=stages)
-    return replace(small, **{part: getattr(_stage(small), part) for part in PARTS_OF_STAGES})
+    tiny = replace(run, model=_model(run.model.decoder.moe is not None), init="", processor=SCENES, stages=stages)
+    return replace(tiny, **{part: getattr(_stage(tiny), part) for part in PARTS_OF_STAGES})
 
 
 def _stage(run: Run | Stage) -> Stage:
@@ -81,14 +81,14 @@ def _model(experts: bool) -> ModelConfig:
 
 
 def sized(file: str, size: str, sizes: Iterable[str], recipe: Callable[[str], Run], smallest: str) -> ConfigDict:
-    """The config of a recipe in one of its sizes, or of a miniature of the smallest one where `size` is "tiny".
+    """Returns the config of a recipe in one of its sizes, or the miniature of `smallest` if `size` is "tiny".
 
     Args:
-      file: of the recipe, for errors. recipe: makes the run of a size.
+      file: file of the recipe, for errors. recipe: returns the run of a size.
     Raises:
       ConfigError: there is no such size.
     """
-    known = (*sizes, "tiny")
-    if size not in known:
-        raise ConfigError(f"configs/recipes/{Path(file).name} has no size {size!r}; {suggestion(size, known)}")
+    names = (*sizes, "tiny")
+    if size not in names:
+        raise ConfigError(f"configs/recipes/{Path(file).name} has no size {size!r}; {suggestion(size, names)}")
     return run_config(miniature(recipe(smallest)) if size == "tiny" else recipe(size))

@@ -1,4 +1,4 @@
-"""The context from which a run's step, state and checkpoints are made."""
+"""The context of a run: model, optimizer and mesh, from which its step, state and checkpoints are made."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,15 +16,14 @@ from mllm_jax.train.step.state import TrainState, abstract_state, new_state, sta
 
 @dataclass(frozen=True, eq=False)
 class TrainContext:
-    """A model, its optimizer and its mesh; derived values are computed once, at the first read.
+    """Model, optimizer and mesh of a run. Derived values are computed once, on first access.
 
-    grad_accum_steps: A, number of parts in which a batch of A * B rows is processed, with the result of the whole
-      batch.
+    grad_accum_steps: A, number of parts in which a batch of A * B rows is processed. The result is that of one part.
     balance: load balancing of a model with experts.
     async_gathers: see `mllm_jax.train.step.compiler`.
-    seed: seed of adapter dropout, which with the number of the step gives the same values on any mesh, and of random
-      draws of an algorithm.
-    optimizer: used instead of that of `optim`.
+    seed: seed of adapter dropout and of the algorithm's sampling; with the step number it gives the same values on any
+      mesh.
+    optimizer: replaces the optimizer of `optim`. None: no replacement.
     """
 
     model: ModelConfig | DualConfig
@@ -38,7 +37,7 @@ class TrainContext:
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
-        """The update rule; see `make_optimizer`, which raises ValueError."""
+        """The optimizer, see `make_optimizer`, which raises ValueError."""
         return self.optimizer or make_optimizer(self.optim, abstract_params(self.model))[0]
 
     @cached_property
@@ -48,18 +47,20 @@ class TrainContext:
 
     @cached_property
     def state_shardings(self) -> TrainState:
-        """NamedSharding of every leaf of the state. Raises ValueError where a size does not divide over the mesh."""
+        """NamedSharding of every leaf of the state. Raises ValueError if a size does not divide over the mesh."""
         return state_shardings(self.model, self.tx, self.mesh, self.model.runtime.rules)
 
 
 def init_state(context: TrainContext, key) -> TrainState:
-    """Random parameters and fresh moments, made where they will live. A key gives the same values on any mesh."""
-    make = lambda key: new_state(context.tx, init_params(context.model, key))
-    return jax.jit(make, out_shardings=context.state_shardings)(key)
+    """Returns random parameters and new moments, created sharded. A key gives the same values on any mesh."""
+    init = lambda key: new_state(context.tx, init_params(context.model, key))
+    return jax.jit(init, out_shardings=context.state_shardings)(key)
 
 
 def state_from_params(context: TrainContext, params) -> TrainState:
-    """State of given (such as pretrained) parameters with new moments. Donates `params` if they are sharded alike."""
-    layout = context.state_shardings
-    params = jax.device_put(params, layout.params)
-    return jax.jit(lambda params: new_state(context.tx, params), donate_argnums=0, out_shardings=layout)(params)
+    """Returns a state of given parameters with new moments. Donates `params` if they are already sharded like it."""
+    state_shardings = context.state_shardings
+    params = jax.device_put(params, state_shardings.params)
+    return jax.jit(lambda params: new_state(context.tx, params), donate_argnums=0, out_shardings=state_shardings)(
+        params
+    )

@@ -1,4 +1,4 @@
-"""Objectives of a step: sums over a batch, so that those of its parts add up."""
+"""Base class of objectives: sums over a batch, so that the sums of its parts add up."""
 
 from mllm_jax.types import Array, Batch, Routing
 
@@ -6,21 +6,22 @@ Sums = tuple[dict[str, Array], Routing | None]
 
 
 class Objective:
-    """Base of the objectives of language models."""
+    """Base class of the objectives of language models."""
 
     def weights(self, batch: Batch) -> Array:
-        """f32[...] weights; the sums of a whole batch are divided by their sum."""
+        """Returns f32[...] weights. Their sum over the whole batch divides the sums of `sums`."""
         raise NotImplementedError
 
     def sums(self, params, batch: Batch, key=None, frozen=None, rewards=None) -> Sums:
-        """{"loss": f32[], which is differentiated, and other sums to report}, and the routing.
+        """Returns {"loss": differentiated sum, f32[], and other sums for the metrics}, and the Routing or None.
 
         Args:
           key: key of adapter dropout. None: no dropout.
-          frozen: models that a step takes beside state and batch. rewards: f32[2] of that state.
+          frozen: frozen models of the algorithm, see `Algorithm.frozen`.
+          rewards: f32[2], `TrainState.rewards`.
         """
         raise NotImplementedError
 
     def remembered(self, rewards, means: dict[str, Array], weight) -> Array:
-        """The rewards of the next state, given the means of a batch and the f32[] that its sums were divided by."""
+        """Returns `rewards` of the next state. means: means over a batch. weight: their divisor, f32[]."""
         return rewards

@@ -1,4 +1,4 @@
-"""The optimizer of a run: patterns of trained weights and their learning rates, a schedule, an optax transformation."""
+"""The optimizer of a run: trained and frozen weights, learning rate schedule and multipliers, optax transformation."""
 
 import re
 from collections.abc import Callable
@@ -29,22 +29,25 @@ SCHEDULES = {
 }
 
 
-Decay = Annotated[float, Range(least=0, below=1)]  # of a running mean
+Decay = Annotated[float, Range(least=0, below=1)]  # decay of a running mean
 
 
 @dataclass(frozen=True)
 class OptimConfig(Config):
-    """
-    name: "adamw", "muon" (matrices of layers; AdamW for the rest) or "adafactor".
-    schedule: "cosine", "linear", "constant", or "step" (divided by the square root of 10 after one half and again after
-      three quarters, DeepSeek-VL2, arXiv 2412.10302), after a linear rise over `warmup` of the `steps` updates.
-    steps: updates of the weights; of PPO, batches. 0: as many as `data.epochs` make, see `mllm_jax.train.length`.
-    final_lr_ratio: share of `learning_rate` that is left at the end of the schedule.
-    weight_decay: decoupled, times the learning rate; on matrices and adapters, not on norms, biases and embeddings.
-    max_grad_norm: largest global norm of the gradients; 0 = any.
-    lr_multipliers: (pattern, factor) pairs; the first pattern that is found in a weight's path scales its learning
-      rate.
-    freeze: patterns of weights that are not trained: they have no optimizer state and cost no backward pass.
+    """Optimizer, learning rate schedule, and frozen weights.
+
+    name: "adamw", "muon" (layer matrices; AdamW for all other weights) or "adafactor".
+    learning_rate: peak of the schedule.
+    schedule: decay after warmup: "cosine", "linear", "constant", or "step" (divided by sqrt(10) after half and after
+      three quarters of the updates, DeepSeek-VL2, arXiv 2412.10302).
+    warmup: number of updates with a linearly rising learning rate, part of `steps`.
+    steps: number of updates; for PPO, of batches. 0: as many as `data.epochs` give, see `mllm_jax.train.length`.
+    final_lr_ratio: final learning rate as a fraction of `learning_rate`.
+    weight_decay: decoupled weight decay, scaled by the learning rate. Applied to matrices and adapters, not to norms,
+      biases and embeddings.
+    max_grad_norm: global norm to which gradients are clipped. 0: no clipping.
+    lr_multipliers: (pattern, factor) pairs. The first pattern found in a weight's path scales its learning rate.
+    freeze: patterns of frozen weights, which have no optimizer state and cost no backward pass.
 
     Patterns are regular expressions searched for in paths such as "decoder/layers/mlp/gate/w".
     """
@@ -67,11 +70,11 @@ class OptimConfig(Config):
         super().__post_init__()
         if self.steps and self.warmup > self.steps:
             tenth = self.steps // 10
-            raise ValueError(f"warmup={self.warmup} is longer than the run, steps={self.steps}. Set warmup={tenth}")
+            raise ValueError(f"warmup={self.warmup}: longer than the run, steps={self.steps}. Set warmup={tenth}.")
 
 
 def make_schedule(config: OptimConfig) -> Callable:
-    """Update number i32[] (0-based) -> learning rate f32[]. The first update has learning_rate / warmup, never 0."""
+    """Returns the schedule: update i32[], from 0 -> learning rate f32[]. Update 0 has learning_rate / warmup, not 0."""
 
     def schedule(count):
         count = jnp.asarray(count, jnp.float32)
@@ -84,45 +87,43 @@ def make_schedule(config: OptimConfig) -> Callable:
 
 
 def make_optimizer(config: OptimConfig, params) -> tuple[optax.GradientTransformation, Callable]:
-    """The update rule and its schedule.
-
-    Clipping is not part of it: the train step clips, where it reports the norm.
+    """Returns the optimizer and its learning rate schedule. The train step clips gradients, not the optimizer.
 
     Args:
       config: see OptimConfig.
-      params: all parameters, arrays or shapes; patterns are checked against them.
+      params: all parameters, arrays or shapes, against which patterns are checked.
     Returns:
-      (transformation, schedule). `init` takes all parameters or the trainable ones and keeps state for these alone;
-      `update` takes gradients of, and the, trainable ones (see `split`).
+      (transformation, schedule). `init` takes all parameters, or the trainable ones, and creates state for the
+      trainable ones; `update` takes gradients and parameters of the trainable ones (see `split`).
     Raises:
-      ValueError: a pattern matches no weight, or nothing is left to train.
+      ValueError: a pattern matches no weight, or all weights are frozen.
     """
     paths = list(flatten(params))
     check_patterns(config.freeze, paths, "optim.freeze")
     check_patterns([pattern for pattern, _ in config.lr_multipliers], paths, "optim.lr_multipliers")
     if not split(params, config.freeze)[0]:
-        raise ValueError(f"optim.freeze={config.freeze} leaves nothing to train")
+        raise ValueError(f"optim.freeze={config.freeze}: leaves nothing to train. Remove a pattern.")
     schedule = make_schedule(config)
-    chain = [RULES[config.name](config)]
+    transforms = [RULES[config.name](config)]
     if config.weight_decay:
-        chain.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
+        transforms.append(optax.add_decayed_weights(config.weight_decay, mask=_decays))
     if config.lr_multipliers:
-        scaled = lambda path, x: x * first_found(config.lr_multipliers, path, 1.0)
-        chain.append(optax.stateless(lambda updates, _: map_with_paths(scaled, updates)))
-    chain.append(optax.scale_by_learning_rate(schedule))
-    inner = optax.chain(*chain)
-    init = lambda params: inner.init(split(params, config.freeze)[0])
-    return optax.GradientTransformation(init, inner.update), schedule
+        scale_by_path = lambda path, x: x * first_found(config.lr_multipliers, path, 1.0)
+        transforms.append(optax.stateless(lambda updates, _: map_with_paths(scale_by_path, updates)))
+    transforms.append(optax.scale_by_learning_rate(schedule))
+    optimizer = optax.chain(*transforms)
+    init = lambda params: optimizer.init(split(params, config.freeze)[0])
+    return optax.GradientTransformation(init, optimizer.update), schedule
 
 
-BIAS = r"/mlp/bias$"  # of routers: only the choice of experts depends on them
-NOT_BY_GRADIENT = rf"{BIAS}|/lora_(scale|keep)$"  # also constants of adapters
+BIAS = r"/mlp/bias$"  # router biases, which affect only the choice of experts
+NOT_BY_GRADIENT = rf"{BIAS}|/lora_(scale|keep)$"  # router biases and constants of adapters
 
 
 def split(params, freeze: tuple[str, ...]) -> tuple[dict, dict]:
-    """A nested dict -> (what is trained, what is not), both nested dicts without the leaves of the other.
+    """Splits nested parameters into (trained, not trained), two nested dicts.
 
-    What is not are the leaves that `freeze` finds, the biases of routers, and the constants of adapters.
+    Not trained are leaves whose paths match `freeze`, router biases, and constants of adapters.
     """
     patterns = (*freeze, NOT_BY_GRADIENT)
     frozen, trained = partition(params, lambda path: any(re.search(pattern, path) for pattern in patterns))
@@ -133,7 +134,7 @@ def _decays(params) -> dict:
     return map_with_paths(lambda path, _: path.endswith(("/w", "/lora_down", "/lora_up")), params)
 
 
-# Input and output axes of a matrix; along other axes (layers, q-k-v) matrices are stacked.
+# Input and output axes of matrices. Other axes (layers, q-k-v) stack matrices.
 MATRICES = (
     (r"attention/(q|k|v|qkv)/w$", MuonDimensionNumbers(-3, (-2, -1))),
     (r"attention/out/w$", MuonDimensionNumbers((-3, -2), -1)),
@@ -152,7 +153,7 @@ def _adamw(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
-    """Updates with the root mean square that AdamW's have, so that its learning rates serve (arXiv 2502.16982)."""
+    """Muon with AdamW's root mean square of updates, so that learning rates of AdamW fit (arXiv 2502.16982)."""
     muon = optax.contrib.muon(
         learning_rate=1.0,
         eps=config.eps,
@@ -161,11 +162,11 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
         muon_weight_dimension_numbers=_matrices,
         consistent_rms=0.2,
     )
-    return optax.chain(muon, optax.scale(-1.0))  # the sign and the learning rate belong to the end of the chain
+    return optax.chain(muon, optax.scale(-1.0))  # `make_optimizer` applies the sign and the learning rate
 
 
 def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
-    """Factored second moments, no momentum (arXiv 1804.04235)."""
+    """Adafactor: factored second moments, no momentum (arXiv 1804.04235)."""
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 

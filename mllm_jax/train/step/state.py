@@ -1,4 +1,4 @@
-"""All that a training run changes, and where it lives on the mesh."""
+"""The training state and its shardings."""
 
 from typing import Any, NamedTuple
 
@@ -14,40 +14,42 @@ from mllm_jax.sharding.weights import shardings
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # i32[] number of batches, including skipped ones
-    params: Any  # fp32, frozen ones included
-    opt_state: Any  # of the trainable parameters
-    bad: jax.Array  # i32[] non-finite steps in a row, up to now
-    skipped: jax.Array  # i32[] non-finite steps in all
-    rewards: jax.Array  # f32[2] mean of the rewards of all answers so far, and how many: of runs on pairs of answers
+    """Everything that a training step changes."""
+
+    step: jax.Array  # i32[] number of processed batches, including skipped ones
+    params: Any  # parameters, including frozen ones, fp32
+    opt_state: Any  # optimizer state of the trainable parameters
+    bad: jax.Array  # i32[] number of consecutive non-finite steps up to now
+    skipped: jax.Array  # i32[] total number of non-finite steps
+    rewards: jax.Array  # f32[2] running mean and count of the rewards, in preference training
 
 
 def new_state(tx: optax.GradientTransformation, params) -> TrainState:
-    """The state before the first step. Pure: jit it with the shardings of the state, or moments land on one device."""
+    """Returns the initial state. Jit it with the shardings of the state, or all moments are placed on one device."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, tx.init(params), zero, zero, jnp.zeros(2))
 
 
 def abstract_state(config: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
-    """Shapes and dtypes of the state, without computing anything."""
+    """Returns shapes and dtypes of the state, without computing it."""
     return jax.eval_shape(lambda params: new_state(tx, params), abstract_params(config))
 
 
 def state_shardings(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules) -> TrainState:
-    """NamedSharding of every leaf: moments are sharded as their parameters, all else is replicated."""
+    """Returns a NamedSharding per leaf. Moments are sharded like their parameters, other leaves are replicated."""
     params = shardings(abstract_boxed(config), mesh, rules)
     shapes = flatten(abstract_params(config))
-    known = {path: (shapes[path].shape, sharding) for path, sharding in flatten(params).items()}
+    params_by_path = {path: (shapes[path].shape, sharding) for path, sharding in flatten(params).items()}
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def of(path, leaf):
-        """A moment ends in the path of its parameter; what is factored or counted has another shape."""
+    def sharding_of(path, leaf):
+        """Returns the sharding of the parameter with this shape whose path ends the leaf's path, else replicated."""
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         for start in range(len(names)):
-            shape, sharding = known.get("/".join(names[start:]), (None, None))
+            shape, sharding = params_by_path.get("/".join(names[start:]), (None, None))
             if shape == leaf.shape:
                 return sharding
         return replicated
 
-    opt_state = jax.tree_util.tree_map_with_path(of, abstract_state(config, tx).opt_state)
+    opt_state = jax.tree_util.tree_map_with_path(sharding_of, abstract_state(config, tx).opt_state)
     return TrainState(replicated, params, opt_state, replicated, replicated, replicated)

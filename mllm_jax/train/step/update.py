@@ -1,4 +1,4 @@
-"""Updates the state of a run by clipped gradients and the optimizer's rule; non-finite gradients change nothing."""
+"""Updates the state of a run with clipped gradients. A non-finite step leaves parameters unchanged."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,13 +21,13 @@ def update(
     optim: OptimConfig,
     adjust: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after a step, and grad_norm (before clipping), learning_rate, finite.
+    """Returns the state after a step, and the metrics grad_norm (before clipping), learning_rate and finite.
 
     Args:
       grads: gradients of the trained weights, see `optim.split`.
-      found: losses; if one of them is not finite, only the counters change.
+      found: losses. If one of them is not finite, only the counters change.
       tx: transformation of `make_optimizer(optim, ...)`.
-      adjust: function that changes parameters beside gradients.
+      adjust: function that changes parameters after the gradient update.
     """
     trainable, frozen = split(state.params, optim.freeze)
     norm = optax.global_norm(grads)
@@ -45,5 +45,5 @@ def update(
         bad=jnp.where(finite, 0, state.bad + 1),
         skipped=jnp.where(finite, state.skipped, state.skipped + 1),
     )
-    updates_done = state.step - 1 - state.skipped  # as the optimizer counts
+    updates_done = state.step - 1 - state.skipped  # the optimizer's count
     return state, dict(grad_norm=norm, learning_rate=make_schedule(optim)(updates_done), finite=finite)

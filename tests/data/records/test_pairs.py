@@ -163,14 +163,14 @@ def test_recall():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"data": {"tokens": 40}}, "config.data.tokens=40 must be a multiple of the 16 tokens of a text"),
+        ({"data": {"tokens": 40}}, "config.data.tokens=40: must be a multiple of the 16 tokens of a text"),
         ({"data": {"patch_rows": 0}}, "patch_rows=0 of patches_per_row=256 have no room for an image"),
         (
             {"model": {"encoder": {"pixel_mean": (0.1, 0.2, 0.3)}}, "processor": ""},
-            "config.processor must name a folder",
+            "config.processor is empty. Set it to a folder",
         ),
-        ({"model": {"text": {"vocab": 100}}}, "config.model.text.vocab=100 is less than the processor's"),
-        ({"train": {"grad_accum_steps": 2}}, "config.train.grad_accum_steps must be 1"),
+        ({"model": {"text": {"vocab": 100}}}, "config.model.text.vocab=100: must be at least"),
+        ({"train": {"grad_accum_steps": 2}}, "config.train.grad_accum_steps=2: contrastive losses compare"),
         ({"model": {"type": "VitConfig"}}, "config.model"),
     ],
     ids=str,

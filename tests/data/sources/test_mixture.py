@@ -142,7 +142,7 @@ def test_a_config_names_sources_and_changes_their_weights():
     assert data.weights([10, 40]) == {0: [1.0, 3.0], 2: [1.0, 1.0], 7: [0.5, 1.0]}
     config.data.temperature = 2.0
     assert read_run(config).data.weights([9, 16]) == {0: [3.0, 12.0], 2: [3.0, 4.0], 7: [1.5, 4.0]}
-    with pytest.raises(ConfigError, match="config.data.sources.charts.path must name the conversations"):
+    with pytest.raises(ConfigError, match="config.data.sources.charts.path is empty. Set it to the conversations"):
         data.source()
     for wrong, said in (
         (

@@ -142,12 +142,15 @@ def test_a_mixture(folder, monkeypatch, capsys):
     "arguments, message",
     [
         (["--config=lost.py"], "there is no config file lost.py"),
-        (["--config=config.py"], "name one with --stage: align, mix"),
+        (["--config=config.py"], "Set one with --stage: align, mix"),
         (
             ["--config=config.py", "--stage=mix", "--config.data.pth=a"],
             "config.data has no 'pth'; did you mean 'path'?",
         ),
-        (["--config=config.py", "--stage=align", "--html=no/page.html"], "--html=no/page.html is in a folder that"),
+        (
+            ["--config=config.py", "--stage=align", "--html=no/page.html"],
+            "--html=no/page.html: its folder does not exist",
+        ),
         (["--config=config.py", "--stage=align", "--config.data.tokens=4", *HERE], "of 11 records only 0 can be used"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_run_with_stages_needs_an_algorithm_too():
     config = tiny_run.load_config("prefer")
     with config.unlocked(), config.ignore_type():
         config.algorithm = ConfigDict(config.data.to_dict())
-    with pytest.raises(ConfigError, match="config.algorithm.type must be one of SupervisedConfig, PreferenceConfig"):
+    with pytest.raises(ConfigError, match="config.algorithm.type: must be one of SupervisedConfig, PreferenceConfig"):
         read_run(config)
 
 
@@ -105,7 +105,7 @@ def test_every_algorithm_has_a_config_that_runs_can_name():
             "trains a DualConfig, and config.model is a ModelConfig. Set Supervised",
         ),
         ("contrastive", "SupervisedConfig", "trains a ModelConfig, and config.model is a DualConfig. Set Contrastive"),
-        ("scenes", "ScenesData", "config.algorithm.type must be one of SupervisedConfig, PreferenceConfig"),
+        ("scenes", "ScenesData", "config.algorithm.type: must be one of SupervisedConfig, PreferenceConfig"),
     ],
 )
 def test_an_algorithm_of_another_model_is_refused(name, kind, message):

@@ -188,22 +188,22 @@ def test_settings_that_contradict_each_other(settings, message):
 def test_what_a_run_refuses(monkeypatch, tmp_path):
     config = a_config()
     config.lora.update(rank=2, dropout=0.1)
-    with pytest.raises(ConfigError, match="config.lora.dropout must be 0 for PPO"):
+    with pytest.raises(ConfigError, match="config.lora.dropout=0.1: PPO has no dropout"):
         read_run(config)
     run = read_run(a_config())
     with pytest.raises(
-        ConfigError, match="algorithm.reward_model='reward' must be the folder of a run that trained a reward model"
+        ConfigError, match="algorithm.reward_model='reward': must be the folder of a run that trained a reward model"
     ):
         algorithm_of(run).check_sources()
-    with pytest.raises(ConfigError, match="steps of PPO are not planned"):
+    with pytest.raises(ConfigError, match="PPO steps cannot be planned"):
         abstract_step(run, make_mesh())
     monkeypatch.setattr(ppo, "read_config", lambda folder: read_run(a_config("learn")))
-    with pytest.raises(ConfigError, match="did not train a reward model; train one with algorithm=RewardConfig"):
+    with pytest.raises(ConfigError, match="did not train a reward model. Train one with algorithm=RewardConfig"):
         algorithm_of(run).check_sources()
     other = a_config("reward")
     other.data.min_pixels = 1024
     monkeypatch.setattr(ppo, "read_config", lambda folder: read_run(other))
-    with pytest.raises(ConfigError, match="reads otherwise than the model: how images are read differ"):
+    with pytest.raises(ConfigError, match="processes inputs differently than the policy: how images are read differ"):
         algorithm_of(run).frozen(make_mesh(), tmp_path, False)
 
 

@@ -111,7 +111,7 @@ def test_parts_that_do_not_fit_are_told(folders):
          r"(.*\n)*  decoder/layers/mlp/gate/w is \[2, 64, 96\] in the folder, \[2, 64, 64\] here"),
         (replace(run, parts={"decoder": f"{root}/clip"}), "decoder=.*clip: this model has no decoder. Choose a"),
         (replace(run, parts={"encodr": "x"}), "config.parts: there is no 'encodr'; did you mean 'encoder'"),
-        (replace(run, init="x"), "config.parts=.* is in place of config.init='x': leave one of them empty"),
+        (replace(run, init="x"), "config.parts=.*: config.init='x' is set too. Leave one of them empty"),
         (replace(run, parts={"encoder": str(root)}), "has no config.json"),
     )  # fmt: skip
     for changed, message in cases:

@@ -115,9 +115,9 @@ def test_blocks_bound_a_single_device(monkeypatch):
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="must be one of .'sigmoid', 'softmax'."):
+    with pytest.raises(ValueError, match="must be one of sigmoid, softmax"):
         contrastive_loss("cosine", *embeddings(4), 1.0)
-    with pytest.raises(ValueError, match="every image needs one text"):
+    with pytest.raises(ValueError, match="Pass one text per image"):
         contrastive_loss("softmax", embeddings(4)[0], embeddings(5)[0], 1.0)
 
 

@@ -21,9 +21,9 @@ TRAIN = {
     "another place": (["--config", "scenes.py:blind", *RUN], "there is no config file scenes.py; did you mean "),
     "another argument": (["--config", "configs/scenes.py:blnd", *RUN], "configs/scenes.py: unknown argument "),
     "another size": (["--config", "configs/qwen3_vl_sft.py:3b", *RUN], "Qwen3-VL has no size '3b'. Choose one of 2b, "),
-    "no function": (["--config", "without.py", *RUN, "--config.a=1"], "without.py has no function get_config"),
+    "no function": (["--config", "without.py", *RUN, "--config.a=1"], "without.py: has no function get_config"),
     "no Python": (["--config", "broken.py", *RUN], "broken.py, line 2: invalid syntax"),
-    "no config": (["--config", "odd.py", *RUN], "get_config of odd.py must return what run_config does, not a dict"),
+    "no config": (["--config", "odd.py", *RUN], "odd.py: get_config returns a dict. Return run_config(Run(...))."),
     "another name": ([*SCENES, *RUN, "--config.optim.stepz=1"], "config.optim has no 'stepz'; did you mean 'steps'?"),
     "another type": (
         [*SCENES, *RUN, "--config.optim.steps=many"],
@@ -31,9 +31,9 @@ TRAIN = {
     ),
     "a file for a folder": (
         [*SCENES, "--workdir", "odd.py"],
-        "--workdir=odd.py is a file or inside one; name",
+        "--workdir=odd.py: is a file or inside one. Name",
     ),
-    "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run is a file or inside one; name a folder"),
+    "in a file": ([*SCENES, "--workdir=odd.py/run"], "--workdir=odd.py/run: is a file or inside one. Name a folder."),
     "no rows": ([*SCENES, *RUN, "--config.data.batch=0"], "config.data.batch=0: must be at least 1."),
     "less than none": ([*SCENES, *RUN, "--config.data.batch=-8"], "config.data.batch=-8: must be at least 1."),
     "no parts": (

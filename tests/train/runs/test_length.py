@@ -163,8 +163,8 @@ def test_data_that_end_too_early_are_an_error_and_with_more_the_run_goes_on(shor
     share = cosine(step, 12, peak=1.0)
     assert str(error.value) == (
         f"config.data.epochs=1: the data ended at step {step} of config.optim.steps=12, where the learning rate is "
-        f"{share:.0%} of its peak. The step is saved. Set config.data.epochs={2 * math.ceil(12 / step)} to go on from "
-        "it to the last, or config.optim.steps=0 and another --workdir for a schedule that ends with the data"
+        f"{share:.0%} of its peak. The step is saved. Set config.data.epochs={2 * math.ceil(12 / step)} to continue "
+        "to the last step, or config.optim.steps=0 and another --workdir for a schedule that ends with the data."
     )
     with pytest.raises(DataEnded, match=f"ended at step {step} of"):  # again: there is nothing that it could do
         train(config, tmp_path)

@@ -114,7 +114,7 @@ def test_what_adapters_cannot_become_is_told_before_the_first_stage(chain, tmp_p
          {"more": Stage(lora=replace(LORA, rank=3))}),
         ("config.stages.instruct: lora.target_modules: 'decodr' matches no weight",
          {"instruct": Stage(lora=replace(LORA, target_modules=("decodr",))), "more": None}),
-        ("config.stages.align: optim.freeze=.* leaves nothing to train",
+        ("config.stages.align: optim.freeze=.*: leaves nothing to train",
          {"align": Stage(lora=LoraConfig(2), optim=read_run(stage_config(a_config(), "align")).optim)}),
     )  # fmt: skip
     for message, stages in refused:

@@ -253,11 +253,11 @@ def test_mistakes_are_told_before_the_first_stage_begins(tmp_path):
     refused(
         "config.stages.instruct.train.grad_accum_steps=3 must divide config.stages.instruct.data.batch=8", None, divide
     )
-    with pytest.raises(ConfigError, match="the config has stages; name one with --stage: align, instruct"):
+    with pytest.raises(ConfigError, match="the config has stages. Set one with --stage: align, instruct"):
         one_run(get_config(), None)
     with pytest.raises(ConfigError, match="--stage=align: the config has no stages"):
         one_run(tiny_run.get_config(), "align")
-    with pytest.raises(ConfigError, match="mllm_jax.train.run_stages trains them"):
+    with pytest.raises(ConfigError, match="Train them with mllm_jax.train.run_stages"):
         train(get_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

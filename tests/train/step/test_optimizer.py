@@ -128,5 +128,5 @@ def test_mistakes_are_named(params):
         OptimConfig(name="sgd")
     with pytest.raises(ValueError, match="one of .*cosine"):
         OptimConfig(schedule="steps")
-    with pytest.raises(ValueError, match="warmup=20 is longer than the run, steps=10"):
+    with pytest.raises(ValueError, match="warmup=20: longer than the run, steps=10"):
         OptimConfig(warmup=20, steps=10)

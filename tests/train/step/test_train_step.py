@@ -127,7 +127,7 @@ def test_accumulation_equals_the_large_batch(params, single, eight_rows):
     assert_close(gradients(split_state), gradients(state))
     for name in metrics:
         assert float(split_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-5), name
-    with pytest.raises(ValueError, match="8 rows does not split into grad_accum_steps=3"):
+    with pytest.raises(ValueError, match="grad_accum_steps=3: must divide the 8 rows"):
         state, step = start(params, {"fsdp": 1}, grad_accum_steps=3)
         step(state, batch)
 
