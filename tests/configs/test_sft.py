@@ -23,12 +23,14 @@ NAMES = {
     "internvl/3-1b": {"<|image_pad|>": "<IMG_CONTEXT>", "<|vision_start|>": "<img>", "<|vision_end|>": "</img>"},
     "paligemma/2-3b-224": {"<|image_pad|>": "<image>"},
     "qwen2_5_vl/2.5-3b": {},
+    "instructblip/vicuna-7b": {"<|image_pad|>": "<image>"},
 }
 SLOW = {
     "llava/1.5-7b": NAMES["llava_next/next-mistral-7b"],
     "llava_llama/1.5-7b": NAMES["llava_next/next-mistral-7b"],  # whose token of images is in no vocabulary
     "internvl_chat/2.5-1b": NAMES["internvl/3-1b"],
     "qwen2_vl/2b": {},
+    "blip-2/opt-2.7b": NAMES["llava_next/next-mistral-7b"],
 }
 NAMES |= SLOW
 CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES]
@@ -49,6 +51,12 @@ def test_a_family_is_fine_tuned(argument, tmp_path, record_property):
     if model.inputs.pinpoints:
         model.inputs.pinpoints = ((16, 32), (32, 16), (32, 32))
         model.inputs.most_tiles = min(1, model.inputs.most_tiles)
+    if "queries" in model.connector:
+        model.connector.update(queries=4, width=32, layers=3, heads=2, mlp=48)
+    if model.connector.get("vocab"):
+        tokenizer(tmp_path / "processor" / "qformer_tokenizer", {})
+        model.connector.update(vocab=300, positions=64)
+        config.data.instruction_tokens = 64
     placeholder = NAMES[argument].get("<|image_pad|>", "<|image_pad|>")
     model.tokens.image = ids[placeholder] if model.tokens.image >= 0 else model.tokens.image
     if model.tokens.video >= 0:
