@@ -37,12 +37,8 @@ FIELDS = decoder_fields(
     "sliding_window": nullable(count(None)),
     LENGTH: count(4096),
 }
-ROPE = {
-    "default": "default",
-    "longrope": "longrope",
-    "su": "longrope",
-    "yarn": "longrope",
-}  # "su" and "yarn" are former names
+# "su" and "yarn" are former names of "longrope".
+ROPE = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
 
 
 class Phi3(DecoderFamily):
@@ -57,11 +53,8 @@ class Phi3(DecoderFamily):
 
     def decoder_to_hf(self, decoder: DecoderConfig) -> dict:
         window = decoder.sliding_windows[0] if decoder.sliding_windows else None
-        tokens = {
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        }  # transformers' defaults may exceed the vocabulary
+        # Token ids are null because transformers' defaults may exceed the vocabulary.
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         length = 131072 if decoder.attention.rope_scaling else 16384
         return write_decoder(decoder, length) | {"hidden_act": "silu", "sliding_window": window, **tokens}
 

@@ -85,9 +85,10 @@ def rope_of(text: Json, kinds: Mapping[str, str] = AS_NAMED, partial: bool = Fal
     """Returns the rotary positions of a text_config as one dict, like `rope_parameters` of transformers 5.
 
     `rope_scaling` takes precedence over `rope_parameters`, and fields inside them over fields of the text_config,
-    except for LENGTH, where the text_config takes precedence. For example, {"rope_theta": 1e4, "rope_scaling": {"type":
-    "linear", "factor": 2.0}} gives {"rope_type": "linear", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
-    "factor": 2.0}.
+    except for LENGTH, where the text_config takes precedence. For example:
+
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        -> {"rope_theta": 1e4, "partial_rotary_factor": 1.0, "factor": 2.0, "rope_type": "linear"}
 
     Args:
       text: values of `rope_fields` and `max_position_embeddings`.

@@ -11,7 +11,7 @@ from mllm_jax.weights.table import Row
 TIES = {"decoder/head/w": "decoder/embed"}
 # Buffers in older files: position ids and rotary tables.
 BUFFERS = (r"(.*\.)?position_ids", r".*\.(inv_freq|cos_cached|sin_cached)")
-# Rename of tensors from files of transformers' models without a head.
+# Renames tensors in files of models that transformers saved without a head.
 BARE = ((r"^(?=(embed_tokens|tok_embeddings|layers|norm)\.)", "model."),)
 # All experts of a layer in one tensor, the layout of transformers 5 in memory.
 FUSED_GATE_UP = {"pattern": "e (two f) d -> e two d f", "sizes": {"two": 2}}

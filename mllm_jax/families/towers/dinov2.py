@@ -72,7 +72,7 @@ def _kind(encoder: VitConfig) -> str:
 
 
 def _mlp(width: int, ratio: int, gated: bool) -> int:
-    """Returns the MLP's width. A gated MLP has 2/3 of it, rounded up to a multiple of 8, for as many weights."""
+    """Returns the MLP's width: `width * ratio`, or 2/3 of it, rounded up to a multiple of 8, if it is gated."""
     mlp = int(width * ratio)
     return (int(mlp * 2 / 3) + 7) // 8 * 8 if gated else mlp
 

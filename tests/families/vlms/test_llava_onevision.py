@@ -294,7 +294,7 @@ def test_processor_files(read, tmp_path):
 
 def test_bad_inputs(pair):
     config, inputs = pair[0].config, inputs_of()
-    with pytest.raises(ValueError, match="as many images in batch_num_images"):
+    with pytest.raises(ValueError, match="images in batch_num_images"):
         mllm_jax.from_hf_inputs(config, inputs | {"batch_num_images": np.array([1, 1])})
     with pytest.raises(ValueError, match="placeholders more than the images"):
         mllm_jax.from_hf_inputs(config, {k: v for k, v in inputs.items() if k != "pixel_values_videos"})
