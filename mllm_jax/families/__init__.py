@@ -8,7 +8,7 @@ from mllm_jax.data.pipeline.spec import ProcessorSpec
 from mllm_jax.families.base import Family
 from mllm_jax.families.decoders.by_model_type import TEXT
 from mllm_jax.families.decoders.deepseek import Deepseek
-from mllm_jax.families.towers.clip import Video
+from mllm_jax.families.towers.clip import Clip
 from mllm_jax.families.towers.dinov2 import Dinov2
 from mllm_jax.families.towers.siglip import Siglip
 from mllm_jax.families.towers.siglip2 import Siglip2
@@ -28,7 +28,7 @@ from mllm_jax.model.vlm import ModelConfig
 _ALL = (
     *TEXT.values(),
     Deepseek(),
-    Video(),
+    Clip(),
     ClipTower(),
     Dinov2(),
     Siglip(),

@@ -27,7 +27,7 @@ PARTS = ("text_config", "vision_config")
 FIELDS = {"projection_dim": count(512)} | {name: PART for part in PARTS for name in (part, f"{part}_dict")}
 
 
-class Video(dual_encoders.DualFamily):
+class Clip(dual_encoders.DualFamily):
     name = "CLIP"
     architectures = {"clip": "CLIPModel"}
     sizes = SIZES
