@@ -21,7 +21,7 @@ from mllm_jax.nn.runtime import expect_runs
 from mllm_jax.types import Array
 
 BLOCK = 256  # tokens
-MASKED = -1e30  # score of masked keys; finite, so that a query without keys yields no NaN
+UNSEEN = -1e30  # score of masked keys; finite, so that a query without keys yields no NaN
 _product = partial(einsum, out=jnp.float32)
 
 
@@ -68,7 +68,7 @@ def _forward(q, k, v, query, key, spec, ring):
     zeros = _Sums(
         value=jnp.zeros((*query_shape, v.shape[-1]), jnp.float32),
         total=jnp.zeros(query_shape, jnp.float32),
-        peak=jnp.full(query_shape, MASKED, jnp.float32),
+        peak=jnp.full(query_shape, UNSEEN, jnp.float32),
     )
     sums, _ = around(ring, lambda sums, keys: (_add(sums, queries, keys, len(q), spec), keys), zeros, keys)
     total = jnp.where(sums.total > 0, sums.total, 1)
@@ -187,7 +187,7 @@ def _scores(query: _Queries, key: _Keys, spec: AttentionSpec):
     slope = 1 - (scores / spec.softcap) ** 2 if spec.softcap else 1.0
     mask = attention_mask(query.bounds, key.bounds) & (key.bounds.segment > 0)
     mask = repeat(mask, "t s -> (G t) s", G=scores.shape[1] // len(mask))
-    return jnp.where(mask, scores, MASKED), mask, slope
+    return jnp.where(mask, scores, UNSEEN), mask, slope
 
 
 def _at(tree, i):
