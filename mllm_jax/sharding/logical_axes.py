@@ -108,7 +108,7 @@ def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "", part: 
 
 
 def spec_of_axes(names, parts, what: str) -> PartitionSpec:
-    """Returns the PartitionSpec of `parts`, the mesh axes of each name. Raises ValueError if two names share an axis."""
+    """Returns the PartitionSpec of `parts`, the mesh axes of each name. ValueError if two names share an axis."""
     for (name, axes), (other, other_axes) in itertools.combinations(zip(names, parts), 2):
         if shared := sorted(set(axes) & set(other_axes)):
             raise ValueError(

@@ -61,9 +61,7 @@ def _sizes(shape: Mapping[str, int], count: int) -> list[int]:
         sizes[sizes.index(-1)] = count // -math.prod(sizes)
     if min(sizes) < 1 or math.prod(sizes) != count:
         text = mesh_text(shape, shape)
-        raise ValueError(
-            f"mesh {text} does not cover {count} devices. Set sizes with this product, or one of them to -1."
-        )
+        raise ValueError(f"mesh {text} does not cover {count} devices. Set sizes with this product, or one to -1.")
     return sizes
 
 

@@ -54,7 +54,7 @@ def test_any_mesh(shape, sizes):
     "shape, message",
     [
         ({"data": 3}, "mesh data=3 does not cover 8 devices"),
-        ({"data": -1, "fsdp": -1}, "mesh data=-1 x fsdp=-1 does not cover 8 devices. .* one of them to -1"),
+        ({"data": -1, "fsdp": -1}, "mesh data=-1 x fsdp=-1 does not cover 8 devices. .* one to -1"),
         ({"model": 8}, "unknown mesh axes .'model'.. Use only data, fsdp, expert, context, tensor"),
         ({"stage": 2, "fsdp": 4}, "'stage' is reserved"),
     ],
@@ -108,7 +108,7 @@ def test_specs_of_weights():
             ("embed", "mlp"),
             (12, 6),
             {},
-            "w: its axis 'embed' of size 12 .* fsdp=2 x context=4 .* rules.embed to 'fsdp'",
+            "w: its axis 'embed' of size 12 .* fsdp=2 x context=4 .*rules.embed to 'fsdp'",
         ),
         (("embed", "mlp"), (16, 7), {}, "w: its axis 'mlp' of size 7 .* tensor=3 devices.* rules.mlp to None"),
         (
