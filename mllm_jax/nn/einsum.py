@@ -1,4 +1,4 @@
-"""The one primitive where a weight meets an activation."""
+"""Products of weights and activations, with optional quantization and adapters."""
 
 import math
 from functools import partial
@@ -16,12 +16,12 @@ from mllm_jax.types import Array
 
 
 class Einsum(nn.Module):
-    """`einsum(equation, x, w) + b`, computed in `dtype` from fp32 parameters `w` and `b`.
+    """Computes `einsum(equation, x, w) + b` in `dtype` from fp32 parameters `w` and `b`.
 
-    The equation has capital letters of the legend and one ellipsis on the activation, e.g. "...D,DNH->...NH".
-    Letters of the weight that reach the output are its output axes; the bias has exactly those.
-    Initialized normal with variance 1 / fan-in. If the parameters have an adapter for `w`, its product is added
-    (nn/lora.py); `w` may be quantized (nn/quantization.py).
+    The equation has one ellipsis on the activation and capital letters for the other axes, e.g. "...D,DNH->...NH".
+    Weight axes that the output has are output axes; the bias has exactly these. `w` is initialized from a normal
+    distribution with variance 1 / fan-in. If the parameters have an adapter for `w`, its product is added (nn/lora.py);
+    `w` may be quantized (nn/quantization.py).
     """
 
     equation: str
@@ -41,11 +41,11 @@ class Einsum(nn.Module):
         axes = (range(x.ndim - len(inputs), x.ndim), inputs)
 
         def product(x, w):
-            """jnp.einsum would contract several axes in reverse order, for which XLA copies the weight."""
+            """Returns the product of x and w. `jnp.einsum` would contract axes in reverse order, so XLA copies w."""
             return jax.lax.dot_general(x, w.astype(self.dtype), (axes, ((), ())), precision=precision_of(self.dtype))
 
         if self.has_variable("params", QUANTIZED):
-            # Recomputed in the backward pass, which would otherwise save a full weight per layer.
+            # The backward pass recomputes the full weight, which would otherwise be saved for every layer.
             leaves = {name: leaf for name, leaf in self.variables["params"].items() if name.startswith("w_")}
             y = jax.checkpoint(lambda x, leaves: product(x, dequantize(leaves, matrix[0])))(
                 x.astype(self.dtype), leaves
@@ -61,21 +61,24 @@ class Einsum(nn.Module):
         return y
 
     def _adapted(self, x, inputs: str, outputs: str):
-        """scale * (x A) B, for letters of axes. First outputs may have their own: A [C D r], B [C r N H], scale [C]."""
+        """Returns scale * (x A) B for the letters of input and output axes.
+
+        Leading output axes may have a separate adapter per index, e.g. C in A [C D r], B [C r N H] and scale [C].
+        """
         down, up, scale = (self.get_variable("params", name).astype(self.dtype) for name in (DOWN, UP, SCALE))
         x, product = x.astype(self.dtype), partial(jnp.einsum, precision=precision_of(self.dtype))
         if self.has_rng("dropout") and self.has_variable("params", KEEP):
             keep = self.get_variable("params", KEEP)
             x = jnp.where(jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape), x / keep.astype(x.dtype), 0)
-        own, rest = outputs[: down.ndim - len(inputs) - 1], outputs[down.ndim - len(inputs) - 1 :]
-        low = scale[..., None] * product(f"...{inputs},{own}{inputs}r->...{own}r", x, down)
-        return product(f"...{own}r,{own}r{rest}->...{outputs}", low, up)
+        lead, others = outputs[: down.ndim - len(inputs) - 1], outputs[down.ndim - len(inputs) - 1 :]
+        low = scale[..., None] * product(f"...{inputs},{lead}{inputs}r->...{lead}r", x, down)
+        return product(f"...{lead}r,{lead}r{others}->...{outputs}", low, up)
 
 
 class Weight(nn.Module):
-    """A weight `w`, for products that `Einsum` cannot express; fp32, normal with variance 1 / fan_in.
+    """fp32 weight `w` for products that `Einsum` cannot express, initialized with variance 1 / fan_in.
 
-    matrix: see `Partitioned`; without it there can be no adapter.
+    matrix: see `Partitioned`. None: the weight cannot have an adapter.
     """
 
     shape: tuple[int, ...]
@@ -89,7 +92,7 @@ class Weight(nn.Module):
         return self.param("w", init, self.shape)
 
     def factors(self) -> tuple[Array, ...]:
-        """(scale A, B) of the weight's adapter. (): there is none."""
+        """Returns (scale A, B) of the weight's adapter, or () without an adapter."""
         if not self.has_variable("params", DOWN):
             return ()
         down, up, scale = (self.get_variable("params", name) for name in (DOWN, UP, SCALE))

@@ -19,7 +19,7 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-    """down(activation(up(x))). x [... D] -> [... out]."""
+    """Computes down(activation(up(x))): [... D] -> [... out]."""
 
     mlp: int
     out: int
@@ -36,7 +36,7 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202). x [... D] -> [... out]."""
+    """Computes down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202): [... D] -> [... out]."""
 
     mlp: int
     out: int

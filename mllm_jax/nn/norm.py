@@ -10,7 +10,7 @@ from mllm_jax.sharding.weights import partitioned
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + scale) over the last axis (arXiv 1910.07467); Gemma keeps the scale's distance from 1."""
+    """Computes x / rms(x) * (offset + scale) over the last axis (arXiv 1910.07467). Gemma has an offset of 1."""
 
     eps: float = 1e-6
     offset: float = 0.0
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * scale + bias over the last axis (arXiv 1607.06450)."""
+    """Computes (x - mean) / std * scale + bias over the last axis (arXiv 1607.06450)."""
 
     eps: float = 1e-6
 

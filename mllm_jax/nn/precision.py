@@ -1,4 +1,4 @@
-"""Precision of products: fp32 means fp32 on every platform, where TPUs and GPUs would otherwise round the operands."""
+"""Precision of products: fp32 operands stay fp32. TPUs and GPUs round them by default."""
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,11 @@
-"""Weights kept in eight or four bits, for frozen bases of adapters (QLoRA, arXiv 2305.14314).
+"""Weights stored in 8 or 4 bits, for frozen base models of adapters (QLoRA, arXiv 2305.14314).
 
-The tree of parameters decides: an `Einsum` takes its weight from `w`, or from `w_int8`, `w_int4` or `w_nf4` with
-`w_scale`. Eight bits: an integer in -127..127, a scale for every output. Four bits: two neighbors along the last input
-axis in a byte, the first in the low half, a scale for every group of neighbors along it: of integers in -7..7, or of
-the quantiles of a normal distribution. Scales are absolute maxima, divided by the largest integer.
+The parameters select the format: an `Einsum` reads its weight from `w`, or from `w_int8`, `w_int4` or `w_nf4` and
+`w_scale`. A scale is an absolute maximum, divided by the largest integer (nf4: by 1).
+
+8 bits: integers in -127..127, with one scale per output.
+4 bits: integers in -7..7 (int4) or quantiles of a normal distribution (nf4), with one scale per group of neighbors
+along the last input axis. A byte holds two neighbors, the first in its low half.
 """
 
 import re
@@ -24,18 +26,20 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-# The head is read by losses without its layer, experts by products of groups; a router is too small and too delicate.
+# Weights that stay unquantized: losses read the head without its layer, grouped products read the experts, and a router
+# is small and sensitive.
 WHOLE = re.compile(r"^decoder/head/w$|/(router|experts_\w+)/w$")
 STACKED = ("layers", "deepstack_layers")
 
 
 def quantize(w: Array, kind: str, inputs: tuple[int, ...], group: int) -> dict[str, Array]:
-    """The leaves that stand for a weight.
+    """Returns the quantized weight and its scale, by leaf name: {"w_int8": i8, "w_scale": f32} or alike.
 
     Args:
-      w: of any axes. kind: of KINDS.
-      inputs: axes that its product sums over, counted from the end.
-      group: values that share a scale in four bits, at most; it is the largest even divisor of the last input axis.
+      w: weight with any number of axes.
+      kind: one of KINDS.
+      inputs: axes that the weight's product sums over, counted from the end.
+      group: largest number of values that share a scale in 4 bits, see `group_of`.
     """
     if kind == "int8":
         scale = jnp.max(jnp.abs(w), axis=inputs) / 127
@@ -55,7 +59,7 @@ def quantize(w: Array, kind: str, inputs: tuple[int, ...], group: int) -> dict[s
 
 
 def dequantize(leaves: Mapping[str, Array], inputs: tuple[int, ...]) -> Array:
-    """The weight f32 that the leaves of `quantize` stand for."""
+    """Returns the f32 weight of the leaves of `quantize`."""
     scale = leaves[SCALE]
     if "w_int8" in leaves:
         return leaves["w_int8"] * jnp.expand_dims(scale, inputs)
@@ -69,9 +73,16 @@ def dequantize(leaves: Mapping[str, Array], inputs: tuple[int, ...]) -> Array:
 
 
 def kept(path: str, box: Partitioned, kind: str, group: int) -> dict[str, Partitioned]:
-    """A frozen weight, by the end of its name, as a base of `kind` keeps it: "float32", "bfloat16" or one of KINDS.
+    """Returns a frozen weight as stored for the base dtype `kind`, by leaf name.
 
-    What is no matrix of a layer, or is one that had better stay, is kept in bfloat16 if it has two axes or more.
+    Only matrices of layers are quantized, with the exceptions of WHOLE. Other weights with two axes or more become
+    bfloat16; vectors are unchanged.
+
+    Args:
+      kind: "float32", "bfloat16" or one of KINDS.
+      group: see `quantize`.
+    Raises:
+      ValueError: the last input axis has an odd size, and `kind` has 4 bits.
     """
     name = path.rpartition("/")[2]
     if kind == "float32" or len([axis for axis in box.names if axis not in STACKED]) < 2:
@@ -81,7 +92,8 @@ def kept(path: str, box: Partitioned, kind: str, group: int) -> dict[str, Partit
     inputs, _ = box.matrix
     if kind != "int8" and box.value.shape[inputs[-1]] % 2:
         raise ValueError(
-            f"lora.base_dtype={kind!r} packs two values in a byte, but an input axis of {path} has an odd size"
+            f"lora.base_dtype={kind!r}: cannot pack two values per byte, as an input axis of {path} has an odd size. "
+            "Set lora.base_dtype to 'int8' or 'bfloat16'."
         )
     ndim, names = box.value.ndim, list(box.names)
     scales = [None if axis - ndim == inputs[-1] else name for axis, name in enumerate(names)]
@@ -92,12 +104,12 @@ def kept(path: str, box: Partitioned, kind: str, group: int) -> dict[str, Partit
 
 
 def group_of(size: int, group: int) -> int:
-    """The largest even divisor of an axis that is at most `group`."""
+    """Returns the largest even divisor of an axis size that is at most `group`."""
     return max(divisor for divisor in range(2, min(size, group) + 1, 2) if size % divisor == 0)
 
 
 def _split(shape, axis: int, count: int) -> tuple[int, ...]:
-    """The shape with an axis, counted from the end, as `count` parts."""
+    """Returns the shape with `axis`, counted from the end, split into `count` parts: [6 D], -2, 3 -> [3 2 D]."""
     place = len(shape) + axis
     return (*shape[:place], count, shape[place] // count, *shape[place + 1 :])
 

@@ -1,9 +1,10 @@
-"""Rotary positions in any number of axes: text, M-RoPE and the 2-D positions of patches are one function.
+"""Rotary positions with any number of axes, for text, M-RoPE and the 2-D positions of patches.
 
-Every frequency slot reads one axis of the position. Chunked or interleaved M-RoPE and 2-D RoPE differ only in which.
+Every frequency slot reads one axis of the position. Chunked M-RoPE, interleaved M-RoPE and 2-D RoPE differ only in the
+axis that each slot reads.
 
-A stretch lets a model read texts longer than those of its first training: it changes the frequencies, and may change
-the size of the table (`table_scale`). Where `by_length` is True the frequencies depend on how long a text is.
+A scaling extends a model to texts longer than those of its pretraining: it changes the frequencies, and may scale the
+cosines and sines (`table_scale`). If `by_length` is True, the frequencies depend on the length of the text.
 """
 
 import math
@@ -19,23 +20,23 @@ from mllm_jax.common.settings import Config, NonNegative, Positive, PositiveInt
 
 @dataclass(frozen=True)
 class LinearRopeScaling(Config):
-    """Every frequency divided by `factor` (position interpolation, arXiv 2306.15595)."""
+    """Divides every frequency by `factor` (position interpolation, arXiv 2306.15595)."""
 
     factor: Positive
     by_length: ClassVar[bool] = False
     table_scale: ClassVar[float] = 1.0
 
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
-        """f32[H/2] radians per position."""
+        """Returns f32[H/2] radians per position."""
         return (frequencies(theta, head_dim) / self.factor).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class DynamicNtkRopeScaling(Config):
-    """A base that grows with the text beyond `length` tokens ("dynamic NTK").
+    """Increases the base for texts longer than `length` tokens ("dynamic NTK").
 
-    The slowest slot then rotates as far over the full text as it did over `length` tokens, and slightly less if
-    `factor` is over 1.
+    The slowest slot rotates as far over such a text as it did over `length` tokens, or slightly less if `factor` is
+    over 1.
     """
 
     factor: Positive
@@ -44,19 +45,19 @@ class DynamicNtkRopeScaling(Config):
     table_scale: ClassVar[float] = 1.0
 
     def frequencies(self, theta: float, head_dim: int, length):
-        """f32[... H/2] radians per position, in texts of `length` i32[...] tokens."""
-        grown = self.factor * jnp.maximum(length, self.length) / self.length - (self.factor - 1)
-        base = theta * grown[..., None] ** (head_dim / (head_dim - 2))
+        """Returns f32[... H/2] radians per position in texts of `length` i32[...] tokens."""
+        growth = self.factor * jnp.maximum(length, self.length) / self.length - (self.factor - 1)
+        base = theta * growth[..., None] ** (head_dim / (head_dim - 2))
         return base ** (-2 * np.arange(head_dim // 2, dtype=np.float32) / head_dim)
 
 
 @dataclass(frozen=True)
 class Llama3RopeScaling(Config):
-    """Slots of short waves keep their frequency, of long waves have it divided, those between have a blend (Llama 3.1).
+    """Divides low frequencies, keeps high ones, and interpolates between (Llama 3.1).
 
-    factor: by how much slow frequencies are divided.
-    length: tokens of the texts of the first training.
-    slow, fast: turns within `length` up to which a frequency is divided, and from which on it is kept.
+    factor: divisor of low frequencies.
+    length: pretraining length, in tokens.
+    slow, fast: rotations within `length` up to which a frequency is divided, and from which it is kept.
     """
 
     factor: Positive
@@ -67,19 +68,20 @@ class Llama3RopeScaling(Config):
     table_scale: ClassVar[float] = 1.0
 
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
-        """f32[H/2] radians per position."""
+        """Returns f32[H/2] radians per position."""
         plain = frequencies(theta, head_dim)
-        turns = self.length * plain / (2 * np.pi)
-        kept = np.clip((turns - self.slow) / (self.fast - self.slow), 0, 1)
-        return (plain * (kept + (1 - kept) / self.factor)).astype(np.float32)
+        rotations = self.length * plain / (2 * np.pi)
+        weight = np.clip((rotations - self.slow) / (self.fast - self.slow), 0, 1)
+        return (plain * (weight + (1 - weight) / self.factor)).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class LongRopeScaling(Config):
-    """A divisor per slot, one list for texts up to `length` tokens, one for longer ones (LongRoPE, arXiv 2402.13753).
+    """Divides each slot's frequency by a divisor of its own (LongRoPE, arXiv 2402.13753).
 
-    short, long: H/2 divisors.
-    table_scale: of cosines and sines.
+    short, long: H/2 divisors for texts up to `length` tokens, and for longer texts.
+    length: pretraining length, in tokens.
+    table_scale: factor of cosines and sines.
     """
 
     short: tuple[Positive, ...]
@@ -89,7 +91,7 @@ class LongRopeScaling(Config):
     by_length: ClassVar[bool] = True
 
     def frequencies(self, theta: float, head_dim: int, length):
-        """f32[... H/2] radians per position, in texts of `length` i32[...] tokens."""
+        """Returns f32[... H/2] radians per position in texts of `length` i32[...] tokens."""
         plain = frequencies(theta, head_dim)
         short, long = ((plain / np.array(divisors)).astype(np.float32) for divisors in (self.short, self.long))
         return jnp.where((length > self.length)[..., None], long, short)
@@ -97,17 +99,15 @@ class LongRopeScaling(Config):
 
 @dataclass(frozen=True)
 class YarnRopeScaling(Config):
-    """Rotary positions extended beyond the length of pretraining (YaRN, arXiv 2309.00071).
-
-    Fast slots keep their frequency, slow slots have it divided, slots between have a blend.
+    """Divides low frequencies, keeps high ones, and interpolates between, linearly by slot (YaRN, arXiv 2309.00071).
 
     factor: ratio of the extended length to `length`.
-    length: length of pretraining, in tokens.
+    length: pretraining length, in tokens.
     fast, slow: rotations within `length` above which a frequency is kept, and below which it is divided.
-    mscale, mscale_all_dim: weights of the logarithm of `factor` in the sizes of the cosines and sines, and of the
-      scores of latent attention (DeepSeek). 0: not set.
-    attention_factor: factor of cosines and sines. None: follows from `factor` and, if both are set, the two above.
-    truncate: whether both ends of the blend are rounded to whole slots.
+    mscale, mscale_all_dim: coefficients of log(`factor`) in the scale of cosines and sines, and of the scores of latent
+      attention (DeepSeek). 0: not set.
+    attention_factor: factor of cosines and sines. None: computed from `factor`, and from both mscales if set.
+    truncate: whether the ends of the interpolation are rounded to whole slots.
     """
 
     factor: Positive
@@ -121,8 +121,8 @@ class YarnRopeScaling(Config):
     by_length: ClassVar[bool] = False
 
     def frequencies(self, theta: float, head_dim: int) -> np.ndarray:
-        """f32[H/2] radians per position."""
-        slot = lambda turns: head_dim * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        """Returns f32[H/2] radians per position."""
+        slot = lambda rotations: head_dim * math.log(self.length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
         first, last = slot(self.fast), slot(self.slow)
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
@@ -149,14 +149,14 @@ class YarnRopeScaling(Config):
 
 
 def frequencies(theta: float, head_dim: int) -> np.ndarray:
-    """f64[H/2] radians per position of every slot (RoPE, arXiv 2104.09864)."""
+    """Returns f64[H/2], the radians per position of every slot (RoPE, arXiv 2104.09864)."""
     return theta ** (-2 * np.arange(head_dim // 2) / head_dim)
 
 
 def interleaved_axes(sections: tuple[int, ...]) -> np.ndarray:
-    """Axis of each slot for Qwen3-VL's interleaved M-RoPE (arXiv 2511.21631): t h w t h w ..., what is left over is t.
+    """Returns int[sum(sections)], the axis of each slot of Qwen3-VL's interleaved M-RoPE (arXiv 2511.21631).
 
-    `sections` counts the slots of (t, h, w), e.g. (24, 20, 20). Returns int[sum(sections)].
+    `sections`: number of slots of (t, h, w). Example: (4, 2, 2) -> t h w t h w t t, that is [0 1 2 0 1 2 0 0].
     """
     axes = np.zeros(sum(sections), np.int32)
     for axis in (1, 2):
@@ -165,7 +165,10 @@ def interleaved_axes(sections: tuple[int, ...]) -> np.ndarray:
 
 
 def chunked_axes(sections: tuple[int, ...]) -> np.ndarray:
-    """Axis of each slot for Qwen2-VL's M-RoPE (arXiv 2409.12191): those of t, of h, of w. int[sum(sections)]."""
+    """Returns int[sum(sections)], the axis of each slot of Qwen2-VL's M-RoPE (arXiv 2409.12191).
+
+    Example: (4, 2, 2) -> [0 0 0 0 1 1 2 2].
+    """
     return np.repeat(np.arange(len(sections)), sections)
 
 
@@ -173,12 +176,12 @@ LAYOUTS = {"interleaved": interleaved_axes, "chunked": chunked_axes}
 
 
 def rope_table(position, axes: np.ndarray, frequencies):
-    """Cosines and sines of every slot.
+    """Returns cosines and sines of every slot.
 
     Args:
       position: [... A] rotary positions on A axes.
-      axes: int[H/2] the axis that each frequency slot reads.
-      frequencies: f32[H/2] radians per position, or f32[... H/2] where it is not the same everywhere.
+      axes: int[H/2] axis that each slot reads.
+      frequencies: f32[H/2] radians per position, or f32[... H/2] if they differ between positions.
     Returns:
       (cos, sin), each f32[... H/2].
     """
@@ -187,19 +190,25 @@ def rope_table(position, axes: np.ndarray, frequencies):
 
 
 def longest(position, segment):
-    """i32[B T] tokens of the conversation that a token belongs to, from positions i32[B T A] and segments i32[B T].
+    """Returns i32[B T], the length in tokens of each token's conversation: its largest position plus one.
 
-    Of what stands here: a token that continues a cache counts itself and what came before.
+    Positions continue after a cache, so that the length of a new token's conversation includes the cached tokens.
+
+    Args:
+      position: i32[B T A]; segment: i32[B T].
     """
     end = jnp.max(position, axis=-1) + 1
-    most = lambda end, segment: jnp.zeros(len(end) + 1, jnp.int32).at[segment].max(end)[segment]
-    return jax.vmap(most)(end, segment)
+    longest_of_row = lambda end, segment: jnp.zeros(len(end) + 1, jnp.int32).at[segment].max(end)[segment]
+    return jax.vmap(longest_of_row)(end, segment)
 
 
 def rotate(x, table):
-    """Rotate x [... T N H] by a table of [... T h/2]; the pairs are (i, i + h/2), as in GPT-NeoX, of the first h."""
+    """Rotates the first h values of x [... T N H] by a table (cos, sin) of [... T h/2].
+
+    The pairs are (i, i + h/2), as in GPT-NeoX.
+    """
     cos, sin = (part[..., None, :] for part in table)
     half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned + [rest] * (rest.shape[-1] > 0), axis=-1).astype(x.dtype)
+    first, second, unrotated = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated + [unrotated] * (unrotated.shape[-1] > 0), axis=-1).astype(x.dtype)

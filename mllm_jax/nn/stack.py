@@ -1,4 +1,4 @@
-"""A tower of layers of several kinds: what repeats is scanned, so that compile time does not grow with depth."""
+"""Towers with several kinds of layers. Repeated patterns are scanned, so that compile time is independent of depth."""
 
 from collections.abc import Callable, Hashable
 from functools import cache
@@ -12,15 +12,15 @@ from mllm_jax.nn.runtime import Runtime, scan_layers
 
 
 class Segment(NamedTuple):
-    """Layers `start`, `start + 1`, ...: a pattern of kinds that repeats."""
+    """Layers `start`, `start + 1`, ...: a repeated pattern of kinds."""
 
-    name: str  # of its parameters
+    name: str  # key of the parameters
     start: int
     pattern: tuple[Hashable, ...]
     repeats: int
 
     def slots(self) -> list[tuple[str, range, Hashable]]:
-        """(name of its parameters, numbers of its layers, kind) of every place in the pattern."""
+        """Returns (key of the parameters, layer numbers, kind) of every place in the pattern."""
         period, length = len(self.pattern), len(self.pattern) * self.repeats
         name = lambda slot: self.name if period == 1 else f"{self.name}/slots_{slot}"
         return [
@@ -30,15 +30,18 @@ class Segment(NamedTuple):
 
 
 def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
-    """The segments that compile the fewest layers; of these the fewest segments, the first one as long as can be.
+    """Splits layers into the segments that compile the fewest layers.
 
-    One segment has its parameters under "layers"; several under "layers0", "layers1", ...
+    Ties are broken by the number of segments, then by the length of the first. The parameters of a single segment are
+    under "layers", those of several under "layers0", "layers1", ...
+
+    Example: kinds a b b b b compile 2 layers, as layers0 (pattern a, once) and layers1 (pattern b, 4 times).
     """
     count = len(kinds)
 
     @cache
     def best(start: int) -> tuple[int, int, tuple]:
-        """(layers compiled, segments, ((start, pattern, repeats), ...)) from `start` on."""
+        """Returns (compiled layers, number of segments, ((start, pattern, repeats), ...)) from layer `start` on."""
         if start == count:
             return 0, 0, ()
         options = []
@@ -46,13 +49,13 @@ def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
             pattern, end = kinds[start : start + period], start + period
             while kinds[end : end + period] == pattern:
                 end += period
-            compiled, parts, rest = best(end)
-            options.append((compiled + period, parts + 1, ((start, pattern, (end - start) // period), *rest)))
+            compiled, parts, following = best(end)
+            options.append((compiled + period, parts + 1, ((start, pattern, (end - start) // period), *following)))
         return min(options, key=lambda option: (*option[:2], -option[2][0][2] * len(option[2][0][1])))
 
-    found = best(0)[2]
-    names = ["layers"] if len(found) == 1 else [f"layers{i}" for i in range(len(found))]
-    return tuple(Segment(name, *part) for name, part in zip(names, found))
+    parts = best(0)[2]
+    names = ["layers"] if len(parts) == 1 else [f"layers{i}" for i in range(len(parts))]
+    return tuple(Segment(name, *part) for name, part in zip(names, parts))
 
 
 class Pattern(nn.Module):
@@ -73,13 +76,13 @@ def layers_of(build: Callable[[Hashable], nn.Module], segment: Segment, name: st
 
 
 def scan_segment(step, layers: nn.Module, carry, segment: Segment, runtime: Runtime):
-    """`carry, out = step(layer, carry, number)` for every layer of a segment, its number i32[].
+    """Applies `carry, out = step(layer, carry, number)` to every layer of a segment, with its number i32[].
 
     Args:
-      layers: the layer, or where the pattern is longer than one a module whose `slots` are the pattern's layers.
-        Parameters are stacked on a leading axis `layers`.
+      layers: the layer, or for a pattern of several layers a module with these as `slots`. Parameters are stacked on a
+        leading axis `layers`.
     Returns:
-      (carry, what the layers gave out, in their order, on a leading axis; None where none gave anything).
+      (carry, outs of the layers in order, stacked on a leading axis, or None if all are None).
     """
     period = len(segment.pattern)
 

@@ -1,4 +1,4 @@
-"""A number for every token: the reward of a reward model, or the value of PPO's critic."""
+"""Scalar per token: the reward of a reward model, or the value of PPO's critic."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ from flax import linen as nn
 
 from mllm_jax.sharding.weights import partitioned
 
-NAME = "value_head"  # of the part in a model's parameters
+NAME = "value_head"  # key of the head in a model's parameters
 
 
 class ValueHead(nn.Module):
-    """Hidden states [... D] -> f32[...], in fp32; 0 at first, so that nothing is preferred yet."""
+    """Maps hidden states [... D] to f32[...], computed in fp32. Initialized to 0, so that all answers score equally."""
 
     @nn.compact
     def __call__(self, hidden):

@@ -1,1 +1,1 @@
-"""Sharding of arrays: the mesh, the rules from axis names to its axes, and the specs of weights and activations."""
+"""Sharding of arrays: meshes, rules from logical axes to mesh axes, and specs of weights and activations."""

@@ -1,4 +1,4 @@
-"""Constraints on activations inside a program, and rows of batch rows joined to one line."""
+"""Sharding constraints on activations, and folding of inner rows into the batch axis."""
 
 import jax
 from einops import rearrange
@@ -8,10 +8,9 @@ from mllm_jax.sharding.logical_axes import Rules, axes_size, divisible_axes, spe
 
 
 def shard(x, names, rules: Rules):
-    """Constrain an activation to the ambient mesh (`jax.set_mesh`); without a mesh it is returned as it is.
+    """Constrains an activation to the ambient mesh (`jax.set_mesh`); returns it unchanged without a mesh.
 
-    A size that the mesh does not divide (one row of patches on two devices) is spread less: this is advice, not a
-    weight.
+    An axis whose size its mesh axes do not divide (one row of patches on two devices) is sharded over fewer of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not rules:
@@ -21,23 +20,23 @@ def shard(x, names, rules: Rules):
 
 
 def constrain(x, spec: PartitionSpec):
-    """Constrain an activation to a spec of the ambient mesh."""
+    """Constrains an activation to a spec of the ambient mesh."""
     if all(kind == jax.sharding.AxisType.Explicit for kind in jax.sharding.get_abstract_mesh().axis_types):
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def fold_rows(x, rules: Rules):
-    """[B R ...] -> [B*R ...]: rows within batch rows, all in one line.
+    """Folds the inner rows R of [B R ...] into the batch axis: [B*R ...].
 
-    Rows of batch rows that the `batch` axes of the mesh keep together stand together, by R first: where other axes
-    spread R, each device has a piece of the line, and nothing moves.
+    Rows that share a shard of the mesh's `batch` axes stay together, ordered by R first. If other mesh axes shard R,
+    no data moves between devices. Example: B = 4 rows a b c d in two shards with R = 2 become a0 b0 a1 b1 c0 d0 c1 d1.
     """
     return rearrange(x, "(group B) R ... -> (group R B) ...", group=_groups(len(x), rules))
 
 
 def unfold_rows(x, count: int, rules: Rules):
-    """[B*R ...] -> [B R ...]: the inverse of `fold_rows` for `count` batch rows."""
+    """Inverts `fold_rows` for `count` batch rows: [B*R ...] -> [B R ...]."""
     groups = _groups(count, rules)
     return rearrange(x, "(group R B) ... -> (group B) R ...", group=groups, B=count // groups)
 

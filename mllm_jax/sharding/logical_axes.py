@@ -1,7 +1,7 @@
-"""Rules from the names of an array's axes to mesh axes, and the spec of an array under them.
+"""Rules from logical axes to mesh axes, and the PartitionSpec of an array under them.
 
-A weight names its axes (`embed`, `heads`, `mlp` ...) where it is made; activations name theirs at few places.
-A *rule set* maps each name to a mesh axis, to several, or to None. It is data, which a run edits.
+Weights name their axes (`embed`, `heads`, `mlp` ...) where they are created, activations where they are constrained. A
+rule set maps each name to one mesh axis, several, or None; a run's config can change it.
 """
 
 import itertools
@@ -20,26 +20,26 @@ Rules = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class MeshAxes(Constraint):
-    """Value of a sharding rule: an axis of the mesh, several different ones, or None."""
+    """Constraint on the value of a sharding rule: a mesh axis, several different ones, or None."""
 
     def fault(self, value: Any) -> str | None:
         axes = as_axes(value)
-        known = isinstance(axes, (tuple, list)) and all(axis in MESH_AXES for axis in axes)
-        if not known or len(set(axes)) < len(axes):
-            return f"must be None, an axis of the mesh, or a tuple of different ones of {', '.join(MESH_AXES)}."
+        valid = isinstance(axes, (tuple, list)) and all(axis in MESH_AXES for axis in axes)
+        if not valid or len(set(axes)) < len(axes):
+            return f"must be None, a mesh axis, or a tuple of different mesh axes: {', '.join(MESH_AXES)}."
 
 
 def freeze_rules(rules: Mapping[str, Any]) -> Rules:
-    """Rules as a hashable tuple, as a model's runtime config carries them. ValueError for an unknown mesh axis."""
+    """Returns rules as a hashable tuple, for `Runtime.rules`. Raises ValueError for an unknown mesh axis."""
     check(Mapping[str, Annotated[Any, MeshAxes()]], rules, "rules")
     return tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in sorted(rules.items()))
 
 
 def rules_of(part: str, rules: Rules) -> Rules:
-    """The rules that hold inside the part of a model that is called `part`."""
+    """Returns the rules inside a part of the model: a rule "{part}_{name}" overrides the rule of `name`."""
     prefix = f"{part}_"
-    own = {name.removeprefix(prefix): axes for name, axes in rules if name.startswith(prefix)}
-    return freeze_rules(dict(rules) | own)
+    overrides = {name.removeprefix(prefix): axes for name, axes in rules if name.startswith(prefix)}
+    return freeze_rules(dict(rules) | overrides)
 
 
 def as_axes(entry):
@@ -48,7 +48,7 @@ def as_axes(entry):
 
 
 def _mesh_axes(axes, mesh) -> tuple[str, ...]:
-    """The axes of a rule over which the mesh spreads anything."""
+    """Returns the mesh axes of a rule that are larger than 1."""
     return tuple(axis for axis in as_axes(axes) if mesh.shape.get(axis, 1) > 1)
 
 
@@ -57,23 +57,23 @@ def axes_size(axes: tuple[str, ...], mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-Name = str | tuple[str, ...] | None  # of an axis of an activation, or those of several that were joined to one
+Name = str | tuple[str, ...] | None  # name of an activation's axis, or names of several axes folded into one
 
 
 def num_shards(name: Name, rules: Rules, mesh) -> int:
-    """Over how many devices of a mesh the axis `name` is spread; 1 without a mesh or a rule."""
+    """Returns the number of shards of the axis `name` on a mesh; 1 without a mesh or a rule."""
     return axes_size(split_axes(name, rules, mesh), mesh)
 
 
 def split_axes(name: Name, rules: Rules, mesh) -> tuple[str, ...]:
-    """Returns the axes of a mesh, larger than 1, over which the axis `name` is spread."""
+    """Returns the mesh axes, larger than 1, that shard the axis `name`."""
     table, names = dict(rules), name if isinstance(name, tuple) else (name,)
     return tuple(axis for name in names for axis in _mesh_axes(table.get(name), mesh))
 
 
 def divisible_axes(name: Name, size: int, rules: Rules, mesh) -> tuple[str, ...]:
-    """The mesh axes over which an activation's axis is spread: those of its rule, but for the last ones where all of
-    them do not divide its size."""
+    """Returns the mesh axes that shard an activation's axis: those of its rule, without the last ones if their product
+    does not divide `size`."""
     axes = split_axes(name, rules, mesh)
     while size % axes_size(axes, mesh):
         axes = axes[:-1]
@@ -81,34 +81,39 @@ def divisible_axes(name: Name, size: int, rules: Rules, mesh) -> tuple[str, ...]
 
 
 def partition_spec(names, rules: Rules, mesh, shape=None, what: str = "", part: str = "") -> PartitionSpec:
-    """The PartitionSpec of axis names under rules, those of a part of the model if it is named.
+    """Returns the PartitionSpec of axis names under rules. Mesh axes that are missing or of size 1 are left out.
 
-    Mesh axes of size 1 and those that the mesh lacks are dropped. With `shape`, a size that its mesh axes do not
-    divide raises ValueError, as do a name without a rule and a mesh axis used twice.
+    Args:
+      names: logical axes of the array; None: not sharded.
+      shape: sizes of the axes, which are checked. None: no check.
+      what: name of the array in messages.
+      part: part of the model whose rules apply ("encoder", "connector").
+    Raises:
+      ValueError: a name has no rule, mesh axes do not divide a size of `shape`, or two names use the same mesh axis.
     """
-    known, rules = dict(rules), rules_of(part, rules)
+    all_rules, rules = dict(rules), rules_of(part, rules)
     table, what = dict(rules), what or f"an array with axes {tuple(names)}"
     for name in names:
         if name is not None and name not in table:
-            raise ValueError(f"{what}: its axis {name!r} has no sharding rule; there are rules for {sorted(table)}")
+            raise ValueError(f"{what}: its axis {name!r} has no sharding rule. Use one of {', '.join(sorted(table))}.")
     parts = [_mesh_axes(table.get(name), mesh) for name in names]
     for name, size, axes in zip(names, shape or (), parts):
         if size % axes_size(axes, mesh):
-            fits, rule = _entry(divisible_axes(name, size, rules, mesh)), f"{part}_{name}"
+            divisor, rule = _entry(divisible_axes(name, size, rules, mesh)), f"{part}_{name}"
             raise ValueError(
-                f"{what}: its axis {name!r} of size {size} is not divisible by {mesh_text(axes, mesh.shape)} devices; "
-                f"change the size, the mesh, or the sharding rule of {(rule if rule in known else name)!r} to {fits!r}"
+                f"{what}: its axis {name!r} of size {size} is not divisible by {mesh_text(axes, mesh.shape)} devices. "
+                f"Change the size, the mesh, or rules.{rule if rule in all_rules else name} to {divisor!r}."
             )
     return spec_of_axes(names, parts, what)
 
 
 def spec_of_axes(names, parts, what: str) -> PartitionSpec:
-    """Returns the PartitionSpec of mesh axes per named axis. ValueError for a mesh axis that two of them use."""
-    for (name, axes), (other, taken) in itertools.combinations(zip(names, parts), 2):
-        if twice := sorted(set(axes) & set(taken)):
+    """Returns the PartitionSpec of `parts`, the mesh axes of each name. ValueError if two names share an axis."""
+    for (name, axes), (other, other_axes) in itertools.combinations(zip(names, parts), 2):
+        if shared := sorted(set(axes) & set(other_axes)):
             raise ValueError(
-                f"{what}: its axes {name!r} and {other!r} are both spread over {', '.join(twice)}; "
-                f"take {'it' if len(twice) == 1 else 'them'} out of one of the two sharding rules"
+                f"{what}: its axes {name!r} and {other!r} are both sharded over {', '.join(shared)}. "
+                f"Remove {'it' if len(shared) == 1 else 'them'} from one of the two sharding rules."
             )
     return PartitionSpec(*map(_entry, parts))
 

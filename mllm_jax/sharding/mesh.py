@@ -1,4 +1,4 @@
-"""Meshes of devices: every one has all MESH_AXES, most of them of size 1."""
+"""Device meshes. Every mesh has all MESH_AXES, many of size 1."""
 
 import math
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ RESERVED = ("stage",)
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
-    """Returns a mesh with all MESH_AXES; absent ones have size 1 and one size may be -1 (all remaining devices).
+    """Returns a mesh with all MESH_AXES.
 
-    Without a shape every device is on `fsdp`. Neighbors on a later axis are closer: on a TPU the axes follow the torus,
-    one of whose dimensions is split over several axes if the sizes require it. Between slices (TPU pods, or GPU hosts,
-    joined by the slower data-center network) lies as much of `data` as possible, then of `fsdp`, `expert` and
-    `context`; never `tensor`.
+    Neighbors along a later axis are closer: on a TPU the axes follow the torus, and a dimension of the torus is split
+    over several axes if the sizes require it. Slices (TPU pods or GPU hosts, joined by the slower data-center network)
+    divide first `data`, then `fsdp`, `expert` and `context`, and never `tensor`.
 
     Args:
-      devices: devices of this program, or of a topology to compile for. Default: all of this program.
+      shape: sizes by axis. Absent axes have size 1; one size may be -1 (all remaining devices). None: {"fsdp": -1}.
+      devices: devices of this program, or of a topology to compile for. None: all devices of this program.
     Raises:
-      ValueError: an unknown axis, sizes that do not multiply to the devices, or slices that the sizes cannot be split
-        over.
+      ValueError: an axis is unknown, the product of sizes is not the number of devices, or the sizes cannot be divided
+        over the slices.
     """
     shape = dict(shape or {"fsdp": -1})
     devices = jax.devices() if devices is None else devices
@@ -39,7 +39,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices=None) -> Mesh:
 
 
 def mesh_without_devices(shape: Mapping[str, int], count: int, slices: int = 1) -> AbstractMesh:
-    """The mesh of `make_mesh` for `count` devices in a number of slices, without any device.
+    """Returns the abstract mesh that `make_mesh` creates for `count` devices in `slices` slices.
 
     Raises:
       ValueError: as `make_mesh`.
@@ -50,36 +50,36 @@ def mesh_without_devices(shape: Mapping[str, int], count: int, slices: int = 1) 
 
 
 def _sizes(shape: Mapping[str, int], count: int) -> list[int]:
-    """The size of every mesh axis on `count` devices."""
+    """Returns the size of every mesh axis on `count` devices."""
     for axis in shape:
         if axis in RESERVED:
-            raise ValueError(f"the mesh axis {axis!r} is reserved for pipelines, which do not exist yet; leave it out")
+            raise ValueError(f"mesh axis {axis!r}: is reserved for pipelines, which are not implemented. Remove it.")
     if unknown := set(shape) - set(MESH_AXES):
-        raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {', '.join(MESH_AXES)}")
+        raise ValueError(f"unknown mesh axes {sorted(unknown)}. Use only {', '.join(MESH_AXES)}.")
     sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = count // -math.prod(sizes)
     if min(sizes) < 1 or math.prod(sizes) != count:
         text = mesh_text(shape, shape)
-        raise ValueError(f"mesh {text} does not cover {count} devices; at most one size may be -1")
+        raise ValueError(f"mesh {text} does not cover {count} devices. Set sizes with this product, or one to -1.")
     return sizes
 
 
 def _over_slices(sizes: list[int], slices: int) -> list[int]:
-    """Number of parts of every mesh axis that are in different slices."""
-    left, outer = slices, []
+    """Returns the number of slices along every mesh axis. Example: data=2 x fsdp=4 on 4 slices has 2 and 2."""
+    remaining, outer = slices, []
     for axis, size in zip(MESH_AXES, sizes):
-        outer.append(1 if axis == "tensor" else math.gcd(size, left))
-        left //= outer[-1]
-    if left > 1:
+        outer.append(1 if axis == "tensor" else math.gcd(size, remaining))
+        remaining //= outer[-1]
+    if remaining > 1:
         text = mesh_text(MESH_AXES, dict(zip(MESH_AXES, sizes)))
         raise ValueError(
-            f"mesh {text} does not lie on {slices} slices: data x fsdp x expert x context must be a multiple of "
-            f"{slices}, as tensor stays within a slice"
+            f"mesh {text} does not divide over {slices} slices: tensor stays within a slice. "
+            f"Set data x fsdp x expert x context to a multiple of {slices}."
         )
     return outer
 
 
 def mesh_text(axes, shape: Mapping[str, int]) -> str:
-    """Returns sizes of mesh axes for a message, as "data=2 x fsdp=4"."""
+    """Returns sizes of mesh axes for a message, such as "data=2 x fsdp=4"."""
     return " x ".join(f"{axis}={shape[axis]}" for axis in axes)

@@ -1,4 +1,4 @@
-"""Weights with the names of their axes, and the shardings of a tree of them."""
+"""Weights with axis names, and the shardings of a tree of them."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from mllm_jax.sharding.logical_axes import Rules, partition_spec
 class Partitioned(struct.PyTreeNode, meta.AxisMetadata):
     """A weight with the names of its axes.
 
-    Flax's own `LogicallyPartitioned` constrains on unboxing, which fails on Explicit axes; this box only remembers.
+    Unlike Flax's `LogicallyPartitioned`, which fails on Explicit mesh axes, it applies no constraint on unboxing.
 
-    matrix: of the weight of an `Einsum`, (the axes that its product sums over, those that it gives), from the end.
+    matrix: (input axes, output axes) of an `Einsum`'s weight, counted from the end. None: not such a weight.
     """
 
     value: Any
@@ -37,22 +37,21 @@ class Partitioned(struct.PyTreeNode, meta.AxisMetadata):
 
 
 def partitioned(init, *names, matrix=None):
-    """An initializer whose result carries the names of its axes, and what a matrix does with them (see
-    `Partitioned`)."""
+    """Returns an initializer whose result is `Partitioned` with these axis names and this `matrix`."""
     return lambda *args: Partitioned(init(*args), names, matrix)
 
 
 def shardings(boxed, mesh: Mesh, rules: Rules):
-    """NamedSharding of every weight, for a tree of `Partitioned` boxes as `model.init` or its `eval_shape` returns it.
+    """Returns the NamedSharding of every weight in a tree of `Partitioned`, from `model.init` or its `eval_shape`.
 
-    The first key of a path is the part of the model, which may have its own rules.
+    The first key of a path is the part of the model, which may have rules of its own.
     """
 
-    def of(path, box):
+    def sharding(path, box):
         if not isinstance(box, Partitioned):
             return NamedSharding(mesh, PartitionSpec())
         names = [str(getattr(key, "key", key)) for key in path]
         what = f"weight {'/'.join(names)}"
         return NamedSharding(mesh, partition_spec(box.names, rules, mesh, box.value.shape, what, names[0]))
 
-    return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda leaf: isinstance(leaf, Partitioned))
+    return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, Partitioned))

@@ -1,1 +1,1 @@
-"""Weights in Hugging Face's format, read and written through one table of names."""
+"""Weights in Hugging Face's format, read and written by a table that maps parameters to tensors."""

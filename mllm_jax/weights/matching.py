@@ -1,4 +1,4 @@
-"""Matches tensors of a checkpoint with a family's table: former names, other layouts, tied weights."""
+"""Matches the tensors of a checkpoint with a family's table: renamed tensors, other layouts, tied weights."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +10,16 @@ from mllm_jax.common.trees import Tree, flatten
 from mllm_jax.weights.safetensors import READABLE, Tensor
 from mllm_jax.weights.table import Entry, Row, tensors_of
 
-_PART = 16_000_000  # bytes of a tensor that are compared at once
-Ties = Mapping[str, str]  # {leaf that a tree may lack: leaf whose values its tensor then has}
+_PART = 16_000_000  # bytes of two tensors that are compared at once, as fp32
+Ties = Mapping[str, str]  # {leaf that a tree may lack: leaf that it is tied to}
 
 
 class WeightsMismatch(ValueError):
-    """A checkpoint does not fit the model; the message lists every missing, unexpected and mis-shaped tensor."""
+    """A checkpoint does not fit the model. The message lists all missing, unexpected and wrongly shaped tensors."""
 
 
 class Found(NamedTuple):
-    """A tensor of a checkpoint: the table's name for it, its own, and where it is."""
+    """A tensor of a checkpoint: its name in the table, its name on disk, and its location."""
 
     name: str
     disk: str
@@ -30,38 +30,41 @@ class Found(NamedTuple):
 
 
 def named(tensors: Mapping[str, Tensor], rename: Iterable[tuple[str, str]]) -> list[Found]:
-    """The tensors of a checkpoint by the table's names; all pairs (regular expression, replacement) apply in order."""
-    found, rename = [], tuple(rename)
+    """Returns the tensors of a checkpoint with their names in the table.
+
+    `rename`: (regular expression, replacement) pairs, all applied in order.
+    """
+    renamed, rename = [], tuple(rename)
     for disk, tensor in tensors.items():
         name = disk
         for old, new in rename:
             name = re.sub(old, new, name)
-        found.append(Found(name, disk, tensor))
-    return found
+        renamed.append(Found(name, disk, tensor))
+    return renamed
 
 
 def stored_rows(rows: Iterable[Row], found: Sequence[Found], abstract: Tree) -> list[Row]:
-    """The rows in the layout that the checkpoint has, of those that `Row.others` lists: the one with most tensors."""
+    """Returns each row in the layout of `Row.layouts` that matches most tensors of the checkpoint."""
     shapes = {tensor.name: tensor.tensor.shape for tensor in found}
     leaves = flatten(abstract)
 
     def count(row: Row) -> int:
-        wanted = tensors_of(row, tuple(leaves[row.ours].shape))
-        return sum(shapes.get(name) == entry.shape for name, entry in wanted)
+        entries = tensors_of(row, tuple(leaves[row.ours].shape))
+        return sum(shapes.get(name) == entry.shape for name, entry in entries)
 
     return [max(row.layouts, key=count) if row.others and row.ours in leaves else row for row in rows]
 
 
 def untied(found: Sequence[Found], rows: Iterable[Row], ties: Ties) -> list[tuple[Found, Found]]:
-    """(tensor, the one it should equal) of every pair of `ties` that a checkpoint has with different values."""
-    places = {row.ours: row.theirs for row in rows}
+    """Returns the pairs (tensor, tied tensor) of `ties` whose values differ in the checkpoint."""
+    names = {row.ours: row.theirs for row in rows}
     tensors = {tensor.name: tensor for tensor in found}
-    pairs = [(tensors.get(places.get(leaf)), tensors.get(places.get(source))) for leaf, source in ties.items()]
-    return [(own, other) for own, other in pairs if own and other and not equal(own.tensor, other.tensor)]
+    pairs = [(tensors.get(names.get(leaf)), tensors.get(names.get(source))) for leaf, source in ties.items()]
+    return [(left, right) for left, right in pairs if left and right and not equal(left.tensor, right.tensor)]
 
 
 def equal(left: Tensor, right: Tensor) -> bool:
-    """Returns whether two tensors have the same shape and, as fp32, the same values. Reads parts until two differ."""
+    """Returns whether two tensors have the same shape and, as fp32, the same values. Stops at a difference."""
     if left.shape != right.shape or not {left.dtype, right.dtype} <= READABLE.keys():
         return False
     if left == right:
@@ -80,50 +83,57 @@ def match(
     ignore: Iterable[str],
     ties: Ties,
 ) -> dict[str, Tensor]:
-    """The tensors by the table's names.
+    """Returns the tensors by their names in the table.
 
-    A tensor whose leaf is tied and not in the tree must equal that of the leaf it is tied to, and stands in for it
-    where the checkpoint has no other.
+    If a tied leaf is not in the tree, its tensor must equal the one it is tied to, and replaces it if that is missing.
 
+    Args:
+      where: folders of the checkpoint, for messages.
+      found: tensors of the checkpoint.
+      rows: the family's weight table.
+      entries: tensors that the model needs, by name.
+      ignore: regular expressions of full names of tensors that are not needed.
+      ties: see `load_tensors`.
     Raises:
-      WeightsMismatch: they are not exactly what the table asks for; all faults are listed.
+      WeightsMismatch: the tensors are not exactly those of `entries`. The message lists all faults.
     """
     tensors, faults, ignore = {}, [], tuple(ignore)
-    places, there = {row.ours: row.theirs for row in rows}, {tensor.name for tensor in found}
-    ties = {leaf: source for leaf, source in ties.items() if places.get(leaf, "") not in entries}
-    sources = {places[leaf]: places[source] for leaf, source in ties.items() if leaf in places and source in places}
+    theirs, names = {row.ours: row.theirs for row in rows}, {tensor.name for tensor in found}
+    ties = {leaf: source for leaf, source in ties.items() if theirs.get(leaf, "") not in entries}
+    sources = {theirs[leaf]: theirs[source] for leaf, source in ties.items() if leaf in theirs and source in theirs}
     faults += [
-        f"tied: {own} differs from {other}, to which the model ties it; give the model a head of its own "
-        "(tie_word_embeddings=false, in a run tie_embeddings=False)"
-        for own, other in untied(found, rows, ties)
+        f"tied: {left} differs from {right}, to which the model ties it. Untie the model's head "
+        "(tie_word_embeddings=false, in a run tie_embeddings=False)."
+        for left, right in untied(found, rows, ties)
     ]
     for tensor in found:
         name = tensor.name
         if name in sources:
-            if sources[name] in there:
+            if sources[name] in names:
                 continue
             name = sources[name]
         entry = entries.get(name)
         if entry is None:
-            if not any(re.fullmatch(pattern, own) for pattern in ignore for own in (name, tensor.disk)):
+            if not any(re.fullmatch(pattern, alias) for pattern in ignore for alias in (name, tensor.disk)):
                 faults.append(f"unexpected: {tensor} {list(tensor.tensor.shape)}")
             continue
         if name in tensors:
             faults.append(f"twice: {tensor}")
         if tensor.tensor.shape != entry.shape:
-            own, wanted = list(tensor.tensor.shape), list(entry.shape)
-            faults.append(f"shape: {tensor} is {own}, {_place(entry)} needs {wanted}")
+            actual, expected = list(tensor.tensor.shape), list(entry.shape)
+            faults.append(f"shape: {tensor} is {actual}, {_place(entry)} needs {expected}")
         if tensor.tensor.dtype not in READABLE:
-            only = f"only {', '.join(READABLE)} can be read; load a copy without quantization"
-            faults.append(f"dtype: {tensor} is {tensor.tensor.dtype}, {only}")
+            advice = f"only {', '.join(READABLE)} can be read. Load a copy without quantization."
+            faults.append(f"dtype: {tensor} is {tensor.tensor.dtype}, {advice}")
         tensors[name] = tensor.tensor
     missing = entries.keys() - tensors.keys()
     faults += [f"missing: {name} {list(entries[name].shape)} for {_place(entries[name])}" for name in missing]
     if faults:
         text = "\n  ".join(sorted(faults))
-        raise WeightsMismatch(f"the weights in {where} do not fit the model, {len(faults)} faults:\n  {text}")
+        raise WeightsMismatch(f"the weights in {where} do not fit the model ({len(faults)} faults):\n  {text}")
     return tensors
 
 
 def _place(entry: Entry) -> str:
+    """Returns the place of an entry in our tree, such as "decoder/layers/mlp/up/w[3]"."""
     return entry.path + "".join(f"[{i}]" for i in entry.index)

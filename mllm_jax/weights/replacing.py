@@ -1,7 +1,7 @@
-"""Replaces the files of a folder by those of another, so that a reader finds all old ones, all new ones, or refuses.
+"""Replaces the files of a folder as a whole: a reader finds all old files, all new files, or refuses the folder.
 
-The new files are complete in a sibling folder before anything is touched. Then the file that readers need first is
-removed, the others are moved, and its new version comes last. The next save finishes an interrupted one.
+The new files are first completed in a sibling folder. Then the file without which readers refuse the folder is removed,
+the others are moved, and its new version is moved last. The next save finishes an interrupted one.
 """
 
 import json
@@ -16,14 +16,14 @@ _PLAN = ".files.json"
 
 
 def unfinished(folder: Path) -> Path:
-    """The sibling folder for the new files of `folder`."""
+    """Returns the sibling folder for the new files of `folder`."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name}.unfinished")
 
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Finishes an interrupted save, and makes an empty sibling folder, which is removed at the end of the block.
+    """Finishes an interrupted save, and yields a new, empty sibling folder, which is removed at the end of the block.
 
     Raises:
       DiskFull: an error in the block reports a full disk.
@@ -43,8 +43,8 @@ def replace_files(folder: Path, last: str, stale: Iterable[str] = ()) -> None:
     """Moves the files of the sibling folder to `folder`.
 
     Args:
-      last: the file without which readers refuse the folder.
-      stale: names of files of the folder that have no meaning with the new ones, and are removed.
+      last: name of the file without which readers refuse the folder.
+      stale: names of old files of the folder that are removed.
     """
     stage = unfinished(folder)
     if not folder.exists():
@@ -57,7 +57,7 @@ def replace_files(folder: Path, last: str, stale: Iterable[str] = ()) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Moves the remaining files of an interrupted save, if there is one."""
+    """Finishes an interrupted save, if there is one, by moving its remaining files."""
     moving = _moving(folder)
     if not (moving / _PLAN).is_file():
         return
@@ -73,13 +73,13 @@ def finish(folder: Path) -> None:
 
 
 def interrupted(folder: Path) -> str:
-    """Advice for a folder that readers refuse because a save was ended; "" if that is not why."""
+    """Returns advice for a folder that readers refuse because a save was interrupted; "" for any other reason."""
     moving = _moving(folder)
     if not (moving / _PLAN).is_file():
         return ""
     return (
-        f"a save was ended while it moved its files to {folder}, and the rest of them are in {moving}. Save again, or "
-        "move these too"
+        f"a save was interrupted while it moved its files to {folder}; the remaining files are in {moving}. "
+        "Save again, or move them too"
     )
 
 

@@ -1,4 +1,4 @@
-"""Moves elements of a stacked leaf between host and devices, without a second copy of the leaf anywhere."""
+"""Moves the elements of stacked leaves between host and devices without a second copy of a leaf."""
 
 import functools
 import math
@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 Window = tuple[tuple[int, int], ...]  # (start, stop) on each axis
-_PART = 16_000_000  # bytes that are moved at once; held up to three times in addition to a leaf: mapped, copied, sent
-_SPLIT, _WHOLE = PartitionSpec("device"), PartitionSpec()
+_PART = 16_000_000  # bytes that are moved at once; up to three copies exist beside a leaf: mapped, copied, sent
+_SHARDED, _REPLICATED = PartitionSpec("device"), PartitionSpec()
 
 
 def fill(
@@ -25,18 +25,20 @@ def fill(
     advance: Callable[[int], None],
     inspect: Callable[[np.ndarray], None],
 ) -> jax.Array:
-    """A leaf that is allocated once and filled element by element.
+    """Allocates a leaf once and fills it element by element.
 
-    The shards of this process's devices are treated as one array over a mesh of these devices alone, concatenated on
-    the leading axis. So one compiled write serves all devices and any sharding, without collectives, and a process
-    reads what its own devices hold and never waits for another.
+    The shards of this process's devices are treated as one array, concatenated on the leading axis, over a mesh of
+    these devices alone. So one compiled write serves all devices and all shardings without collectives, and a process
+    reads only the data of its own devices and never waits for other processes.
 
     Args:
-      shape: of the leaf, its `depth` stacked axes leading.
-      dtype: of the leaf; elements are cast on the device.
-      element: gives a view of the element at an index of the stack; only the windows that are needed are touched.
-      advance: called with the number of parameters that came in with each step.
-      inspect: called with every part of the leaf that is read, as it is in the file.
+      shape: shape of the leaf.
+      depth: number of leading axes of `shape` that are stacked.
+      dtype: dtype of the leaf; elements are cast on the device.
+      sharding: sharding of the leaf.
+      element: returns a view of the element at an index of the stack. Only the necessary windows of it are read.
+      advance: called after each step with the number of parameters read.
+      inspect: called with every part that is read, in the dtype of the file.
     """
     if 0 in shape:
         return jnp.zeros(shape, dtype, device=sharding)
@@ -51,11 +53,11 @@ def fill(
     first = tuple(start for start, _ in next(iter(windows.values()))[:depth])
     steps = list(_steps(local, depth, element(first)))
     mesh = Mesh(np.array(list(windows)), ("device",))
-    with jax.set_mesh(mesh):  # whatever mesh the caller is under
+    with jax.set_mesh(mesh):  # replaces the caller's mesh
         leading = len(windows) * local[0]
-        stack = jnp.zeros((leading, *local[1:]), dtype, device=NamedSharding(mesh, _SPLIT))
+        stack = jnp.zeros((leading, *local[1:]), dtype, device=NamedSharding(mesh, _SHARDED))
         for step in steps:
-            # No name may keep the pieces alive while the next ones are read.
+            # The pieces have no variable, which would keep them alive while the next ones are read.
             start = np.array([begin for begin, _ in step], np.int32)
             stack = _write(stack, *_pieces(step, depth, windows, element, inspect, mesh), start, mesh)
             stack.block_until_ready()
@@ -65,25 +67,26 @@ def fill(
 
 
 def gather(leaf: Any, index: tuple[int, ...], change: Callable) -> np.ndarray:
-    """`change(leaf[index])`, in full, on the host of every process; `change` is traced once for leaves of one shape."""
+    """Returns `change(leaf[index])`, unsharded, on the host of every process. Leaves of equal shape compile once."""
     if not isinstance(leaf, jax.Array):
         leaf, index = np.asarray(leaf)[index], ()
-    mesh = whole = None
+    mesh = replicated = None
     if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
-        # The same shards on a mesh of Auto axes: slicing and merging sharded axes is ambiguous on an Explicit one.
+        # Uses the same shards on a mesh of Auto axes, because slicing and merging sharded Explicit axes is ambiguous.
         mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
         shards = [shard.data for shard in leaf.addressable_shards]
         leaf = jax.make_array_from_single_device_arrays(leaf.shape, NamedSharding(mesh, sharding.spec), shards)
-        whole = NamedSharding(mesh, _WHOLE)
+        replicated = NamedSharding(mesh, _REPLICATED)
     with jax.set_mesh(mesh) if mesh else nullcontext():
-        element = _element(leaf, np.array(index, np.int32), change, whole)
+        element = _element(leaf, np.array(index, np.int32), change, replicated)
     return np.asarray(element.addressable_data(0))
 
 
 def _steps(local: tuple[int, ...], depth: int, view: np.ndarray) -> Iterator[Window]:
-    """Windows that fill a shard of shape `local`: one element each, or a part of one where elements are large.
+    """Yields windows that fill a shard of shape `local`: one element each, or a part of a large element.
 
-    Parts are cut from the axis that is outermost in memory. All have one shape, for which the last may overlap another.
+    Large elements are cut along the axis that is outermost in memory. All parts have one shape, so that the last may
+    overlap the one before: an axis of 10 in parts of 4 has the windows 0:4, 4:8 and 6:10.
     """
     element = local[depth:]
     starts, length = [0], 0
@@ -93,35 +96,35 @@ def _steps(local: tuple[int, ...], depth: int, view: np.ndarray) -> Iterator[Win
         length = math.ceil(size / math.ceil(view.itemsize * math.prod(element) / _PART))
         starts = [min(start, size - length) for start in range(0, size, length)]
     for offset in np.ndindex(local[:depth]):
-        place = [(i, i + 1) for i in offset] + [(0, size) for size in element]
+        window = [(i, i + 1) for i in offset] + [(0, size) for size in element]
         for start in starts:
             if view.ndim:
-                place[depth + outer] = (start, start + length)
-            yield tuple(place)
+                window[depth + outer] = (start, start + length)
+            yield tuple(window)
 
 
 def _pieces(
     step: Window, depth: int, windows: dict[jax.Device, Window], element: Callable, inspect: Callable, mesh: Mesh
 ):
-    """Input of each device for one step, [devices, ...], and the transposition into our layout."""
+    """Returns the input of all devices for one step, [devices, ...], and the transposition to the leaf's axes."""
     copies, pieces = {}, []
     for device, window in windows.items():
-        place = tuple((start + begin, start + end) for (start, _), (begin, end) in zip(window, step))
-        if place not in copies:
-            index = tuple(start for start, _ in place[:depth])
-            copies[place] = _contiguous(element(index)[tuple(slice(*side) for side in place[depth:])])
-            inspect(copies[place][0])
-        pieces.append(jax.device_put(copies[place][0][None], device))
-    order = copies[place][1]
+        part = tuple((start + begin, start + end) for (start, _), (begin, end) in zip(window, step))
+        if part not in copies:
+            index = tuple(start for start, _ in part[:depth])
+            copies[part] = _contiguous(element(index)[tuple(slice(*side) for side in part[depth:])])
+            inspect(copies[part][0])
+        pieces.append(jax.device_put(copies[part][0][None], device))
+    order = copies[part][1]
     shape = (len(pieces), *pieces[0].shape[1:])
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, _SPLIT), pieces), order
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, _SHARDED), pieces), order
 
 
 def _contiguous(view: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """A copy with axes in the order of memory, and the transposition that undoes the order.
+    """Returns a copy with axes in memory order, and the transposition that restores the order of `view`.
 
-    The device transposes and casts: it is faster at both, and a bf16 file is half as many bytes to send. It is always a
-    copy, since jax may keep a host buffer as its own and the file under a mapped one can change.
+    The device transposes and casts, because it is faster at both, and bf16 halves the bytes to transfer. A copy is
+    always made: jax may use a host buffer without copying, and a mapped file can change.
     """
     order = sorted(range(view.ndim), key=lambda axis: -view.strides[axis])
     return np.array(view.transpose(order), order="C"), tuple(int(axis) for axis in np.argsort(order))
@@ -134,11 +137,13 @@ def _write(stack, pieces, order, start, mesh):
         piece = piece.reshape((1,) * (stack.ndim - piece.ndim) + piece.shape)
         return jax.lax.dynamic_update_slice(stack, piece, tuple(start))
 
-    return jax.shard_map(write, mesh=mesh, in_specs=(_SPLIT, _SPLIT, _WHOLE), out_specs=_SPLIT)(stack, pieces, start)
+    return jax.shard_map(write, mesh=mesh, in_specs=(_SHARDED, _SHARDED, _REPLICATED), out_specs=_SHARDED)(
+        stack, pieces, start
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _element(leaf, index, change, whole):
+def _element(leaf, index, change, sharding):
     for i in index:
         leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
-    return change(leaf) if whole is None else jax.lax.with_sharding_constraint(change(leaf), whole)
+    return change(leaf) if sharding is None else jax.lax.with_sharding_constraint(change(leaf), sharding)

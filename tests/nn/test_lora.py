@@ -172,7 +172,7 @@ def test_a_run_with_adapters():
         ({"target_modules": ("decoder/head",)}, "'decoder/head/w', which cannot have an adapter"),
         (
             {"target_modules": ("experts",), "dropout": 0.1},
-            "lora.dropout must be 0 where experts have adapters, as 'decoder/l",
+            "lora.dropout=0.1: adapters of experts, as of 'decoder/l",
         ),
         ({"rank_pattern": (("^encoder/", 8),)}, "lora.rank_pattern: '\\^encoder/' matches no weight"),
         ({"modules_to_save": ("conector",)}, "lora.modules_to_save: 'conector' matches no weight; .*connector"),

@@ -207,7 +207,7 @@ def test_a_save_that_is_killed_while_it_moves_files(tmp_path, monkeypatch):
             found = mllm_jax.load_pretrained(folder).params
             assert_equal_params(found, random_model(0 if limit == 0 else 1).params)
         else:
-            with pytest.raises(FileNotFoundError, match="is not complete: a save was ended.*Save again, or move"):
+            with pytest.raises(FileNotFoundError, match="is not complete: a save was interrupted.*Save again, or move"):
                 mllm_jax.load_pretrained(folder)
         with monkeypatch.context() as patch:  # the next save fails, after what was left of this one is in place
             patch.setattr(api, "save_tensors", lambda *args: 1 / 0)
@@ -240,7 +240,7 @@ def test_adapters_never_mix_with_those_before(tmp_path, monkeypatch):
         patch.setattr(pathlib.Path, "replace", killed)
         with pytest.raises(Killed):
             mllm_jax.save_adapters(second, folder)
-    with pytest.raises(FileNotFoundError, match="is not complete: a save was ended"):
+    with pytest.raises(FileNotFoundError, match="is not complete: a save was interrupted"):
         mllm_jax.load_adapters(base, folder)
     mllm_jax.save_adapters(second, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

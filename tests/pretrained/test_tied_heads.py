@@ -180,7 +180,7 @@ def test_a_tied_config_never_drops_a_head(tmp_path):
     write_flags(folder, True)
     config = FAMILIES["llama"].from_hf(json.loads((folder / "config.json").read_text()))
     for part in ("", "decoder"):
-        with pytest.raises(WeightsMismatch, match=f"tied: {head} differs from {embed}, to which the model ties it; "):
+        with pytest.raises(WeightsMismatch, match=f"tied: {head} differs from {embed}, to which the model ties it. "):
             load_params(folder, config, part=part)
 
 

@@ -82,7 +82,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, caplog, dtype, value):
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     load_tensors(tmp_path, ROWS, abstract({"layers/norm/scale": (5, 16), "temperature": ()}))
     told = [record.getMessage() for record in caplog.records]
-    text = "hold inf or NaN, in 2 parameters: layers/norm/scale, temperature"
+    text = "contain inf or NaN, in 2 parameters: layers/norm/scale, temperature"
     assert told == ([] if value is None else [f"the weights in {tmp_path} {text}"])
 
 
@@ -92,10 +92,10 @@ def test_index_and_files_that_disagree_are_listed(tmp_path):
     index = json.loads(path.read_text())
     some = index["weight_map"]["temperature"]
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"ghost": some}}))
-    with pytest.raises(BrokenCheckpoint, match="no tensor ghost, which the index promises"):
+    with pytest.raises(BrokenCheckpoint, match="no tensor ghost, which the index lists"):
         open_checkpoint(tmp_path)
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"ghost": "absent.safetensors"}}))
-    with pytest.raises(BrokenCheckpoint, match="files that are not there: absent.safetensors"):
+    with pytest.raises(BrokenCheckpoint, match="missing files: absent.safetensors"):
         open_checkpoint(tmp_path)
     for damage in ("[", "{}", '{"weight_map": {}}', '{"weight_map": {"x": 1}}', '{"weight_map": {"x": "../x"}}'):
         path.write_text(damage)

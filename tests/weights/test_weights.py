@@ -283,7 +283,7 @@ def test_saving_again_replaces_and_a_failure_keeps_what_was_there(tmp_path, monk
 
 
 def test_only_floats_are_written(tmp_path):
-    with pytest.raises(ValueError, match="only fp32, bf16 and fp16 are written.*x int32"):
+    with pytest.raises(ValueError, match="only fp32, bf16 and fp16 can be written.*x int32"):
         save_tensors({"x": np.zeros(3, np.int32)}, [("x", "x")], tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -291,7 +291,7 @@ def test_only_floats_are_written(tmp_path):
 def test_one_name_in_two_files_is_refused(tmp_path):
     for file in ("a", "b"):
         safetensors.numpy.save_file({"x": np.zeros(2, np.float32)}, tmp_path / f"{file}.safetensors")
-    with pytest.raises(BrokenCheckpoint, match="b.safetensors: x is in a.safetensors too"):
+    with pytest.raises(BrokenCheckpoint, match="b.safetensors: x is in a.safetensors, too"):
         open_checkpoint(tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
         load_tensors(tmp_path, ROWS, abstract(), rename=[("^old[.]", "")])
     lines = [line.strip() for line in str(error.value).split("\n")[1:]]
     assert lines == [
-        "dtype: model.embed.weight is I8, only F32, F16, BF16, F64 can be read; load a copy without quantization",
+        "dtype: model.embed.weight is I8, only F32, F16, BF16, F64 can be read. Load a copy without quantization.",
         "missing: model.layers.3.norm.weight [16] for layers/norm/scale[3]",
         "missing: temperature [] for temperature",
         "shape: model.layers.2.qkv.weight is [23, 16], layers/qkv/w[2] needs [24, 16]",

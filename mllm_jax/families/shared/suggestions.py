@@ -1,8 +1,9 @@
 """Errors for unsupported values in a file, with suggestions."""
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
+
+from mllm_jax.common.errors import nearest
 
 
 def unsupported(named: str, name: Any, known: Iterable[str]) -> ValueError:
@@ -13,5 +14,5 @@ def unsupported(named: str, name: Any, known: Iterable[str]) -> ValueError:
       name: its value.
     """
     known = sorted(known)
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-    return ValueError(f"{named}={name!r}: not supported. Did you mean {nearest!r}? Supported: {', '.join(known)}.")
+    meant = nearest(str(name), known)[0]
+    return ValueError(f"{named}={name!r}: not supported. Did you mean {meant!r}? Supported: {', '.join(known)}.")

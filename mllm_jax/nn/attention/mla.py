@@ -1,8 +1,8 @@
-"""Multi-head latent attention: all heads read one small latent of each token (DeepSeek-V2, arXiv 2405.04434).
+"""Multi-head latent attention: all heads read one small latent per token (DeepSeek-V2, arXiv 2405.04434).
 
-The latent is expanded to the keys and values of all heads, or the expansion is moved to the other side of both products
-("absorbed"): queries are brought to the latents, and what is read from these back to the heads. The results are equal.
-Many queries want the first, few queries before many keys the second, which never makes keys and values at all.
+Two forms give equal results. "Expanded": the latents are projected to keys and values of every head. "Absorbed": the
+queries are projected to the latents' space instead, and the weighted sums of latents to the heads' values, so that keys
+and values are never computed. Expanded is cheaper for many queries, absorbed for few queries and many keys.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ from mllm_jax.nn.runtime import Runtime
 
 @dataclass(frozen=True)
 class MlaConfig(Config):
-    """
-    kv_rank: values of a latent.
-    nope_dim, rope_dim: values of a query and of a key without and with rotary positions; all heads share the key's
-      values with them.
-    v_dim: of a value.
-    q_rank: rank of the queries' projection, which then has a norm in its middle; 0 = one plain projection.
+    """Multi-head latent attention (arXiv 2405.04434).
+
+    kv_rank: width of a token's latent.
+    nope_dim, rope_dim: widths of a query or key without and with rotary positions. All heads share the rotary key.
+    v_dim: width of a value.
+    q_rank: rank of the query projection, with a norm between its two matrices. 0: one full matrix.
     """
 
     heads: PositiveInt
@@ -45,43 +45,49 @@ class MlaConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.rope_dim % 2:
-            raise ValueError(f"attention.rope_dim={self.rope_dim} must be even: rotary positions turn pairs")
+            raise ValueError(f"attention.rope_dim={self.rope_dim}: must be even, as rotary positions rotate pairs.")
 
     @property
     def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(heads, values) of what the cache keeps of a token: the latent as `k`, the shared rotary key as `v`."""
+        """Shapes (heads, values) of a token's `k` and `v` in the cache: the latent and the shared rotary key."""
         return (1, self.kv_rank), (1, self.rope_dim)
 
     @property
     def pair_flops(self) -> int:
-        """FLOPs of attention, forward, for a query and a key, in the expanded form."""
+        """FLOPs of attention per pair of query and key, forward only, in the expanded form."""
         return 2 * self.heads * (self.nope_dim + self.rope_dim + self.v_dim)
 
     @property
     def scale(self) -> float:
-        """Factor of the scores."""
+        """Factor of the scores, including the one of `rope_scaling`."""
         return (self.nope_dim + self.rope_dim) ** -0.5 * (self.rope_scaling.score_scale if self.rope_scaling else 1)
 
     def rope(self, position, segment):
-        """Cosines and sines for rotary positions i32[B T 3], of which the first axis counts."""
-        del segment  # how long a conversation is does not matter
+        """Returns cosines and sines, each f32[B T rope_dim/2], of the first axis of rotary positions i32[B T 3]."""
+        del segment  # no scaling here depends on the length of a conversation
         if self.rope_scaling is None:
-            turns, scale = frequencies(self.rope_theta, self.rope_dim), 1.0
+            freqs, scale = frequencies(self.rope_theta, self.rope_dim), 1.0
         else:
-            turns, scale = self.rope_scaling.frequencies(self.rope_theta, self.rope_dim), self.rope_scaling.table_scale
+            freqs, scale = self.rope_scaling.frequencies(self.rope_theta, self.rope_dim), self.rope_scaling.table_scale
         axes = np.zeros(self.rope_dim // 2, np.int32)
-        return tuple(part * scale for part in rope_table(position, axes, turns.astype(np.float32)))
+        return tuple(part * scale for part in rope_table(position, axes, freqs.astype(np.float32)))
 
     def absorbs(self, queries: int, keys: int) -> bool:
-        """Returns whether the absorbed form multiplies less."""
-        both = self.kv_rank * (self.nope_dim + self.v_dim)
-        absorbed = queries * both + queries * keys * (2 * self.kv_rank + self.rope_dim)
-        return absorbed < keys * both + queries * keys * (self.nope_dim + self.rope_dim + self.v_dim)
+        """Returns whether the absorbed form needs fewer multiplications."""
+        projection = self.kv_rank * (self.nope_dim + self.v_dim)
+        absorbed = queries * projection + queries * keys * (2 * self.kv_rank + self.rope_dim)
+        return absorbed < keys * projection + queries * keys * (self.nope_dim + self.rope_dim + self.v_dim)
 
     def build(self, norm_eps: float, window: int, runtime: Runtime, name: str) -> nn.Module:
-        """`norm_eps` is that of the layer's norms; those of latents always have 1e-6, as published."""
+        """Returns the layer's module. `norm_eps` is not used: norms of latents have 1e-6, as published.
+
+        Raises:
+          ValueError: `window` is not 0.
+        """
         if window:
-            raise ValueError("latent attention has no windows; decoder.sliding_windows must be ()")
+            raise ValueError(
+                "decoder.sliding_windows: latent attention has no windows. Set decoder.sliding_windows to ()."
+            )
         return Mla(self, runtime, name=name)
 
 
@@ -91,16 +97,17 @@ class Mla(nn.Module):
 
     @nn.compact
     def __call__(self, x, rope, segment, cache, prefix=None):
-        """x [B T D] -> ([B T D], the cache with the new tokens).
+        """Returns attention [B T D] and the cache's arrays with the new tokens.
 
         Args:
-          rope: of `MlaConfig.rope`.
+          x: [B T D].
+          rope: cosines and sines from `MlaConfig.rope`.
           segment: i32[B T].
-          cache: None, or ((latents [L B 1 S Z], rotary keys [L B 1 S H]) of all layers, this layer, segment of all
-            slots, index of new ones).
+          cache: cache of `write_cache`, with latents [L B 1 S Z] as k and rotary keys [L B 1 S H] as v, or None.
+          prefix: must be None.
         """
         if prefix is not None:
-            raise ValueError("latent attention is causal throughout; decoder.prefix must be False")
+            raise ValueError("decoder.prefix=True: latent attention has no prefix. Set decoder.prefix to False.")
         config, dtype, width = self.config, self.runtime.dtype, x.shape[-1]
         q_nope, q_rope = jnp.split(self._queries(x), [config.nope_dim], axis=-1)
         shape = (width, config.kv_rank + config.rope_dim)
@@ -110,14 +117,14 @@ class Mla(nn.Module):
         q_rope, k_rope = rotate(_halves(q_rope), rope), rotate(_halves(k_rope), rope)
         shape = (config.kv_rank, config.heads, config.nope_dim + config.v_dim)
         up = Weight(shape, ("latent", "heads", "head_dim"), config.kv_rank, name="kv_up")().astype(dtype)
-        kept, (latent, k_rope), kv_segment, offset = write_cache(cache, (latent, k_rope), segment)
+        new_cache, (latent, k_rope), kv_segment, offset = write_cache(cache, (latent, k_rope), segment)
         form = expanded if cache is None or not config.absorbs(x.shape[1], latent.shape[1]) else absorbed
         out = form(config, self.runtime, (q_nope, q_rope), (latent, k_rope), up, segment, kv_segment, offset)
         shape, axes = (config.heads, config.v_dim, width), ("heads", "head_dim", "embed")
-        return Einsum("...NH,NHD->...D", shape, axes, dtype, name="out")(out), kept
+        return Einsum("...NH,NHD->...D", shape, axes, dtype, name="out")(out), new_cache
 
     def _queries(self, x):
-        """[B T D] -> [B T N H]."""
+        """Returns the queries [B T N H] of x [B T D]."""
         config, dtype, width = self.config, self.runtime.dtype, x.shape[-1]
         heads = (config.heads, config.nope_dim + config.rope_dim)
         if not config.q_rank:
@@ -129,20 +136,20 @@ class Mla(nn.Module):
 
 
 def _halves(x):
-    """Pairs of neighbors, which published weights make, as the pairs (i, i + H/2) that `rotate` turns.
+    """Reorders the rotary pairs (2i, 2i + 1) of published weights into the pairs (i, i + H/2) that `rotate` rotates.
 
-    Queries and keys are put in the same new order, which no product of the two can tell; weights stay as published.
+    Products of queries and keys do not change, because both have the same order.
     """
     return rearrange(x, "... (pair two) -> ... (two pair)", two=2)
 
 
 def expanded(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segment, offset):
-    """Attention with keys and values of every head.
+    """Returns latent attention computed with keys and values of every head.
 
     Args:
-      q: values without and with rotary positions, [B T N H] each.
-      kv: latents [B S 1 Z] and rotary keys [B S 1 H].
-      up: [Z N H] latents to keys without rotary positions and values.
+      q: (queries without, queries with rotary positions), each [B T N H].
+      kv: (latents [B S 1 Z], rotary keys [B S 1 H]).
+      up: [Z N H] projection of latents to keys without rotary positions, and values.
       q_segment: i32[B T]; kv_segment: i32[B S]; offset: see `attend`.
     Returns:
       [B T N H].
@@ -155,13 +162,13 @@ def expanded(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segme
 
 
 def absorbed(config: MlaConfig, runtime: Runtime, q, kv, up, q_segment, kv_segment, offset):
-    """Equals `expanded`, computed from the cached latents, which all heads share."""
-    del runtime  # there is but one implementation
+    """Returns the result of `expanded`, computed from the cached latents without keys and values of every head."""
+    del runtime  # this form has a single implementation
     (latent, k_rope), (to_k, to_v) = (part[:, :, 0] for part in kv), jnp.split(up, [config.nope_dim], axis=-1)
     q_nope, q_rope = (part * config.scale for part in q)
     scores = einsum("BTNZ,BSZ->BNTS", einsum("BTNH,ZNH->BTNZ", q_nope, to_k), latent, jnp.float32)
     scores += einsum("BTNH,BSH->BNTS", q_rope, k_rope, jnp.float32)
     slots = offset + jnp.arange(q_nope.shape[1])
-    seen = (q_segment[:, :, None] == kv_segment[:, None]) & (slots[:, None] >= jnp.arange(latent.shape[1]))
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    mask = (q_segment[:, :, None] == kv_segment[:, None]) & (slots[:, None] >= jnp.arange(latent.shape[1]))
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     return einsum("BTNZ,ZNH->BTNH", einsum("BNTS,BSZ->BTNZ", weights.astype(latent.dtype), latent), to_v)

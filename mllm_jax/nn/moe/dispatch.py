@@ -1,7 +1,7 @@
-"""Dispatch of tokens to their experts and back: pure functions, with equal results if no token is dropped.
+"""Dispatch of tokens to their experts and back. All kinds of dispatch give equal results if no token is dropped.
 
-Tokens are moved by gathers alone, forward and backward: the assignment is a permutation, so that its transpose is a
-gather with the inverse.
+Tokens are moved by gathers alone, forward and backward: the assignment is a permutation, and its transpose is a gather
+with the inverse permutation.
 """
 
 import math
@@ -25,7 +25,7 @@ from mllm_jax.types import Array
 
 
 class Experts(NamedTuple):
-    """Weights of all experts, each a gated MLP, and the two factors of their adapters, where they have any."""
+    """Weights of all experts, each a gated MLP, and the two factors of their adapters, () without adapters."""
 
     gate_up: Array  # [E 2 D F]
     down: Array  # [E F D]
@@ -43,35 +43,38 @@ AXES = Experts(
 
 @jax.named_scope("experts")
 def dispatch(x, experts, weights, real, params: Experts, activation: Callable, runtime: Runtime):
-    """Sum over a token's experts of weight * expert(token).
+    """Returns the sum over each token's experts of weight * expert(token).
 
     Args:
       x: [B T D]; experts: i32[B T k]; weights: f32[B T k].
-      real: bool[B T]; padding reaches no expert.
-      params: weights of the experts, fp32.
+      real: bool[B T]; False for padding, which is sent to no expert.
+      params: fp32 weights of the experts.
       activation: activation of the gate.
       runtime: `moe_dispatch` selects the dispatch, `capacity_factor` its capacity.
     Returns:
-      [B T D], and i32[B] number of choices over the capacity.
+      ([B T D], i32[B] number of choices dropped because they exceed the capacity).
     """
     weights = jnp.where(real[..., None], weights, 0).astype(x.dtype)
-    experts = jnp.where(real[..., None], experts, params.down.shape[0])  # E = nowhere
+    experts = jnp.where(real[..., None], experts, params.down.shape[0])  # E: no expert
     return {"dense": _dense, "capacity": _capacity, "dropless": _dropless}[runtime.moe_dispatch](
         x, experts, weights, params, activation, runtime
     )
 
 
 def _dense(x, experts, weights, params, activation, runtime):
-    """Every expert reads every token."""
+    """Applies every expert to every token."""
     count = params.down.shape[0]
-    share = jnp.sum(jax.nn.one_hot(experts, count, dtype=x.dtype) * weights[..., None], axis=-2)
+    combine = jnp.sum(jax.nn.one_hot(experts, count, dtype=x.dtype) * weights[..., None], axis=-2)
     product = lambda x, w: _product("BTI,EIO->BTEO" if x.ndim == 3 else "BTEI,EIO->BTEO", x, w)
     y = _mlps(product, x, params, activation)
-    return jnp.einsum("BTE,BTED->BTD", share, y), jnp.zeros(len(x), jnp.int32)
+    return jnp.einsum("BTE,BTED->BTD", combine, y), jnp.zeros(len(x), jnp.int32)
 
 
 def _capacity(x, experts, weights, params, activation, runtime):
-    """A buffer per expert and batch row (GShard, arXiv 2006.16668): best choices first, then in the order of tokens."""
+    """Sends tokens to a buffer per expert and batch row (GShard, arXiv 2006.16668).
+
+    First choices of all tokens have priority over second ones, and so on; among equals, earlier tokens do.
+    """
     length, top_k, count = x.shape[1], experts.shape[-1], params.down.shape[0]
     room = _room(runtime.capacity_factor, length * top_k / count, length)
     choices = rearrange(experts, "B T k -> B (k T)")
@@ -87,43 +90,48 @@ def _capacity(x, experts, weights, params, activation, runtime):
 
 
 def _dropless(x, experts, weights, params, activation, runtime):
-    """Tokens sorted by expert, in products of groups; over a mesh, exchanged between the devices that hold experts."""
+    """Sorts tokens by expert for grouped products. On a mesh, exchanges them between the devices of their experts."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _local(x, experts, weights, params, activation, runtime, (), ())
     spec, names = (lambda *names: partition_spec(names, runtime.rules, mesh)), ("batch", "length")
-    whole = [name if size % num_shards(name, runtime.rules, mesh) == 0 else None for name, size in zip(names, x.shape)]
-    held = Experts(*(axes if len(given) else () for axes, given in zip(AXES, params)))
-    tokens, places = spec(*whole), jax.tree.map(lambda axes: spec(*axes), held)
-    across, gathered, split = (as_axes(places.gate_up[axis]) for axis in (0, 2, 3))
+    sharded = [
+        name if size % num_shards(name, runtime.rules, mesh) == 0 else None for name, size in zip(names, x.shape)
+    ]
+    axes_of_params = Experts(*(axes if len(param) else () for axes, param in zip(AXES, params)))
+    tokens, param_specs = spec(*sharded), jax.tree.map(lambda axes: spec(*axes), axes_of_params)
+    across, gathered, split = (as_axes(param_specs.gate_up[axis]) for axis in (0, 2, 3))
     exchanged = set(across) & {axis for part in tokens for axis in as_axes(part)}
     if exchanged and exchanged != set(across):
-        raise ValueError(f"rules: of the axes {across} of 'expert' only {sorted(exchanged)} hold tokens: all or none")
+        raise ValueError(
+            f"rules.expert={across}: only {sorted(exchanged)} of these axes shard tokens. "
+            "Shard tokens ('batch' and 'length') over all of them or none."
+        )
 
-    def whole_embed(w, axes):
-        place = tuple(axes).index("expert_embed") if "expert_embed" in axes else None
-        return w if place is None else jax.lax.all_gather(w, gathered, axis=place, tiled=True)
+    def gather_embed(w, axes):
+        axis = tuple(axes).index("expert_embed") if "expert_embed" in axes else None
+        return w if axis is None else jax.lax.all_gather(w, gathered, axis=axis, tiled=True)
 
     def local(x, experts, weights, params):
         params = jax.tree.map(lambda w: w.astype(x.dtype), params)
         if gathered:
-            params = jax.tree.map(whole_embed, params, held)
+            params = jax.tree.map(gather_embed, params, axes_of_params)
         if exchanged:
             return _local(x, experts, weights, params, activation, runtime, across, split)
-        # All devices have these tokens: each sends them through its own experts alone.
-        own, index = len(params.down), jax.lax.axis_index(across) if across else 0
-        experts = jnp.where(experts // own == index, experts % own, own)
+        # All devices along `across` have the same tokens; each applies only its local experts.
+        count, index = len(params.down), jax.lax.axis_index(across) if across else 0
+        experts = jnp.where(experts // count == index, experts % count, count)
         with expect_share(1 / _size(across)):
             return _local(x, experts, weights, params, activation, runtime, (), (*across, *split))
 
-    specs, out_specs = (tokens, tokens, tokens, places), (tokens, jax.P(tokens[0]))
+    specs, out_specs = (tokens, tokens, tokens, param_specs), (tokens, jax.P(tokens[0]))
     return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(x, experts, weights, params)
 
 
 def _local(x, experts, weights, params, activation, runtime, across, split):
-    """A device's tokens through all experts, those of other devices by exchange over the axes `across`.
+    """Applies the experts to the tokens of one device, exchanging tokens over the mesh axes `across`.
 
-    `split`: axes over which results are parts of a sum.
+    `split`: mesh axes over which the results are partial sums.
     """
     rows, top_k = len(x), experts.shape[-1]
     choices, flat = rearrange(experts, "B T k -> (B T k)"), rearrange(x, "B T D -> (B T) D")
@@ -137,25 +145,30 @@ def _local(x, experts, weights, params, activation, runtime, across, split):
     y = jnp.einsum("BTkD,BTk->BTD", rearrange(y, "(B T k) D -> B T k D", B=rows, k=top_k), weights)
     if split:
         y = jax.lax.psum(y, split)
-    missed = (plan.slot < 0) & (choices < len(params.down) * _size(across))
-    return y, jnp.sum(rearrange(missed, "(B n) -> B n", B=rows), axis=1)
+    dropped = (plan.slot < 0) & (choices < len(params.down) * _size(across))
+    return y, jnp.sum(rearrange(dropped, "(B n) -> B n", B=rows), axis=1)
 
 
-def _exchanged(x, choices, mlp, own, across, runtime):
-    """Tokens to the devices of their experts, through these, and back: [n D] in the order of choices, and the plan."""
+def _exchanged(x, choices, mlp, count, across, runtime):
+    """Sends tokens to the devices of their experts, applies these, and sends the results back.
+
+    Returns the results [n D] in the order of `choices`, and the plan. `count`: number of experts per device.
+    """
     devices, top_k = _size(across), len(choices) // len(x)
-    room = _room(runtime.capacity_factor, len(choices) / devices, len(x) * min(top_k, own))
-    plan = _plan(choices, devices, room, own)
-    ids = jnp.where(plan.choice >= 0, choices[plan.choice] % own, own)
+    room = _room(runtime.capacity_factor, len(choices) / devices, len(x) * min(top_k, count))
+    plan = _plan(choices, devices, room, count)
+    ids = jnp.where(plan.choice >= 0, choices[plan.choice] % count, count)
     fill = min(1.0, len(choices) / len(ids))
-    held = lambda ids: jnp.sum(rearrange(ids, "(device room) -> device room", room=room) < own, axis=1, dtype=jnp.int32)
+    used = lambda ids: jnp.sum(
+        rearrange(ids, "(device room) -> device room", room=room) < count, axis=1, dtype=jnp.int32
+    )
     send = partial(all_to_all, axes=across, fill=fill, wanted=runtime.all_to_all)
-    sent, ids = held(ids), jax.lax.all_to_all(ids, across, 0, 0, tiled=True)
-    received = held(ids)
+    sent, ids = used(ids), jax.lax.all_to_all(ids, across, 0, 0, tiled=True)
+    received = used(ids)
     x = checkpoint_name(send(_move(x, *plan, top_k), sent, received), EXCHANGED[0])
     inner = _sorted(ids, row_multiple(grouped_for(runtime.grouped)))
     with expect_share(fill):
-        y = mlp(_move(x, *inner), sizes=jnp.bincount(ids, length=own))
+        y = mlp(_move(x, *inner), sizes=jnp.bincount(ids, length=count))
     y = checkpoint_name(send(_move(y, inner.slot, inner.choice), received, sent), EXCHANGED[1])
     return _move(y, plan.slot, plan.choice), plan
 
@@ -166,7 +179,7 @@ def _grouped_mlp(x, sizes, params, activation, runtime):
 
 
 def _mlps(product: Callable, x, params: Experts, activation: Callable):
-    """Tokens through the MLPs of their experts; `product(x, w)` is that with the weights w [E I O] of all experts."""
+    """Applies the MLPs of the experts. `product(x, w)` multiplies each token by its expert's matrix of w [E I O]."""
     gate, up = (product(x, params.gate_up[:, i]) for i in range(2))
     if params.gate_up_factors:
         first, second = params.gate_up_factors
@@ -181,14 +194,17 @@ def _mlps(product: Callable, x, params: Experts, activation: Callable):
 
 
 class _Plan(NamedTuple):
-    """Assignment of tokens to slots of experts, and back; -1: none."""
+    """Assignment of choices to slots, and its inverse. -1: none."""
 
-    choice: Array  # i32[slots] the choice that a slot holds
-    slot: Array  # i32[choices] the slot that a choice has
+    choice: Array  # i32[slots] choice in each slot
+    slot: Array  # i32[choices] slot of each choice
 
 
 def _plan(choices, bins: int, room: int, width: int = 1) -> _Plan:
-    """Slots of `bins` bins with room for `room` choices each; choice e belongs to bin e // width, first come first."""
+    """Assigns choices to `bins` bins of `room` slots each, in order. Expert e belongs to bin e // width.
+
+    Example: choices [1 0 1 1] with 2 bins of 2 slots have `choice` [1 -1 0 2] and `slot` [2 0 3 -1].
+    """
     bin_of = choices // width
     order = jnp.argsort(bin_of, stable=True)
     rank = _inverse(order)
@@ -204,45 +220,50 @@ def _plan(choices, bins: int, room: int, width: int = 1) -> _Plan:
 
 
 def _sorted(choices, multiple: int) -> _Plan:
-    """All choices in the order of experts, those of none last; slots to a multiple."""
+    """Sorts all choices by expert, those of no expert last. The number of slots is rounded up to a multiple."""
     order = jnp.argsort(choices, stable=True)
     return _Plan(jnp.pad(order, (0, -len(order) % multiple), constant_values=-1), _inverse(order))
 
 
 def _inverse(order):
+    """Returns the inverse of a permutation."""
     return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _move(x, source, target, copies: int = 1):
-    """Slot i receives row `source[i] // copies` of x [n D], zero where source is -1.
+    """Returns an array whose row i is row `source[i] // copies` of x [n D], or zero where source is -1.
 
-    `target`, i32[n * copies], is the inverse: the slot of every copy of a row, or -1.
+    `target`: i32[n * copies], the inverse of `source`: the slot of every copy of a row, or -1. The gradient uses it.
     """
-    return _taken(x, source, copies)
+    return _take(x, source, copies)
 
 
-def _taken(x, source, copies):
+def _take(x, source, copies):
     return jnp.where((source >= 0)[:, None], jnp.take(x, jnp.maximum(source, 0) // copies, axis=0), 0)
 
 
 def _move_forward(x, source, target, copies):
-    return _taken(x, source, copies), target
+    return _take(x, source, copies), target
 
 
 def _move_backward(copies, target, d_y):
-    return jnp.sum(rearrange(_taken(d_y, target, 1), "(n c) D -> n c D", c=copies), axis=1), None, None
+    return jnp.sum(rearrange(_take(d_y, target, 1), "(n c) D -> n c D", c=copies), axis=1), None, None
 
 
 _move.defvjp(_move_forward, _move_backward)
 
 
 def _room(factor: float, fair: float, most: int) -> int:
-    """Rows of a buffer whose fair share is `fair` and that never needs more than `most`; a multiple of 8 below that."""
+    """Returns the rows of a buffer: `fair * factor` rounded up to a multiple of 8, at most `most`. Factor 0: `most`.
+
+    Example: factor 1.25 of a fair share of 10 rows gives 16.
+    """
     return min(most, 8 * math.ceil(fair * factor / 8)) if factor else most
 
 
 def _size(axes) -> int:
+    """Returns the number of devices along mesh axes, inside `shard_map`."""
     return int(np.prod([jax.lax.axis_size(axis) for axis in axes], dtype=int))
 
 

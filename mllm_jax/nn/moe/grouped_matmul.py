@@ -1,7 +1,7 @@
-"""Products of tokens that are sorted by expert with their experts' weights, on every platform.
+"""Grouped products of tokens, sorted by expert, and the experts' weights, on every platform.
 
-`jax.lax.ragged_dot` is not used: its weight gradient costs as if every expert read every token on TPU, and on GPU all
-of it does.
+`jax.lax.ragged_dot` is not used, because it costs as much as if every expert read every token: on TPU in the weight
+gradient, on GPU in all products.
 """
 
 import math
@@ -12,30 +12,30 @@ import jax.numpy as jnp
 from mllm_jax.nn.precision import precision_of
 from mllm_jax.nn.runtime import expect_runs
 
-TILE = 256  # most rows of a tile of the loop
+TILE = 256  # largest number of rows in a tile of the loop
 MEGABLOX_TILE = 512
-LANES = 128  # of a TPU's registers; narrower tiles do not compile
+LANES = 128  # lanes of a TPU's registers; narrower tiles do not compile
 
 
 def grouped_matmul(x, w, sizes, implementation: str):
-    """`y[i] = x[i] @ w[group of i]`.
+    """Computes `y[i] = x[i] @ w[group of row i]`.
 
     Args:
-      x: [n D], the rows of group 0 first, then those of group 1 ...
+      x: [n D] rows in the order of groups; n is a multiple of `row_multiple(implementation)`.
       w: [E D F].
-      sizes: i32[E] rows of every group. Rows beyond their sum belong to none.
-      implementation: of `grouped_for`; all but "loop" need n to be a multiple of `row_multiple`.
+      sizes: i32[E] rows of every group. Rows beyond their sum belong to no group.
+      implementation: a result of `grouped_for`.
     Returns:
-      [n F] in the dtype of x; zero in rows without a group. Their gradient is zero too.
+      [n F] in the dtype of x. Rows without a group are zero, and so is their gradient.
     """
-    # Kernels leave rows without a group unwritten: forward in y, backward in the gradient of x.
+    # Kernels do not write rows without a group, neither of y nor of the gradient of x.
     member = (jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None]
     y = IMPLEMENTATIONS[implementation](jnp.where(member, x, 0), w, sizes)
     return jnp.where(member, y, 0)
 
 
 def grouped_for(wanted: str) -> str:
-    """The implementation of this platform under "auto", or the one that was asked for by name."""
+    """Returns the implementation: the named one, or for "auto" that of this platform."""
     if wanted != "auto":
         return wanted
     backend = jax.default_backend()
@@ -43,7 +43,7 @@ def grouped_for(wanted: str) -> str:
 
 
 def row_multiple(implementation: str) -> int:
-    """The number of rows must be a multiple of this."""
+    """Returns the number of which an implementation's row count must be a multiple."""
     return MEGABLOX_TILE if implementation == "megablox" else 1
 
 
@@ -56,12 +56,12 @@ def _has_tokamax() -> bool:
 
 
 def _megablox(x, w, sizes):
-    """Widths that lanes do not divide, as ranks of adapters are, are filled up with zeros, as registers would be."""
+    """Pads widths with zeros to a multiple of LANES, for narrow matrices of adapters."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
     out = w.shape[2]
-    more, more_out = (-size % LANES for size in w.shape[1:])
-    x, w = jnp.pad(x, ((0, 0), (0, more))), jnp.pad(w, ((0, 0), (0, more), (0, more_out)))
+    pad, pad_out = (-size % LANES for size in w.shape[1:])
+    x, w = jnp.pad(x, ((0, 0), (0, pad))), jnp.pad(w, ((0, 0), (0, pad), (0, pad_out)))
     tiling = tuple(math.gcd(size, MEGABLOX_TILE) for size in (x.shape[0], *w.shape[1:]))
     return ops.gmm(x, w, sizes, x.dtype, tiling)[:, :out]
 
@@ -70,21 +70,21 @@ def _tokamax(x, w, sizes):
     import tokamax
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # tokamax reads its options there, and not every program uses absl's flags
+    if not flags.FLAGS.is_parsed():  # tokamax reads absl's flags, which not every program parses
         flags.FLAGS.mark_as_parsed()
     return tokamax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype)
 
 
 @jax.custom_vjp
 def _loop(x, w, sizes):
-    """A loop over tiles of rows of one group each: as many as the rows need, whatever the number of groups."""
+    """Loops over tiles, each with rows of one group. The number of tiles depends on the rows of the groups."""
     tiles = _Tiles(x.shape[0], sizes)
     padded = tiles.pad(x)
 
     def body(i, y):
         group, start, _ = tiles(i)
         part = tiles.rows(padded, start)
-        # The next group's tile overwrites rows that a tile writes beyond the end of its group.
+        # A tile may write rows beyond the end of its group. The next group's tile overwrites these.
         return jax.lax.dynamic_update_slice_in_dim(y, _dot(part, _at(w, group)).astype(y.dtype), start, 0)
 
     y = jnp.zeros((padded.shape[0], w.shape[2]), x.dtype)
@@ -104,8 +104,8 @@ def _backward(saved, d_y):
     def body(i, carry):
         d_x, d_w = carry
         group, start, end = tiles(i)
-        own = (start + jnp.arange(tiles.size) < end)[:, None]
-        part, d_part = tiles.rows(padded_x, start), jnp.where(own, tiles.rows(padded_d_y, start), 0)
+        mask = (start + jnp.arange(tiles.size) < end)[:, None]
+        part, d_part = tiles.rows(padded_x, start), jnp.where(mask, tiles.rows(padded_d_y, start), 0)
         d_x = jax.lax.dynamic_update_slice_in_dim(d_x, _dot(d_part, _at(w, group).T).astype(d_x.dtype), start, 0)
         return d_x, jax.lax.dynamic_update_index_in_dim(d_w, _at(d_w, group) + _dot(part.T, d_part), group, 0)
 
@@ -120,23 +120,27 @@ IMPLEMENTATIONS = {"loop": _loop, "megablox": _megablox, "tokamax": _tokamax}
 
 
 class _Tiles:
-    """Tiles of `size` rows that cover every group, each of one group: `tiles(i) -> (group, first row, group's end)`."""
+    """Tiles of `size` rows that cover all groups, each in a single group.
+
+    `tiles(i)` returns (group, first row of the tile, end of the group). Example: groups of 3 and 5 rows with tiles of 4
+    rows have the tiles (0, 0, 3), (1, 3, 8), (1, 7, 8).
+    """
 
     def __init__(self, rows: int, sizes):
-        # About the rows of a group, so that few are computed in vain.
+        # A tile is about as large as a mean group, so that few rows are computed needlessly.
         self.size = min(TILE, max(8, 2 ** math.ceil(math.log2(max(rows / sizes.shape[0], 1)))))
         per_group = (sizes + self.size - 1) // self.size
         self._last, self._ends = jnp.cumsum(per_group), jnp.cumsum(sizes)
         self._first, self._starts = self._last - per_group, self._ends - sizes
         self.count = self._last[-1]
-        self.expected = expect_runs(rows / self.size + sizes.shape[0] / 2)  # half a tile is beyond a group's end
+        self.expected = expect_runs(rows / self.size + sizes.shape[0] / 2)  # on average half a tile per group is unused
 
     def __call__(self, i):
         group = jnp.searchsorted(self._last, i, side="right")
         return group, self._starts[group] + (i - self._first[group]) * self.size, self._ends[group]
 
     def pad(self, x):
-        """Room for a tile that begins in the last row."""
+        """Returns x padded for a tile that starts in its last row."""
         return jnp.pad(x, ((0, self.size), (0, 0)))
 
     def rows(self, padded, start):
@@ -148,5 +152,5 @@ def _at(w, group):
 
 
 def _dot(x, w):
-    """Product in fp32 of operands in their own dtype."""
+    """Returns the fp32 product of operands in their own dtype."""
     return jnp.dot(x, w, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""A feed-forward block of experts, of which every token takes a few (arXiv 1701.06538)."""
+"""Mixture-of-experts feed-forward block: every token uses a few of many experts (arXiv 1701.06538)."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,13 +18,17 @@ from mllm_jax.sharding.weights import partitioned
 class MoeConfig(Config):
     """A layer of experts.
 
-    experts: E; top_k: experts of a token; mlp: width of an expert.
-    shared_expert_dim: width of an MLP that every token also passes through (all shared experts together). 0: none.
-    score_func: "softmax" or "sigmoid".
-    bias: whether experts are selected, but not weighted, with a bias that balances the load without a gradient.
-    norm_topk_prob: whether the weights of a token's experts sum to one, before `scale`.
-    n_group, topk_group, group_best: experts are selected from the `topk_group` best of `n_group` groups; the score of a
-      group is the sum of its `group_best` best scores.
+    experts: number of experts.
+    top_k: number of experts per token.
+    mlp: hidden width of an expert.
+    shared_expert_dim: hidden width of all shared experts together, an MLP that reads every token. 0: no shared experts.
+    score_func: function of the router's logits: "softmax" or "sigmoid".
+    bias: whether a bias, updated without gradients to balance the load, is added to scores for the selection alone.
+    norm_topk_prob: whether the weights of a token's experts are normalized to sum to one, before `scale`.
+    scale: factor of the weights.
+    n_group, topk_group: number of groups of experts, and number of best groups from which experts are selected.
+    group_best: number of best scores whose sum is the score of a group.
+    activation: activation of the gate.
     """
 
     experts: PositiveInt
@@ -43,12 +47,12 @@ class MoeConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.experts % self.n_group:
-            raise ValueError(f"moe.experts={self.experts} do not divide into moe.n_group={self.n_group}")
+            raise ValueError(f"moe.experts={self.experts}: must be a multiple of moe.n_group={self.n_group}.")
         eligible = self.experts // self.n_group * self.topk_group
         if self.top_k > eligible or self.topk_group > self.n_group:
             raise ValueError(
-                f"moe.top_k={self.top_k} of {eligible} experts (those of {self.topk_group} of {self.n_group} groups) "
-                "cannot be chosen"
+                f"moe.top_k={self.top_k}: exceeds the {eligible} experts in moe.topk_group={self.topk_group} of "
+                f"moe.n_group={self.n_group} groups. Reduce moe.top_k, or set moe.topk_group between 1 and moe.n_group."
             )
 
 
@@ -58,7 +62,10 @@ class Moe(nn.Module):
 
     @nn.compact
     def __call__(self, x, segment, modality):
-        """x [B T D] -> ([B T D], Routing of this layer); segment, modality i32[B T]."""
+        """Returns the experts' results [B T D] of x [B T D], and the Routing of this layer.
+
+        `segment`, `modality`: i32[B T].
+        """
         config, runtime, width = self.config, self.runtime, x.shape[-1]
         count, mlp = config.experts, config.mlp
         router = Einsum("...D,DE->...E", (width, count), ("embed", None), "float32", name="router")

@@ -1,4 +1,4 @@
-"""Selection of a token's experts, and sums of its routing. Always in fp32."""
+"""Selection of each token's experts, and statistics of the routing. Computed in fp32."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,18 @@ from mllm_jax.types import MODALITIES, Routing
 
 
 def route(logits, bias, config):
-    """The experts of every token.
+    """Selects the experts of every token.
 
-    Softmax (Switch, arXiv 2101.03961; Qwen3-MoE), or sigmoid with a bias that only selects (DeepSeek-V3, arXiv
-    2412.19437); the best of all, or of the best groups alone (DeepSeek-V2, arXiv 2405.04434).
+    Scores are softmax (Switch, arXiv 2101.03961; Qwen3-MoE), or sigmoid with a bias for the selection alone
+    (DeepSeek-V3, arXiv 2412.19437). Experts are selected from all, or from the best groups (DeepSeek-V2, arXiv
+    2405.04434).
 
     Args:
       logits: f32[B T E].
       bias: f32[E] added to the scores for the selection alone, or None.
       config: MoeConfig.
     Returns:
-      experts i32[B T k] best first, weights f32[B T k], probabilities f32[B T E] that sum to one.
+      (experts i32[B T k] best first, weights f32[B T k], probabilities f32[B T E] that sum to one).
     """
     if config.score_func == "softmax":
         score = probability = jax.nn.softmax(logits, axis=-1)
@@ -36,16 +37,16 @@ def route(logits, bias, config):
 
 
 def _best_groups(choice, config):
-    """Scores with minus infinity in all but the `topk_group` best groups of neighboring experts."""
+    """Returns scores [B T E] with minus infinity outside the `topk_group` best groups of neighboring experts."""
     grouped = rearrange(choice, "B T (group E) -> B T group E", group=config.n_group)
     best = jnp.sum(jax.lax.top_k(grouped, config.group_best)[0], axis=-1)
-    _, kept = jax.lax.top_k(best, config.topk_group)
-    allowed = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=-2)
+    _, groups = jax.lax.top_k(best, config.topk_group)
+    allowed = jnp.any(groups[..., None] == jnp.arange(config.n_group), axis=-2)
     return rearrange(jnp.where(allowed[..., None], grouped, -jnp.inf), "B T group E -> B T (group E)")
 
 
 def summarize(logits, experts, probability, segment, modality, dropped) -> Routing:
-    """Sums of a layer's routing, by batch row.
+    """Returns sums of a layer's routing per batch row.
 
     Args:
       logits, probability: f32[B T E]; experts: i32[B T k]; segment, modality: i32[B T]; dropped: i32[B].
@@ -70,11 +71,11 @@ def summarize(logits, experts, probability, segment, modality, dropped) -> Routi
 
 
 def _sequence(experts, probability, segment):
-    """Every conversation's own balance, E * sum_i f_i P_i, summed over the conversations of a row: f32[B]."""
+    """Returns f32[B], the sum over a row's conversations of the balance loss E * sum_i f_i P_i of each."""
     length, (top_k, count) = segment.shape[1], (experts.shape[-1], probability.shape[-1])
 
     def row(experts, probability, segment):
-        column = jnp.where(segment > 0, segment - 1, length)  # padding falls off the end
+        column = jnp.where(segment > 0, segment - 1, length)  # padding is out of bounds, so that it is dropped
         sums = lambda values: jax.ops.segment_sum(values, column, length)
         tokens = jnp.maximum(sums(jnp.ones(length)), 1)
         chosen = jnp.zeros((length, count)).at[column[:, None], experts].add(1, mode="drop")

@@ -283,7 +283,7 @@ def test_a_decoder_that_config_json_cannot_say():
         replace(qwen2.SIZES["7b"].attention, rope_layout="spiral")
     with pytest.raises(ValueError, match="latent attention has no windows"):
         count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], sliding_windows=(8,)), family="deepseek_v2"))
-    with pytest.raises(ValueError, match="decoder.prefix must be False"):
+    with pytest.raises(ValueError, match="Set decoder.prefix to False"):
         count_params(ModelConfig(None, None, replace(deepseek.SIZES["v2"], prefix=True), family="deepseek_v2"))
 
 

@@ -155,14 +155,14 @@ def test_a_window_counts_tokens_not_the_padding_between_them(monkeypatch, scores
 
 @pytest.mark.parametrize(
     "name, kind, message",
-    [("splash", {"prefix": np.ones((2, 128), bool)}, "prefix"), ("cudnn", {"softcap": 2.0}, "caps no scores")],
+    [("splash", {"prefix": np.ones((2, 128), bool)}, "prefix"), ("cudnn", {"softcap": 2.0}, "has no softcap")],
 )
 def test_what_a_kernel_cannot_see(name, kind, message):
     q, k, v = random_inputs(np.random.default_rng(3), queries=128, keys=128)
     segment, runtime = np.ones((2, 128), np.int32), Runtime(attention=name)
     with pytest.raises(ValueError, match=message):
         attend(q, k, v, q_segment=segment, kv_segment=segment, causal=True, runtime=runtime, **kind)
-    with pytest.raises(ValueError, match="only causal attention"):
+    with pytest.raises(ValueError, match="needs causal attention"):
         attend(q, k, v, q_segment=segment, kv_segment=segment, causal=False, runtime=Runtime(), window=3)
 
 

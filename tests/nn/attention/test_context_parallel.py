@@ -113,7 +113,7 @@ def test_which_exchange():
     heads_of = lambda heads, kv_heads, devices: exchange_for(heads, kv_heads, devices, "auto")
     assert heads_of(32, 8, 8) == heads_of(32, 8, 16) == heads_of(8, 1, 4) == "ulysses"
     assert heads_of(32, 8, 64) == heads_of(12, 12, 8) == heads_of(4, 3, 2) == "ring"
-    with pytest.raises(ValueError, match="'ulysses' cannot split 12 heads .12 of keys and values. over 8 devices"):
+    with pytest.raises(ValueError, match="'ulysses': cannot shard 12 heads .12 of keys and values. over 8 devices"):
         exchange_for(12, 12, 8, "ulysses")
 
 

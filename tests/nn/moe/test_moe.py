@@ -277,9 +277,9 @@ def test_only_the_best_groups_are_chosen_from():
     "change, message",
     [
         ({"score_func": "tanh"}, "MoeConfig.score_func"),
-        ({"n_group": 3}, "do not divide"),
-        ({"top_k": 9}, "cannot be chosen"),
-        ({"n_group": 4, "topk_group": 1, "top_k": 3}, "cannot be chosen"),
+        ({"n_group": 3}, "must be a multiple of moe.n_group=3"),
+        ({"top_k": 9}, "exceeds the . experts"),
+        ({"n_group": 4, "topk_group": 1, "top_k": 3}, "exceeds the . experts"),
     ],
 )
 def test_bad_configs(change, message):
