@@ -1,8 +1,8 @@
 """Loader from sources to packed batches with Grain: shuffle, process in workers, pack, batch, prefetch, resume exactly.
 
 The rows of a batch come from a fixed number of *streams*. Stream s of S reads every S-th record from s on and packs its
-own rows; a process runs the streams whose rows it feeds. So a batch depends on the seed and on its number alone, not on
-the number of processes or of workers.
+own rows; a process runs the streams of its own rows. So a batch depends only on the seed and on its number, not on the
+number of processes or workers.
 
 Everything before packing is a pure function of an index (a `grain.MapDataset`). So the position of a stream is one
 number per source and the few conversations that wait to be packed; restoring a state reads only those again.
@@ -38,14 +38,14 @@ class Info(NamedTuple):
     """Counts of a batch, and of the records skipped since the beginning of the data."""
 
     conversations: int
-    tokens: int  # that are not padding
-    patches: int  # that are not padding
-    fill: dict[str, float]  # tokens and patches as shares of the batch
-    kinds: list[list[str]]  # of each row's conversations, in the order of their segments
+    tokens: int  # without padding
+    patches: int  # without padding
+    fill: dict[str, float]  # fraction of tokens, patches and image slots that are not padding
+    kinds: list[list[str]]  # kinds of the conversations in each row, by segment
     dropped: int  # conversations over the budget
     skipped: dict[str, int]  # broken records by reason
-    noted: dict[str, int] = {}  # records that were used in part, by what was left out of them
-    waiting: float = 0.0  # budgets of rows that conversations take which wait to be packed, mean over the streams
+    noted: dict[str, int] = {}  # records that were used in part, by the part that was left out
+    waiting: float = 0.0  # conversations that wait to be packed, as a number of rows, mean over the streams
 
 
 def make_loader(
@@ -102,10 +102,11 @@ def make_loader(
     mixed = isinstance(source, Mixture)
     sources = source.sources if mixed else list(source) if isinstance(source, (list, tuple)) else [source]
     if mixed and epochs is not None:
-        raise ValueError("a mixture has no epochs: its sources have no common end")
+        raise ValueError(f"epochs={epochs}: the sources of a mixture have no common end. Leave it out.")
     if batch_rows % streams or streams % process_count or not 0 <= process_index < process_count:
         raise ValueError(
-            f"process {process_index} of {process_count} has no whole share of {streams} streams for {batch_rows} rows"
+            f"streams={streams}: must divide batch_rows={batch_rows} and be a multiple of "
+            f"process_count={process_count}, and process_index={process_index} must be below that."
         )
 
     parts = [grain.MapDataset.source(SkipBadRecords(source, fail_on_bad_record)) for source in sources]
@@ -114,22 +115,22 @@ def make_loader(
     process = Process(processor, budget, fail_on_bad_record, reading)
 
     mixture, share = source if mixed else Mixture(orders, [1.0]), streams // process_count
-    own = {
+    shares = {
         # Every stream draws from the full mixture, so that its speed does not change the weights.
         stream: _Share([order[stream::streams].map(process) for order in orders], mixture, start_of(seed, stream))
         for stream in range(process_index * share, (process_index + 1) * share)
     }
-    identity = {  # a state belongs to these, and is refused by others
+    identity = {  # a loader refuses a state with another identity
         "seed": seed,
         "shuffle": shuffle,
-        "weights": {str(batch): list(given) for batch, given in mixture.weights.items()},
+        "weights": {str(batch): list(weights) for batch, weights in mixture.weights.items()},
         "records": [len(source) for source in sources],
         "budget": list(budget),
         "window": window,
         "streams": streams,
         "rows": batch_rows,
     }
-    several, collate = process_count > 1, processor.collate
+    collate = processor.collate
     if reading and reading.references is not None:
         collate = partial(collate, references=True)
     one_example_per_row = bool(reading and reading.one_example_per_row)
@@ -142,9 +143,9 @@ def make_loader(
         processes,
         collate,
         max_bad_fraction,
-        several,
+        endless=process_count > 1,
     )
-    return iter(ThreadPrefetchIterDataset(_Packed(own, settings, identity), prefetch_buffer_size=prefetch))
+    return iter(ThreadPrefetchIterDataset(_Packed(shares, settings, identity), prefetch_buffer_size=prefetch))
 
 
 def join_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -186,8 +187,8 @@ class _Packed(grain.IterDataset):
 class _Stream:
     """One stream.
 
-    State: how many records of each source were drawn, the batches made, the keys (see `Interleaved`) of what waits to
-      be packed, and the counts of what was left out.
+    Its state: the number of records drawn from each source, the number of batches, the keys (see `Interleaved`) of the
+    conversations that wait to be packed, and the counts of skipped records.
     """
 
     def __init__(self, number: int, share: _Share, settings: _Settings):
@@ -215,16 +216,16 @@ class _Stream:
             self.packer.add(key, example)
 
     def keys(self, count: int) -> list[int]:
-        """Keys of the records that come next, under the weights of now; fewer at the end of the data."""
-        drawn, first, found = list(self.drawn), sum(self.drawn), []
+        """Returns the keys of the next records under the current weights; fewer at the end of the data."""
+        drawn, first, keys = list(self.drawn), sum(self.drawn), []
         for number in range(first, min(first + count, self._length)):
             source = self._share.mixture.source(self._share.start, number, self.batches)
-            found.append(drawn[source] * len(drawn) + source)
+            keys.append(drawn[source] * len(drawn) + source)
             drawn[source] += 1
-        return found
+        return keys
 
-    def admit(self, key: int, example: Example | Skipped) -> None:
-        """Takes the example at the next key."""
+    def add(self, key: int, example: Example | Skipped) -> None:
+        """Adds the example of the next key, or counts it as skipped."""
         if isinstance(example, Skipped):
             log.warning("left out: %s", example.message, extra={"reason": example.reason})
             self.left_out[example.reason] += 1
@@ -242,7 +243,7 @@ class _PackedIterator(grain.DatasetIterator):
     def __init__(self, streams: Mapping[int, _Share], settings: _Settings, identity: dict[str, Any]):
         super().__init__()
         self._shares, self._settings, self._identity = streams, settings, identity
-        self._told: collections.Counter[str] = collections.Counter()
+        self._logged: collections.Counter[str] = collections.Counter()
         self._open()
 
     def _open(self) -> None:
@@ -256,14 +257,16 @@ class _PackedIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         if state["data"] != self._identity:
             changed = {k: (v, self._identity.get(k)) for k, v in state["data"].items() if v != self._identity.get(k)}
-            raise ValueError(f"cannot resume on other data: (before, now) differ in {changed}")
+            raise ValueError(
+                f"the state belongs to other data: (saved, current) values differ in {changed}. Restore the saved ones."
+            )
         self._readers.close()
         self._open()
         states = {stream: state["streams"][str(stream.number)] for stream in self._streams}
         wanted = [(stream.number, key) for stream, part in states.items() for key in part["waiting"]]
-        found = self._readers.read(wanted)
+        waiting = self._readers.read(wanted)
         for stream, part in states.items():
-            stream.set_state(part, itertools.islice(found, len(part["waiting"])))
+            stream.set_state(part, itertools.islice(waiting, len(part["waiting"])))
 
     def __next__(self) -> tuple[Batch | DualBatch, Info]:
         rows = {stream: [] for stream in self._streams}
@@ -287,10 +290,11 @@ class _PackedIterator(grain.DatasetIterator):
         while needs_data := [stream for stream in self._streams if stream.needs_data]:
             for stream in needs_data:  # in turn, so that the workers have something to do for all of them
                 keys = stream.keys(self._readers.ahead)
-                stream.admit(keys[0], self._readers.next(stream.number, keys))
-            self._judge()
+                stream.add(keys[0], self._readers.next(stream.number, keys))
+            self._check_bad_records()
 
-    def _judge(self) -> None:
+    def _check_bad_records(self) -> None:
+        """Raises BadData where too many records are broken, or none is usable."""
         used, left_out = self._counts()
         read, bad = used + left_out.total(), left_out.total() - left_out[OVER_BUDGET]
         ended = not any(stream.needs_data for stream in self._streams)
@@ -300,20 +304,20 @@ class _PackedIterator(grain.DatasetIterator):
             raise BadData(f"of {read} records only {used} can be used: {dict(left_out)}")
 
     def _noted(self) -> dict[str, int]:
-        """Records that were used in part, by what was left out of them."""
+        """Returns the number of records that were used in part, by the part that was left out, and logs its growth."""
         noted = sum((stream.noted for stream in self._streams), collections.Counter())
         for note, count in noted.items():
-            self._tell(note, count)
+            self._log_growth(note, count)
         return dict(noted)
 
-    def _tell(self, what: str, count: int) -> None:
-        """Logs how many records something is true of, whenever their number has grown tenfold."""
-        if count >= 10 * self._told[what]:
-            self._told[what] = 10 ** (len(str(count)) - 1)
+    def _log_growth(self, what: str, count: int) -> None:
+        """Logs a count of records when it reaches ten times the last logged one."""
+        if count >= 10 * self._logged[what]:
+            self._logged[what] = 10 ** (len(str(count)) - 1)
             log.warning("%s (records so far: %s)", what, f"{count:,}")
 
     def _counts(self) -> tuple[int, collections.Counter]:
-        """Conversations that were used, and those that were left out by reason."""
+        """Returns the number of conversations that were used, and of skipped ones by reason."""
         left_out = sum((stream.left_out for stream in self._streams), collections.Counter())
         return sum(stream.used for stream in self._streams), left_out
 
@@ -323,7 +327,7 @@ class _PackedIterator(grain.DatasetIterator):
         skipped = dict(self._counts()[1])
         for reason, count in skipped.items():
             if count >= 10:  # each of them has been logged
-                self._tell(f"left out as {reason}", count)
+                self._log_growth(f"left out as {reason}", count)
         kinds = [[example.kind for example in row for _ in example.lengths or (0,)] for row in rows]
         info = Info(
             conversations=sum(map(len, kinds)),

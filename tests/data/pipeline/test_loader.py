@@ -230,7 +230,7 @@ def test_processes_of_a_pod_read_every_record_once():
 
 def test_streams_that_do_not_divide_are_refused():
     for options in ({"process_count": 3}, {"process_count": 8, "process_index": 7}, {"streams": 3}):
-        with pytest.raises(ValueError, match="no whole share of . streams for 8 rows"):
+        with pytest.raises(ValueError, match="streams=.: must divide batch_rows=8 and be a multiple of process_count"):
             numbers(**{"batch_rows": 8, "streams": 4} | options)
 
 
