@@ -246,7 +246,7 @@ def test_a_run_names_the_path(change, message):
     [
         (
             {"model": dataclasses.replace(NEEDED[ModelConfig], family="x")},
-            "config.model.family='x': must be one of clip,",
+            "config.model.family='x': must be one of blip-2,",
         ),
         (
             {"model": ModelConfig(None, None, dataclasses.replace(DECODER, family="x"), family="llama")},
@@ -268,7 +268,7 @@ def test_rows_are_no_longer_than_learned_positions():
 
 
 def test_a_batch_is_counted_in_32_bits():
-    with pytest.raises(ValueError, match="^batch=1000000 rows of tokens=4096 must be at most 2147483647 tokens$"):
+    with pytest.raises(ValueError, match="^batch=1000000 rows of tokens=4096 must be at most 2147483647 tokens.$"):
         ScenesData(batch=1000000)
 
 

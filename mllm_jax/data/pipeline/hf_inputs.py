@@ -24,31 +24,35 @@ def as_arrays(inputs: Mapping[str, Any], vision: tuple[str, ...]) -> Arrays:
     return inputs
 
 
-def text_ids(inputs: Arrays, vocab: int, positions: int = 0, placeholders: Iterable[int] = ()) -> np.ndarray:
-    """`input_ids` as i32[B T].
+def text_ids(
+    inputs: Arrays, vocab: int, positions: int = 0, placeholders: Iterable[int] = (), prefix: str = ""
+) -> np.ndarray:
+    """Returns `input_ids` as i32[B T].
 
     Args:
       inputs: `input_ids` i[B T]; what `attention_mask` [B T] leaves out may be anything.
-      vocab: of the model.
-      positions: that the model has learned, which are as many tokens as a text may have. 0: any number.
-      placeholders: ids that need not be of the vocabulary.
+      vocab: size of the vocabulary.
+      positions: number of learned positions, the largest number of tokens of a text. 0: unlimited.
+      placeholders: ids that need not be in the vocabulary.
+      prefix: prefix of both names, such as "qformer_".
     Raises:
       ValueError: no integers, an id that is no token, or a longer text. A model would give NaN, or read another token.
     """
-    if (ids := inputs.get("input_ids")) is None:
-        raise ValueError("input_ids are missing. Give the tokens of the texts.")
+    name = f"{prefix}input_ids"
+    if (ids := inputs.get(name)) is None:
+        raise ValueError(f"{name} are missing. Give the tokens of the texts.")
     if ids.ndim != 2 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"input_ids must be integers [B T], not {ids.dtype} {list(ids.shape)}")
-    mask = inputs.get("attention_mask", np.ones(ids.shape))
+        raise ValueError(f"{name} must be integers [B T], not {ids.dtype} {list(ids.shape)}")
+    mask = inputs.get(f"{prefix}attention_mask", np.ones(ids.shape))
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {mask.shape}, input_ids {ids.shape}")
+        raise ValueError(f"{prefix}attention_mask has shape {mask.shape}, {name} {ids.shape}")
     read = mask.astype(bool)
     odd = ids[read & ((ids < 0) | (ids >= vocab)) & ~np.isin(ids, list(placeholders))]
     if odd.size:
-        raise ValueError(f"input_ids hold {odd[0]}, which is not a token: the model's vocabulary has {vocab}")
+        raise ValueError(f"{name} hold {odd[0]}, which is not a token: the model's vocabulary has {vocab}")
     longest = int(read.sum(1).max(initial=0))
     if 0 < positions < longest:
-        raise ValueError(f"input_ids have a text of {longest} tokens; the model has learned {positions} positions")
+        raise ValueError(f"{name} have a text of {longest} tokens; the model has learned {positions} positions")
     return ids.astype(np.int32)
 
 

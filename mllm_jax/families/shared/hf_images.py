@@ -57,6 +57,11 @@ def whole(config: Any, pixels: np.ndarray) -> VisionSpan:
     return counted_like_text((image,), np.arange(image.num_tokens(config.merge, config.queries)))
 
 
+def untiled(config: Any, arrays: Arrays) -> list[VisionSpan]:
+    """Returns the images, or tiles with placeholders of their own, in `pixel_values` f[images c h w]."""
+    return [whole(config, pixels) for pixels in arrays.get("pixel_values", ())]
+
+
 def cut(pixels: np.ndarray, patch: int, lead: int, merge: int = 1) -> ImagePatches:
     """Returns the patches of an image f[c h w], merge-block-major, after `lead` zero patches for prefix tokens.
 

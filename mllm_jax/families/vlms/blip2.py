@@ -7,8 +7,6 @@ safetensors files.
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from mllm_jax.common.fields import (
     Field,
     FieldError,
@@ -29,7 +27,7 @@ from mllm_jax.data.vision.resize import Stretch
 from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, opt
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf
-from mllm_jax.families.shared.hf_images import whole
+from mllm_jax.families.shared.hf_images import untiled
 from mllm_jax.families.shared.rows import layer_norm, linear, stacked
 from mllm_jax.families.towers.in_vlms import EVA, part_to_hf
 from mllm_jax.model.connectors.qformer import QFormerConfig
@@ -67,13 +65,13 @@ QFORMER = {
 }
 
 
-def spec_of(name: str, user: str, **settings: str) -> ProcessorSpec:
+def spec_of(name: str, user: str, processor_class: str) -> ProcessorSpec:
     """Returns the spec of a processor that writes images first, then the token that begins a text.
 
     Args:
       name: name of the models, for errors of the chat template.
       user: what the template writes for a `text` of the user.
-      settings: names of Hugging Face's classes.
+      processor_class: name of Hugging Face's class.
     """
     return ProcessorSpec(
         grounding=None,
@@ -96,9 +94,9 @@ def spec_of(name: str, user: str, **settings: str) -> ProcessorSpec:
             "{%- elif text -%}" + user + "{%- endif -%}"
             "{%- endfor -%}"
         ),
+        processor_class=processor_class,
         image_processor_type="BlipImageProcessor",
         video_processor_type=None,
-        **settings,
     )
 
 
@@ -240,5 +238,4 @@ class Blip2(Family):
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """Images f[images c h w], in the order of their placeholders."""
-        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-        return {config.tokens.image: [whole(config, image) for image in pixels]}
+        return {config.tokens.image: untiled(config, arrays)}

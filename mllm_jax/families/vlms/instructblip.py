@@ -8,14 +8,15 @@ from dataclasses import replace
 import numpy as np
 
 from mllm_jax.common.fields import count
-from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
+from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply, text_ids
 from mllm_jax.families.decoders import llama
-from mllm_jax.families.shared.hf_images import whole
+from mllm_jax.families.shared.hf_images import untiled
 from mllm_jax.families.towers.in_vlms import EVA
 from mllm_jax.families.vlms.blip2 import Blip2, spec_of
 from mllm_jax.model.connectors.qformer import QFormerConfig
 from mllm_jax.model.decoder import DecoderConfig
 from mllm_jax.model.vlm import ModelConfig, VisionTokenIds
+from mllm_jax.types import VisionSpan
 
 QFORMER = QFormerConfig(vocab=30523, positions=512)  # BERT's vocabulary and the token that begins a text
 
@@ -36,27 +37,22 @@ class Instructblip(Blip2):
     spec = spec_of("InstructBLIP", "{{ text }}", processor_class="InstructBlipProcessor")
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
-        """Images f[images c h w] in the order of their placeholders, and as many instructions i[images W].
+        """Returns images f[images c h w] with instructions i[images W], in the order of their placeholders.
 
-        ValueError where an instruction has more tokens than the Q-Former positions, or one that is no token.
+        ValueError where their numbers differ, or the instructions are not texts of the Q-Former, see `text_ids`.
         """
-        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-        texts = arrays.get("qformer_input_ids", np.zeros((0, 0), np.int32))
+        images = untiled(config, arrays)
+        if not images:
+            return {config.tokens.image: []}
+        texts = text_ids(arrays, config.connector.vocab, config.connector.positions, prefix="qformer_")
+        if len(images) != len(texts):
+            raise ValueError(
+                f"qformer_input_ids: {len(texts)} texts for {len(images)} images. Pass one text per image."
+            )
         mask = arrays.get("qformer_attention_mask", np.ones_like(texts)).astype(bool)
-        if len(pixels) != len(texts):
-            raise ValueError(f"{len(pixels)} images need as many texts in qformer_input_ids, not {len(texts)}")
-        if mask.shape != texts.shape:
-            raise ValueError(f"qformer_attention_mask has shape {mask.shape}, qformer_input_ids {texts.shape}")
-        vocab, positions = config.connector.vocab, config.connector.positions
-        spans = []
-        for image, text, real in zip(pixels, texts, mask, strict=True):
-            tokens = text[real].astype(np.int32)
-            if len(tokens) > positions:
-                raise ValueError(
-                    f"qformer_input_ids have a text of {len(tokens)} tokens; the Q-Former has {positions} positions"
-                )
-            if odd := [token for token in tokens.tolist() if not 0 <= token < vocab]:
-                raise ValueError(f"qformer_input_ids hold {odd[0]}, which is not a token: the vocabulary has {vocab}")
-            span = whole(config, image)
-            spans.append(span._replace(images=tuple(part._replace(instruction=tokens) for part in span.images)))
-        return {config.tokens.image: spans}
+        return {config.tokens.image: [_instructed(*span) for span in zip(images, texts, mask, strict=True)]}
+
+
+def _instructed(span: VisionSpan, text: np.ndarray, mask: np.ndarray) -> VisionSpan:
+    """Returns an image with the tokens of its instruction."""
+    return span._replace(images=tuple(image._replace(instruction=text[mask]) for image in span.images))

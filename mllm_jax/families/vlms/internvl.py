@@ -5,8 +5,6 @@ Tensor names as in the published safetensors files of OpenGVLab's "-hf" models.
 
 from dataclasses import replace
 
-import numpy as np
-
 from mllm_jax.common.fields import FieldError, count, inside, number, read, section, word
 from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spec import ProcessorSpec
@@ -16,7 +14,7 @@ from mllm_jax.data.vision.tiles import Tiles
 from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, qwen2
 from mllm_jax.families.shared.decoder_config import activation_from_hf, activation_to_hf, tied_at_the_top
-from mllm_jax.families.shared.hf_images import whole
+from mllm_jax.families.shared.hf_images import untiled
 from mllm_jax.families.shared.rows import layer_norm, linear
 from mllm_jax.families.towers.in_vlms import INTERN
 from mllm_jax.families.vlms import llava
@@ -145,5 +143,4 @@ class Internvl(Family):
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """Returns the tiles f[tiles c h w] of images and the frames of videos; each has its own placeholders."""
-        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-        return {config.tokens.image: [whole(config, tile) for tile in pixels]}
+        return {config.tokens.image: untiled(config, arrays)}

@@ -34,7 +34,7 @@ from mllm_jax.families.shared.decoder_config import (
     tied_at_either,
     tied_at_the_top,
 )
-from mllm_jax.families.shared.hf_images import counted_like_text, cut, whole
+from mllm_jax.families.shared.hf_images import counted_like_text, cut, untiled
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers.in_vlms import CLIP, part_to_hf, tower_for, tower_of
 from mllm_jax.model.connectors.mlp import MlpConnectorConfig
@@ -222,9 +222,9 @@ class Llava(Family):
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """Returns images f[images c h w], or for LLaVA-NeXT tiles f[images tiles c h w] with sizes i[images 2]."""
-        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         if not config.connector.newline:
-            return {config.tokens.image: [whole(config, image) for image in pixels]}
+            return {config.tokens.image: untiled(config, arrays)}
+        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
         sizes = arrays.get("image_sizes", ())
         if len(pixels) != len(sizes):
             raise ValueError(f"image_sizes: has {len(sizes)} sizes for {len(pixels)} images. Pass one size per image.")

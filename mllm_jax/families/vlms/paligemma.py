@@ -6,8 +6,6 @@ Tensor names as in the published safetensors files.
 
 from dataclasses import replace
 
-import numpy as np
-
 from mllm_jax.common.fields import count, inside, read, section, word
 from mllm_jax.data.pipeline.hf_inputs import Arrays, Supply
 from mllm_jax.data.pipeline.spec import ProcessorSpec
@@ -16,7 +14,7 @@ from mllm_jax.data.vision.resize import Stretch
 from mllm_jax.families.base import Family
 from mllm_jax.families.decoders import by_model_type, gemma, gemma2
 from mllm_jax.families.shared.decoder_config import tied_at_the_top
-from mllm_jax.families.shared.hf_images import whole
+from mllm_jax.families.shared.hf_images import untiled
 from mllm_jax.families.shared.rows import linear
 from mllm_jax.families.towers.in_vlms import SIGLIP, part_to_hf
 from mllm_jax.families.vlms import llava
@@ -135,5 +133,4 @@ class Paligemma(Family):
 
     def visuals(self, config: ModelConfig, arrays: Arrays) -> Supply:
         """Returns the images f[images c h w], in the order of their placeholders."""
-        pixels = arrays.get("pixel_values", np.zeros((0, 1, 1, 1)))
-        return {config.tokens.image: [whole(config, image) for image in pixels]}
+        return {config.tokens.image: untiled(config, arrays)}

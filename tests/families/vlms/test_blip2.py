@@ -198,12 +198,14 @@ def test_bad_inputs(pair):
     vlm, model = pair
     inputs = inputs_of(model)
     if model.config.model_type == "instructblip":
-        with pytest.raises(ValueError, match="2 images need as many texts in qformer_input_ids, not 3"):
+        with pytest.raises(ValueError, match="qformer_input_ids: 3 texts for 2 images. Pass one"):
             mllm_jax.from_hf_inputs(vlm.config, inputs | {"pixel_values": inputs["pixel_values"][:2]})
         long = {name: np.ones((3, 13), np.int64) for name in ("qformer_input_ids", "qformer_attention_mask")}
-        with pytest.raises(ValueError, match="a text of 13 tokens; the Q-Former has 12 positions"):
+        with pytest.raises(
+            ValueError, match="qformer_input_ids have a text of 13 tokens; the model has"
+        ):
             mllm_jax.from_hf_inputs(vlm.config, inputs | long)
-        with pytest.raises(ValueError, match="hold 60, which is not a token: the vocabulary has 60"):
+        with pytest.raises(ValueError, match="qformer_input_ids hold 60, which is not a token"):
             mllm_jax.from_hf_inputs(vlm.config, inputs | {"qformer_input_ids": np.full((3, 12), 60)})
     else:
         with pytest.raises(ValueError, match="placeholders more than the images"):
