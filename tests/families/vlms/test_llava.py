@@ -61,7 +61,7 @@ def test_the_class_token_may_be_a_visual_token(tmp_path, record_property):
     assert_parity(record_property, "llava", np.asarray(found)[real], wanted[real])
     mllm_jax.save_pretrained(vlm, tmp_path / "ours")
     assert mllm_jax.load_pretrained(tmp_path / "ours").config == vlm.config
-    with pytest.raises(ValueError, match="nor images in tiles"):
+    with pytest.raises(ValueError, match="nor tiled images"):
         replace(
             FAMILIES["llava"].config("next-vicuna-7b"), inputs=InputRules(llava.PINPOINTS, shows_prefix_tokens=True)
         )
