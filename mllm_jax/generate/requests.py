@@ -40,7 +40,7 @@ def generate(
     single = conversations and isinstance(conversations[0], dict) and "messages" not in conversations[0]
     if isinstance(conversations, str | Mapping) or single:
         raise ValueError(
-            "conversations: is a single conversation. Pass a list of them, each a string or a list of messages."
+            "conversations: is not a list of conversations. Pass a list of strings or of lists of messages."
         )
     if not conversations:
         return []
