@@ -268,7 +268,7 @@ def test_rows_are_no_longer_than_learned_positions():
 
 
 def test_a_batch_is_counted_in_32_bits():
-    with pytest.raises(ValueError, match="^batch=1000000 rows of tokens=4096 must be at most 2147483647 tokens.$"):
+    with pytest.raises(ValueError, match=r"^batch=1000000 rows of tokens=4096 must be at most 2147483647 tokens\.$"):
         ScenesData(batch=1000000)
 
 

@@ -99,4 +99,4 @@ def differences(run: Run, judged: Run, own: Processor, other: Processor) -> list
         "how images are read": (own.spec, other.spec),
         "the patches of images": (run.model.layout, judged.model.layout),
     }
-    return [f"{name} differ" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    return [f"{name} differ" for name, (policy, reward) in pairs.items() if policy != reward]

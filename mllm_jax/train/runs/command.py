@@ -106,11 +106,11 @@ def read_config(words: Sequence[str], values: flags.FlagValues | None = None) ->
     return values.config
 
 
-def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] = ("--config",)) -> list[str]:
+def _parsed(argv: Sequence[str], values: flags.FlagValues, flag_names: Sequence[str] = ("--config",)) -> list[str]:
     """Parses a command line into `values`. Raises ConfigError and OSError.
 
     Args:
-      known: flags to suggest for an unknown one.
+      flag_names: flags to suggest for an unknown one.
     """
     try:
         path = _config_file(argv)
@@ -135,7 +135,7 @@ def _parsed(argv: Sequence[str], values: flags.FlagValues, known: Sequence[str] 
             raise ConfigError(f"{path}: has no function get_config. Define it, and return the config.") from error
         raise _unknown_name(argv) or ConfigError(describe_error(error)) from error
     except flags.UnrecognizedFlagError as error:
-        candidates = nearest(f"--{error.flagname}", known, 0.75)
+        candidates = nearest(f"--{error.flagname}", flag_names, 0.75)
         hint = f"write {candidates[0]}" if candidates else f"settings of a run are {OVERRIDE}path.to=value"
         raise ConfigError(f"there is no flag --{error.flagname}; {hint}; run with --help") from error
     except (flags.Error, TypeError, ValueError) as error:
