@@ -1,6 +1,6 @@
-"""Command lines of all programs: the form of their help, and errors of one line.
+"""Command lines of all programs: help texts and one-line errors.
 
-Programs that read the config of a run have absl's flags (`mllm_jax.train.runs.command`), all others a `Parser`.
+Programs that read the config of a run use absl's flags (`mllm_jax.train.runs.command`), all others a `Parser`.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from mllm_jax.common.files import is_disk_full
 from mllm_jax.common.interrupts import INTERRUPTED, raise_interrupts
 from mllm_jax.common.printable import printable, printable_lines
 
-OVERRIDE = "--config."  # words that begin with it replace a value of a config
+OVERRIDE = "--config."  # prefix of arguments that replace a value of a config
 REPLACES = f"{OVERRIDE}PATH=VALUE replaces a value of the config, as in {OVERRIDE}optim.steps=100."
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a docstring, and adds the defaults that the text of an option does not tell."""
+    """Keeps the lines of a docstring, and adds defaults that the help of an option does not mention."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -31,11 +31,12 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest right word for a wrong one. No option is shortened.
+    """An ArgumentParser with one-line errors and suggestions for unknown words. Options cannot be abbreviated.
 
     Args:
-      prog: how the program is called, as in "python -m mllm_jax.families".
-      description: its docstring.
+      prog: command of the program, such as "python -m mllm_jax.families".
+      description: docstring of the program.
+      settings: other arguments of ArgumentParser.
     """
 
     def __init__(self, prog: str | None = None, description: str | None = None, **settings: Any):
@@ -43,30 +44,30 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        found, surplus = self.parse_known_args(args, namespace)
-        if surplus:
-            self.unknown(surplus)
-        return found
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.unknown(unknown)
+        return options
 
     def parse_with_overrides(self, args: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-        """The options, and the words that replace values of a config."""
-        found, surplus = self.parse_known_args(args)
-        overrides, words = [], iter(surplus)
+        """Returns (the options, the arguments that replace values of a config)."""
+        options, unknown = self.parse_known_args(args)
+        overrides, words = [], iter(unknown)
         for word in words:
             if not word.startswith(OVERRIDE):
                 self.unknown([word, *words])
             overrides += [word] if "=" in word else [word, *[value for value in [next(words, None)] if value]]
-        return found, overrides
+        return options, overrides
 
     def unknown(self, words: Sequence[str]) -> NoReturn:
-        """Refuses words that mean nothing here."""
+        """Ends the program with an error about unknown arguments."""
         name = words[0].partition("=")[0]
         if name.startswith("-"):
             self.error(f"there is no option {name}; {suggestion(name, self.options())}")
         self.error(f"{' '.join(words)!r} belongs to no option")
 
     def options(self) -> Iterator[str]:
-        """The options of this parser and of its commands, in their longest form."""
+        """Yields the options of this parser and of its commands, in their longest form."""
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
@@ -75,7 +76,7 @@ class Parser(argparse.ArgumentParser):
                 yield max(action.option_strings, key=len)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if value == "" and action.metavar in ("FILE", "FOLDER"):  # else it would count as left out
+        if value == "" and action.metavar in ("FILE", "FOLDER"):  # would be treated like an absent option
             raise argparse.ArgumentError(action, f"needs {action.metavar}, not an empty name")
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"there is no {value!r}; {suggestion(value, action.choices)}")
@@ -87,15 +88,15 @@ class Parser(argparse.ArgumentParser):
             if not action.option_strings or action.nargs is not None:
                 raise
             form, option = action.metavar or action.dest.upper(), max(action.option_strings, key=len)
-            said = f"needs {form}; where that begins with a hyphen, write {option}={form}"
-            raise argparse.ArgumentError(action, said) from error
+            message = f"needs {form}; if it begins with a hyphen, write {option}={form}"
+            raise argparse.ArgumentError(action, message) from error
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message.removesuffix('.')}; run with --help", 2)
 
 
 def fail(message: str, exit_code: int) -> NoReturn:
-    """Ends the process with one line for people."""
+    """Ends the process with a one-line error on stderr."""
     print(f"error: {printable_lines(message)}", file=sys.stderr)
     sys.exit(exit_code)
 
@@ -104,7 +105,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with the exit code of a command. Ctrl-C prints one line and exits with 130, a full disk with 1.
 
     Args:
-      main: the command. It may raise its own KeyboardInterrupt with the text of the line.
+      main: the command. It may raise a KeyboardInterrupt with the text of that line.
     """
     raise_interrupts()
     try:
@@ -118,16 +119,16 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def end_at_once(message: str, exit_code: int) -> NoReturn:
-    """Ends the process without waiting for threads and processes that still work, or wait for some that have ended."""
+    """Ends the process at once, without waiting for its threads and worker processes, which may hang."""
     print(printable_lines(message), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     for worker in multiprocessing.active_children():
         worker.kill()
-    multiprocessing.util._run_finalizers(0)  # or its resource tracker reports their semaphores as leaked
+    multiprocessing.util._run_finalizers(0)  # otherwise the resource tracker reports leaked semaphores
     os._exit(exit_code)
 
 
 def cell(text: str) -> Text:
-    """A text of others for a table of rich: neither markup nor control characters mean anything in it."""
+    """Returns an untrusted text for a table of rich, without markup and control characters."""
     return Text(printable(text))

@@ -1,8 +1,8 @@
-"""Trees of frozen dataclasses <-> `ml_collections.ConfigDict`: a wrong name or type is an error that tells its path.
+"""Converts trees of frozen dataclasses to `ml_collections.ConfigDict` and back. Errors name the path of a wrong value.
 
-The ConfigDict is what a run's config file returns and what `--config.path.to=value` edits; the dataclasses are what the
-code reads. A field annotated `Any` may hold one of several dataclasses: its section then has a key `type` with the name
-of the dataclass, which the reader resolves through a registry.
+A run's config file returns a ConfigDict, which `--config.path.to=value` edits; the code reads dataclasses. A field
+annotated `Any` may hold one of several dataclasses: its section has a key `type` with the name of the dataclass, which
+is looked up in a registry.
 """
 
 import dataclasses
@@ -19,43 +19,43 @@ from ml_collections import ConfigDict, FieldReference
 from mllm_jax.common.errors import suggestion
 from mllm_jax.common.settings import as_float, checker, type_name
 
-TYPE = "type"  # the key that names the dataclass of a section whose field is `Any`
+TYPE = "type"  # key with the name of the dataclass, in sections of fields annotated `Any`
 
 
 class ConfigError(ValueError):
-    """A config that cannot be read; the message begins with the path of the fault."""
+    """A config is invalid. The message begins with the path of the wrong value."""
 
 
 def to_config_dict(value: Any) -> ConfigDict:
-    """A dataclass, with the dataclasses inside, as a ConfigDict whose fields can be overridden, those of None too."""
+    """Returns a dataclass and those inside as a ConfigDict. All fields can be overridden, even those that are None."""
     return ConfigDict(_section(value, named=False))
 
 
 class _Operation(NamedTuple):
-    """The operations that a FieldReference applies to the value that it refers to."""
+    """Operation that a FieldReference applies to the value that it refers to."""
 
     fn: Callable
     args: tuple = ()
 
 
 def following(field: FieldReference, function: Callable[[Any], Any]) -> FieldReference:
-    """A field whose value is `function` of another field's, until it is set itself."""
+    """Returns a field whose value is `function` of another field's value, until it is set itself."""
     return FieldReference(field, field_type=object, op=_Operation(function))
 
 
 def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[str, type] | None = None, path=""):
     """Builds the dataclass `cls` from a ConfigDict or a plain dict; the inverse of `to_config_dict`.
 
-    Absent fields take their defaults; lists become tuples.
+    Absent fields have their defaults; lists become tuples.
 
     Args:
       cls: a dataclass; the annotations of its fields define the accepted values.
-      registry: the dataclasses that a `type` key may name.
+      registry: dataclasses by name, for `type` keys.
       path: path of `config`, for error messages.
 
     Raises:
-      ConfigError: a name is unknown (with a suggestion) or missing, a type is wrong, a value breaks the constraint
-        of its annotation (see `mllm_jax.common.settings`), or the dataclass refuses it.
+      ConfigError: a name is unknown (with a suggestion) or missing, a type is wrong, a value violates the constraint
+        of its annotation (see `mllm_jax.common.settings`), or the dataclass raises a ValueError.
     """
     if isinstance(config, ConfigDict):
         config = config.to_dict()
@@ -63,17 +63,17 @@ def from_config_dict(cls: type, config: Mapping | ConfigDict, registry: Mapping[
 
 
 def dump(config: ConfigDict) -> str:
-    """A ConfigDict as JSON, for a checkpoint."""
+    """Returns a ConfigDict as JSON, for a checkpoint."""
     return json.dumps(config.to_dict(), indent=2)
 
 
 def load(text: str) -> ConfigDict:
-    """The inverse of `dump`: tuples, which JSON writes as lists, come back as tuples."""
+    """Inverts `dump`. Lists of JSON become tuples again."""
     return ConfigDict(_tuples(json.loads(text)))
 
 
 def beside(file: str, name: str) -> types.ModuleType:
-    """Returns the module of a config file in the folder of another one, as in `beside(__file__, "sft.py")`."""
+    """Returns the module of a config file in the folder of another one, for example `beside(__file__, "sft.py")`."""
     path = Path(file).with_name(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -83,12 +83,12 @@ def beside(file: str, name: str) -> types.ModuleType:
 
 def check_path(config: ConfigDict, path: str) -> None:
     """Raises ConfigError unless the dotted `path` names a field of `config`."""
-    here, section = [], config
+    parents, section = [], config
     for name in path.split("."):
         if not isinstance(section, ConfigDict) or name not in section:
-            known = section.keys() if isinstance(section, ConfigDict) else ()
-            raise ConfigError(f"{_join('config', *here)} has no {name!r}; {suggestion(name, known)}")
-        here.append(name)
+            names = section.keys() if isinstance(section, ConfigDict) else ()
+            raise ConfigError(f"{_join('config', *parents)} has no {name!r}; {suggestion(name, names)}")
+        parents.append(name)
         section = section[name]
 
 
@@ -106,11 +106,11 @@ def _field(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _section(value, named=hint is Any)
     if isinstance(value, Mapping):
-        whole = {name: _section(x, named=False) for name, x in value.items() if dataclasses.is_dataclass(x)}
-        return {name: FieldReference(x, field_type=object) for name, x in value.items() if name not in whole} | whole
+        nested = {name: _section(x, named=False) for name, x in value.items() if dataclasses.is_dataclass(x)}
+        return {name: FieldReference(x, field_type=object) for name, x in value.items() if name not in nested} | nested
     if hint is Any:
         return FieldReference(value, field_type=object)
-    if value is None:  # the command line parses a new value by this type
+    if value is None:  # this type parses a new value of the command line
         kinds = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and kind is not types.NoneType]
         return FieldReference(None, field_type=kinds[0] if len(kinds) == 1 else object)
     return value
@@ -126,12 +126,12 @@ def _dataclass(cls: type, config: Any, registry: Mapping[str, type], path: str) 
         if name not in fields:
             raise ConfigError(f"{path or cls.__name__}: unknown name {name!r}; {suggestion(name, fields)}")
         values[name] = (_part if hints[name] is Any else _value)(hints[name], value, registry, _join(path, name))
-    needed = [
+    required = [
         name
         for name, field in fields.items()
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
-    if missing := [name for name in needed if name not in values]:
+    if missing := [name for name in required if name not in values]:
         raise ConfigError(f"{path or cls.__name__}: {', '.join(missing)} must be given")
     try:
         return cls(**values)
@@ -142,7 +142,7 @@ def _dataclass(cls: type, config: Any, registry: Mapping[str, type], path: str) 
 
 
 def _value(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> Any:
-    """`value` as the annotation `hint` wants it."""
+    """Returns `value` converted to the type of the annotation `hint`."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         value = _value(hint.__origin__, value, registry, path)
@@ -177,7 +177,7 @@ def _value(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> An
 
 
 def _part(hint: Any, value: Any, registry: Mapping[str, type], path: str) -> Any:
-    """A field annotated `Any`: one of several dataclasses, or None."""
+    """Returns the value of a field annotated `Any`: one of several dataclasses, or None."""
     part = _any(value, registry, path)
     if part is not None and not dataclasses.is_dataclass(part):
         raise ConfigError(f"{path}={str(value)[:80]}: needs None, or a section whose {TYPE!r} names a part.")

@@ -1,13 +1,13 @@
 """Fields of JSON files that other programs write: their allowed values, and their meaning when absent or null.
 
-A family lists the fields of config.json that it reads, with the defaults of transformers' config class; it ignores
-others. `read` returns all of them, so that later code needs no defaults:
+A family lists the fields of config.json that it reads, with the defaults of transformers' config class, and ignores
+others. `read` returns all listed fields, so that later code needs no defaults:
 
     FIELDS = {"hidden_size": count(4096), "sliding_window": nullable(count(4096)), "hidden_act": only("silu")}
     read({"sliding_window": None}, FIELDS) == {"hidden_size": 4096, "sliding_window": None, "hidden_act": "silu"}
 
 Absent and null differ: Mistral without `sliding_window` has windows of 4096 tokens, with null it has none. Null is an
-error unless the field is `nullable`. In files of processors null means absent, and is removed first
+error unless the field is `nullable`. In processor configs null means absent and is removed first
 (data/pipeline/spec.py).
 """
 
@@ -19,18 +19,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Json = Mapping[str, Any]
-REQUIRED = object()  # as a default: the field must be there; for null: it is refused
-_LARGEST = 2**31 - 1  # largest count that allocates nothing before weights are compared
-_TINY, _HUGE = 1e-30, 1e30  # between which fp32 can compute with a positive number
-MOST_LAYERS = MOST_EXPERTS = 1024  # every one of them has names that are listed before weights are compared
+REQUIRED = object()  # as `default`: the field must be present; as `null`: null is an error
+_LARGEST = 2**31 - 1  # largest count; checked before anything is allocated
+_TINY, _HUGE = 1e-30, 1e30  # range of positive numbers that fp32 can compute with
+MOST_LAYERS = MOST_EXPERTS = 1024  # limits of the weight names that are listed before weights are compared
 
 
 class FieldError(ValueError):
-    """A field that is missing or has an invalid value; `path` is its path, such as "text_config.hidden_size"."""
+    """A field is missing or has an invalid value. `path` is its path, such as "text_config.hidden_size"."""
 
     def __init__(self, path: str, wrong: str, *value: Any):
-        shown = json.dumps(value[0], default=str)[:80] if value else None
-        super().__init__(f"{path}={shown}: {wrong}" if value else f"{path}: {wrong}")
+        text = json.dumps(value[0], default=str)[:80] if value else None
+        super().__init__(f"{path}={text}: {wrong}" if value else f"{path}: {wrong}")
         self.path, self.wrong, self.value = path, wrong, value
 
 
@@ -38,13 +38,13 @@ class FieldError(ValueError):
 class Field:
     """A field of an object in JSON.
 
-    kind: type of its values: int, float (an integer too), bool, str, list or dict.
-    default: its value where it is absent. REQUIRED: it must be there.
-    low, high: bounds of a number, both included.
-    choices: the only values; None: any.
-    items: what the items of a list are; None: anything.
-    lone: a value that is no list stands for a list of it.
-    null: its value where it is null. REQUIRED: null is refused.
+    kind: type of the value: int, float (accepts integers), bool, str, list or dict.
+    default: value of an absent field. REQUIRED: the field must be present.
+    low, high: inclusive bounds of a number.
+    choices: allowed values. None: any.
+    items: field that describes the items of a list. None: any items.
+    lone: whether a single value is read as a list of one item.
+    null: value that null stands for. REQUIRED: null is an error.
     """
 
     kind: type
@@ -57,7 +57,7 @@ class Field:
     null: Any = REQUIRED
 
     def checked(self, path: str, value: Any) -> Any:
-        """A value that the file states, as it is read. FieldError for one that cannot be."""
+        """Returns a value of the file, checked and converted. Raises FieldError for an invalid value."""
         if value is None:
             if self.null is REQUIRED:
                 raise FieldError(path, f"must be {self.words}.", value)
@@ -77,7 +77,7 @@ class Field:
 
     @property
     def words(self) -> str:
-        """Description of the values that are allowed, for an error."""
+        """Description of the allowed values, for an error."""
         if self.choices is not None:
             return " or ".join(json.dumps(choice) for choice in self.choices)
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
@@ -111,12 +111,12 @@ def word(default: Any = REQUIRED, choices: Sequence[str] | None = None) -> Field
 
 
 def only(value: Any) -> Field:
-    """A field that this model can do one value of; an absent one has it."""
+    """Returns a field for which the model supports a single value, which is also the default."""
     return Field(type(value), value, choices=(value,))
 
 
 def section(default: Any = REQUIRED) -> Field:
-    """A nested object, whose fields another `read` reads."""
+    """Returns a field for a nested object, whose fields are read by another `read`."""
     return Field(dict, default)
 
 
@@ -125,33 +125,33 @@ def listed(items: Field, default: Any = REQUIRED, lone: bool = False) -> Field:
 
 
 def nullable(field: Field, null: Any = None) -> Field:
-    """The field, where null is allowed and means `null`."""
+    """Returns the field with null allowed, which is read as the argument `null`."""
     return replace(field, null=null)
 
 
 def read(stated: Json, fields: Mapping[str, Field]) -> dict[str, Any]:
-    """The value of each of `fields`, from the file or by default. FieldError for the first that cannot be."""
-    found = {}
+    """Returns the values of all `fields`, from the file or by default. Raises FieldError for the first invalid one."""
+    values = {}
     for name, field in fields.items():
         if name in stated:
-            found[name] = field.checked(name, stated[name])
+            values[name] = field.checked(name, stated[name])
         elif field.default is REQUIRED:
             raise FieldError(name, "is missing. Add it to the file.")
         else:
-            found[name] = field.default
-    return found
+            values[name] = field.default
+    return values
 
 
 def check_heads(stated: Json, width: str, heads: str, multiple: int = 1) -> None:
-    """Raises FieldError unless all heads together are as wide as the model, each of a `multiple` of channels."""
+    """Raises FieldError unless the heads divide the width evenly, each into a multiple of `multiple` channels."""
     if stated[width] % (stated[heads] * multiple):
-        of_each = f", into heads of a multiple of {multiple} channels" if multiple > 1 else ""
-        raise FieldError(heads, f"must divide {width}={stated[width]}{of_each}.", stated[heads])
+        suffix = f", into heads of a multiple of {multiple} channels" if multiple > 1 else ""
+        raise FieldError(heads, f"must divide {width}={stated[width]}{suffix}.", stated[heads])
 
 
 @contextmanager
 def inside(name: str) -> Iterator[None]:
-    """Context that adds the name of the enclosing object to the path of field errors."""
+    """Adds the name of the enclosing object to the paths of field errors in the block."""
     try:
         yield
     except FieldError as error:

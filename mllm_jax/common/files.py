@@ -1,4 +1,4 @@
-"""Writes files on disks that may be full: an error names the file, and nothing half-written stays."""
+"""Writes files atomically. Errors of full disks name the file, and no partial file remains."""
 
 import errno
 import os
@@ -10,11 +10,13 @@ from typing import IO
 
 DISK_FULL = "the disk is full; free some space"
 _CODES = (errno.ENOSPC, errno.EDQUOT)
-_TEXTS = re.compile("No space left|Disk quota exceeded")  # of writers in C++; devices, too, have exhausted resources
+_TEXTS = re.compile(
+    "No space left|Disk quota exceeded"
+)  # messages of C++ writers; RESOURCE_EXHAUSTED can also mean device memory
 
 
 class DiskFull(OSError):
-    """A file that could not be written because its disk, or its owner's share of it, is full."""
+    """A file could not be written because its disk or its owner's quota is full."""
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -24,7 +26,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Raises DiskFull, which names `path`, for the error of a full disk: the system's own names no file."""
+    """Turns errors of a full disk, which name no file, into DiskFull with the name `path`."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -35,19 +37,19 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[IO[str]]:
-    """Opens a text file that gets its name once all is written; what it replaces stays until then.
+    """Opens a temporary text file, which replaces `path` at the end of the block.
 
-    Devices and pipes, such as /dev/stdout, are written as they are.
+    Devices and pipes, such as /dev/stdout, are written directly.
 
     Raises:
-      DiskFull: the file could not be written; it is as it was.
+      DiskFull: the file could not be written. An existing file is unchanged.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         with writing(path), open(path, "w", encoding="utf-8") as file:
             yield file
         return
-    target = path.resolve()  # of a link, which stays one
+    target = path.resolve()  # keeps a symbolic link
     partial = target.with_name(f".{target.name}.partial")
     try:
         with writing(path):

@@ -1,4 +1,4 @@
-"""Pages of HTML that open anywhere, without network and script: page.html is the frame that they fill."""
+"""Self-contained HTML pages, without network and scripts. Their templates extend page.html."""
 
 import base64
 import io
@@ -22,9 +22,9 @@ def write_page(
 
     Args:
       path: HTML file in an existing folder.
-      template: path below the package, such as "evaluate/report.html"; it extends common/page.html.
-      filters: filters of the template beside `percent`, `short` and `png`.
-      values: values of the template: `title`, and `lead` (one sentence, or empty), beside its own.
+      template: path of a template within the package, such as "evaluate/report.html". It extends common/page.html.
+      filters: filters of the template, in addition to `percent`, `short` and `png`.
+      values: values of the template, in addition to `title` and `lead` (one sentence, or empty) of page.html.
     """
     loader = FileSystemLoader(Path(__file__).parents[1])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -35,7 +35,10 @@ def write_page(
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) within [low, high], about `count` of them; [low] if equal."""
+    """Returns about `count` round numbers within [low, high], multiples of 1, 2 or 5 times a power of ten.
+
+    Returns [low] if the bounds are equal.
+    """
     if not low < high:
         return [low]
     step = _round_up((high - low) / count)
@@ -46,21 +49,22 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """The numbers 1, 2, 5 times powers of ten within [low, high]; plain `ticks` where fewer than two are."""
+    """Returns the numbers 1, 2 and 5 times powers of ten within [low, high]; `ticks` if there are fewer than two."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [float(f"{m}e{d}") for d in decades for m in (1, 2, 5) if low * 0.999 <= float(f"{m}e{d}") <= high * 1.001]
-    while len(found) > 7:  # a run over many decades: keep every other label
-        found = found[::2]
-    return found if len(found) > 1 else ticks(low, high, 4)
+    marks = [float(f"{m}e{d}") for d in decades for m in (1, 2, 5) if low * 0.999 <= float(f"{m}e{d}") <= high * 1.001]
+    while len(marks) > 7:  # over many decades, keeps every second mark
+        marks = marks[::2]
+    return marks if len(marks) > 1 else ticks(low, high, 4)
 
 
 def _round_up(value: float) -> float:
+    """Returns the smallest of 1, 2 and 5 times powers of ten that is at least `value`."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
 
 
 def png(image: Image.Image) -> str:
-    """An image as a data URI."""
+    """Returns an image as a data URI of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

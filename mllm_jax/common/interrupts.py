@@ -1,4 +1,4 @@
-"""Ctrl-C where an exception would come too early: one line and the exit code of shells, or a while later."""
+"""Handles Ctrl-C while KeyboardInterrupt cannot be handled: ends the process with one line, or delays the signal."""
 
 import contextlib
 import os
@@ -8,18 +8,18 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, by the convention of shells
 
 
 def end_imports(package: str) -> None:
-    """Lets Ctrl-C end the process at once until `raise_interrupts`, if it is a command of this package (`-m`).
+    """Lets Ctrl-C end the process at once until `raise_interrupts`, if a command of this package runs (`-m`).
 
-    An exception could not do it: in a module that is half imported it is a traceback, or is swallowed by a callback.
+    During imports, a KeyboardInterrupt would print a traceback or be swallowed by a callback.
     """
     words = iter(sys.orig_argv)
-    named = next((next(words, "") for word in words if word == "-m"), "").partition(".")[0]
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if named == package and usual and threading.current_thread() is threading.main_thread():
+    module = next((next(words, "") for word in words if word == "-m"), "").partition(".")[0]
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if module == package and default and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _end)
 
 
@@ -31,18 +31,18 @@ def raise_interrupts() -> None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block, where it comes too early to be handled."""
-    noted, before = [], signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    """Delays Ctrl-C until the end of a block that cannot handle KeyboardInterrupt."""
+    signals, handler = [], signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
         yield
         return
-    signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
+    signal.signal(signal.SIGINT, lambda number, frame: signals.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if noted and callable(before):
-        before(*noted[0])
+        signal.signal(signal.SIGINT, handler)
+    if signals and callable(handler):
+        handler(*signals[0])
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -1,19 +1,19 @@
-"""Texts of others as terminals and logs may show them: ids, kinds, names of files, answers of a model."""
+"""Escapes untrusted texts for terminals and logs: ids, kinds, file names, answers of a model."""
 
 import re
 
-# Control characters, with which a text moves the cursor, colors what follows or renames the window; marks that turn
-# the direction of what follows; lone surrogates, which no stream can write.
+# Control characters, which can move the cursor, change colors or rename the window; direction marks; lone surrogates,
+# which cannot be encoded.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with all that is no visible character as an escape of Python, as "\\x1b" or "\\n"."""
+    """Returns the text with control characters as Python's escapes, such as "\\x1b" or "\\n"."""
     return text if text.isprintable() else _HIDDEN.sub(_escaped, text)
 
 
 def printable_lines(text: str) -> str:
-    """The same, but for the ends of lines and tabs."""
+    """Returns the text as `printable` does, but keeps line ends and tabs."""
     return text if text.isprintable() else re.sub(r"[^\n\t]+", lambda line: printable(line[0]), text)
 
 

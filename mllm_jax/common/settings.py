@@ -1,9 +1,9 @@
-"""Types of settings: numbers in a range, one of several words, regular expressions. Configs check them when made.
+"""Types of settings: numbers in a range, one of several words, regular expressions. Configs are checked on creation.
 
     @dataclass(frozen=True)
     class OptimConfig(Config):
         learning_rate: NonNegative = 1e-4
-        video: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
+        max_grad_norm: Annotated[float, Range(least=0, hint="Set 0 for no clipping.")] = 1.0
 
     OptimConfig(max_grad_norm=-1)  # ValueError: OptimConfig.max_grad_norm=-1: must be at least 0. Set 0 for no
     clipping.
@@ -27,8 +27,8 @@ import numpy as np
 
 from mllm_jax.common.errors import value_text
 
-LARGEST = 2**31 - 1  # upper bound of integers without another one: arrays are indexed by int32
-TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # sizes of numbers in fp32
+LARGEST = 2**31 - 1  # default upper bound of integers: arrays are indexed by int32
+TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # range of normal numbers in fp32
 KINDS = {int: (numbers.Integral, "an integer"), float: (numbers.Real, "a number"), str: (str, "a text")}
 
 
@@ -36,19 +36,19 @@ class Constraint:
     """A condition that an annotation adds to a type, as `Annotated[type, constraint]`."""
 
     def fault(self, value: Any) -> str | None:
-        """Fault of a value of the right type, as a sentence without its subject. None: the value is valid."""
+        """Returns the fault of a value of the right type, as a sentence without a subject, or None if it is valid."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Range(Constraint):
-    """Numbers within bounds, as devices hold them: integers in 32 bits, others in fp32.
+    """Numbers within bounds after conversion to the types of devices: int32 and fp32.
 
-    So NaN, infinity and 1e39 are never inside, 1e-50 is not above 0, and 0.99999999999 is not below 1.
+    So NaN, infinity and 1e39 are outside all bounds, 1e-50 is not above 0, and 0.99999999999 is not below 1.
 
     least, most: inclusive bounds. above, below: exclusive bounds.
-    also: further allowed values.
-    hint: a sentence for the error, with the value to set instead.
+    also: other allowed values.
+    hint: sentence for the error, with the value to set instead.
     """
 
     least: float = -math.inf
@@ -59,33 +59,33 @@ class Range(Constraint):
     hint: str = ""
 
     def fault(self, value: Any) -> str | None:
-        least, most, held = self.least, self.most, value
+        least, most, rounded = self.least, self.most, value
         if isinstance(value, float):
-            held = in_fp32(value)
+            rounded = in_fp32(value)
         elif abs(value) > LARGEST:
             least, most = max(least, -LARGEST), LARGEST if most == math.inf else most
-        inside = lambda value, held: least <= value <= most and self.above < held < self.below
-        if inside(value, held) or value in self.also:
+        inside = lambda value, rounded: least <= value <= most and self.above < rounded < self.below
+        if inside(value, rounded) or value in self.also:
             return None
         words = {"at least": least, "more than": self.above, "at most": most, "less than": self.below}
-        stated = " and ".join(f"{word} {bound}" for word, bound in words.items() if abs(bound) < math.inf)
-        if not -math.inf < held < math.inf:
-            stated = f"finite and {stated}" if stated else "finite"
+        bounds = " and ".join(f"{word} {bound}" for word, bound in words.items() if abs(bound) < math.inf)
+        if not -math.inf < rounded < math.inf:
+            bounds = f"finite and {bounds}" if bounds else "finite"
         if inside(value, value):
-            stated += " in fp32"
-        needed = ", or ".join([stated, *map(str, self.also)])
-        return f"must be {needed}. {self.hint}".rstrip()
+            bounds += " in fp32"
+        allowed = ", or ".join([bounds, *map(str, self.also)])
+        return f"must be {allowed}. {self.hint}".rstrip()
 
 
 def in_fp32(value: float) -> float:
-    """A number as devices compute with it: infinite where fp32 has no larger one, 0 where none is as close to 0."""
+    """Returns a number as fp32 computes with it: infinite if it overflows, 0 if it underflows."""
     if abs(value) < TINY:
         return 0.0
     return float(np.float32(value)) if abs(value) <= HUGE else math.copysign(math.inf, value)
 
 
 def as_float(value: float) -> float:
-    """A number as a float; infinite where that has no larger one."""
+    """Returns a number as a float; infinite if it overflows."""
     try:
         return float(value)
     except OverflowError:
@@ -94,7 +94,7 @@ def as_float(value: float) -> float:
 
 @dataclass(frozen=True)
 class OneOf(Constraint):
-    """Words of a list. `words` is a function where the table of the words is defined below the config."""
+    """One of several words. `words` may be a function, if their table is defined after the config."""
 
     words: tuple[str, ...] | Callable[[], Iterable[str]]
 
@@ -127,12 +127,12 @@ Pattern = Annotated[str, Regex()]
 
 
 class Config:
-    """Base of the dataclasses of settings. It checks every field whose annotation has a constraint.
+    """Base class of settings. Checks every field whose annotation has a constraint.
 
-    A subclass with its own `__post_init__`, for constraints between fields, calls this one first.
+    A subclass with a `__post_init__` of its own, for constraints between fields, calls this one first.
 
     Raises:
-      ValueError: a value is of another type or breaks its constraint; the message begins with `Class.field=value`.
+      ValueError: a value has a wrong type or violates its constraint. The message begins with `Class.field=value`.
     """
 
     def __post_init__(self):
@@ -142,17 +142,17 @@ class Config:
 
 @functools.cache
 def _checks(cls: type) -> list[tuple[str, str, Callable[[Any, str], None]]]:
-    """(name, name with the class, check) of the fields that state a constraint."""
+    """Returns (name, name with the class, check) of the fields with a constraint."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    named = ((field.name, checker(hints[field.name])) for field in fields(cls))
-    return [(name, f"{cls.__name__}.{name}", check) for name, check in named if check]
+    checks = ((field.name, checker(hints[field.name])) for field in fields(cls))
+    return [(name, f"{cls.__name__}.{name}", check) for name, check in checks if check]
 
 
 @functools.cache
 def checker(hint: Any) -> Callable[[Any, str], None] | None:
-    """`check(value, path)` for an annotation, which raises ValueError; None where the annotation states no constraint.
+    """Returns `check(value, path)` for an annotation, which raises ValueError, or None without a constraint.
 
-    Constraints are found inside of optional types, tuples and the values of mappings.
+    Constraints may be inside optional types, tuples and the values of mappings.
     """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -169,12 +169,12 @@ def checker(hint: Any) -> Callable[[Any, str], None] | None:
 
 def _check_value(kind: type, constraints: tuple[Constraint, ...], value: Any, path: str) -> None:
     if type(value) is not kind and kind in KINDS:
-        wanted, name = KINDS[kind]
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        abstract_type, name = KINDS[kind]
+        if not isinstance(value, abstract_type) or isinstance(value, bool):
             raise ValueError(f"{path}={value_text(value)}: needs {name}.")
-    given = as_float(value) if kind is float else value
+    number = as_float(value) if kind is float else value
     for constraint in constraints:
-        if fault := constraint.fault(given):
+        if fault := constraint.fault(number):
             raise ValueError(f"{path}={value_text(value)}: {fault}")
 
 
@@ -199,7 +199,7 @@ def _check_mapping(check: Callable, value: Any, path: str) -> None:
 
 
 def type_name(hint: Any) -> str:
-    """An annotation as people write it, without its constraints."""
+    """Returns the text of an annotation without constraints, such as "int | None"."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return type_name(hint.__origin__)
@@ -211,12 +211,12 @@ def type_name(hint: Any) -> str:
 
 
 def check(hint: Any, value: Any, name: str) -> None:
-    """Raises ValueError, which begins with `name=value`, for a value that breaks the constraint of an annotation."""
+    """Raises ValueError, beginning with `name=value`, for a value that violates the constraint of an annotation."""
     checker(hint)(value, name)
 
 
 def argument(hint: Any) -> Callable[[str], Any]:
-    """The `type` of a flag of argparse whose value is a number of an annotation, such as `PositiveInt`."""
+    """Returns the `type` of an argparse flag for a number with a constraint, such as `PositiveInt`."""
 
     def read(text: str) -> Any:
         kind = hint.__origin__

@@ -1,4 +1,4 @@
-"""Life signs of what takes long, on stderr: silence means that a program ends soon, never that it may have hung."""
+"""Status messages on stderr for operations that take long, so that a silent program is not mistaken for a hung one."""
 
 import sys
 import threading
@@ -11,15 +11,15 @@ PATIENCE = 2.0  # seconds
 
 
 def say(text: str) -> None:
-    """Prints a line to stderr at once."""
+    """Prints a line to stderr and flushes it."""
     print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def announced(text: str) -> Iterator[threading.Timer]:
-    """Prints `text` to stderr if its body takes longer than PATIENCE.
+    """Prints `text` to stderr if the block takes longer than PATIENCE.
 
-    Yields the timer; its `cancel()` ends the wait before the body ends.
+    Yields the timer, whose `cancel()` suppresses the message.
     """
     timer = threading.Timer(PATIENCE, say, (text,))
     timer.daemon = True

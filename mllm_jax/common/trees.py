@@ -1,6 +1,6 @@
-"""Nested dicts (of parameters, gradients, shapes, boxes) by the paths of their leaves, as "decoder/norm/scale".
+"""Nested dicts of parameters, gradients, shapes or boxes, addressed by paths such as "decoder/norm/scale".
 
-Patterns of weights are regular expressions that are searched for in such paths.
+Patterns of weights are regular expressions that are searched for in paths.
 """
 
 import re
@@ -14,7 +14,7 @@ Tree = Mapping[str, Any]
 
 
 def flatten(tree: Tree, separator: str = "/", prefix: str = "") -> dict[str, Any]:
-    """A nested dict as `{"decoder/norm/scale": leaf}`, in the order of the tree. What is no mapping is a leaf."""
+    """Returns a nested dict as {"decoder/norm/scale": leaf}, in the order of the tree. Non-mappings are leaves."""
     leaves = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -23,7 +23,7 @@ def flatten(tree: Tree, separator: str = "/", prefix: str = "") -> dict[str, Any
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Inverts `flatten`."""
     tree = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -35,27 +35,27 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def partition(tree: Tree, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits a tree into (the leaves whose paths are chosen, the others), each without the leaves of the other."""
+    """Splits a tree into (leaves whose path is chosen, other leaves)."""
     leaves = flatten(tree)
-    part = {path: bool(chosen(path)) for path in leaves}
-    first, second = ({path: leaf for path, leaf in leaves.items() if part[path] == own} for own in (True, False))
+    selected = {path: bool(chosen(path)) for path in leaves}
+    first, second = ({path: leaf for path, leaf in leaves.items() if selected[path] == key} for key in (True, False))
     return unflatten(first), unflatten(second)
 
 
 def join(*trees: Tree) -> dict[str, Any]:
-    """The tree that has the leaves of all; of one path, the last tree's."""
+    """Returns a tree with the leaves of all trees. A later tree replaces leaves of earlier ones."""
     return unflatten({path: leaf for tree in trees for path, leaf in flatten(tree).items()})
 
 
 def map_with_paths(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
-    """The tree of `function(path, leaf)`."""
+    """Returns the tree of `function(path, leaf)`."""
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def differences(theirs: Any, ours: Any, skip: Iterable[str] = (), path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path, theirs, ours) of the fields in which two configs, dataclasses inside each other, differ.
+    """Yields (path, theirs, ours) of the fields in which two nested dataclasses differ.
 
-    Fields that equality ignores are left out.
+    Fields with `compare=False` are ignored.
 
     Args:
       skip: names of fields that may differ.
@@ -70,12 +70,12 @@ def differences(theirs: Any, ours: Any, skip: Iterable[str] = (), path: str = ""
 
 
 def in_words(value: Any) -> str:
-    """A value of `differences` as text: a dataclass by the name of its type."""
+    """Returns a value of `differences` as text: the type of a dataclass, or the repr of another value."""
     return type(value).__name__ if is_dataclass(value) else repr(value)
 
 
 def check_patterns(patterns: Iterable[str], paths: Iterable[str], what: str) -> None:
-    """Raises ValueError, with the nearest names of parts and weights, for a pattern that is found in no path."""
+    """Raises ValueError, with the most similar names of parts and weights, for a pattern that matches no path."""
     paths = list(paths)
     names = sorted({"/".join(path.split("/")[:n]) for path in paths for n in range(1, path.count("/") + 2)})
     for pattern in patterns:
@@ -85,5 +85,5 @@ def check_patterns(patterns: Iterable[str], paths: Iterable[str], what: str) -> 
 
 
 def first_found(pairs: Iterable[tuple[str, Any]], path: str, default: Any) -> Any:
-    """The value of the first of (pattern, value) pairs whose pattern is found in a path."""
+    """Returns the value of the first (pattern, value) pair whose pattern is found in `path`, or the default."""
     return next((value for pattern, value in pairs if re.search(pattern, path)), default)

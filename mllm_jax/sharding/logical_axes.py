@@ -72,8 +72,10 @@ def split_axes(name: Name, rules: Rules, mesh) -> tuple[str, ...]:
 
 
 def divisible_axes(name: Name, size: int, rules: Rules, mesh) -> tuple[str, ...]:
-    """Returns the mesh axes that shard an activation's axis: those of its rule, without the last ones if their product
-    does not divide `size`."""
+    """Returns the mesh axes that shard an activation's axis: those of its rule, as far as they divide `size`.
+
+    Example: a rule ("data", "fsdp") with sizes 2 and 4 gives both for size 8, and ("data",) for size 6.
+    """
     axes = split_axes(name, rules, mesh)
     while size % axes_size(axes, mesh):
         axes = axes[:-1]

@@ -29,7 +29,7 @@ SCENES = str(ROOT / "configs" / "scenes.py")
         (xpk.main, ["--mount=runs"], "argument --mount: 'runs' is not a folder of the hosts: begin with /"),
         (gke.main, ["--gpu=h200:²"], "argument --gpu: 'h200:²': hosts have 8 GPUs; write h200:N"),
         (data, ["inspect", "--config", "a", "--html="], "argument --html: needs FILE, not an empty name"),
-        (models, ["--image"], "argument --image: needs WIDTHxHEIGHT; where that begins with a hyphen, write --image="),
+        (models, ["--image"], "argument --image: needs WIDTHxHEIGHT; if it begins with a hyphen, write --image="),
         (models, ["--image", "-3x4"], "argument --image: needs WIDTHxHEIGHT; "),
     ],
 )

@@ -188,9 +188,8 @@ def test_devices_are_counted_as_jax_does(hosts, processes, devices, slices):
 
 def test_tensor_does_not_cross_slices(checkout):
     words = [*ON_MOUNT, "--config.mesh.tensor=32", "--config.mesh.fsdp=2"]
-    assert "does not divide over 8 slices" in refused(
-        words, gpu_hosts(gpu("h200:64"), in_image("gpu.Dockerfile", "/runs"))
-    )
+    cluster = gpu_hosts(gpu("h200:64"), in_image("gpu.Dockerfile", "/runs"))
+    assert "does not divide over 8 slices" in refused(words, cluster)
 
 
 def test_flags_are_those_of_training():

@@ -56,7 +56,7 @@ def test_any_mesh(shape, sizes):
         ({"data": 3}, "mesh data=3 does not cover 8 devices"),
         ({"data": -1, "fsdp": -1}, "mesh data=-1 x fsdp=-1 does not cover 8 devices. .* one to -1"),
         ({"model": 8}, "unknown mesh axes .'model'.. Use only data, fsdp, expert, context, tensor"),
-        ({"stage": 2, "fsdp": 4}, "'stage' is reserved"),
+        ({"stage": 2, "fsdp": 4}, "'stage': is reserved"),
     ],
 )
 def test_bad_mesh(shape, message):
@@ -82,7 +82,7 @@ def test_slices_are_crossed_by_data_first_then_by_fsdp():
 
 
 def test_rules_name_axes_that_exist():
-    with pytest.raises(ValueError, match=r"rules.embed=\('fspd', 'expert'\): must be None, an axis of the mesh"):
+    with pytest.raises(ValueError, match=r"rules.embed=\('fspd', 'expert'\): must be None, a mesh axis"):
         freeze_rules(LOGICAL_AXIS_RULES | {"embed": ("fspd", "expert")})
 
 

@@ -201,9 +201,7 @@ def test_bad_inputs(pair):
         with pytest.raises(ValueError, match="qformer_input_ids: 3 texts for 2 images. Pass one"):
             mllm_jax.from_hf_inputs(vlm.config, inputs | {"pixel_values": inputs["pixel_values"][:2]})
         long = {name: np.ones((3, 13), np.int64) for name in ("qformer_input_ids", "qformer_attention_mask")}
-        with pytest.raises(
-            ValueError, match="qformer_input_ids have a text of 13 tokens; the model has"
-        ):
+        with pytest.raises(ValueError, match="qformer_input_ids have a text of 13 tokens; the model has"):
             mllm_jax.from_hf_inputs(vlm.config, inputs | long)
         with pytest.raises(ValueError, match="qformer_input_ids hold 60, which is not a token"):
             mllm_jax.from_hf_inputs(vlm.config, inputs | {"qformer_input_ids": np.full((3, 12), 60)})
