@@ -1,4 +1,4 @@
-"""The arrays of a Hugging Face processor as a `Batch`: a conversation per row, tokens and padding where they were."""
+"""Converts the arrays of a Hugging Face processor to a `Batch`: a conversation per row, tokens and padding in place."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from mllm_jax.types import Batch, Example, ImagePatches, TokenBlend, VisionSpan
 
 TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 Arrays = dict[str, np.ndarray]
-Supply = dict[int, list[VisionSpan]]  # by its placeholder token in the text
+Supply = dict[int, list[VisionSpan]]  # images and videos by the id of their placeholder
 
 
 def as_arrays(inputs: Mapping[str, Any], vision: tuple[str, ...]) -> Arrays:
-    """The inputs that are given, as numpy arrays. ValueError for a name that is neither TEXT nor one of `vision`."""
+    """Returns the inputs as numpy arrays. Raises ValueError for a name that is neither in TEXT nor in `vision`."""
     inputs = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
     names = TEXT + vision
     if unknown := sorted(set(inputs) - set(names)):
@@ -57,7 +57,7 @@ def text_ids(
 
 
 def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
-    """Tokens, and the images that their placeholders stand for, as a batch.
+    """Builds a batch of tokens and of the images of their placeholders.
 
     Args:
       config: a ModelConfig.
@@ -87,7 +87,7 @@ def assemble(config: Any, inputs: Arrays, supply: Supply) -> Batch:
 
 
 def alone(config: Any, supply: Supply) -> Batch:
-    """Images without text, for a tower alone: one a row."""
+    """Returns a batch of images without text, one per row, for a tower alone."""
     examples = [without_text(visual.images) for visuals in supply.values() for visual in visuals]
     return collate([[e] for e in examples], smallest_budget(examples), **config.layout)
 
@@ -98,34 +98,34 @@ def without_text(images: tuple[ImagePatches, ...]) -> Example:
 
 
 def _example(tokens, label, suffix, supply: Supply, config: Any) -> Example:
-    """A row without its padding; takes the images of its placeholders off the supply."""
+    """Returns the Example of a row without padding, and removes the images of its placeholders from `supply`."""
     visual = np.isin(tokens, list(supply))
     slots = np.flatnonzero(visual)
-    taken, firsts, filled, first = [], [], 0, 0
+    items, firsts, filled, first = [], [], 0, 0
     while filled < len(slots):
         waiting = supply[int(tokens[slots[filled]])]
         if not waiting:
             raise ValueError(f"input_ids have {len(slots) - filled} visual placeholders more than the images")
         item = waiting.pop(0)
-        taken.append(item)
+        items.append(item)
         firsts.append(first)
         first += sum(image.num_tokens(config.merge, config.queries) for image in item.images)
         filled += len(item.order)
-    position = rotary_positions(visual, [(item.position, item.advance) for item in taken])
-    index, mix = spread(visual, [(item.order, item.mix) for item in taken], firsts)
+    position = rotary_positions(visual, [(item.position, item.advance) for item in items])
+    index, mix = spread(visual, [(item.order, item.mix) for item in items], firsts)
     return Example(
         tokens=tokens,
         weight=(label >= 0).astype(np.float32),
         position=position,
         vision_index=index,
-        images=tuple(image for item in taken for image in item.images),
+        images=tuple(image for item in items for image in item.images),
         prefix=int(np.sum(suffix == 0)),
         mix=mix,
     )
 
 
 def _move_to(batch: Batch, mask: np.ndarray) -> Batch:
-    """Packed rows start at slot 0; put token i of a row where its mask has the i-th one."""
+    """Moves the tokens of packed rows, which start at column 0, to the columns where `mask` is true."""
     if all(row[: row.sum()].all() for row in mask):
         return batch
     order = np.argsort(np.argsort(~mask, axis=1, kind="stable"), axis=1)

@@ -32,14 +32,14 @@ class Place(NamedTuple):
     slot: int  # number of images before it in that row
 
 
-# A pair of patches that see each other, in pairs of tokens: heads x their width x layers of the encoder over the
-# decoder's, twice since text is causal, are 0.38 in LLaVA-1.5-7B, 0.42 in Qwen3-VL-8B, 0.86 in Qwen3-VL-2B.
+# Cost of a pair of patches relative to a pair of tokens: width x layers of the encoder over that of the decoder, times
+# two because text is causal. 0.38 in LLaVA-1.5-7B, 0.42 in Qwen3-VL-8B, 0.86 in Qwen3-VL-2B.
 PAIR_OF_PATCHES = 0.5
-BALANCE = 10.0  # weight of a row's cost relative to its fill: more does not even costs further, less evens them worse
+BALANCE = 10.0  # weight of a row's cost relative to its fill. More does not balance costs better, less does it worse
 
 
 class TooLarge(ValueError):
-    """A conversation that does not fit an empty batch row."""
+    """Raised for a conversation that does not fit an empty batch row."""
 
 
 def check_instructions(images: Sequence[ImagePatches], budget: Budget) -> None:
@@ -266,17 +266,20 @@ def _fill_images(batch: Batch, b: int, examples: Sequence[Example], budget: Budg
 
 
 def _places(index: np.ndarray, own: np.ndarray, newline: int) -> np.ndarray:
-    """Places in a row of the visual tokens that a conversation's index names; `own` are the places of all it has."""
+    """Returns the indices in a row of visual tokens, from the indices in a conversation.
+
+    own: index in the row of every visual token of the conversation.
+    """
     return np.append(own, (newline, -1))[np.where(index >= 0, index, len(own) + (index != NEWLINE))]
 
 
 def _with_slots(budget: Budget) -> str:
-    """Text about the images of a patch row, for an error."""
+    """Returns the part of an error that states the number of images of a patch row."""
     return f" and {budget.images_per_row} images" if budget.images_per_row else ""
 
 
 def _visual_tokens(firsts: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """Place in a row of every visual token of its images, joined in order."""
+    """Returns the index in a row of every visual token of its images, joined in order."""
     tokens = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts)]
     return np.concatenate([np.zeros(0, np.int32), *tokens])
 
@@ -318,7 +321,7 @@ class Packer:
 
     @property
     def load(self) -> float:
-        """The budgets of rows that the conversations that wait take, of that budget of which they take more."""
+        """Number of rows that the waiting conversations fill, by tokens or by patches, whichever is larger."""
         return float((self._total / self._room).max())
 
     @property
@@ -327,7 +330,7 @@ class Packer:
         return self.load >= self.window
 
     def add(self, key: int, example: Example) -> None:
-        """Lets a conversation wait. Raises TooLarge where it fits no row."""
+        """Adds a conversation to those that wait. Raises TooLarge if it fits no row."""
         sizes = [len(p.patches) for p in example.images]
         check_instructions(example.images, self.budget)
         if len(example.tokens) > self.budget.tokens or place(sizes, self.budget) is None:
@@ -338,7 +341,7 @@ class Packer:
         self._total += self._sizes[-1]
 
     def take(self) -> list[tuple[int, Example]]:
-        """Removes and returns the (key, conversation) pairs of one row; an empty list where nobody waits."""
+        """Removes and returns the (key, conversation) pairs of one row. An empty list if none waits."""
         if not self._waiting:
             return []
         share, costs = np.array(self._sizes) / self._room, np.array(self._costs)
@@ -348,10 +351,10 @@ class Packer:
         chosen, sizes, best = [], [], 0
         while True:
             candidate[best] = False
-            more = sizes + [len(p.patches) for p in self._waiting[best][1].images]
-            if place(more, self.budget) is not None:
+            candidate_sizes = sizes + [len(p.patches) for p in self._waiting[best][1].images]
+            if place(candidate_sizes, self.budget) is not None:
                 chosen.append(best)
-                sizes, room, left = more, room - share[best], left - costs[best]
+                sizes, room, left = candidate_sizes, room - share[best], left - costs[best]
             candidate &= (share <= room + 1e-9).all(1)
             if self.one_example_per_row or not candidate.any():
                 break

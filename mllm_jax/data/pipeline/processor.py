@@ -82,36 +82,38 @@ class Processor:
         others: Sequence[Messages] = (),
         tools: list[dict[str, Any]] | None = None,
     ) -> Example:
-        """Reads one conversation in Hugging Face's layout: [{"role", "content": text, an item or a list of items}].
+        """Processes one conversation into an `Example`.
 
-        A single message of the role "document" uses no chat template: every token of its texts is a target.
-
-        Items are {"type": "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and {"type":
-        "video", "video": ...} (see `videos.open_video`), with optional "fps", "nframes" and "sampling". `fps` is the
-        rate at which a file is sampled, or at which the frames of an array or a list were taken; without it all of
-        these are used. `nframes` is the number of frames to read, regardless of the rate, and `sampling` their
-        distribution: "even" or "motion".
-        `generate`: a prompt that ends where the answer begins, without loss.
-        `budget`: images are shrunk, all by one limit of pixels, until the conversation fits; they are never cropped.
-        Raises
-        TooLarge if it cannot fit, and ValueError for anything unreadable, naming it.
-        `others`: more conversations about the same images, in the same Example: it contains the images once, and of all
-        the conversations only the last answer is a target.
-        `tools`: descriptions of functions that the model may call, as JSON schemas. Messages may have "tool_calls" and
-        "reasoning_content", which are targets like the answer, and "weight", by which the loss of a turn is multiplied.
+        Args:
+          messages: Hugging Face's layout, [{"role", "content": text, an item or a list of items}]. Items are {"type":
+            "text", "text": ...}, {"type": "image", "image": ...} (see `images.open_image`) and {"type": "video",
+            "video": ...} (see `videos.open_video`). A video may have "fps": the rate at which a file is sampled, or at
+            which the frames of an array or a list were taken (default: all of them); "nframes": the number of frames,
+            regardless of the rate; "sampling": "even" or "motion". Messages may have "tool_calls" and
+            "reasoning_content", which are targets like the answer, and "weight", a factor of the loss of a turn. A
+            single message of the role "document" uses no chat template: every token of its texts is a target.
+          generate: return a prompt that ends where the answer begins, without loss.
+          budget: shrink all images to one limit of pixels until the conversation fits. They are never cropped.
+          kind: kind of the question, for reports.
+          others: more conversations about the same images. The Example contains the images once, and only the last
+            answer of each conversation is a target.
+          tools: descriptions of functions that the model may call, as JSON schemas.
+        Raises:
+          TooLarge: the conversation does not fit the budget.
+          ValueError: a part of the conversation cannot be read; the message names it.
         """
         conversations = [_listed(conversation) for conversation in (messages, *others)]
-        messages, *others = [grounding.written(each, self.spec.grounding) for each in conversations]
+        messages, *others = [grounding.written(conversation, self.spec.grounding) for conversation in conversations]
         if budget is not None:
             self._check_length([messages, *others], budget)
         items = [item for item in _items(messages) if item["type"] != "text"]
         stills = sum(item["type"] == "image" for item in items)
         opened = [self._open(item, stills) for item in items]
-        written = [self._tokens(conversation, opened, generate, tools) for conversation in [messages, *others]]
-        visuals = written[0][2]
-        text = sum(token not in self._placeholders for tokens, *_ in written for token in tokens)
-        plans = self._plans(visuals, text, len(written), budget)
-        conversations = [self._laid_out(tokens, weight, plans) for tokens, weight, _ in written]
+        tokenized = [self._tokens(conversation, opened, generate, tools) for conversation in [messages, *others]]
+        visuals = tokenized[0][2]
+        text_tokens = sum(token not in self._placeholders for tokens, *_ in tokenized for token in tokens)
+        plans = self._plans(visuals, text_tokens, len(tokenized), budget)
+        conversations = [self._with_visual_tokens(tokens, weight, plans) for tokens, weight, _ in tokenized]
         example = together(conversations) if others else conversations[0]
         images = tuple(self._images(visuals, plans, self._instructions(messages, opened)))
         if budget is not None:
@@ -120,8 +122,8 @@ class Processor:
         return example._replace(images=images, kind=kind, notes=notes)
 
     def _check_length(self, conversations: Sequence[Messages], budget: Budget) -> None:
-        """Raises TooLarge for texts that cannot fit whatever their tokens are: tokenizers take a minute for 60 MB."""
-        characters = sum(len(text.strip()) for one in conversations for text in _texts(one))
+        """Raises TooLarge for texts that exceed the budget in any tokenization: tokenizers take a minute for 60 MB."""
+        characters = sum(len(text.strip()) for conversation in conversations for text in _texts(conversation))
         least = characters // (COMPOSED * self.tokenizer.longest)
         if least > budget.tokens:
             raise TooLarge(
@@ -129,8 +131,12 @@ class Processor:
                 f"{budget.tokens}"
             )
 
-    def _laid_out(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:
-        """A conversation with all its visual tokens, and without its images."""
+    def _with_visual_tokens(self, tokens: list[int], weight: list[float], plans: Sequence[Plan]) -> Example:
+        """Returns a conversation whose placeholders are repeated for all visual tokens, without its images.
+
+        For example, text tokens a b and an image of three visual tokens: a IMAGE b becomes a IMAGE IMAGE IMAGE b, with
+        the vision index -1 0 1 2 -1.
+        """
         tokens, weight = np.array(tokens, np.int32), np.array(weight, np.float32)
         visual = np.isin(tokens, self._placeholders)
         runs = [run for plan in plans for run in plan.runs]
@@ -150,18 +156,18 @@ class Processor:
         )
 
     def example(self, record: dict[str, Any], budget: Budget) -> Example:
-        """A conversation to learn from, see data/records/records.py."""
+        """Returns the Example of a record, see data/records/records.py."""
         return self(record["messages"], budget=budget, tools=record.get("tools"))
 
     def collate(self, rows: Sequence[Sequence[Example]], budget: Budget, references: bool = False) -> Batch:
-        """Rows of conversations as a batch; `references`: see `mllm_jax.data.pipeline.packing.collate`."""
+        """Returns rows of conversations as a batch, see `mllm_jax.data.pipeline.packing.collate`."""
         return collate(rows, budget, **self.spec.layout, references=references)
 
     def decode(self, tokens, content_tokens: bool = True) -> str:
-        """The text of tokens, without those control tokens that the tokenizer calls special, see `ChatFormat`.
+        """Returns the text of tokens, without the special control tokens (see `ChatFormat`).
 
-        content_tokens: special content tokens, as `<|box_start|>`, are a part of the text; False leaves out all special
-          tokens, as transformers does with skip_special_tokens.
+        content_tokens: keep special content tokens, such as `<|box_start|>`. False: remove all special tokens, as
+          transformers does with skip_special_tokens.
         """
         if not content_tokens:
             return self.tokenizer.decode(tokens)
@@ -182,7 +188,7 @@ class Processor:
         return tuple(sorted({*map(self.tokenizer.id, named), *self.generation.eos_token_id}))
 
     def _open(self, item: dict, stills: int) -> NativeImage | VideoFrames:
-        """`stills`: images in the conversation."""
+        """Opens an image or a video without reading pixels. `stills`: number of images in the conversation."""
         spec, source, fps = self.spec, resolve(item[item["type"]]), item.get("fps", self.spec.fps)
         if item["type"] == "image":
             size = images.upright_size(images.open_image(source))
@@ -202,13 +208,13 @@ class Processor:
     def _tokens(
         self, messages: Messages, visuals: list, generate: bool, tools: list[dict[str, Any]] | None
     ) -> tuple[list[int], list[float], list]:
-        """Tokens and weights with one placeholder for every run of visual tokens, and the visuals in their order."""
+        """Returns tokens and weights with one placeholder per run of visual tokens, and the visuals in their order."""
         if messages[0]["role"] == DOCUMENT:
             return *self._document(messages[0]["content"], visuals, generate), visuals
         ordered = []
 
         def fill(placeholders: list[str]) -> list[str]:
-            """Writes the text of images and videos, which is needed before tokenization."""
+            """Returns the texts of images and videos, which are needed before tokenization."""
             ordered.extend(self._ordered(placeholders, visuals))
             return [self._markup(visual) for visual in ordered]
 
@@ -219,7 +225,7 @@ class Processor:
     def tokenize(
         self, messages: Messages, generate: bool = False, tools: list[dict[str, Any]] | None = None, **options
     ) -> tuple[list[int], list[float]]:
-        """The tokens and weights of a conversation before its images are read, see `ChatFormat.tokenize`."""
+        """Returns the tokens and weights of a conversation before its images are read, see `ChatFormat.tokenize`."""
         written, weights = self.chat.tokenize(
             messages, generate, tools or None, user_content_tokens=self.spec.user_content_tokens, **options
         )
@@ -229,7 +235,7 @@ class Processor:
         return written, weights
 
     def _ordered(self, placeholders: list[str], visuals: list) -> list[NativeImage | VideoFrames]:
-        """The visuals in the order of their placeholders: a template may write all images before the videos."""
+        """Returns the visuals in the order of their placeholders: a template may write all images before the videos."""
         waiting = {self.spec.image_token: [], self.spec.video_token: []}
         for visual in visuals:
             waiting[self.spec.video_token if visual.is_video else self.spec.image_token].append(visual)
@@ -244,24 +250,24 @@ class Processor:
     def _document(
         self, content: str | list[dict[str, Any]], visuals: list, generate: bool
     ) -> tuple[list[int], list[float]]:
-        """A text with images in any place, between what the tokenizer puts before a text and what ends one."""
+        """Returns tokens and weights of a text with images, with the tokens that begin and end a text."""
         tokens, end = list(self.tokenizer.frame[0]), self.tokenizer.special_tokens().get("eos_token")
         weights, queue = [0.0] * len(tokens), iter(visuals)
-        written = self.spec.vision_start is not None and not self.spec.brackets  # else `_markup` adds them
-        start, stop = (self.spec.vision_start, self.spec.vision_end) if written else ("", "")
+        brackets = self.spec.vision_start is not None and not self.spec.brackets  # otherwise `_markup` adds them
+        start, stop = (self.spec.vision_start, self.spec.vision_end) if brackets else ("", "")
         for item in parts_of(content):
             text = item["type"] == "text"
-            shown = "" if text else start + self._markup(next(queue)) + stop
-            more = self.tokenizer.encode(item["text"]) if text else self.tokenizer.encode_markup(shown)
-            tokens += more
-            weights += [float(text and not generate)] * len(more)
+            markup = "" if text else start + self._markup(next(queue)) + stop
+            encoded = self.tokenizer.encode(item["text"]) if text else self.tokenizer.encode_markup(markup)
+            tokens += encoded
+            weights += [float(text and not generate)] * len(encoded)
         if not generate:
             tokens.append(self.end_of_turn_id if end is None else self.tokenizer.id(end))
             weights.append(1.0)
         return tokens, weights
 
     def _markup(self, visual: NativeImage | VideoFrames) -> str:
-        """Text of an image or a video: a placeholder for every run, and the tokens around it."""
+        """Returns the text of an image or a video: a placeholder for every run, and the tokens around it."""
         spec, token = self.spec, self.spec.video_token if visual.is_video else self.spec.image_token
         if not visual.is_video or spec.label is None:
             return f"{spec.vision_start}{token}{spec.vision_end}" if spec.brackets else token
@@ -271,9 +277,13 @@ class Processor:
         return spec.between.join(label + block for label in labels)
 
     def _plans(self, visuals: list, text_tokens: int, times: int, budget: Budget | None) -> list[Plan]:
-        """Plans of all images and videos: at their own size, or under the largest common limit that fits the budget.
+        """Returns the plans of all images and videos, at their own size or under the largest limit that fits.
 
-        The limit is one of pixels. The text contains the visual tokens this many `times`.
+        The limit is a number of pixels, common to all of them.
+
+        Args:
+          text_tokens: number of tokens without visual ones, over all conversations.
+          times: number of conversations, each of which contains all visual tokens.
         """
         spec = self.spec
         if budget is None:
@@ -314,14 +324,14 @@ class Processor:
             raise ValueError(f"{visual.name}: {error}") from error
 
     def _needed(self, plans: Sequence[Plan], text_tokens: int, times: int) -> tuple[int, list[int]]:
-        """Tokens of the conversation, and patches of every image."""
+        """Returns the number of tokens of the conversations, and of patches of every image."""
         spec = self.spec
         sizes = [size for plan in plans for size in plan.sizes]
         patches = [spec.num_prefix_tokens + spec.squares(size) * spec.merge**2 for size in sizes]
         return text_tokens + times * sum(len(run.order) for plan in plans for run in plan.runs), patches
 
     def _firsts(self, plans: Sequence[Plan]) -> list[int]:
-        """For every run, the index in the conversation of the first visual token of its image or video."""
+        """Returns, for every run, the index of the first visual token of its image or video among all visual tokens."""
         counts = [sum(map(self.spec.tokens, plan.sizes)) for plan in plans]
         firsts = np.cumsum([0, *counts])
         return [int(first) for plan, first in zip(plans, firsts) for _ in plan.runs]
@@ -362,22 +372,23 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path, spec: ProcessorSpec = SEEING) -> "Processor":
-        """Reads a published model's tokenizer, chat template and preprocessor configs; `spec` is what they leave open.
+        """Reads a published model's tokenizer, chat template and preprocessor configs.
 
-        Raises FileNotFoundError if the tokenizer or the template is missing.
+        `spec` has the settings that these files do not contain. Raises FileNotFoundError if the tokenizer or the
+        template is missing.
         """
         folder = pathlib.Path(folder)
         template = ChatTemplate.from_folder(folder, spec.template)
         outside = {} if spec.image_id is None else {spec.image_token: spec.image_id}
         generation = GenerationDefaults.from_folder(folder)
         tokenizer, spec = Tokenizer.from_folder(folder, outside), read_spec(folder, spec)
-        asked = tokenizer.config.get(USER_CONTENT, spec.user_content_tokens)
-        spec = dataclasses.replace(spec, user_content_tokens=asked)
+        user_content_tokens = tokenizer.config.get(USER_CONTENT, spec.user_content_tokens)
+        spec = dataclasses.replace(spec, user_content_tokens=user_content_tokens)
         instructions = Tokenizer.from_folder(folder / INSTRUCTIONS) if spec.instruction_positions else None
         return cls(tokenizer, template, spec, generation, instructions)
 
     def with_spec(self, **changes: Any) -> "Processor":
-        """A processor with other values of its spec."""
+        """Returns the processor with other values of its spec."""
         spec = dataclasses.replace(self.spec, **changes)
         return Processor(self.tokenizer, self.template, spec, self.generation, self.instruction_tokenizer)
 
@@ -396,13 +407,13 @@ class Processor:
 
 
 def _listed(messages: Messages) -> Messages:
-    """Messages whose contents are texts or lists: one item is a list of one."""
+    """Returns messages whose contents are texts or lists: a single item becomes a list of one."""
     single = lambda message: isinstance(message, dict) and isinstance(message.get("content"), dict)
     return [message | {"content": [message["content"]]} if single(message) else message for message in messages]
 
 
 def _texts(messages: Messages) -> Iterator[str]:
-    """The texts of all contents."""
+    """Yields the texts of all contents."""
     for message in messages:
         if isinstance(content := message.get("content"), str):
             yield content

@@ -1,4 +1,4 @@
-"""Images and videos of a conversation: how large they will be, before a pixel is read, and then their pixels."""
+"""Plans the sizes of the images and videos of a conversation before reading pixels, and then reads them."""
 
 import dataclasses
 import math
@@ -22,44 +22,44 @@ BROKEN_FRAMES = "frames of a video cannot be decoded, and show the frame before"
 
 
 class Run(NamedTuple):
-    """The visual tokens that stand for one placeholder."""
+    """The visual tokens of one placeholder."""
 
-    order: np.ndarray  # i32[m] which of the visual tokens of the images, laid end to end; NEWLINE
+    order: np.ndarray  # i32[m] indices of visual tokens among those of the images, joined; NEWLINE
     position: np.ndarray  # i32[m 3] rotary positions, counted from the first
-    advance: int  # rotary position of what follows
+    advance: int  # rotary position of the next token, counted from the first
     mix: TokenBlend | None = None  # blend of `order`. None: no blend
 
 
 class Plan(NamedTuple):
     """Plan for reading an image or a video."""
 
-    sizes: tuple[Size, ...]  # of each of its images, in pixels: itself, its tiles, or its temporal patches
+    sizes: tuple[Size, ...]  # (height, width) in pixels of its images: itself, its tiles, or its temporal patches
     runs: tuple[Run, ...]
     rule: Any = None  # rule that made the sizes, if any
 
 
 def _run(spec: ProcessorSpec, size: Size, first: int = 0, times: tuple[int, ...] = (0,)) -> Run:
-    """All visual tokens of images of one size, from the `first` on."""
+    """Returns a run of all visual tokens of images of one size. `first` is the index of the first one."""
     height, width = (side // spec.factor for side in size)
     count = spec.tokens(size) * len(times)
     place = on_a_grid(height, width, times) if spec.on_a_grid and not spec.queries else in_a_line(count)
     return Run(np.arange(first, first + count), *place)
 
 
-def _later(run: Run, tokens: int) -> Run:
-    """Shifts an order by a number of visual tokens before its image."""
+def _shifted(run: Run, tokens: int) -> Run:
+    """Returns the run of an image that comes after a number of visual tokens."""
     mix = run.mix and run.mix._replace(index=shifted(run.mix.index, tokens))
     return run._replace(order=shifted(run.order, tokens), mix=mix)
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeImage:
-    """An image at nearly its own size."""
+    """An image at approximately its own size."""
 
     source: Any  # opened again when it is read: neither open files nor pixels wait in between
     height: int
     width: int
-    # what it lacks, in words that are counted; filled when it is read
+    # defects of its file, which the loader counts; filled when it is read
     notes: list[str] = dataclasses.field(default_factory=list, kw_only=True, compare=False)
 
     is_video = False
@@ -69,15 +69,16 @@ class NativeImage:
         return images.source_name(self.source)
 
     def plan(self, spec: ProcessorSpec, limit: float, row: float) -> Plan:
-        """
-        limit: pixels that an image may have, as far as its minimum allows.
-        row: pixels that a patch row can hold.
+        """Returns the plan of this image.
+
+        limit: largest number of pixels; the minimum of the spec takes precedence.
+        row: number of pixels that a patch row can hold.
         """
         size = _native(self, (spec.min_pixels, spec.max_pixels), spec.factor, limit, row)
         return Plan((size,), (_run(spec, size),))
 
     def frames(self, spec: ProcessorSpec, plan: Plan) -> Iterator[np.ndarray]:
-        """u8[t h w 3] of each of the plan's images."""
+        """Yields u8[t h w 3] for each image of the plan."""
         yield images.resized(self._load(spec, plan.sizes[0]), plan.sizes[0])[None]
 
     def _load(self, spec: ProcessorSpec, size: Size | None = None) -> Image.Image:
@@ -119,7 +120,7 @@ class VideoFrames:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Defects of the frames that were read, in words that are counted."""
+        """Defects of the frames that were read, which the loader counts."""
         return (BROKEN_FRAMES,) if self.video.broken else ()
 
     @classmethod
@@ -136,7 +137,7 @@ class VideoFrames:
 
     @staticmethod
     def spread(video: Video, count: int) -> list[int]:
-        """`count` frame numbers, evenly."""
+        """Returns `count` evenly spaced frame numbers."""
         return videos.sample_frames(video.frames, count)
 
     @property
@@ -159,7 +160,7 @@ class VideoFrames:
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpan(VideoFrames):
-    """A video that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191): bounds of pixels hold for every frame."""
+    """A video that is one run of visual tokens (Qwen2-VL, arXiv 2409.12191). Bounds of pixels apply to each frame."""
 
     @staticmethod
     def count(video: Video, fps: float, spec: ProcessorSpec) -> int:
@@ -182,7 +183,7 @@ class VideoSpan(VideoFrames):
 
 @dataclasses.dataclass(frozen=True)
 class TimestampedFrames(VideoFrames):
-    """A video whose frames are images, each read by the spec's rule: those in the middle of as many equal parts."""
+    """A video whose frames are images that the spec's rule reads, from the middles of equal parts of the video."""
 
     @staticmethod
     def spread(video: Video, count: int) -> list[int]:
@@ -192,10 +193,10 @@ class TimestampedFrames(VideoFrames):
         rule, size = self._rule(spec, limit)
         order, tokens, count = rule.order(size, spec.factor), spec.tokens(rule.sized(size)), len(self.indices)
         frame = Run(order, *in_a_line(len(order)), rule.mix(size, spec.factor))
-        return Plan(rule.sizes(size) * count, tuple(_later(frame, number * tokens) for number in range(count)), rule)
+        return Plan(rule.sizes(size) * count, tuple(_shifted(frame, number * tokens) for number in range(count)), rule)
 
     def _rule(self, spec: ProcessorSpec, limit: float) -> tuple[Whole, Size]:
-        """The rule for images of at most `limit` pixels, and the frames' own size."""
+        """Returns the rule for frames of at most `limit` pixels, and the size of the video's frames."""
         video = self.video
         images.check_aspect(video.height, video.width)
         return spec.video_rule.within(limit), (video.height, video.width)
@@ -207,7 +208,7 @@ class TimestampedFrames(VideoFrames):
 
 @dataclasses.dataclass(frozen=True)
 class TimestampedSpan(TimestampedFrames):
-    """A video whose frames are read by the spec's rule and are together one run of visual tokens; a NEWLINE ends it."""
+    """A video whose frames are read by the spec's rule, as one run of visual tokens that ends with a NEWLINE."""
 
     @staticmethod
     def spread(video: Video, count: int) -> list[int]:
@@ -220,22 +221,25 @@ class TimestampedSpan(TimestampedFrames):
 
 
 def frame_by_frame(rule: Whole, size: Size, factor: int, count: int) -> tuple[np.ndarray, TokenBlend | None]:
-    """The order and the mix of `count` frames of a video, and of the NEWLINE that ends it."""
+    """Returns the order and the blend of the visual tokens of `count` frames of a video, with a NEWLINE at the end."""
     frame, step = (rule.order(size, factor), rule.mix(size, factor)), math.prod(s // factor for s in rule.sized(size))
     runs, firsts = [frame] * count + [(np.array([NEWLINE]), None)], [*range(0, count * step, step), 0]
     return spread(np.ones(count * len(frame[0]) + 1, bool), runs, firsts)
 
 
 def _native(source: Any, bounds: tuple[int, int], factor: int, limit: float, row: float) -> Size:
-    """Nearly the size that something has: within bounds of pixels, and within a limit as far as they allow."""
-    least, most = bounds
-    limit = max(limit, min(least, row))
-    size = images.smart_resize(source.height, source.width, factor, least, most)
+    """Returns the size closest to the source's own within bounds of pixels and within a limit.
+
+    The lower bound takes precedence over the limit, unless it exceeds a patch row.
+    """
+    min_pixels, max_pixels = bounds
+    limit = max(limit, min(min_pixels, row))
+    size = images.smart_resize(source.height, source.width, factor, min_pixels, max_pixels)
     return _within(limit, size, source.height, source.width, factor)
 
 
 def _within(limit: float, size: Size, height: int, width: int, factor: int) -> Size:
-    """`size`, unless it is over the limit and a smaller one is less."""
+    """Returns `size`, or a smaller one if it exceeds the limit."""
     if math.prod(size) <= limit:
         return size
     return min(images.fitted_size(height, width, factor, limit), size, key=math.prod)
