@@ -128,7 +128,8 @@ class Instructions(nn.Module):
     def __call__(self, vision: Vision):
         """Returns the embedded tokens [rows I*W D], and the image number i32[rows I*W] of each; 0 at padding."""
         config, init = self.config, nn.initializers.normal(self.config.width**-0.5)
-        words = self.param("words", partitioned(init, "vocab", "embed"), (config.vocab, config.width))
+        # BERT's vocabulary has an odd number of words, which no mesh divides.
+        words = self.param("words", partitioned(init, None, "embed"), (config.vocab, config.width))
         places = self.param("positions", partitioned(init, "position", "embed"), (config.positions, config.width))
         # The table is gathered first: a lookup in a sharded one makes XLA rematerialize it.
         words = shard(words.astype(self.runtime.dtype), (None, None), self.runtime.rules)
