@@ -61,7 +61,7 @@ class LoraConfig(Config):
 
     @property
     def drops(self) -> bool:
-        """Whether a training step needs a key for dropout."""
+        """Returns whether a training step needs a key for dropout."""
         return bool(self.rank and self.dropout)
 
     def freezes(self, freeze: tuple[str, ...]) -> tuple[str, ...]:
