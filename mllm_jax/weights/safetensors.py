@@ -128,8 +128,8 @@ def _tensor(path: Path, fields: Mapping[str, Any], start: int) -> Tensor:
 
 def _bits(dtype: str) -> int:
     """Returns the bits per value of a dtype in the format, such as 8 for "F8_E4M3"; 0 for an unknown dtype."""
-    found = re.fullmatch(r"(?:F|BF|I|U)(8|16|32|64)(?:_.*)?", dtype)
-    return int(found[1]) if found else _BITS.get(dtype, 0)
+    match = re.fullmatch(r"(?:F|BF|I|U)(8|16|32|64)(?:_.*)?", dtype)
+    return int(match[1]) if match else _BITS.get(dtype, 0)
 
 
 def write_checkpoint(folder: Path, layout: Layout, arrays: Iterable[np.ndarray], max_shard_bytes: int) -> None:

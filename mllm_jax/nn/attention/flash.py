@@ -105,7 +105,7 @@ flash.defvjp(_forward, _backward)
 def around(ring, step, carry, guests):
     """Applies `carry, guests = step(carry, guests)` on every device of a ring, as often as there are devices.
 
-    After each step the guests move to the next device; at the end they are back on their own. XLA can mask the
+    After each step the guests move to the next device; at the end they are back on their own. XLA can overlap the
     transfer of guests that a step does not change with its computation. Without a ring, applies `step` once.
     """
     if not ring:

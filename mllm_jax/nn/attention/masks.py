@@ -69,7 +69,7 @@ def mask_bounds(spec: AttentionSpec, q_segment, kv_segment, offset=None, prefix=
 
 
 def _end_of_run(flags):
-    """Returns i32[B T], the index of the last of consecutive flags bool[B T], or the own index without a flag.
+    """Returns i32[B T], the last index of the run of flags (bool[B T]) at each index; without a flag, the index itself.
 
     Example: [1 1 0 1] -> [1 1 2 3].
     """

@@ -200,7 +200,7 @@ def test_gpus_that_cudnn_knows(monkeypatch, capability, head_dim, name):
     q = jax.ShapeDtypeStruct((1, 128, 4, head_dim), jnp.bfloat16)
     assert kernel_for(q, q, PLAIN, "auto") == name
     if name == "xla":
-        with pytest.raises(ValueError, match="attention 'cudnn' cannot take .*(8.0|Hopper)"):
+        with pytest.raises(ValueError, match="runtime.attention='cudnn': cannot compute .*(8.0|Hopper)"):
             kernel_for(q, q, PLAIN, "cudnn")
 
 
