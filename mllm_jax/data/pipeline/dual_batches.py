@@ -40,7 +40,7 @@ def packed(images: Sequence[ImagePatches], budget: Budget, count: int) -> DualBa
     places = place([len(image.patches) for image in images], budget)
     if places is None:
         raise TooLarge(f"{len(images)} images do not fit {budget.patch_rows} rows of {budget.patches_per_row} patches")
-    rows = [[i for i, (row, _) in enumerate(places) if row == own] for own in range(budget.patch_rows)]
+    rows = [[i for i, where in enumerate(places) if where.row == row] for row in range(budget.patch_rows)]
     values = images[0].patches.shape[1]
     batch = in_rows([[images[i] for i in row] for row in rows], budget._replace(patch_rows=1), count, values)
     order = np.zeros(len(images), np.int32)

@@ -251,7 +251,7 @@ def test_several_sources_are_one_set_or_a_weighted_mixture():
     assert sorted(seen(numbers(source=two, epochs=1))) == [*range(30), *range(100, 110)]
     forever = seen(itertools.islice(numbers(source=Mixture(two, [1, 3])), 40))
     assert 0.7 < np.mean(np.array(forever) >= 100) < 0.8
-    with pytest.raises(ValueError, match="a mixture has no epochs"):
+    with pytest.raises(ValueError, match="epochs=1: the sources of a mixture have no common end"):
         numbers(source=Mixture(two, [1, 3]), epochs=1)
 
 

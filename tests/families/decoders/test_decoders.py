@@ -305,5 +305,5 @@ def test_more_tokens_than_learned_positions(tmp_path):
     tiny("gpt2").save_pretrained(tmp_path)
     vlm = mllm_jax.load_pretrained(tmp_path)
     batch = mllm_jax.from_hf_inputs(vlm.config, {"input_ids": np.full((1, 10), 7)})
-    with pytest.raises(ValueError, match="max_new_tokens=504 need 513 positions; the model has learned 512"):
+    with pytest.raises(ValueError, match="max_new_tokens=504: needs 513 positions with the longest prompt"):
         mllm_jax.generate_ids(vlm, batch, 504)

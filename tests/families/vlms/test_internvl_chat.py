@@ -229,7 +229,7 @@ def test_prompts(chat):
         {"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "A cat."},
     ]
-    systems = {"first": internvl_chat._FIRST, "second": internvl_chat._SECOND, "image": "<IMG_CONTEXT>"}
+    systems = {"first": internvl_chat._SYSTEM_1_5, "second": internvl_chat._SYSTEM_2_5, "image": "<IMG_CONTEXT>"}
     expected = PROMPTS[chat].format(**systems)
     assert ChatTemplate(template).render(messages, bos_token="<s>") == expected and end in expected
     asked = ChatTemplate(template).render(messages[:1], generate=True, bos_token="<s>")
