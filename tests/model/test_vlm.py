@@ -138,7 +138,7 @@ def test_connector(connector):
     "change, message",
     [
         ({"heads": 5}, "multiple of attention.kv_heads"),
-        ({"rope_sections": (1, 2, 3)}, "add up to head_dim / 2"),
+        ({"rope_sections": (1, 2, 3)}, "must sum to head_dim / 2"),
     ],
 )
 def test_bad_attention(change, message):
